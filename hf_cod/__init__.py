@@ -1,3 +1,23 @@
 """See, cure and use the Curse of Depth: every layer of a deep language model earns its place."""
 
 __version__ = "0.1.0"
+
+from hf_cod.comparison import Comparison, compare
+from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.diagnostics import MeasurementError, diagnose
+from hf_cod.evaluation import perplexity
+from hf_cod.layer_removal import drop, skip
+from hf_cod.report import RunReport
+
+__all__ = [
+    "Comparison",
+    "DecoderLayers",
+    "MeasurementError",
+    "RunReport",
+    "compare",
+    "diagnose",
+    "drop",
+    "find_decoder_layers",
+    "perplexity",
+    "skip",
+]

@@ -1,0 +1,58 @@
+"""The command line: parse, call, exit."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# Command -> (module in hf_cod.commands, one line of help). A module is imported only when its command is called.
+COMMANDS = {
+    "demo": ("demo", "measure a small real model and show what its layers do"),
+    "diagnose": ("diagnose", "measure what each layer of a model does"),
+    "compare": ("compare", "put several diagnosed runs side by side"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 for a failure in the work, 2 for bad input, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from hf_cod import __version__
+
+        print(f"hf-cod {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"hf-cod: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # loading reports would bury ours
+    command = importlib.import_module(f"hf_cod.commands.{COMMANDS[arguments[0]][0]}")
+    try:
+        return command.main(arguments[1:])
+    except (ValueError, ImportError) as error:
+        print(f"hf-cod {arguments[0]}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"hf-cod {arguments[0]}: stopped; the same command with the same --output goes on here", file=sys.stderr)
+        return 130
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: hf-cod COMMAND [ARGUMENTS]",
+            "",
+            "See, cure and use the Curse of Depth.",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "hf-cod COMMAND --help tells what a command takes.",
+        ]
+    )

@@ -1,0 +1,39 @@
+"""hf-cod compare RUN RUN ...: put several diagnosed runs side by side."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_cod.comparison import compare
+from hf_cod.files import write_text
+from hf_cod.report import RunReport
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = ArgumentParser(
+        prog="hf-cod compare",
+        description="Puts several runs of hf-cod diagnose side by side: Pre-LN against Post-LN, a base model against "
+        "its fine-tuned form.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a diagnosed run, or its report.json")
+    parser.add_argument("--labels", nargs="+", help="a name for each run; default: the models' names")
+    parser.add_argument("--output", default="hf-cod-compare", help="directory for compare.md and compare.png")
+    parser.add_argument("--no-plots", action="store_true", help="draw no picture (which needs matplotlib)")
+    chosen = parser.parse_args(list(arguments))
+    comparison = compare([RunReport.load(run) for run in chosen.runs], chosen.labels)
+    directory = Path(chosen.output)
+    if not chosen.no_plots:
+        comparison.plot(directory)
+    write_text(directory / "compare.md", comparison.to_markdown(picture=not chosen.no_plots))
+    table = Table(*comparison.columns)
+    for row in comparison.rows:
+        table.add_row(*row)
+    Console().print(table)
+    print(f"written to {directory.resolve()}")
+    return 0

@@ -1,0 +1,69 @@
+"""hf-cod diagnose MODEL: measure what each layer of a model does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import HfArgumentParser
+
+from hf_cod.calibration import TextSettings, load_texts
+from hf_cod.commands.terminal import print_report
+from hf_cod.diagnostics import DiagnoseSettings, MeasurementError, diagnose
+from hf_cod.loading import ModelSettings, load_model
+from hf_cod.report import RunReport
+
+
+@dataclass
+class OutputSettings:
+    """Where results go."""
+
+    output: str | None = field(
+        default=None,
+        metadata={"help": "directory for report.json, report.md and pictures; default: hf-cod-diagnose-MODEL"},
+    )
+    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = HfArgumentParser(
+        cast(Any, [ModelSettings, TextSettings, DiagnoseSettings, OutputSettings]),
+        prog="hf-cod diagnose",
+        description="Measures what each layer of a model does: angular distance between layers, what its removal "
+        "costs, gradient norm and output variance. An interrupted run goes on where it stopped.",
+    )
+    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    loading, text, settings, output, rest = parser.parse_args_into_dataclasses(list(arguments))
+    directory = output.output or f"hf-cod-diagnose-{re.sub(r'[^A-Za-z0-9.]+', '-', rest.model).strip('-')}"
+    model, tokenizer = load_model(rest.model, loading)
+    if tokenizer is None:
+        raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.diagnose in Python")
+    report, status = run(model, tokenizer, load_texts(text), settings, directory, rest.model)
+    finish(report, directory, output.plots)
+    return status
+
+
+def run(
+    model: Any, tokenizer: Any, texts: Any, settings: DiagnoseSettings, directory: str | Path, name: str
+) -> tuple[RunReport, int]:
+    """Diagnoses; a failed measure is told, and what was measured before it is returned with exit status 1."""
+    try:
+        return diagnose(model, tokenizer, texts, output=directory, name=name, **asdict(settings)), 0
+    except MeasurementError as error:
+        if not error.report.layers:
+            raise
+        print(f"hf-cod diagnose: error: {error}; what was measured before is kept")
+        return error.report, 1
+
+
+def finish(report: RunReport, directory: str | Path, plots: bool) -> None:
+    """Draws, saves and prints a report."""
+    if plots:
+        report.plot(directory)
+    report.save(directory)  # once more, for report.md to show the pictures
+    print_report(report)
+    print(f"\nwritten to {Path(directory).resolve()}")

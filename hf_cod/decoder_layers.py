@@ -1,0 +1,196 @@
+"""The one place that knows a model's inside: its stack of layers, and what stands in, before and behind it.
+
+A *layer* is a whole decoder (or encoder) block, counted from 0; a *module* is a matrix or norm inside it. Everything
+else in the package asks this file, and nobody else walks modules by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers.pytorch_utils import Conv1D
+
+# Components that wrappers insert into module names: torch.compile of a layer, FSDP, PEFT around a Linear.
+_WRAPPER_COMPONENTS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the transformers model inside PEFT, DistributedDataParallel and torch.compile wrappers.
+
+    The PEFT adapters stay active: they live inside the returned model's modules.
+    """
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod  # type: ignore[assignment]
+        elif callable(getattr(model, "get_base_model", None)):  # PEFT
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+
+
+@dataclass(frozen=True)
+class DecoderLayers(Sequence):
+    """The stack of layers of one model; `stack[i]` is layer i, `len(stack)` the depth.
+
+    Attributes:
+        model: the unwrapped transformers model.
+        path: the stack's name inside `model`, such as "model.layers" or "transformer.h".
+        module_list: the `nn.ModuleList` that the model's forward walks.
+        config: the text (or vision) config that counts these layers; None for a model without one.
+    """
+
+    model: nn.Module
+    path: str
+    module_list: nn.ModuleList
+    config: Any
+
+    def __len__(self) -> int:
+        return len(self.module_list)
+
+    def __getitem__(self, index):
+        return self.module_list[index]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.module_list)
+
+    def index_of(self, name: str) -> int | None:
+        """The layer that a parameter or module name belongs to, or None.
+
+        Works on names of the bare model and of its wrapped forms ("module.", "_orig_mod.", "base_model.model.").
+        """
+        path = re.escape(self.path)
+        match = re.search(rf"(?:^|\.){path}\.(\d+)(?:\.|$)", _WRAPPER_COMPONENTS.sub(r"", name).lstrip("."))
+        return int(match[1]) if match else None
+
+    def linears(self, index: int) -> dict[str, nn.Module]:
+        """Name -> module of each Linear-like module of layer `index`, in the order of registration.
+
+        Linear-like is what maps `in_features` to `out_features` by one 2-D weight: nn.Linear, transformers' Conv1D and
+        quantized stand-ins. Inside PEFT adapters the base Linear counts, the adapter's own factors do not. Names are
+        those of the bare model ("model.layers.3.mlp.up_proj"), whatever wraps it.
+        """
+        return {name: m for name, m in self._modules_of(index) if is_linear_like(m)}
+
+    def experts(self, index: int) -> dict[str, nn.Module]:
+        """Name -> module of each bank of experts of layer `index`: modules that hold their weights as 3-D parameters
+        (experts x rows x columns), as transformers' mixtures of experts do. Experts that are Linears are in `linears`.
+        """
+        return {
+            name: m for name, m in self._modules_of(index) if any(p.dim() == 3 for p in m.parameters(recurse=False))
+        }
+
+    def norms(self, index: int) -> dict[str, nn.Module]:
+        """Name -> module of each normalisation of layer `index`, in the order of registration."""
+        return {name: m for name, m in self._modules_of(index) if is_norm(m)}
+
+    @property
+    def embeddings(self) -> nn.Module | None:
+        """The input embedding (of tokens or patches); None where the model names none."""
+        return _ask(self.model, "get_input_embeddings")
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The output projection onto the vocabulary; None for a model without one."""
+        return _ask(self.model, "get_output_embeddings")
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm behind the last layer: a direct child of one of the stack's ancestors. None for Post-LN models."""
+        parts = self.path.split(".")
+        for depth in range(len(parts) - 1, -1, -1):
+            ancestor = self.model.get_submodule(".".join(parts[:depth]))
+            norms = [child for child in ancestor.children() if is_norm(child)]
+            if norms:
+                return norms[-1]
+        return None
+
+    def _modules_of(self, index: int) -> Iterator[tuple[str, nn.Module]]:
+        return _walk(self.module_list[index], f"{self.path}.{index}")
+
+
+def find_decoder_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
+    """Finds the stack of layers of a transformers model, wrapped or not.
+
+    The stack is the `nn.ModuleList` whose length is the config's `num_hidden_layers`; of several, the one inside
+    `model.get_decoder()` (the text side of a vision-language model, the decoder of an encoder-decoder).
+
+    Args:
+        model: any transformers model (text or vision), also inside PEFT, DDP or torch.compile.
+        path: the stack's module name, for models that the rule does not fit.
+
+    Raises:
+        ValueError: no stack, or more than one, fits; the message lists the module lists that there are.
+    """
+    base = unwrap(model)
+    lists = {name: m for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    config = _layer_config(base)
+    if path is not None:
+        if path not in lists:
+            raise ValueError(f"path: expected the name of a module list, got {path!r}; {_describe(lists)}")
+        return DecoderLayers(base, path, lists[path], config)
+    depth = getattr(config, "num_hidden_layers", None)
+    found = [name for name, m in lists.items() if len(m) == depth and not _inside_another(name, lists)]
+    if len(found) > 1 and hasattr(base, "get_decoder"):
+        inside = {id(m) for m in base.get_decoder().modules()}  # type: ignore[operator]
+        found = [name for name in found if id(lists[name]) in inside]
+    if len(found) != 1:
+        raise ValueError(
+            f"model: expected one module list of {depth} layers (num_hidden_layers) in {type(base).__name__}, "
+            f"got {len(found)}; {_describe(lists)}; name the right one by path="
+        )
+    return DecoderLayers(base, found[0], lists[found[0]], config)
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether `module` is one matrix: nn.Linear, Conv1D, or a quantized module with in_features and out_features."""
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` normalises its input: LayerNorm, RMSNorm and each class that names itself so."""
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("Norm", "LayerNorm", "RMSNorm"))
+
+
+def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """All modules below `module`; of an adapter or a compiled module only what it wraps, under the bare name."""
+    for inner in ("base_layer", "_orig_mod"):
+        if isinstance(getattr(module, inner, None), nn.Module):
+            yield from _walk(getattr(module, inner), name)
+            return
+    yield name, module
+    for child_name, child in module.named_children():
+        yield from _walk(child, f"{name}.{child_name}")
+
+
+def _layer_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def _inside_another(name: str, lists: dict[str, nn.ModuleList]) -> bool:
+    """Experts and heads are often module lists too, inside each layer: they are never the stack."""
+    return any(name.startswith(other + ".") for other in lists)
+
+
+def _describe(lists: dict[str, nn.ModuleList]) -> str:
+    if not lists:
+        return "the model has no module list at all"
+    outer = [name for name in lists if not _inside_another(name, lists)]
+    rows = [f"{name} ({len(lists[name])} x {type(lists[name][0]).__name__})" for name in outer]
+    return "module lists: " + ", ".join(rows)
+
+
+def _ask(model: nn.Module, getter: str) -> nn.Module | None:
+    try:
+        return getattr(model, getter)() if hasattr(model, getter) else None
+    except NotImplementedError:  # transformers' way to say that this architecture has none
+        return None

@@ -1,0 +1,221 @@
+"""`diagnose`: all measures of a model in one report, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.calibration import Batch, SampleSettings, describe_batches, mask_tokens, token_batches
+from hf_cod.decoder_layers import find_decoder_layers, unwrap
+from hf_cod.diagnostics.findings import summarize
+from hf_cod.diagnostics.forward_pass import FORWARD_METRICS, ForwardMeasures, Token, measure_forward
+from hf_cod.diagnostics.gradients import measure_gradient_norm
+from hf_cod.diagnostics.layer_drop import measure_layer_drop
+from hf_cod.diagnostics.running import execution_device
+from hf_cod.evaluation import find_metric, task_of
+from hf_cod.files import Journal, fingerprint
+from hf_cod.functional import depth
+from hf_cod.report import RunReport, environment
+
+METRICS = (*FORWARD_METRICS, "gradient_norm", "layer_drop")
+CONFIDENCE = 0.95
+# Enough entries of each weight to notice any training step; reading all of a 7B model would take longer than measuring.
+WEIGHT_SAMPLE = 16
+
+
+class MeasurementError(ValueError):
+    """A measure failed; `report` holds what was measured before."""
+
+    def __init__(self, message: str, report: RunReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass
+class DiagnoseSettings(SampleSettings):
+    """What is measured, and how."""
+
+    metrics: list[str] | None = field(
+        default=None, metadata={"help": f"any of {', '.join(METRICS)}; default: all that the model has outputs for"}
+    )
+    drop_metric: str | None = field(
+        default=None,
+        metadata={"help": "metric of the layer drop: perplexity, accuracy, output_angle or an evaluate module"},
+    )
+    token: Token = field(
+        default="last", metadata={"help": "token at which angles are taken: last or first without padding, or all"}
+    )
+    layers_path: str | None = field(
+        default=None, metadata={"help": "name of the module list of layers, for models where it cannot be found"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = set(self.metrics or ()) - set(METRICS)
+        if unknown:
+            raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
+
+
+def diagnose(
+    model: nn.Module,
+    tokenizer: Any = None,
+    texts: str | Iterable[str] | None = None,
+    *,
+    batches: Sequence[Batch] | None = None,
+    drop_metric: Any = None,
+    output: str | Path | None = None,
+    name: str | None = None,
+    show_progress: bool = True,
+    **settings: Any,
+) -> RunReport:
+    """Measures what each layer of a model does.
+
+    The report's `layers` hold, one value a layer: `angular_distance` (to the next layer, d(x^l, x^(l+1)), in [0, 1]),
+    `block_influence`, `variance`, `mean`, `max_abs` and `added_share` of the layer's output, `gradient_norm` and
+    `layer_drop` (the metric with that layer removed less the metric of the intact model). Its `results` hold
+    `angular_distance` (L x L, [l][n - 1], None where l + n > L), `effective_depth` (value, low, high, confidence),
+    `depth_trend` (Spearman's correlation of a layer's depth with its angular distance: negative where deep layers turn
+    the hidden state less) and `layer_drop` (metric, lower_is_better, intact, without: one value a layer).
+    The formulas stand at `functional.depth`, `measure_layer_drop` and `measure_gradient_norm`.
+
+    Args:
+        model: a transformers model, wrapped or not; it is left as it was.
+        tokenizer: its tokenizer, where texts are given.
+        texts: text, list of texts, `datasets` column, or any iterable of strings.
+        batches: instead of tokenizer and texts: dicts of tensors for the model's forward (images, labelled data).
+        drop_metric: metric of the layer drop; see `hf_cod.evaluation.find_metric`.
+        output: a directory: results go there as they come, and an interrupted run goes on where it stopped.
+        name: the model's name in the report; default: where it was loaded from.
+        show_progress: show progress bars.
+        **settings: fields of `DiagnoseSettings`: metrics, sequence_length, max_samples, batch_size, pack, seed, token.
+
+    Raises:
+        ValueError: bad settings, no layers found, text shorter than one window, activations that are not finite.
+        MeasurementError: a later measure failed (a metric, say); its `report` and `output` keep the earlier ones.
+    """
+    chosen = DiagnoseSettings(**settings, drop_metric=drop_metric if isinstance(drop_metric, str) else None)
+    stack = find_decoder_layers(model, chosen.layers_path)
+    task = task_of(model)
+    metric = find_metric(drop_metric, task)
+    if batches is None:
+        if tokenizer is None or texts is None:
+            raise ValueError("texts: expected tokenizer and texts, or batches, got neither")
+        batches = token_batches(tokenizer, texts, chosen)
+        if task == "masked_lm":
+            batches = mask_tokens(tokenizer, batches, chosen.seed)
+    base: Any = unwrap(model)
+    weights = next(base.parameters())
+    report = RunReport(
+        kind="diagnose",
+        model=name or getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__,
+        settings={**asdict(chosen), "drop_metric": metric.name, **describe_batches(batches)},
+        environment=environment(execution_device(base), weights.dtype),
+        layers={},
+        results={},
+    )
+    path = None if output is None else Path(output) / "journal.jsonl"
+    work = fingerprint(asdict(chosen), metric.name, task, len(stack), _digest_model(base), _digest_batches(batches))
+    journal = Journal(path, work)
+    wanted = _applicable(chosen.metrics, task, report)
+    try:
+        _measure(model, batches, chosen, metric, wanted, journal, report, show_progress)
+    except ValueError as error:
+        report.summary[:] = summarize(report)
+        if output is not None and report.layers:
+            report.save(output)
+        raise MeasurementError(str(error), report) from error
+    report.summary[:] = summarize(report)
+    if output is not None:
+        report.save(output)
+    return report
+
+
+def _applicable(metrics: list[str] | None, task: str, report: RunReport) -> list[str]:
+    if metrics is not None:
+        return metrics
+    if task == "headless":
+        report.notes.append("gradient_norm was left out: a model without a head has no loss")
+        return [metric for metric in METRICS if metric != "gradient_norm"]
+    return list(METRICS)
+
+
+def _measure(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    chosen: DiagnoseSettings,
+    metric: Any,
+    wanted: list[str],
+    journal: Journal,
+    report: RunReport,
+    show_progress: bool,
+) -> None:
+    """Fills the report measure by measure, cheapest first, so that a failure leaves the others."""
+    options: dict[str, Any] = {"path": chosen.layers_path, "show_progress": show_progress}
+    forward = [name for name in wanted if name in FORWARD_METRICS]
+    if forward:
+        if "forward" not in journal:
+            measures = measure_forward(model, batches, forward, chosen.token, **options)
+            journal.add("forward", _forward_results(measures, forward, chosen.seed))
+        found = journal["forward"]
+        report.layers.update(found["layers"])
+        report.results.update(found["results"])
+    if "gradient_norm" in wanted:
+        if "gradient" not in journal:
+            journal.add("gradient", measure_gradient_norm(model, batches, **options))
+        report.layers["gradient_norm"] = journal["gradient"]
+    if "layer_drop" in wanted:
+        intact, without = measure_layer_drop(model, batches, metric, journal, **options)
+        report.layers["layer_drop"] = [value - intact for value in without]
+        report.results["layer_drop"] = {
+            "metric": metric.name,
+            "lower_is_better": metric.lower_is_better,
+            "intact": intact,
+            "without": without,
+        }
+
+
+def _forward_results(measures: ForwardMeasures, metrics: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
+    layers: dict[str, Any] = {}
+    results: dict[str, Any] = {}
+    if "angular_distance" in metrics:
+        matrix = measures.angular_distance()
+        results["angular_distance"] = [[None if v != v else v for v in row] for row in matrix.tolist()]
+        layers["angular_distance"] = matrix[:, 0].tolist()
+        results.update(_depth_figures(depth.adjacent(measures.distances), seed))
+    if "block_influence" in metrics:
+        layers["block_influence"] = measures.influence.double().mean(0).tolist()
+    if "output_variance" in metrics:
+        layers.update(measures.output_variance())
+    return {"layers": layers, "results": results}
+
+
+def _depth_figures(steps: Tensor, seed: int) -> dict[str, Any]:
+    """Effective depth and trend from each sample's distances (S, L) between neighbouring layers."""
+    low, high = depth.bootstrap_interval(steps, depth.effective_depth, confidence=CONFIDENCE, seed=seed)
+    mean = steps.mean(0)
+    value = float(depth.effective_depth(mean))
+    return {
+        "effective_depth": {"value": value, "low": low, "high": high, "confidence": CONFIDENCE},
+        "depth_trend": depth.spearman(torch.arange(len(mean)), mean),
+    }
+
+
+def _digest_model(model: nn.Module) -> str:
+    """Tells two models apart by a few entries of each weight; weights that are offloaded count by name alone."""
+    rows: list[Any] = []
+    for name, p in model.named_parameters():
+        if p.device.type == "meta" or p.numel() == 0:
+            rows.append(name)
+        else:
+            flat = p.detach().flatten()
+            rows.append([name, flat[:: max(1, len(flat) // WEIGHT_SAMPLE)].double().cpu().tolist()])
+    return fingerprint(rows)
+
+
+def _digest_batches(batches: Sequence[Batch]) -> str:
+    return fingerprint([{name: tensor.tolist() for name, tensor in batch.items()} for batch in batches])

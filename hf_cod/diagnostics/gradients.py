@@ -1,0 +1,101 @@
+"""Gradient norm of each layer's parameters, with the memory of one gradient at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.calibration import IGNORED_LABEL, Batch
+from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
+from hf_cod.evaluation import model_inputs, negative_log_likelihood, targets, task_of
+
+
+def measure_gradient_norm(
+    model: nn.Module, batches: Sequence[Batch], *, path: str | None = None, show_progress: bool = False
+) -> list[float]:
+    """Norm of the loss's gradient with respect to each layer's parameters, mean over batches.
+
+        g_l = 1/B sum_b || d L_b / d theta_l ||_2 = 1/B sum_b sqrt( sum_i (d L_b / d theta_{l,i})^2 )
+
+    arXiv 2502.05795, gradient norm of a layer. L_b is the mean loss over batch b's predicted tokens (next tokens,
+    hidden tokens), or the model's own loss where the batch has labels for another head. Squares are summed in float32,
+    and each gradient is freed as soon as it is counted; requires_grad and existing gradients come back as they were.
+
+    Returns:
+        One norm a layer.
+
+    Raises:
+        ValueError: a model without a head (it has no loss), weights that are offloaded, gradients that are not finite.
+    """
+    stack = find_decoder_layers(model, path)
+    task = task_of(model)
+    if task == "headless":
+        raise ValueError(
+            f"gradient_norm: expected a model with a loss, got {type(stack.model).__name__} without a head"
+        )
+    if any(p.device.type == "meta" for p in stack.model.parameters()):
+        raise ValueError("gradient_norm: expected all weights in memory, got offloaded weights; leave this metric out")
+    device = execution_device(stack.model)
+    totals = torch.zeros(len(stack), dtype=torch.float64)
+    with evaluation_mode(stack.model), _layer_squares(stack) as squares:
+        for number, batch in enumerate(progress(batches, "gradients", show_progress)):
+            for square in squares:
+                square.zero_()
+            with torch.enable_grad():
+                _loss(stack.model, to_device(batch, device), task).backward()
+            norms = torch.stack([square.sqrt().cpu() for square in squares]).double()
+            if not norms.isfinite().all():
+                layer = int((~norms.isfinite()).nonzero()[-1])
+                raise ValueError(
+                    f"gradients: expected finite numbers, got NaN or infinity in layer {layer}, batch {number}"
+                )
+            totals += norms
+    return (totals / len(batches)).tolist()
+
+
+def _loss(model: nn.Module, batch: Batch, task: str) -> Tensor:
+    if task == "labels":
+        return model(**batch).loss
+    logits = model(**model_inputs(batch)).logits
+    labels = targets(batch, task).to(logits.device)
+    return negative_log_likelihood(logits, labels).sum() / (labels != IGNORED_LABEL).sum()
+
+
+@contextmanager
+def _layer_squares(stack: DecoderLayers) -> Iterator[list[Tensor]]:
+    """Sums of squared gradients, one a layer, filled by each backward pass; no gradient outlives its counting."""
+    before = [(p, p.requires_grad, p.grad) for p in stack.model.parameters()]
+    squares: list[Tensor] = []
+    handles = []
+
+    def count_into(square: Tensor) -> Any:
+        def count(p: Tensor) -> None:
+            assert p.grad is not None
+            square.add_(p.grad.to(square.dtype).square().sum().to(square.device))
+            p.grad = None
+
+        return count
+
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(False)
+            p.grad = None
+        for layer in stack:
+            parameters = [p for p in layer.parameters() if p.is_floating_point()]
+            square = torch.zeros((), device=parameters[0].device) if parameters else torch.zeros(())
+            squares.append(square)
+            for p in parameters:
+                p.requires_grad_(True)
+                handles.append(p.register_post_accumulate_grad_hook(count_into(square)))
+        yield squares
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, required, grad in before:
+            p.requires_grad_(required)
+            p.grad = grad

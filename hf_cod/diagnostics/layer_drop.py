@@ -1,0 +1,149 @@
+"""Performance drop of removing each single layer, from hidden states that are computed once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.calibration import Batch
+from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.diagnostics.running import (
+    evaluation_mode,
+    execution_device,
+    hidden_input,
+    progress,
+    to_device,
+)
+from hf_cod.evaluation import Metric, model_inputs
+from hf_cod.files import Journal
+
+
+def measure_layer_drop(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    metric: Metric,
+    journal: Journal | None = None,
+    *,
+    path: str | None = None,
+    show_progress: bool = False,
+) -> tuple[float, list[float]]:
+    """The metric of the intact model, and of the model without each single layer.
+
+        Delta P^(l) = P_without_layer_l - P_intact            (arXiv 2502.05795, performance drop)
+
+    For each batch the intact model runs once and leaves the hidden state in front of each layer; the model without
+    layer l then starts from there, at layer l + 1. So L removals cost about L (L - 1) / 2 layers instead of L (L - 1),
+    beside the head. The result is that of the whole computation, since the layers in front do not change.
+
+    Args:
+        model: a transformers model, wrapped or not.
+        batches: dicts for the model's forward.
+        metric: from `find_metric`.
+        journal: keeps each (batch, layer); what it holds already is not computed again.
+        path: the stack's module name where it cannot be found.
+        show_progress: show a progress bar.
+
+    Returns:
+        P_intact, and P_without_layer_l for each layer.
+
+    Raises:
+        ValueError: the metric failed; says at which batch and layer. The journal keeps what was measured before.
+    """
+    stack = find_decoder_layers(model, path)
+    journal = Journal(None, "") if journal is None else journal
+    device = execution_device(stack.model)
+    bar = progress(range(len(batches) * (len(stack) + 1)), "layer drop", show_progress)
+    with torch.no_grad(), evaluation_mode(stack.model), bar:
+        for number, batch in enumerate(batches):
+            keys = [_key(number, layer) for layer in range(-1, len(stack))]
+            if all(key in journal for key in keys):
+                bar.update(len(keys))
+                continue
+            batch = to_device(batch, device)
+            inputs = model_inputs(batch)
+            with _layer_inputs(stack) as states:
+                intact = stack.model(**inputs)
+            reference = intact if metric.compares else None
+            _record(journal, metric, number, -1, intact, batch, intact)
+            del intact
+            bar.update()
+            for layer in range(len(stack)):
+                if _key(number, layer) not in journal:
+                    with _start_behind(stack, layer, states[layer]):
+                        outputs = stack.model(**inputs)
+                    _record(journal, metric, number, layer, outputs, batch, reference)
+                states[layer] = None
+                bar.update()
+    values = [_value(journal, metric, len(batches), layer) for layer in range(-1, len(stack))]
+    return values[0], values[1:]
+
+
+def _key(batch: int, layer: int) -> str:
+    return f"drop {batch} {layer}"
+
+
+def _value(journal: Journal, metric: Metric, n_batches: int, layer: int) -> float:
+    return metric.value([row for number in range(n_batches) for row in journal[_key(number, layer)]])
+
+
+def _record(journal: Journal, metric: Metric, number: int, layer: int, outputs: Any, batch: Batch, intact: Any) -> None:
+    try:
+        rows = metric.rows(outputs, batch, intact)
+    except Exception as error:
+        what = "the intact model" if layer < 0 else f"layer {layer} removed"
+        raise ValueError(f"metric: {metric.name} failed on batch {number} with {what}: {error}") from error
+    journal.add(_key(number, layer), rows)
+
+
+@contextmanager
+def _layer_inputs(stack: DecoderLayers) -> Iterator[list[Any]]:
+    """Fills the list with the hidden state (S, T, d) in front of each layer while the block runs the model."""
+    states: list[Any] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        states.append((hidden_input(args, kwargs), isinstance(output, tuple)))
+
+    handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in stack]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Passage(nn.Module):
+    """Stands where a layer stood and hands on a hidden state: the stored one, or the one that comes in.
+
+    Everything else that the model asks of a layer (its attention type, say) is answered by the layer itself.
+    """
+
+    def __init__(self, layer: nn.Module, stored: Tensor | None, returns_tuple: bool) -> None:
+        super().__init__()
+        self.__dict__.update(layer=layer, stored=stored, returns_tuple=returns_tuple)  # not a submodule of this one
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_input(args, kwargs) if self.stored is None else self.stored
+        return (hidden,) if self.returns_tuple else hidden
+
+
+@contextmanager
+def _start_behind(stack: DecoderLayers, layer: int, state: tuple[Tensor, bool]) -> Iterator[None]:
+    """Within the block the model's forward reaches layer + 1 with `state`, as if `layer` did not exist."""
+    hidden, returns_tuple = state
+    modules = stack.module_list._modules
+    passages = [_Passage(stack[i], hidden if i == layer else None, returns_tuple) for i in range(layer + 1)]
+    shortened = OrderedDict(modules)
+    shortened.update((str(i), passage) for i, passage in enumerate(passages))
+    try:
+        stack.module_list._modules = shortened
+        yield
+    finally:
+        stack.module_list._modules = modules

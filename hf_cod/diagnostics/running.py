@@ -1,0 +1,72 @@
+"""How a model is run while it is measured: quietly, on its own device, and left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_cod.calibration import Batch
+
+Item = TypeVar("Item")
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no KV cache inside; each module's training flag and the config come back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    caches = hasattr(config, "use_cache")
+    use_cache = config.use_cache if caches else None
+    try:
+        model.eval()
+        if caches:
+            config.use_cache = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        if caches:
+            config.use_cache = use_cache
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Where inputs go: the device of the first weight that has one, or of accelerate's hooks for offloaded weights.
+
+    Raises:
+        ValueError: all weights are on the meta device, with nothing to load them from.
+    """
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":
+            return parameter.device
+    raise ValueError("model: expected weights, got a model on the meta device; load it with from_pretrained")
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The batch on `device`."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def progress(items: Iterable[Item], title: str, show: bool, total: int | None = None) -> Any:
+    """A progress bar that goes away when it is done."""
+    return tqdm(items, desc=title, disable=not show, leave=False, total=total)
+
+
+def hidden_input(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state that a layer was called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def hidden_output(output: Any) -> Tensor:
+    """The hidden state that a layer returned, alone or as the first of several."""
+    return output[0] if isinstance(output, (tuple, list)) else output

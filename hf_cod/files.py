@@ -1,0 +1,97 @@
+"""Files that survive an interruption: written aside, flushed, renamed; and a journal that a run resumes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def write_aside(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
+    """Calls `write(file)` on a temporary binary file beside `path`, which takes that name only once it is on disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp makes files that only their owner reads
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes `text` as UTF-8, aside and renamed."""
+    return write_aside(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Writes `value` as strict JSON (no NaN), aside and renamed."""
+    return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of JSON-like values: equal work has an equal fingerprint."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class Journal:
+    """Results of a long run, one JSON line each, so that an interrupted run goes on where it stopped.
+
+    The first line holds a fingerprint of the work. A file of other work is begun anew; a last line that was cut off in
+    the middle of writing is dropped. Without a path the journal lives in memory alone.
+
+    Args:
+        path: the file, or None.
+        work: what `fingerprint` gave for this run's inputs and settings.
+    """
+
+    def __init__(self, path: str | Path | None, work: str) -> None:
+        self.path = Path(path) if path is not None else None
+        self.entries: dict[str, Any] = {}
+        if self.path is None:
+            return
+        lines = self._read(work)
+        head = json.dumps({"work": work})
+        write_text(self.path, "\n".join([head, *lines]) + "\n")
+
+    def _read(self, work: str) -> list[str]:
+        assert self.path is not None
+        if not self.path.exists():
+            return []
+        head, *lines = self.path.read_text(encoding="utf-8").split("\n")
+        if head != json.dumps({"work": work}):
+            return []
+        whole = []
+        for line in lines:
+            try:
+                key, value = json.loads(line)
+            except ValueError:  # the empty tail, or a line that the interruption cut
+                continue
+            self.entries[key] = value
+            whole.append(line)
+        return whole
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.entries
+
+    def __getitem__(self, key: str) -> Any:
+        return self.entries[key]
+
+    def add(self, key: str, value: Any) -> None:
+        """Records one result; it is on disk when this returns."""
+        self.entries[key] = value
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, value]) + "\n")
+                file.flush()
+                os.fsync(file.fileno())

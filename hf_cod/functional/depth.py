@@ -1,0 +1,159 @@
+"""How much each layer does: angular distance, block influence, output variance, effective depth.
+
+Symbols: L layers, counted from 0; x^l the hidden state that enters layer l, so that x^(l+1) leaves it and x^L leaves
+the last one, before the final norm; S samples, T tokens, d the width. Shapes stand behind the lines that change them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in the widest float that its device computes in: float64, or float32 on Apple's GPUs."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def angular_distances(x: Tensor) -> Tensor:
+    """Angular distance between all pairs of hidden states of one token.
+
+        d(x^l, x^m) = 1/pi * arccos( x^l . x^m / (||x^l|| ||x^m||) )        in [0, 1]
+
+    Curse of Depth (arXiv 2502.05795, angular distance; after Gromov et al., arXiv 2403.17887, eq. 3). Sums are in
+    float64, where a distance of 0 comes out below 3e-8.
+
+    Args:
+        x: (..., L + 1, d) hidden states of one token at each depth.
+
+    Returns:
+        (..., L + 1, L + 1), symmetric, zero on the diagonal.
+    """
+    x = torch.nn.functional.normalize(wide(x), dim=-1, eps=torch.finfo(torch.float32).tiny)
+    cosine = (x @ x.mT).clamp(-1, 1)  # (..., L + 1, L + 1)
+    distance = cosine.arccos() / math.pi
+    return distance - torch.diag_embed(distance.diagonal(dim1=-2, dim2=-1))
+
+
+def by_layer_and_step(distances: Tensor) -> Tensor:
+    """Lays pair distances out as the paper's Figure 2: column l, step n.
+
+    Args:
+        distances: (..., L + 1, L + 1), the result of `angular_distances`.
+
+    Returns:
+        (..., L, L): entry [l, n - 1] is d(x^l, x^(l+n)); NaN where l + n > L.
+    """
+    L = distances.shape[-1] - 1
+    l = torch.arange(L, device=distances.device)[:, None]  # noqa: E741 - the paper's letter
+    end = l + torch.arange(1, L + 1, device=distances.device)  # (L, L): l + n
+    laid_out = distances[..., l.expand(L, L), end.clamp(max=L)]
+    return laid_out.masked_fill(end > L, math.nan)
+
+
+def adjacent(distances: Tensor) -> Tensor:
+    """(..., L): d(x^l, x^(l+1)) of each layer, out of all pairs (..., L + 1, L + 1)."""
+    return distances.diagonal(offset=1, dim1=-2, dim2=-1)
+
+
+def block_influence(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Block influence of a layer that turns x into y, for each sample.
+
+        BI = 1 - E_t [ x_t . y_t / (||x_t|| ||y_t||) ]
+
+    ShortGPT (Men et al., arXiv 2403.03853, eq. 1). The expectation is over the sample's non-padding tokens.
+
+    Args:
+        x, y: (S, T, d), input and output of the layer.
+        mask: (S, T), true for tokens that count; None counts all.
+
+    Returns:
+        (S,) float32 or wider.
+    """
+    high = torch.promote_types(x.dtype, torch.float32)
+    cosine = torch.nn.functional.cosine_similarity(x.to(high), y.to(high), dim=-1)  # (S, T)
+    if mask is None:
+        return 1 - cosine.mean(-1)
+    return 1 - (cosine * mask).sum(-1) / mask.sum(-1)
+
+
+def moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sums from which mean and variance over any union of tokens follow by addition.
+
+    Args:
+        x: (S, T, d).
+        mask: (S, T), true for tokens that count; None counts all.
+
+    Returns:
+        (4,): count, sum, sum of squares (float64 where the device has it), largest magnitude.
+    """
+    x = (x if mask is None else x[mask]).flatten()
+    w = wide(x)
+    return torch.stack([w.new_tensor(w.numel()), w.sum(), w.square().sum(), x.abs().max().to(w)])
+
+
+def effective_depth(contributions: Tensor) -> Tensor:
+    """Effective depth: how many equal layers would be as diverse as these unequal ones.
+
+        D_eff = (sum_l w_l)^2 / sum_l w_l^2 = 1 / sum_l p_l^2,   p_l = w_l / sum_k w_k        in [1, L]
+
+    The participation ratio of the layers' contributions, that is the Hill number of order 2 of their shares p_l (Hill
+    1973, "Diversity and evenness"). w_l is what layer l contributes, here its mean angular distance d(x^l, x^(l+1)).
+    It is L when all layers turn the hidden state equally far, 1 when a single layer does everything, and k when k
+    layers share the work equally and the others do nothing.
+
+    Args:
+        contributions: (..., L), not negative.
+
+    Returns:
+        (...). L for contributions that are all zero: no layer stands out.
+    """
+    squares = contributions.square().sum(-1)
+    L = contributions.shape[-1]
+    return torch.where(squares > 0, contributions.sum(-1).square() / squares, float(L))
+
+
+def bootstrap_interval(
+    samples: Tensor,
+    statistic: Callable[[Tensor], Tensor],
+    *,
+    confidence: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (Efron 1979) of `statistic(mean over samples)`.
+
+    Args:
+        samples: (S, ...), one entry a sample.
+        statistic: maps (draws, ...) means to (draws,) values.
+        confidence: probability mass between the two ends.
+        draws: how many times the samples are drawn with replacement.
+        seed: of the draws.
+    """
+    S = samples.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(S, (draws, S), generator=generator)
+    weights = torch.zeros(draws, S, dtype=samples.dtype).scatter_add_(
+        1, drawn, torch.ones(draws, S, dtype=samples.dtype)
+    )
+    means = (weights @ samples.flatten(1) / S).unflatten(1, samples.shape[1:])  # (draws, ...)
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(statistic(means), torch.tensor([tail, 1 - tail], dtype=samples.dtype))
+    return float(low), float(high)
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of two vectors, ties by average rank; 0 where either is constant."""
+
+    def ranks(x: Tensor) -> Tensor:
+        below = (x[:, None] > x[None, :]).sum(1)
+        equal = (x[:, None] == x[None, :]).sum(1)
+        rank = below + (equal - 1) / 2
+        return rank.double() - rank.double().mean()
+
+    a, b = ranks(a), ranks(b)
+    scale = a.norm() * b.norm()
+    return float(a @ b / scale) if scale > 0 else 0.0

@@ -1,0 +1,182 @@
+"""Layers taken out of a model: for the length of a `with` block (`skip`), or for good (`drop`).
+
+Both cut the stack, renumber what is left and mend the config, because a model whose `layer_idx` has a gap fails in
+its KV cache, and a config that still counts the removed layers builds another model (transformers issue 30508).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+
+# Attributes by which modules know their own place in the stack.
+LAYER_INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number", "layer_num")
+# Config fields that list the layers of one kind by index.
+INDEX_LIST_FIELDS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs")
+# Config fields that count leading layers of one kind.
+LEADING_COUNT_FIELDS = ("first_k_dense_replace", "max_window_layers")
+# Lists that may have as many entries as there are layers, and yet hold no entry for each layer.
+NOT_PER_LAYER_FIELDS = (
+    "architectures",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "id2label",
+    "out_features",
+    "out_indices",
+    "stage_names",
+)
+
+
+@contextmanager
+def skip(model: nn.Module, layers: int | Iterable[int], path: str | None = None) -> Iterator[None]:
+    """Runs the block with `layers` removed; afterwards the model and its config are as before, also on an exception.
+
+    Inside the block the model is a shorter model: forward, generate with a KV cache and every metric work on it.
+
+    Args:
+        model: a transformers model, wrapped or not.
+        layers: the layers to leave out, counted from 0.
+        path: the stack's module name where it cannot be found.
+
+    Raises:
+        ValueError: a layer that does not exist, or none would be left.
+    """
+    stack = find_decoder_layers(model, path)
+    changes = _Changes()
+    try:
+        _shrink(stack, _kept(stack, layers), changes)
+        yield
+    finally:
+        changes.undo()
+
+
+def drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None) -> list[int]:
+    """Removes `layers` from the model for good, so that generate, save_pretrained and from_pretrained work.
+
+    Renumbers every layer index inside the kept layers, sets `num_hidden_layers` and cuts `layer_types` and each other
+    per-layer list of the config. Where a function depends on the layer's number (GPT-2 with
+    `scale_attn_by_inverse_layer_idx`), the new number counts, in memory as after a reload.
+
+    Returns:
+        The old indices of the kept layers, in order.
+
+    Raises:
+        ValueError: a layer that does not exist, none would be left, layers that share keys and values, or an
+            architecture whose config cannot describe the result (a model from that config would differ); the model
+            is unchanged then.
+    """
+    stack = find_decoder_layers(model, path)
+    kept = _kept(stack, layers)
+    if getattr(stack.config, "is_encoder_decoder", False):
+        raise ValueError(f"model: expected one stack of layers, got an encoder-decoder ({type(stack.model).__name__})")
+    if getattr(stack.config, "num_kv_shared_layers", 0):
+        raise ValueError("model: expected layers with their own keys and values, got num_kv_shared_layers > 0")
+    changes = _Changes()
+    try:
+        _shrink(stack, kept, changes)
+        _check_config_builds(stack)
+    except BaseException:
+        changes.undo()
+        raise
+    return kept
+
+
+class _Changes:
+    """Attribute and item assignments that can be taken back in reverse order."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Any, str, Any]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        self._undo.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        while self._undo:
+            owner, name, value = self._undo.pop()
+            setattr(owner, name, value)
+
+
+def _kept(stack: DecoderLayers, layers: int | Iterable[int]) -> list[int]:
+    removed = {layers} if isinstance(layers, int) else set(layers)
+    wrong = sorted(i for i in removed if not 0 <= i < len(stack))
+    if wrong:
+        raise ValueError(f"layers: expected indices from 0 to {len(stack) - 1}, got {wrong}")
+    kept = [i for i in range(len(stack)) if i not in removed]
+    if not kept:
+        raise ValueError(f"layers: expected at least one of {len(stack)} layers to be left, got all of them removed")
+    return kept
+
+
+def _shrink(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
+    layers = [stack[i] for i in kept]
+    changes.set(stack.module_list, "_modules", OrderedDict((str(i), layer) for i, layer in enumerate(layers)))
+    for new, (old, layer) in enumerate(zip(kept, layers, strict=True)):
+        for module in layer.modules():
+            for name in LAYER_INDEX_ATTRIBUTES:
+                if module.__dict__.get(name) == old:
+                    changes.set(module, name, new)
+    if stack.config is not None:
+        _mend_config(stack.config, kept, changes)
+
+
+def _mend_config(config: Any, kept: list[int], changes: _Changes) -> None:
+    depth = config.num_hidden_layers
+    changes.set(config, "num_hidden_layers", len(kept))
+    for name, value in list(vars(config).items()):
+        if name.startswith("_") or name in NOT_PER_LAYER_FIELDS:
+            continue
+        if name in INDEX_LIST_FIELDS and value is not None:
+            changes.set(config, name, [new for new, old in enumerate(kept) if old in value])
+        elif name in LEADING_COUNT_FIELDS and value is not None:
+            changes.set(config, name, sum(old < value for old in kept))
+        elif isinstance(value, (list, tuple)) and len(value) == depth:
+            changes.set(config, name, type(value)(value[i] for i in kept))
+
+
+def _check_config_builds(stack: DecoderLayers) -> None:
+    """A model built from the mended config must have the kept layers, or a reload would be another model."""
+    if stack.config is None:
+        return
+    with torch.device("meta"):
+        built: Any = type(stack.model)(copy.deepcopy(stack.model.config))
+        rebuilt = find_decoder_layers(built, stack.path)
+    for index, (mine, built) in enumerate(zip(stack, rebuilt, strict=True)):
+        difference = _first_difference(mine, built)
+        if difference:
+            raise ValueError(
+                f"layers: the config of {type(stack.model).__name__} cannot describe what is left: as layer {index} "
+                f"it would build another one ({difference}); drop layers in whole periods of its pattern, or use skip"
+            )
+
+
+def _first_difference(mine: nn.Module, built: nn.Module) -> str | None:
+    """The first module or plain setting in which two layers differ; weights, perhaps quantized, are not compared."""
+    ours, theirs = dict(mine.named_modules()), dict(built.named_modules())
+    for name, module in theirs.items():
+        if name not in ours:
+            return f"{name or 'layer'} is missing"
+        here, there = _plain_settings(ours[name]), _plain_settings(module)
+        for key in here.keys() & there.keys():
+            if here[key] != there[key]:
+                return f"{(name + '.') if name else ''}{key} is {here[key]!r}, would be {there[key]!r}"
+    return None
+
+
+def _plain_settings(module: nn.Module) -> Mapping[str, Any]:
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, (int, float, str)) and key != "training" and not key.startswith("_")
+    }

@@ -1,0 +1,163 @@
+"""Pictures from reports alone; the only importer of matplotlib.
+
+Colours: viridis (readable by colour-blind people and in grey print) and one dark blue; what matters is also said by
+position or text, never by colour alone. Yellow means near, as in the paper's Figure 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from hf_cod.comparison import Comparison
+from hf_cod.files import write_aside
+from hf_cod.report import RunReport
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("plots: drawing needs matplotlib: pip install 'hf_cod[plots]'") from error
+
+NEAR_IS_YELLOW = "viridis_r"
+INK = "#26456e"
+PALE = "#9fb4cc"
+DPI = 150
+# Above this ratio between the largest and the least value a linear axis shows only the largest.
+LOG_RATIO = 50
+
+
+def plot_report(report: RunReport, directory: str | Path | None = None) -> Figure:
+    """Draws what a report holds; writes overview.png and one picture a panel into `directory` if given."""
+    panels = [draw for name, draw in PANELS.items() if _has(report, name)]
+    if not panels:
+        raise ValueError(f"report: expected measures to draw, got none in a report of {report.kind}")
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(6.2 * columns, 4.4 * rows), layout="constrained")
+    for axes, draw in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
+        draw(axes, report)
+    for axes in figure.axes[len(panels) : rows * columns]:
+        axes.set_axis_off()
+    figure.suptitle(_title(report))
+    if directory is not None:
+        _save(figure, Path(directory) / "overview.png")
+        for name, draw in PANELS.items():
+            if _has(report, name):
+                single = Figure(figsize=(6.2, 4.4), layout="constrained")
+                draw(single.subplots(), report)
+                _save(single, Path(directory) / f"{name}.png")
+    return figure
+
+
+def plot_comparison(comparison: Comparison, directory: str | Path | None = None) -> Figure:
+    """A column for each run, a row for each measure that any of them holds; writes compare.png if given a directory."""
+    names = [name for name in PANELS if any(_has(report, name) for report in comparison.reports)]
+    columns = len(comparison.reports)
+    figure = Figure(figsize=(5.4 * columns, 3.7 * len(names) + 0.4), layout="constrained")
+    grid = figure.subplots(len(names), columns, squeeze=False)
+    farthest = max(
+        (v for r in comparison.reports for row in r.results.get("angular_distance", []) for v in row if v is not None),
+        default=None,
+    )
+    for row, name in zip(grid, names, strict=True):
+        for axes, report, label in zip(row, comparison.reports, comparison.labels, strict=True):
+            if not _has(report, name):
+                axes.set_axis_off()
+                axes.text(0.5, 0.5, f"{name.replace('_', ' ')}: not measured", ha="center", transform=axes.transAxes)
+            elif name == "angular_distance":
+                _angular_distance(axes, report, farthest)
+            else:
+                PANELS[name](axes, report)
+            if name == names[0]:
+                axes.set_title(f"{_shorten(label)}\n{axes.get_title()}")
+    if directory is not None:
+        _save(figure, Path(directory) / "compare.png")
+    return figure
+
+
+def _angular_distance(axes: Axes, report: RunReport, farthest: float | None = None) -> None:
+    """The paper's Figure 2: column l, row n, yellow where layer l + n is near to layer l."""
+    matrix = report.results["angular_distance"]
+    L = len(matrix)
+    image = axes.imshow(
+        [[float("nan") if v is None else v for v in row] for row in zip(*matrix, strict=True)],
+        origin="lower",
+        cmap=NEAR_IS_YELLOW,
+        vmin=0,
+        vmax=farthest,
+        aspect="auto",
+        extent=(-0.5, L - 0.5, 0.5, L + 0.5),
+        interpolation="nearest",
+    )
+    axes.set(xlabel="layer l", ylabel="subsequent layer n", title="Angular distance d(x$^l$, x$^{l+n}$)")
+    axes.figure.colorbar(image, ax=axes, label="yellow: near", shrink=0.9)
+
+
+def _layer_drop(axes: Axes, report: RunReport) -> None:
+    drop = report.results["layer_drop"]
+    values = drop["without"]
+    metric = drop["metric"].replace("_", " ")
+    if drop["lower_is_better"] and min(values) > 0 and drop["intact"] > 0:
+        _log_if_wide(axes, [*values, drop["intact"]])
+    _bars(axes, values)
+    axes.axhline(drop["intact"], color="black", linestyle="--", linewidth=1, label=f"intact: {drop['intact']:.4g}")
+    axes.legend(loc="upper center", frameon=False)
+    axes.set(ylabel=metric, title="Performance without each single layer")
+
+
+def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunReport], None]:
+    def draw(axes: Axes, report: RunReport) -> None:
+        values = report.layers[measure]
+        _log_if_wide(axes, values)
+        _bars(axes, values)
+        axes.set(ylabel=label, title=title)
+
+    return draw
+
+
+def _bars(axes: Axes, values: list[float]) -> None:
+    """Bars with the three extreme layers in dark and numbered, so that they are found without counting."""
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    marked = set(order[:3]) if len(values) > 3 else set()
+    bars = axes.bar(range(len(values)), values, color=[INK if i in marked else PALE for i in range(len(values))])
+    axes.bar_label(bars, labels=[str(i) if i in marked else "" for i in range(len(values))], fontsize=8)
+    axes.set_xlabel("layer")
+    axes.margins(x=0.01)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _log_if_wide(axes: Axes, values: list[float]) -> None:
+    if min(values) > 0 and max(values) / min(values) > LOG_RATIO:
+        axes.set_yscale("log")
+
+
+# Picture -> how it is drawn; the order is that of the overview.
+PANELS: dict[str, Callable[..., None]] = {
+    "angular_distance": _angular_distance,
+    "layer_drop": _layer_drop,
+    "gradient_norm": _per_layer("gradient_norm", "Gradient norm of each layer", "‖∂L/∂θ$_l$‖"),
+    "variance": _per_layer("variance", "Output variance of each layer", "variance"),
+}
+
+
+def _has(report: RunReport, name: str) -> bool:
+    return name in report.layers and (name != "angular_distance" or name in report.results)
+
+
+def _title(report: RunReport) -> str:
+    found = report.results.get("effective_depth")
+    depth = f": effective depth {found['value']:.1f} of {report.n_layers} layers" if found else ""
+    return _shorten(report.model) + depth
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 48 else "..." + name[-45:]
+
+
+def _save(figure: Any, path: Path) -> None:
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=DPI)
+    write_aside(path, lambda file: file.write(picture.getvalue()))

@@ -1,0 +1,147 @@
+"""RunReport: what a run did and found, as one JSON file, a Markdown page and, through `plots`, pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import hf_cod
+from hf_cod.files import write_json, write_text
+
+FORMAT_VERSION = 1
+
+
+def environment(device: Any = None, dtype: Any = None) -> dict[str, str]:
+    """Versions and machine that a figure was measured with."""
+    found = {
+        "hf_cod": hf_cod.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device is not None:
+        found["device"] = str(device)
+    if dtype is not None:
+        found["dtype"] = str(dtype).removeprefix("torch.")
+    return found
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run did and found.
+
+    Attributes:
+        kind: which command or function made it, such as "diagnose".
+        model: the model's name.
+        settings: every setting of the run, seeds included.
+        environment: versions, device, dtype, time.
+        layers: measure -> one value for each layer, from layer 0 on (None where it could not be measured).
+        results: everything that is not one value a layer; the function that made the report documents it.
+        summary: the findings in sentences.
+        notes: what was left out, and why.
+    """
+
+    kind: str
+    model: str
+    settings: dict[str, Any]
+    environment: dict[str, str]
+    layers: dict[str, list[Any]]
+    results: dict[str, Any]
+    summary: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers of the model."""
+        return max((len(values) for values in self.layers.values()), default=0)
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes `report.json` and `report.md` into `directory`; returns the former's path."""
+        directory = Path(directory)
+        path = write_json(directory / "report.json", {"format": FORMAT_VERSION, **_finite(asdict(self))})
+        write_text(directory / "report.md", self.to_markdown(directory))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunReport:
+        """Reads a report from its directory or from the JSON file itself.
+
+        Raises:
+            ValueError: no report there, or one of another format.
+        """
+        path = Path(path)
+        file = path / "report.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"report: expected a directory with a report.json, or such a file, got {str(path)!r}")
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            version = content.pop("format")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"report: expected a report of hf_cod, got {str(file)!r}") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(f"report: expected format {FORMAT_VERSION}, got {version} in {str(file)!r}")
+        return cls(**{key: _restored(value) for key, value in content.items()})
+
+    def plot(self, directory: str | Path | None = None) -> Any:
+        """Draws the report: returns the overview as a matplotlib figure and, given a directory, writes all pictures.
+
+        Raises:
+            ImportError: matplotlib is missing; the message says how to add it.
+        """
+        from hf_cod import plots  # the one import upwards: plots reads reports, and people ask the report
+
+        return plots.plot_report(self, directory)
+
+    def to_markdown(self, directory: str | Path | None = None) -> str:
+        """The report as a page; shows the pictures that lie in `directory`."""
+        parts = [f"# {self.kind}: {self.model}", "", *[f"- {line}" for line in self.summary], ""]
+        pictures = sorted(Path(directory).glob("*.png")) if directory else []
+        parts += [f"![{picture.stem.replace('_', ' ')}]({picture.name})\n" for picture in pictures]
+        if self.layers:
+            names = list(self.layers)
+            parts += ["| layer | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+            parts += ["|---:" * (len(names) + 1) + "|"]
+            for i in range(self.n_layers):
+                parts.append(f"| {i} | " + " | ".join(format_number(self.layers[n][i]) for n in names) + " |")
+            parts.append("")
+        if self.notes:
+            parts += ["Notes:", "", *[f"- {note}" for note in self.notes], ""]
+        parts += ["Settings: " + ", ".join(f"{k} = {v}" for k, v in self.settings.items()) + ".", ""]
+        parts += ["Made with " + ", ".join(f"{k} {v}" for k, v in self.environment.items()) + ".", ""]
+        return "\n".join(parts)
+
+
+def format_number(value: float | None) -> str:
+    """A figure for people: four significant digits, a dash for what was not measured."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.3e}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: NaN becomes null, infinity the text "inf"."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _restored(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    return float(value) if value in ("inf", "-inf") else value
