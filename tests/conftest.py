@@ -1,0 +1,45 @@
+"""Shared fixtures: tiny models of every family, and real ones."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch: spinning threads make tiny forward passes many times slower on a loaded machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what the tests need from outside comes from packages
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest
+import torch
+
+from tests import real_models
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    return real_models.smollm2()
+
+
+@pytest.fixture(scope="session")
+def mpnet() -> str:
+    return real_models.mpnet()
+
+
+@pytest.fixture(scope="session")
+def dinov2():
+    return real_models.dinov2()
+
+
+@pytest.fixture(scope="session")
+def photograph():
+    return real_models.photograph()
+
+
+@pytest.fixture(scope="session")
+def brown_text() -> str:
+    return real_models.brown_text()

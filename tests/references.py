@@ -1,0 +1,94 @@
+"""The formulas as one would write them down: slow, whole, one layer and one sample at a time."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import torch
+
+from hf_cod.decoder_layers import find_decoder_layers
+
+
+def hidden_states(model, batch):
+    """[x^0, ..., x^L]: what enters the first layer and what leaves each layer, read by plain hooks."""
+    states, handles = [], []
+    layers = list(find_decoder_layers(model))
+    first = lambda module, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"])  # noqa: E731
+    after = lambda module, args, out: states.append(out[0] if isinstance(out, tuple) else out)  # noqa: E731
+    handles.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
+    handles += [layer.register_forward_hook(after) for layer in layers]
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return [x.double() for x in states]
+
+
+def kept_positions(mask, row, length):
+    return list(range(length)) if mask is None else [t for t in range(length) if mask[row, t]]
+
+
+def angle(x, y):
+    cosine = torch.dot(x, y) / (x.norm() * y.norm())
+    return math.acos(max(-1.0, min(1.0, float(cosine)))) / math.pi
+
+
+def angular_matrix(states, mask, token):
+    """L x L, [l][n - 1]."""
+    L = len(states) - 1
+    matrix = torch.full((L, L), math.nan, dtype=torch.float64)
+    for l in range(L):  # noqa: E741
+        for n in range(1, L - l + 1):
+            per_sample = []
+            for s in range(len(states[0])):
+                kept = kept_positions(mask, s, states[0].shape[1])
+                kept = {"last": kept[-1:], "first": kept[:1], "all": kept}[token]
+                angles = [angle(states[l][s, t], states[l + n][s, t]) for t in kept]
+                per_sample.append(sum(angles) / len(angles))
+            matrix[l, n - 1] = sum(per_sample) / len(per_sample)
+    return matrix
+
+
+def block_influence(states, mask):
+    result = []
+    for x, y in itertools.pairwise(states):
+        samples = []
+        for s in range(len(x)):
+            kept = kept_positions(mask, s, x.shape[1])
+            cosines = [float(torch.dot(x[s, t], y[s, t]) / (x[s, t].norm() * y[s, t].norm())) for t in kept]
+            samples.append(1 - sum(cosines) / len(cosines))
+        result.append(sum(samples) / len(samples))
+    return result
+
+
+def real_tokens(x, mask):
+    rows = [x[s, t] for s in range(len(x)) for t in kept_positions(mask, s, x.shape[1])]
+    return torch.stack(rows)
+
+
+def perplexity(model, batch):
+    with torch.no_grad():
+        logits = model(**batch).logits.double()
+    total, count = 0.0, 0
+    for s in range(len(logits)):
+        for t in range(logits.shape[1] - 1):
+            if batch["attention_mask"][s, t + 1]:
+                total -= float(logits[s, t].log_softmax(-1)[batch["input_ids"][s, t + 1]])
+                count += 1
+    return math.exp(total / count)
+
+
+def without_layer(model, index):
+    """A copy in which layer `index` hands its input on."""
+    model = copy.deepcopy(model)
+    layer = find_decoder_layers(model)[index]
+    forward = layer.forward
+
+    def passing(*args, **kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if isinstance(forward(*args, **kwargs), tuple) else hidden
+
+    layer.forward = passing
+    return model

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from hf_cod import find_decoder_layers
+from tests.tiny_models import CAUSAL, FAMILIES, build
+
+PATHS = {"gpt2": "transformer.h", "opt": "model.decoder.layers", "bert": "bert.encoder.layer"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finds_the_stack_and_what_is_inside(family):
+    model = build(family)
+    stack = find_decoder_layers(model)
+    assert len(stack) == 4
+    assert stack.path == PATHS.get(family, stack.path)
+    named = dict(model.named_parameters())
+    owned = {name for name in named if stack.index_of(name) is not None}
+    assert {id(named[name]) for name in owned} == {id(p) for layer in stack for p in layer.parameters()}
+    for index in range(4):
+        assert stack.linears(index), "every layer has matrices"
+        if family != "olmo2":  # whose norms count as well, but stand on the outputs
+            assert stack.norms(index)
+        for name, module in {**stack.linears(index), **stack.norms(index)}.items():
+            assert stack.index_of(name) == index
+            assert model.get_submodule(name) is module
+    assert stack.embeddings is model.get_input_embeddings()
+    assert (stack.head is not None) == (family in CAUSAL or family in ("bert", "mpnet"))
+
+
+def test_all_matrices_of_a_layer_are_found():
+    llama = find_decoder_layers(build("llama"))
+    assert [name.split(".")[-1] for name in llama.linears(2)] == [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ]  # fmt: skip
+    assert len(llama.norms(0)) == 2
+    gpt2 = find_decoder_layers(build("gpt2"))
+    assert list(gpt2.linears(1)) == [
+        f"transformer.h.1.{m}" for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    assert type(gpt2.linears(1)["transformer.h.1.mlp.c_fc"]).__name__ == "Conv1D"
+
+
+def test_experts_are_found_as_banks():
+    stack = find_decoder_layers(build("mixtral"))
+    assert list(stack.experts(0)) == ["model.layers.0.mlp.experts"]
+    assert find_decoder_layers(build("llama")).experts(0) == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "dinov2", "vit"])
+def test_final_norm(family):
+    norm = find_decoder_layers(build(family)).final_norm
+    assert isinstance(norm, nn.Module) and "orm" in type(norm).__name__
+
+
+def test_post_ln_has_no_final_norm():
+    assert find_decoder_layers(build("bert")).final_norm is None
+
+
+@pytest.mark.parametrize("wrap", ["peft", "compile", "compiled_layer", "peft_compile"])
+def test_wrapped_models_give_the_same_stack(wrap):
+    model = build("llama")
+    plain = find_decoder_layers(model)
+    names, layers = list(plain.linears(1)), list(plain)
+    wrapped = model
+    if "peft" in wrap:
+        wrapped = get_peft_model(wrapped, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    if "compile" in wrap and wrap != "compiled_layer":
+        wrapped = torch.compile(wrapped)
+    if wrap == "compiled_layer":
+        model.model.layers[1] = torch.compile(model.model.layers[1])
+        layers[1] = model.model.layers[1]
+    stack = find_decoder_layers(wrapped)
+    assert list(stack) == layers
+    assert list(stack.linears(1)) == names, "names are those of the bare model, adapters' own factors do not count"
+    counted = [name for name, _ in wrapped.named_parameters() if stack.index_of(name) == 1]
+    assert len(counted) == len(list(layers[1].named_parameters()))
+
+
+def test_distributed_wrapper(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(build("llama"))
+        stack = find_decoder_layers(wrapped)
+        assert len(stack) == 4 and stack.index_of("module.model.layers.3.mlp.up_proj.weight") == 3
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_no_stack_is_told_with_what_there_is():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.towers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+    with pytest.raises(ValueError, match=r"module lists: towers \(2 x Linear\)"):
+        find_decoder_layers(Odd())
+    assert len(find_decoder_layers(Odd(), path="towers")) == 2
+    with pytest.raises(ValueError, match="path: expected the name of a module list, got 'tower'"):
+        find_decoder_layers(Odd(), path="tower")
+    with pytest.raises(ValueError, match="no module list at all"):
+        find_decoder_layers(nn.Linear(2, 2))
+
+
+def test_one_layer_model():
+    assert len(find_decoder_layers(build("llama", layers=1))) == 1
+
+
+def test_names_outside_the_stack_have_no_layer():
+    stack = find_decoder_layers(build("llama"))
+    assert stack.index_of("model.embed_tokens.weight") is None
+    assert stack.index_of("lm_head.weight") is None

@@ -1,0 +1,142 @@
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_cod import drop, find_decoder_layers, skip
+from tests.references import without_layer
+from tests.tiny_models import CAUSAL, FAMILIES, batch_for, build
+
+
+def snapshot(model):
+    """Everything that a removal touches: config, weights and each layer's idea of its place."""
+    places = [(n, m.layer_idx) for n, m in model.named_modules() if hasattr(m, "layer_idx")]
+    return copy.deepcopy(model.config.to_dict()), places, [(n, id(p)) for n, p in model.named_parameters()]
+
+
+def output(model, batch):
+    with torch.no_grad():
+        return model(**batch)[0]
+
+
+@pytest.mark.parametrize("removed", [0, 2, [1, 3]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_skip_computes_the_model_without_the_layers_and_leaves_no_trace(family, removed):
+    model = build(family)
+    batch, before = batch_for(model), snapshot(model)
+    intact = output(model, batch)
+    reference = model
+    for index in [removed] if isinstance(removed, int) else removed:
+        reference = without_layer(reference, index)
+    with skip(model, removed):
+        torch.testing.assert_close(output(model, batch), output(reference, batch), atol=1e-6, rtol=1e-6)
+    assert snapshot(model) == before
+    torch.testing.assert_close(output(model, batch), intact, atol=0, rtol=0)
+
+
+def test_skip_comes_back_after_an_exception():
+    model = build("llama")
+    before = snapshot(model)
+    with pytest.raises(RuntimeError), skip(model, [0, 1]):
+        assert len(find_decoder_layers(model)) == 2
+        raise RuntimeError("in the block")
+    assert snapshot(model) == before
+
+
+def test_skip_generates_with_a_cache():
+    model = build("llama")
+    ids = batch_for(model)["input_ids"]
+    with skip(model, 0):
+        cached = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=True)
+        plain = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("removed", [[0], [1, 2]])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_drop_saves_reloads_and_generates(family, removed, tmp_path):
+    model = build(family)
+    batch = batch_for(model)
+    with skip(model, removed):
+        expected = output(model, batch)
+    assert drop(model, removed) == [i for i in range(4) if i not in removed]
+    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.num_hidden_layers == len(find_decoder_layers(again)) == 4 - len(removed)
+    # Not bit for bit: transformers may choose another kernel for the experts of a loaded model.
+    torch.testing.assert_close(output(again, batch), expected, atol=1e-6, rtol=1e-5)
+    cached = again.generate(batch["input_ids"], max_new_tokens=5, do_sample=False, use_cache=True)
+    plain = again.generate(batch["input_ids"], max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+def test_drop_loads_without_this_package(tmp_path):
+    model = build("llama")
+    drop(model, [1])
+    model.save_pretrained(tmp_path / "model")
+    batch = batch_for(model)
+    torch.save(output(model, batch), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch, transformers\n"
+        "folder = sys.argv[1]\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(folder + '/model').eval()\n"
+        "ids = torch.randint(3, 99, (3, 9), generator=torch.Generator().manual_seed(1))\n"
+        "logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits\n"
+        "assert 'hf_cod' not in sys.modules\n"
+        "assert torch.equal(logits, torch.load(folder + '/expected.pt'))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_drop_cuts_layer_types_with_their_layers():
+    model = build("gemma3", layers=6)
+    types = list(model.config.layer_types)
+    assert len(set(types)) == 2
+    drop(model, [0, 1])
+    assert model.config.layer_types == types[2:]
+
+
+def test_drop_renumbers_lists_of_indices_and_leading_counts():
+    moe = build("qwen2_moe")  # layer 1 is dense
+    drop(moe, [0])
+    assert moe.config.mlp_only_layers == [0]
+    deepseek = build("deepseek_v3")  # layers 0 and 1 are dense
+    drop(deepseek, [1])
+    assert deepseek.config.first_k_dense_replace == 1
+
+
+def test_drop_refuses_what_the_config_cannot_say():
+    model = build("qwen2_moe", decoder_sparse_step=2, mlp_only_layers=[])
+    before, batch = snapshot(model), batch_for(model)
+    expected = output(model, batch)
+    with pytest.raises(ValueError, match="cannot describe what is left"):
+        drop(model, [0])
+    assert snapshot(model) == before, "a refused drop changes nothing"
+    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
+
+
+def test_drop_keeps_peft_adapters(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    batch = batch_for(model.get_base_model())
+    with skip(model, 1):
+        expected = output(model, batch)
+    drop(model, 1)
+    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "removed, message", [([4], "from 0 to 3, got"), (-1, "from 0 to 3"), (range(4), "at least one")]
+)
+def test_bad_layers(removed, message):
+    model = build("llama")
+    with pytest.raises(ValueError, match=message):
+        drop(model, removed)
+    with pytest.raises(ValueError, match=message), skip(model, removed):
+        pass
+    assert len(find_decoder_layers(model)) == 4

@@ -1,0 +1,95 @@
+"""Tiny random models of the families that users have: for shapes and equality, never for claims."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+)
+
+_COMMON = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+_GQA = {**_COMMON, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_BERT = {**_COMMON, "max_position_embeddings": 64}
+_VIT = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+
+# Family -> (model type, config values). Special tokens stay inside the tiny vocabulary.
+CAUSAL = {
+    "llama": ("llama", _GQA),
+    "llama_tied": ("llama", {**_GQA, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {**_GQA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}),
+    "qwen3": ("qwen3", {**_GQA, "head_dim": 8}),
+    "mistral": ("mistral", {**_GQA, "sliding_window": 4}),
+    "olmo": ("olmo", _GQA),
+    "olmo2": ("olmo2", _GQA),
+    "gemma3": ("gemma3_text", {**_GQA, "head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2}),
+    "gpt2": ("gpt2", {"vocab_size": 99, "n_embd": 32, "n_head": 4, "n_positions": 64}),
+    "opt": ("opt", {**_BERT, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "mixtral": ("mixtral", {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **_GQA,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_COMMON,
+            "max_position_embeddings": 64,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 2,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+    ),
+}
+OTHERS = {
+    "bert": (AutoModelForMaskedLM, "bert", _BERT),
+    "mpnet": (AutoModelForMaskedLM, "mpnet", _BERT),
+    "bert_headless": (AutoModel, "bert", _BERT),
+    "vit": (AutoModelForImageClassification, "vit", {**_VIT, "num_labels": 3}),
+    "dinov2": (AutoModel, "dinov2", _VIT),
+}
+FAMILIES = [*CAUSAL, *OTHERS]
+
+
+def build(family: str, layers: int = 4, dtype: torch.dtype = torch.float32, **changes):
+    """A model with weights large enough that layers differ clearly."""
+    auto, kind, values = (AutoModelForCausalLM, *CAUSAL[family]) if family in CAUSAL else OTHERS[family]
+    values = {**values, "num_hidden_layers": layers, "initializer_range": 0.2, **changes}
+    if kind in ("gpt2", "opt") or family in CAUSAL:
+        values = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **values}
+    torch.manual_seed(0)
+    return auto.from_config(CONFIG_MAPPING[kind](**values)).to(dtype).eval()
+
+
+def batch_for(model, padding: str | None = None) -> dict[str, torch.Tensor]:
+    """Three samples of nine tokens (or three images); padded on one side, a different length each."""
+    generator = torch.Generator().manual_seed(1)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator)}
+    ids = torch.randint(3, 99, (3, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((9, 6, 4)):
+        if padding == "right":
+            mask[row, length:] = 0
+        elif padding == "left":
+            mask[row, : 9 - length] = 0
+    return {"input_ids": ids, "attention_mask": mask}
