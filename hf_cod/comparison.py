@@ -101,8 +101,7 @@ def _drop(key: str) -> Any:
 FIGURES = {
     "layers": lambda report: str(report.n_layers),
     "effective depth": _effective_depth,
-    "depth trend": lambda report: format_number(report.results.get("depth_trend")),
-    "angular distance, late half / early half": _ratio_of_halves("angular_distance"),
+    "late half's share of angular distance": lambda report: format_number(report.results.get("late_share")),
     "gradient norm, late half / early half": _ratio_of_halves("gradient_norm"),
     "variance of the last layer": lambda report: format_number((report.layers.get("variance") or [None])[-1]),
     "metric of the intact model": _drop("intact"),

@@ -86,7 +86,7 @@ class RunReport:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             version = content.pop("format")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"report: expected a report of hf_cod, got {str(file)!r}") from error
         if version != FORMAT_VERSION:
             raise ValueError(f"report: expected format {FORMAT_VERSION}, got {version} in {str(file)!r}")

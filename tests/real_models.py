@@ -20,6 +20,13 @@ from hf_cod.loading import ModelSettings, from_package, load_model
 
 MPNET_PARTS = 5
 DINOV2_LAYERS = 12
+# The ONNX file was written with names that transformers has changed since.
+RENAMED = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
 
 
 def _folder(name: str) -> Path:
@@ -78,6 +85,8 @@ def dinov2():
         if node.op_type == "MatMul" and node.input[1] in values:  # linear weights are transposed and lost their names
             name = node.name.strip("/").removesuffix("/MatMul").replace("/", ".").removeprefix("backbone.")
             weights[f"{name}.weight"] = values[node.input[1]].T.contiguous()
+    for old, new in RENAMED.items():
+        weights = {name.replace(old, new): value for name, value in weights.items()}
     cls = next(v for n, v in values.items() if n.startswith("onnx::Concat") and v.shape == (1, 1, 384))
     patches = next(v for n, v in values.items() if n.startswith("onnx::Reshape") and v.shape == (1, 1369, 384))
     weights["embeddings.position_embeddings"] = torch.cat([cls, patches], 1)

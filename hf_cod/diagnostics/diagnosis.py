@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_cod.calibration import Batch, SampleSettings, describe_batches, mask_tokens, token_batches
@@ -79,8 +78,8 @@ def diagnose(
     `block_influence`, `variance`, `mean`, `max_abs` and `added_share` of the layer's output, `gradient_norm` and
     `layer_drop` (the metric with that layer removed less the metric of the intact model). Its `results` hold
     `angular_distance` (L x L, [l][n - 1], None where l + n > L), `effective_depth` (value, low, high, confidence),
-    `depth_trend` (Spearman's correlation of a layer's depth with its angular distance: negative where deep layers turn
-    the hidden state less) and `layer_drop` (metric, lower_is_better, intact, without: one value a layer).
+    `late_share` (how much of the summed angular distances the late half of the layers makes: below 1/2 where deep
+    layers turn the hidden state less) and `layer_drop` (metric, lower_is_better, intact, without: one value a layer).
     The formulas stand at `functional.depth`, `measure_layer_drop` and `measure_gradient_norm`.
 
     Args:
@@ -195,13 +194,13 @@ def _forward_results(measures: ForwardMeasures, metrics: Sequence[str], seed: in
 
 
 def _depth_figures(steps: Tensor, seed: int) -> dict[str, Any]:
-    """Effective depth and trend from each sample's distances (S, L) between neighbouring layers."""
+    """Effective depth and late share from each sample's distances (S, L) between neighbouring layers."""
     low, high = depth.bootstrap_interval(steps, depth.effective_depth, confidence=CONFIDENCE, seed=seed)
     mean = steps.mean(0)
     value = float(depth.effective_depth(mean))
     return {
         "effective_depth": {"value": value, "low": low, "high": high, "confidence": CONFIDENCE},
-        "depth_trend": depth.spearman(torch.arange(len(mean)), mean),
+        "late_share": float(depth.late_share(mean)),
     }
 
 

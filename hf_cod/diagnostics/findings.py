@@ -6,15 +6,12 @@ from typing import Any
 
 from hf_cod.report import RunReport, format_number
 
-# Between these rank correlations the angular distances show no clear trend with depth.
-CLEAR_TREND = 0.3
-
 
 def summarize(report: RunReport) -> list[str]:
     """One sentence for each measure that the report holds."""
     sentences = []
     if "effective_depth" in report.results:
-        sentences += [_effective_depth(report), _trend(report.results["depth_trend"])]
+        sentences += [_effective_depth(report), _late_share(report.results["late_share"])]
     if "layer_drop" in report.layers:
         sentences.append(_layer_drop(report))
     if "gradient_norm" in report.layers:
@@ -36,14 +33,11 @@ def _effective_depth(report: RunReport) -> str:
     )
 
 
-def _trend(trend: float) -> str:
-    if trend <= -CLEAR_TREND:
-        meaning = "deep layers change the hidden state less than early ones: the curse of depth"
-    elif trend >= CLEAR_TREND:
-        meaning = "deep layers change the hidden state more than early ones"
-    else:
-        meaning = "no clear trend with depth"
-    return f"Depth trend {trend:+.2f} (rank correlation of depth with angular distance to the next layer): {meaning}."
+def _late_share(share: float) -> str:
+    return (
+        f"The late half of the layers turns the hidden state by {share:.0%} of all angular distance "
+        "(50% if all layers did equally much)."
+    )
 
 
 def _layer_drop(report: RunReport) -> str:

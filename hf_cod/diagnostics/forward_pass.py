@@ -181,7 +181,9 @@ class ForwardRecorder:
             if "block_influence" in self.metrics:
                 self._batch_influence.append(depth.block_influence(x, y, self._mask_on(x)))
             if "output_variance" in self.metrics:
-                self._batch_updates.append(depth.moments(y - x, self._mask_on(x)))
+                # In float32 at least: in bfloat16 the small update of a deep layer would round away.
+                update = y.float() - x.float()
+                self._batch_updates.append(depth.moments(update, self._mask_on(x)))
 
         return read
 

@@ -111,9 +111,26 @@ def effective_depth(contributions: Tensor) -> Tensor:
     Returns:
         (...). L for contributions that are all zero: no layer stands out.
     """
-    squares = contributions.square().sum(-1)
+    largest = contributions.amax(-1, keepdim=True)
+    w = torch.where(largest > 0, contributions / largest, 1.0)  # so that no square underflows
+    return w.sum(-1).square() / w.square().sum(-1)
+
+
+def late_share(contributions: Tensor) -> Tensor:
+    """Share of all contributions that the late half of the layers makes; the middle one of an odd number counts half.
+
+    1/2 where early and late layers do equally much, less where deep layers contribute little (the curse of depth).
+
+    Args:
+        contributions: (..., L), not negative.
+
+    Returns:
+        (...), in [0, 1]; 1/2 for contributions that are all zero.
+    """
     L = contributions.shape[-1]
-    return torch.where(squares > 0, contributions.sum(-1).square() / squares, float(L))
+    late = (torch.arange(1, L + 1, device=contributions.device) - L / 2).clamp(0, 1).to(contributions)
+    total = contributions.sum(-1)
+    return torch.where(total > 0, (contributions * late).sum(-1) / total, 0.5)
 
 
 def bootstrap_interval(

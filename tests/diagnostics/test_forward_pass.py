@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from accelerate import disk_offload
@@ -18,15 +20,14 @@ def check(model, batch, token="last", tolerance=1e-6):
     expected = torch.tensor(references.block_influence(states, mask), dtype=torch.float64)
     torch.testing.assert_close(found.influence.double().mean(0), expected, atol=tolerance, rtol=0)
     variance = found.output_variance()
-    for i, (x, y) in enumerate(zip(states[:-1], states[1:], strict=True)):
+    for i, (x, y) in enumerate(itertools.pairwise(states)):
         tokens = references.real_tokens(y, mask)
         update = references.real_tokens(y - x, mask)
         assert variance["variance"][i] == pytest.approx(float(tokens.var(correction=0)), rel=tolerance)
         assert variance["mean"][i] == pytest.approx(float(tokens.mean()), abs=tolerance)
         assert variance["max_abs"][i] == pytest.approx(float(tokens.abs().max()), rel=tolerance)
         share = float(update.var(correction=0) / tokens.var(correction=0))
-        # The update is a difference in the model's own dtype, so its share is as coarse as that.
-        assert variance["added_share"][i] == pytest.approx(share, rel=max(tolerance, 1e-5))
+        assert variance["added_share"][i] == pytest.approx(share, rel=tolerance)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -45,16 +46,7 @@ def test_padding_is_ignored(family, padding, token):
 
 def test_bfloat16():
     model = build("llama", dtype=torch.bfloat16)
-    check(model, batch_for(model), tolerance=1e-2)
-
-
-def test_bfloat16_angles_are_those_of_the_states():
-    model = build("llama", dtype=torch.bfloat16)
-    batch = batch_for(model)
-    expected = references.angular_matrix(references.hidden_states(model, batch), None, "last")
-    torch.testing.assert_close(
-        measure_forward(model, [batch]).angular_distance(), expected, atol=1e-6, rtol=0, equal_nan=True
-    )
+    check(model, batch_for(model, "right"))
 
 
 def test_one_layer():

@@ -119,7 +119,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(fails_at, tmp_path):
     model = build("llama")
     batches = [batch_for(model), batch_for(model, "right")]  # 2 x (1 + 4) evaluations
     expected = measure_layer_drop(model, batches, Fragile(None))
-    with pytest.raises(ValueError, match="metric: fragile failed on batch .* out of luck"):
+    with pytest.raises(ValueError, match=r"metric: fragile failed on batch .* out of luck"):
         measure_layer_drop(model, batches, Fragile(fails_at), Journal(tmp_path / "journal.jsonl", "same"))
     resumed = Journal(tmp_path / "journal.jsonl", "same")
     done = len(resumed.entries)

@@ -48,6 +48,14 @@ def test_effective_depth_of_known_shares(contributions, expected):
     assert float(depth.effective_depth(torch.tensor(contributions))) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "contributions, expected",
+    [([1.0, 1.0], 0.5), ([3.0, 1.0], 0.25), ([1.0, 2.0, 1.0], 0.5), ([0.0, 0.0, 5.0], 1), ([0.0], 0.5), ([2.0], 0.5)],
+)
+def test_late_share_of_known_contributions(contributions, expected):
+    assert float(depth.late_share(torch.tensor(contributions))) == pytest.approx(expected)
+
+
 def test_bootstrap_covers_the_mean_at_its_confidence():
     generator = torch.Generator().manual_seed(5)
     hits = 0

@@ -1,0 +1,173 @@
+"""What the diagnostics cost, side by side in one process.
+
+(a) The full angular-distance matrix against one bare forward pass, and against the authors' way, a pass for each n.
+(b) The sweep that removes each single layer against the naive sweep, which runs the whole shorter model each time.
+
+    python examples/benchmarks/diagnose.py --output diagnose.json            # Llama-shaped random weights, 30 layers
+    python examples/benchmarks/diagnose.py --model DIRECTORY_OR_HUB_ID       # a real checkpoint
+
+The head and its loss run once for each removal in both sweeps and cannot be shared. So (b) cannot be faster than
+(29 layers + head) / (14.5 layers + head) for 30 layers; the bound is printed, from the measured times of both parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_cod import find_decoder_layers, skip
+from hf_cod.diagnostics import measure_forward, measure_layer_drop
+from hf_cod.evaluation import find_metric
+from hf_cod.files import write_json
+from hf_cod.loading import ModelSettings, load_model
+
+
+def medians(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each action, the actions taking turns so that a slow minute hits all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(rounds + 1):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def authors_matrix(model, ids) -> torch.Tensor:
+    """One forward pass for each n that keeps all hidden states and compares layers l and l + n."""
+    L = model.config.num_hidden_layers
+    matrix = torch.full((L, L), math.nan)
+    for n in range(1, L + 1):
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+        for l in range(L + 1 - n):  # noqa: E741 - the paper's letter
+            x, y = states[l][:, -1], states[l + n][:, -1]
+            cosine = torch.nn.functional.cosine_similarity(x, y).clamp(-1, 1)
+            matrix[l, n - 1] = (cosine.arccos() / math.pi).mean()
+    return matrix
+
+
+def naive_sweep(model, ids) -> list[float]:
+    """Removes each layer in turn and runs the whole model with its own loss."""
+    losses = []
+    for layer in range(len(find_decoder_layers(model))):
+        with skip(model, layer), torch.no_grad():
+            losses.append(float(model(ids, labels=ids, use_cache=False).loss))
+    return losses
+
+
+def build_model(arguments: argparse.Namespace) -> torch.nn.Module:
+    """The checkpoint that was asked for, or a random Llama with the proportions of a 7B model: a head of 2 %."""
+    if arguments.model:
+        return load_model(arguments.model, ModelSettings(dtype="float32"))[0]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=arguments.vocabulary,
+        hidden_size=arguments.width,
+        intermediate_size=arguments.width * 8 // 3 // 16 * 16,
+        num_attention_heads=arguments.width // 64,
+        num_hidden_layers=30,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def peak_memory(arguments: list[str]) -> int:
+    """Peak resident bytes of this script run on one pass alone, in a process of its own."""
+    command = [sys.executable, __file__, *arguments]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    """Measures, prints a table and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint to measure on; default: random weights in Llama's shape")
+    parser.add_argument("--width", type=int, default=512, help="hidden size of the random model")
+    parser.add_argument("--vocabulary", type=int, default=2048, help="vocabulary of the random model")
+    parser.add_argument("--batch-size", type=int, default=4, help="samples")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds; medians are reported")
+    parser.add_argument("--output", help="JSON file for the figures")
+    parser.add_argument("--only", choices=["forward", "matrix"], help=argparse.SUPPRESS)  # for peak_memory
+    arguments = parser.parse_args()
+    model = build_model(arguments)
+    stack = find_decoder_layers(model)
+    ids = torch.randint(3, model.config.vocab_size, (arguments.batch_size, arguments.sequence_length))
+    batches = [{"input_ids": ids}]
+    metric = find_metric("perplexity", "causal_lm")
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(ids, use_cache=False)
+
+    def matrix() -> torch.Tensor:
+        return measure_forward(model, batches, ["angular_distance"]).angular_distance()
+
+    if arguments.only:
+        import resource
+
+        {"forward": forward, "matrix": matrix}[arguments.only]()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+
+    with torch.no_grad():
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state
+    head = stack.head
+    parts = medians(
+        {
+            "layers": torch.no_grad()(lambda: model.base_model(ids, use_cache=False)),
+            "head": torch.no_grad()(lambda: head(hidden)),
+            "forward": forward,
+            "matrix": matrix,
+        },
+        arguments.rounds,
+    )
+    slow = medians({"authors": lambda: authors_matrix(model, ids), "matrix": matrix}, max(1, arguments.rounds // 3))
+    sweeps = medians(
+        {
+            "naive": lambda: naive_sweep(model, ids),
+            "sweep": lambda: measure_layer_drop(model, batches, metric),
+        },
+        max(1, arguments.rounds // 3),
+    )
+    # The results must be the same before their times are worth comparing; the authors' last state is the normed one.
+    ours, theirs = matrix(), authors_matrix(model, ids)
+    inner = torch.arange(len(stack))[:, None] + torch.arange(1, len(stack) + 1) < len(stack)
+    torch.testing.assert_close(ours[inner].float(), theirs[inner], atol=2e-4, rtol=0)
+    without = measure_layer_drop(model, batches, metric)[1]
+    torch.testing.assert_close(torch.tensor(without).log(), torch.tensor(naive_sweep(model, ids)), atol=1e-4, rtol=1e-5)
+
+    passed = [v for v in sys.argv[1:] if not v.startswith("--output")]
+    memory = {only: peak_memory([*passed, "--only", only]) for only in ("forward", "matrix")}
+    L = len(stack)
+    a_layer = parts["layers"] / L
+    figures = {
+        "matrix / bare forward, time": parts["matrix"] / parts["forward"],
+        "matrix / bare forward, peak memory": memory["matrix"] / memory["forward"],
+        "authors' way / matrix, time": slow["authors"] / slow["matrix"],
+        "naive sweep / sweep, time": sweeps["naive"] / sweeps["sweep"],
+        "naive sweep / sweep, bound": ((L - 1) * a_layer + parts["head"]) / ((L - 1) / 2 * a_layer + parts["head"]),
+    }
+    for name, value in figures.items():
+        print(f"{name:<40}{value:8.3f}")
+    for name, value in {**parts, **sweeps}.items():
+        print(f"{name:<40}{value:8.3f} s")
+    if arguments.output:
+        setting = {k: v for k, v in vars(arguments).items() if k not in ("output", "only")}
+        write_json(Path(arguments.output), {"settings": setting, "ratios": figures, "seconds": {**parts, **sweeps}})
+        print(json.dumps({"written": arguments.output}))
+
+
+if __name__ == "__main__":
+    main()

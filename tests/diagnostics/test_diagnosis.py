@@ -1,0 +1,122 @@
+import copy
+
+import pytest
+import torch
+
+from hf_cod import MeasurementError, RunReport, diagnose
+from hf_cod.diagnostics import diagnosis
+from hf_cod.diagnostics.diagnosis import METRICS
+from tests.tiny_models import FAMILIES, batch_for, build
+from tests.tiny_tokenizers import bert_like, gpt_like
+
+TEXT = "one two three four five six seven eight nine ten " * 40
+QUICK = {"sequence_length": 8, "max_samples": 4, "batch_size": 2, "show_progress": False}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_a_whole_report(family):
+    model = build(family)
+    batch = batch_for(model)
+    if family == "vit":
+        batch["labels"] = torch.tensor([0, 1, 2])
+    if family in ("bert", "mpnet"):
+        batch["labels"] = batch["input_ids"].masked_fill(torch.rand(3, 9) > 0.5, -100)
+    report = diagnose(model, batches=[batch], show_progress=False)
+    headless = family in ("bert_headless", "dinov2")
+    assert ("gradient_norm" in report.layers) != headless
+    assert bool(report.notes) == headless
+    assert all(len(values) == 4 for values in report.layers.values())
+    assert len(report.results["angular_distance"]) == 4
+    depth = report.results["effective_depth"]
+    assert 1 <= depth["low"] <= depth["value"] + 1e-9 and depth["high"] <= 4
+    assert len(report.summary) == (4 if headless else 5)
+
+
+def test_texts_and_reload(tmp_path):
+    report = diagnose(build("llama"), gpt_like(), TEXT, output=tmp_path, name="tiny", **QUICK)
+    assert RunReport.load(tmp_path) == report
+    assert report.settings["samples"] == 4 and report.settings["tokens"] == 32
+    assert "tiny" in (tmp_path / "report.md").read_text()
+
+
+def test_masked_language_models_are_measured_on_hidden_tokens():
+    report = diagnose(build("bert"), bert_like(), TEXT, **QUICK)
+    assert report.results["layer_drop"]["metric"] == "perplexity"
+
+
+def test_same_seed_same_report():
+    first, second = (diagnose(build("llama"), gpt_like(), TEXT, seed=7, **QUICK) for _ in range(2))
+    assert first.layers == second.layers and first.results == second.results
+
+
+def test_a_finished_run_is_not_measured_again(tmp_path, monkeypatch):
+    report = diagnose(build("llama"), gpt_like(), TEXT, output=tmp_path, **QUICK)
+
+    def never(*args, **kwargs):
+        raise AssertionError("measured twice")
+
+    for name in ("measure_forward", "measure_gradient_norm"):
+        monkeypatch.setattr(diagnosis, name, never)
+    again = diagnose(build("llama"), gpt_like(), TEXT, output=tmp_path, **QUICK)
+    assert again.layers == report.layers
+
+
+def test_another_model_in_the_same_directory_is_measured_anew(tmp_path):
+    model = build("llama")
+    first = diagnose(model, gpt_like(), TEXT, output=tmp_path, **QUICK)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    second = diagnose(changed, gpt_like(), TEXT, output=tmp_path, **QUICK)
+    assert first.layers["layer_drop"] != second.layers["layer_drop"]
+
+
+def test_a_failing_metric_keeps_what_was_measured(tmp_path):
+    def unlucky(outputs, batch):
+        raise KeyError("no such column")
+
+    with pytest.raises(MeasurementError, match=r"unlucky failed on batch 0 with the intact model") as caught:
+        diagnose(build("llama"), gpt_like(), TEXT, output=tmp_path, drop_metric=unlucky, **QUICK)
+    kept = RunReport.load(tmp_path)
+    assert kept == caught.value.report
+    assert "gradient_norm" in kept.layers and "layer_drop" not in kept.layers
+
+
+def test_one_layer():
+    report = diagnose(build("llama", layers=1), gpt_like(), TEXT, **QUICK)
+    assert report.results["effective_depth"]["value"] == pytest.approx(1)
+    assert report.results["late_share"] == pytest.approx(0.5)
+
+
+def test_chosen_metrics_only():
+    report = diagnose(build("llama"), gpt_like(), TEXT, metrics=["block_influence"], **QUICK)
+    assert list(report.layers) == ["block_influence"]
+
+
+def test_peft_models_are_measured_with_their_adapters():
+    from peft import LoraConfig, get_peft_model
+
+    plain = build("llama")
+    batch = batch_for(plain)
+    before = diagnose(plain, batches=[batch], show_progress=False)
+    adapted = get_peft_model(plain, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    flags = [p.requires_grad for p in adapted.parameters()]
+    after = diagnose(adapted, batches=[batch], show_progress=False)
+    assert before.layers["layer_drop"] != after.layers["layer_drop"]
+    assert flags == [p.requires_grad for p in adapted.parameters()]
+
+
+def test_bad_input():
+    model = build("llama")
+    with pytest.raises(ValueError, match=f"metrics: expected some of {METRICS[0]}.*, got speed"):
+        diagnose(model, gpt_like(), TEXT, metrics=["speed"])
+    with pytest.raises(ValueError, match="expected tokenizer and texts, or batches"):
+        diagnose(model)
+    with pytest.raises(ValueError, match="at least one window"):
+        diagnose(model, gpt_like(), "one two", show_progress=False)
+    with pytest.raises(ValueError, match="token: expected 'last', 'first' or 'all', got 'middle'"):
+        diagnose(model, gpt_like(), TEXT, token="middle", **QUICK)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="first in the output of layer 2"):
+        diagnose(model, gpt_like(), TEXT, **QUICK)

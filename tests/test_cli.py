@@ -1,0 +1,124 @@
+import subprocess
+import sys
+
+import pytest
+
+from hf_cod.cli import COMMANDS, main
+from hf_cod.report import RunReport
+from tests.tiny_models import build
+from tests.tiny_tokenizers import gpt_like
+
+TEXT = "one two three four five six seven eight nine ten " * 40
+QUICK = ["--sequence-length", "8", "--max-samples", "4", "--batch-size", "2"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    build("llama").save_pretrained(tmp_path / "model")
+    gpt_like().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def diagnose(folder, *more):
+    return main(
+        [
+            "diagnose",
+            str(folder / "model"),
+            "--text",
+            str(folder / "text.txt"),
+            "--output",
+            str(folder / "run"),
+            *QUICK,
+            *more,
+        ]
+    )
+
+
+def test_diagnose_writes_report_and_pictures(checkpoint, capsys):
+    assert diagnose(checkpoint) == 0
+    names = {path.name for path in (checkpoint / "run").iterdir()}
+    assert {"report.json", "report.md", "overview.png", "angular_distance.png", "layer_drop.png"} <= names
+    shown = capsys.readouterr().out
+    assert "Effective depth" in shown and "gradient" in shown
+
+
+def test_compare_puts_two_runs_in_one_picture(checkpoint, capsys):
+    assert diagnose(checkpoint) == 0
+    run, out = str(checkpoint / "run"), str(checkpoint / "both")
+    assert main(["compare", run, run, "--labels", "left", "right", "--output", out]) == 0
+    assert "effective depth" in capsys.readouterr().out
+    assert (checkpoint / "both" / "compare.png").is_file()
+    assert "left" in (checkpoint / "both" / "compare.md").read_text()
+
+
+def test_a_killed_run_goes_on_where_it_stopped(checkpoint):
+    """A process that dies in the middle of the sweep, and a second one with the same command."""
+    code = (
+        "import sys, os\n"
+        "from hf_cod.files import Journal\n"
+        "add, count = Journal.add, [0]\n"
+        "def dies(self, key, value):\n"
+        "    add(self, key, value)\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 7: os._exit(9)\n"
+        "Journal.add = dies\n"
+        "from hf_cod.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["diagnose", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
+    killed = subprocess.run([sys.executable, "-c", code, *arguments, "--output", str(checkpoint / "run")], check=False)
+    assert killed.returncode == 9
+    kept = (checkpoint / "run" / "journal.jsonl").read_text().splitlines()
+    assert len(kept) == 1 + 7
+    assert diagnose(checkpoint, "--no-plots") == 0
+    assert (checkpoint / "run" / "journal.jsonl").read_text().splitlines()[:8] == kept, "nothing was measured again"
+    assert main([*arguments, "--output", str(checkpoint / "whole")]) == 0
+    resumed, whole = (RunReport.load(checkpoint / name) for name in ("run", "whole"))
+    assert resumed.layers == whole.layers and resumed.results == whole.results
+
+
+def test_a_failing_metric_is_told_and_the_rest_is_kept(checkpoint, capsys):
+    folder = checkpoint / "broken"
+    folder.mkdir()
+    (folder / "broken.py").write_text(
+        "import evaluate\nimport datasets\n\n\nclass Broken(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        number = datasets.Value('int64')\n"
+        "        features = datasets.Features({'predictions': number, 'references': number})\n"
+        "        return evaluate.MetricInfo(description='', citation='', inputs_description='', features=features)\n\n"
+        "    def _compute(self, predictions, references):\n        raise ValueError('nothing to agree on')\n"
+    )
+    assert diagnose(checkpoint, "--drop-metric", str(folder), "--no-plots") == 1
+    assert "nothing to agree on" in capsys.readouterr().out
+    assert "gradient_norm" in RunReport.load(checkpoint / "run").layers
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["diagnose", "no/such-model"], "model: expected a Hub id"),
+        (["compare", "a", "b"], "report: expected"),
+        (["fly"], "expected one of demo, diagnose, compare, got 'fly'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+
+
+def test_text_shorter_than_a_window(checkpoint, capsys):
+    assert diagnose(checkpoint, "--sequence-length", "4000") == 2
+    assert "at least one window of 4000 tokens" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as done:
+            main([name, "--help"])
+        assert done.value.code == 0
+    assert "--sequence-length" in capsys.readouterr().out

@@ -1,0 +1,116 @@
+import json
+import math
+
+import pytest
+
+from hf_cod import RunReport, compare
+from hf_cod.report import format_number
+
+
+def report(**changes) -> RunReport:
+    values = {
+        "kind": "diagnose",
+        "model": "tiny",
+        "settings": {"seed": 0},
+        "environment": {"torch": "2"},
+        "layers": {
+            "angular_distance": [0.4, 0.1],
+            "layer_drop": [5.0, math.inf],
+            "gradient_norm": [1.0, 3.0],
+            "variance": [1.0, 900.0],
+        },
+        "results": {
+            "angular_distance": [[0.4, 0.5], [0.1, None]],
+            "effective_depth": {"value": 1.4, "low": 1.3, "high": 1.5, "confidence": 0.95},
+            "late_share": 0.2,
+            "layer_drop": {"metric": "perplexity", "lower_is_better": True, "intact": 10.0, "without": [15.0, 1e6]},
+        },
+        "summary": ["Effective depth 1.4 of 2 layers."],
+        "notes": ["something was left out"],
+    }
+    return RunReport(**{**values, **changes})
+
+
+def test_round_trip_in_strict_json(tmp_path):
+    path = report().save(tmp_path)
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert RunReport.load(tmp_path) == RunReport.load(path) == report()
+
+
+def test_page_holds_table_findings_and_pictures(tmp_path):
+    original = report()
+    original.plot(tmp_path)
+    original.save(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    for piece in (
+        "| layer | angular distance |",
+        "| 0 | 0.4 |",
+        "- Effective depth",
+        "![overview](overview.png)",
+        "left out",
+    ):
+        assert piece in page
+
+
+def test_pictures_are_written(tmp_path):
+    report().plot(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{n}.png" for n in ("overview", "angular_distance", "layer_drop", "gradient_norm", "variance")}
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_near_is_yellow_and_empty_cells_are_blank():
+    figure = report().plot()
+    image = figure.axes[0].images[0]
+    red, green, blue, _ = image.cmap(image.norm(0.0))
+    assert red > 0.9 and green > 0.8 and blue < 0.3, "distance 0 is yellow"
+    # imshow takes rows: row n - 1, column l.
+    assert image.get_array().tolist() == [[0.4, 0.1], [0.5, None]]
+    assert list(image.get_extent()) == [-0.5, 1.5, 0.5, 2.5]
+
+
+def test_a_report_of_other_measures_is_told():
+    with pytest.raises(ValueError, match="expected measures to draw, got none"):
+        report(layers={}, results={}).plot()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 99}', "{}"])
+def test_bad_reports(content, tmp_path):
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ValueError, match="report: expected"):
+        RunReport.load(tmp_path)
+
+
+def test_no_report(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a directory with a report.json"):
+        RunReport.load(tmp_path / "nothing")
+
+
+def test_numbers_for_people():
+    assert [format_number(v) for v in (None, math.nan, 0.123456, 12345.6, 7)] == ["-", "-", "0.1235", "1.235e+04", "7"]
+
+
+def test_compare_reads_figures_of_each_run(tmp_path):
+    other = report(model="other", results={}, layers={"gradient_norm": [2.0, 1.0, 1.0]})
+    comparison = compare([report(), other], ["a", "b"])
+    table = {row[0]: row[1:] for row in comparison.rows}
+    assert table["layers"] == ["2", "3"]
+    assert table["effective depth"] == ["1.4 (1.3 to 1.5)", "-"]
+    assert table["gradient norm, late half / early half"] == ["3", "0.5"]
+    assert table["worst removal of one layer"] == ["1.000e+06 (perplexity)", "-"]
+    comparison.plot(tmp_path)
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "| effective depth | 1.4 (1.3 to 1.5) | - |" in comparison.to_markdown()
+
+
+@pytest.mark.parametrize(
+    "reports, labels, message",
+    [
+        ([report()], None, "at least two, got 1"),
+        ([report(), report(kind="prune")], None, "got one of prune"),
+        ([report(), report()], ["x"], "expected 2, one for each run, got 1"),
+    ],
+)
+def test_compare_refuses(reports, labels, message):
+    with pytest.raises(ValueError, match=message):
+        compare(reports, labels)
