@@ -13,7 +13,6 @@ The head and its loss run once for each removal in both sweeps and cannot be sha
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -32,16 +32,21 @@ from hf_cod.files import write_json
 from hf_cod.loading import ModelSettings, load_model
 
 
-def medians(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each action, the actions taking turns so that a slow minute hits all of them."""
+def timed(actions: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of each round and last result of each action; they take turns, so that a slow minute hits all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for number in range(rounds + 1):
+    results: dict[str, Any] = {}
+    for _ in range(rounds):
         for name, action in actions.items():
             start = time.perf_counter()
-            action()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            results[name] = action()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds, results
+
+
+def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
+    """Median over rounds of slow / fast."""
+    return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 
 def authors_matrix(model, ids) -> torch.Tensor:
@@ -65,6 +70,17 @@ def naive_sweep(model, ids) -> list[float]:
         with skip(model, layer), torch.no_grad():
             losses.append(float(model(ids, labels=ids, use_cache=False).loss))
     return losses
+
+
+def check_equal(matrix: torch.Tensor, results: dict[str, Any]) -> None:
+    """Both ways must agree before their times are worth comparing."""
+    L = len(matrix)
+    # The authors' way ends with the final norm's output: only pairs of layers before it are the same quantity.
+    inner = torch.arange(L)[:, None] + torch.arange(1, L + 1) < L
+    torch.testing.assert_close(matrix[inner].float(), results["authors' matrix"][inner], atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(results["sweep"]).log(), torch.tensor(results["naive sweep"]), atol=1e-4, rtol=1e-5
+    )
 
 
 def build_model(arguments: argparse.Namespace) -> torch.nn.Module:
@@ -95,9 +111,10 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint to measure on; default: random weights in Llama's shape")
     parser.add_argument("--width", type=int, default=512, help="hidden size of the random model")
     parser.add_argument("--vocabulary", type=int, default=2048, help="vocabulary of the random model")
-    parser.add_argument("--batch-size", type=int, default=4, help="samples")
+    parser.add_argument("--batch-size", type=int, default=1, help="samples")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds; medians are reported")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of single passes; medians are reported")
+    parser.add_argument("--slow-rounds", type=int, default=5, help="rounds of the sweeps and of the authors' way")
     parser.add_argument("--output", help="JSON file for the figures")
     parser.add_argument("--only", choices=["forward", "matrix"], help=argparse.SUPPRESS)  # for peak_memory
     arguments = parser.parse_args()
@@ -121,52 +138,48 @@ def main() -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
 
+    forward()  # warms up
     with torch.no_grad():
         hidden = model.base_model(ids, use_cache=False).last_hidden_state
-    head = stack.head
-    parts = medians(
+    quick, _ = timed(
         {
             "layers": torch.no_grad()(lambda: model.base_model(ids, use_cache=False)),
-            "head": torch.no_grad()(lambda: head(hidden)),
-            "forward": forward,
+            "head": torch.no_grad()(lambda: stack.head(hidden)),
+            "bare forward": forward,
             "matrix": matrix,
         },
         arguments.rounds,
     )
-    slow = medians({"authors": lambda: authors_matrix(model, ids), "matrix": matrix}, max(1, arguments.rounds // 3))
-    sweeps = medians(
+    slow, results = timed(
         {
-            "naive": lambda: naive_sweep(model, ids),
-            "sweep": lambda: measure_layer_drop(model, batches, metric),
+            "matrix": matrix,
+            "authors' matrix": lambda: authors_matrix(model, ids),
+            "naive sweep": lambda: naive_sweep(model, ids),
+            "sweep": lambda: measure_layer_drop(model, batches, metric)[1],
         },
-        max(1, arguments.rounds // 3),
+        arguments.slow_rounds,
     )
-    # The results must be the same before their times are worth comparing; the authors' last state is the normed one.
-    ours, theirs = matrix(), authors_matrix(model, ids)
-    inner = torch.arange(len(stack))[:, None] + torch.arange(1, len(stack) + 1) < len(stack)
-    torch.testing.assert_close(ours[inner].float(), theirs[inner], atol=2e-4, rtol=0)
-    without = measure_layer_drop(model, batches, metric)[1]
-    torch.testing.assert_close(torch.tensor(without).log(), torch.tensor(naive_sweep(model, ids)), atol=1e-4, rtol=1e-5)
+    check_equal(matrix(), results)
+    seconds = {name: statistics.median(values) for name, values in {**slow, **quick}.items()}
 
-    passed = [v for v in sys.argv[1:] if not v.startswith("--output")]
+    setting = {k: v for k, v in vars(arguments).items() if k not in ("output", "only")}
+    passed = [part for k, v in setting.items() if v is not None for part in (f"--{k.replace('_', '-')}", str(v))]
     memory = {only: peak_memory([*passed, "--only", only]) for only in ("forward", "matrix")}
     L = len(stack)
-    a_layer = parts["layers"] / L
+    a_layer, head = seconds["layers"] / L, seconds["head"]
     figures = {
-        "matrix / bare forward, time": parts["matrix"] / parts["forward"],
+        "matrix / bare forward, time": ratio(quick, "matrix", "bare forward"),
         "matrix / bare forward, peak memory": memory["matrix"] / memory["forward"],
-        "authors' way / matrix, time": slow["authors"] / slow["matrix"],
-        "naive sweep / sweep, time": sweeps["naive"] / sweeps["sweep"],
-        "naive sweep / sweep, bound": ((L - 1) * a_layer + parts["head"]) / ((L - 1) / 2 * a_layer + parts["head"]),
+        "authors' way / matrix, time": ratio(slow, "authors' matrix", "matrix"),
+        "naive sweep / sweep, time": ratio(slow, "naive sweep", "sweep"),
+        "naive sweep / sweep, bound": ((L - 1) * a_layer + head) / ((L - 1) / 2 * a_layer + head),
     }
     for name, value in figures.items():
         print(f"{name:<40}{value:8.3f}")
-    for name, value in {**parts, **sweeps}.items():
+    for name, value in seconds.items():
         print(f"{name:<40}{value:8.3f} s")
     if arguments.output:
-        setting = {k: v for k, v in vars(arguments).items() if k not in ("output", "only")}
-        write_json(Path(arguments.output), {"settings": setting, "ratios": figures, "seconds": {**parts, **sweeps}})
-        print(json.dumps({"written": arguments.output}))
+        write_json(Path(arguments.output), {"settings": setting, "ratios": figures, "seconds": seconds})
 
 
 if __name__ == "__main__":
