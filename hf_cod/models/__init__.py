@@ -12,6 +12,7 @@ from .configuration_cod_olmo2 import CodOlmo2Config
 from .configuration_cod_qwen2 import CodQwen2Config
 from .configuration_cod_qwen3 import CodQwen3Config
 from .configuration_cod_vit import CodViTConfig
+from .convert import AUTHORS_NORM_TYPES, fold_lns, from_authors, to_lns
 from .families import FAMILIES, Family, register
 from .modeling_cod_llama import (
     CodLlamaForCausalLM,
@@ -57,9 +58,12 @@ from .modeling_cod_qwen3 import (
 )
 from .modeling_cod_vit import CodViTForImageClassification, CodViTModel
 from .placements import PLACEMENTS, NormPlacement
+from .presets import LLAMA_PRESETS, llama_preset
 
 __all__ = [
+    "AUTHORS_NORM_TYPES",
     "FAMILIES",
+    "LLAMA_PRESETS",
     "PLACEMENTS",
     "CodLlamaConfig",
     "CodLlamaForCausalLM",
@@ -102,5 +106,9 @@ __all__ = [
     "CodViTModel",
     "Family",
     "NormPlacement",
+    "fold_lns",
+    "from_authors",
+    "llama_preset",
     "register",
+    "to_lns",
 ]

@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -77,13 +76,14 @@ class Family:
         stock_config: The configuration class of transformers.
         models: Auto class -> our model class. The class of transformers has the same name without "Cod"; a few do
             not exist.
-        weightless_norms: Whether the norms of the layers have no parameters.
+        absorbers: Modules of a layer whose weights can take over a factor on the outputs of the norms before the
+            sublayers: those norms, or where these have no weights, the Linears that read them.
     """
 
-    config: type[PreTrainedConfig]
-    stock_config: type[PreTrainedConfig]
+    config: Any
+    stock_config: Any
     models: dict[Any, type[PreTrainedModel]]
-    weightless_norms: bool = False
+    absorbers: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
 
     @property
     def model_type(self) -> str:
@@ -166,7 +166,7 @@ FAMILIES: tuple[Family, ...] = (
             CodOlmoForTokenClassification,
             CodOlmoForQuestionAnswering,
         ),
-        weightless_norms=True,
+        absorbers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
     ),
     Family(
         CodOlmo2Config,
@@ -183,6 +183,7 @@ FAMILIES: tuple[Family, ...] = (
         CodViTConfig,
         transformers.ViTConfig,
         {AutoModel: CodViTModel, AutoModelForImageClassification: CodViTForImageClassification},
+        absorbers=("layernorm_before", "layernorm_after"),
     ),
 )
 

@@ -50,6 +50,8 @@ class NormPlacement(ABC):
     """
 
     norms: ClassVar[tuple[str, ...]]
+    # Factor on the outputs of the norms before the sublayers.
+    scale: float = 1.0
 
     def __init__(self, config: Any, layer: int):
         self.depth, self.n_layers = layer_depth(config, layer)
