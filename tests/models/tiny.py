@@ -47,6 +47,7 @@ def tiny_model(model_type: str, placement: str, auto=None, seed: int = 0, **fiel
     """A model in eval mode whose every weight was drawn at random: norms and biases too, so that none can hide."""
     if auto is None:
         auto = AutoModelForImageClassification if model_type == "cod_vit" else AutoModelForCausalLM
+    torch.manual_seed(seed)
     model = auto.from_config(tiny_config(model_type, placement, **fields)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
