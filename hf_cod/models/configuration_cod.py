@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from .placements import PLACEMENTS
 
@@ -39,8 +39,6 @@ class NormPlacementConfig:
         ValueError: For an unknown placement, one that the family cannot have, or a number out of its range.
     """
 
-    family_placements: ClassVar[tuple[str, ...]] = tuple(PLACEMENTS)
-
     norm_placement: str = "lns"
     post_ln_fraction: float | int = 0.25
     scaled_residual_init: bool = False
@@ -66,6 +64,11 @@ class NormPlacementConfig:
         return {"AutoConfig": f"{config_file}.{cls.__name__}", **models}
 
     @classmethod
+    def valid_placements(cls) -> tuple[str, ...]:
+        """The placements that the family can have."""
+        return tuple(PLACEMENTS)
+
+    @classmethod
     def auto_heads(cls) -> dict[str, str]:
         """Auto class -> ending of the model class's name."""
         return TEXT_HEADS
@@ -79,7 +82,7 @@ def check_placement(config: Any) -> None:
     Raises:
         ValueError: "field: expected ..., got ...".
     """
-    valid = config.family_placements
+    valid = config.valid_placements()
     if config.norm_placement not in valid:
         known = config.norm_placement in PLACEMENTS
         why = f", which {type(config).__name__} cannot have" if known else ""

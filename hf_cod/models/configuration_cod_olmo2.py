@@ -1,7 +1,5 @@
 """Configuration of OLMo 2 with a choice of norm placement."""
 
-from typing import ClassVar
-
 from huggingface_hub.dataclasses import strict
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 
@@ -17,9 +15,12 @@ class CodOlmo2Config(NormPlacementConfig, Olmo2Config):
 
     model_type = "cod_olmo2"
 
-    family_placements: ClassVar[tuple[str, ...]] = ("reordered", "sandwich")
-
     norm_placement: str = "reordered"
+
+    @classmethod
+    def valid_placements(cls) -> tuple[str, ...]:
+        """The placements that the family can have."""
+        return ("reordered", "sandwich")
 
 
 CodOlmo2Config.register_for_auto_class()

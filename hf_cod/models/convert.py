@@ -5,6 +5,7 @@ layer with gamma' = gamma / sqrt(l) computes the same function, and the other wa
 training is not: the gradient of gamma in an LNS layer is 1 / sqrt(l) of that of gamma'.
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,19 +23,16 @@ from .modeling_cod_llama import CodLlamaForCausalLM
 
 Source = PreTrainedModel | str | Path
 
-FOLDABLE = ("pre", "scaled_init", "lns")
-
 _ON_THE_SUM = (
     "its norm acts on the sum x + F(x): it rescales the residual stream by a factor that depends on the input, and a "
     "stock model has no operation for that"
 )
-_ON_THE_OUTPUT = "its norm acts on the output of a sublayer, where a stock model of this family has none"
 WHY_NOT_FOLDABLE = {
     "post": _ON_THE_SUM,
     "mix": f"in the first layers {_ON_THE_SUM}",
     "deepnorm": _ON_THE_SUM,
-    "sandwich": _ON_THE_OUTPUT,
-    "reordered": _ON_THE_OUTPUT,
+    "sandwich": "it has four norms in a layer, and a stock model of this family has two",
+    "reordered": "its norm acts on the output of a sublayer, where a stock model of this family has none",
 }
 
 # NORM_TYPE of the code released with the papers -> our fields.
@@ -53,8 +51,9 @@ AUTHORS_NORM_TYPES: dict[str, dict[str, Any]] = {
 def fold_lns(source: Source, output: str | Path | None = None) -> PreTrainedModel:
     """Turn an LNS model into a stock model with the same function, for tools that know stock models only.
 
-    1 / sqrt(l) goes into the weights of the norms of layer l, in float32; where norms have no weights (OLMo), into
-    the Linears that read them. Models with `pre` or `scaled_init` are stock models already and change their class.
+    1 / sqrt(l) goes into the weights of the norms of layer l; where norms have no weights (OLMo), into the Linears
+    that read them. Models with `pre` or `scaled_init`, and OLMo 2 with `reordered`, are stock models already and change
+    their class. In bfloat16 the logits differ by the rounding of the weights. The new model is on the CPU.
 
     Args:
         source: A model of this package, or the directory of one; a model is left as it is.
@@ -65,7 +64,12 @@ def fold_lns(source: Source, output: str | Path | None = None) -> PreTrainedMode
             `output` exists.
     """
     model, family = _load(source, "ours")
-    _check_foldable(model.config)
+    placement = model.config.norm_placement
+    if placement not in family.foldable:
+        raise ValueError(
+            f"norm_placement: expected one of {', '.join(family.foldable)}; got {placement!r}, which cannot be folded: "
+            f"{WHY_NOT_FOLDABLE[placement]}"
+        )
     stock_class = family.stock_class(type(model).__name__)
     if stock_class is None:
         raise ValueError(f"source: expected a head that transformers has, got {type(model).__name__}")
@@ -166,16 +170,6 @@ def _load(source: Source, whose: str) -> tuple[PreTrainedModel, Family]:
     return _load_exactly(model_class, source), family
 
 
-def _check_foldable(config: Any) -> None:
-    # OLMo 2 is a stock model whose norms stand like this.
-    if config.norm_placement in FOLDABLE or (config.model_type, config.norm_placement) == ("cod_olmo2", "reordered"):
-        return
-    raise ValueError(
-        f"norm_placement: expected one of {', '.join(FOLDABLE)}; got {config.norm_placement!r}, which cannot be "
-        f"folded: {WHY_NOT_FOLDABLE[config.norm_placement]}"
-    )
-
-
 def _stock_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """All fields of the config but ours and those that name its class."""
     ours = {field.name for field in dataclasses.fields(NormPlacementConfig)}
@@ -189,12 +183,12 @@ def _rebuild(model: PreTrainedModel, model_class: Any, config: PreTrainedConfig)
         raise ValueError("source: expected weights in floating point, got a quantized model")
     old, new = f"{model.base_model_prefix}.", f"{model_class.base_model_prefix}."
     state = {
-        new + name.removeprefix(old) if name.startswith(old) else name: weight.clone()
+        new + name.removeprefix(old) if name.startswith(old) else name: weight.detach().to("cpu", copy=True)
         for name, weight in model.state_dict().items()
     }
     rebuilt = _load_exactly(model_class, None, config=config, state_dict=state, dtype=model.dtype)
     if rebuilt.can_generate():
-        rebuilt.generation_config = model.generation_config
+        rebuilt.generation_config = copy.deepcopy(model.generation_config)
     return rebuilt
 
 
@@ -215,7 +209,7 @@ def _scales(model: Any) -> list[float]:
 
 @torch.no_grad()
 def _scale_norms(model: PreTrainedModel, family: Family, factors: list[float]) -> None:
-    """Multiply what the norms before the sublayers of layer l give by `factors[l]`, inside the weights, in float32."""
+    """Multiply what the norms before the sublayers of layer l give by `factors[l]`: in the weights, rounded once."""
     for layer, factor in zip(model.base_model.layers, factors, strict=True):  # type: ignore[arg-type]
         if factor == 1.0:
             continue
@@ -224,7 +218,7 @@ def _scale_norms(model: PreTrainedModel, family: Family, factors: list[float]) -
             # A Linear has its factor on the input, so its bias stays; a norm has it on the output, bias and all.
             weights = [module.weight] if isinstance(module, nn.Linear) else list(module.parameters())
             for weight in weights:
-                weight.copy_(weight.float() * factor)
+                weight.copy_(weight.double() * factor)
 
 
 def _finish(model: Any, source: Any, output: str | Path | None) -> Any:

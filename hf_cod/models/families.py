@@ -78,12 +78,14 @@ class Family:
             not exist.
         absorbers: Modules of a layer whose weights can take over a factor on the outputs of the norms before the
             sublayers: those norms, or where these have no weights, the Linears that read them.
+        foldable: The placements whose function a stock model of the family has.
     """
 
     config: Any
     stock_config: Any
     models: dict[Any, type[PreTrainedModel]]
     absorbers: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    foldable: tuple[str, ...] = ("pre", "scaled_init", "lns")
 
     @property
     def model_type(self) -> str:
@@ -178,6 +180,7 @@ FAMILIES: tuple[Family, ...] = (
             CodOlmo2ForTokenClassification,
             CodOlmo2ForQuestionAnswering,
         ),
+        foldable=("reordered",),
     ),
     Family(
         CodViTConfig,

@@ -20,7 +20,7 @@ from transformers.modeling_layers import (
 )
 
 from .configuration_cod import CODE_VERSION, check_placement
-from .placements import ALL_NORMS, PLACEMENTS, NormPlacement
+from .placements import PLACEMENTS, NormPlacement
 
 
 class PlacedLayer:
@@ -34,12 +34,13 @@ class PlacedLayer:
     def place_norms(self, config: Any, layer: int) -> None:
         """Give the layer its placement, exactly the norms of it, and the standard deviations to start with."""
         self.placement = PLACEMENTS[config.norm_placement](config, layer)
-        for name in ALL_NORMS:
-            own_name = self.norm_names.get(name, name)
-            if name in self.placement.norms and not hasattr(self, own_name):
-                setattr(self, own_name, self.build_norm(config))
-            elif name not in self.placement.norms and hasattr(self, own_name):
-                delattr(self, own_name)
+        needed = [self.norm_names.get(name, name) for name in self.placement.norms]
+        for name in [name for name, _ in self.named_children() if "norm" in name]:
+            if name not in needed:
+                delattr(self, name)
+        for name in needed:
+            if not hasattr(self, name):
+                setattr(self, name, self.build_norm(config))
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 # On the Linear itself: transformers initialises modules of remote code only where they own parameters.

@@ -17,14 +17,14 @@ from torch import nn
 
 Sublayer = Callable[[torch.Tensor], torch.Tensor]
 
-ALL_NORMS = (
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+SANDWICH_NORMS = (
     "input_layernorm",
     "post_attention_layernorm",
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
 )
-PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
-OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 # The last names of the Linears of a layer, by the part that they play in initialisation.
 RESIDUAL_PROJECTIONS = ("o_proj", "down_proj", "fc2")
@@ -168,7 +168,7 @@ class SandwichNorm(NormPlacement):
     without its optional norm on the embeddings.
     """
 
-    norms = ALL_NORMS
+    norms = SANDWICH_NORMS
 
     def forward(self, layer: Any, x: torch.Tensor, attention: Sublayer, mlp: Sublayer) -> torch.Tensor:
         """See the class."""
@@ -200,7 +200,7 @@ def mix_norm(config: Any, layer: int) -> NormPlacement:
     """Mix-LN: Post-LN in the first ceil(alpha N) layers, Pre-LN in the rest; alpha = `post_ln_fraction`.
 
     Li et al. 2024, "Mix-LN: Unleashing the Power of Deeper Layers by Combining Pre-LN and Post-LN"
-    (arXiv 2412.13795), section 3. Its models have an integral alpha N (alpha = 0.25).
+    (arXiv 2412.13795). Its models have an integral alpha N (alpha = 0.25 of 12, 24 or 32 layers).
     """
     depth, n_layers = layer_depth(config, layer)
     post = depth < n_post_layers(config.post_ln_fraction, n_layers)

@@ -22,12 +22,12 @@ from transformers import (
 )
 
 from hf_cod.models import AUTHORS_NORM_TYPES, PLACEMENTS, CodLlamaForCausalLM, fold_lns, from_authors, to_lns
-from hf_cod.models.convert import FOLDABLE
 
 from .references import language_model
 from .tiny import BY_TYPE, inputs, tiny_model, tokens
 
-LNS_TYPES = [name for name, family in BY_TYPE.items() if "lns" in family.config.family_placements]
+FOLDABLE = ("pre", "scaled_init", "lns")
+LNS_TYPES = [name for name, family in BY_TYPE.items() if "lns" in family.config.valid_placements()]
 
 
 def first(output) -> torch.Tensor:
@@ -134,7 +134,7 @@ WHY = {
     "post": "rescales the residual stream by a factor that depends on the input",
     "mix": "in the first layers its norm acts on the sum",
     "deepnorm": "rescales the residual stream by a factor that depends on the input",
-    "sandwich": "its norm acts on the output of a sublayer",
+    "sandwich": "it has four norms in a layer",
     "reordered": "its norm acts on the output of a sublayer",
 }
 
@@ -145,6 +145,19 @@ def test_the_others_say_why_they_cannot_be_folded(placement, tmp_path):
     with pytest.raises(ValueError, match=f"expected one of pre, scaled_init, lns; got '{placement}'.*{WHY[placement]}"):
         fold_lns(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_foldable_placement_is_one_that_the_stock_family_has():
+    with pytest.raises(ValueError, match="expected one of reordered; got 'sandwich'"):
+        fold_lns(tiny_model("cod_olmo2", "sandwich"))
+
+
+@pytest.mark.parametrize("model_type", ["cod_qwen2", "cod_qwen3"])
+def test_alternating_sliding_windows_are_kept(model_type):
+    windows = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}
+    model = tiny_model(model_type, "lns", **windows)
+    assert gap(model, fold_lns(model), model_type) <= 1e-5
+    assert gap(model, tiny_model(model_type, "lns"), model_type) > 1e-3
 
 
 def test_wrong_sources():

@@ -73,6 +73,11 @@ def test_heads_take_the_backbone_of_a_language_model_and_learn(auto, tmp_path):
     assert all(weight.grad is not None for weight in head.parameters())
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_other_inference_engines_can_take_the_attention_over(family):
+    assert all(model.is_backend_compatible() for model in family.models.values())
+
+
 def test_registering_again_changes_nothing():
     register()
     register()

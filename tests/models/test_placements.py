@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM, CodOlmo2Config
-from hf_cod.models.placements import DeepNorm, LayerNormScaling, PostNorm, PreNorm, n_post_layers
+from hf_cod.models.placements import DeepNorm, LayerNormScaling, NormPlacement, PostNorm, PreNorm, n_post_layers
 
 from . import references
 from .tiny import CASES, N_LAYERS, POST_LAYERS, TEXT, inputs, tiny_config, tiny_model, tokens
@@ -61,6 +61,23 @@ def test_norms_carry_the_names_of_the_checkpoints(placement):
     assert first == names[placement]
     last = {name for name, _ in model.model.layers[-1].named_children() if "norm" in name}
     assert last == (names["pre"] if placement == "mix" else names[placement])
+
+
+class NormAfterValues(NormPlacement):
+    norms = ("input_layernorm", "value_norm")
+
+    def forward(self, layer, x, attention, mlp):
+        return x + layer.value_norm(attention(x)) + mlp(layer.input_layernorm(x))
+
+
+def test_the_next_placement_is_one_entry(monkeypatch, tmp_path):
+    monkeypatch.setitem(PLACEMENTS, "parallel", NormAfterValues)
+    model = tiny_model("cod_llama", "parallel")
+    norms = {name for name, _ in model.model.layers[0].named_children() if "norm" in name}
+    assert norms == {"input_layernorm", "value_norm"}
+    model.save_pretrained(tmp_path)
+    loaded = CodLlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 
 def test_mix_ln_takes_the_ceiling_and_is_immune_to_rounding():

@@ -33,7 +33,7 @@ BY_TYPE = {family.model_type: family for family in FAMILIES}
 TEXT_TYPES = [name for name in BY_TYPE if name != "cod_vit"]
 
 # Every placement x family that exists.
-CASES = [(name, placement) for name, family in BY_TYPE.items() for placement in family.config.family_placements]
+CASES = [(name, placement) for name, family in BY_TYPE.items() for placement in family.config.valid_placements()]
 TEXT_CASES = [case for case in CASES if case[0] != "cod_vit"]
 LLAMA_CASES = [("cod_llama", placement) for placement in PLACEMENTS]
 
