@@ -61,7 +61,7 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: torch.
 
 
 def kernels_and_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> dict[str, Any]:
-    """Operations of one step, and the peak of the memory that the step adds to what was there before it."""
+    """Operations of one step, and the peak of its memory: weights and optimizer state, and what the step adds."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         step(model, optimizer, batch)
     leaves = [e.name for e in profiler.events() if e.name.startswith("aten::") and not e.cpu_children]
@@ -74,7 +74,9 @@ def kernels_and_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     device = 1 if batch.is_cuda else 0
     memory = [e["args"] for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == device]
     before = memory[0]["Total Allocated"] - memory[0]["Bytes"]
-    peak = max(event["Total Allocated"] for event in memory) - before
+    added = max(event["Total Allocated"] for event in memory) - before
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    peak = added + sum(tensor.nbytes for tensor in (*model.parameters(), *states))
     return {"kernels": kernels, "peak_mib": peak / 2**20}
 
 

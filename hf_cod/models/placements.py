@@ -19,12 +19,7 @@ Sublayer = Callable[[torch.Tensor], torch.Tensor]
 
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
-SANDWICH_NORMS = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-)
+SANDWICH_NORMS = ("input_layernorm", "pre_feedforward_layernorm", *OUTPUT_NORMS)
 
 # The last names of the Linears of a layer, by the part that they play in initialisation.
 RESIDUAL_PROJECTIONS = ("o_proj", "down_proj", "fc2")
