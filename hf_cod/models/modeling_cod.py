@@ -34,6 +34,7 @@ class PlacedLayer:
     def place_norms(self, config: Any, layer: int) -> None:
         """Give the layer its placement, exactly the norms of it, and the standard deviations to start with."""
         self.placement = PLACEMENTS[config.norm_placement](config, layer)
+        # The layer of the family comes with the norms of its own placement.
         needed = [self.norm_names.get(name, name) for name in self.placement.norms]
         for name in [name for name, _ in self.named_children() if "norm" in name]:
             if name not in needed:
