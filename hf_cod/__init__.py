@@ -7,6 +7,7 @@ from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import MeasurementError, diagnose
 from hf_cod.evaluation import perplexity
 from hf_cod.layer_removal import drop, skip
+from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
 from hf_cod.report import RunReport
 
 __all__ = [
@@ -18,6 +19,12 @@ __all__ = [
     "diagnose",
     "drop",
     "find_decoder_layers",
+    "fold_lns",
+    "from_authors",
+    "llama_preset",
     "perplexity",
     "skip",
+    "to_lns",
 ]
+
+register()  # AutoConfig and AutoModel know our model types from here on

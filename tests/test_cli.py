@@ -2,8 +2,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from hf_cod.cli import COMMANDS, main
+from hf_cod.loading import load_model
 from hf_cod.report import RunReport
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
@@ -99,7 +101,7 @@ def test_a_failing_metric_is_told_and_the_rest_is_kept(checkpoint, capsys):
     [
         (["diagnose", "no/such-model"], "model: expected a Hub id"),
         (["compare", "a", "b"], "report: expected"),
-        (["fly"], "expected one of demo, diagnose, compare, got 'fly'"),
+        (["fly"], "expected one of demo, diagnose, compare, convert, got 'fly'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
@@ -122,3 +124,20 @@ def test_help(capsys):
             main([name, "--help"])
         assert done.value.code == 0
     assert "--sequence-length" in capsys.readouterr().out
+
+
+def test_convert_to_lns_and_back_gives_equal_logits(checkpoint, capsys):
+    stock, lns, back = (str(checkpoint / name) for name in ("model", "lns", "back"))
+    assert main(["convert", "lns", stock, lns]) == 0
+    assert main(["convert", "stock", lns, back]) == 0
+    assert "CodLlamaForCausalLM" in capsys.readouterr().out
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        first, middle, last = (load_model(name)[0](ids).logits for name in (stock, lns, back))
+    torch.testing.assert_close(middle, first, atol=1e-5, rtol=0)
+    torch.testing.assert_close(last, first, atol=1e-5, rtol=0)
+    assert load_model(back)[1] is not None, "the tokenizer comes along"
+    assert main(["convert", "stock", lns, back]) == 2
+    assert main(["convert", "authors", stock, str(checkpoint / "x")]) == 2
+    shown = capsys.readouterr().err
+    assert "output: expected a path that does not exist yet" in shown and "give --norm-type" in shown

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "hf_cod"
 # Each room imports only rooms of lower lines; files of one line do not import each other unless named as a folder.
 ORDER = [
-    ["functional", "files"],
+    ["functional", "files", "models"],
     ["decoder_layers", "calibration"],
     ["layer_removal", "evaluation", "report", "loading"],
     ["diagnostics"],
@@ -58,6 +58,16 @@ def test_imports_go_one_way(path):
             assert not at_top
         else:
             assert room == parts[1] or RANK[parts[1]] < RANK[room], f"{room} must not import {parts[1]}"
+
+
+def test_models_travel_alone():
+    """Their files are copied flat beside the weights, where this package does not exist."""
+    for path in (ROOT / "models").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        relative = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+        assert all(node.level == 1 and node.module and "." not in node.module for node in relative), path
+        outside = {name.split(".")[0] for name, _ in imports_of(path)}
+        assert not outside & {"hf_cod", *OPTIONAL}, path
 
 
 def test_functional_imports_torch_alone():

@@ -1,0 +1,141 @@
+"""What a norm placement costs: time, memory and kernels of a training step beside the stock Llama of the same size.
+
+    python examples/benchmarks/placements.py
+    python examples/benchmarks/placements.py --size 130M --batch 16 --tokens 256 --device cuda --dtype bfloat16
+
+All models live in one process and take their steps in turn, in another order each round; a ratio is taken within a
+round and the median over the rounds is shown, so that a busy machine slows both sides of a ratio alike. `pre` is the
+same mathematics as the stock model: how far its ratio is from 1 is the error of the measurement.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_cod.models import LLAMA_PRESETS, PLACEMENTS, CodLlamaForCausalLM, llama_preset
+
+STOCK = "stock"
+TARGETS = {"lns": 1.01, "mix": 1.05, "post": 1.05, "sandwich": 1.05}
+# A size for a quick look on a CPU; the rest are the papers'. The vocabulary is small, so that the layers dominate.
+SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
+SMALL_VOCABULARY = 2048
+# Leaf operations that allocate or rename memory and compute nothing.
+NO_KERNELS = ("empty", "view", "as_strided", "reshape", "alias", "detach", "result_type", "_local_scalar_dense")
+
+
+def build(name: str, args: argparse.Namespace) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model ready to train, and its optimizer; `name` is a placement or "stock"."""
+    small = {**SMALL, "vocab_size": SMALL_VOCABULARY} if args.size == "small" else {}
+    size = "130M" if args.size == "small" else args.size
+    config = llama_preset(size, "pre" if name == STOCK else name, use_cache=False, **small)
+    torch.manual_seed(0)
+    if name == STOCK:
+        names = LlamaConfig().to_dict().keys() - {"model_type", "architectures"}
+        stock = LlamaConfig(**{key: value for key, value in config.to_dict().items() if key in names})
+        model: torch.nn.Module = LlamaForCausalLM(stock)
+    else:
+        model = CodLlamaForCausalLM(config)
+    model = model.to(args.device, getattr(torch, args.dtype)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    return torch.compile(model) if args.compile else model, optimizer
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> float:
+    """Seconds of one training step."""
+    if batch.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    model(batch, labels=batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if batch.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def kernels_and_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> dict[str, Any]:
+    """Operations of one step, and the peak of its memory: weights and optimizer state, and what the step adds."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step(model, optimizer, batch)
+    leaves = [e.name for e in profiler.events() if e.name.startswith("aten::") and not e.cpu_children]
+    kernels = sum(not any(word in name for word in NO_KERNELS) for name in leaves)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    # Device type 0 is the CPU, 1 CUDA; each event says what is allocated after it.
+    device = 1 if batch.is_cuda else 0
+    memory = [e["args"] for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == device]
+    before = memory[0]["Total Allocated"] - memory[0]["Bytes"]
+    added = max(event["Total Allocated"] for event in memory) - before
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    peak = added + sum(tensor.nbytes for tensor in (*model.parameters(), *states))
+    return {"kernels": kernels, "peak_mib": peak / 2**20}
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """name -> seconds, ratio to the stock model, kernels and memory."""
+    names = [STOCK, *args.placements]
+    trained = {name: build(name, args) for name in names}
+    batch = torch.randint(SMALL_VOCABULARY, (args.batch, args.tokens), device=args.device)
+    for name in names:  # warm up, and compile if asked to
+        for _ in range(3):
+            step(*trained[name], batch)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(args.rounds):
+        shift = round_ % len(names)
+        for name in names[shift:] + names[:shift]:
+            seconds[name].append(step(*trained[name], batch))
+    results = {}
+    for name in names:
+        ratios = [mine / stock for mine, stock in zip(seconds[name], seconds[STOCK], strict=True)]
+        timing = {"seconds": statistics.median(seconds[name]), "ratio": statistics.median(ratios)}
+        results[name] = {**timing, **kernels_and_memory(*trained[name], batch)}
+    for name in names:
+        results[name]["extra_kernels"] = results[name]["kernels"] - results[STOCK]["kernels"]
+        results[name]["memory_ratio"] = results[name]["peak_mib"] / results[STOCK]["peak_mib"]
+    return results
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results as text."""
+    head = f"{'':12} {'ms a step':>10} {'ratio':>7} {'target':>7} {'extra kernels':>14} {'peak MiB':>9} {'ratio':>7}"
+    rows = [
+        f"{name:12} {1000 * r['seconds']:10.1f} {r['ratio']:7.3f} {TARGETS.get(name, ''):>7} "
+        f"{r['extra_kernels']:+14d} {r['peak_mib']:9.1f} {r['memory_ratio']:7.3f}"
+        for name, r in results.items()
+    ]
+    return "\n".join([head, *rows])
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["small", *LLAMA_PRESETS], default="small")
+    parser.add_argument("--placements", nargs="+", choices=list(PLACEMENTS), default=list(PLACEMENTS))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="compile the models with torch.compile")
+    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    args = parser.parse_args()
+    results = measure(args)
+    print(table(results))
+    if args.output:
+        settings = {**vars(args), "output": str(args.output), "torch": torch.__version__}
+        partial = args.output.with_name(args.output.name + ".partial")
+        partial.write_text(json.dumps({"settings": settings, "results": results}, indent=2))
+        partial.replace(args.output)
+
+
+if __name__ == "__main__":
+    main()

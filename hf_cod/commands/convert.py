@@ -1,0 +1,35 @@
+"""hf-cod convert: between LayerNorm Scaling, stock checkpoints and those of the papers' authors."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+
+from hf_cod.models import AUTHORS_NORM_TYPES, fold_lns, from_authors, to_lns
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = ArgumentParser(
+        prog="hf-cod convert",
+        formatter_class=RawDescriptionHelpFormatter,
+        description="Converts a checkpoint; the source is never touched.\n\n"
+        "  stock    a model with LayerNorm Scaling -> an ordinary one with the same logits, for tools that know\n"
+        "           nothing of us (vLLM, llama.cpp): 1 / sqrt(layer) goes into the norms' weights\n"
+        "  lns      an ordinary model -> LayerNorm Scaling with the same logits, to train it on\n"
+        "  authors  a checkpoint of the code released with Mix-LN or the Curse of Depth -> a model of this package",
+    )
+    parser.add_argument("to", choices=["stock", "lns", "authors"], help="what to do, see above")
+    parser.add_argument("source", help="directory of the checkpoint (for lns also a Hub id)")
+    parser.add_argument("output", help="new directory for the result")
+    parser.add_argument("--norm-type", choices=list(AUTHORS_NORM_TYPES), help="authors: NORM_TYPE it was trained with")
+    parser.add_argument("--post-layers", type=int, help="authors: POST_NUM it was trained with, for post_pre")
+    chosen = parser.parse_args(list(arguments))
+    if chosen.to == "authors":
+        if chosen.norm_type is None:
+            raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got none; give --norm-type")
+        model = from_authors(chosen.source, chosen.norm_type, post_layers=chosen.post_layers, output=chosen.output)
+    else:
+        model = {"stock": fold_lns, "lns": to_lns}[chosen.to](chosen.source, output=chosen.output)
+    print(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {chosen.output}")
+    return 0

@@ -1,0 +1,26 @@
+"""Configuration of OLMo 2 with a choice of norm placement."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
+
+from .configuration_cod import NormPlacementConfig
+
+
+@strict
+class CodOlmo2Config(NormPlacementConfig, Olmo2Config):
+    """OLMo 2, whose norms stand on the outputs of the sublayers (`reordered`), if wanted on both sides (`sandwich`).
+
+    The other placements are refused: a stock OLMo 2 checkpoint has norms of the same names as Llama, and would load
+    into them without a word and with another meaning."""
+
+    model_type = "cod_olmo2"
+
+    norm_placement: str = "reordered"
+
+    @classmethod
+    def valid_placements(cls) -> tuple[str, ...]:
+        """The placements that the family can have."""
+        return ("reordered", "sandwich")
+
+
+CodOlmo2Config.register_for_auto_class()

@@ -1,0 +1,19 @@
+"""Configuration of Qwen3 with a choice of norm placement."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+from .configuration_cod import NormPlacementConfig
+
+
+@strict
+class CodQwen3Config(NormPlacementConfig, Qwen3Config):
+    """Qwen3, with its norms where `norm_placement` puts them.
+
+    The norms on queries and keys stay as they are. They undo the factor of LayerNorm Scaling on queries and keys, so
+    only the values and the MLP feel it."""
+
+    model_type = "cod_qwen3"
+
+
+CodQwen3Config.register_for_auto_class()

@@ -1,0 +1,227 @@
+"""Checkpoints between LayerNorm Scaling and stock transformers, and from the code released with the papers.
+
+Symbols: l the layer counted from 1, gamma the weight of a norm. An LNS layer reads gamma x_hat / sqrt(l), so a stock
+layer with gamma' = gamma / sqrt(l) computes the same function, and the other way round. The function is the same,
+training is not: the gradient of gamma in an LNS layer is 1 / sqrt(l) of that of gamma'.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from .checkpoint import save_aside
+from .configuration_cod import NormPlacementConfig
+from .configuration_cod_llama import CodLlamaConfig
+from .families import FAMILIES, Family
+from .modeling_cod_llama import CodLlamaForCausalLM
+
+Source = PreTrainedModel | str | Path
+
+_ON_THE_SUM = (
+    "its norm acts on the sum x + F(x): it rescales the residual stream by a factor that depends on the input, and a "
+    "stock model has no operation for that"
+)
+WHY_NOT_FOLDABLE = {
+    "post": _ON_THE_SUM,
+    "mix": f"in the first layers {_ON_THE_SUM}",
+    "deepnorm": _ON_THE_SUM,
+    "sandwich": "it has four norms in a layer, and a stock model of this family has two",
+    "reordered": "its norm acts on the output of a sublayer, where a stock model of this family has none",
+}
+
+# NORM_TYPE of the code released with the papers -> our fields.
+AUTHORS_NORM_TYPES: dict[str, dict[str, Any]] = {
+    "pre": {"norm_placement": "pre"},
+    "scale_pre": {"norm_placement": "scaled_init"},
+    "lns": {"norm_placement": "lns"},
+    "post": {"norm_placement": "post"},
+    "deeppost": {"norm_placement": "deepnorm", "deepnorm_alpha": 8**0.5},
+    "post_pre": {"norm_placement": "mix"},
+    "scale_post_pre": {"norm_placement": "mix", "scaled_residual_init": True},
+    "sandwich": {"norm_placement": "sandwich"},
+}
+
+
+def fold_lns(source: Source, output: str | Path | None = None) -> PreTrainedModel:
+    """Turn an LNS model into a stock model with the same function, for tools that know stock models only.
+
+    1 / sqrt(l) goes into the weights of the norms of layer l; where norms have no weights (OLMo), into the Linears
+    that read them. Models with `pre` or `scaled_init`, and OLMo 2 with `reordered`, are stock models already and change
+    their class. In bfloat16 the logits differ by the rounding of the weights. The new model is on the CPU.
+
+    Args:
+        source: A model of this package, or the directory of one; a model is left as it is.
+        output: Also write the stock model to this new directory, with the tokenizer of a source directory.
+
+    Raises:
+        ValueError: If the placement has no stock equal, transformers lacks the head, the weights are quantized, or
+            `output` exists.
+    """
+    model, family = _load(source, "ours")
+    placement = model.config.norm_placement
+    if placement not in family.foldable:
+        raise ValueError(
+            f"norm_placement: expected one of {', '.join(family.foldable)}; got {placement!r}, which cannot be folded: "
+            f"{WHY_NOT_FOLDABLE[placement]}"
+        )
+    stock_class = family.stock_class(type(model).__name__)
+    if stock_class is None:
+        raise ValueError(f"source: expected a head that transformers has, got {type(model).__name__}")
+    stock = _rebuild(model, stock_class, family.stock_config(**_stock_fields(model.config)))
+    _scale_norms(stock, family, _scales(model))
+    return _finish(stock, source, output)
+
+
+def to_lns(source: Source, output: str | Path | None = None) -> PreTrainedModel:
+    """Turn a stock model into an LNS model with the same function, to continue its training with LNS.
+
+    sqrt(l) goes into the weights of the norms of layer l, so that it undoes the factor of LNS.
+
+    Args:
+        source: A model of a base family of this package, or the directory of one; a model is left as it is.
+        output: Also write the LNS model to this new directory, with the tokenizer of a source directory.
+
+    Raises:
+        ValueError: If the family is unknown or cannot have `lns`, the head is unknown, the weights are quantized, or
+            `output` exists.
+    """
+    model, family = _load(source, "stock")
+    our_class = family.our_class(type(model).__name__)
+    if our_class is None:
+        raise ValueError(f"source: expected a head that {family.model_type} has, got {type(model).__name__}")
+    lns = _rebuild(model, our_class, family.config(**_stock_fields(model.config), norm_placement="lns"))
+    _scale_norms(lns, family, [1 / scale for scale in _scales(lns)])
+    return _finish(lns, source, output)
+
+
+def from_authors(
+    source: str | Path | Mapping[str, torch.Tensor],
+    norm_type: str,
+    config: Mapping[str, Any] | None = None,
+    post_layers: int | None = None,
+    output: str | Path | None = None,
+) -> CodLlamaForCausalLM:
+    """Load a checkpoint of the code released with Mix-LN or the Curse of Depth as a model of this package.
+
+    Args:
+        source: Directory of the checkpoint, or its state dict.
+        norm_type: The NORM_TYPE that it was trained with, in any case: a name from `AUTHORS_NORM_TYPES`.
+        config: Contents of its config.json; needed with a state dict.
+        post_layers: The POST_NUM that it was trained with; needed with post_pre and scale_post_pre.
+        output: Also write the model to this new directory, with the tokenizer of a source directory.
+
+    Raises:
+        ValueError: For an unknown NORM_TYPE, a missing `config` or `post_layers`, weights that do not fit, or an
+            `output` that exists.
+    """
+    if norm_type.lower() not in AUTHORS_NORM_TYPES:
+        raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}; got {norm_type!r}")
+    if config is None:
+        if isinstance(source, Mapping):
+            raise ValueError("config: expected the contents of config.json with a state dict, got None")
+        config = LlamaConfig.get_config_dict(source)[0]
+    fields = _authors_fields(dict(config), AUTHORS_NORM_TYPES[norm_type.lower()], post_layers)
+    model_config = CodLlamaConfig(**fields)
+    if isinstance(source, Mapping):
+        state = {name.removeprefix("module."): weight.clone() for name, weight in source.items()}
+        model = _load_exactly(CodLlamaForCausalLM, None, config=model_config, state_dict=state)
+    else:
+        model = _load_exactly(CodLlamaForCausalLM, source, config=model_config)
+    return _finish(model, source, output)
+
+
+def _authors_fields(config: dict[str, Any], placement: dict[str, Any], post_layers: int | None) -> dict[str, Any]:
+    """Fields of our config from their config.json, with its `max_sequence_length` and its pad token -1 translated."""
+    fields = {**config, **placement}
+    for name in ("model_type", "architectures", "auto_map", "transformers_version"):
+        fields.pop(name, None)
+    if "max_sequence_length" in fields:
+        fields["max_position_embeddings"] = fields.pop("max_sequence_length")
+    if (fields.get("pad_token_id") or 0) < 0:
+        fields["pad_token_id"] = None
+    if placement["norm_placement"] == "mix":
+        n_layers = fields["num_hidden_layers"]
+        if post_layers is None or not 0 <= post_layers <= n_layers:
+            raise ValueError(f"post_layers: expected a number from 0 to {n_layers}, got {post_layers}")
+        fields["post_ln_fraction"] = post_layers / n_layers
+    return fields
+
+
+def _load(source: Source, whose: str) -> tuple[PreTrainedModel, Family]:
+    """The model, loaded if `source` is a directory, and its family; `whose` is "ours" or "stock"."""
+    config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
+    families = {(f.config if whose == "ours" else f.stock_config).model_type: f for f in FAMILIES}
+    if config.model_type not in families:
+        raise ValueError(f"source: expected a model of type {', '.join(families)}; got {config.model_type!r}")
+    family = families[config.model_type]
+    if isinstance(source, PreTrainedModel):
+        return source, family
+    name = (config.architectures or ["none"])[0]
+    models = {model.__name__: model for model in family.models.values()}
+    model_class = models.get(name) if whose == "ours" else family.stock_class(name)
+    if model_class is None:
+        raise ValueError(f"source: expected architectures that transformers or hf_cod has, got {name}")
+    return _load_exactly(model_class, source), family
+
+
+def _stock_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """All fields of the config but ours and those that name its class."""
+    ours = {field.name for field in dataclasses.fields(NormPlacementConfig)}
+    names = ours | {"model_type", "architectures", "auto_map", "transformers_version"}
+    return {name: value for name, value in config.to_dict().items() if name not in names}
+
+
+def _rebuild(model: PreTrainedModel, model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of another class with copies of the same weights."""
+    if not all(weight.is_floating_point() for weight in model.parameters()):
+        raise ValueError("source: expected weights in floating point, got a quantized model")
+    old, new = f"{model.base_model_prefix}.", f"{model_class.base_model_prefix}."
+    state = {
+        new + name.removeprefix(old) if name.startswith(old) else name: weight.detach().to("cpu", copy=True)
+        for name, weight in model.state_dict().items()
+    }
+    rebuilt = _load_exactly(model_class, None, config=config, state_dict=state, dtype=model.dtype)
+    if rebuilt.can_generate():
+        rebuilt.generation_config = copy.deepcopy(model.generation_config)
+    return rebuilt
+
+
+def _load_exactly(model_class: Any, source: Any, **kwargs: Any) -> Any:
+    """`from_pretrained`, but every weight must find its place."""
+    model, info = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
+    # Buffers that old versions of transformers saved; they are computed now.
+    unexpected = {name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")}
+    wrong = sorted(info["missing_keys"]) + sorted(unexpected) + sorted(map(str, info["mismatched_keys"]))
+    if wrong:
+        raise ValueError(f"source: expected exactly the weights of the model, got missing, unknown or misfit {wrong}")
+    return model
+
+
+def _scales(model: Any) -> list[float]:
+    return [layer.placement.scale for layer in model.base_model.layers]
+
+
+@torch.no_grad()
+def _scale_norms(model: PreTrainedModel, family: Family, factors: list[float]) -> None:
+    """Multiply what the norms before the sublayers of layer l give by `factors[l]`: in the weights, rounded once."""
+    for layer, factor in zip(model.base_model.layers, factors, strict=True):  # type: ignore[arg-type]
+        if factor == 1.0:
+            continue
+        for name in family.absorbers:
+            module = layer.get_submodule(name)
+            # A Linear has its factor on the input, so its bias stays; a norm has it on the output, bias and all.
+            weights = [module.weight] if isinstance(module, nn.Linear) else list(module.parameters())
+            for weight in weights:
+                weight.copy_(weight.double() * factor)
+
+
+def _finish(model: Any, source: Any, output: str | Path | None) -> Any:
+    if output is not None:
+        save_aside(model, Path(output), Path(source) if isinstance(source, str | Path) else None)
+    return model

@@ -1,0 +1,295 @@
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+import hf_cod
+from hf_cod.models import FAMILIES, CodLlamaForCausalLM, CodLlamaModel, register
+
+from .tiny import BY_TYPE, CASES, LLAMA_CASES, inputs, tiny_config, tiny_model, tokens
+
+TEXT_AUTOS = (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
+)
+HEADS = [(name, auto) for name in BY_TYPE if name != "cod_vit" for auto in TEXT_AUTOS]
+HEADS += [("cod_vit", AutoModel), ("cod_vit", AutoModelForImageClassification)]
+
+
+def first(output) -> torch.Tensor:
+    return next(value for value in output.to_tuple() if torch.is_tensor(value))
+
+
+@pytest.mark.parametrize(("model_type", "placement"), CASES)
+def test_saved_and_loaded_again(model_type, placement, tmp_path):
+    model = tiny_model(model_type, placement)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.norm_placement == placement
+    assert torch.equal(loaded(**inputs(model_type)).logits, model(**inputs(model_type)).logits)
+
+
+@pytest.mark.parametrize(("model_type", "auto"), HEADS, ids=lambda value: getattr(value, "__name__", value))
+def test_every_head_by_its_auto_class(model_type, auto, tmp_path):
+    model = tiny_model(model_type, "sandwich", auto)
+    model.save_pretrained(tmp_path)
+    loaded = auto.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(first(loaded(**inputs(model_type))), first(model(**inputs(model_type))))
+    assert getattr(hf_cod.models, type(model).__name__) is type(model)
+
+
+@pytest.mark.parametrize("auto", TEXT_AUTOS[2:], ids=lambda auto: auto.__name__)
+def test_heads_take_the_backbone_of_a_language_model_and_learn(auto, tmp_path):
+    model = tiny_model("cod_llama", "mix")
+    model.save_pretrained(tmp_path)
+    head = auto.from_pretrained(tmp_path, num_labels=3)
+    backbone, expected = head.model.state_dict(), model.model.state_dict()
+    assert all(torch.equal(backbone[name], expected[name]) for name in expected)
+    labels = {
+        AutoModelForSequenceClassification: {"labels": torch.tensor([0, 2])},
+        AutoModelForTokenClassification: {"labels": tokens() % 3},
+        AutoModelForQuestionAnswering: {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 3])},
+    }
+    head(tokens(), **labels[auto]).loss.backward()
+    assert all(weight.grad is not None for weight in head.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_other_inference_engines_can_take_the_attention_over(family):
+    assert all(model.is_backend_compatible() for model in family.models.values())
+
+
+def test_registering_again_changes_nothing():
+    register()
+    register()
+    assert AutoConfig.for_model("cod_llama").model_type == "cod_llama"
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_tensor_parallel_plan_is_the_familys(family):
+    stock = family.stock_config.base_model_tp_plan
+    assert family.config.base_model_tp_plan == stock
+    if stock is not None:
+        model = tiny_model(family.model_type, "sandwich")
+        assert set(model.tp_plan) >= {f"model.{name}" for name in stock}
+
+
+@pytest.mark.parametrize(("model_type", "placement"), LLAMA_CASES)
+def test_tied_embeddings(model_type, placement, tmp_path):
+    model = tiny_model(model_type, placement, tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize(("model_type", "placement"), LLAMA_CASES)
+def test_bfloat16_keeps_the_function(model_type, placement, tmp_path):
+    model = tiny_model(model_type, placement)
+    model.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+    expected = model(tokens()).logits
+    assert (half(tokens()).logits.float() - expected).norm() <= 0.03 * expected.norm()
+    assert [vars(layer.placement) for layer in half.model.layers] == [vars(lay.placement) for lay in model.model.layers]
+
+
+@pytest.mark.parametrize(("model_type", "placement"), LLAMA_CASES)
+def test_meta_initialisation_keeps_the_scale(model_type, placement):
+    model = tiny_model(model_type, placement)
+    with torch.device("meta"):
+        empty = CodLlamaForCausalLM(tiny_config(model_type, placement))
+    empty.to_empty(device="cpu")
+    missing = empty.load_state_dict(model.state_dict())
+    assert not missing.missing_keys and not missing.unexpected_keys
+    # The rotary frequencies are buffers that no checkpoint holds; transformers computes them anew in from_pretrained.
+    empty.model.rotary_emb.inv_freq.copy_(model.model.rotary_emb.inv_freq)
+    assert torch.equal(empty.eval()(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("placement", ["lns", "mix", "deepnorm"])
+@pytest.mark.parametrize("options", [{"device_map": "auto"}, {"device_map": "cpu", "low_cpu_mem_usage": True}], ids=str)
+def test_device_map_and_low_memory_loading(placement, options, tmp_path):
+    model = tiny_model("cod_llama", placement)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_layers_are_kept_whole_by_a_device_map(tmp_path):
+    from accelerate import infer_auto_device_map
+
+    model = tiny_model("cod_llama", "sandwich")
+    layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
+    budget = {0: model.model.embed_tokens.weight.nbytes + 2 * layer + layer // 2, "cpu": 10**9}
+    devices = infer_auto_device_map(model, budget, no_split_module_classes=model._no_split_modules)
+    assert not [name for name in devices if name.count(".") > 2], devices
+
+
+def test_offloaded_to_disk(tmp_path):
+    model = tiny_model("cod_llama", "lns")
+    model.save_pretrained(tmp_path / "model")
+    devices = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    devices |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=devices, offload_folder=tmp_path / "disk"
+    )
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("placement", ["lns", "mix", "deepnorm"])
+@pytest.mark.parametrize("kept", [(0, 2, 3), (1, 3), (0, 1, 1, 2, 2, 3)], ids=str)
+def test_a_stack_that_lost_or_doubled_layers_is_saved_with_its_function(placement, kept, tmp_path):
+    model = tiny_model("cod_llama", placement)
+    model.model.layers = nn.ModuleList([copy.deepcopy(model.model.layers[i]) for i in kept])
+    model.config.num_hidden_layers = len(kept)
+    expected = model(tokens(), use_cache=False).logits
+    model.save_pretrained(tmp_path / "once")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "once")
+    assert loaded.config.layer_depths == list(kept)
+    assert loaded.config.original_num_hidden_layers == 4
+    assert torch.equal(loaded(tokens()).logits, expected)
+    loaded.save_pretrained(tmp_path / "twice")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    assert torch.equal(again(tokens()).logits, expected)
+
+
+def test_an_untouched_stack_records_no_depths(tmp_path):
+    model = tiny_model("cod_llama", "lns")
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["layer_depths"] is None and written["original_num_hidden_layers"] is None
+    assert written["norm_placement"] == "lns" and written["cod_code_version"] == 1
+
+
+STRANGER = """
+import json, sys, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+from transformers import AutoModelForTokenClassification
+root, out = sys.argv[1:3]
+logits = {}
+for name, auto, inputs in torch.load(f"{root}/jobs.pt"):
+    model = globals()[auto].from_pretrained(f"{root}/{name}", trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    logits[name] = model(**inputs).to_tuple()[0].detach()
+    if name == "cod_llama-lns":  # and on to the next stranger
+        model.save_pretrained(f"{root}/resaved")
+        torch.manual_seed(7)
+        for placement in ("scaled_init", "deepnorm"):
+            config = AutoConfig.from_pretrained(f"{root}/{name}", trust_remote_code=True, norm_placement=placement)
+            new = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+            logits[placement] = torch.stack([layer.self_attn.o_proj.weight.std() for layer in new.model.layers])
+    if name == "cod_llama-mix":  # a head that was not saved
+        head = AutoModelForSequenceClassification.from_pretrained(f"{root}/{name}", trust_remote_code=True)
+        assert type(head).__name__ == "CodLlamaForSequenceClassification"
+        torch.manual_seed(0)
+        assert head(**inputs).logits.shape == (2, 2)
+assert "hf_cod" not in sys.modules
+torch.save(logits, out)
+"""
+
+
+def stranger(root: Path, out: Path) -> dict[str, torch.Tensor]:
+    """Run a fresh process that cannot import this package."""
+    (root / "stranger.py").write_text(STRANGER)
+    cache = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, **cache, "PYTHONPATH": ""}
+    code = "import importlib.util as u, sys; sys.exit(u.find_spec('hf_cod') is not None)"
+    if subprocess.run([sys.executable, "-c", code], env=env, cwd=root).returncode:
+        # Installed in this environment: hide it.
+        env["PYTHONPATH"] = str(root / "hidden")
+        (root / "hidden").mkdir(exist_ok=True)
+        (root / "hidden" / "hf_cod.py").write_text("raise ImportError('hidden by a test')")
+    done = subprocess.run(
+        [sys.executable, root / "stranger.py", root, out], env=env, cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+def test_trust_remote_code_without_the_package(tmp_path):
+    jobs, expected = [], {}
+    for model_type, auto in [
+        ("cod_llama-lns", AutoModelForCausalLM),
+        ("cod_llama-mix", AutoModelForCausalLM),
+        ("cod_qwen2-sandwich", AutoModelForSequenceClassification),
+        ("cod_qwen3-lns", AutoModelForTokenClassification),
+        ("cod_mistral-deepnorm", AutoModelForQuestionAnswering),
+        ("cod_olmo-post", AutoModel),
+        ("cod_olmo2-reordered", AutoModelForCausalLM),
+        ("cod_vit-lns", AutoModelForImageClassification),
+    ]:
+        kind, placement = model_type.split("-")
+        model = tiny_model(kind, placement, auto)
+        model.save_pretrained(tmp_path / model_type)
+        jobs.append((model_type, auto.__name__, inputs(kind)))
+        expected[model_type] = first(model(**inputs(kind)))
+        written = json.loads((tmp_path / model_type / "config.json").read_text())
+        autos = {auto.__name__ for auto in BY_TYPE[kind].models} | {"AutoConfig"}
+        assert set(written["auto_map"]) == autos
+        for reference in written["auto_map"].values():
+            assert (tmp_path / model_type / f"{reference.split('.')[0]}.py").is_file()
+    torch.save(jobs, tmp_path / "jobs.pt")
+    got = stranger(tmp_path, tmp_path / "out.pt")
+    for name, logits in expected.items():
+        assert torch.equal(got[name], logits), name
+    # Initialisation reaches the Linears of remote code too.
+    assert got["scaled_init"].mean().item() == pytest.approx(0.02 / 8**0.5, rel=0.1)
+    assert got["deepnorm"].mean().item() == pytest.approx(32**-0.25 * (2 / 64) ** 0.5, rel=0.1)
+    # What the stranger saved loads here, with our classes, whether or not the code beside it is trusted.
+    for trust in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "resaved", trust_remote_code=trust)
+        assert type(model) is CodLlamaForCausalLM
+        assert torch.equal(model(tokens()).logits, expected["cod_llama-lns"])
+    second = tmp_path / "second"
+    second.mkdir()
+    (tmp_path / "resaved").rename(second / "cod_llama-lns")
+    torch.save(jobs[:1], second / "jobs.pt")
+    assert torch.equal(stranger(second, second / "out.pt")["cod_llama-lns"], expected["cod_llama-lns"])
+
+
+def test_the_base_model_alone_can_be_sent_too(tmp_path):
+    model = tiny_model("cod_llama", "lns").model
+    assert type(model) is CodLlamaModel
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "modeling_cod_llama.py").is_file()
+    assert set(json.loads((tmp_path / "config.json").read_text())["auto_map"]) >= {"AutoModel", "AutoModelForCausalLM"}
+
+
+def test_files_that_travel_import_nothing_of_ours():
+    import ast
+
+    folder = Path(hf_cod.models.__file__).parent
+    travelling = [*folder.glob("configuration_*.py"), *folder.glob("modeling_*.py"), folder / "placements.py"]
+    assert len(travelling) == 2 * (1 + len(FAMILIES)) + 1
+    stems = {path.stem for path in travelling}
+    for path in travelling:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and node.module in stems, (path.name, node.module)
+            elif isinstance(node, ast.ImportFrom | ast.Import):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+                assert {name.split(".")[0] for name in names} <= allowed, (path.name, names)
