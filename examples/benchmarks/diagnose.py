@@ -138,6 +138,9 @@ def main() -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
 
+    setting = {k: v for k, v in vars(arguments).items() if k not in ("output", "only")}
+    passed = [part for k, v in setting.items() if v is not None for part in (f"--{k.replace('_', '-')}", str(v))]
+    memory = {only: peak_memory([*passed, "--only", only]) for only in ("forward", "matrix")}
     forward()  # warms up
     with torch.no_grad():
         hidden = model.base_model(ids, use_cache=False).last_hidden_state
@@ -162,9 +165,6 @@ def main() -> None:
     check_equal(matrix(), results)
     seconds = {name: statistics.median(values) for name, values in {**slow, **quick}.items()}
 
-    setting = {k: v for k, v in vars(arguments).items() if k not in ("output", "only")}
-    passed = [part for k, v in setting.items() if v is not None for part in (f"--{k.replace('_', '-')}", str(v))]
-    memory = {only: peak_memory([*passed, "--only", only]) for only in ("forward", "matrix")}
     L = len(stack)
     a_layer, head = seconds["layers"] / L, seconds["head"]
     figures = {

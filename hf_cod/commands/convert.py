@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedModel
 
 from hf_cod.models import AUTHORS_NORM_TYPES, fold_lns, from_authors, to_lns
 
@@ -25,11 +27,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--norm-type", choices=list(AUTHORS_NORM_TYPES), help="authors: NORM_TYPE it was trained with")
     parser.add_argument("--post-layers", type=int, help="authors: POST_NUM it was trained with, for post_pre")
     chosen = parser.parse_args(list(arguments))
-    if chosen.to == "authors":
-        if chosen.norm_type is None:
-            raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got none; give --norm-type")
-        model = from_authors(chosen.source, chosen.norm_type, post_layers=chosen.post_layers, output=chosen.output)
-    else:
-        model = {"stock": fold_lns, "lns": to_lns}[chosen.to](chosen.source, output=chosen.output)
+    if chosen.to == "authors" and chosen.norm_type is None:
+        raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got none; give --norm-type")
+    conversions: dict[str, Callable[[], PreTrainedModel]] = {
+        "stock": lambda: fold_lns(chosen.source, chosen.output),
+        "lns": lambda: to_lns(chosen.source, chosen.output),
+        "authors": lambda: from_authors(
+            chosen.source, chosen.norm_type, post_layers=chosen.post_layers, output=chosen.output
+        ),
+    }
+    model = conversions[chosen.to]()
     print(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {chosen.output}")
     return 0
