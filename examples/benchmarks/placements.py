@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_cod.files import write_json
 from hf_cod.models import LLAMA_PRESETS, PLACEMENTS, CodLlamaForCausalLM, llama_preset
 
 STOCK = "stock"
@@ -132,9 +133,7 @@ def main() -> None:
     print(table(results))
     if args.output:
         settings = {**vars(args), "output": str(args.output), "torch": torch.__version__}
-        partial = args.output.with_name(args.output.name + ".partial")
-        partial.write_text(json.dumps({"settings": settings, "results": results}, indent=2))
-        partial.replace(args.output)
+        write_json(args.output, {"settings": settings, "results": results})
 
 
 if __name__ == "__main__":
