@@ -19,8 +19,8 @@ from hf_cod.functional.depth import wide
 
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 MASKED_LM_SUFFIXES = ("ForMaskedLM",)
-# Rows of logits that are turned into losses at a time: a chunk and its exponentials fit into a core's cache.
-LOSS_CHUNK = 32
+# Logits that are turned into losses at a time: a chunk and its exponentials stay in the cache.
+LOSS_CHUNK = 2**21
 
 
 class Metric(Protocol):
@@ -85,9 +85,10 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """
     flat, flat_labels = logits.flatten(0, -2), labels.flatten()
     high = torch.promote_types(logits.dtype, torch.float32)
+    chunk = max(1, LOSS_CHUNK // logits.shape[-1])
     losses = [
         nn.functional.cross_entropy(rows.to(high), wanted, reduction="none", ignore_index=IGNORED_LABEL)
-        for rows, wanted in zip(flat.split(LOSS_CHUNK), flat_labels.split(LOSS_CHUNK), strict=True)
+        for rows, wanted in zip(flat.split(chunk), flat_labels.split(chunk), strict=True)
     ]
     return torch.cat(losses).view(labels.shape)
 

@@ -111,10 +111,10 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint to measure on; default: random weights in Llama's shape")
     parser.add_argument("--width", type=int, default=512, help="hidden size of the random model")
     parser.add_argument("--vocabulary", type=int, default=2048, help="vocabulary of the random model")
-    parser.add_argument("--batch-size", type=int, default=1, help="samples")
+    parser.add_argument("--batch-size", type=int, default=2, help="samples")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of single passes; medians are reported")
-    parser.add_argument("--slow-rounds", type=int, default=5, help="rounds of the sweeps and of the authors' way")
+    parser.add_argument("--slow-rounds", type=int, default=3, help="rounds of the sweeps and of the authors' way")
     parser.add_argument("--output", help="JSON file for the figures")
     parser.add_argument("--only", choices=["forward", "matrix"], help=argparse.SUPPRESS)  # for peak_memory
     arguments = parser.parse_args()
