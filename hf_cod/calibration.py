@@ -107,6 +107,8 @@ def token_batches(tokenizer: Any, texts: str | Iterable[str], settings: SampleSe
         ValueError: the texts are shorter than one window, or padding is needed and the tokenizer has no token for it.
     """
     texts = [texts] if isinstance(texts, str) else texts
+    if isinstance(texts, Sequence) and len(texts) and not isinstance(texts[0], str):
+        raise ValueError(f"texts: expected strings, got {type(texts[0]).__name__}; pass the column that holds the text")
     samples = _windows(tokenizer, texts, settings) if settings.pack else _single_texts(tokenizer, texts, settings)
     starts = range(0, len(samples), settings.batch_size)
     return [_collate(tokenizer, samples[start : start + settings.batch_size]) for start in starts]
@@ -180,7 +182,7 @@ def _tokenized(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
 def _single_texts(tokenizer: Any, texts: Iterable[str], settings: SampleSettings) -> list[list[int]]:
     if not isinstance(texts, Sequence):
         texts = [text for text, _ in zip(texts, range(STREAM_SURPLUS * settings.max_samples), strict=False)]
-    texts = [text for text in texts if text]
+    texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError("texts: expected at least one text that is not empty, got none")
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(settings.seed))
@@ -204,8 +206,10 @@ def _collate(tokenizer: Any, samples: list[list[int]]) -> dict[str, Tensor]:
 
 
 def describe_batches(batches: Sequence[Batch]) -> dict[str, int]:
-    """How many samples and non-padding tokens the batches hold."""
+    """How many samples and, of text, tokens without padding the batches hold."""
     first = [next(iter(batch.values())) for batch in batches]
-    masks = [batch["attention_mask"] for batch in batches if "attention_mask" in batch]
-    tokens = sum(int(mask.sum()) for mask in masks)
-    return {"samples": sum(len(tensor) for tensor in first), "tokens": tokens}
+    found = {"samples": sum(len(tensor) for tensor in first)}
+    if all("input_ids" in batch for batch in batches):
+        masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
+        found["tokens"] = sum(int(mask.sum()) for mask in masks)
+    return found

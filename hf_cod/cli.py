@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-cod {arguments[0]}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"hf-cod {arguments[0]}: stopped; the same command with the same --output goes on here", file=sys.stderr)
+        print(f"hf-cod {arguments[0]}: stopped; a diagnosis goes on here by the same command", file=sys.stderr)
         return 130
 
 

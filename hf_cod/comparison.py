@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from hf_cod.functional.depth import late_share
 from hf_cod.report import RunReport, format_number
 
 
@@ -70,19 +73,18 @@ def compare(reports: Sequence[RunReport], labels: Sequence[str] | None = None) -
 
 def _effective_depth(report: RunReport) -> str:
     found = report.results.get("effective_depth")
-    return f"{found['value']:.1f} ({found['low']:.1f} to {found['high']:.1f})" if found else "-"
+    if not found:
+        return "-"
+    interval = f" ({found['low']:.1f} to {found['high']:.1f})" if found["low"] is not None else ""
+    return f"{found['value']:.1f}{interval}"
 
 
-def _ratio_of_halves(measure: str) -> Any:
-    def ratio(report: RunReport) -> str:
+def _late_share(measure: str) -> Any:
+    def share(report: RunReport) -> str:
         values = report.layers.get(measure)
-        if not values or len(values) < 2:
-            return "-"
-        half = len(values) // 2
-        early, late = values[:half], values[-half:]
-        return format_number(sum(late) / sum(early)) if sum(early) else "-"
+        return format_number(float(late_share(torch.tensor(values)))) if values else "-"
 
-    return ratio
+    return share
 
 
 def _drop(key: str) -> Any:
@@ -91,7 +93,7 @@ def _drop(key: str) -> Any:
         if not found:
             return "-"
         worst = max if found["lower_is_better"] else min
-        value = found["intact"] if key == "intact" else worst(found["without"])
+        value = found["intact"] if key == "intact" else worst(v for v in found["without"] if v is not None and v == v)
         return f"{format_number(value)} ({found['metric']})"
 
     return of
@@ -101,8 +103,8 @@ def _drop(key: str) -> Any:
 FIGURES = {
     "layers": lambda report: str(report.n_layers),
     "effective depth": _effective_depth,
-    "late half's share of angular distance": lambda report: format_number(report.results.get("late_share")),
-    "gradient norm, late half / early half": _ratio_of_halves("gradient_norm"),
+    "late half's share of angular distance": _late_share("angular_distance"),
+    "late half's share of gradient norm": _late_share("gradient_norm"),
     "variance of the last layer": lambda report: format_number((report.layers.get("variance") or [None])[-1]),
     "metric of the intact model": _drop("intact"),
     "worst removal of one layer": _drop("without"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
@@ -20,13 +21,18 @@ _WRAPPER_COMPONENTS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|base_la
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the transformers model inside PEFT, DistributedDataParallel and torch.compile wrappers.
+    """Returns the transformers model inside PEFT, torch.compile and (distributed) data parallel wrappers.
 
-    The PEFT adapters stay active: they live inside the returned model's modules.
+    PEFT adapters stay active: they live inside the returned model's modules.
+
+    Raises:
+        ValueError: prompt, prefix or P-tuning, whose learned tokens live outside the returned model.
     """
     while True:
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(model, (DistributedDataParallel, nn.DataParallel, FullyShardedDataParallel)):
             model = model.module
+        elif getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError("model: expected adapters inside the layers, got prompt learning; merge or leave it")
         elif hasattr(model, "_orig_mod"):  # torch.compile
             model = model._orig_mod  # type: ignore[assignment]
         elif callable(getattr(model, "get_base_model", None)):  # PEFT
@@ -43,7 +49,7 @@ class DecoderLayers(Sequence):
         model: the unwrapped transformers model.
         path: the stack's name inside `model`, such as "model.layers" or "transformer.h".
         module_list: the `nn.ModuleList` that the model's forward walks.
-        config: the text (or vision) config that counts these layers; None for a model without one.
+        config: the text or vision config whose `num_hidden_layers` counts these layers; None if there is none.
     """
 
     model: nn.Module
@@ -65,8 +71,10 @@ class DecoderLayers(Sequence):
 
         Works on names of the bare model and of its wrapped forms ("module.", "_orig_mod.", "base_model.model.").
         """
-        path = re.escape(self.path)
-        match = re.search(rf"(?:^|\.){path}\.(\d+)(?:\.|$)", _WRAPPER_COMPONENTS.sub(r"", name).lstrip("."))
+        prefix = getattr(self.model, "base_model_prefix", "") or "model"
+        wrappers = rf"(?:(?:module|base_model|model|{re.escape(prefix)})\.)*?"
+        bare = _WRAPPER_COMPONENTS.sub("", name).lstrip(".")
+        match = re.match(rf"{wrappers}{re.escape(self.path)}\.(\d+)(?:\.|$)", bare)
         return int(match[1]) if match else None
 
     def linears(self, index: int) -> dict[str, nn.Module]:
@@ -112,7 +120,7 @@ class DecoderLayers(Sequence):
         return None
 
     def _modules_of(self, index: int) -> Iterator[tuple[str, nn.Module]]:
-        return _walk(self.module_list[index], f"{self.path}.{index}")
+        return walk(self.module_list[index], f"{self.path}.{index}")
 
 
 def find_decoder_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
@@ -130,12 +138,11 @@ def find_decoder_layers(model: nn.Module, path: str | None = None) -> DecoderLay
     """
     base = unwrap(model)
     lists = {name: m for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    config = _layer_config(base)
     if path is not None:
         if path not in lists:
             raise ValueError(f"path: expected the name of a module list, got {path!r}; {_describe(lists)}")
-        return DecoderLayers(base, path, lists[path], config)
-    depth = getattr(config, "num_hidden_layers", None)
+        return DecoderLayers(base, path, lists[path], _config_of(base, path, lists[path]))
+    depth = getattr(_text_config(base), "num_hidden_layers", None)
     found = [name for name, m in lists.items() if len(m) == depth and not _inside_another(name, lists)]
     if len(found) > 1 and hasattr(base, "get_decoder"):
         inside = {id(m) for m in base.get_decoder().modules()}  # type: ignore[operator]
@@ -145,7 +152,7 @@ def find_decoder_layers(model: nn.Module, path: str | None = None) -> DecoderLay
             f"model: expected one module list of {depth} layers (num_hidden_layers) in {type(base).__name__}, "
             f"got {len(found)}; {_describe(lists)}; name the right one by path="
         )
-    return DecoderLayers(base, found[0], lists[found[0]], config)
+    return DecoderLayers(base, found[0], lists[found[0]], _config_of(base, found[0], lists[found[0]]))
 
 
 def is_linear_like(module: nn.Module) -> bool:
@@ -157,21 +164,31 @@ def is_linear_like(module: nn.Module) -> bool:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` normalises its input: LayerNorm, RMSNorm and each class that names itself so."""
-    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("Norm", "LayerNorm", "RMSNorm"))
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm")
 
 
-def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """All modules below `module`; of an adapter or a compiled module only what it wraps, under the bare name."""
+def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """`module` and all modules below it; of an adapter or a compiled module only what it wraps, under the bare name."""
     for inner in ("base_layer", "_orig_mod"):
         if isinstance(getattr(module, inner, None), nn.Module):
-            yield from _walk(getattr(module, inner), name)
+            yield from walk(getattr(module, inner), name)
             return
     yield name, module
     for child_name, child in module.named_children():
-        yield from _walk(child, f"{name}.{child_name}")
+        yield from walk(child, f"{name}.{child_name}")
 
 
-def _layer_config(model: nn.Module) -> Any:
+def _config_of(model: nn.Module, path: str, layers: nn.ModuleList) -> Any:
+    """The config of the nearest module around the stack that counts its layers: a vision tower has its own."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        config = _text_config(model.get_submodule(".".join(parts[:end])))
+        if getattr(config, "num_hidden_layers", None) == len(layers):
+            return config
+    return None
+
+
+def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 

@@ -19,6 +19,8 @@ from hf_cod.functional.depth import wide
 
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 MASKED_LM_SUFFIXES = ("ForMaskedLM",)
+# `evaluate` does not say which way its metrics go.
+LOWER_IS_BETTER = ("mse", "mae", "mape", "smape", "mase", "wer", "cer", "ter", "character", "brier_score")
 # Logits that are turned into losses at a time: a chunk and its exponentials stay in the cache.
 LOSS_CHUNK = 2**21
 
@@ -30,6 +32,8 @@ class Metric(Protocol):
     lower_is_better: bool
     compares: bool
     """Whether `rows` needs the intact model's outputs on the same batch."""
+    identity: str | None
+    """Equal for metrics that compute the same; None where that cannot be told, so that nothing is resumed."""
 
     def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
         """One row of plain values for each sample of the batch."""
@@ -38,8 +42,9 @@ class Metric(Protocol):
         """The figure for all samples."""
 
 
-def task_of(model: nn.Module) -> str:
-    """What the model can be measured by: "causal_lm", "masked_lm", "labels" (another head) or "headless".
+def task_of(model: nn.Module, batches: Sequence[Batch] = ()) -> str:
+    """What the model can be measured by: "causal_lm", "masked_lm", "labels" (another head), "headless", or "unlabelled"
+    for a model that needs labels where the batches have none.
 
     Raises:
         ValueError: an encoder-decoder, which would need a target text beside each input.
@@ -48,11 +53,13 @@ def task_of(model: nn.Module) -> str:
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"model: expected a decoder or an encoder, got an encoder-decoder ({type(base).__name__})")
     name = type(base).__name__
-    if name.endswith(MASKED_LM_SUFFIXES):
-        return "masked_lm"
     if name.endswith(CAUSAL_LM_SUFFIXES):
         return "causal_lm"
-    return "labels" if "For" in name else "headless"
+    if "For" not in name:
+        return "headless"
+    if any("labels" not in batch for batch in batches):
+        return "unlabelled"
+    return "masked_lm" if name.endswith(MASKED_LM_SUFFIXES) else "labels"
 
 
 def targets(batch: Batch, task: str) -> Tensor:
@@ -94,11 +101,12 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class Perplexity:
-    """exp( - 1/N sum_i log p(x_i | x_<i) ) over all N predicted tokens of all samples (of the hidden tokens, for a
-    masked language model: pseudo-perplexity).
+    """exp( - 1/N sum_i log p(x_i | x_<i) ) over all N predicted tokens of all samples; for a masked language model over
+    its hidden tokens, given all others.
     """
 
     name = "perplexity"
+    identity: str | None = name
     lower_is_better = True
     compares = False
 
@@ -124,6 +132,7 @@ class Accuracy:
     """Share of right predictions: next tokens, hidden tokens or labels."""
 
     name = "accuracy"
+    identity: str | None = name
     lower_is_better = False
     compares = False
 
@@ -131,7 +140,13 @@ class Accuracy:
         self.task = task
 
     def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
-        """(right predictions, predictions)."""
+        """(right predictions, predictions).
+
+        Raises:
+            ValueError: a regression head, which predicts no class.
+        """
+        if outputs.logits.shape[-1] == 1:
+            raise ValueError("accuracy expects at least two classes, got a regression head; give a callable")
         rows = _predictions(outputs, batch, self.task)
         return [[sum(p == r for p, r in zip(*row, strict=True)), len(row[0])] for row in rows]
 
@@ -142,21 +157,24 @@ class Accuracy:
 
 
 class OutputAngle:
-    """How far the model's final hidden states turn from the intact model's: mean angular distance over tokens.
+    """How far the model's output turns from the intact model's: mean angular distance over tokens.
 
-    For models without a head, where there is nothing to predict. 0 for the intact model, 0.5 for unrelated outputs.
+    The output is the final hidden state, or the logits of a model with a head. It needs no labels, so it serves models
+    where there is nothing to predict. 0 for the intact model, 0.5 for unrelated outputs.
     """
 
     name = "output_angle"
+    identity: str | None = name
     lower_is_better = True
     compares = True
 
     def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
         """(sum of angles over pi, number of tokens)."""
-        a, b = wide(outputs.last_hidden_state), wide(intact.last_hidden_state)
-        angle = nn.functional.cosine_similarity(a, b, dim=-1).clamp(-1, 1).arccos() / math.pi  # (S, T)
+        a, b = wide(_main_output(outputs)), wide(_main_output(intact))
+        angle = nn.functional.cosine_similarity(a, b, dim=-1).clamp(-1, 1).arccos() / math.pi  # (S, T), or (S,)
+        angle = angle.reshape(len(a), -1)
         mask = batch.get("attention_mask")
-        weight = torch.ones_like(angle) if mask is None else mask.to(angle)
+        weight = torch.ones_like(angle) if mask is None or mask.shape != angle.shape else mask.to(angle)
         return torch.stack([(angle * weight).sum(-1), weight.sum(-1)], -1).tolist()
 
     def value(self, rows: Sequence[Any]) -> float:
@@ -168,13 +186,15 @@ class OutputAngle:
 class EvaluateModule:
     """A metric of the `evaluate` library, fed with arg-max predictions and references."""
 
-    lower_is_better = False
     compares = False
 
     def __init__(self, module: Any, task: str) -> None:
         self.module = module
         self.task = task
         self.name = module.name
+        self.lower_is_better = bool(getattr(module, "lower_is_better", module.name in LOWER_IS_BETTER))
+        # evaluate loads each script under a module name that holds the hash of its text.
+        self.identity: str | None = type(module).__module__
 
     def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
         """(predictions, references), a list each."""
@@ -195,6 +215,7 @@ class SampleScore:
     def __init__(self, score: Callable[[Any, Batch], Any]) -> None:
         self.score = score
         self.name = getattr(score, "__name__", type(score).__name__)
+        self.identity: str | None = None  # code that we cannot compare
         self.lower_is_better = bool(getattr(score, "lower_is_better", False))
 
     def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
@@ -227,8 +248,11 @@ def find_metric(metric: Any, task: str) -> Metric:
         metric = {"causal_lm": "perplexity", "masked_lm": "perplexity", "labels": "accuracy"}.get(task, "output_angle")
     if metric == "output_angle":
         return OutputAngle()
-    if task == "headless" and not callable(metric):
-        raise ValueError(f"metric: expected output_angle or a callable for a model without a head, got {metric!r}")
+    if hasattr(metric, "rows") and hasattr(metric, "value"):
+        return metric
+    if task in ("headless", "unlabelled") and (isinstance(metric, str) or not callable(metric)):
+        what = "a model without a head" if task == "headless" else "batches without labels"
+        raise ValueError(f"metric: expected output_angle or a callable for {what}, got {metric!r}")
     if metric == "perplexity":
         if task == "labels":
             raise ValueError("metric: perplexity expects a language model, got a model with another head")
@@ -263,6 +287,10 @@ def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
     """What of a batch goes into forward: everything but the labels, so that no loss is computed on the side."""
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def _main_output(outputs: Any) -> Tensor:
+    return outputs.last_hidden_state if hasattr(outputs, "last_hidden_state") else outputs.logits
 
 
 def _predictions(outputs: Any, batch: Batch, task: str) -> list[Any]:

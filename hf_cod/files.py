@@ -47,39 +47,34 @@ def fingerprint(*parts: Any) -> str:
 class Journal:
     """Results of a long run, one JSON line each, so that an interrupted run goes on where it stopped.
 
-    The first line holds a fingerprint of the work. A file of other work is begun anew; a last line that was cut off in
-    the middle of writing is dropped. Without a path the journal lives in memory alone.
+    Each line names the work that it belongs to. Lines of other work in the same file are kept, but not read; a line
+    that was cut off in the middle of writing is dropped. Without a path the journal lives in memory alone.
 
     Args:
         path: the file, or None.
-        work: what `fingerprint` gave for this run's inputs and settings.
+        work: what `fingerprint` gave for this work's inputs and settings.
     """
 
     def __init__(self, path: str | Path | None, work: str) -> None:
         self.path = Path(path) if path is not None else None
+        self.work = work
         self.entries: dict[str, Any] = {}
-        if self.path is None:
-            return
-        lines = self._read(work)
-        head = json.dumps({"work": work})
-        write_text(self.path, "\n".join([head, *lines]) + "\n")
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
 
-    def _read(self, work: str) -> list[str]:
-        assert self.path is not None
-        if not self.path.exists():
-            return []
-        head, *lines = self.path.read_text(encoding="utf-8").split("\n")
-        if head != json.dumps({"work": work}):
-            return []
+    def _read(self, path: Path) -> None:
         whole = []
+        lines = path.read_text(encoding="utf-8").split("\n")
         for line in lines:
             try:
-                key, value = json.loads(line)
+                work, key, value = json.loads(line)
             except ValueError:  # the empty tail, or a line that the interruption cut
                 continue
-            self.entries[key] = value
             whole.append(line)
-        return whole
+            if work == self.work:
+                self.entries[key] = value
+        if [*whole, ""] != lines:
+            write_text(path, "".join(f"{line}\n" for line in whole))
 
     def __contains__(self, key: str) -> bool:
         return key in self.entries
@@ -90,8 +85,10 @@ class Journal:
     def add(self, key: str, value: Any) -> None:
         """Records one result; it is on disk when this returns."""
         self.entries[key] = value
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key, value]) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([self.work, key, value]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers, walk
 
 # Attributes by which modules know their own place in the stack.
 LAYER_INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number", "layer_num")
 # Config fields that list the layers of one kind by index.
-INDEX_LIST_FIELDS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs")
+INDEX_LIST_FIELDS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")
 # Config fields that count leading layers of one kind.
 LEADING_COUNT_FIELDS = ("first_k_dense_replace", "max_window_layers")
 # Lists that may have as many entries as there are layers, and yet hold no entry for each layer.
@@ -66,7 +66,8 @@ def drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None)
 
     Renumbers every layer index inside the kept layers, sets `num_hidden_layers` and cuts `layer_types` and each other
     per-layer list of the config. Where a function depends on the layer's number (GPT-2 with
-    `scale_attn_by_inverse_layer_idx`), the new number counts, in memory as after a reload.
+    `scale_attn_by_inverse_layer_idx`), the new number counts, in memory as after a reload; the norm placements of this
+    package keep each layer's old depth.
 
     Returns:
         The old indices of the kept layers, in order.
@@ -78,6 +79,8 @@ def drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None)
     """
     stack = find_decoder_layers(model, path)
     kept = _kept(stack, layers)
+    if stack.config is None:
+        raise ValueError(f"model: expected a config that counts the layers of {stack.path}, got none; use skip")
     if getattr(stack.config, "is_encoder_decoder", False):
         raise ValueError(f"model: expected one stack of layers, got an encoder-decoder ({type(stack.model).__name__})")
     if getattr(stack.config, "num_kv_shared_layers", 0):
@@ -133,6 +136,10 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
 
 def _mend_config(config: Any, kept: list[int], changes: _Changes) -> None:
     depth = config.num_hidden_layers
+    if hasattr(config, "layer_depths") and config.layer_depths is None:
+        # Our own models: what LNS, Mix-LN and DeepNorm make of a layer's depth must not change with its number.
+        changes.set(config, "layer_depths", list(range(depth)))
+        changes.set(config, "original_num_hidden_layers", depth)
     changes.set(config, "num_hidden_layers", len(kept))
     for name, value in list(vars(config).items()):
         if name.startswith("_") or name in NOT_PER_LAYER_FIELDS:
@@ -147,13 +154,13 @@ def _mend_config(config: Any, kept: list[int], changes: _Changes) -> None:
 
 def _check_config_builds(stack: DecoderLayers) -> None:
     """A model built from the mended config must have the kept layers, or a reload would be another model."""
-    if stack.config is None:
-        return
+    config: Any = stack.model.config
     with torch.device("meta"):
-        built: Any = type(stack.model)(copy.deepcopy(stack.model.config))
+        # By way of a dictionary, as a reload does: what the config derives from its fields is derived anew.
+        built: Any = type(stack.model)(type(config).from_dict(copy.deepcopy(config.to_dict())))
         rebuilt = find_decoder_layers(built, stack.path)
-    for index, (mine, built) in enumerate(zip(stack, rebuilt, strict=True)):
-        difference = _first_difference(mine, built)
+    for index, (mine, anew) in enumerate(zip(stack, rebuilt, strict=True)):
+        difference = _first_difference(dict(walk(mine, "layer")), dict(walk(anew, "layer")))
         if difference:
             raise ValueError(
                 f"layers: the config of {type(stack.model).__name__} cannot describe what is left: as layer {index} "
@@ -161,22 +168,23 @@ def _check_config_builds(stack: DecoderLayers) -> None:
             )
 
 
-def _first_difference(mine: nn.Module, built: nn.Module) -> str | None:
-    """The first module or plain setting in which two layers differ; weights, perhaps quantized, are not compared."""
-    ours, theirs = dict(mine.named_modules()), dict(built.named_modules())
-    for name, module in theirs.items():
-        if name not in ours:
-            return f"{name or 'layer'} is missing"
-        here, there = _plain_settings(ours[name]), _plain_settings(module)
-        for key in here.keys() & there.keys():
-            if here[key] != there[key]:
-                return f"{(name + '.') if name else ''}{key} is {here[key]!r}, would be {there[key]!r}"
+def _first_difference(mine: Mapping[str, nn.Module], anew: Mapping[str, nn.Module]) -> str | None:
+    """The first module, weight or plain setting in which two layers differ; adapters do not count."""
+    for name in [*anew, *mine]:
+        here = _description(mine[name]) if name in mine else {}
+        there = _description(anew[name]) if name in anew else {}
+        for key in here.keys() | there.keys():
+            if here.get(key) != there.get(key):
+                return f"{name}.{key} is {here.get(key)!r}, would be {there.get(key)!r}"
     return None
 
 
-def _plain_settings(module: nn.Module) -> Mapping[str, Any]:
-    return {
+def _description(module: nn.Module) -> dict[str, Any]:
+    """Shapes of a module's own floating-point weights, and its plain settings."""
+    weights = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
+    settings = {
         key: value
         for key, value in vars(module).items()
         if isinstance(value, (int, float, str)) and key != "training" and not key.startswith("_")
     }
+    return {**settings, **weights}

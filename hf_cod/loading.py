@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import zipfile
@@ -13,9 +14,18 @@ import torch
 import transformers
 from huggingface_hub import HfApi, cached_assets_path, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+logger = logging.getLogger(__name__)
+
+# How a class is named -> the Auto class that finds it, for classes that transformers itself does not have.
+HEADS = {
+    **dict.fromkeys(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM"),
+    **{f"For{head}": f"AutoModelFor{head}" for head in ("MaskedLM", "SequenceClassification", "TokenClassification")},
+    **{f"For{head}": f"AutoModelFor{head}" for head in ("QuestionAnswering", "ImageClassification")},
+}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HUB_TIMEOUT = 5.0  # seconds
 
@@ -39,6 +49,8 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.device not in (None, "auto"):
+            _check_device(str(self.device))
 
 
 def load_model(name: str, settings: ModelSettings | None = None) -> tuple[nn.Module, Any]:
@@ -69,7 +81,7 @@ def load_model(name: str, settings: ModelSettings | None = None) -> tuple[nn.Mod
     try:
         config = AutoConfig.from_pretrained(source, **options)
         model = _load_with_head(source, config, {**options, **_placement(settings)})
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"model: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {name!r}: {error}"
         ) from error
@@ -133,6 +145,13 @@ def from_package(package: str, version: str, member: str) -> Path:
     return target
 
 
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say: no such name, no such device here
+        raise ValueError(f"device: expected cpu, cuda, mps or auto as this machine has them, got {device!r}") from error
+
+
 def _placement(settings: ModelSettings) -> dict[str, Any]:
     placement: dict[str, Any] = {"dtype": settings.dtype}
     if settings.device == "auto":
@@ -141,15 +160,16 @@ def _placement(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
-    named = (getattr(config, "architectures", None) or [None])[0]
-    remote = options["trust_remote_code"] and hasattr(config, "auto_map")
-    model_class = (
-        AutoModelForCausalLM if named is None or remote else getattr(transformers, named, AutoModelForCausalLM)
-    )
+    named = (getattr(config, "architectures", None) or ["ForCausalLM"])[0]
+    auto = next((name for suffix, name in HEADS.items() if named.endswith(suffix)), "AutoModel")
+    model_class = getattr(transformers, named, getattr(transformers, auto))
     model, info = cast(Any, model_class).from_pretrained(source, output_loading_info=True, **options)
     prefix = getattr(model, "base_model_prefix", "")
-    headless = [key for key in info["missing_keys"] if prefix and not key.startswith(prefix + ".")]
-    if headless and model.base_model is not model:
+    head = [key for key in model.state_dict() if prefix and not key.startswith(prefix + ".")]
+    missing = [key for key in head if key in info["missing_keys"]]
+    # Most of the head: a tied matrix is never missing, and a lone missing bias does not make a head useless.
+    if len(missing) > len(head) / 2 and model.base_model is not model:
+        logger.warning("the checkpoint has no weights for the head of %s: loaded without it", named)
         return AutoModel.from_pretrained(source, **options)
     return model
 

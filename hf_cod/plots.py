@@ -6,6 +6,7 @@ position or text, never by colour alone. Yellow means near, as in the paper's Fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -29,14 +30,23 @@ DPI = 150
 LOG_RATIO = 50
 
 
+class Picture(Figure):
+    """A figure that shows itself in a notebook without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        return _png(self)
+
+
 def plot_report(report: RunReport, directory: str | Path | None = None) -> Figure:
     """Draws what a report holds; writes overview.png and one picture a panel into `directory` if given."""
-    panels = [draw for name, draw in PANELS.items() if _has(report, name)]
+    panels = [PANELS[name] for name in OVERVIEW if _has(report, name)] or [
+        draw for name, draw in PANELS.items() if _has(report, name)
+    ]
     if not panels:
         raise ValueError(f"report: expected measures to draw, got none in a report of {report.kind}")
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(6.2 * columns, 4.4 * rows), layout="constrained")
+    figure = Picture(figsize=(6.2 * columns, 4.4 * rows), layout="constrained")
     for axes, draw in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
         draw(axes, report)
     for axes in figure.axes[len(panels) : rows * columns]:
@@ -54,9 +64,12 @@ def plot_report(report: RunReport, directory: str | Path | None = None) -> Figur
 
 def plot_comparison(comparison: Comparison, directory: str | Path | None = None) -> Figure:
     """A column for each run, a row for each measure that any of them holds; writes compare.png if given a directory."""
-    names = [name for name in PANELS if any(_has(report, name) for report in comparison.reports)]
+    drawn = [name for name in PANELS if any(_has(report, name) for report in comparison.reports)]
+    names = [name for name in OVERVIEW if name in drawn] or drawn
+    if not names:
+        raise ValueError("runs: expected measures to draw, got none in any report")
     columns = len(comparison.reports)
-    figure = Figure(figsize=(5.4 * columns, 3.7 * len(names) + 0.4), layout="constrained")
+    figure = Picture(figsize=(5.4 * columns, 3.7 * len(names) + 0.4), layout="constrained")
     grid = figure.subplots(len(names), columns, squeeze=False)
     farthest = max(
         (v for r in comparison.reports for row in r.results.get("angular_distance", []) for v in row if v is not None),
@@ -98,11 +111,10 @@ def _angular_distance(axes: Axes, report: RunReport, farthest: float | None = No
 
 def _layer_drop(axes: Axes, report: RunReport) -> None:
     drop = report.results["layer_drop"]
-    values = drop["without"]
+    values = _numbers(drop["without"])
     metric = drop["metric"].replace("_", " ")
-    if drop["lower_is_better"] and min(values) > 0 and drop["intact"] > 0:
-        _log_if_wide(axes, [*values, drop["intact"]])
-    _bars(axes, values)
+    _log_if_wide(axes, [*values, drop["intact"]])
+    _bars(axes, values, least=not drop["lower_is_better"])
     axes.axhline(drop["intact"], color="black", linestyle="--", linewidth=1, label=f"intact: {drop['intact']:.4g}")
     axes.legend(loc="upper center", frameon=False)
     axes.set(ylabel=metric, title="Performance without each single layer")
@@ -110,7 +122,7 @@ def _layer_drop(axes: Axes, report: RunReport) -> None:
 
 def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunReport], None]:
     def draw(axes: Axes, report: RunReport) -> None:
-        values = report.layers[measure]
+        values = _numbers(report.layers[measure])
         _log_if_wide(axes, values)
         _bars(axes, values)
         axes.set(ylabel=label, title=title)
@@ -118,9 +130,14 @@ def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunRepor
     return draw
 
 
-def _bars(axes: Axes, values: list[float]) -> None:
-    """Bars with the three extreme layers in dark and numbered, so that they are found without counting."""
-    order = sorted(range(len(values)), key=lambda i: -values[i])
+def _numbers(values: list[Any]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _bars(axes: Axes, values: list[float], least: bool = False) -> None:
+    """Bars with the three largest (or least) layers in dark and numbered, so that they are found without counting."""
+    measured = [i for i, value in enumerate(values) if math.isfinite(value)]
+    order = sorted(measured, key=lambda i: values[i] if least else -values[i])
     marked = set(order[:3]) if len(values) > 3 else set()
     bars = axes.bar(range(len(values)), values, color=[INK if i in marked else PALE for i in range(len(values))])
     axes.bar_label(bars, labels=[str(i) if i in marked else "" for i in range(len(values))], fontsize=8)
@@ -130,17 +147,21 @@ def _bars(axes: Axes, values: list[float]) -> None:
 
 
 def _log_if_wide(axes: Axes, values: list[float]) -> None:
-    if min(values) > 0 and max(values) / min(values) > LOG_RATIO:
+    values = [value for value in values if math.isfinite(value)]
+    if values and min(values) > 0 and max(values) / min(values) > LOG_RATIO:
         axes.set_yscale("log")
 
 
-# Picture -> how it is drawn; the order is that of the overview.
+# Measure -> how it is drawn.
 PANELS: dict[str, Callable[..., None]] = {
     "angular_distance": _angular_distance,
     "layer_drop": _layer_drop,
     "gradient_norm": _per_layer("gradient_norm", "Gradient norm of each layer", "‖∂L/∂θ$_l$‖"),
+    "block_influence": _per_layer("block_influence", "Block influence of each layer", "1 - cos(x$^l$, x$^{l+1}$)"),
     "variance": _per_layer("variance", "Output variance of each layer", "variance"),
 }
+# The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
+OVERVIEW = ("angular_distance", "layer_drop", "gradient_norm", "variance")
 
 
 def _has(report: RunReport, name: str) -> bool:
@@ -157,7 +178,11 @@ def _shorten(name: str) -> str:
     return name if len(name) <= 48 else "..." + name[-45:]
 
 
-def _save(figure: Any, path: Path) -> None:
+def _png(figure: Any) -> bytes:
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=DPI)
-    write_aside(path, lambda file: file.write(picture.getvalue()))
+    return picture.getvalue()
+
+
+def _save(figure: Any, path: Path) -> None:
+    write_aside(path, lambda file: file.write(_png(figure)))

@@ -86,11 +86,12 @@ class RunReport:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             version = content.pop("format")
+            report = cls(**{key: _restored(value) for key, value in content.items()})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"report: expected a report of hf_cod, got {str(file)!r}") from error
         if version != FORMAT_VERSION:
             raise ValueError(f"report: expected format {FORMAT_VERSION}, got {version} in {str(file)!r}")
-        return cls(**{key: _restored(value) for key, value in content.items()})
+        return report
 
     def plot(self, directory: str | Path | None = None) -> Any:
         """Draws the report: returns the overview as a matplotlib figure and, given a directory, writes all pictures.

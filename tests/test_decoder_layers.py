@@ -1,6 +1,6 @@
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from hf_cod import find_decoder_layers
@@ -111,3 +111,13 @@ def test_names_outside_the_stack_have_no_layer():
     stack = find_decoder_layers(build("llama"))
     assert stack.index_of("model.embed_tokens.weight") is None
     assert stack.index_of("lm_head.weight") is None
+
+
+def test_data_parallel_is_unwrapped():
+    assert len(find_decoder_layers(nn.DataParallel(build("llama")))) == 4
+
+
+def test_prompt_learning_is_refused():
+    model = get_peft_model(build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="got prompt learning"):
+        find_decoder_layers(model)

@@ -4,9 +4,16 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from hf_cod import drop, find_decoder_layers, skip
+from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM
 from tests.references import without_layer
 from tests.tiny_models import CAUSAL, FAMILIES, batch_for, build
 
@@ -140,3 +147,67 @@ def test_bad_layers(removed, message):
     with pytest.raises(ValueError, match=message), skip(model, removed):
         pass
     assert len(find_decoder_layers(model)) == 4
+
+
+def test_drop_refuses_a_first_layer_of_another_kind():
+    """ModernBERT's layer 0 has no attention norm: a reload would give the new first layer none either."""
+    config = CONFIG_MAPPING["modernbert"](
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=4, pad_token_id=0
+    )
+    model = AutoModel.from_config(config).eval()
+    with pytest.raises(ValueError, match="cannot describe what is left"):
+        drop(model, [0])
+    assert len(find_decoder_layers(model)) == 4
+
+
+@pytest.mark.parametrize("removed", [[0], [1, 2]])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_drop_keeps_each_placements_depth(placement, removed, tmp_path):
+    config = CodLlamaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=4,
+        norm_placement=placement, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = CodLlamaForCausalLM(config).eval()
+    batch = batch_for(model)
+    with skip(model, removed):
+        expected = output(model, batch)
+    before = snapshot(model)
+    with skip(model, removed):
+        pass
+    assert snapshot(model) == before
+    drop(model, removed)
+    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(output(again, batch), expected, atol=1e-6, rtol=1e-5)
+    rebuilt = type(model)(model.config).eval()
+    rebuilt.load_state_dict(model.state_dict())
+    torch.testing.assert_close(output(rebuilt, batch), expected, atol=0, rtol=0)
+
+
+def test_drop_on_a_model_with_a_compiled_layer():
+    model = build("llama")
+    model.model.layers[2] = torch.compile(model.model.layers[2])
+    assert drop(model, [0]) == [1, 2, 3]
+
+
+def test_the_vision_tower_of_a_vision_language_model_has_its_own_config():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config={
+            "model_type": "clip_vision_model",
+            **sizes,
+            "num_hidden_layers": 3,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        text_config={"model_type": "llama", **sizes, "num_hidden_layers": 5, "vocab_size": 99},
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    assert len(find_decoder_layers(model)) == 5
+    path = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    with skip(model, 0, path=path):
+        assert model.config.text_config.num_hidden_layers == 5
+        assert model.config.vision_config.num_hidden_layers == 2
+    drop(model, 1, path=path)
+    assert model.config.vision_config.num_hidden_layers == 2

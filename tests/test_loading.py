@@ -52,3 +52,30 @@ def test_packages():
 
 def test_the_hub_is_out_of_reach_offline():
     assert on_hub("someone/no-such-model") is False
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_bad_device(device):
+    with pytest.raises(ValueError, match="device: expected cpu, cuda"):
+        ModelSettings(device=device)
+
+
+def test_our_own_models_come_back_with_their_heads(tmp_path):
+    from hf_cod.models import (
+        CodLlamaConfig,
+        CodLlamaForSequenceClassification,
+        CodViTConfig,
+        CodViTForImageClassification,
+    )
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    text = CodLlamaForSequenceClassification(CodLlamaConfig(**sizes, vocab_size=99, pad_token_id=0))
+    for name, model in (
+        ("text", text),
+        ("image", CodViTForImageClassification(CodViTConfig(**sizes, image_size=16, patch_size=8))),
+    ):
+        model.save_pretrained(tmp_path / name)
+        assert type(load_model(str(tmp_path / name))[0]) is type(model)
+    torch.save({}, tmp_path / "text" / "model.safetensors")
+    with pytest.raises(ValueError, match="model: expected"):
+        load_model(str(tmp_path / "text"))

@@ -96,7 +96,7 @@ def test_compare_reads_figures_of_each_run(tmp_path):
     table = {row[0]: row[1:] for row in comparison.rows}
     assert table["layers"] == ["2", "3"]
     assert table["effective depth"] == ["1.4 (1.3 to 1.5)", "-"]
-    assert table["gradient norm, late half / early half"] == ["3", "0.5"]
+    assert table["late half's share of gradient norm"] == ["0.75", "0.375"]
     assert table["worst removal of one layer"] == ["1.000e+06 (perplexity)", "-"]
     comparison.plot(tmp_path)
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
@@ -114,3 +114,24 @@ def test_compare_reads_figures_of_each_run(tmp_path):
 def test_compare_refuses(reports, labels, message):
     with pytest.raises(ValueError, match=message):
         compare(reports, labels)
+
+
+def test_what_could_not_be_measured_is_left_blank(tmp_path):
+    holes = report(
+        layers={"layer_drop": [1.0, math.nan], "variance": [math.nan, 2.0]},
+        results={
+            "layer_drop": {"metric": "perplexity", "lower_is_better": True, "intact": 1.0, "without": [2.0, math.nan]}
+        },
+    )
+    holes.save(tmp_path)
+    RunReport.load(tmp_path).plot(tmp_path)
+    compare([RunReport.load(tmp_path)] * 2).plot(tmp_path)
+
+
+def test_block_influence_alone_has_a_picture(tmp_path):
+    report(layers={"block_influence": [0.1, 0.2]}, results={}).plot(tmp_path)
+    assert (tmp_path / "block_influence.png").is_file()
+
+
+def test_a_notebook_shows_the_figure():
+    assert report().plot()._repr_png_().startswith(b"\x89PNG")

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from hf_cod.calibration import embedded_text
-from hf_cod.commands.diagnose import finish, run
+from hf_cod.commands.diagnose import finish, require_plots, run
 from hf_cod.diagnostics import DiagnoseSettings
 from hf_cod.loading import ModelSettings, from_package, load_model, on_hub
 
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--output", default="hf-cod-demo", help="directory for the report and the pictures")
     chosen = parser.parse_args(list(arguments))
+    require_plots()
     name = HUB_MODEL if on_hub(HUB_MODEL) else str(from_package(*PACKAGED_MODEL))
     model, tokenizer = load_model(name, ModelSettings(dtype="float32"))
     settings = DiagnoseSettings(max_samples=8)

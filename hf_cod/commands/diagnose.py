@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,13 +39,28 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     loading, text, settings, output, rest = parser.parse_args_into_dataclasses(list(arguments))
-    directory = output.output or f"hf-cod-diagnose-{re.sub(r'[^A-Za-z0-9.]+', '-', rest.model).strip('-')}"
+    directory = output.output or f"hf-cod-diagnose-{re.sub(r'[^A-Za-z0-9.]+', '-', rest.model).strip('-.')}"
+    texts = load_texts(text)
+    if output.plots:
+        require_plots()
     model, tokenizer = load_model(rest.model, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.diagnose in Python")
-    report, status = run(model, tokenizer, load_texts(text), settings, directory, rest.model)
+    report, status = run(model, tokenizer, texts, settings, directory, rest.model)
     finish(report, directory, output.plots)
     return status
+
+
+def require_plots() -> None:
+    """Says that matplotlib is missing before the long work, not after it.
+
+    Raises:
+        ImportError: matplotlib is missing; the message says how to add it.
+    """
+    try:
+        import hf_cod.plots  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error}, or give --no-plots") from error
 
 
 def run(
@@ -56,14 +72,14 @@ def run(
     except MeasurementError as error:
         if not error.report.layers:
             raise
-        print(f"hf-cod diagnose: error: {error}; what was measured before is kept")
+        print(f"hf-cod: error: {error}; what was measured before is kept", file=sys.stderr)
         return error.report, 1
 
 
 def finish(report: RunReport, directory: str | Path, plots: bool) -> None:
-    """Draws, saves and prints a report."""
+    """Prints, draws and saves a report."""
+    print_report(report)
     if plots:
         report.plot(directory)
     report.save(directory)  # once more, for report.md to show the pictures
-    print_report(report)
     print(f"\nwritten to {Path(directory).resolve()}")

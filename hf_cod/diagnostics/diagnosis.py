@@ -10,21 +10,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_cod.calibration import Batch, SampleSettings, describe_batches, mask_tokens, token_batches
-from hf_cod.decoder_layers import find_decoder_layers, unwrap
+from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers, unwrap
 from hf_cod.diagnostics.findings import summarize
 from hf_cod.diagnostics.forward_pass import FORWARD_METRICS, ForwardMeasures, Token, measure_forward
-from hf_cod.diagnostics.gradients import measure_gradient_norm
+from hf_cod.diagnostics.gradients import measure_gradient_norm, why_no_gradients
 from hf_cod.diagnostics.layer_drop import measure_layer_drop
+from hf_cod.diagnostics.resuming import Journals
 from hf_cod.diagnostics.running import execution_device
-from hf_cod.evaluation import find_metric, task_of
-from hf_cod.files import Journal, fingerprint
+from hf_cod.evaluation import MASKED_LM_SUFFIXES, find_metric, task_of
 from hf_cod.functional import depth
 from hf_cod.report import RunReport, environment
 
 METRICS = (*FORWARD_METRICS, "gradient_norm", "layer_drop")
 CONFIDENCE = 0.95
-# Enough entries of each weight to notice any training step; reading all of a 7B model would take longer than measuring.
-WEIGHT_SAMPLE = 16
 
 
 class MeasurementError(ValueError):
@@ -88,7 +86,8 @@ def diagnose(
         texts: text, list of texts, `datasets` column, or any iterable of strings.
         batches: instead of tokenizer and texts: dicts of tensors for the model's forward (images, labelled data).
         drop_metric: metric of the layer drop; see `hf_cod.evaluation.find_metric`.
-        output: a directory: results go there as they come, and an interrupted run goes on where it stopped.
+        output: a directory: results go there as they come, and an interrupted run goes on where it stopped (a layer
+            drop by a callable metric starts anew, since code cannot be compared).
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show progress bars.
         **settings: fields of `DiagnoseSettings`: metrics, sequence_length, max_samples, batch_size, pack, seed, token.
@@ -99,48 +98,62 @@ def diagnose(
     """
     chosen = DiagnoseSettings(**settings, drop_metric=drop_metric if isinstance(drop_metric, str) else None)
     stack = find_decoder_layers(model, chosen.layers_path)
-    task = task_of(model)
+    batches = _prepared(model, tokenizer, texts, batches, chosen)
+    task = task_of(model, batches)
     metric = find_metric(drop_metric, task)
-    if batches is None:
-        if tokenizer is None or texts is None:
-            raise ValueError("texts: expected tokenizer and texts, or batches, got neither")
-        batches = token_batches(tokenizer, texts, chosen)
-        if task == "masked_lm":
-            batches = mask_tokens(tokenizer, batches, chosen.seed)
-    base: Any = unwrap(model)
-    weights = next(base.parameters())
+    weights = next(stack.model.parameters())
+    config: Any = getattr(stack.model, "config", None)
     report = RunReport(
         kind="diagnose",
-        model=name or getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__,
+        model=name or getattr(config, "_name_or_path", "") or type(stack.model).__name__,
         settings={**asdict(chosen), "drop_metric": metric.name, **describe_batches(batches)},
-        environment=environment(execution_device(base), weights.dtype),
+        environment=environment(execution_device(stack.model), weights.dtype),
         layers={},
         results={},
     )
-    path = None if output is None else Path(output) / "journal.jsonl"
-    work = fingerprint(asdict(chosen), metric.name, task, len(stack), _digest_model(base), _digest_batches(batches))
-    journal = Journal(path, work)
-    wanted = _applicable(chosen.metrics, task, report)
+    journals = Journals(output, model, batches)
+    wanted = _applicable(chosen.metrics, stack, task, report)
     try:
-        _measure(model, batches, chosen, metric, wanted, journal, report, show_progress)
-    except ValueError as error:
+        _measure(model, batches, chosen, metric, wanted, journals, report, show_progress)
+    except Exception as error:
         report.summary[:] = summarize(report)
         if output is not None and report.layers:
             report.save(output)
-        raise MeasurementError(str(error), report) from error
+        raise MeasurementError(str(error) or type(error).__name__, report) from error
     report.summary[:] = summarize(report)
     if output is not None:
         report.save(output)
     return report
 
 
-def _applicable(metrics: list[str] | None, task: str, report: RunReport) -> list[str]:
+def _prepared(
+    model: nn.Module, tokenizer: Any, texts: Any, batches: Sequence[Batch] | None, chosen: DiagnoseSettings
+) -> list[Batch]:
+    """The batches to measure on, checked."""
+    if batches is not None:
+        made: list[Batch] = [{k: v for k, v in batch.items() if v is not None} for batch in batches]
+        if not made:
+            raise ValueError("batches: expected at least one batch, got none")
+        return made
+    if tokenizer is None or texts is None:
+        raise ValueError("texts: expected tokenizer and texts, or batches, got neither")
+    config: Any = getattr(unwrap(model), "config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and chosen.sequence_length > longest:
+        raise ValueError(f"sequence_length: expected at most the model's {longest}, got {chosen.sequence_length}")
+    cut = token_batches(tokenizer, texts, chosen)
+    masked = type(unwrap(model)).__name__.endswith(MASKED_LM_SUFFIXES)
+    return [*(mask_tokens(tokenizer, cut, chosen.seed) if masked else cut)]
+
+
+def _applicable(metrics: list[str] | None, stack: DecoderLayers, task: str, report: RunReport) -> list[str]:
     if metrics is not None:
         return metrics
-    if task == "headless":
-        report.notes.append("gradient_norm was left out: a model without a head has no loss")
-        return [metric for metric in METRICS if metric != "gradient_norm"]
-    return list(METRICS)
+    reason = why_no_gradients(stack, task)
+    if reason is None:
+        return list(METRICS)
+    report.notes.append(f"gradient_norm was left out: {reason}")
+    return [metric for metric in METRICS if metric != "gradient_norm"]
 
 
 def _measure(
@@ -149,7 +162,7 @@ def _measure(
     chosen: DiagnoseSettings,
     metric: Any,
     wanted: list[str],
-    journal: Journal,
+    journals: Journals,
     report: RunReport,
     show_progress: bool,
 ) -> None:
@@ -157,6 +170,7 @@ def _measure(
     options: dict[str, Any] = {"path": chosen.layers_path, "show_progress": show_progress}
     forward = [name for name in wanted if name in FORWARD_METRICS]
     if forward:
+        journal = journals.of("forward", forward, chosen.token, chosen.seed)
         if "forward" not in journal:
             measures = measure_forward(model, batches, forward, chosen.token, **options)
             journal.add("forward", _forward_results(measures, forward, chosen.seed))
@@ -164,11 +178,13 @@ def _measure(
         report.layers.update(found["layers"])
         report.results.update(found["results"])
     if "gradient_norm" in wanted:
-        if "gradient" not in journal:
-            journal.add("gradient", measure_gradient_norm(model, batches, **options))
-        report.layers["gradient_norm"] = journal["gradient"]
+        journal = journals.of("gradient_norm")
+        if "gradient_norm" not in journal:
+            journal.add("gradient_norm", measure_gradient_norm(model, batches, **options))
+        report.layers["gradient_norm"] = journal["gradient_norm"]
     if "layer_drop" in wanted:
-        intact, without = measure_layer_drop(model, batches, metric, journal, **options)
+        resumed = journals.of("layer_drop", metric.identity) if metric.identity else None
+        intact, without = measure_layer_drop(model, batches, metric, resumed, **options)
         report.layers["layer_drop"] = [value - intact for value in without]
         report.results["layer_drop"] = {
             "metric": metric.name,
@@ -195,26 +211,12 @@ def _forward_results(measures: ForwardMeasures, metrics: Sequence[str], seed: in
 
 def _depth_figures(steps: Tensor, seed: int) -> dict[str, Any]:
     """Effective depth and late share from each sample's distances (S, L) between neighbouring layers."""
-    low, high = depth.bootstrap_interval(steps, depth.effective_depth, confidence=CONFIDENCE, seed=seed)
+    low, high = None, None
+    if len(steps) > 1:
+        low, high = depth.bootstrap_interval(steps, depth.effective_depth, confidence=CONFIDENCE, seed=seed)
     mean = steps.mean(0)
     value = float(depth.effective_depth(mean))
     return {
         "effective_depth": {"value": value, "low": low, "high": high, "confidence": CONFIDENCE},
         "late_share": float(depth.late_share(mean)),
     }
-
-
-def _digest_model(model: nn.Module) -> str:
-    """Tells two models apart by a few entries of each weight; weights that are offloaded count by name alone."""
-    rows: list[Any] = []
-    for name, p in model.named_parameters():
-        if p.device.type == "meta" or p.numel() == 0:
-            rows.append(name)
-        else:
-            flat = p.detach().flatten()
-            rows.append([name, flat[:: max(1, len(flat) // WEIGHT_SAMPLE)].double().cpu().tolist()])
-    return fingerprint(rows)
-
-
-def _digest_batches(batches: Sequence[Batch]) -> str:
-    return fingerprint([{name: tensor.tolist() for name, tensor in batch.items()} for batch in batches])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from hf_cod.functional.depth import late_share
 from hf_cod.report import RunReport, format_number
 
 
@@ -15,7 +18,8 @@ def summarize(report: RunReport) -> list[str]:
     if "layer_drop" in report.layers:
         sentences.append(_layer_drop(report))
     if "gradient_norm" in report.layers:
-        sentences.append(_halves(report.layers["gradient_norm"], "Gradient norm, mean of the first half of the layers"))
+        share = float(late_share(torch.tensor(report.layers["gradient_norm"])))
+        sentences.append(f"The late half of the layers has {share:.0%} of the summed gradient norms.")
     if "variance" in report.layers:
         variance = report.layers["variance"]
         sentences.append(
@@ -26,11 +30,11 @@ def summarize(report: RunReport) -> list[str]:
 
 
 def _effective_depth(report: RunReport) -> str:
-    found: dict[str, float] = report.results["effective_depth"]
-    return (
-        f"Effective depth {found['value']:.1f} of {report.n_layers} layers "
-        f"({found['confidence']:.0%} interval {found['low']:.1f} to {found['high']:.1f})."
-    )
+    found: dict[str, Any] = report.results["effective_depth"]
+    interval = "one sample, so no interval"
+    if found["low"] is not None:
+        interval = f"{found['confidence']:.0%} interval {found['low']:.1f} to {found['high']:.1f}"
+    return f"Effective depth {found['value']:.1f} of {report.n_layers} layers ({interval})."
 
 
 def _late_share(share: float) -> str:
@@ -44,7 +48,10 @@ def _layer_drop(report: RunReport) -> str:
     drop: dict[str, Any] = report.results["layer_drop"]
     sign = 1 if drop["lower_is_better"] else -1
     # Sorted by harm, the greatest first.
-    order = sorted(range(report.n_layers), key=lambda i: -sign * report.layers["layer_drop"][i])
+    measured = [i for i, value in enumerate(report.layers["layer_drop"]) if value == value]
+    order = sorted(measured, key=lambda i: -sign * report.layers["layer_drop"][i])
+    if not order:
+        return f"Without any single layer, {drop['metric']} is not a number."
     most = ", ".join(str(i) for i in order[:3])
     least = ", ".join(str(i) for i in reversed(order[-3:]))
     worst = format_number(drop["without"][order[0]])
@@ -52,10 +59,3 @@ def _layer_drop(report: RunReport) -> str:
         f"Removing one layer hurts most at {most} and least at {least}: {drop['metric']} goes from "
         f"{format_number(drop['intact'])} to {worst} and {format_number(drop['without'][order[-1]])}."
     )
-
-
-def _halves(values: list[float], what: str) -> str:
-    middle = (len(values) + 1) // 2
-    first, second = values[:middle], values[middle:] or values[:middle]
-    a, b = sum(first) / len(first), sum(second) / len(second)
-    return f"{what}: {format_number(a)}; of the second half: {format_number(b)}."

@@ -97,10 +97,10 @@ def measure_forward(
     recorder = ForwardRecorder(stack, metrics, token)
     trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
     device = execution_device(stack.model)
-    with torch.no_grad(), evaluation_mode(stack.model), recorder.attached():
+    with torch.no_grad(), evaluation_mode(stack), recorder.attached():
         for number, batch in enumerate(progress(batches, "forward pass", show_progress)):
             inputs = model_inputs(to_device(batch, device))
-            recorder.start(inputs.get("attention_mask"))
+            recorder.start(inputs.get("attention_mask"), len(next(iter(inputs.values()))))
             trunk(**inputs)
             recorder.finish(number)
     return recorder.measures()
@@ -136,8 +136,9 @@ class ForwardRecorder:
             for handle in handles:
                 handle.remove()
 
-    def start(self, mask: Tensor | None) -> None:
-        """Begins a batch with its attention mask (S, T), or None."""
+    def start(self, mask: Tensor | None, samples: int) -> None:
+        """Begins a batch of so many samples with its attention mask (S, T), or None."""
+        self._samples = samples
         # A full mask costs a gather for nothing.
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()
         self._states: list[Tensor] = []
@@ -158,7 +159,7 @@ class ForwardRecorder:
             first = self._states[0].device
             states = torch.stack([x.to(first) for x in self._states], -2)  # (S, L + 1, d) or (S, T, L + 1, d)
             self._distances.append(self._pair_distances(states).cpu())
-        self.start(None)
+        self.start(None, 0)
 
     def measures(self) -> ForwardMeasures:
         """What all finished batches gave."""
@@ -173,8 +174,11 @@ class ForwardRecorder:
     def _hook_of(self, index: int) -> Any:
         def read(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             x, y = hidden_input(args, kwargs).detach(), hidden_output(output).detach()
-            if x.dim() != 3:
-                raise ValueError(f"model: expected hidden states (batch, tokens, width), got {tuple(x.shape)}")
+            if x.dim() != 3 or len(x) != self._samples:
+                raise ValueError(
+                    f"model: expected hidden states (samples, tokens, width) of {self._samples} samples, "
+                    f"got {tuple(x.shape)}"
+                )
             if index == 0:
                 self._keep(x)
             self._keep(y)

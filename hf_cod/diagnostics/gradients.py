@@ -30,19 +30,17 @@ def measure_gradient_norm(
         One norm a layer.
 
     Raises:
-        ValueError: a model without a head (it has no loss), weights that are offloaded, gradients that are not finite.
+        ValueError: a model without a head or batches without labels (there is no loss), weights that are offloaded or
+            quantized, gradients that are not finite.
     """
     stack = find_decoder_layers(model, path)
-    task = task_of(model)
-    if task == "headless":
-        raise ValueError(
-            f"gradient_norm: expected a model with a loss, got {type(stack.model).__name__} without a head"
-        )
-    if any(p.device.type == "meta" for p in stack.model.parameters()):
-        raise ValueError("gradient_norm: expected all weights in memory, got offloaded weights; leave this metric out")
+    task = task_of(model, batches)
+    reason = why_no_gradients(stack, task)
+    if reason:
+        raise ValueError(f"gradient_norm: expected a loss and floating-point weights in memory, but {reason}")
     device = execution_device(stack.model)
     totals = torch.zeros(len(stack), dtype=torch.float64)
-    with evaluation_mode(stack.model), _layer_squares(stack) as squares:
+    with torch.inference_mode(False), evaluation_mode(stack), _layer_squares(stack) as squares:
         for number, batch in enumerate(progress(batches, "gradients", show_progress)):
             for square in squares:
                 square.zero_()
@@ -56,6 +54,18 @@ def measure_gradient_norm(
                 )
             totals += norms
     return (totals / len(batches)).tolist()
+
+
+def why_no_gradients(stack: DecoderLayers, task: str) -> str | None:
+    """What keeps this measure from a model, in words; None if nothing does."""
+    name = type(stack.model).__name__
+    if task in ("headless", "unlabelled"):
+        return f"{name} has no head" if task == "headless" else f"{name} needs labels, and the batches have none"
+    if any(p.device.type == "meta" for p in stack.model.parameters()):
+        return "weights are offloaded"
+    if any(not p.is_floating_point() for layer in stack for p in layer.parameters()):
+        return "weights are quantized"
+    return None
 
 
 def _loss(model: nn.Module, batch: Batch, task: str) -> Tensor:
@@ -75,7 +85,8 @@ def _layer_squares(stack: DecoderLayers) -> Iterator[list[Tensor]]:
 
     def count_into(square: Tensor) -> Any:
         def count(p: Tensor) -> None:
-            assert p.grad is not None
+            if p.grad is None:  # of a layer that stands twice in the stack: counted at its first place
+                return
             square.add_(p.grad.to(square.dtype).square().sum().to(square.device))
             p.grad = None
 

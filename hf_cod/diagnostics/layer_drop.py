@@ -55,10 +55,12 @@ def measure_layer_drop(
         ValueError: the metric failed; says at which batch and layer. The journal keeps what was measured before.
     """
     stack = find_decoder_layers(model, path)
+    if getattr(stack.config, "num_kv_shared_layers", 0):
+        raise ValueError("layer_drop: expected layers with their own keys and values, got num_kv_shared_layers > 0")
     journal = Journal(None, "") if journal is None else journal
     device = execution_device(stack.model)
     bar = progress(range(len(batches) * (len(stack) + 1)), "layer drop", show_progress)
-    with torch.no_grad(), evaluation_mode(stack.model), bar:
+    with torch.no_grad(), evaluation_mode(stack), bar:
         for number, batch in enumerate(batches):
             keys = [_key(number, layer) for layer in range(-1, len(stack))]
             if all(key in journal for key in keys):
@@ -68,6 +70,7 @@ def measure_layer_drop(
             inputs = model_inputs(batch)
             with _layer_inputs(stack) as states:
                 intact = stack.model(**inputs)
+            _check_finite(states, number)
             reference = intact if metric.compares else None
             _record(journal, metric, number, -1, intact, batch, intact)
             del intact
@@ -88,16 +91,31 @@ def _key(batch: int, layer: int) -> str:
 
 
 def _value(journal: Journal, metric: Metric, n_batches: int, layer: int) -> float:
-    return metric.value([row for number in range(n_batches) for row in journal[_key(number, layer)]])
+    rows = [row for number in range(n_batches) for row in journal[_key(number, layer)]]
+    try:
+        return metric.value(rows)
+    except Exception as error:
+        raise ValueError(f"metric: {metric.name} failed {_where(layer)}: {error}") from error
+
+
+def _where(layer: int) -> str:
+    return "with the intact model" if layer < 0 else f"with layer {layer} removed"
 
 
 def _record(journal: Journal, metric: Metric, number: int, layer: int, outputs: Any, batch: Batch, intact: Any) -> None:
     try:
         rows = metric.rows(outputs, batch, intact)
     except Exception as error:
-        what = "the intact model" if layer < 0 else f"layer {layer} removed"
-        raise ValueError(f"metric: {metric.name} failed on batch {number} with {what}: {error}") from error
+        raise ValueError(f"metric: {metric.name} failed on batch {number} {_where(layer)}: {error}") from error
     journal.add(_key(number, layer), rows)
+
+
+def _check_finite(states: list[Any], number: int) -> None:
+    sums = torch.stack([hidden.float().sum().cpu() for hidden, _ in states])
+    broken = (~sums.isfinite()).nonzero()
+    if len(broken):
+        where = f"the output of layer {int(broken[0]) - 1}" if broken[0] else "the input of layer 0"
+        raise ValueError(f"activations: expected finite numbers, got NaN or infinity first in {where}, batch {number}")
 
 
 @contextmanager
@@ -106,7 +124,7 @@ def _layer_inputs(stack: DecoderLayers) -> Iterator[list[Any]]:
     states: list[Any] = []
 
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        states.append((hidden_input(args, kwargs), isinstance(output, tuple)))
+        states.append((hidden_input(args, kwargs), output[1:] if isinstance(output, tuple) else None))
 
     handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in stack]
     try:
@@ -122,24 +140,24 @@ class _Passage(nn.Module):
     Everything else that the model asks of a layer (its attention type, say) is answered by the layer itself.
     """
 
-    def __init__(self, layer: nn.Module, stored: Tensor | None, returns_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, stored: Tensor | None, rest: tuple[Any, ...] | None) -> None:
         super().__init__()
-        self.__dict__.update(layer=layer, stored=stored, returns_tuple=returns_tuple)  # not a submodule of this one
+        self.__dict__.update(layer=layer, stored=stored, rest=rest)  # the layer is not a submodule of this one
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["layer"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = hidden_input(args, kwargs) if self.stored is None else self.stored
-        return (hidden,) if self.returns_tuple else hidden
+        return hidden if self.rest is None else (hidden, *self.rest)
 
 
 @contextmanager
-def _start_behind(stack: DecoderLayers, layer: int, state: tuple[Tensor, bool]) -> Iterator[None]:
+def _start_behind(stack: DecoderLayers, layer: int, state: tuple[Tensor, Any]) -> Iterator[None]:
     """Within the block the model's forward reaches layer + 1 with `state`, as if `layer` did not exist."""
-    hidden, returns_tuple = state
+    hidden, rest = state
     modules = stack.module_list._modules
-    passages = [_Passage(stack[i], hidden if i == layer else None, returns_tuple) for i in range(layer + 1)]
+    passages = [_Passage(stack[i], hidden if i == layer else None, rest) for i in range(layer + 1)]
     shortened = OrderedDict(modules)
     shortened.update((str(i), passage) for i, passage in enumerate(passages))
     try:

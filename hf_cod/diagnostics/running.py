@@ -11,27 +11,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_cod.calibration import Batch
+from hf_cod.decoder_layers import DecoderLayers
 
 Item = TypeVar("Item")
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(stack: DecoderLayers) -> Iterator[None]:
     """Eval mode and no KV cache inside; each module's training flag and the config come back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    caches = hasattr(config, "use_cache")
-    use_cache = config.use_cache if caches else None
+    training = [module for module in stack.model.modules() if module.training]
+    config: Any = stack.config
+    use_cache = getattr(config, "use_cache", None)
     try:
-        model.eval()
-        if caches:
+        stack.model.eval()
+        if use_cache is not None:
             config.use_cache = False
         yield
     finally:
         for module in training:
             module.training = True
-        if caches:
+        if use_cache is not None:
             config.use_cache = use_cache
 
 

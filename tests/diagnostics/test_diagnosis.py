@@ -1,5 +1,6 @@
 import copy
 
+import datasets
 import pytest
 import torch
 
@@ -71,6 +72,87 @@ def test_another_model_in_the_same_directory_is_measured_anew(tmp_path):
     assert first.layers["layer_drop"] != second.layers["layer_drop"]
 
 
+def test_nothing_is_resumed_from_work_that_only_looks_the_same(tmp_path):
+    """Equal weights, but another dtype, config, adapter state or metric of the same name."""
+    from peft import LoraConfig, get_peft_model
+
+    model = build("llama", dtype=torch.bfloat16)
+    batches = [batch_for(model)]
+
+    def measured(model, **options):
+        return diagnose(model, batches=batches, output=tmp_path, show_progress=False, **options).layers
+
+    narrow, wide = measured(model), measured(model.float())
+    assert narrow["variance"] != wide["variance"]
+    model.config.rms_norm_eps = 0.5
+    for layer in model.model.layers:
+        layer.input_layernorm.variance_epsilon = 0.5
+    assert measured(model)["variance"] != wide["variance"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    enabled = measured(adapted)
+    with adapted.disable_adapter():
+        assert measured(adapted)["variance"] != enabled["variance"]
+    first = measured(model, drop_metric=lambda outputs, batch: outputs.logits.amax((1, 2)))
+    second = measured(model, drop_metric=lambda outputs, batch: outputs.logits.amin((1, 2)))
+    assert first["layer_drop"] != second["layer_drop"]
+
+
+def test_another_setting_keeps_what_the_others_measured(tmp_path, monkeypatch):
+    options = {"output": tmp_path, **QUICK}
+    whole = diagnose(build("llama"), gpt_like(), TEXT, **options)
+    diagnose(build("llama"), gpt_like(), TEXT, metrics=["gradient_norm"], **options)
+    monkeypatch.setattr(diagnosis, "measure_forward", lambda *a, **k: pytest.fail("measured twice"))
+    again = diagnose(build("llama"), gpt_like(), TEXT, drop_metric="accuracy", **options)
+    assert again.layers["variance"] == whole.layers["variance"]
+    assert again.results["layer_drop"]["metric"] == "accuracy"
+
+
+def test_models_that_need_labels_are_measured_without_them():
+    report = diagnose(build("vit"), batches=[batch_for(build("vit"))], show_progress=False)
+    assert report.results["layer_drop"]["metric"] == "output_angle"
+    assert report.notes == [
+        "gradient_norm was left out: ViTForImageClassification needs labels, and the batches have none"
+    ]
+    with pytest.raises(ValueError, match="output_angle or a callable for batches without labels, got 'accuracy'"):
+        diagnose(build("vit"), batches=[batch_for(build("vit"))], drop_metric="accuracy")
+
+
+def test_quantized_weights_have_no_gradient_norm():
+    model = build("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    report = diagnosis.RunReport("diagnose", "m", {}, {}, {}, {})
+    wanted = diagnosis._applicable(None, diagnosis.find_decoder_layers(model), "causal_lm", report)
+    assert "gradient_norm" not in wanted and report.notes == ["gradient_norm was left out: weights are quantized"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "compile"])
+def test_wrapped_models_give_the_same_report(kind, tmp_path):
+    model = build("llama")
+    plain = diagnose(model, batches=[batch_for(model)], show_progress=False)
+    if kind == "compile":
+        wrapped = torch.compile(model)
+        assert diagnose(wrapped, batches=[batch_for(model)], show_progress=False).layers == plain.layers
+        return
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        assert diagnose(wrapped, batches=[batch_for(model)], show_progress=False).layers == plain.layers
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_column_of_a_data_set():
+    column = datasets.Dataset.from_dict({"text": [TEXT, TEXT]})["text"]
+    assert diagnose(build("llama"), gpt_like(), column, **QUICK).settings["samples"] == 4
+
+
+def test_one_sample_has_no_interval():
+    report = diagnose(build("llama"), gpt_like(), TEXT, **{**QUICK, "max_samples": 1})
+    assert report.results["effective_depth"]["low"] is None
+    assert "one sample, so no interval" in report.summary[0]
+
+
 def test_a_failing_metric_keeps_what_was_measured(tmp_path):
     def unlucky(outputs, batch):
         raise KeyError("no such column")
@@ -110,6 +192,12 @@ def test_bad_input():
     model = build("llama")
     with pytest.raises(ValueError, match=f"metrics: expected some of {METRICS[0]}.*, got speed"):
         diagnose(model, gpt_like(), TEXT, metrics=["speed"])
+    with pytest.raises(ValueError, match="batches: expected at least one batch"):
+        diagnose(model, batches=[])
+    with pytest.raises(ValueError, match="texts: expected strings, got dict"):
+        diagnose(model, gpt_like(), [{"text": TEXT}])
+    with pytest.raises(ValueError, match="sequence_length: expected at most the model's 64, got 65"):
+        diagnose(model, gpt_like(), TEXT, sequence_length=65)
     with pytest.raises(ValueError, match="expected tokenizer and texts, or batches"):
         diagnose(model)
     with pytest.raises(ValueError, match="at least one window"):

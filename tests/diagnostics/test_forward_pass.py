@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 from accelerate import disk_offload
+from transformers import CONFIG_MAPPING, AutoModel
 
 from hf_cod.diagnostics import measure_forward
 from tests import references
@@ -116,3 +117,10 @@ def test_bad_settings():
         measure_forward(model, [batch_for(model)], token="middle")
     with pytest.raises(ValueError, match="metrics: expected some of"):
         measure_forward(model, [batch_for(model)], ["speed"])
+
+
+def test_hidden_states_with_tokens_first_are_refused():
+    config = CONFIG_MAPPING["xlnet"](vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    model = AutoModel.from_config(config).eval()
+    with pytest.raises(ValueError, match="of 3 samples, got"):
+        measure_forward(model, [batch_for(model)])

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from accelerate import disk_offload
+from transformers import CONFIG_MAPPING, AutoModel
 
 from hf_cod import find_decoder_layers, skip
 from hf_cod.diagnostics import measure_layer_drop
@@ -99,7 +100,7 @@ def test_same_as_skip():
 class Fragile:
     """Perplexity that fails at its n-th batch and layer, and counts its calls."""
 
-    lower_is_better, compares, name = True, False, "fragile"
+    lower_is_better, compares, name, identity = True, False, "fragile", "fragile"
 
     def __init__(self, fails_at):
         self.fails_at, self.calls, self.inner = fails_at, 0, find_metric(None, "causal_lm")
@@ -135,7 +136,43 @@ def test_a_journal_of_other_work_or_a_cut_line_is_not_trusted(tmp_path):
     journal = Journal(path, "one")
     journal.add("drop 0 -1", [[1.0, 2.0]])
     with path.open("a") as file:
-        file.write('["drop 0 0", [[1.0')
+        file.write('["one", "drop 0 0", [[1.0')
     assert Journal(path, "one").entries == {"drop 0 -1": [[1.0, 2.0]]}
-    assert [json.loads(line) for line in path.read_text().splitlines()][1] == ["drop 0 -1", [[1.0, 2.0]]]
-    assert Journal(path, "two").entries == {}
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [["one", "drop 0 -1", [[1.0, 2.0]]]]
+    other = Journal(path, "two")
+    assert other.entries == {}
+    other.add("drop 0 -1", [[3.0, 4.0]])
+    assert Journal(path, "one").entries == {"drop 0 -1": [[1.0, 2.0]]}, "other work is kept"
+
+
+def test_layers_that_return_more_than_the_hidden_state():
+    model = AutoModel.from_config(
+        CONFIG_MAPPING["deberta-v2"](
+            vocab_size=99, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=3
+        )
+    ).eval()
+    batch = batch_for(model)
+    _, without = measure_layer_drop(model, [batch], find_metric(None, "headless"))
+    assert all(0 < value < 1 for value in without)
+
+
+def test_shared_keys_and_values_are_refused():
+    model = build("llama")
+    model.config.num_kv_shared_layers = 2
+    with pytest.raises(ValueError, match="expected layers with their own keys and values"):
+        measure_layer_drop(model, [batch_for(model)], find_metric(None, "causal_lm"))
+
+
+def test_broken_activations_name_the_first_layer():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="first in the output of layer 1, batch 0"):
+        measure_layer_drop(model, [batch_for(model)], find_metric(None, "causal_lm"))
+
+
+def test_a_metric_that_fails_at_the_end_is_told():
+    metric = Fragile(None)
+    metric.value = lambda rows: 1 / 0
+    with pytest.raises(ValueError, match="metric: fragile failed with the intact model: division by zero"):
+        measure_layer_drop(build("llama"), [batch_for(build("llama"))], metric)
