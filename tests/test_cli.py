@@ -111,8 +111,9 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
 
 
 def test_text_shorter_than_a_window(checkpoint, capsys):
-    assert diagnose(checkpoint, "--sequence-length", "4000") == 2
-    assert "at least one window of 4000 tokens" in capsys.readouterr().err
+    (checkpoint / "text.txt").write_text("one two")
+    assert diagnose(checkpoint) == 2
+    assert "at least one window of 8 tokens, got 2 tokens" in capsys.readouterr().err
 
 
 def test_help(capsys):

@@ -195,13 +195,13 @@ def test_bad_input():
     with pytest.raises(ValueError, match="batches: expected at least one batch"):
         diagnose(model, batches=[])
     with pytest.raises(ValueError, match="texts: expected strings, got dict"):
-        diagnose(model, gpt_like(), [{"text": TEXT}])
+        diagnose(model, gpt_like(), [{"text": TEXT}], **QUICK)
     with pytest.raises(ValueError, match="sequence_length: expected at most the model's 64, got 65"):
         diagnose(model, gpt_like(), TEXT, sequence_length=65)
     with pytest.raises(ValueError, match="expected tokenizer and texts, or batches"):
         diagnose(model)
     with pytest.raises(ValueError, match="at least one window"):
-        diagnose(model, gpt_like(), "one two", show_progress=False)
+        diagnose(model, gpt_like(), "one two", **QUICK)
     with pytest.raises(ValueError, match="token: expected 'last', 'first' or 'all', got 'middle'"):
         diagnose(model, gpt_like(), TEXT, token="middle", **QUICK)
     with torch.no_grad():
