@@ -126,6 +126,7 @@ def test_what_could_not_be_measured_is_left_blank(tmp_path):
     holes.save(tmp_path)
     RunReport.load(tmp_path).plot(tmp_path)
     compare([RunReport.load(tmp_path)] * 2).plot(tmp_path)
+    assert {"layer_drop.png", "compare.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_block_influence_alone_has_a_picture(tmp_path):

@@ -10,7 +10,7 @@ from tests import references
 from tests.tiny_models import FAMILIES, batch_for, build
 
 
-def check(model, batch, token="last", tolerance=1e-6):
+def check_formulas(model, batch, token="last", tolerance=1e-6):
     """All forward measures of one batch against the formulas."""
     found = measure_forward(model, [batch], token=token)
     mask = batch.get("attention_mask")
@@ -34,7 +34,7 @@ def check(model, batch, token="last", tolerance=1e-6):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_against_the_formulas(family):
     model = build(family)
-    check(model, batch_for(model))
+    check_formulas(model, batch_for(model))
 
 
 @pytest.mark.parametrize("token", ["last", "first", "all"])
@@ -42,17 +42,17 @@ def test_every_family_against_the_formulas(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_padding_is_ignored(family, padding, token):
     model = build(family)
-    check(model, batch_for(model, padding), token)
+    check_formulas(model, batch_for(model, padding), token)
 
 
 def test_bfloat16():
     model = build("llama", dtype=torch.bfloat16)
-    check(model, batch_for(model, "right"))
+    check_formulas(model, batch_for(model, "right"))
 
 
 def test_one_layer():
     model = build("llama", layers=1)
-    check(model, batch_for(model))
+    check_formulas(model, batch_for(model))
 
 
 def test_batches_of_unequal_size_count_by_sample():
