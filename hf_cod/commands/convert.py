@@ -22,9 +22,14 @@ def main(arguments: Sequence[str]) -> int:
         "  authors  a checkpoint of the code released with Mix-LN or the Curse of Depth -> a model of this package",
     )
     parser.add_argument("to", choices=["stock", "lns", "authors"], help="what to do, see above")
-    parser.add_argument("source", help="directory of the checkpoint (for lns also a Hub id)")
+    parser.add_argument("source", help="directory of the checkpoint, or its Hub id")
     parser.add_argument("output", help="new directory for the result")
-    parser.add_argument("--norm-type", choices=list(AUTHORS_NORM_TYPES), help="authors: NORM_TYPE it was trained with")
+    parser.add_argument(
+        "--norm-type",
+        type=str.lower,
+        choices=list(AUTHORS_NORM_TYPES),
+        help="authors: NORM_TYPE it was trained with, in any case",
+    )
     parser.add_argument("--post-layers", type=int, help="authors: POST_NUM it was trained with, for post_pre")
     chosen = parser.parse_args(list(arguments))
     if chosen.to == "authors" and chosen.norm_type is None:

@@ -1,14 +1,19 @@
 """The fields that every configuration of this package adds to the configuration of its base family."""
 
+import inspect
 import warnings
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .placements import PLACEMENTS
 
 # Raised whenever the mathematics or the file format of the model code changes. It is stored in every config, because
 # an installed package wins over the code in a model repository without a word.
 CODE_VERSION = 1
+
+# True while a saved config is read: advice on training comes too late then.
+_READING: ContextVar[bool] = ContextVar("_READING", default=False)
 
 TEXT_HEADS = {
     "AutoModel": "Model",
@@ -39,11 +44,15 @@ class NormPlacementConfig:
         ValueError: For an unknown placement, one that the family cannot have, or a number out of its range.
     """
 
-    norm_placement: str = "lns"
-    post_ln_fraction: float | int = 0.25
-    scaled_residual_init: bool = False
-    deepnorm_alpha: float | int | None = None
-    deepnorm_beta: float | int | None = None
+    # The placement of the base family's own checkpoints.
+    stock_placement: ClassVar[str] = "pre"
+
+    # `Any`, because the type check of transformers would be first and its error does not say what is valid.
+    norm_placement: Any = "lns"
+    post_ln_fraction: Any = 0.25
+    scaled_residual_init: Any = False
+    deepnorm_alpha: Any = None
+    deepnorm_beta: Any = None
     layer_depths: list[int] | None = None
     original_num_hidden_layers: int | None = None
     cod_code_version: int = CODE_VERSION
@@ -53,6 +62,29 @@ class NormPlacementConfig:
         super().__post_init__(**kwargs)  # type: ignore[misc]  # the base family's configuration follows in the MRO
         check_placement(self)
         warn_about_placement(self)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config with these contents, as transformers calls it for a config.json.
+
+        Raises:
+            ValueError: For a checkpoint of another model type that does not say where its norms stand: the default
+                would change its function without a word.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)  # type: ignore[attr-defined]
+        silent = "norm_placement" not in {**config_dict, **kwargs}
+        default = cls.__dataclass_fields__["norm_placement"].default
+        if model_type != cls.model_type and silent and default != cls.stock_placement:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"norm_placement: expected one of {', '.join(cls.valid_placements())} in the config, got none for "
+                f"model_type {model_type!r}; a stock checkpoint: use hf_cod.to_lns, or pass "
+                f"norm_placement={cls.stock_placement!r}"
+            )
+        token = _READING.set(True)
+        try:
+            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]  # as above
+        finally:
+            _READING.reset(token)
 
     @classmethod
     def remote_code_map(cls) -> dict[str, str]:
@@ -84,23 +116,33 @@ def check_placement(config: Any) -> None:
     """
     valid = config.valid_placements()
     if config.norm_placement not in valid:
-        known = config.norm_placement in PLACEMENTS
+        known = config.norm_placement in tuple(PLACEMENTS)
         why = f", which {type(config).__name__} cannot have" if known else ""
         raise ValueError(f"norm_placement: expected one of {', '.join(valid)}; got {config.norm_placement!r}{why}")
-    if not 0.0 <= config.post_ln_fraction <= 1.0:
-        raise ValueError(f"post_ln_fraction: expected a number from 0 to 1, got {config.post_ln_fraction}")
+    if not (_is_number(config.post_ln_fraction) and 0.0 <= config.post_ln_fraction <= 1.0):
+        raise ValueError(f"post_ln_fraction: expected a number from 0 to 1, got {config.post_ln_fraction!r}")
     for field in ("deepnorm_alpha", "deepnorm_beta"):
         gain = getattr(config, field)
-        if gain is not None and not gain > 0.0:
-            raise ValueError(f"{field}: expected a number above 0 or None for the paper's formula, got {gain}")
+        if gain is not None and not (_is_number(gain) and gain > 0.0):
+            raise ValueError(f"{field}: expected a number above 0 or None for the paper's formula, got {gain!r}")
+    if not isinstance(config.scaled_residual_init, bool):
+        raise ValueError(f"scaled_residual_init: expected True or False, got {config.scaled_residual_init!r}")
     if config.scaled_residual_init and config.norm_placement == "deepnorm":
         raise ValueError("scaled_residual_init: expected False with norm_placement='deepnorm', got True")
     _check_depths(config)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_depths(config: Any) -> None:
     depths, n_layers = config.layer_depths, config.original_num_hidden_layers
+    if n_layers is not None and n_layers < 1:
+        raise ValueError(f"original_num_hidden_layers: expected a number above 0 or None, got {n_layers}")
     if depths is None:
+        if n_layers is not None:
+            raise ValueError(f"original_num_hidden_layers: expected None without layer_depths, got {n_layers}")
         return
     if len(depths) < config.num_hidden_layers:
         raise ValueError(
@@ -115,16 +157,19 @@ def _check_depths(config: Any) -> None:
 
 def warn_about_placement(config: Any) -> None:
     """Warn of settings that are valid but rarely wanted."""
-    if config.norm_placement == "lns" and config.scaled_residual_init:
-        warnings.warn(
-            "scaled_residual_init weakens LayerNorm Scaling; its authors recommend the plain normal initialisation",
-            UserWarning,
-            stacklevel=2,
-        )
+    if config.norm_placement == "lns" and config.scaled_residual_init and not _READING.get():
+        _warn("scaled_residual_init weakens LayerNorm Scaling; its authors recommend the plain normal initialisation")
     if config.cod_code_version > CODE_VERSION:
-        warnings.warn(
+        _warn(
             f"this model was saved by version {config.cod_code_version} of the model code, and version {CODE_VERSION} "
-            "is loading it: upgrade with  pip install -U hf_cod",
-            UserWarning,
-            stacklevel=2,
+            "is loading it: upgrade with  pip install -U hf_cod"
         )
+
+
+def _warn(message: str) -> None:
+    """Warn at the user's line: the first outside this package and the libraries that build configs for it."""
+    inner = {__name__.split(".")[0], "transformers", "huggingface_hub"}
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in inner:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level - 1 if frame is None else level)

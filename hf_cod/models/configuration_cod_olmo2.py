@@ -1,5 +1,7 @@
 """Configuration of OLMo 2 with a choice of norm placement."""
 
+from typing import Any, ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 
@@ -15,7 +17,9 @@ class CodOlmo2Config(NormPlacementConfig, Olmo2Config):
 
     model_type = "cod_olmo2"
 
-    norm_placement: str = "reordered"
+    stock_placement: ClassVar[str] = "reordered"
+
+    norm_placement: Any = "reordered"
 
     @classmethod
     def valid_placements(cls) -> tuple[str, ...]:

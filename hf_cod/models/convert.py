@@ -7,15 +7,17 @@ training is not: the gradient of gamma in an LNS layer is 1 / sqrt(l) of that of
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .checkpoint import save_aside
+from .checkpoint import check_new, save_aside
 from .configuration_cod import NormPlacementConfig
 from .configuration_cod_llama import CodLlamaConfig
 from .families import FAMILIES, Family
@@ -56,13 +58,14 @@ def fold_lns(source: Source, output: str | Path | None = None) -> PreTrainedMode
     their class. In bfloat16 the logits differ by the rounding of the weights. The new model is on the CPU.
 
     Args:
-        source: A model of this package, or the directory of one; a model is left as it is.
-        output: Also write the stock model to this new directory, with the tokenizer of a source directory.
+        source: A model of this package, or the directory or Hub id of one; a model is left as it is.
+        output: Also write the stock model to this new directory, with the tokenizer of a source that is no model.
 
     Raises:
-        ValueError: If the placement has no stock equal, transformers lacks the head, the weights are quantized, or
-            `output` exists.
+        ValueError: If there is no such source, the placement has no stock equal, transformers lacks the head, the
+            weights are quantized, offloaded or have adapters, or `output` exists.
     """
+    check_new(output)
     model, family = _load(source, "ours")
     placement = model.config.norm_placement
     if placement not in family.foldable:
@@ -81,16 +84,18 @@ def fold_lns(source: Source, output: str | Path | None = None) -> PreTrainedMode
 def to_lns(source: Source, output: str | Path | None = None) -> PreTrainedModel:
     """Turn a stock model into an LNS model with the same function, to continue its training with LNS.
 
-    sqrt(l) goes into the weights of the norms of layer l, so that it undoes the factor of LNS.
+    sqrt(l) goes into the weights of the norms of layer l, so that it undoes the factor of LNS. In bfloat16 the logits
+    differ by the rounding of the weights. The new model is on the CPU.
 
     Args:
-        source: A model of a base family of this package, or the directory of one; a model is left as it is.
-        output: Also write the LNS model to this new directory, with the tokenizer of a source directory.
+        source: A model of a base family of this package, or the directory or Hub id of one; a model is left as it is.
+        output: Also write the LNS model to this new directory, with the tokenizer of a source that is no model.
 
     Raises:
-        ValueError: If the family is unknown or cannot have `lns`, the head is unknown, the weights are quantized, or
-            `output` exists.
+        ValueError: If there is no such source, the family is unknown or cannot have `lns`, the head is unknown, the
+            weights are quantized, offloaded or have adapters, or `output` exists.
     """
+    check_new(output)
     model, family = _load(source, "stock")
     our_class = family.our_class(type(model).__name__)
     if our_class is None:
@@ -109,30 +114,36 @@ def from_authors(
 ) -> CodLlamaForCausalLM:
     """Load a checkpoint of the code released with Mix-LN or the Curse of Depth as a model of this package.
 
+    The checkpoint does not say its NORM_TYPE. pre, scale_pre and lns have the same weights, and so have post and
+    deeppost: a wrong one among them loads without complaint and computes another function.
+
     Args:
-        source: Directory of the checkpoint, or its state dict.
+        source: Directory or Hub id of the checkpoint, or its state dict.
         norm_type: The NORM_TYPE that it was trained with, in any case: a name from `AUTHORS_NORM_TYPES`.
         config: Contents of its config.json; needed with a state dict.
-        post_layers: The POST_NUM that it was trained with; needed with post_pre and scale_post_pre.
-        output: Also write the model to this new directory, with the tokenizer of a source directory.
+        post_layers: The POST_NUM that it was trained with; for post_pre and scale_post_pre, which need it.
+        output: Also write the model to this new directory, with the tokenizer of a source that is no state dict.
 
     Raises:
-        ValueError: For an unknown NORM_TYPE, a missing `config` or `post_layers`, weights that do not fit, or an
-            `output` that exists.
+        ValueError: For an unknown NORM_TYPE, a missing source, `config` or `post_layers`, a `post_layers` that the
+            NORM_TYPE has no use for, weights that do not fit, or an `output` that exists.
     """
+    check_new(output)
     if norm_type.lower() not in AUTHORS_NORM_TYPES:
         raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}; got {norm_type!r}")
     if config is None:
         if isinstance(source, Mapping):
             raise ValueError("config: expected the contents of config.json with a state dict, got None")
-        config = LlamaConfig.get_config_dict(source)[0]
+        with _found(source):
+            config = _config_dict(source)
     fields = _authors_fields(dict(config), AUTHORS_NORM_TYPES[norm_type.lower()], post_layers)
     model_config = CodLlamaConfig(**fields)
     if isinstance(source, Mapping):
         state = {name.removeprefix("module."): weight.clone() for name, weight in source.items()}
         model = _load_exactly(CodLlamaForCausalLM, None, config=model_config, state_dict=state)
     else:
-        model = _load_exactly(CodLlamaForCausalLM, source, config=model_config)
+        with _found(source):
+            model = _load_exactly(CodLlamaForCausalLM, source, config=model_config, key_mapping={r"^module\.": ""})
     return _finish(model, source, output)
 
 
@@ -150,12 +161,22 @@ def _authors_fields(config: dict[str, Any], placement: dict[str, Any], post_laye
         if post_layers is None or not 0 <= post_layers <= n_layers:
             raise ValueError(f"post_layers: expected a number from 0 to {n_layers}, got {post_layers}")
         fields["post_ln_fraction"] = post_layers / n_layers
+    elif post_layers is not None:
+        raise ValueError(
+            f"post_layers: expected None unless norm_type is post_pre or scale_post_pre, got {post_layers}"
+        )
     return fields
 
 
 def _load(source: Source, whose: str) -> tuple[PreTrainedModel, Family]:
-    """The model, loaded if `source` is a directory, and its family; `whose` is "ours" or "stock"."""
-    config = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source)
+    """The model, loaded unless `source` is one, and its family; `whose` is "ours" or "stock"."""
+    source = getattr(source, "_orig_mod", source)  # what torch.compile has wrapped
+    if isinstance(source, nn.Module):
+        config = _check_model(source).config
+    else:
+        with _found(source):
+            _config_dict(source)
+            config = AutoConfig.from_pretrained(source)
     families = {(f.config if whose == "ours" else f.stock_config).model_type: f for f in FAMILIES}
     if config.model_type not in families:
         raise ValueError(f"source: expected a model of type {', '.join(families)}; got {config.model_type!r}")
@@ -167,7 +188,38 @@ def _load(source: Source, whose: str) -> tuple[PreTrainedModel, Family]:
     model_class = models.get(name) if whose == "ours" else family.stock_class(name)
     if model_class is None:
         raise ValueError(f"source: expected architectures that transformers or hf_cod has, got {name}")
-    return _load_exactly(model_class, source), family
+    with _found(source):
+        return _load_exactly(model_class, source), family
+
+
+def _check_model(model: nn.Module) -> PreTrainedModel:
+    if any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()):
+        raise ValueError(
+            f"source: expected a model without adapters, got {type(model).__name__} with PEFT adapters; "
+            "call merge_and_unload first"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"source: expected a model of transformers, got {type(model).__name__}")
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError("source: expected weights in memory, got some that are offloaded or on the meta device")
+    return model
+
+
+@contextmanager
+def _found(source: Any) -> Iterator[None]:
+    """Turn the errors of transformers for a missing or unreachable checkpoint into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"source: expected a directory with a checkpoint or a Hub id, got {str(source)!r}") from error
+
+
+def _config_dict(source: str | Path) -> dict[str, Any]:
+    """The contents of config.json; transformers has no complaint about a directory without one."""
+    config = PreTrainedConfig.get_config_dict(source)[0]
+    if not config:
+        raise FileNotFoundError(f"{source} has no config.json")
+    return config
 
 
 def _stock_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -178,7 +230,7 @@ def _stock_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _rebuild(model: PreTrainedModel, model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of another class with copies of the same weights."""
+    """A model of another class with copies of the same weights, each in its own dtype."""
     if not all(weight.is_floating_point() for weight in model.parameters()):
         raise ValueError("source: expected weights in floating point, got a quantized model")
     old, new = f"{model.base_model_prefix}.", f"{model_class.base_model_prefix}."
@@ -186,7 +238,12 @@ def _rebuild(model: PreTrainedModel, model_class: Any, config: PreTrainedConfig)
         new + name.removeprefix(old) if name.startswith(old) else name: weight.detach().to("cpu", copy=True)
         for name, weight in model.state_dict().items()
     }
-    rebuilt = _load_exactly(model_class, None, config=config, state_dict=state, dtype=model.dtype)
+    # Loading casts all weights to one dtype: the widest, so that going back to each weight's own loses nothing.
+    widest = functools.reduce(torch.promote_types, (weight.dtype for weight in state.values()), model.dtype)
+    rebuilt = _load_exactly(model_class, None, config=config, state_dict=state, dtype=widest)
+    for name, parameter in rebuilt.named_parameters():
+        parameter.data = parameter.data.to(state[name].dtype)
+    rebuilt.config.dtype = model.dtype
     if rebuilt.can_generate():
         rebuilt.generation_config = copy.deepcopy(model.generation_config)
     return rebuilt

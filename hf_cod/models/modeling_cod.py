@@ -97,9 +97,18 @@ class PlacedPreTrainedModel:
 
     def _record_depths(self) -> None:
         """Write to the config what the layers know: the truth lives in them, whoever removed some."""
-        placements = [layer.placement for layer in self.base_model.layers]
+        placements = []
+        for layer in self.base_model.layers:
+            if not isinstance(getattr(layer, "placement", None), NormPlacement):
+                raise ValueError(f"layers: expected layers with a norm placement, got {type(layer).__name__}")
+            placements.append(layer.placement)
         depths = [placement.depth for placement in placements]
-        (n_layers,) = {placement.n_layers for placement in placements}
+        totals = sorted({placement.n_layers for placement in placements})
+        if len(totals) != 1:
+            raise ValueError(
+                f"layers: expected layers from models of one depth, got layers from models of {totals} layers"
+            )
+        n_layers = totals[0]
         untouched = n_layers == len(depths) and depths == list(range(n_layers))
         self.config.layer_depths = None if untouched else depths
         self.config.original_num_hidden_layers = None if untouched else n_layers

@@ -115,7 +115,8 @@ class LayerNormScaling(NormPlacement):
 class PostNorm(NormPlacement):
     """Post-LN: x <- LN(x + F(x)).
 
-    Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), section 3.1.
+    Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), section 3.1. The final norm of the base model
+    stays after the last layer, on a stream that this layer has normalised already; the paper's equations have none.
     """
 
     norms = OUTPUT_NORMS
@@ -134,6 +135,7 @@ class DeepNorm(NormPlacement):
     with gain beta for values, attention output and MLP, and gain 1 for queries and keys.
     `deepnorm_alpha` and `deepnorm_beta` of the config replace the formulas: the code released with the Curse of
     Depth uses alpha = sqrt(8) and beta = (8 N)^(+1/4) at any depth.
+    The final norm of the base model stays after the last layer; the paper's equations have none.
     """
 
     norms = OUTPUT_NORMS

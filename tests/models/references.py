@@ -66,8 +66,11 @@ def gated_mlp(x: torch.Tensor, w: Weights, prefix: str) -> torch.Tensor:
     return linear(gate * torch.sigmoid(gate) * linear(x, w, f"{prefix}.up_proj"), w, f"{prefix}.down_proj")
 
 
-def placed_layer(placement, layer, n_layers, post_layers, x, norm, attention, mlp):
-    """One layer; `norm(name, x)` applies a norm by its Llama name; formulas as the papers write them, l = layer + 1."""
+def placed_layer(placement, layer, n_layers, post_layers, x, norm, attention, mlp, alpha=None):
+    """One layer; `norm(name, x)` applies a norm by its Llama name; formulas as the papers write them, l = layer + 1.
+
+    `alpha` replaces the residual gain of DeepNorm.
+    """
     if placement == "mix":
         placement = "post" if layer < post_layers else "pre"
     if placement in ("pre", "scaled_init", "lns"):
@@ -75,7 +78,10 @@ def placed_layer(placement, layer, n_layers, post_layers, x, norm, attention, ml
         y = attention(norm("input_layernorm", x) * factor) + x
         return mlp(norm("post_attention_layernorm", y) * factor) + y
     if placement in ("post", "deepnorm"):
-        alpha = (2 * n_layers) ** (1 / 4) if placement == "deepnorm" else 1.0
+        if placement == "post":
+            alpha = 1.0
+        elif alpha is None:
+            alpha = (2 * n_layers) ** (1 / 4)
         y = norm("post_attention_layernorm", alpha * x + attention(x))
         return norm("post_feedforward_layernorm", alpha * y + mlp(y))
     if placement == "sandwich":
@@ -86,7 +92,9 @@ def placed_layer(placement, layer, n_layers, post_layers, x, norm, attention, ml
     return y + norm("post_feedforward_layernorm", mlp(y))
 
 
-def language_model(w: Weights, family: str, config: dict, tokens: torch.Tensor, post_layers: int) -> torch.Tensor:
+def language_model(
+    w: Weights, family: str, config: dict, tokens: torch.Tensor, post_layers: int, alpha: float | None = None
+) -> torch.Tensor:
     """Logits (B, T, vocabulary) for tokens (B, T)."""
 
     def norm(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -107,6 +115,7 @@ def language_model(w: Weights, family: str, config: dict, tokens: torch.Tensor, 
             lambda name, y, prefix=prefix: norm(f"{prefix}.{name}", y),
             lambda y, prefix=prefix: self_attention(y, w, f"{prefix}.self_attn", family, config),
             lambda y, prefix=prefix: gated_mlp(y, w, f"{prefix}.mlp"),
+            alpha,
         )
     return norm("model.norm", x) @ w["lm_head.weight"].T
 

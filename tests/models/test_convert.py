@@ -19,12 +19,15 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
+from hf_cod.commands.convert import main
 from hf_cod.models import AUTHORS_NORM_TYPES, PLACEMENTS, CodLlamaForCausalLM, fold_lns, from_authors, to_lns
 
 from .references import language_model
-from .tiny import BY_TYPE, inputs, tiny_model, tokens
+from .tiny import BY_TYPE, TEXT, inputs, tiny_model, tokens
 
 FOLDABLE = ("pre", "scaled_init", "lns")
 LNS_TYPES = [name for name, family in BY_TYPE.items() if "lns" in family.config.valid_placements()]
@@ -169,6 +172,90 @@ def test_wrong_sources():
         to_lns(fold_lns(tiny_model("cod_olmo2", "reordered")))
 
 
+def test_compiled_models_are_unwrapped():
+    model = tiny_model("cod_llama", "lns")
+    stock = fold_lns(torch.compile(model))
+    assert gap(model, stock, "cod_llama") <= 1e-5
+    assert gap(to_lns(torch.compile(stock)), stock, "cod_llama") <= 1e-5
+
+
+def test_adapters_are_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("cod_llama", "lns"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for wrapped in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match=r"source: .* PEFT adapters; call merge_and_unload first"):
+            fold_lns(wrapped)
+    merged = model.merge_and_unload()
+    assert gap(fold_lns(merged), merged, "cod_llama") <= 1e-5
+
+
+def test_offloaded_weights_and_foreign_modules_are_refused():
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(LlamaConfig(**TEXT))
+    with pytest.raises(ValueError, match="source: expected weights in memory, got some that are offloaded"):
+        to_lns(empty)
+    with pytest.raises(ValueError, match="source: expected a model of transformers, got Linear"):
+        fold_lns(torch.nn.Linear(2, 2))
+
+
+def test_every_weight_keeps_its_own_dtype():
+    model = tiny_model("cod_llama", "lns", tie_word_embeddings=True).to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.float()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1 + 2**-20)
+    stock = fold_lns(model)
+    assert {name: w.dtype for name, w in stock.state_dict().items()} == {
+        name: w.dtype for name, w in model.state_dict().items()
+    }
+    assert stock.dtype == stock.config.dtype == torch.bfloat16
+    assert (stock.model.norm.weight == 1 + 2**-20).all()
+    assert stock.lm_head.weight is stock.model.embed_tokens.weight
+    norm = "model.layers.2.input_layernorm.weight"
+    expected = model.state_dict()[norm].double() / math.sqrt(3)
+    assert torch.equal(stock.state_dict()[norm], expected.float())
+
+
+CONVERSIONS = [fold_lns, to_lns, lambda source, output=None: from_authors(source, "pre", output=output)]
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS, ids=["fold_lns", "to_lns", "from_authors"])
+def test_a_source_that_is_not_there(convert, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    LlamaConfig(**TEXT, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "weightless")
+    places = [tmp_path / "nowhere", "nobody/nothing", tmp_path / "empty"]
+    if convert is not fold_lns:
+        places.append(tmp_path / "weightless")
+    for place in places:
+        with pytest.raises(
+            ValueError, match=f"source: expected a directory with a checkpoint or a Hub id, got '{place}'"
+        ):
+            convert(place)
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS, ids=["fold_lns", "to_lns", "from_authors"])
+def test_an_output_that_exists_is_refused_before_anything_is_read(convert, tmp_path):
+    with pytest.raises(ValueError, match="output: expected a path that does not exist yet"):
+        convert(tmp_path / "nowhere", tmp_path)
+
+
+def test_a_hub_id_brings_its_tokenizer(tmp_path, monkeypatch):
+    repository, commit = tmp_path / "hub" / "models--someone--tiny", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    fold_lns(tiny_model("cod_llama", "lns"), repository / "snapshots" / commit)
+    for name in ("tokenizer.json", "chat_template.json"):
+        (repository / "snapshots" / commit / name).write_text(f'"{name}"')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    to_lns("someone/tiny", tmp_path / "lns")
+    assert json.loads((tmp_path / "lns" / "tokenizer.json").read_text()) == "tokenizer.json"
+    assert json.loads((tmp_path / "lns" / "chat_template.json").read_text()) == "chat_template.json"
+    assert not (tmp_path / "lns" / "vocab.json").exists()
+
+
 OUTSIDE = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -237,7 +324,7 @@ AUTHORS_CONFIG = {
     "rms_norm_eps": 1e-6,
     "vocab_size": 61,
 }
-# NORM_TYPE -> the placement of the reference that has its function.
+# NORM_TYPE -> the placement of the reference that has its function, for deeppost with the gain sqrt(8).
 AUTHORS_FUNCTION = {"scale_pre": "pre", "deeppost": "deepnorm", "post_pre": "mix", "scale_post_pre": "mix"}
 
 
@@ -258,12 +345,10 @@ def test_checkpoints_of_the_authors(norm_type):
     model = from_authors(state, norm_type.upper(), AUTHORS_CONFIG, post_layers)
     assert isinstance(model, CodLlamaForCausalLM)
     assert (model.config.pad_token_id, model.config.max_position_embeddings) == (None, 1024)
-    if norm_type == "deeppost":  # eight layers is where the paper's gain is not the authors' fixed one
-        assert {layer.placement.alpha for layer in model.model.layers} == {math.sqrt(8)}
-        return
     weights = {name.removeprefix("module."): weight for name, weight in state.items()}
     config = {**model.config.to_dict(), "norm_placement": function}
-    expected = language_model(weights, "llama", config, tokens(), 2)
+    alpha = math.sqrt(8) if norm_type == "deeppost" else None
+    expected = language_model(weights, "llama", config, tokens(), 2, alpha)
     assert (model(tokens()).logits - expected).abs().max() <= 1e-5
 
 
@@ -279,6 +364,23 @@ def test_a_directory_of_the_authors(tmp_path):
     assert torch.equal(from_authors(state, "lns", AUTHORS_CONFIG)(tokens()).logits, model(tokens()).logits)
 
 
+def test_a_directory_of_distributed_training(tmp_path):
+    _, state = authors_state("sandwich")
+    save_file({name: weight.clone() for name, weight in state.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(AUTHORS_CONFIG))
+    model = from_authors(tmp_path, "sandwich")
+    expected = from_authors(state, "sandwich", AUTHORS_CONFIG)
+    assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
+
+
+def test_the_command_takes_the_norm_type_in_any_case(tmp_path):
+    _, state = authors_state("lns")
+    save_file({name: weight.clone() for name, weight in state.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(AUTHORS_CONFIG))
+    assert main(["authors", str(tmp_path), str(tmp_path / "new"), "--norm-type", "LNS"]) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "new").norm_placement == "lns"
+
+
 def test_bad_checkpoints_of_the_authors():
     _, state = authors_state("pre")
     with pytest.raises(ValueError, match=r"norm_type: expected one of pre, .*; got 'mono'"):
@@ -287,6 +389,10 @@ def test_bad_checkpoints_of_the_authors():
         from_authors(state, "pre")
     with pytest.raises(ValueError, match="post_layers: expected a number from 0 to 4, got None"):
         from_authors(state, "post_pre", AUTHORS_CONFIG)
+    with pytest.raises(
+        ValueError, match="post_layers: expected None unless norm_type is post_pre or scale_post_pre, got 2"
+    ):
+        from_authors(state, "pre", AUTHORS_CONFIG, post_layers=2)
     with pytest.raises(ValueError, match=r"source: expected exactly the weights.*post_feedforward_layernorm"):
         from_authors(state, "post", AUTHORS_CONFIG)
 

@@ -1,12 +1,15 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,7 +22,7 @@ from transformers import (
 )
 
 import hf_cod
-from hf_cod.models import FAMILIES, CodLlamaForCausalLM, CodLlamaModel, register
+from hf_cod.models import FAMILIES, CodLlamaForCausalLM, CodLlamaModel, fold_lns, register
 
 from .tiny import BY_TYPE, CASES, LLAMA_CASES, inputs, tiny_config, tiny_model, tokens
 
@@ -268,6 +271,75 @@ def test_trust_remote_code_without_the_package(tmp_path):
     (tmp_path / "resaved").rename(second / "cod_llama-lns")
     torch.save(jobs[:1], second / "jobs.pt")
     assert torch.equal(stranger(second, second / "out.pt")["cod_llama-lns"], expected["cod_llama-lns"])
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_a_stock_checkpoint_is_not_taken_for_one_of_ours(family, tmp_path):
+    default = family.config().norm_placement
+    model = tiny_model(family.model_type, "reordered" if family.model_type == "cod_olmo2" else "pre")
+    stock = fold_lns(model, tmp_path / "stock")
+    expected = stock(**inputs(family.model_type)).logits
+    if default == "reordered":  # what a stock OLMo 2 is
+        loaded = type(model).from_pretrained(tmp_path / "stock")
+        assert torch.equal(loaded(**inputs(family.model_type)).logits, expected)
+        return
+    for load in (type(model), family.config):
+        with pytest.raises(ValueError, match=r"norm_placement: expected .* use hf_cod.to_lns, or pass .*='pre'"):
+            load.from_pretrained(tmp_path / "stock")
+    loaded = type(model).from_pretrained(tmp_path / "stock", norm_placement="pre")
+    assert (loaded(**inputs(family.model_type)).logits - expected).abs().max() <= 1e-6
+
+
+def test_layers_of_models_of_different_depth_cannot_be_saved(tmp_path):
+    model, deeper = tiny_model("cod_llama", "lns"), tiny_model("cod_llama", "lns", num_hidden_layers=6)
+    model.model.layers[1] = deeper.model.layers[5]
+    with pytest.raises(ValueError, match=r"layers: expected layers from models of one depth, .* of \[4, 6\] layers"):
+        model.save_pretrained(tmp_path)
+    model.model.layers[1] = fold_lns(deeper).model.layers[1]
+    with pytest.raises(ValueError, match="layers: expected layers with a norm placement, got LlamaDecoderLayer"):
+        model.save_pretrained(tmp_path)
+
+
+def test_what_is_pushed_to_the_hub_brings_its_code(tmp_path, monkeypatch):
+    class Hub:
+        def create_repo(self, repo_id, **kwargs):
+            return SimpleNamespace(repo_id=repo_id)
+
+    def upload(self, working_dir, repo_id, *args, **kwargs):
+        assert repo_id == "someone/tiny"
+        shutil.copytree(working_dir, tmp_path / "pushed")
+
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: ModelCard("x"))
+    monkeypatch.setattr("transformers.PreTrainedModel._upload_modified_files", upload)
+    model = tiny_model("cod_qwen2", "mix")
+    model.push_to_hub("someone/tiny")
+    code = {"placements.py", "configuration_cod.py", "configuration_cod_qwen2.py", "modeling_cod.py"}
+    assert {path.name for path in (tmp_path / "pushed").glob("*.py")} == code | {"modeling_cod_qwen2.py"}
+    written = json.loads((tmp_path / "pushed" / "config.json").read_text())
+    autos = {auto.__name__ for auto in TEXT_AUTOS} | {"AutoConfig"}
+    assert set(written["auto_map"]) == autos
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pushed")
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+SPELLINGS = {"Qwen2": "Qwen2 and Qwen2.5", "Qwen3": "Qwen3", "Mistral": "Mistral", "Olmo": "OLMo", "Olmo2": "OLMo 2"}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_text_families_differ_by_their_names(name):
+    folder = Path(hf_cod.models.__file__).parent
+    text = (folder / "modeling_cod_llama.py").read_text()
+    text = text.replace("of Llama with", f"of {SPELLINGS[name]} with").replace("Llama's", f"{SPELLINGS[name]}'s")
+    text = text.replace("Llama", name).replace("llama", name.lower())
+    if name == "Olmo":  # its norm has no weights and a fixed epsilon
+        text = text.replace(
+            "OlmoRMSNorm(config.hidden_size, eps=config.rms_norm_eps)", "OlmoLayerNorm(config.hidden_size)"
+        )
+        text = text.replace("    OlmoRMSNorm,\n", "").replace(
+            "    OlmoModel,\n", "    OlmoLayerNorm,\n    OlmoModel,\n"
+        )
+    assert (folder / f"modeling_cod_{name.lower()}.py").read_text() == text
 
 
 def test_the_base_model_alone_can_be_sent_too(tmp_path):

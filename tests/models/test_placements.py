@@ -158,6 +158,16 @@ BAD = [
     ({"post_ln_fraction": math.nan}, r"post_ln_fraction: expected a number from 0 to 1, got nan"),
     ({"deepnorm_alpha": 0.0}, r"deepnorm_alpha: expected a number above 0"),
     ({"norm_placement": "deepnorm", "scaled_residual_init": True}, r"scaled_residual_init: expected False"),
+    ({"norm_placement": 3}, r"norm_placement: expected one of pre, post, .*reordered; got 3"),
+    ({"norm_placement": None}, r"norm_placement: expected one of pre, post, .*reordered; got None"),
+    ({"norm_placement": ["lns"]}, r"norm_placement: expected one of pre, post, .*reordered; got \['lns'\]"),
+    ({"post_ln_fraction": "0.5"}, r"post_ln_fraction: expected a number from 0 to 1, got '0.5'"),
+    ({"post_ln_fraction": None}, r"post_ln_fraction: expected a number from 0 to 1, got None"),
+    ({"post_ln_fraction": True}, r"post_ln_fraction: expected a number from 0 to 1, got True"),
+    ({"deepnorm_beta": "1"}, r"deepnorm_beta: expected a number above 0 or None .* got '1'"),
+    ({"scaled_residual_init": 1}, r"scaled_residual_init: expected True or False, got 1"),
+    ({"original_num_hidden_layers": 8}, r"original_num_hidden_layers: expected None without layer_depths, got 8"),
+    ({"original_num_hidden_layers": 0}, r"original_num_hidden_layers: expected a number above 0 or None, got 0"),
     ({"layer_depths": [0, 1]}, r"layer_depths: expected one entry for each of the 4 layers, got 2"),
     ({"layer_depths": [0, 1, 2, 9], "original_num_hidden_layers": 8}, r"layer_depths: expected numbers from 0"),
     ({"layer_depths": [0, 1, 2, 3]}, r"layer_depths: expected numbers from 0 .* original_num_hidden_layers=None"),
@@ -184,8 +194,18 @@ def test_field_changed_after_the_config_was_made_is_checked_by_the_model():
 
 
 def test_warning_for_lns_with_scaled_initialisation():
-    with pytest.warns(UserWarning, match="weakens LayerNorm Scaling"):
-        tiny_config("cod_llama", "lns", scaled_residual_init=True)
+    with pytest.warns(UserWarning, match="weakens LayerNorm Scaling") as caught:
+        CodLlamaConfig(**TEXT, scaled_residual_init=True)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_no_advice_on_training_for_a_finished_checkpoint(tmp_path, recwarn):
+    model = tiny_model("cod_llama", "lns", scaled_residual_init=True)
+    model.save_pretrained(tmp_path)
+    recwarn.clear()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.scaled_residual_init
+    assert not [warning for warning in recwarn if "weakens" in str(warning.message)]
 
 
 def test_warning_for_a_model_of_newer_code():
