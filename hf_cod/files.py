@@ -39,6 +39,22 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: str | Path, field: str, version: int) -> dict[str, Any]:
+    """Reads a JSON object whose "format" is `version`; returns its other entries.
+
+    Raises:
+        ValueError: no such file, or not of that format; begins with the name of the user's `field`.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = content.pop("format")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{field}: expected a file of hf_cod's {field}, got {str(path)!r}: {error}") from error
+    if found != version:
+        raise ValueError(f"{field}: expected format {version}, got {found} in {str(path)!r}")
+    return content
+
+
 def fingerprint(*parts: Any) -> str:
     """A short hash of JSON-like values: equal work has an equal fingerprint."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -118,6 +118,19 @@ def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunRepor
     return draw
 
 
+def _score(axes: Axes, report: RunReport) -> None:
+    """Bars by layer; for OWL the layerwise outlier distribution."""
+    method = report.settings["method"]
+    title, label = f"Score of each layer: {method.replace('_', ' ')}", "score"
+    if method == "owl":
+        title = f"Layerwise outlier distribution (M = {report.settings['threshold']:g})"
+        label = "share of outliers D$^l$"
+    values = report.layers["score"]
+    _log_if_wide(axes, values)
+    _bars(axes, values)
+    axes.set(ylabel=label, title=title)
+
+
 def _bars(axes: Axes, values: list[float]) -> None:
     """Bars with the three extreme layers in dark and numbered, so that they are found without counting."""
     order = sorted(range(len(values)), key=lambda i: -values[i])
@@ -140,6 +153,7 @@ PANELS: dict[str, Callable[..., None]] = {
     "layer_drop": _layer_drop,
     "gradient_norm": _per_layer("gradient_norm", "Gradient norm of each layer", "‖∂L/∂θ$_l$‖"),
     "variance": _per_layer("variance", "Output variance of each layer", "variance"),
+    "score": _score,
 }
 
 
