@@ -68,7 +68,13 @@ class LayerScores:
 class ScoreSettings:
     """How layers are scored."""
 
-    method: str = field(default="owl", metadata={"help": "how a layer's importance is measured; see METHODS"})
+    method: str = field(
+        default="owl",
+        metadata={
+            "help": "owl, angular, block_influence, gradient_norm, layer_drop, weight_norm, or as baselines uniform "
+            "or random"
+        },
+    )
     threshold: float = field(
         default=5.0, metadata={"help": "owl: M, how many times the mean an outlier must exceed (paper: 5 or 7)"}
     )

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_cod import LayerScores, collect_statistics, find_decoder_layers, score_layers
 from hf_cod.diagnostics import measure_gradient_norm
-from hf_cod.scores import METHODS
+from hf_cod.scores import METHODS, ScoreSettings
 from tests import references
 from tests.tiny_models import batch_for, build
 
@@ -156,6 +156,11 @@ def test_save_and_load(tmp_path):
     for name, message in [("old", "format 1, got 0"), ("list", "expected a file"), ("none", "expected a file")]:
         with pytest.raises(ValueError, match=f"scores: .*{message}"):
             LayerScores.load(tmp_path / f"{name}.json")
+
+
+def test_the_help_names_every_method():
+    text = ScoreSettings.__dataclass_fields__["method"].metadata["help"]
+    assert all(name in text for name in METHODS)
 
 
 def test_bad_input():

@@ -82,7 +82,7 @@ def count_above(W: Tensor, s: Tensor, bound: float) -> int:
     norms = s.cpu().double()
     limits = torch.where(norms > 0, bound / norms, math.inf)  # (in,)
     limits = _rounded_down(limits, torch.promote_types(W.dtype, torch.float32)).to(W.device)
-    return sum(int((rows.abs() > limits).sum()) for rows in _chunks(W))
+    return sum(int((rows.abs() > limits).count_nonzero()) for rows in _chunks(W))
 
 
 def _mean(totals: Sequence[tuple[int, float]]) -> float:
