@@ -74,7 +74,7 @@ class LayerAllocation:
         Raises:
             ValueError: no such file, or not one of ours.
         """
-        return cls(**read_json(path, "allocation", FORMAT_VERSION))
+        return cls(**read_json(path, "allocation", FORMAT_VERSION, cls.__dataclass_fields__))
 
 
 def allocate(

@@ -61,7 +61,7 @@ class LayerScores:
         Raises:
             ValueError: no such file, or not one of ours.
         """
-        return cls(**read_json(path, "scores", FORMAT_VERSION))
+        return cls(**read_json(path, "scores", FORMAT_VERSION, cls.__dataclass_fields__))
 
 
 @dataclass

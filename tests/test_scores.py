@@ -6,7 +6,7 @@ import torch
 from accelerate import disk_offload
 from torch import nn
 
-from hf_cod import LayerScores, collect_statistics, find_decoder_layers, score_layers
+from hf_cod import LayerScores, allocate, collect_statistics, find_decoder_layers, score_layers
 from hf_cod.diagnostics import measure_gradient_norm
 from hf_cod.scores import METHODS, ScoreSettings
 from tests import references
@@ -153,7 +153,13 @@ def test_save_and_load(tmp_path):
     assert LayerScores.load(scores.save(tmp_path / "scores.json")) == scores
     (tmp_path / "old.json").write_text('{"format": 0}')
     (tmp_path / "list.json").write_text("[1]")
-    for name, message in [("old", "format 1, got 0"), ("list", "expected a file"), ("none", "expected a file")]:
+    allocate(scores).save(tmp_path / "plan.json")
+    for name, message in [
+        ("plan", "expected model, method, .*, got kind"),
+        ("old", "format 1, got 0"),
+        ("list", "expected a file"),
+        ("none", "expected a file"),
+    ]:
         with pytest.raises(ValueError, match=f"scores: .*{message}"):
             LayerScores.load(tmp_path / f"{name}.json")
 
