@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from hf_cod.allocation import LayerAllocation, allocate
 from hf_cod.comparison import Comparison, compare
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import MeasurementError, diagnose
@@ -9,12 +10,19 @@ from hf_cod.evaluation import perplexity
 from hf_cod.layer_removal import drop, skip
 from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
 from hf_cod.report import RunReport
+from hf_cod.scores import LayerScores, score_layers
+from hf_cod.statistics import LayerStatistics, collect_statistics
 
 __all__ = [
     "Comparison",
     "DecoderLayers",
+    "LayerAllocation",
+    "LayerScores",
+    "LayerStatistics",
     "MeasurementError",
     "RunReport",
+    "allocate",
+    "collect_statistics",
     "compare",
     "diagnose",
     "drop",
@@ -23,6 +31,7 @@ __all__ = [
     "from_authors",
     "llama_preset",
     "perplexity",
+    "score_layers",
     "skip",
     "to_lns",
 ]

@@ -11,13 +11,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 # Components that wrappers insert into module names: torch.compile of a layer, FSDP, PEFT around a Linear.
 _WRAPPER_COMPONENTS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
+
+# What a matrix is computed with as it stands; any other weight is read through its module's forward.
+_PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Columns that are read at a time from a module that only its forward can decode.
+_COLUMNS = 1024
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -90,9 +98,37 @@ class DecoderLayers(Sequence):
         """Name -> module of each bank of experts of layer `index`: modules that hold their weights as 3-D parameters
         (experts x rows x columns), as transformers' mixtures of experts do. Experts that are Linears are in `linears`.
         """
-        return {
-            name: m for name, m in self._modules_of(index) if any(p.dim() == 3 for p in m.parameters(recurse=False))
-        }
+        return {name: m for name, m in self._modules_of(index) if _holds_experts(m)}
+
+    def input_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of one number an input channel: (in,) of each Linear-like module, (experts, in) of each matrix
+        of a bank of experts, which is named after its parameter ("model.layers.3.mlp.experts.down_proj").
+        """
+        shapes: dict[str, tuple[int, ...]] = {name: (_width(m),) for name, m in self.linears(index).items()}
+        for name, bank in self.experts(index).items():
+            for key, p in _expert_parameters(bank):
+                shapes[f"{name}.{key}"] = (p.shape[0], p.shape[1 if is_transposed(bank) else 2])
+        return shapes
+
+    def matrices(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """(name, weight) of each entry of `input_shapes`: (out, in), or (experts, out, in) for a bank of experts.
+
+        Conv1D and transposed banks are turned, offloaded weights loaded, quantized ones decoded: one module at a time,
+        so that no more than one needs memory beyond the model's own.
+        """
+        for name, module in self.linears(index).items():
+            yield name, _matrix(module)
+        for name, bank in self.experts(index).items():
+            with align_module_device(bank):
+                found = [(key, p.detach()) for key, p in _expert_parameters(bank)]
+            for key, weight in found:
+                yield f"{name}.{key}", weight.mT if is_transposed(bank) else weight
+
+    def count_weights(self, index: int) -> int:
+        """Weights in the matrices of layer `index`, experts included: what pruning and quantization work on."""
+        linears: list[Any] = list(self.linears(index).values())
+        plain = sum(_width(m) * (m.nf if isinstance(m, Conv1D) else m.out_features) for m in linears)
+        return plain + sum(p.numel() for m in self.experts(index).values() for _, p in _expert_parameters(m))
 
     def norms(self, index: int) -> dict[str, nn.Module]:
         """Name -> module of each normalisation of layer `index`, in the order of registration."""
@@ -165,6 +201,46 @@ def is_linear_like(module: nn.Module) -> bool:
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` normalises its input: LayerNorm, RMSNorm and each class that names itself so."""
     return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm")
+
+
+def is_transposed(bank: nn.Module) -> bool:
+    """Whether a bank of experts holds its matrices as (in, out), as transformers marks it."""
+    return bool(getattr(bank, "is_transposed", False))
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    # The kernel of a one-dimensional convolution has three dimensions, too.
+    return not isinstance(module, _ConvNd) and any(True for _ in _expert_parameters(module))
+
+
+def _expert_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 3)
+
+
+def _width(module: Any) -> int:
+    return module.nx if isinstance(module, Conv1D) else module.in_features
+
+
+def _matrix(module: Any) -> Tensor:
+    """The weight (out, in) of a Linear-like module: its own tensor where it is plain, else decoded by its forward."""
+    with align_module_device(module):
+        weight: Any = getattr(module, "weight", None)
+        if type(weight) in (nn.Parameter, Tensor) and weight.dtype in _PLAIN_DTYPES:
+            return weight.detach().mT if isinstance(module, Conv1D) else weight.detach()
+    return _decoded(module)
+
+
+@torch.no_grad()
+def _decoded(module: Any) -> Tensor:
+    """W^T = forward(I) - forward(0): true of every quantized Linear, however it stores its codes."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        device = next(t.device for t in (*module.parameters(), *module.buffers()))
+    dtypes = (getattr(module, "compute_dtype", None), getattr(getattr(module, "weight", None), "dtype", None))
+    dtype = next((d for d in dtypes if d in _PLAIN_DTYPES), torch.float32)
+    offset = module(torch.zeros(1, module.in_features, device=device, dtype=dtype))
+    unit_inputs = torch.eye(module.in_features, device=device, dtype=dtype).split(_COLUMNS)
+    return torch.cat([(module(rows) - offset).mT for rows in unit_inputs], 1)
 
 
 def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +37,24 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_json(path: str | Path, value: Any) -> Path:
     """Writes `value` as strict JSON (no NaN), aside and renamed."""
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, field: str, version: int, names: Iterable[str]) -> dict[str, Any]:
+    """Reads a JSON object whose "format" is `version`; returns its other entries, which are those of `names`.
+
+    Raises:
+        ValueError: no such file, of another format, or with other entries; begins with the name of the user's `field`.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = content.pop("format")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{field}: expected a file of hf_cod's {field}, got {str(path)!r}: {error}") from error
+    if found != version:
+        raise ValueError(f"{field}: expected format {version}, got {found} in {str(path)!r}")
+    if set(content) != set(names):
+        raise ValueError(f"{field}: expected {', '.join(names)}, got {', '.join(content)} in {str(path)!r}")
+    return content
 
 
 def fingerprint(*parts: Any) -> str:

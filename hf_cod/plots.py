@@ -130,6 +130,19 @@ def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunRepor
     return draw
 
 
+def _score(axes: Axes, report: RunReport) -> None:
+    """Bars by layer; for OWL the layerwise outlier distribution."""
+    method = report.settings["method"]
+    title, label = f"Score of each layer: {method.replace('_', ' ')}", "score"
+    if method == "owl":
+        title = f"Layerwise outlier distribution (M = {report.settings['threshold']:g})"
+        label = "share of outliers D$^l$"
+    values = _numbers(report.layers["score"])
+    _log_if_wide(axes, values)
+    _bars(axes, values)
+    axes.set(ylabel=label, title=title)
+
+
 def _numbers(values: list[Any]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
@@ -159,6 +172,7 @@ PANELS: dict[str, Callable[..., None]] = {
     "gradient_norm": _per_layer("gradient_norm", "Gradient norm of each layer", "‖∂L/∂θ$_l$‖"),
     "block_influence": _per_layer("block_influence", "Block influence of each layer", "1 - cos(x$^l$, x$^{l+1}$)"),
     "variance": _per_layer("variance", "Output variance of each layer", "variance"),
+    "score": _score,
 }
 # The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
 OVERVIEW = ("angular_distance", "layer_drop", "gradient_norm", "variance")

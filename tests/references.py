@@ -7,6 +7,8 @@ import itertools
 import math
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_cod.decoder_layers import find_decoder_layers
 
@@ -92,3 +94,30 @@ def without_layer(model, index):
 
     layer.forward = passing
     return model
+
+
+def outlier_ratio(matrices, M):
+    """OWL's D of one layer from whole matrices [(W (out, in), X (tokens, in))]: A laid out, all matrices together."""
+    A = torch.cat([(W.double().abs() * X.double().norm(dim=0)).flatten() for W, X in matrices])
+    return float((M * A.mean() < A).double().mean())
+
+
+def linear_inputs(model, batches, index):
+    """Name -> (weight (out, in), inputs (tokens, in)) of each plain Linear or Conv1D of a layer, without padding."""
+    found, handles = {}, []
+    for name, module in model.named_modules():
+        if name.startswith(f"{find_decoder_layers(model).path}.{index}.") and isinstance(module, (nn.Linear, Conv1D)):
+            W = module.weight.detach()
+            found[name] = (W.T if isinstance(module, Conv1D) else W, [])
+            keep = lambda m, args, rows=found[name][1]: rows.append(args[0].detach())  # noqa: E731
+            handles.append(module.register_forward_pre_hook(keep))
+    for batch in batches:
+        with torch.no_grad():
+            model(**batch)
+        for _, rows in found.values():
+            x, mask = rows.pop(), batch.get("attention_mask")
+            x = x if x.dim() == 3 else x.unflatten(0, batch["input_ids"].shape)
+            rows.insert(0, real_tokens(x, mask))
+    for handle in handles:
+        handle.remove()
+    return {name: (W, torch.cat(rows)) for name, (W, rows) in found.items()}

@@ -7,6 +7,7 @@ import torch
 from hf_cod.cli import COMMANDS, main
 from hf_cod.loading import load_model
 from hf_cod.report import RunReport
+from hf_cod.scores import LayerScores
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -43,6 +44,26 @@ def test_diagnose_writes_report_and_pictures(checkpoint, capsys):
     assert {"report.json", "report.md", "overview.png", "angular_distance.png", "layer_drop.png"} <= names
     shown = capsys.readouterr().out
     assert "Effective depth" in shown and "gradient" in shown
+
+
+def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
+    text, first, second = (str(checkpoint / name) for name in ("text.txt", "first", "second"))
+    arguments = ["score", str(checkpoint / "model"), "--text", text, *QUICK]
+    assert main([*arguments, "--threshold", "3", "--output", first]) == 0
+    names = {path.name for path in (checkpoint / "first").iterdir()}
+    assert {"statistics.safetensors", "scores.json", "report.json", "report.md", "score.png"} <= names
+    assert "By owl, layers" in capsys.readouterr().out
+    scores = LayerScores.load(checkpoint / "first" / "scores.json")
+    assert RunReport.load(first).layers["score"] == scores.values and scores.settings["threshold"] == 3
+    earlier = str(checkpoint / "first" / "statistics.safetensors")
+    more = ["--statistics", earlier, "--threshold", "3", "--no-plots", "--output", second]
+    assert main([*arguments, *more]) == 0
+    assert LayerScores.load(checkpoint / "second" / "scores.json") == scores
+    assert main([*arguments, "--method", "angular", "--output", second]) == 0
+    assert main([*arguments, "--method", "best"]) == 2
+    assert main([*arguments, "--statistics", text]) == 2
+    shown = capsys.readouterr().err
+    assert "method: expected one of owl" in shown and "statistics: expected a file" in shown
 
 
 def test_compare_puts_two_runs_in_one_picture(checkpoint, capsys):
@@ -101,7 +122,7 @@ def test_a_failing_metric_is_told_and_the_rest_is_kept(checkpoint, capsys):
     [
         (["diagnose", "no/such-model"], "model: expected a Hub id"),
         (["compare", "a", "b"], "report: expected"),
-        (["fly"], "expected one of demo, diagnose, compare, convert, got 'fly'"),
+        (["fly"], "expected one of demo, diagnose, score, compare, convert, got 'fly'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):

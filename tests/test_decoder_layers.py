@@ -121,3 +121,19 @@ def test_prompt_learning_is_refused():
     model = get_peft_model(build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="got prompt learning"):
         find_decoder_layers(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss", "bert"])
+def test_matrices_stand_as_out_by_in(family):
+    stack = find_decoder_layers(build(family))
+    for index in range(len(stack)):
+        found = dict(stack.matrices(index))
+        assert {name: (*W.shape[:-2], W.shape[-1]) for name, W in found.items()} == stack.input_shapes(index)
+        assert stack.count_weights(index) == sum(W.numel() for W in found.values())
+
+
+def test_kernels_of_convolutions_are_no_experts():
+    model = build("llama", layers=2)
+    model.model.layers[0].mixer = nn.Conv1d(4, 4, 3)
+    stack = find_decoder_layers(model)
+    assert stack.experts(0) == {} and len(stack.input_shapes(0)) == len(stack.input_shapes(1))

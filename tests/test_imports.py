@@ -12,9 +12,11 @@ ROOT = Path(__file__).parent.parent / "hf_cod"
 ORDER = [
     ["functional", "files", "models"],
     ["decoder_layers", "calibration"],
-    ["layer_removal", "evaluation", "report", "loading"],
+    ["layer_removal", "evaluation", "report", "loading", "expert_banks"],
     ["diagnostics"],
-    ["comparison"],
+    ["statistics"],
+    ["scores"],
+    ["allocation", "comparison"],
     ["plots"],
     ["commands"],
     ["cli"],

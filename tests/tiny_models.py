@@ -59,6 +59,10 @@ CAUSAL = {
             "v_head_dim": 8,
         },
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        {**_GQA, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+    ),
 }
 OTHERS = {
     "bert": (AutoModelForMaskedLM, "bert", _BERT),

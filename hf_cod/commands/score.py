@@ -1,0 +1,117 @@
+"""hf-cod score MODEL: measure how much each layer matters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import HfArgumentParser
+
+from hf_cod.calibration import SampleSettings, TextSettings, describe_batches, load_texts, mask_tokens
+from hf_cod.calibration import token_batches as cut_into_batches
+from hf_cod.commands.terminal import print_report
+from hf_cod.decoder_layers import unwrap
+from hf_cod.diagnostics.running import execution_device
+from hf_cod.evaluation import task_of
+from hf_cod.loading import ModelSettings, load_model
+from hf_cod.report import RunReport, environment, format_number
+from hf_cod.scores import LayerScores, ScoreSettings, score_layers
+from hf_cod.statistics import LayerStatistics, collect_statistics
+
+
+@dataclass
+class ScoreRunSettings(SampleSettings, ScoreSettings):
+    """Samples and method; one seed serves both."""
+
+    def __post_init__(self) -> None:
+        SampleSettings.__post_init__(self)
+        ScoreSettings.__post_init__(self)
+
+
+@dataclass
+class ScoreOutput:
+    """Where statistics come from, and where results go."""
+
+    statistics: str | None = field(
+        default=None, metadata={"help": "statistics.safetensors of an earlier run, instead of collecting them again"}
+    )
+    output: str | None = field(
+        default=None,
+        metadata={"help": "directory for statistics, scores, report and picture; default: hf-cod-score-MODEL"},
+    )
+    plots: bool = field(default=True, metadata={"help": "draw the picture (needs matplotlib)"})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = HfArgumentParser(
+        cast(Any, [ModelSettings, TextSettings, ScoreRunSettings, ScoreOutput]),
+        prog="hf-cod score",
+        description="Measures how much each layer matters, by OWL's share of outliers or another score, and writes "
+        "statistics.safetensors and scores.json for pruning and quantization to read.",
+    )
+    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    loading, text, settings, output, rest = parser.parse_args_into_dataclasses(list(arguments))
+    directory = Path(output.output or f"hf-cod-score-{re.sub(r'[^A-Za-z0-9.]+', '-', rest.model).strip('-')}")
+    model, tokenizer = load_model(rest.model, loading)
+    if tokenizer is None:
+        raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
+    batches = cut_into_batches(tokenizer, load_texts(text), settings)
+    if task_of(model) == "masked_lm":
+        batches = mask_tokens(tokenizer, batches, settings.seed)
+    report = run(model, batches, settings, output.statistics, directory, rest.model)
+    if output.plots:
+        report.plot(directory)
+    report.save(directory)
+    print_report(report)
+    print(f"\nwritten to {directory.resolve()}")
+    return 0
+
+
+def run(
+    model: nn.Module,
+    batches: list[dict[str, Any]],
+    settings: ScoreRunSettings,
+    earlier: str | None,
+    directory: Path,
+    name: str,
+) -> RunReport:
+    """Collects statistics (or reads `earlier` ones), scores the layers, writes both; returns the report of it."""
+    statistics = (
+        LayerStatistics.load(earlier)
+        if earlier
+        else collect_statistics(model, batches, path=settings.layers_path, name=name, show_progress=True)
+    )
+    statistics.save(directory / "statistics.safetensors")
+    chosen = {f.name: getattr(settings, f.name) for f in fields(ScoreSettings)}
+    scores = score_layers(model, statistics, batches=batches, show_progress=True, **chosen)
+    scores.save(directory / "scores.json")
+    base: Any = unwrap(model)
+    return RunReport(
+        kind="score",
+        model=name,
+        settings={**asdict(settings), "statistics": earlier, **describe_batches(batches)},
+        environment=environment(execution_device(base), next(base.parameters()).dtype),
+        layers={"score": scores.values, "parameters": scores.parameters},
+        results={},
+        summary=_summary(scores),
+        notes=_notes(statistics),
+    )
+
+
+def _summary(scores: LayerScores) -> list[str]:
+    order = sorted(range(len(scores.values)), key=lambda i: -scores.values[i])
+    figures = [f"{i} ({format_number(scores.values[i])})" for i in (*order[:3], *order[-3:])]
+    most, least = figures[: min(3, len(order))], figures[-min(3, len(order)) :]
+    return [f"By {scores.method.replace('_', ' ')}, layers {', '.join(most)} matter most, {', '.join(least)} least."]
+
+
+def _notes(statistics: LayerStatistics) -> list[str]:
+    return [
+        f"no token entered {name}" + (f", experts {', '.join(map(str, experts))}" if experts else "")
+        for name, experts in statistics.unseen.items()
+    ]

@@ -1,0 +1,114 @@
+"""From scores to one value a layer under a budget: sparsities, bits, ranks.
+
+Symbols: D (L,) scores, the higher the more a layer matters; w (L,) its parameters; S the budget, which is the mean of
+the values weighted by w; lam half the width of the interval [S - lam, S + lam] that the values may take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def spread(D: Tensor, w: Tensor, S: float, low: float, high: float, falling: bool) -> Tensor:
+    """Values that follow the scores linearly, within [low, high], with the weighted mean S.
+
+        x_l = clamp( c -+ (high - low) u_l, low, high ),   u_l = (D_l - min D) / (max D - min D)
+
+    with the one level c for which sum_l w_l x_l / sum_l w_l = S. The slope is that of OWL (arXiv 2310.05175), whose
+    range is 2 lam wide; OWL's own formula is `authors_sparsity`. Equal scores give S everywhere.
+
+    Args:
+        D: (L,).
+        w: (L,), not negative, not all zero.
+        S: low <= S <= high.
+        low, high: ends of the interval.
+        falling: high scores get low values (sparsity), else high ones (bits, ranks).
+
+    Returns:
+        (L,) float64.
+    """
+    u = _unit_range(D) * (high - low)
+    return _clamped_to_mean(u if falling else -u, w.double(), S, low, high)
+
+
+def authors_sparsity(D: Tensor, S: float, lam: float) -> Tensor:
+    """Sparsities as OWL's released code computes them.
+
+        1 - x_l = d_l - mean(d) + (1 - S),   d_l = 2 lam (D_l - min D) / (max D - min D)
+
+    The range is 2 lam wide but need not lie in [S - lam, S + lam]: with one layer far above the others it reaches from
+    about S - 2 lam to S, and it may leave [0, 1]. The mean is over layers, whatever their parameters. For equal scores,
+    where that code divides by zero, this is S everywhere.
+
+    Args:
+        D: (L,).
+        S: mean sparsity.
+        lam: half the width of the range.
+
+    Returns:
+        (L,) float64.
+    """
+    d = 2 * lam * _unit_range(D)
+    return S - d + d.mean()
+
+
+def round_to(x: Tensor, choices: Sequence[float], w: Tensor) -> Tensor:
+    """Moves each value to a neighbouring choice so that the weighted mean stays as near as single steps allow.
+
+    All values go down to the next choice; then layers go up by one, those first that fell farthest, as long as the
+    mean does not exceed that of `x`; at last one more goes up if that brings the mean nearer.
+
+    Args:
+        x: (L,), between the least and the largest choice.
+        choices: rising.
+        w: (L,).
+
+    Returns:
+        (L,) float64, each one of `choices`. With equal weights the mean is off by at most half a step over L.
+    """
+    grid = torch.tensor(choices, dtype=torch.float64)
+    x, w = x.double(), w.double()
+    # A value that sums have moved off its choice by a rounding error belongs to that choice.
+    below = (torch.searchsorted(grid, x + 1e-9, right=True) - 1).clamp(0, len(grid) - 1)
+    above = (below + 1).clamp(max=len(grid) - 1)
+    step = w * (grid[above] - grid[below])
+    gap = float((w * (x - grid[below])).sum())
+    place = below.clone()
+    order = (x - grid[below]).argsort(descending=True, stable=True).tolist()
+    left = []
+    for i in order:
+        if step[i] <= gap * (1 + 1e-9):
+            place[i] = above[i]
+            gap -= float(step[i])
+        else:
+            left.append(i)
+    nearest = min(left, key=lambda i: abs(gap - float(step[i])), default=None)
+    if nearest is not None and abs(gap - float(step[nearest])) < abs(gap):
+        place[nearest] = above[nearest]
+    return grid[place]
+
+
+def _clamped_to_mean(z: Tensor, w: Tensor, mean: float, low: float, high: float) -> Tensor:
+    """clamp(c - z, low, high) with the weighted mean `mean`: it grows with c, and linearly between the levels where
+    some layer meets an end of the interval, so that c follows exactly.
+    """
+    levels = torch.cat([z + low, z + high]).sort().values  # (2L,)
+    means = (levels[:, None] - z).clamp(low, high) @ w / w.sum()  # (2L,)
+    end = int(torch.searchsorted(means, mean).clamp(1, len(levels) - 1))
+    start_mean, end_mean = float(means[end - 1]), float(means[end])
+    share = (mean - start_mean) / (end_mean - start_mean) if end_mean > start_mean else 0.0
+    c = levels[end - 1] + min(max(share, 0.0), 1.0) * (levels[end] - levels[end - 1])
+    return (c - z).clamp(low, high)
+
+
+def _unit_range(D: Tensor) -> Tensor:
+    """(D - min) / (max - min), zero for equal scores; scaled first, so that no difference overflows."""
+    D = D.double()
+    largest = float(D.abs().max())
+    D = D / largest if largest > 0 else D
+    width = float(D.max() - D.min())
+    return (D - D.min()) / width if width > 0 and math.isfinite(width) else torch.zeros_like(D)

@@ -1,0 +1,243 @@
+"""LayerScores: one number a layer, the higher the more the layer matters; one table of ways to find it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.calibration import Batch
+from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.diagnostics import measure_forward, measure_gradient_norm, measure_layer_drop
+from hf_cod.evaluation import find_metric, task_of
+from hf_cod.files import read_json, write_json
+from hf_cod.functional import outliers
+from hf_cod.statistics import LayerStatistics, collect_statistics
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """How much each layer of a model matters.
+
+    Attributes:
+        model: the model's name.
+        method: which of `METHODS` found them.
+        values: one score a layer, from layer 0 on; finite, the higher the more the layer matters.
+        parameters: weights in each layer's matrices: what a budget is weighted by.
+        settings: what the method was told (threshold, seed, ...).
+    """
+
+    model: str
+    method: str
+    values: list[float]
+    parameters: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.values or len(self.values) != len(self.parameters):
+            raise ValueError(
+                f"values: expected one a layer as parameters, got {len(self.values)} and {len(self.parameters)}"
+            )
+        wrong = [i for i, value in enumerate(self.values) if not math.isfinite(value)]
+        if wrong:
+            raise ValueError(f"values: expected finite scores, got {self.values[wrong[0]]} in layer {wrong[0]}")
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a JSON file; returns its path."""
+        return write_json(path, {"format": FORMAT_VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> LayerScores:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: no such file, or not one of ours.
+        """
+        return cls(**read_json(path, "scores", FORMAT_VERSION, cls.__dataclass_fields__))
+
+
+@dataclass
+class ScoreSettings:
+    """How layers are scored."""
+
+    method: str = field(
+        default="owl",
+        metadata={
+            "help": "owl, angular, block_influence, gradient_norm, layer_drop, weight_norm, or as baselines uniform "
+            "or random"
+        },
+    )
+    threshold: float = field(
+        default=5.0, metadata={"help": "owl: M, how many times the mean an outlier must exceed (paper: 5 or 7)"}
+    )
+    per_module: bool = field(
+        default=False, metadata={"help": "owl: compare each matrix with its own mean instead of the layer's"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of every random choice"})
+    layers_path: str | None = field(
+        default=None, metadata={"help": "name of the module list of layers, for models where it cannot be found"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if not 0 < self.threshold < math.inf:
+            raise ValueError(f"threshold: expected a finite number above 0, got {self.threshold}")
+
+
+def score_layers(
+    model: nn.Module,
+    statistics: LayerStatistics | None = None,
+    method: str = "owl",
+    *,
+    batches: Sequence[Batch] | None = None,
+    show_progress: bool = False,
+    **settings: Any,
+) -> LayerScores:
+    """Scores each layer of a model.
+
+    | method | score of layer l | needs |
+    |---|---|---|
+    | owl | D^l, share of outliers among ||X_j||_2 |W_ij| (arXiv 2310.05175) | statistics, or batches |
+    | angular | d(x^l, x^(l+1)) at the last token (arXiv 2502.05795) | batches |
+    | block_influence | 1 - E[cos(x^l, x^(l+1))] (arXiv 2403.03853) | batches |
+    | gradient_norm | ||dL/d theta_l||_2, mean over batches | batches, a head |
+    | layer_drop | what removing l costs: nats a token for perplexity, else the task's metric | batches |
+    | weight_norm | mean of abs(W_ij), the L1 baseline | nothing |
+    | uniform | 1 | nothing |
+    | random | uniform in [0, 1), from a seed | nothing |
+
+    Args:
+        model: a transformers model, wrapped or not; it is left as it was.
+        statistics: of this model, from `collect_statistics`.
+        method: see the table.
+        batches: dicts for the model's forward.
+        show_progress: show progress bars.
+        **settings: other fields of `ScoreSettings`: threshold, per_module, seed, layers_path.
+
+    Raises:
+        ValueError: an unknown method, something that it needs is missing, statistics of another model, weights or
+            activations that are not finite (says where).
+    """
+    chosen = ScoreSettings(method=method, **settings)
+    stack = find_decoder_layers(model, chosen.layers_path)
+    request = _Request(model, stack, statistics, batches, chosen, show_progress)
+    if method in NEED_BATCHES and not batches:
+        raise ValueError(f"batches: expected at least one for the method {method}, got none")
+    values = METHODS[method](request)
+    config = getattr(stack.model, "config", None)
+    name = getattr(config, "_name_or_path", "") or type(stack.model).__name__
+    used = {key: getattr(chosen, key) for key in SETTINGS_OF.get(method, ())}
+    sizes = [stack.count_weights(index) for index in range(len(stack))]
+    return LayerScores(name, method, values, sizes, used)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a method may read."""
+
+    model: nn.Module
+    stack: DecoderLayers
+    statistics: LayerStatistics | None
+    batches: Sequence[Batch] | None
+    settings: ScoreSettings
+    show_progress: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"path": self.settings.layers_path, "show_progress": self.show_progress}
+
+
+def _owl(request: _Request) -> list[float]:
+    statistics = request.statistics
+    if statistics is None:
+        if not request.batches:
+            raise ValueError("statistics: expected statistics or batches for the method owl, got neither")
+        statistics = collect_statistics(request.model, request.batches, **request.options)
+    statistics.check(request.stack)
+    M, per_module = request.settings.threshold, request.settings.per_module
+    layers = [partial(_seen_matrices, request.stack, statistics, index) for index in range(len(request.stack))]
+    return [outliers.outlier_ratio(matrices, M, per_module) for matrices in layers]
+
+
+def _seen_matrices(
+    stack: DecoderLayers, statistics: LayerStatistics, index: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, W, s) of each matrix that tokens entered; of an expert that none entered nothing is known."""
+    for name, W in stack.matrices(index):
+        s, tokens = statistics.squares[name].sqrt(), statistics.tokens[name]
+        if W.dim() == 2:
+            if tokens:
+                yield name, W, s
+            continue
+        for expert in tokens.nonzero().flatten().tolist():
+            yield f"{name}.{expert}", W[expert], s[expert]
+
+
+def _angular(request: _Request) -> list[float]:
+    assert request.batches is not None
+    measures = measure_forward(request.model, request.batches, ["angular_distance"], **request.options)
+    return measures.angular_distance()[:, 0].tolist()
+
+
+def _block_influence(request: _Request) -> list[float]:
+    assert request.batches is not None
+    measures = measure_forward(request.model, request.batches, ["block_influence"], **request.options)
+    return measures.influence.double().mean(0).tolist()
+
+
+def _gradient_norm(request: _Request) -> list[float]:
+    assert request.batches is not None
+    return measure_gradient_norm(request.model, request.batches, **request.options)
+
+
+def _layer_drop(request: _Request) -> list[float]:
+    assert request.batches is not None
+    metric = find_metric(None, task_of(request.model, request.batches))
+    intact, without = measure_layer_drop(request.model, request.batches, metric, **request.options)
+    if metric.name == "perplexity":
+        # Perplexities without the first layers are thousands of times the others': as losses they compare.
+        return [math.log(value) - math.log(intact) for value in without]
+    sign = 1 if metric.lower_is_better else -1
+    return [sign * (value - intact) for value in without]
+
+
+def _weight_norm(request: _Request) -> list[float]:
+    def magnitudes(index: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for name, W in request.stack.matrices(index):
+            yield name, W.flatten(0, -2), torch.ones(W.shape[-1])
+
+    return [outliers.mean_importance(magnitudes(i)) for i in range(len(request.stack))]
+
+
+def _uniform(request: _Request) -> list[float]:
+    return [1.0] * len(request.stack)
+
+
+def _random(request: _Request) -> list[float]:
+    generator = torch.Generator().manual_seed(request.settings.seed)
+    return torch.rand(len(request.stack), generator=generator, dtype=torch.float64).tolist()
+
+
+# Method -> how it scores; `score_layers` says what each means.
+METHODS: dict[str, Callable[[_Request], list[float]]] = {
+    "owl": _owl,
+    "angular": _angular,
+    "block_influence": _block_influence,
+    "gradient_norm": _gradient_norm,
+    "layer_drop": _layer_drop,
+    "weight_norm": _weight_norm,
+    "uniform": _uniform,
+    "random": _random,
+}
+NEED_BATCHES = ("angular", "block_influence", "gradient_norm", "layer_drop")
+# Method -> the settings that it depends on.
+SETTINGS_OF = {"owl": ("threshold", "per_module"), "random": ("seed",)}

@@ -1,0 +1,261 @@
+"""LayerStatistics: what enters each matrix of a model, as one sum a channel; collected in one pass over text."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from hf_cod.calibration import Batch
+from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
+from hf_cod.evaluation import model_inputs
+from hf_cod.expert_banks import observed
+from hf_cod.files import write_aside
+from hf_cod.functional.depth import wide
+
+FORMAT_VERSION = "1"
+# Numbers that are squared at a time: a chunk and its squares fit into a core's cache.
+CHUNK = 1 << 18
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """Sums over all tokens that entered each matrix of a model's layers.
+
+    Attributes:
+        model: the model's name.
+        path: module name of the stack of layers.
+        squares: matrix's name -> sum over tokens of x_j^2, float64 (in,), so that ||X_j||_2 is its square root;
+            (experts, in) for a matrix of a bank of experts, where each expert's sum is over the tokens routed to it.
+        tokens: matrix's name -> how many tokens entered it, int64, () or (experts,).
+    """
+
+    model: str
+    path: str
+    squares: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+
+    @property
+    def unseen(self) -> dict[str, list[int]]:
+        """Matrices that no token entered: name -> the experts concerned, or an empty list for a plain matrix."""
+        return {
+            name: (count == 0).nonzero().flatten().tolist() if count.dim() else []
+            for name, count in self.tokens.items()
+            if (count == 0).any()
+        }
+
+    @classmethod
+    def merge(cls, parts: Sequence[LayerStatistics]) -> LayerStatistics:
+        """The statistics of all parts' text together, as if collected in one pass: parts of batches, of processes
+        (`torch.distributed.all_gather_object`), or of saved files.
+
+        Raises:
+            ValueError: no parts, or parts of different models.
+        """
+        if not parts:
+            raise ValueError("parts: expected at least one, got none")
+        first = parts[0]
+        for part in parts[1:]:
+            _check_same(_shapes(first), _shapes(part), "parts", first.model, part.model)
+        return cls(
+            first.model,
+            first.path,
+            {name: torch.stack([part.squares[name] for part in parts]).sum(0) for name in first.squares},
+            {name: torch.stack([part.tokens[name] for part in parts]).sum(0) for name in first.tokens},
+        )
+
+    def check(self, stack: DecoderLayers) -> None:
+        """Makes sure that these are statistics of that model.
+
+        Raises:
+            ValueError: a matrix is missing, unknown, or has another number of input channels.
+        """
+        expected = {name: shape for i in range(len(stack)) for name, shape in stack.input_shapes(i).items()}
+        _check_same(expected, _shapes(self), "statistics", type(stack.model).__name__, self.model)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a safetensors file, aside and renamed; returns its path."""
+        tensors = {f"squares/{name}": tensor for name, tensor in self.squares.items()}
+        tensors |= {f"tokens/{name}": tensor for name, tensor in self.tokens.items()}
+        metadata = {"format": FORMAT_VERSION, "model": self.model, "path": self.path}
+        return write_aside(path, lambda file: file.write(save(tensors, metadata)))
+
+    @classmethod
+    def load(cls, path: str | Path) -> LayerStatistics:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: no such file, or not one of ours.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"statistics: expected a file of statistics, got {str(path)!r}: {error}") from error
+        if metadata.get("format") != FORMAT_VERSION or "path" not in metadata:
+            raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {metadata} in {str(path)!r}")
+        kinds: dict[str, dict[str, Tensor]] = {"squares": {}, "tokens": {}}
+        for key, tensor in tensors.items():
+            kind, name = key.split("/", 1)
+            kinds[kind][name] = tensor
+        return cls(metadata["model"], metadata["path"], **kinds)
+
+
+def collect_statistics(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    path: str | None = None,
+    name: str | None = None,
+    show_progress: bool = False,
+) -> LayerStatistics:
+    """One forward pass a batch, without the head; keeps only a sum of squares for each input channel.
+
+    Args:
+        model: a transformers model, wrapped or not, in any dtype, quantized, or offloaded by accelerate.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is not counted.
+        path: the stack's module name where it cannot be found.
+        name: the model's name; default: where it was loaded from.
+        show_progress: show a progress bar.
+
+    Raises:
+        ValueError: no layers found, no batches, NaN or infinite activations (says which module was first), a module
+            that two layers share, a mixture of experts that cannot be observed.
+    """
+    stack = find_decoder_layers(model, path)
+    recorder = StatisticsRecorder(stack)
+    trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
+    device = execution_device(stack.model)
+    seen = 0
+    with torch.no_grad(), evaluation_mode(stack), recorder.attached():
+        for number, batch in enumerate(progress(batches, "statistics", show_progress)):
+            inputs = model_inputs(to_device(batch, device))
+            recorder.start(inputs.get("attention_mask"))
+            trunk(**inputs)
+            recorder.finish(number)
+            seen += 1
+    if not seen:
+        raise ValueError("batches: expected at least one, got none")
+    config = getattr(stack.model, "config", None)
+    found = name or getattr(config, "_name_or_path", "") or type(stack.model).__name__
+    return LayerStatistics(found, stack.path, recorder.squares, recorder.tokens)
+
+
+class StatisticsRecorder:
+    """Hooks that sum the squares of what enters each matrix.
+
+    Call `start` before and `finish` after each forward pass, within `attached`.
+    """
+
+    def __init__(self, stack: DecoderLayers) -> None:
+        self._linears, self._banks = _own_modules(stack)
+        shapes = {name: shape for i in range(len(stack)) for name, shape in stack.input_shapes(i).items()}
+        self.squares = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        self.tokens = {name: torch.zeros(shape[:-1], dtype=torch.int64) for name, shape in shapes.items()}
+        self.start(None)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Puts the hooks on the modules, and takes them away at the end."""
+        with ExitStack() as attachments:
+            if self._banks:
+                attachments.enter_context(observed(self._banks, self._read_expert))
+            for name, module in self._linears.items():
+                handle = module.register_forward_pre_hook(self._hook_of(name), with_kwargs=True)
+                attachments.callback(handle.remove)
+            yield
+
+    def start(self, mask: Tensor | None) -> None:
+        """Begins a batch with its attention mask (S, T), or None."""
+        # A full mask costs a gather for nothing.
+        self._mask = None if mask is None or bool(mask.all()) else mask.bool().flatten()
+        self._batch: list[tuple[str, int | None, Tensor, int]] = []
+        self._last: tuple[Any, Tensor, int] | None = None
+
+    def finish(self, number: int) -> None:
+        """Ends a batch: checks it and adds it to the sums."""
+        for name, expert, squares, count in self._batch:
+            squares = squares.cpu().double()
+            if not squares.isfinite().all():
+                raise ValueError(
+                    f"activations: expected finite numbers, got NaN or infinity first at the input of {name}, "
+                    f"batch {number}"
+                )
+            index = ... if expert is None else expert
+            self.squares[name][index] += squares
+            self.tokens[name][index] += count
+        self.start(None)
+
+    def _hook_of(self, name: str) -> Any:
+        def read(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            # Query, key and value (gate and up) read one tensor, which need not be summed three times.
+            if self._last is None or self._last[0]() is not x:
+                rows = self._real_rows(name, x.detach().flatten(0, -2))
+                self._last = (weakref.ref(x), _sum_of_squares(rows), len(rows))
+            self._batch.append((name, None, *self._last[1:]))
+
+        return read
+
+    def _read_expert(self, name: str, expert: int, x: Tensor, tokens: Tensor) -> None:
+        rows = x if self._mask is None else x[self._mask.to(x.device)[tokens]]
+        self._batch.append((name, expert, _sum_of_squares(rows), len(rows)))
+
+    def _real_rows(self, name: str, rows: Tensor) -> Tensor:
+        if self._mask is None:
+            return rows
+        if len(rows) != len(self._mask):
+            raise ValueError(
+                f"attention_mask: expected {len(rows)} tokens as at the input of {name}, got {len(self._mask)}; "
+                "use samples without padding"
+            )
+        return rows[self._mask.to(rows.device)]
+
+
+def _sum_of_squares(rows: Tensor) -> Tensor:
+    """(N, in) -> (in,): in float32 within a chunk of rows, in float64 over chunks."""
+    total = wide(torch.zeros(rows.shape[1], device=rows.device))
+    high = torch.promote_types(rows.dtype, torch.float32)
+    for chunk in rows.split(max(1, CHUNK // rows.shape[1])):
+        total += chunk.to(high).square().sum(0)
+    return total
+
+
+def _own_modules(stack: DecoderLayers) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """All Linears and all banks of experts; a module in two layers would have no statistics of its own."""
+    linears: dict[str, nn.Module] = {}
+    banks: dict[str, nn.Module] = {}
+    owner: dict[int, int] = {}
+    for index in range(len(stack)):
+        for kind, found in ((linears, stack.linears(index)), (banks, stack.experts(index))):
+            for name, module in found.items():
+                other = owner.setdefault(id(module), index)
+                if other != index:
+                    raise ValueError(f"model: expected modules of one layer each, got {name} in layer {other}, too")
+            kind.update(found)
+    return linears, banks
+
+
+def _shapes(statistics: LayerStatistics) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in statistics.squares.items()}
+
+
+def _check_same(
+    expected: dict[str, tuple[int, ...]], got: dict[str, tuple[int, ...]], field: str, wanted: str, given: str
+) -> None:
+    for name in (*expected, *got):
+        if expected.get(name) != got.get(name):
+            raise ValueError(
+                f"{field}: expected those of {wanted}, with {name} {expected.get(name, 'absent')}, got those of "
+                f"{given}, with {name} {got.get(name, 'absent')}"
+            )
