@@ -71,7 +71,10 @@ def load_texts(settings: TextSettings) -> Iterable[str]:
         return [embedded_text()]
     path = Path(source)
     if path.is_file() and path.suffix in PLAIN_TEXT:
-        return [path.read_text(encoding="utf-8")]
+        try:
+            return [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text: expected a text file in UTF-8, got {source!r}: {error}") from error
     try:
         import datasets
     except ImportError as error:

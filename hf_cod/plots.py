@@ -113,7 +113,7 @@ def _layer_drop(axes: Axes, report: RunReport) -> None:
     drop = report.results["layer_drop"]
     values = _numbers(drop["without"])
     metric = drop["metric"].replace("_", " ")
-    _log_if_wide(axes, [*values, drop["intact"]])
+    _log_if_wide(axes, values)
     _bars(axes, values, least=not drop["lower_is_better"])
     axes.axhline(drop["intact"], color="black", linestyle="--", linewidth=1, label=f"intact: {drop['intact']:.4g}")
     axes.legend(loc="upper center", frameon=False)

@@ -96,6 +96,9 @@ def test_texts_from_files(tmp_path):
     assert list(load_texts(TextSettings(text=str(tmp_path / "a.jsonl"), text_column="body"))) == ["x", "y"]
     with pytest.raises(ValueError, match=r"text_column: expected one of \['body'\], got 'text'"):
         load_texts(TextSettings(text=str(tmp_path / "a.jsonl")))
+    (tmp_path / "b.txt").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(ValueError, match="text: expected a text file in UTF-8"):
+        load_texts(TextSettings(text=str(tmp_path / "b.txt")))
     with pytest.raises(ValueError, match="text: expected a text file or a data set's name, got 'no/such'"):
         load_texts(TextSettings(text="no/such"))
     assert load_texts(TextSettings()) == [embedded_text()]

