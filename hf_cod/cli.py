@@ -15,6 +15,8 @@ COMMANDS = {
     "compare": ("compare", "put several diagnosed runs side by side"),
     "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
 }
+# Commands that keep a journal: stopped, they go on where they were.
+RESUMABLE = ("demo", "diagnose")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-cod {arguments[0]}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"hf-cod {arguments[0]}: stopped; a diagnosis goes on here by the same command", file=sys.stderr)
+        resume = "; the same command goes on from here" if arguments[0] in RESUMABLE else ""
+        print(f"hf-cod {arguments[0]}: stopped{resume}", file=sys.stderr)
         return 130
 
 
