@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -23,6 +24,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from hf_cod.cli import main as cli
 from hf_cod.commands.convert import main
 from hf_cod.models import AUTHORS_NORM_TYPES, PLACEMENTS, CodLlamaForCausalLM, fold_lns, from_authors, to_lns
 
@@ -172,6 +174,17 @@ def test_wrong_sources():
         to_lns(fold_lns(tiny_model("cod_olmo2", "reordered")))
 
 
+def test_layers_that_are_not_ours_are_refused():
+    model = tiny_model("cod_llama", "lns")
+    model.model.layers[1] = fold_lns(model).model.layers[1]
+    with pytest.raises(ValueError, match="layers: expected layers with a norm placement, got LlamaDecoderLayer"):
+        fold_lns(model)
+    model = tiny_model("cod_llama", "post")
+    model.config.norm_placement = "lns"
+    with pytest.raises(ValueError, match="norm_placement: expected 'post', as the layers were built, got 'lns'"):
+        fold_lns(model)
+
+
 def test_compiled_models_are_unwrapped():
     model = tiny_model("cod_llama", "lns")
     stock = fold_lns(torch.compile(model))
@@ -180,8 +193,7 @@ def test_compiled_models_are_unwrapped():
 
 
 def test_adapters_are_refused():
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model("cod_llama", "lns"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(tiny_model("cod_llama", "lns"), LoraConfig(r=2, target_modules=["q_proj"]))
     for wrapped in (model, model.get_base_model()):
         with pytest.raises(ValueError, match=r"source: .* PEFT adapters; call merge_and_unload first"):
             fold_lns(wrapped)
@@ -256,17 +268,67 @@ def test_a_hub_id_brings_its_tokenizer(tmp_path, monkeypatch):
     assert not (tmp_path / "lns" / "vocab.json").exists()
 
 
+class ReadTimeout(Exception):
+    """Stands for the error of the library beneath the Hub's, which reaches the caller as it is."""
+
+
+ReadTimeout.__module__ = "httpx"
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), ReadTimeout("too slow")], ids=["refused", "slow"])
+def test_a_network_that_fails_at_the_tokenizer_writes_nothing(error, tmp_path, monkeypatch, capsys):
+    tiny_model("cod_llama", "lns").save_pretrained(tmp_path / "source")
+    asked = []
+
+    def cached_file(source, name, **options):
+        asked.append(name)
+        if name == "tokenizer_config.json":
+            raise error
+        return None
+
+    monkeypatch.setattr("hf_cod.models.checkpoint.cached_file", cached_file)
+    before = sorted(tmp_path.iterdir())
+    assert cli(["convert", "stock", str(tmp_path / "source"), str(tmp_path / "stock")]) == 2
+    told = capsys.readouterr().err
+    assert "hf-cod convert: error: source: expected tokenizer_config.json of" in told and str(error) in told
+    assert len(asked) > 1 and sorted(tmp_path.iterdir()) == before
+
+
+def test_our_own_mistakes_are_not_taken_for_the_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_cod.models.checkpoint.cached_file", lambda *args, **kwargs: {}["bug"])
+    tiny_model("cod_llama", "lns").save_pretrained(tmp_path / "source")
+    with pytest.raises(KeyError, match="bug"):
+        fold_lns(tmp_path / "source", tmp_path / "stock")
+
+
 OUTSIDE = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-assert type(model).__module__.startswith("transformers.models."), type(model)
+logits = {}
+for name in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(name)
+    assert type(model).__module__.startswith("transformers.models."), type(model)
+    logits[name] = model(torch.load(sys.argv[1])).logits
 assert "hf_cod" not in sys.modules
-torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+torch.save(logits, "logits.pt")
 """
 
 
-def test_directories_in_and_out_and_loaded_without_us(tmp_path):
+def test_the_stock_model_loads_without_us(tmp_path):
+    models = {name: tiny_model(name, "lns") for name in ("cod_llama", "cod_qwen2", "cod_qwen3")}
+    for name, model in models.items():
+        fold_lns(model, tmp_path / name)
+    torch.save(tokens(), tmp_path / "tokens.pt")
+    env = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", OUTSIDE, "tokens.pt", *models]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    logits = torch.load(tmp_path / "logits.pt")
+    for name, model in models.items():
+        assert (logits[name] - model(tokens()).logits).abs().max() <= 1e-5, name
+
+
+def test_directories_in_and_out(tmp_path):
     model = tiny_model("cod_qwen2", "lns")
     model.save_pretrained(tmp_path / "lns")
     (tmp_path / "lns" / "tokenizer.json").write_text("{}")
@@ -274,20 +336,6 @@ def test_directories_in_and_out_and_loaded_without_us(tmp_path):
     written = {path.name for path in (tmp_path / "new" / "stock").iterdir()}
     assert written == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert AutoConfig.from_pretrained(tmp_path / "new" / "stock").model_type == "qwen2"
-
-    torch.save(tokens(), tmp_path / "tokens.pt")
-    command = [
-        sys.executable,
-        "-c",
-        OUTSIDE,
-        tmp_path / "new" / "stock",
-        tmp_path / "tokens.pt",
-        tmp_path / "logits.pt",
-    ]
-    env = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (torch.load(tmp_path / "logits.pt") - model(tokens()).logits).abs().max() <= 1e-5
 
     to_lns(tmp_path / "new" / "stock", tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
@@ -364,6 +412,15 @@ def test_a_directory_of_the_authors(tmp_path):
     assert torch.equal(from_authors(state, "lns", AUTHORS_CONFIG)(tokens()).logits, model(tokens()).logits)
 
 
+def test_a_pickled_directory_of_the_authors(tmp_path):
+    _, state = authors_state("lns")
+    state = {name.removeprefix("module."): weight.clone() for name, weight in state.items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")  # what their version of transformers writes
+    (tmp_path / "config.json").write_text(json.dumps(AUTHORS_CONFIG))
+    expected = from_authors(state, "lns", AUTHORS_CONFIG)
+    assert torch.equal(from_authors(tmp_path, "lns")(tokens()).logits, expected(tokens()).logits)
+
+
 def test_a_directory_of_distributed_training(tmp_path):
     _, state = authors_state("sandwich")
     save_file({name: weight.clone() for name, weight in state.items()}, tmp_path / "model.safetensors")
@@ -415,6 +472,25 @@ def test_smollm2_to_lns_and_back_keeps_its_perplexity(smollm2, brown_text, tmp_p
     assert type(stock).__name__ == "LlamaForCausalLM"
     assert perplexity(stock, batch) == pytest.approx(expected, rel=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "lns")("depth").input_ids == tokenizer("depth").input_ids
+
+
+def test_smollm2_in_bfloat16_moves_by_less_than_bfloat16_itself(smollm2, brown_text):
+    """The figures of README; run with -s to see them."""
+    batch = AutoTokenizer.from_pretrained(smollm2)(brown_text, return_tensors="pt").input_ids[:, :512].view(2, 256)
+    with torch.no_grad():
+        exact = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)(batch).logits
+        half = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+        plain = half(batch).logits.float()
+        lns = to_lns(half)
+        there, back = lns(batch).logits.float(), fold_lns(lns)(batch).logits.float()
+
+    def move(one, other):
+        return ((one - other).norm() / other.norm()).item()
+
+    moves = {"rounding to bfloat16": move(plain, exact), "to lns": move(there, plain), "and back": move(back, plain)}
+    print("moves of the logits, relative to their norm:", {name: f"{value:.2%}" for name, value in moves.items()})
+    assert 0 < moves["to lns"] < 1.5 * moves["rounding to bfloat16"]
+    assert moves["and back"] < 1.5 * moves["rounding to bfloat16"]
 
 
 def test_vision_model_is_folded():

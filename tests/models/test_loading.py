@@ -48,6 +48,9 @@ def test_saved_and_loaded_again(model_type, placement, tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.config.norm_placement == placement
     assert torch.equal(loaded(**inputs(model_type)).logits, model(**inputs(model_type)).logits)
+    if model_type != "cod_vit":
+        new = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(loaded.generate(tokens(), **new), model.generate(tokens(), **new))
 
 
 @pytest.mark.parametrize(("model_type", "auto"), HEADS, ids=lambda value: getattr(value, "__name__", value))
@@ -209,6 +212,14 @@ for name, auto, inputs in torch.load(f"{root}/jobs.pt"):
         assert type(head).__name__ == "CodLlamaForSequenceClassification"
         torch.manual_seed(0)
         assert head(**inputs).logits.shape == (2, 2)
+    if name == "cod_llama-lns":  # the config that another stranger saved alone, and saved alone once more
+        torch.manual_seed(7)
+        config = AutoConfig.from_pretrained(f"{root}/config", trust_remote_code=True)
+        config.save_pretrained(f"{root}/config_again")
+        logits["config"] = AutoModel.from_config(config, trust_remote_code=True)(**inputs).to_tuple()[0].detach()
+        torch.manual_seed(7)
+        config = AutoConfig.from_pretrained(f"{root}/config_again", trust_remote_code=True)
+        logits["again"] = AutoModel.from_config(config, trust_remote_code=True)(**inputs).to_tuple()[0].detach()
 assert "hf_cod" not in sys.modules
 torch.save(logits, out)
 """
@@ -255,9 +266,15 @@ def test_trust_remote_code_without_the_package(tmp_path):
         for reference in written["auto_map"].values():
             assert (tmp_path / model_type / f"{reference.split('.')[0]}.py").is_file()
     torch.save(jobs, tmp_path / "jobs.pt")
+    config = tiny_config("cod_qwen3", "mix")
+    config.save_pretrained(tmp_path / "config")
     got = stranger(tmp_path, tmp_path / "out.pt")
     for name, logits in expected.items():
         assert torch.equal(got[name], logits), name
+    torch.manual_seed(7)
+    from_config = AutoModel.from_config(config)
+    assert torch.equal(got["config"], from_config(tokens()).last_hidden_state)
+    assert torch.equal(got["again"], got["config"])
     # Initialisation reaches the Linears of remote code too.
     assert got["scaled_init"].mean().item() == pytest.approx(0.02 / 8**0.5, rel=0.1)
     assert got["deepnorm"].mean().item() == pytest.approx(32**-0.25 * (2 / 64) ** 0.5, rel=0.1)
@@ -269,6 +286,7 @@ def test_trust_remote_code_without_the_package(tmp_path):
     second = tmp_path / "second"
     second.mkdir()
     (tmp_path / "resaved").rename(second / "cod_llama-lns")
+    (tmp_path / "config").rename(second / "config")
     torch.save(jobs[:1], second / "jobs.pt")
     assert torch.equal(stranger(second, second / "out.pt")["cod_llama-lns"], expected["cod_llama-lns"])
 
@@ -298,6 +316,39 @@ def test_layers_of_models_of_different_depth_cannot_be_saved(tmp_path):
     model.model.layers[1] = fold_lns(deeper).model.layers[1]
     with pytest.raises(ValueError, match="layers: expected layers with a norm placement, got LlamaDecoderLayer"):
         model.save_pretrained(tmp_path)
+
+
+def test_a_placement_that_was_changed_in_the_config_alone_is_not_saved(tmp_path):
+    model = tiny_model("cod_llama", "lns")
+    model.config.norm_placement = "pre"
+    with pytest.raises(ValueError, match="norm_placement: expected 'lns', as the layers were built, got 'pre'"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+COEXIST = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+path, tokens = sys.argv[1], torch.load(sys.argv[2])
+theirs = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+assert type(theirs).__module__.startswith("transformers_modules.")
+import hf_cod
+ours = AutoModelForCausalLM.from_pretrained(path)
+both = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+assert type(ours) is type(both) is hf_cod.models.CodLlamaForCausalLM
+assert torch.equal(theirs(tokens).logits, ours(tokens).logits)
+assert torch.equal(hf_cod.fold_lns(ours)(tokens).logits, hf_cod.fold_lns(path)(tokens).logits)
+"""
+
+
+def test_the_code_beside_the_weights_first_and_the_package_afterwards(tmp_path):
+    tiny_model("cod_llama", "lns").save_pretrained(tmp_path / "model")
+    torch.save(tokens(), tmp_path / "tokens.pt")
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    env["PYTHONPATH"] = str(Path(hf_cod.__file__).parent.parent)
+    command = [sys.executable, "-c", COEXIST, tmp_path / "model", tmp_path / "tokens.pt"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_what_is_pushed_to_the_hub_brings_its_code(tmp_path, monkeypatch):
