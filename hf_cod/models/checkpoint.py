@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -38,6 +39,13 @@ def check_new(output: str | Path | None) -> None:
         raise ValueError(f"output: expected a path that does not exist yet, got {output}")
 
 
+def is_reading_error(error: Exception) -> bool:
+    """Whether an exception tells of a file or a repository that cannot be read, and not of a mistake in our code."""
+    # Errors of the network's library reach us as they are, and we do not import that.
+    of_network = type(error).__module__.startswith(("httpx", "httpcore"))
+    return of_network or isinstance(error, OSError | SafetensorError)
+
+
 def find_companions(source: str | Path) -> dict[str, str]:
     """Name -> path of the tokenizer and processor files of a directory or a repository of the Hub.
 
@@ -48,8 +56,8 @@ def find_companions(source: str | Path) -> dict[str, str]:
     for name in COMPANIONS:
         try:
             path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-        except Exception as error:  # that of the network's library reaches us as it is, and we do not import that
-            if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "httpcore")):
+        except Exception as error:
+            if not is_reading_error(error):
                 raise
             raise ValueError(
                 f"source: expected {name} of {str(source)!r}, or to hear that there is none, got no answer: {error}; "

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .checkpoint import check_new, save_aside
+from .checkpoint import check_new, is_reading_error, save_aside
 from .configuration_cod import NormPlacementConfig
 from .configuration_cod_llama import CodLlamaConfig
 from .families import FAMILIES, Family
@@ -146,6 +146,8 @@ def from_authors(
     else:
         with _found(source):
             model = _load_exactly(CodLlamaForCausalLM, source, config=model_config, key_mapping={r"^module\.": ""})
+    # From a directory transformers takes it out of config.json, -1 and all.
+    model.generation_config.pad_token_id = model_config.pad_token_id
     return _finish(model, source, output)
 
 
@@ -209,11 +211,15 @@ def _check_model(model: nn.Module) -> PreTrainedModel:
 
 @contextmanager
 def _found(source: Any) -> Iterator[None]:
-    """Turn the errors of transformers for a missing or unreachable checkpoint into ours."""
+    """Turn the errors of transformers for a missing, unreachable or damaged checkpoint into ours."""
     try:
         yield
-    except OSError as error:
-        raise ValueError(f"source: expected a directory with a checkpoint or a Hub id, got {str(source)!r}") from error
+    except Exception as error:
+        if not is_reading_error(error):
+            raise
+        raise ValueError(
+            f"source: expected a directory with a checkpoint or a Hub id, got {str(source)!r}: {error}"
+        ) from error
 
 
 def _config_dict(source: str | Path) -> dict[str, Any]:
