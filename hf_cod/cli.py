@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"hf-cod: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
         return 2
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # loading reports would bury ours
+    _quieten_transformers()
     command = importlib.import_module(f"hf_cod.commands.{COMMANDS[arguments[0]][0]}")
     try:
         return command.main(arguments[1:])
@@ -44,6 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resume = "; the same command goes on from here" if arguments[0] in RESUMABLE else ""
         print(f"hf-cod {arguments[0]}: stopped{resume}", file=sys.stderr)
         return 130
+
+
+def _quieten_transformers() -> None:
+    """Its loading reports and bars would bury our one line of error; a verbosity that the user has chosen stays."""
+    from transformers.utils import logging
+
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _overview() -> str:

@@ -134,8 +134,11 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
 
 def test_text_shorter_than_a_window(checkpoint, capsys):
     (checkpoint / "text.txt").write_text("one two")
+    capsys.readouterr()
     assert diagnose(checkpoint) == 2
-    assert "at least one sample of sequence_length = 8 tokens, got 2 tokens" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "at least one sample of sequence_length = 8 tokens, got 2 tokens" in shown
+    assert len(shown.splitlines()) == 1, "nothing but the error"
 
 
 def test_an_unknown_option_shows_the_usage(capsys):
