@@ -11,6 +11,7 @@ from hf_cod.layer_removal import drop, skip
 from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
 from hf_cod.report import RunReport
 from hf_cod.scores import LayerScores, score_layers
+from hf_cod.sparse import SparseConfig, SparseLinear, pack_sparse
 from hf_cod.statistics import LayerStatistics, collect_statistics
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "LayerStatistics",
     "MeasurementError",
     "RunReport",
+    "SparseConfig",
+    "SparseLinear",
     "allocate",
     "collect_statistics",
     "compare",
@@ -30,6 +33,7 @@ __all__ = [
     "fold_lns",
     "from_authors",
     "llama_preset",
+    "pack_sparse",
     "perplexity",
     "score_layers",
     "skip",

@@ -224,6 +224,8 @@ def _width(module: Any) -> int:
 def _matrix(module: Any) -> Tensor:
     """The weight (out, in) of a Linear-like module: its own tensor where it is plain, else decoded by its forward."""
     with align_module_device(module):
+        if callable(getattr(module, "unpack", None)):  # a packed matrix, which knows a shorter way than its forward
+            return module.unpack()
         weight: Any = getattr(module, "weight", None)
         if type(weight) in (nn.Parameter, Tensor) and weight.dtype in _PLAIN_DTYPES:
             return weight.detach().mT if isinstance(module, Conv1D) else weight.detach()

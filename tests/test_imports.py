@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "hf_cod"
 ORDER = [
     ["functional", "files", "models"],
     ["decoder_layers", "calibration"],
-    ["layer_removal", "evaluation", "report", "loading", "expert_banks"],
+    ["layer_removal", "evaluation", "report", "loading", "expert_banks", "sparse"],
     ["diagnostics"],
     ["statistics"],
     ["scores"],
