@@ -35,7 +35,7 @@ def multiply(x: Tensor, mask: Tensor, values: Tensor, row_starts: Tensor, bias: 
     if kernel is None:
         out = linear(tokens, _dense(mask, values, x.shape[-1]), bias)
     elif len(tokens) <= MOST_TOKENS and values.dtype in (torch.float32, torch.bfloat16):
-        out = kernel.product(tokens, mask, values, row_starts, None if bias is None else bias.contiguous(), False)
+        out = kernel.product(tokens, mask, values, row_starts, None if bias is None else bias.contiguous(), None)
     else:
         out = tokens.new_empty(len(tokens), len(mask))
         for rows, W in _blocks(kernel, mask, values, row_starts, x.shape[-1]):

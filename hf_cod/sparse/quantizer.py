@@ -38,7 +38,9 @@ class SparseQuantizer(HfQuantizer):
             if not isinstance(linear, nn.Linear):
                 raise ValueError(f"modules: expected Linears of {type(model).__name__}, got {name!r}")
             sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-            replace(model, name, SparseLinear(*sizes, nonzeros=nonzeros, device="meta", dtype=linear.weight.dtype))
+            packed = SparseLinear(*sizes, nonzeros=nonzeros, device="meta", dtype=linear.weight.dtype)
+            packed._is_hf_initialized = True  # type: ignore[assignment]  # or its weight is made dense to look at
+            replace(model, name, packed)
         ignored = [re.escape(key) + "$" for key in self._signs()]
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
 

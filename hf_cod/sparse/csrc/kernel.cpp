@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "portable.h"
 #ifdef HF_COD_X86
@@ -41,22 +42,38 @@ struct Kernel {
   const char* name;
 };
 
-// The fastest kernel of this processor; `portable`: plain C++ alone, as on processors without any of the rest.
+// What this processor can run, the fastest first.
 template <typename Value>
-Kernel choose(bool portable) {
-  if (portable) return {run_plain<Value>, false, "portable"};
+std::vector<Kernel> find_kernels() {
+  std::vector<Kernel> found;
 #ifdef HF_COD_X86
   if constexpr (std::is_same_v<Value, uint16_t>)
-    if (has_avx512_bf16()) return {in_bf16::run<in_bf16::Lanes>, true, "avx512_bf16"};
-  if (has_avx512()) return {through_fp32::run<through_fp32::Lanes<Value>>, false, "avx512"};
-  if (has_avx2()) return {run_avx2<Value>, false, "avx2"};
+    if (has_avx512_bf16()) found.push_back({in_bf16::run<in_bf16::Lanes>, true, "avx512_bf16"});
+  if (has_avx512()) found.push_back({through_fp32::run<through_fp32::Lanes<Value>>, false, "avx512"});
+  if (has_avx2()) found.push_back({run_avx2<Value>, false, "avx2"});
 #endif
-  return {run_plain<Value>, false, "portable"};
+  found.push_back({run_plain<Value>, false, "portable"});
+  return found;
 }
 
-Kernel choose(at::ScalarType dtype, bool portable) {
+const std::vector<Kernel>& kernels(at::ScalarType dtype) {
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "values: expected float32 or bfloat16, got ", dtype);
-  return dtype == at::kFloat ? choose<float>(portable) : choose<uint16_t>(portable);
+  static const std::vector<Kernel> fp32 = find_kernels<float>(), bf16 = find_kernels<uint16_t>();
+  return dtype == at::kFloat ? fp32 : bf16;
+}
+
+std::vector<std::string> names(at::ScalarType dtype) {
+  std::vector<std::string> found;
+  for (const Kernel& kernel : kernels(dtype)) found.emplace_back(kernel.name);
+  return found;
+}
+
+const Kernel& choose(at::ScalarType dtype, const std::optional<c10::string_view>& name) {
+  const auto& all = kernels(dtype);
+  if (!name) return all.front();
+  for (const Kernel& kernel : all)
+    if (*name == kernel.name) return kernel;
+  TORCH_CHECK(false, "instructions: expected one of ", names(dtype), ", got ", *name);
 }
 
 void check(const Tensor& mask, const Tensor& values, const Tensor& row_starts) {
@@ -78,9 +95,10 @@ void finish(const Problem& p, const std::optional<Tensor>& bias, T* out, int64_t
       out[t * p.rows + row] = static_cast<T>(p.sums[t * p.rows + row] + (added ? static_cast<float>(added[row]) : 0.f));
 }
 
-// x (tokens, columns) times the transposed matrix, plus bias: (tokens, rows), summed in fp32.
+// x (tokens, columns) times the transposed matrix, plus bias: (tokens, rows), summed in fp32. Without instructions
+// named, the fastest that this processor has.
 Tensor product(const Tensor& x, const Tensor& mask, const Tensor& values, const Tensor& row_starts,
-               const std::optional<Tensor>& bias, bool portable) {
+               const std::optional<Tensor>& bias, std::optional<c10::string_view> instructions) {
   check(mask, values, row_starts);
   const int64_t columns = x.size(-1), rows = mask.size(0);
   TORCH_CHECK(x.dim() == 2 && x.scalar_type() == values.scalar_type(), "x: expected 2-D and of the values' dtype, ",
@@ -88,7 +106,7 @@ Tensor product(const Tensor& x, const Tensor& mask, const Tensor& values, const 
   TORCH_CHECK((columns + 7) / 8 == mask.size(1), "x: expected as many columns as the matrix, got ", columns);
   TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == rows && bias->scalar_type() == x.scalar_type()),
               "bias: expected one of the values' dtype for each row");
-  const Kernel kernel = choose(values.scalar_type(), portable);
+  const Kernel& kernel = choose(values.scalar_type(), instructions);
   Tensor inputs = x.to(kernel.bf16_inputs ? at::kBFloat16 : at::kFloat);
   inputs = columns % kPadding ? at::constant_pad_nd(inputs, {0, kPadding - columns % kPadding}) : inputs.contiguous();
   Tensor out = at::empty({x.size(0), rows}, x.options());
@@ -151,14 +169,13 @@ Tensor rows(const Tensor& mask, const Tensor& values, const Tensor& row_starts, 
   return dense;
 }
 
-std::string instructions(at::ScalarType dtype, bool portable) { return choose(dtype, portable).name; }
-
 }  // namespace
 
 TORCH_LIBRARY(hf_cod_sparse, m) {
-  m.def("product(Tensor x, Tensor mask, Tensor values, Tensor row_starts, Tensor? bias, bool portable) -> Tensor");
+  m.def(
+      "product(Tensor x, Tensor mask, Tensor values, Tensor row_starts, Tensor? bias, str? instructions) -> Tensor");
   m.def("rows(Tensor mask, Tensor values, Tensor row_starts, int columns, int first, int last) -> Tensor");
-  m.def("instructions(ScalarType dtype, bool portable) -> str", &instructions);
+  m.def("instructions(ScalarType dtype) -> str[]", &names);
 }
 
 TORCH_LIBRARY_IMPL(hf_cod_sparse, CPU, m) {
