@@ -75,6 +75,21 @@ def load_texts(settings: TextSettings) -> Iterable[str]:
             return [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
             raise ValueError(f"text: expected a text file in UTF-8, got {source!r}: {error}") from error
+    rows = load_rows(settings)
+    return (row[settings.text_column] for row in rows)
+
+
+def load_rows(settings: TextSettings) -> Any:
+    """The rows of a data set, streamed, or of a local file that `datasets` reads.
+
+    Raises:
+        ValueError: none named, no such file or data set, or no such column.
+        ImportError: `datasets` is not installed.
+    """
+    source = settings.text
+    if source is None:
+        raise ValueError("text: expected a data set's name or a file of rows, got none")
+    path = Path(source)
     try:
         import datasets
     except ImportError as error:
@@ -88,7 +103,7 @@ def load_texts(settings: TextSettings) -> Iterable[str]:
         raise ValueError(f"text: expected a text file or a data set's name, got {source!r}: {error}") from error
     if rows.column_names is not None and settings.text_column not in rows.column_names:
         raise ValueError(f"text_column: expected one of {rows.column_names}, got {settings.text_column!r}")
-    return (row[settings.text_column] for row in rows)
+    return rows
 
 
 def token_batches(tokenizer: Any, texts: str | Iterable[str], settings: SampleSettings) -> list[dict[str, Tensor]]:
