@@ -49,7 +49,7 @@ def probe_batches(probe: Any, tokenizer: Any, settings: SampleSettings) -> list[
 def _from_texts(texts: Iterable[str], tokenizer: Any, settings: SampleSettings) -> list[Batch]:
     if tokenizer is None:
         raise ValueError(
-            "probe: expected token batches, or a tokenizer (Trainer's processing_class) with the texts, got no tokenizer"
+            "probe: expected a tokenizer (Trainer's processing_class) with the texts, or token batches, got texts alone"
         )
     return [*token_batches(tokenizer, texts, settings)]
 

@@ -13,7 +13,7 @@ ORDER = [
     ["functional", "files", "models"],
     ["decoder_layers", "calibration"],
     ["layer_removal", "evaluation", "report", "loading", "expert_banks", "probe"],
-    ["diagnostics", "layer_health"],
+    ["diagnostics", "layer_health", "training_plots"],
     ["statistics", "training_history"],
     ["scores", "layer_monitor"],
     ["allocation", "comparison", "callback"],
