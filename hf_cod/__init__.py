@@ -2,25 +2,35 @@
 
 __version__ = "0.1.0"
 
+from typing import TYPE_CHECKING, Any
+
 from hf_cod.allocation import LayerAllocation, allocate
 from hf_cod.comparison import Comparison, compare
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import MeasurementError, diagnose
 from hf_cod.evaluation import perplexity
+from hf_cod.layer_monitor import LayerMonitor
 from hf_cod.layer_removal import drop, skip
 from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
 from hf_cod.report import RunReport
 from hf_cod.scores import LayerScores, score_layers
 from hf_cod.statistics import LayerStatistics, collect_statistics
+from hf_cod.training_history import TrainingHistory
+
+if TYPE_CHECKING:
+    from hf_cod.callback import LayerDiagnosticsCallback
 
 __all__ = [
     "Comparison",
     "DecoderLayers",
     "LayerAllocation",
+    "LayerDiagnosticsCallback",
+    "LayerMonitor",
     "LayerScores",
     "LayerStatistics",
     "MeasurementError",
     "RunReport",
+    "TrainingHistory",
     "allocate",
     "collect_statistics",
     "compare",
@@ -37,3 +47,12 @@ __all__ = [
 ]
 
 register()  # AutoConfig and AutoModel know our model types from here on
+
+
+def __getattr__(name: str) -> Any:
+    """The callback is imported when it is asked for: transformers' Trainer takes longer to import than all of ours."""
+    if name == "LayerDiagnosticsCallback":
+        from hf_cod.callback import LayerDiagnosticsCallback
+
+        return LayerDiagnosticsCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": ("demo", "measure a small real model and show what its layers do"),
     "diagnose": ("diagnose", "measure what each layer of a model does"),
     "score": ("score", "measure how much each layer matters, for pruning and quantization"),
+    "history": ("history", "draw what the layers did during a training"),
     "compare": ("compare", "put several diagnosed runs side by side"),
     "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
 }

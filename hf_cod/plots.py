@@ -15,6 +15,7 @@ from typing import Any
 from hf_cod.comparison import Comparison
 from hf_cod.files import write_aside
 from hf_cod.report import RunReport
+from hf_cod.training_plots import LOG_RATIO, TRAINING_PANELS
 
 try:
     from matplotlib.axes import Axes
@@ -26,8 +27,7 @@ NEAR_IS_YELLOW = "viridis_r"
 INK = "#26456e"
 PALE = "#9fb4cc"
 DPI = 150
-# Above this ratio between the largest and the least value a linear axis shows only the largest.
-LOG_RATIO = 50
+BY_STEP = "_by_step"
 
 
 class Picture(Figure):
@@ -173,16 +173,22 @@ PANELS: dict[str, Callable[..., None]] = {
     "block_influence": _per_layer("block_influence", "Block influence of each layer", "1 - cos(x$^l$, x$^{l+1}$)"),
     "variance": _per_layer("variance", "Output variance of each layer", "variance"),
     "score": _score,
+    **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
 }
 # The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
-OVERVIEW = ("angular_distance", "layer_drop", "gradient_norm", "variance")
+OVERVIEW = ("angular_distance", "layer_drop", "gradient_norm", "variance", *(n + BY_STEP for n in TRAINING_PANELS))
 
 
 def _has(report: RunReport, name: str) -> bool:
+    if "history" in report.results or name.endswith(BY_STEP):
+        return name.removesuffix(BY_STEP) in report.results.get("history", ()) and name.endswith(BY_STEP)
     return name in report.layers and (name != "angular_distance" or name in report.results)
 
 
 def _title(report: RunReport) -> str:
+    if "history" in report.results:
+        steps = report.results["history"]["step"]
+        return f"{_shorten(report.model)}: steps {steps[0]} to {steps[-1]}"
     found = report.results.get("effective_depth")
     depth = f": effective depth {found['value']:.1f} of {report.n_layers} layers" if found else ""
     return _shorten(report.model) + depth

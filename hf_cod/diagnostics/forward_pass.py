@@ -29,6 +29,10 @@ FORWARD_METRICS = ("angular_distance", "block_influence", "output_variance")
 TOKEN_CHUNK = 64
 
 
+class NonFiniteError(ValueError):
+    """Activations are NaN or infinite; the message says in which layer first."""
+
+
 @dataclass(frozen=True)
 class ForwardMeasures:
     """Measures of every layer and sample; S samples, L layers, all on the CPU.
@@ -89,7 +93,8 @@ def measure_forward(
         show_progress: show a progress bar.
 
     Raises:
-        ValueError: no layers found; NaN or infinite activations (says in which layer first); a model without weights.
+        NonFiniteError: NaN or infinite activations (says in which layer first).
+        ValueError: no layers found; a model without weights.
     """
     if token not in ("last", "first", "all"):
         raise ValueError(f"token: expected 'last', 'first' or 'all', got {token!r}")
@@ -228,7 +233,7 @@ class ForwardRecorder:
         if len(broken):
             row = int(broken[0])
             where = f"the output of layer {row - 1}" if row else "the input of layer 0"
-            raise ValueError(
+            raise NonFiniteError(
                 f"activations: expected finite numbers, got NaN or infinity first in {where}, batch {number}"
             )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_cod.calibration import IGNORED_LABEL, Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
@@ -54,6 +55,32 @@ def measure_gradient_norm(
                 )
             totals += norms
     return (totals / len(batches)).tolist()
+
+
+def read_gradient_norms(stack: DecoderLayers) -> list[float | None]:
+    """Norm of the gradient that each layer's parameters hold at this moment, as a backward pass left it.
+
+        g_l = || d L / d theta_l ||_2 over the layer's parameters that have a gradient
+
+    Norms are taken in float32 whatever the gradient's dtype, without a copy of it. Sharded gradients (FSDP2) are
+    reduced over their mesh, so all of its processes must call this together.
+
+    Returns:
+        One norm a layer; None where no parameter of the layer has a gradient (frozen, or no backward pass yet).
+    """
+    seen: set[int] = set()  # a layer that stands twice in the stack counts at its first place
+    norms: list[Tensor | None] = []
+    for layer in stack:
+        grads = [p.grad for p in layer.parameters() if p.grad is not None and id(p) not in seen]
+        seen.update(id(p) for p in layer.parameters())
+        norms.append(_norm([g.detach() for g in grads]) if grads else None)
+    return [None if norm is None else float(norm) for norm in norms]
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
+    parts = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    norm = torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def why_no_gradients(stack: DecoderLayers, task: str) -> str | None:
