@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator
 
+from hf_cod import LayerDiagnosticsCallback
 from hf_cod.pretraining import (
     FINAL_LEARNING_RATE_SHARE,
     PackedStream,
@@ -58,6 +59,7 @@ def training_arguments(settings: PretrainSettings, streams: bool) -> TrainingArg
         save_total_limit=2,
         logging_steps=settings.log_every,
         report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
         prediction_loss_only=True,
         use_cpu=not torch.accelerator.is_available(),
         # A stream finds its window by itself, which is faster than reading everything before it.
@@ -78,6 +80,7 @@ def pretrain(settings: PretrainSettings) -> RunReport | None:
         eval_dataset=prepared.validation,
         data_collator=default_data_collator,  # windows need no padding
         processing_class=prepared.tokenizer,
+        callbacks=[LayerDiagnosticsCallback(every=settings.diagnose_every, probe=prepared.probe)],
     )
     checkpoint = last_checkpoint(arguments.output_dir, STATE_FILE)
     if checkpoint is not None and isinstance(prepared.train, PackedStream):

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import cached_assets_path
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import AutoTokenizer, set_seed
 
 from hf_cod.calibration import TextSettings, load_rows, load_texts
@@ -30,6 +30,7 @@ from hf_cod.pretraining.packing import (
 from hf_cod.pretraining.recipes import PretrainSettings, Recipe, model_config
 
 HELD_OUT_SHARE = 0.02  # of the windows, where no text to validate on is named
+PROBE_SAMPLES = 8
 CHECKPOINT = "checkpoint-"
 
 
@@ -48,6 +49,11 @@ class Prepared:
     model: CodLlamaForCausalLM
     train: Dataset
     validation: Dataset
+
+    @property
+    def probe(self) -> list[dict[str, Tensor]]:
+        """The few validation windows that the layers are watched on."""
+        return as_batches(Subset(self.validation, range(min(PROBE_SAMPLES, len(self.validation)))), PROBE_SAMPLES)  # type: ignore[arg-type]
 
     @property
     def streams(self) -> bool:
@@ -141,7 +147,9 @@ def _tokenizer(recipe: Recipe, texts: TextSettings) -> Any:
         try:
             return AutoTokenizer.from_pretrained(recipe.tokenizer)
         except (OSError, ValueError) as error:
-            raise ValueError(f"tokenizer: expected a Hub id or a directory, got {recipe.tokenizer!r}: {error}") from error
+            raise ValueError(
+                f"tokenizer: expected a Hub id or a directory, got {recipe.tokenizer!r}: {error}"
+            ) from error
     vocabulary = model_config(recipe, "pre").vocab_size
     folder = _cache(f"tokenizer-{fingerprint(_source(texts), vocabulary)}")
     if not (folder / "tokenizer.json").is_file():

@@ -134,13 +134,15 @@ class PretrainSettings(TextSettings):
     )
     save_every: int = field(default=200, metadata={"help": "steps between checkpoints; a killed run goes on from one"})
     evaluate_every: int = field(default=200, metadata={"help": "steps between validations"})
+    diagnose_every: int = field(default=100, metadata={"help": "steps between measurements of the layers"})
     log_every: int = field(default=10, metadata={"help": "steps between logged losses"})
 
     def __post_init__(self) -> None:
         for name, valid in (("preset", RECIPES), ("norm_placement", VALID_PLACEMENTS), ("precision", PRECISIONS)):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
-        for name in ("steps", "batch_size", "micro_batch_size", "save_every", "evaluate_every", "log_every"):
+        counts = ("steps", "batch_size", "micro_batch_size", "validation_samples")
+        for name in (*counts, "save_every", "evaluate_every", "diagnose_every", "log_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.output is None:

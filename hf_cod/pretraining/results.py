@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 
 from hf_cod.diagnostics import diagnose
 from hf_cod.evaluation import perplexity
@@ -35,8 +37,6 @@ def training_report(
     batches = as_batches(prepared.validation, recipe.micro_batch_size)
     model = model.float()
     value = perplexity(model, batches)
-    few = as_batches(torch.utils.data.Subset(prepared.validation, range(_few(prepared))), 8)
-    found = diagnose(model, batches=few, metrics=MEASURES, token="all", show_progress=False)
     results = {
         "curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "validation": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
@@ -44,25 +44,25 @@ def training_report(
         "parameters": sum(p.numel() for p in model.parameters()),
         "validation_perplexity": value,
         "validation_tokens": sum(batch["input_ids"].numel() for batch in batches),
-        **found.results,
     }
-    depth = found.results["effective_depth"]
-    summary = [
-        f"Validation perplexity {format_number(value)} after {recipe.tokens / 1e6:.3g} million tokens "
-        f"(learning rate {recipe.learning_rate:g}).",
-        f"Output variance of the last layer {format_number(found.layers['variance'][-1])}; "
-        f"effective depth {depth['value']:.1f} of {found.n_layers} layers.",
-    ]
-    return RunReport(
+    report = RunReport(
         kind="pretrain",
         model=f"{settings.preset} {settings.norm_placement}",
         settings=settings.describe(),
-        environment=environment("cpu" if not torch.cuda.is_available() else "cuda", torch.float32),
-        layers=found.layers,
+        environment=environment(next(model.parameters()).device, torch.float32),
+        layers={},
         results=results,
-        summary=summary + found.summary[1:],
+        summary=[
+            f"Validation perplexity {format_number(value)} after {recipe.tokens / 1e6:.3g} million tokens "
+            f"(learning rate {recipe.learning_rate:g})."
+        ],
     )
-
-
-def _few(prepared: Prepared) -> int:
-    return min(DIAGNOSED_SAMPLES, len(prepared.validation))  # type: ignore[arg-type]
+    if not math.isfinite(value):
+        report.notes.append("the layers were not measured: the run diverged")
+        return report
+    few = as_batches(Subset(prepared.validation, range(min(DIAGNOSED_SAMPLES, len(prepared.validation)))), 8)  # type: ignore[arg-type]
+    found = diagnose(model, batches=few, metrics=MEASURES, token="all", show_progress=False)
+    report.layers.update(found.layers)
+    report.results.update(found.results)
+    report.summary.extend(found.summary)
+    return report
