@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -80,7 +79,7 @@ def train(settings: PretrainSettings) -> str:
 def train_all(wanted: list[PretrainSettings], jobs: int) -> None:
     """Trains what is not finished, `jobs` at a time."""
     missing = [settings for settings in wanted if report_of(Path(str(settings.output))) is None]
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         for number, name in enumerate(pool.map(train, missing), 1):

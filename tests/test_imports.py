@@ -16,7 +16,7 @@ ORDER = [
     ["diagnostics", "layer_health", "training_plots"],
     ["statistics", "training_history"],
     ["scores", "layer_monitor"],
-    ["allocation", "comparison", "callback"],
+    ["allocation", "comparison", "callback", "pretraining"],
     ["plots"],
     ["commands"],
     ["cli"],

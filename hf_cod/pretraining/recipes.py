@@ -154,7 +154,7 @@ class PretrainSettings(TextSettings):
         recipe = RECIPES[self.preset]
         named = ("learning_rate", "steps", "batch_size", "micro_batch_size", "sequence_length", "tokenizer")
         changed = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
-        if "batch_size" in changed and "micro_batch_size" not in changed:
+        if self.batch_size is not None and self.micro_batch_size is None:
             changed["micro_batch_size"] = min(recipe.micro_batch_size, self.batch_size)
         if self.text is not None:
             own = {"text": self.text, "text_config": self.text_config, "stream": self.stream}
