@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -220,7 +220,7 @@ def _eagerly() -> Any:
 
 
 @contextmanager
-def _gathered(shards: list[FSDPModule]) -> Iterator[None]:
+def _gathered(shards: Sequence[FSDPModule]) -> Iterator[None]:
     """Embeddings and norms outside the layers are whole inside; layers gather themselves when they are called."""
     for module in shards:
         module.unshard()
