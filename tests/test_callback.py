@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import trl
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
@@ -95,6 +96,35 @@ def test_gradient_norms_equal_those_of_a_loop_by_hand(tmp_path, accumulation, ma
         assert (line["clip_factor"] < 0.5) if max_norm == 0.5 else line["clip_factor"] == 1
     for a, b in zip(trainer.model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+class HalfPrecision(Trainer):
+    """fp16=True with its GradScaler, which accelerate offers on GPUs alone."""
+
+    init_scale = 2.0**10
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.native_amp, self.accelerator.state._mixed_precision = True, "fp16"
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=self.init_scale)
+
+
+class Overflowing(HalfPrecision):
+    init_scale = 2.0**60
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5])
+def test_gradients_scaled_for_half_precision(tmp_path, max_norm, request):
+    request.addfinalizer(lambda: AcceleratorState._reset_state(reset_partial_state=True))  # the next test's is another
+    settings = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": max_norm, "max_steps": 3}
+    watch = callback(every=1)
+    trainer = trained(tmp_path / "fp16", [watch], build("llama"), HalfPrecision, **settings)
+    expected = train_by_hand(build("llama"), [[batch] for batch in trainer.seen[:3]], LEARNING_RATE, max_norm or None)
+    for line, norms in zip(history_of(tmp_path / "fp16"), expected, strict=True):
+        assert line["gradient_norm"] == pytest.approx(norms, rel=0.01)
+    assert "failure" not in line and watch.monitor.stack[0].mlp.up_proj.weight.dtype == torch.float32
+    trained(tmp_path / "skipped", [callback(every=1)], build("llama"), Overflowing, **settings)
+    assert [line["gradient_norm"] for line in history_of(tmp_path / "skipped")] == [[None] * 4] * 3
 
 
 def test_two_processes(tmp_path):
