@@ -84,6 +84,7 @@ class LayerDiagnosticsCallback(TrainerCallback):
             step=state.global_step,
             **self.settings,
         )
+        self.probe = self.monitor.batches  # where it was an iterator, a second training would find it empty
         self._line = None
         _call_first(self)
 

@@ -74,11 +74,11 @@ class LayerMonitor:
     A line of the history (see `TrainingHistory`) holds the norm of the step's real gradients and, of the model as the
     step left it, output variance, angular distance and effective depth on a fixed probe. The probe runs in eval mode
     without gradients, in the parameters' own dtype (not under autocast), eagerly even where the model is compiled,
-    and with random numbers of its own. Other processes than the first only do what a sharded model needs of them:
-    replicas (DDP) nothing, shards (FSDP2) their part.
+    and with random numbers of its own. Call both methods on all processes: others than the first do only what a sharded
+    model needs of them, replicas (DDP) nothing, shards (FSDP2) their part.
 
     Args:
-        model: the model that trains, wrapped or not.
+        model: the model that trains, wrapped or not; after `accelerator.prepare`, where that shards it.
         probe: what it is measured on; see `hf_cod.probe.probe_batches`.
         tokenizer: where the probe is text.
         history: file of the history; None keeps it in memory.

@@ -188,9 +188,12 @@ def test_texts_are_cut_by_the_trainers_tokenizer(tmp_path):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, processing_class=gpt_like(), **kwargs)
 
-    watch = LayerDiagnosticsCallback(every=3, sequence_length=8, max_samples=2)
-    trained(tmp_path, [watch], trainer_class=WithTokenizer)
-    assert watch.monitor.batches[0]["input_ids"].shape == (2, 8)
+    words = (text for text in ["one two three four five six seven eight nine ten"] * 9)
+    watch = LayerDiagnosticsCallback(every=3, probe=words, sequence_length=8, max_samples=2)
+    for name in ("first", "second"):
+        trained(tmp_path / name, [watch], trainer_class=WithTokenizer)
+        assert watch.monitor.batches[0]["input_ids"].shape == (2, 8)
+    assert history_of(tmp_path / "first") == history_of(tmp_path / "second")
     with pytest.raises(ValueError, match="probe: expected a tokenizer"):
         trained(tmp_path, [LayerDiagnosticsCallback()])
 
