@@ -84,6 +84,7 @@ class LayerDiagnosticsCallback(TrainerCallback):
             step=state.global_step,
             **self.settings,
         )
+        self.probe = self.monitor.batches  # where it was an iterator, a second training would find it empty
         self._line = None
         _call_first(self)
 
@@ -159,9 +160,10 @@ def _before_clipping(line: dict[str, Any], total_norm: float | None, max_norm: f
         max_norm: Trainer's max_grad_norm; None or 0 for no clipping.
     """
     factor: float | None = 1.0
-    if max_norm:
-        known = total_norm is not None and math.isfinite(total_norm)
-        factor = min(1.0, max_norm / (total_norm + CLIP_EPSILON)) if known else None  # type: ignore[operator]
+    if total_norm is not None and not math.isfinite(total_norm):
+        factor = None  # gradients overflowed: this step changes nothing
+    elif max_norm:
+        factor = None if total_norm is None else min(1.0, max_norm / (total_norm + CLIP_EPSILON))
     norms = line["gradient_norm"]
     if norms is not None:
         norms = [None if norm is None or factor is None else norm / factor for norm in norms]

@@ -66,7 +66,8 @@ def _least_gradient(line: dict[str, Any]) -> float:
 
 def _exploding(lines: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int, str]]:
     for layer, value in enumerate(lines[-1].get("variance") or []):
-        before = [line["variance"][layer] for line in lines[:-1] if line.get("variance")]
-        if len(before) >= EARLIER and value > EXPLOSION * median(before):
+        rows = [line["variance"] for line in lines[:-1] if line.get("variance")]
+        before = [row[layer] for row in rows if row[layer] is not None]
+        if value is not None and len(before) >= EARLIER and value > EXPLOSION * median(before):
             usual = format_number(median(before))
             yield "variance", layer, f"explodes: its output variance is {format_number(value)}, {usual} before"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from hf_cod.calibration import SampleSettings, describe_batches
@@ -74,11 +74,11 @@ class LayerMonitor:
     A line of the history (see `TrainingHistory`) holds the norm of the step's real gradients and, of the model as the
     step left it, output variance, angular distance and effective depth on a fixed probe. The probe runs in eval mode
     without gradients, in the parameters' own dtype (not under autocast), eagerly even where the model is compiled,
-    and with random numbers of its own. Other processes than the first only do what a sharded model needs of them:
-    replicas (DDP) nothing, shards (FSDP2) their part.
+    and with random numbers of its own. Call both methods on all processes: others than the first do only what a sharded
+    model needs of them, replicas (DDP) nothing, shards (FSDP2) their part.
 
     Args:
-        model: the model that trains, wrapped or not.
+        model: the model that trains, wrapped or not; after `accelerator.prepare`, where that shards it.
         probe: what it is measured on; see `hf_cod.probe.probe_batches`.
         tokenizer: where the probe is text.
         history: file of the history; None keeps it in memory.
@@ -105,6 +105,8 @@ class LayerMonitor:
             raise ValueError("model: expected replicas (DDP) or shards of FSDP2, got FSDP1; set fsdp_version: 2")
         self.stack: DecoderLayers = find_decoder_layers(model, self.settings.layers_path)
         self.sharded = any(isinstance(p, DTensor) for p in self.stack.model.parameters())
+        inside = {id(module) for layer in self.stack for module in layer.modules()}
+        self._shards = [m for m in model.modules() if isinstance(m, FSDPModule) and id(m) not in inside]
         self.main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         config: Any = self.stack.config
         longest = getattr(config, "max_position_embeddings", None) or self.settings.sequence_length
@@ -188,7 +190,7 @@ class LayerMonitor:
     def _forward(self) -> dict[str, Any]:
         model = self.stack.model
         try:
-            with _own_randomness(model), _eagerly():
+            with _own_randomness(model), _eagerly(), _gathered(self._shards):
                 measures = measure_forward(
                     model, self.batches, ["angular_distance", "output_variance"], path=self.stack.path
                 )
@@ -215,3 +217,15 @@ def _own_randomness(model: nn.Module) -> Iterator[None]:
 def _eagerly() -> Any:
     """Compiled layers run eagerly: their code knows nothing of hooks and would be compiled again for eval mode."""
     return torch.compiler.set_stance("force_eager")
+
+
+@contextmanager
+def _gathered(shards: Sequence[FSDPModule]) -> Iterator[None]:
+    """Embeddings and norms outside the layers are whole inside; layers gather themselves when they are called."""
+    for module in shards:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.reshard()
