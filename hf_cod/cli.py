@@ -14,6 +14,7 @@ COMMANDS = {
     "score": ("score", "measure how much each layer matters, for pruning and quantization"),
     "history": ("history", "draw what the layers did during a training"),
     "compare": ("compare", "put several diagnosed runs side by side"),
+    "card": ("card", "a pre-trained model with its model card, ready to share"),
     "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
 }
 

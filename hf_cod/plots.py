@@ -143,6 +143,16 @@ def _score(axes: Axes, report: RunReport) -> None:
     axes.set(ylabel=label, title=title)
 
 
+def _curve(axes: Axes, report: RunReport) -> None:
+    """Training and validation loss by step."""
+    axes.plot(*zip(*report.results["curve"], strict=True), color=PALE, linewidth=1, label="training")
+    if report.results["validation"]:
+        axes.plot(*zip(*report.results["validation"], strict=True), color=INK, marker="o", label="validation")
+    axes.legend(frameon=False)
+    axes.set(xlabel="step", ylabel="loss in nats a token", title="Training curve")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _numbers(values: list[Any]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
@@ -173,15 +183,19 @@ PANELS: dict[str, Callable[..., None]] = {
     "block_influence": _per_layer("block_influence", "Block influence of each layer", "1 - cos(x$^l$, x$^{l+1}$)"),
     "variance": _per_layer("variance", "Output variance of each layer", "variance"),
     "score": _score,
+    "curve": _curve,
     **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
 }
 # The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
-OVERVIEW = ("angular_distance", "layer_drop", "gradient_norm", "variance", *(n + BY_STEP for n in TRAINING_PANELS))
+DEPTH = ("angular_distance", "layer_drop", "gradient_norm", "variance")
+OVERVIEW = ("curve", *DEPTH, *(name + BY_STEP for name in TRAINING_PANELS))
 
 
 def _has(report: RunReport, name: str) -> bool:
     if "history" in report.results or name.endswith(BY_STEP):
         return name.removesuffix(BY_STEP) in report.results.get("history", ()) and name.endswith(BY_STEP)
+    if name == "curve":
+        return bool(report.results.get(name))
     return name in report.layers and (name != "angular_distance" or name in report.results)
 
 

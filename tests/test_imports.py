@@ -17,7 +17,7 @@ ORDER = [
     ["statistics", "training_history"],
     ["scores", "layer_monitor"],
     ["allocation", "comparison", "callback", "pretraining"],
-    ["plots"],
+    ["plots", "model_card"],
     ["commands"],
     ["cli"],
 ]
