@@ -1,6 +1,6 @@
 """Trains the same small model with every norm placement and several seeds, each at its own best learning rate.
 
-    python examples/compare_placements.py --text corpus/train.jsonl --validation_text corpus/validation.jsonl
+    python examples/compare_placements.py --text corpus/train.jsonl --validation-text corpus/validation.jsonl
 
 First one short run for every placement and learning rate of the grid (the same for all, seed 0), then `seeds` runs of
 each placement at the rate with the lowest validation perplexity. Writes one directory with a report.json a run, and
@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from pretrain import pretrain
-from transformers import HfArgumentParser
 
+from hf_cod.commands.settings import SettingsParser
 from hf_cod.files import write_json, write_text
 from hf_cod.pretraining import PretrainSettings
 from hf_cod.report import RunReport, format_number
@@ -133,8 +133,8 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Grid, runs, table."""
-    parser = HfArgumentParser([ComparisonSettings, PretrainSettings], description=__doc__.split("\n\n")[0])
-    chosen, base = parser.parse_args_into_dataclasses(list(sys.argv[1:] if arguments is None else arguments))
+    parser = SettingsParser([ComparisonSettings, PretrainSettings], description=__doc__.split("\n\n")[0])
+    chosen, base = parser.parse(sys.argv[1:] if arguments is None else arguments)[:2]
     steps = base.recipe.steps
     best = grid(chosen, base)
     print("best learning rates:", best, flush=True)

@@ -1,8 +1,8 @@
 """Pre-trains a Llama with the norm placement of your choice, by transformers' Trainer.
 
-    python examples/pretrain.py --norm_placement lns                       # a tiny model, minutes on a laptop's CPU
-    accelerate launch examples/pretrain.py --preset 130M --norm_placement lns --compile     # the paper's, on C4
-    accelerate launch --use_fsdp --fsdp_version 2 examples/pretrain.py --preset 1B --micro_batch_size 8
+    python examples/pretrain.py --norm-placement lns                       # a tiny model, minutes on a laptop's CPU
+    accelerate launch examples/pretrain.py --preset 130M --norm-placement lns --compile     # the paper's, on C4
+    accelerate launch --use_fsdp --fsdp_version 2 examples/pretrain.py --preset 1B --micro-batch-size 8
 
 Presets hold the settings of "The Curse of Depth in Large Language Models" (arXiv 2502.05795); any of them can be
 changed. The same command goes on where an interrupted run stopped, and ends with the same weights. In --output it
@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_cod import LayerDiagnosticsCallback
+from hf_cod.commands.settings import SettingsParser
 from hf_cod.pretraining import (
     FINAL_LEARNING_RATE_SHARE,
     PackedStream,
@@ -105,8 +106,8 @@ def save(trainer: Trainer, settings: PretrainSettings, prepared: Prepared) -> Ru
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses, trains, prints what came out."""
-    parser = HfArgumentParser(PretrainSettings, description=__doc__.split("\n\n")[0])
-    (settings,) = parser.parse_args_into_dataclasses(list(sys.argv[1:] if arguments is None else arguments))
+    parser = SettingsParser([PretrainSettings], description=__doc__.split("\n\n")[0])
+    settings = parser.parse(sys.argv[1:] if arguments is None else arguments)[0]
     report = pretrain(settings)
     if report is not None:
         print("\n".join(report.summary))

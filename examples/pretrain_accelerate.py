@@ -1,6 +1,6 @@
 """Pre-trains a Llama with the norm placement of your choice, by a loop of one's own around accelerate.
 
-    python examples/pretrain_accelerate.py --norm_placement lns
+    python examples/pretrain_accelerate.py --norm-placement lns
     accelerate launch --num_processes 8 examples/pretrain_accelerate.py --preset 130M                     # DDP
     accelerate launch --use_fsdp --fsdp_version 2 examples/pretrain_accelerate.py --preset 1B             # FSDP2
 
@@ -21,9 +21,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader, Subset
-from transformers import HfArgumentParser, get_scheduler
+from transformers import get_scheduler
 
 from hf_cod import LayerMonitor
+from hf_cod.commands.settings import SettingsParser
 from hf_cod.files import write_json
 from hf_cod.pretraining import (
     FINAL_LEARNING_RATE_SHARE,
@@ -177,8 +178,8 @@ def pretrain(settings: PretrainSettings) -> RunReport | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses, trains, prints what came out."""
-    parser = HfArgumentParser(PretrainSettings, description=__doc__.split("\n\n")[0])
-    (settings,) = parser.parse_args_into_dataclasses(list(sys.argv[1:] if arguments is None else arguments))
+    parser = SettingsParser([PretrainSettings], description=__doc__.split("\n\n")[0])
+    settings = parser.parse(sys.argv[1:] if arguments is None else arguments)[0]
     report = pretrain(settings)
     if report is not None:
         print("\n".join(report.summary))

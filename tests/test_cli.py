@@ -121,6 +121,7 @@ def test_a_failing_metric_is_told_and_the_rest_is_kept(checkpoint, capsys):
     "arguments, message",
     [
         (["diagnose", "no/such-model"], "model: expected a Hub id"),
+        (["diagnose", "./no-such-model"], "which does not exist"),
         (["compare", "a", "b"], "report: expected"),
         (["fly"], "expected one of demo, diagnose, score, history, compare, card, convert, got 'fly'"),
     ],
@@ -133,8 +134,33 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
 
 def test_text_shorter_than_a_window(checkpoint, capsys):
     (checkpoint / "text.txt").write_text("one two")
+    capsys.readouterr()
     assert diagnose(checkpoint) == 2
-    assert "at least one window of 8 tokens, got 2 tokens" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "at least one sample of sequence_length = 8 tokens, got 2 tokens" in shown
+    assert len(shown.splitlines()) == 1, "nothing but the error"
+
+
+def test_an_unknown_option_shows_the_usage(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["diagnose", "x", "--max-sample-s", "3"])
+    assert done.value.code == 2
+    assert "unrecognized arguments: --max-sample-s" in capsys.readouterr().err
+
+
+def test_options_have_one_spelling(capsys):
+    with pytest.raises(SystemExit):
+        main(["diagnose", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--text-column" in shown and "--no-pack" in shown and "switch off" in shown
+    assert "_column" not in shown and "--no_" not in shown and "default: None" not in shown
+    assert "(default: 256)" in shown and "(default: 0)" in shown
+
+
+def test_a_directory_is_called_by_its_name(checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint / "model")
+    assert main(["diagnose", ".", "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]) == 0
+    assert RunReport.load("hf-cod-diagnose-model").model == "model"
 
 
 def test_help(capsys):

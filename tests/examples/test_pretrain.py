@@ -18,8 +18,8 @@ from hf_cod.report import RunReport
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 8
-QUICK = f"--steps {STEPS} --batch_size 2 --micro_batch_size 1 --sequence_length 16 --precision float32 --log_every 1"
-QUICK += " --save_every 2 --evaluate_every 4 --diagnose_every 3 --validation_samples 4 --norm_placement mix"
+QUICK = f"--steps {STEPS} --batch-size 2 --micro-batch-size 1 --sequence-length 16 --precision float32 --log-every 1"
+QUICK += " --save-every 2 --evaluate-every 4 --diagnose-every 3 --validation-samples 4 --norm-placement mix"
 BOTH = ["pretrain", "pretrain_accelerate"]
 
 # Dies in the middle of an optimizer step, after the weights have changed.
@@ -99,7 +99,7 @@ def test_both_loops_come_to_the_same_weights(tmp_path, text):
 
 def test_schedule_is_warm_up_and_cosine_to_a_tenth(tmp_path, text):
     """Against the formula, at every step."""
-    run("pretrain_accelerate", tmp_path / "run", *text, "--learning_rate", "1.0", "--steps", "20", "--save_every", "20")
+    run("pretrain_accelerate", tmp_path / "run", *text, "--learning-rate", "1.0", "--steps", "20", "--save-every", "20")
     progress = json.loads((tmp_path / "run" / "checkpoint-20" / "progress.json").read_text())
     rates = [entry["learning_rate"] for entry in progress["history"] if "learning_rate" in entry]
     for step, rate in enumerate(rates, start=1):  # the rate of the next step, as the schedule stands after this one
@@ -121,8 +121,8 @@ def test_the_saved_model_loads_and_generates(name, tmp_path, text):
 @pytest.mark.parametrize("name", BOTH)
 def test_two_processes_train_as_one(name, tmp_path, text):
     _, alone, _ = run(name, tmp_path / "alone", *text)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num-processes", "2"]
+    command += ["--num-machines", "1", "--mixed-precision", "no", "--dynamo-backend", "no"]
     command += [str(EXAMPLES / f"{name}.py"), *QUICK.split(), *text, "--output", str(tmp_path / "two")]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -156,7 +156,7 @@ def test_the_comparison_takes_each_placement_at_its_best_rate_and_skips_what_is_
 
     monkeypatch.setattr(comparison, "train_all", in_this_process)
     arguments = ["--runs", str(tmp_path / "runs"), "--placements", "pre", "lns", "post"]
-    arguments += ["--learning_rates", "1e-3", "1e-2", "--grid_steps", "3", "--steps", "4", "--seeds", "2"]
+    arguments += ["--learning-rates", "1e-3", "1e-2", "--grid-steps", "3", "--steps", "4", "--seeds", "2"]
     comparison.main(arguments)
     assert len(trained) == len(set(trained)) == 3 * 2 + 3 * 2
     comparison.main(arguments)
