@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": ("demo", "measure a small real model and show what its layers do"),
     "diagnose": ("diagnose", "measure what each layer of a model does"),
     "score": ("score", "measure how much each layer matters, for pruning and quantization"),
+    "prune": ("prune", "set weights to zero, more in layers that matter less"),
     "compare": ("compare", "put several diagnosed runs side by side"),
     "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
 }
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-cod {arguments[0]}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"hf-cod {arguments[0]}: stopped; a diagnosis goes on here by the same command", file=sys.stderr)
+        print(f"hf-cod {arguments[0]}: stopped; the same command goes on here", file=sys.stderr)
         return 130
 
 

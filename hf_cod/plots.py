@@ -132,7 +132,7 @@ def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunRepor
 
 def _score(axes: Axes, report: RunReport) -> None:
     """Bars by layer; for OWL the layerwise outlier distribution."""
-    method = report.settings["method"]
+    method = report.settings.get("score", report.settings["method"])
     title, label = f"Score of each layer: {method.replace('_', ' ')}", "score"
     if method == "owl":
         title = f"Layerwise outlier distribution (M = {report.settings['threshold']:g})"
@@ -141,6 +141,14 @@ def _score(axes: Axes, report: RunReport) -> None:
     _log_if_wide(axes, values)
     _bars(axes, values)
     axes.set(ylabel=label, title=title)
+
+
+def _sparsity(axes: Axes, report: RunReport) -> None:
+    """Share of zeros of each layer, and their mean over all weights."""
+    mean = report.results["sparsity"]
+    _bars(axes, _numbers(report.layers["sparsity"]), least=True)
+    axes.axhline(mean, color="black", linestyle="--", linewidth=1)
+    axes.set(ylabel="share of zeros", title=f"Sparsity of each layer by {report.settings['method']}: {mean:.1%} in all")
 
 
 def _numbers(values: list[Any]) -> list[float]:
@@ -173,6 +181,7 @@ PANELS: dict[str, Callable[..., None]] = {
     "block_influence": _per_layer("block_influence", "Block influence of each layer", "1 - cos(x$^l$, x$^{l+1}$)"),
     "variance": _per_layer("variance", "Output variance of each layer", "variance"),
     "score": _score,
+    "sparsity": _sparsity,
 }
 # The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
 OVERVIEW = ("angular_distance", "layer_drop", "gradient_norm", "variance")

@@ -53,14 +53,5 @@ class FinishedLayers:
             tensors = {name: W.contiguous() for name, W in self._stack.matrices(index)}
             write_aside(path, lambda file: file.write(save(tensors, {"unseen": json.dumps(unseen)})))
 
-    def remove(self) -> None:
-        """Deletes the files of this work, and the directory if nothing else is in it."""
-        for index in range(len(self._stack)):
-            path = self._path(index)
-            if path is not None:
-                path.unlink(missing_ok=True)
-        if self._directory is not None and self._directory.is_dir() and not any(self._directory.iterdir()):
-            self._directory.rmdir()
-
     def _path(self, index: int) -> Path | None:
         return None if self._directory is None else self._directory / f"{self._work}-{index:05d}.safetensors"

@@ -173,26 +173,18 @@ def _finished(
 def _report(
     stack: DecoderLayers, targets: list[Target], finished: FinishedLayers, settings: dict[str, Any], name: str | None
 ) -> RunReport:
-    counts = [weights.count_zeros(stack, index) for index in range(len(stack))]
-    zeros = [sum(zero for zero, _ in layer.values()) for layer in counts]
-    sizes = [sum(size for _, size in layer.values()) for layer in counts]
+    layers, results = weights.measure_sparsity(stack)
     config: Any = getattr(stack.model, "config", None)
-    overall = sum(zeros) / max(1, sum(sizes))
     return RunReport(
         kind="prune",
         model=name or getattr(config, "_name_or_path", "") or type(stack.model).__name__,
         settings=settings,
         environment=environment(execution_device(stack.model), next(stack.model.parameters()).dtype),
-        layers={
-            "target": [target.sparsity for target in targets],
-            "sparsity": [zero / max(1, size) for zero, size in zip(zeros, sizes, strict=True)],
-            "parameters": sizes,
-        },
-        results={
-            "sparsity": overall,
-            "modules": {key: zero / size for layer in counts for key, (zero, size) in layer.items()},
-        },
-        summary=[f"{overall:.2%} of the {sum(sizes):,} weights in the layers' matrices are zero."],
+        layers={"target": [target.sparsity for target in targets], **layers},
+        results=results,
+        summary=[
+            f"{results['sparsity']:.2%} of {sum(layers['parameters']):,} weights in the layers' matrices are zero."
+        ],
         notes=[
             f"no token entered {matrix}: pruned by magnitude" for layer in finished.unseen.values() for matrix in layer
         ],

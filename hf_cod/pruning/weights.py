@@ -74,9 +74,22 @@ def prune_layer(stack: DecoderLayers, index: int, method: Method, sums: Sums | N
     return unseen
 
 
-def count_zeros(stack: DecoderLayers, index: int) -> dict[str, tuple[int, int]]:
-    """Matrix's name -> (zeros, weights); a bank of experts counts as one matrix."""
-    return {name: (int((W == 0).sum()), W.numel()) for name, W in stack.matrices(index)}
+def measure_sparsity(stack: DecoderLayers) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Counts zeros: as a report's `layers` {"sparsity", "parameters"} and `results` {"sparsity", "modules"}.
+
+    A bank of experts counts as one matrix for each of its parameters.
+    """
+    layers: dict[str, list[Any]] = {"sparsity": [], "parameters": []}
+    modules: dict[str, float] = {}
+    zeros = 0
+    for index in range(len(stack)):
+        counts = {name: (int((W == 0).sum()), W.numel()) for name, W in stack.matrices(index)}
+        modules |= {name: zero / size for name, (zero, size) in counts.items()}
+        here, size = (sum(column) for column in zip(*counts.values(), strict=True))
+        layers["sparsity"].append(here / size)
+        layers["parameters"].append(size)
+        zeros += here
+    return layers, {"sparsity": zeros / sum(layers["parameters"]), "modules": modules}
 
 
 def _parts(stack: DecoderLayers, index: int) -> Iterator[tuple[str, int | None, Tensor]]:
