@@ -107,6 +107,16 @@ def test_prune_by_pattern_and_by_earlier_scores(checkpoint, pattern, kept):
     assert "uniform" not in RunReport.load(checkpoint / "out").results["perplexity"]
 
 
+def test_prune_and_recover(checkpoint, capsys):
+    more = ["--score", "uniform", "--recover", "20", "--recover-learning-rate", "0.01", "--no-plots"]
+    assert prune(checkpoint, "out", *more) == 0
+    report = RunReport.load(checkpoint / "out")
+    found = report.results["perplexity"]
+    assert found["recovered"] < found["pruned"] and report.results["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert "by recovery to" in capsys.readouterr().out
+    assert prune(checkpoint, "other", "--recover", "-1") == 2
+
+
 def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
     code = (
         "import sys, os\n"

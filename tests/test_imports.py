@@ -23,7 +23,13 @@ ORDER = [
     ["cli"],
 ]
 # Optional packages -> the only rooms that may import them.
-OPTIONAL = {"matplotlib": ["plots"], "datasets": ["calibration"], "evaluate": ["evaluation"], "gguf": ["loading"]}
+OPTIONAL = {
+    "matplotlib": ["plots"],
+    "datasets": ["calibration"],
+    "evaluate": ["evaluation"],
+    "gguf": ["loading"],
+    "peft": ["pruning"],
+}
 # A report can be asked for its picture: the one arrow that goes up, and only inside a method.
 UPWARDS = {("report", "plots"), ("comparison", "plots")}
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
@@ -80,7 +86,7 @@ def test_functional_imports_torch_alone():
 
 
 def test_nothing_optional_is_imported_with_the_package():
-    unwanted = {*OPTIONAL, "bitsandbytes", "peft"}
+    unwanted = {*OPTIONAL, "bitsandbytes"}
     code = f"import sys, hf_cod, hf_cod.cli; assert not {unwanted!r} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -28,7 +28,7 @@ from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.diagnostics.running import evaluation_mode, execution_device, to_device
 from hf_cod.evaluation import perplexity, task_of
 from hf_cod.loading import ModelSettings, load_model
-from hf_cod.pruning import METHODS, measure_sparsity, parse_pattern, prune
+from hf_cod.pruning import METHODS, RecoverySettings, measure_sparsity, parse_pattern, prune, recover
 from hf_cod.report import RunReport, format_number
 from hf_cod.scores import METHODS as SCORES
 from hf_cod.scores import LayerScores, ScoreSettings, score_layers
@@ -117,17 +117,17 @@ class PruneOutput:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     parser = HfArgumentParser(
-        cast(Any, [ModelSettings, TextSettings, PruneSettings, PruneOutput]),
+        cast(Any, [ModelSettings, TextSettings, PruneSettings, RecoverySettings, PruneOutput]),
         prog="hf-cod prune",
         description="Sets weights of the layers' matrices to zero, more of them in layers that matter less, and writes "
         "a model that from_pretrained loads. Interrupted, the same command goes on where it stopped. The model itself "
         "is never touched. Zeros alone do not make a model faster.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
-    loading, text, settings, files, rest = parser.parse_args_into_dataclasses(list(arguments))
+    loading, text, settings, recovery, files, rest = parser.parse_args_into_dataclasses(list(arguments))
     directory = Path(files.output or f"hf-cod-prune-{re.sub(r'[^A-Za-z0-9.]+', '-', rest.model).strip('-')}")
     _check_output(directory, rest.model)
-    report = run(rest.model, loading, text, settings, files.scores, directory)
+    report = run(rest.model, loading, text, settings, recovery, files.scores, directory)
     if files.plots:
         report.plot(directory)
     report.save(directory)
@@ -142,6 +142,7 @@ def run(
     loading: ModelSettings,
     text: TextSettings,
     settings: PruneSettings,
+    recovery: RecoverySettings,
     scores_file: str | None,
     directory: Path,
 ) -> RunReport:
@@ -169,16 +170,25 @@ def run(
         del model
         model, _ = load_model(source, loading)
     report = prune(model, plan, settings.method, **options)
+    if recovery.recover:
+        perplexities["pruned"] = _perplexity(model, evaluation, settings)
+        _recover(model, calibration, settings, recovery)
     _save(directory, model, tokenizer, scores, plan)
     del model
     saved, _ = load_model(str(directory), replace(loading, revision="main"))
-    perplexities["pruned"] = _perplexity(saved, evaluation, settings)
+    perplexities["recovered" if recovery.recover else "pruned"] = _perplexity(saved, evaluation, settings)
     layers, results = measure_sparsity(find_decoder_layers(saved, settings.layers_path))
     results |= {"perplexity": perplexities, "evaluation": describe_batches(evaluation)}
     found = {} if scores is None else {"score": scores.values}
     return replace(
         report,
-        settings={**asdict(settings), "text": text.text, "scores": scores_file, **describe_batches(calibration)},
+        settings={
+            **asdict(settings),
+            **asdict(recovery),
+            "text": text.text,
+            "scores": scores_file,
+            **describe_batches(calibration),
+        },
         layers={**report.layers, **layers, **found},
         results=results,
         summary=_summary(results, layers),
@@ -232,6 +242,19 @@ def _plan(scores: LayerScores, settings: PruneSettings) -> LayerAllocation:
     return allocate(scores, "sparsity", settings.budget, settings.spread, group=settings.group)
 
 
+def _recover(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings, chosen: RecoverySettings) -> None:
+    recover(
+        model,
+        batches,
+        chosen.recover,
+        rank=chosen.recover_rank,
+        learning_rate=chosen.recover_learning_rate,
+        seed=settings.seed,
+        path=settings.layers_path,
+        show_progress=True,
+    )
+
+
 def _perplexity(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings) -> float | None:
     """None for a model that is no language model."""
     if task_of(model) not in ("causal_lm", "masked_lm"):
@@ -258,6 +281,8 @@ def _summary(results: dict[str, Any], layers: dict[str, list[Any]]) -> list[str]
     found = {name: format_number(value) for name, value in results["perplexity"].items() if value is not None}
     if found:
         compared = f" (all layers alike: {found['uniform']})" if "uniform" in found else ""
+        if "recovered" in found:
+            compared += f" and by recovery to {found['recovered']}"
         sentences.append(
             f"Perplexity goes from {found['intact']} to {found['pruned']}{compared}, measured on "
             f"{results['evaluation']['samples']} samples that pruning did not see."
