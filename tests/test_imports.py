@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent / "hf_cod"
 ORDER = [
     ["functional", "files", "models"],
     ["decoder_layers", "calibration"],
-    ["layer_removal", "evaluation", "report", "loading", "expert_banks"],
+    ["layer_removal", "evaluation", "report", "loading", "expert_banks", "writable_weights"],
     ["diagnostics", "matrix_inputs"],
     ["statistics", "input_products"],
+    ["pruning_probe"],
     ["scores"],
     ["allocation", "comparison"],
     ["pruning"],

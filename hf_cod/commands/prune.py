@@ -235,6 +235,8 @@ def _scores(
     if scores_file is not None:
         return LayerScores.load(scores_file)
     chosen = {name: getattr(settings, name) for name in ("threshold", "per_module", "seed", "layers_path")}
+    if 0 < settings.budget < 1:
+        chosen["target"] = settings.budget
     return score_layers(model, method=settings.score, batches=batches, show_progress=True, **chosen)
 
 

@@ -26,6 +26,7 @@ from hf_cod.pruning.sparsegpt import SPARSEGPT
 from hf_cod.pruning.wanda import WANDA
 from hf_cod.report import RunReport, environment
 from hf_cod.statistics import LayerStatistics
+from hf_cod.writable_weights import check_writable
 
 METHODS: dict[str, Method] = {"magnitude": MAGNITUDE, "wanda": WANDA, "sparsegpt": SPARSEGPT}
 
@@ -80,7 +81,7 @@ def prune(
     stack = find_decoder_layers(model, path)
     chosen = _chosen(method, batches, statistics)
     targets = _targets(plan, stack)
-    weights.check_writable(stack)
+    check_writable(stack)
     for M in {target.pattern[1] for target in targets if target.pattern is not None}:
         weights.check_pattern(stack, M)
     if statistics is not None:
