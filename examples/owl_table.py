@@ -24,15 +24,15 @@ from hf_cod.loading import ModelSettings, load_model
 from hf_cod.pruning import METHODS
 
 THRESHOLDS = (3.0, 5.0, 7.0, 10.0)
-SPREADS = (0.04, 0.08, 0.15)
-SCORES = ("uniform", "owl", "angular", "block_influence")
+SPREADS = (0.08, 0.15)
+SCORES = ("uniform", "owl", "angular", "auto")
 
 
 class Bench:
     """A model that each cell of the table finds intact, and the samples of both halves of the text."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.model, tokenizer = load_model(arguments.model, ModelSettings(dtype="float32"))
+        self.model, tokenizer = load_model(arguments.model, ModelSettings(dtype=arguments.dtype))
         self.stack = find_decoder_layers(self.model)
         self.intact = [{name: W.clone() for name, W in self.stack.matrices(i)} for i in range(len(self.stack))]
         text = "\n".join(load_texts(TextSettings(text=arguments.text)))
@@ -44,7 +44,7 @@ class Bench:
         )
         self.report = token_batches(tokenizer, halves[1], replace(cut, max_samples=arguments.report_samples))
         self.statistics = collect_statistics(self.model, self.calibration)
-        self.found: dict[tuple[str, float | None], LayerScores] = {}
+        self.found: dict[tuple, LayerScores] = {}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -53,38 +53,37 @@ class Bench:
             for name, W in self.stack.matrices(index):
                 W.copy_(matrices[name])
 
-    def scores(self, method: str, threshold: float | None) -> LayerScores:
+    def scores(self, method: str, threshold: float | None, S: float) -> LayerScores:
         """The scores of the intact model, found once."""
-        if (method, threshold) not in self.found:
+        key = method, threshold, S if method in ("auto", "sensitivity") else None
+        if key not in self.found:
             self.restore()
-            options = {} if threshold is None else {"threshold": threshold}
-            self.found[method, threshold] = score_layers(
-                self.model, self.statistics, method, batches=self.calibration, **options
-            )
-        return self.found[method, threshold]
+            options = {"target": S} if threshold is None else {"target": S, "threshold": threshold}
+            self.found[key] = score_layers(self.model, self.statistics, method, batches=self.calibration, **options)
+        return self.found[key]
 
-    def tune(self, scores: LayerScores, S: float, spread: float) -> float:
+    def tune(self, scores: LayerScores, S: float, spread: float | None) -> float:
         """Perplexity on the first half, after Wanda with the statistics of the intact model."""
         self.restore()
         prune(self.model, allocate(scores, budget=S, spread=spread), statistics=self.statistics)
         return perplexity(self.model, self.tuning)
 
-    def measure(self, method: str, scores: LayerScores, S: float, spread: float) -> float:
+    def measure(self, method: str, scores: LayerScores, S: float, spread: float | None) -> float:
         """Perplexity on the second half, after pruning layer by layer."""
         self.restore()
         prune(self.model, allocate(scores, budget=S, spread=spread), method, batches=self.calibration)
         return perplexity(self.model, self.report)
 
 
-def candidates(score: str) -> Iterator[tuple[float | None, float]]:
-    """(M, lambda) that a score is tried with."""
-    if score == "uniform":
-        yield None, 0.0
+def candidates(score: str) -> Iterator[tuple[float | None, float | None]]:
+    """(M, lambda) that a score is tried with; auto finds its own."""
+    if score in ("uniform", "auto"):
+        yield None, None
     else:
         yield from product(THRESHOLDS if score == "owl" else (None,), SPREADS)
 
 
-def chosen_settings(bench: Bench, journal: Journal, score: str, S: float) -> tuple[float | None, float]:
+def chosen_settings(bench: Bench, journal: Journal, score: str, S: float) -> tuple[float | None, float | None]:
     """The candidate with the least perplexity on the first half."""
     tried = list(candidates(score))
     if len(tried) == 1:
@@ -93,7 +92,7 @@ def chosen_settings(bench: Bench, journal: Journal, score: str, S: float) -> tup
     for threshold, spread in tried:
         key = f"tune {score} {threshold} {spread} at {S}"
         if key not in journal:
-            journal.add(key, bench.tune(bench.scores(score, threshold), S, spread))
+            journal.add(key, bench.tune(bench.scores(score, threshold, S), S, spread))
         found[threshold, spread] = journal[key]
     return min(found, key=lambda candidate: found[candidate])
 
@@ -102,7 +101,8 @@ def cell(row: dict, best: bool) -> str:
     """A perplexity with the settings that it was reached by."""
     figure = f"**{row['perplexity']:.1f}**" if best else f"{row['perplexity']:.1f}"
     named = [f"λ {row['spread']:g}"] if row["spread"] else []
-    named += [f"M {row['threshold']:g}"] if row["threshold"] else []
+    if row["threshold"] is not None:
+        named.append(row["threshold"] if row["score"] == "auto" else f"M {row['threshold']:g}")
     return f"{figure} ({', '.join(named)})" if named else figure
 
 
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--calibration-samples", type=int, default=16, help="samples of the first half to prune on")
     parser.add_argument("--tuning-samples", type=int, default=8, help="samples of the first half to choose settings on")
     parser.add_argument("--report-samples", type=int, default=16, help="samples of the second half to report on")
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="owl-table", help="directory for table.md, table.json and the journal")
     arguments = parser.parse_args()
@@ -148,18 +149,13 @@ def main() -> None:
         threshold, spread = chosen_settings(bench, journal, score, S)
         key = f"{method} {score} {threshold} {spread} at {S}"
         if key not in journal:
-            journal.add(key, bench.measure(method, bench.scores(score, threshold), S, spread))
-        rows.append(
-            {
-                "method": method,
-                "score": score,
-                "sparsity": S,
-                "threshold": threshold,
-                "spread": spread,
-                "perplexity": journal[key],
-            }
-        )
-        print(f"{method:<10}{score:<16}{S:.0%}  M {threshold}  lambda {spread:<6g}{journal[key]:10.1f}", flush=True)
+            scores = bench.scores(score, threshold, S)
+            figure = bench.measure(method, scores, S, spread)
+            journal.add(key, [figure, scores.settings.get("spread", spread), scores.settings.get("chosen", threshold)])
+        found, spread, threshold = journal[key]  # of auto, what it chose stands for the threshold
+        named = {"method": method, "score": score, "sparsity": S, "threshold": threshold, "spread": spread}
+        rows.append({**named, "perplexity": found})
+        print(*named.values(), f"{found:.1f}", flush=True)
         write_json(output / "table.json", {"settings": vars(arguments), "intact": journal["intact"], "rows": rows})
         write_text(output / "table.md", markdown(rows, journal["intact"]))
 

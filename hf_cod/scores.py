@@ -51,6 +51,13 @@ class LayerScores:
         if wrong:
             raise ValueError(f"values: expected finite scores, got {self.values[wrong[0]]} in layer {wrong[0]}")
 
+    @property
+    def remarks(self) -> list[str]:
+        """What a method has to say beside its scores: of auto, what it chose."""
+        if "chosen" not in self.settings:
+            return []
+        return [f"{self.method} chose {self.settings['chosen']} with lambda {self.settings['spread']:g}."]
+
     def save(self, path: str | Path) -> Path:
         """Writes a JSON file; returns its path."""
         return write_json(path, {"format": FORMAT_VERSION, **asdict(self)})

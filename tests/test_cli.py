@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from hf_cod import find_decoder_layers, perplexity
+from hf_cod import LayerAllocation, find_decoder_layers, perplexity
 from hf_cod.calibration import SampleSettings, token_batches
 from hf_cod.cli import COMMANDS, main
 from hf_cod.loading import load_model
@@ -105,6 +105,18 @@ def test_prune_by_pattern_and_by_earlier_scores(checkpoint, pattern, kept):
         counts = {int(n) for _, W in stack.matrices(i) for n in (W != 0).view(-1, 8).sum(-1).unique()}
         assert len(counts) == 1 and counts <= kept
     assert "uniform" not in RunReport.load(checkpoint / "out").results["perplexity"]
+
+
+def test_auto_says_what_it_chose(checkpoint, capsys):
+    arguments = ["score", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
+    assert main([*arguments, "--method", "auto", "--target", "0.6", "--output", str(checkpoint / "scored")]) == 0
+    scores = LayerScores.load(checkpoint / "scored" / "scores.json")
+    assert scores.settings["target"] == 0.6 and scores.remarks[0] in capsys.readouterr().out
+    assert prune(checkpoint, "out", "--score", "auto", "--sparsity", "0.6", "--no-plots") == 0
+    assert "auto chose" in capsys.readouterr().out
+    plan = LayerAllocation.load(checkpoint / "out" / "allocation.json")
+    width = LayerScores.load(checkpoint / "out" / "scores.json").settings["spread"]
+    assert max(abs(value - 0.6) for value in plan.values) <= width + 1e-9
 
 
 def test_prune_and_recover(checkpoint, capsys):

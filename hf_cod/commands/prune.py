@@ -191,7 +191,7 @@ def run(
         },
         layers={**report.layers, **layers, **found},
         results=results,
-        summary=_summary(results, layers),
+        summary=[*_summary(results, layers), *([] if scores is None else scores.remarks)],
     )
 
 
