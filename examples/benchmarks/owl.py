@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from diagnose import build_model, ratio, timed
+from transformers import AutoTokenizer
 
 from hf_cod import collect_statistics, find_decoder_layers, prune, score_layers
 from hf_cod.calibration import SampleSettings, TextSettings, load_texts, token_batches
 from hf_cod.diagnostics.partial_pass import run_layer
 from hf_cod.files import write_json
 from hf_cod.functional.depth import spearman
-from hf_cod.loading import ModelSettings, load_model
 from hf_cod.pruning import METHODS
 
 M = 5.0
@@ -75,7 +75,7 @@ def bare_forward(model: torch.nn.Module, batches: list[dict]) -> None:
         model(**batch, use_cache=False)
 
 
-def llm_compressor(model: torch.nn.Module, batches: list[dict], method: str) -> None:
+def llm_compressor(model: torch.nn.Module, batches: list[dict], method: str, tokenizer: Any) -> None:
     """Half of the weights by llm-compressor's modifiers, with the same samples."""
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -88,13 +88,13 @@ def llm_compressor(model: torch.nn.Module, batches: list[dict], method: str) -> 
     rows = [row.tolist() for batch in batches for row in batch["input_ids"]]
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
     recipe = Modifier(sparsity=0.5, targets=["Linear"], ignore=["lm_head"])
-    oneshot(model=model, dataset=data, recipe=recipe, num_calibration_samples=len(rows), max_seq_length=len(rows[0]))
+    limits = {"num_calibration_samples": len(rows), "max_seq_length": len(rows[0])}
+    oneshot(model=model, dataset=data, recipe=recipe, processor=tokenizer, **limits)
 
 
-def samples(arguments: argparse.Namespace, model: torch.nn.Module) -> list[dict]:
+def samples(arguments: argparse.Namespace, model: torch.nn.Module, tokenizer: Any) -> list[dict]:
     """Text where there is a real model, else random tokens."""
-    if arguments.model:
-        tokenizer = load_model(arguments.model, ModelSettings(dtype="float32"))[1]
+    if tokenizer is not None:
         cut = SampleSettings(arguments.sequence_length, arguments.samples, arguments.batch_size)
         return [{"input_ids": b["input_ids"]} for b in token_batches(tokenizer, _text(arguments), cut)]
     generator = torch.Generator().manual_seed(0)
@@ -125,7 +125,7 @@ def tokens_needed(model: torch.nn.Module, batches: list[dict]) -> dict[str, floa
     return found
 
 
-def actions(model: torch.nn.Module, batches: list[dict]) -> dict[str, Any]:
+def actions(model: torch.nn.Module, batches: list[dict], tokenizer: Any = None) -> dict[str, Any]:
     """Name -> what is run, for timing and for peak memory alike."""
     found = {
         "nothing": lambda: None,
@@ -136,16 +136,16 @@ def actions(model: torch.nn.Module, batches: list[dict]) -> dict[str, Any]:
     for method in METHODS:
         found[f"prune {method}"] = lambda method=method: prune(model, 0.5, method, batches=batches)
     for method in ("wanda", "sparsegpt"):
-        found[f"llm-compressor {method}"] = lambda method=method: llm_compressor(model, batches, method)
+        found[f"llm-compressor {method}"] = lambda method=method: llm_compressor(model, batches, method, tokenizer)
     return found
 
 
-def time_pruning(model: torch.nn.Module, batches: list[dict], other: bool) -> dict[str, float]:
+def time_pruning(model: torch.nn.Module, batches: list[dict], tokenizer: Any, other: bool) -> dict[str, float]:
     """Seconds of each method on a copy of the model."""
     seconds = {}
     for name in actions(model, batches):
         if name.startswith("prune") or (other and name.startswith("llm-compressor")):
-            action = actions(copy.deepcopy(model), batches)[name]
+            action = actions(copy.deepcopy(model), batches, tokenizer)[name]
             start = time.perf_counter()
             action()
             seconds[name] = time.perf_counter() - start
@@ -168,9 +168,12 @@ def main() -> None:
     parser.add_argument("--only", help=argparse.SUPPRESS)  # for peak_memory
     arguments = parser.parse_args()
     model = build_model(arguments)
-    batches = samples(arguments, model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model) if arguments.model else None
+    if arguments.llm_compressor and tokenizer is None:
+        parser.error("--llm-compressor needs --model, because it needs a tokenizer")
+    batches = samples(arguments, model, tokenizer)
     if arguments.only:
-        actions(model, batches)[arguments.only]()
+        actions(model, batches, tokenizer)[arguments.only]()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
 
@@ -180,7 +183,7 @@ def main() -> None:
     torch.testing.assert_close(torch.tensor(results["owl"]), torch.tensor(results["authors' owl"]), atol=2e-6, rtol=0)
     setting = {k: v for k, v in vars(arguments).items() if k not in ("output", "only", "llm_compressor")}
     passed = [part for k, v in setting.items() if v is not None for part in (f"--{k.replace('_', '-')}", str(v))]
-    pruning = time_pruning(model, batches, arguments.llm_compressor)
+    pruning = time_pruning(model, batches, tokenizer, arguments.llm_compressor)
     memory = {name: peak_memory(passed, name) for name in ["nothing", *scoring, *pruning]}
     ours, theirs = (memory[name] - memory["bare forward"] for name in ("owl", "authors' owl"))
     figures = {
