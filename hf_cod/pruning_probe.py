@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -53,46 +55,48 @@ class PruningProbe:
     def plans(self, plans: Sequence[Sequence[float]]) -> list[float]:
         """The loss with all layers pruned, for each plan of one sparsity a layer.
 
-        All plans walk through the layers together, so that no more than one layer's weights are copied.
+        All plans walk through the layers together: each layer is masked once for each sparsity that it gets, no more
+        than one layer's weights are copied, and plans that begin alike share their hidden states as long as they do.
         """
         L = len(self.stack)
-        states: list[list[State | None]] = [[None] * len(self.batches) for _ in plans]
-        rows: list[list[Any]] = [[] for _ in plans]
+        place = [0] * len(plans)  # which of the states each plan is at
+        states: list[list[Any]] = [[None] * len(self.batches)]
         with evaluation_mode(self.stack):
             for layer in progress(range(L), "trying plans", self.show_progress):
-                for plan, before, found in zip(plans, states, rows, strict=True):
-                    with self._masked(layer, plan[layer]):
-                        for number, batch in enumerate(self.batches):
-                            if layer < L - 1:
-                                before[number] = run_layer(self.stack, layer, model_inputs(batch), before[number])
-                            else:
-                                found += self._rows(range(layer, L), batch, before[number])
-        return [math.log(self.metric.value(found)) for found in rows]
+                steps = sorted({(plan[layer], at) for plan, at in zip(plans, place, strict=True)})
+                after: list[list[Any]] = []
+                for S, group in groupby(steps, key=itemgetter(0)):
+                    with self._masked(layer, S):
+                        after += [self._step(layer, states[at]) for _, at in group]
+                found = {step: number for number, step in enumerate(steps)}
+                place = [found[plan[layer], at] for plan, at in zip(plans, place, strict=True)]
+                states = after
+        losses = [math.log(self.metric.value([row for rows in batches for row in rows])) for batches in states]
+        return [losses[at] for at in place]
 
-    @torch.no_grad()
-    def single_layers(self, S: float) -> list[float]:
-        """By how much the loss grows when one layer alone is pruned to sparsity S, for each layer.
+    def sensitivity(self, S: float, step: float) -> list[float]:
+        """By how much the loss grows from sparsity S - step to S + step in one layer, while all others have S.
 
-        Layer l starts from the intact model's hidden state in front of it, so that L layers cost about L / 2 passes.
+        For each layer, in nats a token: the slope of the loss by the layer's sparsity, where the pruned model will be.
+        L layers cost about as much as L passes over all of them.
         """
         L = len(self.stack)
-        before: list[State | None] = [None] * len(self.batches)
-        grown = []
-        with evaluation_mode(self.stack):
-            rows = [row for batch in self.batches for row in self._rows(range(L), batch, None)]
-            intact = math.log(self.metric.value(rows))
-            for layer in progress(range(L), "pruning single layers", self.show_progress):
-                rows = []
-                with self._masked(layer, S):
-                    for batch, state in zip(self.batches, before, strict=True):
-                        rows += self._rows(range(layer, L), batch, state)
-                grown.append(math.log(self.metric.value(rows)) - intact)
-                for number, batch in enumerate(self.batches):
-                    before[number] = run_layer(self.stack, layer, model_inputs(batch), before[number])
-        return grown
+        alone = [[value if i == layer else S for i in range(L)] for layer in range(L) for value in (S - step, S + step)]
+        losses = self.plans(alone)
+        return [more - less for less, more in zip(losses[::2], losses[1::2], strict=True)]
 
-    def _rows(self, layers: range, batch: Batch, before: State | None) -> list[Any]:
-        with running_only(self.stack, layers, before):
+    def _step(self, layer: int, before: Sequence[State | None]) -> list[Any]:
+        """Each batch's state behind the layer; behind the last one its rows of the metric."""
+        if layer == len(self.stack) - 1:
+            return [self._rows(layer, batch, state) for batch, state in zip(self.batches, before, strict=True)]
+        after = []
+        for batch, state in zip(self.batches, before, strict=True):
+            hidden, rest = run_layer(self.stack, layer, model_inputs(batch), state)
+            after.append((hidden.cpu(), rest))
+        return after
+
+    def _rows(self, layer: int, batch: Batch, before: State | None) -> list[Any]:
+        with running_only(self.stack, range(layer, layer + 1), before):
             return self.metric.rows(self.stack.model(**model_inputs(batch)), batch, None)
 
     @contextmanager

@@ -125,7 +125,7 @@ def score_layers(
     | gradient_norm | ||dL/d theta_l||_2, mean over batches | batches, a head |
     | layer_drop | what removing l costs: nats a token for perplexity, else the task's metric | batches |
     | weight_norm | mean of abs(W_ij), the L1 baseline | nothing |
-    | sensitivity | log of what pruning l alone to sparsity `target` costs, nats a token | batches, an LM head |
+    | sensitivity | slope of the loss by l's sparsity where all layers have `target` | batches, an LM head |
     | auto | the one of `CANDIDATES` by which the pruned model loses least | batches, an LM head |
     | uniform | 1 | nothing |
     | random | uniform in [0, 1), from a seed | nothing |
@@ -246,11 +246,8 @@ def _weight_norm(request: _Request) -> list[float]:
 
 
 def _sensitivity(request: _Request) -> list[float]:
-    grown = _probe(request).single_layers(request.settings.target)
-    # Losses grow about exponentially with sparsity, so equal steps of sparsity are equal steps of the logarithm. A
-    # layer whose pruning costs nothing that so little text can show counts as the least that costs something.
-    least = min((value for value in grown if value > LEAST_GROWTH), default=LEAST_GROWTH)
-    return [math.log(max(value, least)) for value in grown]
+    S = request.settings.target
+    return _probe(request).sensitivity(S, min(STEP, S, 1 - S))
 
 
 def _auto(request: _Request) -> list[float]:
@@ -313,8 +310,8 @@ SETTINGS_OF = {
 }
 # What auto tries: scores, and lambdas.
 CANDIDATES = ("uniform", "owl", "angular", "sensitivity")
-SPREADS = (0.08, 0.15)
+SPREADS = (0.08, 0.15, 0.25)
 # Samples that sensitivity and auto try on.
-PROBE_SAMPLES = 8
-# Nats a token that so little text cannot tell from nothing.
-LEAST_GROWTH = 1e-4
+PROBE_SAMPLES = 4
+# How far to both sides of the target sensitivity tries a layer.
+STEP = 0.1

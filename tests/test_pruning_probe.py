@@ -34,7 +34,7 @@ def loss_of(family, model, batch):
 def test_plans_cost_what_pruned_models_cost(family):
     model, batch, statistics = setting(family)
     before = [p.detach().clone() for p in model.parameters()]
-    plans = [[0.5] * 4, [0.2, 0.4, 0.6, 0.8]]
+    plans = [[0.5] * 4, [0.2, 0.4, 0.6, 0.8], [0.5, 0.5, 0.1, 0.5]]
     found = PruningProbe(find_decoder_layers(model), statistics, [batch], False).plans(plans)
     for plan, loss in zip(plans, found, strict=True):
         pruned = build(family)
@@ -43,21 +43,33 @@ def test_plans_cost_what_pruned_models_cost(family):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_single_layers_cost_what_models_with_that_layer_pruned_cost(family):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_sensitivity_is_the_slope_where_all_layers_are_pruned(family):
     model, batch, statistics = setting(family)
     before = [p.detach().clone() for p in model.parameters()]
-    found = PruningProbe(find_decoder_layers(model), statistics, [batch], False).single_layers(0.7)
-    intact = loss_of(family, model, batch)
-    for layer, grown in enumerate(found):
-        pruned = build(family)
-        plan = [0.7 if i == layer else 0.0 for i in range(4)]
-        prune(pruned, LayerAllocation("sparsity", 0.5, plan, [1] * 4, "x"), statistics=statistics)
-        assert grown == pytest.approx(loss_of(family, pruned, batch) - intact, abs=1e-5)
+    found = score_layers(model, statistics, "sensitivity", batches=[batch], target=0.7).values
+    for layer, value in enumerate(found):
+        losses = []
+        for sparsity in (0.6, 0.8):
+            pruned = build(family)
+            plan = [sparsity if i == layer else 0.7 for i in range(4)]
+            prune(pruned, LayerAllocation("sparsity", 0.7, plan, [1] * 4, "x"), statistics=statistics)
+            losses.append(loss_of(family, pruned, batch))
+        assert value == pytest.approx(losses[1] - losses[0], abs=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    values = score_layers(model, statistics, "sensitivity", batches=[batch], target=0.7).values
-    least = min([x for x in found if x > 1e-4] or [1e-4])
-    assert values == pytest.approx([math.log(max(grown, least)) for grown in found], abs=1e-4)
+
+
+def test_plans_that_begin_alike_share_their_way(monkeypatch):
+    model, batch, statistics = setting("llama")
+    runs = []
+    step = PruningProbe._step
+    monkeypatch.setattr(
+        PruningProbe, "_step", lambda self, layer, before: runs.append(layer) or step(self, layer, before)
+    )
+    probe = PruningProbe(find_decoder_layers(model), statistics, [batch], False)
+    plans = [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.7, 0.5], [0.5, 0.5, 0.5, 0.5]]
+    first, second, third = probe.plans(plans)
+    assert first == third != second and sorted(runs) == [0, 1, 2, 2, 3, 3]
 
 
 def test_auto_takes_the_best_of_what_it_tried():
