@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_cod.files import looks_local
+
 Batch = Mapping[str, Tensor]
 """What a model's forward takes: input_ids (S, T), attention_mask (S, T), labels where the task has some, ..."""
 
 # How a data set's reader is called for each ending of a local file; plain text needs no reader.
 FILE_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 PLAIN_TEXT = (".txt", ".md", ".text", "")
+KNOWN_ENDINGS = (*PLAIN_TEXT[:-1], *FILE_READERS)
 MASKED_SHARE = 0.15  # BERT (arXiv 1810.04805), section 3.1
 IGNORED_LABEL = -100  # transformers' and torch's mark for positions without a label
 # A stream is read until it has given this many times the tokens needed, so that windows are a choice, not a prefix.
@@ -63,13 +66,17 @@ def load_texts(settings: TextSettings) -> Iterable[str]:
     """Texts from a local file or, by `datasets`, from any data set; the embedded novel if none is named.
 
     Raises:
-        ValueError: no such file or data set, or no such column.
+        ValueError: no such file or data set, a file of another kind, or no such column.
         ImportError: the source needs `datasets`, which is not installed.
     """
     source = settings.text
     if source is None:
         return [embedded_text()]
-    path = Path(source)
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix not in (*PLAIN_TEXT, *FILE_READERS):
+        raise ValueError(f"text: expected a file that ends in {', '.join(KNOWN_ENDINGS)}, got {source!r}")
+    if not path.exists() and (path.suffix in KNOWN_ENDINGS or looks_local(source)):
+        raise ValueError(f"text: expected a text file or a data set's name, got {source!r}, which does not exist")
     if path.is_file() and path.suffix in PLAIN_TEXT:
         try:
             return [path.read_text(encoding="utf-8")]
@@ -87,7 +94,7 @@ def load_texts(settings: TextSettings) -> Iterable[str]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"text: expected a text file or a data set's name, got {source!r}: {error}") from error
     if rows.column_names is not None and settings.text_column not in rows.column_names:
-        raise ValueError(f"text_column: expected one of {rows.column_names}, got {settings.text_column!r}")
+        raise ValueError(f"text_column: expected one of {', '.join(rows.column_names)}, got {settings.text_column!r}")
     return (row[settings.text_column] for row in rows)
 
 
@@ -169,7 +176,11 @@ def _windows(tokenizer: Any, texts: Iterable[str], settings: SampleSettings) -> 
             break
     count = len(ids) // width
     if count == 0:
-        raise ValueError(f"texts: expected at least one window of {width} tokens, got {len(ids)} tokens in all")
+        raise ValueError(
+            f"texts: expected at least one sample of sequence_length = {settings.sequence_length} tokens, got "
+            f"{len(ids)} tokens in all; give more text, a smaller sequence_length, or pack=False (--no-pack) to take "
+            "each text as it is"
+        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))
     chosen = sorted(order[: settings.max_samples].tolist())
     return [[*before, *ids[i * width : (i + 1) * width], *behind] for i in chosen]

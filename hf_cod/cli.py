@@ -16,6 +16,8 @@ COMMANDS = {
     "compare": ("compare", "put several diagnosed runs side by side"),
     "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
 }
+# Commands that keep a journal: stopped, they go on where they were.
+RESUMABLE = ("demo", "diagnose", "prune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"hf-cod: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
         return 2
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # loading reports would bury ours
+    _quieten_transformers()
     command = importlib.import_module(f"hf_cod.commands.{COMMANDS[arguments[0]][0]}")
     try:
         return command.main(arguments[1:])
@@ -40,8 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-cod {arguments[0]}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"hf-cod {arguments[0]}: stopped; the same command goes on here", file=sys.stderr)
+        resume = "; the same command goes on from here" if arguments[0] in RESUMABLE else ""
+        print(f"hf-cod {arguments[0]}: stopped{resume}", file=sys.stderr)
         return 130
+
+
+def _quieten_transformers() -> None:
+    """Its loading reports and bars would bury our one line of error; a verbosity that the user has chosen stays."""
+    from transformers.utils import logging
+
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _overview() -> str:

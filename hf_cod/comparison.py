@@ -94,7 +94,7 @@ def _drop(key: str) -> Any:
             return "-"
         worst = max if found["lower_is_better"] else min
         value = found["intact"] if key == "intact" else worst(v for v in found["without"] if v is not None and v == v)
-        return f"{format_number(value)} ({found['metric']})"
+        return f"{format_number(round(value, 6))} ({found['metric']})"
 
     return of
 

@@ -51,7 +51,10 @@ def task_of(model: nn.Module, batches: Sequence[Batch] = ()) -> str:
     """
     base = unwrap(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"model: expected a decoder or an encoder, got an encoder-decoder ({type(base).__name__})")
+        raise ValueError(
+            f"model: expected a decoder or an encoder, got an encoder-decoder "
+            f"({type(base).__name__}); its encoder can be measured alone, loaded by AutoModelForTextEncoding"
+        )
     name = type(base).__name__
     if name.endswith(CAUSAL_LM_SUFFIXES):
         return "causal_lm"

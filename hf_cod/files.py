@@ -57,6 +57,11 @@ def read_json(path: str | Path, field: str, version: int, names: Iterable[str]) 
     return content
 
 
+def looks_local(name: str) -> bool:
+    """Whether a name can only mean a path: a Hub id has at most one slash and starts with neither ".", "/" nor "~"."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
 def fingerprint(*parts: Any) -> str:
     """A short hash of JSON-like values: equal work has an equal fingerprint."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from hf_cod.files import looks_local
+
 logger = logging.getLogger(__name__)
 
 # How a class is named -> the Auto class that finds it, for classes that transformers itself does not have.
@@ -71,13 +73,20 @@ def load_model(name: str, settings: ModelSettings | None = None) -> tuple[nn.Mod
         ImportError: a GGUF file without the gguf package.
     """
     settings = settings or ModelSettings()
-    path = Path(name)
-    source, options = name, {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    path = Path(name).expanduser()
+    source, options = (
+        str(path) if path.is_dir() else name,
+        {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code},
+    )
     if path.suffix == ".gguf":
         source, options["gguf_file"] = str(path.parent), path.name
         _require_gguf()
         if not path.is_file():
             raise ValueError(f"model: expected a GGUF file, got {name!r}, which does not exist")
+    elif path.is_file():
+        raise ValueError(f"model: expected a directory or a .gguf file, got {name!r}; give the directory it lies in")
+    elif not path.exists() and looks_local(name):
+        raise ValueError(f"model: expected a Hub id, a directory or a .gguf file, got {name!r}, which does not exist")
     try:
         config = AutoConfig.from_pretrained(source, **options)
         model = _load_with_head(source, config, {**options, **_placement(settings)})

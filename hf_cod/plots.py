@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_cod.comparison import Comparison
 from hf_cod.files import write_aside
-from hf_cod.report import RunReport
+from hf_cod.report import RunReport, format_number
 
 try:
     from matplotlib.axes import Axes
@@ -28,6 +28,8 @@ PALE = "#9fb4cc"
 DPI = 150
 # Above this ratio between the largest and the least value a linear axis shows only the largest.
 LOG_RATIO = 50
+# From this many bars on, numbers of neighbours would overlap unless they stand upright.
+CROWDED = 14
 
 
 class Picture(Figure):
@@ -106,7 +108,7 @@ def _angular_distance(axes: Axes, report: RunReport, farthest: float | None = No
         interpolation="nearest",
     )
     axes.set(xlabel="layer l", ylabel="subsequent layer n", title="Angular distance d(x$^l$, x$^{l+n}$)")
-    axes.figure.colorbar(image, ax=axes, label="yellow: near", shrink=0.9)
+    axes.figure.colorbar(image, ax=axes, label="angle / π (yellow: near)", shrink=0.9)
 
 
 def _layer_drop(axes: Axes, report: RunReport) -> None:
@@ -115,9 +117,11 @@ def _layer_drop(axes: Axes, report: RunReport) -> None:
     metric = drop["metric"].replace("_", " ")
     _log_if_wide(axes, values)
     _bars(axes, values, least=not drop["lower_is_better"])
-    axes.axhline(drop["intact"], color="black", linestyle="--", linewidth=1, label=f"intact: {drop['intact']:.4g}")
-    axes.legend(loc="upper center", frameon=False)
-    axes.set(ylabel=metric, title="Performance without each single layer")
+    title = f"{metric.capitalize()} without each single layer"
+    if drop["metric"] != "output_angle":  # an intact model's output turns by 0: no line to draw
+        axes.axhline(drop["intact"], color="black", linestyle="--", linewidth=1)
+        title += f" (dashed: intact, {format_number(drop['intact'])})"
+    axes.set(ylabel=metric, title=title)
 
 
 def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunReport], None]:
@@ -161,8 +165,10 @@ def _bars(axes: Axes, values: list[float], least: bool = False) -> None:
     order = sorted(measured, key=lambda i: values[i] if least else -values[i])
     marked = set(order[:3]) if len(values) > 3 else set()
     bars = axes.bar(range(len(values)), values, color=[INK if i in marked else PALE for i in range(len(values))])
-    axes.bar_label(bars, labels=[str(i) if i in marked else "" for i in range(len(values))], fontsize=8)
-    axes.set_xlabel("layer")
+    labels = [str(i) if i in marked else "" for i in range(len(values))]
+    axes.bar_label(bars, labels=labels, fontsize=8, padding=1, rotation=90 if len(values) > CROWDED else 0)
+    axes.set_xlabel(f"layer (dark: the three {'least' if least else 'largest'})" if marked else "layer")
+    axes.margins(y=0.08)
     axes.margins(x=0.01)
     axes.spines[["top", "right"]].set_visible(False)
 

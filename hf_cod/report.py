@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +17,8 @@ import transformers
 
 import hf_cod
 from hf_cod.files import write_json, write_text
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
@@ -72,6 +76,33 @@ class RunReport:
         write_text(directory / "report.md", self.to_markdown(directory))
         return path
 
+    def keep_earlier(self, directory: str | Path, others: Sequence[str] = ()) -> Path | None:
+        """Moves what a run with another model or other settings left in `directory` into earlier-1, earlier-2, ...
+
+        Args:
+            directory: where this report is going to be saved.
+            others: names of further files that belong to a report there.
+
+        Returns:
+            Where the earlier report went; None if there was none, or it was of the same run.
+        """
+        directory = Path(directory)
+        if not (directory / "report.json").is_file():
+            return None
+        earlier = RunReport.load(directory)
+        # Through JSON, as the earlier one went.
+        settings = _restored(json.loads(json.dumps(_finite(self.settings))))
+        if (earlier.kind, earlier.model, earlier.settings) == (self.kind, self.model, settings):
+            return None
+        number = 1 + sum(1 for _ in directory.glob("earlier-*"))
+        target = directory / f"earlier-{number}"
+        target.mkdir()
+        for name in ("report.json", "report.md", *others, *(path.name for path in directory.glob("*.png"))):
+            if (directory / name).is_file():
+                (directory / name).replace(target / name)
+        logger.warning("%s held a report of %s with other settings: moved to %s", directory, earlier.model, target)
+        return target
+
     @classmethod
     def load(cls, path: str | Path) -> RunReport:
         """Reads a report from its directory or from the JSON file itself.
@@ -123,10 +154,12 @@ class RunReport:
 
 
 def format_number(value: float | None) -> str:
-    """A figure for people: four significant digits, a dash for what was not measured."""
+    """A figure for people: four significant digits (all of them before the point), a dash for what was not measured."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
-    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.3e}"
+    if 10_000 <= abs(value) < 10_000_000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
 
 
 def _finite(value: Any) -> Any:

@@ -71,7 +71,7 @@ def test_streams_are_read_only_as_far_as_needed():
 
 
 def test_short_text_and_bad_numbers_are_refused():
-    with pytest.raises(ValueError, match="at least one window of 64 tokens, got 3 tokens"):
+    with pytest.raises(ValueError, match=r"at least one sample of sequence_length = 64 tokens, got 3 .*--no-pack"):
         token_batches(gpt_like(), "one two three", SampleSettings(sequence_length=64))
     with pytest.raises(ValueError, match="not empty"):
         token_batches(gpt_like(), ["", ""], SampleSettings(pack=False))
@@ -102,13 +102,25 @@ def test_texts_from_files(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in ("x", "y")))
     assert list(load_texts(TextSettings(text=str(tmp_path / "a.txt")))) == ["plain words"]
     assert list(load_texts(TextSettings(text=str(tmp_path / "a.jsonl"), text_column="body"))) == ["x", "y"]
-    with pytest.raises(ValueError, match=r"text_column: expected one of \['body'\], got 'text'"):
+    with pytest.raises(ValueError, match="text_column: expected one of body, got 'text'"):
         load_texts(TextSettings(text=str(tmp_path / "a.jsonl")))
     (tmp_path / "b.txt").write_bytes(b"\x89PNG\xff")
     with pytest.raises(ValueError, match="text: expected a text file in UTF-8"):
         load_texts(TextSettings(text=str(tmp_path / "b.txt")))
     with pytest.raises(ValueError, match="text: expected a text file or a data set's name, got 'no/such'"):
         load_texts(TextSettings(text="no/such"))
+    (tmp_path / "c.pdf").write_bytes(b"%PDF")
+    with pytest.raises(ValueError, match=r"text: expected a file that ends in .txt, .* got '.*c.pdf'"):
+        load_texts(TextSettings(text=str(tmp_path / "c.pdf")))
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", "./nowhere", "a/b/c", "~/nowhere.jsonl"])
+def test_a_mistyped_path_is_not_looked_up_as_a_data_set(name, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("looked it up"))
+    with pytest.raises(ValueError, match="which does not exist"):
+        load_texts(TextSettings(text=name))
     assert load_texts(TextSettings()) == [embedded_text()]
 
 

@@ -165,7 +165,7 @@ def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
         (["--pattern", "2of4"], "pattern: expected N:M"),
         (["--pattern", "2:4", "--sparsity", "0.7"], "pattern: expected 2:4 without sparsity"),
         (["--sequence-length", "300"], "text: expected at least two samples of 300 tokens"),
-        (["--sequence-length", "3000"], "at least one window of 3000 tokens"),
+        (["--sequence-length", "3000"], "at least one sample of sequence_length = 3000 tokens"),
         (["--eval-samples", "0"], "eval_samples: expected at least 1"),
         (["--scores", "none.json"], "scores: expected a file"),
     ],
@@ -233,6 +233,7 @@ def test_a_failing_metric_is_told_and_the_rest_is_kept(checkpoint, capsys):
     "arguments, message",
     [
         (["diagnose", "no/such-model"], "model: expected a Hub id"),
+        (["diagnose", "./no-such-model"], "which does not exist"),
         (["compare", "a", "b"], "report: expected"),
         (["fly"], "expected one of demo, diagnose, score, prune, compare, convert, got 'fly'"),
     ],
@@ -245,8 +246,33 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
 
 def test_text_shorter_than_a_window(checkpoint, capsys):
     (checkpoint / "text.txt").write_text("one two")
+    capsys.readouterr()
     assert diagnose(checkpoint) == 2
-    assert "at least one window of 8 tokens, got 2 tokens" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "at least one sample of sequence_length = 8 tokens, got 2 tokens" in shown
+    assert len(shown.splitlines()) == 1, "nothing but the error"
+
+
+def test_an_unknown_option_shows_the_usage(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["diagnose", "x", "--max-sample-s", "3"])
+    assert done.value.code == 2
+    assert "unrecognized arguments: --max-sample-s" in capsys.readouterr().err
+
+
+def test_options_have_one_spelling(capsys):
+    with pytest.raises(SystemExit):
+        main(["diagnose", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--text-column" in shown and "--no-pack" in shown and "switch off" in shown
+    assert "_column" not in shown and "--no_" not in shown and "default: None" not in shown
+    assert "(default: 256)" in shown and "(default: 0)" in shown
+
+
+def test_a_directory_is_called_by_its_name(checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint / "model")
+    assert main(["diagnose", ".", "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]) == 0
+    assert RunReport.load("hf-cod-diagnose-model").model == "model"
 
 
 def test_help(capsys):

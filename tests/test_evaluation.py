@@ -47,11 +47,12 @@ def test_tasks():
 
 
 def test_encoder_decoder_is_refused():
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
     model = T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=1, vocab_size=9))
-    with pytest.raises(ValueError, match=r"encoder-decoder \(T5ForConditionalGeneration\)"):
+    with pytest.raises(ValueError, match=r"encoder-decoder \(T5For.*\); .* AutoModelForTextEncoding"):
         task_of(model)
+    assert task_of(T5EncoderModel(model.config)) == "headless", "the way out that the error names"
 
 
 def test_an_evaluate_module_counts_as_our_accuracy(tmp_path):

@@ -40,6 +40,12 @@ def test_no_such_model(name, tmp_path):
         load_model(str(tmp_path / name) if name.endswith("gguf") else name)
 
 
+def test_a_file_that_is_no_gguf(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model: expected a directory or a .gguf file, .* give the directory"):
+        load_model(str(tmp_path / "model.safetensors"))
+
+
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"model: expected a Hub id, a directory with a checkpoint, or a .gguf file"):
         load_model(str(tmp_path))

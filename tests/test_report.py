@@ -37,6 +37,21 @@ def test_round_trip_in_strict_json(tmp_path):
     assert RunReport.load(tmp_path) == RunReport.load(path) == report()
 
 
+def test_a_report_of_another_run_is_moved_not_replaced(tmp_path):
+    report().save(tmp_path)
+    (tmp_path / "overview.png").write_bytes(b"old")
+    (tmp_path / "mine.txt").write_text("not ours")
+    assert report(summary=["again"]).keep_earlier(tmp_path) is None, "same run"
+    other = report(model="other")
+    assert other.keep_earlier(tmp_path) == tmp_path / "earlier-1"
+    assert other.keep_earlier(tmp_path) is None, "nothing left to move"
+    other.save(tmp_path)
+    assert report(settings={"seed": 1}).keep_earlier(tmp_path) == tmp_path / "earlier-2"
+    assert RunReport.load(tmp_path / "earlier-1") == report() and RunReport.load(tmp_path / "earlier-2") == other
+    assert (tmp_path / "earlier-1" / "overview.png").read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2", "mine.txt"]
+
+
 def test_page_holds_table_findings_and_pictures(tmp_path):
     original = report()
     original.plot(tmp_path)
@@ -87,7 +102,8 @@ def test_no_report(tmp_path):
 
 
 def test_numbers_for_people():
-    assert [format_number(v) for v in (None, math.nan, 0.123456, 12345.6, 7)] == ["-", "-", "0.1235", "1.235e+04", "7"]
+    assert format_number(1.5e9) == "1.5e+09"
+    assert [format_number(v) for v in (None, math.nan, 0.123456, 12345.6, 7)] == ["-", "-", "0.1235", "12,346", "7"]
 
 
 def test_compare_reads_figures_of_each_run(tmp_path):
@@ -97,7 +113,7 @@ def test_compare_reads_figures_of_each_run(tmp_path):
     assert table["layers"] == ["2", "3"]
     assert table["effective depth"] == ["1.4 (1.3 to 1.5)", "-"]
     assert table["late half's share of gradient norm"] == ["0.75", "0.375"]
-    assert table["worst removal of one layer"] == ["1.000e+06 (perplexity)", "-"]
+    assert table["worst removal of one layer"] == ["1,000,000 (perplexity)", "-"]
     comparison.plot(tmp_path)
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "| effective depth | 1.4 (1.3 to 1.5) | - |" in comparison.to_markdown()

@@ -122,9 +122,12 @@ def test_the_model_is_left_as_it_was():
 
 def test_the_head_is_not_run():
     model = build("llama")
-    model.lm_head = nn.Identity()
-    model.lm_head.forward = lambda x: pytest.fail("the head was run")
+    calls = []
+    model.lm_head.register_forward_pre_hook(lambda *_: calls.append("head"))
     collect_statistics(model, [batch_for(model)])
+    assert calls == []
+    model(**batch_for(model))
+    assert calls == ["head"]  # the hook would have told
 
 
 def test_refusals(tmp_path):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import resource
 import statistics
 import subprocess
 import sys
@@ -100,13 +101,14 @@ def build_model(arguments: argparse.Namespace) -> torch.nn.Module:
 
 
 def peak_memory(arguments: list[str]) -> int:
-    """Peak resident bytes of this script run on one pass alone, in a process of its own."""
+    """Peak resident bytes of this script run on one pass alone: median of three processes, as allocators vary."""
     command = [sys.executable, __file__, *arguments]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(3)]
+    return statistics.median(int(run.stdout.split()[-1]) for run in runs)
 
 
-def main() -> None:
-    """Measures, prints a table and writes JSON."""
+def parse() -> argparse.Namespace:
+    """Settings from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint to measure on; default: random weights in Llama's shape")
     parser.add_argument("--width", type=int, default=512, help="hidden size of the random model")
@@ -116,70 +118,68 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="rounds of single passes; medians are reported")
     parser.add_argument("--slow-rounds", type=int, default=3, help="rounds of the sweeps and of the authors' way")
     parser.add_argument("--output", help="JSON file for the figures")
-    parser.add_argument("--only", choices=["forward", "matrix"], help=argparse.SUPPRESS)  # for peak_memory
-    arguments = parser.parse_args()
-    model = build_model(arguments)
-    stack = find_decoder_layers(model)
-    ids = torch.randint(3, model.config.vocab_size, (arguments.batch_size, arguments.sequence_length))
+    parser.add_argument("--only", choices=["forward", "layers", "matrix"], help=argparse.SUPPRESS)  # for peak_memory
+    return parser.parse_args()
+
+
+def single_passes(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """The whole model, its layers without the head, and all layer pairs' angles."""
     batches = [{"input_ids": ids}]
+    return {
+        "forward": torch.no_grad()(lambda: model(ids, use_cache=False)),
+        "layers": torch.no_grad()(lambda: model.base_model(ids, use_cache=False).last_hidden_state),
+        "matrix": lambda: measure_forward(model, batches, ["angular_distance"]).angular_distance(),
+    }
+
+
+def measure(model: torch.nn.Module, ids: torch.Tensor, rounds: int, slow_rounds: int) -> tuple[dict, dict]:
+    """Ratios and median seconds of everything that is measured in this process."""
+    passes = single_passes(model, ids)
+    hidden, stack = passes["layers"](), find_decoder_layers(model)
+    quick, _ = timed({**passes, "head": torch.no_grad()(lambda: stack.head(hidden))}, rounds)
     metric = find_metric("perplexity", "causal_lm")
-
-    @torch.no_grad()
-    def forward() -> None:
-        model(ids, use_cache=False)
-
-    def matrix() -> torch.Tensor:
-        return measure_forward(model, batches, ["angular_distance"]).angular_distance()
-
-    if arguments.only:
-        import resource
-
-        {"forward": forward, "matrix": matrix}[arguments.only]()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        return
-
-    setting = {k: v for k, v in vars(arguments).items() if k not in ("output", "only")}
-    passed = [part for k, v in setting.items() if v is not None for part in (f"--{k.replace('_', '-')}", str(v))]
-    memory = {only: peak_memory([*passed, "--only", only]) for only in ("forward", "matrix")}
-    forward()  # warms up
-    with torch.no_grad():
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state
-    quick, _ = timed(
-        {
-            "layers": torch.no_grad()(lambda: model.base_model(ids, use_cache=False)),
-            "head": torch.no_grad()(lambda: stack.head(hidden)),
-            "bare forward": forward,
-            "matrix": matrix,
-        },
-        arguments.rounds,
-    )
-    slow, results = timed(
-        {
-            "matrix": matrix,
-            "authors' matrix": lambda: authors_matrix(model, ids),
-            "naive sweep": lambda: naive_sweep(model, ids),
-            "sweep": lambda: measure_layer_drop(model, batches, metric)[1],
-        },
-        arguments.slow_rounds,
-    )
-    check_equal(matrix(), results)
+    sweeps = {
+        "matrix": passes["matrix"],
+        "authors' matrix": lambda: authors_matrix(model, ids),
+        "naive sweep": lambda: naive_sweep(model, ids),
+        "sweep": lambda: measure_layer_drop(model, [{"input_ids": ids}], metric)[1],
+    }
+    slow, results = timed(sweeps, slow_rounds)
+    check_equal(passes["matrix"](), results)
     seconds = {name: statistics.median(values) for name, values in {**slow, **quick}.items()}
-
     L = len(stack)
     a_layer, head = seconds["layers"] / L, seconds["head"]
-    figures = {
-        "matrix / bare forward, time": ratio(quick, "matrix", "bare forward"),
-        "matrix / bare forward, peak memory": memory["matrix"] / memory["forward"],
+    ratios = {
+        "matrix / bare forward, time": ratio(quick, "matrix", "forward"),
+        "matrix / layers alone, time": ratio(quick, "matrix", "layers"),
         "authors' way / matrix, time": ratio(slow, "authors' matrix", "matrix"),
         "naive sweep / sweep, time": ratio(slow, "naive sweep", "sweep"),
         "naive sweep / sweep, bound": ((L - 1) * a_layer + head) / ((L - 1) / 2 * a_layer + head),
     }
-    for name, value in figures.items():
+    return ratios, seconds
+
+
+def main() -> None:
+    """Measures, prints a table and writes JSON."""
+    arguments = parse()
+    model = build_model(arguments)
+    ids = torch.randint(3, model.config.vocab_size, (arguments.batch_size, arguments.sequence_length))
+    if arguments.only:
+        single_passes(model, ids)[arguments.only]()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    setting = {k: v for k, v in vars(arguments).items() if k not in ("output", "only")}
+    passed = [part for k, v in setting.items() if v is not None for part in (f"--{k.replace('_', '-')}", str(v))]
+    memory = {only: peak_memory([*passed, "--only", only]) for only in ("forward", "layers", "matrix")}
+    ratios, seconds = measure(model, ids, arguments.rounds, arguments.slow_rounds)
+    for of, name in (("forward", "bare forward"), ("layers", "layers alone")):
+        ratios[f"matrix / {name}, peak memory"] = memory["matrix"] / memory[of]
+    for name, value in ratios.items():
         print(f"{name:<40}{value:8.3f}")
     for name, value in seconds.items():
         print(f"{name:<40}{value:8.3f} s")
     if arguments.output:
-        write_json(Path(arguments.output), {"settings": setting, "ratios": figures, "seconds": seconds})
+        write_json(Path(arguments.output), {"settings": setting, "ratios": ratios, "seconds": seconds})
 
 
 if __name__ == "__main__":

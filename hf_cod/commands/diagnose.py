@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
-
-from transformers import HfArgumentParser
+from typing import Any
 
 from hf_cod.calibration import TextSettings, load_texts
+from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.terminal import print_report
 from hf_cod.diagnostics import DiagnoseSettings, MeasurementError, diagnose
 from hf_cod.loading import ModelSettings, load_model
@@ -31,22 +29,22 @@ class OutputSettings:
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
-    parser = HfArgumentParser(
-        cast(Any, [ModelSettings, TextSettings, DiagnoseSettings, OutputSettings]),
+    parser = SettingsParser(
+        [ModelSettings, TextSettings, DiagnoseSettings, OutputSettings],
         prog="hf-cod diagnose",
         description="Measures what each layer of a model does: angular distance between layers, what its removal "
         "costs, gradient norm and output variance. An interrupted run goes on where it stopped.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
-    loading, text, settings, output, rest = parser.parse_args_into_dataclasses(list(arguments))
-    directory = output.output or f"hf-cod-diagnose-{re.sub(r'[^A-Za-z0-9.]+', '-', rest.model).strip('-.')}"
+    loading, text, settings, output, rest = parser.parse(arguments)
+    directory = output.output or default_directory("diagnose", rest.model)
     texts = load_texts(text)
     if output.plots:
         require_plots()
     model, tokenizer = load_model(rest.model, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.diagnose in Python")
-    report, status = run(model, tokenizer, texts, settings, directory, rest.model)
+    report, status = run(model, tokenizer, texts, settings, directory, model_title(rest.model))
     finish(report, directory, output.plots)
     return status
 

@@ -7,10 +7,9 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
-from transformers import HfArgumentParser
 
 from hf_cod.allocation import LayerAllocation, allocate
 from hf_cod.calibration import (
@@ -23,6 +22,8 @@ from hf_cod.calibration import (
     split_samples,
 )
 from hf_cod.calibration import token_batches as cut_into_batches
+from hf_cod.commands.diagnose import require_plots
+from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.diagnostics.running import evaluation_mode, execution_device, to_device
@@ -116,17 +117,19 @@ class PruneOutput:
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
-    parser = HfArgumentParser(
-        cast(Any, [ModelSettings, TextSettings, PruneSettings, RecoverySettings, PruneOutput]),
+    parser = SettingsParser(
+        [ModelSettings, TextSettings, PruneSettings, RecoverySettings, PruneOutput],
         prog="hf-cod prune",
         description="Sets weights of the layers' matrices to zero, more of them in layers that matter less, and writes "
         "a model that from_pretrained loads. Interrupted, the same command goes on where it stopped. The model itself "
         "is never touched. Zeros alone do not make a model faster.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
-    loading, text, settings, recovery, files, rest = parser.parse_args_into_dataclasses(list(arguments))
-    directory = Path(files.output or f"hf-cod-prune-{re.sub(r'[^A-Za-z0-9.]+', '-', rest.model).strip('-')}")
+    loading, text, settings, recovery, files, rest = parser.parse(arguments)
+    directory = Path(files.output or default_directory("prune", rest.model))
     _check_output(directory, rest.model)
+    if files.plots:
+        require_plots()
     report = run(rest.model, loading, text, settings, recovery, files.scores, directory)
     if files.plots:
         report.plot(directory)
@@ -160,7 +163,7 @@ def run(
         "batches": calibration,
         "journal": directory / "journal",
         "path": settings.layers_path,
-        "name": source,
+        "name": model_title(source),
         "show_progress": True,
     }
     if settings.baseline and scores is not None and scores.method != "uniform":
@@ -196,7 +199,7 @@ def run(
 
 
 def _check_output(directory: Path, model: str) -> None:
-    if directory.resolve() == Path(model).resolve():
+    if directory.resolve() == Path(model).expanduser().resolve():
         raise ValueError(f"output: expected another directory than the model's, got {str(directory)!r}")
     if (directory / "report.json").exists():
         raise ValueError(f"output: expected a new directory, or that of an interrupted run, got {str(directory)!r}")

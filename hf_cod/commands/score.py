@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
-from transformers import HfArgumentParser
 
 from hf_cod.calibration import SampleSettings, TextSettings, describe_batches, load_texts, mask_tokens
 from hf_cod.calibration import token_batches as cut_into_batches
+from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import unwrap
 from hf_cod.diagnostics.running import execution_device
@@ -48,22 +47,22 @@ class ScoreOutput:
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
-    parser = HfArgumentParser(
-        cast(Any, [ModelSettings, TextSettings, ScoreRunSettings, ScoreOutput]),
+    parser = SettingsParser(
+        [ModelSettings, TextSettings, ScoreRunSettings, ScoreOutput],
         prog="hf-cod score",
         description="Measures how much each layer matters, by OWL's share of outliers or another score, and writes "
         "statistics.safetensors and scores.json for pruning and quantization to read.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
-    loading, text, settings, output, rest = parser.parse_args_into_dataclasses(list(arguments))
-    directory = Path(output.output or f"hf-cod-score-{re.sub(r'[^A-Za-z0-9.]+', '-', rest.model).strip('-')}")
+    loading, text, settings, output, rest = parser.parse(arguments)
+    directory = Path(output.output or default_directory("score", rest.model))
     model, tokenizer = load_model(rest.model, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
     batches = cut_into_batches(tokenizer, load_texts(text), settings)
     if task_of(model) == "masked_lm":
         batches = mask_tokens(tokenizer, batches, settings.seed)
-    report = run(model, batches, settings, output.statistics, directory, rest.model)
+    report = run(model, batches, settings, output.statistics, directory, model_title(rest.model))
     if output.plots:
         report.plot(directory)
     report.save(directory)
@@ -86,12 +85,10 @@ def run(
         if earlier
         else collect_statistics(model, batches, path=settings.layers_path, name=name, show_progress=True)
     )
-    statistics.save(directory / "statistics.safetensors")
     chosen = {f.name: getattr(settings, f.name) for f in fields(ScoreSettings)}
     scores = score_layers(model, statistics, batches=batches, show_progress=True, **chosen)
-    scores.save(directory / "scores.json")
     base: Any = unwrap(model)
-    return RunReport(
+    report = RunReport(
         kind="score",
         model=name,
         settings={**asdict(settings), "statistics": earlier, **describe_batches(batches)},
@@ -101,6 +98,10 @@ def run(
         summary=_summary(scores),
         notes=_notes(statistics),
     )
+    report.keep_earlier(directory, ("statistics.safetensors", "scores.json"))
+    statistics.save(directory / "statistics.safetensors")
+    scores.save(directory / "scores.json")
+    return report
 
 
 def _summary(scores: LayerScores) -> list[str]:

@@ -42,7 +42,11 @@ class DiagnoseSettings(SampleSettings):
     )
     drop_metric: str | None = field(
         default=None,
-        metadata={"help": "metric of the layer drop: perplexity, accuracy, output_angle or an evaluate module"},
+        metadata={
+            "help": "metric of the layer drop: perplexity, accuracy, output_angle (how far the output turns) or an "
+            "evaluate module; default: perplexity of a language model, else accuracy if there are labels, else "
+            "output_angle"
+        },
     )
     token: Token = field(
         default="last", metadata={"help": "token at which angles are taken: last or first without padding, or all"}
@@ -53,6 +57,8 @@ class DiagnoseSettings(SampleSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.metrics, str):
+            self.metrics = [self.metrics]
         unknown = set(self.metrics or ()) - set(METRICS)
         if unknown:
             raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
@@ -112,7 +118,12 @@ def diagnose(
         results={},
     )
     journals = Journals(output, model, batches)
+    if output is not None:
+        report.settings["inputs"] = journals.inputs  # tells other weights and other text from these
+        report.keep_earlier(output)
     wanted = _applicable(chosen.metrics, stack, task, report)
+    if texts is not None and report.settings["samples"] < chosen.max_samples:
+        report.notes.append(f"the text holds {report.settings['samples']} samples, less than {chosen.max_samples}")
     try:
         _measure(model, batches, chosen, metric, wanted, journals, report, show_progress)
     except Exception as error:

@@ -9,6 +9,9 @@ import torch
 from hf_cod.functional.depth import late_share
 from hf_cod.report import RunReport, format_number
 
+# A percentile bootstrap from fewer samples than this covers clearly less than it says.
+FEW_SAMPLES = 8
+
 
 def summarize(report: RunReport) -> list[str]:
     """One sentence for each measure that the report holds."""
@@ -34,6 +37,8 @@ def _effective_depth(report: RunReport) -> str:
     interval = "one sample, so no interval"
     if found["low"] is not None:
         interval = f"{found['confidence']:.0%} interval {found['low']:.1f} to {found['high']:.1f}"
+        if report.settings.get("samples", FEW_SAMPLES) < FEW_SAMPLES:
+            interval += f", too narrow as a rule from only {report.settings['samples']} samples"
     return f"Effective depth {found['value']:.1f} of {report.n_layers} layers ({interval})."
 
 
@@ -55,8 +60,13 @@ def _layer_drop(report: RunReport) -> str:
     named = max(1, min(3, len(order) // 2))  # so that no layer is among both
     most = ", ".join(str(i) for i in order[:named])
     least = ", ".join(str(i) for i in reversed(order[-named:]))
-    worst = format_number(drop["without"][order[0]])
+    worst, best = (format_number(drop["without"][order[end]]) for end in (0, -1))
+    name, intact = drop["metric"].replace("_", " "), format_number(round(drop["intact"], 6))
+    if not drop["lower_is_better"] and drop["intact"] == 0:
+        return f"The intact model's {name} is 0, so that no removal can show what a layer is worth."
+    helps = sum(sign * report.layers["layer_drop"][i] < 0 for i in measured)
+    better = f" Without any one of {helps} of the layers it is better than with all." if helps else ""
     return (
-        f"Removing one layer hurts most at {most} and least at {least}: {drop['metric']} goes from "
-        f"{format_number(drop['intact'])} to {worst} and {format_number(drop['without'][order[-1]])}."
+        f"Removing one layer hurts most at {most} and least at {least}: {name} goes from {intact} to {worst} and "
+        f"{best}.{better}"
     )

@@ -61,28 +61,31 @@ def measure_layer_drop(
     bar = progress(range(len(batches) * (len(stack) + 1)), "layer drop", show_progress)
     with torch.no_grad(), evaluation_mode(stack), bar:
         for number, batch in enumerate(batches):
-            keys = [_key(number, layer) for layer in range(-1, len(stack))]
-            if all(key in journal for key in keys):
-                bar.update(len(keys))
-                continue
-            batch = to_device(batch, device)
-            inputs = model_inputs(batch)
-            with _layer_inputs(stack) as states:
-                intact = stack.model(**inputs)
-            _check_finite(states, number)
-            reference = intact if metric.compares else None
-            _record(journal, metric, number, -1, intact, batch, intact)
-            del intact
-            bar.update()
-            for layer in range(len(stack)):
-                if _key(number, layer) not in journal:
-                    with running_only(stack, range(layer + 1, len(stack)), states[layer]):
-                        outputs = stack.model(**inputs)
-                    _record(journal, metric, number, layer, outputs, batch, reference)
-                states[layer] = None
-                bar.update()
+            if all(_key(number, layer) in journal for layer in range(-1, len(stack))):
+                bar.update(len(stack) + 1)
+            else:
+                _measure_batch(stack, number, to_device(batch, device), metric, journal, bar)
     values = [_value(journal, metric, len(batches), layer) for layer in range(-1, len(stack))]
     return values[0], values[1:]
+
+
+def _measure_batch(stack: DecoderLayers, number: int, batch: Batch, metric: Metric, journal: Journal, bar: Any) -> None:
+    """The intact model, then each removal that the journal lacks, from the hidden state that the intact one left."""
+    inputs = model_inputs(batch)
+    with _layer_inputs(stack) as states:
+        intact = stack.model(**inputs)
+    _check_finite(states, number)
+    _record(journal, metric, number, -1, intact, batch, intact)
+    reference = intact if metric.compares else None
+    del intact  # logits are large
+    bar.update()
+    for layer in range(len(stack)):
+        if _key(number, layer) not in journal:
+            with running_only(stack, range(layer + 1, len(stack)), states[layer]):
+                outputs = stack.model(**inputs)
+            _record(journal, metric, number, layer, outputs, batch, reference)
+        states[layer] = None
+        bar.update()
 
 
 def _key(batch: int, layer: int) -> str:

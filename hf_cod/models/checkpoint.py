@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -12,6 +13,9 @@ from transformers.utils.hub import cached_file
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -35,6 +39,35 @@ def check_new(output: str | Path | None) -> None:
         raise ValueError(f"output: expected a path that does not exist yet, got {output}")
 
 
+def is_reading_error(error: Exception) -> bool:
+    """Whether an exception tells of a file or a repository that cannot be read, and not of a mistake in our code."""
+    # Errors of the network's library reach us as they are, and we do not import that.
+    of_network = type(error).__module__.startswith(("httpx", "httpcore"))
+    return of_network or isinstance(error, OSError | SafetensorError)
+
+
+def find_companions(source: str | Path) -> dict[str, str]:
+    """Name -> path of the tokenizer and processor files of a directory or a repository of the Hub.
+
+    Raises:
+        ValueError: If the Hub did not answer: without its tokenizer a model would look complete and not be.
+    """
+    found = {}
+    for name in COMPANIONS:
+        try:
+            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        except Exception as error:
+            if not is_reading_error(error):
+                raise
+            raise ValueError(
+                f"source: expected {name} of {str(source)!r}, or to hear that there is none, got no answer: {error}; "
+                "nothing was written; what is downloaded is kept, so run it again"
+            ) from error
+        if path is not None:  # None where there is no such file
+            found[name] = path
+    return found
+
+
 def save_aside(model: PreTrainedModel, output: Path, companions_from: str | Path | None = None) -> None:
     """Save a model under a temporary name beside `output`, bring it to the disk and give it its name.
 
@@ -44,19 +77,16 @@ def save_aside(model: PreTrainedModel, output: Path, companions_from: str | Path
         companions_from: A directory or a Hub id whose tokenizer and processor files are copied.
 
     Raises:
-        ValueError: If `output` exists.
+        ValueError: If `output` exists, or `companions_from` is a Hub id and the Hub did not answer.
     """
     check_new(output)
+    companions = {} if companions_from is None else find_companions(companions_from)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         model.save_pretrained(partial)
-        if companions_from is not None:
-            for name in COMPANIONS:
-                # In a directory or in a repository of the Hub; None where it has no such file.
-                found = cached_file(companions_from, name, _raise_exceptions_for_missing_entries=False)
-                if found is not None:
-                    shutil.copyfile(found, partial / name)
+        for name, found in companions.items():
+            shutil.copyfile(found, partial / name)
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -41,21 +41,23 @@ class NormPlacementConfig:
         cod_code_version: Version of the model code that wrote the config.
 
     Raises:
-        ValueError: For an unknown placement, one that the family cannot have, or a number out of its range.
+        ValueError: For an unknown placement, one that the family cannot have, a number out of its range or a value
+            of another type.
     """
 
     # The placement of the base family's own checkpoints.
     stock_placement: ClassVar[str] = "pre"
 
-    # `Any`, because the type check of transformers would be first and its error does not say what is valid.
+    # `Any`, because the type check of transformers would be first and its error is no ValueError that says what is
+    # valid; `check_placement` checks types, too.
     norm_placement: Any = "lns"
     post_ln_fraction: Any = 0.25
     scaled_residual_init: Any = False
     deepnorm_alpha: Any = None
     deepnorm_beta: Any = None
-    layer_depths: list[int] | None = None
-    original_num_hidden_layers: int | None = None
-    cod_code_version: int = CODE_VERSION
+    layer_depths: Any = None
+    original_num_hidden_layers: Any = None
+    cod_code_version: Any = CODE_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the fields of this mixin after those of the base family are set."""
@@ -85,6 +87,16 @@ class NormPlacementConfig:
             return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]  # as above
         finally:
             _READING.reset(token)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save config.json as transformers does, with all that a stranger needs to build models from it.
+
+        That is: the files of the model code (copied by transformers) and an `auto_map` for every head. Saving a model
+        comes through here, too.
+        """
+        self.auto_map = self.remote_code_map()
+        self.cod_code_version = CODE_VERSION
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]  # as above
 
     @classmethod
     def remote_code_map(cls) -> dict[str, str]:
@@ -129,17 +141,33 @@ def check_placement(config: Any) -> None:
         raise ValueError(f"scaled_residual_init: expected True or False, got {config.scaled_residual_init!r}")
     if config.scaled_residual_init and config.norm_placement == "deepnorm":
         raise ValueError("scaled_residual_init: expected False with norm_placement='deepnorm', got True")
+    if not _is_integer(config.cod_code_version):
+        raise ValueError(f"cod_code_version: expected a whole number, got {config.cod_code_version!r}")
+    _check_heads(config)
     _check_depths(config)
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return _is_integer(value) or isinstance(value, float)
+
+
+def _check_heads(config: Any) -> None:
+    # Qwen2 and Qwen3 have 32 unless told, whatever num_attention_heads is, and their attention fails far from here.
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if groups is not None and (groups < 1 or heads % groups):
+        raise ValueError(f"num_key_value_heads: expected a divisor of num_attention_heads, {heads}, got {groups}")
 
 
 def _check_depths(config: Any) -> None:
     depths, n_layers = config.layer_depths, config.original_num_hidden_layers
-    if n_layers is not None and n_layers < 1:
-        raise ValueError(f"original_num_hidden_layers: expected a number above 0 or None, got {n_layers}")
+    if n_layers is not None and not (_is_integer(n_layers) and n_layers > 0):
+        raise ValueError(f"original_num_hidden_layers: expected a whole number above 0 or None, got {n_layers!r}")
+    if depths is not None and not (isinstance(depths, list | tuple) and all(map(_is_integer, depths))):
+        raise ValueError(f"layer_depths: expected a list of whole numbers or None, got {depths!r}")
     if depths is None:
         if n_layers is not None:
             raise ValueError(f"original_num_hidden_layers: expected None without layer_depths, got {n_layers}")
@@ -159,10 +187,13 @@ def warn_about_placement(config: Any) -> None:
     """Warn of settings that are valid but rarely wanted."""
     if config.norm_placement == "lns" and config.scaled_residual_init and not _READING.get():
         _warn("scaled_residual_init weakens LayerNorm Scaling; its authors recommend the plain normal initialisation")
-    if config.cod_code_version > CODE_VERSION:
+    if config.cod_code_version != CODE_VERSION:
+        newer = config.cod_code_version > CODE_VERSION
+        mend = "upgrade with  pip install -U hf_cod" if newer else "install the hf_cod of that time"
         _warn(
             f"this model was saved by version {config.cod_code_version} of the model code, and version {CODE_VERSION} "
-            "is loading it: upgrade with  pip install -U hf_cod"
+            f"is loading it, which may compute another function: {mend}, or load it with trust_remote_code=True in a "
+            "process that does not import hf_cod: there the code beside the weights is used"
         )
 
 

@@ -1,11 +1,15 @@
 """Configuration of OLMo 2 with a choice of norm placement."""
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 
 from .configuration_cod import NormPlacementConfig
+
+if TYPE_CHECKING:
+    # transformers copies what relative imports name: with this line a config saved alone brings the model's code.
+    from .modeling_cod_olmo2 import CodOlmo2Model  # noqa: F401
 
 
 @strict

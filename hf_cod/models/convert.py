@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .checkpoint import check_new, save_aside
+from .checkpoint import check_new, is_reading_error, save_aside
 from .configuration_cod import NormPlacementConfig
 from .configuration_cod_llama import CodLlamaConfig
 from .families import FAMILIES, Family
+from .modeling_cod import placements_of
 from .modeling_cod_llama import CodLlamaForCausalLM
 
 Source = PreTrainedModel | str | Path
@@ -62,8 +63,8 @@ def fold_lns(source: Source, output: str | Path | None = None) -> PreTrainedMode
         output: Also write the stock model to this new directory, with the tokenizer of a source that is no model.
 
     Raises:
-        ValueError: If there is no such source, the placement has no stock equal, transformers lacks the head, the
-            weights are quantized, offloaded or have adapters, or `output` exists.
+        ValueError: If there is no such source, the placement has no stock equal, a layer is none of ours, transformers
+            lacks the head, the weights are quantized, offloaded or have adapters, or `output` exists.
     """
     check_new(output)
     model, family = _load(source, "ours")
@@ -76,8 +77,9 @@ def fold_lns(source: Source, output: str | Path | None = None) -> PreTrainedMode
     stock_class = family.stock_class(type(model).__name__)
     if stock_class is None:
         raise ValueError(f"source: expected a head that transformers has, got {type(model).__name__}")
+    scales = _scales(model)
     stock = _rebuild(model, stock_class, family.stock_config(**_stock_fields(model.config)))
-    _scale_norms(stock, family, _scales(model))
+    _scale_norms(stock, family, scales)
     return _finish(stock, source, output)
 
 
@@ -144,6 +146,8 @@ def from_authors(
     else:
         with _found(source):
             model = _load_exactly(CodLlamaForCausalLM, source, config=model_config, key_mapping={r"^module\.": ""})
+    # From a directory transformers takes it out of config.json, -1 and all.
+    model.generation_config.pad_token_id = model_config.pad_token_id
     return _finish(model, source, output)
 
 
@@ -207,11 +211,15 @@ def _check_model(model: nn.Module) -> PreTrainedModel:
 
 @contextmanager
 def _found(source: Any) -> Iterator[None]:
-    """Turn the errors of transformers for a missing or unreachable checkpoint into ours."""
+    """Turn the errors of transformers for a missing, unreachable or damaged checkpoint into ours."""
     try:
         yield
-    except OSError as error:
-        raise ValueError(f"source: expected a directory with a checkpoint or a Hub id, got {str(source)!r}") from error
+    except Exception as error:
+        if not is_reading_error(error):
+            raise
+        raise ValueError(
+            f"source: expected a directory with a checkpoint or a Hub id, got {str(source)!r}: {error}"
+        ) from error
 
 
 def _config_dict(source: str | Path) -> dict[str, Any]:
@@ -261,7 +269,7 @@ def _load_exactly(model_class: Any, source: Any, **kwargs: Any) -> Any:
 
 
 def _scales(model: Any) -> list[float]:
-    return [layer.placement.scale for layer in model.base_model.layers]
+    return [placement.scale for placement in placements_of(model)]
 
 
 @torch.no_grad()

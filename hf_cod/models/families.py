@@ -1,19 +1,12 @@
 """The table of base families: each of our classes beside the class of transformers that has the same parameters."""
 
+import importlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 
 from .configuration_cod_llama import CodLlamaConfig
 from .configuration_cod_mistral import CodMistralConfig
@@ -22,49 +15,6 @@ from .configuration_cod_olmo2 import CodOlmo2Config
 from .configuration_cod_qwen2 import CodQwen2Config
 from .configuration_cod_qwen3 import CodQwen3Config
 from .configuration_cod_vit import CodViTConfig
-from .modeling_cod_llama import (
-    CodLlamaForCausalLM,
-    CodLlamaForQuestionAnswering,
-    CodLlamaForSequenceClassification,
-    CodLlamaForTokenClassification,
-    CodLlamaModel,
-)
-from .modeling_cod_mistral import (
-    CodMistralForCausalLM,
-    CodMistralForQuestionAnswering,
-    CodMistralForSequenceClassification,
-    CodMistralForTokenClassification,
-    CodMistralModel,
-)
-from .modeling_cod_olmo import (
-    CodOlmoForCausalLM,
-    CodOlmoForQuestionAnswering,
-    CodOlmoForSequenceClassification,
-    CodOlmoForTokenClassification,
-    CodOlmoModel,
-)
-from .modeling_cod_olmo2 import (
-    CodOlmo2ForCausalLM,
-    CodOlmo2ForQuestionAnswering,
-    CodOlmo2ForSequenceClassification,
-    CodOlmo2ForTokenClassification,
-    CodOlmo2Model,
-)
-from .modeling_cod_qwen2 import (
-    CodQwen2ForCausalLM,
-    CodQwen2ForQuestionAnswering,
-    CodQwen2ForSequenceClassification,
-    CodQwen2ForTokenClassification,
-    CodQwen2Model,
-)
-from .modeling_cod_qwen3 import (
-    CodQwen3ForCausalLM,
-    CodQwen3ForQuestionAnswering,
-    CodQwen3ForSequenceClassification,
-    CodQwen3ForTokenClassification,
-    CodQwen3Model,
-)
-from .modeling_cod_vit import CodViTForImageClassification, CodViTModel
 
 
 @dataclass(frozen=True)
@@ -72,10 +22,8 @@ class Family:
     """One base family.
 
     Args:
-        config: Our configuration class.
+        config: Our configuration class; its `auto_heads` name our model classes.
         stock_config: The configuration class of transformers.
-        models: Auto class -> our model class. The class of transformers has the same name without "Cod"; a few do
-            not exist.
         absorbers: Modules of a layer whose weights can take over a factor on the outputs of the norms before the
             sublayers: those norms, or where these have no weights, the Linears that read them.
         foldable: The placements whose function a stock model of the family has.
@@ -83,7 +31,6 @@ class Family:
 
     config: Any
     stock_config: Any
-    models: dict[Any, type[PreTrainedModel]]
     absorbers: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     foldable: tuple[str, ...] = ("pre", "scaled_init", "lns")
 
@@ -91,6 +38,18 @@ class Family:
     def model_type(self) -> str:
         """The `model_type` of our configuration."""
         return self.config.model_type
+
+    @cached_property
+    def models(self) -> dict[Any, type[PreTrainedModel]]:
+        """Auto class -> our model class, as in the `auto_map` of a saved model: that table is the only one.
+
+        The class of transformers has the same name without "Cod"; a few do not exist.
+        """
+        named = {auto: name.split(".") for auto, name in self.config.remote_code_map().items() if auto != "AutoConfig"}
+        return {
+            getattr(transformers, auto): getattr(importlib.import_module(f".{file}", __package__), name)
+            for auto, (file, name) in named.items()
+        }
 
     def stock_class(self, name: str) -> type[PreTrainedModel] | None:
         """The class of transformers beside our class `name`, or None where transformers has none."""
@@ -102,92 +61,18 @@ class Family:
         return ours.get(f"Cod{name}")
 
 
-def _text_models(*models: type[PreTrainedModel]) -> dict[Any, type[PreTrainedModel]]:
-    autos = (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
-        AutoModelForQuestionAnswering,
-    )
-    return dict(zip(autos, models, strict=True))
-
-
 FAMILIES: tuple[Family, ...] = (
-    Family(
-        CodLlamaConfig,
-        transformers.LlamaConfig,
-        _text_models(
-            CodLlamaModel,
-            CodLlamaForCausalLM,
-            CodLlamaForSequenceClassification,
-            CodLlamaForTokenClassification,
-            CodLlamaForQuestionAnswering,
-        ),
-    ),
-    Family(
-        CodQwen2Config,
-        transformers.Qwen2Config,
-        _text_models(
-            CodQwen2Model,
-            CodQwen2ForCausalLM,
-            CodQwen2ForSequenceClassification,
-            CodQwen2ForTokenClassification,
-            CodQwen2ForQuestionAnswering,
-        ),
-    ),
-    Family(
-        CodQwen3Config,
-        transformers.Qwen3Config,
-        _text_models(
-            CodQwen3Model,
-            CodQwen3ForCausalLM,
-            CodQwen3ForSequenceClassification,
-            CodQwen3ForTokenClassification,
-            CodQwen3ForQuestionAnswering,
-        ),
-    ),
-    Family(
-        CodMistralConfig,
-        transformers.MistralConfig,
-        _text_models(
-            CodMistralModel,
-            CodMistralForCausalLM,
-            CodMistralForSequenceClassification,
-            CodMistralForTokenClassification,
-            CodMistralForQuestionAnswering,
-        ),
-    ),
+    Family(CodLlamaConfig, transformers.LlamaConfig),
+    Family(CodQwen2Config, transformers.Qwen2Config),
+    Family(CodQwen3Config, transformers.Qwen3Config),
+    Family(CodMistralConfig, transformers.MistralConfig),
     Family(
         CodOlmoConfig,
         transformers.OlmoConfig,
-        _text_models(
-            CodOlmoModel,
-            CodOlmoForCausalLM,
-            CodOlmoForSequenceClassification,
-            CodOlmoForTokenClassification,
-            CodOlmoForQuestionAnswering,
-        ),
         absorbers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
     ),
-    Family(
-        CodOlmo2Config,
-        transformers.Olmo2Config,
-        _text_models(
-            CodOlmo2Model,
-            CodOlmo2ForCausalLM,
-            CodOlmo2ForSequenceClassification,
-            CodOlmo2ForTokenClassification,
-            CodOlmo2ForQuestionAnswering,
-        ),
-        foldable=("reordered",),
-    ),
-    Family(
-        CodViTConfig,
-        transformers.ViTConfig,
-        {AutoModel: CodViTModel, AutoModelForImageClassification: CodViTForImageClassification},
-        absorbers=("layernorm_before", "layernorm_after"),
-    ),
+    Family(CodOlmo2Config, transformers.Olmo2Config, foldable=("reordered",)),
+    Family(CodViTConfig, transformers.ViTConfig, absorbers=("layernorm_before", "layernorm_after")),
 )
 
 

@@ -19,7 +19,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 
-from .configuration_cod import CODE_VERSION, check_placement
+from .configuration_cod import check_placement
 from .placements import PLACEMENTS, NormPlacement
 
 
@@ -70,6 +70,27 @@ class PlacedDecoderLayer(PlacedLayer):
         return self.placement.forward(self, hidden_states, attention, self.mlp)
 
 
+def placements_of(model: Any) -> list[NormPlacement]:
+    """The norm placement of each layer.
+
+    Raises:
+        ValueError: If a layer has none, or one of another name than the config says: saved like that, the model
+            would come back as another function.
+    """
+    placements, named = [], model.config.norm_placement
+    for layer in model.base_model.layers:
+        placement = getattr(layer, "placement", None)
+        if not isinstance(placement, NormPlacement):
+            raise ValueError(f"layers: expected layers with a norm placement, got {type(layer).__name__}")
+        if placement.name != named:
+            raise ValueError(
+                f"norm_placement: expected {placement.name!r}, as the layers were built, got {named!r}; build a new "
+                "model for another placement"
+            )
+        placements.append(placement)
+    return placements
+
+
 class PlacedPreTrainedModel:
     """Mixin for the base class of a family: initialisation and saving."""
 
@@ -87,21 +108,18 @@ class PlacedPreTrainedModel:
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, with all that a stranger needs to load the model.
 
-        That is: the files of the model code (copied by transformers), an `auto_map` for every head and not only for
-        the saved one, and the depths of the layers if some were removed.
+        That is: what the config brings, and the depths of the layers if some were removed.
+
+        Raises:
+            ValueError: If there are layers without a norm placement, with another one than the config says, or from
+                models of different depth.
         """
-        self.config.auto_map = self.config.remote_code_map()
-        self.config.cod_code_version = CODE_VERSION
         self._record_depths()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _record_depths(self) -> None:
         """Write to the config what the layers know: the truth lives in them, whoever removed some."""
-        placements = []
-        for layer in self.base_model.layers:
-            if not isinstance(getattr(layer, "placement", None), NormPlacement):
-                raise ValueError(f"layers: expected layers with a norm placement, got {type(layer).__name__}")
-            placements.append(layer.placement)
+        placements = placements_of(self)
         depths = [placement.depth for placement in placements]
         totals = sorted({placement.n_layers for placement in placements})
         if len(totals) != 1:

@@ -49,6 +49,7 @@ class NormPlacement(ABC):
     scale: float = 1.0
 
     def __init__(self, config: Any, layer: int):
+        self.name: str = config.norm_placement
         self.depth, self.n_layers = layer_depth(config, layer)
         self.scaled_residual_init: bool = config.scaled_residual_init
 

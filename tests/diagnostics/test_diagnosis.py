@@ -7,6 +7,7 @@ import torch
 from hf_cod import MeasurementError, RunReport, diagnose
 from hf_cod.diagnostics import diagnosis
 from hf_cod.diagnostics.diagnosis import METRICS
+from hf_cod.diagnostics.findings import summarize
 from tests.tiny_models import FAMILIES, batch_for, build
 from tests.tiny_tokenizers import bert_like, gpt_like
 
@@ -170,6 +171,29 @@ def test_one_layer():
     assert report.results["late_share"] == pytest.approx(0.5)
 
 
+def test_few_samples_are_remarked():
+    texts = "one two three four five " * 8
+    few = diagnose(build("llama"), gpt_like(), texts, sequence_length=8, max_samples=50, show_progress=False)
+    assert few.notes == ["the text holds 5 samples, less than 50"] and "from only 5 samples" in few.summary[0]
+    many = diagnose(build("llama"), gpt_like(), texts * 4, sequence_length=8, max_samples=9, show_progress=False)
+    assert many.notes == [] and "only" not in many.summary[0]
+
+
+def test_findings_say_when_a_removal_helps_and_when_nothing_can_be_seen():
+    drop = {"metric": "accuracy", "lower_is_better": False, "intact": 0.5, "without": [0.2, 0.6, 0.4]}
+    report = RunReport("diagnose", "m", {}, {}, {"layer_drop": [-0.3, 0.1, -0.1]}, {"layer_drop": drop})
+    assert "hurts most at 0 and least at 1" in summarize(report)[0]
+    assert "Without any one of 1 of the layers it is better than with all." in summarize(report)[0]
+    nothing = {"layer_drop": {**drop, "intact": 0.0, "without": [0.0, 0.0, 0.0]}}
+    report = RunReport("diagnose", "m", {}, {}, {"layer_drop": [0.0, 0.0, 0.0]}, nothing)
+    assert summarize(report) == ["The intact model's accuracy is 0, so that no removal can show what a layer is worth."]
+
+
+def test_one_metric_by_name():
+    batch = {"input_ids": torch.randint(3, 50, (2, 9))}
+    assert list(diagnose(build("llama"), batches=[batch], metrics="block_influence").layers) == ["block_influence"]
+
+
 def test_chosen_metrics_only():
     report = diagnose(build("llama"), gpt_like(), TEXT, metrics=["block_influence"], **QUICK)
     assert list(report.layers) == ["block_influence"]
@@ -200,7 +224,7 @@ def test_bad_input():
         diagnose(model, gpt_like(), TEXT, sequence_length=65)
     with pytest.raises(ValueError, match="expected tokenizer and texts, or batches"):
         diagnose(model)
-    with pytest.raises(ValueError, match="at least one window"):
+    with pytest.raises(ValueError, match="at least one sample"):
         diagnose(model, gpt_like(), "one two", **QUICK)
     with pytest.raises(ValueError, match="token: expected 'last', 'first' or 'all', got 'middle'"):
         diagnose(model, gpt_like(), TEXT, token="middle", **QUICK)

@@ -1,15 +1,10 @@
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from peft import LoraConfig, get_peft_model
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -23,10 +18,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from hf_cod.commands.convert import main
-from hf_cod.models import AUTHORS_NORM_TYPES, PLACEMENTS, CodLlamaForCausalLM, fold_lns, from_authors, to_lns
+from hf_cod.models import PLACEMENTS, fold_lns, to_lns
 
-from .references import language_model
 from .tiny import BY_TYPE, TEXT, inputs, tiny_model, tokens
 
 FOLDABLE = ("pre", "scaled_init", "lns")
@@ -76,6 +69,19 @@ def test_folding_goes_into_the_norms_of_deeper_layers_only():
     assert changed == {f"model.layers.{i}.{n}_layernorm.weight" for i in (1, 2, 3) for n in ("input", "post_attention")}
     name = "model.layers.3.input_layernorm.weight"
     assert torch.equal(new[name], old[name] / 2)
+
+
+def test_folding_changes_the_gradients_of_the_norms_alone():
+    model = tiny_model("cod_llama", "lns")
+    stock = fold_lns(model)
+    for one in (model, stock):
+        one(tokens()).logits.square().mean().backward()
+    folded = dict(stock.named_parameters())
+    for name, weight in model.named_parameters():
+        factor = 1.0
+        if "layernorm" in name:
+            factor = math.sqrt(int(name.split(".")[2]) + 1)
+        torch.testing.assert_close(folded[name].grad, factor * weight.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_folding_weightless_norms_goes_into_the_projections():
@@ -172,6 +178,17 @@ def test_wrong_sources():
         to_lns(fold_lns(tiny_model("cod_olmo2", "reordered")))
 
 
+def test_layers_that_are_not_ours_are_refused():
+    model = tiny_model("cod_llama", "lns")
+    model.model.layers[1] = fold_lns(model).model.layers[1]
+    with pytest.raises(ValueError, match="layers: expected layers with a norm placement, got LlamaDecoderLayer"):
+        fold_lns(model)
+    model = tiny_model("cod_llama", "post")
+    model.config.norm_placement = "lns"
+    with pytest.raises(ValueError, match="norm_placement: expected 'post', as the layers were built, got 'lns'"):
+        fold_lns(model)
+
+
 def test_compiled_models_are_unwrapped():
     model = tiny_model("cod_llama", "lns")
     stock = fold_lns(torch.compile(model))
@@ -180,8 +197,7 @@ def test_compiled_models_are_unwrapped():
 
 
 def test_adapters_are_refused():
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model("cod_llama", "lns"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(tiny_model("cod_llama", "lns"), LoraConfig(r=2, target_modules=["q_proj"]))
     for wrapped in (model, model.get_base_model()):
         with pytest.raises(ValueError, match=r"source: .* PEFT adapters; call merge_and_unload first"):
             fold_lns(wrapped)
@@ -217,186 +233,6 @@ def test_every_weight_keeps_its_own_dtype():
     assert torch.equal(stock.state_dict()[norm], expected.float())
 
 
-CONVERSIONS = [fold_lns, to_lns, lambda source, output=None: from_authors(source, "pre", output=output)]
-
-
-@pytest.mark.parametrize("convert", CONVERSIONS, ids=["fold_lns", "to_lns", "from_authors"])
-def test_a_source_that_is_not_there(convert, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "empty").mkdir()
-    LlamaConfig(**TEXT, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "weightless")
-    places = [tmp_path / "nowhere", "nobody/nothing", tmp_path / "empty"]
-    if convert is not fold_lns:
-        places.append(tmp_path / "weightless")
-    for place in places:
-        with pytest.raises(
-            ValueError, match=f"source: expected a directory with a checkpoint or a Hub id, got '{place}'"
-        ):
-            convert(place)
-
-
-@pytest.mark.parametrize("convert", CONVERSIONS, ids=["fold_lns", "to_lns", "from_authors"])
-def test_an_output_that_exists_is_refused_before_anything_is_read(convert, tmp_path):
-    with pytest.raises(ValueError, match="output: expected a path that does not exist yet"):
-        convert(tmp_path / "nowhere", tmp_path)
-
-
-def test_a_hub_id_brings_its_tokenizer(tmp_path, monkeypatch):
-    repository, commit = tmp_path / "hub" / "models--someone--tiny", "0" * 40
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    fold_lns(tiny_model("cod_llama", "lns"), repository / "snapshots" / commit)
-    for name in ("tokenizer.json", "chat_template.json"):
-        (repository / "snapshots" / commit / name).write_text(f'"{name}"')
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    to_lns("someone/tiny", tmp_path / "lns")
-    assert json.loads((tmp_path / "lns" / "tokenizer.json").read_text()) == "tokenizer.json"
-    assert json.loads((tmp_path / "lns" / "chat_template.json").read_text()) == "chat_template.json"
-    assert not (tmp_path / "lns" / "vocab.json").exists()
-
-
-OUTSIDE = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-assert type(model).__module__.startswith("transformers.models."), type(model)
-assert "hf_cod" not in sys.modules
-torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
-"""
-
-
-def test_directories_in_and_out_and_loaded_without_us(tmp_path):
-    model = tiny_model("cod_qwen2", "lns")
-    model.save_pretrained(tmp_path / "lns")
-    (tmp_path / "lns" / "tokenizer.json").write_text("{}")
-    fold_lns(tmp_path / "lns", tmp_path / "new" / "stock")
-    written = {path.name for path in (tmp_path / "new" / "stock").iterdir()}
-    assert written == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    assert AutoConfig.from_pretrained(tmp_path / "new" / "stock").model_type == "qwen2"
-
-    torch.save(tokens(), tmp_path / "tokens.pt")
-    command = [
-        sys.executable,
-        "-c",
-        OUTSIDE,
-        tmp_path / "new" / "stock",
-        tmp_path / "tokens.pt",
-        tmp_path / "logits.pt",
-    ]
-    env = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (torch.load(tmp_path / "logits.pt") - model(tokens()).logits).abs().max() <= 1e-5
-
-    to_lns(tmp_path / "new" / "stock", tmp_path / "again")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert (again(tokens()).logits - model(tokens()).logits).abs().max() <= 1e-5
-    with pytest.raises(ValueError, match="output: expected a path that does not exist yet"):
-        fold_lns(tmp_path / "lns", tmp_path / "new" / "stock")
-
-
-def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    model = tiny_model("cod_llama", "lns")
-
-    def fail(self, target):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("pathlib.Path.rename", fail)
-    with pytest.raises(OSError, match="no space left"):
-        fold_lns(model, tmp_path / "stock")
-    assert not list(tmp_path.iterdir())
-
-
-AUTHORS_CONFIG = {
-    "architectures": ["LLaMAForCausalLM"],
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "hidden_act": "silu",
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "initializer_range": 0.02,
-    "max_sequence_length": 1024,
-    "model_type": "llama",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 4,
-    "pad_token_id": -1,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 61,
-}
-# NORM_TYPE -> the placement of the reference that has its function, for deeppost with the gain sqrt(8).
-AUTHORS_FUNCTION = {"scale_pre": "pre", "deeppost": "deepnorm", "post_pre": "mix", "scale_post_pre": "mix"}
-
-
-def authors_state(norm_type):
-    """The state dict of the authors' code: names of its modules, and the buffers that it saves."""
-    function = AUTHORS_FUNCTION.get(norm_type, norm_type)
-    model = tiny_model("cod_llama", function, num_key_value_heads=4)
-    state = {f"module.{name}": weight for name, weight in model.state_dict().items()}
-    for i in range(4):
-        state[f"module.model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
-    return function, state
-
-
-@pytest.mark.parametrize("norm_type", AUTHORS_NORM_TYPES)
-def test_checkpoints_of_the_authors(norm_type):
-    function, state = authors_state(norm_type)
-    post_layers = 2 if function == "mix" else None
-    model = from_authors(state, norm_type.upper(), AUTHORS_CONFIG, post_layers)
-    assert isinstance(model, CodLlamaForCausalLM)
-    assert (model.config.pad_token_id, model.config.max_position_embeddings) == (None, 1024)
-    weights = {name.removeprefix("module."): weight for name, weight in state.items()}
-    config = {**model.config.to_dict(), "norm_placement": function}
-    alpha = math.sqrt(8) if norm_type == "deeppost" else None
-    expected = language_model(weights, "llama", config, tokens(), 2, alpha)
-    assert (model(tokens()).logits - expected).abs().max() <= 1e-5
-
-
-def test_a_directory_of_the_authors(tmp_path):
-    _, state = authors_state("lns")
-    state = {name.removeprefix("module."): weight.clone() for name, weight in state.items()}
-    (tmp_path / "old").mkdir()
-    save_file(state, tmp_path / "old" / "model.safetensors", {"format": "pt"})
-    (tmp_path / "old" / "config.json").write_text(json.dumps(AUTHORS_CONFIG))
-    model = from_authors(tmp_path / "old", "LNS", output=tmp_path / "new")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
-    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
-    assert torch.equal(from_authors(state, "lns", AUTHORS_CONFIG)(tokens()).logits, model(tokens()).logits)
-
-
-def test_a_directory_of_distributed_training(tmp_path):
-    _, state = authors_state("sandwich")
-    save_file({name: weight.clone() for name, weight in state.items()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(AUTHORS_CONFIG))
-    model = from_authors(tmp_path, "sandwich")
-    expected = from_authors(state, "sandwich", AUTHORS_CONFIG)
-    assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
-
-
-def test_the_command_takes_the_norm_type_in_any_case(tmp_path):
-    _, state = authors_state("lns")
-    save_file({name: weight.clone() for name, weight in state.items()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(AUTHORS_CONFIG))
-    assert main(["authors", str(tmp_path), str(tmp_path / "new"), "--norm-type", "LNS"]) == 0
-    assert AutoConfig.from_pretrained(tmp_path / "new").norm_placement == "lns"
-
-
-def test_bad_checkpoints_of_the_authors():
-    _, state = authors_state("pre")
-    with pytest.raises(ValueError, match=r"norm_type: expected one of pre, .*; got 'mono'"):
-        from_authors(state, "mono", AUTHORS_CONFIG)
-    with pytest.raises(ValueError, match=r"config: expected the contents of config.json"):
-        from_authors(state, "pre")
-    with pytest.raises(ValueError, match="post_layers: expected a number from 0 to 4, got None"):
-        from_authors(state, "post_pre", AUTHORS_CONFIG)
-    with pytest.raises(
-        ValueError, match="post_layers: expected None unless norm_type is post_pre or scale_post_pre, got 2"
-    ):
-        from_authors(state, "pre", AUTHORS_CONFIG, post_layers=2)
-    with pytest.raises(ValueError, match=r"source: expected exactly the weights.*post_feedforward_layernorm"):
-        from_authors(state, "post", AUTHORS_CONFIG)
-
-
 def perplexity(model, batch):
     with torch.no_grad():
         return math.exp(model(batch, labels=batch).loss.item())
@@ -415,6 +251,25 @@ def test_smollm2_to_lns_and_back_keeps_its_perplexity(smollm2, brown_text, tmp_p
     assert type(stock).__name__ == "LlamaForCausalLM"
     assert perplexity(stock, batch) == pytest.approx(expected, rel=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "lns")("depth").input_ids == tokenizer("depth").input_ids
+
+
+def test_smollm2_in_bfloat16_moves_by_less_than_bfloat16_itself(smollm2, brown_text):
+    """The figures of README; run with -s to see them."""
+    batch = AutoTokenizer.from_pretrained(smollm2)(brown_text, return_tensors="pt").input_ids[:, :512].view(2, 256)
+    with torch.no_grad():
+        exact = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)(batch).logits
+        half = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+        plain = half(batch).logits.float()
+        lns = to_lns(half)
+        there, back = lns(batch).logits.float(), fold_lns(lns)(batch).logits.float()
+
+    def move(one, other):
+        return ((one - other).norm() / other.norm()).item()
+
+    moves = {"rounding to bfloat16": move(plain, exact), "to lns": move(there, plain), "and back": move(back, plain)}
+    print("moves of the logits, relative to their norm:", {name: f"{value:.2%}" for name, value in moves.items()})
+    assert 0 < moves["to lns"] < 1.5 * moves["rounding to bfloat16"]
+    assert moves["and back"] < 1.5 * moves["rounding to bfloat16"]
 
 
 def test_vision_model_is_folded():

@@ -54,6 +54,16 @@ def test_attention_implementations_agree(placement, attention):
     assert (model(tokens()).logits - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("model_type", ["cod_qwen2", "cod_qwen3", "cod_mistral", "cod_olmo", "cod_olmo2", "cod_vit"])
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+@torch.no_grad()
+def test_attention_implementations_agree_in_every_family(model_type, attention):
+    model = tiny_model(model_type, "sandwich")
+    expected = model(**inputs(model_type)).logits
+    model.set_attn_implementation(attention)
+    assert (model(**inputs(model_type)).logits - expected).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("model_type", ["cod_llama", "cod_qwen2", "cod_olmo2", "cod_vit"])
 def test_hidden_states_and_attentions_can_be_recorded(model_type):
     model = tiny_model(model_type, "sandwich", attn_implementation="eager")

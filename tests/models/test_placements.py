@@ -1,10 +1,11 @@
 import copy
+import json
 import math
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM, CodOlmo2Config
 from hf_cod.models.placements import DeepNorm, LayerNormScaling, NormPlacement, PostNorm, PreNorm, n_post_layers
@@ -89,6 +90,12 @@ def test_mix_ln_takes_the_ceiling_and_is_immune_to_rounding():
     assert n_post_layers(0.26, 12) == 4
 
 
+@pytest.mark.parametrize(("fraction", "placement"), [(0, "pre"), (0.0, "pre"), (1, "post"), (1.0, "post")])
+def test_mix_ln_at_its_bounds(fraction, placement):
+    mixed = tiny_model("cod_llama", "mix", post_ln_fraction=fraction)
+    assert torch.equal(mixed(tokens()).logits, tiny_model("cod_llama", placement)(tokens()).logits)
+
+
 def test_lns_scale_is_a_float_and_no_buffer():
     model = tiny_model("cod_llama", "lns")
     scales = [layer.placement.scale for layer in model.model.layers]
@@ -167,7 +174,16 @@ BAD = [
     ({"deepnorm_beta": "1"}, r"deepnorm_beta: expected a number above 0 or None .* got '1'"),
     ({"scaled_residual_init": 1}, r"scaled_residual_init: expected True or False, got 1"),
     ({"original_num_hidden_layers": 8}, r"original_num_hidden_layers: expected None without layer_depths, got 8"),
-    ({"original_num_hidden_layers": 0}, r"original_num_hidden_layers: expected a number above 0 or None, got 0"),
+    ({"original_num_hidden_layers": 0}, r"original_num_hidden_layers: expected a whole number above 0 or None, got 0"),
+    ({"original_num_hidden_layers": "8"}, r"original_num_hidden_layers: expected a whole number .* got '8'"),
+    ({"original_num_hidden_layers": True}, r"original_num_hidden_layers: expected a whole number .* got True"),
+    ({"layer_depths": "0123"}, r"layer_depths: expected a list of whole numbers or None, got '0123'"),
+    ({"layer_depths": 4}, r"layer_depths: expected a list of whole numbers or None, got 4"),
+    ({"layer_depths": [0, 1.5, 2, 3]}, r"layer_depths: expected a list of whole numbers or None, got \[0, 1.5, 2, 3\]"),
+    ({"cod_code_version": "1"}, r"cod_code_version: expected a whole number, got '1'"),
+    ({"cod_code_version": None}, r"cod_code_version: expected a whole number, got None"),
+    ({"num_key_value_heads": 3}, r"num_key_value_heads: expected a divisor of num_attention_heads, 4, got 3"),
+    ({"num_key_value_heads": 8}, r"num_key_value_heads: expected a divisor of num_attention_heads, 4, got 8"),
     ({"layer_depths": [0, 1]}, r"layer_depths: expected one entry for each of the 4 layers, got 2"),
     ({"layer_depths": [0, 1, 2, 9], "original_num_hidden_layers": 8}, r"layer_depths: expected numbers from 0"),
     ({"layer_depths": [0, 1, 2, 3]}, r"layer_depths: expected numbers from 0 .* original_num_hidden_layers=None"),
@@ -178,6 +194,11 @@ BAD = [
 def test_bad_fields_say_what_is_valid(fields, message):
     with pytest.raises(ValueError, match=message):
         CodLlamaConfig(**{**TEXT, **fields})
+
+
+def test_families_whose_default_heads_do_not_fit():
+    with pytest.raises(ValueError, match="num_key_value_heads: expected a divisor of num_attention_heads, 8, got 32"):
+        AutoConfig.for_model("cod_qwen3", num_attention_heads=8)
 
 
 @pytest.mark.parametrize("placement", ["pre", "lns", "mix", "post"])
@@ -208,9 +229,20 @@ def test_no_advice_on_training_for_a_finished_checkpoint(tmp_path, recwarn):
     assert not [warning for warning in recwarn if "weakens" in str(warning.message)]
 
 
-def test_warning_for_a_model_of_newer_code():
-    with pytest.warns(UserWarning, match="pip install -U hf_cod"):
-        CodLlamaConfig(**TEXT, cod_code_version=99)
+@pytest.mark.parametrize(("version", "mend"), [(99, "upgrade with  pip install -U hf_cod"), (0, "hf_cod of that time")])
+@pytest.mark.parametrize("trust", [False, True])
+def test_warning_for_a_model_of_other_code(version, mend, trust, tmp_path):
+    tiny_model("cod_llama", "lns").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "cod_code_version": version}))
+    with pytest.warns(UserWarning, match=f"saved by version {version} of the model code, and version 1 .*{mend}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)
+
+
+def test_no_warning_for_a_model_of_this_code(tmp_path, recwarn):
+    tiny_model("cod_llama", "lns").save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not [warning for warning in recwarn if "model code" in str(warning.message)]
 
 
 def test_one_layer():

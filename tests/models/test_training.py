@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -95,3 +98,14 @@ def test_presets_take_fields_and_name_themselves():
     assert (config.norm_placement, config.vocab_size, config.num_hidden_layers) == ("lns", 49152, 6)
     with pytest.raises(ValueError, match=f"size: expected one of {', '.join(LLAMA_PRESETS)}; got '3B'"):
         llama_preset("3B")
+
+
+def test_the_snippet_of_readme_runs_and_its_model_too():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    snippet = re.search(r"## Cure it.*?```python\n(.*?)```", text, re.S).group(1)
+    names: dict = {}
+    with torch.device("meta"):  # the first model is large
+        exec(snippet, names)
+    assert names["model"].config.norm_placement == "mix"
+    model = type(names["model"])(names["config"])
+    assert model(tokens(1, 5)).logits.isfinite().all()
