@@ -12,6 +12,7 @@ from hf_cod.evaluation import perplexity
 from hf_cod.layer_monitor import LayerMonitor
 from hf_cod.layer_removal import drop, skip
 from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
+from hf_cod.pruning import prune
 from hf_cod.report import RunReport
 from hf_cod.scores import LayerScores, score_layers
 from hf_cod.statistics import LayerStatistics, collect_statistics
@@ -41,6 +42,7 @@ __all__ = [
     "from_authors",
     "llama_preset",
     "perplexity",
+    "prune",
     "score_layers",
     "skip",
     "to_lns",

@@ -234,6 +234,21 @@ def _collate(tokenizer: Any, samples: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
+def split_samples(batches: Sequence[Batch], first: int) -> tuple[list[Batch], list[Batch]]:
+    """The first so many samples, and the rest; the batch between them is cut in two."""
+    before: list[Batch] = []
+    behind: list[Batch] = []
+    for batch in batches:
+        samples = len(next(iter(batch.values())))
+        cut = min(max(first, 0), samples)
+        if cut:
+            before.append({name: tensor[:cut] for name, tensor in batch.items()})
+        if cut < samples:
+            behind.append({name: tensor[cut:] for name, tensor in batch.items()})
+        first -= samples
+    return before, behind
+
+
 def describe_batches(batches: Sequence[Batch]) -> dict[str, int]:
     """How many samples and, of text, tokens without padding the batches hold."""
     first = [next(iter(batch.values())) for batch in batches]

@@ -13,12 +13,13 @@ COMMANDS = {
     "diagnose": ("diagnose", "measure what each layer of a model does"),
     "score": ("score", "measure how much each layer matters, for pruning and quantization"),
     "history": ("history", "draw what the layers did during a training"),
+    "prune": ("prune", "set weights to zero, more in layers that matter less"),
     "compare": ("compare", "put several diagnosed runs side by side"),
     "card": ("card", "a pre-trained model with its model card, ready to share"),
     "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
 }
 # Commands that keep a journal: stopped, they go on where they were.
-RESUMABLE = ("demo", "diagnose")
+RESUMABLE = ("demo", "diagnose", "prune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -136,7 +136,7 @@ def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunRepor
 
 def _score(axes: Axes, report: RunReport) -> None:
     """Bars by layer; for OWL the layerwise outlier distribution."""
-    method = report.settings["method"]
+    method = report.settings.get("score", report.settings["method"])
     title, label = f"Score of each layer: {method.replace('_', ' ')}", "score"
     if method == "owl":
         title = f"Layerwise outlier distribution (M = {report.settings['threshold']:g})"
@@ -155,6 +155,14 @@ def _curve(axes: Axes, report: RunReport) -> None:
     axes.legend(frameon=False)
     axes.set(xlabel="step", ylabel="loss in nats a token", title="Training curve")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _sparsity(axes: Axes, report: RunReport) -> None:
+    """Share of zeros of each layer, and their mean over all weights."""
+    mean = report.results["sparsity"]
+    _bars(axes, _numbers(report.layers["sparsity"]), least=True)
+    axes.axhline(mean, color="black", linestyle="--", linewidth=1)
+    axes.set(ylabel="share of zeros", title=f"Sparsity of each layer by {report.settings['method']}: {mean:.1%} in all")
 
 
 def _numbers(values: list[Any]) -> list[float]:
@@ -191,6 +199,7 @@ PANELS: dict[str, Callable[..., None]] = {
     "score": _score,
     "curve": _curve,
     **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
+    "sparsity": _sparsity,
 }
 # The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
 DEPTH = ("angular_distance", "layer_drop", "gradient_norm", "variance")

@@ -12,17 +12,25 @@ ROOT = Path(__file__).parent.parent / "hf_cod"
 ORDER = [
     ["functional", "files", "models"],
     ["decoder_layers", "calibration"],
-    ["layer_removal", "evaluation", "report", "loading", "expert_banks", "probe"],
-    ["diagnostics", "layer_health", "training_plots"],
-    ["statistics", "training_history"],
+    ["layer_removal", "evaluation", "report", "loading", "expert_banks", "probe", "writable_weights"],
+    ["diagnostics", "layer_health", "training_plots", "matrix_inputs"],
+    ["statistics", "training_history", "input_products"],
+    ["pruning_probe"],
     ["scores", "layer_monitor"],
     ["allocation", "comparison", "callback", "pretraining"],
+    ["pruning"],
     ["plots", "model_card"],
     ["commands"],
     ["cli"],
 ]
 # Optional packages -> the only rooms that may import them.
-OPTIONAL = {"matplotlib": ["plots"], "datasets": ["calibration"], "evaluate": ["evaluation"], "gguf": ["loading"]}
+OPTIONAL = {
+    "matplotlib": ["plots"],
+    "datasets": ["calibration"],
+    "evaluate": ["evaluation"],
+    "gguf": ["loading"],
+    "peft": ["pruning"],
+}
 # A report can be asked for its picture: the one arrow that goes up, and only inside a method.
 UPWARDS = {("report", "plots"), ("comparison", "plots")}
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
