@@ -133,7 +133,10 @@ def _drop(key: str) -> Any:
         if not found:
             return "-"
         worst = max if found["lower_is_better"] else min
-        value = found["intact"] if key == "intact" else worst(v for v in found["without"] if v is not None and v == v)
+        known = [v for v in found["without"] if v is not None and v == v]
+        value = found["intact"] if key == "intact" else worst(known, default=None)
+        if value is None or value != value:
+            return "-"
         return f"{format_number(round(value, 6))} ({found['metric']})"
 
     return of

@@ -125,6 +125,8 @@ class Perplexity:
     def value(self, rows: Sequence[Any]) -> float:
         """Perplexity; infinite where it exceeds the range of floats."""
         loss, tokens = (sum(column) for column in zip(*rows, strict=True))
+        if not tokens:
+            raise ValueError("expected at least one token to predict, got none; give longer samples")
         try:
             return math.exp(loss / tokens)
         except OverflowError:

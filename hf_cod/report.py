@@ -94,7 +94,8 @@ class RunReport:
         settings = _restored(json.loads(json.dumps(_finite(self.settings))))
         if (earlier.kind, earlier.model, earlier.settings) == (self.kind, self.model, settings):
             return None
-        number = 1 + sum(1 for _ in directory.glob("earlier-*"))
+        taken = [path.name.removeprefix("earlier-") for path in directory.glob("earlier-*")]
+        number = 1 + max((int(name) for name in taken if name.isdecimal()), default=0)
         target = directory / f"earlier-{number}"
         target.mkdir()
         for name in ("report.json", "report.md", *others, *(path.name for path in directory.glob("*.png"))):

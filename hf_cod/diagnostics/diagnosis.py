@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,8 @@ def _prepared(
     model: nn.Module, tokenizer: Any, texts: Any, batches: Sequence[Batch] | None, chosen: DiagnoseSettings
 ) -> list[Batch]:
     """The batches to measure on, checked."""
+    if isinstance(batches, Mapping):
+        raise ValueError("batches: expected a list of dicts of tensors, got one dict; put it in a list")
     if batches is not None:
         made: list[Batch] = [{k: v for k, v in batch.items() if v is not None} for batch in batches]
         if not made:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_cod.calibration import IGNORED_LABEL, Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.diagnostics.partial_pass import check_finite, layer_states
 from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
 from hf_cod.evaluation import model_inputs, negative_log_likelihood, targets, task_of
 
@@ -40,21 +41,30 @@ def measure_gradient_norm(
     if reason:
         raise ValueError(f"gradient_norm: expected a loss and floating-point weights in memory, but {reason}")
     device = execution_device(stack.model)
-    totals = torch.zeros(len(stack), dtype=torch.float64)
+    totals, measured = torch.zeros(len(stack), dtype=torch.float64), 0
     with torch.inference_mode(False), evaluation_mode(stack), _layer_squares(stack) as squares:
         for number, batch in enumerate(progress(batches, "gradients", show_progress)):
             for square in squares:
                 square.zero_()
+            batch = to_device(batch, device)
+            if task != "labels" and not (targets(batch, task) != IGNORED_LABEL).any():
+                continue  # a sample of one token, say, has nothing to predict
+            measured += 1
             with torch.enable_grad():
-                _loss(stack.model, to_device(batch, device), task).backward()
+                _loss(stack.model, batch, task).backward()
             norms = torch.stack([square.sqrt().cpu() for square in squares]).double()
             if not norms.isfinite().all():
-                layer = int((~norms.isfinite()).nonzero()[-1])
+                with torch.no_grad(), layer_states(stack) as states:
+                    stack.model(**model_inputs(batch))
+                check_finite(states, number)
+                layer = int((~norms.isfinite()).nonzero()[-1])  # where the backward pass met it first
                 raise ValueError(
                     f"gradients: expected finite numbers, got NaN or infinity in layer {layer}, batch {number}"
                 )
             totals += norms
-    return (totals / len(batches)).tolist()
+    if not measured:
+        raise ValueError("batches: expected at least one token to predict, got none; give longer samples")
+    return (totals / measured).tolist()
 
 
 def read_gradient_norms(stack: DecoderLayers) -> list[float | None]:

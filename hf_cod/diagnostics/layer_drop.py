@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +10,10 @@ from torch import nn
 
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
-from hf_cod.diagnostics.partial_pass import check_independent, running_only
+from hf_cod.diagnostics.partial_pass import check_finite, check_independent, layer_states, running_only
 from hf_cod.diagnostics.running import (
     evaluation_mode,
     execution_device,
-    hidden_input,
     progress,
     to_device,
 )
@@ -72,9 +70,9 @@ def measure_layer_drop(
 def _measure_batch(stack: DecoderLayers, number: int, batch: Batch, metric: Metric, journal: Journal, bar: Any) -> None:
     """The intact model, then each removal that the journal lacks, from the hidden state that the intact one left."""
     inputs = model_inputs(batch)
-    with _layer_inputs(stack) as states:
+    with layer_states(stack) as states:
         intact = stack.model(**inputs)
-    _check_finite(states, number)
+    check_finite(states, number)
     _record(journal, metric, number, -1, intact, batch, intact)
     reference = intact if metric.compares else None
     del intact  # logits are large
@@ -110,27 +108,3 @@ def _record(journal: Journal, metric: Metric, number: int, layer: int, outputs: 
     except Exception as error:
         raise ValueError(f"metric: {metric.name} failed on batch {number} {_where(layer)}: {error}") from error
     journal.add(_key(number, layer), rows)
-
-
-def _check_finite(states: list[Any], number: int) -> None:
-    sums = torch.stack([hidden.float().sum().cpu() for hidden, _ in states])
-    broken = (~sums.isfinite()).nonzero()
-    if len(broken):
-        where = f"the output of layer {int(broken[0]) - 1}" if broken[0] else "the input of layer 0"
-        raise ValueError(f"activations: expected finite numbers, got NaN or infinity first in {where}, batch {number}")
-
-
-@contextmanager
-def _layer_inputs(stack: DecoderLayers) -> Iterator[list[Any]]:
-    """Fills the list with the hidden state (S, T, d) in front of each layer while the block runs the model."""
-    states: list[Any] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        states.append((hidden_input(args, kwargs), output[1:] if isinstance(output, tuple) else None))
-
-    handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in stack]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()

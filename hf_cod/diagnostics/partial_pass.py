@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_cod.decoder_layers import DecoderLayers
@@ -71,6 +72,37 @@ def running_only(stack: DecoderLayers, layers: range, before: State | None) -> I
         stack.module_list._modules = modules
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def layer_states(stack: DecoderLayers) -> Iterator[list[Any]]:
+    """Fills the list with the state in front of each layer, and at last behind all, while the block runs the model."""
+    states: list[Any] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        states.append((hidden_input(args, kwargs), state_of(output)[1]))
+        if module is stack[len(stack) - 1]:
+            states.append(state_of(output))
+
+    handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in stack]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_finite(states: list[Any], number: int) -> None:
+    """Makes sure that all states of `layer_states` are finite.
+
+    Raises:
+        ValueError: they are not; says of which layer first, and in which batch.
+    """
+    sums = torch.stack([hidden.float().sum().cpu() for hidden, _ in states])
+    broken = (~sums.isfinite()).nonzero()
+    if len(broken):
+        where = f"the output of layer {int(broken[0]) - 1}" if broken[0] else "the input of layer 0"
+        raise ValueError(f"activations: expected finite numbers, got NaN or infinity first in {where}, batch {number}")
 
 
 def state_of(output: Any) -> State:

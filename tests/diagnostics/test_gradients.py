@@ -77,13 +77,22 @@ def test_one_layer_and_bfloat16():
     assert measure_gradient_norm(model, [batch]) == pytest.approx(measure_gradient_norm(wide, [batch]), rel=0.03)
 
 
+def test_a_batch_with_nothing_to_predict_does_not_count():
+    model = build("llama")
+    batch = batch_for(model)
+    short = {"input_ids": batch["input_ids"][:, :1]}
+    assert measure_gradient_norm(model, [batch, short]) == measure_gradient_norm(model, [batch])
+    with pytest.raises(ValueError, match="at least one token to predict, got none"):
+        measure_gradient_norm(model, [short])
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="BertModel has no head"):
         measure_gradient_norm(build("bert_headless"), [])
     broken = build("llama")
     with torch.no_grad():
-        broken.model.layers[3].mlp.down_proj.weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match="gradients: expected finite numbers"):
+        broken.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"activations: expected finite numbers, .* first in the output of layer 1"):
         measure_gradient_norm(broken, [batch_for(broken)])
     offloaded = build("llama")
     disk_offload(offloaded, tmp_path, execution_device=torch.device("cpu"))

@@ -163,11 +163,12 @@ def test_shared_keys_and_values_are_refused():
         measure_layer_drop(model, [batch_for(model)], find_metric(None, "causal_lm"))
 
 
-def test_broken_activations_name_the_first_layer():
+@pytest.mark.parametrize("layer", range(4))
+def test_broken_activations_name_the_first_layer(layer):
     model = build("llama")
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="first in the output of layer 1, batch 0"):
+        model.model.layers[layer].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"first in the output of layer {layer}, batch 0"):
         measure_layer_drop(model, [batch_for(model)], find_metric(None, "causal_lm"))
 
 
