@@ -118,9 +118,8 @@ def _layer_drop(axes: Axes, report: RunReport) -> None:
     _log_if_wide(axes, values)
     _bars(axes, values, least=not drop["lower_is_better"])
     title = f"{metric.capitalize()} without each single layer"
-    if (
-        drop["metric"] != "output_angle" and drop["intact"] is not None and math.isfinite(drop["intact"])
-    ):  # an intact model's output turns by 0: no line to draw
+    (intact,) = _numbers([drop["intact"]])
+    if math.isfinite(intact) and drop["metric"] != "output_angle":  # an intact model's output turns by 0
         axes.axhline(intact, color="black", linestyle="--", linewidth=1)
         title += f" (dashed: intact, {format_number(intact)})"
     axes.set(ylabel=metric, title=title)
