@@ -121,8 +121,8 @@ def test_the_saved_model_loads_and_generates(name, tmp_path, text):
 @pytest.mark.parametrize("name", BOTH)
 def test_two_processes_train_as_one(name, tmp_path, text):
     _, alone, _ = run(name, tmp_path / "alone", *text)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num-processes", "2"]
-    command += ["--num-machines", "1", "--mixed-precision", "no", "--dynamo-backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(EXAMPLES / f"{name}.py"), *QUICK.split(), *text, "--output", str(tmp_path / "two")]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
