@@ -68,5 +68,5 @@ def test_bad_probes():
     for wrong, found in (([], "NoneType"), (7, "NoneType"), ([7], "int"), ([{"words": "x"}], "rows with words")):
         with pytest.raises(ValueError, match=f"probe: expected texts.*got {found}"):
             probe_batches(wrong, gpt_like(), SETTINGS)
-    with pytest.raises(ValueError, match="texts: expected at least one window"):
+    with pytest.raises(ValueError, match="texts: expected at least one sample"):
         probe_batches(["one"], gpt_like(), SETTINGS)
