@@ -47,7 +47,7 @@ def _as_in(settings: type, name: str) -> Any:
 class PruneSettings(SampleSettings):
     """What is pruned, and on which samples."""
 
-    method: str = field(default="wanda", metadata={"help": f"{', '.join(METHODS)}"})
+    method: str = field(default="wanda", metadata={"help": f"which weights go: by {', '.join(METHODS)}"})
     score: str = _as_in(ScoreSettings, "method")
     threshold: float = _as_in(ScoreSettings, "threshold")
     per_module: bool = _as_in(ScoreSettings, "per_module")
