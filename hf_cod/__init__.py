@@ -9,17 +9,16 @@ from hf_cod.comparison import Comparison, compare
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import MeasurementError, diagnose
 from hf_cod.evaluation import perplexity
-from hf_cod.layer_monitor import LayerMonitor
 from hf_cod.layer_removal import drop, skip
 from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
 from hf_cod.pruning import prune
 from hf_cod.report import RunReport
 from hf_cod.scores import LayerScores, score_layers
 from hf_cod.statistics import LayerStatistics, collect_statistics
-from hf_cod.training_history import TrainingHistory
+from hf_cod.training import LayerMonitor, TrainingHistory
 
 if TYPE_CHECKING:
-    from hf_cod.callback import LayerDiagnosticsCallback
+    from hf_cod.training.callback import LayerDiagnosticsCallback
 
 __all__ = [
     "Comparison",
@@ -54,7 +53,7 @@ register()  # AutoConfig and AutoModel know our model types from here on
 def __getattr__(name: str) -> Any:
     """The callback is imported when it is asked for: transformers' Trainer takes longer to import than all of ours."""
     if name == "LayerDiagnosticsCallback":
-        from hf_cod.callback import LayerDiagnosticsCallback
+        from hf_cod.training.callback import LayerDiagnosticsCallback
 
         return LayerDiagnosticsCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cod.files import write_text
 from hf_cod.report import RunReport, format_number
-from hf_cod.training_history import TrainingHistory
+from hf_cod.training.history import TrainingHistory
 
 PAPER = "https://arxiv.org/abs/2502.05795"
 PICTURES = {

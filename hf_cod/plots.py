@@ -15,7 +15,7 @@ from typing import Any
 from hf_cod.comparison import Comparison
 from hf_cod.files import write_aside
 from hf_cod.report import RunReport, format_number
-from hf_cod.training_plots import LOG_RATIO, TRAINING_PANELS
+from hf_cod.training.panels import LOG_RATIO, TRAINING_PANELS
 
 try:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_cod import LayerDiagnosticsCallback, LayerMonitor
 from tests.tiny_models import batch_for, build
-from tests.training import PROBE, rows, silenced
+from tests.tiny_training import PROBE, rows, silenced
 
 
 def ddp(folder: Path) -> None:

@@ -16,7 +16,7 @@ from hf_cod.calibration import SampleSettings, token_batches
 from hf_cod.cli import main
 from hf_cod.loading import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
 from hf_cod.model_card import CardSettings, model_card, release
-from hf_cod.training_history import TrainingHistory
+from hf_cod.training.history import TrainingHistory
 
 
 def held_out_batches(tokenizer):

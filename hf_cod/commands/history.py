@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_cod.commands.terminal import print_report
-from hf_cod.training_history import TrainingHistory
+from hf_cod.training.history import TrainingHistory
 
 
 def main(arguments: Sequence[str]) -> int:

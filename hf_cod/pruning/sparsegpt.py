@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_cod.functional.sparsity import sparsegpt
-from hf_cod.input_products import ProductsRecorder
 from hf_cod.pruning.method import Method, Target
+from hf_cod.statistics.input_products import ProductsRecorder
 
 
 def _prune(W: Tensor, sums: Tensor | None, target: Target) -> Tensor:

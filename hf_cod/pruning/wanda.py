@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_cod.functional.sparsity import wanda_mask
 from hf_cod.pruning.method import Method, Target
-from hf_cod.statistics import StatisticsRecorder
+from hf_cod.statistics.layer_statistics import StatisticsRecorder
 
 
 def _prune(W: Tensor, sums: Tensor | None, target: Target) -> Tensor:

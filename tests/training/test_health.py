@@ -1,4 +1,4 @@
-from hf_cod.layer_health import DEAD_FOR, EARLIER, find_trouble
+from hf_cod.training.health import DEAD_FOR, EARLIER, find_trouble
 
 
 def line(step=1, **rows):

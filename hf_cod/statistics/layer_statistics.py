@@ -19,7 +19,7 @@ from hf_cod.diagnostics.running import evaluation_mode, execution_device, progre
 from hf_cod.evaluation import model_inputs
 from hf_cod.files import write_aside
 from hf_cod.functional.depth import wide
-from hf_cod.matrix_inputs import MatrixInputs, check_finite_input
+from hf_cod.statistics.matrix_inputs import MatrixInputs, check_finite_input
 
 FORMAT_VERSION = "1"
 # Numbers that are squared at a time: a chunk and its squares fit into a core's cache.

@@ -16,7 +16,7 @@ from hf_cod import LayerDiagnosticsCallback, RunReport, TrainingHistory
 from hf_cod.cli import main
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
-from tests.training import PROBE, rows, run_in_two_processes, silenced, train_by_hand
+from tests.tiny_training import PROBE, rows, run_in_two_processes, silenced, train_by_hand
 
 LEARNING_RATE = 0.05
 
@@ -243,7 +243,7 @@ def test_a_killed_training_resumes_to_the_same_loss_curve_and_history(tmp_path):
 
 def test_a_dead_layer_is_told_or_stops_the_training(tmp_path, caplog):
     dead = lambda: silenced(build("llama"), 2)  # noqa: E731
-    with caplog.at_level(logging.WARNING, "hf_cod.callback"):
+    with caplog.at_level(logging.WARNING, "hf_cod.training.callback"):
         warned = trained(tmp_path / "warn", [callback(every=1)], model=dead())
         stopped = trained(tmp_path / "stop", [callback(every=1, watch="stop")], model=dead())
     assert warned.state.global_step == 6 and stopped.state.global_step == 3

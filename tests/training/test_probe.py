@@ -4,7 +4,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from hf_cod.calibration import SampleSettings
-from hf_cod.probe import probe_batches
+from hf_cod.training.probe import probe_batches
 from tests.tiny_tokenizers import bert_like, gpt_like
 
 SETTINGS = SampleSettings(sequence_length=4, max_samples=3, batch_size=2)

@@ -6,8 +6,9 @@ from torch import nn
 
 from hf_cod import allocate, collect_statistics, find_decoder_layers, prune, score_layers
 from hf_cod.allocation import LayerAllocation
-from hf_cod.pruning_probe import PruningProbe
-from hf_cod.scores import CANDIDATES, METHODS
+from hf_cod.scores import METHODS
+from hf_cod.scores.methods import CANDIDATES
+from hf_cod.scores.pruning_probe import PruningProbe
 from tests import references
 from tests.tiny_models import batch_for, build
 

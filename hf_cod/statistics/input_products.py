@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_cod.decoder_layers import DecoderLayers
-from hf_cod.matrix_inputs import MatrixInputs, check_finite_input
+from hf_cod.statistics.matrix_inputs import MatrixInputs, check_finite_input
 
 # Tokens that are widened to float32 at a time.
 CHUNK = 4096

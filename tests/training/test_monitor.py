@@ -9,7 +9,7 @@ from hf_cod import LayerMonitor, TrainingHistory, diagnose
 from tests import references
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
-from tests.training import PROBE, layer_norms, rows, run_in_two_processes, silenced
+from tests.tiny_training import PROBE, layer_norms, rows, run_in_two_processes, silenced
 
 
 def train(model, monitor=None, steps=5, learning_rate=0.05):

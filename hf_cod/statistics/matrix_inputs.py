@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_cod.decoder_layers import DecoderLayers
-from hf_cod.expert_banks import observed
+from hf_cod.statistics.expert_banks import observed
 
 Read = Callable[[str, "int | None", "Tensor | None", str], None]
 """(matrix's name, expert or None, its inputs (n, in), its own name); or, where a matrix reads the very tensor that

@@ -20,9 +20,9 @@ from hf_cod.diagnostics.resuming import digest_batches
 from hf_cod.diagnostics.running import execution_device
 from hf_cod.files import fingerprint
 from hf_cod.functional import depth
-from hf_cod.layer_health import find_trouble
-from hf_cod.probe import probe_batches
-from hf_cod.training_history import TrainingHistory
+from hf_cod.training.health import find_trouble
+from hf_cod.training.history import TrainingHistory
+from hf_cod.training.probe import probe_batches
 
 # What goes to dashboards of each layer; the history holds more.
 LOGGED = ("gradient_norm", "variance", "angular_distance")
@@ -79,7 +79,7 @@ class LayerMonitor:
 
     Args:
         model: the model that trains, wrapped or not; after `accelerator.prepare`, where that shards it.
-        probe: what it is measured on; see `hf_cod.probe.probe_batches`.
+        probe: what it is measured on; see `hf_cod.training.probe.probe_batches`.
         tokenizer: where the probe is text.
         history: file of the history; None keeps it in memory.
         step: the optimizer step that training starts at: after a resumed checkpoint its step, so that what the

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.files import append_line, write_text
-from hf_cod.layer_health import find_trouble
 from hf_cod.report import RunReport, environment, format_number
+from hf_cod.training.health import find_trouble
 
 FORMAT_VERSION = 1
 FILE_NAME = "history.jsonl"

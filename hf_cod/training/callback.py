@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
-from hf_cod.layer_monitor import LayerMonitor, MonitorSettings
-from hf_cod.training_history import FILE_NAME
+from hf_cod.training.history import FILE_NAME
+from hf_cod.training.monitor import LayerMonitor, MonitorSettings
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +42,11 @@ class LayerDiagnosticsCallback(TrainerCallback):
 
     Args:
         every: steps between measurements.
-        probe: what the model is measured on, see `hf_cod.probe.probe_batches`: texts (with Trainer's
+        probe: what the model is measured on, see `hf_cod.training.probe.probe_batches`: texts (with Trainer's
             `processing_class` as tokenizer), a data set, or batches of tensors. None: an embedded novel.
         output_dir: directory of history, report and pictures; default: layer_diagnostics in Trainer's `output_dir`.
-        watch: what to do when a layer is dead or explodes (as `hf_cod.layer_health` defines): "warn" once, "stop" the
-            training, or None.
+        watch: what to do when a layer is dead or explodes (as `hf_cod.training.health` defines): "warn" once, "stop"
+            the training, or None.
         **settings: other fields of `MonitorSettings`: sequence_length, max_samples, batch_size, seed, logged_layers,
             layers_path.
 
