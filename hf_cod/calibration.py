@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,8 @@ def token_batches(tokenizer: Any, texts: str | Iterable[str], settings: SampleSe
         ValueError: the texts are shorter than one window, or padding is needed and the tokenizer has no token for it.
     """
     texts = [texts] if isinstance(texts, str) else texts
-    if isinstance(texts, Sequence) and len(texts) and not isinstance(texts[0], str):
-        raise ValueError(f"texts: expected strings, got {type(texts[0]).__name__}; pass the column that holds the text")
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"texts: expected strings, got {type(texts).__name__}; read the file and pass what it holds")
     samples = _windows(tokenizer, texts, settings) if settings.pack else _single_texts(tokenizer, texts, settings)
     starts = range(0, len(samples), settings.batch_size)
     return [_collate(tokenizer, samples[start : start + settings.batch_size]) for start in starts]
@@ -202,16 +203,23 @@ def _windows(tokenizer: Any, texts: Iterable[str], settings: SampleSettings) -> 
 
 
 def _tokenized(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
-    for text in texts:
+    for text in _strings(texts):
         if text:
             # verbose=False: a long text is meant to exceed the model's length here, windows are cut afterwards.
             yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def _strings(texts: Iterable[Any]) -> Iterator[str]:
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"texts: expected strings, got {type(text).__name__}; pass the column that holds the text")
+        yield text
+
+
 def _single_texts(tokenizer: Any, texts: Iterable[str], settings: SampleSettings) -> list[list[int]]:
     if not isinstance(texts, Sequence):
-        texts = [text for text, _ in zip(texts, range(STREAM_SURPLUS * settings.max_samples), strict=False)]
-    texts = [text for text in texts if text.strip()]
+        texts = islice(texts, STREAM_SURPLUS * settings.max_samples)
+    texts = [text for text in _strings(texts) if text.strip()]
     if not texts:
         raise ValueError("texts: expected at least one text that is not empty, got none")
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(settings.seed))

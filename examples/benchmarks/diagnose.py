@@ -118,7 +118,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=2, help="samples")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of single passes; medians are reported")
-    parser.add_argument("--slow-rounds", type=int, default=3, help="rounds of the sweeps and of the authors' way")
+    parser.add_argument("--slow-rounds", type=int, default=7, help="rounds of the sweeps and of the authors' way")
     parser.add_argument("--output", help="JSON file for the figures")
     parser.add_argument("--only", choices=["forward", "layers", "matrix"], help=argparse.SUPPRESS)  # for peak_memory
     return parser.parse_args()

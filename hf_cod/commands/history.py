@@ -25,6 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     assert history.path is not None
     report = history.report()
     directory = Path(chosen.output) if chosen.output else history.path.parent
+    report.keep_earlier(directory)
     if not chosen.no_plots:
         report.plot(directory)
     report.save(directory)

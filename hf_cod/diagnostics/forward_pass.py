@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.running import (
+    NonFiniteError,
     evaluation_mode,
     execution_device,
     hidden_input,
@@ -27,10 +28,6 @@ Token = Literal["last", "first", "all"]
 FORWARD_METRICS = ("angular_distance", "block_influence", "output_variance")
 # Tokens whose pair matrices are held at a time when all tokens count: bounds memory at (L + 1)^2 numbers each.
 TOKEN_CHUNK = 64
-
-
-class NonFiniteError(ValueError):
-    """Activations are NaN or infinite; the message says in which layer first."""
 
 
 @dataclass(frozen=True)
@@ -231,11 +228,7 @@ class ForwardRecorder:
     def _check_finite(self, outputs: Tensor, number: int) -> None:
         broken = (~outputs[:, 1:3].isfinite().all(-1)).nonzero()
         if len(broken):
-            row = int(broken[0])
-            where = f"the output of layer {row - 1}" if row else "the input of layer 0"
-            raise NonFiniteError(
-                f"activations: expected finite numbers, got NaN or infinity first in {where}, batch {number}"
-            )
+            raise NonFiniteError(int(broken[0]), number)
 
 
 def _rows_on_cpu(rows: list[Tensor]) -> Tensor:

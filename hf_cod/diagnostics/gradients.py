@@ -14,7 +14,7 @@ from hf_cod.calibration import IGNORED_LABEL, Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.partial_pass import check_finite, layer_states
 from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
-from hf_cod.evaluation import model_inputs, negative_log_likelihood, targets, task_of
+from hf_cod.evaluation import LANGUAGE_MODELS, model_inputs, negative_log_likelihood, targets, task_of
 
 
 def measure_gradient_norm(
@@ -25,7 +25,7 @@ def measure_gradient_norm(
         g_l = 1/B sum_b || d L_b / d theta_l ||_2 = 1/B sum_b sqrt( sum_i (d L_b / d theta_{l,i})^2 )
 
     arXiv 2502.05795, gradient norm of a layer. L_b is the mean loss over batch b's predicted tokens (next tokens,
-    hidden tokens), or the model's own loss where the batch has labels for another head. Squares are summed in float32,
+    hidden tokens), or the model's own loss where the batch has labels for another head. Squares are summed in float32 or wider,
     and each gradient is freed as soon as it is counted; requires_grad and existing gradients come back as they were.
 
     Returns:
@@ -47,7 +47,7 @@ def measure_gradient_norm(
             for square in squares:
                 square.zero_()
             batch = to_device(batch, device)
-            if task != "labels" and not (targets(batch, task) != IGNORED_LABEL).any():
+            if task in LANGUAGE_MODELS and not (targets(batch, task) != IGNORED_LABEL).any():
                 continue  # a sample of one token, say, has nothing to predict
             measured += 1
             with torch.enable_grad():
@@ -106,7 +106,7 @@ def why_no_gradients(stack: DecoderLayers, task: str) -> str | None:
 
 
 def _loss(model: nn.Module, batch: Batch, task: str) -> Tensor:
-    if task == "labels":
+    if task not in LANGUAGE_MODELS:
         return model(**batch).loss
     logits = model(**model_inputs(batch)).logits
     labels = targets(batch, task).to(logits.device)
@@ -135,7 +135,8 @@ def _layer_squares(stack: DecoderLayers) -> Iterator[list[Tensor]]:
             p.grad = None
         for layer in stack:
             parameters = [p for p in layer.parameters() if p.is_floating_point()]
-            square = torch.zeros((), device=parameters[0].device) if parameters else torch.zeros(())
+            high = torch.promote_types(parameters[0].dtype, torch.float32) if parameters else torch.float32
+            square = torch.zeros((), dtype=high, device=parameters[0].device if parameters else None)
             squares.append(square)
             for p in parameters:
                 p.requires_grad_(True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.decoder_layers import DecoderLayers
-from hf_cod.diagnostics.running import hidden_input, hidden_output
+from hf_cod.diagnostics.running import NonFiniteError, hidden_input, hidden_output
 
 State = tuple[Tensor, tuple[Any, ...] | None]
 """What a layer returns: its hidden state (S, T, d), and the rest where it returns a tuple."""
@@ -96,13 +96,12 @@ def check_finite(states: list[Any], number: int) -> None:
     """Makes sure that all states of `layer_states` are finite.
 
     Raises:
-        ValueError: they are not; says of which layer first, and in which batch.
+        NonFiniteError: they are not; says of which layer first, and in which batch.
     """
     sums = torch.stack([hidden.float().sum().cpu() for hidden, _ in states])
     broken = (~sums.isfinite()).nonzero()
     if len(broken):
-        where = f"the output of layer {int(broken[0]) - 1}" if broken[0] else "the input of layer 0"
-        raise ValueError(f"activations: expected finite numbers, got NaN or infinity first in {where}, batch {number}")
+        raise NonFiniteError(int(broken[0]), number)
 
 
 def state_of(output: Any) -> State:

@@ -63,25 +63,45 @@ class TrainingHistory:
     def start(self, step: int = 0) -> None:
         """Begins at `step`: after a resumed checkpoint's step, what the interrupted run measured later is dropped.
 
-        So the history of a run that was killed and resumed is that of a run that was not. At step 0 an older file of
-        the same name is replaced.
+        So the history of a run that was killed and resumed is that of a run that was not. At step 0 the history of an
+        equal run is replaced; that of another model, other settings or another probe moves into earlier-1 and so on.
 
         Raises:
-            ValueError: the file holds measures of another model or probe, which cannot stand in one history.
+            ValueError: on resuming, the file holds measures of another probe, which cannot stand in one history.
         """
         self.lines = []
-        if step and self.path is not None and self.path.exists():
+        if self.path is not None and self.path.exists():
             earlier = TrainingHistory.load(self.path)
-            for name in ("layers", "probe"):
-                expected, found = self.header.get(name), earlier.header.get(name)
-                if found != expected:
-                    raise ValueError(
-                        f"history: expected {name} {expected} as before, got {found} in {str(self.path)!r}; resume "
-                        "with the same probe, or name another output_dir"
-                    )
-            self.lines = [line for line in earlier.lines if line["step"] <= step]
+            if step:
+                self._continue(earlier, step)
+            else:
+                self._keep(earlier)
         if self.path is not None:
             write_text(self.path, "".join(f"{_json(line)}\n" for line in (self.header, *self.lines)))
+
+    def _continue(self, earlier: TrainingHistory, step: int) -> None:
+        for name in ("layers", "probe"):
+            expected, found = self.header.get(name), earlier.header.get(name)
+            if found != expected:
+                raise ValueError(
+                    f"history: expected {name} {expected} as before, got {found} in {str(self.path)!r}; resume with "
+                    "the same probe, or name another output_dir"
+                )
+        self.lines = [line for line in earlier.lines if line["step"] <= step]
+
+    def _keep(self, earlier: TrainingHistory) -> None:
+        """Moves another run's history and report aside."""
+        assert self.path is not None
+        if earlier.header == self.header:
+            return
+        directory = self.path.parent
+        if earlier.lines and not (directory / "report.json").exists():  # its training did not come to an end
+            earlier.report().save(directory)
+        new = RunReport("training", self.header["model"], self._settings(), {}, {}, {})
+        new.keep_earlier(directory, (self.path.name,))
+
+    def _settings(self) -> dict[str, Any]:
+        return {**self.header["settings"], "probe": self.header["probe"]}
 
     def add(self, line: dict[str, Any]) -> None:
         """Records one measured step; it is on disk when this returns."""
@@ -107,7 +127,7 @@ class TrainingHistory:
         return RunReport(
             kind="training",
             model=self.header["model"],
-            settings=dict(self.header["settings"]),
+            settings=self._settings(),
             environment=environment(),
             layers=last,
             results={"history": columns},

@@ -38,7 +38,7 @@ def test_angle_of_the_output_for_models_without_a_head(family):
             assert value == pytest.approx(sum(angles) / len(angles), abs=1e-6)
 
 
-def test_labels_and_callables_and_evaluate_modules(tmp_path):
+def test_labels_and_callables():
     model = build("vit")
     batch = {**batch_for(model), "labels": torch.tensor([0, 2, 1])}
 
@@ -46,7 +46,7 @@ def test_labels_and_callables_and_evaluate_modules(tmp_path):
         return outputs.logits.amax(-1)
 
     for metric, expected in ((None, "accuracy"), (margin, "margin")):
-        metric = find_metric(metric, "labels")
+        metric = find_metric(metric, "classes")
         assert metric.name == expected
         intact, without = measure_layer_drop(model, [batch], metric)
         with torch.no_grad():

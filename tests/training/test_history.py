@@ -43,14 +43,20 @@ def test_a_resumed_run_has_the_history_of_one_that_was_not_interrupted(tmp_path)
     assert path.read_bytes() == whole
 
 
-def test_a_new_run_replaces_and_another_probe_is_refused(tmp_path):
+def test_an_equal_run_is_replaced_another_kept_and_another_probe_refused(tmp_path):
     path = history_at(tmp_path / "h.jsonl").path
     for name, value in (("probe", "other"), ("layers", 3)):
         with pytest.raises(ValueError, match=f"history: expected {name} {value} as before, got"):
             TrainingHistory({**HEADER, name: value}, path).start(step=10)
     assert len(TrainingHistory.load(path).lines) == 4, "nothing was lost"
+    TrainingHistory(HEADER, path).start()
+    assert TrainingHistory.load(path).lines == [] and len(list(tmp_path.iterdir())) == 1, "a run like the first"
+    history_at(path)
     TrainingHistory({**HEADER, "probe": "other"}, path).start()
     assert TrainingHistory.load(path).lines == []
+    kept = tmp_path / "earlier-1"
+    assert len(TrainingHistory.load(kept / "h.jsonl").lines) == 4
+    assert RunReport.load(kept).results["history"]["step"] == [1, 10, 20, 30], "though it had not come to its end"
     TrainingHistory({**HEADER, "settings": {"every": 5}}, tmp_path / "none" / "h.jsonl").start(step=10)
 
 
@@ -65,7 +71,7 @@ def test_report_holds_every_measure_and_draws_heat_maps(tmp_path):
     history = history_at(tmp_path / "history.jsonl")
     history.add({"step": 40, "gradient_norm": None, "failure": "activations: infinite in layer 1"})
     report = history.report()
-    assert report.kind == "training" and report.settings == {"every": 10}
+    assert report.kind == "training" and report.settings == {"every": 10, "probe": "abc"}
     assert report.results["history"]["step"] == [1, 10, 20, 30, 40]
     assert report.results["history"]["variance"] == [[1.0, 2.0]] * 4 + [None]
     assert report.layers == {"gradient_norm": [1.0, 0.5], "variance": [1.0, 2.0]}, "the last that was measured"
