@@ -25,8 +25,9 @@ def measure_gradient_norm(
         g_l = 1/B sum_b || d L_b / d theta_l ||_2 = 1/B sum_b sqrt( sum_i (d L_b / d theta_{l,i})^2 )
 
     arXiv 2502.05795, gradient norm of a layer. L_b is the mean loss over batch b's predicted tokens (next tokens,
-    hidden tokens), or the model's own loss where the batch has labels for another head. Squares are summed in float32 or wider,
-    and each gradient is freed as soon as it is counted; requires_grad and existing gradients come back as they were.
+    hidden tokens), or the model's own loss where the batch has labels for another head. Squares are summed in float32
+    or wider, and each gradient is freed as soon as it is counted; requires_grad and existing gradients come back as
+    they were.
 
     Returns:
         One norm a layer.
