@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0"
 
+from typing import TYPE_CHECKING, Any
+
 from hf_cod.allocation import LayerAllocation, allocate
 from hf_cod.comparison import Comparison, compare
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
@@ -9,21 +11,29 @@ from hf_cod.diagnostics import MeasurementError, diagnose
 from hf_cod.evaluation import perplexity
 from hf_cod.layer_removal import drop, skip
 from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
+from hf_cod.pruning import prune
 from hf_cod.report import RunReport
 from hf_cod.scores import LayerScores, score_layers
 from hf_cod.sparse import SparseConfig, SparseLinear, pack_sparse
 from hf_cod.statistics import LayerStatistics, collect_statistics
+from hf_cod.training import LayerMonitor, TrainingHistory
+
+if TYPE_CHECKING:
+    from hf_cod.training.callback import LayerDiagnosticsCallback
 
 __all__ = [
     "Comparison",
     "DecoderLayers",
     "LayerAllocation",
+    "LayerDiagnosticsCallback",
+    "LayerMonitor",
     "LayerScores",
     "LayerStatistics",
     "MeasurementError",
     "RunReport",
     "SparseConfig",
     "SparseLinear",
+    "TrainingHistory",
     "allocate",
     "collect_statistics",
     "compare",
@@ -35,9 +45,19 @@ __all__ = [
     "llama_preset",
     "pack_sparse",
     "perplexity",
+    "prune",
     "score_layers",
     "skip",
     "to_lns",
 ]
 
 register()  # AutoConfig and AutoModel know our model types from here on
+
+
+def __getattr__(name: str) -> Any:
+    """The callback is imported when it is asked for: transformers' Trainer takes longer to import than all of ours."""
+    if name == "LayerDiagnosticsCallback":
+        from hf_cod.training.callback import LayerDiagnosticsCallback
+
+        return LayerDiagnosticsCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

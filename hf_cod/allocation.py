@@ -98,7 +98,8 @@ def allocate(
         scores: from `score_layers`.
         kind: see `LayerAllocation`.
         budget: mean of the values: sparsity, rank share and probability in [0, 1], bits between the choices.
-        spread: lambda; default 0.08, less where the budget is nearer than that to 0 or 1. Bits spread over the choices.
+        spread: lambda; default: what the method `auto` found best, else 0.08; less where the budget is nearer than that
+            to 0 or 1. Bits spread over the choices.
         parameters: weight of each layer in the mean; default: what `scores` holds.
         choices: the values that there are, rising; default for bits: 3 and 4, else any.
         group: sparsity as N:M with this M and a different N in each layer.
@@ -119,7 +120,7 @@ def allocate(
         assert choices is not None
         values = budgets.spread(D, weights, budget, choices[0], choices[-1], falling=False)
     else:
-        lam = _lambda(budget, spread)
+        lam = _lambda(budget, spread, scores.settings.get("spread", DEFAULT_SPREAD))
         values = _shares(D, weights, kind, budget, lam, rule)
     if choices is not None:
         values = budgets.round_to(values, choices, weights)
@@ -167,10 +168,10 @@ def _choices(kind: str, budget: float, choices: Sequence[float] | None, group: i
     return None if choices is None else list(choices)
 
 
-def _lambda(budget: float, spread: float | None) -> float:
+def _lambda(budget: float, spread: float | None, default: float) -> float:
     room = min(budget, 1 - budget)
     if spread is None:
-        return min(DEFAULT_SPREAD, room)
+        return min(default, room)
     # 1 - 0.7 is less than 0.3 by a rounding error, which nobody means.
     if not 0 <= spread <= room + 1e-9:
         raise ValueError(f"spread: expected 0..{room:.4g}, so that {budget} -+ spread stays in 0..1, got {spread}")

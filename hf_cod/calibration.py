@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,21 @@ def load_texts(settings: TextSettings) -> Iterable[str]:
             return [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
             raise ValueError(f"text: expected a text file in UTF-8, got {source!r}: {error}") from error
+    rows = load_rows(settings)
+    return (row[settings.text_column] for row in rows)
+
+
+def load_rows(settings: TextSettings) -> Any:
+    """The rows of a data set, streamed, or of a local file that `datasets` reads.
+
+    Raises:
+        ValueError: none named, no such file or data set, or no such column.
+        ImportError: `datasets` is not installed.
+    """
+    source = settings.text
+    if source is None:
+        raise ValueError("text: expected a data set's name or a file of rows, got none")
+    path = Path(source)
     try:
         import datasets
     except ImportError as error:
@@ -95,7 +111,7 @@ def load_texts(settings: TextSettings) -> Iterable[str]:
         raise ValueError(f"text: expected a text file or a data set's name, got {source!r}: {error}") from error
     if rows.column_names is not None and settings.text_column not in rows.column_names:
         raise ValueError(f"text_column: expected one of {', '.join(rows.column_names)}, got {settings.text_column!r}")
-    return (row[settings.text_column] for row in rows)
+    return rows
 
 
 def token_batches(tokenizer: Any, texts: str | Iterable[str], settings: SampleSettings) -> list[dict[str, Tensor]]:
@@ -117,8 +133,8 @@ def token_batches(tokenizer: Any, texts: str | Iterable[str], settings: SampleSe
         ValueError: the texts are shorter than one window, or padding is needed and the tokenizer has no token for it.
     """
     texts = [texts] if isinstance(texts, str) else texts
-    if isinstance(texts, Sequence) and len(texts) and not isinstance(texts[0], str):
-        raise ValueError(f"texts: expected strings, got {type(texts[0]).__name__}; pass the column that holds the text")
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"texts: expected strings, got {type(texts).__name__}; read the file and pass what it holds")
     samples = _windows(tokenizer, texts, settings) if settings.pack else _single_texts(tokenizer, texts, settings)
     starts = range(0, len(samples), settings.batch_size)
     return [_collate(tokenizer, samples[start : start + settings.batch_size]) for start in starts]
@@ -187,16 +203,23 @@ def _windows(tokenizer: Any, texts: Iterable[str], settings: SampleSettings) -> 
 
 
 def _tokenized(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
-    for text in texts:
+    for text in _strings(texts):
         if text:
             # verbose=False: a long text is meant to exceed the model's length here, windows are cut afterwards.
             yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def _strings(texts: Iterable[Any]) -> Iterator[str]:
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"texts: expected strings, got {type(text).__name__}; pass the column that holds the text")
+        yield text
+
+
 def _single_texts(tokenizer: Any, texts: Iterable[str], settings: SampleSettings) -> list[list[int]]:
     if not isinstance(texts, Sequence):
-        texts = [text for text, _ in zip(texts, range(STREAM_SURPLUS * settings.max_samples), strict=False)]
-    texts = [text for text in texts if text.strip()]
+        texts = islice(texts, STREAM_SURPLUS * settings.max_samples)
+    texts = [text for text in _strings(texts) if text.strip()]
     if not texts:
         raise ValueError("texts: expected at least one text that is not empty, got none")
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(settings.seed))
@@ -217,6 +240,21 @@ def _collate(tokenizer: Any, samples: list[list[int]]) -> dict[str, Tensor]:
     ids = [sample + [filler] * (longest - len(sample)) for sample in samples]
     mask = [[1] * len(sample) + [0] * (longest - len(sample)) for sample in samples]
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def split_samples(batches: Sequence[Batch], first: int) -> tuple[list[Batch], list[Batch]]:
+    """The first so many samples, and the rest; the batch between them is cut in two."""
+    before: list[Batch] = []
+    behind: list[Batch] = []
+    for batch in batches:
+        samples = len(next(iter(batch.values())))
+        cut = min(max(first, 0), samples)
+        if cut:
+            before.append({name: tensor[:cut] for name, tensor in batch.items()})
+        if cut < samples:
+            behind.append({name: tensor[cut:] for name, tensor in batch.items()})
+        first -= samples
+    return before, behind
 
 
 def describe_batches(batches: Sequence[Batch]) -> dict[str, int]:

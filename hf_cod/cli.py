@@ -12,12 +12,15 @@ COMMANDS = {
     "demo": ("demo", "measure a small real model and show what its layers do"),
     "diagnose": ("diagnose", "measure what each layer of a model does"),
     "score": ("score", "measure how much each layer matters, for pruning and quantization"),
+    "history": ("history", "draw what the layers did during a training"),
+    "prune": ("prune", "set weights to zero, more in layers that matter less"),
     "pack": ("pack", "store a pruned model without its zeros, to load and run it faster"),
     "compare": ("compare", "put several diagnosed runs side by side"),
+    "card": ("card", "a pre-trained model with its model card, ready to share"),
     "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
 }
 # Commands that keep a journal: stopped, they go on where they were.
-RESUMABLE = ("demo", "diagnose")
+RESUMABLE = ("demo", "diagnose", "prune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

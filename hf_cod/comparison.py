@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ class Comparison:
         labels: a name for each.
         columns: head of the summary table.
         rows: one row a figure, the figure's name first.
+        verdict: what sets the runs apart, in sentences.
     """
 
     reports: list[RunReport]
     labels: list[str]
     columns: list[str]
     rows: list[list[str]]
+    verdict: list[str] = field(default_factory=list)
 
     def plot(self, directory: str | Path | None = None) -> Any:
         """One figure with a column for each run; written as compare.png into `directory`.
@@ -46,7 +48,8 @@ class Comparison:
             lines += ["![comparison](compare.png)", ""]
         lines += ["| " + " | ".join(self.columns) + " |", "|---" * len(self.columns) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
-        return "\n".join(lines) + "\n"
+        lines += ["", *[f"- {sentence}" for sentence in self.verdict]]
+        return "\n".join(lines).rstrip() + "\n"
 
 
 def compare(reports: Sequence[RunReport], labels: Sequence[str] | None = None) -> Comparison:
@@ -68,7 +71,44 @@ def compare(reports: Sequence[RunReport], labels: Sequence[str] | None = None) -
     if len(names) != len(reports):
         raise ValueError(f"labels: expected {len(reports)}, one for each run, got {len(names)}")
     rows = [[title, *[figure(report) for report in reports]] for title, figure in FIGURES.items()]
-    return Comparison(list(reports), names, ["", *names], rows)
+    return Comparison(list(reports), names, ["", *names], rows, _verdict(reports, names))
+
+
+def _verdict(reports: Sequence[RunReport], names: list[str]) -> list[str]:
+    """Sentences on growth of variance, effective depth and removal of deep layers, as measured, whoever wins."""
+    sentences = []
+    for title, read in VERDICTS.items():
+        values = [read(report) for report in reports]
+        if all(value is not None for value in values):
+            told = ", ".join(f"{format_number(value)} ({name})" for value, name in zip(values, names, strict=True))
+            sentences.append(f"{title}: {told}.")
+    return sentences
+
+
+def _growth(report: RunReport) -> float | None:
+    variance = report.layers.get("variance")
+    return variance[-1] / variance[0] if variance and variance[0] and variance[-1] is not None else None
+
+
+def _deep_removal(report: RunReport) -> float | None:
+    """Median over the late half of the layers, in per cent of the intact model's metric; the last layer not counted."""
+    found = report.results.get("layer_drop")
+    if not found or not found["intact"]:
+        return None
+    values = found["without"][report.n_layers // 2 : -1]
+    known = sorted(value for value in values if value is not None and value == value)
+    return 100 * (known[len(known) // 2] / found["intact"] - 1) if known else None
+
+
+# What is told of a report -> how it is read from it.
+VERDICTS = {
+    "Growth of the output variance from the first to the last layer": _growth,
+    "Effective depth in layers": lambda report: (report.results.get("effective_depth") or {}).get("value"),
+    "The late half's share of all angular distance (0.5 if all layers turn equally far)": lambda report: (
+        report.results.get("late_share")
+    ),
+    "What removing one layer of the late half costs, in per cent of the metric (median)": _deep_removal,
+}
 
 
 def _effective_depth(report: RunReport) -> str:
@@ -93,7 +133,10 @@ def _drop(key: str) -> Any:
         if not found:
             return "-"
         worst = max if found["lower_is_better"] else min
-        value = found["intact"] if key == "intact" else worst(v for v in found["without"] if v is not None and v == v)
+        known = [v for v in found["without"] if v is not None and v == v]
+        value = found["intact"] if key == "intact" else worst(known, default=None)
+        if value is None or value != value:
+            return "-"
         return f"{format_number(round(value, 6))} ({found['metric']})"
 
     return of

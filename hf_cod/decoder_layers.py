@@ -170,8 +170,10 @@ def find_decoder_layers(model: nn.Module, path: str | None = None) -> DecoderLay
         path: the stack's module name, for models that the rule does not fit.
 
     Raises:
-        ValueError: no stack, or more than one, fits; the message lists the module lists that there are.
+        ValueError: no model, or no stack, or more than one, fits; the message lists the module lists that there are.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a loaded model, got {model!r}; load it by from_pretrained of an Auto class")
     base = unwrap(model)
     lists = {name: m for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if path is not None:

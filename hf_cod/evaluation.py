@@ -19,6 +19,17 @@ from hf_cod.functional.depth import wide
 
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 MASKED_LM_SUFFIXES = ("ForMaskedLM",)
+# What heads call that which they are to predict; a question-answering head wants a span.
+LABELS = ("labels", "start_positions", "end_positions")
+LANGUAGE_MODELS = ("causal_lm", "masked_lm")  # tasks
+# Task -> the metric that suits it; output_angle for all others.
+OWN_METRIC = {
+    "causal_lm": "perplexity",
+    "masked_lm": "perplexity",
+    "classes": "accuracy",
+    "regression": "loss",
+    "multi_label": "loss",
+}
 # `evaluate` does not say which way its metrics go.
 LOWER_IS_BETTER = ("mse", "mae", "mape", "smape", "mase", "wer", "cer", "ter", "character", "brier_score")
 # Logits that are turned into losses at a time: a chunk and its exponentials stay in the cache.
@@ -43,8 +54,8 @@ class Metric(Protocol):
 
 
 def task_of(model: nn.Module, batches: Sequence[Batch] = ()) -> str:
-    """What the model can be measured by: "causal_lm", "masked_lm", "labels" (another head), "headless", or "unlabelled"
-    for a model that needs labels where the batches have none.
+    """What the model can be measured by: "causal_lm", "masked_lm", "classes", "regression", "multi_label" or "labels"
+    (any other head), "headless", or "unlabelled" for a model that needs labels where the batches have none.
 
     Raises:
         ValueError: an encoder-decoder, which would need a target text beside each input.
@@ -60,9 +71,25 @@ def task_of(model: nn.Module, batches: Sequence[Batch] = ()) -> str:
         return "causal_lm"
     if "For" not in name:
         return "headless"
-    if any("labels" not in batch for batch in batches):
+    if any(not set(LABELS) & set(batch) for batch in batches):
         return "unlabelled"
-    return "masked_lm" if name.endswith(MASKED_LM_SUFFIXES) else "labels"
+    if name.endswith(MASKED_LM_SUFFIXES):
+        return "masked_lm"
+    labels = batches[0].get("labels") if batches else None
+    return "labels" if labels is None else _task_of_labels(base, labels)
+
+
+def _task_of_labels(base: Any, labels: Tensor) -> str:
+    """As transformers' classifiers decide which loss is theirs; a head of more outputs than classes keeps "labels"."""
+    known = {"single_label_classification": "classes", "multi_label_classification": "multi_label"}
+    classes, kind = getattr(base.config, "num_labels", 0), getattr(base.config, "problem_type", None)
+    if kind is not None:
+        return known.get(kind, kind)
+    if classes == 1:
+        return "regression"
+    if not labels.is_floating_point():
+        return "classes"
+    return "multi_label" if labels.shape[-1] == classes else "labels"
 
 
 def targets(batch: Batch, task: str) -> Tensor:
@@ -125,6 +152,8 @@ class Perplexity:
     def value(self, rows: Sequence[Any]) -> float:
         """Perplexity; infinite where it exceeds the range of floats."""
         loss, tokens = (sum(column) for column in zip(*rows, strict=True))
+        if not tokens:
+            raise ValueError("expected at least one token to predict, got none; give longer samples")
         try:
             return math.exp(loss / tokens)
         except OverflowError:
@@ -143,13 +172,7 @@ class Accuracy:
         self.task = task
 
     def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
-        """(right predictions, predictions).
-
-        Raises:
-            ValueError: a regression head, which predicts no class.
-        """
-        if outputs.logits.shape[-1] == 1:
-            raise ValueError("accuracy expects at least two classes, got a regression head; give a callable")
+        """(right predictions, predictions)."""
         rows = _predictions(outputs, batch, self.task)
         return [[sum(p == r for p, r in zip(*row, strict=True)), len(row[0])] for row in rows]
 
@@ -159,11 +182,40 @@ class Accuracy:
         return right / total
 
 
+class HeadLoss:
+    """The loss of a head that predicts numbers: mean squared error of a regression head, and of a multi-label head the
+    binary cross entropy, both as transformers trains them; mean over samples and outputs.
+    """
+
+    name = "loss"
+    identity: str | None = name
+    lower_is_better = True
+    compares = False
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+
+    def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
+        """The mean loss of each sample."""
+        logits = wide(outputs.logits)
+        labels = batch["labels"].to(logits).view_as(logits)
+        if self.task == "multi_label":
+            losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        else:
+            losses = nn.functional.mse_loss(logits, labels, reduction="none")
+        return losses.flatten(1).mean(-1).tolist()
+
+    def value(self, rows: Sequence[Any]) -> float:
+        """Mean over samples."""
+        return sum(rows) / len(rows)
+
+
 class OutputAngle:
     """How far the model's output turns from the intact model's: mean angular distance over tokens.
 
-    The output is the final hidden state, or the logits of a model with a head. It needs no labels, so it serves models
-    where there is nothing to predict. 0 for the intact model, 0.5 for unrelated outputs.
+    The output is the final hidden state, or the logits of a model with a head (of a question-answering head those of
+    the span's start). It needs no labels, so it serves models where there is nothing to predict. 0 for the intact
+    model, 0.5 for unrelated outputs.
     """
 
     name = "output_angle"
@@ -238,8 +290,8 @@ def find_metric(metric: Any, task: str) -> Metric:
     """The metric that a user means.
 
     Args:
-        metric: None for the task's own (perplexity, accuracy where there are labels, else output_angle); "perplexity",
-            "accuracy" or "output_angle"; the name or path of an `evaluate` module, or one loaded; or a callable
+        metric: None for the task's own, see `OWN_METRIC`; "perplexity", "accuracy", "loss" or
+            "output_angle"; the name or path of an `evaluate` module, or one loaded; or a callable
             `metric(outputs, batch)` that returns one score a sample (with an attribute `lower_is_better` if so).
         task: what `task_of` gave.
 
@@ -248,7 +300,7 @@ def find_metric(metric: Any, task: str) -> Metric:
         ImportError: the metric needs `evaluate`, which is not installed.
     """
     if metric is None:
-        metric = {"causal_lm": "perplexity", "masked_lm": "perplexity", "labels": "accuracy"}.get(task, "output_angle")
+        metric = OWN_METRIC.get(task, "output_angle")
     if metric == "output_angle":
         return OutputAngle()
     if hasattr(metric, "rows") and hasattr(metric, "value"):
@@ -257,11 +309,17 @@ def find_metric(metric: Any, task: str) -> Metric:
         what = "a model without a head" if task == "headless" else "batches without labels"
         raise ValueError(f"metric: expected output_angle or a callable for {what}, got {metric!r}")
     if metric == "perplexity":
-        if task == "labels":
+        if task not in LANGUAGE_MODELS:
             raise ValueError("metric: perplexity expects a language model, got a model with another head")
         return Perplexity(task)
     if metric == "accuracy":
+        if task not in (*LANGUAGE_MODELS, "classes"):
+            raise ValueError("metric: accuracy expects labels that are classes, got others; give a callable")
         return Accuracy(task)
+    if metric == "loss":
+        if task not in ("regression", "multi_label"):
+            raise ValueError("metric: loss expects a regression or multi-label head, got another model")
+        return HeadLoss(task)
     if isinstance(metric, str):
         return EvaluateModule(_load_evaluate(metric), task)
     if hasattr(metric, "compute"):
@@ -289,11 +347,12 @@ def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
     """What of a batch goes into forward: everything but the labels, so that no loss is computed on the side."""
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return {name: tensor for name, tensor in batch.items() if name not in LABELS}
 
 
 def _main_output(outputs: Any) -> Tensor:
-    return outputs.last_hidden_state if hasattr(outputs, "last_hidden_state") else outputs.logits
+    names = ("last_hidden_state", "logits", "start_logits")
+    return next(outputs[name] for name in names if name in outputs)
 
 
 def _predictions(outputs: Any, batch: Batch, task: str) -> list[Any]:
@@ -315,5 +374,5 @@ def _load_evaluate(name: str) -> Any:
         return evaluate.load(name)
     except Exception as error:
         raise ValueError(
-            f"metric: expected perplexity, accuracy, output_angle or an evaluate module, got {name!r}: {error}"
+            f"metric: expected perplexity, accuracy, loss, output_angle or an evaluate module, got {name!r}: {error}"
         ) from error

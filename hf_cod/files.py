@@ -34,6 +34,16 @@ def write_text(path: str | Path, text: str) -> Path:
     return write_aside(path, lambda file: file.write(text.encode()))
 
 
+def append_line(path: str | Path, line: str) -> None:
+    """Adds one line to a file, which is made if need be; it is on disk when this returns."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_json(path: str | Path, value: Any) -> Path:
     """Writes `value` as strict JSON (no NaN), aside and renamed."""
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
@@ -110,8 +120,4 @@ class Journal:
         self.entries[key] = value
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([self.work, key, value]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, json.dumps([self.work, key, value]))

@@ -29,6 +29,8 @@ HEADS = {
     **{f"For{head}": f"AutoModelFor{head}" for head in ("QuestionAnswering", "ImageClassification")},
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+EMBEDDED = Path(__file__).parent / "data" / "pair"
+EMBEDDED_PLACEMENTS = ("pre", "lns")
 HUB_TIMEOUT = 5.0  # seconds
 
 
@@ -99,6 +101,20 @@ def load_model(name: str, settings: ModelSettings | None = None) -> tuple[nn.Mod
     if settings.device != "auto":
         model.to(torch.device(settings.device or best_device()))
     return model.eval(), _load_tokenizer(source, options)
+
+
+def embedded_model(placement: str) -> str:
+    """Directory of one of the two small models that the package carries, trained alike but for the norm placement.
+
+    Args:
+        placement: one of `EMBEDDED_PLACEMENTS`.
+
+    Raises:
+        ValueError: another placement.
+    """
+    if placement not in EMBEDDED_PLACEMENTS:
+        raise ValueError(f"placement: expected one of {', '.join(EMBEDDED_PLACEMENTS)}, got {placement!r}")
+    return str(EMBEDDED / placement)
 
 
 def best_device() -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from hf_cod.comparison import Comparison
 from hf_cod.files import write_aside
 from hf_cod.report import RunReport, format_number
+from hf_cod.training.panels import LOG_RATIO, TRAINING_PANELS
 
 try:
     from matplotlib.axes import Axes
@@ -26,8 +27,7 @@ NEAR_IS_YELLOW = "viridis_r"
 INK = "#26456e"
 PALE = "#9fb4cc"
 DPI = 150
-# Above this ratio between the largest and the least value a linear axis shows only the largest.
-LOG_RATIO = 50
+BY_STEP = "_by_step"
 # From this many bars on, numbers of neighbours would overlap unless they stand upright.
 CROWDED = 14
 
@@ -118,9 +118,10 @@ def _layer_drop(axes: Axes, report: RunReport) -> None:
     _log_if_wide(axes, values)
     _bars(axes, values, least=not drop["lower_is_better"])
     title = f"{metric.capitalize()} without each single layer"
-    if drop["metric"] != "output_angle":  # an intact model's output turns by 0: no line to draw
-        axes.axhline(drop["intact"], color="black", linestyle="--", linewidth=1)
-        title += f" (dashed: intact, {format_number(drop['intact'])})"
+    (intact,) = _numbers([drop["intact"]])
+    if math.isfinite(intact) and drop["metric"] != "output_angle":  # an intact model's output turns by 0
+        axes.axhline(intact, color="black", linestyle="--", linewidth=1)
+        title += f" (dashed: intact, {format_number(intact)})"
     axes.set(ylabel=metric, title=title)
 
 
@@ -136,7 +137,7 @@ def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunRepor
 
 def _score(axes: Axes, report: RunReport) -> None:
     """Bars by layer; for OWL the layerwise outlier distribution."""
-    method = report.settings["method"]
+    method = report.settings.get("score", report.settings["method"])
     title, label = f"Score of each layer: {method.replace('_', ' ')}", "score"
     if method == "owl":
         title = f"Layerwise outlier distribution (M = {report.settings['threshold']:g})"
@@ -145,6 +146,24 @@ def _score(axes: Axes, report: RunReport) -> None:
     _log_if_wide(axes, values)
     _bars(axes, values)
     axes.set(ylabel=label, title=title)
+
+
+def _curve(axes: Axes, report: RunReport) -> None:
+    """Training and validation loss by step."""
+    axes.plot(*zip(*report.results["curve"], strict=True), color=PALE, linewidth=1, label="training")
+    if report.results["validation"]:
+        axes.plot(*zip(*report.results["validation"], strict=True), color=INK, marker="o", label="validation")
+    axes.legend(frameon=False)
+    axes.set(xlabel="step", ylabel="loss in nats a token", title="Training curve")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _sparsity(axes: Axes, report: RunReport) -> None:
+    """Share of zeros of each layer, and their mean over all weights."""
+    mean = report.results["sparsity"]
+    _bars(axes, _numbers(report.layers["sparsity"]), least=True)
+    axes.axhline(mean, color="black", linestyle="--", linewidth=1)
+    axes.set(ylabel="share of zeros", title=f"Sparsity of each layer by {report.settings['method']}: {mean:.1%} in all")
 
 
 def _numbers(values: list[Any]) -> list[float]:
@@ -179,16 +198,27 @@ PANELS: dict[str, Callable[..., None]] = {
     "block_influence": _per_layer("block_influence", "Block influence of each layer", "1 - cos(x$^l$, x$^{l+1}$)"),
     "variance": _per_layer("variance", "Output variance of each layer", "variance"),
     "score": _score,
+    "curve": _curve,
+    **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
+    "sparsity": _sparsity,
 }
 # The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
-OVERVIEW = ("angular_distance", "layer_drop", "gradient_norm", "variance")
+DEPTH = ("angular_distance", "layer_drop", "gradient_norm", "variance")
+OVERVIEW = ("curve", *DEPTH, *(name + BY_STEP for name in TRAINING_PANELS))
 
 
 def _has(report: RunReport, name: str) -> bool:
+    if "history" in report.results or name.endswith(BY_STEP):
+        return name.removesuffix(BY_STEP) in report.results.get("history", ()) and name.endswith(BY_STEP)
+    if name == "curve":
+        return bool(report.results.get(name))
     return name in report.layers and (name != "angular_distance" or name in report.results)
 
 
 def _title(report: RunReport) -> str:
+    if "history" in report.results:
+        steps = report.results["history"]["step"]
+        return f"{_shorten(report.model)}: steps {steps[0]} to {steps[-1]}"
     found = report.results.get("effective_depth")
     depth = f": effective depth {found['value']:.1f} of {report.n_layers} layers" if found else ""
     return _shorten(report.model) + depth

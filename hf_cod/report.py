@@ -76,25 +76,32 @@ class RunReport:
         write_text(directory / "report.md", self.to_markdown(directory))
         return path
 
-    def keep_earlier(self, directory: str | Path, others: Sequence[str] = ()) -> Path | None:
+    def keep_earlier(self, directory: str | Path, others: Sequence[str] = (), resumable: bool = True) -> Path | None:
         """Moves what a run with another model or other settings left in `directory` into earlier-1, earlier-2, ...
 
         Args:
             directory: where this report is going to be saved.
             others: names of further files that belong to a report there.
+            resumable: whether equal settings mean the same run; False where the settings cannot tell (a function).
 
         Returns:
             Where the earlier report went; None if there was none, or it was of the same run.
+
+        Raises:
+            ValueError: `directory` is a file.
         """
         directory = Path(directory)
+        if directory.is_file():
+            raise ValueError(f"output: expected a directory, got {str(directory)!r}, which is a file")
         if not (directory / "report.json").is_file():
             return None
         earlier = RunReport.load(directory)
         # Through JSON, as the earlier one went.
         settings = _restored(json.loads(json.dumps(_finite(self.settings))))
-        if (earlier.kind, earlier.model, earlier.settings) == (self.kind, self.model, settings):
+        if resumable and (earlier.kind, earlier.model, earlier.settings) == (self.kind, self.model, settings):
             return None
-        number = 1 + sum(1 for _ in directory.glob("earlier-*"))
+        taken = [path.name.removeprefix("earlier-") for path in directory.glob("earlier-*")]
+        number = 1 + max((int(name) for name in taken if name.isdecimal()), default=0)
         target = directory / f"earlier-{number}"
         target.mkdir()
         for name in ("report.json", "report.md", *others, *(path.name for path in directory.glob("*.png"))):

@@ -121,3 +121,63 @@ def linear_inputs(model, batches, index):
     for handle in handles:
         handle.remove()
     return {name: (W, torch.cat(rows)) for name, (W, rows) in found.items()}
+
+
+def _least(values, count):
+    """The positions of the `count` least values, the first ones of equal values."""
+    return sorted(range(len(values)), key=lambda i: (values[i], i))[:count]
+
+
+def wanda_mask(W, s, S):
+    """Row by row; each row ends where the zeros so far are the share S of the weights so far, rounded."""
+    mask, done = torch.zeros_like(W, dtype=torch.bool), 0
+    for i, row in enumerate(W):
+        scores = [abs(float(w)) * float(x) for w, x in zip(row, s, strict=True)]
+        count = math.floor((i + 1) * W.shape[1] * S + 0.5) - done
+        for j in _least(scores, count):
+            mask[i, j] = True
+        done += count
+    return mask
+
+
+def magnitude_mask(W, S):
+    mask = torch.zeros(W.numel(), dtype=torch.bool)
+    for i in _least([abs(float(w)) for w in W.flatten()], math.floor(W.numel() * S + 0.5)):
+        mask[i] = True
+    return mask.view(W.shape)
+
+
+def group_mask(scores, N, M):
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for i, row in enumerate(scores.tolist()):
+        for start in range(0, len(row), M):
+            for j in _least(row[start : start + M], M - N):
+                mask[i, start + j] = True
+    return mask
+
+
+def optimal_brain_surgeon(W, H, S, pattern, damping, block):
+    """SparseGPT column by column in float64: for each column the whole inverse of what is left of H, anew."""
+    W = W.clone()
+    rows, columns = W.shape
+    H = H + damping * H.diagonal().mean() * torch.eye(columns, dtype=H.dtype)
+    left = [torch.linalg.inv(H[j:, j:]) for j in range(columns)]
+    block = block if pattern is None else max(1, block // pattern[1]) * pattern[1]
+    mask, done = torch.zeros_like(W, dtype=torch.bool), 0
+    for j in range(columns):
+        if pattern is None and j % block == 0:
+            here = range(j, min(j + block, columns))
+            cost = [float(W[i, k] ** 2 / left[k][0, 0]) for i in range(rows) for k in here]
+            count = math.floor(here.stop * rows * S + 0.5) - done
+            for place in _least(cost, count):
+                mask[place // len(here), j + place % len(here)] = True
+            done += count
+        elif pattern is not None and j % pattern[1] == 0:
+            group = range(j, j + pattern[1])
+            cost = torch.stack([W[:, k] ** 2 / left[k][0, 0] for k in group], 1)
+            mask[:, j : group.stop] = group_mask(cost, *pattern)
+        for i in range(rows):
+            if mask[i, j]:
+                W[i, j:] -= W[i, j] / left[j][0, 0] * left[j][0]
+                W[i, j] = 0
+    return W

@@ -3,7 +3,15 @@ import json
 import pytest
 import torch
 
-from hf_cod.calibration import SampleSettings, TextSettings, embedded_text, load_texts, mask_tokens, token_batches
+from hf_cod.calibration import (
+    SampleSettings,
+    TextSettings,
+    embedded_text,
+    load_texts,
+    mask_tokens,
+    split_samples,
+    token_batches,
+)
 from tests.tiny_tokenizers import bert_like, gpt_like
 
 TEXT = "one two three four five six seven eight nine ten " * 40
@@ -114,3 +122,13 @@ def test_a_mistyped_path_is_not_looked_up_as_a_data_set(name, monkeypatch):
     with pytest.raises(ValueError, match="which does not exist"):
         load_texts(TextSettings(text=name))
     assert load_texts(TextSettings()) == [embedded_text()]
+
+
+def test_samples_are_split_within_a_batch():
+    batches = [{"input_ids": torch.arange(6).view(3, 2)}, {"input_ids": torch.arange(6, 10).view(2, 2)}]
+    for first in range(6):
+        before, behind = split_samples(batches, first)
+        rows = [row.tolist() for batch in before for row in batch["input_ids"]]
+        assert len(rows) == first
+        rows += [row.tolist() for batch in behind for row in batch["input_ids"]]
+        assert rows == torch.arange(10).view(5, 2).tolist()

@@ -4,9 +4,11 @@ import sys
 import pytest
 import torch
 
+from hf_cod import LayerAllocation, find_decoder_layers, perplexity
+from hf_cod.calibration import SampleSettings, token_batches
 from hf_cod.cli import COMMANDS, main
 from hf_cod.loading import load_model
-from hf_cod.report import RunReport
+from hf_cod.report import RunReport, format_number
 from hf_cod.scores import LayerScores
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
@@ -66,6 +68,116 @@ def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
     assert "method: expected one of owl" in shown and "statistics: expected a file" in shown
 
 
+def prune(folder, output, *more):
+    arguments = ["prune", str(folder / "model"), "--text", str(folder / "text.txt"), "--output", str(folder / output)]
+    return main([*arguments, *QUICK, *more])
+
+
+def test_prune_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys):
+    source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
+    assert prune(checkpoint, "out", "--sparsity", "0.7", "--spread", "0.1", "--eval-samples", "5") == 0
+    names = {path.name for path in (checkpoint / "out").iterdir()}
+    assert {"model.safetensors", "scores.json", "allocation.json", "report.md", "sparsity.png", "score.png"} <= names
+    assert "journal" not in names and {p.name: p.read_bytes() for p in (checkpoint / "model").iterdir()} == source
+    report, shown = RunReport.load(checkpoint / "out"), capsys.readouterr().out
+    model, tokenizer = load_model(str(checkpoint / "out"))
+    stack = find_decoder_layers(model)
+    zeros = [sum(int((W == 0).sum()) for _, W in stack.matrices(i)) for i in range(4)]
+    assert report.layers["sparsity"] == [n / stack.count_weights(0) for n in zeros]
+    assert sum(zeros) / 4 / stack.count_weights(0) == pytest.approx(0.7, abs=1e-3)
+    assert max(report.layers["sparsity"]) <= 0.8 + 1e-3 and min(report.layers["sparsity"]) >= 0.6 - 1e-3
+    found = report.results["perplexity"]
+    assert f"from {format_number(found['intact'])} to {format_number(found['pruned'])} (all layers alike:" in shown
+    drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
+    assert perplexity(model, drawn[4:]) == pytest.approx(found["pruned"], rel=1e-5), "the later samples"
+    assert report.settings["samples"] == 4 and report.results["evaluation"]["samples"] == 5
+    assert prune(checkpoint, "out") == 2
+    assert "output: expected a new directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pattern, kept", [("2:4", {4}), ("N:8", {2, 3, 4, 5, 6})])
+def test_prune_by_pattern_and_by_earlier_scores(checkpoint, pattern, kept):
+    LayerScores("m", "mine", [1.0, 2.0, 3.0, 4.0], [1] * 4).save(checkpoint / "scores.json")
+    more = [] if pattern == "2:4" else ["--spread", "0.25", "--scores", str(checkpoint / "scores.json")]
+    assert prune(checkpoint, "out", "--pattern", pattern, "--method", "magnitude", "--no-baseline", *more) == 0
+    stack = find_decoder_layers(load_model(str(checkpoint / "out"))[0])
+    for i in range(4):
+        counts = {int(n) for _, W in stack.matrices(i) for n in (W != 0).view(-1, 8).sum(-1).unique()}
+        assert len(counts) == 1 and counts <= kept
+    assert "uniform" not in RunReport.load(checkpoint / "out").results["perplexity"]
+
+
+def test_auto_says_what_it_chose(checkpoint, capsys):
+    arguments = ["score", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
+    assert main([*arguments, "--method", "auto", "--target", "0.6", "--output", str(checkpoint / "scored")]) == 0
+    scores = LayerScores.load(checkpoint / "scored" / "scores.json")
+    assert scores.settings["target"] == 0.6 and scores.remarks[0] in capsys.readouterr().out
+    assert prune(checkpoint, "out", "--score", "auto", "--sparsity", "0.6", "--no-plots") == 0
+    assert "auto chose" in capsys.readouterr().out
+    plan = LayerAllocation.load(checkpoint / "out" / "allocation.json")
+    width = LayerScores.load(checkpoint / "out" / "scores.json").settings["spread"]
+    assert max(abs(value - 0.6) for value in plan.values) <= width + 1e-9
+
+
+def test_prune_and_recover(checkpoint, capsys):
+    more = ["--score", "uniform", "--recover", "20", "--recover-learning-rate", "0.01", "--no-plots"]
+    assert prune(checkpoint, "out", *more) == 0
+    report = RunReport.load(checkpoint / "out")
+    found = report.results["perplexity"]
+    assert found["recovered"] < found["pruned"] and report.results["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert "by recovery to" in capsys.readouterr().out
+    assert prune(checkpoint, "other", "--recover", "-1") == 2
+
+
+def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
+    code = (
+        "import sys, os\n"
+        "from hf_cod.pruning.finished_layers import FinishedLayers\n"
+        "add, count = FinishedLayers.add, [0]\n"
+        "def dies(self, index, unseen):\n"
+        "    add(self, index, unseen)\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 6: os._exit(9)\n"
+        "FinishedLayers.add = dies\n"
+        "from hf_cod.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["prune", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
+    killed = subprocess.run([sys.executable, "-c", code, *arguments, "--output", str(checkpoint / "run")], check=False)
+    assert killed.returncode == 9
+    kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").iterdir()}
+    assert len(kept) == 6, "four layers pruned alike, two of the plan"
+    assert prune(checkpoint, "run", "--no-plots") == 0 and prune(checkpoint, "whole", "--no-plots") == 0
+    weights = [(checkpoint / name / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
+    resumed, whole = (RunReport.load(checkpoint / name) for name in ("run", "whole"))
+    assert resumed.layers == whole.layers and resumed.results == whole.results
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--method", "best"], "method: expected one of magnitude, wanda, sparsegpt"),
+        (["--score", "best"], "score: expected one of owl"),
+        (["--sparsity", "1.2"], "sparsity: expected a share in 0..1, got 1.2"),
+        (["--sparsity", "0.9", "--spread", "0.2"], "spread: expected 0..0.1"),
+        (["--pattern", "2:5"], "pattern: expected rows of a multiple of 5"),
+        (["--pattern", "2of4"], "pattern: expected N:M"),
+        (["--pattern", "2:4", "--sparsity", "0.7"], "pattern: expected 2:4 without sparsity"),
+        (["--sequence-length", "300"], "text: expected at least two samples of 300 tokens"),
+        (["--sequence-length", "3000"], "at least one sample of sequence_length = 3000 tokens"),
+        (["--eval-samples", "0"], "eval_samples: expected at least 1"),
+        (["--scores", "none.json"], "scores: expected a file"),
+    ],
+)
+def test_prune_with_bad_input(checkpoint, capsys, arguments, message):
+    assert prune(checkpoint, "out", *arguments) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+    assert main(["prune", str(checkpoint / "model"), "--output", str(checkpoint / "model")]) == 2
+    assert "output: expected another directory than the model's" in capsys.readouterr().err
+
+
 def test_compare_puts_two_runs_in_one_picture(checkpoint, capsys):
     assert diagnose(checkpoint) == 0
     run, out = str(checkpoint / "run"), str(checkpoint / "both")
@@ -123,7 +235,7 @@ def test_a_failing_metric_is_told_and_the_rest_is_kept(checkpoint, capsys):
         (["diagnose", "no/such-model"], "model: expected a Hub id"),
         (["diagnose", "./no-such-model"], "which does not exist"),
         (["compare", "a", "b"], "report: expected"),
-        (["fly"], "expected one of demo, diagnose, score, pack, compare, convert, got 'fly'"),
+        (["fly"], "expected one of demo, diagnose, score, history, prune, pack, compare, card, convert, got 'fly'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):

@@ -12,17 +12,24 @@ ROOT = Path(__file__).parent.parent / "hf_cod"
 ORDER = [
     ["functional", "files", "models"],
     ["decoder_layers", "calibration"],
-    ["layer_removal", "evaluation", "report", "loading", "expert_banks", "sparse"],
+    ["layer_removal", "evaluation", "report", "loading", "sparse", "writable_weights"],
     ["diagnostics"],
-    ["statistics"],
+    ["statistics", "training"],
     ["scores"],
-    ["allocation", "comparison"],
-    ["plots"],
+    ["allocation", "comparison", "pretraining"],
+    ["pruning"],
+    ["plots", "model_card"],
     ["commands"],
     ["cli"],
 ]
 # Optional packages -> the only rooms that may import them.
-OPTIONAL = {"matplotlib": ["plots"], "datasets": ["calibration"], "evaluate": ["evaluation"], "gguf": ["loading"]}
+OPTIONAL = {
+    "matplotlib": ["plots"],
+    "datasets": ["calibration"],
+    "evaluate": ["evaluation"],
+    "gguf": ["loading"],
+    "peft": ["pruning"],
+}
 # A report can be asked for its picture: the one arrow that goes up, and only inside a method.
 UPWARDS = {("report", "plots"), ("comparison", "plots")}
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
@@ -79,7 +86,7 @@ def test_functional_imports_torch_alone():
 
 
 def test_nothing_optional_is_imported_with_the_package():
-    unwanted = {*OPTIONAL, "bitsandbytes", "peft"}
+    unwanted = {*OPTIONAL, "bitsandbytes", "peft", "transformers.trainer_callback"}
     code = f"import sys, hf_cod, hf_cod.cli; assert not {unwanted!r} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

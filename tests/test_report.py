@@ -52,6 +52,21 @@ def test_a_report_of_another_run_is_moved_not_replaced(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2", "mine.txt"]
 
 
+def test_a_number_freed_in_between_is_not_taken_twice(tmp_path):
+    (tmp_path / "earlier-2").mkdir()
+    report().save(tmp_path)
+    assert report(model="other").keep_earlier(tmp_path) == tmp_path / "earlier-3"
+
+
+def test_a_metric_that_is_no_number_can_still_be_drawn_and_compared(tmp_path):
+    drop = {"metric": "mine", "lower_is_better": True, "intact": math.nan, "without": [math.nan, math.nan]}
+    report(results={**report().results, "layer_drop": drop}).save(tmp_path)
+    found = RunReport.load(tmp_path)
+    found.plot(tmp_path)
+    rows = {row[0]: row[1] for row in compare([found, found]).rows}
+    assert rows["metric of the intact model"] == rows["worst removal of one layer"] == "-"
+
+
 def test_page_holds_table_findings_and_pictures(tmp_path):
     original = report()
     original.plot(tmp_path)

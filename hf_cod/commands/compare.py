@@ -6,9 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from hf_cod.commands.terminal import print_comparison
 from hf_cod.comparison import compare
 from hf_cod.files import write_text
 from hf_cod.report import RunReport
@@ -31,9 +29,6 @@ def main(arguments: Sequence[str]) -> int:
     if not chosen.no_plots:
         comparison.plot(directory)
     write_text(directory / "compare.md", comparison.to_markdown(picture=not chosen.no_plots))
-    table = Table(*comparison.columns)
-    for row in comparison.rows:
-        table.add_row(*row)
-    Console().print(table)
+    print_comparison(comparison)
     print(f"written to {directory.resolve()}")
     return 0

@@ -1,14 +1,26 @@
-"""hf-cod demo: a small real model, measured and shown, with nothing to prepare."""
+"""hf-cod demo: what the layers of real models do, measured and shown with nothing to prepare."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from pathlib import Path
 
 from hf_cod.calibration import embedded_text
 from hf_cod.commands.diagnose import finish, require_plots, run
+from hf_cod.commands.terminal import print_comparison
+from hf_cod.comparison import compare
 from hf_cod.diagnostics import DiagnoseSettings
-from hf_cod.loading import ModelSettings, from_package, load_model, on_hub
+from hf_cod.files import write_text
+from hf_cod.loading import (
+    EMBEDDED,
+    EMBEDDED_PLACEMENTS,
+    ModelSettings,
+    embedded_model,
+    from_package,
+    load_model,
+    on_hub,
+)
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model (4-bit GGUF) out of a package, for machines that reach a package index but not the Hub.
@@ -19,18 +31,50 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     parser = ArgumentParser(
         prog="hf-cod demo",
-        description=f"Diagnoses {HUB_MODEL} (30 layers, 135M parameters) on the opening of a novel. Takes a minute or "
-        "two on two CPU cores. The model comes from the Hub or, where that is out of reach, from a Python package.",
+        description="Diagnoses two small models that the package carries, equal but for the placement of their norms "
+        "(Pre-LN and LayerNorm Scaling), and puts them side by side. Needs no network.",
     )
-    parser.add_argument("--output", default="hf-cod-demo", help="directory for the report and the pictures")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="pair",
+        choices=("pair", "smollm2"),
+        help=f"pair: the embedded models; smollm2: {HUB_MODEL} (30 layers, 135M parameters) from the Hub or a Python "
+        "package, a minute or two on two CPU cores",
+    )
+    parser.add_argument("--output", default="hf-cod-demo", help="directory for the reports and the pictures")
     chosen = parser.parse_args(list(arguments))
     require_plots()
+    return _pair(Path(chosen.output)) if chosen.model == "pair" else _smollm2(chosen.output)
+
+
+def _pair(output: Path) -> int:
+    text = (EMBEDDED / "held_out.txt").read_text(encoding="utf-8")
+    reports = []
+    for placement in EMBEDDED_PLACEMENTS:
+        print(f"measuring {placement}")
+        model, tokenizer = load_model(embedded_model(placement), ModelSettings(dtype="float32"))
+        settings = DiagnoseSettings(max_samples=16, batch_size=8, token="all")
+        report, status = run(model, tokenizer, text, settings, output / placement, placement)
+        if status:
+            return status
+        report.plot(output / placement)
+        report.save(output / placement)
+        reports.append(report)
+    comparison = compare(reports)
+    comparison.plot(output)
+    write_text(output / "compare.md", comparison.to_markdown())
+    print_comparison(comparison)
+    print(f"\nwritten to {output.resolve()}; the figure is compare.png")
+    return 0
+
+
+def _smollm2(output: str) -> int:
     title, name = HUB_MODEL.split("/")[1], HUB_MODEL
     if not on_hub(HUB_MODEL):
         title, name = f"{title} (4-bit GGUF, dequantized)", str(from_package(*PACKAGED_MODEL))
     print(f"measuring {title}")
     model, tokenizer = load_model(name, ModelSettings(dtype="float32"))
-    settings = DiagnoseSettings(max_samples=8)
-    report, status = run(model, tokenizer, embedded_text(), settings, chosen.output, title)
-    finish(report, chosen.output, plots=True)
+    report, status = run(model, tokenizer, embedded_text(), DiagnoseSettings(max_samples=8), output, title)
+    finish(report, output, plots=True)
     return status

@@ -108,7 +108,8 @@ def _summary(scores: LayerScores) -> list[str]:
     order = sorted(range(len(scores.values)), key=lambda i: -scores.values[i])
     figures = [f"{i} ({format_number(scores.values[i])})" for i in (*order[:3], *order[-3:])]
     most, least = figures[: min(3, len(order))], figures[-min(3, len(order)) :]
-    return [f"By {scores.method.replace('_', ' ')}, layers {', '.join(most)} matter most, {', '.join(least)} least."]
+    method = scores.method.replace("_", " ")
+    return [f"By {method}, layers {', '.join(most)} matter most, {', '.join(least)} least.", *scores.remarks]
 
 
 def _notes(statistics: LayerStatistics) -> list[str]:

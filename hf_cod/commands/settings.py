@@ -6,7 +6,7 @@ import re
 from argparse import SUPPRESS, HelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from transformers import HfArgumentParser
 
@@ -28,6 +28,10 @@ class SettingsParser(HfArgumentParser):
         elif text and default is not None and default is not False and default != SUPPRESS:
             options["help"] = f"{text} (default: {default})"
         return super().add_argument(*dashed, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """An option of several values takes all words behind it, the model's name, too."""
+        super().error(message + ("; put it in front of the options" if "are required" in message else ""))
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """One object for each dataclass, then the namespace of the other arguments.

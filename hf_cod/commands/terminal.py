@@ -6,6 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hf_cod.comparison import Comparison
 from hf_cod.report import RunReport, format_number
 
 # Measures that only report.md shows: with them the table would not fit 80 columns.
@@ -29,3 +30,14 @@ def print_report(report: RunReport) -> None:
         console.print(f"• {line}", highlight=False, markup=False)
     for note in report.notes:
         console.print(f"note: {note}", style="dim", highlight=False, markup=False)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Prints the table of several runs, then what sets them apart."""
+    console = Console()
+    table = Table(*comparison.columns)
+    for row in comparison.rows:
+        table.add_row(*row)
+    console.print(table)
+    for sentence in comparison.verdict:
+        console.print(f"• {sentence}", highlight=False, markup=False)

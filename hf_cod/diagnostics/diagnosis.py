@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,9 @@ class DiagnoseSettings(SampleSettings):
     drop_metric: str | None = field(
         default=None,
         metadata={
-            "help": "metric of the layer drop: perplexity, accuracy, output_angle (how far the output turns) or an "
-            "evaluate module; default: perplexity of a language model, else accuracy if there are labels, else "
-            "output_angle"
+            "help": "metric of the layer drop: perplexity, accuracy, loss, output_angle (how far the output turns) or "
+            "an evaluate module; default: perplexity of a language model, accuracy or loss of another head with "
+            "labels, else output_angle"
         },
     )
     token: Token = field(
@@ -120,7 +120,7 @@ def diagnose(
     journals = Journals(output, model, batches)
     if output is not None:
         report.settings["inputs"] = journals.inputs  # tells other weights and other text from these
-        report.keep_earlier(output)
+        report.keep_earlier(output, resumable=metric.identity is not None)
     wanted = _applicable(chosen.metrics, stack, task, report)
     if texts is not None and report.settings["samples"] < chosen.max_samples:
         report.notes.append(f"the text holds {report.settings['samples']} samples, less than {chosen.max_samples}")
@@ -141,11 +141,10 @@ def _prepared(
     model: nn.Module, tokenizer: Any, texts: Any, batches: Sequence[Batch] | None, chosen: DiagnoseSettings
 ) -> list[Batch]:
     """The batches to measure on, checked."""
+    if isinstance(batches, Mapping):
+        raise ValueError("batches: expected a list of dicts of tensors, got one dict; put it in a list")
     if batches is not None:
-        made: list[Batch] = [{k: v for k, v in batch.items() if v is not None} for batch in batches]
-        if not made:
-            raise ValueError("batches: expected at least one batch, got none")
-        return made
+        return _checked_batches(batches)
     if tokenizer is None or texts is None:
         raise ValueError("texts: expected tokenizer and texts, or batches, got neither")
     config: Any = getattr(unwrap(model), "config", None)
@@ -155,6 +154,23 @@ def _prepared(
     cut = token_batches(tokenizer, texts, chosen)
     masked = type(unwrap(model)).__name__.endswith(MASKED_LM_SUFFIXES)
     return [*(mask_tokens(tokenizer, cut, chosen.seed) if masked else cut)]
+
+
+def _checked_batches(batches: Sequence[Any]) -> list[Batch]:
+    made: list[Batch] = []
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"batches: expected dicts of tensors, got {type(batch).__name__} as batch {number}")
+        made.append({name: value for name, value in batch.items() if value is not None})
+        wrong = [name for name, value in made[-1].items() if not isinstance(value, Tensor)]
+        if wrong:
+            found = type(batch[wrong[0]]).__name__
+            raise ValueError(
+                f"batches: expected tensors, got {found} as {wrong[0]!r} of batch {number}; use torch.tensor"
+            )
+    if not made:
+        raise ValueError("batches: expected at least one batch, got none")
+    return made
 
 
 def _applicable(metrics: list[str] | None, stack: DecoderLayers, task: str, report: RunReport) -> list[str]:

@@ -64,7 +64,12 @@ def _layer_drop(report: RunReport) -> str:
     name, intact = drop["metric"].replace("_", " "), format_number(round(drop["intact"], 6))
     if not drop["lower_is_better"] and drop["intact"] == 0:
         return f"The intact model's {name} is 0, so that no removal can show what a layer is worth."
-    helps = sum(sign * report.layers["layer_drop"][i] < 0 for i in measured)
+    harm = [sign * report.layers["layer_drop"][i] for i in order]
+    if harm[0] == harm[-1]:
+        return f"Removing any one layer does the same: {name} goes from {intact} to {worst}."
+    if harm[0] <= 0:
+        return f"No single removal hurts: {name} is {intact} with all layers and from {worst} to {best} without one."
+    helps = sum(value < 0 for value in harm)
     better = f" Without any one of {helps} of the layers it is better than with all." if helps else ""
     return (
         f"Removing one layer hurts most at {most} and least at {least}: {name} goes from {intact} to {worst} and "

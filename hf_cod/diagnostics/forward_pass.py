@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.running import (
+    NonFiniteError,
     evaluation_mode,
     execution_device,
     hidden_input,
@@ -89,7 +90,8 @@ def measure_forward(
         show_progress: show a progress bar.
 
     Raises:
-        ValueError: no layers found; NaN or infinite activations (says in which layer first); a model without weights.
+        NonFiniteError: NaN or infinite activations (says in which layer first).
+        ValueError: no layers found; a model without weights.
     """
     if token not in ("last", "first", "all"):
         raise ValueError(f"token: expected 'last', 'first' or 'all', got {token!r}")
@@ -226,11 +228,7 @@ class ForwardRecorder:
     def _check_finite(self, outputs: Tensor, number: int) -> None:
         broken = (~outputs[:, 1:3].isfinite().all(-1)).nonzero()
         if len(broken):
-            row = int(broken[0])
-            where = f"the output of layer {row - 1}" if row else "the input of layer 0"
-            raise ValueError(
-                f"activations: expected finite numbers, got NaN or infinity first in {where}, batch {number}"
-            )
+            raise NonFiniteError(int(broken[0]), number)
 
 
 def _rows_on_cpu(rows: list[Tensor]) -> Tensor:

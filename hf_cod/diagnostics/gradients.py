@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_cod.calibration import IGNORED_LABEL, Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.diagnostics.partial_pass import check_finite, layer_states
 from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
-from hf_cod.evaluation import model_inputs, negative_log_likelihood, targets, task_of
+from hf_cod.evaluation import LANGUAGE_MODELS, model_inputs, negative_log_likelihood, targets, task_of
 
 
 def measure_gradient_norm(
@@ -23,8 +25,9 @@ def measure_gradient_norm(
         g_l = 1/B sum_b || d L_b / d theta_l ||_2 = 1/B sum_b sqrt( sum_i (d L_b / d theta_{l,i})^2 )
 
     arXiv 2502.05795, gradient norm of a layer. L_b is the mean loss over batch b's predicted tokens (next tokens,
-    hidden tokens), or the model's own loss where the batch has labels for another head. Squares are summed in float32,
-    and each gradient is freed as soon as it is counted; requires_grad and existing gradients come back as they were.
+    hidden tokens), or the model's own loss where the batch has labels for another head. Squares are summed in float32
+    or wider, and each gradient is freed as soon as it is counted; requires_grad and existing gradients come back as
+    they were.
 
     Returns:
         One norm a layer.
@@ -39,21 +42,56 @@ def measure_gradient_norm(
     if reason:
         raise ValueError(f"gradient_norm: expected a loss and floating-point weights in memory, but {reason}")
     device = execution_device(stack.model)
-    totals = torch.zeros(len(stack), dtype=torch.float64)
+    totals, measured = torch.zeros(len(stack), dtype=torch.float64), 0
     with torch.inference_mode(False), evaluation_mode(stack), _layer_squares(stack) as squares:
         for number, batch in enumerate(progress(batches, "gradients", show_progress)):
             for square in squares:
                 square.zero_()
+            batch = to_device(batch, device)
+            if task in LANGUAGE_MODELS and not (targets(batch, task) != IGNORED_LABEL).any():
+                continue  # a sample of one token, say, has nothing to predict
+            measured += 1
             with torch.enable_grad():
-                _loss(stack.model, to_device(batch, device), task).backward()
+                _loss(stack.model, batch, task).backward()
             norms = torch.stack([square.sqrt().cpu() for square in squares]).double()
             if not norms.isfinite().all():
-                layer = int((~norms.isfinite()).nonzero()[-1])
+                with torch.no_grad(), layer_states(stack) as states:
+                    stack.model(**model_inputs(batch))
+                check_finite(states, number)
+                layer = int((~norms.isfinite()).nonzero()[-1])  # where the backward pass met it first
                 raise ValueError(
                     f"gradients: expected finite numbers, got NaN or infinity in layer {layer}, batch {number}"
                 )
             totals += norms
-    return (totals / len(batches)).tolist()
+    if not measured:
+        raise ValueError("batches: expected at least one token to predict, got none; give longer samples")
+    return (totals / measured).tolist()
+
+
+def read_gradient_norms(stack: DecoderLayers) -> list[float | None]:
+    """Norm of the gradient that each layer's parameters hold at this moment, as a backward pass left it.
+
+        g_l = || d L / d theta_l ||_2 over the layer's parameters that have a gradient
+
+    Norms are taken in float32 whatever the gradient's dtype, without a copy of it. Sharded gradients (FSDP2) are
+    reduced over their mesh, so all of its processes must call this together.
+
+    Returns:
+        One norm a layer; None where no parameter of the layer has a gradient (frozen, or no backward pass yet).
+    """
+    seen: set[int] = set()  # a layer that stands twice in the stack counts at its first place
+    norms: list[Tensor | None] = []
+    for layer in stack:
+        grads = [p.grad for p in layer.parameters() if p.grad is not None and id(p) not in seen]
+        seen.update(id(p) for p in layer.parameters())
+        norms.append(_norm([g.detach() for g in grads]) if grads else None)
+    return [None if norm is None else float(norm) for norm in norms]
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
+    parts = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    norm = torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def why_no_gradients(stack: DecoderLayers, task: str) -> str | None:
@@ -69,7 +107,7 @@ def why_no_gradients(stack: DecoderLayers, task: str) -> str | None:
 
 
 def _loss(model: nn.Module, batch: Batch, task: str) -> Tensor:
-    if task == "labels":
+    if task not in LANGUAGE_MODELS:
         return model(**batch).loss
     logits = model(**model_inputs(batch)).logits
     labels = targets(batch, task).to(logits.device)
@@ -98,7 +136,8 @@ def _layer_squares(stack: DecoderLayers) -> Iterator[list[Tensor]]:
             p.grad = None
         for layer in stack:
             parameters = [p for p in layer.parameters() if p.is_floating_point()]
-            square = torch.zeros((), device=parameters[0].device) if parameters else torch.zeros(())
+            high = torch.promote_types(parameters[0].dtype, torch.float32) if parameters else torch.float32
+            square = torch.zeros((), dtype=high, device=parameters[0].device if parameters else None)
             squares.append(square)
             for p in parameters:
                 p.requires_grad_(True)

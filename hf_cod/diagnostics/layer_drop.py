@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.diagnostics.partial_pass import check_finite, check_independent, layer_states, running_only
 from hf_cod.diagnostics.running import (
     evaluation_mode,
     execution_device,
-    hidden_input,
     progress,
     to_device,
 )
@@ -55,8 +53,7 @@ def measure_layer_drop(
         ValueError: the metric failed; says at which batch and layer. The journal keeps what was measured before.
     """
     stack = find_decoder_layers(model, path)
-    if getattr(stack.config, "num_kv_shared_layers", 0):
-        raise ValueError("layer_drop: expected layers with their own keys and values, got num_kv_shared_layers > 0")
+    check_independent(stack, "layer_drop")
     journal = Journal(None, "") if journal is None else journal
     device = execution_device(stack.model)
     bar = progress(range(len(batches) * (len(stack) + 1)), "layer drop", show_progress)
@@ -73,16 +70,16 @@ def measure_layer_drop(
 def _measure_batch(stack: DecoderLayers, number: int, batch: Batch, metric: Metric, journal: Journal, bar: Any) -> None:
     """The intact model, then each removal that the journal lacks, from the hidden state that the intact one left."""
     inputs = model_inputs(batch)
-    with _layer_inputs(stack) as states:
+    with layer_states(stack) as states:
         intact = stack.model(**inputs)
-    _check_finite(states, number)
+    check_finite(states, number)
     _record(journal, metric, number, -1, intact, batch, intact)
     reference = intact if metric.compares else None
     del intact  # logits are large
     bar.update()
     for layer in range(len(stack)):
         if _key(number, layer) not in journal:
-            with _start_behind(stack, layer, states[layer]):
+            with running_only(stack, range(layer + 1, len(stack)), states[layer]):
                 outputs = stack.model(**inputs)
             _record(journal, metric, number, layer, outputs, batch, reference)
         states[layer] = None
@@ -111,60 +108,3 @@ def _record(journal: Journal, metric: Metric, number: int, layer: int, outputs: 
     except Exception as error:
         raise ValueError(f"metric: {metric.name} failed on batch {number} {_where(layer)}: {error}") from error
     journal.add(_key(number, layer), rows)
-
-
-def _check_finite(states: list[Any], number: int) -> None:
-    sums = torch.stack([hidden.float().sum().cpu() for hidden, _ in states])
-    broken = (~sums.isfinite()).nonzero()
-    if len(broken):
-        where = f"the output of layer {int(broken[0]) - 1}" if broken[0] else "the input of layer 0"
-        raise ValueError(f"activations: expected finite numbers, got NaN or infinity first in {where}, batch {number}")
-
-
-@contextmanager
-def _layer_inputs(stack: DecoderLayers) -> Iterator[list[Any]]:
-    """Fills the list with the hidden state (S, T, d) in front of each layer while the block runs the model."""
-    states: list[Any] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        states.append((hidden_input(args, kwargs), output[1:] if isinstance(output, tuple) else None))
-
-    handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in stack]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Passage(nn.Module):
-    """Stands where a layer stood and hands on a hidden state: the stored one, or the one that comes in.
-
-    Everything else that the model asks of a layer (its attention type, say) is answered by the layer itself.
-    """
-
-    def __init__(self, layer: nn.Module, stored: Tensor | None, rest: tuple[Any, ...] | None) -> None:
-        super().__init__()
-        self.__dict__.update(layer=layer, stored=stored, rest=rest)  # the layer is not a submodule of this one
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = hidden_input(args, kwargs) if self.stored is None else self.stored
-        return hidden if self.rest is None else (hidden, *self.rest)
-
-
-@contextmanager
-def _start_behind(stack: DecoderLayers, layer: int, state: tuple[Tensor, Any]) -> Iterator[None]:
-    """Within the block the model's forward reaches layer + 1 with `state`, as if `layer` did not exist."""
-    hidden, rest = state
-    modules = stack.module_list._modules
-    passages = [_Passage(stack[i], hidden if i == layer else None, rest) for i in range(layer + 1)]
-    shortened = OrderedDict(modules)
-    shortened.update((str(i), passage) for i, passage in enumerate(passages))
-    try:
-        stack.module_list._modules = shortened
-        yield
-    finally:
-        stack.module_list._modules = modules

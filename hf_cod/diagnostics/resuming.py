@@ -31,7 +31,7 @@ class Journals:
 
     def __init__(self, output: str | Path | None, model: nn.Module, batches: Sequence[Batch]) -> None:
         self.path = None if output is None else Path(output) / "journal.jsonl"
-        self.inputs = "" if output is None else fingerprint(_digest_model(unwrap(model)), _digest_batches(batches))
+        self.inputs = "" if output is None else fingerprint(_digest_model(unwrap(model)), digest_batches(batches))
 
     def of(self, measure: str, *settings: Any) -> Journal:
         """The journal of one measure with these settings."""
@@ -57,7 +57,8 @@ def _digest_model(model: nn.Module) -> str:
     return fingerprint(rows)
 
 
-def _digest_batches(batches: Sequence[Batch]) -> str:
+def digest_batches(batches: Sequence[Batch]) -> str:
+    """A hash of what the batches hold."""
     digest = hashlib.sha256()
     for batch in batches:
         for name, tensor in sorted(batch.items()):

@@ -16,6 +16,19 @@ from hf_cod.decoder_layers import DecoderLayers
 Item = TypeVar("Item")
 
 
+class NonFiniteError(ValueError):
+    """Activations are NaN or infinite; the message says in which layer first.
+
+    Args:
+        state: index of the first broken hidden state; state l enters layer l, or leaves layer l - 1.
+        batch: number of the batch.
+    """
+
+    def __init__(self, state: int, batch: int) -> None:
+        where = f"the output of layer {state - 1}" if state else "the input of layer 0"
+        super().__init__(f"activations: expected finite numbers, got NaN or infinity first in {where}, batch {batch}")
+
+
 @contextmanager
 def evaluation_mode(stack: DecoderLayers) -> Iterator[None]:
     """Eval mode and no KV cache inside; each module's training flag and the config come back afterwards."""

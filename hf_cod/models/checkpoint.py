@@ -1,8 +1,10 @@
 """Writing a whole model directory so that it is there completely or not at all."""
 
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -47,13 +49,19 @@ def is_reading_error(error: Exception) -> bool:
 
 
 def find_companions(source: str | Path) -> dict[str, str]:
-    """Name -> path of the tokenizer and processor files of a directory or a repository of the Hub.
+    """Name -> path of the tokenizer and processor files of a directory or a repository of the Hub, own code included.
 
     Raises:
         ValueError: If the Hub did not answer: without its tokenizer a model would look complete and not be.
     """
+    found = _find(source, COMPANIONS)
+    configs = [found[name] for name in ("tokenizer_config.json", "processor_config.json") if name in found]
+    return {**found, **_find(source, sorted({module for config in configs for module in _own_code(config)}))}
+
+
+def _find(source: str | Path, names: Iterable[str]) -> dict[str, str]:
     found = {}
-    for name in COMPANIONS:
+    for name in names:
         try:
             path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
         except Exception as error:
@@ -66,6 +74,14 @@ def find_companions(source: str | Path) -> dict[str, str]:
         if path is not None:  # None where there is no such file
             found[name] = path
     return found
+
+
+def _own_code(config: str) -> set[str]:
+    """The files whose classes a config's auto_map names; of "owner/name--module.Class" the code stays where it is."""
+    auto_map = json.loads(Path(config).read_text(encoding="utf-8")).get("auto_map", {})
+    values = [value if isinstance(value, list) else [value] for value in auto_map.values()]
+    names = [name for value in values for name in value if name is not None]
+    return {f"{name.split('.')[0]}.py" for name in names if "--" not in name}
 
 
 def save_aside(model: PreTrainedModel, output: Path, companions_from: str | Path | None = None) -> None:

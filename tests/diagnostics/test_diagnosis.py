@@ -1,13 +1,21 @@
 import copy
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from hf_cod import MeasurementError, RunReport, diagnose
 from hf_cod.diagnostics import diagnosis
 from hf_cod.diagnostics.diagnosis import METRICS
 from hf_cod.diagnostics.findings import summarize
+from tests.references import without_layer
 from tests.tiny_models import FAMILIES, batch_for, build
 from tests.tiny_tokenizers import bert_like, gpt_like
 
@@ -118,6 +126,59 @@ def test_models_that_need_labels_are_measured_without_them():
         diagnose(build("vit"), batches=[batch_for(build("vit"))], drop_metric="accuracy")
 
 
+@pytest.mark.parametrize(
+    "head, labels, metric",
+    [
+        ("sequence_classification", torch.tensor([0, 2]), "accuracy"),
+        ("sequence_classification", torch.tensor([[1.0, 0, 1], [0, 0, 1]]), "loss"),
+        ("regression", torch.tensor([0.5, -1]), "loss"),
+        ("token_classification", torch.tensor([[0, 2, -100, 1], [1, 1, 0, -100]]), "accuracy"),
+        ("question_answering", None, "output_angle"),
+    ],
+)
+def test_each_head_has_its_metric(head, labels, metric):
+    model = headed(head)
+    batch = {"input_ids": torch.randint(3, 50, (2, 4), generator=torch.Generator().manual_seed(0))}
+    target = {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([2, 3])}
+    batch |= target if labels is None else {"labels": labels}
+    report = diagnose(model, batches=[batch], show_progress=False)
+    drop = report.results["layer_drop"]
+    assert (drop["metric"] == metric and len(set(drop["without"])) > 1) or metric == "accuracy"
+    assert report.notes == [] and min(report.layers["gradient_norm"]) > 0
+    if metric == "loss":
+        with torch.no_grad():
+            assert drop["intact"] == pytest.approx(float(model(**batch).loss), rel=1e-6)
+            for i, value in enumerate(drop["without"]):
+                assert value == pytest.approx(float(without_layer(model, i)(**batch).loss), rel=1e-6)
+
+
+def headed(head):
+    """A tiny encoder with another head."""
+    autos = {
+        "token_classification": AutoModelForTokenClassification,
+        "question_answering": AutoModelForQuestionAnswering,
+    }
+    labels = {"num_labels": 1 if head == "regression" else 3} if head != "question_answering" else {}
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = CONFIG_MAPPING["bert"](**sizes, **labels, num_hidden_layers=3, initializer_range=0.2)
+    torch.manual_seed(0)
+    return autos.get(head, AutoModelForSequenceClassification).from_config(config).eval()
+
+
+def test_results_of_another_function_of_one_name_are_kept(tmp_path):
+    def score(outputs, batch):
+        return outputs.logits.amax((1, 2))
+
+    first = diagnose(build("llama"), gpt_like(), TEXT, output=tmp_path, drop_metric=score, **QUICK)
+
+    def score(outputs, batch):
+        return outputs.logits.amin((1, 2))
+
+    second = diagnose(build("llama"), gpt_like(), TEXT, output=tmp_path, drop_metric=score, **QUICK)
+    assert RunReport.load(tmp_path).layers == second.layers
+    assert RunReport.load(tmp_path / "earlier-1").layers == first.layers != second.layers
+
+
 def test_quantized_weights_have_no_gradient_norm():
     model = build("llama")
     weight = model.model.layers[0].mlp.up_proj.weight
@@ -128,7 +189,7 @@ def test_quantized_weights_have_no_gradient_norm():
 
 
 @pytest.mark.parametrize("kind", ["ddp", "compile"])
-def test_wrapped_models_give_the_same_report(kind, tmp_path):
+def test_the_model_inside_a_wrapper_is_measured(kind, tmp_path):
     model = build("llama")
     plain = diagnose(model, batches=[batch_for(model)], show_progress=False)
     if kind == "compile":
@@ -182,6 +243,15 @@ def test_few_samples_are_remarked():
 def test_findings_say_when_a_removal_helps_and_when_nothing_can_be_seen():
     drop = {"metric": "accuracy", "lower_is_better": False, "intact": 0.5, "without": [0.2, 0.6, 0.4]}
     report = RunReport("diagnose", "m", {}, {}, {"layer_drop": [-0.3, 0.1, -0.1]}, {"layer_drop": drop})
+    tied = {"layer_drop": {**drop, "without": [0.4, 0.4]}}
+    report_of = lambda change, found: RunReport("diagnose", "m", {}, {}, {"layer_drop": change}, found)  # noqa: E731
+    assert summarize(report_of([-0.1, -0.1], tied)) == [
+        "Removing any one layer does the same: accuracy goes from 0.5 to 0.4."
+    ]
+    helping = {"layer_drop": {**drop, "without": [0.5, 0.7]}}
+    assert summarize(report_of([0.0, 0.2], helping)) == [
+        "No single removal hurts: accuracy is 0.5 with all layers and from 0.5 to 0.7 without one."
+    ]
     assert "hurts most at 0 and least at 1" in summarize(report)[0]
     assert "Without any one of 1 of the layers it is better than with all." in summarize(report)[0]
     nothing = {"layer_drop": {**drop, "intact": 0.0, "without": [0.0, 0.0, 0.0]}}
@@ -220,6 +290,22 @@ def test_bad_input():
         diagnose(model, batches=[])
     with pytest.raises(ValueError, match="texts: expected strings, got dict"):
         diagnose(model, gpt_like(), [{"text": TEXT}], **QUICK)
+    with pytest.raises(ValueError, match="texts: expected strings, got dict; pass the column"):
+        diagnose(model, gpt_like(), datasets.Dataset.from_dict({"text": [TEXT]}), **QUICK)
+    with pytest.raises(ValueError, match="texts: expected strings, got dict; pass the column"):
+        diagnose(
+            model, gpt_like(), datasets.Dataset.from_dict({"text": [TEXT]}).to_iterable_dataset(), pack=False, **QUICK
+        )
+    with pytest.raises(ValueError, match="texts: expected strings, got PosixPath; read the file"):
+        diagnose(model, gpt_like(), Path("novel.txt"), **QUICK)
+    with pytest.raises(ValueError, match="batches: expected dicts of tensors, got list as batch 0"):
+        diagnose(model, batches=[[1, 2, 3]])
+    with pytest.raises(ValueError, match="batches: expected tensors, got list as 'input_ids' of batch 0"):
+        diagnose(model, batches=[{"input_ids": [1, 2, 3]}])
+    with pytest.raises(ValueError, match="model: expected a loaded model, got 'gpt2'"):
+        diagnose("gpt2", gpt_like(), TEXT)
+    with pytest.raises(ValueError, match=r"output: expected a directory, got .*, which is a file"):
+        diagnose(model, gpt_like(), TEXT, output=__file__, **QUICK)
     with pytest.raises(ValueError, match="sequence_length: expected at most the model's 64, got 65"):
         diagnose(model, gpt_like(), TEXT, sequence_length=65)
     with pytest.raises(ValueError, match="expected tokenizer and texts, or batches"):

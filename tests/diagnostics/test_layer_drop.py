@@ -38,7 +38,7 @@ def test_angle_of_the_output_for_models_without_a_head(family):
             assert value == pytest.approx(sum(angles) / len(angles), abs=1e-6)
 
 
-def test_labels_and_callables_and_evaluate_modules(tmp_path):
+def test_labels_and_callables():
     model = build("vit")
     batch = {**batch_for(model), "labels": torch.tensor([0, 2, 1])}
 
@@ -46,7 +46,7 @@ def test_labels_and_callables_and_evaluate_modules(tmp_path):
         return outputs.logits.amax(-1)
 
     for metric, expected in ((None, "accuracy"), (margin, "margin")):
-        metric = find_metric(metric, "labels")
+        metric = find_metric(metric, "classes")
         assert metric.name == expected
         intact, without = measure_layer_drop(model, [batch], metric)
         with torch.no_grad():
@@ -163,11 +163,12 @@ def test_shared_keys_and_values_are_refused():
         measure_layer_drop(model, [batch_for(model)], find_metric(None, "causal_lm"))
 
 
-def test_broken_activations_name_the_first_layer():
+@pytest.mark.parametrize("layer", range(4))
+def test_broken_activations_name_the_first_layer(layer):
     model = build("llama")
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="first in the output of layer 1, batch 0"):
+        model.model.layers[layer].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"first in the output of layer {layer}, batch 0"):
         measure_layer_drop(model, [batch_for(model)], find_metric(None, "causal_lm"))
 
 

@@ -143,6 +143,17 @@ def test_directories_in_and_out(tmp_path):
         fold_lns(tmp_path / "lns", tmp_path / "new" / "stock")
 
 
+def test_a_tokenizer_of_its_own_code_comes_along(tmp_path):
+    fold_lns(tiny_model("cod_llama", "lns"), tmp_path / "stock")
+    own, (slow, fast) = "someone/else--tokenization_far.Far", ("tokenization_own.Own", None)
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [slow, fast], "AutoProcessor": own}}
+    (tmp_path / "stock" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "stock" / "tokenization_own.py").write_text("class Own: pass\n")
+    to_lns(tmp_path / "stock", tmp_path / "lns")
+    assert (tmp_path / "lns" / "tokenization_own.py").read_text() == "class Own: pass\n"
+    assert not (tmp_path / "lns" / "tokenization_far.py").exists()
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     model = tiny_model("cod_llama", "lns")
 

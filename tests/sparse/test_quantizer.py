@@ -88,8 +88,9 @@ def test_dtype_is_honoured(dtype, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert {t.dtype for t in loaded.state_dict().values() if t.is_floating_point()} == {dtype}
-    cast = model.to(dtype)
-    assert torch.equal(logits(cast), logits(loaded)) and logits(loaded).dtype == dtype
+    cast = model.to(dtype).state_dict()
+    assert all(torch.equal(tensor, cast[key]) for key, tensor in loaded.state_dict().items())
+    assert logits(loaded).dtype == dtype
 
 
 def test_a_dense_checkpoint_is_packed_while_it_is_loaded(tmp_path):
@@ -206,7 +207,7 @@ def rewrite(folder, key: str, change) -> None:
 @pytest.mark.parametrize(
     "part, change, message",
     [
-        ("mask", lambda t: t ^ 1, rf"{NAME}: expected row_starts\[1\] = .* as the mask counts"),
+        ("mask", lambda t: t ^ 1, rf"{NAME}: expected row_starts\[\d+\] = .* as the mask counts"),
         ("row_starts", lambda t: t + (torch.arange(len(t)) == 3), rf"{NAME}: expected row_starts\[3\]"),
         ("row_starts", lambda t: t - 5, rf"{NAME}: expected row_starts\[0\] = 0"),
     ],

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
 from hf_cod.evaluation import model_inputs
-from hf_cod.expert_banks import observed
 from hf_cod.files import write_aside
 from hf_cod.functional.depth import wide
+from hf_cod.statistics.matrix_inputs import MatrixInputs, check_finite_input
 
 FORMAT_VERSION = "1"
 # Numbers that are squared at a time: a chunk and its squares fit into a core's cache.
@@ -52,6 +51,10 @@ class LayerStatistics:
             for name, count in self.tokens.items()
             if (count == 0).any()
         }
+
+    def of(self, name: str, expert: int | None = None) -> Tensor | None:
+        """(in,): the sum of squares of a matrix, or of one of its experts; None if no token entered it."""
+        return _entry(self.squares, self.tokens, name, expert)
 
     @classmethod
     def merge(cls, parts: Sequence[LayerStatistics]) -> LayerStatistics:
@@ -152,74 +155,48 @@ def collect_statistics(
 
 
 class StatisticsRecorder:
-    """Hooks that sum the squares of what enters each matrix.
+    """Sums the squares of what enters each matrix.
 
     Call `start` before and `finish` after each forward pass, within `attached`.
+
+    Args:
+        stack: the layers.
+        layers: which of them; default: all.
     """
 
-    def __init__(self, stack: DecoderLayers) -> None:
-        self._linears, self._banks = _own_modules(stack)
-        shapes = {name: shape for i in range(len(stack)) for name, shape in stack.input_shapes(i).items()}
+    def __init__(self, stack: DecoderLayers, layers: Iterable[int] | None = None) -> None:
+        chosen = list(range(len(stack)) if layers is None else layers)
+        self._inputs = MatrixInputs(stack, chosen, self._read)
+        shapes = {name: shape for i in chosen for name, shape in stack.input_shapes(i).items()}
         self.squares = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
         self.tokens = {name: torch.zeros(shape[:-1], dtype=torch.int64) for name, shape in shapes.items()}
-        self.start(None)
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Puts the hooks on the modules, and takes them away at the end."""
-        with ExitStack() as attachments:
-            if self._banks:
-                attachments.enter_context(observed(self._banks, self._read_expert))
-            for name, module in self._linears.items():
-                handle = module.register_forward_pre_hook(self._hook_of(name), with_kwargs=True)
-                attachments.callback(handle.remove)
-            yield
+    def attached(self) -> AbstractContextManager[None]:
+        """Puts the hooks on the modules, and takes them away at the end of the block."""
+        return self._inputs.attached()
 
     def start(self, mask: Tensor | None) -> None:
         """Begins a batch with its attention mask (S, T), or None."""
-        # A full mask costs a gather for nothing.
-        self._mask = None if mask is None or bool(mask.all()) else mask.bool().flatten()
+        self._inputs.start(mask)
         self._batch: list[tuple[str, int | None, Tensor, int]] = []
-        self._last: tuple[Any, Tensor, int] | None = None
 
     def finish(self, number: int) -> None:
         """Ends a batch: checks it and adds it to the sums."""
         for name, expert, squares, count in self._batch:
             squares = squares.cpu().double()
-            if not squares.isfinite().all():
-                raise ValueError(
-                    f"activations: expected finite numbers, got NaN or infinity first at the input of {name}, "
-                    f"batch {number}"
-                )
+            check_finite_input(squares, name, number)
             index = ... if expert is None else expert
             self.squares[name][index] += squares
             self.tokens[name][index] += count
-        self.start(None)
 
-    def _hook_of(self, name: str) -> Any:
-        def read(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            # Query, key and value (gate and up) read one tensor, which need not be summed three times.
-            if self._last is None or self._last[0]() is not x:
-                rows = self._real_rows(name, x.detach().flatten(0, -2))
-                self._last = (weakref.ref(x), _sum_of_squares(rows), len(rows))
-            self._batch.append((name, None, *self._last[1:]))
+    def of(self, name: str, expert: int | None = None) -> Tensor | None:
+        """(in,): the sum of squares of a matrix, or of one of its experts; None if no token entered it."""
+        return _entry(self.squares, self.tokens, name, expert)
 
-        return read
-
-    def _read_expert(self, name: str, expert: int, x: Tensor, tokens: Tensor) -> None:
-        rows = x if self._mask is None else x[self._mask.to(x.device)[tokens]]
-        self._batch.append((name, expert, _sum_of_squares(rows), len(rows)))
-
-    def _real_rows(self, name: str, rows: Tensor) -> Tensor:
-        if self._mask is None:
-            return rows
-        if len(rows) != len(self._mask):
-            raise ValueError(
-                f"attention_mask: expected {len(rows)} tokens as at the input of {name}, got {len(self._mask)}; "
-                "use samples without padding"
-            )
-        return rows[self._mask.to(rows.device)]
+    def _read(self, name: str, expert: int | None, rows: Tensor | None, source: str) -> None:
+        if rows is not None:
+            self._last = (_sum_of_squares(rows), len(rows))
+        self._batch.append((name, expert, *self._last))
 
 
 def _sum_of_squares(rows: Tensor) -> Tensor:
@@ -231,19 +208,9 @@ def _sum_of_squares(rows: Tensor) -> Tensor:
     return total
 
 
-def _own_modules(stack: DecoderLayers) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """All Linears and all banks of experts; a module in two layers would have no statistics of its own."""
-    linears: dict[str, nn.Module] = {}
-    banks: dict[str, nn.Module] = {}
-    owner: dict[int, int] = {}
-    for index in range(len(stack)):
-        for kind, found in ((linears, stack.linears(index)), (banks, stack.experts(index))):
-            for name, module in found.items():
-                other = owner.setdefault(id(module), index)
-                if other != index:
-                    raise ValueError(f"model: expected modules of one layer each, got {name} in layer {other}, too")
-            kind.update(found)
-    return linears, banks
+def _entry(squares: dict[str, Tensor], tokens: dict[str, Tensor], name: str, expert: int | None) -> Tensor | None:
+    index = ... if expert is None else expert
+    return squares[name][index] if tokens[name][index] else None
 
 
 def _shapes(statistics: LayerStatistics) -> dict[str, tuple[int, ...]]:

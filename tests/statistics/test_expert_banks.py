@@ -4,7 +4,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_cod.decoder_layers import find_decoder_layers
-from hf_cod.expert_banks import IMPLEMENTATION, observed
+from hf_cod.statistics.expert_banks import IMPLEMENTATION, observed
 from tests.tiny_models import batch_for, build
 
 MIXTURES = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]

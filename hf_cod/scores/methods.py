@@ -1,67 +1,24 @@
-"""LayerScores: one number a layer, the higher the more the layer matters; one table of ways to find it."""
+"""Ways to score layers, in one table."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_cod.calibration import Batch
+from hf_cod.calibration import Batch, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import measure_forward, measure_gradient_norm, measure_layer_drop
 from hf_cod.evaluation import find_metric, task_of
-from hf_cod.files import read_json, write_json
-from hf_cod.functional import outliers
+from hf_cod.functional import budget, outliers
+from hf_cod.scores.layer_scores import LayerScores
+from hf_cod.scores.pruning_probe import PruningProbe
 from hf_cod.statistics import LayerStatistics, collect_statistics
-
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class LayerScores:
-    """How much each layer of a model matters.
-
-    Attributes:
-        model: the model's name.
-        method: which of `METHODS` found them.
-        values: one score a layer, from layer 0 on; finite, the higher the more the layer matters.
-        parameters: weights in each layer's matrices: what a budget is weighted by.
-        settings: what the method was told (threshold, seed, ...).
-    """
-
-    model: str
-    method: str
-    values: list[float]
-    parameters: list[int]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.values or len(self.values) != len(self.parameters):
-            raise ValueError(
-                f"values: expected one a layer as parameters, got {len(self.values)} and {len(self.parameters)}"
-            )
-        wrong = [i for i, value in enumerate(self.values) if not math.isfinite(value)]
-        if wrong:
-            raise ValueError(f"values: expected finite scores, got {self.values[wrong[0]]} in layer {wrong[0]}")
-
-    def save(self, path: str | Path) -> Path:
-        """Writes a JSON file; returns its path."""
-        return write_json(path, {"format": FORMAT_VERSION, **asdict(self)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> LayerScores:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: no such file, or not one of ours.
-        """
-        return cls(**read_json(path, "scores", FORMAT_VERSION, cls.__dataclass_fields__))
 
 
 @dataclass
@@ -71,8 +28,8 @@ class ScoreSettings:
     method: str = field(
         default="owl",
         metadata={
-            "help": "owl, angular, block_influence, gradient_norm, layer_drop, weight_norm, or as baselines uniform "
-            "or random"
+            "help": "owl, angular, block_influence, gradient_norm, layer_drop, weight_norm, sensitivity, auto (tries "
+            "several on a little text), or as baselines uniform or random"
         },
     )
     threshold: float = field(
@@ -80,6 +37,9 @@ class ScoreSettings:
     )
     per_module: bool = field(
         default=False, metadata={"help": "owl: compare each matrix with its own mean instead of the layer's"}
+    )
+    target: float = field(
+        default=0.7, metadata={"help": "sensitivity and auto: the sparsity that the scores are to serve"}
     )
     seed: int = field(default=0, metadata={"help": "seed of every random choice"})
     layers_path: str | None = field(
@@ -91,6 +51,8 @@ class ScoreSettings:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         if not 0 < self.threshold < math.inf:
             raise ValueError(f"threshold: expected a finite number above 0, got {self.threshold}")
+        if not 0 < self.target < 1:
+            raise ValueError(f"target: expected a sparsity between 0 and 1, got {self.target}")
 
 
 def score_layers(
@@ -112,6 +74,8 @@ def score_layers(
     | gradient_norm | ||dL/d theta_l||_2, mean over batches | batches, a head |
     | layer_drop | what removing l costs: nats a token for perplexity, else the task's metric | batches |
     | weight_norm | mean of abs(W_ij), the L1 baseline | nothing |
+    | sensitivity | slope of the loss by l's sparsity where all layers have `target` | batches, an LM head |
+    | auto | the one of `CANDIDATES` by which the pruned model loses least | batches, an LM head |
     | uniform | 1 | nothing |
     | random | uniform in [0, 1), from a seed | nothing |
 
@@ -121,7 +85,12 @@ def score_layers(
         method: see the table.
         batches: dicts for the model's forward.
         show_progress: show progress bars.
-        **settings: other fields of `ScoreSettings`: threshold, per_module, seed, layers_path.
+        **settings: other fields of `ScoreSettings`: threshold, per_module, target, seed, layers_path.
+
+    `sensitivity` and `auto` measure on the first `PROBE_SAMPLES` samples, pruning by Wanda with the intact model's
+    statistics; weights are put back. `auto` makes the allocation of each candidate score with each lambda in `SPREADS`
+    and takes the pruned model's loss. The scores' `settings` then hold which one was `chosen`, its `spread`, which
+    `allocate` takes where none is given, and the `losses` of all, in nats a token.
 
     Raises:
         ValueError: an unknown method, something that it needs is missing, statistics of another model, weights or
@@ -135,7 +104,7 @@ def score_layers(
     values = METHODS[method](request)
     config = getattr(stack.model, "config", None)
     name = getattr(config, "_name_or_path", "") or type(stack.model).__name__
-    used = {key: getattr(chosen, key) for key in SETTINGS_OF.get(method, ())}
+    used = {key: getattr(chosen, key) for key in SETTINGS_OF.get(method, ())} | request.found
     sizes = [stack.count_weights(index) for index in range(len(stack))]
     return LayerScores(name, method, values, sizes, used)
 
@@ -150,19 +119,26 @@ class _Request:
     batches: Sequence[Batch] | None
     settings: ScoreSettings
     show_progress: bool
+    found: dict[str, Any] = field(default_factory=dict)  # what a method wants to be told beside its scores
 
     @property
     def options(self) -> dict[str, Any]:
         return {"path": self.settings.layers_path, "show_progress": self.show_progress}
 
 
-def _owl(request: _Request) -> list[float]:
+def _statistics(request: _Request) -> LayerStatistics:
+    """Those that were given, or those of the batches."""
     statistics = request.statistics
     if statistics is None:
         if not request.batches:
             raise ValueError("statistics: expected statistics or batches for the method owl, got neither")
         statistics = collect_statistics(request.model, request.batches, **request.options)
     statistics.check(request.stack)
+    return statistics
+
+
+def _owl(request: _Request) -> list[float]:
+    statistics = _statistics(request)
     M, per_module = request.settings.threshold, request.settings.per_module
     layers = [partial(_seen_matrices, request.stack, statistics, index) for index in range(len(request.stack))]
     return [outliers.outlier_ratio(matrices, M, per_module) for matrices in layers]
@@ -218,6 +194,39 @@ def _weight_norm(request: _Request) -> list[float]:
     return [outliers.mean_importance(magnitudes(i)) for i in range(len(request.stack))]
 
 
+def _sensitivity(request: _Request) -> list[float]:
+    S = request.settings.target
+    return _probe(request).sensitivity(S, min(STEP, S, 1 - S))
+
+
+def _auto(request: _Request) -> list[float]:
+    """Tries each candidate and lambda, and keeps the best."""
+    request = replace(request, statistics=_statistics(request))
+    found = {method: METHODS[method](request) for method in CANDIDATES}
+    S = request.settings.target
+    sizes = torch.tensor([request.stack.count_weights(i) for i in range(len(request.stack))]).double()
+    tried, plans = [], []
+    for method, values in found.items():
+        for lam in (0.0,) if method == "uniform" else SPREADS:
+            width = min(lam, S, 1 - S)
+            tried.append((method, width))
+            plans.append(budget.spread(torch.tensor(values), sizes, S, S - width, S + width, falling=True).tolist())
+    losses = _probe(request).plans(plans)
+    method, width = min(zip(losses, tried, strict=True))[1]
+    request.found.update(
+        chosen=method,
+        spread=width,
+        losses={f"{method} {width:g}": loss for (method, width), loss in zip(tried, losses, strict=True)},
+    )
+    return found[method]
+
+
+def _probe(request: _Request) -> PruningProbe:
+    assert request.batches is not None
+    few, _ = split_samples(request.batches, PROBE_SAMPLES)
+    return PruningProbe(request.stack, _statistics(request), few, request.show_progress)
+
+
 def _uniform(request: _Request) -> list[float]:
     return [1.0] * len(request.stack)
 
@@ -235,9 +244,23 @@ METHODS: dict[str, Callable[[_Request], list[float]]] = {
     "gradient_norm": _gradient_norm,
     "layer_drop": _layer_drop,
     "weight_norm": _weight_norm,
+    "sensitivity": _sensitivity,
+    "auto": _auto,
     "uniform": _uniform,
     "random": _random,
 }
-NEED_BATCHES = ("angular", "block_influence", "gradient_norm", "layer_drop")
+NEED_BATCHES = ("angular", "block_influence", "gradient_norm", "layer_drop", "sensitivity", "auto")
 # Method -> the settings that it depends on.
-SETTINGS_OF = {"owl": ("threshold", "per_module"), "random": ("seed",)}
+SETTINGS_OF = {
+    "owl": ("threshold", "per_module"),
+    "sensitivity": ("target",),
+    "auto": ("target", "threshold", "per_module"),
+    "random": ("seed",),
+}
+# What auto tries: scores, and lambdas.
+CANDIDATES = ("uniform", "owl", "angular", "sensitivity")
+SPREADS = (0.08, 0.15, 0.25)
+# Samples that sensitivity and auto try on.
+PROBE_SAMPLES = 4
+# How far to both sides of the target sensitivity tries a layer.
+STEP = 0.1

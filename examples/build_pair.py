@@ -1,0 +1,86 @@
+"""Makes the two small models that the package carries: trains, rounds to bfloat16, writes cards and held-out text.
+
+    python examples/pretraining_text.py --output corpus
+    python examples/build_pair.py --corpus corpus --runs hf-cod-pair
+
+Both models are equal but for the placement of their norms. Takes hours on two CPU cores, and goes on where it was
+interrupted; with both runs finished, seconds. What ships goes to hf_cod/data/pair, the cards to model_cards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from pretrain import pretrain
+
+from hf_cod.files import write_text
+from hf_cod.loading import EMBEDDED, EMBEDDED_PLACEMENTS
+from hf_cod.model_card import CardSettings, release
+from hf_cod.pretraining import PretrainSettings
+from hf_cod.report import RunReport
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+# Of what was held out, texts in the public domain, so that the package carries no other licence's text.
+PUBLIC_DOMAIN = ("austen", "shakespeare", "jargon", "factbook")
+HELD_OUT_CHARACTERS = 80_000
+
+
+def held_out(corpus: Path) -> str:
+    """Pieces of the validation text, in its shuffled order."""
+    pieces: list[str] = []
+    for line in (corpus / "validation.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["source"] in PUBLIC_DOMAIN and sum(map(len, pieces)) < HELD_OUT_CHARACTERS:
+            pieces.append(row["text"])
+    return "\n\n".join(pieces) + "\n"
+
+
+def main() -> None:
+    """Trains what is missing, then writes what ships."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True, help="output of pretraining_text.py")
+    parser.add_argument("--runs", type=Path, default=Path("hf-cod-pair"), help="directory of both runs")
+    parser.add_argument("--steps", type=int, help="optimizer steps; default: the preset's")
+    parser.add_argument("--learning-rate", type=float, help="peak learning rate of both; default: the preset's")
+    parser.add_argument("--comparison", help="comparison.md of compare_placements.py, for the cards")
+    parser.add_argument("--license", default="cc-by-sa-4.0", help="licence of the weights")
+    chosen = parser.parse_args()
+    for placement in EMBEDDED_PLACEMENTS:
+        output = chosen.runs / placement
+        settings = PretrainSettings(
+            text=str(chosen.corpus / "train.jsonl"),
+            validation_text=str(chosen.corpus / "validation.jsonl"),
+            norm_placement=placement,
+            steps=chosen.steps,
+            learning_rate=chosen.learning_rate,
+            compile=True,
+            save_every=100,
+            evaluate_every=250,
+            diagnose_every=50,
+            output=str(output),
+        )
+        if not (output / "report.json").is_file():
+            pretrain(settings)
+        tokens = RunReport.load(output).results["tokens"] / 1e6
+        name = f"hf-cod-tiny-{placement}"
+        sources = str(chosen.corpus / "sources.json")
+        card = CardSettings(name, chosen.license, sources, chosen.comparison)
+        made = release(output, chosen.runs / "release" / name, card).parent
+        for folder, patterns in (
+            (EMBEDDED / placement, SHIPPED),
+            (ROOT / "model_cards" / name, ("README.md", "*.png")),
+        ):
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (path for pattern in patterns for path in made.glob(pattern)):
+                shutil.copy2(path, folder)
+        print(f"{name}: {tokens:.3g} million tokens")
+    shutil.copy2(chosen.corpus / "sources.json", EMBEDDED)
+    write_text(EMBEDDED / "held_out.txt", held_out(chosen.corpus))
+
+
+if __name__ == "__main__":
+    main()

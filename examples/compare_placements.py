@@ -1,0 +1,151 @@
+"""Trains the same small model with every norm placement and several seeds, each at its own best learning rate.
+
+    python examples/compare_placements.py --text corpus/train.jsonl --validation-text corpus/validation.jsonl
+
+First one short run for every placement and learning rate of the grid (the same for all, seed 0), then `seeds` runs of
+each placement at the rate with the lowest validation perplexity. Writes one directory with a report.json a run, and
+comparison.json and comparison.md. The same command skips what is finished and goes on with what was interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pretrain import pretrain
+
+from hf_cod.commands.settings import SettingsParser
+from hf_cod.files import write_json, write_text
+from hf_cod.pretraining import PretrainSettings
+from hf_cod.report import RunReport, format_number
+
+# Column of the table -> how it is read from a run's report.
+FIGURES = {
+    "validation perplexity": lambda report: report.results["validation_perplexity"],
+    "last layer's variance": lambda report: report.layers["variance"][-1],
+    "effective depth": lambda report: report.results["effective_depth"]["value"],
+    "late half's share of angles": lambda report: report.results["late_share"],
+}
+
+
+@dataclass
+class ComparisonSettings:
+    """Which runs are made."""
+
+    placements: list[str] = field(
+        default_factory=lambda: ["pre", "post", "deepnorm", "scaled_init", "mix", "lns", "sandwich"],
+        metadata={"help": "placements to compare"},
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [1e-3, 2e-3, 4e-3], metadata={"help": "the grid, the same for each placement"}
+    )
+    grid_steps: int = field(default=150, metadata={"help": "steps of each run of the grid"})
+    seeds: int = field(default=3, metadata={"help": "runs of each placement at its best learning rate"})
+    jobs: int = field(default=2, metadata={"help": "runs at a time; they share the cores"})
+    runs: str = field(default="hf-cod-placements", metadata={"help": "directory of all runs"})
+
+
+def directory(chosen: ComparisonSettings, placement: str, rate: float, seed: int, steps: int) -> Path:
+    """Where a run leaves its report: its name says all that tells it from the others."""
+    return Path(chosen.runs) / f"{placement}-lr{rate:g}-seed{seed}-steps{steps}"
+
+
+def report_of(folder: Path) -> RunReport | None:
+    """A finished run's report."""
+    return RunReport.load(folder) if (folder / "report.json").is_file() else None
+
+
+def perplexity_of(folder: Path) -> float:
+    """Validation perplexity of a finished run; infinite for one that diverged."""
+    report = report_of(folder)
+    value = report.results["validation_perplexity"] if report else None
+    return math.inf if value is None or math.isnan(value) else value
+
+
+def train(settings: PretrainSettings) -> str:
+    """One run, in a process that may have had others."""
+    pretrain(settings)
+    return str(settings.output)
+
+
+def train_all(wanted: list[PretrainSettings], jobs: int) -> None:
+    """Trains what is not finished, `jobs` at a time."""
+    missing = [settings for settings in wanted if report_of(Path(str(settings.output))) is None]
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        for number, name in enumerate(pool.map(train, missing), 1):
+            print(f"{number} of {len(missing)}: {name} {format_number(perplexity_of(Path(name)))}", flush=True)
+
+
+def grid(chosen: ComparisonSettings, base: PretrainSettings) -> dict[str, float]:
+    """Placement -> the learning rate of the grid with the lowest validation perplexity."""
+    cells = [(placement, rate) for rate in chosen.learning_rates for placement in chosen.placements]
+    folders = {cell: directory(chosen, *cell, 0, chosen.grid_steps) for cell in cells}
+    train_all([run(base, folders[cell], *cell, 0, chosen.grid_steps) for cell in cells], chosen.jobs)
+    return {
+        placement: min(chosen.learning_rates, key=lambda rate: perplexity_of(folders[placement, rate]))
+        for placement in chosen.placements
+    }
+
+
+def run(base: PretrainSettings, folder: Path, placement: str, rate: float, seed: int, steps: int) -> PretrainSettings:
+    """One run's settings."""
+    changes = {"output": str(folder), "norm_placement": placement, "learning_rate": rate, "seed": seed, "steps": steps}
+    return replace(base, **changes, evaluate_every=steps)
+
+
+def table(chosen: ComparisonSettings, best: dict[str, float], steps: int) -> dict[str, dict[str, Any]]:
+    """Placement -> best learning rate and, for each figure, mean, standard deviation and the values of all seeds."""
+    rows = {}
+    for placement, rate in best.items():
+        folders = [directory(chosen, placement, rate, seed, steps) for seed in range(chosen.seeds)]
+        reports = [report for report in map(report_of, folders) if report is not None]
+        row: dict[str, Any] = {"learning_rate": rate}
+        for name, read in FIGURES.items():
+            values = [read(report) for report in reports if report.layers]
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            row[name] = {"mean": statistics.fmean(values) if values else None, "spread": spread, "values": values}
+        row["diverged"] = sum(not report.layers for report in reports)
+        rows[placement] = row
+    return rows
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """The table as Markdown: mean ± standard deviation over seeds."""
+    lines = ["| placement | best learning rate | " + " | ".join(FIGURES) + " |", "|---|" + "---:|" * (len(FIGURES) + 1)]
+    for placement, row in rows.items():
+        cells = [placement, f"{row['learning_rate']:g}"]
+        for name in FIGURES:
+            spread = f" ± {format_number(row[name]['spread'])}" if row[name]["spread"] is not None else ""
+            cells.append(format_number(row[name]["mean"]) + spread)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Grid, runs, table."""
+    parser = SettingsParser([ComparisonSettings, PretrainSettings], description=__doc__.split("\n\n")[0])
+    chosen, base = parser.parse(sys.argv[1:] if arguments is None else arguments)[:2]
+    steps = base.recipe.steps
+    best = grid(chosen, base)
+    print("best learning rates:", best, flush=True)
+    cells = [(placement, rate, seed, steps) for seed in range(chosen.seeds) for placement, rate in best.items()]
+    train_all([run(base, directory(chosen, *cell), *cell) for cell in cells], chosen.jobs)
+    rows = table(chosen, best, steps)
+    settings = {"grid_steps": chosen.grid_steps, "learning_rates": chosen.learning_rates, **base.describe()}
+    write_json(Path(chosen.runs) / "comparison.json", {"settings": settings, "placements": rows})
+    write_text(Path(chosen.runs) / "comparison.md", markdown(rows))
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

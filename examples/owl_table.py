@@ -1,0 +1,164 @@
+"""Perplexity of a pruned model: methods x scores x sparsities, with one calibration for all.
+
+    python examples/owl_table.py --model DIRECTORY_OR_HUB_ID --text TEXT --output table      # SmolLM2-135M in an hour
+
+Everything that is chosen (OWL's threshold M, each score's lambda) is chosen on the first half of the text, by Wanda
+with the statistics of the intact model; all perplexities that are reported are of the second half. An interrupted run
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from hf_cod import LayerScores, allocate, collect_statistics, find_decoder_layers, perplexity, prune, score_layers
+from hf_cod.calibration import SampleSettings, TextSettings, load_texts, split_samples, token_batches
+from hf_cod.files import Journal, fingerprint, write_json, write_text
+from hf_cod.loading import ModelSettings, load_model
+from hf_cod.pruning import METHODS
+
+THRESHOLDS = (3.0, 5.0, 7.0, 10.0)
+SPREADS = (0.08, 0.15)
+SCORES = ("uniform", "owl", "angular", "auto")
+
+
+class Bench:
+    """A model that each cell of the table finds intact, and the samples of both halves of the text."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.model, tokenizer = load_model(arguments.model, ModelSettings(dtype=arguments.dtype))
+        self.stack = find_decoder_layers(self.model)
+        self.intact = [{name: W.clone() for name, W in self.stack.matrices(i)} for i in range(len(self.stack))]
+        text = "\n".join(load_texts(TextSettings(text=arguments.text)))
+        halves = text[: len(text) // 2], text[len(text) // 2 :]
+        cut = SampleSettings(sequence_length=arguments.sequence_length, batch_size=4, seed=arguments.seed)
+        first = replace(cut, max_samples=arguments.calibration_samples + arguments.tuning_samples)
+        self.calibration, self.tuning = split_samples(
+            token_batches(tokenizer, halves[0], first), arguments.calibration_samples
+        )
+        self.report = token_batches(tokenizer, halves[1], replace(cut, max_samples=arguments.report_samples))
+        self.statistics = collect_statistics(self.model, self.calibration)
+        self.found: dict[tuple, LayerScores] = {}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the intact weights back."""
+        for index, matrices in enumerate(self.intact):
+            for name, W in self.stack.matrices(index):
+                W.copy_(matrices[name])
+
+    def scores(self, method: str, threshold: float | None, S: float) -> LayerScores:
+        """The scores of the intact model, found once."""
+        key = method, threshold, S if method in ("auto", "sensitivity") else None
+        if key not in self.found:
+            self.restore()
+            options = {"target": S} if threshold is None else {"target": S, "threshold": threshold}
+            self.found[key] = score_layers(self.model, self.statistics, method, batches=self.calibration, **options)
+        return self.found[key]
+
+    def tune(self, scores: LayerScores, S: float, spread: float | None) -> float:
+        """Perplexity on the first half, after Wanda with the statistics of the intact model."""
+        self.restore()
+        prune(self.model, allocate(scores, budget=S, spread=spread), statistics=self.statistics)
+        return perplexity(self.model, self.tuning)
+
+    def measure(self, method: str, scores: LayerScores, S: float, spread: float | None) -> float:
+        """Perplexity on the second half, after pruning layer by layer."""
+        self.restore()
+        prune(self.model, allocate(scores, budget=S, spread=spread), method, batches=self.calibration)
+        return perplexity(self.model, self.report)
+
+
+def candidates(score: str) -> Iterator[tuple[float | None, float | None]]:
+    """(M, lambda) that a score is tried with; auto finds its own."""
+    if score in ("uniform", "auto"):
+        yield None, None
+    else:
+        yield from product(THRESHOLDS if score == "owl" else (None,), SPREADS)
+
+
+def chosen_settings(bench: Bench, journal: Journal, score: str, S: float) -> tuple[float | None, float | None]:
+    """The candidate with the least perplexity on the first half."""
+    tried = list(candidates(score))
+    if len(tried) == 1:
+        return tried[0]
+    found = {}
+    for threshold, spread in tried:
+        key = f"tune {score} {threshold} {spread} at {S}"
+        if key not in journal:
+            journal.add(key, bench.tune(bench.scores(score, threshold, S), S, spread))
+        found[threshold, spread] = journal[key]
+    return min(found, key=lambda candidate: found[candidate])
+
+
+def cell(row: dict, best: bool) -> str:
+    """A perplexity with the settings that it was reached by."""
+    figure = f"**{row['perplexity']:.1f}**" if best else f"{row['perplexity']:.1f}"
+    named = [f"λ {row['spread']:g}"] if row["spread"] else []
+    if row["threshold"] is not None:
+        named.append(row["threshold"] if row["score"] == "auto" else f"M {row['threshold']:g}")
+    return f"{figure} ({', '.join(named)})" if named else figure
+
+
+def markdown(rows: list[dict], intact: float) -> str:
+    """The table as a page, the best score of each method and sparsity in bold."""
+    sparsities = sorted({row["sparsity"] for row in rows})
+    lines = [f"Perplexity of the second half of the text; intact {intact:.1f}.", ""]
+    lines.append("| method | score | " + " | ".join(f"{S:.0%}" for S in sparsities) + " |")
+    lines.append("|---|---|" + "---:|" * len(sparsities))
+    for method, score in dict.fromkeys((row["method"], row["score"]) for row in rows):
+        cells = []
+        for S in sparsities:
+            column = {r["score"]: r for r in rows if r["method"] == method and r["sparsity"] == S}
+            best = min(column, key=lambda name: column[name]["perplexity"], default=None)
+            cells.append(cell(column[score], score == best) if score in column else "-")
+        lines.append(f"| {method} | {score} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Fills the table cell by cell, and writes it after each one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id, directory or GGUF file")
+    parser.add_argument("--text", help="text file or data set; default: an embedded novel")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--scores", nargs="+", default=list(SCORES))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7])
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
+    parser.add_argument("--calibration-samples", type=int, default=16, help="samples of the first half to prune on")
+    parser.add_argument("--tuning-samples", type=int, default=8, help="samples of the first half to choose settings on")
+    parser.add_argument("--report-samples", type=int, default=16, help="samples of the second half to report on")
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="owl-table", help="directory for table.md, table.json and the journal")
+    arguments = parser.parse_args()
+    output = Path(arguments.output)
+    bench = Bench(arguments)
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("output", "methods", "scores", "sparsities")}
+    journal = Journal(output / "journal.jsonl", fingerprint(settings))
+    if "intact" not in journal:
+        journal.add("intact", perplexity(bench.model, bench.report))
+    rows = []
+    for S, method, score in product(arguments.sparsities, arguments.methods, arguments.scores):
+        threshold, spread = chosen_settings(bench, journal, score, S)
+        key = f"{method} {score} {threshold} {spread} at {S}"
+        if key not in journal:
+            scores = bench.scores(score, threshold, S)
+            figure = bench.measure(method, scores, S, spread)
+            journal.add(key, [figure, scores.settings.get("spread", spread), scores.settings.get("chosen", threshold)])
+        found, spread, threshold = journal[key]  # of auto, what it chose stands for the threshold
+        named = {"method": method, "score": score, "sparsity": S, "threshold": threshold, "spread": spread}
+        rows.append({**named, "perplexity": found})
+        print(*named.values(), f"{found:.1f}", flush=True)
+        write_json(output / "table.json", {"settings": vars(arguments), "intact": journal["intact"], "rows": rows})
+        write_text(output / "table.md", markdown(rows, journal["intact"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Pre-trains a Llama with the norm placement of your choice, by transformers' Trainer.
+
+    python examples/pretrain.py --norm-placement lns                       # a tiny model, minutes on a laptop's CPU
+    accelerate launch examples/pretrain.py --preset 130M --norm-placement lns --compile     # the paper's, on C4
+    accelerate launch --use_fsdp --fsdp_version 2 examples/pretrain.py --preset 1B --micro-batch-size 8
+
+Presets hold the settings of "The Curse of Depth in Large Language Models" (arXiv 2502.05795); any of them can be
+changed. The same command goes on where an interrupted run stopped, and ends with the same weights. In --output it
+leaves checkpoints, model/ (which loads with trust_remote_code alone) and report.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from hf_cod import LayerDiagnosticsCallback
+from hf_cod.commands.settings import SettingsParser
+from hf_cod.pretraining import (
+    FINAL_LEARNING_RATE_SHARE,
+    PackedStream,
+    Prepared,
+    PretrainSettings,
+    accumulation_steps,
+    last_checkpoint,
+    prepare,
+    training_report,
+)
+from hf_cod.report import RunReport
+
+STATE_FILE = "trainer_state.json"  # the Trainer writes it last of a checkpoint
+
+
+def training_arguments(settings: PretrainSettings, streams: bool) -> TrainingArguments:
+    """The recipe in the Trainer's words."""
+    recipe = settings.recipe
+    arguments = TrainingArguments(
+        output_dir=str(settings.output),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.micro_batch_size,
+        per_device_eval_batch_size=recipe.micro_batch_size,
+        train_sampling_strategy="sequential",  # the data set has its order
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": FINAL_LEARNING_RATE_SHARE},
+        warmup_steps=recipe.warmup_steps,
+        optim="adamw_torch_fused",
+        weight_decay=0.0,  # which makes it Adam
+        max_grad_norm=0.0,
+        bf16=settings.precision == "bf16",
+        torch_compile=settings.compile,
+        seed=settings.seed,
+        eval_strategy="steps",
+        eval_steps=settings.evaluate_every,
+        save_steps=settings.save_every,
+        save_total_limit=2,
+        logging_steps=settings.log_every,
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+        prediction_loss_only=True,
+        use_cpu=not torch.accelerator.is_available(),
+        # A stream finds its window by itself, which is faster than reading everything before it.
+        ignore_data_skip=streams,
+    )
+    arguments.gradient_accumulation_steps = accumulation_steps(recipe, arguments.world_size)
+    return arguments
+
+
+def pretrain(settings: PretrainSettings) -> RunReport | None:
+    """Trains, or goes on training; saves and returns the report, on the main process alone."""
+    prepared = prepare(settings)
+    arguments = training_arguments(settings, prepared.streams)
+    trainer = Trainer(
+        model=prepared.model,
+        args=arguments,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.validation,
+        data_collator=default_data_collator,  # windows need no padding
+        processing_class=prepared.tokenizer,
+        callbacks=[LayerDiagnosticsCallback(every=settings.diagnose_every, probe=prepared.probe)],
+    )
+    checkpoint = last_checkpoint(arguments.output_dir, STATE_FILE)
+    if checkpoint is not None and isinstance(prepared.train, PackedStream):
+        prepared.train.start_at(int(checkpoint.name.rsplit("-", 1)[1]) * settings.recipe.batch_size)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return save(trainer, settings, prepared)
+
+
+def save(trainer: Trainer, settings: PretrainSettings, prepared: Prepared) -> RunReport | None:
+    """Writes the model, ready to generate, and the report."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model.config.use_cache = True
+    folder = Path(str(settings.output)) / "model"
+    trainer.save_model(str(folder))  # all processes: FSDP gathers the weights
+    if not trainer.is_world_process_zero():
+        return None
+    whole = type(model).from_pretrained(folder, dtype=torch.float32).to(trainer.args.device)
+    report = training_report(settings, prepared, whole, trainer.state.log_history)
+    report.save(str(settings.output))
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses, trains, prints what came out."""
+    parser = SettingsParser([PretrainSettings], description=__doc__.split("\n\n")[0])
+    settings = parser.parse(sys.argv[1:] if arguments is None else arguments)[0]
+    report = pretrain(settings)
+    if report is not None:
+        print("\n".join(report.summary))
+
+
+if __name__ == "__main__":
+    main()

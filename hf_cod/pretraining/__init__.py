@@ -1,0 +1,35 @@
+"""Pre-training from scratch: recipes, packed text, and what a training loop starts from.
+
+The loops themselves are examples/pretrain.py (Trainer) and examples/pretrain_accelerate.py.
+"""
+
+from hf_cod.pretraining.packing import PackedStream, PackedText, pack, train_tokenizer
+from hf_cod.pretraining.preparation import Prepared, as_batches, build_model, last_checkpoint, prepare
+from hf_cod.pretraining.recipes import (
+    FINAL_LEARNING_RATE_SHARE,
+    RECIPES,
+    PretrainSettings,
+    Recipe,
+    accumulation_steps,
+    model_config,
+)
+from hf_cod.pretraining.results import training_report
+
+__all__ = [
+    "FINAL_LEARNING_RATE_SHARE",
+    "RECIPES",
+    "PackedStream",
+    "PackedText",
+    "Prepared",
+    "PretrainSettings",
+    "Recipe",
+    "accumulation_steps",
+    "as_batches",
+    "build_model",
+    "last_checkpoint",
+    "model_config",
+    "pack",
+    "prepare",
+    "train_tokenizer",
+    "training_report",
+]

@@ -1,0 +1,68 @@
+"""What a run of pre-training found, as a RunReport."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+
+from hf_cod.diagnostics import diagnose
+from hf_cod.evaluation import perplexity
+from hf_cod.pretraining.preparation import Prepared, as_batches
+from hf_cod.pretraining.recipes import PretrainSettings
+from hf_cod.report import RunReport, environment, format_number
+
+DIAGNOSED_SAMPLES = 32  # validation windows that the layers are measured on
+MEASURES = ["angular_distance", "block_influence", "output_variance", "layer_drop"]
+
+
+def training_report(
+    settings: PretrainSettings, prepared: Prepared, model: Any, history: list[dict[str, float]]
+) -> RunReport:
+    """Measures a trained model on the validation text, in float32, and reports the run.
+
+    The report's `layers` are those of `diagnose` (without gradient norms). Its `results` hold `curve` (training loss
+    by step), `validation` (validation loss by step, under the run's precision), `tokens`, `parameters`,
+    `validation_perplexity`, `validation_tokens`, `effective_depth`, `late_share`, `angular_distance` and `layer_drop`.
+
+    Args:
+        settings: the run's.
+        prepared: its text.
+        model: the trained model.
+        history: dicts with step and loss or eval_loss, as the Trainer logs them.
+    """
+    recipe = settings.recipe
+    batches = as_batches(prepared.validation, recipe.micro_batch_size)
+    model = model.float()
+    value = perplexity(model, batches)
+    results = {
+        "curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "validation": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
+        "tokens": recipe.tokens,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "validation_perplexity": value,
+        "validation_tokens": sum(batch["input_ids"].numel() for batch in batches),
+    }
+    report = RunReport(
+        kind="pretrain",
+        model=f"{settings.preset} {settings.norm_placement}",
+        settings=settings.describe(),
+        environment=environment(next(model.parameters()).device, torch.float32),
+        layers={},
+        results=results,
+        summary=[
+            f"Validation perplexity {format_number(value)} after {recipe.tokens / 1e6:.3g} million tokens "
+            f"(learning rate {recipe.learning_rate:g})."
+        ],
+    )
+    if not math.isfinite(value):
+        report.notes.append("the layers were not measured: the run diverged")
+        return report
+    few = as_batches(Subset(prepared.validation, range(min(DIAGNOSED_SAMPLES, len(prepared.validation)))), 8)  # type: ignore[arg-type]
+    found = diagnose(model, batches=few, metrics=MEASURES, token="all", show_progress=False)
+    report.layers.update(found.layers)
+    report.results.update(found.results)
+    report.summary.extend(found.summary)
+    return report

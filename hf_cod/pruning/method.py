@@ -1,0 +1,56 @@
+"""What a pruning method is: the sums that it needs, and a function from one matrix to its pruned form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from hf_cod.decoder_layers import DecoderLayers
+from hf_cod.functional.sparsity import Pattern
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a layer's matrices get: `sparsity`, the share of zeros; or as (N, M) the `pattern` that makes it."""
+
+    sparsity: float
+    pattern: Pattern | None = None
+
+
+class Sums(Protocol):
+    """Sums over what entered each matrix."""
+
+    def of(self, name: str, expert: int | None = None) -> Tensor | None:
+        """The sum of a matrix or of one of its experts; None if no token entered it."""
+
+
+class Recorder(Sums, Protocol):
+    """Makes such sums while the model runs: `start` before and `finish` after each pass, within `attached`."""
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Puts hooks on the modules, and takes them away at the end of the block."""
+
+    def start(self, mask: Tensor | None) -> None:
+        """Begins a batch with its attention mask (S, T), or None."""
+
+    def finish(self, number: int) -> None:
+        """Ends a batch."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to prune one matrix.
+
+    Attributes:
+        prune: (W (out, in), the matrix's sum or None, target) -> the pruned W; it leaves W as it is.
+        recorder: makes the sums of some layers; None for a method that looks at weights alone.
+        takes_squares: whether the sums are those of `LayerStatistics`, so that earlier statistics serve.
+    """
+
+    prune: Callable[[Tensor, Tensor | None, Target], Tensor]
+    recorder: Callable[[DecoderLayers, Sequence[int]], Recorder] | None = None
+    takes_squares: bool = False

@@ -1,0 +1,6 @@
+"""How much each layer matters: LayerScores, and one table of ways to find them."""
+
+from hf_cod.scores.layer_scores import LayerScores
+from hf_cod.scores.methods import METHODS, ScoreSettings, score_layers
+
+__all__ = ["METHODS", "LayerScores", "ScoreSettings", "score_layers"]

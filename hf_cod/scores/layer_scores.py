@@ -1,0 +1,60 @@
+"""LayerScores: one number a layer, the higher the more the layer matters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_cod.files import read_json, write_json
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """How much each layer of a model matters.
+
+    Attributes:
+        model: the model's name.
+        method: which of `METHODS` found them.
+        values: one score a layer, from layer 0 on; finite, the higher the more the layer matters.
+        parameters: weights in each layer's matrices: what a budget is weighted by.
+        settings: what the method was told (threshold, seed, ...).
+    """
+
+    model: str
+    method: str
+    values: list[float]
+    parameters: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.values or len(self.values) != len(self.parameters):
+            raise ValueError(
+                f"values: expected one a layer as parameters, got {len(self.values)} and {len(self.parameters)}"
+            )
+        wrong = [i for i, value in enumerate(self.values) if not math.isfinite(value)]
+        if wrong:
+            raise ValueError(f"values: expected finite scores, got {self.values[wrong[0]]} in layer {wrong[0]}")
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a method has to say beside its scores: of auto, what it chose."""
+        if "chosen" not in self.settings:
+            return []
+        return [f"{self.method} chose {self.settings['chosen']} with lambda {self.settings['spread']:g}."]
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a JSON file; returns its path."""
+        return write_json(path, {"format": FORMAT_VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> LayerScores:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: no such file, or not one of ours.
+        """
+        return cls(**read_json(path, "scores", FORMAT_VERSION, cls.__dataclass_fields__))

@@ -1,0 +1,119 @@
+"""What plans of sparsity would cost, tried on a little text: Wanda by earlier statistics, one layer pruned at a time.
+
+The model is never pruned as a whole: while a layer is run, its weights are masked, and put back afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_cod.calibration import Batch
+from hf_cod.decoder_layers import DecoderLayers
+from hf_cod.diagnostics.partial_pass import State, check_independent, run_layer, running_only
+from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
+from hf_cod.evaluation import Perplexity, model_inputs, task_of
+from hf_cod.functional.sparsity import magnitude_mask, wanda_mask
+from hf_cod.statistics import LayerStatistics
+from hf_cod.writable_weights import check_writable
+
+
+class PruningProbe:
+    """Losses of pruned forms of a language model, in nats a token.
+
+    Args:
+        stack: the layers of a language model with weights in memory.
+        statistics: of this model.
+        batches: the text to try on.
+        show_progress: show progress bars.
+
+    Raises:
+        ValueError: not a language model, layers that share keys and values, or weights that cannot be masked in place.
+    """
+
+    def __init__(
+        self, stack: DecoderLayers, statistics: LayerStatistics, batches: Sequence[Batch], show_progress: bool
+    ) -> None:
+        task = task_of(stack.model, batches)
+        if task not in ("causal_lm", "masked_lm"):
+            raise ValueError(f"model: expected a language model to probe, got {type(stack.model).__name__}")
+        check_independent(stack, "auto")
+        check_writable(stack)
+        self.stack, self.statistics, self.show_progress = stack, statistics, show_progress
+        device = execution_device(stack.model)
+        self.batches = [to_device(batch, device) for batch in batches]
+        self.metric = Perplexity(task)
+
+    @torch.no_grad()
+    def plans(self, plans: Sequence[Sequence[float]]) -> list[float]:
+        """The loss with all layers pruned, for each plan of one sparsity a layer.
+
+        All plans walk through the layers together: each layer is masked once for each sparsity that it gets, no more
+        than one layer's weights are copied, and plans that begin alike share their hidden states as long as they do.
+        """
+        L = len(self.stack)
+        place = [0] * len(plans)  # which of the states each plan is at
+        states: list[list[Any]] = [[None] * len(self.batches)]
+        with evaluation_mode(self.stack):
+            for layer in progress(range(L), "trying plans", self.show_progress):
+                steps = sorted({(plan[layer], at) for plan, at in zip(plans, place, strict=True)})
+                after: list[list[Any]] = []
+                for S, group in groupby(steps, key=itemgetter(0)):
+                    with self._masked(layer, S):
+                        after += [self._step(layer, states[at]) for _, at in group]
+                found = {step: number for number, step in enumerate(steps)}
+                place = [found[plan[layer], at] for plan, at in zip(plans, place, strict=True)]
+                states = after
+        losses = [math.log(self.metric.value([row for rows in batches for row in rows])) for batches in states]
+        return [losses[at] for at in place]
+
+    def sensitivity(self, S: float, step: float) -> list[float]:
+        """By how much the loss grows from sparsity S - step to S + step in one layer, while all others have S.
+
+        For each layer, in nats a token: the slope of the loss by the layer's sparsity, where the pruned model will be.
+        L layers cost about as much as L passes over all of them.
+        """
+        L = len(self.stack)
+        alone = [[value if i == layer else S for i in range(L)] for layer in range(L) for value in (S - step, S + step)]
+        losses = self.plans(alone)
+        return [more - less for less, more in zip(losses[::2], losses[1::2], strict=True)]
+
+    def _step(self, layer: int, before: Sequence[State | None]) -> list[Any]:
+        """Each batch's state behind the layer; behind the last one its rows of the metric."""
+        if layer == len(self.stack) - 1:
+            return [self._rows(layer, batch, state) for batch, state in zip(self.batches, before, strict=True)]
+        after = []
+        for batch, state in zip(self.batches, before, strict=True):
+            hidden, rest = run_layer(self.stack, layer, model_inputs(batch), state)
+            after.append((hidden.cpu(), rest))
+        return after
+
+    def _rows(self, layer: int, batch: Batch, before: State | None) -> list[Any]:
+        with running_only(self.stack, range(layer, layer + 1), before):
+            return self.metric.rows(self.stack.model(**model_inputs(batch)), batch, None)
+
+    @contextmanager
+    def _masked(self, layer: int, S: float) -> Iterator[None]:
+        """Within the block the layer is pruned to sparsity S."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        try:
+            for name, W in self.stack.matrices(layer):
+                kept.append((W, W.clone()))
+                parts = [(None, W)] if W.dim() == 2 else [(expert, W[expert]) for expert in range(len(W))]
+                for expert, part in parts:
+                    part.masked_fill_(self._mask(name, expert, part, S), 0)
+            yield
+        finally:
+            for W, intact in kept:
+                W.copy_(intact)
+
+    def _mask(self, name: str, expert: int | None, W: Tensor, S: float) -> Tensor:
+        squares = self.statistics.of(name, expert)
+        return magnitude_mask(W, S) if squares is None else wanda_mask(W, squares.sqrt().to(W.device), S)

@@ -1,0 +1,100 @@
+"""What tests run in two processes: python -m torch.distributed.run --nproc_per_node 2 -m tests.distributed_training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from hf_cod import LayerDiagnosticsCallback, LayerMonitor
+from tests.tiny_models import batch_for, build
+from tests.tiny_training import PROBE, rows, silenced
+
+
+def ddp(folder: Path) -> None:
+    """Trains replicas with and without the callback; each process writes what it saw."""
+    watches = {
+        "with": LayerDiagnosticsCallback(every=2, probe=PROBE),
+        "without": None,
+        "no dropout": LayerDiagnosticsCallback(every=1, probe=PROBE),
+        "stopped": LayerDiagnosticsCallback(every=1, probe=PROBE, watch="stop"),
+    }
+    for name, watch in watches.items():
+        model, batches = build("llama", attention_dropout=0.0 if name == "no dropout" else 0.1), []
+        if name == "stopped":
+            silenced(model, 2)
+
+        def collate(samples, batches=batches):
+            batches.append(default_data_collator(samples))
+            return batches[-1]
+
+        arguments = TrainingArguments(
+            str(folder / name),
+            max_steps=6,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_grad_norm=0.5,
+            optim="sgd",
+            learning_rate=0.05,
+            lr_scheduler_type="constant",
+            use_cpu=True,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            model, arguments, train_dataset=rows(), data_collator=collate, callbacks=[watch] if watch else []
+        )
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+        weights = trainer.model.state_dict()
+        seen = {"weights": weights, "batches": batches, "steps": trainer.state.global_step}
+        torch.save(seen, folder / f"{name}-{dist.get_rank()}.pt")
+        assert watch is None or bool(watch.monitor.history.lines) == (dist.get_rank() == 0)
+        dist.barrier()
+
+
+def fsdp(folder: Path) -> None:
+    """Trains shards with and without a monitor, and one whole model beside them."""
+    whole, found = build("llama"), {}
+    batch = batch_for(whole)
+    watch = LayerMonitor(whole, [batch_for(whole, "right")], every=1)
+    for name in ("with", "without"):
+        model = build("llama")
+        for layer in (*model.model.layers, model):
+            fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitor = LayerMonitor(model, [batch_for(whole, "right")], every=2) if name == "with" else None
+        for step in range(1, 5):
+            model(**batch, labels=batch["input_ids"]).loss.backward()
+            if monitor:
+                monitor.read_gradients(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            if monitor:
+                line = monitor.measure(step)
+                assert (line is not None) == (dist.get_rank() == 0 and step in (1, 2, 4))
+        found[name] = {key: value.full_tensor() for key, value in model.state_dict().items()}
+        if monitor:
+            found["lines"] = monitor.history.lines
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    for step in range(1, 5):
+        whole(**batch, labels=batch["input_ids"]).loss.backward()
+        watch.read_gradients(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.measure(step)
+    if dist.get_rank() == 0:
+        torch.save({**found, "whole": watch.history.lines}, folder / "fsdp.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    {"ddp": ddp, "fsdp": fsdp}[sys.argv[1]](Path(sys.argv[2]))
+    dist.destroy_process_group()

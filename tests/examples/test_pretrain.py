@@ -1,0 +1,169 @@
+"""The two pre-training examples, through their command lines, on the embedded text."""
+
+import importlib.util
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_cod.calibration import embedded_text
+from hf_cod.report import RunReport
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STEPS = 8
+QUICK = f"--steps {STEPS} --batch-size 2 --micro-batch-size 1 --sequence-length 16 --precision float32 --log-every 1"
+QUICK += " --save-every 2 --evaluate-every 4 --diagnose-every 3 --validation-samples 4 --norm-placement mix"
+BOTH = ["pretrain", "pretrain_accelerate"]
+
+# Dies in the middle of an optimizer step, after the weights have changed.
+KILLED = """
+import sys, os, runpy, torch
+last, steps, step = int(sys.argv[1]), [0], torch.optim.AdamW.step
+def dies(self, *args, **kwargs):
+    steps[0] += 1
+    step(self, *args, **kwargs)
+    if steps[0] == last: os._exit(9)
+torch.optim.AdamW.step = dies
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_cache_of_the_user(tmp_path, monkeypatch):
+    """Prepared text goes where the test ends."""
+    cached = lambda library_name, namespace, subfolder: tmp_path / "cache" / namespace / subfolder  # noqa: E731
+    monkeypatch.setattr("hf_cod.pretraining.preparation.cached_assets_path", cached)
+    monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path / "assets"))  # of the processes that a test starts
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look their own module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name, output, *more):
+    example(name).main([*QUICK.split(), "--output", str(output), *more])
+    return found(output)
+
+
+def found(output):
+    """Report, weights and history of the layers."""
+    history = (output / "layer_diagnostics" / "history.jsonl").read_text().splitlines()
+    return RunReport.load(output), load_file(output / "model" / "model.safetensors"), [json.loads(x) for x in history]
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(embedded_text()[:20_000])
+    return ["--text", str(tmp_path / "text.txt")]
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_killed_run_ends_as_one_that_was_not(name, tmp_path, text):
+    report, weights, history = run(name, tmp_path / "whole", *text)
+    assert [step for step, _ in report.results["curve"]] == list(range(1, STEPS + 1))
+    assert [step for step, _ in report.results["validation"]] == [4, 8]
+    dies_at = random.randint(3, STEPS - 1)  # a random step, on purpose: any must do
+    command = [sys.executable, "-c", KILLED, str(dies_at), str(EXAMPLES / f"{name}.py"), *QUICK.split(), *text]
+    killed = subprocess.run([*command, "--output", str(tmp_path / "killed")], check=False, capture_output=True)
+    assert killed.returncode == 9, killed.stderr.decode()[-2000:]
+    assert not (tmp_path / "killed" / "report.json").exists()
+    resumed, resumed_weights, resumed_history = run(name, tmp_path / "killed", *text)
+    assert resumed.results == report.results and resumed.layers == report.layers, f"killed at step {dies_at}"
+    assert resumed_history == history
+    for key, value in weights.items():
+        assert torch.equal(resumed_weights[key], value), (key, dies_at)
+
+
+def test_both_loops_come_to_the_same_weights(tmp_path, text):
+    reports, weights, histories = zip(*[run(name, tmp_path / name, *text) for name in BOTH], strict=True)
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, atol=1e-5, rtol=1e-4)
+    assert reports[0].results["validation_perplexity"] == pytest.approx(reports[1].results["validation_perplexity"])
+    assert [line["step"] for line in histories[0][1:]] == [line["step"] for line in histories[1][1:]] == [1, 3, 6]
+    curves = [torch.tensor(report.results["curve"]) for report in reports]
+    torch.testing.assert_close(*curves, atol=1e-4, rtol=1e-4)
+
+
+def test_schedule_is_warm_up_and_cosine_to_a_tenth(tmp_path, text):
+    """Against the formula, at every step."""
+    run("pretrain_accelerate", tmp_path / "run", *text, "--learning-rate", "1.0", "--steps", "20", "--save-every", "20")
+    progress = json.loads((tmp_path / "run" / "checkpoint-20" / "progress.json").read_text())
+    rates = [entry["learning_rate"] for entry in progress["history"] if "learning_rate" in entry]
+    for step, rate in enumerate(rates, start=1):  # the rate of the next step, as the schedule stands after this one
+        cosine = 0.1 + 0.9 * (1 + torch.cos(torch.tensor(torch.pi * (step - 2) / 18))) / 2
+        assert rate == pytest.approx(step / 2 if step < 2 else float(cosine), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_saved_model_loads_and_generates(name, tmp_path, text):
+    report, _, _ = run(name, tmp_path / "run", *text, "--steps", "2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.norm_placement == "mix" and model.config.use_cache
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
+    assert len(report.layers["variance"]) == 12 and report.results["validation_tokens"] == 4 * 16
+    assert report.settings["norm_placement"] == "mix" and report.settings["learning_rate"] == 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOTH)
+def test_two_processes_train_as_one(name, tmp_path, text):
+    _, alone, _ = run(name, tmp_path / "alone", *text)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [str(EXAMPLES / f"{name}.py"), *QUICK.split(), *text, "--output", str(tmp_path / "two")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _, together, _ = found(tmp_path / "two")
+    for key, value in alone.items():
+        torch.testing.assert_close(together[key], value, atol=1e-5, rtol=1e-4)
+
+
+def test_the_comparison_takes_each_placement_at_its_best_rate_and_skips_what_is_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    comparison = example("compare_placements")
+    trained = []
+
+    def pretrain(settings):
+        """What a run would leave; pre is best at 1e-2, lns at 1e-3, post diverges with seed 1."""
+        trained.append(settings.output)
+        rate, seed, name = settings.learning_rate, settings.seed, settings.norm_placement
+        value = 10.0 + seed + (5 if (rate == 1e-2) == (name == "lns") else 0)
+        diverged = name == "post" and seed == 1
+        report = RunReport("pretrain", name, {}, {}, {"variance": [1.0, 2.0 + seed]}, {"late_share": 0.5})
+        report.results["validation_perplexity"] = math.nan if diverged else value
+        report.results["effective_depth"] = {"value": 6.0}
+        if diverged:
+            report.layers.clear()
+        report.save(settings.output)
+
+    def in_this_process(wanted, jobs):
+        for settings in wanted:
+            if comparison.report_of(Path(settings.output)) is None:
+                pretrain(settings)
+
+    monkeypatch.setattr(comparison, "train_all", in_this_process)
+    arguments = ["--runs", str(tmp_path / "runs"), "--placements", "pre", "lns", "post"]
+    arguments += ["--learning-rates", "1e-3", "1e-2", "--grid-steps", "3", "--steps", "4", "--seeds", "2"]
+    comparison.main(arguments)
+    assert len(trained) == len(set(trained)) == 3 * 2 + 3 * 2
+    comparison.main(arguments)
+    assert len(trained) == 12, "nothing is trained twice"
+    rows = json.loads((tmp_path / "runs" / "comparison.json").read_text())["placements"]
+    assert {name: row["learning_rate"] for name, row in rows.items()} == {"pre": 1e-2, "lns": 1e-3, "post": 1e-2}
+    assert rows["lns"]["validation perplexity"] == {"mean": 10.5, "spread": pytest.approx(0.5**0.5), "values": [10, 11]}
+    assert rows["lns"]["last layer's variance"]["mean"] == 2.5 and rows["lns"]["diverged"] == 0
+    assert rows["post"]["diverged"] == 1 and rows["post"]["validation perplexity"]["spread"] is None
+    assert "| lns | 0.001 | 10.5 ± 0.7071 | 2.5 ± 0.7071 | 6 ± 0 |" in capsys.readouterr().out

@@ -1,0 +1,150 @@
+"""The two models that the package carries, the demo on them, and the card of a run."""
+
+import json
+import math
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_cod import RunReport, fold_lns, perplexity
+from hf_cod.calibration import SampleSettings, token_batches
+from hf_cod.cli import main
+from hf_cod.loading import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
+from hf_cod.model_card import CardSettings, model_card, release
+from hf_cod.training.history import TrainingHistory
+
+
+def held_out_batches(tokenizer):
+    text = (EMBEDDED / "held_out.txt").read_text(encoding="utf-8")
+    return token_batches(tokenizer, text, SampleSettings(max_samples=4, batch_size=4))
+
+
+def test_the_pair_is_equal_but_for_the_placement():
+    (pre, cutter), (lns, _) = (load_model(embedded_model(placement)) for placement in EMBEDDED_PLACEMENTS)
+    assert pre.dtype == lns.dtype == torch.bfloat16
+    differing = {key for key, value in pre.config.to_dict().items() if lns.config.to_dict()[key] != value}
+    assert differing <= {"norm_placement", "_name_or_path"} and "norm_placement" in differing
+    assert {n: p.shape for n, p in pre.named_parameters()} == {n: p.shape for n, p in lns.named_parameters()}
+    size = sum(path.stat().st_size for path in EMBEDDED.rglob("*.safetensors"))
+    assert size < 16 * 2**20
+    for model in (pre, lns):  # 4,096 tokens: a model that learned nothing has this perplexity
+        assert perplexity(model.float(), held_out_batches(cutter)) < 150
+
+
+def test_the_embedded_lns_model_folds_into_a_stock_llama():
+    model, tokenizer = load_model(embedded_model("lns"))
+    model = model.float()
+    stock = fold_lns(model)
+    (batch,) = held_out_batches(tokenizer)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(**batch).logits, model(**batch).logits, atol=1e-3, rtol=1e-4)
+    with pytest.raises(ValueError, match="placement: expected one of pre, lns, got 'post'"):
+        embedded_model("post")
+
+
+def test_demo_needs_no_network(tmp_path, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the demo went to the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert main(["demo", "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "Growth of the output variance" in shown and "Effective depth" in shown
+    assert (tmp_path / "compare.png").stat().st_size > 50_000
+    for placement in EMBEDDED_PLACEMENTS:
+        report = RunReport.load(tmp_path / placement)
+        assert len(report.layers["layer_drop"]) == 12
+        assert report.results["layer_drop"]["intact"] < 150
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What examples/pretrain.py leaves, from the embedded LNS model."""
+    folder = tmp_path / "run"
+    model, tokenizer = load_model(embedded_model("lns"))
+    model.float().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    settings = {"norm_placement": "lns", "steps": 7, "batch_size": 8, "sequence_length": 256, "learning_rate": 2e-3}
+    results = {
+        "curve": [[1, 8.0], [7, 4.0]],
+        "validation": [[7, 4.5]],
+        "tokens": 3_000_000,
+        "parameters": 3_386_496,
+        "validation_perplexity": 64.8,
+        "validation_tokens": 65_536,
+        "effective_depth": {"value": 4.5, "low": 4.4, "high": 4.6, "confidence": 0.95},
+        "late_share": 0.25,
+    }
+    layers = {"variance": [1.0, 3.25]}
+    settings |= {"precision": "bf16", "seed": 0}
+    RunReport("pretrain", "tiny lns", settings, {"torch": "2"}, layers, results, ["It learned."]).save(folder)
+    history = TrainingHistory({"model": "m", "layers": 2, "settings": {}}, folder / "layer_diagnostics/history.jsonl")
+    history.start()
+    history.add({"step": 1, "variance": [1.0, 2.0], "effective_depth": 2.0})
+    history.add({"step": 7, "variance": [1.0, 3.0], "effective_depth": 1.5})
+    (tmp_path / "sources.json").write_text(
+        json.dumps(
+            {"sources": {"novel": {"package": "p", "characters": 9, "license": "public domain", "evidence": "old"}}}
+        )
+    )
+    (tmp_path / "comparison.md").write_text("| placement |\n|---|\n| lns |\n")
+    return folder
+
+
+def test_a_release_loads_without_this_package_and_its_card_holds_what_the_report_knows(run, tmp_path):
+    released = tmp_path / "released"
+    options = ["--name", "me/tiny-lns", "--license", "cc-by-sa-4.0", "--sources", str(tmp_path / "sources.json")]
+    options += ["--comparison", str(tmp_path / "comparison.md")]
+    assert main(["card", str(run), str(released), *options]) == 0
+    card = ModelCard.load(released / "README.md")
+    assert card.data.license == "cc-by-sa-4.0" and card.data.pipeline_tag == "text-generation"
+    (figure,) = card.data.eval_results
+    assert (figure.metric_type, figure.metric_value) == ("perplexity", 64.8)
+    text = card.text
+    for part in ("trust_remote_code=True", "hf-cod convert stock me/tiny-lns", "public domain", "4.5 (4.4 to 4.6)"):
+        assert part in text, part
+    assert "| lns |" in text and "It learned." in text and "1, 3.25" in text
+    for picture in ("curve", "variance", "variance_by_step", "effective_depth_by_step"):
+        assert f"]({picture}.png)" in text and (released / f"{picture}.png").is_file()
+    original = AutoModelForCausalLM.from_pretrained(embedded_model("lns"))
+    code = (
+        "import sys, torch; sys.modules['hf_cod'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert model.dtype == torch.bfloat16\n"
+        "print(model(torch.arange(9)[None]).logits.float().sum().item())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(released)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with torch.no_grad():
+        expected = original(torch.arange(9)[None]).logits.float().sum().item()
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(expected, rel=1e-3)
+    assert AutoTokenizer.from_pretrained(released).eos_token_id == 0
+
+
+def test_card_says_what_cannot_be_folded_and_what_diverged(run):
+    report = RunReport.load(run)
+    report.settings["norm_placement"] = "post"
+    assert "cannot be folded" in model_card(report, CardSettings(), []).text
+    report.layers.clear()
+    report.results["validation_perplexity"] = math.inf
+    report.notes.append("the layers were not measured: the run diverged")
+    assert "the run diverged" in model_card(report, CardSettings(), []).text
+
+
+def test_card_refuses(run, tmp_path):
+    with pytest.raises(ValueError, match="report: expected a directory with a report"):
+        release(tmp_path, tmp_path / "out")
+    report = RunReport.load(run)
+    with pytest.raises(ValueError, match=r"sources: expected a sources\.json"):
+        model_card(report, CardSettings(sources=str(tmp_path / "none.json")), [])
+    with pytest.raises(ValueError, match=r"comparison: expected a comparison\.md"):
+        model_card(report, CardSettings(comparison=str(tmp_path / "none.md")), [])
+    RunReport("diagnose", "m", {}, {}, {}, {}).save(tmp_path / "other")
+    with pytest.raises(ValueError, match="run: expected a run of pre-training, got one of diagnose"):
+        release(tmp_path / "other", tmp_path / "out")

@@ -1,0 +1,61 @@
+"""Tiny trainings for the tests of what watches a training."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+PROBE = [{"input_ids": torch.arange(3, 99).reshape(6, 16)}]
+
+
+def rows(count: int = 64) -> list[dict[str, torch.Tensor]]:
+    """Random token rows with labels."""
+    ids = torch.randint(3, 99, (count, 16), generator=torch.Generator().manual_seed(3))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def silenced(model, index: int):
+    """The model with one layer that adds nothing, for good."""
+    layer = model.model.layers[index]
+    for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        linear.weight.data.zero_()
+        linear.requires_grad_(False)
+    return model
+
+
+def layer_norms(model) -> list[float]:
+    """Norm of each layer's gradients, as one would write it down."""
+    norms = []
+    for layer in model.model.layers:
+        squares = [float(p.grad.double().square().sum()) for p in layer.parameters() if p.grad is not None]
+        norms.append(math.sqrt(sum(squares)))
+    return norms
+
+
+def train_by_hand(model, steps, learning_rate: float, max_norm: float | None) -> list[list[float]]:
+    """SGD with clipping over `steps` (each a list of batches); returns each layer's gradient norm before clipping."""
+    found = []
+    for batches in steps:
+        ids = torch.cat([batch["input_ids"] for batch in batches])
+        logits = model(input_ids=ids).logits[:, :-1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        found.append(layer_norms(model))
+        total = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+        factor = 1.0 if max_norm is None else min(1.0, max_norm / total)
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= learning_rate * factor * p.grad
+                p.grad = None
+    return found
+
+
+def run_in_two_processes(what: str, folder: Path) -> None:
+    """Runs a function of tests/distributed_training.py under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", "-m", "tests.distributed_training", what, str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
