@@ -20,7 +20,7 @@ COMMANDS = {
     "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
 }
 # Commands that keep a journal: stopped, they go on where they were.
-RESUMABLE = ("demo", "diagnose", "prune")
+RESUMABLE = ("demo", "diagnose", "score", "prune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

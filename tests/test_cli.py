@@ -7,6 +7,7 @@ import torch
 from hf_cod import LayerAllocation, find_decoder_layers, perplexity
 from hf_cod.calibration import SampleSettings, token_batches
 from hf_cod.cli import COMMANDS, main
+from hf_cod.commands import score
 from hf_cod.loading import load_model
 from hf_cod.report import RunReport, format_number
 from hf_cod.scores import LayerScores
@@ -62,10 +63,30 @@ def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
     assert main([*arguments, *more]) == 0
     assert LayerScores.load(checkpoint / "second" / "scores.json") == scores
     assert main([*arguments, "--method", "angular", "--output", second]) == 0
+    assert (checkpoint / "second" / "earlier-1" / "scores.json").is_file()
     assert main([*arguments, "--method", "best"]) == 2
     assert main([*arguments, "--statistics", text]) == 2
     shown = capsys.readouterr().err
     assert "method: expected one of owl" in shown and "statistics: expected a file" in shown
+
+
+def test_score_takes_the_statistics_that_are_there(checkpoint, monkeypatch):
+    """Those of an interrupted run, and those of another score; never those of other samples or a changed file."""
+    counted, collect = [], score.collect_statistics
+    monkeypatch.setattr(score, "collect_statistics", lambda *a, **k: counted.append(1) or collect(*a, **k))
+    out = checkpoint / "out"
+    arguments = ["score", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), "--output", str(out)]
+    arguments += [*QUICK, "--no-plots"]
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "score_layers", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(arguments)
+    assert main(arguments) == 0 and len(counted) == 1
+    first = RunReport.load(out).layers["score"]
+    assert main([*arguments, "--threshold", "3"]) == 0 and len(counted) == 1
+    assert RunReport.load(out / "earlier-1").layers["score"] == first != RunReport.load(out).layers["score"]
+    assert main([*arguments, "--threshold", "3", "--seed", "1"]) == 0 and len(counted) == 2
+    assert main(arguments) == 0 and len(counted) == 3, "the file holds other samples' statistics now"
 
 
 def prune(folder, output, *more):

@@ -27,7 +27,7 @@ from hf_cod.commands.settings import SettingsParser, default_directory, model_ti
 from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.diagnostics.running import evaluation_mode, execution_device, to_device
-from hf_cod.evaluation import perplexity, task_of
+from hf_cod.evaluation import LANGUAGE_MODELS, perplexity, task_of
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.pruning import METHODS, RecoverySettings, measure_sparsity, parse_pattern, prune, recover
 from hf_cod.report import RunReport, format_number
@@ -262,7 +262,7 @@ def _recover(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings
 
 def _perplexity(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings) -> float | None:
     """None for a model that is no language model."""
-    if task_of(model) not in ("causal_lm", "masked_lm"):
+    if task_of(model) not in LANGUAGE_MODELS:
         return None
     stack = find_decoder_layers(model, settings.layers_path)
     device = execution_device(stack.model)

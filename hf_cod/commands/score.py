@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from hf_cod.calibration import token_batches as cut_into_batches
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import unwrap
+from hf_cod.diagnostics.resuming import Journals
 from hf_cod.diagnostics.running import execution_device
 from hf_cod.evaluation import task_of
+from hf_cod.files import Journal
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.report import RunReport, environment, format_number
 from hf_cod.scores import LayerScores, ScoreSettings, score_layers
 from hf_cod.statistics import LayerStatistics, collect_statistics
+
+STATISTICS, SCORES = "statistics.safetensors", "scores.json"
 
 
 @dataclass
@@ -51,7 +56,8 @@ def main(arguments: Sequence[str]) -> int:
         [ModelSettings, TextSettings, ScoreRunSettings, ScoreOutput],
         prog="hf-cod score",
         description="Measures how much each layer matters, by OWL's share of outliers or another score, and writes "
-        "statistics.safetensors and scores.json for pruning and quantization to read.",
+        "statistics.safetensors and scores.json for pruning and quantization to read. Another score of the same model "
+        "on the same samples, and a run that was interrupted, take the statistics that are there.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     loading, text, settings, output, rest = parser.parse(arguments)
@@ -79,29 +85,44 @@ def run(
     directory: Path,
     name: str,
 ) -> RunReport:
-    """Collects statistics (or reads `earlier` ones), scores the layers, writes both; returns the report of it."""
-    statistics = (
-        LayerStatistics.load(earlier)
-        if earlier
-        else collect_statistics(model, batches, path=settings.layers_path, name=name, show_progress=True)
-    )
-    chosen = {f.name: getattr(settings, f.name) for f in fields(ScoreSettings)}
-    scores = score_layers(model, statistics, batches=batches, show_progress=True, **chosen)
+    """Collects statistics (or reads those that are there), scores the layers, writes both; returns the report of it."""
     base: Any = unwrap(model)
+    journals = Journals(directory, model, batches)
+    inputs = {"statistics": earlier, "inputs": journals.inputs, **describe_batches(batches)}
     report = RunReport(
         kind="score",
         model=name,
-        settings={**asdict(settings), "statistics": earlier, **describe_batches(batches)},
+        settings={**asdict(settings), **inputs},
         environment=environment(execution_device(base), next(base.parameters()).dtype),
-        layers={"score": scores.values, "parameters": scores.parameters},
+        layers={},
         results={},
-        summary=_summary(scores),
-        notes=_notes(statistics),
     )
-    report.keep_earlier(directory, ("statistics.safetensors", "scores.json"))
-    statistics.save(directory / "statistics.safetensors")
-    scores.save(directory / "scores.json")
-    return report
+    file, journal = directory / STATISTICS, journals.of("statistics", settings.layers_path)
+    kept = None if earlier else _kept(file, journal)
+    statistics = LayerStatistics.load(earlier) if earlier else kept
+    report.keep_earlier(directory, (SCORES,) if kept else (STATISTICS, SCORES))
+    if statistics is None:
+        statistics = collect_statistics(model, batches, path=settings.layers_path, name=name, show_progress=True)
+    if kept is None:
+        statistics.save(file)
+    if not earlier:
+        journal.add("statistics", _digest(file))
+    chosen = {f.name: getattr(settings, f.name) for f in fields(ScoreSettings)}
+    scores = score_layers(model, statistics, batches=batches, show_progress=True, **chosen)
+    scores.save(directory / SCORES)
+    layers: dict[str, list[Any]] = {"score": scores.values, "parameters": scores.parameters}
+    return replace(report, layers=layers, summary=_summary(scores), notes=_notes(statistics))
+
+
+def _kept(file: Path, journal: Journal) -> LayerStatistics | None:
+    """The statistics that an earlier run over the same model and samples left, if they are still the same file."""
+    if "statistics" in journal and file.is_file() and journal["statistics"] == _digest(file):
+        return LayerStatistics.load(file)
+    return None
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _summary(scores: LayerScores) -> list[str]:
