@@ -8,7 +8,7 @@ from hf_cod.allocation import LayerAllocation, allocate
 from hf_cod.comparison import Comparison, compare
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import MeasurementError, diagnose
-from hf_cod.evaluation import perplexity
+from hf_cod.evaluation import evaluate_tasks, perplexity
 from hf_cod.layer_removal import drop, skip
 from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
 from hf_cod.pruning import prune
@@ -39,6 +39,7 @@ __all__ = [
     "compare",
     "diagnose",
     "drop",
+    "evaluate_tasks",
     "find_decoder_layers",
     "fold_lns",
     "from_authors",

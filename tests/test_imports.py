@@ -27,6 +27,7 @@ OPTIONAL = {
     "matplotlib": ["plots"],
     "datasets": ["calibration"],
     "evaluate": ["evaluation"],
+    "lm_eval": ["evaluation"],
     "gguf": ["loading"],
     "peft": ["pruning"],
 }

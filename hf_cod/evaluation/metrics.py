@@ -1,4 +1,4 @@
-"""How good a model is on batches: perplexity, accuracy, any `evaluate` module or callable.
+"""Metrics: perplexity, accuracy, a head's loss, the angle of the output, any `evaluate` module or callable.
 
 A metric turns the model's outputs on one batch into one row a sample (plain numbers and lists, so that they can be
 written to a journal), and all rows into one figure.
@@ -14,22 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.calibration import IGNORED_LABEL, Batch
-from hf_cod.decoder_layers import unwrap
+from hf_cod.evaluation.task import targets
 from hf_cod.functional.depth import wide
 
-CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-MASKED_LM_SUFFIXES = ("ForMaskedLM",)
-# What heads call that which they are to predict; a question-answering head wants a span.
-LABELS = ("labels", "start_positions", "end_positions")
-LANGUAGE_MODELS = ("causal_lm", "masked_lm")  # tasks
-# Task -> the metric that suits it; output_angle for all others.
-OWN_METRIC = {
-    "causal_lm": "perplexity",
-    "masked_lm": "perplexity",
-    "classes": "accuracy",
-    "regression": "loss",
-    "multi_label": "loss",
-}
 # `evaluate` does not say which way its metrics go.
 LOWER_IS_BETTER = ("mse", "mae", "mape", "smape", "mase", "wer", "cer", "ter", "character", "brier_score")
 # Logits that are turned into losses at a time: a chunk and its exponentials stay in the cache.
@@ -51,61 +38,6 @@ class Metric(Protocol):
 
     def value(self, rows: Sequence[Any]) -> float:
         """The figure for all samples."""
-
-
-def task_of(model: nn.Module, batches: Sequence[Batch] = ()) -> str:
-    """What the model can be measured by: "causal_lm", "masked_lm", "classes", "regression", "multi_label" or "labels"
-    (any other head), "headless", or "unlabelled" for a model that needs labels where the batches have none.
-
-    Raises:
-        ValueError: an encoder-decoder, which would need a target text beside each input.
-    """
-    base = unwrap(model)
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"model: expected a decoder or an encoder, got an encoder-decoder "
-            f"({type(base).__name__}); its encoder can be measured alone, loaded by AutoModelForTextEncoding"
-        )
-    name = type(base).__name__
-    if name.endswith(CAUSAL_LM_SUFFIXES):
-        return "causal_lm"
-    if "For" not in name:
-        return "headless"
-    if any(not set(LABELS) & set(batch) for batch in batches):
-        return "unlabelled"
-    if name.endswith(MASKED_LM_SUFFIXES):
-        return "masked_lm"
-    labels = batches[0].get("labels") if batches else None
-    return "labels" if labels is None else _task_of_labels(base, labels)
-
-
-def _task_of_labels(base: Any, labels: Tensor) -> str:
-    """As transformers' classifiers decide which loss is theirs; a head of more outputs than classes keeps "labels"."""
-    known = {"single_label_classification": "classes", "multi_label_classification": "multi_label"}
-    classes, kind = getattr(base.config, "num_labels", 0), getattr(base.config, "problem_type", None)
-    if kind is not None:
-        return known.get(kind, kind)
-    if classes == 1:
-        return "regression"
-    if not labels.is_floating_point():
-        return "classes"
-    return "multi_label" if labels.shape[-1] == classes else "labels"
-
-
-def targets(batch: Batch, task: str) -> Tensor:
-    """The token ids that the logits predict, aligned with them; IGNORED_LABEL where nothing is to be predicted.
-
-    For a causal model position t predicts token t + 1, so the last position predicts nothing, and padding is ignored.
-    """
-    if task != "causal_lm" or "labels" in batch:
-        labels = batch["labels"]
-    else:
-        labels = batch["input_ids"]
-        if "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
-    if task == "causal_lm":
-        labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    return labels
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
@@ -286,70 +218,6 @@ class SampleScore:
         return sum(rows) / len(rows)
 
 
-def find_metric(metric: Any, task: str) -> Metric:
-    """The metric that a user means.
-
-    Args:
-        metric: None for the task's own, see `OWN_METRIC`; "perplexity", "accuracy", "loss" or
-            "output_angle"; the name or path of an `evaluate` module, or one loaded; or a callable
-            `metric(outputs, batch)` that returns one score a sample (with an attribute `lower_is_better` if so).
-        task: what `task_of` gave.
-
-    Raises:
-        ValueError: a metric that this model has no outputs for, or that cannot be loaded.
-        ImportError: the metric needs `evaluate`, which is not installed.
-    """
-    if metric is None:
-        metric = OWN_METRIC.get(task, "output_angle")
-    if metric == "output_angle":
-        return OutputAngle()
-    if hasattr(metric, "rows") and hasattr(metric, "value"):
-        return metric
-    if task in ("headless", "unlabelled") and (isinstance(metric, str) or not callable(metric)):
-        what = "a model without a head" if task == "headless" else "batches without labels"
-        raise ValueError(f"metric: expected output_angle or a callable for {what}, got {metric!r}")
-    if metric == "perplexity":
-        if task not in LANGUAGE_MODELS:
-            raise ValueError("metric: perplexity expects a language model, got a model with another head")
-        return Perplexity(task)
-    if metric == "accuracy":
-        if task not in (*LANGUAGE_MODELS, "classes"):
-            raise ValueError("metric: accuracy expects labels that are classes, got others; give a callable")
-        return Accuracy(task)
-    if metric == "loss":
-        if task not in ("regression", "multi_label"):
-            raise ValueError("metric: loss expects a regression or multi-label head, got another model")
-        return HeadLoss(task)
-    if isinstance(metric, str):
-        return EvaluateModule(_load_evaluate(metric), task)
-    if hasattr(metric, "compute"):
-        return EvaluateModule(metric, task)
-    if callable(metric):
-        return SampleScore(metric)
-    raise ValueError(f"metric: expected a name, an evaluate module or a callable, got {metric!r}")
-
-
-def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Perplexity of a language model on batches, in its present mode and dtype; losses are summed in float64.
-
-    Raises:
-        ValueError: the model is not a language model.
-    """
-    task = task_of(model)
-    metric = find_metric("perplexity", task)
-    base = unwrap(model)
-    rows = []
-    with torch.no_grad():
-        for batch in batches:
-            rows += metric.rows(base(**model_inputs(batch)), batch, None)
-    return metric.value(rows)
-
-
-def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """What of a batch goes into forward: everything but the labels, so that no loss is computed on the side."""
-    return {name: tensor for name, tensor in batch.items() if name not in LABELS}
-
-
 def _main_output(outputs: Any) -> Tensor:
     names = ("last_hidden_state", "logits", "start_logits")
     return next(outputs[name] for name in names if name in outputs)
@@ -363,16 +231,3 @@ def _predictions(outputs: Any, batch: Batch, task: str) -> list[Any]:
         wanted = r != IGNORED_LABEL
         rows.append([p[wanted].flatten().tolist(), r[wanted].flatten().tolist()])
     return rows
-
-
-def _load_evaluate(name: str) -> Any:
-    try:
-        import evaluate
-    except ImportError as error:
-        raise ImportError(f"metric: {name!r} needs the evaluate package: pip install 'hf_cod[evaluate]'") from error
-    try:
-        return evaluate.load(name)
-    except Exception as error:
-        raise ValueError(
-            f"metric: expected perplexity, accuracy, loss, output_angle or an evaluate module, got {name!r}: {error}"
-        ) from error
