@@ -101,7 +101,7 @@ class TrainingHistory:
         new.keep_earlier(directory, (self.path.name,))
 
     def _settings(self) -> dict[str, Any]:
-        return {**self.header["settings"], "probe": self.header["probe"]}
+        return {**self.header["settings"], "probe": self.header.get("probe")}
 
     def add(self, line: dict[str, Any]) -> None:
         """Records one measured step; it is on disk when this returns."""
