@@ -224,11 +224,12 @@ def test_a_killed_training_resumes_to_the_same_loss_curve_and_history(tmp_path):
     step = random.Random().choice([6, 7, 8, 10, 11, 12])
     code = (
         "import sys\n"
-        "from tests.test_callback import *\n"
+        f"from {__name__} import *\n"
         "trained(sys.argv[1], [callback(every=3), Killed(int(sys.argv[2]))], **RECIPE)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "killed"), str(step)]
-    assert subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True).returncode == 9
+    died = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert died.returncode == 9, died.stderr
     resumed = trained(tmp_path / "killed", [callback(every=3)], resume=True, **RECIPE)
     whole = trained(tmp_path / "whole", [callback(every=3)], **RECIPE)
     assert same_weights(resumed.model, whole.model), f"killed in step {step}"
