@@ -184,7 +184,7 @@ def test_bad_models():
     with pytest.raises(ValueError, match=r"expected finite weights, got NaN or inf in model.layers.2.mlp.up_proj"):
         pack_sparse(broken)
     adapted = sparse_model()
-    adapted.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), adapted)
     with pytest.raises(ValueError, match="model: expected one without adapters"):
         pack_sparse(adapted)
 
