@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -23,12 +22,11 @@ from hf_cod.commands.settings import SettingsParser
 from hf_cod.pretraining import (
     FINAL_LEARNING_RATE_SHARE,
     PackedStream,
-    Prepared,
     PretrainSettings,
     accumulation_steps,
     last_checkpoint,
     prepare,
-    training_report,
+    save_results,
 )
 from hf_cod.report import RunReport
 
@@ -87,21 +85,7 @@ def pretrain(settings: PretrainSettings) -> RunReport | None:
     if checkpoint is not None and isinstance(prepared.train, PackedStream):
         prepared.train.start_at(int(checkpoint.name.rsplit("-", 1)[1]) * settings.recipe.batch_size)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return save(trainer, settings, prepared)
-
-
-def save(trainer: Trainer, settings: PretrainSettings, prepared: Prepared) -> RunReport | None:
-    """Writes the model, ready to generate, and the report."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    model.config.use_cache = True
-    folder = Path(str(settings.output)) / "model"
-    trainer.save_model(str(folder))  # all processes: FSDP gathers the weights
-    if not trainer.is_world_process_zero():
-        return None
-    whole = type(model).from_pretrained(folder, dtype=torch.float32).to(trainer.args.device)
-    report = training_report(settings, prepared, whole, trainer.state.log_history)
-    report.save(str(settings.output))
-    return report
+    return save_results(trainer.accelerator, trainer.model_wrapped, settings, prepared, trainer.state.log_history)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -34,7 +34,7 @@ from hf_cod.pretraining import (
     accumulation_steps,
     last_checkpoint,
     prepare,
-    training_report,
+    save_results,
 )
 from hf_cod.report import RunReport
 
@@ -139,21 +139,6 @@ class Run:
                 shutil.rmtree(output / f"checkpoint-{step}")
         self.accelerator.wait_for_everyone()
 
-    def finish(self) -> RunReport | None:
-        """Writes the model, ready to generate, and the report; returns the latter on the main process."""
-        model = self.accelerator.unwrap_model(self.bare)
-        weights = self.accelerator.get_state_dict(self.bare)  # all processes: FSDP gathers them
-        folder = Path(str(self.settings.output)) / "model"
-        if not self.accelerator.is_main_process:
-            return None
-        model.config.use_cache = True
-        model.save_pretrained(folder, state_dict=weights)
-        self.prepared.tokenizer.save_pretrained(folder)
-        whole = type(model).from_pretrained(folder, dtype=torch.float32).to(self.accelerator.device)
-        report = training_report(self.settings, self.prepared, whole, self.history)
-        report.save(str(self.settings.output))
-        return report
-
 
 def pretrain(settings: PretrainSettings) -> RunReport | None:
     """Trains, or goes on training; saves and returns the report, on the main process alone."""
@@ -173,7 +158,7 @@ def pretrain(settings: PretrainSettings) -> RunReport | None:
             run.log({"eval_loss": run.evaluate()})
         if run.step % settings.save_every == 0:
             run.save()
-    return run.finish()
+    return save_results(run.accelerator, run.bare, settings, run.prepared, run.history)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

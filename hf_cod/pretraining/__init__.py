@@ -13,7 +13,7 @@ from hf_cod.pretraining.recipes import (
     accumulation_steps,
     model_config,
 )
-from hf_cod.pretraining.results import training_report
+from hf_cod.pretraining.results import save_results, training_report
 
 __all__ = [
     "FINAL_LEARNING_RATE_SHARE",
@@ -30,6 +30,7 @@ __all__ = [
     "model_config",
     "pack",
     "prepare",
+    "save_results",
     "train_tokenizer",
     "training_report",
 ]

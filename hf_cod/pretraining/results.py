@@ -1,12 +1,14 @@
-"""What a run of pre-training found, as a RunReport."""
+"""What a run of pre-training leaves: the model, and what was found, as a RunReport."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Subset
+from transformers import AutoModelForCausalLM
 
 from hf_cod.diagnostics import diagnose
 from hf_cod.evaluation import perplexity
@@ -16,6 +18,37 @@ from hf_cod.report import RunReport, environment, format_number
 
 DIAGNOSED_SAMPLES = 32  # validation windows that the layers are measured on
 MEASURES = ["angular_distance", "block_influence", "output_variance", "layer_drop"]
+
+
+def save_results(
+    accelerator: Any, model: Any, settings: PretrainSettings, prepared: Prepared, history: list[dict[str, float]]
+) -> RunReport | None:
+    """Writes the trained model to model/ in `settings.output`, ready to generate, and the report beside it.
+
+    Call it on all processes, because shards (FSDP2) gather.
+
+    Args:
+        accelerator: accelerate's, which prepared the model.
+        model: the trained model, wrapped or not.
+        settings: the run's.
+        prepared: its text.
+        history: see `training_report`.
+
+    Returns:
+        The report; None on processes other than the first.
+    """
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    weights = accelerator.get_state_dict(bare)
+    if not accelerator.is_main_process:
+        return None
+    output = Path(str(settings.output))
+    bare.config.use_cache = True
+    bare.save_pretrained(output / "model", state_dict=weights)
+    prepared.tokenizer.save_pretrained(output / "model")
+    whole = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32).to(accelerator.device)
+    report = training_report(settings, prepared, whole, history)
+    report.save(output)
+    return report
 
 
 def training_report(

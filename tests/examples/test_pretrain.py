@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -23,15 +24,27 @@ QUICK += " --save-every 2 --evaluate-every 4 --diagnose-every 3 --validation-sam
 BOTH = ["pretrain", "pretrain_accelerate"]
 
 # Dies in the middle of an optimizer step, after the weights have changed.
-KILLED = """
-import sys, os, runpy, torch
-last, steps, step = int(sys.argv[1]), [0], torch.optim.AdamW.step
+DIES = """
+import os, torch
+last, steps, step = int(os.environ["DIES_AT"]), [0], torch.optim.AdamW.step
 def dies(self, *args, **kwargs):
     steps[0] += 1
     step(self, *args, **kwargs)
     if steps[0] == last: os._exit(9)
 torch.optim.AdamW.step = dies
-sys.argv = sys.argv[2:]
+"""
+# accelerate shards on accelerators alone: here the CPU passes for one.
+SHARDS = """
+from accelerate.state import DistributedType, PartialState
+init = PartialState.__init__
+def on_accelerator(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU: self.distributed_type = DistributedType.MULTI_XPU
+PartialState.__init__ = on_accelerator
+"""
+RUNS = """
+import os, runpy, sys
+sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -76,8 +89,13 @@ def test_a_killed_run_ends_as_one_that_was_not(name, tmp_path, text):
     assert [step for step, _ in report.results["curve"]] == list(range(1, STEPS + 1))
     assert [step for step, _ in report.results["validation"]] == [4, 8]
     dies_at = random.randint(3, STEPS - 1)  # a random step, on purpose: any must do
-    command = [sys.executable, "-c", KILLED, str(dies_at), str(EXAMPLES / f"{name}.py"), *QUICK.split(), *text]
-    killed = subprocess.run([*command, "--output", str(tmp_path / "killed")], check=False, capture_output=True)
+    command = [sys.executable, "-c", DIES + RUNS, str(EXAMPLES / f"{name}.py"), *QUICK.split(), *text]
+    killed = subprocess.run(
+        [*command, "--output", str(tmp_path / "killed")],
+        check=False,
+        capture_output=True,
+        env={**os.environ, "DIES_AT": str(dies_at)},
+    )
     assert killed.returncode == 9, killed.stderr.decode()[-2000:]
     assert not (tmp_path / "killed" / "report.json").exists()
     resumed, resumed_weights, resumed_history = run(name, tmp_path / "killed", *text)
@@ -117,18 +135,46 @@ def test_the_saved_model_loads_and_generates(name, tmp_path, text):
     assert report.settings["norm_placement"] == "mix" and report.settings["learning_rate"] == 2e-3
 
 
+def launch(script, *arguments, more=()):
+    """By accelerate launch, in two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", *more, str(script), *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_two_processes_train_as_one(name, tmp_path, text):
     _, alone, _ = run(name, tmp_path / "alone", *text)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [str(EXAMPLES / f"{name}.py"), *QUICK.split(), *text, "--output", str(tmp_path / "two")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = launch(EXAMPLES / f"{name}.py", *QUICK.split(), *text, "--output", tmp_path / "two", more=["--cpu"])
     assert done.returncode == 0, done.stderr[-3000:]
     _, together, _ = found(tmp_path / "two")
     for key, value in alone.items():
         torch.testing.assert_close(together[key], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_shards_train_as_one_and_resume(name, tmp_path, text, monkeypatch):
+    """FSDP2, killed in the middle, against one process that was not."""
+    alone, weights, history = run(name, tmp_path / "alone", *text)
+    monkeypatch.setenv("DIES_AT", "5")
+    (tmp_path / "dies.py").write_text(DIES + SHARDS + RUNS)
+    (tmp_path / "runs.py").write_text(SHARDS + RUNS)
+    arguments = [EXAMPLES / f"{name}.py", *QUICK.split(), *text, "--output", tmp_path / "two"]
+    fsdp = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+    assert launch(tmp_path / "dies.py", *arguments, more=fsdp).returncode != 0
+    assert (tmp_path / "two" / "checkpoint-4").exists() and not (tmp_path / "two" / "report.json").exists()
+    done = launch(tmp_path / "runs.py", *arguments, more=fsdp)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report, together, sharded_history = found(tmp_path / "two")
+    for key, value in weights.items():
+        torch.testing.assert_close(together[key], value, atol=1e-5, rtol=1e-4)
+    assert report.results["validation_perplexity"] == pytest.approx(alone.results["validation_perplexity"], rel=1e-4)
+    assert [line["step"] for line in sharded_history[1:]] == [line["step"] for line in history[1:]]
+    for ours, theirs in zip(sharded_history[1:], history[1:], strict=True):
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
+        assert ours["variance"] == pytest.approx(theirs["variance"], rel=1e-3)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model").config.norm_placement == "mix"
 
 
 def test_the_comparison_takes_each_placement_at_its_best_rate_and_skips_what_is_done(tmp_path, monkeypatch, capsys):
