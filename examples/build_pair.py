@@ -16,14 +16,27 @@ from pathlib import Path
 
 from pretrain import pretrain
 
-from hf_cod.files import write_text
+from hf_cod.files import write_json, write_text
 from hf_cod.loading import EMBEDDED, EMBEDDED_PLACEMENTS
 from hf_cod.model_card import CardSettings, release
-from hf_cod.pretraining import PretrainSettings
+from hf_cod.pretraining import PretrainSettings, claim
 from hf_cod.report import RunReport
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+# The package carries the weights without the code that the Hub would need: this writes both.
+WHERE = """The weights are part of the package hf_cod. This writes them, with the code that loads them, into a
+directory, which can go to the Hub as it is:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_cod.loading import embedded_model
+
+AutoModelForCausalLM.from_pretrained(embedded_model("{placement}")).save_pretrained("{name}")
+AutoTokenizer.from_pretrained(embedded_model("{placement}")).save_pretrained("{name}")
+```
+"""
 # Of what was held out, texts in the public domain, so that the package carries no other licence's text.
 PUBLIC_DOMAIN = ("austen", "shakespeare", "jargon", "factbook")
 HELD_OUT_CHARACTERS = 80_000
@@ -39,6 +52,36 @@ def held_out(corpus: Path) -> str:
     return "\n\n".join(pieces) + "\n"
 
 
+def settings_of(placement: str, chosen: argparse.Namespace) -> PretrainSettings:
+    """The run of one of the two."""
+    return PretrainSettings(
+        text=str(chosen.corpus / "train.jsonl"),
+        validation_text=str(chosen.corpus / "validation.jsonl"),
+        norm_placement=placement,
+        steps=chosen.steps,
+        learning_rate=chosen.learning_rate,
+        compile=True,
+        save_every=100,
+        evaluate_every=250,
+        diagnose_every=50,
+        output=str(chosen.runs / placement),
+    )
+
+
+def ship(made: Path, placement: str) -> None:
+    """Copies what the package carries, and the card."""
+    for folder, patterns in (
+        (EMBEDDED / placement, SHIPPED),
+        (ROOT / "model_cards" / made.name, ("README.md", "*.png")),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (path for pattern in patterns for path in made.glob(pattern)):
+            shutil.copy2(path, folder)
+    config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+    config.pop("auto_map")  # it names files that the package does not carry a second time
+    write_json(EMBEDDED / placement / "config.json", config)
+
+
 def main() -> None:
     """Trains what is missing, then writes what ships."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,33 +93,20 @@ def main() -> None:
     parser.add_argument("--license", default="cc-by-sa-4.0", help="licence of the weights")
     chosen = parser.parse_args()
     for placement in EMBEDDED_PLACEMENTS:
-        output = chosen.runs / placement
-        settings = PretrainSettings(
-            text=str(chosen.corpus / "train.jsonl"),
-            validation_text=str(chosen.corpus / "validation.jsonl"),
-            norm_placement=placement,
-            steps=chosen.steps,
-            learning_rate=chosen.learning_rate,
-            compile=True,
-            save_every=100,
-            evaluate_every=250,
-            diagnose_every=50,
-            output=str(output),
-        )
-        if not (output / "report.json").is_file():
+        settings, name = settings_of(placement, chosen), f"hf-cod-tiny-{placement}"
+        claim(settings)
+        if not (chosen.runs / placement / "report.json").is_file():
             pretrain(settings)
-        tokens = RunReport.load(output).results["tokens"] / 1e6
-        name = f"hf-cod-tiny-{placement}"
-        sources = str(chosen.corpus / "sources.json")
-        card = CardSettings(name, chosen.license, sources, chosen.comparison)
-        made = release(output, chosen.runs / "release" / name, card).parent
-        for folder, patterns in (
-            (EMBEDDED / placement, SHIPPED),
-            (ROOT / "model_cards" / name, ("README.md", "*.png")),
-        ):
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in (path for pattern in patterns for path in made.glob(pattern)):
-                shutil.copy2(path, folder)
+        card = CardSettings(
+            name,
+            chosen.license,
+            sources=str(chosen.corpus / "sources.json"),
+            language="en",
+            where=WHERE.format(placement=placement, name=name),
+            comparison=chosen.comparison,
+        )
+        ship(release(chosen.runs / placement, chosen.runs / "release" / name, card).parent, placement)
+        tokens = RunReport.load(chosen.runs / placement).results["tokens"] / 1e6
         print(f"{name}: {tokens:.3g} million tokens")
     shutil.copy2(chosen.corpus / "sources.json", EMBEDDED)
     write_text(EMBEDDED / "held_out.txt", held_out(chosen.corpus))

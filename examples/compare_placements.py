@@ -24,7 +24,7 @@ from pretrain import pretrain
 
 from hf_cod.commands.settings import SettingsParser
 from hf_cod.files import write_json, write_text
-from hf_cod.pretraining import PretrainSettings
+from hf_cod.pretraining import PretrainSettings, claim, prepare, unigram_perplexity
 from hf_cod.report import RunReport, format_number
 
 # Column of the table -> how it is read from a run's report.
@@ -34,6 +34,10 @@ FIGURES = {
     "effective depth": lambda report: report.results["effective_depth"]["value"],
     "late half's share of angles": lambda report: report.results["late_share"],
 }
+
+
+# A run has learnt something whose perplexity is below this part of what the frequencies of tokens alone give.
+LEARNT = 0.9
 
 
 @dataclass
@@ -77,7 +81,13 @@ def train(settings: PretrainSettings) -> str:
 
 
 def train_all(wanted: list[PretrainSettings], jobs: int) -> None:
-    """Trains what is not finished, `jobs` at a time."""
+    """Trains what is not finished, `jobs` at a time.
+
+    Raises:
+        ValueError: a run of other settings, or on another text, is in the place of one that is wanted.
+    """
+    for settings in wanted:
+        claim(settings)
     missing = [settings for settings in wanted if report_of(Path(str(settings.output))) is None]
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
@@ -103,8 +113,16 @@ def run(base: PretrainSettings, folder: Path, placement: str, rate: float, seed:
     return replace(base, **changes, evaluate_every=steps)
 
 
-def table(chosen: ComparisonSettings, best: dict[str, float], steps: int) -> dict[str, dict[str, Any]]:
-    """Placement -> best learning rate and, for each figure, mean, standard deviation and the values of all seeds."""
+def baseline(base: PretrainSettings, folder: str) -> float:
+    """Perplexity of the frequencies of tokens alone."""
+    prepared = prepare(replace(base, output=str(Path(folder) / "text")))
+    train, validation = prepared.train, prepared.validation
+    return unigram_perplexity(train.windows, validation.windows, prepared.model.config.vocab_size)
+
+
+def table(chosen: ComparisonSettings, best: dict[str, float], steps: int, bound: float) -> dict[str, dict[str, Any]]:
+    """Placement -> best learning rate, seeds that learnt (perplexity below `bound`) and, for each figure, mean,
+    standard deviation and the values of all seeds."""
     rows = {}
     for placement, rate in best.items():
         folders = [directory(chosen, placement, rate, seed, steps) for seed in range(chosen.seeds)]
@@ -115,19 +133,29 @@ def table(chosen: ComparisonSettings, best: dict[str, float], steps: int) -> dic
             spread = statistics.stdev(values) if len(values) > 1 else None
             row[name] = {"mean": statistics.fmean(values) if values else None, "spread": spread, "values": values}
         row["diverged"] = sum(not report.layers for report in reports)
+        row["learnt"] = sum(value < bound for value in row["validation perplexity"]["values"])
         rows[placement] = row
     return rows
 
 
-def markdown(rows: dict[str, dict[str, Any]]) -> str:
+def markdown(rows: dict[str, dict[str, Any]], unigram: float) -> str:
     """The table as Markdown: mean ± standard deviation over seeds."""
-    lines = ["| placement | best learning rate | " + " | ".join(FIGURES) + " |", "|---|" + "---:|" * (len(FIGURES) + 1)]
+    header = ["placement", "best learning rate", "seeds that learnt", *FIGURES]
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     for placement, row in rows.items():
-        cells = [placement, f"{row['learning_rate']:g}"]
+        seeds = len(row["validation perplexity"]["values"]) + row["diverged"]
+        cells = [placement, f"{row['learning_rate']:g}", f"{row['learnt']} of {seeds}"]
         for name in FIGURES:
             spread = f" ± {format_number(row[name]['spread'])}" if row[name]["spread"] is not None else ""
             cells.append(format_number(row[name]["mean"]) + spread)
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"The frequencies of tokens alone have perplexity {format_number(unigram)}; a run has learnt something",
+    ]
+    lines += [
+        f"that is below {LEARNT:.0%} of it. Learning rates are chosen on the same validation text, by short runs."
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -140,11 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("best learning rates:", best, flush=True)
     cells = [(placement, rate, seed, steps) for seed in range(chosen.seeds) for placement, rate in best.items()]
     train_all([run(base, directory(chosen, *cell), *cell) for cell in cells], chosen.jobs)
-    rows = table(chosen, best, steps)
+    unigram = baseline(base, chosen.runs)
+    rows = table(chosen, best, steps, LEARNT * unigram)
     settings = {"grid_steps": chosen.grid_steps, "learning_rates": chosen.learning_rates, **base.describe()}
-    write_json(Path(chosen.runs) / "comparison.json", {"settings": settings, "placements": rows})
-    write_text(Path(chosen.runs) / "comparison.md", markdown(rows))
-    print(markdown(rows))
+    write_json(Path(chosen.runs) / "comparison.json", {"settings": settings, "unigram": unigram, "placements": rows})
+    write_text(Path(chosen.runs) / "comparison.md", markdown(rows, unigram))
+    print(markdown(rows, unigram))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def training_arguments(settings: PretrainSettings, streams: bool) -> TrainingArg
         # A stream finds its window by itself, which is faster than reading everything before it.
         ignore_data_skip=streams,
     )
-    arguments.gradient_accumulation_steps = accumulation_steps(recipe, arguments.world_size)
+    # Several GPUs without a launcher each take a micro-batch of every forward pass.
+    arguments.gradient_accumulation_steps = accumulation_steps(recipe, arguments.world_size * max(1, arguments.n_gpu))
     return arguments
 
 

@@ -145,7 +145,14 @@ def pretrain(settings: PretrainSettings) -> RunReport | None:
     run = Run(settings)
     run.resume()
     history = Path(str(settings.output)) / "layer_diagnostics" / "history.jsonl"
-    monitor = LayerMonitor(run.bare, run.prepared.probe, history=history, step=run.step, every=settings.diagnose_every)
+    monitor = LayerMonitor(
+        run.bare,
+        run.prepared.probe,
+        history=history,
+        step=run.step,
+        last=settings.recipe.steps,
+        every=settings.diagnose_every,
+    )
     run.model.train()
     batches, losses = run.batches(), []
     while run.step < settings.recipe.steps:
@@ -156,7 +163,7 @@ def pretrain(settings: PretrainSettings) -> RunReport | None:
             losses = []
         if run.step % settings.evaluate_every == 0 or run.step == settings.recipe.steps:
             run.log({"eval_loss": run.evaluate()})
-        if run.step % settings.save_every == 0:
+        if run.step % settings.save_every == 0 or run.step == settings.recipe.steps:
             run.save()
     return save_results(run.accelerator, run.bare, settings, run.prepared, run.history)
 

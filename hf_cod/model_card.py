@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hf_cod.files import write_text
 from hf_cod.report import RunReport, format_number
 from hf_cod.training.history import TrainingHistory
 
+TAG = "curse-of-depth"
 PAPER = "https://arxiv.org/abs/2502.05795"
 PICTURES = {
     "curve": "Loss by step.",
@@ -22,8 +25,9 @@ PICTURES = {
     "layer_drop": "Perplexity without each single layer.",
     "variance": "Variance of each layer's output.",
     "variance_by_step": "Output variance of each layer while the model trained.",
-    "effective_depth_by_step": "Effective depth while the model trained.",
+    "effective_depth_by_step": "Effective depth while the model trained, at the last token of a few windows.",
 }
+LITTLE_TEXT = 1e9  # tokens
 # Only Pre-LN and what is Pre-LN but for constants is a function that a stock Llama can compute.
 FOLDABLE = ("pre", "lns", "scaled_init")
 
@@ -36,6 +40,10 @@ class CardSettings:
     license: str = field(default="other", metadata={"help": "licence of the weights, as the Hub spells it"})
     sources: str | None = field(
         default=None, metadata={"help": "sources.json of examples/pretraining_text.py: the texts and their licences"}
+    )
+    language: str | None = field(default=None, metadata={"help": "language of the text, as the Hub spells it: en"})
+    where: str | None = field(
+        default=None, metadata={"help": "Markdown that says how to get this directory; default: it is at hand"}
     )
     comparison: str | None = field(
         default=None, metadata={"help": "comparison.md of examples/compare_placements.py, to show in the card"}
@@ -56,18 +64,22 @@ def release(run: str | Path, output: str | Path, settings: CardSettings | None =
         The card's path.
 
     Raises:
-        ValueError: not the directory of a finished run, or a file that the settings name does not exist.
+        ValueError: not the directory of a finished run, a file that the settings name does not exist, or an output
+            directory with a README.md that is no card of ours.
         ImportError: matplotlib is missing.
     """
     run, output, settings = Path(run), Path(output), settings or CardSettings()
     report = RunReport.load(run)
     if report.kind != "pretrain":
         raise ValueError(f"run: expected a run of pre-training, got one of {report.kind} in {str(run)!r}")
+    readme = output / "README.md"
+    if readme.is_file() and TAG not in readme.read_text(encoding="utf-8"):
+        raise ValueError(f"output: expected no README.md of other origin, got one in {str(output)!r}; name another")
     model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.bfloat16)
     model.save_pretrained(output)
     AutoTokenizer.from_pretrained(run / "model").save_pretrained(output)
     pictures = _draw(report, run, output)
-    return write_text(output / "README.md", str(model_card(report, settings, pictures)))
+    return write_text(readme, str(model_card(report, settings, pictures)))
 
 
 def model_card(report: RunReport, settings: CardSettings, pictures: list[str]) -> ModelCard:
@@ -84,23 +96,23 @@ def model_card(report: RunReport, settings: CardSettings, pictures: list[str]) -
     name = settings.name or report.model.replace(" ", "-")
     perplexity = report.results["validation_perplexity"]
     data = ModelCardData(
-        language="en",
+        language=settings.language,
         license=settings.license,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["hf_cod", "curse-of-depth", f"norm-placement-{report.settings['norm_placement']}"],
+        tags=["hf_cod", TAG, f"norm-placement-{report.settings['norm_placement']}"],
         model_name=name,
         eval_results=[
             EvalResult(
                 task_type="text-generation",
                 dataset_type="text",
-                dataset_name="held-out pieces of the training texts",
+                dataset_name=_validated_on(report.settings),
                 metric_type="perplexity",
                 metric_value=round(perplexity, 3),
             )
         ],
     )
-    sections = [_what(report, name), _use(report, name), _results(report, pictures), _training(report)]
+    sections = [_what(report, name), _use(report, name, settings.where), _results(report, pictures), _training(report)]
     sections += [_texts(settings.sources)] if settings.sources else []
     sections += [_comparison(settings.comparison)] if settings.comparison else []
     sections.append(f"## Source\n\n[The Curse of Depth in Large Language Models]({PAPER}), Sun et al. 2025.")
@@ -109,35 +121,44 @@ def model_card(report: RunReport, settings: CardSettings, pictures: list[str]) -
 
 def _draw(report: RunReport, run: Path, output: Path) -> list[str]:
     """Pictures of the finished model and of its training; returns the names of those that the card shows."""
-    report.plot(output)
     history = run / "layer_diagnostics"
-    if history.is_dir():
-        TrainingHistory.load(history).report().plot(output)
-    for path in output.glob("*.png"):
-        if path.stem not in PICTURES:
-            path.unlink()
-    return [name for name in PICTURES if (output / f"{name}.png").is_file()]
+    with tempfile.TemporaryDirectory() as folder:
+        report.plot(folder)
+        if history.is_dir():
+            TrainingHistory.load(history).report().plot(folder)
+        drawn = [name for name in PICTURES if (Path(folder) / f"{name}.png").is_file()]
+        for name in drawn:
+            shutil.copyfile(Path(folder) / f"{name}.png", output / f"{name}.png")
+    return drawn
+
+
+def _validated_on(told: dict[str, Any]) -> str:
+    """The text that the perplexity is of, in words."""
+    text = Path(told["text"]).name if told.get("text") else "an embedded novel"
+    if told.get("validation_text"):
+        return Path(told["validation_text"]).name
+    return f"{text}, {told['validation_split']}" if told.get("validation_split") else f"held-out pieces of {text}"
 
 
 def _what(report: RunReport, name: str) -> str:
-    millions = report.results["parameters"] / 1e6
+    millions, tokens = report.results["parameters"] / 1e6, report.results["tokens"]
+    small = " It is small and trained on little text: a specimen for measuring, not a model to write with."
     return (
         f"# {name}\n\nA Llama of {report.n_layers} layers and {millions:.1f} million parameters with norm placement "
         f"`{report.settings['norm_placement']}`, trained from scratch on "
-        f"{report.results['tokens'] / 1e6:.3g} million tokens to show what the placement of the norms does to the "
-        "layers of a deep model. It is small and trained on little text: a specimen for measuring, not a model to "
-        "write with."
+        f"{tokens / 1e6:.3g} million tokens." + small * (tokens < LITTLE_TEXT)
     )
 
 
-def _use(report: RunReport, name: str) -> str:
+def _use(report: RunReport, name: str, where: str | None) -> str:
     lines = [
         "## Load it\n",
+        *([where, ""] if where else []),
         "The directory carries its own code, so nothing but transformers is needed:\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
         f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n',
-        "With `pip install hf_cod` (and `import hf_cod`) it loads without `trust_remote_code`; "
+        "Where hf_cod is installed (and imported) it loads without `trust_remote_code`; "
         f"`hf-cod diagnose {name}` measures its layers.",
     ]
     if report.settings["norm_placement"] in FOLDABLE:
@@ -175,8 +196,9 @@ def _ends(values: list[Any]) -> str:
 
 def _training(report: RunReport) -> str:
     told = report.settings
+    text = Path(told["text"]).name if told.get("text") else "an embedded novel"
     return (
-        "## Training\n\n"
+        f"## Training\n\nText: {text}. "
         f"{told['steps']} steps of {told['batch_size']} sequences of {told['sequence_length']} tokens; Adam without "
         f"weight decay or clipping, learning rate {told['learning_rate']:g} after a warm-up over a tenth of the steps, "
         f"cosine to a tenth; {told['precision']}; seed {told['seed']}. The weights were rounded to bfloat16 "

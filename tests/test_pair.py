@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import socket
 import subprocess
 import sys
@@ -148,3 +149,32 @@ def test_card_refuses(run, tmp_path):
     RunReport("diagnose", "m", {}, {}, {}, {}).save(tmp_path / "other")
     with pytest.raises(ValueError, match="run: expected a run of pre-training, got one of diagnose"):
         release(tmp_path / "other", tmp_path / "out")
+
+
+def test_a_users_files_in_the_output_stay(run, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "holiday.png").write_bytes(b"mine")
+    release(run, out)
+    release(run, out)  # over a card of ours
+    assert (out / "holiday.png").read_bytes() == b"mine"
+    (out / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"output: expected no README\.md of other origin"):
+        release(run, out)
+    assert (out / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("placement", EMBEDDED_PLACEMENTS)
+def test_what_the_shipped_cards_say_works(placement, tmp_path, monkeypatch):
+    """Every command of the card, one after another, in an empty directory."""
+    name = f"hf-cod-tiny-{placement}"
+    card = (EMBEDDED.parents[2] / "model_cards" / name / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```(python|sh)\n(.*?)```", card, re.S)
+    assert [kind for kind, _ in blocks] == ["python", "python", "sh"]
+    exec(blocks[0][1], {})
+    known = "import sys; sys.modules['hf_cod'] = None\n"
+    done = subprocess.run([sys.executable, "-c", known + blocks[1][1]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert main(blocks[2][1].split()[1:]) == 0
+    assert AutoModelForCausalLM.from_pretrained("as-llama").config.model_type == "llama"

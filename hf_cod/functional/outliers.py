@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hf_cod.functional.depth import wide
 
-# Weights that are looked at at a time: a chunk and its magnitudes fit into a core's cache.
-CHUNK = 1 << 18
+# Weights that are looked at at a time: 4 MiB of magnitudes, and enough work for all threads.
+CHUNK = 1 << 20
 
 Matrices = Iterable[tuple[str, Tensor, Tensor]]
 """(name, W (out, in), s (in,)) of each matrix of one layer; the name is for messages alone."""

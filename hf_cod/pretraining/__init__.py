@@ -4,7 +4,7 @@ The loops themselves are examples/pretrain.py (Trainer) and examples/pretrain_ac
 """
 
 from hf_cod.pretraining.packing import PackedStream, PackedText, pack, train_tokenizer
-from hf_cod.pretraining.preparation import Prepared, as_batches, build_model, last_checkpoint, prepare
+from hf_cod.pretraining.preparation import Prepared, as_batches, build_model, prepare
 from hf_cod.pretraining.recipes import (
     FINAL_LEARNING_RATE_SHARE,
     RECIPES,
@@ -13,7 +13,8 @@ from hf_cod.pretraining.recipes import (
     accumulation_steps,
     model_config,
 )
-from hf_cod.pretraining.results import save_results, training_report
+from hf_cod.pretraining.results import save_results, training_report, unigram_perplexity
+from hf_cod.pretraining.run_directory import claim, last_checkpoint
 
 __all__ = [
     "FINAL_LEARNING_RATE_SHARE",
@@ -26,6 +27,7 @@ __all__ = [
     "accumulation_steps",
     "as_batches",
     "build_model",
+    "claim",
     "last_checkpoint",
     "model_config",
     "pack",
@@ -33,4 +35,5 @@ __all__ = [
     "save_results",
     "train_tokenizer",
     "training_report",
+    "unigram_perplexity",
 ]

@@ -121,7 +121,7 @@ class PackedText(Dataset):
 
 
 class PackedStream(IterableDataset):
-    """Windows of a data set that is tokenized while it is read, in the data set's own order.
+    """Windows of a data set that is tokenized while it is read, in the data set's own order, again and again.
 
     Bookmarks, written every few thousand windows, keep the place in the data set, so that an interrupted run finds
     its window again without reading everything before it.
@@ -134,6 +134,9 @@ class PackedStream(IterableDataset):
         length: tokens in a window.
         bookmarks: file for the bookmarks, or None.
         every: windows between bookmarks.
+
+    Raises:
+        ValueError: when it is read: there is no text.
     """
 
     def __init__(
@@ -158,23 +161,32 @@ class PackedStream(IterableDataset):
         self.first = window
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        index, held = self._nearest_bookmark()
-        marked = index
-        for row in self.rows:
-            (ids,) = token_stream(self.tokenizer, [row[self.column]])
-            held += ids
-            while len(held) >= self.length:
-                window, held = held[: self.length], held[self.length :]
-                if index >= self.first:
-                    yield _example(torch.tensor(window))
-                index += 1
-            if index - marked >= self.every and hasattr(self.rows, "state_dict"):
-                marked = index
-                if str(index) not in self.journal:
-                    self.journal.add(str(index), [self.rows.state_dict(), held])
+        first, self.first = self.first, 0  # a later iteration begins anew
+        stateful = hasattr(self.rows, "state_dict")
+        start = self.rows.state_dict() if stateful else None
+        index, held = self._nearest_bookmark(first)
+        marked, empty = index, 0
+        while empty < 2:  # a bookmark may lie at the text's very end
+            empty += 1
+            for row in self.rows:
+                empty = 0
+                (ids,) = token_stream(self.tokenizer, [row[self.column]])
+                held += ids
+                while len(held) >= self.length:
+                    window, held = held[: self.length], held[self.length :]
+                    if index >= first:
+                        yield _example(torch.tensor(window))
+                    index += 1
+                if index - marked >= self.every and stateful:
+                    marked = index
+                    if str(index) not in self.journal:
+                        self.journal.add(str(index), [self.rows.state_dict(), held])
+            if stateful:
+                self.rows.load_state_dict(start)
+        raise ValueError(f"text: expected rows to stream, again and again, got none behind window {index}")
 
-    def _nearest_bookmark(self) -> tuple[int, list[int]]:
-        places = [int(place) for place in self.journal.entries if int(place) <= self.first]
+    def _nearest_bookmark(self, first: int) -> tuple[int, list[int]]:
+        places = [int(place) for place in self.journal.entries if int(place) <= first]
         if not places:
             return 0, []
         state, held = self.journal[str(max(places))]

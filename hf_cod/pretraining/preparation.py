@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +29,10 @@ from hf_cod.pretraining.packing import (
     train_tokenizer,
 )
 from hf_cod.pretraining.recipes import PretrainSettings, Recipe, model_config
+from hf_cod.pretraining.run_directory import claim
 
 HELD_OUT_SHARE = 0.02  # of the windows, where no text to validate on is named
 PROBE_SAMPLES = 8
-CHECKPOINT = "checkpoint-"
 
 
 @dataclass
@@ -64,14 +65,16 @@ class Prepared:
 def prepare(settings: PretrainSettings) -> Prepared:
     """Gets or trains the tokenizer, tokenizes and packs the text (once, then from a cache), builds the model.
 
-    Called on every process; the first one does the work that goes into the cache.
+    Called on every process; the first one does the work that goes into the cache. A tokenizer that is trained here sees
+    the whole text, windows that are held out included.
 
     Raises:
-        ValueError: no such text, column or tokenizer, or too little text.
+        ValueError: no such text, column or tokenizer, too little text, or an output directory of another run.
     """
     recipe = settings.recipe
     texts = _text_settings(settings, recipe)
     with PartialState().main_process_first():
+        claim(settings)
         tokenizer = _tokenizer(recipe, texts)
         if recipe.stream:
             bookmarks = Path(str(settings.output)) / "bookmarks.jsonl"
@@ -110,18 +113,6 @@ def build_model(recipe: Recipe, norm_placement: str, seed: int, tokenizer: Any) 
     return CodLlamaForCausalLM(config)
 
 
-def last_checkpoint(directory: str | Path, marker: str) -> Path | None:
-    """The newest whole checkpoint: the one with the highest step whose `marker`, which is written last, can be read."""
-    found = [(int(path.name.removeprefix(CHECKPOINT)), path) for path in Path(directory).glob(f"{CHECKPOINT}[0-9]*")]
-    for _, path in sorted(found, reverse=True):
-        try:
-            json.loads((path / marker).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # the process died while it wrote this one
-        return path
-    return None
-
-
 def _text_settings(settings: PretrainSettings, recipe: Recipe) -> TextSettings:
     return TextSettings(
         text=recipe.text,
@@ -132,10 +123,13 @@ def _text_settings(settings: PretrainSettings, recipe: Recipe) -> TextSettings:
 
 
 def _source(texts: TextSettings) -> list[Any]:
-    """What tells one text from another; a local file also by its size and time."""
+    """What tells one text from another; local files also by their sizes and times."""
     path = Path(texts.text or "")
-    file = [path.resolve().as_posix(), path.stat().st_size, path.stat().st_mtime] if path.is_file() else []
-    return [texts.text, texts.text_column, texts.text_split, texts.text_config, *file]
+    local: list[Any] = []
+    if texts.text and path.exists():
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        local = [path.resolve().as_posix(), *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
+    return [texts.text, texts.text_column, texts.text_split, texts.text_config, *local]
 
 
 def _cache(name: str) -> Path:
@@ -152,8 +146,16 @@ def _tokenizer(recipe: Recipe, texts: TextSettings) -> Any:
             ) from error
     vocabulary = model_config(recipe, "pre").vocab_size
     folder = _cache(f"tokenizer-{fingerprint(_source(texts), vocabulary)}")
-    if not (folder / "tokenizer.json").is_file():
-        train_tokenizer(load_texts(texts), vocabulary).save_pretrained(folder)
+    if not folder.is_dir():
+        trained = train_tokenizer(load_texts(texts), vocabulary)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            trained.save_pretrained(Path(aside) / "whole")
+            try:
+                os.rename(Path(aside) / "whole", folder)
+            except OSError:  # another run has just made the same one
+                if not folder.is_dir():
+                    raise
     return AutoTokenizer.from_pretrained(folder)
 
 

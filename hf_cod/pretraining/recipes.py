@@ -145,6 +145,13 @@ class PretrainSettings(TextSettings):
         for name in (*counts, "save_every", "evaluate_every", "diagnose_every", "log_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.stream and self.text is None and not RECIPES[self.preset].stream:
+            raise ValueError(f"stream: expected a --text to stream, got none with the preset {self.preset}")
+        if self.save_every % self.log_every:
+            raise ValueError(
+                f"save_every: expected a multiple of log_every ({self.log_every}), so that no loss is lost between a "
+                f"checkpoint and the log, got {self.save_every}"
+            )
         if self.output is None:
             self.output = f"hf-cod-pretrain-{self.preset}-{self.norm_placement}-seed{self.seed}"
 
@@ -159,6 +166,8 @@ class PretrainSettings(TextSettings):
         if self.text is not None:
             own = {"text": self.text, "text_config": self.text_config, "stream": self.stream}
             changed.update(own, validation_split=None)
+        elif self.text_config is not None:
+            changed["text_config"] = self.text_config
         return replace(recipe, **changed)
 
     def describe(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM
 
@@ -51,6 +52,20 @@ def save_results(
     return report
 
 
+def unigram_perplexity(train: Tensor, validation: Tensor, vocabulary: int) -> float:
+    """What a model reaches that knows how frequent each token is, and nothing else.
+
+        exp( -mean_i log p(t_i) ),  p(t) = (n_t + 1) / sum_u (n_u + 1)
+
+    Args:
+        train: windows of token ids to count, (N, T).
+        validation: windows to predict, (M, T).
+        vocabulary: number of tokens.
+    """
+    counts = torch.bincount(train.flatten().long(), minlength=vocabulary).double() + 1
+    return float((-(counts / counts.sum()).log()[validation[:, 1:].long()]).mean().exp())
+
+
 def training_report(
     settings: PretrainSettings, prepared: Prepared, model: Any, history: list[dict[str, float]]
 ) -> RunReport:
@@ -66,9 +81,8 @@ def training_report(
         model: the trained model.
         history: dicts with step and loss or eval_loss, as the Trainer logs them.
     """
-    recipe = settings.recipe
+    recipe, model = settings.recipe, model.float()
     batches = as_batches(prepared.validation, recipe.micro_batch_size)
-    model = model.float()
     value = perplexity(model, batches)
     results = {
         "curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],

@@ -22,8 +22,8 @@ from hf_cod.functional.depth import wide
 from hf_cod.statistics.matrix_inputs import MatrixInputs, check_finite_input
 
 FORMAT_VERSION = "1"
-# Numbers that are squared at a time: a chunk and its squares fit into a core's cache.
-CHUNK = 1 << 18
+# Numbers that are squared at a time: 4 MiB of memory, and enough work for all threads.
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,11 +24,12 @@ CLIP_EPSILON = 1e-6
 class LayerDiagnosticsCallback(TrainerCallback):
     """Shows what each layer does while a model trains: `Trainer(..., callbacks=[LayerDiagnosticsCallback()])`.
 
-    After the first optimizer step and every `every` further ones it measures each layer's gradient norm, output
+    After the first optimizer step, every `every` further ones and the last one it measures gradient norm, output
     variance, angular distance to the next layer, and the effective depth (see `LayerMonitor`). They go
 
     - into the Trainer's own log, and so to the console, TensorBoard, W&B, trackio and `trainer_state.json`, as
-      "depth/effective_depth", "depth/gradient_norm/layer_07", ...; a measured step is always a logged step;
+      "depth/effective_depth", "depth/gradient_norm/layer_07", ...; a measured step is always a logged step, whatever
+      `logging_strategy` says, and the loss that Trainer logs there is the mean since the log before it;
     - into `history.jsonl`, one line a step, which `hf-cod history` draws; after a resumed checkpoint it goes on from
       there, so that a run that was interrupted has the history of one that was not;
     - at the end of training into a report with pictures.
@@ -82,6 +83,7 @@ class LayerDiagnosticsCallback(TrainerCallback):
             tokenizer=kwargs.get("processing_class"),
             history=self.directory / FILE_NAME,
             step=state.global_step,
+            last=state.max_steps,
             **self.settings,
         )
         self.probe = self.monitor.batches  # where it was an iterator, a second training would find it empty

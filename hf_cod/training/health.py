@@ -18,7 +18,8 @@ DEAD_ANGLE = 1e-3
 DEAD_GRADIENT = 1e-3
 # ... in so many measurements in a row: a layer may start at zero.
 DEAD_FOR = 3
-# A layer explodes whose output variance is more than so many times the median of its earlier measurements, ...
+# A layer explodes whose output variance is more than so many times the largest of its earlier measurements (during
+# the warm-up of a sound training it may grow twentyfold from one measurement to the next), ...
 EXPLOSION = 100.0
 # ... of which there must be so many: the first is of a model that has learnt nothing.
 EARLIER = 3
@@ -68,6 +69,6 @@ def _exploding(lines: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int, str]
     for layer, value in enumerate(lines[-1].get("variance") or []):
         rows = [line["variance"] for line in lines[:-1] if line.get("variance")]
         before = [row[layer] for row in rows if row[layer] is not None]
-        if value is not None and len(before) >= EARLIER and value > EXPLOSION * median(before):
-            usual = format_number(median(before))
-            yield "variance", layer, f"explodes: its output variance is {format_number(value)}, {usual} before"
+        if value is not None and len(before) >= EARLIER and value > EXPLOSION * max(before):
+            most = format_number(max(before))
+            yield "variance", layer, f"explodes: its output variance is {format_number(value)}, at most {most} before"

@@ -63,8 +63,8 @@ class TrainingHistory:
     def start(self, step: int = 0) -> None:
         """Begins at `step`: after a resumed checkpoint's step, what the interrupted run measured later is dropped.
 
-        So the history of a run that was killed and resumed is that of a run that was not. At step 0 the history of an
-        equal run is replaced; that of another model, other settings or another probe moves into earlier-1 and so on.
+        So the history of a run that was killed and resumed is that of a run that was not. At step 0 a history that is
+        there, with its report and pictures, moves into earlier-1 and so on.
 
         Raises:
             ValueError: on resuming, the file holds measures of another probe, which cannot stand in one history.
@@ -90,15 +90,15 @@ class TrainingHistory:
         self.lines = [line for line in earlier.lines if line["step"] <= step]
 
     def _keep(self, earlier: TrainingHistory) -> None:
-        """Moves another run's history and report aside."""
+        """Moves an earlier run's history and report aside."""
         assert self.path is not None
-        if earlier.header == self.header:
+        if not earlier.lines:
             return
         directory = self.path.parent
-        if earlier.lines and not (directory / "report.json").exists():  # its training did not come to an end
+        if not (directory / "report.json").exists():  # its training did not come to an end
             earlier.report().save(directory)
         new = RunReport("training", self.header["model"], self._settings(), {}, {}, {})
-        new.keep_earlier(directory, (self.path.name,))
+        new.keep_earlier(directory, (self.path.name,), resumable=False)
 
     def _settings(self) -> dict[str, Any]:
         return {**self.header["settings"], "probe": self.header.get("probe")}

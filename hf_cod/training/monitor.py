@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from hf_cod.calibration import SampleSettings, describe_batches
+from hf_cod.calibration import Batch, SampleSettings, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers, unwrap
 from hf_cod.diagnostics import NonFiniteError, measure_forward, read_gradient_norms
 from hf_cod.diagnostics.resuming import digest_batches
@@ -23,6 +24,8 @@ from hf_cod.functional import depth
 from hf_cod.training.health import find_trouble
 from hf_cod.training.history import TrainingHistory
 from hf_cod.training.probe import probe_batches
+
+logger = logging.getLogger(__name__)
 
 # What goes to dashboards of each layer; the history holds more.
 LOGGED = ("gradient_norm", "variance", "angular_distance")
@@ -84,10 +87,12 @@ class LayerMonitor:
         history: file of the history; None keeps it in memory.
         step: the optimizer step that training starts at: after a resumed checkpoint its step, so that what the
             interrupted run measured later is dropped.
+        last: the optimizer step that training ends at, which is measured in any case; None: not known.
         **settings: fields of `MonitorSettings`: every, sequence_length, max_samples, batch_size, seed, ...
 
     Raises:
-        ValueError: bad settings or probe, no layers found, a model in whose layers nothing can be read (FSDP1).
+        ValueError: bad settings, a probe that the model does not take, no layers found, a model in whose layers nothing
+            can be read (FSDP1, DeepSpeed).
     """
 
     def __init__(
@@ -98,11 +103,14 @@ class LayerMonitor:
         tokenizer: Any = None,
         history: str | Path | None = None,
         step: int = 0,
+        last: int | None = None,
         **settings: Any,
     ) -> None:
-        self.settings = MonitorSettings(**settings)
+        self.settings, self.last = MonitorSettings(**settings), last
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             raise ValueError("model: expected replicas (DDP) or shards of FSDP2, got FSDP1; set fsdp_version: 2")
+        if any(type(module).__name__ == "DeepSpeedEngine" for module in model.modules()):
+            raise ValueError("model: expected DDP or FSDP2, got DeepSpeed, whose gradients cannot be read")
         self.stack: DecoderLayers = find_decoder_layers(model, self.settings.layers_path)
         self.sharded = any(isinstance(p, DTensor) for p in self.stack.model.parameters())
         inside = {id(module) for layer in self.stack for module in layer.modules()}
@@ -113,14 +121,17 @@ class LayerMonitor:
         self.settings.sequence_length = min(self.settings.sequence_length, longest)
         with _own_randomness(model):  # a data loader draws a seed when it starts
             self.batches = probe_batches(probe, tokenizer, self.settings)
+        if self.main and not self.sharded:  # shards want their first pass through the whole model
+            self._try_probe()
         # Other processes keep their lines in memory: only the first one writes.
         self.history = TrainingHistory(self._header(), history if self.main else None)
         self.history.start(step)
         self._gradients: tuple[int, list[float | None]] | None = None
+        self._told = False  # that there are no gradients
 
     def due(self, step: int) -> bool:
         """Whether this optimizer step, counted from 1, is measured."""
-        return step == 1 or step % self.settings.every == 0
+        return step in (1, self.last) or step % self.settings.every == 0
 
     def read_gradients(self, step: int, loss_scale: float = 1.0) -> None:
         """Reads the norms of the gradients that optimizer step `step` is about to apply, if it is measured.
@@ -134,6 +145,9 @@ class LayerMonitor:
         """
         if self.due(step) and (self.main or self.sharded):
             norms = read_gradient_norms(self.stack)
+            if not self._told and all(norm is None for norm in norms):
+                self._told = True
+                logger.warning(f"step {step}: no layer has a gradient to read; is it freed within the backward pass?")
             self._gradients = step, [None if norm is None else norm / loss_scale for norm in norms]
 
     def measure(self, step: int) -> dict[str, Any] | None:
@@ -187,13 +201,25 @@ class LayerMonitor:
         probe = fingerprint(digest_batches(self.batches))
         return {"model": name, "layers": len(self.stack), "settings": settings, "probe": probe}
 
-    def _forward(self) -> dict[str, Any]:
-        model = self.stack.model
+    def _try_probe(self) -> None:
+        """Runs the first batch, so that a probe that does not fit is told before the training begins."""
         try:
-            with _own_randomness(model), _eagerly(), _gathered(self._shards):
-                measures = measure_forward(
-                    model, self.batches, ["angular_distance", "output_variance"], path=self.stack.path
-                )
+            self._measure(self.batches[:1])
+        except NonFiniteError:
+            pass  # told at the first measured step, in the history
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"probe: expected batches that the model takes, got on its first one: {error}") from error
+
+    def _measure(self, batches: Sequence[Batch]) -> Any:
+        model = self.stack.model
+        with _own_randomness(model), _eagerly(), _gathered(self._shards):
+            return measure_forward(model, batches, ["angular_distance", "output_variance"], path=self.stack.path)
+
+    def _forward(self) -> dict[str, Any]:
+        try:
+            measures = self._measure(self.batches)
         except NonFiniteError as error:
             return {"failure": str(error)}
         steps = depth.adjacent(measures.distances).mean(0)  # (L,)

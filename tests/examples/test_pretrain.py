@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_cod.calibration import embedded_text
+from hf_cod.pretraining import PretrainSettings, prepare
 from hf_cod.report import RunReport
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -105,12 +106,77 @@ def test_a_killed_run_ends_as_one_that_was_not(name, tmp_path, text):
         assert torch.equal(resumed_weights[key], value), (key, dies_at)
 
 
+@pytest.mark.parametrize("name", BOTH)
+def test_streamed_text_is_read_again_and_again_and_a_killed_run_finds_its_place(name, tmp_path, monkeypatch):
+    rows = [{"text": part} for part in embedded_text()[:1500].split("\n\n") if part]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = ["--text", str(tmp_path / "rows.jsonl"), "--validation-text", str(tmp_path / "rows.jsonl"), "--stream"]
+    text += ["--steps", "24", "--save-every", "4"]  # 48 windows; the text has fewer
+    _, weights, _ = run(name, tmp_path / "whole", *text)
+    command = [sys.executable, "-c", DIES + RUNS, str(EXAMPLES / f"{name}.py"), *QUICK.split(), *text]
+    killed = subprocess.run(
+        [*command, "--output", str(tmp_path / "killed")],
+        check=False,
+        capture_output=True,
+        env={**os.environ, "DIES_AT": "22"},
+    )
+    assert killed.returncode == 9, killed.stderr.decode()[-2000:]
+    _, resumed, _ = run(name, tmp_path / "killed", *text)
+    for key, value in weights.items():
+        assert torch.equal(resumed[key], value), key
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_losses_between_logs_are_not_lost_with_a_kill(name, tmp_path, text):
+    """Checkpoints fall on logged steps, so that the curve is that of a run that was not killed."""
+    text = [*text, "--log-every", "2", "--save-every", "4", "--diagnose-every", "50"]
+    report, _, _ = run(name, tmp_path / "whole", *text)
+    command = [sys.executable, "-c", DIES + RUNS, str(EXAMPLES / f"{name}.py"), *QUICK.split(), *text]
+    subprocess.run(
+        [*command, "--output", str(tmp_path / "killed")],
+        check=False,
+        capture_output=True,
+        env={**os.environ, "DIES_AT": "7"},
+    )
+    resumed, _, _ = run(name, tmp_path / "killed", *text)
+    assert resumed.results["curve"] == report.results["curve"]
+    with pytest.raises(ValueError, match=r"save_every: expected a multiple of log_every \(3\)"):
+        run(name, tmp_path / "bad", "--log-every", "3", "--save-every", "4")
+
+
+def test_another_run_does_not_go_on_in_the_same_directory(tmp_path, text):
+    report, _, _ = run("pretrain", tmp_path / "run", *text)
+    for change, told in (
+        (["--learning-rate", "0.5"], "learning_rate: expected 0.002, .*got 0.5"),
+        (["--steps", "4"], "steps: expected 8, .*got 4"),
+        (["--precision", "bf16"], "precision: expected 'float32', .*got 'bf16'"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run("pretrain", tmp_path / "run", *text, *change)
+    Path(text[1]).write_text(embedded_text()[:30_000])
+    with pytest.raises(ValueError, match=r"text_size: expected \[\d+\], .*name another --output"):
+        run("pretrain_accelerate", tmp_path / "run", *text)
+    assert RunReport.load(tmp_path / "run") == report
+
+
+def test_directories_of_the_same_name_are_not_the_same_text(tmp_path, monkeypatch):
+    found = []
+    for name, words in (("a", "one two three "), ("b", "four five six ")):
+        (tmp_path / name / "corpus").mkdir(parents=True)
+        (tmp_path / name / "corpus" / "part.txt").write_text(words * 400)
+        monkeypatch.chdir(tmp_path / name)
+        settings = PretrainSettings(text="./corpus", output=str(tmp_path / name / "out"), sequence_length=16)
+        prepared = prepare(settings)
+        found.append(prepared.tokenizer.decode(prepared.train[0]["input_ids"]))
+    assert "one" in found[0] and "five" in found[1]
+
+
 def test_both_loops_come_to_the_same_weights(tmp_path, text):
     reports, weights, histories = zip(*[run(name, tmp_path / name, *text) for name in BOTH], strict=True)
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, atol=1e-5, rtol=1e-4)
     assert reports[0].results["validation_perplexity"] == pytest.approx(reports[1].results["validation_perplexity"])
-    assert [line["step"] for line in histories[0][1:]] == [line["step"] for line in histories[1][1:]] == [1, 3, 6]
+    assert [line["step"] for line in histories[0][1:]] == [line["step"] for line in histories[1][1:]] == [1, 3, 6, 8]
     curves = [torch.tensor(report.results["curve"]) for report in reports]
     torch.testing.assert_close(*curves, atol=1e-4, rtol=1e-4)
 
@@ -212,4 +278,4 @@ def test_the_comparison_takes_each_placement_at_its_best_rate_and_skips_what_is_
     assert rows["lns"]["validation perplexity"] == {"mean": 10.5, "spread": pytest.approx(0.5**0.5), "values": [10, 11]}
     assert rows["lns"]["last layer's variance"]["mean"] == 2.5 and rows["lns"]["diverged"] == 0
     assert rows["post"]["diverged"] == 1 and rows["post"]["validation perplexity"]["spread"] is None
-    assert "| lns | 0.001 | 10.5 ± 0.7071 | 2.5 ± 0.7071 | 6 ± 0 |" in capsys.readouterr().out
+    assert "| lns | 0.001 | 2 of 2 | 10.5 ± 0.7071 | 2.5 ± 0.7071 | 6 ± 0 |" in capsys.readouterr().out

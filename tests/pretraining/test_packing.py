@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import datasets
@@ -55,6 +56,10 @@ def test_every_epoch_has_every_window_once_in_an_order_of_its_own():
         run[len(run)]
 
 
+def taken(stream, count):
+    return [window["input_ids"].tolist() for window in itertools.islice(stream, count)]
+
+
 def rows_of(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
@@ -71,12 +76,12 @@ def test_a_stream_goes_on_at_any_window(tmp_path, first, every):
         next(windows)
     resumed = PackedStream(rows_of(tmp_path), "text", gpt_like(), LENGTH, bookmarks, every)
     resumed.start_at(first)
-    assert [window["input_ids"].tolist() for window in resumed] == naive(TEXTS)[first:]
+    assert taken(resumed, len(naive(TEXTS)) - first) == naive(TEXTS)[first:]
 
 
 def test_bookmarks_spare_what_was_read(tmp_path):
     bookmarks = tmp_path / "bookmarks.jsonl"
-    list(PackedStream(rows_of(tmp_path), "text", gpt_like(), LENGTH, bookmarks, every=5))
+    taken(PackedStream(rows_of(tmp_path), "text", gpt_like(), LENGTH, bookmarks, every=5), len(naive(TEXTS)))
     resumed = PackedStream(rows_of(tmp_path), "text", gpt_like(), LENGTH, bookmarks, every=5)
     resumed.start_at(30)
     read = []
@@ -90,7 +95,7 @@ def test_bookmarks_spare_what_was_read(tmp_path):
 def test_a_stream_without_state_is_read_from_its_start():
     stream = PackedStream([{"body": text} for text in TEXTS], "body", gpt_like(), LENGTH)
     stream.start_at(4)
-    assert [window["input_ids"].tolist() for window in stream] == naive(TEXTS)[4:]
+    assert taken(stream, len(naive(TEXTS)) - 4) == naive(TEXTS)[4:]
 
 
 def test_own_tokenizer_gives_the_text_back():
@@ -104,3 +109,18 @@ def test_own_tokenizer_gives_the_text_back():
 def test_load_rows_wants_a_name():
     with pytest.raises(ValueError, match="text: expected a data set's name or a file of rows, got none"):
         load_rows(TextSettings())
+
+
+def test_a_stream_goes_on_from_its_start_and_a_resumed_one_alike(tmp_path):
+    """Three passes and more; each beginning in the middle gives the same windows from there on."""
+    length = len(naive(TEXTS))
+    count = 3 * length + 5
+    whole = taken(PackedStream([{"text": text} for text in TEXTS], "text", gpt_like(), LENGTH), count)
+    assert whole == naive(TEXTS * 4)[:count]
+    for first in (3, length, 3 * length):
+        stream = PackedStream(rows_of(tmp_path), "text", gpt_like(), LENGTH, tmp_path / "bookmarks.jsonl", every=9)
+        stream.start_at(first)
+        assert taken(stream, count - first) == whole[first:], first
+        assert taken(stream, 5) == whole[:5]
+    with pytest.raises(ValueError, match="text: expected rows to stream, again and again, got none behind window 0"):
+        next(iter(PackedStream([], "text", gpt_like(), LENGTH)))

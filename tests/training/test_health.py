@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 from hf_cod.training.health import DEAD_FOR, EARLIER, find_trouble
 
 
@@ -16,6 +19,16 @@ def test_sound_layers_are_left_in_peace():
     assert find_trouble([line(step) for step in range(9)]) == {}
     first = line(1, variance=[1e-5, 1e-5, 1e-5], angular_distance=[0.0, 0.0, 0.0])
     assert find_trouble([first, line(2), line(3), line(4)]) == {}, "an untrained model is no measure"
+
+
+def test_a_real_training_is_left_in_peace():
+    """The embedded Pre-LN model's own first 1,900 steps, every 100th: its variance grows five-thousandfold."""
+    text = (Path(__file__).parent / "pair_history.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(entry) for entry in text.splitlines()]
+    assert lines[-1]["variance"][0] > 1000 * lines[0]["variance"][0]
+    for every in (1, 2, 4):
+        thinned = lines[:1] + lines[every::every]
+        assert all(find_trouble(thinned[:end]) == {} for end in range(len(thinned) + 1))
 
 
 def test_a_layer_that_turns_nothing_is_dead_after_a_while():

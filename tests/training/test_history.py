@@ -43,17 +43,16 @@ def test_a_resumed_run_has_the_history_of_one_that_was_not_interrupted(tmp_path)
     assert path.read_bytes() == whole
 
 
-def test_an_equal_run_is_replaced_another_kept_and_another_probe_refused(tmp_path):
+def test_an_earlier_run_is_kept_and_another_probe_refused(tmp_path):
     path = history_at(tmp_path / "h.jsonl").path
     for name, value in (("probe", "other"), ("layers", 3)):
         with pytest.raises(ValueError, match=f"history: expected {name} {value} as before, got"):
             TrainingHistory({**HEADER, name: value}, path).start(step=10)
     assert len(TrainingHistory.load(path).lines) == 4, "nothing was lost"
-    TrainingHistory(HEADER, path).start()
-    assert TrainingHistory.load(path).lines == [] and len(list(tmp_path.iterdir())) == 1, "a run like the first"
-    history_at(path)
-    TrainingHistory({**HEADER, "probe": "other"}, path).start()
+    TrainingHistory(HEADER, path).start()  # a run like the first may have had another learning rate
     assert TrainingHistory.load(path).lines == []
+    TrainingHistory(HEADER, path).start()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["earlier-1", "h.jsonl"], "nothing was measured"
     kept = tmp_path / "earlier-1"
     assert len(TrainingHistory.load(kept / "h.jsonl").lines) == 4
     assert RunReport.load(kept).results["history"]["step"] == [1, 10, 20, 30], "though it had not come to its end"

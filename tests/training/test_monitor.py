@@ -231,3 +231,26 @@ def test_bad_settings():
         LayerMonitor(model)
     with pytest.raises(ValueError, match="model: expected one module list"):
         LayerMonitor(torch.nn.Linear(2, 2), PROBE)
+
+
+def test_the_last_step_is_measured():
+    model = build("llama")
+    monitor = LayerMonitor(model, PROBE, every=10, last=14)
+    assert [step for step in range(1, 16) if monitor.due(step)] == [1, 10, 14]
+
+
+def test_a_probe_that_the_model_does_not_take_is_told_at_once():
+    model = build("llama")
+    with pytest.raises(ValueError, match="probe: expected batches that the model takes, got on its first one"):
+        LayerMonitor(model, [{"input_ids": torch.full((2, 5), 10_000)}])
+    with pytest.raises(ValueError, match="got DeepSpeed, whose gradients cannot be read"):
+        LayerMonitor(type("DeepSpeedEngine", (torch.nn.Sequential,), {})(model), PROBE)
+
+
+def test_gradients_that_are_gone_are_told_once(caplog):
+    model = build("llama")
+    monitor = LayerMonitor(model, PROBE, every=1)
+    for step in (1, 2):
+        monitor.read_gradients(step)
+        monitor.measure(step)
+    assert caplog.text.count("no layer has a gradient to read") == 1

@@ -70,3 +70,40 @@ def test_bad_probes():
             probe_batches(wrong, gpt_like(), SETTINGS)
     with pytest.raises(ValueError, match="texts: expected at least one sample"):
         probe_batches(["one"], gpt_like(), SETTINGS)
+
+
+class Windows(torch.utils.data.Dataset):
+    """Knows its items by number alone, as torch's map-style data sets do."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return {"input_ids": torch.arange(5) + index, "labels": torch.arange(5)}
+
+
+def test_a_data_set_of_torch():
+    (batch,) = probe_batches(Windows(), None, SampleSettings(sequence_length=4, max_samples=2, batch_size=4))
+    assert batch["input_ids"].tolist() == [[0, 1, 2, 3], [1, 2, 3, 4]]
+
+
+def test_tokens_go_before_the_text_that_they_are_of():
+    rows = [{"text": "one two", "input_ids": [3, 4, 5]}, {"text": "", "input_ids": []}]
+    (batch,) = probe_batches(rows, None, SampleSettings(sequence_length=4, max_samples=2))
+    assert batch["input_ids"].tolist() == [[3, 4, 5]]
+    with pytest.raises(ValueError, match="probe: expected rows with tokens, got none but empty ones"):
+        probe_batches(rows[1:], None, SampleSettings())
+
+
+def test_batches_of_lists_and_with_one_number_a_sample():
+    given = [{"input_ids": [[1, 2], [3, 4]], "lengths": torch.tensor([2, 2])}]
+    (batch,) = probe_batches(given, None, SampleSettings())
+    assert batch["input_ids"].tolist() == [[1, 2], [3, 4]] and batch["lengths"].tolist() == [2, 2]
+
+
+def test_rows_of_images_are_stacked():
+    rows = [{"pixel_values": torch.full((3, 2, 2), float(i)), "labels": i} for i in range(5)]
+    batches = probe_batches(rows, None, SampleSettings(max_samples=3, batch_size=2))
+    assert [tuple(batch["pixel_values"].shape) for batch in batches] == [(2, 3, 2, 2), (1, 3, 2, 2)]
+    (whole,) = probe_batches([{"pixel_values": torch.zeros(4, 3, 2, 2)}], None, SampleSettings())
+    assert whole["pixel_values"].shape == (4, 3, 2, 2)
