@@ -3,7 +3,8 @@
     python examples/owl_table.py --model DIRECTORY_OR_HUB_ID --text TEXT --output table      # SmolLM2-135M in an hour
 
 Everything that is chosen (OWL's threshold M, each score's lambda) is chosen on the first half of the text, by Wanda
-with the statistics of the intact model; all perplexities that are reported are of the second half. An interrupted run
+with the statistics of the intact model, for magnitude by magnitude; all perplexities that are reported are of the
+second half. An interrupted run
 goes on where it stopped.
 """
 
@@ -22,6 +23,7 @@ from hf_cod.calibration import SampleSettings, TextSettings, load_texts, split_s
 from hf_cod.files import Journal, fingerprint, write_json, write_text
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.pruning import METHODS
+from hf_cod.scores import PRUNERS
 
 THRESHOLDS = (3.0, 5.0, 7.0, 10.0)
 SPREADS = (0.08, 0.15)
@@ -53,19 +55,21 @@ class Bench:
             for name, W in self.stack.matrices(index):
                 W.copy_(matrices[name])
 
-    def scores(self, method: str, threshold: float | None, S: float) -> LayerScores:
+    def scores(self, method: str, threshold: float | None, S: float, pruner: str) -> LayerScores:
         """The scores of the intact model, found once."""
-        key = method, threshold, S if method in ("auto", "sensitivity") else None
+        key = method, threshold, (S, pruner) if method in ("auto", "sensitivity") else None
         if key not in self.found:
             self.restore()
-            options = {"target": S} if threshold is None else {"target": S, "threshold": threshold}
+            options: dict = {"target": S, "pruner": pruner}
+            options |= {} if threshold is None else {"threshold": threshold}
             self.found[key] = score_layers(self.model, self.statistics, method, batches=self.calibration, **options)
         return self.found[key]
 
-    def tune(self, scores: LayerScores, S: float, spread: float | None) -> float:
-        """Perplexity on the first half, after Wanda with the statistics of the intact model."""
+    def tune(self, scores: LayerScores, S: float, spread: float | None, pruner: str) -> float:
+        """Perplexity on the first half, after pruning with the statistics of the intact model."""
         self.restore()
-        prune(self.model, allocate(scores, budget=S, spread=spread), statistics=self.statistics)
+        statistics = self.statistics if pruner == "wanda" else None
+        prune(self.model, allocate(scores, budget=S, spread=spread), pruner, statistics=statistics)
         return perplexity(self.model, self.tuning)
 
     def measure(self, method: str, scores: LayerScores, S: float, spread: float | None) -> float:
@@ -83,16 +87,18 @@ def candidates(score: str) -> Iterator[tuple[float | None, float | None]]:
         yield from product(THRESHOLDS if score == "owl" else (None,), SPREADS)
 
 
-def chosen_settings(bench: Bench, journal: Journal, score: str, S: float) -> tuple[float | None, float | None]:
+def chosen_settings(
+    bench: Bench, journal: Journal, score: str, S: float, pruner: str
+) -> tuple[float | None, float | None]:
     """The candidate with the least perplexity on the first half."""
     tried = list(candidates(score))
     if len(tried) == 1:
         return tried[0]
     found = {}
     for threshold, spread in tried:
-        key = f"tune {score} {threshold} {spread} at {S}"
+        key = f"tune {pruner} {score} {threshold} {spread} at {S}"
         if key not in journal:
-            journal.add(key, bench.tune(bench.scores(score, threshold, S), S, spread))
+            journal.add(key, bench.tune(bench.scores(score, threshold, S, pruner), S, spread, pruner))
         found[threshold, spread] = journal[key]
     return min(found, key=lambda candidate: found[candidate])
 
@@ -146,10 +152,11 @@ def main() -> None:
         journal.add("intact", perplexity(bench.model, bench.report))
     rows = []
     for S, method, score in product(arguments.sparsities, arguments.methods, arguments.scores):
-        threshold, spread = chosen_settings(bench, journal, score, S)
+        pruner = method if method in PRUNERS else "wanda"
+        threshold, spread = chosen_settings(bench, journal, score, S, pruner)
         key = f"{method} {score} {threshold} {spread} at {S}"
         if key not in journal:
-            scores = bench.scores(score, threshold, S)
+            scores = bench.scores(score, threshold, S, pruner)
             figure = bench.measure(method, scores, S, spread)
             journal.add(key, [figure, scores.settings.get("spread", spread), scores.settings.get("chosen", threshold)])
         found, spread, threshold = journal[key]  # of auto, what it chose stands for the threshold

@@ -32,7 +32,7 @@ from hf_cod.loading import ModelSettings, load_model
 from hf_cod.pruning import METHODS, RecoverySettings, measure_sparsity, parse_pattern, prune, recover
 from hf_cod.report import RunReport, format_number
 from hf_cod.scores import METHODS as SCORES
-from hf_cod.scores import LayerScores, ScoreSettings, score_layers
+from hf_cod.scores import PRUNERS, LayerScores, ScoreSettings, score_layers
 
 DEFAULT_SPARSITY = 0.5
 
@@ -240,6 +240,8 @@ def _scores(
     chosen = {name: getattr(settings, name) for name in ("threshold", "per_module", "seed", "layers_path")}
     if 0 < settings.budget < 1:
         chosen["target"] = settings.budget
+    if settings.method in PRUNERS:  # SparseGPT, which is dear to try, is judged by Wanda
+        chosen["pruner"] = settings.method
     return score_layers(model, method=settings.score, batches=batches, show_progress=True, **chosen)
 
 

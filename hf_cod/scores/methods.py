@@ -17,7 +17,7 @@ from hf_cod.diagnostics import measure_forward, measure_gradient_norm, measure_l
 from hf_cod.evaluation import find_metric, task_of
 from hf_cod.functional import budget, outliers
 from hf_cod.scores.layer_scores import LayerScores
-from hf_cod.scores.pruning_probe import PruningProbe
+from hf_cod.scores.pruning_probe import PRUNERS, PruningProbe
 from hf_cod.statistics import LayerStatistics, collect_statistics
 
 
@@ -41,6 +41,10 @@ class ScoreSettings:
     target: float = field(
         default=0.7, metadata={"help": "sensitivity and auto: the sparsity that the scores are to serve"}
     )
+    pruner: str = field(
+        default="wanda",
+        metadata={"help": "sensitivity and auto: what they prune by when they try", "choices": list(PRUNERS)},
+    )
     seed: int = field(default=0, metadata={"help": "seed of every random choice"})
     layers_path: str | None = field(
         default=None, metadata={"help": "name of the module list of layers, for models where it cannot be found"}
@@ -51,6 +55,8 @@ class ScoreSettings:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         if not 0 < self.threshold < math.inf:
             raise ValueError(f"threshold: expected a finite number above 0, got {self.threshold}")
+        if self.pruner not in PRUNERS:
+            raise ValueError(f"pruner: expected one of {', '.join(PRUNERS)}, got {self.pruner!r}")
         if not 0 < self.target < 1:
             raise ValueError(f"target: expected a sparsity between 0 and 1, got {self.target}")
 
@@ -85,12 +91,12 @@ def score_layers(
         method: see the table.
         batches: dicts for the model's forward.
         show_progress: show progress bars.
-        **settings: other fields of `ScoreSettings`: threshold, per_module, target, seed, layers_path.
+        **settings: other fields of `ScoreSettings`: threshold, per_module, target, pruner, seed, layers_path.
 
     `sensitivity` and `auto` measure on the first `PROBE_SAMPLES` samples, pruning by Wanda with the intact model's
-    statistics; weights are put back. `auto` makes the allocation of each candidate score with each lambda in `SPREADS`
-    and takes the pruned model's loss. The scores' `settings` then hold which one was `chosen`, its `spread`, which
-    `allocate` takes where none is given, and the `losses` of all, in nats a token.
+    statistics (or by magnitude); weights are put back. `auto` makes the allocation of each candidate score with each
+    lambda in `SPREADS` and takes the pruned model's loss. The scores' `settings` then hold which one was `chosen`, its
+    `spread`, which `allocate` takes where none is given, and the `losses` of all, in nats a token.
 
     Raises:
         ValueError: an unknown method, something that it needs is missing, statistics of another model, weights or
@@ -224,7 +230,9 @@ def _auto(request: _Request) -> list[float]:
 def _probe(request: _Request) -> PruningProbe:
     assert request.batches is not None
     few, _ = split_samples(request.batches, PROBE_SAMPLES)
-    return PruningProbe(request.stack, _statistics(request), few, request.show_progress)
+    by_magnitude = request.settings.pruner == "magnitude"
+    statistics = None if by_magnitude else _statistics(request)
+    return PruningProbe(request.stack, statistics, few, request.show_progress)
 
 
 def _uniform(request: _Request) -> list[float]:
@@ -253,8 +261,8 @@ NEED_BATCHES = ("angular", "block_influence", "gradient_norm", "layer_drop", "se
 # Method -> the settings that it depends on.
 SETTINGS_OF = {
     "owl": ("threshold", "per_module"),
-    "sensitivity": ("target",),
-    "auto": ("target", "threshold", "per_module"),
+    "sensitivity": ("target", "pruner"),
+    "auto": ("target", "pruner", "threshold", "per_module"),
     "random": ("seed",),
 }
 # What auto tries: scores, and lambdas.

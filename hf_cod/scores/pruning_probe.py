@@ -1,4 +1,4 @@
-"""What plans of sparsity would cost, tried on a little text: Wanda by earlier statistics, one layer pruned at a time.
+"""What plans of sparsity would cost, tried on a little text: by Wanda with earlier statistics, or by magnitude.
 
 The model is never pruned as a whole: while a layer is run, its weights are masked, and put back afterwards.
 """
@@ -24,13 +24,15 @@ from hf_cod.functional.sparsity import magnitude_mask, wanda_mask
 from hf_cod.statistics import LayerStatistics
 from hf_cod.writable_weights import check_writable
 
+PRUNERS = ("wanda", "magnitude")
+
 
 class PruningProbe:
     """Losses of pruned forms of a language model, in nats a token.
 
     Args:
         stack: the layers of a language model with weights in memory.
-        statistics: of this model.
+        statistics: of this model, for Wanda; None prunes by magnitude.
         batches: the text to try on.
         show_progress: show progress bars.
 
@@ -39,7 +41,7 @@ class PruningProbe:
     """
 
     def __init__(
-        self, stack: DecoderLayers, statistics: LayerStatistics, batches: Sequence[Batch], show_progress: bool
+        self, stack: DecoderLayers, statistics: LayerStatistics | None, batches: Sequence[Batch], show_progress: bool
     ) -> None:
         task = task_of(stack.model, batches)
         if task not in ("causal_lm", "masked_lm"):
@@ -115,5 +117,5 @@ class PruningProbe:
                 W.copy_(intact)
 
     def _mask(self, name: str, expert: int | None, W: Tensor, S: float) -> Tensor:
-        squares = self.statistics.of(name, expert)
+        squares = None if self.statistics is None else self.statistics.of(name, expert)
         return magnitude_mask(W, S) if squares is None else wanda_mask(W, squares.sqrt().to(W.device), S)

@@ -60,6 +60,21 @@ def test_sensitivity_is_the_slope_where_all_layers_are_pruned(family):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_sensitivity_by_magnitude_needs_no_statistics():
+    model, batch, _ = setting("llama")
+    found = score_layers(model, None, "sensitivity", batches=[batch], target=0.7, pruner="magnitude").values
+    for layer, value in enumerate(found):
+        losses = []
+        for sparsity in (0.6, 0.8):
+            pruned = build("llama")
+            plan = [sparsity if i == layer else 0.7 for i in range(4)]
+            prune(pruned, LayerAllocation("sparsity", 0.7, plan, [1] * 4, "x"), "magnitude")
+            losses.append(loss_of("llama", pruned, batch))
+        assert value == pytest.approx(losses[1] - losses[0], abs=1e-5)
+    with pytest.raises(ValueError, match="pruner: expected one of wanda, magnitude, got 'sparsegpt'"):
+        score_layers(model, None, "sensitivity", batches=[batch], pruner="sparsegpt")
+
+
 def test_plans_that_begin_alike_share_their_way(monkeypatch):
     model, batch, statistics = setting("llama")
     runs = []
