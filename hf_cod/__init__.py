@@ -9,6 +9,7 @@ from hf_cod.comparison import Comparison, compare
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import MeasurementError, diagnose
 from hf_cod.evaluation import evaluate_tasks, perplexity
+from hf_cod.finetuning import LayerSampler, OwLoreAdamW, owlore
 from hf_cod.layer_removal import drop, skip
 from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
 from hf_cod.pruning import prune
@@ -27,9 +28,11 @@ __all__ = [
     "LayerAllocation",
     "LayerDiagnosticsCallback",
     "LayerMonitor",
+    "LayerSampler",
     "LayerScores",
     "LayerStatistics",
     "MeasurementError",
+    "OwLoreAdamW",
     "RunReport",
     "SparseConfig",
     "SparseLinear",
@@ -44,6 +47,7 @@ __all__ = [
     "fold_lns",
     "from_authors",
     "llama_preset",
+    "owlore",
     "pack_sparse",
     "perplexity",
     "prune",

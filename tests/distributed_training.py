@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from hf_cod import LayerDiagnosticsCallback, LayerMonitor
+from hf_cod import LayerDiagnosticsCallback, LayerMonitor, OwLoreAdamW
 from tests.tiny_models import batch_for, build
 from tests.tiny_training import PROBE, rows, silenced
 
@@ -93,8 +93,31 @@ def fsdp(folder: Path) -> None:
         torch.save({**found, "whole": watch.history.lines}, folder / "fsdp.pt")
 
 
+def owlore(folder: Path) -> None:
+    """Trains replicas with accumulation and clipping, and one model beside them on the tokens of both."""
+    rank, found = dist.get_rank(), {"active": []}
+    for name in ("together", "alone"):
+        model = build("llama")
+        # A large epsilon: else Adam's first step makes a sign of the least rounding.
+        optimizer = OwLoreAdamW(model, lr=1e-2, eps=1e-2, n_active=2, interval=2, rank=4, floor=1.0)
+        replica = torch.nn.parallel.DistributedDataParallel(model) if name == "together" else model
+        for step in range(6):
+            ids = torch.randint(3, 99, (2, 2, 2, 12), generator=torch.Generator().manual_seed(step))
+            for micro in range(2):  # (process, micro-batch, sample, token)
+                for part in [ids[rank, micro]] if name == "together" else ids[:, micro]:
+                    loss = replica(input_ids=part, labels=part).loss / (2 if name == "together" else 4)
+                    loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            if name == "together":
+                found["active"].append(optimizer.active)
+        found["weights" if name == "together" else "alone"] = model.state_dict()
+    torch.save(found, folder / f"owlore-{rank}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    {"ddp": ddp, "fsdp": fsdp}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": ddp, "fsdp": fsdp, "owlore": owlore}[sys.argv[1]](Path(sys.argv[2]))
     dist.destroy_process_group()

@@ -16,7 +16,7 @@ ORDER = [
     ["diagnostics"],
     ["statistics", "training"],
     ["scores"],
-    ["allocation", "comparison", "pretraining"],
+    ["allocation", "comparison", "pretraining", "finetuning"],
     ["pruning"],
     ["plots", "model_card"],
     ["commands"],

@@ -1,0 +1,97 @@
+"""AdamW of one parameter, in the full space or in the low-rank space of its gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_cod.functional.low_rank import change_basis, gradient_basis, is_tall, lift, project
+from hf_cod.functional.rounding import round_stochastically
+
+# Numbers of a weight that are updated at a time: what bounds the memory of an update.
+CHUNK = 1 << 22
+
+
+def is_projected(parameter: Tensor, rank: int | None) -> bool:
+    """Whether a parameter is a matrix (or a bank of them) that `rank` is less than."""
+    return rank is not None and parameter.ndim >= 2 and min(parameter.shape[-2:]) > rank
+
+
+def refresh_basis(state: dict[str, Tensor], grad: Tensor, rank: int, generator: torch.Generator, stayed: bool) -> None:
+    """Finds the basis of this gradient's leading directions; moments that there are go on in it.
+
+    Of a layer that trained until now they go on as they are, as GaLore defines it (arXiv 2403.03507, algorithm 2).
+    Those of a layer that comes back after a while are turned into the new basis.
+    """
+    basis = gradient_basis(grad, rank, generator)
+    if "exp_avg" in state and not stayed:
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        state["exp_avg"], state["exp_avg_sq"] = change_basis(*moments, state["basis"], basis, is_tall(grad))
+    state["basis"] = basis
+
+
+def adam_direction(state: dict[str, Tensor], grad: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
+    """Adam's step, without learning rate and decay; moments are float32 whatever the gradient's dtype.
+
+        N = m^ / (sqrt(v^) + eps),  of R = project(G) where there is a basis
+
+    Returns:
+        In R's shape where there is a basis, else in G's.
+    """
+    R = project(grad, state["basis"]) if "basis" in state else grad.to(_moment_dtype(grad))
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float64)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(R), torch.zeros_like(R)
+    state["step"] += 1
+    step, (beta1, beta2) = state["step"].item(), betas
+    mean = state["exp_avg"].lerp_(R, 1 - beta1)
+    square = state["exp_avg_sq"].mul_(beta2).addcmul_(R, R, value=1 - beta2)
+    root = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
+    return mean.div(1 - beta1**step).div_(root)
+
+
+@torch.no_grad()
+def apply_direction(
+    parameter: Tensor, N: Tensor, basis: Tensor | None, group: dict[str, Any], generator: torch.Generator | None
+) -> None:
+    """W <- (1 - lr decay) W - lr scale lift(N), a few rows at a time in N's precision.
+
+    Args:
+        parameter: W.
+        N: of `adam_direction`.
+        basis: of a projected parameter; `scale` counts for these alone.
+        group: lr, weight_decay, scale.
+        generator: rounds bfloat16 weights stochastically; None rounds to nearest.
+    """
+    factor = group["lr"] * (1.0 if basis is None else group["scale"])
+    for rows, delta in _rows(parameter, N, basis):
+        part = parameter[rows]
+        updated = part.to(delta.dtype).mul(1 - group["lr"] * group["weight_decay"]).sub_(delta, alpha=factor)
+        if part.dtype == torch.bfloat16 and generator is not None:
+            updated = round_stochastically(updated, generator)
+        part.copy_(updated)
+
+
+def _rows(parameter: Tensor, N: Tensor, basis: Tensor | None) -> Iterator[tuple[Any, Tensor]]:
+    """(rows, their part of the lifted direction) of the whole parameter."""
+    if parameter.ndim == 0:
+        yield ..., N
+        return
+    count = max(1, CHUNK // max(1, parameter[:1].numel()))
+    tall = parameter.ndim > 1 and is_tall(parameter)
+    for start in range(0, len(parameter), count):
+        rows = slice(start, start + count)
+        if basis is None:
+            yield rows, N[rows]
+        elif parameter.ndim > 2:  # rows are experts
+            yield rows, lift(N[rows], basis[rows], tall)
+        else:
+            yield rows, lift(N[rows], basis, True) if tall else lift(N, basis[rows], False)
+
+
+def _moment_dtype(grad: Tensor) -> torch.dtype:
+    return torch.promote_types(grad.dtype, torch.float32)

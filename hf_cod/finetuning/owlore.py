@@ -1,0 +1,274 @@
+"""OwLoreAdamW: few layers at a time, drawn by their outliers, with low-rank moments."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.finetuning.active_layers import ActiveLayers
+from hf_cod.finetuning.moments import adam_direction, apply_direction, is_projected, refresh_basis
+from hf_cod.finetuning.sampling import LayerSampler
+from hf_cod.finetuning.settings import OwLoreSettings
+from hf_cod.functional.randomness import generator_of
+from hf_cod.scores import LayerScores
+
+logger = logging.getLogger(__name__)
+
+# Steps in a row without finite gradients, after which a training is beyond help.
+PATIENCE = 10
+KEY = "owlore"
+_BASIS, _ROUNDING = 1, 2  # what a generator is for
+
+
+class OwLoreAdamW(torch.optim.Optimizer):
+    """AdamW that trains `n_active` layers at a time, each matrix in the low-rank space of its gradient.
+
+    OwLore (Li et al. 2024, arXiv 2405.18380, algorithm 1; later OWS): every `interval` steps layers are drawn
+    without replacement, with probability proportional to their scores (`LayerSampler`); the others are frozen, so that
+    they need neither gradients nor moments, and the backward pass ends at the lowest layer that trains. Gradients of
+    matrices are projected (GaLore, arXiv 2403.03507) on the leading directions of the first one after each draw.
+    `scores=None` with `rank=None` is LISA (arXiv 2403.17919); with all layers active it is GaLore.
+
+        optimizer = OwLoreAdamW(model, scores, lr=3e-4)                             # in a loop of your own
+        Trainer(model, args, optimizer_cls_and_kwargs=owlore(scores, lr=3e-4))      # in Trainer and TRL
+
+    Unlike the authors' code: layers change inside `step`, and a resumed run goes on with the layers that it had;
+    moments are float32 under bfloat16 weights; the state of layers that are left is dropped (or kept, or offloaded); a
+    layer that comes back gets a fresh basis; no layer has probability 0 (`floor`). Embeddings and head are frozen by
+    default, the norm behind the last layer always trains, in full rank.
+
+    The gradients of layers are averaged over processes here, because DDP leaves the layers alone. A step whose
+    gradients are not finite changes nothing and says so; ten of them in a row raise.
+
+    Args:
+        model: a transformers model on its device, before it is wrapped. What is frozen already stays so.
+        scores: `LayerScores` of this model; None: all layers alike.
+        lr: learning rate.
+        betas: Adam's.
+        eps: Adam's.
+        weight_decay: decoupled.
+        **settings: fields of `OwLoreSettings`.
+
+    Raises:
+        ValueError: bad settings, more layers than the model has, a rank above a layer's width, scores of another model,
+            sharded parameters; in `step`: gradients that are not finite too often.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scores: LayerScores | None = None,
+        *,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        self.settings = OwLoreSettings(**settings)
+        _check_hyperparameters(lr, betas, eps, weight_decay)
+        others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
+        self.layers = ActiveLayers(model, others)
+        self.sampler = LayerSampler(
+            _values(scores, self.layers), self.settings.n_active, self.settings.seed, self.settings.floor
+        )
+        _check_rank(self.settings.rank, self.layers)
+        groups: list[dict[str, Any]] = [{"params": p, "layer": i} for i, p in enumerate(self.layers.layers) if p]
+        if self.layers.always:
+            groups.append({"params": self.layers.always, "layer": None})
+        common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "scale": self.settings.scale}
+        super().__init__(groups, common)
+        self.steps, self._failures = 0, 0
+        self._numbers = {p: number for number, (p, _) in enumerate(self._parameters())}
+        self._updated: set[Tensor] = set()  # by a fused backward pass
+        if self.settings.fused:
+            for parameter in self._numbers:
+                parameter.register_post_accumulate_grad_hook(self._update_in_backward)
+        self.layers.end_at_lowest()
+        self._activate()
+
+    @property
+    def draw(self) -> int:
+        """Number of the present draw of layers, from 0."""
+        return self.steps // self.settings.interval
+
+    @property
+    def active(self) -> list[int]:
+        """The layers that train now."""
+        return self.layers.active
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates what trains, and draws other layers when it is time."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.settings.fused and self._finite():
+            for parameter, group in self._parameters():
+                if parameter.grad is not None and parameter.requires_grad:
+                    self._update(parameter, group)
+        self._updated.clear()
+        self.layers.end_at_lowest()  # checkpointing may have been turned on since
+        self.steps += 1
+        if self.steps % self.settings.interval == 0:
+            self._activate()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, bases and the number of steps: all that an exact resume needs."""
+        return {**super().state_dict(), KEY: {"steps": self.steps, **self._described()}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave, in the precision that it has, and activates the layers of that step.
+
+        Raises:
+            ValueError: it is of another optimizer, of other settings or of another model.
+        """
+        saved = state_dict.get(KEY)
+        if saved is None:
+            raise ValueError(f"state_dict: expected one of OwLoreAdamW, got one without {KEY!r}")
+        for name, value in self._described().items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"{name}: expected {saved.get(name)!r} as in the checkpoint, got {value!r}; resume with the same "
+                    "settings, or start anew"
+                )
+        groups = self.param_groups, state_dict["param_groups"]
+        counts = [[len(group["params"]) for group in side] for side in groups]
+        if counts[0] != counts[1]:
+            raise ValueError(f"state_dict: expected groups of {counts[0]} parameters, got {counts[1]}")
+        for group, other in zip(*groups, strict=True):
+            group.update({key: value for key, value in other.items() if key != "params"})
+        own, theirs = ([p for group in side for p in group["params"]] for side in groups)
+        states = {p: state_dict["state"].get(key, {}) for p, key in zip(own, theirs, strict=True)}
+        self.state = defaultdict(dict, {p: {k: v.clone() for k, v in s.items()} for p, s in states.items() if s})
+        self.steps = int(saved["steps"])
+        self._activate()
+
+    def _described(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed, as plain numbers and strings."""
+        free = ("fused", "deselected")
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in free}
+        return {**settings, "probabilities": [round(p, 12) for p in self.sampler.probabilities]}
+
+    def _parameters(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                yield parameter, group
+
+    def _activate(self) -> None:
+        """Lets the layers of the present draw train, and sees to the state of the others."""
+        self.layers.activate(self.sampler.draw(self.draw))
+        if self.settings.deselected == "keep":
+            return
+        for parameter, group in self._parameters():
+            if group["layer"] is None or group["layer"] in self.active:
+                continue
+            if self.settings.deselected == "drop":
+                self.state.pop(parameter, None)
+            elif parameter in self.state:
+                self.state[parameter] = {k: v.cpu() for k, v in self.state[parameter].items()}
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        """AdamW of one parameter."""
+        grad, state, number = parameter.grad, self.state[parameter], self._numbers[parameter]
+        assert grad is not None
+        for key in ("exp_avg", "exp_avg_sq", "basis"):
+            if key in state:
+                state[key] = state[key].to(parameter.device)  # it may have been offloaded
+        rank, seed = self.settings.rank, self.settings.seed
+        last = int(state["draw"]) if "draw" in state else None
+        if group["layer"] is not None and is_projected(parameter, rank) and last != self.draw:
+            random = generator_of(seed, self.draw, number, _BASIS)
+            refresh_basis(state, grad, rank or 0, random, stayed=last == self.draw - 1)
+            state["draw"] = torch.tensor(self.draw)
+        N = adam_direction(state, grad, group["betas"], group["eps"])
+        generator: torch.Generator | None = None
+        if parameter.dtype == torch.bfloat16 and self.settings.rounding == "stochastic":
+            generator = generator_of(seed, self.steps, number, _ROUNDING, device=parameter.device)
+        apply_direction(parameter, N, state.get("basis"), group, generator)
+
+    @torch.no_grad()
+    def _update_in_backward(self, parameter: nn.Parameter) -> None:
+        """The update as a hook of the backward pass; the gradient is free behind it."""
+        if parameter in self._updated:
+            raise ValueError("fused: expected one backward pass a step, got more; accumulation needs fused=False")
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError("fused: expected one process, got several; set fused=False")
+        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        if not bool(torch.isfinite(parameter.grad).all()):  # type: ignore[arg-type]
+            raise ValueError(
+                "gradients: expected finite numbers, got NaN or infinity; set fused=False to skip such steps"
+            )
+        self._update(parameter, group)
+        parameter.grad = None
+        self._updated.add(parameter)
+
+    def _finite(self) -> bool:
+        """Whether all gradients are finite; counts and tells the steps where they are not."""
+        grads = [p.grad for p, _ in self._parameters() if p.grad is not None]
+        if not grads:
+            return True
+        norms = torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(grads, ord=float("inf"))])
+        if bool(norms.isfinite().all()):
+            self._failures = 0
+            return True
+        self._failures += 1
+        if self._failures >= PATIENCE:
+            raise ValueError(
+                f"gradients: expected finite numbers, got NaN or infinity in {PATIENCE} steps one after another; lower "
+                "the learning rate"
+            )
+        logger.warning(f"step {self.steps}: gradients are not finite, nothing is updated")
+        return False
+
+
+class OwLoreFactory:
+    """Makes an OwLoreAdamW of the model that Trainer trains; see `owlore`."""
+
+    def __call__(self, model: nn.Module, **arguments: Any) -> OwLoreAdamW:
+        """What Trainer calls."""
+        return OwLoreAdamW(model, **arguments)
+
+
+def owlore(scores: LayerScores | None = None, *, lr: float = 3e-4, **arguments: Any) -> tuple[type, dict[str, Any]]:
+    """What Trainer and TRL's trainers take as `optimizer_cls_and_kwargs`; the arguments are those of `OwLoreAdamW`.
+
+    Trainer hands its own learning rate to optimizers that it knows alone, so `lr` is given here.
+    """
+    return OwLoreFactory, {"scores": scores, "lr": lr, **arguments}
+
+
+def _values(scores: LayerScores | None, layers: ActiveLayers) -> list[float]:
+    if scores is None:
+        return [1.0] * len(layers.layers)
+    found = [layers.stack.count_weights(i) for i in range(len(layers.stack))]
+    if found != list(scores.parameters):
+        raise ValueError(
+            f"scores: expected those of this model, {len(found)} layers of {found[0]} weights, got "
+            f"{len(scores.values)} of {scores.parameters[0]} ({scores.model})"
+        )
+    return scores.values
+
+
+def _check_rank(rank: int | None, layers: ActiveLayers) -> None:
+    widths = [min(p.shape[-2:]) for parameters in layers.layers for p in parameters if p.ndim >= 2]
+    if rank is not None and widths and rank > max(widths):
+        raise ValueError(f"rank: expected at most {max(widths)}, the width of the layers' matrices, got {rank}")
+
+
+def _check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+    for name, value in numbers.items():
+        if not value >= 0:
+            raise ValueError(f"{name}: expected at least 0, got {value}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")

@@ -1,0 +1,338 @@
+"""OwLoreAdamW against the papers' definitions, and through Trainer, accelerate and TRL."""
+
+import copy
+import random
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from hf_cod import LayerScores, OwLoreAdamW, owlore, score_layers
+from tests.finetuning.references import adamw, galore
+from tests.tiny_models import batch_for, build
+from tests.tiny_training import rows, run_in_two_processes
+
+
+def train(model, optimizer, steps, first=0):
+    """The weights after each step, each on other tokens."""
+    found = []
+    for step in range(first, first + steps):
+        ids = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(step))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    return found
+
+
+def gradients(model, step):
+    """All gradients of a step, by the whole model."""
+    ids = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(step))
+    whole = copy.deepcopy(model).requires_grad_(True)
+    for p in whole.parameters():
+        p.grad = None
+    whole(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad for name, p in whole.named_parameters()}
+
+
+def layer_of(name):
+    return int(name.split(".")[2]) if ".layers." in name else None
+
+
+def test_uniform_scores_and_full_rank_are_lisa():
+    """AdamW from scratch on the drawn layers; the others do not move."""
+    model = build("llama").double()
+    optimizer = OwLoreAdamW(
+        model, lr=1e-2, weight_decay=0.1, n_active=2, interval=3, rank=None, floor=1.0, train_embeddings=True
+    )
+    assert optimizer.sampler.probabilities == [0.25] * 4
+    states, seen = {}, set()
+    for step in range(9):
+        active, before = set(optimizer.active), {n: p.detach().clone() for n, p in model.named_parameters()}
+        seen.add(tuple(active))
+        assert active == set(optimizer.sampler.draw(step // 3))
+        if step % 3 == 0:
+            left = {name for name in states if layer_of(name) is not None and layer_of(name) not in active}
+            states = {name: state for name, state in states.items() if name not in left}
+        grads = gradients(model, step)
+        after = train(model, optimizer, 1, step)[0]
+        for name, w in before.items():
+            if layer_of(name) is None or layer_of(name) in active:
+                expected = adamw(w, grads[name], states.setdefault(name, {}), 1e-2, decay=0.1)
+                torch.testing.assert_close(after[name], expected, atol=1e-9, rtol=1e-6, msg=name)
+            else:
+                assert torch.equal(after[name], w), name
+    assert len(seen) > 1
+
+
+def test_all_layers_active_is_galore(monkeypatch):
+    """With the basis of a full SVD in the place of ours, which spans nearly the same."""
+
+    def exact(G, r, generator):
+        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        return Vh[:r].T if G.shape[0] >= G.shape[1] else U[:, :r]
+
+    monkeypatch.setattr("hf_cod.finetuning.moments.gradient_basis", exact)
+    model = build("llama").double()
+    optimizer = OwLoreAdamW(model, lr=1e-2, weight_decay=0.1, n_active=4, interval=3, rank=8, scale=0.25)
+    states = {}
+    for step in range(7):
+        before, grads = {n: p.detach().clone() for n, p in model.named_parameters()}, gradients(model, step)
+        after = train(model, optimizer, 1, step)[0]
+        for name, w in before.items():
+            state = states.setdefault(name, {})
+            if layer_of(name) is None:
+                expected = adamw(w, grads[name], state, 1e-2, decay=0.1) if "model.norm" in name else w
+            elif w.ndim == 2:
+                expected = galore(w, grads[name], state, 1e-2, 8, step % 3 == 0, 0.25, decay=0.1)
+            else:
+                expected = adamw(w, grads[name], state, 1e-2, decay=0.1)
+            torch.testing.assert_close(after[name], expected, atol=1e-7, rtol=1e-5, msg=name)
+
+
+def scored(model):
+    return score_layers(model, batches=[batch_for(model)], threshold=2.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen2_moe", "opt", "bert"])
+def test_learns_and_leaves_the_rest_alone(family):
+    model = build(family)
+    optimizer = OwLoreAdamW(model, scored(model), lr=1e-2, n_active=1, interval=100, rank=4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch = batch_for(model)
+    batch["labels"] = batch["input_ids"]
+    losses = []
+    for _ in range(20):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05
+    active = optimizer.layers.stack.path + f".{optimizer.active[0]}."
+    norm = {id(p) for p in optimizer.layers.always}
+    for name, p in model.named_parameters():
+        if id(p) in norm:
+            continue
+        if active not in name:
+            assert torch.equal(p, before[name]) and not p.requires_grad, name
+    moved = [name for name, p in model.named_parameters() if active in name and not torch.equal(p, before[name])]
+    assert moved
+
+
+@pytest.mark.parametrize("checkpointing", ["never", "before", "after"])
+def test_the_backward_pass_ends_at_the_lowest_active_layer(checkpointing):
+    """With activation checkpointing too, whether it is turned on before or after the optimizer is made."""
+    model = build("llama", layers=6).train()
+    if checkpointing == "before":
+        model.activation_checkpointing_enable()
+    optimizer = OwLoreAdamW(model, n_active=1, rank=None, seed=1)
+    lowest = optimizer.active[0]
+    assert lowest > 0
+    if checkpointing == "after":
+        model.activation_checkpointing_enable()
+        train(model, optimizer, 1)
+    reached = []
+    for index, layer in enumerate(model.model.layers):
+        layer.register_full_backward_hook(lambda *_, index=index: reached.append(index))
+    ids = batch_for(model)["input_ids"]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert set(reached) == set(range(lowest, 6))
+    for index, layer in enumerate(model.model.layers):
+        assert all((p.grad is not None) == (index == lowest) for p in layer.parameters())
+
+
+@pytest.mark.parametrize("deselected", ["drop", "keep", "offload"])
+def test_state_of_layers_that_are_left(deselected):
+    model = build("llama")
+    optimizer = OwLoreAdamW(model, n_active=1, interval=2, rank=4, deselected=deselected, floor=1.0)
+    visited = set()
+    for step in range(12):
+        visited.add(optimizer.active[0])
+        train(model, optimizer, 1, step)
+    held = {group["layer"] for group in optimizer.param_groups for p in group["params"] if p in optimizer.state}
+    now = optimizer.active if optimizer.steps % 2 else []
+    assert held - {None} == (visited if deselected != "drop" else held - {None} & set(now)) and len(visited) > 1
+
+
+def test_moments_are_small_and_float32_under_bfloat16_weights():
+    model = build("llama", dtype=torch.bfloat16)
+    optimizer = OwLoreAdamW(model, n_active=1, interval=10, rank=4)
+    train(model, optimizer, 2)
+    for p, state in optimizer.state.items():
+        assert state["exp_avg"].dtype == torch.float32
+        if p.ndim == 2:
+            assert state["exp_avg"].shape in {(p.shape[0], 4), (4, p.shape[1])}
+            assert state["basis"].shape == (min(p.shape), 4)
+            assert state["basis"].untyped_storage().nbytes() == state["basis"].numel() * 4
+
+
+def test_small_updates_reach_bfloat16_weights_by_stochastic_rounding():
+    """Updates of 1/2000 of a weight: to nearest they are all lost."""
+    moved = {}
+    for rounding in ("stochastic", "nearest"):
+        model = build("llama", dtype=torch.bfloat16)
+        for p in model.parameters():
+            p.data.fill_(1.0)
+        optimizer = OwLoreAdamW(model, lr=5e-4, n_active=4, interval=99, rank=None, rounding=rounding)
+        for _ in range(40):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+            optimizer.step()
+        moved[rounding] = float((1 - model.model.layers[0].mlp.up_proj.weight.float()).mean())
+    assert moved["nearest"] == 0 and moved["stochastic"] == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("deselected", ["drop", "keep"])
+def test_trainer_resumes_bit_for_bit(dtype, accumulation, deselected, tmp_path):
+    """Killed at a random step, in the middle of an interval or not."""
+
+    def trainer(folder, steps):
+        model = build("llama", dtype=dtype, attention_dropout=0.1)
+        arguments = TrainingArguments(
+            str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=0.5,
+            lr_scheduler_type="constant",
+            save_steps=1,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        how = owlore(scored(build("llama")), lr=1e-2, n_active=2, interval=3, rank=4, deselected=deselected)
+        return Trainer(
+            model, arguments, train_dataset=rows(), data_collator=default_data_collator, optimizer_cls_and_kwargs=how
+        )
+
+    whole = trainer(tmp_path / "whole", 8)
+    whole.train()
+    stop = random.randint(1, 7)  # a random step, on purpose: any must do
+    trainer(tmp_path / "killed", stop).train()
+    resumed = trainer(tmp_path / "killed", 8)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.optimizer.optimizer.steps == 8
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), (name, stop)
+
+
+def test_state_dict_holds_tensors_and_numbers_alone(tmp_path):
+    model = build("llama")
+    optimizer = OwLoreAdamW(model, n_active=2, interval=2, rank=4)
+    train(model, optimizer, 3)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    loaded = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    twin = build("llama")
+    twin.load_state_dict(model.state_dict())
+    other = OwLoreAdamW(twin, n_active=2, interval=2, rank=4)
+    other.load_state_dict(loaded)
+    other.load_state_dict(other.state_dict())  # as accelerate does
+    assert other.active == optimizer.active and other.steps == 3
+    for a, b in zip(train(model, optimizer, 3, 3), train(twin, other, 3, 3), strict=True):
+        assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_fused_gives_the_same_weights_and_keeps_no_gradient():
+    plain, fused = build("llama"), build("llama")
+    settings = {"n_active": 2, "interval": 2, "rank": 4, "lr": 1e-2}
+    optimizers = OwLoreAdamW(plain, **settings), OwLoreAdamW(fused, fused=True, **settings)
+    for a, b in zip(train(plain, optimizers[0], 5), train(fused, optimizers[1], 5), strict=True):
+        for name, value in a.items():
+            assert torch.equal(value, b[name]), name
+    ids = batch_for(fused)["input_ids"]
+    fused(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is None for p in fused.parameters())
+    with pytest.raises(ValueError, match="fused: expected one backward pass a step, got more"):
+        fused(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_two_processes_stay_in_step_and_train_as_one(tmp_path):
+    run_in_two_processes("owlore", tmp_path)
+    first, second = (torch.load(tmp_path / f"owlore-{rank}.pt") for rank in range(2))
+    assert first["active"] == second["active"] and len(set(map(tuple, first["active"]))) > 1
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
+        torch.testing.assert_close(value, first["alone"][name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_with_sfttrainer(tmp_path):
+    trl = pytest.importorskip("trl")
+    import datasets
+
+    from tests.tiny_tokenizers import WORDS, gpt_like
+
+    tokenizer = gpt_like()
+    data = datasets.Dataset.from_dict({"text": [" ".join(WORDS)] * 16})
+    model = build("llama", vocab_size=len(tokenizer))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arguments = trl.SFTConfig(
+        str(tmp_path), max_steps=4, use_cpu=True, report_to=[], save_strategy="no", bf16=False, disable_tqdm=True
+    )
+    trainer = trl.SFTTrainer(
+        model,
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=owlore(n_active=1, interval=50, rank=4, lr=1e-2),
+    )
+    trainer.train()
+    moved = {layer_of(name) for name, p in trainer.model.named_parameters() if not torch.equal(p.cpu(), before[name])}
+    active = trainer.optimizer.optimizer.active if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer.active
+    assert moved == {active[0], None}
+
+
+def test_bad_gradients_change_nothing_and_end_the_training_at_last(caplog):
+    model = build("llama")
+    optimizer = OwLoreAdamW(model, n_active=2, rank=4)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def spoiled():
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float("nan")) if p.requires_grad else None
+
+    for _ in range(9):
+        spoiled()
+        optimizer.step()
+    assert "gradients are not finite" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    spoiled()
+    with pytest.raises(ValueError, match="NaN or infinity in 10 steps one after another"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"n_active": 5}, "n_active: expected between 1 and the model's 4 layers, got 5"),
+        ({"n_active": 0}, "n_active: expected at least 1, got 0"),
+        ({"n_active": 1, "rank": 64}, "rank: expected at most 32, the width of the layers' matrices, got 64"),
+        ({"n_active": 1, "interval": 0}, "interval: expected at least 1, got 0"),
+        (
+            {"n_active": 1, "rank": 4, "deselected": "lose"},
+            "deselected: expected one of drop, keep, offload, got 'lose'",
+        ),
+        ({"n_active": 1, "rank": 4, "lr": -1.0}, "lr: expected at least 0, got -1.0"),
+        ({"n_active": 1, "rank": 4, "betas": (0.9, 1.0)}, "betas: expected two numbers in"),
+        (
+            {"n_active": 1, "rank": 4, "scores": LayerScores("other", "owl", [1.0] * 4, [7] * 4)},
+            "scores: expected those of this model, 4 layers of .* weights, got 4 of 7",
+        ),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        OwLoreAdamW(build("llama"), **arguments)
+
+
+def test_bad_states():
+    model = build("llama")
+    optimizer = OwLoreAdamW(model, n_active=2, rank=4)
+    with pytest.raises(ValueError, match="state_dict: expected one of OwLoreAdamW"):
+        optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+    with pytest.raises(ValueError, match="rank: expected 4 as in the checkpoint, got 8"):
+        OwLoreAdamW(build("llama"), n_active=2, rank=8).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="model: expected layers that can be trained, got frozen"):
+        OwLoreAdamW(build("llama").requires_grad_(False), n_active=1, rank=4)
