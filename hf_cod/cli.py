@@ -15,12 +15,13 @@ COMMANDS = {
     "history": ("history", "draw what the layers did during a training"),
     "prune": ("prune", "set weights to zero, more in layers that matter less"),
     "pack": ("pack", "store a pruned model without its zeros, to load and run it faster"),
+    "finetune": ("finetune", "train a model on, a few layers at a time"),
     "compare": ("compare", "put several diagnosed runs side by side"),
     "card": ("card", "a pre-trained model with its model card, ready to share"),
     "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
 }
 # Commands that keep a journal: stopped, they go on where they were.
-RESUMABLE = ("demo", "diagnose", "score", "prune")
+RESUMABLE = ("demo", "diagnose", "score", "prune", "finetune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

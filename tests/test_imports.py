@@ -29,7 +29,7 @@ OPTIONAL = {
     "evaluate": ["evaluation"],
     "lm_eval": ["evaluation"],
     "gguf": ["loading"],
-    "peft": ["pruning"],
+    "peft": ["pruning", "finetuning"],
 }
 # A report can be asked for its picture: the one arrow that goes up, and only inside a method.
 UPWARDS = {("report", "plots"), ("comparison", "plots")}

@@ -20,7 +20,8 @@ class OwLoreSettings:
     n_active: int = field(default=5, metadata={"help": "layers that train at a time, gamma"})
     interval: int = field(default=50, metadata={"help": "optimizer steps until other layers are drawn, K"})
     rank: int | None = field(
-        default=128, metadata={"help": "rank that gradients of matrices are projected to (GaLore); none: full rank"}
+        default=128,
+        metadata={"help": "rank that gradients of matrices are projected to (GaLore); 0 or None: full rank"},
     )
     scale: float = field(default=1.0, metadata={"help": "factor of projected updates, GaLore's alpha"})
     floor: float = field(
@@ -54,6 +55,7 @@ class OwLoreSettings:
     seed: int = field(default=0, metadata={"help": "of the draws"})
 
     def __post_init__(self) -> None:
+        self.rank = self.rank or None
         for name, least in (("n_active", 1), ("interval", 1), ("rank", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

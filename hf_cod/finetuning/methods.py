@@ -1,0 +1,74 @@
+"""Ways to fine-tune, in one table: which parameters train, and by which optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from hf_cod.decoder_layers import find_decoder_layers
+from hf_cod.finetuning.owlore import owlore
+from hf_cod.finetuning.settings import OwLoreSettings
+from hf_cod.scores import LayerScores
+
+Setup = Callable[[nn.Module, "LayerScores | None", OwLoreSettings, float, int], "tuple[nn.Module, Any]"]
+"""(model, scores, settings, learning rate, LoRA's rank) -> (what trains, Trainer's optimizer_cls_and_kwargs)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        setup: see `Setup`.
+        learning_rate: a peak to begin with; the best one depends on model, task and length.
+        needs_scores: whether layers are drawn by their scores.
+    """
+
+    setup: Setup
+    learning_rate: float
+    needs_scores: bool = False
+
+
+def _full(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int) -> tuple[nn.Module, Any]:
+    return model.requires_grad_(True), None
+
+
+def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int) -> tuple[nn.Module, Any]:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("method: lora needs the peft package: pip install 'hf_cod[recovery]'") from error
+    stack = find_decoder_layers(model)
+    names = sorted({name.rsplit(".", 1)[-1] for i in range(len(stack)) for name in stack.linears(i)})
+    wrapped: Any = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names))  # type: ignore[arg-type]
+    return wrapped, None
+
+
+def _galore(
+    model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int
+) -> tuple[nn.Module, Any]:
+    alike = replace(settings, n_active=len(find_decoder_layers(model)))
+    return model, owlore(None, lr=lr, **asdict(alike))
+
+
+def _lisa(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int) -> tuple[nn.Module, Any]:
+    whole = replace(settings, rank=None, floor=1.0, train_embeddings=True)
+    return model, owlore(None, lr=lr, **asdict(whole))
+
+
+def _owlore(
+    model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int
+) -> tuple[nn.Module, Any]:
+    return model, owlore(scores, lr=lr, **asdict(settings))
+
+
+METHODS: dict[str, Method] = {
+    "owlore": Method(_owlore, 1e-3, needs_scores=True),
+    "lisa": Method(_lisa, 3e-4),
+    "galore": Method(_galore, 1e-3),
+    "lora": Method(_lora, 3e-4),
+    "full": Method(_full, 5e-5),
+}

@@ -1,0 +1,98 @@
+"""hf-cod finetune on the embedded LNS model and novel."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_cod import RunReport, perplexity
+from hf_cod.calibration import embedded_text
+from hf_cod.cli import main
+from hf_cod.finetuning.methods import METHODS
+from hf_cod.loading import embedded_model
+from hf_cod.pretraining import pack
+
+QUICK = "--steps 10 --batch-size 8 --micro-batch-size 4 --sequence-length 64 --eval-samples 8 --n-active 3 --interval 3"
+QUICK += " --rank 8 --save-every 2 --log-every 2 --dtype float32 --device cpu --no-plots --learning-rate 1e-3"
+MODEL = embedded_model("lns")
+
+DIES = """
+import os, sys
+from hf_cod.finetuning import OwLoreAdamW
+step = OwLoreAdamW.step
+def dies(self, *args, **kwargs):
+    step(self, *args, **kwargs)
+    if self.steps == 5: os._exit(9)
+OwLoreAdamW.step = dies
+from hf_cod.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["finetune", MODEL, "--method", method, *QUICK.split(), "--output", str(output)]) == 0
+    assert "Perplexity goes from" in capsys.readouterr().out
+    report = RunReport.load(output)
+    found = report.results["perplexity"]
+    assert found["after"] < found["before"]
+    assert [step for step, _ in report.results["curve"]] == [2, 4, 6, 8, 10]
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    held_out = pack(tokenizer, [embedded_text()], 64)[-8:].long()
+    again = perplexity(model, [{"input_ids": part} for part in held_out.split(4)])
+    assert again == pytest.approx(found["after"], rel=1e-4)
+    if method in ("owlore", "lisa"):
+        assert sum(report.layers["trained"]) == 3 * 10
+    with pytest.raises(ValueError, match="output: expected a new directory"):
+        from hf_cod.commands import finetune
+
+        finetune.main([MODEL, "--method", method, *QUICK.split(), "--output", str(output)])
+
+
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
+    command = ["finetune", MODEL, *QUICK.split(), "--output"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    killed = subprocess.run(
+        [sys.executable, "-c", DIES, *command, str(tmp_path / "killed")],
+        check=False,
+        capture_output=True,
+        env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
+    )
+    assert killed.returncode == 9, killed.stderr.decode()[-2000:]
+    assert main([*command, str(tmp_path / "killed")]) == 0
+    weights, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+    for name, value in weights.items():
+        assert torch.equal(resumed[name], value), name
+    reports = [RunReport.load(tmp_path / name) for name in ("whole", "killed")]
+    assert reports[0].results["curve"] == reports[1].results["curve"] and reports[0].layers == reports[1].layers
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--method", "prefix"], "method"),
+        (["--micro-batch-size", "3"], "micro_batch_size: expected batch_size 8 to be a multiple of it, got 3"),
+        (["--eval-samples", "99999"], "text: expected more than the 99999 windows of 64 tokens that are held out"),
+        (["--n-active", "13"], "n_active: expected between 1 and the model's 12 layers, got 13"),
+        (["--rank", "999"], "rank: expected at most 128, the width of the layers' matrices, got 999"),
+    ],
+)
+def test_bad_input(more, message, tmp_path, capsys):
+    try:
+        status = main(["finetune", MODEL, *QUICK.split(), *more, "--output", str(tmp_path / "out")])
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2 and message in capsys.readouterr().err
+
+
+def test_a_directory_of_another_run_is_refused(tmp_path, capsys):
+    command = ["finetune", MODEL, *QUICK.split(), "--output", str(tmp_path / "out")]
+    main([*command, "--eval-samples", "99999"])  # fails behind its note of settings
+    assert main([*command, "--steps", "11"]) == 2
+    assert "name another --output" in capsys.readouterr().err
