@@ -97,9 +97,8 @@ def owlore(folder: Path) -> None:
     """Trains replicas with accumulation and clipping, and one model beside them on the tokens of both."""
     rank, found = dist.get_rank(), {"active": []}
     for name in ("together", "alone"):
-        model = build("llama")
-        # A large epsilon: else Adam's first step makes a sign of the least rounding.
-        optimizer = OwLoreAdamW(model, lr=1e-2, eps=1e-2, n_active=2, interval=2, rank=4, floor=1.0)
+        model = build("llama").double()  # two directions of nearly equal weight take the least rounding far
+        optimizer = OwLoreAdamW(model, lr=1e-2, n_active=2, interval=2, rank=4, floor=1.0)
         replica = torch.nn.parallel.DistributedDataParallel(model) if name == "together" else model
         for step in range(6):
             ids = torch.randint(3, 99, (2, 2, 2, 12), generator=torch.Generator().manual_seed(step))
