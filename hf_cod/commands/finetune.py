@@ -131,9 +131,10 @@ def run(
     scores = _scores(model, train, settings, scores_file, directory)
     chosen = METHODS[settings.method]
     rate = chosen.learning_rate if settings.learning_rate is None else settings.learning_rate
+    trained: Any
     trained, optimizer = chosen.setup(model, scores, sampling, rate, settings.lora_rank)
     trainer, seconds = _train(trained, optimizer, train, settings, sampling.seed, rate, directory)
-    whole = trained.merge_and_unload() if settings.method == "lora" else trained  # type: ignore[operator]
+    whole = trained.merge_and_unload() if settings.method == "lora" else trained
     after = _perplexity(whole, batches)
     whole.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
@@ -168,8 +169,9 @@ def _scores(
         return LayerScores.load(file or kept)
     few = windows[:SCORED_SAMPLES].split(settings.micro_batch_size)
     batches = [{"input_ids": part.to(model.device)} for part in few]
-    options = {"threshold": settings.threshold}
-    scores = score_layers(model, method=settings.score, batches=batches, show_progress=True, **options)
+    scores = score_layers(
+        model, method=settings.score, batches=batches, show_progress=True, threshold=settings.threshold
+    )
     scores.save(kept)
     return scores
 
@@ -243,7 +245,7 @@ def _report(
     if torch.cuda.is_available():
         results["peak_bytes"] = torch.cuda.max_memory_allocated()
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    layers = {} if scores is None else {"score": scores.values}
+    layers: dict[str, list[Any]] = {} if scores is None else {"score": scores.values}
     if isinstance(optimizer, OwLoreAdamW):
         layers["trained"] = _steps_of_layers(optimizer.sampler, told["steps"], optimizer.settings.interval)
     before, after = (format_number(perplexities[key]) for key in ("before", "after"))

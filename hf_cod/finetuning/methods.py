@@ -43,7 +43,7 @@ def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lo
         raise ImportError("method: lora needs the peft package: pip install 'hf_cod[recovery]'") from error
     stack = find_decoder_layers(model)
     names = sorted({name.rsplit(".", 1)[-1] for i in range(len(stack)) for name in stack.linears(i)})
-    wrapped: Any = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names))  # type: ignore[arg-type]
+    wrapped: Any = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names))
     return wrapped, None
 
 
