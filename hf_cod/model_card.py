@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ FOLDABLE = ("pre", "lns", "scaled_init")
 class CardSettings:
     """What a model card says that the run's report does not know."""
 
-    name: str = field(default="", metadata={"help": "name of the model, or its Hub id; default: the run's"})
+    name: str = field(default="", metadata={"help": "name of the model, or its Hub id; default: the directory's"})
     license: str = field(default="other", metadata={"help": "licence of the weights, as the Hub spells it"})
     sources: str | None = field(
         default=None, metadata={"help": "sources.json of examples/pretraining_text.py: the texts and their licences"}
@@ -69,6 +69,7 @@ def release(run: str | Path, output: str | Path, settings: CardSettings | None =
         ImportError: matplotlib is missing.
     """
     run, output, settings = Path(run), Path(output), settings or CardSettings()
+    settings = replace(settings, name=settings.name or output.resolve().name)
     report = RunReport.load(run)
     if report.kind != "pretrain":
         raise ValueError(f"run: expected a run of pre-training, got one of {report.kind} in {str(run)!r}")

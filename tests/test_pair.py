@@ -156,7 +156,8 @@ def test_a_users_files_in_the_output_stay(run, tmp_path):
     out.mkdir()
     (out / "holiday.png").write_bytes(b"mine")
     release(run, out)
-    release(run, out)  # over a card of ours
+    card = release(run, out)  # over a card of ours
+    assert 'from_pretrained("out", trust_remote_code=True)' in card.read_text(encoding="utf-8")
     assert (out / "holiday.png").read_bytes() == b"mine"
     (out / "README.md").write_text("mine")
     with pytest.raises(ValueError, match=r"output: expected no README\.md of other origin"):
