@@ -14,7 +14,7 @@ ORDER = [
     ["decoder_layers", "calibration"],
     ["layer_removal", "evaluation", "report", "loading", "sparse", "writable_weights"],
     ["diagnostics"],
-    ["statistics", "training"],
+    ["statistics", "training", "layer_by_layer"],
     ["scores"],
     ["allocation", "comparison", "pretraining", "finetuning"],
     ["pruning"],
