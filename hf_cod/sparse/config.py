@@ -8,8 +8,9 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_cod.stored_modules import INSTALL
+
 METHOD = "hf_cod_sparse"
-INSTALL = "pip install hf_cod, then import hf_cod before from_pretrained"
 
 
 @register_quantization_config(METHOD)

@@ -9,12 +9,7 @@ from torch import nn
 
 from hf_cod.decoder_layers import walk
 from hf_cod.sparse.linear import SparseLinear
-
-
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` where the submodule `name` was."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+from hf_cod.stored_modules import replace
 
 
 def pack_linears(model: nn.Module, minimum: float) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -13,12 +12,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_cod.sparse.config import METHOD, SparseConfig
 from hf_cod.sparse.linear import SparseLinear
-from hf_cod.sparse.packing import pack_linears, replace
-
-# Written beside the weights and never read. Without this package transformers warns of an unknown method, reports the
-# tensors that it has no place for, and goes on with random weights: so the report says what is missing, and the empty
-# weight, which fits no model, makes it an error.
-_SIGN = "this_checkpoint_needs_pip_install_hf_cod_then_import_hf_cod"
+from hf_cod.sparse.packing import pack_linears
+from hf_cod.stored_modules import ignore_signs, replace, signs
 
 
 @register_quantizer(METHOD)
@@ -41,8 +36,7 @@ class SparseQuantizer(HfQuantizer):
             packed = SparseLinear(*sizes, nonzeros=nonzeros, device="meta", dtype=linear.weight.dtype)
             packed._is_hf_initialized = True  # type: ignore[assignment]  # or its weight is made dense to look at
             replace(model, name, packed)
-        ignored = [re.escape(key) + "$" for key in self._signs()]
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
+        ignore_signs(model, self._emptied())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -53,10 +47,10 @@ class SparseQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's tensors, and the sign for whoever loads them without this package."""
-        return {**model.state_dict(), **{key: torch.empty(0) for key in self._signs()}}, {}
+        return {**model.state_dict(), **signs(self._emptied())}, {}
 
-    def _signs(self) -> list[str]:
-        return [_SIGN, f"{min(self.quantization_config.modules)}.weight"]
+    def _emptied(self) -> str:
+        return f"{min(self.quantization_config.modules)}.weight"
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         for name, module in [*model.named_modules()]:
