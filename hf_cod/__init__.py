@@ -13,6 +13,7 @@ from hf_cod.finetuning import LayerSampler, OwLoreAdamW, owlore
 from hf_cod.layer_removal import drop, skip
 from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
 from hf_cod.pruning import prune
+from hf_cod.quantization import OwlBnbConfig, quantize
 from hf_cod.report import RunReport
 from hf_cod.scores import LayerScores, score_layers
 from hf_cod.sparse import SparseConfig, SparseLinear, pack_sparse
@@ -33,6 +34,7 @@ __all__ = [
     "LayerStatistics",
     "MeasurementError",
     "OwLoreAdamW",
+    "OwlBnbConfig",
     "RunReport",
     "SparseConfig",
     "SparseLinear",
@@ -51,6 +53,7 @@ __all__ = [
     "pack_sparse",
     "perplexity",
     "prune",
+    "quantize",
     "score_layers",
     "skip",
     "to_lns",
