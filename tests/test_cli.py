@@ -153,7 +153,7 @@ def test_prune_and_recover(checkpoint, capsys):
 def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
     code = (
         "import sys, os\n"
-        "from hf_cod.pruning.finished_layers import FinishedLayers\n"
+        "from hf_cod.layer_by_layer import FinishedLayers\n"
         "add, count = FinishedLayers.add, [0]\n"
         "def dies(self, index, unseen):\n"
         "    add(self, index, unseen)\n"

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_cod.functional.damping import damped_cholesky
+
 Pattern = tuple[int, int]
 """(N, M): N weights are kept of every M in a row."""
 
 DAMPING = 0.01  # SparseGPT (arXiv 2301.00774), its code's percdamp
 BLOCK = 128  # columns, as there
-# How often damping grows tenfold before a matrix counts as beyond repair.
-MORE_DAMPING = 6
 # Weights whose groups are sorted at a time.
 CHUNK = 1 << 22
 
@@ -164,16 +164,10 @@ def inverse_factor(H: Tensor, damping: float) -> Tensor:
     H = H.clone()
     diagonal = H.diagonal()  # a view
     live = diagonal > 0
-    mean = diagonal[live].mean() if live.any() else torch.ones_like(diagonal[0])
-    diagonal[~live] = mean
-    before = diagonal.clone()
-    for power in range(MORE_DAMPING + 1):
-        diagonal.copy_(before + damping * 10**power * mean)
-        L, info = torch.linalg.cholesky_ex(H.flip(0, 1))
-        if not info:
-            identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
-            return torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
-    raise ValueError("activations: expected finite sums of products, got a matrix that no damping makes definite")
+    diagonal[~live] = diagonal[live].mean() if live.any() else torch.ones_like(diagonal[0])
+    L = damped_cholesky(H.flip(0, 1), damping)
+    identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    return torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
 
 
 def _prune_block(V: Tensor, U: Tensor, dead: Tensor, count: int, pattern: Pattern | None) -> Tensor:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
 from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.functional.sparsity import Pattern
+from hf_cod.layer_by_layer import Recorder
 
 
 @dataclass(frozen=True)
@@ -19,26 +18,6 @@ class Target:
 
     sparsity: float
     pattern: Pattern | None = None
-
-
-class Sums(Protocol):
-    """Sums over what entered each matrix."""
-
-    def of(self, name: str, expert: int | None = None) -> Tensor | None:
-        """The sum of a matrix or of one of its experts; None if no token entered it."""
-
-
-class Recorder(Sums, Protocol):
-    """Makes such sums while the model runs: `start` before and `finish` after each pass, within `attached`."""
-
-    def attached(self) -> AbstractContextManager[None]:
-        """Puts hooks on the modules, and takes them away at the end of the block."""
-
-    def start(self, mask: Tensor | None) -> None:
-        """Begins a batch with its attention mask (S, T), or None."""
-
-    def finish(self, number: int) -> None:
-        """Ends a batch."""
 
 
 @dataclass(frozen=True)

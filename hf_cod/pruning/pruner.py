@@ -7,21 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_cod.allocation import LayerAllocation
 from hf_cod.calibration import Batch, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.partial_pass import check_independent
-from hf_cod.diagnostics.resuming import Journals
 from hf_cod.diagnostics.running import execution_device, progress
-from hf_cod.files import fingerprint
 from hf_cod.functional.sparsity import Pattern
+from hf_cod.layer_by_layer import FinishedLayers, Sums, change_sequentially, fingerprint_of_work
 from hf_cod.pruning import weights
-from hf_cod.pruning.finished_layers import FinishedLayers
 from hf_cod.pruning.magnitude import MAGNITUDE
-from hf_cod.pruning.method import Method, Sums, Target
-from hf_cod.pruning.sequential import prune_sequentially
+from hf_cod.pruning.method import Method, Target
 from hf_cod.pruning.sparsegpt import SPARSEGPT
 from hf_cod.pruning.wanda import WANDA
 from hf_cod.report import RunReport, environment
@@ -94,7 +91,7 @@ def prune(
 
     if chosen.recorder is not None and batches is not None:
         check_independent(stack, "prune")
-        prune_sequentially(stack, batches, chosen.recorder, prune_layer, finished, show_progress)
+        change_sequentially(stack, batches, chosen.recorder, prune_layer, finished, "pruning", show_progress)
         settings |= describe_batches(batches)
     else:
         for index in progress(range(len(stack)), "pruning", show_progress):
@@ -164,11 +161,14 @@ def _finished(
     statistics: LayerStatistics | None,
     settings: list[Any],
 ) -> FinishedLayers:
-    if journal is None:
-        return FinishedLayers(None, "", stack)
-    inputs = Journals(journal, stack.model, batches or []).inputs
     sums = {} if statistics is None else {name: float(squares.sum()) for name, squares in statistics.squares.items()}
-    return FinishedLayers(journal, fingerprint(inputs, sums, settings), stack)
+    work = fingerprint_of_work(journal, stack.model, batches, sums, settings)
+
+    def put_back(index: int, tensors: dict[str, Tensor]) -> None:
+        for name, W in stack.matrices(index):
+            W.copy_(tensors[name])
+
+    return FinishedLayers(journal, work, lambda index: dict(stack.matrices(index)), put_back)
 
 
 def _report(
@@ -187,6 +187,6 @@ def _report(
             f"{results['sparsity']:.2%} of {sum(layers['parameters']):,} weights in the layers' matrices are zero."
         ],
         notes=[
-            f"no token entered {matrix}: pruned by magnitude" for layer in finished.unseen.values() for matrix in layer
+            f"no token entered {matrix}: pruned by magnitude" for layer in finished.notes.values() for matrix in layer
         ],
     )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_cod.decoder_layers import DecoderLayers
+from hf_cod.layer_by_layer import Sums
 from hf_cod.pruning.magnitude import MAGNITUDE
-from hf_cod.pruning.method import Method, Sums, Target
+from hf_cod.pruning.method import Method, Target
 
 
 def check_pattern(stack: DecoderLayers, M: int) -> None:

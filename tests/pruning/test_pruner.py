@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_cod import LayerAllocation, LayerScores, allocate, collect_statistics, find_decoder_layers, prune
+from hf_cod.layer_by_layer import FinishedLayers
 from hf_cod.pruning import METHODS
-from hf_cod.pruning.finished_layers import FinishedLayers
 from tests import references
 from tests.tiny_models import CAUSAL, FAMILIES, OTHERS, batch_for, build
 

@@ -1,8 +1,9 @@
-"""Layer by layer: what the pruned layers before it hand on is what a layer is pruned on."""
+"""Layer by layer: what the changed layers before it hand on is what a layer is changed on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -11,23 +12,24 @@ from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.diagnostics.partial_pass import State, run_layer
 from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
 from hf_cod.evaluation import model_inputs
-from hf_cod.pruning.finished_layers import FinishedLayers
-from hf_cod.pruning.method import Recorder, Sums
+from hf_cod.layer_by_layer.finished_layers import FinishedLayers
+from hf_cod.layer_by_layer.sums import Recorder, Sums
 
-PruneLayer = Callable[[int, "Sums | None"], "list[str]"]
-"""(layer, sums of its matrices) -> what `weights.prune_layer` returns."""
+ChangeLayer = Callable[[int, Sums], Any]
+"""(layer, sums of its matrices) -> a JSON-like note of what is to be said of it."""
 
 
 @torch.no_grad()
-def prune_sequentially(
+def change_sequentially(
     stack: DecoderLayers,
     batches: Sequence[Batch],
     make_recorder: Callable[[DecoderLayers, Sequence[int]], Recorder],
-    prune_layer: PruneLayer,
+    change_layer: ChangeLayer,
     finished: FinishedLayers,
+    title: str,
     show_progress: bool,
 ) -> None:
-    """Prunes layer after layer; each runs twice on all batches: once for its sums, once pruned, for the next layer.
+    """Changes layer after layer; each runs twice on all batches: once for its sums, once changed, for the next layer.
 
     Beside the model, memory holds the hidden state of each batch on the CPU, and one layer's sums and activations.
     Finished layers are only run.
@@ -36,12 +38,12 @@ def prune_sequentially(
     last = max((index for index in range(len(stack)) if index not in finished), default=-1)
     before: list[State | None] = [None] * len(batches)
     with evaluation_mode(stack):
-        for index in progress(range(len(stack)), "pruning", show_progress):
+        for index in progress(range(len(stack)), title, show_progress):
             if index in finished:
                 finished.restore(index)
             else:
                 sums = _record(stack, index, batches, before, make_recorder, device)
-                finished.add(index, prune_layer(index, sums))
+                finished.add(index, change_layer(index, sums))
                 del sums
             if index < last:
                 for number, batch in enumerate(batches):

@@ -1,0 +1,37 @@
+"""Cholesky factors of sums of products, which few tokens leave without full rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# How often damping grows tenfold before a matrix counts as beyond repair.
+MORE_DAMPING = 6
+
+
+def damped_cholesky(H: Tensor, damping: float) -> Tensor:
+    """The lower triangular L with L L^T = H + damping mean(diag H) I.
+
+    Where rounding leaves that not positive definite, damping grows tenfold. For H = 0 the mean counts as 1.
+
+    Args:
+        H: (n, n), symmetric; left as it is.
+        damping: > 0.
+
+    Returns:
+        (n, n).
+
+    Raises:
+        ValueError: never positive definite.
+    """
+    H = H.clone()
+    diagonal = H.diagonal()  # a view
+    mean = diagonal.mean()
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    before = diagonal.clone()
+    for power in range(MORE_DAMPING + 1):
+        diagonal.copy_(before + damping * 10**power * mean)
+        L, info = torch.linalg.cholesky_ex(H)
+        if not info:
+            return L
+    raise ValueError("activations: expected finite sums of products, got a matrix that no damping makes definite")
