@@ -23,8 +23,8 @@ def factorize(W: Tensor, r: int, H: Tensor | None = None, damping: float = DAMPI
 
     which the singular value decomposition of W L solves: ASVD (Yuan et al. 2023, arXiv 2312.05821) scales channels for
     the same end, SVD-LLM (Wang et al. 2024, arXiv 2403.07378) whitens by L without damping, and fails where few tokens
-    leave H singular. Without H it is the plain decomposition of W. The inverse of L is needed for tall matrices only:
-    with U the r leading left vectors, B A = U U^T W. Direction by direction, B and A get equal norms.
+    leave H singular. Without H it is the plain decomposition of W. Neither L nor its inverse is needed where W is not
+    tall: with U the r leading eigenvectors of W H W^T, B A = U U^T W. Direction by direction, B and A get equal norms.
 
     Args:
         W: (out, in).
@@ -35,14 +35,14 @@ def factorize(W: Tensor, r: int, H: Tensor | None = None, damping: float = DAMPI
     Returns:
         B (out, r) and A (r, in), float64; and the share of the spectrum that is lost, 0 to 1.
     """
+    W = wide(W)
     squares, vectors, L = _decompose(W, H, damping)
     V = vectors[:, :r]
-    W = wide(W)
-    if W.shape[0] <= W.shape[1]:
-        B, A = V, V.mT @ W
-    else:
+    if _is_tall(W):
         B = _whitened(W, L) @ V
         A = V.mT if L is None else torch.linalg.solve_triangular(L, V.mT, upper=False, left=False)
+    else:
+        B, A = V, V.mT @ W
     lost = float(squares[r:].sum() / squares.sum()) if squares.any() else 0.0
     return (*_balanced(B, A), lost)
 
@@ -53,15 +53,28 @@ def spectrum(W: Tensor, H: Tensor | None = None, damping: float = DAMPING) -> Te
     What the values behind the r-th add up to is the minimum that `factorize` reaches; all together they are
     || X W^T ||_F^2 with the damping's part.
     """
-    return _decompose(W, H, damping)[0]
+    return _decompose(wide(W), H, damping)[0]
 
 
 def _decompose(W: Tensor, H: Tensor | None, damping: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Squares of the singular values (f,) of C = W L, its singular vectors on the shorter side (f, f), and L."""
-    L = None if H is None else damped_cholesky(wide(H.to(W.device)), damping)
-    C = _whitened(wide(W), L)
-    squares, vectors = torch.linalg.eigh(C @ C.mT if C.shape[0] <= C.shape[1] else C.mT @ C)
+    """Squares of the singular values (f,) of W L, its singular vectors on the shorter side (f, f), and for a tall W
+    with H also L.
+    """
+    H = None if H is None else H.to(W)
+    L = damped_cholesky(H, damping) if H is not None and _is_tall(W) else None
+    if _is_tall(W):
+        C = _whitened(W, L)
+        gram = C.mT @ C
+    elif H is None:
+        gram = W @ W.mT
+    else:
+        gram = W @ H @ W.mT + damping * H.diagonal().mean() * (W @ W.mT)
+    squares, vectors = torch.linalg.eigh(gram)
     return squares.flip(0).clamp(min=0), vectors.flip(1), L
+
+
+def _is_tall(W: Tensor) -> bool:
+    return W.shape[0] > W.shape[1]
 
 
 def _whitened(W: Tensor, L: Tensor | None) -> Tensor:

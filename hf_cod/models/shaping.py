@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .configuration_shaped import shaped_config
+from .configuration_shaped import MODEL_TYPE, shaped_config
 from .modeling_shaped import shaped_model
 from .shapes import ShapedModel, build_shapes
 
@@ -48,6 +48,7 @@ def record_shapes(model: Any, changes: dict[str, dict[str, int]]) -> None:
     if not isinstance(model, ShapedModel):
         config.base_model_type = config.model_type
         config.__class__ = shaped_config(family)
+        config.model_type = MODEL_TYPE  # a config that was read from a file has one of its own
         model.__class__ = shaped_model(base, type(config))
         model._weight_conversions = None  # files then name weights as the model does
     known = getattr(config, "module_shapes", None) or {}
