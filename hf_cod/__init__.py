@@ -11,6 +11,7 @@ from hf_cod.diagnostics import MeasurementError, diagnose
 from hf_cod.evaluation import evaluate_tasks, perplexity
 from hf_cod.finetuning import LayerSampler, OwLoreAdamW, owlore
 from hf_cod.layer_removal import drop, skip
+from hf_cod.low_rank import RankPlan, factorize, plan_ranks
 from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
 from hf_cod.pruning import prune
 from hf_cod.quantization import OwlBnbConfig, quantize
@@ -35,6 +36,7 @@ __all__ = [
     "MeasurementError",
     "OwLoreAdamW",
     "OwlBnbConfig",
+    "RankPlan",
     "RunReport",
     "SparseConfig",
     "SparseLinear",
@@ -45,6 +47,7 @@ __all__ = [
     "diagnose",
     "drop",
     "evaluate_tasks",
+    "factorize",
     "find_decoder_layers",
     "fold_lns",
     "from_authors",
@@ -52,6 +55,7 @@ __all__ = [
     "owlore",
     "pack_sparse",
     "perplexity",
+    "plan_ranks",
     "prune",
     "quantize",
     "score_layers",

@@ -16,14 +16,14 @@ from hf_cod.files import read_json, write_json
 from hf_cod.functional import budget as budgets
 from hf_cod.scores import LayerScores
 
-Kind = Literal["sparsity", "bits", "rank", "probability"]
+Kind = Literal["sparsity", "bits", "rank", "parameters", "probability"]
 Rule = Literal["bounded", "authors"]
 FORMAT_VERSION = 1
 DEFAULT_SPREAD = 0.08  # OWL (arXiv 2310.05175), lambda
 DEFAULT_BITS = (3.0, 4.0)
 RULES = ("bounded", "authors")
 # Kind -> whether a layer that matters more gets a smaller value.
-FALLING = {"sparsity": True, "bits": False, "rank": False, "probability": False}
+FALLING = {"sparsity": True, "bits": False, "rank": False, "parameters": False, "probability": False}
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class LayerAllocation:
     """What each layer gets.
 
     Attributes:
-        kind: "sparsity" (share of zeros), "bits" (of a weight), "rank" (share of the full rank that is kept) or
-            "probability" (that a layer is drawn).
+        kind: "sparsity" (share of zeros), "bits" (of a weight), "rank" (share of the full rank that is kept),
+            "parameters" (share of the weights that is kept) or "probability" (that a layer is drawn).
         budget: what the mean of the values was to be.
         values: one a layer, from layer 0 on.
         parameters: the weight of each layer in that mean.

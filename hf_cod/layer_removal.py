@@ -131,16 +131,18 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
                 if module.__dict__.get(name) == old:
                     changes.set(module, name, new)
     if stack.config is not None:
-        _mend_config(stack.config, kept, changes)
+        _mend_config(stack.config, kept, changes, stack.path)
 
 
-def _mend_config(config: Any, kept: list[int], changes: _Changes) -> None:
+def _mend_config(config: Any, kept: list[int], changes: _Changes, path: str) -> None:
     depth = config.num_hidden_layers
     if hasattr(config, "layer_depths") and config.layer_depths is None:
         # Our own models: what LNS, Mix-LN and DeepNorm make of a layer's depth must not change with its number.
         changes.set(config, "layer_depths", list(range(depth)))
         changes.set(config, "original_num_hidden_layers", depth)
     changes.set(config, "num_hidden_layers", len(kept))
+    if getattr(config, "module_shapes", None):
+        changes.set(config, "module_shapes", _renumbered(config.module_shapes, path, kept))
     for name, value in list(vars(config).items()):
         if name.startswith("_") or name in NOT_PER_LAYER_FIELDS:
             continue
@@ -150,6 +152,17 @@ def _mend_config(config: Any, kept: list[int], changes: _Changes) -> None:
             changes.set(config, name, sum(old < value for old in kept))
         elif isinstance(value, (list, tuple)) and len(value) == depth:
             changes.set(config, name, type(value)(value[i] for i in kept))
+
+
+def _renumbered(shapes: dict[str, Any], path: str, kept: list[int]) -> dict[str, Any]:
+    """The record of our shaped models for the kept layers; its names may lack the first part of the stack's path."""
+    found = {}
+    for name, sizes in shapes.items():
+        stack, _, rest = name.partition(f"{path.rpartition('.')[2]}.")
+        index, _, module = rest.partition(".")
+        if int(index) in kept:
+            found[f"{stack}{path.rpartition('.')[2]}.{kept.index(int(index))}.{module}"] = sizes
+    return found
 
 
 def _check_config_builds(stack: DecoderLayers) -> None:

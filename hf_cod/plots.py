@@ -166,6 +166,14 @@ def _sparsity(axes: Axes, report: RunReport) -> None:
     axes.set(ylabel="share of zeros", title=f"Sparsity of each layer by {report.settings['method']}: {mean:.1%} in all")
 
 
+def _kept(axes: Axes, report: RunReport) -> None:
+    """Share of weights that each layer keeps, and of all layers together."""
+    mean = report.results["kept"]
+    _bars(axes, _numbers(report.layers["kept"]))
+    axes.axhline(mean, color="black", linestyle="--", linewidth=1)
+    axes.set(ylabel="share of weights", title=f"Weights that each layer keeps: {mean:.1%} in all")
+
+
 def _numbers(values: list[Any]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
@@ -201,6 +209,8 @@ PANELS: dict[str, Callable[..., None]] = {
     "curve": _curve,
     **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
     "sparsity": _sparsity,
+    "kept": _kept,
+    "error": _per_layer("error", "Share of the outputs' energy that is lost", "mean over factorized matrices"),
 }
 # The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
 DEPTH = ("angular_distance", "layer_drop", "gradient_norm", "variance")

@@ -153,7 +153,7 @@ def test_prune_and_recover(checkpoint, capsys):
 def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
     code = (
         "import sys, os\n"
-        "from hf_cod.pruning.finished_layers import FinishedLayers\n"
+        "from hf_cod.layer_by_layer import FinishedLayers\n"
         "add, count = FinishedLayers.add, [0]\n"
         "def dies(self, index, unseen):\n"
         "    add(self, index, unseen)\n"
@@ -256,7 +256,7 @@ def test_a_failing_metric_is_told_and_the_rest_is_kept(checkpoint, capsys):
         (["diagnose", "no/such-model"], "model: expected a Hub id"),
         (["diagnose", "./no-such-model"], "which does not exist"),
         (["compare", "a", "b"], "report: expected"),
-        (["fly"], "prune, pack, finetune, compare, card, convert, got 'fly'"),
+        (["fly"], "prune, factorize, pack, finetune, compare, card, convert, got 'fly'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):

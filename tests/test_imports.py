@@ -17,7 +17,7 @@ ORDER = [
     ["statistics", "training", "layer_by_layer"],
     ["scores"],
     ["allocation", "comparison", "pretraining", "finetuning"],
-    ["pruning", "quantization"],
+    ["pruning", "low_rank", "quantization"],
     ["plots", "model_card"],
     ["commands"],
     ["cli"],
