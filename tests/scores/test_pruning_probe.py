@@ -125,7 +125,7 @@ def test_bits_are_tried_by_rounding():
         rounded = round_layers(build("llama"), plan, statistics)
         best = math.log(references.perplexity(rounded, batch))
         assert best == pytest.approx(min(auto.settings["losses"].values()), abs=1e-5)
-    with pytest.raises(ValueError, match="target: expected bits between 3 and 4, got 0.7"):
+    with pytest.raises(ValueError, match=r"target: expected bits between 3 and 4, got 0\.7"):
         score_layers(model, statistics, "auto", batches=[batch], pruner="codebook")
 
 
