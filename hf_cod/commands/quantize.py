@@ -196,12 +196,13 @@ def _explain(model: nn.Module, settings: QuantizeSettings, scores: LayerScores |
     values = [0.0] * len(stack) if scores is None else scores.values
     order = sorted(range(len(stack)), key=lambda i: -values[i])
     title = f"{plan.stored:.3f} stored bits a weight"
-    table = Table(*("layer", "score", "rank", "four bits", "three bits"), title=title)
+    table = Table(*("layer", "score", "rank", "matrices of four bits", "of three"), title=title)
     for index in range(len(stack)):
         names = [name for name in stack.linears(index) if name in plan.bits]
-        named = [[name.rsplit(".", 1)[-1] for name in names if plan.bits[name] == width] for width in (4, 3)]
-        cells = [", ".join(found) or "-" for found in named]
-        table.add_row(str(index), format_number(values[index]), str(order.index(index) + 1), *cells)
+        four = [name.rsplit(".", 1)[-1] for name in names if plan.bits[name] == 4]
+        told = "all" if len(four) == len(names) else ", ".join(four) or "none"
+        row = (index, format_number(values[index]), order.index(index) + 1, told, len(names) - len(four))
+        table.add_row(*map(str, row))
     console = Console()
     console.print(table)
     why = "by equal scores, earlier layers first" if scores is None else f"by {scores.method}, highest scores first"
