@@ -95,13 +95,18 @@ def main(arguments: Sequence[str]) -> int:
     if files.plots:
         require_plots()
     report = run(rest.model, loading, text, settings, files.scores, directory)
-    if files.plots:
-        report.plot(directory)
-    report.save(directory)
-    shutil.rmtree(directory / "journal", ignore_errors=True)
+    finish(report, directory, files.plots)
     print_report(report)
     print(f"\nwritten to {directory.resolve()}")
     return 0
+
+
+def finish(report: RunReport, directory: Path, plots: bool) -> None:
+    """Writes the report and its pictures; what the run would have resumed from goes."""
+    if plots:
+        report.plot(directory)
+    report.save(directory)
+    shutil.rmtree(directory / "journal", ignore_errors=True)
 
 
 def run(

@@ -26,7 +26,13 @@ def quantize(model, output, *more):
 def test_what_is_written_loads_and_its_report_is_true(model, tmp_path, capsys):
     assert quantize(model, tmp_path / "out", "--explain") == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"model.safetensors", "scores.json", "report.md", "bits.png", "error.png"} <= names and "journal" not in names
+    assert {
+        "model.safetensors",
+        "scores.json",
+        "report.md",
+        "bits.png",
+        "error.png",
+    } <= names and "journal" not in names
     report, shown = RunReport.load(tmp_path / "out"), capsys.readouterr().out
     saved, tokenizer = load_model(str(tmp_path / "out"))
     bits = saved.config.quantization_config.modules
@@ -44,7 +50,12 @@ def test_what_is_written_loads_and_its_report_is_true(model, tmp_path, capsys):
     text = load_texts(TextSettings())
     drawn = token_batches(tokenizer, text, SampleSettings(sequence_length=64, max_samples=8, batch_size=2))
     assert perplexity(saved, drawn[2:]) == pytest.approx(found["quantized"], rel=1e-5), "the later samples"
-    assert f"3 bits: {format_number(found['three'])}" in shown and set(found) == {"intact", "three", "four", "quantized"}
+    assert f"3 bits: {format_number(found['three'])}" in shown and set(found) == {
+        "intact",
+        "three",
+        "four",
+        "quantized",
+    }
     memory = report.results["memory_bytes"]
     assert memory["quantized"] < memory["intact"]
     assert quantize(model, tmp_path / "out") == 2
@@ -61,7 +72,16 @@ def test_one_width_by_each_rounding(model, tmp_path, rounding):
 
 def test_scores_are_read_and_some_names_are_left(model, tmp_path):
     LayerScores("m", "mine", [float(i) for i in range(12)], [1] * 12).save(tmp_path / "scores.json")
-    more = ["--scores", str(tmp_path / "scores.json"), "--skip", "o_proj", "--no-baseline", "--no-plots", "--block", "32"]
+    more = [
+        "--scores",
+        str(tmp_path / "scores.json"),
+        "--skip",
+        "o_proj",
+        "--no-baseline",
+        "--no-plots",
+        "--block",
+        "32",
+    ]
     assert quantize(model, tmp_path / "out", *more) == 0
     report = RunReport.load(tmp_path / "out")
     bits = report.results["modules"]
