@@ -58,7 +58,7 @@ class FactorizeSettings(SpreadSettings):
     )
     rank: float | None = field(
         default=None,
-        metadata={"help": "share of full rank to keep, instead; matrices that it would enlarge stay whole"},
+        metadata={"help": "share of full rank to keep, instead; what it would enlarge stays whole"},
     )
 
     def __post_init__(self) -> None:
