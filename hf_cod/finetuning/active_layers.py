@@ -18,6 +18,8 @@ from hf_cod.finetuning.increment import Increment
 logger = logging.getLogger(__name__)
 
 ANCHOR = "owlore_ddp_anchor"
+# Forward hooks of transformers and of PEFT that make the embeddings' output require a gradient.
+_INPUT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 class ActiveLayers:
@@ -71,11 +73,16 @@ class ActiveLayers:
         and which takes the backward pass through every layer. Where they are of the other kind, that is undone.
         """
         base: Any = self.stack.model
-        if not getattr(base, "_require_grads_hooks", None):
-            return
         checkpoint = getattr(self.stack[0], "_gradient_checkpointing_func", None)
-        if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant") is False:
+        if not isinstance(checkpoint, partial) or checkpoint.keywords.get("use_reentrant") is not False:
+            return
+        hooks = getattr(self.stack.embeddings, "_forward_hooks", {})
+        found = [key for key, hook in hooks.items() if getattr(hook, "__name__", "") in _INPUT_HOOKS]
+        if getattr(base, "_require_grads_hooks", None):
             base.disable_input_require_grads()
+        for key in found:  # it forgets those of all calls but the last; TRL and PEFT call for them, too
+            hooks.pop(key, None)
+        if found:
             logger.info("the embeddings' output needs no gradient: the backward pass ends at the lowest active layer")
 
     def _leave_to_us(self) -> None:

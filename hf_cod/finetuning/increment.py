@@ -12,6 +12,8 @@ from torch.nn.functional import linear
 from hf_cod.functional.low_rank import gradient_basis, lift, project, truncate
 from hf_cod.functional.randomness import generator_of
 
+TENSORS = ("N", "P", "A", "B", "lost")
+
 
 class Increment(nn.Module):
     """D = B A + lift(N, P), added to a frozen matrix W (m, n): what was learnt before, and what is being learnt.
@@ -30,6 +32,7 @@ class Increment(nn.Module):
         out_features: m.
         rank: of N and P, at most min(m, n).
         max_rank: of B A.
+        held: columns of P and of B, for tensors of these shapes to be loaded.
         device: of all tensors.
         dtype: of N and P.
         stored: dtype of A and B.
@@ -46,6 +49,7 @@ class Increment(nn.Module):
         out_features: int,
         rank: int,
         max_rank: int,
+        held: tuple[int, int] = (0, 0),
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         stored: torch.dtype = torch.float32,
@@ -53,11 +57,13 @@ class Increment(nn.Module):
         super().__init__()
         self.rank, self.max_rank = rank, min(max_rank, in_features, out_features)
         self.tall = out_features >= in_features
-        shape = (out_features, rank) if self.tall else (rank, in_features)
-        self.N = nn.Parameter(torch.zeros((), device=device, dtype=dtype).expand(shape))
-        self.register_buffer("P", torch.empty(min(out_features, in_features), 0, device=device, dtype=dtype))
-        self.register_buffer("A", torch.empty(0, in_features, device=device, dtype=stored))
-        self.register_buffer("B", torch.empty(out_features, 0, device=device, dtype=stored))
+        self.shape = (out_features, rank) if self.tall else (rank, in_features)
+        basis, learnt = held
+        narrow = min(out_features, in_features)
+        self.N = nn.Parameter(torch.zeros(self.shape if basis else 0, device=device, dtype=dtype))
+        self.register_buffer("P", torch.zeros(narrow, basis, device=device, dtype=dtype))
+        self.register_buffer("A", torch.zeros(learnt, in_features, device=device, dtype=stored))
+        self.register_buffer("B", torch.zeros(out_features, learnt, device=device, dtype=stored))
         self.register_buffer("lost", torch.zeros((), device=device))
         self.counts: tuple[int, ...] | None = None  # seed of the next basis; set by the optimizer that trains this
         self.resting = False  # whether an optimizer lets other layers train now
@@ -73,11 +79,11 @@ class Increment(nn.Module):
         """Lets N train: the next gradient gives its basis, unless it has one (of a run that is resumed)."""
         self.counts, self.resting, self.searching = counts, False, not self.has_basis
         if self.searching:
-            self.N.data = torch.zeros_like(self.N, memory_format=torch.contiguous_format)
+            self.N.data = self.N.new_zeros(self.shape)
 
     @torch.no_grad()
     def rest(self) -> None:
-        """Lets N stand still; where it is 0 its memory is freed, but not its shape, which the graph relies on."""
+        """Lets N stand still. Where it is 0 its memory is freed; its shape, once a graph has seen it, must stay."""
         self.counts, self.resting, self.searching = None, True, False
         self._free()
 
@@ -96,7 +102,7 @@ class Increment(nn.Module):
         self.B, self.A, lost = truncate(B, A, self.max_rank)
         self.lost += lost
         self.P, self.searching = self.P[:, :0].clone(), False
-        self.N.data.zero_()
+        self.N.data = self.N.new_zeros(self.shape)
 
     def dense(self) -> Tensor:
         """D (m, n)."""
@@ -135,18 +141,21 @@ class Increment(nn.Module):
         of N is then NaN, which whoever looks for it (loss scaling, `OwLoreAdamW`) will see.
         """
         G = grad.flatten(0, -2).mT @ x.flatten(0, -2).to(grad.dtype)
+        if not self.has_basis and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(G.div_(torch.distributed.get_world_size()))
+        largest = G.abs().amax()
+        if not bool(largest.isfinite()):
+            return self.N.new_full(self.shape, float("nan"))
+        if bool(largest > 0):
+            G.div_(largest)  # the squares of a scaled loss's gradient may overflow, those of a small one vanish
         if not self.has_basis:
             assert self.counts is not None
-            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-                torch.distributed.all_reduce(G.div_(torch.distributed.get_world_size()))
-            if not bool(G.isfinite().all()):
-                return torch.full_like(self.N, float("nan"))
             self.P = gradient_basis(G, self.rank, generator_of(*self.counts)).to(self.P.dtype)
-        return project(G, self.P).to(self.N.dtype)
+        return project(G, self.P).to(self.N.dtype).mul_(largest)
 
     def _free(self) -> None:
-        if not self.has_basis:
-            self.N.data = torch.zeros((), device=self.N.device, dtype=self.N.dtype).expand(self.N.shape)
+        if not self.has_basis and self.N.numel():
+            self.N.data = self.N.new_zeros(()).expand(self.shape)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -155,9 +164,11 @@ class Increment(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Only what has numbers: accelerate takes all tensors without any for one, and writes that one."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.has_basis:
-            destination[f"{prefix}N"] = self.N.new_empty(0)
+        empty = [] if self.has_basis else ["N", "P"]
+        for name in empty if len(self.A) else [*empty, "A", "B"]:
+            del destination[f"{prefix}{name}"]
 
     def _load_from_state_dict(
         self,
@@ -169,19 +180,19 @@ class Increment(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = ("N", "P", "A", "B", "lost")
-        missing = [f"{prefix}{name}" for name in names if f"{prefix}{name}" not in state_dict]
-        missing_keys.extend(missing)
-        if missing:
+        """Takes what was saved, and its ranks; what was not saved is empty."""
+        if f"{prefix}lost" not in state_dict:
+            missing_keys.append(f"{prefix}lost")
             return
-        found = {name: state_dict[f"{prefix}{name}"].detach() for name in names}
+        empty = {"N": self.N[:0], "P": self.P[:, :0], "A": self.A[:0], "B": self.B[:, :0]}
+        found = {name: state_dict.get(f"{prefix}{name}", empty.get(name)).detach() for name in TENSORS}
         self._check(found, prefix)
-        device = found["P"].device if self.N.device.type == "meta" else self.N.device
-        for name in names[1:]:
+        device = found["lost"].device if self.N.device.type == "meta" else self.N.device
+        for name in ("P", "A", "B", "lost"):
             setattr(self, name, found[name].to(device, getattr(self, name).dtype, copy=True))
         if self.N.device.type == "meta":
-            empty = torch.zeros((), device=device, dtype=self.N.dtype).expand(self.N.shape)
-            self.N = nn.Parameter(empty, requires_grad=self.N.requires_grad)
+            empty_N = torch.empty(0, device=device, dtype=self.N.dtype)
+            self.N = nn.Parameter(empty_N, requires_grad=self.N.requires_grad)
         if self.has_basis:
             self.N.data = found["N"].to(device, self.N.dtype, copy=True)
         else:
@@ -193,13 +204,15 @@ class Increment(nn.Module):
         rank = found["P"].shape[1]
         if rank not in (0, self.rank):
             raise ValueError(f"r: expected {rank} as in the saved adapter, got {self.rank} ({prefix.rstrip('.')})")
-        shapes = [self.P.shape[0], self.A.shape[1], self.B.shape[0]]
-        theirs = [found["P"].shape[0], found["A"].shape[1], found["B"].shape[0]]
-        if shapes != theirs or found["A"].shape[0] != found["B"].shape[1] or (rank and found["N"].shape != self.N.shape):
-            raise ValueError(
-                f"adapter: expected one of a matrix with {self.B.shape[0]} outputs and {self.A.shape[1]} inputs, got "
-                f"{theirs[2]} and {theirs[1]} ({prefix.rstrip('.')})"
-            )
+        m, n = self.B.shape[0], self.A.shape[1]
+        k = found["A"].shape[0]
+        shapes = {"N": self.shape, "P": (min(m, n), rank), "A": (k, n), "B": (m, k)}
+        for name in shapes if rank else ("A", "B"):
+            if found[name].shape != shapes[name]:
+                raise ValueError(
+                    f"adapter: expected one of a matrix with {m} outputs and {n} inputs, got {name} of "
+                    f"{tuple(found[name].shape)} ({prefix.rstrip('.')})"
+                )
 
 
 class _FirstGradient(torch.autograd.Function):

@@ -19,7 +19,8 @@ class OwLoreConfig(PeftConfig):
 
     Each matrix W gets D = B A + lift(N, P) (`Increment`): while a layer trains, N learns in the fixed basis P of its
     gradient; at the next draw that joins B A, a product of rank `max_rank` at most. What does not fit is cut off at the
-    smallest singular values and told by `model.lost_energy()`. W itself is not written, so it may be quantized.
+    smallest singular values and told by `model.lost_energy()`. W itself is not written, so it may be quantized; weight
+    decay acts on N alone.
 
     `from hf_cod import OwLoreConfig` lets PEFT load such an adapter in a process that has not made one.
 
@@ -40,6 +41,10 @@ class OwLoreConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "modules beside the layers that train and are saved whole, such as a head"}
     )
+    held: dict[str, tuple[int, int]] = field(
+        default_factory=dict,
+        metadata={"help": "of a saved adapter the columns of P and B of each matrix; filled in when it is saved"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,5 +54,5 @@ class OwLoreConfig(PeftConfig):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         for name in ("target_modules", "exclude_modules"):
-            value: Any = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
+            names: Any = getattr(self, name)
+            setattr(self, name, set(names) if isinstance(names, list) else names)

@@ -25,13 +25,21 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
         base_layer: the matrix.
         adapter_name: of the first adapter.
         config: its settings.
+        held: see `Increment`.
         **quantization: what PEFT's quantization backends want to know.
     """
 
     adapter_layer_names = ("owlore_increment",)
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: OwLoreConfig, **quantization: Any) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: OwLoreConfig,
+        held: tuple[int, int] = (0, 0),
+        **quantization: Any,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = shape_of(base_layer)
@@ -40,19 +48,22 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
         _keep_unpacked(base_layer)
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, held)
 
-    def update_layer(self, adapter_name: str, config: OwLoreConfig) -> None:
+    def update_layer(self, adapter_name: str, config: OwLoreConfig, held: tuple[int, int] = (0, 0)) -> None:
         """Adds an adapter, whose increment is 0; a matrix narrower than `r` gets as much as it has."""
-        device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+        base = self.get_base_layer()
+        _, dtype = self._get_base_layer_device_and_dtype(base)
         stored = dtype if dtype is not None and dtype.is_floating_point else torch.float32
+        tensors = [*base.parameters(recurse=False), *base.buffers(recurse=False), *base.parameters(), *base.buffers()]
         rank = min(config.r, self.in_features, self.out_features)
         self.owlore_increment[adapter_name] = Increment(
             self.in_features,
             self.out_features,
             rank,
             config.max_rank or 2 * config.r,
-            device=device,
+            held,
+            device=tensors[0].device if tensors else None,
             dtype=torch.promote_types(stored, torch.float32),
             stored=stored,
         )
@@ -111,8 +122,9 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
 
     def _add(self, delta: Tensor, safe: bool) -> None:
         backend, base = self.quantization_backend, self.get_base_layer()
-        written = backend.supports_merge if backend else isinstance(getattr(base, "weight", None), nn.Parameter)
-        if not written or (backend is None and not base.weight.is_floating_point()):
+        weight: Any = getattr(base, "weight", None)
+        plain = isinstance(weight, nn.Parameter) and weight.is_floating_point()
+        if not (plain if backend is None else backend.supports_merge):
             raise ValueError(
                 f"merge: expected a weight that can be written, got {type(base).__name__}; export the adapter by "
                 "peft.tuners.lora.save_as_lora, or decode the model first"

@@ -40,5 +40,6 @@ def register(config: type, model: type) -> None:
 
 
 _REFUSAL = (
-    "peft: expected a version that methods can be added to (0.21 is one), got another; OwLoreAdamW trains models without it"
+    "peft: expected a version that a method can be added to, such as 0.21, got another; OwLoreAdamW trains models "
+    "without it"
 )
