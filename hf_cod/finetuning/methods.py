@@ -25,11 +25,13 @@ class Method:
         setup: see `Setup`.
         learning_rate: a peak to begin with; the best one depends on model, task and length.
         needs_scores: whether layers are drawn by their scores.
+        adapters: whether what trains are adapters, which are merged in the end.
     """
 
     setup: Setup
     learning_rate: float
     needs_scores: bool = False
+    adapters: bool = False
 
 
 def _full(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int) -> tuple[nn.Module, Any]:
@@ -65,10 +67,25 @@ def _owlore(
     return model, owlore(scores, lr=lr, **asdict(settings))
 
 
+def _owlore_peft(
+    model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int
+) -> tuple[nn.Module, Any]:
+    from hf_cod.finetuning import OwLoreConfig
+
+    if settings.rank is None:
+        raise ValueError("rank: expected at least 1 for owlore-peft, whose adapters are of low rank, got none")
+    from peft import get_peft_model
+
+    wrapped: Any = get_peft_model(model, OwLoreConfig(r=settings.rank))
+    others = {key: value for key, value in asdict(settings).items() if key != "rank"}
+    return wrapped, owlore(scores, lr=lr, **others)
+
+
 METHODS: dict[str, Method] = {
     "owlore": Method(_owlore, 1e-3, needs_scores=True),
     "lisa": Method(_lisa, 3e-4),
     "galore": Method(_galore, 1e-3),
-    "lora": Method(_lora, 3e-4),
+    "owlore-peft": Method(_owlore_peft, 1e-3, needs_scores=True, adapters=True),
+    "lora": Method(_lora, 3e-4, adapters=True),
     "full": Method(_full, 5e-5),
 }
