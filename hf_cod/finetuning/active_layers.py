@@ -25,7 +25,7 @@ class ActiveLayers:
     Args:
         model: a transformers model, wrapped or not.
         others: names of what trains at all times beside the layers: "norm" (behind the last layer), "embeddings"
-            (input and output).
+            (input and output). Heads of a task always train: a classifier may be new, and is small.
 
     Attributes:
         layers: of each layer its parameters; one that two layers share belongs to the first.
@@ -105,8 +105,8 @@ def _trainable(module: nn.Module, seen: set[int]) -> list[nn.Parameter]:
 
 
 def _around(stack: DecoderLayers, others: Sequence[str]) -> list[nn.Module]:
-    """The modules around the layers that `others` names, where the model has them."""
-    modules = [stack.final_norm] if "norm" in others else []
+    """Heads of a task, and the modules around the layers that `others` names, where the model has them."""
+    modules = [*stack.task_heads.values()] + ([stack.final_norm] if "norm" in others else [])
     if "embeddings" in others:
         modules += [stack.embeddings, stack.head]
     return [module for module in modules if module is not None]
