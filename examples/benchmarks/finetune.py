@@ -1,13 +1,17 @@
-"""How well each way to fine-tune does, each at its own best learning rate out of one grid.
+"""How well each way to fine-tune does, each at its own best learning rate out of one grid, and what it costs.
 
     python examples/benchmarks/finetune.py --model DIRECTORY_OR_HUB_ID --output finetune         # SmolLM2-135M
+    python examples/benchmarks/finetune.py --model DIRECTORY_OR_HUB_ID --memory
+    python examples/benchmarks/finetune.py --claim-7b                          # no model needed
 
-Tasks: `reuters`, eight categories of news (R8, official split) by the first 24 tokens, with a classification head that
-every method trains; `text`, the next token of a text. Each method starts at its default rate and goes to the neighbour
-in the grid that has a lower loss on a validation part of the training rows, as long as there is one; then other seeds
-(of head, order and draws) train at the best rate, and are measured on the held-out split. Mean and standard deviation
-over seeds go into OUTPUT/quality.json and .md. An interrupted run goes on where it stopped, and takes what others have
-left in OUTPUT: several processes may share it, each with other --methods, and one for all of them makes the table.
+--quality, two tasks: `reuters`, eight categories of news (R8, official split) by the first 24 tokens, with a
+classification head that every method trains; `text`, the next token of a text. Each method starts at its default rate
+and goes to the neighbour in the grid that has a lower loss on a validation part of the training rows, as long as there
+is one; then other seeds (of head, order and draws) train at the best rate, and are measured on the held-out split. Mean
+and standard deviation over seeds go into OUTPUT/quality.json and .md. An interrupted run goes on where it stopped, and
+takes what others have left in OUTPUT: several processes may share it, each with other --methods, and one for all of
+them makes the table. --memory: what `hf-cod finetune --estimate` tells, beside the peak of torch's allocator. --time:
+steps taken in turn in one process, as ratios to LoRA's. Without any of these, all three.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finetuning_costs import claim_7b, measure_memory, measure_time, memory_table, time_table
 from finetuning_tasks import Task, cut, evaluate, reuters, text
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
@@ -164,6 +169,27 @@ def measure_quality(a: argparse.Namespace) -> None:
     print(markdown(rows))
 
 
+def measure_costs(a: argparse.Namespace) -> None:
+    """Memory and time, as tables and JSON."""
+    shown = ("model", "n_active", "interval", "rank", "lora_rank", "cost_batch", "cost_tokens")
+    settings = {name: getattr(a, name) for name in shown}
+    told = {**settings, "torch": torch.__version__}
+    if a.memory:
+        journal = Journal(a.output / "journal.jsonl", fingerprint(settings))
+        rows = measure_memory(a, journal)
+        write_json(a.output / "memory.json", {"settings": told, "rows": rows})
+        print(memory_table(rows))
+    if a.time:
+        rows = measure_time(a)
+        told |= {"rounds": a.rounds, "checkpointing": a.cost_checkpointing, "threads": torch.get_num_threads()}
+        write_json(a.output / "time.json", {"settings": told, "rows": rows})
+        print(time_table(rows))
+    if a.claim_7b:
+        rows, verdict = claim_7b()
+        write_json(a.output / "claim-7b.json", {"rows": rows, "verdict": verdict})
+        print(memory_table(rows, 1e9, "GB"), verdict, sep="\n")
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Settings from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -185,10 +211,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--interval", type=int, default=5, help="steps until other layers are drawn")
     parser.add_argument("--rank", type=int, default=64, help="rank of projected gradients")
     parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--quality", action="store_true", help="measure how well the methods do")
+    parser.add_argument("--memory", action="store_true", help="measure memory")
+    parser.add_argument("--time", action="store_true", help="measure time")
+    parser.add_argument("--claim-7b", action="store_true", help="estimate the memory of LLaMA2-7B")
+    parser.add_argument("--cost-batch", type=int, default=4, help="memory, time: samples of a step")
+    parser.add_argument("--cost-tokens", type=int, default=256, help="memory, time: tokens of a sample")
+    parser.add_argument("--cost-checkpointing", action="store_true", help="time: with activation checkpointing")
+    parser.add_argument("--rounds", type=int, default=20, help="time: steps of each method")
     parser.add_argument("--output", type=Path, default=Path("hf-cod-finetuning"), help="directory for results")
     chosen = parser.parse_args(arguments)
     if chosen.seeds < 1:
         parser.error(f"--seeds: expected at least 1, got {chosen.seeds}")
+    if not (chosen.quality or chosen.memory or chosen.time or chosen.claim_7b):
+        chosen.quality = chosen.memory = chosen.time = True
     return chosen
 
 
@@ -196,7 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what was asked for."""
     disable_progress_bar()  # of loading weights, once a training
     set_verbosity_error()  # that the classifier is new
-    measure_quality(parse(arguments))
+    chosen = parse(arguments)
+    if chosen.quality:
+        measure_quality(chosen)
+    measure_costs(chosen)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,15 @@ METHODS: dict[str, Method] = {
 }
 
 
+def make_optimizer(trained: nn.Module, how: Any, lr: float) -> torch.optim.Optimizer:
+    """The optimizer that Trainer would make of what a `Setup` gave, without decay."""
+    if how is None:
+        parameters = [p for p in trained.parameters() if p.requires_grad]
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+    factory, arguments = how
+    return factory()(trained, **arguments)
+
+
 def set_up(
     method: str,
     model: nn.Module,
@@ -87,8 +96,4 @@ def set_up(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """What trains, and its optimizer, for a loop without Trainer."""
     trained, how = METHODS[method].setup(model, scores, settings, lr, lora_rank)
-    if how is None:
-        parameters = [p for p in trained.parameters() if p.requires_grad]
-        return trained, torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    factory, arguments = how
-    return trained, factory()(trained, **arguments)
+    return trained, make_optimizer(trained, how, lr)
