@@ -30,7 +30,8 @@ class ActiveLayers:
     Args:
         model: a transformers model, wrapped or not.
         others: names of what trains at all times beside the layers: "norm" (behind the last layer), "embeddings"
-            (input and output). Modules that PEFT's `modules_to_save` names always do.
+            (input and output). Heads of a task always train (a classifier may be new, and is small), and so does
+            what PEFT's `modules_to_save` names.
 
     Attributes:
         layers: of each layer its parameters; one that two layers share belongs to the first.
@@ -129,8 +130,8 @@ def _trainable(module: nn.Module, seen: set[int]) -> list[nn.Parameter]:
 
 
 def _around(stack: DecoderLayers, others: Sequence[str]) -> list[nn.Module]:
-    """The modules around the layers that `others` names, where the model has them."""
-    modules = [stack.final_norm] if "norm" in others else []
+    """Heads of a task, and the modules around the layers that `others` names, where the model has them."""
+    modules = [*stack.task_heads.values()] + ([stack.final_norm] if "norm" in others else [])
     if "embeddings" in others:
         modules += [stack.embeddings, stack.head]
     return [module for module in modules if module is not None]
