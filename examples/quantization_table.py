@@ -71,6 +71,7 @@ class Bench:
         if rounding == "weighted":
             config.statistics = self.statistics
         report = quantize(model, config, batches=self.calibration if rounding == "compensated" else None)
+        model.dequantize()  # the same weights, decoded once and not in each forward pass
         return perplexity(model, self.report), report.results["bits"]
 
     def measure_peer(self, exchange: Callable[[nn.Linear], tuple[nn.Module, float]]) -> tuple[float, float]:
@@ -101,7 +102,8 @@ def peers() -> dict[str, Callable[[nn.Linear], tuple[nn.Module, float]]]:
             config = BaseQuantizeConfig(nbits=width, group_size=64)
             made = HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu")
             meta = [t for t in made.meta.values() if isinstance(t, torch.Tensor)]
-            return made, 8.0 * sum(t.numel() * t.element_size() for t in (made.W_q, *meta))
+            # Its scales and zeros count as 16 bits, which would do, though they are float32 here.
+            return made, 8.0 * made.W_q.numel() * made.W_q.element_size() + 16.0 * sum(t.numel() for t in meta)
 
         found |= {f"HQQ {width} bits": lambda linear, width=width: hqq(linear, width) for width in (3, 4)}
     try:
@@ -115,8 +117,8 @@ def peers() -> dict[str, Callable[[nn.Linear], tuple[nn.Module, float]]]:
             made.freeze()
             tensors = made.weight.__tensor_flatten__()[0]
             inner = [getattr(made.weight, name) for name in tensors]
-            inner = [getattr(t, "_data", t) for t in inner]
-            return made, 8.0 * sum(t.numel() * t.element_size() for t in inner)
+            data, *scales = [getattr(t, "_data", t) for t in inner]
+            return made, 8.0 * data.numel() * data.element_size() + 16.0 * sum(t.numel() for t in scales)
 
         found["optimum-quanto qint4"] = quanto
     return found
@@ -151,6 +153,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=3.5, help="stored bits a weight of the mixtures")
     parser.add_argument("--scores", nargs="+", default=list(SCORES))
     parser.add_argument("--roundings", nargs="+", default=list(ROUNDINGS), choices=ROUNDINGS)
+    parser.add_argument("--no-mixtures", action="store_true", help="all layers alike only, and peers")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="random choices of layers")
     parser.add_argument("--peers", action="store_true", help="also measure HQQ and optimum-quanto")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
@@ -161,7 +164,7 @@ def main() -> None:
     parser.add_argument("--output", default="quantization-table", help="directory for table.md, table.json, journal")
     arguments = parser.parse_args()
     output = Path(arguments.output)
-    cells = ("output", "scores", "roundings", "seeds", "peers", "bits")
+    cells = ("output", "scores", "roundings", "seeds", "peers", "no_mixtures", "bits")
     settings = {key: value for key, value in vars(arguments).items() if key not in cells}
     journal = Journal(output / "journal.jsonl", fingerprint(settings))
     bench, rows = Bench(arguments), []
@@ -191,7 +194,8 @@ def main() -> None:
                 f"all {width} {rounding}",
                 lambda w=width, r=rounding: bench.measure(w, r, None),
             )
-        for method, seed in [*((m, 0) for m in arguments.scores), *(("random", s) for s in range(arguments.seeds))]:
+        choices = [*((m, 0) for m in arguments.scores), *(("random", s) for s in range(arguments.seeds))]
+        for method, seed in choices if not arguments.no_mixtures else ():
             key = f"{method} {seed} {rounding} at {arguments.bits}"
             fill(
                 method,
