@@ -318,6 +318,7 @@ def test_packed_base():
     assert model.base_model.model.model.layers[0].mlp.up_proj.get_delta_weight("default").abs().max() > 0
 
 
+@pytest.mark.slow
 def test_compiled():
     found = []
     for compiled in (False, True):
@@ -429,7 +430,7 @@ def test_gradients_that_are_not_finite_are_skipped(caplog):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     train(model, optimizer, 2)
     after = copy.deepcopy(model.state_dict())
-    assert any(value.shape != before[name].shape for name, value in after.items())  # there are bases now
+    assert after.keys() > before.keys()  # there are bases now
     (model(input_ids=IDS, labels=IDS).loss * spoiled).backward()
     optimizer.step()
     assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
