@@ -94,8 +94,9 @@ def factorize(
                     finished.restore(index)
                 else:
                     finished.add(index, change(index, None))
-    finally:  # what is done is recorded, also after an error: the model could not be loaded again otherwise
-        record_shapes(stack.model, change.done)
+    finally:
+        if change.done:  # also after an error: what was changed could not be loaded again otherwise
+            record_shapes(stack.model, change.done)
     return described.report(chosen, finished, settings)
 
 

@@ -13,11 +13,14 @@ from hf_cod import (
     LayerAllocation,
     LayerScores,
     RankPlan,
+    SparseLinear,
     allocate,
     factorize,
     find_decoder_layers,
+    pack_sparse,
     perplexity,
     plan_ranks,
+    prune,
 )
 from hf_cod.calibration import SampleSettings, split_samples, token_batches
 from hf_cod.functional.factorization import DAMPING
@@ -246,6 +249,28 @@ def test_after_an_error_the_model_can_be_saved_as_it_is(tmp_path):
     assert {int(name.split(".")[2]) for name in factors(model)} == {0, 1}
     model.save_pretrained(tmp_path)
     assert len(factors(AutoModelForCausalLM.from_pretrained(tmp_path))) == len(factors(model)) == 14
+
+
+def test_after_an_error_in_the_first_layer_it_is_the_model_that_it_was():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"first at the input of model.layers.0.self_attn.q_proj, batch 0"):
+        factorize(model, 0.5, batches=two_batches(model))
+    assert type(model) is type(build("llama")) and not factors(model)
+
+
+def test_factors_can_be_pruned_and_stored_without_zeros(tmp_path):
+    """The place that quantizers have is free."""
+    model = build("llama", hidden_size=64, intermediate_size=96)
+    factorize(model, 0.6, batches=two_batches(model))
+    report = prune(model, 0.7, batches=two_batches(model))
+    assert "model.layers.1.mlp.up_proj.reduce" in report.results["modules"]
+    pack_sparse(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded.model.layers[1].mlp.up_proj.reduce, SparseLinear)
+    assert torch.equal(outputs(loaded), outputs(model))
 
 
 def test_experts_stay_whole_and_are_counted():
