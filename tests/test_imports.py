@@ -30,6 +30,7 @@ OPTIONAL = {
     "lm_eval": ["evaluation"],
     "gguf": ["loading"],
     "peft": ["pruning", "finetuning"],
+    "bitsandbytes": ["finetuning"],
 }
 # A report can be asked for its picture: the one arrow that goes up, and only inside a method.
 UPWARDS = {("report", "plots"), ("comparison", "plots")}
@@ -87,7 +88,7 @@ def test_functional_imports_torch_alone():
 
 
 def test_nothing_optional_is_imported_with_the_package():
-    unwanted = {*OPTIONAL, "bitsandbytes", "peft", "transformers.trainer_callback"}
+    unwanted = {*OPTIONAL, "transformers.trainer_callback"}
     code = f"import sys, hf_cod, hf_cod.cli; assert not {unwanted!r} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
