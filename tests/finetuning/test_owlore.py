@@ -337,6 +337,21 @@ def test_weights_of_every_dtype_learn_with_moments_of_at_least_float32(dtype, ra
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
+def test_a_compiled_model_trains_as_one_that_is_not_through_more_draws_than_compile_keeps():
+    """Each set of active layers is compiled anew, until torch has enough and runs it as it stands."""
+    plain = build("llama")
+    twin = copy.deepcopy(plain)
+    settings = {"n_active": 2, "interval": 1, "rank": 4, "lr": 1e-2, "floor": 1.0}
+    optimizer, other = OwLoreAdamW(plain, **settings), OwLoreAdamW(twin, **settings)
+    compiled = torch.compile(twin, backend="aot_eager")
+    draws = {tuple(other.sampler.draw(number)) for number in range(12)}
+    assert len(draws) > 3
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for a, b in zip(train(plain, optimizer, 12), train(compiled, other, 12), strict=True):
+            for name, value in a.items():
+                torch.testing.assert_close(b[f"_orig_mod.{name}"], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_bad_gradients_change_nothing_and_end_the_training_at_last(caplog):
     model = build("llama")
     optimizer = OwLoreAdamW(model, n_active=2, rank=4)
