@@ -30,7 +30,7 @@ OPTIONAL = {
     "lm_eval": ["evaluation"],
     "gguf": ["loading"],
     "peft": ["pruning", "finetuning"],
-    "bitsandbytes": ["quantization"],
+    "bitsandbytes": ["quantization", "finetuning"],
 }
 # A report can be asked for its picture: the one arrow that goes up, and only inside a method.
 UPWARDS = {("report", "plots"), ("comparison", "plots")}

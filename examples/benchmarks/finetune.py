@@ -11,7 +11,8 @@ is one; then other seeds (of head, order and draws) train at the best rate, and 
 and standard deviation over seeds go into OUTPUT/quality.json and .md. An interrupted run goes on where it stopped, and
 takes what others have left in OUTPUT: several processes may share it, each with other --methods, and one for all of
 them makes the table. --memory: what `hf-cod finetune --estimate` tells, beside the peak of torch's allocator. --time:
-steps taken in turn in one process, as ratios to LoRA's. Without any of these, all three.
+steps taken in turn in one process, as ratios to LoRA's. Without any of these, all three. --rounding: as --quality, of
+OwLore with weights in bfloat16 that are rounded stochastically or to nearest, beside float32.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from hf_cod.finetuning.methods import METHODS, set_up
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 MAX_GRAD_NORM = 1.0
+ROUNDED = ("owlore", "owlore, bfloat16, stochastic", "owlore, bfloat16, nearest")
 SCORED = 16  # rows that layers are scored by
 THRESHOLD = 13.0  # M of the OWL scores (arXiv 2405.18380)
 
@@ -90,24 +92,25 @@ class Sweep:
             )
         return self.journal[key]
 
-    def _train(self, method: str, rate: float, seed: int, part: str) -> dict[str, float]:
+    def _train(self, name: str, rate: float, seed: int, part: str) -> dict[str, float]:
         a = self.arguments
-        torch.manual_seed(seed)
-        settings = OwLoreSettings(n_active=a.n_active, interval=a.interval, rank=a.rank, seed=seed)
+        method, dtype, rounding = [*name.split(", "), "float32", "stochastic"][:3]
+        settings = OwLoreSettings(n_active=a.n_active, interval=a.interval, rank=a.rank, seed=seed, rounding=rounding)
         scores = self.scores() if METHODS[method].needs_scores else None
         torch.manual_seed(seed)
-        model, optimizer = set_up(method, self.task.build(), scores, settings, rate, a.lora_rank)
+        built = self.task.build().to(getattr(torch, dtype))
+        model, optimizer = set_up(method, built, scores, settings, rate, a.lora_rank)
         try:
             train(model, optimizer, self.task.train, self.task.batch_size, a.steps, seed)
         except ValueError as error:  # gradients that were not finite too often
-            print(f"{method} at {rate:g}: {error}", flush=True)
+            print(f"{name} at {rate:g}: {error}", flush=True)
             return {"loss": math.inf, "accuracy": 0.0}
         found = evaluate(model, self.task.kind, getattr(self.task, part))
         return found if math.isfinite(found["loss"]) else {"loss": math.inf, "accuracy": 0.0}
 
     def row(self, method: str) -> dict[str, Any]:
         """Best rate, and what the seeds reach at it."""
-        start = METHODS[method].learning_rate
+        start = METHODS[method.split(", ")[0]].learning_rate
         rates = sorted(self.arguments.rates)
         best = lowest(rates, start, lambda rate: self.run(method, rate, 0, "validation")["loss"])
         runs = [self.run(method, best, seed, "test") for seed in range(1, self.arguments.seeds + 1)]
@@ -152,7 +155,7 @@ def build_tasks(a: argparse.Namespace) -> dict[str, Task]:
     return {name: makers[name]() for name in a.tasks}
 
 
-def measure_quality(a: argparse.Namespace) -> None:
+def measure_quality(a: argparse.Namespace, methods: Sequence[str], file: str) -> None:
     """Fills the table row by row, and writes it after each one."""
     shown = ("model", "text", "steps", "tokens", "train_rows", "validation_rows", "test_rows", "text_tokens")
     shown += ("validation_windows", "test_windows", "n_active", "interval", "rank", "lora_rank")
@@ -161,11 +164,11 @@ def measure_quality(a: argparse.Namespace) -> None:
     rows = []
     for name, task in build_tasks(a).items():
         sweep = Sweep(name, task, journal, a)
-        for method in a.methods:
+        for method in methods:
             rows.append(sweep.row(method))
             told = {**settings, "rates": a.rates, "seeds": a.seeds, "torch": torch.__version__}
-            write_json(a.output / "quality.json", {"settings": told, "rows": rows})
-            write_text(a.output / "quality.md", markdown(rows))
+            write_json(a.output / f"{file}.json", {"settings": told, "rows": rows})
+            write_text(a.output / f"{file}.md", markdown(rows))
     print(markdown(rows))
 
 
@@ -212,6 +215,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=64, help="rank of projected gradients")
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--quality", action="store_true", help="measure how well the methods do")
+    parser.add_argument("--rounding", action="store_true", help="measure what stochastic rounding does")
     parser.add_argument("--memory", action="store_true", help="measure memory")
     parser.add_argument("--time", action="store_true", help="measure time")
     parser.add_argument("--claim-7b", action="store_true", help="estimate the memory of LLaMA2-7B")
@@ -223,7 +227,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     chosen = parser.parse_args(arguments)
     if chosen.seeds < 1:
         parser.error(f"--seeds: expected at least 1, got {chosen.seeds}")
-    if not (chosen.quality or chosen.memory or chosen.time or chosen.claim_7b):
+    if not (chosen.quality or chosen.rounding or chosen.memory or chosen.time or chosen.claim_7b):
         chosen.quality = chosen.memory = chosen.time = True
     return chosen
 
@@ -234,7 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_verbosity_error()  # that the classifier is new
     chosen = parse(arguments)
     if chosen.quality:
-        measure_quality(chosen)
+        measure_quality(chosen, chosen.methods, "quality")
+    if chosen.rounding:
+        measure_quality(chosen, ROUNDED, "rounding")
     measure_costs(chosen)
 
 

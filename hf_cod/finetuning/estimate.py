@@ -31,6 +31,7 @@ def estimate_memory(
     accumulation: int = 1,
     max_grad_norm: float = 1.0,
     lora_rank: int = 16,
+    trust_remote_code: bool = False,
 ) -> Memory:
     """Peak memory of two training steps of a causal language model, by part.
 
@@ -53,9 +54,10 @@ def estimate_memory(
         accumulation: forward passes in an optimizer step.
         max_grad_norm: gradients are clipped to it; 0: not at all.
         lora_rank: of the method lora.
+        trust_remote_code: whether a model's own code may run.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained, how = METHODS[method].setup(model, None, settings, 0.0, lora_rank)

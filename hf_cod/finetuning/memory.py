@@ -136,16 +136,16 @@ def count_memory(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict
     counter.add(batch.values())
 
     def entered(phase: str) -> None:
-        counter.add(_state_of(optimizer), "optimizer state")
+        counter.add(state_of(optimizer), "optimizer state")
         counter.phase = phase
 
-    with _gradients_counted(model, counter), counter:
+    with gradients_counted(model, counter), counter:
         train_steps(model, optimizer, batch, entered=entered, **how)
     return counter.memory()
 
 
 @contextmanager
-def _gradients_counted(model: nn.Module, counter: LiveStorages) -> Iterator[None]:
+def gradients_counted(model: nn.Module, counter: LiveStorages) -> Iterator[None]:
     """Lets each gradient count as one from the moment when a parameter has it."""
 
     def mark(parameter: Tensor) -> None:
@@ -160,7 +160,8 @@ def _gradients_counted(model: nn.Module, counter: LiveStorages) -> Iterator[None
             handle.remove()
 
 
-def _state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors of an optimizer's state."""
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.finetuning.active_layers import ActiveLayers
+from hf_cod.finetuning.eight_bit import codebook
 from hf_cod.finetuning.increments import Increments
 from hf_cod.finetuning.moments import adam_direction, apply_direction, is_projected, refresh_basis
 from hf_cod.finetuning.sampling import LayerSampler
@@ -63,6 +64,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
     Raises:
         ValueError: bad settings, more layers than the model has, a rank above a layer's width, scores of another model,
             sharded parameters; in `step`: gradients that are not finite too often.
+        ImportError: 8-bit moments without bitsandbytes.
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
     ) -> None:
         self.settings = OwLoreSettings(**settings)
         _check_hyperparameters(lr, betas, eps, weight_decay)
+        if self.settings.moments == "8bit":
+            codebook(signed=True), codebook(signed=False)  # now, rather than in a step, if bitsandbytes is missing
         others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
         self.layers = ActiveLayers(model, others)
         self.increments = Increments(list(self.layers.stack), self.layers.layers)
@@ -193,16 +197,15 @@ class OwLoreAdamW(torch.optim.Optimizer):
         """AdamW of one parameter."""
         grad, state, number = parameter.grad, self.state[parameter], self._numbers[parameter]
         assert grad is not None
-        for key in ("exp_avg", "exp_avg_sq", "basis"):
-            if key in state:
-                state[key] = state[key].to(parameter.device)  # it may have been offloaded
+        for key in state.keys() - {"step", "draw"}:
+            state[key] = state[key].to(parameter.device)  # it may have been offloaded
         rank, seed = self.settings.rank, self.settings.seed
         last = int(state["draw"]) if "draw" in state else None
         if group["layer"] is not None and is_projected(parameter, rank) and last != self.draw:
             random = generator_of(seed, self.draw, number, _BASIS)
             refresh_basis(state, grad, rank or 0, random, stayed=last == self.draw - 1)
             state["draw"] = torch.tensor(self.draw)
-        N = adam_direction(state, grad, group["betas"], group["eps"])
+        N = adam_direction(state, grad, group["betas"], group["eps"], self.settings.moments == "8bit")
         generator: torch.Generator | None = None
         if parameter.dtype == torch.bfloat16 and self.settings.rounding == "stochastic":
             generator = generator_of(seed, self.steps, number, _ROUNDING, device=parameter.device)

@@ -64,6 +64,14 @@ def test_times_are_ratios_to_lora(benchmark, tmp_path):
     assert [row["method"] for row in rows] == ["lora", "owlore"] and rows[0]["ratio"] == 1 and rows[1]["ratio"] > 0
 
 
+def test_rounding_is_compared(benchmark, tmp_path):
+    quick = ["--tasks", "text", "--rates", "1e-3", "--output", str(tmp_path)]
+    benchmark.main([*QUICK, "--rounding", *quick])
+    rows = json.loads((tmp_path / "rounding.json").read_text())["rows"]
+    losses = [row["loss"][0] for row in rows]
+    assert len(set(losses)) == 3 and max(losses) < 1.05 * min(losses)
+
+
 def test_the_best_rate_is_found_downhill(benchmark):
     asked = []
 
