@@ -186,7 +186,7 @@ def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
         (["--pattern", "2of4"], "pattern: expected N:M"),
         (["--pattern", "2:4", "--sparsity", "0.7"], "pattern: expected 2:4 without sparsity"),
         (["--sequence-length", "300"], "text: expected at least two samples of 300 tokens"),
-        (["--sequence-length", "3000"], "at least one sample of sequence_length = 3000 tokens"),
+        (["--sequence-length", "3000"], "at least one sample of 3000 tokens"),
         (["--eval-samples", "0"], "eval_samples: expected at least 1"),
         (["--scores", "none.json"], "scores: expected a file"),
     ],
@@ -270,7 +270,7 @@ def test_text_shorter_than_a_window(checkpoint, capsys):
     capsys.readouterr()
     assert diagnose(checkpoint) == 2
     shown = capsys.readouterr().err
-    assert "at least one sample of sequence_length = 8 tokens, got 2 tokens" in shown
+    assert "at least one sample of 8 tokens, got 2 tokens" in shown
     assert len(shown.splitlines()) == 1, "nothing but the error"
 
 
@@ -285,9 +285,20 @@ def test_options_have_one_spelling(capsys):
     with pytest.raises(SystemExit):
         main(["diagnose", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--text-column" in shown and "--no-pack" in shown and "switch off" in shown
+    assert "--text-column" in shown and "--no-pack without this option: join the texts" in shown
     assert "_column" not in shown and "--no_" not in shown and "default: None" not in shown
     assert "(default: 256)" in shown and "(default: 0)" in shown
+    assert "[--trust-remote-code]" in shown and "TRUST_REMOTE_CODE" not in shown and "--pack " not in shown
+
+
+def test_arguments_may_stand_behind_options(checkpoint):
+    """A boolean takes no value, so not the model's name either; and what is on stays on."""
+    out, text = str(checkpoint / "out"), str(checkpoint / "text.txt")
+    arguments = ["score", "--text", text, *QUICK, "--no-plots", "--per-module", str(checkpoint / "model")]
+    assert main([*arguments, "--output", out]) == 0
+    settings = RunReport.load(out).settings
+    assert settings["per_module"] is True and settings["pack"] is True
+    assert not (checkpoint / "out" / "score.png").exists()
 
 
 def test_a_directory_is_called_by_its_name(checkpoint, monkeypatch):
