@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -54,8 +55,12 @@ def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
     arguments = ["score", str(checkpoint / "model"), "--text", text, *QUICK]
     assert main([*arguments, "--threshold", "3", "--output", first]) == 0
     names = {path.name for path in (checkpoint / "first").iterdir()}
-    assert {"statistics.safetensors", "scores.json", "report.json", "report.md", "score.png"} <= names
-    assert "By owl, layers" in capsys.readouterr().out
+    files = {"statistics.safetensors", "scores.json", "report.json", "report.md", "score.png"}
+    assert files <= names and "overview.png" not in names
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"By owl, layers \d \(.*\), \d \(.*\) matter most, layers .* matter least", " ".join(shown.split())
+    )
     scores = LayerScores.load(checkpoint / "first" / "scores.json")
     assert RunReport.load(first).layers["score"] == scores.values and scores.settings["threshold"] == 3
     earlier = str(checkpoint / "first" / "statistics.safetensors")
@@ -68,6 +73,26 @@ def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
     assert main([*arguments, "--statistics", text]) == 2
     shown = capsys.readouterr().err
     assert "method: expected one of owl" in shown and "statistics: expected a file" in shown
+
+
+@pytest.mark.parametrize(
+    "layers, method, found",
+    [
+        (1, "owl", r"By owl, no layer stands out\."),
+        (3, "owl", r"By owl, layer (\d) \(.*\) matters most, layer (?!\1)\d \(.*\) matters least\."),
+        (
+            5,
+            "random",
+            r"By random, layers (\d) .*, (\d) .* matter most, layers (?!\1|\2)\d .*, (?!\1|\2)\d .* matter least",
+        ),
+        (4, "uniform", r"By uniform, no layer stands out\."),
+    ],
+)
+def test_no_layer_matters_both_most_and_least(checkpoint, layers, method, found):
+    build("llama", layers).save_pretrained(checkpoint / "model")
+    arguments = ["score", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
+    assert main([*arguments, "--method", method, "--output", str(checkpoint / "out")]) == 0
+    assert re.match(found, RunReport.load(checkpoint / "out").summary[0])
 
 
 def test_score_takes_the_statistics_that_are_there(checkpoint, monkeypatch):
@@ -197,6 +222,23 @@ def test_prune_with_bad_input(checkpoint, capsys, arguments, message):
     assert message in shown and "Traceback" not in shown
     assert main(["prune", str(checkpoint / "model"), "--output", str(checkpoint / "model")]) == 2
     assert "output: expected another directory than the model's" in capsys.readouterr().err
+
+
+def test_pack_takes_its_output_by_place_or_by_option(checkpoint, capsys):
+    assert prune(checkpoint, "sparse", "--sparsity", "0.7", "--score", "uniform", "--no-plots") == 0
+    sparse, packed, other = (str(checkpoint / name) for name in ("sparse", "packed", "other"))
+    assert main(["pack", sparse, packed]) == 0
+    assert "matrices packed" in capsys.readouterr().out
+    assert main(["pack", sparse, "--minimum", "0.6", "--output", other]) == 0
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        logits = [load_model(name)[0](ids).logits for name in (sparse, packed, other)]
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-4)
+    assert torch.equal(logits[1], logits[2])
+    assert main(["pack", sparse, "--minimum", "0.6", packed]) == 2
+    assert main(["pack", sparse, str(checkpoint / "a"), "--output", str(checkpoint / "b")]) == 2
+    shown = capsys.readouterr().err
+    assert "output: expected a path that does not exist yet" in shown and "output: expected one directory" in shown
 
 
 def test_compare_puts_two_runs_in_one_picture(checkpoint, capsys):
