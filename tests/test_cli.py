@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -54,8 +55,12 @@ def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
     arguments = ["score", str(checkpoint / "model"), "--text", text, *QUICK]
     assert main([*arguments, "--threshold", "3", "--output", first]) == 0
     names = {path.name for path in (checkpoint / "first").iterdir()}
-    assert {"statistics.safetensors", "scores.json", "report.json", "report.md", "score.png"} <= names
-    assert "By owl, layers" in capsys.readouterr().out
+    files = {"statistics.safetensors", "scores.json", "report.json", "report.md", "score.png"}
+    assert files <= names and "overview.png" not in names
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"By owl, layers \d \(.*\), \d \(.*\) matter most, layers .* matter least", " ".join(shown.split())
+    )
     scores = LayerScores.load(checkpoint / "first" / "scores.json")
     assert RunReport.load(first).layers["score"] == scores.values and scores.settings["threshold"] == 3
     earlier = str(checkpoint / "first" / "statistics.safetensors")
@@ -68,6 +73,26 @@ def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
     assert main([*arguments, "--statistics", text]) == 2
     shown = capsys.readouterr().err
     assert "method: expected one of owl" in shown and "statistics: expected a file" in shown
+
+
+@pytest.mark.parametrize(
+    "layers, method, found",
+    [
+        (1, "owl", r"By owl, no layer stands out\."),
+        (3, "owl", r"By owl, layer (\d) \(.*\) matters most, layer (?!\1)\d \(.*\) matters least\."),
+        (
+            5,
+            "random",
+            r"By random, layers (\d) .*, (\d) .* matter most, layers (?!\1|\2)\d .*, (?!\1|\2)\d .* matter least",
+        ),
+        (4, "uniform", r"By uniform, no layer stands out\."),
+    ],
+)
+def test_no_layer_matters_both_most_and_least(checkpoint, layers, method, found):
+    build("llama", layers).save_pretrained(checkpoint / "model")
+    arguments = ["score", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
+    assert main([*arguments, "--method", method, "--output", str(checkpoint / "out")]) == 0
+    assert re.match(found, RunReport.load(checkpoint / "out").summary[0])
 
 
 def test_score_takes_the_statistics_that_are_there(checkpoint, monkeypatch):
@@ -186,7 +211,7 @@ def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
         (["--pattern", "2of4"], "pattern: expected N:M"),
         (["--pattern", "2:4", "--sparsity", "0.7"], "pattern: expected 2:4 without sparsity"),
         (["--sequence-length", "300"], "text: expected at least two samples of 300 tokens"),
-        (["--sequence-length", "3000"], "at least one sample of sequence_length = 3000 tokens"),
+        (["--sequence-length", "3000"], "at least one sample of 3000 tokens"),
         (["--eval-samples", "0"], "eval_samples: expected at least 1"),
         (["--scores", "none.json"], "scores: expected a file"),
     ],
@@ -280,6 +305,23 @@ def test_factorize_with_bad_input(checkpoint, capsys, arguments, message):
     assert message in shown and "Traceback" not in shown
 
 
+def test_pack_takes_its_output_by_place_or_by_option(checkpoint, capsys):
+    assert prune(checkpoint, "sparse", "--sparsity", "0.7", "--score", "uniform", "--no-plots") == 0
+    sparse, packed, other = (str(checkpoint / name) for name in ("sparse", "packed", "other"))
+    assert main(["pack", sparse, packed]) == 0
+    assert "matrices packed" in capsys.readouterr().out
+    assert main(["pack", sparse, "--minimum", "0.6", "--output", other]) == 0
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        logits = [load_model(name)[0](ids).logits for name in (sparse, packed, other)]
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-4)
+    assert torch.equal(logits[1], logits[2])
+    assert main(["pack", sparse, "--minimum", "0.6", packed]) == 2
+    assert main(["pack", sparse, str(checkpoint / "a"), "--output", str(checkpoint / "b")]) == 2
+    shown = capsys.readouterr().err
+    assert "output: expected a path that does not exist yet" in shown and "output: expected one directory" in shown
+
+
 def test_compare_puts_two_runs_in_one_picture(checkpoint, capsys):
     assert diagnose(checkpoint) == 0
     run, out = str(checkpoint / "run"), str(checkpoint / "both")
@@ -351,7 +393,7 @@ def test_text_shorter_than_a_window(checkpoint, capsys):
     capsys.readouterr()
     assert diagnose(checkpoint) == 2
     shown = capsys.readouterr().err
-    assert "at least one sample of sequence_length = 8 tokens, got 2 tokens" in shown
+    assert "at least one sample of 8 tokens, got 2 tokens" in shown
     assert len(shown.splitlines()) == 1, "nothing but the error"
 
 
@@ -366,9 +408,20 @@ def test_options_have_one_spelling(capsys):
     with pytest.raises(SystemExit):
         main(["diagnose", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--text-column" in shown and "--no-pack" in shown and "switch off" in shown
+    assert "--text-column" in shown and "--no-pack without this option: join the texts" in shown
     assert "_column" not in shown and "--no_" not in shown and "default: None" not in shown
     assert "(default: 256)" in shown and "(default: 0)" in shown
+    assert "[--trust-remote-code]" in shown and "TRUST_REMOTE_CODE" not in shown and "--pack " not in shown
+
+
+def test_arguments_may_stand_behind_options(checkpoint):
+    """A boolean takes no value, so not the model's name either; and what is on stays on."""
+    out, text = str(checkpoint / "out"), str(checkpoint / "text.txt")
+    arguments = ["score", "--text", text, *QUICK, "--no-plots", "--per-module", str(checkpoint / "model")]
+    assert main([*arguments, "--output", out]) == 0
+    settings = RunReport.load(out).settings
+    assert settings["per_module"] is True and settings["pack"] is True
+    assert not (checkpoint / "out" / "score.png").exists()
 
 
 def test_a_directory_is_called_by_its_name(checkpoint, monkeypatch):
