@@ -79,7 +79,8 @@ def _owlore_peft(
         raise ValueError("rank: expected at least 1 for owlore-peft, whose adapters are of low rank, got none")
     from peft import get_peft_model
 
-    wrapped: Any = get_peft_model(model, OwLoreConfig(r=settings.rank))
+    heads = list(find_decoder_layers(model).task_heads) or None  # a classifier may be new: it trains as it is
+    wrapped: Any = get_peft_model(model, OwLoreConfig(r=settings.rank, modules_to_save=heads))
     others = {key: value for key, value in asdict(settings).items() if key != "rank"}
     return wrapped, owlore(scores, lr=lr, **others)
 
