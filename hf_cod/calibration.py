@@ -241,6 +241,20 @@ def _collate(tokenizer: Any, samples: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
+def check_batches(batches: Iterable[Any]) -> None:
+    """Makes sure that batches are what a model's forward takes, and not the texts themselves.
+
+    Raises:
+        ValueError: something else than a dict; says how batches are made.
+    """
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"batches: expected dicts of tensors for the model's forward, got {type(batch).__name__}; of texts, "
+                "hf_cod.calibration makes them: token_batches(tokenizer, texts, SampleSettings())"
+            )
+
+
 def split_samples(batches: Sequence[Batch], first: int) -> tuple[list[Batch], list[Batch]]:
     """The first so many samples, and the rest; the batch between them is cut in two."""
     before: list[Batch] = []

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_cod import RunReport, fold_lns, perplexity
 from hf_cod.calibration import SampleSettings, token_batches
 from hf_cod.cli import main
+from hf_cod.commands import demo
 from hf_cod.loading import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
 from hf_cod.model_card import CardSettings, model_card, release
 from hf_cod.training.history import TrainingHistory
@@ -46,6 +47,13 @@ def test_the_embedded_lns_model_folds_into_a_stock_llama():
         torch.testing.assert_close(stock(**batch).logits, model(**batch).logits, atol=1e-3, rtol=1e-4)
     with pytest.raises(ValueError, match="placement: expected one of pre, lns, got 'post'"):
         embedded_model("post")
+
+
+def test_demo_says_which_file_it_took_from_a_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "on_hub", lambda name: False)
+    monkeypatch.setattr(demo, "from_package", lambda *package: embedded_model("pre"))
+    assert main(["demo", "smollm2", "--output", str(tmp_path)]) == 0
+    assert embedded_model("pre") in capsys.readouterr().out.splitlines()[0]
 
 
 def test_demo_needs_no_network(tmp_path, monkeypatch, capsys):

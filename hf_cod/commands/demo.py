@@ -88,7 +88,7 @@ def _smollm2(output: str) -> int:
     title, name = HUB_MODEL.split("/")[1], HUB_MODEL
     if not on_hub(HUB_MODEL):
         title, name = f"{title} (4-bit GGUF, dequantized)", str(from_package(*PACKAGED_MODEL))
-    print(f"measuring {title}")
+    print(f"measuring {title}: {name}")  # what other commands take as MODEL
     model, tokenizer = load_model(name, ModelSettings(dtype="float32"))
     report, status = run(model, tokenizer, embedded_text(), DiagnoseSettings(max_samples=8), output, title)
     finish(report, output, plots=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.calibration import Batch, split_samples
+from hf_cod.calibration import Batch, check_batches, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import measure_forward, measure_gradient_norm, measure_layer_drop
 from hf_cod.evaluation import find_metric, task_of
@@ -107,14 +107,15 @@ def score_layers(
     `spread`, which `allocate` takes where none is given, and the `losses` of all, in nats a token.
 
     Raises:
-        ValueError: an unknown method, something that it needs is missing, statistics of another model, weights or
-            activations that are not finite (says where).
+        ValueError: an unknown method, something that it needs is missing, texts instead of batches, statistics of
+            another model, weights or activations that are not finite (says where).
     """
     chosen = ScoreSettings(method=method, **settings)
     stack = find_decoder_layers(model, chosen.layers_path)
     request = _Request(model, stack, statistics, batches, chosen, show_progress)
     if method in NEED_BATCHES and not batches:
         raise ValueError(f"batches: expected at least one for the method {method}, got none")
+    check_batches(batches or ())
     values = METHODS[method](request)
     config = getattr(stack.model, "config", None)
     name = getattr(config, "_name_or_path", "") or type(stack.model).__name__

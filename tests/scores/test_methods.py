@@ -178,6 +178,11 @@ def test_bad_input():
         score_layers(model)
     with pytest.raises(ValueError, match="batches: expected at least one for the method angular"):
         score_layers(model, method="angular")
+    for texts in (["one two"], "one two"):
+        with pytest.raises(
+            ValueError, match=r"batches: expected dicts .*, got str; .* token_batches\(tokenizer, texts, "
+        ):
+            score_layers(model, batches=texts)
     for wrong in (0, -1, math.nan, math.inf):
         with pytest.raises(ValueError, match="threshold: expected a finite number above 0"):
             score_layers(model, batches=batches, threshold=wrong)
