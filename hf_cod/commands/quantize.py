@@ -146,6 +146,8 @@ def run(
         "perplexity": perplexities,
         "evaluation": describe_batches(evaluation),
     }
+    if scores is not None:
+        results["score"] = scores.settings
     told = {**asdict(settings), "text": text.text, "scores": scores_file, **describe_batches(calibration)}
     remarks = [] if scores is None else scores.remarks
     summary = [*report.summary, _sizes(results), *describe_perplexity(results, "quantized"), *_ends(results), *remarks]
