@@ -34,8 +34,8 @@ def main(arguments: Sequence[str]) -> int:
         [ModelSettings, PackSettings],
         prog="hf-cod pack",
         description="Stores a pruned model without its zeros: one bit a weight, and the weights that are left. It "
-        "loads by from_pretrained where hf_cod is imported, and generates faster than the dense model on CPUs. The "
-        "source is never touched.",
+        "loads by from_pretrained where hf_cod is imported, and generates faster than the dense model on CPUs with "
+        "AVX-512 or AVX2; on other CPUs it is slower. The source is never touched.",
     )
     parser.add_argument("model", help="Hub id or directory of a model with many zeros")
     loading, settings, rest = parser.parse(arguments)

@@ -14,9 +14,9 @@ from hf_cod.sparse.product import multiply, sparse_linear
 class SparseLinear(nn.Linear):
     """y = x W^T + b with W in the bitmask format; W itself is frozen, adapters beside it (PEFT) learn.
 
-    Up to 16 tokens are multiplied straight from the format by a kernel that is built on first use (AVX-512 where the
-    processor has it), more by way of dense blocks of rows. Without a C++ compiler, and on other devices than the CPU,
-    a dense copy is kept and used.
+    Up to 16 tokens are multiplied straight from the format by a kernel that is built on first use, for AVX-512 or AVX2
+    (or, slower than a dense product, for any processor), more by way of dense blocks of rows. Without a C++ compiler,
+    and on other devices than the CPU, a dense copy is kept and used.
 
     Args:
         in_features, out_features: columns and rows of W.

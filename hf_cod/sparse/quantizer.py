@@ -75,7 +75,7 @@ class SparseQuantizer(HfQuantizer):
 
 
 def pack_sparse(model: PreTrainedModel, minimum: float = 0.5) -> PreTrainedModel:
-    """Stores a model's sparse matrices without their zeros, in place; on CPUs, small batches then run faster.
+    """Stores a model's sparse matrices without their zeros, in place; small batches run faster on CPUs with AVX2.
 
     Linears of which at least `minimum` is zero become `SparseLinear`. Left dense are Conv1D (GPT-2), banks of experts,
     and what modules share, such as a head tied to the embeddings. `save_pretrained` writes the packed form,
