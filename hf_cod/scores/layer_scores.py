@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.files import read_json, write_json
+from hf_cod.same_model import check_sizes
 
 FORMAT_VERSION = 1
 
@@ -45,6 +47,14 @@ class LayerScores:
         if "chosen" not in self.settings:
             return []
         return [f"{self.method} chose {self.settings['chosen']} with lambda {self.settings['spread']:g}."]
+
+    def check(self, stack: DecoderLayers) -> None:
+        """Makes sure that these are scores of that model; warns where only its name is another.
+
+        Raises:
+            ValueError: another number of layers, or layers of other sizes.
+        """
+        check_sizes("scores", self.model, self.parameters, stack)
 
     def save(self, path: str | Path) -> Path:
         """Writes a JSON file; returns its path."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_cod.calibration import Batch, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import measure_forward, measure_gradient_norm, measure_layer_drop
+from hf_cod.diagnostics.running import naming_weights
 from hf_cod.evaluation import find_metric, task_of
 from hf_cod.functional import budget, outliers
 from hf_cod.scores.layer_scores import LayerScores
@@ -107,12 +108,13 @@ def score_layers(
     request = _Request(model, stack, statistics, batches, chosen, show_progress)
     if method in NEED_BATCHES and not batches:
         raise ValueError(f"batches: expected at least one for the method {method}, got none")
-    values = METHODS[method](request)
     config = getattr(stack.model, "config", None)
     name = getattr(config, "_name_or_path", "") or type(stack.model).__name__
-    used = {key: getattr(chosen, key) for key in SETTINGS_OF.get(method, ())} | request.found
     sizes = [stack.count_weights(index) for index in range(len(stack))]
-    return LayerScores(name, method, values, sizes, used)
+    with naming_weights(stack.model):
+        values = METHODS[method](request)
+        used = {key: getattr(chosen, key) for key in SETTINGS_OF.get(method, ())} | request.found
+        return LayerScores(name, method, values, sizes, used)
 
 
 @dataclass(frozen=True)
