@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.models.checkpoint import check_new, save_aside
 from hf_cod.report import RunReport, environment, format_number
+from hf_cod.scores import ScoreSettings
 from hf_cod.sparse import SparseConfig, SparseLinear, pack_sparse
 
 
@@ -26,6 +25,7 @@ class PackSettings:
     output: str | None = field(
         default=None, metadata={"help": "new directory for the packed model and its report; default: hf-cod-pack-MODEL"}
     )
+    layers_path: str | None = field(default=None, metadata=ScoreSettings.__dataclass_fields__["layers_path"].metadata)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,21 +43,23 @@ def main(arguments: Sequence[str]) -> int:
     directory = Path(settings.output or default_directory("pack", rest.model))
     check_new(directory)
     model: Any = load_model(rest.model, loading)[0]
+    stack = find_decoder_layers(model, settings.layers_path)  # before anything is written
     dense_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
     pack_sparse(model, settings.minimum)
     save_aside(model, directory, Path(rest.model) if Path(rest.model).is_dir() else rest.model)
     packed_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    report = describe(model, model_title(rest.model), asdict(settings), dense_bytes, packed_bytes)
+    report = describe(stack, model_title(rest.model), asdict(settings), dense_bytes, packed_bytes)
     report.save(directory)
     print_report(report)
     print(f"\nwritten to {directory.resolve()}")
     return 0
 
 
-def describe(model: nn.Module, name: str, settings: dict[str, Any], dense_bytes: int, packed_bytes: int) -> RunReport:
+def describe(
+    stack: DecoderLayers, name: str, settings: dict[str, Any], dense_bytes: int, packed_bytes: int
+) -> RunReport:
     """The report: zeros as counted in each layer, sizes of the weights on disk."""
-    stack = find_decoder_layers(model)
-    packed = {key: m for key, m in model.named_modules() if isinstance(m, SparseLinear)}
+    packed = {key: m for key, m in stack.model.named_modules() if isinstance(m, SparseLinear)}
     sizes = f"{dense_bytes / 1e6:,.1f} MB dense, {packed_bytes / 1e6:,.1f} MB packed"
     return RunReport(
         kind="pack",

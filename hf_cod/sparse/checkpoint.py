@@ -1,5 +1,5 @@
-"""What the files of a packed checkpoint hold, compared with what its config says before anything is loaded: transformers
-fills what is missing with random weights.
+"""What the files of a packed checkpoint hold, compared with what its config says, before anything is loaded:
+transformers fills what is missing with random weights.
 """
 
 from __future__ import annotations

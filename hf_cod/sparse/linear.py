@@ -119,6 +119,6 @@ class _Decoded(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         raise ValueError(
-            "weight: expected no change to a packed matrix, got one (a merge of adapters?); call model.dequantize() "
-            "first, and hf_cod.pack_sparse afterwards"
+            "weight: expected no change to a packed matrix, got one (a merge of adapters, or adapters that begin by "
+            "changing it: pissa, olora); call model.dequantize() first, and hf_cod.pack_sparse afterwards"
         )

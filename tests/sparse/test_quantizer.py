@@ -180,6 +180,13 @@ def test_bad_models():
     with pytest.raises(ValueError, match=r"minimum: expected a model with a Linear of which at least 50% is zero, got"):
         pack_sparse(dense)
     assert not hasattr(dense, "hf_quantizer") or dense.hf_quantizer is None
+    with pytest.raises(ValueError, match=r"got at most 0.0% \(no matrix\) and Conv1D, which is not packed"):
+        pack_sparse(build("gpt2"))
+    for start in ("pissa", "olora"):
+        with pytest.raises(
+            ValueError, match=r"adapters that begin by changing it: pissa, olora\); call model.dequantize"
+        ):
+            peft.get_peft_model(pack_sparse(sparse_model()), peft.LoraConfig(r=2, init_lora_weights=start))
     with pytest.raises(ValueError, match="minimum: expected a share of zeros between 0 and 1, got 50"):
         pack_sparse(sparse_model(), minimum=50)
     with pytest.raises(ValueError, match="model: expected a transformers model without wrappers, got Linear"):
