@@ -19,14 +19,14 @@ from hf_cod.scores import LayerScores
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["sparsity", "bits", "rank", "probability"]
+Kind = Literal["sparsity", "bits", "rank", "parameters", "probability"]
 Rule = Literal["bounded", "authors"]
 FORMAT_VERSION = 1
 DEFAULT_SPREAD = 0.08  # OWL (arXiv 2310.05175), lambda
 DEFAULT_BITS = (3.0, 4.0)
 RULES = ("bounded", "authors")
 # Kind -> whether a layer that matters more gets a smaller value.
-FALLING = {"sparsity": True, "bits": False, "rank": False, "probability": False}
+FALLING = {"sparsity": True, "bits": False, "rank": False, "parameters": False, "probability": False}
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class LayerAllocation:
     """What each layer gets.
 
     Attributes:
-        kind: "sparsity" (share of zeros), "bits" (of a weight), "rank" (share of the full rank that is kept) or
-            "probability" (that a layer is drawn).
+        kind: "sparsity" (share of zeros), "bits" (of a weight), "rank" (share of the full rank that is kept),
+            "parameters" (share of the weights that is kept) or "probability" (that a layer is drawn).
         budget: what the mean of the values was to be.
         values: one a layer, from layer 0 on.
         parameters: the weight of each layer in that mean.
@@ -105,8 +105,7 @@ def allocate(
     Args:
         scores: from `score_layers`.
         kind: see `LayerAllocation`.
-        budget: mean of the values: sparsity, rank share and probability in [0, 1], or between the choices; of N:M
-            at most 1 - 1 / M.
+        budget: mean of the values: shares and probability in [0, 1], or between the choices; of N:M at most 1 - 1 / M.
         spread: lambda; default: what the method `auto` found best, else 0.08; less where the budget is nearer than that
             to 0, to 1 or to the last of the choices. Bits spread over the choices.
         parameters: weight of each layer in the mean; default: what `scores` holds.

@@ -7,6 +7,7 @@ its KV cache, and a config that still counts the removed layers builds another m
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -131,16 +132,18 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
                 if module.__dict__.get(name) == old:
                     changes.set(module, name, new)
     if stack.config is not None:
-        _mend_config(stack.config, kept, changes)
+        _mend_config(stack.config, kept, changes, stack.path)
 
 
-def _mend_config(config: Any, kept: list[int], changes: _Changes) -> None:
+def _mend_config(config: Any, kept: list[int], changes: _Changes, path: str) -> None:
     depth = config.num_hidden_layers
     if hasattr(config, "layer_depths") and config.layer_depths is None:
         # Our own models: what LNS, Mix-LN and DeepNorm make of a layer's depth must not change with its number.
         changes.set(config, "layer_depths", list(range(depth)))
         changes.set(config, "original_num_hidden_layers", depth)
     changes.set(config, "num_hidden_layers", len(kept))
+    if getattr(config, "module_shapes", None):
+        changes.set(config, "module_shapes", _renumbered(config.module_shapes, path, kept))
     for name, value in list(vars(config).items()):
         if name.startswith("_") or name in NOT_PER_LAYER_FIELDS:
             continue
@@ -150,6 +153,19 @@ def _mend_config(config: Any, kept: list[int], changes: _Changes) -> None:
             changes.set(config, name, sum(old < value for old in kept))
         elif isinstance(value, (list, tuple)) and len(value) == depth:
             changes.set(config, name, type(value)(value[i] for i in kept))
+
+
+def _renumbered(shapes: dict[str, Any], path: str, kept: list[int]) -> dict[str, Any]:
+    """The record of our shaped models for the kept layers; its names may lack the first part of the stack's path."""
+    stack = path.rpartition(".")[2]
+    found = {}
+    for name, sizes in shapes.items():
+        match = re.match(rf"((?:.*?\.)??{re.escape(stack)}\.)(\d+)(\..+)", name)
+        if match is None:
+            found[name] = sizes
+        elif int(match[2]) in kept:
+            found[f"{match[1]}{kept.index(int(match[2]))}{match[3]}"] = sizes
+    return found
 
 
 def _check_config_builds(stack: DecoderLayers) -> None:

@@ -181,3 +181,12 @@ def optimal_brain_surgeon(W, H, S, pattern, damping, block):
                 W[i, j:] -= W[i, j] / left[j][0, 0] * left[j][0]
                 W[i, j] = 0
     return W
+
+
+def whitened_svd(W, H, r, damping):
+    """The matrix of rank r nearest to W by || (W - .) L ||_F, L L^T = H + damping mean(diag H) I, and the squares of
+    the singular values of W L: by an SVD and an inverse, as the formula says.
+    """
+    L = torch.linalg.cholesky(H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype))
+    U, S, V = torch.linalg.svd(W @ L, full_matrices=False)
+    return U[:, :r] * S[:r] @ V[:r] @ torch.linalg.inv(L), S.square()

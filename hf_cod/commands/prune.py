@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hf_cod.allocation import LayerAllocation, allocate
-from hf_cod.calibration import (
-    Batch,
-    SampleSettings,
-    TextSettings,
-    describe_batches,
-    load_texts,
-    mask_tokens,
-    split_samples,
+from hf_cod.calibration import Batch, TextSettings, describe_batches
+from hf_cod.commands.compressing import (
+    SpreadSettings,
+    as_in,
+    describe_perplexity,
+    load_with_tokenizer,
+    measure_perplexity,
+    split_text,
 )
-from hf_cod.calibration import token_batches as cut_into_batches
 from hf_cod.commands.diagnose import require_plots
 from hf_cod.commands.output import JOURNAL, check_output, finish, results_of
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import find_decoder_layers
-from hf_cod.diagnostics.running import evaluation_mode, execution_device, to_device
-from hf_cod.evaluation import LANGUAGE_MODELS, perplexity, task_of
+from hf_cod.evaluation import task_of
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.pruning import METHODS, RecoverySettings, measure_sparsity, parse_pattern, prune, recover
 from hf_cod.pruning.weights import check_pattern
-from hf_cod.report import RunReport, format_number
+from hf_cod.report import RunReport
 from hf_cod.scores import METHODS as SCORES
 from hf_cod.scores import PRUNERS, LayerScores, ScoreSettings, score_layers
 from hf_cod.writable_weights import check_writable
@@ -39,50 +37,28 @@ from hf_cod.writable_weights import check_writable
 DEFAULT_SPARSITY = 0.5
 
 
-def _as_in(settings: type, name: str) -> Any:
-    """A field with the default and the help that it has in other settings."""
-    (found,) = (f for f in fields(settings) if f.name == name)
-    return field(default=found.default, metadata=found.metadata)
-
-
 @dataclass
-class PruneSettings(SampleSettings):
+class PruneSettings(SpreadSettings):
     """What is pruned, and on which samples."""
 
     method: str = field(default="wanda", metadata={"help": f"which weights go: by {', '.join(METHODS)}"})
-    score: str = _as_in(ScoreSettings, "method")
-    threshold: float = _as_in(ScoreSettings, "threshold")
-    per_module: bool = _as_in(ScoreSettings, "per_module")
+    score: str = as_in(ScoreSettings, "method")
     sparsity: float | None = field(
         default=None, metadata={"help": f"share of zeros; default: {DEFAULT_SPARSITY}, or what the pattern makes"}
-    )
-    spread: float | None = field(
-        default=None, metadata={"help": "lambda: layers get sparsity - lambda to sparsity + lambda; default: 0.08"}
     )
     pattern: str | None = field(
         default=None,
         metadata={"help": "2:4 keeps 2 of each 4 weights in every layer; N:8 chooses N for each layer by its score"},
     )
-    eval_text: str | None = field(
-        default=None, metadata={"help": "text to measure perplexity on; default: other samples of the same text"}
-    )
-    eval_samples: int = field(default=32, metadata={"help": "samples to measure perplexity on"})
-    baseline: bool = field(
-        default=True, metadata={"help": "also prune all layers alike, to see what the score is worth; twice the time"}
-    )
-    layers_path: str | None = _as_in(ScoreSettings, "layers_path")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.score not in SCORES:
             raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {self.score!r}")
-        ScoreSettings(self.score, self.threshold)
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         if self.sparsity is not None and not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity: expected a share in 0..1, got {self.sparsity}")
-        if self.eval_samples < 1:
-            raise ValueError(f"eval_samples: expected at least 1, got {self.eval_samples}")
         if self.fixed and (self.sparsity is not None or self.spread is not None):
             raise ValueError(f"pattern: expected {self.pattern} without sparsity and spread, which follow from it")
         if not self.fixed:
@@ -156,13 +132,11 @@ def run(
     output: Path,
 ) -> RunReport:
     """Measures, prunes, saves, and measures again what was saved; memory never holds two models."""
-    model, tokenizer = load_model(source, loading)
-    if tokenizer is None:
-        raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod.prune")
-    calibration, evaluation = _samples(tokenizer, text, settings, task_of(model))
     scores = None if settings.fixed or scores_file is None else LayerScores.load(scores_file)
+    model, tokenizer = load_with_tokenizer(source, loading)
     _check_model(model, settings, scores)
-    perplexities = {"intact": _perplexity(model, evaluation, settings)}
+    calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
+    perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
     if scores is None and not settings.fixed:
         scores = _scores(model, calibration, settings)
     plan: LayerAllocation | str = settings.fixed or ""
@@ -178,17 +152,17 @@ def run(
     if settings.baseline and scores is not None and scores.method != "uniform":
         alike = replace(scores, values=[1.0] * len(scores.values), method="uniform")
         prune(model, _plan(alike, settings), settings.method, **options)
-        perplexities["uniform"] = _perplexity(model, evaluation, settings)
+        perplexities["uniform"] = measure_perplexity(model, evaluation, settings)
         del model
         model, _ = load_model(source, loading)
     report = prune(model, plan, settings.method, **options)
     if recovery.recover:
-        perplexities["pruned"] = _perplexity(model, evaluation, settings)
+        perplexities["pruned"] = measure_perplexity(model, evaluation, settings)
         _recover(model, calibration, settings, recovery)
     _save(output, model, tokenizer, scores, plan)
     del model
     saved, _ = load_model(str(output), replace(loading, revision="main"))
-    perplexities["recovered" if recovery.recover else "pruned"] = _perplexity(saved, evaluation, settings)
+    perplexities["recovered" if recovery.recover else "pruned"] = measure_perplexity(saved, evaluation, settings)
     layers, results = measure_sparsity(find_decoder_layers(saved, settings.layers_path))
     results |= {"perplexity": perplexities, "evaluation": describe_batches(evaluation)}
     found = {} if scores is None else {"score": scores.values}
@@ -218,33 +192,6 @@ def _check_model(model: nn.Module, settings: PruneSettings, scores: LayerScores 
         scores.check(stack)
 
 
-def _samples(
-    tokenizer: Any, text: TextSettings, settings: PruneSettings, task: str
-) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """Samples to prune on and, apart from them, to measure on: of one text the earlier and the later ones."""
-    calibrating, measuring = settings.max_samples, settings.eval_samples
-    first: Sequence[Batch]
-    second: Sequence[Batch]
-    if settings.eval_text is not None:
-        other = load_texts(replace(text, text=settings.eval_text))
-        first = cut_into_batches(tokenizer, load_texts(text), settings)
-        second = cut_into_batches(tokenizer, other, replace(settings, max_samples=measuring))
-    else:
-        both = replace(settings, max_samples=calibrating + measuring)
-        batches = cut_into_batches(tokenizer, load_texts(text), both)
-        drawn = describe_batches(batches)["samples"]
-        if drawn < 2:
-            raise ValueError(
-                f"text: expected at least two samples of {settings.sequence_length} tokens, one to prune on and one "
-                "to measure on, got one; give a longer text, --eval-text, or a shorter --sequence-length"
-            )
-        share = calibrating / (calibrating + measuring)
-        first, second = split_samples(batches, min(drawn - 1, max(1, round(drawn * share))))
-    if task == "masked_lm":
-        return mask_tokens(tokenizer, first, settings.seed), mask_tokens(tokenizer, second, settings.seed)
-    return first, second
-
-
 def _scores(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings) -> LayerScores:
     chosen = {name: getattr(settings, name) for name in ("threshold", "per_module", "seed", "layers_path")}
     if 0 < settings.budget < 1:
@@ -271,16 +218,6 @@ def _recover(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings
     )
 
 
-def _perplexity(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings) -> float | None:
-    """None for a model that is no language model."""
-    if task_of(model) not in LANGUAGE_MODELS:
-        return None
-    stack = find_decoder_layers(model, settings.layers_path)
-    device = execution_device(stack.model)
-    with evaluation_mode(stack):
-        return perplexity(model, [to_device(batch, device) for batch in batches])
-
-
 def _save(directory: Path, model: Any, tokenizer: Any, scores: LayerScores | None, plan: LayerAllocation | str) -> None:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -294,15 +231,4 @@ def _summary(results: dict[str, Any], layers: dict[str, list[Any]]) -> list[str]
     sentences = [
         f"{results['sparsity']:.2%} of {sum(layers['parameters']):,} weights in the saved model's matrices are zero."
     ]
-    found = {name: format_number(value) for name, value in results["perplexity"].items() if value is not None}
-    if found:
-        compared = f" (all layers alike: {found['uniform']})" if "uniform" in found else ""
-        if "recovered" in found:
-            compared += f" and by recovery to {found['recovered']}"
-        sentences.append(
-            f"Perplexity goes from {found['intact']} to {found['pruned']}{compared}, measured on "
-            f"{results['evaluation']['samples']} samples that pruning did not see."
-        )
-        if "uniform" in found and results["perplexity"]["uniform"] < results["perplexity"]["pruned"]:
-            sentences.append("So this score does harm here: --score uniform prunes all layers alike.")
-    return sentences
+    return [*sentences, *describe_perplexity(results, "pruned")]

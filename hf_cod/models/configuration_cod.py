@@ -38,6 +38,7 @@ class NormPlacementConfig:
         layer_depths: Where layers were removed or repeated after training: the place (from 0) that each layer had.
             Written by `save_pretrained`; no need to set it.
         original_num_hidden_layers: The number of layers that `layer_depths` counts in.
+        module_shapes: Modules with shapes of their own, as `shapes.py` describes them.
         cod_code_version: Version of the model code that wrote the config.
 
     Raises:
@@ -57,6 +58,7 @@ class NormPlacementConfig:
     deepnorm_beta: Any = None
     layer_depths: Any = None
     original_num_hidden_layers: Any = None
+    module_shapes: Any = None
     cod_code_version: Any = CODE_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:

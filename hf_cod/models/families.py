@@ -15,6 +15,7 @@ from .configuration_cod_olmo2 import CodOlmo2Config
 from .configuration_cod_qwen2 import CodQwen2Config
 from .configuration_cod_qwen3 import CodQwen3Config
 from .configuration_cod_vit import CodViTConfig
+from .configuration_shaped import ShapedConfig
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,4 @@ def register() -> None:
         AutoConfig.register(family.model_type, family.config, exist_ok=True)
         for auto, model in family.models.items():
             auto.register(family.config, model, exist_ok=True)
+    AutoConfig.register(ShapedConfig.model_type, ShapedConfig, exist_ok=True)  # its models register themselves

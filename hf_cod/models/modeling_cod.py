@@ -21,6 +21,7 @@ from transformers.modeling_layers import (
 
 from .configuration_cod import check_placement
 from .placements import PLACEMENTS, NormPlacement
+from .shapes import ShapedModel
 
 
 class PlacedLayer:
@@ -91,7 +92,7 @@ def placements_of(model: Any) -> list[NormPlacement]:
     return placements
 
 
-class PlacedPreTrainedModel:
+class PlacedPreTrainedModel(ShapedModel):
     """Mixin for the base class of a family: initialisation and saving."""
 
     config: Any

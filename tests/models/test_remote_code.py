@@ -177,7 +177,7 @@ def test_what_is_pushed_to_the_hub_brings_its_code(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedModel._upload_modified_files", upload)
     model = tiny_model("cod_qwen2", "mix")
     model.push_to_hub("someone/tiny")
-    code = {"placements.py", "configuration_cod.py", "configuration_cod_qwen2.py", "modeling_cod.py"}
+    code = {"placements.py", "shapes.py", "configuration_cod.py", "configuration_cod_qwen2.py", "modeling_cod.py"}
     assert {path.name for path in (tmp_path / "pushed").glob("*.py")} == code | {"modeling_cod_qwen2.py"}
     written = json.loads((tmp_path / "pushed" / "config.json").read_text())
     autos = {auto.__name__ for auto in TEXT_AUTOS} | {"AutoConfig"}
@@ -198,8 +198,9 @@ def test_files_that_travel_import_nothing_of_ours():
     import ast
 
     folder = Path(hf_cod.models.__file__).parent
-    travelling = [*folder.glob("configuration_*.py"), *folder.glob("modeling_*.py"), folder / "placements.py"]
-    assert len(travelling) == 2 * (1 + len(FAMILIES)) + 1
+    travelling = [*folder.glob("configuration_*.py"), *folder.glob("modeling_*.py")]
+    travelling += [folder / "placements.py", folder / "shapes.py"]
+    assert len(travelling) == 2 * (2 + len(FAMILIES)) + 2
     stems = {path.stem for path in travelling}
     for path in travelling:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,0 +1,149 @@
+"""What the commands share that take something of each layer by its score: samples, measuring, output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_cod.calibration import (
+    Batch,
+    SampleSettings,
+    TextSettings,
+    describe_batches,
+    load_texts,
+    mask_tokens,
+    split_samples,
+)
+from hf_cod.calibration import token_batches as cut_into_batches
+from hf_cod.decoder_layers import find_decoder_layers
+from hf_cod.diagnostics.running import evaluation_mode, execution_device, to_device
+from hf_cod.evaluation import LANGUAGE_MODELS, perplexity, task_of
+from hf_cod.loading import ModelSettings, load_model
+from hf_cod.report import format_number
+from hf_cod.scores import ScoreSettings
+
+
+def as_in(settings: type, name: str) -> Any:
+    """A field with the default and the help that it has in other settings."""
+    (found,) = (f for f in fields(settings) if f.name == name)
+    return field(default=found.default, metadata=found.metadata)
+
+
+@dataclass
+class CompressionSettings(SampleSettings):
+    """How a budget is distributed over layers, and on which samples what comes of it is measured."""
+
+    threshold: float = as_in(ScoreSettings, "threshold")
+    per_module: bool = as_in(ScoreSettings, "per_module")
+    eval_text: str | None = field(
+        default=None, metadata={"help": "text to measure perplexity on; default: other samples of the same text"}
+    )
+    eval_samples: int = field(default=32, metadata={"help": "samples to measure perplexity on"})
+    baseline: bool = field(
+        default=True, metadata={"help": "also treat all layers alike, to see what the score is worth; twice the time"}
+    )
+    layers_path: str | None = as_in(ScoreSettings, "layers_path")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ScoreSettings(threshold=self.threshold)
+        if self.eval_samples < 1:
+            raise ValueError(f"eval_samples: expected at least 1, got {self.eval_samples}")
+
+
+@dataclass
+class SpreadSettings(CompressionSettings):
+    """The same, for budgets of which each layer may get more or less."""
+
+    spread: float | None = field(
+        default=None, metadata={"help": "lambda: layers get budget - lambda to budget + lambda; default: 0.08"}
+    )
+
+
+def check_output(directory: Path, model: str) -> None:
+    """Makes sure that results neither overwrite the model nor those of another run.
+
+    Raises:
+        ValueError: they would.
+    """
+    if directory.resolve() == Path(model).expanduser().resolve():
+        raise ValueError(f"output: expected another directory than the model's, got {str(directory)!r}")
+    if (directory / "report.json").exists():
+        raise ValueError(f"output: expected a new directory, or that of an interrupted run, got {str(directory)!r}")
+
+
+def load_with_tokenizer(source: str, loading: ModelSettings) -> tuple[nn.Module, Any]:
+    """The model and its tokenizer.
+
+    Raises:
+        ValueError: it has none, so that there are no samples to cut; or no such model.
+    """
+    model, tokenizer = load_model(source, loading)
+    if tokenizer is None:
+        raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod in Python")
+    return model, tokenizer
+
+
+def split_text(
+    tokenizer: Any, text: TextSettings, settings: CompressionSettings, task: str
+) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """Samples to work on and, apart from them, to measure on: of one text the earlier and the later ones.
+
+    Raises:
+        ValueError: a text that is too short for both.
+    """
+    calibrating, measuring = settings.max_samples, settings.eval_samples
+    first: Sequence[Batch]
+    second: Sequence[Batch]
+    if settings.eval_text is not None:
+        other = load_texts(replace(text, text=settings.eval_text))
+        first = cut_into_batches(tokenizer, load_texts(text), settings)
+        second = cut_into_batches(tokenizer, other, replace(settings, max_samples=measuring))
+    else:
+        both = replace(settings, max_samples=calibrating + measuring)
+        batches = cut_into_batches(tokenizer, load_texts(text), both)
+        drawn = describe_batches(batches)["samples"]
+        if drawn < 2:
+            raise ValueError(
+                f"text: expected at least two samples of {settings.sequence_length} tokens, one to work on and one "
+                "to measure on, got one; give a longer text, --eval-text, or a shorter --sequence-length"
+            )
+        share = calibrating / (calibrating + measuring)
+        first, second = split_samples(batches, min(drawn - 1, max(1, round(drawn * share))))
+    if task == "masked_lm":
+        return mask_tokens(tokenizer, first, settings.seed), mask_tokens(tokenizer, second, settings.seed)
+    return first, second
+
+
+def measure_perplexity(model: nn.Module, batches: Sequence[Batch], settings: CompressionSettings) -> float | None:
+    """Perplexity on the batches; None for a model that is no language model."""
+    if task_of(model) not in LANGUAGE_MODELS:
+        return None
+    stack = find_decoder_layers(model, settings.layers_path)
+    device = execution_device(stack.model)
+    with evaluation_mode(stack):
+        return perplexity(model, [to_device(batch, device) for batch in batches])
+
+
+def describe_perplexity(results: dict[str, Any], after: str) -> list[str]:
+    """Sentences on what perplexity became: results["perplexity"] holds "intact", `after`, and maybe "uniform" (all
+    layers alike) and "recovered".
+    """
+    figures = results["perplexity"]
+    found = {name: format_number(value) for name, value in figures.items() if value is not None}
+    if not found:
+        return []
+    compared = f" (all layers alike: {found['uniform']})" if "uniform" in found else ""
+    if "recovered" in found:
+        compared += f" and by recovery to {found['recovered']}"
+    sentences = [
+        f"Perplexity goes from {found['intact']} to {found[after]}{compared}, measured on "
+        f"{results['evaluation']['samples']} samples that were not seen before."
+    ]
+    if "uniform" in found and figures["uniform"] < figures[after]:
+        sentences.append("So this score does harm here: --score uniform treats all layers alike.")
+    return sentences

@@ -1,0 +1,204 @@
+"""hf-cod factorize MODEL: matrices as products of two thin ones, with ranks by how much layers or matrices matter."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_cod.allocation import LayerAllocation, allocate
+from hf_cod.calibration import Batch, TextSettings, describe_batches
+from hf_cod.commands.compressing import (
+    SpreadSettings,
+    check_output,
+    describe_perplexity,
+    load_with_tokenizer,
+    measure_perplexity,
+    split_text,
+)
+from hf_cod.commands.diagnose import require_plots
+from hf_cod.commands.settings import SettingsParser, default_directory, model_title
+from hf_cod.commands.terminal import print_report
+from hf_cod.evaluation import task_of
+from hf_cod.loading import ModelSettings, load_model
+from hf_cod.low_rank import METHODS, RankPlan, factorize, plan_ranks
+from hf_cod.report import RunReport, format_number
+from hf_cod.scores import METHODS as SCORES
+from hf_cod.scores import LayerScores, score_layers
+
+DEFAULT_PARAMETERS = 0.8
+SPECTRUM = "spectrum"
+# These try plans of sparsity, which say little of ranks.
+OF_SPARSITY = ("sensitivity", "auto")
+CHOICES = (SPECTRUM, *(name for name in SCORES if name not in OF_SPARSITY))
+
+
+@dataclass
+class FactorizeSettings(SpreadSettings):
+    """What is factorized, and on which samples."""
+
+    method: str = field(
+        default="whitened",
+        metadata={"help": "whitened: outputs change least on the text; plain: entries change least"},
+    )
+    score: str = field(
+        default=SPECTRUM,
+        metadata={
+            "help": "spectrum: a rank for each matrix by what it would lose; or a share for each layer by "
+            + ", ".join(CHOICES[1:])
+        },
+    )
+    parameters: float | None = field(
+        default=None,
+        metadata={"help": f"share of the layers' weights to keep; default: {DEFAULT_PARAMETERS}, or what rank makes"},
+    )
+    rank: float | None = field(
+        default=None,
+        metadata={"help": "share of full rank to keep, instead; what it would enlarge stays whole"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.score not in CHOICES:
+            raise ValueError(f"score: expected one of {', '.join(CHOICES)}, got {self.score!r}")
+        for name in ("parameters", "rank"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name}: expected a share in 0..1, got {share}")
+        if self.rank is not None and (self.parameters is not None or self.score == SPECTRUM):
+            raise ValueError("rank: expected no parameters beside it, and a score of layers, not the spectrum")
+        if self.spread is not None and self.score == SPECTRUM:
+            raise ValueError("spread: expected none with the spectrum, which needs none")
+
+
+@dataclass
+class FactorizeOutput:
+    """What is read beside the model, and where results go."""
+
+    scores: str | None = field(default=None, metadata={"help": "scores.json of hf-cod score, instead of scoring anew"})
+    output: str | None = field(
+        default=None, metadata={"help": "new directory for model, report and pictures; default: hf-cod-factorize-MODEL"}
+    )
+    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = SettingsParser(
+        [ModelSettings, TextSettings, FactorizeSettings, FactorizeOutput],
+        prog="hf-cod factorize",
+        description="Replaces matrices of the layers by products of two thin ones, and writes a smaller, dense model "
+        "that from_pretrained loads where hf_cod is imported, and with trust_remote_code without it. Interrupted, the "
+        "same command goes on where it stopped. The model itself is never touched.",
+    )
+    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    loading, text, settings, files, rest = parser.parse(arguments)
+    directory = Path(files.output or default_directory("factorize", rest.model))
+    check_output(directory, rest.model)
+    if files.plots:
+        require_plots()
+    report = run(rest.model, loading, text, settings, files.scores, directory)
+    if files.plots:
+        report.plot(directory)
+    report.save(directory)
+    shutil.rmtree(directory / "journal", ignore_errors=True)
+    print_report(report)
+    print(f"\nwritten to {directory.resolve()}")
+    return 0
+
+
+def run(
+    source: str,
+    loading: ModelSettings,
+    text: TextSettings,
+    settings: FactorizeSettings,
+    scores_file: str | None,
+    directory: Path,
+) -> RunReport:
+    """Measures, factorizes, saves, and measures again what was saved; memory never holds two models."""
+    model, tokenizer = load_with_tokenizer(source, loading)
+    calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
+    perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
+    journal = directory / "journal"
+    scores = _scores(model, calibration, settings, scores_file)
+    plan: LayerAllocation | RankPlan
+    if scores is None:
+        batches = calibration if settings.method == "whitened" else None
+        share = DEFAULT_PARAMETERS if settings.parameters is None else settings.parameters
+        options: dict[str, Any] = {"path": settings.layers_path, "show_progress": True}
+        plan = plan_ranks(model, share, batches=batches, journal=journal, **options)
+    else:
+        plan = _plan(scores, settings)
+    options = {"batches": calibration, "journal": journal, "path": settings.layers_path, "show_progress": True}
+    if settings.baseline and (scores is None or scores.method != "uniform"):
+        factorize(model, _alike(model, settings), settings.method, **options)
+        perplexities["uniform"] = measure_perplexity(model, evaluation, settings)
+        del model
+        model, _ = load_model(source, loading)
+    report = factorize(model, plan, settings.method, name=model_title(source), **options)
+    _save(directory, model, tokenizer, scores, plan)
+    del model
+    saved, _ = load_model(str(directory), replace(loading, revision="main"))
+    perplexities["factorized"] = measure_perplexity(saved, evaluation, settings)
+    results = {
+        **report.results,
+        "bytes": sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+        "perplexity": perplexities,
+        "evaluation": describe_batches(evaluation),
+    }
+    return replace(
+        report,
+        settings={**asdict(settings), "text": text.text, "scores": scores_file, **describe_batches(calibration)},
+        layers={**report.layers, **({} if scores is None else {"score": scores.values})},
+        results=results,
+        summary=[*report.summary, _sizes(results), *describe_perplexity(results, "factorized")],
+    )
+
+
+def _scores(
+    model: nn.Module, batches: Sequence[Batch], settings: FactorizeSettings, scores_file: str | None
+) -> LayerScores | None:
+    """None for the spectrum, which scores matrices."""
+    if scores_file is not None:
+        return LayerScores.load(scores_file)
+    if settings.score == SPECTRUM:
+        return None
+    chosen = {name: getattr(settings, name) for name in ("threshold", "per_module", "seed", "layers_path")}
+    return score_layers(model, method=settings.score, batches=batches, show_progress=True, **chosen)
+
+
+def _plan(scores: LayerScores, settings: FactorizeSettings) -> LayerAllocation:
+    if settings.rank is not None:
+        return allocate(scores, "rank", settings.rank, settings.spread)
+    share = DEFAULT_PARAMETERS if settings.parameters is None else settings.parameters
+    return allocate(scores, "parameters", share, settings.spread)
+
+
+def _alike(model: nn.Module, settings: FactorizeSettings) -> LayerAllocation:
+    """The plan that treats all layers alike."""
+    scores = score_layers(model, method="uniform", layers_path=settings.layers_path)
+    return _plan(scores, replace(settings, score="uniform", spread=None))
+
+
+def _save(
+    directory: Path, model: Any, tokenizer: Any, scores: LayerScores | None, plan: LayerAllocation | RankPlan
+) -> None:
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    if scores is not None:
+        scores.save(directory / "scores.json")
+    plan.save(directory / ("rank_plan.json" if isinstance(plan, RankPlan) else "allocation.json"))
+
+
+def _sizes(results: dict[str, Any]) -> str:
+    before, after = results["parameters"]["intact"], results["parameters"]["factorized"]
+    return (
+        f"The whole model has {after:,} parameters, {format_number(after / before)} of the {before:,} before; "
+        f"{results['bytes'] / 1e6:,.1f} MB on disk."
+    )

@@ -1,0 +1,166 @@
+"""Three and four bits a weight: codebooks, block scales, and rounding that makes up for its own errors.
+
+Symbols: W a weight matrix (N, K), N outputs, K inputs; C a codebook, rising, 2^bits values in [-1, 1]; c codes (N, K)
+uint8, indices into C; B the block, neighbours in a row that share a scale, K a multiple of B; s scales (N, K / B);
+w what an error in an input channel costs, (K,) or None for alike; H = X^T X (K, K); U upper triangular, H^-1 = U^T U.
+The rounded matrix is Q_ij = s_i,j/B C[c_ij].
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hf_cod.functional.sparsity import DAMPING, inverse_factor
+
+# QLoRA's NormalFloat (Dettmers et al. 2023, arXiv 2305.14314, appendix E): quantiles of a normal distribution.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+# Three bits take every second of them, so that a 3-bit code c is the 4-bit code 2 c + 1, and whatever decodes NF4
+# decodes it. The values are not symmetric, so a block's scale has a sign.
+CODEBOOKS = {3: NF4[1::2], 4: NF4}
+BITS = tuple(CODEBOOKS)
+# Shares of the largest magnitude of a block that are tried as its scale.
+TRIED = {3: (0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0), 4: (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)}
+# Weights whose scales are searched, and columns whose errors are handed on, at a time.
+CHUNK, COLUMNS = 1 << 18, 64
+# Cells in each half of [-1, 1]; midpoints of NF4 lie 0.08 apart and more.
+_CELLS = 64
+
+
+def codebook(bits: int, like: Tensor) -> Tensor:
+    """C (2^bits,) in the precision and on the device of `like`."""
+    return torch.tensor(CODEBOOKS[bits], dtype=like.dtype, device=like.device)
+
+
+def largest_scales(W: Tensor, bits: int, block: int) -> Tensor:
+    """s (N, K / B): the largest magnitude of each block; for three bits with the sign of that weight, which so is 1."""
+    blocks = _blocks(W, block)
+    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    return extreme if bits == 3 else extreme.abs()
+
+
+def search_scales(W: Tensor, bits: int, block: int, w: Tensor) -> Tensor:
+    """s (N, K / B): of some shares of the largest scale, and for three bits both signs, the one of least cost.
+
+        sum_j w_j (W_ij - s C[c_ij])^2,   c_ij the nearest code
+
+    With w_j = ||X_j||_2^2 this is the error of the output as far as channels are uncorrelated. With w_j = 1 it is worse
+    than no search at all, because clipping the few large weights of a block pays in squares and costs in language.
+    """
+    return torch.cat([_search(rows, bits, block, w) for rows in W.split(max(1, CHUNK // W.shape[1]))])
+
+
+def nearest_codes(W: Tensor, s: Tensor, bits: int, block: int) -> Tensor:
+    """c (N, K): of each weight the nearest value of its block; a block with scale 0 holds zeros alone."""
+    return _nearest(_blocks(W, block) / _safe(s)[..., None], bits).view(W.shape).to(torch.uint8)
+
+
+def decode(c: Tensor, s: Tensor, bits: int, block: int) -> Tensor:
+    """Q (N, K), in the precision of s."""
+    return (codebook(bits, s)[_blocks(c, block).long()] * s[..., None]).view(c.shape)
+
+
+def rounded(W: Tensor, bits: int, w: Tensor | None = None, block: int = 64) -> Tensor:
+    """W (N, K) as nearest codes say it, in its own dtype; scales are searched where w (K,) is known.
+
+    A row that is no multiple of the block is continued by zeros.
+    """
+    missing = -W.shape[1] % block
+    high = torch.nn.functional.pad(W.to(torch.promote_types(W.dtype, torch.float32)), (0, missing))
+    if w is None:
+        s = largest_scales(high, bits, block)
+    else:
+        s = search_scales(high, bits, block, torch.nn.functional.pad(w, (0, missing)))
+    return decode(nearest_codes(high, s, bits, block), s, bits, block)[:, : W.shape[1]].to(W.dtype)
+
+
+def compensated_codes(W: Tensor, s: Tensor, H: Tensor, bits: int, block: int, damping: float = DAMPING) -> Tensor:
+    """c (N, K), column after column, each error made up for by the columns that are still to come.
+
+        e = (W_j - Q_j) / U_jj,   W_k <- W_k - e U_jk   for k behind j
+
+    GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1) on this codebook. Columns go in falling order of H_jj,
+    so that what matters most is rounded while most others can still give way; scales are fixed before, so that codes
+    stay where they are stored, and rounding knows the scales as they are stored.
+
+    Args:
+        W: (N, K).
+        s: (N, K / B).
+        H: (K, K); left as it is.
+        bits, block: 3 or 4; B.
+        damping: share of the mean of H's diagonal that is added to it.
+
+    Returns:
+        (N, K) uint8.
+
+    Raises:
+        ValueError: H is not positive definite, whatever the damping.
+    """
+    C = codebook(bits, W)
+    order = H.diagonal().argsort(descending=True, stable=True)
+    U = inverse_factor(H[order][:, order].to(W), damping)
+    V = W.mT[order]  # (K, N): columns as rows, a copy
+    scale = _safe(s).mT[order // block]  # (K, N)
+    codes = torch.empty_like(V, dtype=torch.uint8)
+    for start in range(0, len(V), COLUMNS):
+        here = slice(start, start + COLUMNS)
+        errors = torch.empty_like(V[here])
+        for i in range(start, min(start + COLUMNS, len(V))):
+            found = _nearest(V[i] / scale[i], bits)
+            codes[i] = found.to(torch.uint8)
+            errors[i - start] = (V[i] - C[found] * scale[i]) / U[i, i]
+            V[i + 1 : start + COLUMNS].addr_(U[i, i + 1 : start + COLUMNS], errors[i - start], alpha=-1)
+        V[start + COLUMNS :].addmm_(U[here, start + COLUMNS :].mT, errors, alpha=-1)
+    return codes[order.argsort()].mT.contiguous()
+
+
+def _search(W: Tensor, bits: int, block: int, w: Tensor) -> Tensor:
+    blocks, C = _blocks(W, block), codebook(bits, W)
+    weights = w.to(W).view(-1, block)  # (K / B, B)
+    best = largest_scales(W, bits, block)
+    least = torch.full_like(best, torch.inf)
+    whole = best
+    for share in TRIED[bits]:
+        for sign in (1, -1) if bits == 3 else (1,):
+            s = whole * (share * sign)
+            Q = C[_nearest(blocks / _safe(s)[..., None], bits)] * s[..., None]
+            cost = (blocks - Q).square().mul_(weights).sum(-1)
+            better = cost < least
+            best, least = torch.where(better, s, best), torch.where(better, cost, least)
+    return best
+
+
+def _nearest(x: Tensor, bits: int) -> Tensor:
+    """Indices (int32) of the values of C nearest to x, of two the lower.
+
+    [-1, 1] is cut into cells so narrow that none holds two midpoints of C, so that a look at the cell's own midpoint
+    settles it: a fifth of the time that `torch.bucketize` takes for its binary search.
+    """
+    below, bound = _cells(bits, x.dtype, x.device)
+    cell = x.clamp(-1, 1).mul_(_CELLS).add_(_CELLS).int().flatten()
+    return below.index_select(0, cell).view(x.shape) + (x > bound.index_select(0, cell).view(x.shape)).int()
+
+
+@cache
+def _cells(bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each cell how many midpoints lie before it, and the next one."""
+    C = torch.tensor(CODEBOOKS[bits], dtype=dtype)
+    middle = (C[1:] + C[:-1]) / 2
+    starts = torch.arange(2 * _CELLS + 1, dtype=dtype) / _CELLS - 1
+    below = torch.searchsorted(middle, starts, out_int32=True)
+    return below.to(device), torch.cat([middle, middle.new_full((1,), torch.inf)])[below].to(device)
+
+
+def _blocks(W: Tensor, block: int) -> Tensor:
+    return W.reshape(len(W), -1, block)
+
+
+def _safe(s: Tensor) -> Tensor:
+    """Scales to divide by: of a block of zeros any will do."""
+    return torch.where(s == 0, 1, s)

@@ -1,0 +1,233 @@
+"""`factorize`: a model's matrices as products of two thin ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.allocation import LayerAllocation
+from hf_cod.calibration import Batch, describe_batches
+from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.diagnostics.running import execution_device, progress
+from hf_cod.functional import factorization
+from hf_cod.functional.ranks import count
+from hf_cod.layer_by_layer import FinishedLayers, Sums, change_sequentially, fingerprint_of_work
+from hf_cod.low_rank.rank_plan import RankPlan, check_ranks, factorizable, plan_of_allocation
+from hf_cod.models.shapes import LowRankLinear
+from hf_cod.models.shaping import check_shapeable, record_shapes
+from hf_cod.report import RunReport, environment
+from hf_cod.statistics.input_products import ProductsRecorder
+from hf_cod.writable_weights import check_writable
+
+METHODS = ("whitened", "plain")
+
+
+def factorize(
+    model: nn.Module,
+    plan: LayerAllocation | RankPlan | float,
+    method: str = "whitened",
+    *,
+    batches: Sequence[Batch] | None = None,
+    journal: str | Path | None = None,
+    path: str | None = None,
+    name: str | None = None,
+    show_progress: bool = False,
+) -> RunReport:
+    """Replaces matrices of the layers by products of two thin ones, in place, where these have fewer weights.
+
+    | method | B A is nearest to W by | needs |
+    |---|---|---|
+    | whitened | what it does to the inputs: || X (W - B A)^T ||_F (SVD-LLM, arXiv 2403.07378, made robust) | batches |
+    | plain | its entries: || W - B A ||_F | nothing |
+
+    Whitened, layers change one after another, each on what the changed layers before it hand on. Embeddings, head,
+    norms, biases and banks of experts stay as they are. Linears and Conv1D become `LowRankLinear`, the model and its
+    config get a class beside their own (`models/shaping.py`): save_pretrained, from_pretrained with this package or
+    with trust_remote_code without it, generate, device_map and PEFT (name "all-linear") work.
+
+    The report's `layers` hold `kept` (share of the layer's weights), `rank` (mean share of full rank, weighted by
+    weights), `error` (share of the outputs' energy that is lost, mean over factorized matrices) and `parameters` (of
+    the intact layer); its `results` hold `kept` and `rank` of all layers, `parameters` before and after, of the whole
+    model, and `ranks` by matrix.
+
+    Args:
+        model: a transformers model with plain weights.
+        plan: an allocation of "parameters" or "rank"; ranks by matrix; or one share of parameters for all layers.
+        method: see the table.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
+        journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
+            where it stopped. Files stay until you remove them.
+        path: the stack's module name where it cannot be found.
+        name: the model's name in the report; default: where it was loaded from.
+        show_progress: show a progress bar.
+
+    Raises:
+        ValueError: an unknown method, a plan for another model or out of reach (says the least possible), batches
+            missing, weights that cannot be exchanged (adapters, quantized, offloaded, shared, factorized before), a
+            model class of neither transformers nor hf_cod, NaN or infinity in weights or activations (says where).
+    """
+    stack = find_decoder_layers(model, path)
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if method == "whitened" and not batches:
+        raise ValueError("batches: expected at least one for whitened, got none")
+    _check_model(stack)
+    chosen = _plan(stack, plan)
+    check_ranks(stack, chosen.ranks)
+    described = Intact(stack, name)
+    work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks)
+    change = LayerChange(stack, chosen.ranks)
+    finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
+    settings: dict[str, Any] = {"method": method, "plan": f"{chosen.kind} {chosen.budget:g} by {chosen.method}"}
+    try:
+        if method == "whitened" and batches:
+            settings |= describe_batches(batches)
+            change_sequentially(stack, batches, ProductsRecorder, change, finished, "factorizing", show_progress)
+        else:
+            for index in progress(range(len(stack)), "factorizing", show_progress):
+                if index in finished:
+                    finished.restore(index)
+                else:
+                    finished.add(index, change(index, None))
+    finally:
+        if change.done:  # also after an error: what was changed could not be loaded again otherwise
+            record_shapes(stack.model, change.done)
+    return described.report(chosen, finished, settings)
+
+
+class LayerChange:
+    """Exchanges the matrices of one layer; what `FinishedLayers` needs to keep and to repeat it.
+
+    Args:
+        stack: the layers.
+        ranks: name -> rank.
+    """
+
+    def __init__(self, stack: DecoderLayers, ranks: dict[str, int]) -> None:
+        self._stack, self._ranks = stack, ranks
+        self._names = [[n for n in factorizable(stack, index) if n in ranks] for index in range(len(stack))]
+        self._training = {n: stack.model.get_submodule(n).training for names in self._names for n in names}
+        self.done: dict[str, dict[str, int]] = {}
+
+    @torch.no_grad()
+    def __call__(self, index: int, sums: Sums | None) -> dict[str, Any]:
+        """Returns {"unseen": matrices that no token entered, which got the plain form, "errors": name -> error}."""
+        matrices = dict(self._stack.matrices(index))
+        unseen, errors = [], {}
+        for name in self._names[index]:
+            H = None if sums is None else sums.of(name)
+            if sums is not None and H is None:
+                unseen.append(name)
+            B, A, errors[name] = factorization.factorize(matrices[name], self._ranks[name], H)
+            self._exchange(name, B, A)
+        return {"unseen": unseen, "errors": errors}
+
+    def tensors_of(self, index: int) -> dict[str, Tensor]:
+        """The factors of a layer."""
+        modules = {name: self._stack.model.get_submodule(name) for name in self._names[index]}
+        return {f"{n}.{key}": p.detach() for n, m in modules.items() for key, p in m.named_parameters() if p.dim() == 2}
+
+    def put_back(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Exchanges the matrices of an intact layer for these factors."""
+        for name in self._names[index]:
+            self._exchange(name, tensors[f"{name}.expand.weight"], tensors[f"{name}.reduce.weight"])
+
+    def _exchange(self, name: str, B: Tensor, A: Tensor) -> None:
+        module: Any = self._stack.model.get_submodule(name)
+        weight, bias = module.weight, module.bias
+        made = LowRankLinear(A.shape[1], B.shape[0], A.shape[0], bias is not None, device="meta")
+        for factor, values in ((made.reduce, A), (made.expand, B)):
+            values = values.to(device=weight.device, dtype=weight.dtype)
+            if not values.isfinite().all():
+                raise ValueError(f"weights: expected finite factors, got NaN or infinity of {name}")
+            factor.weight = nn.Parameter(values.contiguous(), requires_grad=weight.requires_grad)
+        made.expand.register_parameter("bias", bias)
+        parent, _, child = name.rpartition(".")
+        setattr(self._stack.model.get_submodule(parent), child, made.train(self._training[name]))
+        self.done[name] = {"rank": made.rank}
+
+
+class Intact:
+    """What the report tells of the model before it was changed.
+
+    Args:
+        stack: the layers.
+        name: the model's name, or None.
+    """
+
+    def __init__(self, stack: DecoderLayers, name: str | None) -> None:
+        self.stack = stack
+        config: Any = getattr(stack.model, "config", None)
+        self.name = name or getattr(config, "_name_or_path", "") or type(stack.model).__name__
+        self.shapes = [factorizable(stack, index) for index in range(len(stack))]
+        self.sizes = [stack.count_weights(index) for index in range(len(stack))]
+        self.parameters = sum(p.numel() for p in stack.model.parameters())
+
+    def report(self, plan: RankPlan, finished: FinishedLayers, settings: dict[str, Any]) -> RunReport:
+        """Counts what is left."""
+        saved = [_saved(shapes, plan.ranks) for shapes in self.shapes]
+        cut = [_rank_weights(shapes, plan.ranks) for shapes in self.shapes]
+        errors = [list(finished.notes[index]["errors"].values()) for index in range(len(self.stack))]
+        total = sum(self.sizes)
+        kept, rank = 1 - sum(saved) / total, 1 - sum(cut) / total
+        return RunReport(
+            kind="factorize",
+            model=self.name,
+            settings=settings,
+            environment=environment(execution_device(self.stack.model), next(self.stack.model.parameters()).dtype),
+            layers={
+                "kept": [1 - less / size for less, size in zip(saved, self.sizes, strict=True)],
+                "rank": [1 - less / size for less, size in zip(cut, self.sizes, strict=True)],
+                "error": [sum(found) / len(found) if found else 0.0 for found in errors],
+                "parameters": self.sizes,
+            },
+            results={
+                "kept": kept,
+                "rank": rank,
+                "parameters": {"intact": self.parameters, "factorized": self.parameters - sum(saved)},
+                "ranks": plan.ranks,
+            },
+            summary=[
+                f"{kept:.2%} of {total:,} weights in the layers' matrices are kept, {rank:.2%} of their rank; "
+                f"{len(plan.ranks)} of {sum(map(len, self.shapes))} matrices are factorized."
+            ],
+            notes=[
+                f"no token entered {matrix}: factorized by its entries alone"
+                for note in finished.notes.values()
+                for matrix in note["unseen"]
+            ],
+        )
+
+
+def _saved(shapes: dict[str, Any], ranks: dict[str, int]) -> int:
+    return sum(count(shape, None) - count(shape, ranks[name]) for name, shape in shapes.items() if name in ranks)
+
+
+def _rank_weights(shapes: dict[str, Any], ranks: dict[str, int]) -> float:
+    """Share of rank that each matrix loses, times its weights."""
+    lost = {name: 1 - ranks[name] / min(shape) for name, shape in shapes.items() if name in ranks}
+    return sum(share * math.prod(shapes[name]) for name, share in lost.items())
+
+
+def _check_model(stack: DecoderLayers) -> None:
+    check_shapeable(stack.model)
+    check_writable(stack)
+    before = next((name for name, m in stack.model.named_modules() if isinstance(m, LowRankLinear)), None)
+    if before is not None:
+        raise ValueError(f"model: expected whole matrices, got factors in {before}; factorize the model it came from")
+
+
+def _plan(stack: DecoderLayers, plan: LayerAllocation | RankPlan | float) -> RankPlan:
+    if isinstance(plan, RankPlan):
+        return plan
+    if not isinstance(plan, LayerAllocation):
+        if not 0 <= plan <= 1:
+            raise ValueError(f"plan: expected a share of parameters in 0..1, got {plan}")
+        sizes = [stack.count_weights(index) for index in range(len(stack))]
+        plan = LayerAllocation("parameters", plan, [float(plan)] * len(stack), sizes, "uniform")
+    return plan_of_allocation(stack, plan)

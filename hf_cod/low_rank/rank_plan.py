@@ -1,0 +1,124 @@
+"""RankPlan: which matrices are factorized, and to which rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_cod.allocation import LayerAllocation
+from hf_cod.decoder_layers import DecoderLayers
+from hf_cod.files import read_json, write_json
+from hf_cod.functional.ranks import Shape, count, most_rank, rank_of_share, rank_of_weights
+
+FORMAT_VERSION = 1
+KINDS = ("parameters", "rank")
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What each matrix gets.
+
+    Attributes:
+        kind: what the budget counts: "parameters" (weights that the layers' matrices keep) or "rank" (mean share of
+            full rank, weighted by parameters, had all matrices been cut to it).
+        budget: the share that was to be kept.
+        ranks: name -> rank of each matrix that is factorized; all others stay whole.
+        method: which score or spectrum they follow.
+    """
+
+    kind: str
+    budget: float
+    ranks: dict[str, int]
+    method: str
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a JSON file; returns its path."""
+        return write_json(path, {"format": FORMAT_VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> RankPlan:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: no such file, or not one of ours.
+        """
+        return cls(**read_json(path, "rank_plan", FORMAT_VERSION, cls.__dataclass_fields__))
+
+
+def factorizable(stack: DecoderLayers, index: int) -> dict[str, Shape]:
+    """Name -> (out, in) of each matrix of a layer that two factors can be smaller than: Linears and Conv1D. Banks of
+    experts stay whole.
+    """
+    shapes = {name: shape_of(m) for name, m in stack.linears(index).items() if type(m) in (nn.Linear, Conv1D)}
+    return {name: shape for name, shape in shapes.items() if most_rank(shape)}
+
+
+def shape_of(module: Any) -> Shape:
+    """(out, in) of a Linear or Conv1D."""
+    return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
+
+
+def least_weights(stack: DecoderLayers, index: int) -> int:
+    """Weights of a layer's matrices with rank 1 wherever that saves."""
+    shapes = factorizable(stack, index).values()
+    return stack.count_weights(index) - sum(count(shape, None) - count(shape, 1) for shape in shapes)
+
+
+def plan_of_allocation(stack: DecoderLayers, allocation: LayerAllocation) -> RankPlan:
+    """Ranks by which each layer keeps its share: all its matrices the same share of their rank, or of their weights.
+
+    Raises:
+        ValueError: an allocation of another kind or for another model; a share out of reach (says the least possible).
+    """
+    if allocation.kind not in KINDS:
+        raise ValueError(f"plan: expected an allocation of {' or '.join(KINDS)}, got one of {allocation.kind}")
+    if len(allocation.values) != len(stack):
+        raise ValueError(f"plan: expected {len(stack)} values, one a layer, got {len(allocation.values)}")
+    ranks: dict[str, int] = {}
+    for index, share in enumerate(allocation.values):
+        if not 0 <= share <= 1 or math.isnan(share):
+            raise ValueError(f"plan: expected shares in 0..1, got {share} in layer {index}")
+        rank_of = rank_of_share
+        if allocation.kind == "parameters":
+            share, rank_of = _share_of_matrices(stack, index, share), rank_of_weights
+        found = {name: rank_of(shape, share) for name, shape in factorizable(stack, index).items()}
+        ranks |= {name: rank for name, rank in found.items() if rank is not None}
+    return RankPlan(allocation.kind, allocation.budget, ranks, allocation.method)
+
+
+def _share_of_matrices(stack: DecoderLayers, index: int, share: float) -> float:
+    """What the matrices that can be factorized keep, so that with all others the layer keeps `share`."""
+    total, least = stack.count_weights(index), least_weights(stack, index)
+    # Shares that follow from a sum are off by rounding errors.
+    if share * total < least - 1e-6 * total:
+        raise ValueError(
+            f"parameters: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index}, which is rank 1 "
+            f"wherever that saves, got {share:.4g}"
+        )
+    flexible = sum(count(shape, None) for shape in factorizable(stack, index).values())
+    return 1.0 if not flexible else 1 - (1 - share) * total / flexible
+
+
+def check_ranks(stack: DecoderLayers, ranks: dict[str, int]) -> None:
+    """Makes sure that these are ranks of matrices of that model, and that they save.
+
+    Raises:
+        ValueError: says which matrix is not there, or which rank it may have.
+    """
+    shapes = {name: shape for index in range(len(stack)) for name, shape in factorizable(stack, index).items()}
+    for name, rank in ranks.items():
+        if name not in shapes:
+            raise ValueError(f"ranks: expected matrices of {type(stack.model).__name__}, got {name!r}")
+        if type(rank) is not int or not 1 <= rank <= most_rank(shapes[name]):
+            m, n = shapes[name]
+            raise ValueError(
+                f"ranks: expected 1..{most_rank((m, n))} of {name}, whose factors have fewer weights than its "
+                f"{m} x {n} then, got {rank}"
+            )
+    if not ranks:
+        raise ValueError("plan: expected ranks at which factors have fewer weights than a matrix, got none; keep less")

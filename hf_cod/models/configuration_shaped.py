@@ -1,0 +1,89 @@
+"""Configuration of any model of transformers whose modules have shapes of their own.
+
+One model type, "cod_shaped", serves every family: the file names the family in `base_model_type`, and reading it gives
+an instance of the family's own configuration class with two more fields. These classes are made when they are needed,
+because a table of some four hundred families, alike in all but a name, could only be copied out of transformers.
+"""
+
+# Classes are hashable, whatever mypy makes of their instances' __hash__.
+# mypy: disable-error-code="arg-type"
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+MODEL_TYPE = "cod_shaped"
+PREFIX = "Shaped"
+
+
+@dataclass(kw_only=True)
+class ShapedFields:
+    """Mixin before the configuration class of a family.
+
+    Args:
+        module_shapes: Shapes of modules, as `shapes.py` describes them.
+        base_model_type: The family's `model_type`.
+    """
+
+    module_shapes: Any = None
+    base_model_type: Any = None
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves config.json with an `auto_map` for each head of the family; transformers adds class and code."""
+        from .modeling_shaped import heads_of
+
+        self.auto_map = {auto: f"modeling_shaped.{model.__name__}" for auto, model in heads_of(type(self)).items()}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+
+
+class ShapedConfig(PreTrainedConfig):
+    """What AutoConfig knows: it reads a file into the configuration of the family that the file names."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config with these contents.
+
+        Raises:
+            ValueError: a family that this transformers does not know.
+        """
+        family = str(config_dict.get("base_model_type"))
+        if family not in CONFIG_MAPPING:
+            raise ValueError(f"base_model_type: expected a model type of transformers, got {family!r}; upgrade it?")
+        return shaped_config(CONFIG_MAPPING[family]).from_dict(config_dict, **kwargs)
+
+
+@cache
+def shaped_config(base: Any) -> Any:
+    """The configuration class beside that of a family, known to the Auto classes from here on."""
+    from .modeling_shaped import heads_of
+
+    contents = {
+        "__module__": __name__,
+        "__doc__": f"{base.__name__} with shapes of modules.",
+        "model_type": MODEL_TYPE,
+        "base_config": base,
+        "_auto_class": "AutoConfig",
+        # Plans of families split matrices by name, which factors do not have.
+        "base_model_tp_plan": None,
+        "base_model_pp_plan": None,
+    }
+    made = type(PREFIX + base.__name__, (ShapedFields, base), contents)
+    for auto, model in heads_of(made).items():
+        getattr(transformers, auto).register(made, model, exist_ok=True)
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """The class of that name, for pickle and for whoever imports it."""
+    base: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if not isinstance(base, type) or not issubclass(base, PreTrainedConfig):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return shaped_config(base)
+
+
+ShapedConfig.register_for_auto_class()

@@ -1,0 +1,80 @@
+"""Linear3bit: a Linear whose matrix is stored in three bits a weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.quantization.product import decoded_rows, linear_3bit
+from hf_cod.quantization.scales import BlockScales
+
+
+class Linear3bit(nn.Linear):
+    """y = x W^T + b with W in three bits; W itself is frozen, adapters beside it (PEFT) learn.
+
+    Args:
+        in_features, out_features: K, N; rows are stored with zeros behind them up to a whole block.
+        bias: whether there is a b.
+        block: weights of a row that share a scale.
+        double_quant: whether scales are quantized, too.
+        compute_dtype: what inputs and W are multiplied in; None: the input's dtype.
+        device, dtype: of the tensors, which are not initialised; dtype is the bias's.
+    """
+
+    bits = 3
+    scales: BlockScales
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        block: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not Linear's own, which makes a dense weight
+        self.in_features, self.out_features = in_features, out_features
+        self.block, self.compute_dtype = block, compute_dtype
+        columns = stored_columns(in_features, block)
+        planes = torch.empty(out_features, columns * 3 // 8, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(planes, requires_grad=False)
+        self.scales = BlockScales(out_features * columns // block, double_quant, device)
+        bias_of = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", bias_of)
+
+    def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W (out_features, in_features) as a new dense tensor, float32 if no dtype is given."""
+        absmax, nested, offset = self.scales()
+        found = decoded_rows(self.weight, absmax, nested, offset, self.block, dtype or torch.float32)
+        return torch.cat([W[:, : self.in_features] for _, W in found])
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features), in x's dtype."""
+        if input.shape[-1] != self.in_features:
+            raise ValueError(f"input: expected (..., {self.in_features}), got {tuple(input.shape)}")
+        x = prepared(input, self.block, self.compute_dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return linear_3bit(x, self.weight, *self.scales(), self.block, bias).to(input.dtype)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{super().extra_repr()}, bits={self.bits}, block={self.block}"
+
+
+def stored_columns(in_features: int, block: int) -> int:
+    """How long rows are in storage: whole blocks."""
+    return (in_features + block - 1) // block * block
+
+
+def prepared(x: Tensor, block: int, dtype: torch.dtype | None) -> Tensor:
+    """The input, as wide as stored rows, in the dtype to multiply in: autocast's, else the chosen one, else its own."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    missing = stored_columns(x.shape[-1], block) - x.shape[-1]
+    return (nn.functional.pad(x, (0, missing)) if missing else x).to(dtype or x.dtype)

@@ -1,0 +1,154 @@
+"""How transformers loads, saves and unpacks quantized models: the plug-in point that its own quantizers use."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from hf_cod.decoder_layers import find_decoder_layers
+from hf_cod.quantization.config import METHOD, OwlBnbConfig, score_of
+from hf_cod.quantization.plan import plan_by
+from hf_cod.quantization.rounding import new_module, round_matrix
+from hf_cod.stored_modules import ignore_signs, signs
+from hf_cod.stored_modules import replace as replace_module
+
+logger = logging.getLogger(__name__)
+
+
+@register_quantizer(METHOD)
+class OwlBnbQuantizer(HfQuantizer):
+    """Swaps the layers' matrices for quantized ones before their tensors are loaded, and fills them while loading."""
+
+    quantization_config: OwlBnbConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Imports bitsandbytes, whose absence is better told before gigabytes are read."""
+        import hf_cod.quantization.bnb  # noqa: F401
+
+    def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            self._choose(model)
+        config = self.quantization_config
+        for name, bits in config.modules.items():
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError:
+                linear = None
+            if linear is None or not isinstance(getattr(linear, "weight", None), nn.Parameter):
+                raise ValueError(f"modules: expected matrices of {type(model).__name__}, got {name!r}")
+            replace_module(model, name, new_module(linear, bits, config, config.compute_dtype))
+        if self.pre_quantized:
+            ignore_signs(model)
+
+    def _choose(self, model: Any) -> None:
+        config = self.quantization_config
+        stack = find_decoder_layers(model)
+        if config.statistics is not None:
+            config.statistics.check(stack)
+        plan = plan_by(stack, config)
+        # A config of its own: the caller's may serve for another model.
+        config = self.quantization_config = replace(config, modules=plan.bits, score=score_of(config))
+        if config.score is None and len(set(plan.bits.values())) > 1:
+            logger.warning("no scores: earlier layers get 4 bits; hf-cod score finds better ones")
+        if config.statistics is None:
+            logger.warning("no statistics: scales follow the largest weight of a block, which costs quality")
+        for name, reason in plan.left.items():
+            if reason != "skipped":
+                logger.warning("%s is not quantized: %s", name, reason)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a tensor of the checkpoint is a matrix that gets quantized."""
+        module, _, key = param_name.rpartition(".")
+        return key == "weight" and module in self.quantization_config.modules
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What makes codes and scales of a matrix while it is loaded."""
+        return _Quantize(self)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for name in self.quantization_config.modules:
+            module = model.get_submodule(name)
+            check_stored(module, name)
+            if module.bits == 4:
+                module.bind()
+        model.is_loaded_in_4bit = True  # what PEFT and accelerate know quantized layers by
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The model's tensors, and the sign for whoever loads them without this package."""
+        return {**model.state_dict(), **signs()}, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained makes it a string
+        for name, module in [*model.named_modules()]:
+            if is_quantized(module):
+                replace_module(model, name, to_linear(module, dtype))
+        model.config._is_quantized = False
+        model.is_loaded_in_4bit = False
+        return model.to(dtype)
+
+    def is_serializable(self) -> bool:
+        """Quantized models are saved as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on a quantized model can be trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile sees one operator a matrix."""
+        return True
+
+
+class _Quantize(ConversionOps):
+    """A matrix of the checkpoint -> codes and scales."""
+
+    def __init__(self, quantizer: OwlBnbQuantizer) -> None:
+        self.quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """See the class."""
+        config = self.quantizer.quantization_config
+        result: dict[str, Any] = {}
+        for key, value in input_dict.items():
+            W = value[0] if isinstance(value, list) else value
+            name = key.removesuffix(".weight")
+            module = model.get_submodule(name)
+            W = W.mT if module.was_transposed else W
+            squares = None if config.statistics is None else config.statistics.of(name)
+            tensors = round_matrix(W, module.bits, config, name, squares)
+            result |= {f"{name}.{part}": nn.Parameter(t, requires_grad=False) for part, t in tensors.items()}
+        return result
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is one of ours."""
+    return isinstance(module, nn.Linear) and hasattr(module, "scales") and hasattr(module, "bits")
+
+
+def to_linear(module: Any, dtype: torch.dtype | None) -> nn.Linear:
+    """A dense Linear with the decoded weights; the bias is shared."""
+    linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(module.unpack(dtype), requires_grad=False)
+    linear.register_parameter("bias", module.bias)
+    return linear.train(module.training)
+
+
+def check_stored(module: Any, name: str) -> None:
+    """Makes sure that a module's scales are numbers: shapes are checked by transformers, codes are all valid.
+
+    Raises:
+        ValueError: NaN or infinity; begins with the module's name.
+    """
+    for key, tensor in module.scales.named_parameters():
+        if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name}.scales.{key}: expected finite numbers, got NaN or infinity; the file is damaged")

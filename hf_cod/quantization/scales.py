@@ -1,0 +1,67 @@
+"""BlockScales: one scale for each block of weights, in eight bits or in 32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Scales that share a scale of their own, as in QLoRA (arXiv 2305.14314, section 3).
+NESTED_BLOCK = 256
+
+
+class BlockScales(nn.Module):
+    """The scales of a matrix, row after row; what it holds is float32 or bytes whatever dtype the model is cast to.
+
+    | tensor | shape, dtype | content |
+    |---|---|---|
+    | absmax | (n,) uint8, or float32 | the scales; with double quantization codes of them less the offset |
+    | nested_absmax | (ceil(n / 256),) float32 | the scale of each 256 codes |
+    | offset | () float32 | mean of the scales |
+
+    In bits a weight, at block 64: 8 / 64 + 32 / (64 * 256) = 0.127, without double quantization 0.5.
+
+    Args:
+        count: n, how many scales.
+        double_quant: whether they are quantized themselves.
+        device: of the tensors, which are not initialised.
+    """
+
+    absmax: nn.Parameter
+
+    def __init__(self, count: int, double_quant: bool = True, device: Any = None) -> None:
+        super().__init__()
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"absmax": ((count,), torch.float32)}
+        if double_quant:
+            nested = (count + NESTED_BLOCK - 1) // NESTED_BLOCK
+            shapes = {
+                "absmax": ((count,), torch.uint8),
+                "nested_absmax": ((nested,), torch.float32),
+                "offset": ((), torch.float32),
+            }
+        for name, (shape, dtype) in shapes.items():
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are quantized themselves."""
+        return "nested_absmax" in self._parameters
+
+    def forward(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(absmax, nested_absmax, offset). A call, so that hooks of accelerate load what is offloaded."""
+        tensors = self._parameters
+        absmax = tensors["absmax"]
+        assert absmax is not None
+        return absmax, tensors.get("nested_absmax"), tensors.get("offset")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockScales:
+        """Follows the model to other devices, but not to other dtypes."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
