@@ -4,13 +4,14 @@
 
 Everything that is chosen (OWL's threshold M, each score's lambda) is chosen on the first half of the text, by Wanda
 with the statistics of the intact model, for magnitude by magnitude; all perplexities that are reported are of the
-second half. An interrupted run
-goes on where it stopped.
+second half. An interrupted run goes on where it stopped. The table ends with how often, and by which factor of
+perplexity on average, auto is ahead of each other score.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -25,10 +26,10 @@ from hf_cod.files import Journal, fingerprint, write_json, write_text
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.pruning import METHODS
 from hf_cod.scores import PRUNERS
+from hf_cod.scores.methods import SPREADS  # those of auto: each score is tried with the same ones
 
 THRESHOLDS = (3.0, 5.0, 7.0, 10.0)
-SPREADS = (0.08, 0.15)
-SCORES = ("uniform", "owl", "angular", "auto")
+SCORES = ("uniform", "owl", "angular", "block_influence", "sensitivity", "auto")
 
 
 class Bench:
@@ -83,19 +84,19 @@ def cut_samples(tokenizer: Any, arguments: argparse.Namespace) -> tuple[list[Bat
     return calibration, tuning, token_batches(tokenizer, halves[1], replace(cut, max_samples=arguments.report_samples))
 
 
-def candidates(score: str) -> Iterator[tuple[float | None, float | None]]:
+def candidates(score: str, S: float) -> Iterator[tuple[float | None, float | None]]:
     """(M, lambda) that a score is tried with; auto finds its own."""
     if score in ("uniform", "auto"):
         yield None, None
     else:
-        yield from product(THRESHOLDS if score == "owl" else (None,), SPREADS)
+        yield from product(THRESHOLDS if score == "owl" else (None,), sorted({min(lam, S, 1 - S) for lam in SPREADS}))
 
 
 def chosen_settings(
     bench: Bench, journal: Journal, score: str, S: float, pruner: str
 ) -> tuple[float | None, float | None]:
     """The candidate with the least perplexity on the first half."""
-    tried = list(candidates(score))
+    tried = list(candidates(score, S))
     if len(tried) == 1:
         return tried[0]
     found = {}
@@ -129,7 +130,22 @@ def markdown(rows: list[dict], intact: float, budget: str = "sparsity") -> str:
             best = min(column, key=lambda name: column[name]["perplexity"], default=None)
             cells.append(cell(column[score], score == best) if score in column else "-")
         lines.append(f"| {method} | {score} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *against_auto(rows), ""])
+
+
+def against_auto(rows: list[dict]) -> list[str]:
+    """auto beside each other score over the cells that both have: wins, and the geometric mean of the ratios."""
+    figures = {(row["score"], row["method"], row["sparsity"]): row["perplexity"] for row in rows}
+    cells = [key[1:] for key in figures if key[0] == "auto"]
+    lines = []
+    for score in dict.fromkeys(row["score"] for row in rows if row["score"] != "auto"):
+        ratios = [figures[(score, *at)] / figures[("auto", *at)] for at in cells if (score, *at) in figures]
+        if ratios:
+            wins, mean = sum(ratio > 1 for ratio in ratios), statistics.geometric_mean(ratios)
+            lines.append(
+                f"- {score}: auto is lower in {wins} of {len(ratios)} cells; perplexity {score} / auto {mean:.3f}"
+            )
+    return lines
 
 
 def table_parser(description: str | None) -> argparse.ArgumentParser:
@@ -150,7 +166,7 @@ def main() -> None:
     """Fills the table cell by cell, and writes it after each one."""
     parser = table_parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--scores", nargs="+", default=list(SCORES))
+    parser.add_argument("--scores", nargs="+", default=list(SCORES), help="any scores of hf-cod score")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7])
     parser.add_argument("--output", default="owl-table", help="directory for table.md, table.json and the journal")
     arguments = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 from hf_cod.files import read_json, write_json
 from hf_cod.functional import budget as budgets
 from hf_cod.scores import LayerScores
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["sparsity", "bits", "rank", "parameters", "probability"]
 Rule = Literal["bounded", "authors"]
@@ -38,6 +41,8 @@ class LayerAllocation:
         parameters: the weight of each layer in that mean.
         method: which score they follow.
         group: of N:M sparsity the M, so that each value is a multiple of 1 / M; else None.
+        model: the name of the model that was scored.
+        sizes: weights in each of its layers' matrices, by which a plan of another model is known; None: not known.
     """
 
     kind: str
@@ -46,6 +51,8 @@ class LayerAllocation:
     parameters: list[int]
     method: str
     group: int | None = None
+    model: str = ""
+    sizes: list[int] | None = None
 
     @property
     def mean(self) -> float:
@@ -91,15 +98,16 @@ def allocate(
     """Distributes a budget over layers: those that matter more are pruned less, or get more bits, rank, probability.
 
     Values follow the scores linearly within [budget - spread, budget + spread] (`functional.budget.spread`), and their
-    mean weighted by parameters is the budget. Discrete values (choices, N:M) are the neighbours of those, off by less
-    than one step, with the mean as near to the budget as single steps allow.
+    mean weighted by parameters is the budget. Discrete values (choices, N:M) are the neighbours of those: off by less
+    than one step, by which they may leave the interval, too, in the order of the scores, and with a mean that is off by
+    at most half a step of the largest layer. N:M leaves at least one weight of M in each layer.
 
     Args:
         scores: from `score_layers`.
         kind: see `LayerAllocation`.
-        budget: mean of the values: shares and probability in [0, 1], bits between the choices.
+        budget: mean of the values: shares and probability in [0, 1], or between the choices; of N:M at most 1 - 1 / M.
         spread: lambda; default: what the method `auto` found best, else 0.08; less where the budget is nearer than that
-            to 0 or 1. Bits spread over the choices.
+            to 0, to 1 or to the last of the choices. Bits spread over the choices.
         parameters: weight of each layer in the mean; default: what `scores` holds.
         choices: the values that there are, rising; default for bits: 3 and 4, else any.
         group: sparsity as N:M with this M and a different N in each layer.
@@ -109,8 +117,12 @@ def allocate(
     Raises:
         ValueError: a budget, spread, group or choice out of range.
     """
+    for field, number in (("budget", budget), ("spread", spread)):
+        if isinstance(number, bool) or not isinstance(number, (int, float, type(None))):
+            raise ValueError(f"{field}: expected a number, got {number!r}")
     weights = _weights(scores, parameters)
     choices = _choices(kind, budget, choices, group)
+    _check_target(scores, kind, budget)
     D = torch.tensor(scores.values, dtype=torch.float64)
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
@@ -120,11 +132,14 @@ def allocate(
         assert choices is not None
         values = budgets.spread(D, weights, budget, choices[0], choices[-1], falling=False)
     else:
-        lam = _lambda(budget, spread, scores.settings.get("spread", DEFAULT_SPREAD))
+        ends = (choices[0], choices[-1]) if choices else (0.0, 1.0)
+        lam = _lambda(budget, spread, scores.settings.get("spread", DEFAULT_SPREAD), *ends)
         values = _shares(D, weights, kind, budget, lam, rule)
     if choices is not None:
-        values = budgets.round_to(values, choices, weights)
-    return LayerAllocation(kind, budget, values.tolist(), weights.long().tolist(), scores.method, group)
+        values = budgets.round_to(values, choices, weights, first=-D if FALLING[kind] else D)
+    counted = weights.long().tolist()
+    found = (scores.model, list(scores.parameters))
+    return LayerAllocation(kind, budget, values.tolist(), counted, scores.method, group, *found)
 
 
 def _shares(D: Tensor, weights: Tensor, kind: str, budget: float, lam: float, rule: str) -> Tensor:
@@ -153,9 +168,9 @@ def _choices(kind: str, budget: float, choices: Sequence[float] | None, group: i
     if kind not in FALLING:
         raise ValueError(f"kind: expected one of {', '.join(FALLING)}, got {kind!r}")
     if group is not None:
-        if kind != "sparsity" or choices is not None or group < 2:
+        if kind != "sparsity" or choices is not None or type(group) is not int or group < 2:
             raise ValueError(f"group: expected at least 2, for sparsity without choices, got {group} for {kind}")
-        choices = [n / group for n in range(group + 1)]
+        choices = [n / group for n in range(group)]  # not 1: a layer without weights is no layer
     if kind == "bits":
         choices = choices or DEFAULT_BITS
     if choices is not None and (not choices or any(not a < b for a, b in pairwise(choices))):
@@ -164,15 +179,24 @@ def _choices(kind: str, budget: float, choices: Sequence[float] | None, group: i
     if kind != "bits" and (low < 0 or high > 1):
         raise ValueError(f"choices: expected values in 0..1, got {choices}")
     if not low <= budget <= high:
-        raise ValueError(f"budget: expected {kind} in {low:g}..{high:g}, got {budget}")
+        more = "" if group is None else f", so that a weight of {group} is left in each layer; take a larger group"
+        raise ValueError(f"budget: expected {kind} in {low:g}..{high:g}, got {budget}{more}")
     return None if choices is None else list(choices)
 
 
-def _lambda(budget: float, spread: float | None, default: float) -> float:
-    room = min(budget, 1 - budget)
+def _check_target(scores: LayerScores, kind: str, budget: float) -> None:
+    """Scores that were measured around one sparsity say less about another."""
+    target = scores.settings.get("target")
+    if kind == "sparsity" and target is not None and abs(target - budget) > 1e-6:
+        logger.warning("scores: %s measured them for sparsity %g, the budget is %g", scores.method, target, budget)
+
+
+def _lambda(budget: float, spread: float | None, default: float, low: float, high: float) -> float:
+    room = min(budget - low, high - budget)
     if spread is None:
         return min(default, room)
     # 1 - 0.7 is less than 0.3 by a rounding error, which nobody means.
     if not 0 <= spread <= room + 1e-9:
-        raise ValueError(f"spread: expected 0..{room:.4g}, so that {budget} -+ spread stays in 0..1, got {spread}")
+        bounds = f"{low:g}..{high:g}"
+        raise ValueError(f"spread: expected 0..{room:.4g}, so that {budget} -+ spread stays in {bounds}, got {spread}")
     return min(spread, room)

@@ -1,6 +1,9 @@
+import logging
 import math
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from hf_cod import LayerAllocation, LayerScores, allocate
 
@@ -39,6 +42,53 @@ def test_n_of_m_differs_between_layers_and_keeps_the_mean(budget, spread):
     assert abs(plan.mean - budget) <= 1 / 8 / 8 / 2 + 1e-12
     assert plan.patterns == [(8 - round(8 * value), 8) for value in plan.values]
     assert all(budget - spread - 1 / 8 < value < budget + spread + 1 / 8 for value in plan.values)
+
+
+def test_n_of_m_leaves_weights_in_each_layer():
+    scores = LayerScores("tiny", "owl", [0.01, 0.05, 0.02, 0.011], [64] * 4)
+    plan = allocate(scores, budget=0.85, group=8)
+    assert min(n for n, _ in plan.patterns) >= 1 and abs(plan.mean - 0.85) <= 1 / 8 / 4 / 2 + 1e-12
+    fine = allocate(scores, budget=0.9, group=16)
+    assert min(n for n, _ in fine.patterns) >= 1 and abs(fine.mean - 0.9) <= 1 / 16 / 4 / 2 + 1e-12
+    with pytest.raises(
+        ValueError, match=r"budget: .* in 0..0.875, got 0.9, so that a weight of 8 is left in each layer"
+    ):
+        allocate(scores, budget=0.9, group=8)
+    with pytest.raises(ValueError, match=r"spread: expected 0..0.025, so that 0.85 -\+ spread stays in 0..0.875"):
+        allocate(scores, budget=0.85, spread=0.1, group=8)
+
+
+layers = st.integers(1, 12).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.sampled_from([0.0, 1.0, 2.0]) | st.floats(-1e6, 1e6), min_size=n, max_size=n),
+        st.lists(st.integers(1, 10**6), min_size=n, max_size=n),
+    )
+)
+
+
+@given(
+    layers, st.floats(0, 1), st.sampled_from([("bits", 3, 4, None), ("sparsity", 0, 7 / 8, 8), ("rank", 0, 1, None)])
+)
+@example(([0.0, 1.0, 2.0, 3.0], [100, 1, 1, 1]), 0.9, ("sparsity", 0, 7 / 8, 8))
+@example(([2.0, 1.0, 0.0], [7, 1, 1]), 0.5, ("bits", 3, 4, None))
+def test_values_follow_the_order_of_the_scores_whatever_the_parameters(drawn, share, kind):
+    name, low, high, group = kind
+    scores = LayerScores("m", "owl", *drawn)
+    plan = allocate(scores, name, budget=low + share * (high - low), group=group)
+    sign = -1 if name == "sparsity" else 1
+    ranked = sorted(zip(scores.values, plan.values, strict=True), key=lambda pair: pair[0])
+    for i, (D, value) in enumerate(ranked):
+        assert all(sign * later >= sign * value for E, later in ranked[i:] if E > D)
+
+
+def test_scores_that_were_measured_for_another_sparsity(caplog):
+    scores = LayerScores("tiny", "sensitivity", [1.0, 2.0], [3, 5], {"target": 0.7})
+    with caplog.at_level(logging.WARNING, "hf_cod"):
+        allocate(scores, budget=0.7)
+        allocate(scores, "bits", budget=3.5)
+        assert not caplog.text
+        allocate(scores, budget=0.5)
+    assert "sensitivity measured them for sparsity 0.7, the budget is 0.5" in caplog.text
 
 
 def test_equal_scores_and_a_single_layer():
@@ -82,6 +132,11 @@ def test_save_and_load(tmp_path):
         ({"kind": "bits", "budget": 3.5, "choices": [4, 3]}, "choices: expected rising values"),
         ({"choices": [0, 2]}, "choices: expected values in 0..1"),
         ({"group": 1}, "group: expected at least 2"),
+        ({"budget": "0.5"}, "budget: expected a number, got '0.5'"),
+        ({"budget": True}, "budget: expected a number, got True"),
+        ({"spread": [0.1]}, "spread: expected a number"),
+        ({"group": 8.0}, "group: expected"),
+        ({"group": 8, "budget": 0.9}, "budget: expected sparsity in 0..0.875"),
         ({"parameters": [1, 2]}, "parameters: expected 4 counts"),
     ],
 )

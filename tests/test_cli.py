@@ -11,7 +11,7 @@ from hf_cod.cli import COMMANDS, main
 from hf_cod.commands import score
 from hf_cod.loading import load_model
 from hf_cod.report import RunReport, format_number
-from hf_cod.scores import LayerScores
+from hf_cod.scores import LayerScores, score_layers
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -143,7 +143,8 @@ def test_prune_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys):
 
 @pytest.mark.parametrize("pattern, kept", [("2:4", {4}), ("N:8", {2, 3, 4, 5, 6})])
 def test_prune_by_pattern_and_by_earlier_scores(checkpoint, pattern, kept):
-    LayerScores("m", "mine", [1.0, 2.0, 3.0, 4.0], [1] * 4).save(checkpoint / "scores.json")
+    sizes = score_layers(load_model(str(checkpoint / "model"))[0], method="uniform").parameters
+    LayerScores("m", "mine", [1.0, 2.0, 3.0, 4.0], sizes).save(checkpoint / "scores.json")
     more = [] if pattern == "2:4" else ["--spread", "0.25", "--scores", str(checkpoint / "scores.json")]
     assert prune(checkpoint, "out", "--pattern", pattern, "--method", "magnitude", "--no-baseline", *more) == 0
     stack = find_decoder_layers(load_model(str(checkpoint / "out"))[0])
@@ -198,6 +199,51 @@ def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
     assert weights[0] == weights[1]
     resumed, whole = (RunReport.load(checkpoint / name) for name in ("run", "whole"))
     assert resumed.layers == whole.layers and resumed.results == whole.results
+
+
+def test_prune_never_writes_into_a_directory_of_something_else(checkpoint, capsys):
+    for name, file in (("model2", "model.safetensors"), ("notes/journal", "2024.txt"), ("mixed/journal", "a/b")):
+        path = checkpoint / name / file
+        path.parent.mkdir(parents=True)
+        path.write_text("precious")
+        assert prune(checkpoint, name.split("/")[0]) == 2
+        assert "output: expected a new directory, an empty one" in capsys.readouterr().err
+        assert path.read_text() == "precious" and [p for p in path.parent.iterdir()] == [path]
+    (checkpoint / "empty").mkdir()
+    assert prune(checkpoint, "empty", "--score", "uniform", "--no-plots") == 0
+    assert {p.name for p in checkpoint.iterdir() if p.name.startswith(".")} == set(), "nothing is left beside it"
+
+
+def test_prune_that_fails_at_the_end_leaves_no_half_model(checkpoint, monkeypatch):
+    monkeypatch.setattr(RunReport, "save", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prune(checkpoint, "out", "--score", "uniform", "--no-plots")
+    assert [path.name for path in (checkpoint / "out").iterdir()] == ["journal"]
+    monkeypatch.undo()
+    assert prune(checkpoint, "out", "--score", "uniform", "--no-plots") == 0
+    assert "journal" not in {path.name for path in (checkpoint / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--sparsity", "0.7", "--spread", "0.5"], "spread: expected 0..0.3"),
+        (["--pattern", "N:5"], "pattern: expected rows of a multiple of 5"),
+        (["--pattern", "N:1"], "group: expected at least 2"),
+        (["--pattern", "N:8", "--sparsity", "0.9"], "budget: expected sparsity in 0..0.875"),
+        (["--scores", "other.json"], "scores: expected those of a model with"),
+        (["--scores", "none.json"], "scores: expected a file"),
+    ],
+)
+def test_prune_fails_before_anything_is_measured(checkpoint, capsys, monkeypatch, arguments, message):
+    def never(*args, **kwargs):
+        raise AssertionError("measured already")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", never)
+    monkeypatch.chdir(checkpoint)
+    LayerScores("m", "mine", [1.0, 2.0, 3.0, 4.0], [7] * 4).save("other.json")
+    assert prune(checkpoint, "out", *arguments) == 2
+    assert message in capsys.readouterr().err and not (checkpoint / "out").exists()
 
 
 @pytest.mark.parametrize(

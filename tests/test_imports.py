@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "hf_cod"
 ORDER = [
     ["functional", "files", "models"],
     ["decoder_layers", "calibration", "stored_modules"],
-    ["layer_removal", "evaluation", "report", "loading", "sparse", "writable_weights"],
+    ["layer_removal", "evaluation", "report", "loading", "sparse", "writable_weights", "same_model"],
     ["diagnostics"],
     ["statistics", "training", "layer_by_layer"],
     ["scores"],

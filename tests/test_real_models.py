@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from hf_cod import compare, diagnose, drop, perplexity, prune, skip
+from hf_cod import collect_statistics, compare, diagnose, drop, perplexity, prune, score_layers, skip
 from hf_cod.calibration import SampleSettings, split_samples, token_batches
 from hf_cod.functional.depth import spearman
+from tests import references
 
 # Perplexity of SmolLM2-135M without layer 0, 1, ..., 29 on Brown text, measured independently (dense: 56.8).
 INDEPENDENT = [
@@ -104,3 +105,20 @@ def test_vision_model_on_a_photograph(dinov2, photograph):
     assert report.results["layer_drop"]["metric"] == "output_angle"
     assert all(0 < value < 1 for value in report.results["layer_drop"]["without"])
     assert report.results["layer_drop"]["intact"] == pytest.approx(0, abs=1e-7)
+
+
+def test_owl_ratios_follow_the_papers_definition(model, tokenizer, brown_text):
+    """D^l = share of ||X_j||_2 |W_ij| above M times the layer's mean, for early, middle and late layers."""
+    ids = tokenizer(brown_text[:4000], return_tensors="pt")["input_ids"][:, :256].view(2, 128)
+    batches = [{"input_ids": ids}]
+    statistics = collect_statistics(model, batches)
+    for index in (0, 11, 29):
+        A = torch.cat(
+            [
+                (W.double().abs() * X.double().norm(dim=0)).flatten()
+                for W, X in references.linear_inputs(model, batches, index).values()
+            ]
+        )
+        for M in (3, 5, 7, 10):
+            found = score_layers(model, statistics, threshold=float(M)).values[index]
+            assert found == pytest.approx(float((M * A.mean() < A).double().mean()), abs=1e-6) and found > 0

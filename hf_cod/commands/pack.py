@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.models.checkpoint import check_new, save_aside
 from hf_cod.report import RunReport, environment, format_number
+from hf_cod.scores import ScoreSettings
 from hf_cod.sparse import SparseConfig, SparseLinear, pack_sparse
 
 
@@ -24,6 +23,7 @@ class PackSettings:
 
     minimum: float = field(default=0.5, metadata=SparseConfig.__dataclass_fields__["minimum"].metadata)
     output: str | None = field(default=None, metadata={"help": "the same directory as an option"})
+    layers_path: str | None = field(default=None, metadata=ScoreSettings.__dataclass_fields__["layers_path"].metadata)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,8 +32,8 @@ def main(arguments: Sequence[str]) -> int:
         [ModelSettings, PackSettings],
         prog="hf-cod pack",
         description="Stores a pruned model without its zeros: one bit a weight, and the weights that are left. It "
-        "loads by from_pretrained where hf_cod is imported, and generates faster than the dense model on CPUs. The "
-        "source is never touched.",
+        "loads by from_pretrained where hf_cod is imported, and generates faster than the dense model on CPUs with "
+        "AVX-512 or AVX2; on other CPUs it is slower. The source is never touched.",
     )
     parser.add_argument("model", help="Hub id or directory of a model with many zeros")
     parser.add_argument(
@@ -49,21 +49,23 @@ def main(arguments: Sequence[str]) -> int:
     directory = Path(rest.directory or settings.output or default_directory("pack", rest.model))
     check_new(directory)
     model: Any = load_model(rest.model, loading)[0]
+    stack = find_decoder_layers(model, settings.layers_path)  # before anything is written
     dense_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
     pack_sparse(model, settings.minimum)
     save_aside(model, directory, Path(rest.model) if Path(rest.model).is_dir() else rest.model)
     packed_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    report = describe(model, model_title(rest.model), {"minimum": settings.minimum}, dense_bytes, packed_bytes)
+    report = describe(stack, model_title(rest.model), {"minimum": settings.minimum}, dense_bytes, packed_bytes)
     report.save(directory)
     print_report(report)
     print(f"\nwritten to {directory.resolve()}")
     return 0
 
 
-def describe(model: nn.Module, name: str, settings: dict[str, Any], dense_bytes: int, packed_bytes: int) -> RunReport:
+def describe(
+    stack: DecoderLayers, name: str, settings: dict[str, Any], dense_bytes: int, packed_bytes: int
+) -> RunReport:
     """The report: zeros as counted in each layer, sizes of the weights on disk."""
-    stack = find_decoder_layers(model)
-    packed = {key: m for key, m in model.named_modules() if isinstance(m, SparseLinear)}
+    packed = {key: m for key, m in stack.model.named_modules() if isinstance(m, SparseLinear)}
     sizes = f"{dense_bytes / 1e6:,.1f} MB dense, {packed_bytes / 1e6:,.1f} MB packed"
     return RunReport(
         kind="pack",

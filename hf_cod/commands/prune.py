@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,22 +15,24 @@ from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
     SpreadSettings,
     as_in,
-    check_output,
     describe_perplexity,
     load_with_tokenizer,
     measure_perplexity,
     split_text,
 )
 from hf_cod.commands.diagnose import require_plots
+from hf_cod.commands.output import JOURNAL, check_output, finish, results_of
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.evaluation import task_of
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.pruning import METHODS, RecoverySettings, measure_sparsity, parse_pattern, prune, recover
+from hf_cod.pruning.weights import check_pattern
 from hf_cod.report import RunReport
 from hf_cod.scores import METHODS as SCORES
 from hf_cod.scores import PRUNERS, LayerScores, ScoreSettings, score_layers
+from hf_cod.writable_weights import check_writable
 
 DEFAULT_SPARSITY = 0.5
 
@@ -60,6 +61,8 @@ class PruneSettings(SpreadSettings):
             raise ValueError(f"sparsity: expected a share in 0..1, got {self.sparsity}")
         if self.fixed and (self.sparsity is not None or self.spread is not None):
             raise ValueError(f"pattern: expected {self.pattern} without sparsity and spread, which follow from it")
+        if not self.fixed:
+            _plan(LayerScores("", "uniform", [1.0], [1]), self)  # whether budget, spread and group go together
 
     @property
     def fixed(self) -> str | None:
@@ -107,11 +110,12 @@ def main(arguments: Sequence[str]) -> int:
     check_output(directory, rest.model)
     if files.plots:
         require_plots()
-    report = run(rest.model, loading, text, settings, recovery, files.scores, directory)
+    results = results_of(directory)
+    report = run(rest.model, loading, text, settings, recovery, files.scores, directory / JOURNAL, results)
     if files.plots:
-        report.plot(directory)
-    report.save(directory)
-    shutil.rmtree(directory / "journal", ignore_errors=True)
+        report.plot(results)
+    report.save(results)
+    finish(directory, results)
     print_report(report)
     print(f"\nwritten to {directory.resolve()}")
     return 0
@@ -124,19 +128,23 @@ def run(
     settings: PruneSettings,
     recovery: RecoverySettings,
     scores_file: str | None,
-    directory: Path,
+    journal: Path,
+    output: Path,
 ) -> RunReport:
     """Measures, prunes, saves, and measures again what was saved; memory never holds two models."""
+    scores = None if settings.fixed or scores_file is None else LayerScores.load(scores_file)
     model, tokenizer = load_with_tokenizer(source, loading)
+    _check_model(model, settings, scores)
     calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
-    scores = None if settings.fixed else _scores(model, calibration, settings, scores_file)
+    if scores is None and not settings.fixed:
+        scores = _scores(model, calibration, settings)
     plan: LayerAllocation | str = settings.fixed or ""
     if scores is not None:
         plan = _plan(scores, settings)
     options: dict[str, Any] = {
         "batches": calibration,
-        "journal": directory / "journal",
+        "journal": journal,
         "path": settings.layers_path,
         "name": model_title(source),
         "show_progress": True,
@@ -151,9 +159,9 @@ def run(
     if recovery.recover:
         perplexities["pruned"] = measure_perplexity(model, evaluation, settings)
         _recover(model, calibration, settings, recovery)
-    _save(directory, model, tokenizer, scores, plan)
+    _save(output, model, tokenizer, scores, plan)
     del model
-    saved, _ = load_model(str(directory), replace(loading, revision="main"))
+    saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["recovered" if recovery.recover else "pruned"] = measure_perplexity(saved, evaluation, settings)
     layers, results = measure_sparsity(find_decoder_layers(saved, settings.layers_path))
     results |= {"perplexity": perplexities, "evaluation": describe_batches(evaluation)}
@@ -173,11 +181,18 @@ def run(
     )
 
 
-def _scores(
-    model: nn.Module, batches: Sequence[Batch], settings: PruneSettings, scores_file: str | None
-) -> LayerScores:
-    if scores_file is not None:
-        return LayerScores.load(scores_file)
+def _check_model(model: nn.Module, settings: PruneSettings, scores: LayerScores | None) -> None:
+    """What can be known to fail before anything is measured."""
+    stack = find_decoder_layers(model, settings.layers_path)
+    check_writable(stack)
+    M = settings.group or (parse_pattern(settings.fixed)[1] if settings.fixed else None)
+    if M is not None:
+        check_pattern(stack, M)
+    if scores is not None:
+        scores.check(stack)
+
+
+def _scores(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings) -> LayerScores:
     chosen = {name: getattr(settings, name) for name in ("threshold", "per_module", "seed", "layers_path")}
     if 0 < settings.budget < 1:
         chosen["target"] = settings.budget

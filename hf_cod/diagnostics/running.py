@@ -30,6 +30,24 @@ class NonFiniteError(ValueError):
 
 
 @contextmanager
+def naming_weights(model: nn.Module) -> Iterator[None]:
+    """Where the block fails on something that is not finite, looks whether a weight is the cause, and names its module.
+
+    Raises:
+        ValueError: the block's own, or that of the weight.
+    """
+    try:
+        yield
+    except ValueError as error:
+        for name, weight in model.named_parameters():
+            plain = weight.is_floating_point() and not weight.is_meta
+            if plain and "finite" in str(error) and not bool(weight.isfinite().all()):
+                module = name.rpartition(".")[0]
+                raise ValueError(f"weights: expected finite numbers, got NaN or infinity in {module}") from error
+        raise
+
+
+@contextmanager
 def evaluation_mode(stack: DecoderLayers) -> Iterator[None]:
     """Eval mode and no KV cache inside; each module's training flag and the config come back afterwards."""
     training = [module for module in stack.model.modules() if module.training]

@@ -56,19 +56,23 @@ def authors_sparsity(D: Tensor, S: float, lam: float) -> Tensor:
     return S - d + d.mean()
 
 
-def round_to(x: Tensor, choices: Sequence[float], w: Tensor) -> Tensor:
-    """Moves each value to a neighbouring choice so that the weighted mean stays as near as single steps allow.
+def round_to(x: Tensor, choices: Sequence[float], w: Tensor, first: Tensor | None = None) -> Tensor:
+    """Moves each value to a neighbouring choice and keeps their order and, nearly, their weighted mean.
 
     All values go down to the next choice; then layers go up by one, those first that fell farthest, as long as the
-    mean does not exceed that of `x`; at last one more goes up if that brings the mean nearer.
+    mean does not exceed that of `x`; at last one more goes up if that brings the mean nearer. A layer that is too heavy
+    to go up holds back the smaller values between the same two choices: so y_i <= y_j wherever x_i < x_j, which costs a
+    mean as near as some other set of layers might have.
 
     Args:
         x: (L,), between the least and the largest choice.
         choices: rising.
         w: (L,).
+        first: (L,), of equal values those go up first where this is larger; default: in the order of layers.
 
     Returns:
-        (L,) float64, each one of `choices`. With equal weights the mean is off by at most half a step over L.
+        (L,) float64, each one of `choices`, less than a step from `x`. The mean is off by at most half the largest
+        w_l step_l / sum(w): with equal weights and steps by half a step over L.
     """
     grid = torch.tensor(choices, dtype=torch.float64)
     x, w = x.double(), w.double()
@@ -78,15 +82,16 @@ def round_to(x: Tensor, choices: Sequence[float], w: Tensor) -> Tensor:
     step = w * (grid[above] - grid[below])
     gap = float((w * (x - grid[below])).sum())
     place = below.clone()
-    order = (x - grid[below]).argsort(descending=True, stable=True).tolist()
-    left = []
-    for i in order:
-        if step[i] <= gap * (1 + 1e-9):
+    fell = (x - grid[below]).tolist()
+    ties = torch.zeros_like(x).tolist() if first is None else first.double().tolist()
+    held: dict[int, int] = {}  # choice -> the layer between it and the next one that would go up first
+    for i in sorted(range(len(x)), key=lambda i: (-fell[i], -ties[i])):
+        if int(below[i]) not in held and step[i] <= gap * (1 + 1e-9):
             place[i] = above[i]
             gap -= float(step[i])
         else:
-            left.append(i)
-    nearest = min(left, key=lambda i: abs(gap - float(step[i])), default=None)
+            held.setdefault(int(below[i]), i)
+    nearest = min(held.values(), key=lambda i: abs(gap - float(step[i])), default=None)
     if nearest is not None and abs(gap - float(step[nearest])) < abs(gap):
         place[nearest] = above[nearest]
     return grid[place]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from hf_cod.allocation import LayerAllocation
 from hf_cod.calibration import Batch, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.partial_pass import check_independent
-from hf_cod.diagnostics.running import execution_device, progress
+from hf_cod.diagnostics.running import execution_device, naming_weights, progress
 from hf_cod.functional.sparsity import Pattern
 from hf_cod.layer_by_layer import FinishedLayers, Sums, change_sequentially, fingerprint_of_work
 from hf_cod.pruning import weights
@@ -22,6 +23,7 @@ from hf_cod.pruning.method import Method, Target
 from hf_cod.pruning.sparsegpt import SPARSEGPT
 from hf_cod.pruning.wanda import WANDA
 from hf_cod.report import RunReport, environment
+from hf_cod.same_model import check_sizes
 from hf_cod.statistics import LayerStatistics
 from hf_cod.writable_weights import check_writable
 
@@ -91,7 +93,8 @@ def prune(
 
     if chosen.recorder is not None and batches is not None:
         check_independent(stack, "prune")
-        change_sequentially(stack, batches, chosen.recorder, prune_layer, finished, "pruning", show_progress)
+        with naming_weights(stack.model):
+            change_sequentially(stack, batches, chosen.recorder, prune_layer, finished, "pruning", show_progress)
         settings |= describe_batches(batches)
     else:
         for index in progress(range(len(stack)), "pruning", show_progress):
@@ -133,13 +136,15 @@ def _targets(plan: LayerAllocation | float | str, stack: DecoderLayers) -> list[
         N, M = parse_pattern(plan)
         return [Target(1 - N / M, (N, M))] * len(stack)
     if not isinstance(plan, LayerAllocation):
-        if not 0 <= plan <= 1:
-            raise ValueError(f"plan: expected a sparsity in 0..1, got {plan}")
+        if isinstance(plan, bool) or not isinstance(plan, (int, float)) or not 0 <= plan <= 1:
+            raise ValueError(f"plan: expected a sparsity in 0..1, a pattern or an allocation, got {plan!r}")
         return [Target(float(plan))] * len(stack)
     if plan.kind != "sparsity":
         raise ValueError(f"plan: expected an allocation of sparsity, got one of {plan.kind}")
     if len(plan.values) != len(stack):
         raise ValueError(f"plan: expected {len(stack)} values, one a layer, got {len(plan.values)}")
+    if plan.sizes is not None:
+        check_sizes("plan", plan.model, plan.sizes, stack)
     wrong = [i for i, value in enumerate(plan.values) if not 0 <= value <= 1]
     if wrong:
         raise ValueError(f"plan: expected sparsities in 0..1, got {plan.values[wrong[0]]} in layer {wrong[0]}")
@@ -161,7 +166,7 @@ def _finished(
     statistics: LayerStatistics | None,
     settings: list[Any],
 ) -> FinishedLayers:
-    sums = {} if statistics is None else {name: float(squares.sum()) for name, squares in statistics.squares.items()}
+    sums = {} if statistics is None else {name: _digest(squares) for name, squares in statistics.squares.items()}
     work = fingerprint_of_work(journal, stack.model, batches, sums, settings)
 
     def put_back(index: int, tensors: dict[str, Tensor]) -> None:
@@ -169,6 +174,10 @@ def _finished(
             W.copy_(tensors[name])
 
     return FinishedLayers(journal, work, lambda index: dict(stack.matrices(index)), put_back)
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _report(

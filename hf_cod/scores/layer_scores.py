@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.files import read_json, write_json
+from hf_cod.same_model import check_sizes
 
 FORMAT_VERSION = 1
 
@@ -46,6 +48,14 @@ class LayerScores:
             return []
         spread = f" with lambda {self.settings['spread']:g}" if "spread" in self.settings else ""
         return [f"{self.method} chose {self.settings['chosen']}{spread}."]
+
+    def check(self, stack: DecoderLayers) -> None:
+        """Makes sure that these are scores of that model; warns where only its name is another.
+
+        Raises:
+            ValueError: another number of layers, or layers of other sizes.
+        """
+        check_sizes("scores", self.model, self.parameters, stack)
 
     def save(self, path: str | Path) -> Path:
         """Writes a JSON file; returns its path."""

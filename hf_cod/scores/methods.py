@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_cod.calibration import Batch, check_batches, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import measure_forward, measure_gradient_norm, measure_layer_drop
+from hf_cod.diagnostics.running import naming_weights
 from hf_cod.evaluation import find_metric, task_of
 from hf_cod.functional import budget, outliers
 from hf_cod.functional.codebook import BITS
@@ -116,12 +117,13 @@ def score_layers(
     if method in NEED_BATCHES and not batches:
         raise ValueError(f"batches: expected at least one for the method {method}, got none")
     check_batches(batches or ())
-    values = METHODS[method](request)
     config = getattr(stack.model, "config", None)
     name = getattr(config, "_name_or_path", "") or type(stack.model).__name__
-    used = {key: getattr(chosen, key) for key in SETTINGS_OF.get(method, ())} | request.found
     sizes = [stack.count_weights(index) for index in range(len(stack))]
-    return LayerScores(name, method, values, sizes, used)
+    with naming_weights(stack.model):
+        values = METHODS[method](request)
+        used = {key: getattr(chosen, key) for key in SETTINGS_OF.get(method, ())} | request.found
+        return LayerScores(name, method, values, sizes, used)
 
 
 @dataclass(frozen=True)

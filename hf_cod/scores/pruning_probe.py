@@ -68,6 +68,9 @@ class PruningProbe:
 
         All plans walk through the layers together: each layer is changed once for each value that it gets, no more
         than one layer's weights are copied, and plans that begin alike share their hidden states as long as they do.
+
+        Raises:
+            ValueError: a loss that is not finite (says of which plan).
         """
         L = len(self.stack)
         place = [0] * len(plans)  # which of the states each plan is at
@@ -83,6 +86,10 @@ class PruningProbe:
                 place = [found[plan[layer], at] for plan, at in zip(plans, place, strict=True)]
                 states = after
         losses = [math.log(self.metric.value([row for rows in batches for row in rows])) for batches in states]
+        wrong = [number for number, at in enumerate(place) if not math.isfinite(losses[at])]
+        if wrong:
+            S = ", ".join(f"{value:g}" for value in plans[wrong[0]])
+            raise ValueError(f"plans: expected a finite loss, got {losses[place[wrong[0]]]} with sparsities {S}")
         return [losses[at] for at in place]
 
     def sensitivity(self, good: float, rest: float, bad: float) -> list[float]:

@@ -38,3 +38,6 @@ class SparseConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if not 0 <= self.minimum <= 1:
             raise ValueError(f"minimum: expected a share of zeros between 0 and 1, got {self.minimum}")
+        wrong = [name for name, count in self.modules.items() if type(count) is not int or count < 0]
+        if wrong:
+            raise ValueError(f"modules: expected counts of stored weights, got {self.modules[wrong[0]]} for {wrong[0]}")

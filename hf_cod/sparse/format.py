@@ -46,10 +46,10 @@ def unpack(mask: Tensor, values: Tensor, columns: int) -> Tensor:
 
 
 def check(mask: Tensor, values: Tensor, row_starts: Tensor, columns: int, name: str) -> None:
-    """Checks that the three tensors belong together.
+    """Checks that the three tensors belong together, and that the values are finite.
 
     Raises:
-        ValueError: they do not; begins with the `name` of the matrix.
+        ValueError: they do not, or are not; begins with the `name` of the matrix.
     """
     rows, width = mask.shape[0], (columns + 7) // 8
     wrong = None
@@ -67,6 +67,10 @@ def check(mask: Tensor, values: Tensor, row_starts: Tensor, columns: int, name: 
             wrong = f"row_starts[{row}] = {int(expected[row])} as the mask counts, got {int(row_starts[row])}"
         elif len(values) != int(expected[-1]):
             wrong = f"{int(expected[-1])} values as the mask counts, got {len(values)}"
+        elif not values.is_floating_point():
+            wrong = f"values of floating point, got {values.dtype}"
+        elif not bool(values.isfinite().all()):
+            wrong = "finite values, got NaN or infinity"
     if wrong:
         raise ValueError(f"{name}: expected {wrong}; the file is damaged, or was not written by hf_cod")
 

@@ -33,12 +33,7 @@ def load_kernel() -> Any:
     The first call on a machine compiles, which takes a minute or less; later ones load what that left in the cache.
     """
     try:
-        library = _cached()
-        if library.is_file():
-            torch.ops.load_library(str(library))
-        else:
-            logger.warning("building the kernel of sparse layers, once: half a minute or so")
-            _build(library)
+        kernel = _open()
     except Exception as error:  # whatever a compiler, a linker or a read-only disk may come up with
         logger.warning(
             "no kernel for sparse layers: they are made dense in memory and run as fast as dense ones, no faster. To "
@@ -47,6 +42,22 @@ def load_kernel() -> Any:
             str(error).strip() or type(error).__name__,
         )
         return None
+    if kernel.instructions(torch.float32) == ["portable"]:
+        logger.warning(
+            "sparse layers are slow here: this processor has neither AVX-512 nor AVX2, or the compiler is not g++ or "
+            "clang. Packed they take less memory, but several times as long as dense ones (model.dequantize())"
+        )
+    return kernel
+
+
+def _open() -> Any:
+    """The kernel from the cache, or built."""
+    library = _cached()
+    if library.is_file():
+        torch.ops.load_library(str(library))
+    else:
+        logger.warning("building the kernel of sparse layers, once: half a minute or so")
+        _build(library)
     return getattr(torch.ops, NAME)
 
 

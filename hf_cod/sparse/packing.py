@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_cod.decoder_layers import walk
 from hf_cod.sparse.linear import SparseLinear
@@ -34,9 +35,10 @@ def pack_linears(model: nn.Module, minimum: float) -> dict[str, int]:
         if zeros >= minimum:
             chosen.append(name)
     if not chosen and not any(isinstance(module, SparseLinear) for module in model.modules()):
+        others = " and Conv1D, which is not packed" if any(isinstance(m, Conv1D) for m in model.modules()) else ""
         raise ValueError(
             f"minimum: expected a model with a Linear of which at least {minimum:.0%} is zero, got at most "
-            f"{most[0]:.1%} ({most[1]}); prune it first"
+            f"{most[0]:.1%} ({most[1]}){others}; prune it first"
         )
     counts = {}
     for name in chosen:

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from hf_cod.sparse.checkpoint import check_files
 from hf_cod.sparse.config import METHOD, SparseConfig
 from hf_cod.sparse.linear import SparseLinear
 from hf_cod.sparse.packing import pack_linears
-from hf_cod.stored_modules import ignore_signs, replace, signs
+from hf_cod.stored_modules import ignore_signs, names_in, replace, signs
 
 
 @register_quantizer(METHOD)
@@ -22,21 +23,24 @@ class SparseQuantizer(HfQuantizer):
 
     quantization_config: SparseConfig
 
-    def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             return
+        recorded = self.quantization_config.modules
+        files = [path for path in kwargs.get("checkpoint_files") or () if str(path).endswith(".safetensors")]
+        check_files(files, recorded)
+        emptied = self._emptied()
+        places = names_in(model, recorded)
+        self.quantization_config.modules = {place: recorded[name] for name, place in places.items()}
         for name, nonzeros in self.quantization_config.modules.items():
-            try:
-                linear = model.get_submodule(name)
-            except AttributeError:
-                linear = None
+            linear = model.get_submodule(name)
             if not isinstance(linear, nn.Linear):
                 raise ValueError(f"modules: expected Linears of {type(model).__name__}, got {name!r}")
             sizes = (linear.in_features, linear.out_features, linear.bias is not None)
             packed = SparseLinear(*sizes, nonzeros=nonzeros, device="meta", dtype=linear.weight.dtype)
             packed._is_hf_initialized = True  # type: ignore[assignment]  # or its weight is made dense to look at
             replace(model, name, packed)
-        ignore_signs(model, self._emptied())
+        ignore_signs(model, emptied, self._emptied())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -75,7 +79,7 @@ class SparseQuantizer(HfQuantizer):
 
 
 def pack_sparse(model: PreTrainedModel, minimum: float = 0.5) -> PreTrainedModel:
-    """Stores a model's sparse matrices without their zeros, in place; on CPUs, small batches then run faster.
+    """Stores a model's sparse matrices without their zeros, in place; small batches run faster on CPUs with AVX2.
 
     Linears of which at least `minimum` is zero become `SparseLinear`. Left dense are Conv1D (GPT-2), banks of experts,
     and what modules share, such as a head tied to the embeddings. `save_pretrained` writes the packed form,

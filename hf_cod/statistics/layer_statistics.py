@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
-from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
+from hf_cod.diagnostics.running import evaluation_mode, execution_device, naming_weights, progress, to_device
 from hf_cod.evaluation import model_inputs
 from hf_cod.files import write_aside
 from hf_cod.functional.depth import wide
+from hf_cod.same_model import warn_of_other_name
 from hf_cod.statistics.matrix_inputs import MatrixInputs, check_finite_input
 
 FORMAT_VERSION = "1"
@@ -68,6 +69,11 @@ class LayerStatistics:
             raise ValueError("parts: expected at least one, got none")
         first = parts[0]
         for part in parts[1:]:
+            if (part.model, part.path) != (first.model, first.path):
+                raise ValueError(
+                    f"parts: expected those of one model, got those of {first.model} ({first.path}) and {part.model} "
+                    f"({part.path}); collect_statistics(..., name=...) gives both one name"
+                )
             _check_same(_shapes(first), _shapes(part), "parts", first.model, part.model)
         return cls(
             first.model,
@@ -77,13 +83,14 @@ class LayerStatistics:
         )
 
     def check(self, stack: DecoderLayers) -> None:
-        """Makes sure that these are statistics of that model.
+        """Makes sure that these are statistics of that model; warns where only its name is another.
 
         Raises:
             ValueError: a matrix is missing, unknown, or has another number of input channels.
         """
         expected = {name: shape for i in range(len(stack)) for name, shape in stack.input_shapes(i).items()}
         _check_same(expected, _shapes(self), "statistics", type(stack.model).__name__, self.model)
+        warn_of_other_name("statistics", self.model, stack)
 
     def save(self, path: str | Path) -> Path:
         """Writes a safetensors file, aside and renamed; returns its path."""
@@ -140,7 +147,7 @@ def collect_statistics(
     trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
     device = execution_device(stack.model)
     seen = 0
-    with torch.no_grad(), evaluation_mode(stack), recorder.attached():
+    with torch.no_grad(), naming_weights(stack.model), evaluation_mode(stack), recorder.attached():
         for number, batch in enumerate(progress(batches, "statistics", show_progress)):
             inputs = model_inputs(to_device(batch, device))
             recorder.start(inputs.get("attention_mask"))

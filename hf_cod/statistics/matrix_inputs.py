@@ -49,6 +49,11 @@ class MatrixInputs:
 
     def start(self, mask: Tensor | None) -> None:
         """Begins a batch with its attention mask (S, T), or None."""
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask: expected (samples, tokens), 0 where there is padding, got shape {tuple(mask.shape)}, "
+                "which does not say which tokens are padding"
+            )
         # A full mask costs a gather for nothing.
         self._mask = None if mask is None or bool(mask.all()) else mask.bool().flatten()
         self._last: tuple[Any, str] | None = None

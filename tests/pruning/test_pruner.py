@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import peft
 import pytest
@@ -7,7 +8,7 @@ from accelerate import cpu_offload
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_cod import LayerAllocation, LayerScores, allocate, collect_statistics, find_decoder_layers, prune
+from hf_cod import LayerAllocation, LayerScores, allocate, collect_statistics, find_decoder_layers, prune, score_layers
 from hf_cod.layer_by_layer import FinishedLayers
 from hf_cod.pruning import METHODS
 from tests import references
@@ -162,7 +163,7 @@ def test_an_allocation_is_met_layer_by_layer(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pattern_of_its_own_for_each_layer(method):
     model = build("llama")
-    scores = LayerScores("m", "mine", [3.0, 1.0, 2.0, 2.5], [1] * 4)
+    scores = LayerScores("m", "mine", [3.0, 1.0, 2.0, 2.5], [find_decoder_layers(model).count_weights(0)] * 4)
     plan = allocate(scores, budget=0.5, spread=0.25, group=8)
     assert len(set(plan.patterns)) > 2
     prune(model, plan, method, batches=[batch_for(model)])
@@ -215,9 +216,9 @@ def test_other_work_in_the_same_journal_is_not_taken(tmp_path):
     assert len(list(tmp_path.iterdir())) == 16
 
 
-@pytest.mark.parametrize("plan", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("plan", [-0.1, 1.5, float("nan"), True, None, [0.5]])
 def test_sparsity_out_of_range(plan):
-    with pytest.raises(ValueError, match=r"plan: expected a sparsity in 0..1, got"):
+    with pytest.raises(ValueError, match=r"plan: expected a sparsity in 0..1, .*got"):
         prune(build("llama"), plan, "magnitude")
 
 
@@ -288,9 +289,39 @@ def test_weights_that_cannot_be_pruned_are_refused_before_anything_changes():
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_activations_that_are_not_finite_are_told_with_their_module(method):
     model = build("llama")
-    with torch.no_grad():
-        model.model.layers[2].input_layernorm.weight[3] = torch.nan
+    hook = model.model.layers[2].input_layernorm.register_forward_hook(lambda module, args, out: out * torch.nan)
     with pytest.raises(
         ValueError, match=r"activations: .* first at the input of model.layers.2.self_attn.q_proj, batch 0"
     ):
         prune(model, 0.5, method, batches=two_batches(model))
+    hook.remove()
+    with torch.no_grad():
+        model.model.layers[2].input_layernorm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"weights: .* NaN or infinity in model.layers.2.input_layernorm"):
+        prune(model, 0.5, method, batches=two_batches(model))
+
+
+def test_a_plan_of_another_model(caplog):
+    model, wide = build("llama"), build("llama", intermediate_size=96)
+    plan = allocate(score_layers(model, method="random"), budget=0.5)
+    with pytest.raises(ValueError, match=r"plan: expected those of a model with \d+ weights in layer 0, got one with"):
+        prune(wide, plan, "magnitude")
+    prune(build("llama"), allocate(score_layers(model, method="random"), parameters=[1] * 4), "magnitude")
+    assert not caplog.text
+    prune(build("llama"), replace(plan, model="someone/else"), "magnitude")
+    assert "got those of someone/else, whose layers are as large" in caplog.text
+
+
+def test_statistics_of_another_model_of_the_same_shapes(caplog, tmp_path):
+    """A name that differs is warned of, and a journal tells the statistics apart by all their numbers."""
+    model = build("llama")
+    found = collect_statistics(model, [batch_for(model)], name="/there/mine")
+    model.config._name_or_path = "/here/mine"
+    prune(model, 0.5, statistics=found, journal=tmp_path)
+    assert not caplog.text
+    flipped = replace(found, model="other", squares={name: sums.flip(-1) for name, sums in found.squares.items()})
+    second, expected = build("llama"), build("llama")
+    prune(second, 0.5, statistics=flipped, journal=tmp_path)
+    assert "statistics: expected those of LlamaForCausalLM, got those of other" in caplog.text
+    prune(expected, 0.5, statistics=flipped)
+    assert all(torch.equal(a, b) for a, b in zip(second.parameters(), expected.parameters(), strict=True))

@@ -191,9 +191,16 @@ def test_bad_input():
     statistics = collect_statistics(model, batches)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[3, 4] = math.inf
-    for method in ("owl", "weight_norm"):
-        with pytest.raises(ValueError, match=r"weights: expected finite .* in model.layers.2.mlp.up_proj"):
-            score_layers(model, statistics, method)
+    for method in set(METHODS) - {"uniform", "random"}:  # which look at nothing
+        for given in (statistics, None):
+            with pytest.raises(ValueError, match=r"weights: expected finite .* in model.layers.2.mlp.up_proj"):
+                score_layers(model, given, method, batches=batches)
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0] = math.nan
+    for method in ("auto", "sensitivity", "layer_drop", "gradient_norm"):
+        with pytest.raises(ValueError, match=r"weights: expected finite numbers, got NaN or infinity in lm_head"):
+            score_layers(model, method=method, batches=batches)
     with pytest.raises(ValueError, match="values: expected finite scores, got nan in layer 1"):
         LayerScores("m", "owl", [1.0, math.nan], [1, 1])
     with pytest.raises(ValueError, match="values: expected one a layer"):

@@ -147,3 +147,10 @@ def test_refusals():
         ValueError, match=r"floating-point weights, got Parameter torch.int8 in model.layers.1.mlp.up_proj"
     ):
         PruningProbe(find_decoder_layers(model), "wanda", statistics, [batch], False)
+
+
+def test_a_loss_that_is_not_finite():
+    model, batch, statistics = setting("llama")
+    model.lm_head.register_forward_hook(lambda module, args, out: out * math.nan)
+    with pytest.raises(ValueError, match=r"plans: expected a finite loss, got nan with sparsities 0.5, 0.5, 0.5, 0.5"):
+        PruningProbe(find_decoder_layers(model), "wanda", statistics, [batch], False).plans([[0.5] * 4])

@@ -1,8 +1,14 @@
+import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from hf_cod.sparse import kernel
 
 # What a machine without a kernel prints, computes and keeps.
 WITHOUT = """
@@ -66,3 +72,25 @@ def test_it_is_built_once_and_found_again_without_a_compiler(tmp_path):
     assert again.returncode == 0 and "kernel" not in again.stderr, again.stderr
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path.name for path in left] == ["hf_cod_sparse.so"], "nothing but the library"
+
+
+@pytest.mark.parametrize("instructions, warnings", [(["portable"], 1), (["avx2", "portable"], 0)])
+def test_a_processor_on_which_packing_makes_slower_is_told_so_once(instructions, warnings, monkeypatch, caplog):
+    found = SimpleNamespace(instructions=lambda dtype: instructions)
+    monkeypatch.setattr(kernel, "_open", lambda: found)
+    kernel.load_kernel.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "hf_cod"):
+            assert kernel.load_kernel() is found and kernel.load_kernel() is found
+    finally:
+        kernel.load_kernel.cache_clear()
+    assert caplog.text.count("neither AVX-512 nor AVX2") == warnings
+
+
+def test_this_processor_is_asked_for_what_it_has():
+    """A machine with AVX2 must not fall to plain C++, which is several times slower than a dense product."""
+    if not Path("/proc/cpuinfo").exists():
+        pytest.skip("no /proc/cpuinfo")
+    flags = Path("/proc/cpuinfo").read_text()
+    found = kernel.load_kernel().instructions(torch.float32)
+    assert ("avx2" in found) == (" avx2 " in flags) and ("avx512" in found) == (" avx512bw " in flags)

@@ -134,14 +134,23 @@ def test_refusals(tmp_path):
     model = build("llama")
     with pytest.raises(ValueError, match="batches: expected at least one, got none"):
         collect_statistics(model, [])
+    hook = model.model.layers[2].mlp.up_proj.register_forward_hook(lambda module, args, out: out * math.nan)
+    with pytest.raises(
+        ValueError, match=r"activations: .* first at the input of model.layers.2.mlp.down_proj, batch 0"
+    ):
+        collect_statistics(model, [batch_for(model)])
+    hook.remove()
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[3, 4] = math.nan
-    with pytest.raises(ValueError, match=r"first at the input of model.layers.2.mlp.down_proj, batch 0"):
+    with pytest.raises(ValueError, match=r"weights: .* NaN or infinity in model.layers.2.mlp.up_proj"):
         collect_statistics(model, [batch_for(model)])
     shared = build("llama")
     shared.model.layers[3].mlp.up_proj = shared.model.layers[1].mlp.up_proj
     with pytest.raises(ValueError, match=r"one layer each, got model.layers.3.mlp.up_proj in layer 1, too"):
         collect_statistics(shared, [batch_for(shared)])
+    masked = {**batch_for(shared), "attention_mask": torch.ones(3, 1, 9, 9).tril()}
+    with pytest.raises(ValueError, match=r"attention_mask: expected \(samples, tokens\).* got shape \(3, 1, 9, 9\)"):
+        collect_statistics(build("llama"), [masked])
     with pytest.raises(ValueError, match="parts: expected at least one"):
         LayerStatistics.merge([])
     (tmp_path / "text").write_text("no")
@@ -159,6 +168,9 @@ def test_statistics_of_another_model():
         found.check(find_decoder_layers(bert))
     with pytest.raises(ValueError, match="parts: expected"):
         LayerStatistics.merge([found, collect_statistics(wide, [batch_for(wide)])])
+    other = collect_statistics(build("llama"), [batch_for(llama)], name="other")
+    with pytest.raises(ValueError, match=r"parts: expected those of one model, got .*LlamaForCausalLM .* and other"):
+        LayerStatistics.merge([found, other])
     deeper = build("llama", layers=5)
     with pytest.raises(ValueError, match=r"model.layers.4.* got those of"):
         found.check(find_decoder_layers(deeper))

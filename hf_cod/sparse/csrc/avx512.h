@@ -8,11 +8,6 @@
 
 namespace hf_cod {
 
-// Far enough ahead for memory to answer in time; farther ahead evicts what is still needed.
-constexpr int kPrefetchBytes = 1024;
-// Weights that a step takes of a row: one word of the mask.
-constexpr int64_t kWidth = 32;
-
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,popcnt"))), apply_to = function)
 #else
@@ -31,7 +26,10 @@ struct Lanes {
   using Value = T;
   using Input = float;
   using Register = Pair;
+  using Sum = __m512;
+  static constexpr int kWidth = 32, kSums = 16;
 
+  static inline __m512 zero() { return _mm512_setzero_ps(); }
   static inline __m512 load(__mmask16 lanes, const float* values) { return _mm512_maskz_loadu_ps(lanes, values); }
   static inline __m512 load(__mmask16 lanes, const uint16_t* values) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, values));
@@ -51,13 +49,14 @@ struct Lanes {
   static inline __m512 add_product(__m512 sum, Pair w, Pair x) {
     return _mm512_fmadd_ps(w.high, x.high, _mm512_fmadd_ps(w.low, x.low, sum));
   }
+  static inline float total(__m512 sum) { return _mm512_reduce_add_ps(sum); }
   static inline void store(float* dense, uint32_t lanes, Pair w) {
     _mm512_mask_storeu_ps(dense, lanes, w.low);
     if (lanes >> 16) _mm512_mask_storeu_ps(dense + 16, lanes >> 16, w.high);
   }
 };
 
-#include "avx512_tile.h"
+#include "tile.h"
 
 }  // namespace through_fp32
 #ifdef __clang__
@@ -75,7 +74,10 @@ struct Lanes {
   using Value = uint16_t;
   using Input = uint16_t;
   using Register = __m512i;
+  using Sum = __m512;
+  static constexpr int kWidth = 32, kSums = 16;
 
+  static inline __m512 zero() { return _mm512_setzero_ps(); }
   static inline __m512i input(const uint16_t* x) { return _mm512_loadu_si512(x); }
   static inline __m512i weights(uint32_t mask, const uint16_t* values) {
     return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
@@ -86,10 +88,11 @@ struct Lanes {
   static inline __m512 add_product(__m512 sum, __m512i w, __m512i x) {
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
   }
+  static inline float total(__m512 sum) { return _mm512_reduce_add_ps(sum); }
   static inline void store(uint16_t* dense, uint32_t lanes, __m512i w) { _mm512_mask_storeu_epi16(dense, lanes, w); }
 };
 
-#include "avx512_tile.h"
+#include "tile.h"
 
 }  // namespace in_bf16
 #ifdef __clang__

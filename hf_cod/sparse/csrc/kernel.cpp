@@ -14,6 +14,7 @@
 
 #include "portable.h"
 #ifdef HF_COD_X86
+#include "avx2.h"
 #include "avx512.h"
 #endif
 
@@ -50,9 +51,9 @@ std::vector<Kernel> find_kernels() {
   if constexpr (std::is_same_v<Value, uint16_t>)
     if (has_avx512_bf16()) found.push_back({in_bf16::run<in_bf16::Lanes>, true, "avx512_bf16"});
   if (has_avx512()) found.push_back({through_fp32::run<through_fp32::Lanes<Value>>, false, "avx512"});
-  if (has_avx2()) found.push_back({run_avx2<Value>, false, "avx2"});
+  if (has_avx2()) found.push_back({avx2::run<avx2::Lanes<Value>>, false, "avx2"});
 #endif
-  found.push_back({run_plain<Value>, false, "portable"});
+  found.push_back({run_portable<Value>, false, "portable"});
   return found;
 }
 
@@ -133,8 +134,11 @@ void expand_row(const uint8_t* mask, const T* values, T* dense, int64_t columns)
   if constexpr (sizeof(T) == 4) {
     if (has_avx512()) return through_fp32::expand_row<through_fp32::Lanes<float>>(
         mask, reinterpret_cast<const float*>(values), reinterpret_cast<float*>(dense), columns);
+    if (has_avx2()) return avx2::expand_row<avx2::Lanes<float>>(
+        mask, reinterpret_cast<const float*>(values), reinterpret_cast<float*>(dense), columns);
   } else if constexpr (sizeof(T) == 2) {
     if (has_avx512_bf16()) return in_bf16::expand_row<in_bf16::Lanes>(mask, values, dense, columns);
+    if (has_avx2()) return avx2::expand_row<avx2::Lanes<uint16_t>>(mask, values, dense, columns);
   }
 #endif
   std::fill(dense, dense + columns, T(0));

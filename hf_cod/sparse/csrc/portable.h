@@ -38,7 +38,7 @@ HF_COD_INLINE const From* expand(const uint8_t* mask, int64_t bytes, const From*
 
 // Rows begin..end; inputs are fp32.
 template <typename Value>
-HF_COD_INLINE void run_portable(const Problem& p, int64_t begin, int64_t end) {
+static void run_portable(const Problem& p, int64_t begin, int64_t end) {
   constexpr int64_t width = 512, lanes = 16;
   for (int64_t row = begin; row < end; ++row) {
     const auto* values = static_cast<const Value*>(p.values) + p.row_starts[row];
@@ -62,17 +62,8 @@ HF_COD_INLINE void run_portable(const Problem& p, int64_t begin, int64_t end) {
   }
 }
 
-template <typename Value>
-static void run_plain(const Problem& p, int64_t begin, int64_t end) {
-  run_portable<Value>(p, begin, end);
-}
-
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HF_COD_X86 1
-template <typename Value>
-__attribute__((target("avx2,fma,bmi"))) static void run_avx2(const Problem& p, int64_t begin, int64_t end) {
-  run_portable<Value>(p, begin, end);
-}
 #endif
 
 }  // namespace hf_cod

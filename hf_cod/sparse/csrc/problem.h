@@ -6,6 +6,11 @@
 
 namespace hf_cod {
 
+// Far enough ahead for memory to answer in time; farther ahead evicts what is still needed.
+constexpr int kPrefetchBytes = 1024;
+// Weights that a step takes of a row: one word of the mask.
+constexpr int kWord = 32;
+
 struct Problem {
   int64_t rows, columns;
   const uint8_t* mask;        // rows x mask_stride bytes; bit j % 8 of byte j / 8: whether weight j is stored

@@ -1,0 +1,58 @@
+"""The directory that a long command's results go to: never one that holds something else, and complete or not there.
+
+While the command works, the directory holds a journal alone; results are written inside it and move up at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+JOURNAL = "journal"
+_RESULT = "result"
+# A layer as FinishedLayers writes it, or one that an interruption cut.
+_LAYER = re.compile(r"\.?[0-9a-f]{16}-\d{5}\.safetensors(\..*)?")
+
+
+def check_output(directory: Path, model: str) -> None:
+    """Makes sure that nothing else is in the directory: it is new, empty, or holds the journal of an interrupted run.
+
+    Raises:
+        ValueError: it holds something else, or is the model's own.
+    """
+    if directory.resolve() == Path(model).expanduser().resolve():
+        raise ValueError(f"output: expected another directory than the model's, got {str(directory)!r}")
+    if not os.path.lexists(directory):
+        return
+    inside = {path.name for path in directory.iterdir()} if directory.is_dir() else {str(directory)}
+    journal = directory / JOURNAL
+    ours = journal.is_dir() and all(p.name == _RESULT or _LAYER.fullmatch(p.name) for p in journal.iterdir())
+    if inside - ({JOURNAL} if ours else set()):
+        raise ValueError(
+            f"output: expected a new directory, an empty one, or that of an interrupted run, got {str(directory)!r}, "
+            f"which holds {min(inside)}"
+        )
+
+
+def results_of(directory: Path) -> Path:
+    """Where results are written until `finish`: inside the journal. What an interrupted run left there goes."""
+    results = directory / JOURNAL / _RESULT
+    shutil.rmtree(results, ignore_errors=True)
+    return results
+
+
+def finish(directory: Path, results: Path) -> None:
+    """Puts the results in the place of the journal, once they are on the disk."""
+    for path in results.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.resolve().parent))
+    results.rename(beside / _RESULT)
+    shutil.rmtree(directory / JOURNAL)
+    directory.rmdir()
+    (beside / _RESULT).rename(directory)
+    beside.rmdir()

@@ -1,0 +1,41 @@
+"""Whether what was found on one model is used on the same: by the sizes of its layers, and by its name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from hf_cod.decoder_layers import DecoderLayers
+
+logger = logging.getLogger(__name__)
+
+
+def check_sizes(field: str, model: str, sizes: Sequence[int], stack: DecoderLayers) -> None:
+    """Makes sure that what was found on a model with layers of those sizes is used on one with the same.
+
+    Args:
+        field: what was found; messages begin with it.
+        model: the name of the model that it was found on; where only that differs, a warning says so.
+        sizes: weights in the matrices of each of its layers.
+        stack: the layers that it is used on.
+
+    Raises:
+        ValueError: another number of layers, or a layer with another number of weights.
+    """
+    expected = [stack.count_weights(index) for index in range(len(stack))]
+    if len(sizes) != len(expected):
+        raise ValueError(f"{field}: expected those of a model with {len(expected)} layers, got {len(sizes)} ({model})")
+    wrong = [index for index, size in enumerate(sizes) if size != expected[index]]
+    if wrong:
+        raise ValueError(
+            f"{field}: expected those of a model with {expected[wrong[0]]} weights in layer {wrong[0]}, got one with "
+            f"{sizes[wrong[0]]} ({model})"
+        )
+    warn_of_other_name(field, model, stack)
+
+
+def warn_of_other_name(field: str, model: str, stack: DecoderLayers) -> None:
+    """Warns where the names differ, but for the directories before them: a model may have moved."""
+    mine = str(getattr(getattr(stack.model, "config", None), "_name_or_path", "") or type(stack.model).__name__)
+    if model.rstrip("/").rpartition("/")[2] != mine.rstrip("/").rpartition("/")[2]:
+        logger.warning("%s: expected those of %s, got those of %s, whose layers are as large", field, mine, model)
