@@ -19,11 +19,13 @@ from hf_cod.calibration import (
     split_samples,
 )
 from hf_cod.calibration import token_batches as cut_into_batches
+from hf_cod.commands.output import finish
+from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.diagnostics.running import evaluation_mode, execution_device, to_device
 from hf_cod.evaluation import LANGUAGE_MODELS, perplexity, task_of
 from hf_cod.loading import ModelSettings, load_model
-from hf_cod.report import format_number
+from hf_cod.report import RunReport, format_number
 from hf_cod.scores import ScoreSettings
 
 
@@ -64,16 +66,21 @@ class SpreadSettings(CompressionSettings):
     )
 
 
-def check_output(directory: Path, model: str) -> None:
-    """Makes sure that results neither overwrite the model nor those of another run.
+def deliver(report: RunReport, directory: Path, results: Path, plots: bool) -> None:
+    """Adds report and pictures to the results, puts them in their place, and prints the report.
 
-    Raises:
-        ValueError: they would.
+    Args:
+        report: of the run.
+        directory: that the user named.
+        results: of `results_of`; holds the model.
+        plots: whether to draw.
     """
-    if directory.resolve() == Path(model).expanduser().resolve():
-        raise ValueError(f"output: expected another directory than the model's, got {str(directory)!r}")
-    if (directory / "report.json").exists():
-        raise ValueError(f"output: expected a new directory, or that of an interrupted run, got {str(directory)!r}")
+    if plots:
+        report.plot(results)
+    report.save(results)
+    finish(directory, results)
+    print_report(report)
+    print(f"\nwritten to {directory.resolve()}")
 
 
 def load_with_tokenizer(source: str, loading: ModelSettings) -> tuple[nn.Module, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from hf_cod.calibration import TextSettings, embedded_text
 from hf_cod.commands import quantize
 from hf_cod.commands.diagnose import finish, require_plots, run
+from hf_cod.commands.output import JOURNAL
 from hf_cod.commands.terminal import print_comparison
 from hf_cod.comparison import compare
 from hf_cod.diagnostics import DiagnoseSettings
@@ -78,8 +80,11 @@ def _quantized(directory: Path) -> None:
     settings = quantize.QuantizeSettings(max_samples=16, sequence_length=128, eval_samples=16)
     text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
     model = embedded_model(EMBEDDED_PLACEMENTS[0])
-    report = quantize.run(model, ModelSettings(dtype="float32"), text, settings, None, directory)
-    quantize.finish(report, directory, plots=True)
+    journal = directory / JOURNAL
+    report = quantize.run(model, ModelSettings(dtype="float32"), text, settings, None, journal, directory)
+    report.plot(directory)
+    report.save(directory)
+    shutil.rmtree(journal)
     for line in report.summary:
         print(f"• {line}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,15 +13,15 @@ from hf_cod.allocation import LayerAllocation, allocate
 from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
     SpreadSettings,
-    check_output,
+    deliver,
     describe_perplexity,
     load_with_tokenizer,
     measure_perplexity,
     split_text,
 )
 from hf_cod.commands.diagnose import require_plots
+from hf_cod.commands.output import JOURNAL, check_output, results_of
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
-from hf_cod.commands.terminal import print_report
 from hf_cod.evaluation import task_of
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.low_rank import METHODS, RankPlan, factorize, plan_ranks
@@ -103,13 +102,9 @@ def main(arguments: Sequence[str]) -> int:
     check_output(directory, rest.model)
     if files.plots:
         require_plots()
-    report = run(rest.model, loading, text, settings, files.scores, directory)
-    if files.plots:
-        report.plot(directory)
-    report.save(directory)
-    shutil.rmtree(directory / "journal", ignore_errors=True)
-    print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    results = results_of(directory)
+    report = run(rest.model, loading, text, settings, files.scores, directory / JOURNAL, results)
+    deliver(report, directory, results, files.plots)
     return 0
 
 
@@ -119,13 +114,13 @@ def run(
     text: TextSettings,
     settings: FactorizeSettings,
     scores_file: str | None,
-    directory: Path,
+    journal: Path,
+    output: Path,
 ) -> RunReport:
     """Measures, factorizes, saves, and measures again what was saved; memory never holds two models."""
     model, tokenizer = load_with_tokenizer(source, loading)
     calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
-    journal = directory / "journal"
     scores = _scores(model, calibration, settings, scores_file)
     plan: LayerAllocation | RankPlan
     if scores is None:
@@ -142,13 +137,13 @@ def run(
         del model
         model, _ = load_model(source, loading)
     report = factorize(model, plan, settings.method, name=model_title(source), **options)
-    _save(directory, model, tokenizer, scores, plan)
+    _save(output, model, tokenizer, scores, plan)
     del model
-    saved, _ = load_model(str(directory), replace(loading, revision="main"))
+    saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["factorized"] = measure_perplexity(saved, evaluation, settings)
     results = {
         **report.results,
-        "bytes": sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+        "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
         "perplexity": perplexities,
         "evaluation": describe_batches(evaluation),
     }

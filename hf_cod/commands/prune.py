@@ -15,15 +15,15 @@ from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
     SpreadSettings,
     as_in,
+    deliver,
     describe_perplexity,
     load_with_tokenizer,
     measure_perplexity,
     split_text,
 )
 from hf_cod.commands.diagnose import require_plots
-from hf_cod.commands.output import JOURNAL, check_output, finish, results_of
+from hf_cod.commands.output import JOURNAL, check_output, results_of
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
-from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.evaluation import task_of
 from hf_cod.loading import ModelSettings, load_model
@@ -112,12 +112,7 @@ def main(arguments: Sequence[str]) -> int:
         require_plots()
     results = results_of(directory)
     report = run(rest.model, loading, text, settings, recovery, files.scores, directory / JOURNAL, results)
-    if files.plots:
-        report.plot(results)
-    report.save(results)
-    finish(directory, results)
-    print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    deliver(report, directory, results, files.plots)
     return 0
 
 

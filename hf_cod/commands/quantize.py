@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,15 +15,15 @@ from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
     CompressionSettings,
     as_in,
-    check_output,
+    deliver,
     describe_perplexity,
     load_with_tokenizer,
     measure_perplexity,
     split_text,
 )
 from hf_cod.commands.diagnose import require_plots
+from hf_cod.commands.output import JOURNAL, check_output, results_of
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
-from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.evaluation import task_of
 from hf_cod.loading import ModelSettings, load_model
@@ -94,19 +93,10 @@ def main(arguments: Sequence[str]) -> int:
     check_output(directory, rest.model)
     if files.plots:
         require_plots()
-    report = run(rest.model, loading, text, settings, files.scores, directory)
-    finish(report, directory, files.plots)
-    print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    results = results_of(directory)
+    report = run(rest.model, loading, text, settings, files.scores, directory / JOURNAL, results)
+    deliver(report, directory, results, files.plots)
     return 0
-
-
-def finish(report: RunReport, directory: Path, plots: bool) -> None:
-    """Writes the report and its pictures; what the run would have resumed from goes."""
-    if plots:
-        report.plot(directory)
-    report.save(directory)
-    shutil.rmtree(directory / "journal", ignore_errors=True)
 
 
 def run(
@@ -115,7 +105,8 @@ def run(
     text: TextSettings,
     settings: QuantizeSettings,
     scores_file: str | None,
-    directory: Path,
+    journal: Path,
+    output: Path,
 ) -> RunReport:
     """Measures, quantizes, saves, and measures again what was saved; memory never holds two models."""
     model, tokenizer = load_with_tokenizer(source, loading)
@@ -125,23 +116,23 @@ def run(
     scores = _scores(model, calibration, settings, scores_file)
     if settings.explain:
         _explain(model, settings, scores)
-    work = _Work(calibration, directory / "journal", settings, model_title(source))
+    work = _Work(calibration, journal, settings, model_title(source))
     for title, bits in (("three", 3.0), ("four", 4.0)) if settings.baseline and 3 < settings.bits < 4 else ():
         work.quantize(model, replace(settings, bits=bits), scores)
         perplexities[title] = measure_perplexity(model, evaluation, settings)
         del model
         model, _ = load_model(source, loading)
     report = work.quantize(model, settings, scores)
-    model.save_pretrained(directory)  # type: ignore[operator]
-    tokenizer.save_pretrained(directory)
+    model.save_pretrained(output)  # type: ignore[operator]
+    tokenizer.save_pretrained(output)
     if scores is not None:
-        scores.save(directory / "scores.json")
+        scores.save(output / "scores.json")
     del model
-    saved, _ = load_model(str(directory), replace(loading, revision="main"))
+    saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["quantized"] = measure_perplexity(saved, evaluation, settings)
     results = {
         **report.results,
-        "disk_bytes": sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+        "disk_bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
         "memory_bytes": {"intact": before, "quantized": bytes_of(saved)},
         "perplexity": perplexities,
         "evaluation": describe_batches(evaluation),
