@@ -1,12 +1,15 @@
 """`torch.ops.hf_cod.linear_3bit`: x W^T + b with W in three bits, as one operator that torch.compile and autograd see.
 
 W is never whole in memory on the CPU: a few rows at a time are expanded, decoded by bitsandbytes and multiplied. The
-backward pass expands them again instead of keeping them.
+backward pass expands them again instead of keeping them. Where there is Triton, few tokens on CUDA are multiplied
+straight from the planes.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,6 +17,9 @@ from torch.nn.functional import linear
 
 from hf_cod.quantization.format import expand_planes
 
+# Up to so many tokens are multiplied straight from the planes, where there is a kernel for it.
+MOST_TOKENS = 16
+_FAST = (torch.float32, torch.bfloat16, torch.float16)
 # Weights that are decoded at a time on the CPU: few enough to stay in the processor's cache.
 _CHUNK = 1 << 20
 
@@ -41,11 +47,12 @@ def decoded_rows(
     step = max(1, _CHUNK // K) if planes.device.type == "cpu" else len(planes)
     for first in range(0, len(planes), step):
         rows = slice(first, min(first + step, len(planes)))
-        yield rows, dequantize_nf4(expand_planes(planes[rows]), scales[rows], block, dtype)
+        # Rounded here: bitsandbytes rounds to half precision one by one on the CPU, with the same result.
+        W = dequantize_nf4(expand_planes(planes[rows]), scales[rows], block, torch.float32)
+        yield rows, W.to(dtype)
 
 
-@torch.library.custom_op("hf_cod::linear_3bit", mutates_args=())
-def linear_3bit(
+def multiply(
     x: Tensor,
     planes: Tensor,
     absmax: Tensor,
@@ -54,12 +61,28 @@ def linear_3bit(
     block: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """x (..., K) times W^T, and the bias (N,): (..., N) in x's dtype. For the other arguments see `decoded_rows`."""
+    """x (..., K) times W^T, and the bias (N,): (..., N) in x's dtype. For the other arguments see `decoded_rows`.
+
+    The operator `linear_3bit` without its overhead.
+    """
     tokens = x.reshape(-1, x.shape[-1])
-    out = tokens.new_empty(len(tokens), len(planes))
-    for rows, W in decoded_rows(planes, absmax, nested_absmax, offset, block, x.dtype):
-        out[:, rows] = linear(tokens, W, None if bias is None else bias[rows])
+    if x.is_cuda and 1 <= len(tokens) <= MOST_TOKENS and x.dtype in _FAST and _has_triton():
+        from hf_cod.quantization.triton_kernel import product
+
+        out = product(tokens, planes, absmax, nested_absmax, offset, block, bias)
+    else:
+        out = tokens.new_empty(len(tokens), len(planes))
+        for rows, W in decoded_rows(planes, absmax, nested_absmax, offset, block, x.dtype):
+            out[:, rows] = linear(tokens, W, None if bias is None else bias[rows])
     return out.view(*x.shape[:-1], len(planes))
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+linear_3bit = torch.library.custom_op("hf_cod::linear_3bit", multiply, mutates_args=())
 
 
 @torch.library.custom_op("hf_cod::linear_3bit_backward", mutates_args=())
