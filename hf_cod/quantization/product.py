@@ -1,14 +1,14 @@
 """`torch.ops.hf_cod.linear_3bit`: x W^T + b with W in three bits, as one operator that torch.compile and autograd see.
 
-W is never whole in memory on the CPU: a few rows at a time are expanded, decoded by bitsandbytes and multiplied. The
-backward pass expands them again instead of keeping them. Where there is Triton, few tokens on CUDA are multiplied
-straight from the planes.
+Few tokens are multiplied straight from the planes: on the CPU by `native`, on CUDA by `triton_kernel`, where they can
+be built. For more tokens, and without those, W is decoded; on the CPU a few rows at a time, never the whole. The
+backward pass decodes again instead of keeping W.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from hf_cod.quantization.format import expand_planes
+from hf_cod.quantization.native import native_kernel
 
 # Up to so many tokens are multiplied straight from the planes, where there is a kernel for it.
 MOST_TOKENS = 16
@@ -43,12 +44,17 @@ def decoded_rows(
     from hf_cod.quantization.bnb import dequantize_nf4, dequantize_scales
 
     K = planes.shape[1] * 8 // 3
-    scales = dequantize_scales(absmax, nested_absmax, offset).view(len(planes), -1)  # (N, K / B)
+    kernel = native_kernel(planes, block)
+    scales = None if kernel else dequantize_scales(absmax, nested_absmax, offset).view(len(planes), -1)  # (N, K / B)
     step = max(1, _CHUNK // K) if planes.device.type == "cpu" else len(planes)
     for first in range(0, len(planes), step):
         rows = slice(first, min(first + step, len(planes)))
-        # Rounded here: bitsandbytes rounds to half precision one by one on the CPU, with the same result.
-        W = dequantize_nf4(expand_planes(planes[rows]), scales[rows], block, torch.float32)
+        if kernel:
+            W = kernel.rows(planes, absmax, nested_absmax, offset, block, rows)
+        else:
+            assert scales is not None
+            # Rounded here: bitsandbytes rounds to half precision one by one on the CPU, with the same result.
+            W = dequantize_nf4(expand_planes(planes[rows]), scales[rows], block, torch.float32)
         yield rows, W.to(dtype)
 
 
@@ -66,15 +72,27 @@ def multiply(
     The operator `linear_3bit` without its overhead.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    if x.is_cuda and 1 <= len(tokens) <= MOST_TOKENS and x.dtype in _FAST and _has_triton():
-        from hf_cod.quantization.triton_kernel import product
-
-        out = product(tokens, planes, absmax, nested_absmax, offset, block, bias)
+    matrix = planes, absmax, nested_absmax, offset, block
+    product = _direct_product(tokens, planes, block)
+    if product:
+        out = product(tokens, *matrix, bias)
     else:
         out = tokens.new_empty(len(tokens), len(planes))
-        for rows, W in decoded_rows(planes, absmax, nested_absmax, offset, block, x.dtype):
+        for rows, W in decoded_rows(*matrix, x.dtype):
             out[:, rows] = linear(tokens, W, None if bias is None else bias[rows])
     return out.view(*x.shape[:-1], len(planes))
+
+
+def _direct_product(tokens: Tensor, planes: Tensor, block: int) -> Callable[..., Tensor] | None:
+    """What multiplies without decoding, if there is anything for so many tokens, this dtype and this device."""
+    if not 1 <= len(tokens) <= MOST_TOKENS or tokens.dtype not in _FAST:
+        return None
+    if tokens.is_cuda and _has_triton():
+        from hf_cod.quantization.triton_kernel import product
+
+        return product
+    kernel = native_kernel(planes, block)
+    return kernel.product if kernel else None
 
 
 @cache

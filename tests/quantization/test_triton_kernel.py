@@ -19,7 +19,7 @@ dtype, block = getattr(torch, DTYPE), BLOCK
 share = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
 # Rows that fill no tile; rows whose runs end inside a block; more than one step of a row.
 sizes = [(1, block), (19, 3 * block), (16, 4 * block), (9, 1024 + block)]
-cases = list(zip(itertools.cycle(sizes), (1, 2, 16, 1, 5, 1, 3, 16), itertools.cycle((True, False, False))))
+cases = list(zip(itertools.cycle(sizes), (1, 2, 16, 1, 5, 1), itertools.cycle((True, False, False))))
 for number, ((N, K), T, double) in enumerate(cases):
     torch.manual_seed(number)
     stored = quantize_scales(torch.randn(N * K // block), double)
@@ -39,12 +39,10 @@ print(len(cases), "cases")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton for this platform")
-@pytest.mark.parametrize(
-    ("dtype", "block"), [("float32", 32), ("float32", 64), ("bfloat16", 64), ("float16", 128), ("float32", 256)]
-)
+@pytest.mark.parametrize(("dtype", "block"), [("float32", 32), ("bfloat16", 64), ("float16", 256)])
 def test_kernel_equals_the_operator_on_the_cpu(dtype, block):
     code = COMPARE.replace("DTYPE", repr(dtype)).replace("BLOCK", str(block))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "8 cases\n"
+    assert done.stdout == "6 cases\n"
