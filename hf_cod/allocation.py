@@ -97,7 +97,7 @@ def allocate(
     Args:
         scores: from `score_layers`.
         kind: see `LayerAllocation`.
-        budget: mean of the values: sparsity, rank share and probability in [0, 1], bits between the choices.
+        budget: mean of the values: shares and probability in [0, 1], bits between the choices.
         spread: lambda; default: what the method `auto` found best, else 0.08; less where the budget is nearer than that
             to 0 or 1. Bits spread over the choices.
         parameters: weight of each layer in the mean; default: what `scores` holds.

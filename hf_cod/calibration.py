@@ -48,7 +48,7 @@ class SampleSettings:
     batch_size: int = field(default=4, metadata={"help": "samples in one forward pass"})
     pack: bool = field(
         default=True,
-        metadata={"help": "join the texts and cut windows of equal length; without, each text is one padded sample"},
+        metadata={"help": "join the texts and cut windows of equal length, instead of one padded sample a text"},
     )
     seed: int = field(default=0, metadata={"help": "seed of every random choice"})
 
@@ -193,9 +193,8 @@ def _windows(tokenizer: Any, texts: Iterable[str], settings: SampleSettings) -> 
     count = len(ids) // width
     if count == 0:
         raise ValueError(
-            f"texts: expected at least one sample of sequence_length = {settings.sequence_length} tokens, got "
-            f"{len(ids)} tokens in all; give more text, a smaller sequence_length, or pack=False (--no-pack) to take "
-            "each text as it is"
+            f"texts: expected at least one sample of {settings.sequence_length} tokens, got {len(ids)} tokens in all; "
+            "give more text, a shorter sequence length, or take each text as it is (--no-pack, in Python pack=False)"
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))
     chosen = sorted(order[: settings.max_samples].tolist())
@@ -234,7 +233,7 @@ def _collate(tokenizer: Any, samples: list[list[int]]) -> dict[str, Tensor]:
         if any(len(sample) < longest for sample in samples):
             raise ValueError(
                 "tokenizer: expected a padding token for texts of unequal length, got none; set tokenizer.pad_token, "
-                "or use batch_size 1 or pack"
+                "take one sample a batch, or pack"
             )
         filler = 0
     ids = [sample + [filler] * (longest - len(sample)) for sample in samples]

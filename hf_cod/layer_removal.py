@@ -7,6 +7,7 @@ its KV cache, and a config that still counts the removed layers builds another m
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -156,12 +157,14 @@ def _mend_config(config: Any, kept: list[int], changes: _Changes, path: str) -> 
 
 def _renumbered(shapes: dict[str, Any], path: str, kept: list[int]) -> dict[str, Any]:
     """The record of our shaped models for the kept layers; its names may lack the first part of the stack's path."""
+    stack = path.rpartition(".")[2]
     found = {}
     for name, sizes in shapes.items():
-        stack, _, rest = name.partition(f"{path.rpartition('.')[2]}.")
-        index, _, module = rest.partition(".")
-        if int(index) in kept:
-            found[f"{stack}{path.rpartition('.')[2]}.{kept.index(int(index))}.{module}"] = sizes
+        match = re.match(rf"((?:.*?\.)??{re.escape(stack)}\.)(\d+)(\..+)", name)
+        if match is None:
+            found[name] = sizes
+        elif int(match[2]) in kept:
+            found[f"{match[1]}{kept.index(int(match[2]))}{match[3]}"] = sizes
     return found
 
 

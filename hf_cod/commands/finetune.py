@@ -14,6 +14,7 @@ import torch
 
 from hf_cod.calibration import Batch, TextSettings, load_texts
 from hf_cod.commands.diagnose import require_plots
+from hf_cod.commands.finetune_memory import EstimateSettings, estimate, in_gigabytes, print_estimates
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import find_decoder_layers
@@ -86,13 +87,16 @@ class FinetuneOutput:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, FinetuneSettings, OwLoreSettings, FinetuneOutput],
+        [ModelSettings, TextSettings, FinetuneSettings, OwLoreSettings, EstimateSettings, FinetuneOutput],
         prog="hf-cod finetune",
         description="Trains a model on with text, by default a few layers at a time (OwLore), and writes a model that "
         "from_pretrained loads. Interrupted, the same command goes on where it stopped.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
-    loading, text, settings, sampling, files, rest = parser.parse(arguments)
+    loading, text, settings, sampling, told, files, rest = parser.parse(arguments)
+    if told.estimate:
+        print_estimates(rest.model, loading, settings, sampling, told)
+        return 0
     directory = Path(files.output or default_directory("finetune", rest.model))
     _claim(directory, {"model": rest.model, **asdict(loading), **asdict(text), **asdict(settings), **asdict(sampling)})
     if files.plots:
@@ -133,13 +137,19 @@ def run(
     rate = chosen.learning_rate if settings.learning_rate is None else settings.learning_rate
     trained: Any
     trained, optimizer = chosen.setup(model, scores, sampling, rate, settings.lora_rank)
-    trainer, seconds = _train(trained, optimizer, train, settings, sampling.seed, rate, directory)
-    whole = trained.merge_and_unload() if settings.method == "lora" else trained
+    needed = estimate(model.config, settings.method, settings, sampling, loading.trust_remote_code)
+    trainer, seconds, used = _train(trained, optimizer, train, settings, sampling.seed, rate, directory)
+    whole = trained.merge_and_unload() if chosen.adapters else trained
     after = _perplexity(whole, batches)
     whole.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
     told = {"model": source, **asdict(text), **asdict(settings), **asdict(sampling), "learning_rate": rate}
-    return _report(trainer, told, scores, {"before": before, "after": after}, seconds, model_title(source))
+    figures = {
+        "perplexity": {"before": before, "after": after},
+        "seconds_a_step": seconds,
+        "memory": {"used": used, "estimate": needed.total, "estimate_parts": needed.parts()},
+    }
+    return _report(trainer, told, scores, figures, model_title(source))
 
 
 def _claim(directory: Path, wanted: dict[str, Any]) -> None:
@@ -184,9 +194,11 @@ def _train(
     seed: int,
     rate: float,
     directory: Path,
-) -> tuple[Any, float]:
-    """Trains, or goes on training; the Trainer and the seconds a step."""
+) -> tuple[Any, float, int | None]:
+    """Trains, or goes on training; the Trainer, the seconds a step and the bytes that one took."""
     from transformers import Trainer, TrainingArguments, default_data_collator
+
+    from hf_cod.finetuning.memory_callback import MemoryCallback
 
     arguments = TrainingArguments(
         output_dir=str(directory),
@@ -215,12 +227,14 @@ def _train(
         train_dataset=PackedText(windows, settings.steps * settings.batch_size, seed),
         data_collator=default_data_collator,
         optimizer_cls_and_kwargs=optimizer,
+        callbacks=[memory := MemoryCallback()],
     )
     checkpoint = last_checkpoint(directory, TRAINER_STATE)
     begun = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return trainer, (time.perf_counter() - start) / max(1, settings.steps - begun)
+    seconds = (time.perf_counter() - start) / max(1, settings.steps - begun)
+    return trainer, seconds, memory.bytes_used()
 
 
 def _perplexity(model: Any, batches: Sequence[Batch]) -> float:
@@ -232,23 +246,16 @@ def _report(
     trainer: Any,
     told: dict[str, Any],
     scores: LayerScores | None,
-    perplexities: dict[str, float],
-    seconds: float,
+    figures: dict[str, Any],
     name: str,
 ) -> RunReport:
     log = trainer.state.log_history
-    results = {
-        "curve": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
-        "perplexity": perplexities,
-        "seconds_a_step": seconds,
-    }
-    if torch.cuda.is_available():
-        results["peak_bytes"] = torch.cuda.max_memory_allocated()
+    results = {"curve": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry], **figures}
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     layers: dict[str, list[Any]] = {} if scores is None else {"score": scores.values}
     if isinstance(optimizer, OwLoreAdamW):
         layers["trained"] = _steps_of_layers(optimizer.sampler, told["steps"], optimizer.settings.interval)
-    before, after = (format_number(perplexities[key]) for key in ("before", "after"))
+    before, after = (format_number(figures["perplexity"][key]) for key in ("before", "after"))
     parameter = next(trainer.model.parameters())
     return RunReport(
         kind="finetune",
@@ -260,9 +267,17 @@ def _report(
         summary=[
             f"Perplexity goes from {before} to {after} on {told['eval_samples']} held-out samples, after "
             f"{told['steps']} steps by {told['method']} (learning rate {told['learning_rate']:g}, "
-            f"{format_number(seconds)} s a step)."
+            f"{format_number(figures['seconds_a_step'])} s a step).",
+            _told_memory(figures["memory"]),
         ],
     )
+
+
+def _told_memory(memory: dict[str, Any]) -> str:
+    expected = f"{in_gigabytes(memory['estimate'])} GB were expected at most"
+    if memory["used"] is None:
+        return f"Memory was not counted, in less than two steps; {expected}."
+    return f"A step needed {in_gigabytes(memory['used'])} GB of memory at its peak; {expected}."
 
 
 def _steps_of_layers(sampler: LayerSampler, steps: int, interval: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,7 @@ class PackSettings:
     """What is packed, and where it goes."""
 
     minimum: float = field(default=0.5, metadata=SparseConfig.__dataclass_fields__["minimum"].metadata)
-    output: str | None = field(
-        default=None, metadata={"help": "new directory for the packed model and its report; default: hf-cod-pack-MODEL"}
-    )
+    output: str | None = field(default=None, metadata={"help": "the same directory as an option"})
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,16 +36,24 @@ def main(arguments: Sequence[str]) -> int:
         "source is never touched.",
     )
     parser.add_argument("model", help="Hub id or directory of a model with many zeros")
+    parser.add_argument(
+        "directory",
+        nargs="?",
+        metavar="output",
+        help="new directory for the packed model and its report; default: hf-cod-pack-MODEL",
+    )
     loading, settings, rest = parser.parse(arguments)
+    if rest.directory is not None and settings.output is not None:
+        raise ValueError(f"output: expected one directory, got {rest.directory!r} and {settings.output!r}")
     SparseConfig(minimum=settings.minimum)
-    directory = Path(settings.output or default_directory("pack", rest.model))
+    directory = Path(rest.directory or settings.output or default_directory("pack", rest.model))
     check_new(directory)
     model: Any = load_model(rest.model, loading)[0]
     dense_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
     pack_sparse(model, settings.minimum)
     save_aside(model, directory, Path(rest.model) if Path(rest.model).is_dir() else rest.model)
     packed_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    report = describe(model, model_title(rest.model), asdict(settings), dense_bytes, packed_bytes)
+    report = describe(model, model_title(rest.model), {"minimum": settings.minimum}, dense_bytes, packed_bytes)
     report.save(directory)
     print_report(report)
     print(f"\nwritten to {directory.resolve()}")

@@ -20,7 +20,7 @@ from hf_cod.diagnostics.running import execution_device
 from hf_cod.evaluation import task_of
 from hf_cod.files import Journal
 from hf_cod.loading import ModelSettings, load_model
-from hf_cod.report import RunReport, environment, format_number
+from hf_cod.report import RunReport, environment, format_number, standing_out
 from hf_cod.scores import LayerScores, ScoreSettings, score_layers
 from hf_cod.statistics import LayerStatistics, collect_statistics
 
@@ -41,7 +41,11 @@ class ScoreOutput:
     """Where statistics come from, and where results go."""
 
     statistics: str | None = field(
-        default=None, metadata={"help": "statistics.safetensors of an earlier run, instead of collecting them again"}
+        default=None,
+        metadata={
+            "help": "statistics.safetensors of a run elsewhere, instead of collecting them again; those of an earlier "
+            "run over the same samples, in the output directory, are taken anyway"
+        },
     )
     output: str | None = field(
         default=None,
@@ -85,7 +89,10 @@ def run(
     directory: Path,
     name: str,
 ) -> RunReport:
-    """Collects statistics (or reads those that are there), scores the layers, writes both; returns the report of it."""
+    """Collects statistics (or reads those that are there), scores the layers, writes both; returns the report of it.
+
+    Its results hold, as "score", what the method was told and what it chose.
+    """
     base: Any = unwrap(model)
     journals = Journals(directory, model, batches)
     inputs = {"statistics": earlier, "inputs": journals.inputs, **describe_batches(batches)}
@@ -111,7 +118,8 @@ def run(
     scores = score_layers(model, statistics, batches=batches, show_progress=True, **chosen)
     scores.save(directory / SCORES)
     layers: dict[str, list[Any]] = {"score": scores.values, "parameters": scores.parameters}
-    return replace(report, layers=layers, summary=_summary(scores), notes=_notes(statistics))
+    results = {"score": scores.settings}
+    return replace(report, layers=layers, results=results, summary=_summary(scores), notes=_notes(statistics))
 
 
 def _kept(file: Path, journal: Journal) -> LayerStatistics | None:
@@ -126,11 +134,16 @@ def _digest(file: Path) -> str:
 
 
 def _summary(scores: LayerScores) -> list[str]:
-    order = sorted(range(len(scores.values)), key=lambda i: -scores.values[i])
-    figures = [f"{i} ({format_number(scores.values[i])})" for i in (*order[:3], *order[-3:])]
-    most, least = figures[: min(3, len(order))], figures[-min(3, len(order)) :]
-    method = scores.method.replace("_", " ")
-    return [f"By {method}, layers {', '.join(most)} matter most, {', '.join(least)} least.", *scores.remarks]
+    """Who matters most and least: different layers, of whom no other layer is the equal."""
+    few = min(3, len(scores.values) // 2)
+    found = []
+    for least, word in ((False, "most"), (True, "least")):
+        layers = standing_out(scores.values, few, least)
+        figures = ", ".join(f"{i} ({format_number(scores.values[i])})" for i in layers)
+        if layers:
+            found.append(f"layers {figures} matter {word}" if len(layers) > 1 else f"layer {figures} matters {word}")
+    said = ", ".join(found) or "no layer stands out"
+    return [f"By {scores.method.replace('_', ' ')}, {said}.", *scores.remarks]
 
 
 def _notes(statistics: LayerStatistics) -> list[str]:

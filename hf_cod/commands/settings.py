@@ -18,11 +18,14 @@ class SettingsParser(HfArgumentParser):
         super().__init__(cast(Any, list(dataclasses)), formatter_class=HelpFormatter, **options)
 
     def add_argument(self, *names: str, **options: Any) -> Any:
-        """Keeps the spelling with dashes; what is on by default is offered as --no-..., the rest as it is."""
+        """Keeps the spelling with dashes; booleans take no value, and one that is on is offered as --no-... alone."""
         dashed = [name for name in names if "_" not in name] or [name.replace("_", "-") for name in names]
         default, text = options.get("default"), options.get("help")
+        if options.get("nargs") == "?" and options.get("const") is True:
+            # As transformers has it, the option would take the word behind it, the model's name, for its value.
+            options = {"action": "store_true", "default": default, "help": text}
         if dashed[0].startswith("--no-"):
-            options["help"] = f"switch off: {text}"
+            options["help"] = f"without this option: {text}"
         elif default is True:
             options["help"] = SUPPRESS  # it is on already; --no-... switches it off
         elif text and default is not None and default is not False and default != SUPPRESS:
@@ -34,12 +37,13 @@ class SettingsParser(HfArgumentParser):
         super().error(message + ("; put it in front of the options" if "are required" in message else ""))
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
-        """One object for each dataclass, then the namespace of the other arguments.
+        """One object for each dataclass, then the namespace of all arguments.
 
-        An unknown option ends the process with the usage, as argparse does, where transformers' parser raises.
+        Options may stand between the other arguments. An unknown one ends the process with the usage, as argparse does,
+        where transformers' parser raises.
         """
-        self.parse_args(list(arguments))
-        return self.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
+        found = self.parse_intermixed_args(list(arguments))
+        return *self.parse_dict(vars(found), allow_extra_keys=True), found
 
 
 def model_title(model: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_cod.finetuning import eight_bit
 from hf_cod.functional.low_rank import change_basis, gradient_basis, is_tall, lift, project
 from hf_cod.functional.rounding import round_stochastically
 
@@ -29,15 +30,19 @@ def refresh_basis(state: dict[str, Tensor], grad: Tensor, rank: int, generator: 
     """
     basis = gradient_basis(grad, rank, generator)
     if "exp_avg" in state and not stayed:
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        state["exp_avg"], state["exp_avg_sq"] = change_basis(*moments, state["basis"], basis, is_tall(grad))
+        _keep(state, *change_basis(*_moments(state), state["basis"], basis, is_tall(grad)))
     state["basis"] = basis
 
 
-def adam_direction(state: dict[str, Tensor], grad: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
+def adam_direction(
+    state: dict[str, Tensor], grad: Tensor, betas: tuple[float, float], eps: float, eight_bits: bool = False
+) -> Tensor:
     """Adam's step, without learning rate and decay; moments are float32 whatever the gradient's dtype.
 
         N = m^ / (sqrt(v^) + eps),  of R = project(G) where there is a basis
+
+    With `eight_bits` those of at least `eight_bit.LEAST` numbers are kept as codes between two steps: of the mean, and
+    of the root of the second moment, which has half its orders of magnitude.
 
     Returns:
         In R's shape where there is a basis, else in G's.
@@ -45,11 +50,16 @@ def adam_direction(state: dict[str, Tensor], grad: Tensor, betas: tuple[float, f
     R = project(grad, state["basis"]) if "basis" in state else grad.to(_moment_dtype(grad))
     if "exp_avg" not in state:
         state["step"] = torch.zeros((), dtype=torch.float64)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(R), torch.zeros_like(R)
+        if eight_bits and R.numel() >= eight_bit.LEAST:
+            state["exp_avg_scale"] = state["exp_avg_sq_scale"] = torch.zeros(())  # of codes that come
+        _keep(state, torch.zeros_like(R), torch.zeros_like(R))
     state["step"] += 1
     step, (beta1, beta2) = state["step"].item(), betas
-    mean = state["exp_avg"].lerp_(R, 1 - beta1)
-    square = state["exp_avg_sq"].mul_(beta2).addcmul_(R, R, value=1 - beta2)
+    mean, square = _moments(state)
+    R = R.to(mean.dtype)  # codes are of float32
+    mean.lerp_(R, 1 - beta1)
+    square.mul_(beta2).addcmul_(R, R, value=1 - beta2)
+    _keep(state, mean, square)
     root = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
     return mean.div(1 - beta1**step).div_(root)
 
@@ -91,6 +101,23 @@ def _rows(parameter: Tensor, N: Tensor, basis: Tensor | None) -> Iterator[tuple[
             yield rows, lift(N[rows], basis[rows], tall)
         else:
             yield rows, lift(N[rows], basis, True) if tall else lift(N, basis[rows], False)
+
+
+def _moments(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and second moment; the state's own tensors, unless they are coded."""
+    if "exp_avg_scale" not in state:
+        return state["exp_avg"], state["exp_avg_sq"]
+    mean = eight_bit.decode(state["exp_avg"], state["exp_avg_scale"], signed=True)
+    return mean, eight_bit.decode(state["exp_avg_sq"], state["exp_avg_sq_scale"], signed=False).square_()
+
+
+def _keep(state: dict[str, Tensor], mean: Tensor, square: Tensor) -> None:
+    """What `_moments` gives from now on."""
+    if "exp_avg_scale" not in state:
+        state["exp_avg"], state["exp_avg_sq"] = mean, square
+        return
+    state["exp_avg"], state["exp_avg_scale"] = eight_bit.encode(mean, signed=True)
+    state["exp_avg_sq"], state["exp_avg_sq_scale"] = eight_bit.encode(square.sqrt(), signed=False)
 
 
 def _moment_dtype(grad: Tensor) -> torch.dtype:

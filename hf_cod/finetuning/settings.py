@@ -8,6 +8,7 @@ from hf_cod.finetuning.sampling import DEFAULT_FLOOR
 
 DESELECTED = ("drop", "keep", "offload")
 ROUNDINGS = ("stochastic", "nearest")
+MOMENTS = ("float32", "8bit")
 
 
 @dataclass
@@ -38,6 +39,10 @@ class OwLoreSettings:
     train_embeddings: bool = field(
         default=False, metadata={"help": "also train embeddings and head, in full rank, at all times (as LISA does)"}
     )
+    moments: str = field(
+        default="float32",
+        metadata={"help": "how Adam's moments are kept; 8bit needs bitsandbytes", "choices": list(MOMENTS)},
+    )
     rounding: str = field(
         default="stochastic",
         metadata={
@@ -60,6 +65,6 @@ class OwLoreSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        for name, allowed in (("deselected", DESELECTED), ("rounding", ROUNDINGS)):
+        for name, allowed in (("deselected", DESELECTED), ("rounding", ROUNDINGS), ("moments", MOMENTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -1,8 +1,8 @@
 """Models whose norms stand where you want them: a configuration field instead of a fork.
 
-The files `placements.py`, `configuration_*.py` and `modeling_*.py` are copied beside the weights of every saved model,
-flat, and loaded from there by people without this package. So they import torch, transformers and each other
-(`from .x import y`) and nothing else.
+The files `placements.py`, `shapes.py`, `configuration_*.py` and `modeling_*.py` are copied beside the weights of every
+saved model, flat, and loaded from there by people without this package. So they import torch, transformers and each
+other (`from .x import y`) and nothing else.
 """
 
 from .configuration_cod_llama import CodLlamaConfig

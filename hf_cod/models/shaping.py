@@ -19,7 +19,8 @@ def check_shapeable(model: Any) -> None:
         ValueError: no model of transformers itself or of this package.
     """
     name = type(model).__name__
-    stock = getattr(transformers, name, None) is type(model) and model.config.model_type in CONFIG_MAPPING
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    stock = getattr(transformers, name, None) is type(model) and family in CONFIG_MAPPING
     if not (stock or isinstance(model, ShapedModel)):
         raise ValueError(f"model: expected a class of transformers or hf_cod, got {name}, which could not be saved")
 

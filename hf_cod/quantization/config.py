@@ -11,6 +11,7 @@ import torch
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_cod.allocation import LayerAllocation
 from hf_cod.functional.codebook import BITS
 from hf_cod.scores import LayerScores
 from hf_cod.statistics import LayerStatistics
@@ -19,7 +20,7 @@ from hf_cod.stored_modules import INSTALL
 METHOD = "owl_bnb"
 BLOCKS = (32, 64, 128, 256)
 # What is read while quantizing, and does not belong into config.json.
-_NOT_SAVED = ("scores", "statistics")
+_NOT_SAVED = ("scores", "allocation", "statistics")
 
 
 @dataclass(kw_only=True)
@@ -52,6 +53,7 @@ class OwlBnbConfig(StorageSettings, QuantizationConfigMixin):
         bits: stored bits a weight, scales included, over all quantized matrices; 3 or 4 gives all the same width.
         scores: LayerScores or their file, which decide who gets four bits; None: earlier layers before later ones,
             which is what the Curse of Depth says of models that nobody measured, and worse than a measured score.
+        allocation: LayerAllocation of bits or its file: 3 or 4 for each layer, instead of bits and scores.
         statistics: LayerStatistics or their file; with them scales are searched by what errors do to the outputs.
         skip: parts of module names that are left as they are.
         compute_dtype: torch.dtype or its name that inputs and decoded weights are multiplied in; None: the input's.
@@ -65,6 +67,7 @@ class OwlBnbConfig(StorageSettings, QuantizationConfigMixin):
         default=3.5, metadata={"help": "stored bits a weight, scales included; 3 or 4 for one width throughout"}
     )
     scores: Any = None
+    allocation: Any = None
     statistics: Any = None
     skip: list[str] = field(default_factory=list)
     compute_dtype: Any = None
@@ -78,6 +81,8 @@ class OwlBnbConfig(StorageSettings, QuantizationConfigMixin):
         check_bits(self.bits)
         if isinstance(self.scores, (str, Path)):
             self.scores = LayerScores.load(self.scores)
+        if isinstance(self.allocation, (str, Path)):
+            self.allocation = LayerAllocation.load(self.allocation)
         if isinstance(self.statistics, (str, Path)):
             self.statistics = LayerStatistics.load(self.statistics)
         if isinstance(self.compute_dtype, str):
@@ -105,3 +110,9 @@ def check_bits(bits: float) -> None:
     """
     if not min(BITS) <= bits <= max(BITS) + 1:
         raise ValueError(f"bits: expected 3, 4, or stored bits between them, such as 3.5, got {bits}")
+
+
+def score_of(config: OwlBnbConfig) -> str | None:
+    """Which score decides; None for none."""
+    found = config.allocation or config.scores
+    return found.method if found is not None else config.score

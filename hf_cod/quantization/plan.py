@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.functional.codebook import BITS
-from hf_cod.quantization.config import StorageSettings
+from hf_cod.quantization.config import OwlBnbConfig, StorageSettings
 from hf_cod.quantization.linear import stored_columns
 from hf_cod.quantization.scales import NESTED_BLOCK
 from hf_cod.scores import LayerScores
@@ -110,6 +110,26 @@ def plan_bits(
         if not whole:
             break
     return BitPlan(chosen, sizes, spent / weights, left)
+
+
+def plan_by(stack: DecoderLayers, config: OwlBnbConfig) -> BitPlan:
+    """What a config says: its modules, else its allocation, else its bits and scores.
+
+    Raises:
+        ValueError: see `plan_bits` and `plan_of`; an allocation of something else, or for another model.
+    """
+    if config.modules:
+        return plan_of(stack, config.modules, config)
+    if config.allocation is None:
+        return plan_bits(stack, config.bits, config, config.scores, config.skip)
+    kind, values = config.allocation.kind, config.allocation.values
+    if kind != "bits" or len(values) != len(stack):
+        raise ValueError(
+            f"allocation: expected bits of {len(stack)} layers, got {kind} of {len(values)}; hf_cod.allocate(scores, "
+            '"bits", ...) makes one'
+        )
+    layers, _ = quantizable(stack, config, config.skip)
+    return plan_of(stack, {n: int(v) for v, names in zip(values, layers, strict=True) for n in names}, config)
 
 
 def plan_of(stack: DecoderLayers, bits: dict[str, int], storage: StorageSettings) -> BitPlan:

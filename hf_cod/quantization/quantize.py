@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.partial_pass import check_independent
 from hf_cod.diagnostics.running import execution_device, progress
 from hf_cod.layer_by_layer import FinishedLayers, Sums, change_sequentially, fingerprint_of_work
-from hf_cod.quantization.config import METHOD, OwlBnbConfig
-from hf_cod.quantization.plan import BitPlan, plan_bits, plan_of
+from hf_cod.quantization.config import METHOD, OwlBnbConfig, score_of
+from hf_cod.quantization.plan import BitPlan, plan_by, stored_bits
 from hf_cod.quantization.quantizer import OwlBnbQuantizer
 from hf_cod.quantization.rounding import fill, new_module, round_matrix
 from hf_cod.report import RunReport, environment
 from hf_cod.statistics.input_products import ProductsRecorder
-from hf_cod.stored_modules import replace
+from hf_cod.stored_modules import replace as replace_module
 from hf_cod.writable_weights import check_writable
 
 
@@ -80,11 +81,7 @@ def quantize(
     if statistics is not None:
         statistics.check(stack)
     check_writable(stack)
-    scores = config.scores
-    if config.modules:
-        plan = plan_of(stack, config.modules, config)
-    else:
-        plan = plan_bits(stack, config.bits, config, scores, config.skip)
+    plan = plan_by(stack, config)
     change = _LayerChange(stack, plan, config)
     sums = {} if statistics is None else {key: float(value.sum()) for key, value in statistics.squares.items()}
     work = fingerprint_of_work(journal, model, batches, plan.bits, config.block, config.double_quant, sums)
@@ -99,7 +96,7 @@ def quantize(
                 finished.restore(index)
             else:
                 finished.add(index, change(index, None))
-    config.modules, config.score = plan.bits, scores.method if scores is not None else None
+    config = replace(config, modules=plan.bits, score=score_of(config))
     _mark(model, config)
     told = {} if batches is None else describe_batches(batches)
     return _report(stack, plan, config, finished, title, told)
@@ -149,7 +146,7 @@ class _LayerChange:
         linear: Any = self._stack.model.get_submodule(name)
         module = new_module(linear, self._plan.bits[name], self._config, self._config.compute_dtype)
         fill(module, {key: tensor.to(linear.weight.device) for key, tensor in tensors.items()})
-        replace(self._stack.model, name, module)
+        replace_module(self._stack.model, name, module)
 
 
 def _lost(W: Tensor, module: Any, products: Tensor) -> float:
@@ -200,8 +197,6 @@ def _report(
 
 def layer_table(stack: DecoderLayers, plan: BitPlan, config: OwlBnbConfig) -> dict[str, list[Any]]:
     """Who got what, layer by layer: stored bits a weight, matrices with four bits, weights, and the score."""
-    from hf_cod.quantization.plan import stored_bits
-
     table: dict[str, list[Any]] = {"bits": [], "four": [], "parameters": []}
     for index in range(len(stack)):
         names = [name for name in stack.linears(index) if name in plan.bits]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from hf_cod.decoder_layers import find_decoder_layers
-from hf_cod.quantization.config import METHOD, OwlBnbConfig
-from hf_cod.quantization.plan import plan_bits
+from hf_cod.quantization.config import METHOD, OwlBnbConfig, score_of
+from hf_cod.quantization.plan import plan_by
 from hf_cod.quantization.rounding import new_module, round_matrix
-from hf_cod.stored_modules import ignore_signs, replace, signs
+from hf_cod.stored_modules import ignore_signs, signs
+from hf_cod.stored_modules import replace as replace_module
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +33,9 @@ class OwlBnbQuantizer(HfQuantizer):
         import hf_cod.quantization.bnb  # noqa: F401
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
-        config = self.quantization_config
         if not self.pre_quantized:
             self._choose(model)
+        config = self.quantization_config
         for name, bits in config.modules.items():
             try:
                 linear = model.get_submodule(name)
@@ -41,7 +43,7 @@ class OwlBnbQuantizer(HfQuantizer):
                 linear = None
             if linear is None or not isinstance(getattr(linear, "weight", None), nn.Parameter):
                 raise ValueError(f"modules: expected matrices of {type(model).__name__}, got {name!r}")
-            replace(model, name, new_module(linear, bits, config, config.compute_dtype))
+            replace_module(model, name, new_module(linear, bits, config, config.compute_dtype))
         if self.pre_quantized:
             ignore_signs(model)
 
@@ -50,10 +52,10 @@ class OwlBnbQuantizer(HfQuantizer):
         stack = find_decoder_layers(model)
         if config.statistics is not None:
             config.statistics.check(stack)
-        plan = plan_bits(stack, config.bits, config, config.scores, config.skip)
-        config.modules = plan.bits
-        config.score = config.scores.method if config.scores is not None else None
-        if config.scores is None and len(set(plan.bits.values())) > 1:
+        plan = plan_by(stack, config)
+        # A config of its own: the caller's may serve for another model.
+        config = self.quantization_config = replace(config, modules=plan.bits, score=score_of(config))
+        if config.score is None and len(set(plan.bits.values())) > 1:
             logger.warning("no scores: earlier layers get 4 bits; hf-cod score finds better ones")
         if config.statistics is None:
             logger.warning("no statistics: scales follow the largest weight of a block, which costs quality")
@@ -86,7 +88,7 @@ class OwlBnbQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained makes it a string
         for name, module in [*model.named_modules()]:
             if is_quantized(module):
-                replace(model, name, to_linear(module, dtype))
+                replace_module(model, name, to_linear(module, dtype))
         model.config._is_quantized = False
         model.is_loaded_in_4bit = False
         return model.to(dtype)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_cod import RunReport, perplexity
 from hf_cod.calibration import embedded_text
 from hf_cod.cli import main
+from hf_cod.commands.finetune_memory import EstimateSettings
 from hf_cod.finetuning.methods import METHODS
 from hf_cod.loading import embedded_model
 from hf_cod.pretraining import pack
@@ -47,12 +48,30 @@ def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
     held_out = pack(tokenizer, [embedded_text()], 64)[-8:].long()
     again = perplexity(model, [{"input_ids": part} for part in held_out.split(4)])
     assert again == pytest.approx(found["after"], rel=1e-4)
+    memory = report.results["memory"]
+    assert 0.5 * memory["estimate"] < memory["used"] <= 1.05 * memory["estimate"]  # of the worst draw
+    if method in ("full", "galore", "lora"):
+        assert memory["used"] == pytest.approx(memory["estimate"], rel=0.05)
     if method in ("owlore", "lisa"):
         assert sum(report.layers["trained"]) == 3 * 10
     with pytest.raises(ValueError, match="output: expected a new directory"):
         from hf_cod.commands import finetune
 
         finetune.main([MODEL, "--method", method, *QUICK.split(), "--output", str(output)])
+
+
+def test_estimates_say_what_fits(capsys, tmp_path):
+    command = ["finetune", MODEL, *QUICK.split(), "--estimate", "--output", str(tmp_path / "out")]
+    assert main([*command, "--device-memory", "65MB"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    fits = {row[0]: row[-1] for row in rows if row and row[0] in METHODS}
+    assert set(fits) == set(METHODS) and fits["owlore"] == "yes" and fits["full"] == "no"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size, value", [("24GB", 24 * 10**9), ("1.5GiB", 3 * 2**29), ("512m", 512 * 10**6)])
+def test_sizes_of_devices(size, value):
+    assert EstimateSettings(device_memory=size).bytes_of_device() == value
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
@@ -80,6 +99,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
         (["--micro-batch-size", "3"], "micro_batch_size: expected batch_size 8 to be a multiple of it, got 3"),
         (["--eval-samples", "99999"], "text: expected more than the 99999 windows of 64 tokens that are held out"),
         (["--n-active", "13"], "n_active: expected between 1 and the model's 12 layers, got 13"),
+        (["--device-memory", "much"], "device_memory: expected a size such as 24GB or 80GiB, got 'much'"),
         (["--rank", "999"], "rank: expected at most 128, the width of the layers' matrices, got 999"),
     ],
 )

@@ -5,9 +5,11 @@ import random
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, default_data_collator
 
 from hf_cod import LayerScores, OwLoreAdamW, owlore, score_layers
+from hf_cod.finetuning import OwLoreSettings
+from hf_cod.finetuning.methods import set_up
 from tests.finetuning.references import adamw, galore
 from tests.tiny_models import batch_for, build
 from tests.tiny_training import rows, run_in_two_processes
@@ -167,6 +169,38 @@ def test_moments_are_small_and_float32_under_bfloat16_weights():
             assert state["basis"].untyped_storage().nbytes() == state["basis"].numel() * 4
 
 
+def test_moments_of_eight_bits_lead_nearly_as_far_in_a_quarter_of_the_memory():
+    """Against float32 moments, from equal weights; what is resumed from codes goes on bit for bit."""
+    moved, sizes, runs = {}, {}, {}
+    for moments in ("float32", "8bit"):
+        model = build("llama", hidden_size=64, intermediate_size=128)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = OwLoreAdamW(model, n_active=4, interval=99, rank=None, lr=1e-3, moments=moments)
+        after = train(model, optimizer, 10)[-1]
+        moved[moments] = torch.cat([(after[name] - w).flatten() for name, w in before.items()])
+        state = optimizer.state[model.model.layers[0].mlp.up_proj.weight]
+        sizes[moments] = sum(t.nbytes for key, t in state.items() if key.startswith("exp_avg"))
+        runs[moments] = model, optimizer
+    difference = (moved["8bit"] - moved["float32"]).norm() / moved["float32"].norm()
+    assert 0 < difference < 0.05
+    assert sizes["8bit"] / sizes["float32"] == pytest.approx(0.25 + 1 / 256, rel=0.01)
+    model, optimizer = runs["8bit"]
+    twin = copy.deepcopy(model)
+    other = OwLoreAdamW(twin, n_active=4, interval=99, rank=None, lr=1e-3, moments="8bit")
+    other.load_state_dict(optimizer.state_dict())
+    for a, b in zip(train(model, optimizer, 3, 10), train(twin, other, 3, 10), strict=True):
+        assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_eight_bits_with_bases_that_change_and_state_that_is_kept():
+    model = build("llama", hidden_size=128, intermediate_size=256)
+    optimizer = OwLoreAdamW(model, n_active=1, interval=2, rank=32, lr=1e-3, moments="8bit", deselected="offload")
+    train(model, optimizer, 12)
+    coded = [state for state in optimizer.state.values() if "exp_avg_scale" in state]
+    assert coded and all(state["exp_avg"].dtype == torch.uint8 for state in coded)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_small_updates_reach_bfloat16_weights_by_stochastic_rounding():
     """Updates of 1/2000 of a weight: to nearest they are all lost."""
     moved = {}
@@ -284,6 +318,40 @@ def test_with_sfttrainer(tmp_path):
     assert moved == {active[0], None}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_weights_of_every_dtype_learn_with_moments_of_at_least_float32(dtype, rank):
+    model = build("llama", dtype=dtype)
+    ids = batch_for(model)["input_ids"]
+    optimizer = OwLoreAdamW(model, n_active=4, interval=99, rank=rank, lr=3e-3)
+    losses = []
+    for _ in range(10):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+    wide = torch.promote_types(dtype, torch.float32)
+    assert all(state["exp_avg"].dtype == wide for state in optimizer.state.values())
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_a_compiled_model_trains_as_one_that_is_not_through_more_draws_than_compile_keeps():
+    """Each set of active layers is compiled anew, until torch has enough and runs it as it stands."""
+    plain = build("llama")
+    twin = copy.deepcopy(plain)
+    settings = {"n_active": 2, "interval": 1, "rank": 4, "lr": 1e-2, "floor": 1.0}
+    optimizer, other = OwLoreAdamW(plain, **settings), OwLoreAdamW(twin, **settings)
+    compiled = torch.compile(twin, backend="aot_eager")
+    draws = {tuple(other.sampler.draw(number)) for number in range(12)}
+    assert len(draws) > 3
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for a, b in zip(train(plain, optimizer, 12), train(compiled, other, 12), strict=True):
+            for name, value in a.items():
+                torch.testing.assert_close(b[f"_orig_mod.{name}"], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_bad_gradients_change_nothing_and_end_the_training_at_last(caplog):
     model = build("llama")
     optimizer = OwLoreAdamW(model, n_active=2, rank=4)
@@ -314,6 +382,7 @@ def test_bad_gradients_change_nothing_and_end_the_training_at_last(caplog):
             {"n_active": 1, "rank": 4, "deselected": "lose"},
             "deselected: expected one of drop, keep, offload, got 'lose'",
         ),
+        ({"n_active": 1, "rank": 4, "moments": "4bit"}, "moments: expected one of float32, 8bit, got '4bit'"),
         ({"n_active": 1, "rank": 4, "lr": -1.0}, "lr: expected at least 0, got -1.0"),
         ({"n_active": 1, "rank": 4, "betas": (0.9, 1.0)}, "betas: expected two numbers in"),
         (
@@ -336,3 +405,17 @@ def test_bad_states():
         OwLoreAdamW(build("llama"), n_active=2, rank=8).load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="model: expected layers that can be trained, got frozen"):
         OwLoreAdamW(build("llama").requires_grad_(False), n_active=1, rank=4)
+
+
+@pytest.mark.parametrize("method", ["owlore", "lora", "owlore-peft"])
+def test_the_head_of_a_task_trains(method):
+    """It may be new: random weights that nobody had trained."""
+    model = AutoModelForSequenceClassification.from_config(build("llama").config)
+    before = model.score.weight.detach().clone()
+    settings = OwLoreSettings(n_active=1, rank=4)
+    trained, optimizer = set_up(method, model, None, settings, 1e-2, 4)
+    batch = batch_for(model)
+    trained(**batch, labels=torch.tensor([0, 1, 1])).loss.backward()
+    optimizer.step()
+    whole = trained if method == "owlore" else trained.merge_and_unload()
+    assert not torch.equal(whole.score.weight, before)

@@ -1,0 +1,43 @@
+"""Moments in 8 bits, by bitsandbytes' blockwise quantization; the only file of this room that imports it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# Numbers that share a scale, and the least size of a tensor that is worth it (Dettmers et al. 2021, arXiv 2110.02861).
+BLOCK = 256
+LEAST = 4096
+
+
+@lru_cache
+def codebook(signed: bool) -> tuple[float, ...]:
+    """The 256 numbers in [-1, 1] or [0, 1] that a code can mean, dense near 0.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+    """
+    try:
+        from bitsandbytes.functional import create_dynamic_map
+    except ImportError as error:
+        raise ImportError("moments: 8bit needs the bitsandbytes package: pip install 'hf_cod[bitsandbytes]'") from error
+    return tuple(create_dynamic_map(signed=signed).tolist())
+
+
+def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """float32 values as codes and scales.
+
+    Returns:
+        uint8 of the values' shape; float32 (blocks,), the largest magnitude of each.
+    """
+    code = torch.tensor(codebook(signed), device=values.device)
+    codes, scales = torch.ops.bitsandbytes.quantize_blockwise(values.float().contiguous(), code, BLOCK)
+    return codes.view(values.shape), scales
+
+
+def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    """The values that `encode` coded, up to rounding; float32."""
+    code = torch.tensor(codebook(signed), device=codes.device)
+    return torch.ops.bitsandbytes.dequantize_blockwise(codes, scales, code, BLOCK, torch.float32)
