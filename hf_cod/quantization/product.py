@@ -46,15 +46,17 @@ def decoded_rows(
     K = planes.shape[1] * 8 // 3
     kernel = native_kernel(planes, block)
     scales = None if kernel else dequantize_scales(absmax, nested_absmax, offset).view(len(planes), -1)  # (N, K / B)
-    step = max(1, _CHUNK // K) if planes.device.type == "cpu" else len(planes)
+    on_cpu = planes.device.type == "cpu"
+    step = max(1, _CHUNK // K) if on_cpu else len(planes)
+    # On the CPU bitsandbytes rounds to half precision one by one, several times slower and with the same result.
+    decoded = torch.float32 if on_cpu else dtype
     for first in range(0, len(planes), step):
         rows = slice(first, min(first + step, len(planes)))
         if kernel:
             W = kernel.rows(planes, absmax, nested_absmax, offset, block, rows)
         else:
             assert scales is not None
-            # Rounded here: bitsandbytes rounds to half precision one by one on the CPU, with the same result.
-            W = dequantize_nf4(expand_planes(planes[rows]), scales[rows], block, torch.float32)
+            W = dequantize_nf4(expand_planes(planes[rows]), scales[rows], block, decoded)
         yield rows, W.to(dtype)
 
 
