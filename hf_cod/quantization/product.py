@@ -13,7 +13,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from hf_cod.quantization.format import expand_planes
 from hf_cod.quantization.native import native_kernel
@@ -81,7 +80,10 @@ def multiply(
     else:
         out = tokens.new_empty(len(tokens), len(planes))
         for rows, W in decoded_rows(*matrix, x.dtype):
-            out[:, rows] = linear(tokens, W, None if bias is None else bias[rows])
+            if bias is None:
+                torch.mm(tokens, W.mT, out=out[:, rows])
+            else:
+                torch.addmm(bias[rows], tokens, W.mT, out=out[:, rows])
     return out.view(*x.shape[:-1], len(planes))
 
 
