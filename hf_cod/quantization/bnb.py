@@ -30,7 +30,7 @@ def quantize_scales(s: Tensor, double_quant: bool = True) -> dict[str, Tensor]:
         return {"absmax": flat.clone()}
     offset = flat.mean()
     centred = (flat - offset).contiguous()
-    codes, nested = torch.ops.bitsandbytes.quantize_blockwise(centred, _dynamic_code(s.device), NESTED_BLOCK)
+    codes, nested = torch.ops.bitsandbytes.quantize_blockwise(centred, dynamic_code(s.device), NESTED_BLOCK)
     return {"absmax": codes, "nested_absmax": nested, "offset": offset}
 
 
@@ -38,7 +38,7 @@ def dequantize_scales(absmax: Tensor, nested_absmax: Tensor | None, offset: Tens
     """The scales (n,) float32."""
     if nested_absmax is None or offset is None:
         return absmax
-    arguments = absmax, nested_absmax, _dynamic_code(absmax.device), NESTED_BLOCK, torch.float32
+    arguments = absmax, nested_absmax, dynamic_code(absmax.device), NESTED_BLOCK, torch.float32
     return torch.ops.bitsandbytes.dequantize_blockwise(*arguments) + offset
 
 
@@ -120,7 +120,7 @@ class Linear4bit(StockLinear4bit):
         code, shape = _nf4_code(absmax.device), torch.Size((self.out_features, self.columns))
         inner = None
         if nested is not None:
-            inner = QuantState(nested, code=_dynamic_code(nested.device), blocksize=NESTED_BLOCK, dtype=torch.float32)
+            inner = QuantState(nested, code=dynamic_code(nested.device), blocksize=NESTED_BLOCK, dtype=torch.float32)
         dtype = self.compute_dtype or torch.float32
         return QuantState(absmax, shape, code, self.block, "nf4", dtype, offset, inner)
 
@@ -153,7 +153,8 @@ class Linear4bit(StockLinear4bit):
 
 
 @cache
-def _dynamic_code(device: torch.device) -> Tensor:
+def dynamic_code(device: torch.device) -> Tensor:
+    """(256,) float32, what the codes of scales stand for: one tensor a device."""
     return create_dynamic_map().to(device)
 
 

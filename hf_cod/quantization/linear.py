@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.quantization.product import decoded_rows, linear_3bit
+from hf_cod.quantization.product import decoded_rows, linear_3bit, multiply
 from hf_cod.quantization.scales import BlockScales
 
 
@@ -60,7 +60,11 @@ class Linear3bit(nn.Linear):
             raise ValueError(f"input: expected (..., {self.in_features}), got {tuple(input.shape)}")
         x = prepared(input, self.block, self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear_3bit(x, self.weight, *self.scales(), self.block, bias).to(input.dtype)
+        tensors = x, self.weight, *self.scales(), self.block, bias
+        learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        # Only those that look at the graph need the operator, whose bookkeeping takes as long as a small product.
+        product = linear_3bit if learns or torch.compiler.is_compiling() else multiply
+        return product(*tensors).to(input.dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -1,101 +1,29 @@
-"""The compiled kernel: built on first use, kept in Hugging Face's cache, done without where it cannot be built."""
+"""The compiled kernel of sparse layers."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
-import os
-import platform
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import cached_assets_path
 
-from hf_cod.files import fingerprint
+from hf_cod.native_kernel import load_native
 
 logger = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).with_name("csrc")
-NAME = "hf_cod_sparse"
+_SOURCES = Path(__file__).with_name("csrc")
+_WITHOUT = "they are made dense in memory and run as fast as dense ones, no faster"
 
 
 @functools.cache
 def load_kernel() -> Any:
-    """`torch.ops.hf_cod_sparse` with `product`, `rows` and `instructions`, or None, which is said once and why.
-
-    The first call on a machine compiles, which takes a minute or less; later ones load what that left in the cache.
-    """
-    try:
-        kernel = _open()
-    except Exception as error:  # whatever a compiler, a linker or a read-only disk may come up with
-        logger.warning(
-            "no kernel for sparse layers: they are made dense in memory and run as fast as dense ones, no faster. To "
-            "build it takes a C++ compiler (apt install g++, or xcode-select --install) and ninja (pip install "
-            "ninja). What failed: %s",
-            str(error).strip() or type(error).__name__,
-        )
-        return None
-    if kernel.instructions(torch.float32) == ["portable"]:
+    """`torch.ops.hf_cod_sparse` with `product`, `rows` and `instructions`, or None, which is said once and why."""
+    kernel = load_native("hf_cod_sparse", _SOURCES, "sparse layers", _WITHOUT)
+    if kernel is not None and kernel.instructions(torch.float32) == ["portable"]:
         logger.warning(
             "sparse layers are slow here: this processor has neither AVX-512 nor AVX2, or the compiler is not g++ or "
             "clang. Packed they take less memory, but several times as long as dense ones (model.dequantize())"
         )
     return kernel
-
-
-def _open() -> Any:
-    """The kernel from the cache, or built."""
-    library = _cached()
-    if library.is_file():
-        torch.ops.load_library(str(library))
-    else:
-        logger.warning("building the kernel of sparse layers, once: half a minute or so")
-        _build(library)
-    return getattr(torch.ops, NAME)
-
-
-def _cached() -> Path:
-    """Where the library of these sources, this torch and this kind of machine lies."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
-    key = fingerprint(texts, torch.__version__, platform.machine(), sys.platform)
-    return cached_assets_path(library_name="hf_cod", namespace="kernels", subfolder=key) / f"{NAME}.so"
-
-
-def _build(library: Path) -> None:
-    """Compiles and loads; the file is renamed into place, so that neither a killed build nor a second one does harm."""
-    from torch.utils import cpp_extension
-
-    openmp = {"linux": ["-fopenmp"], "win32": ["/openmp"]}.get(sys.platform, [])
-    optimize = ["/O2"] if sys.platform == "win32" else ["-O3"]
-    with tempfile.TemporaryDirectory(dir=library.parent, ignore_cleanup_errors=True) as folder, _ninja_in_path():
-        cpp_extension.load(
-            NAME,
-            [str(SOURCES / "kernel.cpp")],
-            extra_cflags=[*optimize, *openmp],
-            extra_ldflags=openmp if sys.platform == "linux" else [],
-            build_directory=folder,
-            is_python_module=False,
-        )
-        built = next(path for path in Path(folder).iterdir() if path.suffix in (".so", ".pyd", ".dll"))
-        shutil.copy(built, Path(folder) / "finished")
-        os.replace(Path(folder) / "finished", library)
-
-
-@contextmanager
-def _ninja_in_path() -> Iterator[None]:
-    """A virtual environment's Python finds its `ninja` package, though nobody may have put its folder into PATH."""
-    before = os.environ.get("PATH", "")
-    spec = importlib.util.find_spec("ninja")
-    if shutil.which("ninja") is None and spec is not None:
-        os.environ["PATH"] = os.pathsep.join([importlib.import_module("ninja").BIN_DIR, before])
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before

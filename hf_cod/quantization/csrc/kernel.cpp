@@ -1,0 +1,219 @@
+// Products with, and decoding of, matrices in three bits a weight: see format.py for the planes, scales.py for the
+// scales. Symbols as there: N rows, K columns, B weights to a scale; a run is a quarter of a row, K / 4 columns.
+//
+// A permutation of eight lanes looks eight codes up at once. The table of eight values is multiplied with the block's
+// scale first, so each weight is what decoding gives, to the last bit.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+namespace hf_cod {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kStep = 8;        // bytes of each plane that are looked up at a time, 64 weights in all
+constexpr int64_t kNested = 256;    // scales that share a scale
+constexpr int64_t kGrain = 1 << 17; // weights that are worth a thread
+constexpr uint64_t kLow = 0x1111111111111111;
+
+struct Problem {
+  int64_t N, K, block, tokens;
+  const uint8_t* planes;  // N x 3 K / 8
+  const void* absmax;     // N x K / B: bytes where there is a table, else fp32
+  const float* nested;    // ceil(N K / B / kNested)
+  const float* table;     // 256: what codes of scales stand for; or null
+  float offset;
+  const float* codebook;  // 8
+  const float* x;         // tokens x K, in the order in which a row is read: step, run, high or low nibble, byte
+  float* out;             // tokens x N
+};
+
+// The scales of a row. Not in the functions below, where the compiler may fuse the sum and round once less.
+void decode_scales(const Problem& p, int64_t row, float* s) {
+  const int64_t count = p.K / p.block, first = row * count;
+  for (int64_t i = 0; i < count; ++i) {
+    if (p.table) {
+      const float centred = p.table[static_cast<const uint8_t*>(p.absmax)[first + i]] * p.nested[(first + i) / kNested];
+      s[i] = centred + p.offset;
+    } else {
+      s[i] = static_cast<const float*>(p.absmax)[first + i];
+    }
+  }
+}
+
+inline uint64_t load(const uint8_t* bytes) {
+  uint64_t word;
+  std::memcpy(&word, bytes, sizeof(word));
+  return word;
+}
+
+#ifdef __x86_64__
+#define HF_COD_AVX2 __attribute__((target("avx2,fma")))
+
+// Calls use(run, byte, high, low) with the weights of the high and the low nibbles of eight bytes of a run.
+template <typename Use>
+HF_COD_AVX2 __attribute__((always_inline)) inline void each_step(const Problem& p, int64_t row, const float* s,
+                                                                 const Use& use) {
+  const int64_t run = p.K / 8, blocks = p.K / p.block;
+  const uint8_t* planes = p.planes + row * 3 * run;
+  const __m256 codebook = _mm256_loadu_ps(p.codebook);
+  // Bytes of a run that surely share a scale; runs that are whole blocks change scales at the same bytes.
+  const int64_t part = blocks % 4 ? p.block / 8 : p.block / 2;
+  for (int64_t first = 0; first < run; first += part) {
+    __m256 values[4];
+    for (int64_t r = 0; r < 4; ++r)
+      values[r] = _mm256_mul_ps(codebook, _mm256_set1_ps(s[2 * (r * run + first) / p.block]));
+    for (int64_t i = first; i < first + part; i += kStep) {
+      uint64_t b[4] = {load(planes + i), load(planes + run + i), load(planes + 2 * run + i), 0};
+      b[3] = (b[0] & kLow) << 1 | (b[1] & kLow) << 2 | (b[2] & kLow) << 3;
+      for (int r = 0; r < 4; ++r) {
+        const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(b[r])));
+        use(r, i, _mm256_permutevar8x32_ps(values[r], _mm256_srli_epi32(wide, 5)),
+            _mm256_permutevar8x32_ps(values[r], _mm256_srli_epi32(wide, 1)));
+      }
+    }
+  }
+}
+
+HF_COD_AVX2 inline float sum(__m256 v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+// One row with TOKENS tokens from `token` on. Eight sums at least, because each waits for its last.
+template <int TOKENS>
+HF_COD_AVX2 void row_product(const Problem& p, int64_t row, const float* s, int64_t token) {
+  constexpr int kSums = TOKENS < 8 ? 8 / TOKENS : 1;
+  __m256 sums[TOKENS][kSums];
+  for (int t = 0; t < TOKENS; ++t)
+    for (int j = 0; j < kSums; ++j) sums[t][j] = _mm256_setzero_ps();
+  const float* x = p.x + token * p.K;
+  each_step(p, row, s, [&](int r, int64_t i, __m256 high, __m256 low) HF_COD_AVX2 {
+    for (int t = 0; t < TOKENS; ++t) {
+      const float* at = x + t * p.K + 8 * i + 16 * r;
+      __m256 &first = sums[t][2 * r % kSums], &second = sums[t][(2 * r + 1) % kSums];
+      first = _mm256_fmadd_ps(high, _mm256_loadu_ps(at), first);
+      second = _mm256_fmadd_ps(low, _mm256_loadu_ps(at + 8), second);
+    }
+  });
+  for (int t = 0; t < TOKENS; ++t) {
+    for (int j = 1; j < kSums; ++j) sums[t][0] = _mm256_add_ps(sums[t][0], sums[t][j]);
+    p.out[(token + t) * p.N + row] = sum(sums[t][0]);
+  }
+}
+
+void multiply_rows(const Problem& p, int64_t begin, int64_t end) {
+  std::vector<float> s(p.K / p.block);
+  for (int64_t row = begin; row < end; ++row) {
+    decode_scales(p, row, s.data());
+    int64_t t = 0;
+    for (; t + 8 <= p.tokens; t += 8) row_product<8>(p, row, s.data(), t);
+    for (; t + 4 <= p.tokens; t += 4) row_product<4>(p, row, s.data(), t);
+    for (; t < p.tokens; ++t) row_product<1>(p, row, s.data(), t);
+  }
+}
+
+HF_COD_AVX2 void decode_row(const Problem& p, int64_t row, const float* s, float* W) {
+  each_step(p, row, s, [&](int r, int64_t i, __m256 high, __m256 low) HF_COD_AVX2 {
+    const __m256 first = _mm256_unpacklo_ps(high, low), second = _mm256_unpackhi_ps(high, low);
+    float* at = W + r * (p.K / 4) + 2 * i;
+    _mm256_storeu_ps(at, _mm256_permute2f128_ps(first, second, 0x20));
+    _mm256_storeu_ps(at + 8, _mm256_permute2f128_ps(first, second, 0x31));
+  });
+}
+
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#else
+void multiply_rows(const Problem&, int64_t, int64_t) {}
+void decode_row(const Problem&, int64_t, const float*, float*) {}
+bool supported() { return false; }
+#endif
+
+Problem describe(const Tensor& planes, const Tensor& absmax, const std::optional<Tensor>& nested,
+                 const std::optional<Tensor>& offset, const std::optional<Tensor>& table, const Tensor& codebook,
+                 int64_t block) {
+  TORCH_CHECK(planes.dim() == 2 && planes.scalar_type() == at::kByte && planes.is_contiguous(),
+              "planes: expected 2-D uint8");
+  const int64_t N = planes.size(0), K = planes.size(1) * 8 / 3;
+  TORCH_CHECK(block > 0 && K % block == 0 && K * 3 / 8 == planes.size(1), "planes: expected rows of whole blocks");
+  TORCH_CHECK((K / block % 4 ? block / 8 : block / 2) % kStep == 0, "block: expected a larger one, got ", block);
+  const int64_t count = N * (K / block);
+  TORCH_CHECK(absmax.is_contiguous() && absmax.numel() == count, "absmax: expected ", count, " scales");
+  TORCH_CHECK(absmax.scalar_type() == (table ? at::kByte : at::kFloat), "absmax: expected uint8 with a table or fp32");
+  TORCH_CHECK(codebook.scalar_type() == at::kFloat && codebook.is_contiguous() && codebook.numel() == 8,
+              "codebook: expected 8 fp32 values");
+  if (table) {
+    TORCH_CHECK(nested && offset && nested->scalar_type() == at::kFloat && nested->is_contiguous() &&
+                    nested->numel() == (count + kNested - 1) / kNested && offset->scalar_type() == at::kFloat &&
+                    offset->numel() == 1 && table->scalar_type() == at::kFloat && table->is_contiguous() &&
+                    table->numel() == 256,
+                "nested_absmax: expected a scale for each 256, an offset and a table of 256, all fp32");
+  }
+  return {N, K, block, 0, planes.const_data_ptr<uint8_t>(), absmax.const_data_ptr(),
+          table ? nested->const_data_ptr<float>() : nullptr, table ? table->const_data_ptr<float>() : nullptr,
+          table ? *offset->const_data_ptr<float>() : 0.f, codebook.const_data_ptr<float>(), nullptr, nullptr};
+}
+
+// x (tokens, K) times the transposed matrix, plus bias: (tokens, N) in x's dtype, summed in fp32 and rounded once.
+Tensor product(const Tensor& x, const Tensor& planes, const Tensor& absmax, const std::optional<Tensor>& nested,
+               const std::optional<Tensor>& offset, const std::optional<Tensor>& table, const Tensor& codebook,
+               int64_t block, const std::optional<Tensor>& bias) {
+  Problem p = describe(planes, absmax, nested, offset, table, codebook, block);
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == p.K, "x: expected (tokens, ", p.K, "), got ", x.sizes());
+  p.tokens = x.size(0);
+  const Tensor ordered = x.to(at::kFloat).reshape({p.tokens, 4, p.K / 64, kStep, 2}).permute({0, 2, 1, 4, 3}).contiguous();
+  Tensor out = at::empty({p.tokens, p.N}, ordered.options());
+  p.x = ordered.const_data_ptr<float>();
+  p.out = out.mutable_data_ptr<float>();
+  at::parallel_for(0, p.N, kGrain / p.K + 1, [&](int64_t begin, int64_t end) { multiply_rows(p, begin, end); });
+  if (bias) out.add_(*bias);
+  return out.to(x.scalar_type());
+}
+
+// Rows first..last of the matrix, (last - first, K) fp32.
+Tensor rows(const Tensor& planes, const Tensor& absmax, const std::optional<Tensor>& nested,
+            const std::optional<Tensor>& offset, const std::optional<Tensor>& table, const Tensor& codebook,
+            int64_t block, int64_t first, int64_t last) {
+  const Problem p = describe(planes, absmax, nested, offset, table, codebook, block);
+  TORCH_CHECK(0 <= first && first <= last && last <= p.N, "rows: expected 0 <= first <= last <= N");
+  Tensor W = at::empty({last - first, p.K}, codebook.options());
+  float* to = W.mutable_data_ptr<float>();
+  at::parallel_for(first, last, kGrain / p.K + 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> s(p.K / p.block);
+    for (int64_t row = begin; row < end; ++row) {
+      decode_scales(p, row, s.data());
+      decode_row(p, row, s.data(), to + (row - first) * p.K);
+    }
+  });
+  return W;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(hf_cod_3bit, m) {
+  m.def(
+      "product(Tensor x, Tensor planes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, Tensor? table, "
+      "Tensor codebook, int block, Tensor? bias) -> Tensor");
+  m.def(
+      "rows(Tensor planes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, Tensor? table, Tensor codebook, "
+      "int block, int first, int last) -> Tensor");
+  m.def("supported() -> bool", &supported);
+}
+
+TORCH_LIBRARY_IMPL(hf_cod_3bit, CPU, m) {
+  m.impl("product", &product);
+  m.impl("rows", &rows);
+}
+
+}  // namespace hf_cod
