@@ -23,6 +23,15 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def local_name(model: Any, name: str) -> str | None:
+    """The name in `model` of the submodule that a checkpoint calls `name`, or None: a model without its head has names
+    without `base_model_prefix`, and may load what was saved with it, or the other way round.
+    """
+    prefix = f"{model.base_model_prefix}."
+    known = {found for found, _ in model.named_modules()}
+    return next((found for found in (name, name.removeprefix(prefix), prefix + name) if found in known), None)
+
+
 def signs(*emptied: str) -> dict[str, Tensor]:
     """Tensors to write beside the others, for whoever loads them without this package.
 

@@ -109,7 +109,7 @@ class Linear4bit(StockLinear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in x's dtype."""
-        computed = prepared(x, self.block, self.compute_dtype)
+        computed = prepared(x, self.in_features, self.block, self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(computed.dtype)
         state = getattr(self.weight, "quant_state", None) or self._state()
         return matmul_4bit(computed, self.weight, state, bias=bias).to(x.dtype)

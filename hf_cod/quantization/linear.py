@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_cod.quantization.codes import Codes
 from hf_cod.quantization.product import decoded_rows, linear_3bit
 from hf_cod.quantization.scales import BlockScales
 
@@ -43,10 +45,14 @@ class Linear3bit(nn.Linear):
         self.block, self.compute_dtype = block, compute_dtype
         columns = stored_columns(in_features, block)
         planes = torch.empty(out_features, columns * 3 // 8, dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(planes, requires_grad=False)
+        self.weight: nn.Parameter = Codes(planes)
         self.scales = BlockScales(out_features * columns // block, double_quant, device)
         bias_of = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", bias_of)
+
+    def bind(self) -> None:
+        """Makes the weight, which whoever loads a model replaces, one that refuses to be taken for numbers."""
+        self.weight = Codes(self.weight)
 
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
         """W (out_features, in_features) as a new dense tensor, float32 if no dtype is given."""
@@ -56,11 +62,14 @@ class Linear3bit(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in x's dtype."""
-        if input.shape[-1] != self.in_features:
-            raise ValueError(f"input: expected (..., {self.in_features}), got {tuple(input.shape)}")
-        x = prepared(input, self.block, self.compute_dtype)
+        x = prepared(input, self.in_features, self.block, self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return linear_3bit(x, self.weight, *self.scales(), self.block, bias).to(input.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear3bit:
+        super()._apply(fn, recurse)
+        self.bind()
+        return self
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -72,9 +81,15 @@ def stored_columns(in_features: int, block: int) -> int:
     return (in_features + block - 1) // block * block
 
 
-def prepared(x: Tensor, block: int, dtype: torch.dtype | None) -> Tensor:
-    """The input, as wide as stored rows, in the dtype to multiply in: autocast's, else the chosen one, else its own."""
+def prepared(x: Tensor, in_features: int, block: int, dtype: torch.dtype | None) -> Tensor:
+    """The input, as wide as stored rows, in the dtype to multiply in: autocast's, else the chosen one, else its own.
+
+    Raises:
+        ValueError: x is not `in_features` wide.
+    """
+    if x.shape[-1] != in_features:
+        raise ValueError(f"input: expected (..., {in_features}), got {tuple(x.shape)}")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    missing = stored_columns(x.shape[-1], block) - x.shape[-1]
+    missing = stored_columns(in_features, block) - in_features
     return (nn.functional.pad(x, (0, missing)) if missing else x).to(dtype or x.dtype)
