@@ -11,15 +11,16 @@ goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hf_cod import LayerScores, allocate, collect_statistics, find_decoder_layers, perplexity, prune, score_layers
-from hf_cod.calibration import SampleSettings, TextSettings, load_texts, split_samples, token_batches
+from hf_cod.calibration import Batch, SampleSettings, TextSettings, load_texts, split_samples, token_batches
 from hf_cod.files import Journal, fingerprint, write_json, write_text
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.pruning import METHODS
@@ -37,14 +38,7 @@ class Bench:
         self.model, tokenizer = load_model(arguments.model, ModelSettings(dtype=arguments.dtype))
         self.stack = find_decoder_layers(self.model)
         self.intact = [{name: W.clone() for name, W in self.stack.matrices(i)} for i in range(len(self.stack))]
-        text = "\n".join(load_texts(TextSettings(text=arguments.text)))
-        halves = text[: len(text) // 2], text[len(text) // 2 :]
-        cut = SampleSettings(sequence_length=arguments.sequence_length, batch_size=4, seed=arguments.seed)
-        first = replace(cut, max_samples=arguments.calibration_samples + arguments.tuning_samples)
-        self.calibration, self.tuning = split_samples(
-            token_batches(tokenizer, halves[0], first), arguments.calibration_samples
-        )
-        self.report = token_batches(tokenizer, halves[1], replace(cut, max_samples=arguments.report_samples))
+        self.calibration, self.tuning, self.report = cut_samples(tokenizer, arguments)
         self.statistics = collect_statistics(self.model, self.calibration)
         self.found: dict[tuple, LayerScores] = {}
 
@@ -77,6 +71,16 @@ class Bench:
         self.restore()
         prune(self.model, allocate(scores, budget=S, spread=spread), method, batches=self.calibration)
         return perplexity(self.model, self.report)
+
+
+def cut_samples(tokenizer: Any, arguments: argparse.Namespace) -> tuple[list[Batch], list[Batch], Sequence[Batch]]:
+    """Samples of the first half of the text to work on and to choose settings on, and of the second to report on."""
+    text = "\n".join(load_texts(TextSettings(text=arguments.text)))
+    halves = text[: len(text) // 2], text[len(text) // 2 :]
+    cut = SampleSettings(sequence_length=arguments.sequence_length, batch_size=4, seed=arguments.seed)
+    first = replace(cut, max_samples=arguments.calibration_samples + arguments.tuning_samples)
+    calibration, tuning = split_samples(token_batches(tokenizer, halves[0], first), arguments.calibration_samples)
+    return calibration, tuning, token_batches(tokenizer, halves[1], replace(cut, max_samples=arguments.report_samples))
 
 
 def candidates(score: str) -> Iterator[tuple[float | None, float | None]]:
@@ -112,36 +116,42 @@ def cell(row: dict, best: bool) -> str:
     return f"{figure} ({', '.join(named)})" if named else figure
 
 
-def markdown(rows: list[dict], intact: float) -> str:
-    """The table as a page, the best score of each method and sparsity in bold."""
-    sparsities = sorted({row["sparsity"] for row in rows})
+def markdown(rows: list[dict], intact: float, budget: str = "sparsity") -> str:
+    """The table as a page with a column for each `budget`, the best score of each method there in bold."""
+    budgets = sorted({row[budget] for row in rows})
     lines = [f"Perplexity of the second half of the text; intact {intact:.1f}.", ""]
-    lines.append("| method | score | " + " | ".join(f"{S:.0%}" for S in sparsities) + " |")
-    lines.append("|---|---|" + "---:|" * len(sparsities))
+    lines.append("| method | score | " + " | ".join(f"{S:.0%}" for S in budgets) + " |")
+    lines.append("|---|---|" + "---:|" * len(budgets))
     for method, score in dict.fromkeys((row["method"], row["score"]) for row in rows):
         cells = []
-        for S in sparsities:
-            column = {r["score"]: r for r in rows if r["method"] == method and r["sparsity"] == S}
+        for S in budgets:
+            column = {r["score"]: r for r in rows if r["method"] == method and r[budget] == S}
             best = min(column, key=lambda name: column[name]["perplexity"], default=None)
             cells.append(cell(column[score], score == best) if score in column else "-")
         lines.append(f"| {method} | {score} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
 
-def main() -> None:
-    """Fills the table cell by cell, and writes it after each one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def table_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a table's model, text and samples."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id, directory or GGUF file")
     parser.add_argument("--text", help="text file or data set; default: an embedded novel")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--scores", nargs="+", default=list(SCORES))
-    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7])
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
-    parser.add_argument("--calibration-samples", type=int, default=16, help="samples of the first half to prune on")
+    parser.add_argument("--calibration-samples", type=int, default=16, help="samples of the first half to work on")
     parser.add_argument("--tuning-samples", type=int, default=8, help="samples of the first half to choose settings on")
     parser.add_argument("--report-samples", type=int, default=16, help="samples of the second half to report on")
     parser.add_argument("--dtype", default="float32", help="dtype of the weights")
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main() -> None:
+    """Fills the table cell by cell, and writes it after each one."""
+    parser = table_parser(__doc__)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--scores", nargs="+", default=list(SCORES))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.6, 0.7])
     parser.add_argument("--output", default="owl-table", help="directory for table.md, table.json and the journal")
     arguments = parser.parse_args()
     output = Path(arguments.output)

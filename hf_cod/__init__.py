@@ -9,7 +9,7 @@ from hf_cod.comparison import Comparison, compare
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import MeasurementError, diagnose
 from hf_cod.evaluation import evaluate_tasks, perplexity
-from hf_cod.finetuning import LayerSampler, OwLoreAdamW, owlore
+from hf_cod.finetuning import LayerSampler, OwLoreAdamW, lora_ranks, owlore
 from hf_cod.layer_removal import drop, skip
 from hf_cod.low_rank import RankPlan, factorize, plan_ranks
 from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
@@ -22,6 +22,7 @@ from hf_cod.statistics import LayerStatistics, collect_statistics
 from hf_cod.training import LayerMonitor, TrainingHistory
 
 if TYPE_CHECKING:
+    from hf_cod.finetuning import OwLoreConfig as OwLoreConfig  # not in __all__: `import *` must not need PEFT
     from hf_cod.training.callback import LayerDiagnosticsCallback
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "fold_lns",
     "from_authors",
     "llama_preset",
+    "lora_ranks",
     "owlore",
     "pack_sparse",
     "perplexity",
@@ -67,9 +69,13 @@ register()  # AutoConfig and AutoModel know our model types from here on
 
 
 def __getattr__(name: str) -> Any:
-    """The callback is imported when it is asked for: transformers' Trainer takes longer to import than all of ours."""
+    """What takes longer to import than all of ours (transformers' Trainer, PEFT) is imported when it is asked for."""
     if name == "LayerDiagnosticsCallback":
         from hf_cod.training.callback import LayerDiagnosticsCallback
 
         return LayerDiagnosticsCallback
+    if name == "OwLoreConfig":
+        import hf_cod.finetuning
+
+        return hf_cod.finetuning.OwLoreConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

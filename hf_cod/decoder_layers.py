@@ -155,6 +155,15 @@ class DecoderLayers(Sequence):
                 return norms[-1]
         return None
 
+    @property
+    def task_heads(self) -> dict[str, nn.Module]:
+        """Name -> module beside the base model that a task adds, such as a classifier; not what holds `head`."""
+        base: Any = getattr(self.model, "base_model", self.model)
+        if base is self.model:
+            return {}
+        heads = {name: m for name, m in self.model.named_children() if m is not base and [*m.parameters()]}
+        return {name: m for name, m in heads.items() if all(inner is not self.head for inner in m.modules())}
+
     def _modules_of(self, index: int) -> Iterator[tuple[str, nn.Module]]:
         return walk(self.module_list[index], f"{self.path}.{index}")
 

@@ -137,7 +137,7 @@ def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunRepor
 
 def _score(axes: Axes, report: RunReport) -> None:
     """Bars by layer; for OWL the layerwise outlier distribution."""
-    method = report.settings.get("score", report.settings["method"])
+    method = report.settings.get("score") or report.settings["method"]
     title, label = f"Score of each layer: {method.replace('_', ' ')}", "score"
     if method == "owl":
         title = f"Layerwise outlier distribution (M = {report.settings['threshold']:g})"
@@ -164,6 +164,14 @@ def _sparsity(axes: Axes, report: RunReport) -> None:
     _bars(axes, _numbers(report.layers["sparsity"]), least=True)
     axes.axhline(mean, color="black", linestyle="--", linewidth=1)
     axes.set(ylabel="share of zeros", title=f"Sparsity of each layer by {report.settings['method']}: {mean:.1%} in all")
+
+
+def _bits(axes: Axes, report: RunReport) -> None:
+    """Stored bits a weight of each layer, and of all layers together."""
+    mean = report.results["bits"]
+    _bars(axes, _numbers(report.layers["bits"]))
+    axes.axhline(mean, color="black", linestyle="--", linewidth=1)
+    axes.set(ylabel="stored bits a weight", title=f"Bits of each layer: {mean:.2f} in all", ylim=(2.9, None))
 
 
 def _kept(axes: Axes, report: RunReport) -> None:
@@ -210,7 +218,8 @@ PANELS: dict[str, Callable[..., None]] = {
     **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
     "sparsity": _sparsity,
     "kept": _kept,
-    "error": _per_layer("error", "Share of the outputs' energy that is lost", "mean over factorized matrices"),
+    "bits": _bits,
+    "error": _per_layer("error", "Share of the outputs' energy that is lost", "mean over the layer's matrices"),
 }
 # The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
 DEPTH = ("angular_distance", "layer_drop", "gradient_norm", "variance")

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from hf_cod import LayerDiagnosticsCallback, LayerMonitor, OwLoreAdamW
+from hf_cod import LayerDiagnosticsCallback, LayerMonitor, OwLoreAdamW, OwLoreConfig
 from tests.tiny_models import batch_for, build
 from tests.tiny_training import PROBE, rows, silenced
 
@@ -115,8 +115,37 @@ def owlore(folder: Path) -> None:
     torch.save(found, folder / f"owlore-{rank}.pt")
 
 
+def adapters(folder: Path) -> None:
+    """As `owlore`, of models with OwLore's and with LoRA's adapters."""
+    from peft import LoraConfig, get_peft_model
+
+    rank, found = dist.get_rank(), {"active": []}
+    for kind in ("owlore", "lora"):
+        for name in (kind, f"{kind} alone"):
+            config = OwLoreConfig(r=4, max_rank=6) if kind == "owlore" else LoraConfig(target_modules="all-linear")
+            torch.manual_seed(1)
+            model = get_peft_model(build("llama").double(), config)
+            settings = {} if kind == "owlore" else {"rank": None}
+            optimizer = OwLoreAdamW(model, lr=1e-2, n_active=2, interval=2, floor=1.0, **settings)
+            replica = torch.nn.parallel.DistributedDataParallel(model) if name == kind else model
+            for step in range(6):
+                ids = torch.randint(3, 99, (2, 2, 2, 12), generator=torch.Generator().manual_seed(step))
+                for micro in range(2):  # (process, micro-batch, sample, token)
+                    # One model sees what both see in a micro-batch at once: a basis comes from the first.
+                    part = ids[rank, micro] if name == kind else ids[:, micro].flatten(0, 1)
+                    (replica(input_ids=part, labels=part).loss / 2).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+                if name == kind:
+                    found["active"].append(optimizer.active)
+            merged = model.merge_and_unload()
+            found[name] = {key: value for key, value in merged.state_dict().items() if "proj" in key}
+    torch.save(found, folder / f"adapters-{rank}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    {"ddp": ddp, "fsdp": fsdp, "owlore": owlore}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": ddp, "fsdp": fsdp, "owlore": owlore, "adapters": adapters}[sys.argv[1]](Path(sys.argv[2]))
     dist.destroy_process_group()

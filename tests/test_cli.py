@@ -199,6 +199,87 @@ def test_prune_with_bad_input(checkpoint, capsys, arguments, message):
     assert "output: expected another directory than the model's" in capsys.readouterr().err
 
 
+def factorize(folder, output, *more):
+    arguments = ["factorize", str(folder / "model"), "--text", str(folder / "text.txt")]
+    return main([*arguments, "--output", str(folder / output), *QUICK, *more])
+
+
+@pytest.mark.parametrize("score", ["spectrum", "angular"])
+def test_factorize_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys, score):
+    source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
+    assert factorize(checkpoint, "out", "--score", score, "--parameters", "0.6", "--eval-samples", "5") == 0
+    names = {path.name for path in (checkpoint / "out").iterdir()}
+    plan = "rank_plan.json" if score == "spectrum" else "allocation.json"
+    assert {"model.safetensors", "modeling_shaped.py", plan, "report.md", "kept.png", "error.png"} <= names
+    assert "journal" not in names and {p.name: p.read_bytes() for p in (checkpoint / "model").iterdir()} == source
+    report, shown = RunReport.load(checkpoint / "out"), capsys.readouterr().out
+    model, tokenizer = load_model(str(checkpoint / "out"))
+    assert sum(p.numel() for p in model.parameters()) == report.results["parameters"]["factorized"]
+    assert 0.5 < report.results["kept"] <= 0.6 and report.results["bytes"] == (
+        (checkpoint / "out" / "model.safetensors").stat().st_size
+    )
+    found = report.results["perplexity"]
+    assert f"from {format_number(found['intact'])} to {format_number(found['factorized'])} (all layers alike" in shown
+    drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
+    assert perplexity(model, drawn[4:]) == pytest.approx(found["factorized"], rel=1e-5), "the later samples"
+    assert factorize(checkpoint, "out") == 2
+    assert "output: expected a new directory" in capsys.readouterr().err
+
+
+def test_factorize_by_rank_and_earlier_scores(checkpoint):
+    size = find_decoder_layers(load_model(str(checkpoint / "model"))[0]).count_weights(0)
+    LayerScores("m", "mine", [1.0, 2.0, 3.0, 4.0], [size] * 4).save(checkpoint / "scores.json")
+    more = ["--score", "owl", "--scores", str(checkpoint / "scores.json"), "--rank", "0.3", "--method", "plain"]
+    assert factorize(checkpoint, "out", *more, "--no-baseline", "--no-plots") == 0
+    report = RunReport.load(checkpoint / "out")
+    assert report.layers["score"] == [1.0, 2.0, 3.0, 4.0] and report.layers["rank"] == sorted(report.layers["rank"])
+    assert "uniform" not in report.results["perplexity"]
+
+
+def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
+    code = (
+        "import sys, os\n"
+        "from hf_cod.layer_by_layer import FinishedLayers\n"
+        "add, count = FinishedLayers.add, [0]\n"
+        "def dies(self, index, note):\n"
+        "    add(self, index, note)\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 6: os._exit(9)\n"
+        "FinishedLayers.add = dies\n"
+        "from hf_cod.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["factorize", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
+    arguments.append("--no-baseline")
+    killed = subprocess.run([sys.executable, "-c", code, *arguments, "--output", str(checkpoint / "run")], check=False)
+    assert killed.returncode == 9
+    kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").iterdir()}
+    assert len(kept) == 6, "four layers' spectra, two factorized"
+    assert factorize(checkpoint, "run", "--no-plots", "--no-baseline") == 0
+    assert factorize(checkpoint, "whole", "--no-plots", "--no-baseline") == 0
+    weights = [(checkpoint / name / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--parameters", "0.001"], "parameters: expected a share in 0."),
+        (["--parameters", "1.5"], "parameters: expected a share in 0..1, got 1.5"),
+        (["--rank", "0.5"], "rank: expected no parameters beside it, and a score of layers"),
+        (["--rank", "2", "--score", "owl"], "rank: expected a share in 0..1, got 2.0"),
+        (["--score", "auto"], "score: expected one of spectrum, owl"),
+        (["--method", "best"], "method: expected one of whitened, plain"),
+        (["--spread", "0.1"], "spread: expected none with the spectrum"),
+        (["--score", "owl", "--rank", "0.9"], "plan: expected ranks at which factors have fewer weights"),
+    ],
+)
+def test_factorize_with_bad_input(checkpoint, capsys, arguments, message):
+    assert factorize(checkpoint, "out", *arguments) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+
+
 def test_compare_puts_two_runs_in_one_picture(checkpoint, capsys):
     assert diagnose(checkpoint) == 0
     run, out = str(checkpoint / "run"), str(checkpoint / "both")

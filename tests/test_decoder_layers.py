@@ -27,6 +27,7 @@ def test_finds_the_stack_and_what_is_inside(family):
             assert model.get_submodule(name) is module
     assert stack.embeddings is model.get_input_embeddings()
     assert (stack.head is not None) == (family in CAUSAL or family in ("bert", "mpnet"))
+    assert list(stack.task_heads) == (["classifier"] if family == "vit" else [])
 
 
 def test_all_matrices_of_a_layer_are_found():

@@ -9,14 +9,13 @@ same mathematics as the stock model: how far its ratio is from 1 is the error of
 """
 
 import argparse
-import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from allocator import peak_added
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_cod.files import write_json
@@ -67,17 +66,8 @@ def kernels_and_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
         step(model, optimizer, batch)
     leaves = [e.name for e in profiler.events() if e.name.startswith("aten::") and not e.cpu_children]
     kernels = sum(not any(word in name for word in NO_KERNELS) for name in leaves)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    # Device type 0 is the CPU, 1 CUDA; each event says what is allocated after it.
-    device = 1 if batch.is_cuda else 0
-    memory = [e["args"] for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == device]
-    before = memory[0]["Total Allocated"] - memory[0]["Bytes"]
-    added = max(event["Total Allocated"] for event in memory) - before
     states = [value for state in optimizer.state.values() for value in state.values()]
-    peak = added + sum(tensor.nbytes for tensor in (*model.parameters(), *states))
+    peak = peak_added(profiler, batch.is_cuda) + sum(tensor.nbytes for tensor in (*model.parameters(), *states))
     return {"kernels": kernels, "peak_mib": peak / 2**20}
 
 

@@ -39,9 +39,6 @@ class CompressionSettings(SampleSettings):
 
     threshold: float = as_in(ScoreSettings, "threshold")
     per_module: bool = as_in(ScoreSettings, "per_module")
-    spread: float | None = field(
-        default=None, metadata={"help": "lambda: layers get budget - lambda to budget + lambda; default: 0.08"}
-    )
     eval_text: str | None = field(
         default=None, metadata={"help": "text to measure perplexity on; default: other samples of the same text"}
     )
@@ -56,6 +53,15 @@ class CompressionSettings(SampleSettings):
         ScoreSettings(threshold=self.threshold)
         if self.eval_samples < 1:
             raise ValueError(f"eval_samples: expected at least 1, got {self.eval_samples}")
+
+
+@dataclass
+class SpreadSettings(CompressionSettings):
+    """The same, for budgets of which each layer may get more or less."""
+
+    spread: float | None = field(
+        default=None, metadata={"help": "lambda: layers get budget - lambda to budget + lambda; default: 0.08"}
+    )
 
 
 def check_output(directory: Path, model: str) -> None:

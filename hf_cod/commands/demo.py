@@ -6,7 +6,8 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_cod.calibration import embedded_text
+from hf_cod.calibration import TextSettings, embedded_text
+from hf_cod.commands import quantize
 from hf_cod.commands.diagnose import finish, require_plots, run
 from hf_cod.commands.terminal import print_comparison
 from hf_cod.comparison import compare
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(
         prog="hf-cod demo",
         description="Diagnoses two small models that the package carries, equal but for the placement of their norms "
-        "(Pre-LN and LayerNorm Scaling), and puts them side by side. Needs no network.",
+        "(Pre-LN and LayerNorm Scaling), puts them side by side, and stores the first one in 3.5 bits a weight. Needs "
+        "no network.",
     )
     parser.add_argument(
         "model",
@@ -65,8 +67,21 @@ def _pair(output: Path) -> int:
     comparison.plot(output)
     write_text(output / "compare.md", comparison.to_markdown())
     print_comparison(comparison)
-    print(f"\nwritten to {output.resolve()}; the figure is compare.png")
+    _quantized(output / "quantized")
+    print(f"\nwritten to {output.resolve()}; the figures are compare.png and quantized/overview.png")
     return 0
+
+
+def _quantized(directory: Path) -> None:
+    """Stores the Pre-LN model in three and four bits, and tells what that costs."""
+    print("\nquantizing pre")
+    settings = quantize.QuantizeSettings(max_samples=16, sequence_length=128, eval_samples=16)
+    text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
+    model = embedded_model(EMBEDDED_PLACEMENTS[0])
+    report = quantize.run(model, ModelSettings(dtype="float32"), text, settings, None, directory)
+    quantize.finish(report, directory, plots=True)
+    for line in report.summary:
+        print(f"• {line}")
 
 
 def _smollm2(output: str) -> int:

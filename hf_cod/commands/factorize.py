@@ -13,7 +13,7 @@ from torch import nn
 from hf_cod.allocation import LayerAllocation, allocate
 from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
-    CompressionSettings,
+    SpreadSettings,
     check_output,
     describe_perplexity,
     load_with_tokenizer,
@@ -38,7 +38,7 @@ CHOICES = (SPECTRUM, *(name for name in SCORES if name not in OF_SPARSITY))
 
 
 @dataclass
-class FactorizeSettings(CompressionSettings):
+class FactorizeSettings(SpreadSettings):
     """What is factorized, and on which samples."""
 
     method: str = field(
@@ -58,7 +58,7 @@ class FactorizeSettings(CompressionSettings):
     )
     rank: float | None = field(
         default=None,
-        metadata={"help": "share of full rank to keep, instead; matrices that it would enlarge stay whole"},
+        metadata={"help": "share of full rank to keep, instead; what it would enlarge stays whole"},
     )
 
     def __post_init__(self) -> None:

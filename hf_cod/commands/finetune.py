@@ -134,7 +134,7 @@ def run(
     trained: Any
     trained, optimizer = chosen.setup(model, scores, sampling, rate, settings.lora_rank)
     trainer, seconds = _train(trained, optimizer, train, settings, sampling.seed, rate, directory)
-    whole = trained.merge_and_unload() if settings.method == "lora" else trained
+    whole = trained.merge_and_unload() if chosen.adapters else trained
     after = _perplexity(whole, batches)
     whole.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")

@@ -14,7 +14,7 @@ from torch import nn
 from hf_cod.allocation import LayerAllocation, allocate
 from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
-    CompressionSettings,
+    SpreadSettings,
     as_in,
     check_output,
     describe_perplexity,
@@ -37,7 +37,7 @@ DEFAULT_SPARSITY = 0.5
 
 
 @dataclass
-class PruneSettings(CompressionSettings):
+class PruneSettings(SpreadSettings):
     """What is pruned, and on which samples."""
 
     method: str = field(default="wanda", metadata={"help": f"which weights go: by {', '.join(METHODS)}"})

@@ -13,8 +13,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.finetuning.increment import Increment
 
 logger = logging.getLogger(__name__)
+
+ANCHOR = "owlore_ddp_anchor"
+# Forward hooks of transformers and of PEFT that make the embeddings' output require a gradient.
+_INPUT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 class ActiveLayers:
@@ -25,7 +30,8 @@ class ActiveLayers:
     Args:
         model: a transformers model, wrapped or not.
         others: names of what trains at all times beside the layers: "norm" (behind the last layer), "embeddings"
-            (input and output).
+            (input and output). Heads of a task always train (a classifier may be new, and is small), and so does
+            what PEFT's `modules_to_save` names.
 
     Attributes:
         layers: of each layer its parameters; one that two layers share belongs to the first.
@@ -41,7 +47,7 @@ class ActiveLayers:
         seen: set[int] = set()
         self.layers: list[list[nn.Parameter]] = [_trainable(layer, seen) for layer in self.stack]
         self.always: list[nn.Parameter] = []
-        for module in _around(self.stack, others):
+        for module in (*_around(self.stack, others), *_saved_with_adapters(model)):
             self.always.extend(_trainable(module, seen))
         if not any(self.layers):
             raise ValueError("model: expected layers that can be trained, got frozen or quantized ones; unfreeze them")
@@ -68,11 +74,16 @@ class ActiveLayers:
         and which takes the backward pass through every layer. Where they are of the other kind, that is undone.
         """
         base: Any = self.stack.model
-        if not getattr(base, "_require_grads_hooks", None):
-            return
         checkpoint = getattr(self.stack[0], "_gradient_checkpointing_func", None)
-        if isinstance(checkpoint, partial) and checkpoint.keywords.get("use_reentrant") is False:
+        if not isinstance(checkpoint, partial) or checkpoint.keywords.get("use_reentrant") is not False:
+            return
+        hooks = getattr(self.stack.embeddings, "_forward_hooks", {})
+        found = [key for key, hook in hooks.items() if getattr(hook, "__name__", "") in _INPUT_HOOKS]
+        if getattr(base, "_require_grads_hooks", None):
             base.disable_input_require_grads()
+        for key in found:  # it forgets those of all calls but the last; TRL and PEFT call for them, too
+            hooks.pop(key, None)
+        if found:
             logger.info("the embeddings' output needs no gradient: the backward pass ends at the lowest active layer")
 
     def _leave_to_us(self) -> None:
@@ -87,14 +98,28 @@ class ActiveLayers:
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(_average)
         names = [name for name, p in self.model.named_parameters(remove_duplicate=False) if id(p) in ours]
+        for name, module in self.model.named_modules():
+            if isinstance(module, Increment):  # its buffers change their shapes, on all processes alike
+                names.extend(f"{name}.{key}" for key, _ in module.named_buffers())
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
+        if _processes() > 1 and not self.always:
+            # DDP refuses a model of which it has nothing to average; this has no part in the loss.
+            self.model.register_parameter(ANCHOR, nn.Parameter(torch.zeros((), device=_device(self.model))))
 
 
 def _average(parameter: nn.Parameter) -> None:
     """The mean of a gradient over all processes; of one that holds several micro-batches too, whatever came before."""
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if _processes() > 1:
         assert parameter.grad is not None
-        torch.distributed.all_reduce(parameter.grad.div_(torch.distributed.get_world_size()))
+        torch.distributed.all_reduce(parameter.grad.div_(_processes()))
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(p.device for p in model.parameters())
 
 
 def _trainable(module: nn.Module, seen: set[int]) -> list[nn.Parameter]:
@@ -105,11 +130,16 @@ def _trainable(module: nn.Module, seen: set[int]) -> list[nn.Parameter]:
 
 
 def _around(stack: DecoderLayers, others: Sequence[str]) -> list[nn.Module]:
-    """The modules around the layers that `others` names, where the model has them."""
-    modules = [stack.final_norm] if "norm" in others else []
+    """Heads of a task, and the modules around the layers that `others` names, where the model has them."""
+    modules = [*stack.task_heads.values()] + ([stack.final_norm] if "norm" in others else [])
     if "embeddings" in others:
         modules += [stack.embeddings, stack.head]
     return [module for module in modules if module is not None]
+
+
+def _saved_with_adapters(model: nn.Module) -> list[nn.Module]:
+    """The modules that PEFT trains and saves whole beside an adapter, such as a classifier's head."""
+    return [m for m in model.modules() if isinstance(getattr(m, "modules_to_save", None), nn.ModuleDict)]
 
 
 def _refuse_shards(model: nn.Module) -> None:

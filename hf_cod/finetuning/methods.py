@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_cod.decoder_layers import find_decoder_layers
@@ -25,11 +26,13 @@ class Method:
         setup: see `Setup`.
         learning_rate: a peak to begin with; the best one depends on model, task and length.
         needs_scores: whether layers are drawn by their scores.
+        adapters: whether what trains are adapters, which are merged in the end.
     """
 
     setup: Setup
     learning_rate: float
     needs_scores: bool = False
+    adapters: bool = False
 
 
 def _full(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int) -> tuple[nn.Module, Any]:
@@ -43,7 +46,9 @@ def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lo
         raise ImportError("method: lora needs the peft package: pip install 'hf_cod[recovery]'") from error
     stack = find_decoder_layers(model)
     names = sorted({name.rsplit(".", 1)[-1] for i in range(len(stack)) for name in stack.linears(i)})
-    wrapped: Any = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names))
+    heads = list(stack.task_heads) or None  # a classifier may be new: it trains as it is
+    config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names, modules_to_save=heads)
+    wrapped: Any = get_peft_model(model, config)
     return wrapped, None
 
 
@@ -65,10 +70,47 @@ def _owlore(
     return model, owlore(scores, lr=lr, **asdict(settings))
 
 
+def _owlore_peft(
+    model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int
+) -> tuple[nn.Module, Any]:
+    from hf_cod.finetuning import OwLoreConfig
+
+    if settings.rank is None:
+        raise ValueError("rank: expected at least 1 for owlore-peft, whose adapters are of low rank, got none")
+    from peft import get_peft_model
+
+    wrapped: Any = get_peft_model(model, OwLoreConfig(r=settings.rank))
+    others = {key: value for key, value in asdict(settings).items() if key != "rank"}
+    return wrapped, owlore(scores, lr=lr, **others)
+
+
 METHODS: dict[str, Method] = {
     "owlore": Method(_owlore, 1e-3, needs_scores=True),
     "lisa": Method(_lisa, 3e-4),
     "galore": Method(_galore, 1e-3),
-    "lora": Method(_lora, 3e-4),
+    "owlore-peft": Method(_owlore_peft, 1e-3, needs_scores=True, adapters=True),
+    "lora": Method(_lora, 3e-4, adapters=True),
     "full": Method(_full, 5e-5),
 }
+
+
+def make_optimizer(trained: nn.Module, how: Any, lr: float) -> torch.optim.Optimizer:
+    """The optimizer that Trainer would make of what a `Setup` gave, without decay."""
+    if how is None:
+        parameters = [p for p in trained.parameters() if p.requires_grad]
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+    factory, arguments = how
+    return factory()(trained, **arguments)
+
+
+def set_up(
+    method: str,
+    model: nn.Module,
+    scores: LayerScores | None,
+    settings: OwLoreSettings,
+    lr: float,
+    lora_rank: int,
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """What trains, and its optimizer, for a loop without Trainer."""
+    trained, how = METHODS[method].setup(model, scores, settings, lr, lora_rank)
+    return trained, make_optimizer(trained, how, lr)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.finetuning.active_layers import ActiveLayers
+from hf_cod.finetuning.increments import Increments
 from hf_cod.finetuning.moments import adam_direction, apply_direction, is_projected, refresh_basis
 from hf_cod.finetuning.sampling import LayerSampler
 from hf_cod.finetuning.settings import OwLoreSettings
@@ -42,6 +43,10 @@ class OwLoreAdamW(torch.optim.Optimizer):
     moments are float32 under bfloat16 weights; the state of layers that are left is dropped (or kept, or offloaded); a
     layer that comes back gets a fresh basis; no layer has probability 0 (`floor`). Embeddings and head are frozen by
     default, the norm behind the last layer always trains, in full rank.
+
+    Of a model with PEFT adapters only those train, a few layers' at a time. LoRA's need `rank=None`; OwLore's
+    (`OwLoreConfig`) have a rank of their own: their gradients are projected ones already, found by the first gradient
+    after each draw, and what was learnt is folded at the next draw.
 
     The gradients of layers are averaged over processes here, because DDP leaves the layers alone. A step whose
     gradients are not finite changes nothing and says so; ten of them in a row raise.
@@ -75,6 +80,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
         _check_hyperparameters(lr, betas, eps, weight_decay)
         others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
         self.layers = ActiveLayers(model, others)
+        self.increments = Increments(list(self.layers.stack), self.layers.layers)
+        self.settings = self.increments.settings(self.settings, settings)
         self.sampler = LayerSampler(
             _values(scores, self.layers), self.settings.n_active, self.settings.seed, self.settings.floor
         )
@@ -112,12 +119,15 @@ class OwLoreAdamW(torch.optim.Optimizer):
                 loss = closure()
         if not self.settings.fused and self._finite():
             for parameter, group in self._parameters():
-                if parameter.grad is not None and parameter.requires_grad:
+                trains = group["layer"] is None or group["layer"] in self.active
+                if parameter.grad is not None and trains:
                     self._update(parameter, group)
         self._updated.clear()
+        self.increments.settle()
         self.layers.end_at_lowest()  # checkpointing may have been turned on since
         self.steps += 1
         if self.steps % self.settings.interval == 0:
+            self.increments.fold()
             self._activate()
         return loss
 
@@ -157,7 +167,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
         """What must be the same when a run is resumed, as plain numbers and strings."""
         free = ("fused", "deselected")
         settings = {k: v for k, v in asdict(self.settings).items() if k not in free}
-        return {**settings, "probabilities": [round(p, 12) for p in self.sampler.probabilities]}
+        probabilities = [round(p, 12) for p in self.sampler.probabilities]
+        return {**settings, **self.increments.described(), "probabilities": probabilities}
 
     def _parameters(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
         for group in self.param_groups:
@@ -167,6 +178,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
     def _activate(self) -> None:
         """Lets the layers of the present draw train, and sees to the state of the others."""
         self.layers.activate(self.sampler.draw(self.draw))
+        self.increments.begin(self.active, self.settings.seed, self.draw)
         if self.settings.deselected == "keep":
             return
         for parameter, group in self._parameters():

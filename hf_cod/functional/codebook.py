@@ -65,6 +65,20 @@ def decode(c: Tensor, s: Tensor, bits: int, block: int) -> Tensor:
     return (codebook(bits, s)[_blocks(c, block).long()] * s[..., None]).view(c.shape)
 
 
+def rounded(W: Tensor, bits: int, w: Tensor | None = None, block: int = 64) -> Tensor:
+    """W (N, K) as nearest codes say it, in its own dtype; scales are searched where w (K,) is known.
+
+    A row that is no multiple of the block is continued by zeros.
+    """
+    missing = -W.shape[1] % block
+    high = torch.nn.functional.pad(W.to(torch.promote_types(W.dtype, torch.float32)), (0, missing))
+    if w is None:
+        s = largest_scales(high, bits, block)
+    else:
+        s = search_scales(high, bits, block, torch.nn.functional.pad(w, (0, missing)))
+    return decode(nearest_codes(high, s, bits, block), s, bits, block)[:, : W.shape[1]].to(W.dtype)
+
+
 def compensated_codes(W: Tensor, s: Tensor, H: Tensor, bits: int, block: int, damping: float = DAMPING) -> Tensor:
     """c (N, K), column after column, each error made up for by the columns that are still to come.
 

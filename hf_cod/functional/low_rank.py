@@ -71,6 +71,31 @@ def change_basis(M: Tensor, V: Tensor, old: Tensor, new: Tensor, tall: bool) -> 
     return Q @ M, Q.square() @ V
 
 
+def truncate(B: Tensor, A: Tensor, R: int) -> tuple[Tensor, Tensor, float]:
+    """The nearest product of rank R to B A (Eckart and Young 1936), without forming B A.
+
+    With B = Q_B R_B and A^T = Q_A R_A the singular values of B A are those of R_B R_A^T = U S V^T, k x k; the factors
+    share S^(1/2), so that both are of one size.
+
+    Args:
+        B: (m, k).
+        A: (k, n).
+        R: at least 0; where k is no more than that, B and A come back as they are.
+
+    Returns:
+        (m, R), (R, n) in the dtypes of B and A, and the energy that is lost: the sum of S^2 beyond R.
+    """
+    if B.shape[1] <= R:
+        return B, A, 0.0
+    precise = torch.promote_types(B.dtype, torch.float32)
+    Q_B, R_B = torch.linalg.qr(B.to(precise))
+    Q_A, R_A = torch.linalg.qr(A.mT.to(precise))
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    root = S[:R].sqrt()
+    left, right = Q_B @ (U[:, :R] * root), (root[:, None] * Vh[:R]) @ Q_A.mT
+    return left.to(B.dtype), right.to(A.dtype), float(S[R:].square().sum())
+
+
 def is_tall(G: Tensor) -> bool:
     """Whether the matrix has at least as many rows as columns, so that its columns are projected."""
     return G.shape[-2] >= G.shape[-1]

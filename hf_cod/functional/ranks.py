@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 Shape = tuple[int, int]
@@ -43,7 +42,7 @@ def count(shape: Shape, rank: int | None) -> int:
 
 
 def ranks_of_spectra(shapes: Sequence[Shape], spectra: Sequence[Tensor], budget: int) -> list[int | None]:
-    """Ranks for which the losses, each as a share of its matrix's spectrum, add up to little, within the budget.
+    """Ranks for which the losses of all matrices together are little, within the budget.
 
     From rank 1 everywhere, steps are taken in the order of what they win a weight. Rank by rank that falls, but the
     last step, from some rank back to the whole matrix, which has no error at all, wins more than the ranks before it:
@@ -53,7 +52,7 @@ def ranks_of_spectra(shapes: Sequence[Shape], spectra: Sequence[Tensor], budget:
 
     Args:
         shapes: of the matrices that may be factorized; each has `most_rank` >= 1.
-        spectra: (f,) each.
+        spectra: (f,) each, in units in which losses of different matrices may be added up.
         budget: weights that all of them together may have, at least those of rank 1 everywhere.
 
     Returns:
@@ -76,9 +75,9 @@ def ranks_of_spectra(shapes: Sequence[Shape], spectra: Sequence[Tensor], budget:
 
 
 def _steps(i: int, shape: Shape, e: Tensor) -> list[tuple[int, int | None, int, float]]:
-    """(matrix, rank after the step or None, weights it costs, share of the spectrum it wins for each of them)."""
+    """(matrix, rank after the step or None, weights it costs, what it wins for each of them)."""
     m, n = shape
-    e = e.double().cpu() / max(float(e.sum()), torch.finfo(torch.float64).tiny)
+    e = e.double().cpu()
     lost = (e.sum() - e.cumsum(0)).clamp(min=0).tolist()  # lost[r - 1]: by a truncation at r
     steps: list[tuple[int, int | None, int, float]] = []
     for r in range(1, most_rank(shape) + 1):

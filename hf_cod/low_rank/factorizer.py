@@ -110,6 +110,7 @@ class LayerChange:
     def __init__(self, stack: DecoderLayers, ranks: dict[str, int]) -> None:
         self._stack, self._ranks = stack, ranks
         self._names = [[n for n in factorizable(stack, index) if n in ranks] for index in range(len(stack))]
+        self._training = {n: stack.model.get_submodule(n).training for names in self._names for n in names}
         self.done: dict[str, dict[str, int]] = {}
 
     @torch.no_grad()
@@ -146,7 +147,7 @@ class LayerChange:
             factor.weight = nn.Parameter(values.contiguous(), requires_grad=weight.requires_grad)
         made.expand.register_parameter("bias", bias)
         parent, _, child = name.rpartition(".")
-        setattr(self._stack.model.get_submodule(parent), child, made.train(module.training))
+        setattr(self._stack.model.get_submodule(parent), child, made.train(self._training[name]))
         self.done[name] = {"rank": made.rank}
 
 

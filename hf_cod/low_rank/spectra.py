@@ -19,6 +19,9 @@ from hf_cod.low_rank.rank_plan import RankPlan, factorizable, least_weights
 from hf_cod.statistics.input_products import ProductsRecorder
 from hf_cod.writable_weights import check_writable
 
+# Of matrices that no energy leaves.
+TINY = torch.finfo(torch.float64).tiny
+
 
 def plan_ranks(
     model: nn.Module,
@@ -54,7 +57,8 @@ def plan_ranks(
     shapes = {name: shape for index in range(len(stack)) for name, shape in factorizable(stack, index).items()}
     fixed = total - sum(m * n for m, n in shapes.values())
     spectra = _spectra(stack, batches, journal, show_progress)
-    found = ranks_of_spectra(list(shapes.values()), [spectra[name] for name in shapes], int(parameters * total) - fixed)
+    lost = [e / max(float(e.sum()), TINY) for e in (spectra[name] for name in shapes)]
+    found = ranks_of_spectra(list(shapes.values()), lost, int(parameters * total) - fixed)
     ranks = {name: rank for name, rank in zip(shapes, found, strict=True) if rank is not None}
     return RankPlan("parameters", parameters, ranks, "spectrum")
 

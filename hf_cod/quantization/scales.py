@@ -29,6 +29,8 @@ class BlockScales(nn.Module):
         device: of the tensors, which are not initialised.
     """
 
+    absmax: nn.Parameter
+
     def __init__(self, count: int, double_quant: bool = True, device: Any = None) -> None:
         super().__init__()
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"absmax": ((count,), torch.float32)}

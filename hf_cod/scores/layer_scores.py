@@ -44,7 +44,8 @@ class LayerScores:
         """What a method has to say beside its scores: of auto, what it chose."""
         if "chosen" not in self.settings:
             return []
-        return [f"{self.method} chose {self.settings['chosen']} with lambda {self.settings['spread']:g}."]
+        spread = f" with lambda {self.settings['spread']:g}" if "spread" in self.settings else ""
+        return [f"{self.method} chose {self.settings['chosen']}{spread}."]
 
     def save(self, path: str | Path) -> Path:
         """Writes a JSON file; returns its path."""

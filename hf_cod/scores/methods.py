@@ -16,8 +16,9 @@ from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import measure_forward, measure_gradient_norm, measure_layer_drop
 from hf_cod.evaluation import find_metric, task_of
 from hf_cod.functional import budget, outliers
+from hf_cod.functional.codebook import BITS
 from hf_cod.scores.layer_scores import LayerScores
-from hf_cod.scores.pruning_probe import PRUNERS, PruningProbe
+from hf_cod.scores.pruning_probe import CODEBOOK, PRUNERS, PruningProbe
 from hf_cod.statistics import LayerStatistics, collect_statistics
 
 
@@ -29,7 +30,7 @@ class ScoreSettings:
         default="owl",
         metadata={
             "help": "owl, angular, block_influence, gradient_norm, layer_drop, weight_norm, sensitivity, auto (tries "
-            "several on a little text), or as baselines uniform or random"
+            "several on a little text), or as baselines uniform, random or depth (earlier layers matter more)"
         },
     )
     threshold: float = field(
@@ -39,11 +40,15 @@ class ScoreSettings:
         default=False, metadata={"help": "owl: compare each matrix with its own mean instead of the layer's"}
     )
     target: float = field(
-        default=0.7, metadata={"help": "sensitivity and auto: the sparsity that the scores are to serve"}
+        default=0.7,
+        metadata={"help": "sensitivity and auto: the sparsity that the scores are to serve; of codebook, the bits"},
     )
     pruner: str = field(
         default="wanda",
-        metadata={"help": "sensitivity and auto: what they prune by when they try", "choices": list(PRUNERS)},
+        metadata={
+            "help": "sensitivity and auto: how they try; codebook rounds to 3 or 4 bits instead of pruning",
+            "choices": list(PRUNERS),
+        },
     )
     seed: int = field(default=0, metadata={"help": "seed of every random choice"})
     layers_path: str | None = field(
@@ -57,8 +62,10 @@ class ScoreSettings:
             raise ValueError(f"threshold: expected a finite number above 0, got {self.threshold}")
         if self.pruner not in PRUNERS:
             raise ValueError(f"pruner: expected one of {', '.join(PRUNERS)}, got {self.pruner!r}")
-        if not 0 < self.target < 1:
-            raise ValueError(f"target: expected a sparsity between 0 and 1, got {self.target}")
+        low, high = (min(BITS), max(BITS)) if self.pruner == CODEBOOK else (0, 1)
+        if not low < self.target < high:
+            what = "bits" if self.pruner == CODEBOOK else "a sparsity"
+            raise ValueError(f"target: expected {what} between {low} and {high}, got {self.target}")
 
 
 def score_layers(
@@ -83,6 +90,7 @@ def score_layers(
     | sensitivity | slope of the loss by l's sparsity where all layers have `target` | batches, an LM head |
     | auto | the one of `CANDIDATES` by which the pruned model loses least | batches, an LM head |
     | uniform | 1 | nothing |
+    | depth | L - l: earlier layers matter more, as the Curse of Depth says of models that nobody measured | nothing |
     | random | uniform in [0, 1), from a seed | nothing |
 
     Args:
@@ -201,42 +209,62 @@ def _weight_norm(request: _Request) -> list[float]:
 
 
 def _sensitivity(request: _Request) -> list[float]:
+    if request.settings.pruner == CODEBOOK:
+        return _probe(request).sensitivity(max(BITS), min(BITS), min(BITS))
     S = request.settings.target
-    return _probe(request).sensitivity(S, min(STEP, S, 1 - S))
+    step = min(STEP, S, 1 - S)
+    return _probe(request).sensitivity(S - step, S, S + step)
 
 
 def _auto(request: _Request) -> list[float]:
     """Tries each candidate and lambda, and keeps the best."""
     request = replace(request, statistics=_statistics(request))
     found = {method: METHODS[method](request) for method in CANDIDATES}
-    S = request.settings.target
-    sizes = torch.tensor([request.stack.count_weights(i) for i in range(len(request.stack))]).double()
     tried, plans = [], []
     for method, values in found.items():
-        for lam in (0.0,) if method == "uniform" else SPREADS:
-            width = min(lam, S, 1 - S)
+        for width, plan in _plans(request, method, values):
             tried.append((method, width))
-            plans.append(budget.spread(torch.tensor(values), sizes, S, S - width, S + width, falling=True).tolist())
+            plans.append(plan)
     losses = _probe(request).plans(plans)
     method, width = min(zip(losses, tried, strict=True))[1]
     request.found.update(
         chosen=method,
-        spread=width,
         losses={f"{method} {width:g}": loss for (method, width), loss in zip(tried, losses, strict=True)},
     )
+    if request.settings.pruner != CODEBOOK:
+        request.found["spread"] = width
     return found[method]
+
+
+def _plans(request: _Request, method: str, values: list[float]) -> Iterator[tuple[float, list[float]]]:
+    """(lambda, one value a layer) of what is tried with a score; of bits there is one plan."""
+    target = request.settings.target
+    sizes = torch.tensor([request.stack.count_weights(i) for i in range(len(request.stack))]).double()
+    if request.settings.pruner == CODEBOOK:
+        D = torch.tensor(values if method != "uniform" else _depth(request))  # of equal layers the first ones
+        wanted = budget.spread(D, sizes, target, min(BITS), max(BITS), falling=False)
+        yield 0.0, budget.round_to(wanted, BITS, sizes).tolist()
+        return
+    for lam in (0.0,) if method == "uniform" else SPREADS:
+        width = min(lam, target, 1 - target)
+        ends = target - width, target + width
+        yield width, budget.spread(torch.tensor(values), sizes, target, *ends, falling=True).tolist()
 
 
 def _probe(request: _Request) -> PruningProbe:
     assert request.batches is not None
     few, _ = split_samples(request.batches, PROBE_SAMPLES)
-    by_magnitude = request.settings.pruner == "magnitude"
-    statistics = None if by_magnitude else _statistics(request)
-    return PruningProbe(request.stack, statistics, few, request.show_progress)
+    pruner = request.settings.pruner
+    statistics = None if pruner == "magnitude" else _statistics(request)
+    return PruningProbe(request.stack, pruner, statistics, few, request.show_progress)
 
 
 def _uniform(request: _Request) -> list[float]:
     return [1.0] * len(request.stack)
+
+
+def _depth(request: _Request) -> list[float]:
+    return [float(len(request.stack) - index) for index in range(len(request.stack))]
 
 
 def _random(request: _Request) -> list[float]:
@@ -255,6 +283,7 @@ METHODS: dict[str, Callable[[_Request], list[float]]] = {
     "sensitivity": _sensitivity,
     "auto": _auto,
     "uniform": _uniform,
+    "depth": _depth,
     "random": _random,
 }
 NEED_BATCHES = ("angular", "block_influence", "gradient_norm", "layer_drop", "sensitivity", "auto")

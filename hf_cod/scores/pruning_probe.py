@@ -1,6 +1,6 @@
-"""What plans of sparsity would cost, tried on a little text: by Wanda with earlier statistics, or by magnitude.
+"""What plans of sparsity or of bits would cost, tried on a little text.
 
-The model is never pruned as a whole: while a layer is run, its weights are masked, and put back afterwards.
+The model is never changed as a whole: while a layer is run, its weights are masked or rounded, and put back afterwards.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.diagnostics.partial_pass import State, check_independent, run_layer, running_only
 from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
 from hf_cod.evaluation import Perplexity, model_inputs, task_of
+from hf_cod.functional import codebook
 from hf_cod.functional.sparsity import magnitude_mask, wanda_mask
 from hf_cod.statistics import LayerStatistics
 from hf_cod.writable_weights import check_writable
 
-PRUNERS = ("wanda", "magnitude")
+# How a layer is tried: two ways to make zeros, and one to round to 3 or 4 bits.
+CODEBOOK = "codebook"
+PRUNERS = ("wanda", "magnitude", CODEBOOK)
 
 
 class PruningProbe:
-    """Losses of pruned forms of a language model, in nats a token.
+    """Losses of pruned or rounded forms of a language model, in nats a token.
 
     Args:
         stack: the layers of a language model with weights in memory.
-        statistics: of this model, for Wanda; None prunes by magnitude.
+        pruner: one of `PRUNERS`; its values are sparsities, of "codebook" bits.
+        statistics: of this model; for all but magnitude.
         batches: the text to try on.
         show_progress: show progress bars.
 
@@ -41,23 +45,28 @@ class PruningProbe:
     """
 
     def __init__(
-        self, stack: DecoderLayers, statistics: LayerStatistics | None, batches: Sequence[Batch], show_progress: bool
+        self,
+        stack: DecoderLayers,
+        pruner: str,
+        statistics: LayerStatistics | None,
+        batches: Sequence[Batch],
+        show_progress: bool,
     ) -> None:
         task = task_of(stack.model, batches)
         if task not in ("causal_lm", "masked_lm"):
             raise ValueError(f"model: expected a language model to probe, got {type(stack.model).__name__}")
         check_independent(stack, "auto")
         check_writable(stack)
-        self.stack, self.statistics, self.show_progress = stack, statistics, show_progress
+        self.stack, self.pruner, self.statistics, self.show_progress = stack, pruner, statistics, show_progress
         device = execution_device(stack.model)
         self.batches = [to_device(batch, device) for batch in batches]
         self.metric = Perplexity(task)
 
     @torch.no_grad()
     def plans(self, plans: Sequence[Sequence[float]]) -> list[float]:
-        """The loss with all layers pruned, for each plan of one sparsity a layer.
+        """The loss with all layers changed, for each plan of one value a layer.
 
-        All plans walk through the layers together: each layer is masked once for each sparsity that it gets, no more
+        All plans walk through the layers together: each layer is changed once for each value that it gets, no more
         than one layer's weights are copied, and plans that begin alike share their hidden states as long as they do.
         """
         L = len(self.stack)
@@ -67,8 +76,8 @@ class PruningProbe:
             for layer in progress(range(L), "trying plans", self.show_progress):
                 steps = sorted({(plan[layer], at) for plan, at in zip(plans, place, strict=True)})
                 after: list[list[Any]] = []
-                for S, group in groupby(steps, key=itemgetter(0)):
-                    with self._masked(layer, S):
+                for value, group in groupby(steps, key=itemgetter(0)):
+                    with self._changed(layer, value):
                         after += [self._step(layer, states[at]) for _, at in group]
                 found = {step: number for number, step in enumerate(steps)}
                 place = [found[plan[layer], at] for plan, at in zip(plans, place, strict=True)]
@@ -76,14 +85,14 @@ class PruningProbe:
         losses = [math.log(self.metric.value([row for rows in batches for row in rows])) for batches in states]
         return [losses[at] for at in place]
 
-    def sensitivity(self, S: float, step: float) -> list[float]:
-        """By how much the loss grows from sparsity S - step to S + step in one layer, while all others have S.
+    def sensitivity(self, good: float, rest: float, bad: float) -> list[float]:
+        """By how much the loss grows when one layer goes from the value `good` to `bad`, while all others have `rest`.
 
-        For each layer, in nats a token: the slope of the loss by the layer's sparsity, where the pruned model will be.
-        L layers cost about as much as L passes over all of them.
+        For each layer, in nats a token: of sparsities around the one that all are to have, the slope of the loss where
+        the pruned model will be. L layers cost about as much as L passes over all of them.
         """
         L = len(self.stack)
-        alone = [[value if i == layer else S for i in range(L)] for layer in range(L) for value in (S - step, S + step)]
+        alone = [[value if i == layer else rest for i in range(L)] for layer in range(L) for value in (good, bad)]
         losses = self.plans(alone)
         return [more - less for less, more in zip(losses[::2], losses[1::2], strict=True)]
 
@@ -102,20 +111,25 @@ class PruningProbe:
             return self.metric.rows(self.stack.model(**model_inputs(batch)), batch, None)
 
     @contextmanager
-    def _masked(self, layer: int, S: float) -> Iterator[None]:
-        """Within the block the layer is pruned to sparsity S."""
+    def _changed(self, layer: int, value: float) -> Iterator[None]:
+        """Within the block the layer is pruned to that sparsity, or rounded to so many bits."""
         kept: list[tuple[Tensor, Tensor]] = []
         try:
             for name, W in self.stack.matrices(layer):
                 kept.append((W, W.clone()))
                 parts = [(None, W)] if W.dim() == 2 else [(expert, W[expert]) for expert in range(len(W))]
                 for expert, part in parts:
-                    part.masked_fill_(self._mask(name, expert, part, S), 0)
+                    squares = None if self.statistics is None else self.statistics.of(name, expert)
+                    self._change(part, squares, value)
             yield
         finally:
             for W, intact in kept:
                 W.copy_(intact)
 
-    def _mask(self, name: str, expert: int | None, W: Tensor, S: float) -> Tensor:
-        squares = None if self.statistics is None else self.statistics.of(name, expert)
-        return magnitude_mask(W, S) if squares is None else wanda_mask(W, squares.sqrt().to(W.device), S)
+    def _change(self, W: Tensor, squares: Tensor | None, value: float) -> None:
+        if self.pruner == CODEBOOK:
+            W.copy_(codebook.rounded(W, int(value), squares))
+        elif self.pruner == "magnitude" or squares is None:
+            W.masked_fill_(magnitude_mask(W, value), 0)
+        else:
+            W.masked_fill_(wanda_mask(W, squares.sqrt().to(W.device), value), 0)

@@ -5,9 +5,11 @@ import random
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, default_data_collator
 
 from hf_cod import LayerScores, OwLoreAdamW, owlore, score_layers
+from hf_cod.finetuning import OwLoreSettings
+from hf_cod.finetuning.methods import set_up
 from tests.finetuning.references import adamw, galore
 from tests.tiny_models import batch_for, build
 from tests.tiny_training import rows, run_in_two_processes
@@ -336,3 +338,17 @@ def test_bad_states():
         OwLoreAdamW(build("llama"), n_active=2, rank=8).load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="model: expected layers that can be trained, got frozen"):
         OwLoreAdamW(build("llama").requires_grad_(False), n_active=1, rank=4)
+
+
+@pytest.mark.parametrize("method", ["owlore", "lora"])
+def test_the_head_of_a_task_trains(method):
+    """It may be new: random weights that nobody had trained."""
+    model = AutoModelForSequenceClassification.from_config(build("llama").config)
+    before = model.score.weight.detach().clone()
+    settings = OwLoreSettings(n_active=1, rank=4)
+    trained, optimizer = set_up(method, model, None, settings, 1e-2, 4)
+    batch = batch_for(model)
+    trained(**batch, labels=torch.tensor([0, 1, 1])).loss.backward()
+    optimizer.step()
+    whole = trained.merge_and_unload() if method == "lora" else trained
+    assert not torch.equal(whole.score.weight, before)

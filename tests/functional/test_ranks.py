@@ -20,7 +20,7 @@ def test_shares_round_down_and_leave_whole_what_would_grow():
 
 
 def losses(shapes, spectra, ranks):
-    return sum(0.0 if rank is None else float(e[rank:].sum() / e.sum()) for e, rank in zip(spectra, ranks, strict=True))
+    return sum(0.0 if rank is None else float(e[rank:].sum()) for e, rank in zip(spectra, ranks, strict=True))
 
 
 def lower_hull(points):

@@ -6,6 +6,7 @@ from torch import nn
 
 from hf_cod import allocate, collect_statistics, find_decoder_layers, prune, score_layers
 from hf_cod.allocation import LayerAllocation
+from hf_cod.functional import codebook
 from hf_cod.scores import METHODS
 from hf_cod.scores.methods import CANDIDATES
 from hf_cod.scores.pruning_probe import PruningProbe
@@ -36,7 +37,7 @@ def test_plans_cost_what_pruned_models_cost(family):
     model, batch, statistics = setting(family)
     before = [p.detach().clone() for p in model.parameters()]
     plans = [[0.5] * 4, [0.2, 0.4, 0.6, 0.8], [0.5, 0.5, 0.1, 0.5]]
-    found = PruningProbe(find_decoder_layers(model), statistics, [batch], False).plans(plans)
+    found = PruningProbe(find_decoder_layers(model), "wanda", statistics, [batch], False).plans(plans)
     for plan, loss in zip(plans, found, strict=True):
         pruned = build(family)
         prune(pruned, LayerAllocation("sparsity", 0.5, plan, [1] * 4, "x"), statistics=statistics)
@@ -71,7 +72,7 @@ def test_sensitivity_by_magnitude_needs_no_statistics():
             prune(pruned, LayerAllocation("sparsity", 0.7, plan, [1] * 4, "x"), "magnitude")
             losses.append(loss_of("llama", pruned, batch))
         assert value == pytest.approx(losses[1] - losses[0], abs=1e-5)
-    with pytest.raises(ValueError, match="pruner: expected one of wanda, magnitude, got 'sparsegpt'"):
+    with pytest.raises(ValueError, match="pruner: expected one of wanda, magnitude, codebook, got 'sparsegpt'"):
         score_layers(model, None, "sensitivity", batches=[batch], pruner="sparsegpt")
 
 
@@ -82,7 +83,7 @@ def test_plans_that_begin_alike_share_their_way(monkeypatch):
     monkeypatch.setattr(
         PruningProbe, "_step", lambda self, layer, before: runs.append(layer) or step(self, layer, before)
     )
-    probe = PruningProbe(find_decoder_layers(model), statistics, [batch], False)
+    probe = PruningProbe(find_decoder_layers(model), "wanda", statistics, [batch], False)
     plans = [[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.7, 0.5], [0.5, 0.5, 0.5, 0.5]]
     first, second, third = probe.plans(plans)
     assert first == third != second and sorted(runs) == [0, 1, 2, 2, 3, 3]
@@ -99,6 +100,33 @@ def test_auto_takes_the_best_of_what_it_tried():
     prune(model, plan, statistics=statistics)
     assert math.log(references.perplexity(model, batch)) == pytest.approx(min(tried.values()), rel=1e-5)
     assert math.log(references.perplexity(model, batch)) <= tried["uniform 0"] + 1e-6
+
+
+def round_layers(model, bits, statistics):
+    """The model with each layer's matrices rounded to its bits."""
+    stack = find_decoder_layers(model)
+    for layer, width in enumerate(bits):
+        for name, W in stack.matrices(layer):
+            W.copy_(codebook.rounded(W, width, statistics.of(name)))
+    return model
+
+
+def test_bits_are_tried_by_rounding():
+    model, batch, statistics = setting("llama")
+    scores = score_layers(model, statistics, "sensitivity", batches=[batch], target=3.5, pruner="codebook")
+    losses = []
+    for plan in [[3, 3, 3, 3], *([4 if i == layer else 3 for i in range(4)] for layer in range(4))]:
+        losses.append(math.log(references.perplexity(round_layers(build("llama"), plan, statistics), batch)))
+    assert scores.values == pytest.approx([losses[0] - loss for loss in losses[1:]], abs=1e-5)
+    auto = score_layers(model, statistics, "auto", batches=[batch], target=3.5, pruner="codebook")
+    assert "spread" not in auto.settings
+    plan = [int(bits) for bits in allocate(auto, "bits", budget=3.5).values]
+    if auto.settings["chosen"] != "uniform":
+        rounded = round_layers(build("llama"), plan, statistics)
+        best = math.log(references.perplexity(rounded, batch))
+        assert best == pytest.approx(min(auto.settings["losses"].values()), abs=1e-5)
+    with pytest.raises(ValueError, match=r"target: expected bits between 3 and 4, got 0\.7"):
+        score_layers(model, statistics, "auto", batches=[batch], pruner="codebook")
 
 
 def test_refusals():
@@ -118,4 +146,4 @@ def test_refusals():
     with pytest.raises(
         ValueError, match=r"floating-point weights, got Parameter torch.int8 in model.layers.1.mlp.up_proj"
     ):
-        PruningProbe(find_decoder_layers(model), statistics, [batch], False)
+        PruningProbe(find_decoder_layers(model), "wanda", statistics, [batch], False)

@@ -1,0 +1,242 @@
+"""How well each way to fine-tune does, each at its own best learning rate out of one grid, and what it costs.
+
+    python examples/benchmarks/finetune.py --model DIRECTORY_OR_HUB_ID --output finetune         # SmolLM2-135M
+    python examples/benchmarks/finetune.py --model DIRECTORY_OR_HUB_ID --memory
+    python examples/benchmarks/finetune.py --claim-7b                          # no model needed
+
+--quality, two tasks: `reuters`, eight categories of news (R8, official split) by the first 24 tokens, with a
+classification head that every method trains; `text`, the next token of a text. Each method starts at its default rate
+and goes to the neighbour in the grid that has a lower loss on a validation part of the training rows, as long as there
+is one; then other seeds (of head, order and draws) train at the best rate, and are measured on the held-out split. Mean
+and standard deviation over seeds go into OUTPUT/quality.json and .md. An interrupted run goes on where it stopped, and
+takes what others have left in OUTPUT: several processes may share it, each with other --methods, and one for all of
+them makes the table. --memory: what `hf-cod finetune --estimate` tells, beside the peak of torch's allocator. --time:
+steps taken in turn in one process, as ratios to LoRA's. Without any of these, all three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from finetuning_costs import claim_7b, measure_memory, measure_time, memory_table, time_table
+from finetuning_tasks import Task, cut, evaluate, reuters, text
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from hf_cod import LayerScores, score_layers
+from hf_cod.calibration import Batch
+from hf_cod.evaluation import model_inputs
+from hf_cod.files import Journal, fingerprint, write_json, write_text
+from hf_cod.finetuning import OwLoreSettings
+from hf_cod.finetuning.methods import METHODS, set_up
+
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+MAX_GRAD_NORM = 1.0
+SCORED = 16  # rows that layers are scored by
+THRESHOLD = 13.0  # M of the OWL scores (arXiv 2405.18380)
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rows: Batch, batch_size: int, steps: int, seed: int
+) -> None:
+    """One training in float32, epoch after epoch; warm-up over a tenth of the steps, then a cosine."""
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    done = 0
+    while done < steps:
+        order = torch.randperm(len(rows["input_ids"]), generator=generator)
+        for batch in cut({name: value[order] for name, value in rows.items()}, batch_size):
+            if done == steps:
+                break
+            model(**batch).loss.backward()
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], MAX_GRAD_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            done += 1
+
+
+class Sweep:
+    """All trainings of one task, each done once and kept in the journal."""
+
+    def __init__(self, name: str, task: Task, journal: Journal, arguments: argparse.Namespace) -> None:
+        self.name, self.task, self.journal, self.arguments = name, task, journal, arguments
+        self._scores: LayerScores | None = None
+
+    def scores(self) -> LayerScores:
+        """OWL's scores of the model before it is trained."""
+        if self._scores is None:
+            torch.manual_seed(0)
+            few = next(cut(self.task.train, SCORED))
+            batches = [model_inputs(batch) for batch in cut(few, 4)]
+            self._scores = score_layers(self.task.build(), batches=batches, threshold=THRESHOLD)
+        return self._scores
+
+    def run(self, method: str, rate: float, seed: int, part: str) -> dict[str, float]:
+        """Loss and accuracy on `part` ("validation" or "test") after one training; a loss of infinity if it failed."""
+        key = f"{self.name} {method} {rate:g} seed {seed} {part}"
+        if key not in self.journal:
+            self.journal.add(key, self._train(method, rate, seed, part))
+            print(
+                f"{key}: loss {self.journal[key]['loss']:.4f} accuracy {self.journal[key]['accuracy']:.4f}", flush=True
+            )
+        return self.journal[key]
+
+    def _train(self, method: str, rate: float, seed: int, part: str) -> dict[str, float]:
+        a = self.arguments
+        torch.manual_seed(seed)
+        settings = OwLoreSettings(n_active=a.n_active, interval=a.interval, rank=a.rank, seed=seed)
+        scores = self.scores() if METHODS[method].needs_scores else None
+        torch.manual_seed(seed)
+        model, optimizer = set_up(method, self.task.build(), scores, settings, rate, a.lora_rank)
+        try:
+            train(model, optimizer, self.task.train, self.task.batch_size, a.steps, seed)
+        except ValueError as error:  # gradients that were not finite too often
+            print(f"{method} at {rate:g}: {error}", flush=True)
+            return {"loss": math.inf, "accuracy": 0.0}
+        found = evaluate(model, self.task.kind, getattr(self.task, part))
+        return found if math.isfinite(found["loss"]) else {"loss": math.inf, "accuracy": 0.0}
+
+    def row(self, method: str) -> dict[str, Any]:
+        """Best rate, and what the seeds reach at it."""
+        start = METHODS[method].learning_rate
+        rates = sorted(self.arguments.rates)
+        best = lowest(rates, start, lambda rate: self.run(method, rate, 0, "validation")["loss"])
+        runs = [self.run(method, best, seed, "test") for seed in range(1, self.arguments.seeds + 1)]
+        figures = {name: [run[name] for run in runs] for name in ("loss", "accuracy")}
+        return {"task": self.name, "method": method, "rate": best, "edge": best in (rates[0], rates[-1]), **figures}
+
+
+def lowest(rates: Sequence[float], start: float, cost: Callable[[float], float]) -> float:
+    """The rate from which both neighbours are worse, found downhill from the one nearest to `start`."""
+    here = min(range(len(rates)), key=lambda i: abs(math.log(rates[i] / start)))
+    while True:
+        around = [i for i in (here, here - 1, here + 1) if 0 <= i < len(rates)]
+        best = min(around, key=lambda i: cost(rates[i]))
+        if best == here:
+            return rates[here]
+        here = best
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table as a page."""
+    lines = ["| task | method | learning rate | held-out loss | accuracy |", "|---|---|---:|---:|---:|"]
+    for row in rows:
+        rate = f"{row['rate']:g}" + (" (the grid's edge)" if row["edge"] else "")
+        lines.append(
+            f"| {row['task']} | `{row['method']}` | {rate} | {spread(row['loss'], 3)} | {spread(row['accuracy'], 3)} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def build_tasks(a: argparse.Namespace) -> dict[str, Task]:
+    """The tasks that were asked for."""
+    makers = {
+        "reuters": lambda: reuters(a.model, a.tokens, (a.train_rows, a.validation_rows, a.test_rows)),
+        "text": lambda: text(a.model, a.text, a.text_tokens, (a.validation_windows, a.test_windows)),
+    }
+    return {name: makers[name]() for name in a.tasks}
+
+
+def measure_quality(a: argparse.Namespace) -> None:
+    """Fills the table row by row, and writes it after each one."""
+    shown = ("model", "text", "steps", "tokens", "train_rows", "validation_rows", "test_rows", "text_tokens")
+    shown += ("validation_windows", "test_windows", "n_active", "interval", "rank", "lora_rank")
+    settings = {name: getattr(a, name) for name in shown}
+    journal = Journal(a.output / "journal.jsonl", fingerprint(settings))
+    rows = []
+    for name, task in build_tasks(a).items():
+        sweep = Sweep(name, task, journal, a)
+        for method in a.methods:
+            rows.append(sweep.row(method))
+            told = {**settings, "rates": a.rates, "seeds": a.seeds, "torch": torch.__version__}
+            write_json(a.output / "quality.json", {"settings": told, "rows": rows})
+            write_text(a.output / "quality.md", markdown(rows))
+    print(markdown(rows))
+
+
+def measure_costs(a: argparse.Namespace) -> None:
+    """Memory and time, as tables and JSON."""
+    shown = ("model", "n_active", "interval", "rank", "lora_rank", "cost_batch", "cost_tokens")
+    settings = {name: getattr(a, name) for name in shown}
+    told = {**settings, "torch": torch.__version__}
+    if a.memory:
+        journal = Journal(a.output / "journal.jsonl", fingerprint(settings))
+        rows = measure_memory(a, journal)
+        write_json(a.output / "memory.json", {"settings": told, "rows": rows})
+        print(memory_table(rows))
+    if a.time:
+        rows = measure_time(a)
+        told |= {"rounds": a.rounds, "checkpointing": a.cost_checkpointing, "threads": torch.get_num_threads()}
+        write_json(a.output / "time.json", {"settings": told, "rows": rows})
+        print(time_table(rows))
+    if a.claim_7b:
+        rows, verdict = claim_7b()
+        write_json(a.output / "claim-7b.json", {"rows": rows, "verdict": verdict})
+        print(memory_table(rows, 1e9, "GB"), verdict, sep="\n")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Settings from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or directory")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--tasks", nargs="+", default=["reuters", "text"], choices=["reuters", "text"])
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="the grid of learning rates")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings at the best rate")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a training")
+    parser.add_argument("--tokens", type=int, default=24, help="reuters: tokens of a document")
+    parser.add_argument("--train-rows", type=int, default=320, help="reuters: documents to train on")
+    parser.add_argument("--validation-rows", type=int, default=160, help="reuters: documents to choose rates by")
+    parser.add_argument("--test-rows", type=int, default=400, help="reuters: documents to report on")
+    parser.add_argument("--text", help="text: a file or data set; default: the embedded novel")
+    parser.add_argument("--text-tokens", type=int, default=128, help="text: tokens of a window")
+    parser.add_argument("--validation-windows", type=int, default=16, help="text: windows to choose rates by")
+    parser.add_argument("--test-windows", type=int, default=32, help="text: windows to report on")
+    parser.add_argument("--n-active", type=int, default=4, help="layers that train at a time")
+    parser.add_argument("--interval", type=int, default=5, help="steps until other layers are drawn")
+    parser.add_argument("--rank", type=int, default=64, help="rank of projected gradients")
+    parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--quality", action="store_true", help="measure how well the methods do")
+    parser.add_argument("--memory", action="store_true", help="measure memory")
+    parser.add_argument("--time", action="store_true", help="measure time")
+    parser.add_argument("--claim-7b", action="store_true", help="estimate the memory of LLaMA2-7B")
+    parser.add_argument("--cost-batch", type=int, default=4, help="memory, time: samples of a step")
+    parser.add_argument("--cost-tokens", type=int, default=256, help="memory, time: tokens of a sample")
+    parser.add_argument("--cost-checkpointing", action="store_true", help="time: with activation checkpointing")
+    parser.add_argument("--rounds", type=int, default=20, help="time: steps of each method")
+    parser.add_argument("--output", type=Path, default=Path("hf-cod-finetuning"), help="directory for results")
+    chosen = parser.parse_args(arguments)
+    if chosen.seeds < 1:
+        parser.error(f"--seeds: expected at least 1, got {chosen.seeds}")
+    if not (chosen.quality or chosen.memory or chosen.time or chosen.claim_7b):
+        chosen.quality = chosen.memory = chosen.time = True
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures what was asked for."""
+    disable_progress_bar()  # of loading weights, once a training
+    set_verbosity_error()  # that the classifier is new
+    chosen = parse(arguments)
+    if chosen.quality:
+        measure_quality(chosen)
+    measure_costs(chosen)
+
+
+if __name__ == "__main__":
+    main()

