@@ -1,4 +1,4 @@
-"""The weight of a Linear3bit: bytes that nobody must take for numbers."""
+"""What `Linear3bit.weight` shows: bytes that nobody must take for numbers."""
 
 from __future__ import annotations
 
@@ -6,44 +6,49 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_shown: Any = WeakTensorKeyDictionary()
 
 
 def _refuse(self: Any, other: Any) -> Any:
     raise ValueError(
-        "weight: expected no arithmetic with codes in three bits, got some (a merge of adapters? DoRA?); call "
-        "model.dequantize() first, and hf_cod.quantize afterwards"
+        "weight: expected no arithmetic with codes in three bits, got some (a merge of adapters? DoRA?); put the "
+        "adapters on what model.dequantize() gives, and hf_cod.quantize the result"
     )
 
 
-class _Bytes(Tensor):
-    """What `Codes.data` is: a merge of adapters adds to it, or to a clone of it."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    __add__ = __iadd__ = _refuse
-
-    def clone(self, **options: Any) -> _Bytes:  # type: ignore[override]
-        return super().clone(**options).as_subclass(_Bytes)
-
-
 class Codes(nn.Parameter):
-    """A parameter of bytes, which says so where PEFT would add a matrix to it."""
+    """The bytes of a parameter which, where PEFT would add a matrix to it or to a clone of it, says so.
 
+    Not the parameter itself: torch.compile hands only plain ones to operators.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
     __add__ = __iadd__ = _refuse
+    _is_hf_initialized = True  # no random numbers, transformers
 
     def __new__(cls, codes: Tensor) -> Codes:
-        """Never learns."""
-        return Tensor._make_subclass(cls, codes.detach().as_subclass(Tensor), False)
+        """A view."""
+        return Tensor._make_subclass(cls, codes.detach(), False)
 
     @property
-    def data(self) -> Tensor:
-        return self.detach().as_subclass(_Bytes)
+    def data(self) -> Codes:
+        """Itself."""
+        return self
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        nn.Parameter.data.__set__(self, value.as_subclass(Tensor))  # type: ignore[attr-defined]
+        _refuse(self, value)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Codes:
-        return memo.setdefault(id(self), Codes(self.detach().clone()))
+    def clone(self, **options: Any) -> Codes:  # type: ignore[override]
+        """A copy, as careful."""
+        return Codes(super().clone(**options))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return Codes, (self.detach().as_subclass(Tensor),)
+
+def shown(planes: Tensor) -> Codes:
+    """The same object for the same parameter: transformers tells tensors by their identity."""
+    known = _shown.get(planes)
+    if known is None or known.device != planes.device or known.data_ptr() != planes.data_ptr():
+        known = _shown[planes] = Codes(planes)
+    return known

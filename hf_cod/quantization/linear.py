@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_cod.quantization.codes import Codes
+from hf_cod.quantization.codes import Codes, shown
 from hf_cod.quantization.product import decoded_rows, linear_3bit
 from hf_cod.quantization.scales import BlockScales
 
@@ -45,31 +44,33 @@ class Linear3bit(nn.Linear):
         self.block, self.compute_dtype = block, compute_dtype
         columns = stored_columns(in_features, block)
         planes = torch.empty(out_features, columns * 3 // 8, dtype=torch.uint8, device=device)
-        self.weight: nn.Parameter = Codes(planes)
+        self._parameters["weight"] = nn.Parameter(planes, requires_grad=False)
         self.scales = BlockScales(out_features * columns // block, double_quant, device)
         bias_of = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", bias_of)
 
-    def bind(self) -> None:
-        """Makes the weight, which whoever loads a model replaces, one that refuses to be taken for numbers."""
-        self.weight = Codes(self.weight)
+    @property
+    def weight(self) -> Codes:  # type: ignore[override]
+        """The planes, for whoever asks for their device or shape; the parameter itself is in `parameters()`."""
+        return shown(self._planes)
 
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
         """W (out_features, in_features) as a new dense tensor, float32 if no dtype is given."""
         absmax, nested, offset = self.scales()
-        found = decoded_rows(self.weight, absmax, nested, offset, self.block, dtype or torch.float32)
+        found = decoded_rows(self._planes, absmax, nested, offset, self.block, dtype or torch.float32)
         return torch.cat([W[:, : self.in_features] for _, W in found])
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in x's dtype."""
         x = prepared(input, self.in_features, self.block, self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear_3bit(x, self.weight, *self.scales(), self.block, bias).to(input.dtype)
+        return linear_3bit(x, self._planes, *self.scales(), self.block, bias).to(input.dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear3bit:
-        super()._apply(fn, recurse)
-        self.bind()
-        return self
+    @property
+    def _planes(self) -> Tensor:
+        planes = self._parameters["weight"]
+        assert planes is not None
+        return planes
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -69,9 +69,15 @@ class OwlBnbQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, loaded: bool = True, **kwargs: Any) -> None:
         for name in self.quantization_config.modules:
             module = model.get_submodule(name)
+            if not self.pre_quantized and any(p.device.type == "meta" for p in module.parameters()):
+                raise ValueError(
+                    f"device_map: expected no quantized layer on disk, got {name} there; quantize in memory "
+                    "(device_map='cpu'), save, and load what was saved with the rest on disk"
+                )
             if loaded:
                 check_stored(module, name)
-            module.bind()
+            if module.bits == 4:
+                module.bind()
         model.is_loaded_in_4bit = True  # what PEFT and accelerate know quantized layers by
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -80,6 +86,11 @@ class OwlBnbQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained makes it a string
+        if any(getattr(getattr(module, "base_layer", None), "bits", None) == 4 for module in model.modules()):
+            raise ValueError(
+                "model: expected no adapters on 4-bit layers, which could never be merged, got some; save them, "
+                "dequantize the model without them, and load them on it"
+            )
         for name, module in [*model.named_modules()]:
             if is_quantized(module):
                 replace(model, name, to_linear(module, dtype))
@@ -167,12 +178,16 @@ def check_stored(module: Any, name: str) -> None:
     codes are all valid.
 
     Raises:
-        ValueError: a missing tensor, NaN or infinity; begins with the module's name.
+        ValueError: a missing tensor, one of another dtype, NaN or infinity; begins with the module's name.
     """
     for key, tensor in module.named_parameters():
         # Transformers marks what it has loaded; what a checkpoint lacks is in memory, with whatever was there before.
         if key != "bias" and tensor.device.type != "meta" and not hasattr(tensor, "_is_hf_initialized"):
             raise ValueError(f"{name}.{key}: expected it in the checkpoint, got none; the file is damaged")
-    for key, tensor in module.scales.named_parameters():
+    scales = module.scales
+    expected = torch.uint8 if scales.double_quant else torch.float32
+    if scales.absmax.dtype != expected:
+        raise ValueError(f"{name}.scales.absmax: expected {expected}, got {scales.absmax.dtype}; the file is damaged")
+    for key, tensor in scales.named_parameters():
         if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}.scales.{key}: expected finite numbers, got NaN or infinity; the file is damaged")

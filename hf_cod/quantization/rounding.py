@@ -104,4 +104,5 @@ def fill(module: Any, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         owner = module.scales if name.startswith("scales.") else module
         setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
-    module.bind()
+    if module.bits == 4:
+        module.bind()
