@@ -27,7 +27,7 @@ CODEBOOKS = {3: NF4[1::2], 4: NF4}
 BITS = tuple(CODEBOOKS)
 # Shares of the largest magnitude of a block that are tried as its scale.
 TRIED = {3: (0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0), 4: (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)}
-# Weights whose scales are searched, and columns whose errors are handed on, at a time.
+# Weights that are rounded or whose scales are searched, and columns whose errors are handed on, at a time.
 CHUNK, COLUMNS = 1 << 18, 64
 # Cells in each half of [-1, 1]; midpoints of NF4 lie 0.08 apart and more.
 _CELLS = 64
@@ -58,7 +58,10 @@ def search_scales(W: Tensor, bits: int, block: int, w: Tensor) -> Tensor:
 
 def nearest_codes(W: Tensor, s: Tensor, bits: int, block: int) -> Tensor:
     """c (N, K): of each weight the nearest value of its block; a block with scale 0 holds zeros alone."""
-    return _nearest(_blocks(W, block) / _safe(s)[..., None], bits).view(W.shape).to(torch.uint8)
+    rows = max(1, CHUNK // W.shape[1])
+    parts = zip(W.split(rows), _safe(s).split(rows), strict=True)
+    found = [_nearest(_blocks(part, block) / scale[..., None], bits).to(torch.uint8) for part, scale in parts]
+    return torch.cat(found).view(W.shape)
 
 
 def decode(c: Tensor, s: Tensor, bits: int, block: int) -> Tensor:

@@ -22,6 +22,9 @@ except ImportError as error:
         "bits: storing weights in 3 or 4 bits needs the bitsandbytes package: pip install 'hf_cod[bitsandbytes]'"
     ) from error
 
+# What bitsandbytes decodes to.
+_DECODED = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def quantize_scales(s: Tensor, double_quant: bool = True) -> dict[str, Tensor]:
     """The tensors of `BlockScales` for scales s (n,) of any shape."""
@@ -45,7 +48,9 @@ def dequantize_scales(absmax: Tensor, nested_absmax: Tensor | None, offset: Tens
 def dequantize_nf4(b: Tensor, scales: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     """W (n, K) of bytes (n, K / 2) and scales (n, K / B) float32."""
     shape = (b.shape[0], b.shape[1] * 2)
-    return torch.ops.bitsandbytes.dequantize_4bit(b.view(-1, 1), scales.reshape(-1), block, "nf4", shape, dtype)
+    known = dtype if dtype in _DECODED else torch.float32  # asked for others, it writes what is no weight
+    decode = torch.ops.bitsandbytes.dequantize_4bit
+    return decode(b.view(-1, 1), scales.reshape(-1), block, "nf4", shape, known).to(dtype)
 
 
 class Linear4bit(StockLinear4bit):
@@ -105,12 +110,16 @@ class Linear4bit(StockLinear4bit):
         self._adopt()
         scales = dequantize_scales(*self.scales()).view(self.out_features, -1)
         codes = self.weight.data.view(self.out_features, -1)
-        return dequantize_nf4(codes, scales, self.block, dtype or torch.float32)[:, : self.in_features]
+        W = dequantize_nf4(codes, scales, self.block, dtype or torch.float32)
+        return W[:, : self.in_features].contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in x's dtype."""
-        computed = prepared(x, self.block, self.compute_dtype)
+        computed = prepared(x, self.in_features, self.block, self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(computed.dtype)
+        if computed.dtype not in _DECODED:
+            W = nn.functional.pad(self.unpack(computed.dtype), (0, self.columns - self.in_features))
+            return nn.functional.linear(computed, W, bias).to(x.dtype)
         state = getattr(self.weight, "quant_state", None) or self._state()
         return matmul_4bit(computed, self.weight, state, bias=bias).to(x.dtype)
 
@@ -142,6 +151,10 @@ class Linear4bit(StockLinear4bit):
         if isinstance(self.weight, Params4bit):
             self.bind()  # one copy of the scales on the new device, not two
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.bind()  # a copy's weight knows the copy's scales
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._adopt()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_cod.quantization.codes import Codes, shown
 from hf_cod.quantization.product import decoded_rows, linear_3bit, multiply
 from hf_cod.quantization.scales import BlockScales
 
@@ -43,28 +44,37 @@ class Linear3bit(nn.Linear):
         self.block, self.compute_dtype = block, compute_dtype
         columns = stored_columns(in_features, block)
         planes = torch.empty(out_features, columns * 3 // 8, dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(planes, requires_grad=False)
+        self._parameters["weight"] = nn.Parameter(planes, requires_grad=False)
         self.scales = BlockScales(out_features * columns // block, double_quant, device)
         bias_of = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", bias_of)
 
+    @property
+    def weight(self) -> Codes:  # type: ignore[override]
+        """The planes, for whoever asks for their device or shape; the parameter itself is in `parameters()`."""
+        return shown(self._planes)
+
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
         """W (out_features, in_features) as a new dense tensor, float32 if no dtype is given."""
         absmax, nested, offset = self.scales()
-        found = decoded_rows(self.weight, absmax, nested, offset, self.block, dtype or torch.float32)
+        found = decoded_rows(self._planes, absmax, nested, offset, self.block, dtype or torch.float32)
         return torch.cat([W[:, : self.in_features] for _, W in found])
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), in x's dtype."""
-        if input.shape[-1] != self.in_features:
-            raise ValueError(f"input: expected (..., {self.in_features}), got {tuple(input.shape)}")
-        x = prepared(input, self.block, self.compute_dtype)
+        x = prepared(input, self.in_features, self.block, self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        tensors = x, self.weight, *self.scales(), self.block, bias
+        tensors = x, self._planes, *self.scales(), self.block, bias
         learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         # Only those that look at the graph need the operator, whose bookkeeping takes as long as a small product.
         product = linear_3bit if learns or torch.compiler.is_compiling() else multiply
         return product(*tensors).to(input.dtype)
+
+    @property
+    def _planes(self) -> Tensor:
+        planes = self._parameters["weight"]
+        assert planes is not None
+        return planes
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -76,9 +86,15 @@ def stored_columns(in_features: int, block: int) -> int:
     return (in_features + block - 1) // block * block
 
 
-def prepared(x: Tensor, block: int, dtype: torch.dtype | None) -> Tensor:
-    """The input, as wide as stored rows, in the dtype to multiply in: autocast's, else the chosen one, else its own."""
+def prepared(x: Tensor, in_features: int, block: int, dtype: torch.dtype | None) -> Tensor:
+    """The input, as wide as stored rows, in the dtype to multiply in: autocast's, else the chosen one, else its own.
+
+    Raises:
+        ValueError: x is not `in_features` wide.
+    """
+    if x.shape[-1] != in_features:
+        raise ValueError(f"input: expected (..., {in_features}), got {tuple(x.shape)}")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    missing = stored_columns(x.shape[-1], block) - x.shape[-1]
+    missing = stored_columns(in_features, block) - in_features
     return (nn.functional.pad(x, (0, missing)) if missing else x).to(dtype or x.dtype)

@@ -86,8 +86,8 @@ def plan_bits(
     sizes = {name: size for layer in layers for name, size in layer.items()}
     if not sizes:
         raise ValueError(f"model: expected a Linear in the layers that can be quantized, got none: {left}")
-    if scores is not None and len(scores.values) != len(stack):
-        raise ValueError(f"scores: expected {len(stack)} values, one a layer, got {len(scores.values)}")
+    if scores is not None:
+        _check_scores(scores, stack)
     weights = sum(n * k for n, k in sizes.values())
     least, most = (sum(stored_bits(size, width, storage) for size in sizes.values()) for width in BITS)
     budget = {FEW: least, MANY: most}.get(int(bits) if bits == int(bits) else 0, bits * weights)
@@ -148,6 +148,17 @@ def plan_of(stack: DecoderLayers, bits: dict[str, int], storage: StorageSettings
     sizes = {name: known[name] for name in known if name in bits}
     total = sum(stored_bits(size, bits[name], storage) for name, size in sizes.items())
     return BitPlan({name: bits[name] for name in sizes}, sizes, total / sum(n * k for n, k in sizes.values()), left)
+
+
+def _check_scores(scores: LayerScores, stack: DecoderLayers) -> None:
+    if len(scores.values) != len(stack):
+        raise ValueError(f"scores: expected {len(stack)} values, one a layer, got {len(scores.values)}")
+    for index, weights in enumerate(scores.parameters):
+        if weights != stack.count_weights(index):
+            raise ValueError(
+                f"scores: expected those of a model with {stack.count_weights(index):,} weights in layer {index}, "
+                f"got {weights:,} ({scores.model})"
+            )
 
 
 def _reason(name: str, module: Any, storage: StorageSettings, skip: Sequence[str], owners: Counter[int]) -> str | None:

@@ -150,7 +150,7 @@ def _keep(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor):
     needs_x, *_, needs_bias = ctx.needs_input_grad
     to_x = linear_3bit_backward(grad, *ctx.saved_tensors, ctx.block) if needs_x else None
-    to_bias = grad.flatten(0, -2).sum(0) if needs_bias else None
+    to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
     return to_x, None, None, None, None, None, to_bias
 
 

@@ -161,7 +161,7 @@ def _mark(model: Any, config: OwlBnbConfig) -> None:
     """What from_pretrained sets, so that saving, PEFT and Trainer know the model for what it is."""
     quantizer = OwlBnbQuantizer(config, pre_quantized=True)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
-    quantizer.postprocess_model(model)
+    quantizer.postprocess_model(model, loaded=False)
 
 
 def _report(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -16,7 +17,7 @@ from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.quantization.config import METHOD, OwlBnbConfig, score_of
 from hf_cod.quantization.plan import plan_by
 from hf_cod.quantization.rounding import new_module, round_matrix
-from hf_cod.stored_modules import ignore_signs, signs
+from hf_cod.stored_modules import ignore_signs, names_in, signs
 from hf_cod.stored_modules import replace as replace_module
 
 logger = logging.getLogger(__name__)
@@ -33,19 +34,14 @@ class OwlBnbQuantizer(HfQuantizer):
         import hf_cod.quantization.bnb  # noqa: F401
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            self.quantization_config.modules = _modules_of(model, self.quantization_config.modules)
+            ignore_signs(model)
+        else:
             self._choose(model)
         config = self.quantization_config
         for name, bits in config.modules.items():
-            try:
-                linear = model.get_submodule(name)
-            except AttributeError:
-                linear = None
-            if linear is None or not isinstance(getattr(linear, "weight", None), nn.Parameter):
-                raise ValueError(f"modules: expected matrices of {type(model).__name__}, got {name!r}")
-            replace_module(model, name, new_module(linear, bits, config, config.compute_dtype))
-        if self.pre_quantized:
-            ignore_signs(model)
+            replace_module(model, name, new_module(model.get_submodule(name), bits, config, config.compute_dtype))
 
     def _choose(self, model: Any) -> None:
         config = self.quantization_config
@@ -66,16 +62,22 @@ class OwlBnbQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor of the checkpoint is a matrix that gets quantized."""
         module, _, key = param_name.rpartition(".")
-        return key == "weight" and module in self.quantization_config.modules
+        return not self.pre_quantized and key == "weight" and module in self.quantization_config.modules
 
     def get_quantize_ops(self) -> ConversionOps:
         """What makes codes and scales of a matrix while it is loaded."""
         return _Quantize(self)
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, loaded: bool = True, **kwargs: Any) -> None:
         for name in self.quantization_config.modules:
             module = model.get_submodule(name)
-            check_stored(module, name)
+            if not self.pre_quantized and any(p.device.type == "meta" for p in module.parameters()):
+                raise ValueError(
+                    f"device_map: expected no quantized layer on disk, got {name} there; quantize in memory "
+                    "(device_map='cpu'), save, and load what was saved with the rest on disk"
+                )
+            if loaded:
+                check_stored(module, name)
             if module.bits == 4:
                 module.bind()
         model.is_loaded_in_4bit = True  # what PEFT and accelerate know quantized layers by
@@ -86,6 +88,11 @@ class OwlBnbQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained makes it a string
+        if any(getattr(getattr(module, "base_layer", None), "bits", None) == 4 for module in model.modules()):
+            raise ValueError(
+                "model: expected no adapters on 4-bit layers, which could never be merged, got some; save them, "
+                "dequantize the model without them, and load them on it"
+            )
         for name, module in [*model.named_modules()]:
             if is_quantized(module):
                 replace_module(model, name, to_linear(module, dtype))
@@ -124,6 +131,9 @@ class _Quantize(ConversionOps):
             name = key.removesuffix(".weight")
             module = model.get_submodule(name)
             W = W.mT if module.was_transposed else W
+            if W.shape != (module.out_features, module.in_features):
+                expected = f"({module.out_features}, {module.in_features})"
+                raise ValueError(f"{name}: expected a matrix {expected}, got {tuple(W.shape)}")
             squares = None if config.statistics is None else config.statistics.of(name)
             tensors = round_matrix(W, module.bits, config, name, squares)
             result |= {f"{name}.{part}": nn.Parameter(t, requires_grad=False) for part, t in tensors.items()}
@@ -135,8 +145,28 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and hasattr(module, "scales") and hasattr(module, "bits")
 
 
-def to_linear(module: Any, dtype: torch.dtype | None) -> nn.Linear:
-    """A dense Linear with the decoded weights; the bias is shared."""
+def _modules_of(model: Any, modules: dict[str, int]) -> dict[str, int]:
+    """The modules that a checkpoint names, under the names that they have in this model.
+
+    Raises:
+        ValueError: none, or one that is no matrix of the model.
+    """
+    if not modules:
+        raise ValueError("modules: expected the names of the quantized matrices, got none; config.json is damaged")
+    places = names_in(model, modules)
+    for name, place in places.items():
+        if not isinstance(model.get_submodule(place), (nn.Linear, Conv1D)):
+            raise ValueError(f"modules: expected matrices of {type(model).__name__}, got {name!r}")
+    return {place: modules[name] for name, place in places.items()}
+
+
+def to_linear(module: Any, dtype: torch.dtype | None) -> nn.Module:
+    """A dense Linear, or Conv1D, with the decoded weights; the bias is shared."""
+    if module.was_transposed:
+        conv: Any = Conv1D(module.out_features, 0)
+        conv.nx, conv.weight = module.in_features, nn.Parameter(module.unpack(dtype).mT.contiguous(), False)
+        conv.bias = module.bias
+        return conv.train(module.training)
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(module.unpack(dtype), requires_grad=False)
     linear.register_parameter("bias", module.bias)
@@ -144,11 +174,20 @@ def to_linear(module: Any, dtype: torch.dtype | None) -> nn.Linear:
 
 
 def check_stored(module: Any, name: str) -> None:
-    """Makes sure that a module's scales are numbers: shapes are checked by transformers, codes are all valid.
+    """Makes sure that a module's tensors were loaded, and its scales are numbers: shapes are checked by transformers,
+    codes are all valid.
 
     Raises:
-        ValueError: NaN or infinity; begins with the module's name.
+        ValueError: a missing tensor, one of another dtype, NaN or infinity; begins with the module's name.
     """
-    for key, tensor in module.scales.named_parameters():
+    for key, tensor in module.named_parameters():
+        # Transformers marks what it has loaded; what a checkpoint lacks is in memory, with whatever was there before.
+        if key != "bias" and tensor.device.type != "meta" and not hasattr(tensor, "_is_hf_initialized"):
+            raise ValueError(f"{name}.{key}: expected it in the checkpoint, got none; the file is damaged")
+    scales = module.scales
+    expected = torch.uint8 if scales.double_quant else torch.float32
+    if scales.absmax.dtype != expected:
+        raise ValueError(f"{name}.scales.absmax: expected {expected}, got {scales.absmax.dtype}; the file is damaged")
+    for key, tensor in scales.named_parameters():
         if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}.scales.{key}: expected finite numbers, got NaN or infinity; the file is damaged")

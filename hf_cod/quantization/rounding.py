@@ -42,17 +42,19 @@ def round_matrix(
         {"weight": codes, "scales.absmax": ..., ...} as `new_module` names them.
 
     Raises:
-        ValueError: NaN or infinity in W.
+        ValueError: NaN or infinity in W; a scale, rounded up, that W's dtype (float16) cannot hold.
     """
     from hf_cod.quantization.bnb import dequantize_scales, quantize_scales
 
+    largest = torch.finfo(W.dtype).max
     W = W.to(torch.promote_types(W.dtype, torch.float32)).contiguous()
     if not W.isfinite().all():
         raise ValueError(f"weights: expected finite numbers, got NaN or infinity in {name}")
     missing = stored_columns(W.shape[1], storage.block) - W.shape[1]
-    W = pad(W, (0, missing))
-    squares = None if squares is None else pad(squares, (0, missing))
-    products = None if products is None else pad(products, (0, missing, 0, missing))
+    if missing:
+        W = pad(W, (0, missing))
+        squares = None if squares is None else pad(squares, (0, missing))
+        products = None if products is None else pad(products, (0, missing, 0, missing))
     weights = products.diagonal() if products is not None else squares
     if weights is None or not weights.any():
         s = codebook.largest_scales(W, bits, storage.block)
@@ -60,6 +62,11 @@ def round_matrix(
         s = codebook.search_scales(W, bits, storage.block, weights.to(W.device))
     stored = quantize_scales(s, storage.double_quant)
     known = dequantize_scales(stored["absmax"], stored.get("nested_absmax"), stored.get("offset"))
+    if known.numel() and known.abs().max() > largest:
+        raise ValueError(
+            f"weights: expected scales within the model's dtype, got {float(known.abs().max()):.6g} > {largest:g} in "
+            f"{name}; load it in bfloat16 or float32"
+        )
     s = known.to(W.dtype).view(s.shape)
     if products is None:
         c = codebook.nearest_codes(W, s, bits, storage.block)
