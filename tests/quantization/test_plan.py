@@ -77,7 +77,7 @@ def test_bits_out_of_reach():
 def test_scores_of_another_model():
     with pytest.raises(ValueError, match="scores: expected 4 values, one a layer, got 3"):
         plan(llama(), 3.5, scores([1.0, 2.0, 3.0]))
-    with pytest.raises(ValueError, match="scores: expected .* with 36,864 weights in layer 0, got 9 .tiny"):
+    with pytest.raises(ValueError, match=r"scores: expected .* with 36,864 weights in layer 0, got 9 .tiny"):
         plan(llama(), 3.5, scores([1.0] * LAYERS, parameters=9))
 
 
@@ -107,7 +107,7 @@ def test_a_plan_by_name():
     assert found.bits == {name: 4} and found.sizes == {name: (128, 64)} and 4.12 < found.stored < 4.14
     with pytest.raises(ValueError, match=r"bits: expected names of the layers' matrices, got 'lm_head': unknown"):
         plan_of(stack, {"lm_head": 4}, StorageSettings())
-    with pytest.raises(ValueError, match="bits: expected 3 or 4, got 2 for model.layers.2.mlp.up_proj"):
+    with pytest.raises(ValueError, match=r"bits: expected 3 or 4, got 2 for model.layers.2.mlp.up_proj"):
         plan_of(stack, {name: 2}, StorageSettings())
     with pytest.raises(ValueError, match="modules: expected 3 or 4 bits each, got"):
         OwlBnbConfig(modules={name: 5})

@@ -241,7 +241,7 @@ def test_layers_that_go_to_disk_while_they_are_quantized(tmp_path):
         "offload_folder": tmp_path / "offload",
         "quantization_config": OwlBnbConfig(bits=3.5),
     }
-    with pytest.raises(ValueError, match="device_map: expected no quantized layer on disk, got model.layers.1"):
+    with pytest.raises(ValueError, match=r"device_map: expected no quantized layer on disk, got model.layers.1"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **options)
 
 
