@@ -71,7 +71,7 @@ def test_one_width_by_each_rounding(model, tmp_path, rounding):
 
 
 def test_scores_are_read_and_some_names_are_left(model, tmp_path):
-    LayerScores("m", "mine", [float(i) for i in range(12)], [1] * 12).save(tmp_path / "scores.json")
+    LayerScores("m", "mine", [float(i) for i in range(12)], [197632] * 12).save(tmp_path / "scores.json")
     more = [
         "--scores",
         str(tmp_path / "scores.json"),

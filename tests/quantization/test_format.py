@@ -51,7 +51,7 @@ def test_scales_in_eight_bits(count, seed):
     stored = bnb.quantize_scales(s)
     assert stored["absmax"].dtype == torch.uint8 and stored["offset"] == s.mean()
     found = bnb.dequantize_scales(stored["absmax"], stored["nested_absmax"], stored["offset"])
-    code = bnb._dynamic_code(torch.device("cpu")).tolist()
+    code = bnb.dynamic_code(torch.device("cpu")).tolist()
     for first in range(0, count, NESTED_BLOCK):
         here = (s - s.mean())[first : first + NESTED_BLOCK]
         scale = float(here.abs().max())

@@ -323,7 +323,7 @@ def test_a_file_that_was_cut(checkpoint):
     [
         (lambda c: c["modules"].clear(), "modules: expected the names of the quantized matrices, got none"),
         (lambda c: c["modules"].update({THREE: 5}), "modules: expected 3 or 4 bits each, got"),
-        (lambda c: c["modules"].update({"model.layers.9.mlp.up_proj": 3}), "modules: expected matrices of Llama.*9"),
+        (lambda c: c["modules"].update({"model.layers.9.mlp.up_proj": 3}), "modules: expected modules of Llama.*9"),
         (lambda c: c["modules"].update({"model.layers.0.mlp": 3}), "modules: expected matrices of LlamaForCausalLM"),
         (lambda c: c.update(block=48), "block: expected one of 32, 64, 128, 256, got 48"),
     ],

@@ -77,7 +77,7 @@ def test_it_is_built_once_and_found_again_without_a_compiler(tmp_path):
 @pytest.mark.parametrize("instructions, warnings", [(["portable"], 1), (["avx2", "portable"], 0)])
 def test_a_processor_on_which_packing_makes_slower_is_told_so_once(instructions, warnings, monkeypatch, caplog):
     found = SimpleNamespace(instructions=lambda dtype: instructions)
-    monkeypatch.setattr(kernel, "_open", lambda: found)
+    monkeypatch.setattr(kernel, "load_native", lambda *arguments: found)
     kernel.load_kernel.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "hf_cod"):
