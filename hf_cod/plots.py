@@ -194,7 +194,6 @@ def _bits(axes: Axes, report: RunReport) -> None:
     axes.set(
         ylabel="stored bits a weight",
         title=f"Bits of each layer (dashed: {mean:.2f} over all weights)",
-        ylim=(2.9, None),
     )
 
 

@@ -77,11 +77,11 @@ def _pair(output: Path) -> int:
 def _quantized(directory: Path) -> None:
     """Stores the Pre-LN model in three and four bits, and tells what that costs."""
     print("\nquantizing pre")
-    settings = quantize.QuantizeSettings(max_samples=16, sequence_length=128, eval_samples=16)
+    settings = quantize.QuantizeSettings(max_samples=8, eval_samples=16)
     text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
     model = embedded_model(EMBEDDED_PLACEMENTS[0])
     journal = directory / JOURNAL
-    report = quantize.run(model, ModelSettings(dtype="float32"), text, settings, None, journal, directory)
+    report = quantize.run(model, ModelSettings(), text, settings, None, journal, directory)
     report.plot(directory)
     report.save(directory)
     shutil.rmtree(journal)

@@ -51,7 +51,9 @@ class QuantizeSettings(CompressionSettings, StorageSettings):
             "choices": list(ROUNDINGS),
         },
     )
-    skip: list[str] = field(default_factory=list, metadata={"help": "parts of names of matrices to leave as they are"})
+    skip: list[str] = field(
+        default_factory=list, metadata={"help": "parts of names of matrices to leave as they are, such as down_proj"}
+    )
     baseline: bool = field(
         default=True,
         metadata={"help": "also quantize all layers to 3 and to 4 bits, to see where the mixture lies; 3 x the time"},
@@ -142,6 +144,7 @@ def run(
     told = {**asdict(settings), "text": text.text, "scores": scores_file, **describe_batches(calibration)}
     remarks = [] if scores is None else scores.remarks
     summary = [*report.summary, _sizes(results), *describe_perplexity(results, "quantized"), *_ends(results), *remarks]
+    summary.append("To load it, import hf_cod before from_pretrained.")
     return replace(report, settings=told, results=results, summary=summary)
 
 
@@ -204,7 +207,11 @@ def _explain(model: nn.Module, settings: QuantizeSettings, scores: LayerScores |
     console = Console()
     console.print(table)
     why = "by equal scores, earlier layers first" if scores is None else f"by {scores.method}, highest scores first"
-    console.print(f"Four bits {why}, until {settings.bits:g} stored bits a weight are spent.", highlight=False)
+    console.print(
+        f"Four bits {why}, until {settings.bits:g} stored bits a weight are spent; the layer where they end gets them "
+        "in the matrices that still fit, in the order of the model.",
+        highlight=False,
+    )
 
 
 def _sizes(results: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ class SettingsParser(HfArgumentParser):
             options["help"] = f"without this option: {text}"
         elif default is True:
             options["help"] = SUPPRESS  # it is on already; --no-... switches it off
-        elif text and default is not None and default is not False and default != SUPPRESS:
+        elif text and default is not None and default is not False and default not in ([], SUPPRESS):
             options["help"] = f"{text} (default: {default})"
         return super().add_argument(*dashed, **options)
 

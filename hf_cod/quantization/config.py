@@ -64,7 +64,11 @@ class OwlBnbConfig(StorageSettings, QuantizationConfigMixin):
     """
 
     bits: float = field(
-        default=3.5, metadata={"help": "stored bits a weight, scales included; 3 or 4 for one width throughout"}
+        default=3.5,
+        metadata={
+            "help": "stored bits a weight, scales included: from 3.13, all layers in 3 bits, to 4.13, all in 4; "
+            "a plain 3 or 4 means all in that width"
+        },
     )
     scores: Any = None
     allocation: Any = None

@@ -87,11 +87,12 @@ def quantize(
     work = fingerprint_of_work(journal, model, batches, plan.bits, config.block, config.double_quant, sums)
     finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
     title = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+    bar = f"quantizing to {plan.stored:.2f} bits"
     if batches is not None:
         check_independent(stack, "quantize")
-        change_sequentially(stack, batches, ProductsRecorder, change, finished, "quantizing", show_progress)
+        change_sequentially(stack, batches, ProductsRecorder, change, finished, bar, show_progress)
     else:
-        for index in progress(range(len(stack)), "quantizing", show_progress):
+        for index in progress(range(len(stack)), bar, show_progress):
             if index in finished:
                 finished.restore(index)
             else:
