@@ -37,9 +37,7 @@ def load_native(name: str, sources: Path, layers: str, without: str) -> Any:
     """
     try:
         library = _cached(name, sources)
-        if library.is_file():
-            torch.ops.load_library(str(library))
-        else:
+        if not _loaded(library):
             logger.warning("building the kernel of %s, once: half a minute or so", layers)
             _build(name, sources, library)
     except Exception as error:  # whatever a compiler, a linker or a read-only disk may come up with
@@ -52,6 +50,18 @@ def load_native(name: str, sources: Path, layers: str, without: str) -> Any:
         )
         return None
     return getattr(torch.ops, name)
+
+
+def _loaded(library: Path) -> bool:
+    """Whether the cached library is there and fits this machine; a damaged one is built again."""
+    if not library.is_file():
+        return False
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        logger.warning("%s cannot be loaded: %s", library, error)
+        return False
+    return True
 
 
 def _cached(name: str, sources: Path) -> Path:

@@ -76,6 +76,11 @@ def _pair(output: Path) -> int:
 
 def _quantized(directory: Path) -> None:
     """Stores the Pre-LN model in three and four bits, and tells what that costs."""
+    try:
+        import hf_cod.quantization.bnb  # noqa: F401
+    except ImportError as error:
+        print(f"\nnot quantized: {error}")
+        return
     print("\nquantizing pre")
     settings = quantize.QuantizeSettings(max_samples=8, eval_samples=16)
     text = TextSettings(text=str(EMBEDDED / "held_out.txt"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 JOURNAL = "journal"
@@ -45,14 +44,14 @@ def results_of(directory: Path) -> Path:
 
 
 def finish(directory: Path, results: Path) -> None:
-    """Puts the results in the place of the journal, once they are on the disk."""
+    """Moves the results up in the place of the journal, once they are on the disk; the journal goes last.
+
+    The directory itself stays: it may be a link, a mount point, or the one that somebody stands in.
+    """
     for path in results.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.resolve().parent))
-    results.rename(beside / _RESULT)
+    for path in sorted(results.iterdir()):
+        os.replace(path, directory / path.name)
     shutil.rmtree(directory / JOURNAL)
-    directory.rmdir()
-    (beside / _RESULT).rename(directory)
-    beside.rmdir()

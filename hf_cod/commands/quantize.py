@@ -26,6 +26,7 @@ from hf_cod.commands.output import JOURNAL, check_output, results_of
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.evaluation import task_of
+from hf_cod.functional.codebook import BITS
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.quantization import OwlBnbConfig, plan_bits, quantize
 from hf_cod.quantization.config import StorageSettings, check_bits
@@ -68,6 +69,11 @@ class QuantizeSettings(CompressionSettings, StorageSettings):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
 
+    @property
+    def mixed(self) -> bool:
+        """Whether some matrices get three bits and some four."""
+        return self.bits not in BITS
+
 
 @dataclass
 class QuantizeOutput:
@@ -93,6 +99,8 @@ def main(arguments: Sequence[str]) -> int:
     loading, text, settings, files, rest = parser.parse(arguments)
     directory = Path(files.output or default_directory("quantize", rest.model))
     check_output(directory, rest.model)
+    import hf_cod.quantization.bnb  # noqa: F401 - its absence is told before any work
+
     if files.plots:
         require_plots()
     results = results_of(directory)
@@ -119,7 +127,7 @@ def run(
     if settings.explain:
         _explain(model, settings, scores)
     work = _Work(calibration, journal, settings, model_title(source))
-    for title, bits in (("three", 3.0), ("four", 4.0)) if settings.baseline and 3 < settings.bits < 4 else ():
+    for title, bits in (("three", 3.0), ("four", 4.0)) if settings.baseline and settings.mixed else ():
         work.quantize(model, replace(settings, bits=bits), scores)
         perplexities[title] = measure_perplexity(model, evaluation, settings)
         del model
@@ -183,7 +191,7 @@ def _scores(
     """None where all layers get the same width."""
     if scores_file is not None:
         return LayerScores.load(scores_file)
-    if not 3 < settings.bits < 4:
+    if not settings.mixed:
         return None
     chosen = {name: getattr(settings, name) for name in ("threshold", "per_module", "seed", "layers_path")}
     if settings.score in ("sensitivity", "auto"):
@@ -206,6 +214,8 @@ def _explain(model: nn.Module, settings: QuantizeSettings, scores: LayerScores |
         table.add_row(*map(str, row))
     console = Console()
     console.print(table)
+    if not settings.mixed:
+        return
     why = "by equal scores, earlier layers first" if scores is None else f"by {scores.method}, highest scores first"
     console.print(
         f"Four bits {why}, until {settings.bits:g} stored bits a weight are spent; the layer where they end gets them "

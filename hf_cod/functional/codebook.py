@@ -26,7 +26,10 @@ NF4 = (
 CODEBOOKS = {3: NF4[1::2], 4: NF4}
 BITS = tuple(CODEBOOKS)
 # Shares of the largest magnitude of a block that are tried as its scale.
-TRIED = {3: (0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0), 4: (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)}
+# The whole comes first, so that it stays where channels are always zero and no share costs anything.
+TRIED = {3: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
+# What scales take a weight at block 64: eight bits for each block, 32 for 256 of those.
+SCALE_BITS = 8 / 64 + 32 / (64 * 256)
 # Weights that are rounded or whose scales are searched, and columns whose errors are handed on, at a time.
 CHUNK, COLUMNS = 1 << 18, 64
 # Cells in each half of [-1, 1]; midpoints of NF4 lie 0.08 apart and more.

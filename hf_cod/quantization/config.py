@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,22 @@ class OwlBnbConfig(StorageSettings, QuantizationConfigMixin):
         if wrong:
             raise ValueError(f"modules: expected {' or '.join(map(str, BITS))} bits each, got {wrong}")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Reads what `to_dict` made.
+
+        Raises:
+            ValueError: an entry that this version does not know.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(config_dict) - known)
+        if unknown:
+            raise ValueError(
+                f"quantization_config: expected {', '.join(sorted(known))}, got {', '.join(unknown)}; "
+                "pip install -U hf_cod"
+            )
+        return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
         kept = {name: value for name, value in self.__dict__.items() if name not in _NOT_SAVED}
@@ -112,7 +128,7 @@ def check_bits(bits: float) -> None:
     Raises:
         ValueError: it cannot.
     """
-    if not min(BITS) <= bits <= max(BITS) + 1:
+    if not bits >= min(BITS):
         raise ValueError(f"bits: expected 3, 4, or stored bits between them, such as 3.5, got {bits}")
 
 

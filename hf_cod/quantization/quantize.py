@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from hf_cod.diagnostics.partial_pass import check_independent
 from hf_cod.diagnostics.running import execution_device, progress
 from hf_cod.layer_by_layer import FinishedLayers, Sums, change_sequentially, fingerprint_of_work
 from hf_cod.quantization.config import METHOD, OwlBnbConfig, score_of
-from hf_cod.quantization.plan import BitPlan, plan_by, stored_bits
+from hf_cod.quantization.plan import BitPlan, plan_by, recorded, stored_bits, what_is_lost
 from hf_cod.quantization.quantizer import OwlBnbQuantizer
 from hf_cod.quantization.rounding import fill, new_module, round_matrix
 from hf_cod.report import RunReport, environment
@@ -72,6 +71,8 @@ def quantize(
     import hf_cod.quantization.bnb  # noqa: F401 - its absence is told before any work
 
     config = config or OwlBnbConfig()
+    if getattr(model, "is_quantized", False):
+        raise ValueError("model: expected dense weights, got quantized ones; model.dequantize() first")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model without wrappers, got {type(model).__name__}")
     stack = find_decoder_layers(model, path)
@@ -97,8 +98,7 @@ def quantize(
                 finished.restore(index)
             else:
                 finished.add(index, change(index, None))
-    config = replace(config, modules=plan.bits, score=score_of(config))
-    _mark(model, config)
+    _mark(model, recorded(config, plan))
     told = {} if batches is None else describe_batches(batches)
     return _report(stack, plan, config, finished, title, told)
 
@@ -182,7 +182,7 @@ def _report(
     return RunReport(
         kind="quantize",
         model=title,
-        settings={"block": config.block, "double_quant": config.double_quant, "score": config.score, **batches},
+        settings={"block": config.block, "double_quant": config.double_quant, "score": score_of(config), **batches},
         environment=environment(execution_device(model), next(_floating(model)).dtype),
         layers=layers,
         results={"bits": plan.stored, "bytes": round(plan.stored * weights / 8), "modules": plan.bits},
@@ -190,6 +190,7 @@ def _report(
             f"{weights:,} weights of the layers' matrices are stored in {plan.stored:.3f} bits each, scales included."
         ],
         notes=[
+            *what_is_lost(config, plan, calibrated=bool(batches)),
             *(f"no token entered {name}: rounded to the nearest" for note in notes for name in note["unseen"]),
             *(f"{name} is not quantized: {reason}" for name, reason in plan.left.items()),
         ],

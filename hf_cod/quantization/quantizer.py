@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from hf_cod.decoder_layers import find_decoder_layers
-from hf_cod.quantization.config import METHOD, OwlBnbConfig, score_of
-from hf_cod.quantization.plan import plan_by
+from hf_cod.quantization.config import METHOD, OwlBnbConfig
+from hf_cod.quantization.plan import plan_by, recorded, what_is_lost
 from hf_cod.quantization.rounding import new_module, round_matrix
+from hf_cod.statistics import LayerStatistics
 from hf_cod.stored_modules import ignore_signs, names_in, signs
 from hf_cod.stored_modules import replace as replace_module
 
@@ -28,6 +28,7 @@ class OwlBnbQuantizer(HfQuantizer):
     """Swaps the layers' matrices for quantized ones before their tensors are loaded, and fills them while loading."""
 
     quantization_config: OwlBnbConfig
+    statistics: LayerStatistics | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Imports bitsandbytes, whose absence is better told before gigabytes are read."""
@@ -49,12 +50,10 @@ class OwlBnbQuantizer(HfQuantizer):
         if config.statistics is not None:
             config.statistics.check(stack)
         plan = plan_by(stack, config)
-        # A config of its own: the caller's may serve for another model.
-        config = self.quantization_config = replace(config, modules=plan.bits, score=score_of(config))
-        if config.score is None and len(set(plan.bits.values())) > 1:
-            logger.warning("no scores: earlier layers get 4 bits; hf-cod score finds better ones")
-        if config.statistics is None:
-            logger.warning("no statistics: scales follow the largest weight of a block, which costs quality")
+        self.statistics = config.statistics
+        for sentence in what_is_lost(config, plan, calibrated=False):
+            logger.warning("%s", sentence)
+        self.quantization_config = recorded(config, plan)
         for name, reason in plan.left.items():
             if reason != "skipped":
                 logger.warning("%s is not quantized: %s", name, reason)
@@ -78,8 +77,10 @@ class OwlBnbQuantizer(HfQuantizer):
                 )
             if loaded:
                 check_stored(module, name)
+            check_range(module, name, self.quantization_config.compute_dtype or model.dtype)
             if module.bits == 4:
                 module.bind()
+        self.statistics = None
         model.is_loaded_in_4bit = True  # what PEFT and accelerate know quantized layers by
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -134,7 +135,8 @@ class _Quantize(ConversionOps):
             if W.shape != (module.out_features, module.in_features):
                 expected = f"({module.out_features}, {module.in_features})"
                 raise ValueError(f"{name}: expected a matrix {expected}, got {tuple(W.shape)}")
-            squares = None if config.statistics is None else config.statistics.of(name)
+            statistics = self.quantizer.statistics
+            squares = None if statistics is None else statistics.of(name)
             tensors = round_matrix(W, module.bits, config, name, squares)
             result |= {f"{name}.{part}": nn.Parameter(t, requires_grad=False) for part, t in tensors.items()}
         return result
@@ -184,10 +186,28 @@ def check_stored(module: Any, name: str) -> None:
         # Transformers marks what it has loaded; what a checkpoint lacks is in memory, with whatever was there before.
         if key != "bias" and tensor.device.type != "meta" and not hasattr(tensor, "_is_hf_initialized"):
             raise ValueError(f"{name}.{key}: expected it in the checkpoint, got none; the file is damaged")
-    scales = module.scales
-    expected = torch.uint8 if scales.double_quant else torch.float32
-    if scales.absmax.dtype != expected:
-        raise ValueError(f"{name}.scales.absmax: expected {expected}, got {scales.absmax.dtype}; the file is damaged")
-    for key, tensor in scales.named_parameters():
-        if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name}.scales.{key}: expected finite numbers, got NaN or infinity; the file is damaged")
+    whole = module.scales.double_quant
+    expected = {"weight": torch.uint8, "scales.absmax": torch.uint8 if whole else torch.float32}
+    for key, tensor in module.named_parameters():
+        if key == "bias" or tensor.device.type == "meta":
+            continue
+        wanted = expected.get(key, torch.float32)
+        if tensor.dtype != wanted:
+            raise ValueError(f"{name}.{key}: expected {wanted}, got {tensor.dtype}; the file is damaged")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name}.{key}: expected finite numbers, got NaN or infinity; the file is damaged")
+
+
+def check_range(module: Any, name: str, dtype: torch.dtype) -> None:
+    """Makes sure that decoded weights are finite in the dtype that they are multiplied in.
+
+    Raises:
+        ValueError: float16, and a scale beyond its largest number.
+    """
+    from hf_cod.quantization.bnb import dequantize_scales
+
+    if dtype != torch.float16 or module.scales.absmax.device.type == "meta":
+        return
+    largest = float(dequantize_scales(*module.scales()).abs().max())
+    if largest > torch.finfo(dtype).max:
+        raise ValueError(f"dtype: expected one that holds weights of {largest:g} in {name}, got {dtype}; take bfloat16")

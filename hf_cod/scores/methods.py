@@ -17,7 +17,7 @@ from hf_cod.diagnostics import measure_forward, measure_gradient_norm, measure_l
 from hf_cod.diagnostics.running import naming_weights
 from hf_cod.evaluation import find_metric, task_of
 from hf_cod.functional import budget, outliers
-from hf_cod.functional.codebook import BITS
+from hf_cod.functional.codebook import BITS, SCALE_BITS
 from hf_cod.scores.layer_scores import LayerScores
 from hf_cod.scores.pruning_probe import CODEBOOK, PRUNERS, PruningProbe
 from hf_cod.statistics import LayerStatistics, collect_statistics
@@ -42,7 +42,10 @@ class ScoreSettings:
     )
     target: float = field(
         default=0.7,
-        metadata={"help": "sensitivity and auto: the sparsity that the scores are to serve; of codebook, the bits"},
+        metadata={
+            "help": "sensitivity and auto: the sparsity that the scores are to serve; of codebook, the stored bits, "
+            "scales included"
+        },
     )
     pruner: str = field(
         default="wanda",
@@ -63,10 +66,10 @@ class ScoreSettings:
             raise ValueError(f"threshold: expected a finite number above 0, got {self.threshold}")
         if self.pruner not in PRUNERS:
             raise ValueError(f"pruner: expected one of {', '.join(PRUNERS)}, got {self.pruner!r}")
-        low, high = (min(BITS), max(BITS)) if self.pruner == CODEBOOK else (0, 1)
+        low, high = (min(BITS) + SCALE_BITS, max(BITS) + SCALE_BITS) if self.pruner == CODEBOOK else (0, 1)
         if not low < self.target < high:
             what = "bits" if self.pruner == CODEBOOK else "a sparsity"
-            raise ValueError(f"target: expected {what} between {low} and {high}, got {self.target}")
+            raise ValueError(f"target: expected {what} between {low:.4g} and {high:.4g}, got {self.target}")
 
 
 def score_layers(
@@ -245,7 +248,7 @@ def _plans(request: _Request, method: str, values: list[float]) -> Iterator[tupl
     sizes = torch.tensor([request.stack.count_weights(i) for i in range(len(request.stack))]).double()
     if request.settings.pruner == CODEBOOK:
         D = torch.tensor(values if method != "uniform" else _depth(request))  # of equal layers the first ones
-        wanted = budget.spread(D, sizes, target, min(BITS), max(BITS), falling=False)
+        wanted = budget.spread(D, sizes, target - SCALE_BITS, min(BITS), max(BITS), falling=False)
         yield 0.0, budget.round_to(wanted, BITS, sizes).tolist()
         return
     for lam in (0.0,) if method == "uniform" else SPREADS:

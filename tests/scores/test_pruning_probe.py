@@ -120,12 +120,12 @@ def test_bits_are_tried_by_rounding():
     assert scores.values == pytest.approx([losses[0] - loss for loss in losses[1:]], abs=1e-5)
     auto = score_layers(model, statistics, "auto", batches=[batch], target=3.5, pruner="codebook")
     assert "spread" not in auto.settings
-    plan = [int(bits) for bits in allocate(auto, "bits", budget=3.5).values]
+    plan = [int(bits) for bits in allocate(auto, "bits", budget=3.5 - codebook.SCALE_BITS).values]
     if auto.settings["chosen"] != "uniform":
         rounded = round_layers(build("llama"), plan, statistics)
         best = math.log(references.perplexity(rounded, batch))
         assert best == pytest.approx(min(auto.settings["losses"].values()), abs=1e-5)
-    with pytest.raises(ValueError, match=r"target: expected bits between 3 and 4, got 0\.7"):
+    with pytest.raises(ValueError, match=r"target: expected bits between 3\.127 and 4\.127, got 0\.7"):
         score_layers(model, statistics, "auto", batches=[batch], pruner="codebook")
 
 
