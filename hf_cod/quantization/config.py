@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def check_bits(bits: float) -> None:
     Raises:
         ValueError: it cannot.
     """
-    if not bits >= min(BITS):
+    if not min(BITS) <= bits < math.inf:
         raise ValueError(f"bits: expected 3, 4, or stored bits between them, such as 3.5, got {bits}")
 
 

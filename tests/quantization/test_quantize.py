@@ -91,7 +91,7 @@ def test_what_cannot_be_quantized_is_refused_before_anything_changes():
     broken.model.layers[3].mlp.up_proj.weight.data[0, 0] = float("inf")
     for model, message in (
         (adapted, "model: expected plain weights, got an adapter"),
-        (mixed(), "model: expected plain floating-point weights, got"),
+        (mixed(), "model: expected dense weights, got quantized ones"),
         (offloaded, "model: expected weights in memory, got offloaded ones"),
         (shared, "model: expected weights of one matrix each"),
         (broken, "weights: expected finite numbers, got NaN or infinity in model.layers.3.mlp.up_proj"),
