@@ -126,7 +126,7 @@ def test_save_and_load(tmp_path):
         ({"budget": 0.05, "spread": 0.05, "rule": "authors"}, "spread: expected one that leaves each sparsity in 0..1"),
         ({"rule": "best"}, "rule: expected one of bounded, authors"),
         ({"kind": "rank", "rule": "authors"}, "rule: expected bounded for rank"),
-        ({"kind": "width"}, "kind: expected one of sparsity, bits, rank, probability, got 'width'"),
+        ({"kind": "width"}, "kind: expected one of sparsity, bits, rank, parameters, probability, got 'width'"),
         ({"kind": "bits", "budget": 5}, "budget: expected bits in 3..4, got 5"),
         ({"kind": "bits", "budget": 3.5, "spread": 0.1}, "spread: expected none for bits"),
         ({"kind": "bits", "budget": 3.5, "choices": [4, 3]}, "choices: expected rising values"),

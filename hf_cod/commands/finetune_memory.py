@@ -60,7 +60,7 @@ def print_estimates(
     config = load_config(source, loading)
     device = loading.device or best_device()
     room = told.bytes_of_device() or free_memory(device)
-    table = Table("method", *PARTS, "total", "fits", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table("method", *PARTS, "total", "fits", box=box.SIMPLE_HEAD, padding=0)
     for method in tqdm(METHODS, desc="estimating", leave=False, disable=None):
         try:
             found = estimate(config, method, settings, sampling, loading.trust_remote_code)

@@ -373,7 +373,7 @@ def test_a_peft_that_cannot_be_extended_is_told(monkeypatch):
             raise TypeError
 
     monkeypatch.setattr(registry, "PeftType", Closed)
-    with pytest.raises(ImportError, match="peft: expected a version that methods can be added to"):
+    with pytest.raises(ImportError, match="peft: expected a version that a method can be added to"):
         registry.peft_type()
 
 
