@@ -66,6 +66,18 @@ class SpreadSettings(CompressionSettings):
     )
 
 
+@dataclass
+class CompressionOutput:
+    """What is read beside the model, and where results go."""
+
+    scores: str | None = field(default=None, metadata={"help": "scores.json of hf-cod score, instead of scoring anew"})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "new directory for model, report and pictures; default: hf-cod-COMMAND-MODEL"},
+    )
+    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
+
+
 def deliver(report: RunReport, directory: Path, results: Path, plots: bool) -> None:
     """Adds report and pictures to the results, puts them in their place, and prints the report.
 

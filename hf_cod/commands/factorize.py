@@ -12,6 +12,7 @@ from torch import nn
 from hf_cod.allocation import LayerAllocation, allocate
 from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
+    CompressionOutput,
     SpreadSettings,
     deliver,
     describe_perplexity,
@@ -76,21 +77,10 @@ class FactorizeSettings(SpreadSettings):
             raise ValueError("spread: expected none with the spectrum, which needs none")
 
 
-@dataclass
-class FactorizeOutput:
-    """What is read beside the model, and where results go."""
-
-    scores: str | None = field(default=None, metadata={"help": "scores.json of hf-cod score, instead of scoring anew"})
-    output: str | None = field(
-        default=None, metadata={"help": "new directory for model, report and pictures; default: hf-cod-factorize-MODEL"}
-    )
-    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
-
-
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, FactorizeSettings, FactorizeOutput],
+        [ModelSettings, TextSettings, FactorizeSettings, CompressionOutput],
         prog="hf-cod factorize",
         description="Replaces matrices of the layers by products of two thin ones, and writes a smaller, dense model "
         "that from_pretrained loads where hf_cod is imported, and with trust_remote_code without it. Interrupted, the "

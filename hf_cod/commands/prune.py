@@ -13,6 +13,7 @@ from torch import nn
 from hf_cod.allocation import LayerAllocation, allocate
 from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
+    CompressionOutput,
     SpreadSettings,
     as_in,
     deliver,
@@ -84,21 +85,10 @@ class PruneSettings(SpreadSettings):
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
 
-@dataclass
-class PruneOutput:
-    """What is read beside the model, and where results go."""
-
-    scores: str | None = field(default=None, metadata={"help": "scores.json of hf-cod score, instead of scoring anew"})
-    output: str | None = field(
-        default=None, metadata={"help": "new directory for model, report and pictures; default: hf-cod-prune-MODEL"}
-    )
-    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
-
-
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, PruneSettings, RecoverySettings, PruneOutput],
+        [ModelSettings, TextSettings, PruneSettings, RecoverySettings, CompressionOutput],
         prog="hf-cod prune",
         description="Sets weights of the layers' matrices to zero, more of them in layers that matter less, and writes "
         "a model that from_pretrained loads. Interrupted, the same command goes on where it stopped. The model itself "

@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
+    CompressionOutput,
     CompressionSettings,
     as_in,
     deliver,
@@ -75,21 +76,10 @@ class QuantizeSettings(CompressionSettings, StorageSettings):
         return self.bits not in BITS
 
 
-@dataclass
-class QuantizeOutput:
-    """What is read beside the model, and where results go."""
-
-    scores: str | None = field(default=None, metadata={"help": "scores.json of hf-cod score, instead of scoring anew"})
-    output: str | None = field(
-        default=None, metadata={"help": "new directory for model, report and pictures; default: hf-cod-quantize-MODEL"}
-    )
-    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
-
-
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, QuantizeSettings, QuantizeOutput],
+        [ModelSettings, TextSettings, QuantizeSettings, CompressionOutput],
         prog="hf-cod quantize",
         description="Stores the layers' matrices in three and four bits a weight, four in layers that matter more, and "
         "writes a model that from_pretrained loads wherever hf_cod is imported. Interrupted, the same command goes on "
