@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,7 +165,7 @@ def _finished(
     statistics: LayerStatistics | None,
     settings: list[Any],
 ) -> FinishedLayers:
-    sums = {} if statistics is None else {name: _digest(squares) for name, squares in statistics.squares.items()}
+    sums = {} if statistics is None else statistics.digests()
     work = fingerprint_of_work(journal, stack.model, batches, sums, settings)
 
     def put_back(index: int, tensors: dict[str, Tensor]) -> None:
@@ -174,10 +173,6 @@ def _finished(
             W.copy_(tensors[name])
 
     return FinishedLayers(journal, work, lambda index: dict(stack.matrices(index)), put_back)
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _report(

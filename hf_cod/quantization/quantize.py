@@ -84,7 +84,7 @@ def quantize(
     check_writable(stack)
     plan = plan_by(stack, config)
     change = _LayerChange(stack, plan, config)
-    sums = {} if statistics is None else {key: float(value.sum()) for key, value in statistics.squares.items()}
+    sums = {} if statistics is None else statistics.digests()
     work = fingerprint_of_work(journal, model, batches, plan.bits, config.block, config.double_quant, sums)
     finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
     title = name or getattr(model.config, "_name_or_path", "") or type(model).__name__

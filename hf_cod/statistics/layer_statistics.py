@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ class LayerStatistics:
     def of(self, name: str, expert: int | None = None) -> Tensor | None:
         """(in,): the sum of squares of a matrix, or of one of its experts; None if no token entered it."""
         return _entry(self.squares, self.tokens, name, expert)
+
+    def digests(self) -> dict[str, str]:
+        """Matrix's name -> hash of its sums, by which a resumed run knows them again."""
+        return {name: sha256(t.contiguous().numpy().tobytes()).hexdigest() for name, t in self.squares.items()}
 
     @classmethod
     def merge(cls, parts: Sequence[LayerStatistics]) -> LayerStatistics:
