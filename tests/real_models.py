@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 from huggingface_hub import cached_assets_path
+from huggingface_hub.utils import WeakFileLock
 
 from hf_cod.commands.demo import PACKAGED_MODEL
 from hf_cod.loading import ModelSettings, from_package, load_model
@@ -34,12 +35,15 @@ def _folder(name: str) -> Path:
 
 
 def _made_once(name: str, make) -> Path:
-    """A folder that `make(folder)` fills; made aside and renamed, so that an interrupted run leaves nothing half."""
+    """A folder that `make(folder)` fills; made aside and renamed, so that an interrupted run leaves nothing half.
+    Processes that test at the same time wait for the first of them.
+    """
     target = _folder(name) / "ready"
-    if not target.exists():
-        aside = Path(tempfile.mkdtemp(dir=_folder(name)))
-        make(aside)
-        aside.rename(target)
+    with WeakFileLock(_folder(name) / "lock"):
+        if not target.exists():
+            aside = Path(tempfile.mkdtemp(dir=_folder(name)))
+            make(aside)
+            aside.rename(target)
     return target
 
 
