@@ -214,7 +214,6 @@ def _train(
         weight_decay=0.0,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
-        gradient_checkpointing=settings.checkpointing,
         seed=seed,
         save_steps=settings.save_every,
         save_total_limit=2,
@@ -222,6 +221,7 @@ def _train(
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
         use_cpu=model.device.type == "cpu",
+        **({"gradient_checkpointing": True} if settings.checkpointing else {}),  # a name that later versions deprecate
     )
     trainer = Trainer(
         model=model,

@@ -59,6 +59,8 @@ def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
         assert any("cut off" in line for line in report.summary)
     if method in ("owlore", "lisa"):
         assert sum(report.layers["trained"]) == 3 * 10
+    report.plot(output)
+    assert (output / ("overview.png" if report.layers else "curve.png")).is_file()
     with pytest.raises(ValueError, match="output: expected a new directory"):
         from hf_cod.commands import finetune
 
