@@ -5,10 +5,12 @@ Not imported with the package, because transformers' Trainer takes longer to imp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
 from hf_cod.finetuning.memory import LiveStorages, Memory, gradients_counted, state_of
@@ -17,11 +19,15 @@ from hf_cod.finetuning.memory import LiveStorages, Memory, gradients_counted, st
 class MemoryCallback(TrainerCallback):
     """Counts the second step that a run makes: the first one whose optimizer had its state from the beginning.
 
+    Args:
+        beside: other models in memory, whose weights count as weights.
+
     Attributes:
         memory: None until then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Sequence[nn.Module] = ()) -> None:
+        self._beside = beside
         self.memory: Memory | None = None
         self._steps = 0
         self._counter: LiveStorages | None = None
@@ -34,7 +40,8 @@ class MemoryCallback(TrainerCallback):
             return
         model, optimizer = about["model"], about["optimizer"]
         counter = LiveStorages(getattr(model.config, "vocab_size", None))
-        counter.add([*model.parameters(), *model.buffers()], "weights")
+        for each in (model, *self._beside):
+            counter.add([*each.parameters(), *each.buffers()], "weights")
         counter.add(state_of(optimizer), "optimizer state")
         self._attached.enter_context(gradients_counted(model, counter))
         self._attached.enter_context(counter)
