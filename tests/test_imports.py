@@ -18,6 +18,7 @@ ORDER = [
     ["scores"],
     ["allocation", "comparison", "pretraining"],
     ["finetuning", "pruning", "low_rank", "quantization"],
+    ["healing"],
     ["plots", "model_card"],
     ["commands"],
     ["cli"],
