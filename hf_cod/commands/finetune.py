@@ -203,6 +203,8 @@ def _train(
 
     from hf_cod.finetuning.memory_callback import MemoryCallback
 
+    # Named only where it is used: later versions deprecate the name.
+    checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if settings.checkpointing else {}
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=settings.steps,
@@ -222,7 +224,7 @@ def _train(
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
         use_cpu=model.device.type == "cpu",
-        **({"gradient_checkpointing": True} if settings.checkpointing else {}),  # a name that later versions deprecate
+        **checkpointing,
     )
     trainer = Trainer(
         model=model,
