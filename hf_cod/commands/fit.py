@@ -179,9 +179,7 @@ def _split(batches: Sequence[Batch], settings: FitSettings) -> tuple[list[Batch]
     """Of the samples in front of those that are reported on: to calibrate on, and to choose by."""
     drawn = describe_batches(batches)["samples"]
     if drawn < 2:
-        raise ValueError(
-            "text: expected at least three samples, to calibrate, choose and measure on; got too few"
-        )
+        raise ValueError("text: expected at least three samples, to calibrate, choose and measure on; got too few")
     share = settings.tuning_samples / (settings.max_samples + settings.tuning_samples)
     return split_samples(batches, drawn - min(drawn - 1, max(1, round(drawn * share))))
 
