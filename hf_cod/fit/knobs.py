@@ -12,9 +12,11 @@ from torch import nn
 from hf_cod.allocation import allocate
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import find_decoder_layers
+from hf_cod.functional.codebook import BITS
 from hf_cod.low_rank import factorize, plan_ranks
 from hf_cod.pruning import prune
 from hf_cod.quantization import OwlBnbConfig, quantize
+from hf_cod.quantization.plan import plan_bits
 from hf_cod.scores import score_layers
 from hf_cod.sparse import pack_sparse
 
@@ -84,10 +86,16 @@ def _sparse(model: Any, share: float, how: Applying) -> None:
     pack_sparse(model)
 
 
-def _bits(model: Any, bits: float, how: Applying) -> None:
-    mixed = bits not in (3, 4)
-    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.path) if mixed else None
-    quantize(model, OwlBnbConfig(bits=bits, scores=scores), **how.options())
+def _bits(model: Any, codes: float, how: Applying) -> None:
+    """Scales come on top of the bits of codes: 0.13 a weight, more where rows are no whole blocks."""
+    if codes in BITS:
+        quantize(model, OwlBnbConfig(bits=codes), **how.options())
+        return
+    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.path)
+    stack = find_decoder_layers(model, how.path)
+    few, many = (plan_bits(stack, bits, OwlBnbConfig()).stored for bits in BITS)
+    stored = few + (codes - min(BITS)) / (max(BITS) - min(BITS)) * (many - few)
+    quantize(model, OwlBnbConfig(bits=stored, scores=scores), **how.options())
 
 
 # Knob -> what it does. Order matters: what removes structure comes before what stores the rest in fewer bits.
@@ -97,17 +105,12 @@ KNOBS: dict[str, Knob] = {
         _shares(*range(50, 85, 5)), 3, _sparse, lambda x: f"{x:.0%} of the weights zero, and packed", structural=False
     ),
     "bits": Knob(
-        lambda model, path: [4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4, 3.3, 3.2, 3.0],
+        lambda model, path: [4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4, 3.3, 3.2, 3.1, 3.0],
         3,
         _bits,
-        lambda x: f"{x:g} bits a weight",
+        lambda x: f"{x:g} bits a weight, and scales",
         structural=False,
     ),
 }
 # A matrix is stored packed or in few bits, not both.
 EXCLUSIVE = (("sparsity", "bits"),)
-
-
-def layers_of(model: nn.Module, path: str | None) -> int:
-    """How many layers a model has."""
-    return len(find_decoder_layers(model, path))
