@@ -10,6 +10,7 @@ from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import MeasurementError, diagnose
 from hf_cod.evaluation import evaluate_tasks, perplexity
 from hf_cod.finetuning import LayerSampler, OwLoreAdamW, lora_ranks, owlore
+from hf_cod.fit import FitPlan, apply_steps, plan_fit
 from hf_cod.healing import HealSettings, heal
 from hf_cod.layer_removal import drop, skip
 from hf_cod.low_rank import RankPlan, factorize, plan_ranks
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Comparison",
     "DecoderLayers",
+    "FitPlan",
     "HealSettings",
     "LayerAllocation",
     "LayerDiagnosticsCallback",
@@ -45,6 +47,7 @@ __all__ = [
     "SparseLinear",
     "TrainingHistory",
     "allocate",
+    "apply_steps",
     "collect_statistics",
     "compare",
     "diagnose",
@@ -60,6 +63,7 @@ __all__ = [
     "owlore",
     "pack_sparse",
     "perplexity",
+    "plan_fit",
     "plan_ranks",
     "prune",
     "quantize",

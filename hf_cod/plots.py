@@ -222,6 +222,25 @@ def _kept(axes: Axes, report: RunReport) -> None:
     axes.set(ylabel="share of weights", title=f"Weights that each layer keeps (dashed: {mean:.1%} of all)")
 
 
+def _trade_off(axes: Axes, report: RunReport) -> None:
+    """The least loss that is expected with each share of the layers left, and what was measured."""
+    plan = report.results["plan"]
+    left, loss, _ = zip(*plan["curve"], strict=True)
+    axes.plot(left, loss, color=PALE, label="least expected")
+    for row in plan["tried"]:
+        single = len(row["steps"]) == 1
+        axes.plot(row["left"], row["loss"], marker="o" if single else "D", color=PALE if single else INK)
+        axes.annotate("+".join(row["steps"]), (row["left"], row["loss"]), xytext=(4, 4), textcoords="offset points")
+    axes.axhline(plan["intact_loss"], color="black", linestyle="--", linewidth=1)
+    axes.legend(frameon=False)
+    axes.set(
+        xlabel="share of the layers that is left",
+        ylabel="loss in nats a token",
+        title="Trade-off (dashed: intact; marks: measured)",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _numbers(values: list[Any]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
@@ -268,6 +287,7 @@ PANELS: dict[str, Callable[..., None]] = {
     "sparsity": _sparsity,
     "kept": _kept,
     "bits": _bits,
+    "trade_off": _trade_off,
     "error": _per_layer("error", "Share of the outputs' energy that is lost", "mean over the layer's matrices"),
 }
 # The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
@@ -282,6 +302,8 @@ def _has(report: RunReport, name: str) -> bool:
         return bool(report.results.get(name))
     if name == "healed":
         return report.kind == "heal"
+    if name == "trade_off":
+        return "curve" in report.results.get("plan", {})
     return name in report.layers and (name != "angular_distance" or name in report.results)
 
 

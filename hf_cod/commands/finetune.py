@@ -10,8 +10,9 @@ from typing import Any
 
 from hf_cod.calibration import Batch, TextSettings, load_texts
 from hf_cod.commands.diagnose import require_plots
-from hf_cod.commands.finetune_memory import EstimateSettings, estimate, in_gigabytes, print_estimates
+from hf_cod.commands.finetune_memory import EstimateSettings, estimate, print_estimates
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
+from hf_cod.commands.sizes import in_gigabytes
 from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.diagnostics.running import evaluation_mode

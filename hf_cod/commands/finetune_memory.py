@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from hf_cod.commands.sizes import in_gigabytes, parse_bytes
 from hf_cod.finetuning import OwLoreSettings
 from hf_cod.finetuning.estimate import estimate_memory
 from hf_cod.finetuning.memory import PARTS, Memory
 from hf_cod.finetuning.methods import METHODS
 from hf_cod.finetuning.training import TrainingSettings
 from hf_cod.loading import ModelSettings, best_device, load_config
-
-UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass
@@ -44,11 +42,7 @@ class EstimateSettings:
         """The memory that was named; None if none was."""
         if self.device_memory is None:
             return None
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", self.device_memory, re.IGNORECASE)
-        if match is None:
-            raise ValueError(f"device_memory: expected a size such as 24GB or 80GiB, got {self.device_memory!r}")
-        power = UNITS[match[2].upper()] if match[2] else 0
-        return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+        return parse_bytes(self.device_memory, "device_memory")
 
 
 def print_estimates(
@@ -106,9 +100,3 @@ def free_memory(device: str) -> int:
     if torch.device("cuda" if device == "auto" else device).type == "cuda":
         return torch.cuda.mem_get_info(None if device == "auto" else device)[0]
     return psutil.virtual_memory().available
-
-
-def in_gigabytes(value: int) -> str:
-    """10^9 bytes, to three digits or so."""
-    gigabytes = value / 1e9
-    return f"{gigabytes:.1f}" if gigabytes >= 10 else f"{gigabytes:.2f}"

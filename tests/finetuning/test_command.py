@@ -118,7 +118,7 @@ def test_scores_below_zero_count_as_none_and_given_ones_are_kept(tmp_path, capsy
     file = given.save(tmp_path / "given.json")
     assert scores_to_draw_by(model, windows, few, str(file), tmp_path / "kept") == given
     other = scores.save(tmp_path / "other.json")
-    with pytest.raises(ValueError, match="scores: expected those that the run in .* began with, got"):
+    with pytest.raises(ValueError, match=r"scores: expected those that the run in .* began with, got"):
         scores_to_draw_by(model, windows, few, str(other), tmp_path / "kept")
 
 
