@@ -103,7 +103,9 @@ def test_estimates_of_settings_that_some_methods_refuse(capsys, tmp_path):
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"])
 def test_estimates_of_mixtures_of_experts(family):
     """In float32, for which the fake form of their product is not made."""
-    found = estimate_memory(build(family).config, "owlore", OwLoreSettings(n_active=1), batch_size=1, sequence_length=8)
+    found = estimate_memory(
+        build(family).config, "owlore", OwLoreSettings(n_active=1, rank=8), batch_size=1, sequence_length=8
+    )
     assert found.total > 1.2 * found.weights > 0
 
 
