@@ -48,8 +48,9 @@ def heal(
     """Trains a student, in place, to say what its teacher says, so that it recovers what it lost when it was made.
 
     Minitron (arXiv 2407.14679) heals by distillation alone; the loss is `functional.distillation.logit_loss`, and with
-    `settings.hidden` `hidden_loss` beside it, mean over layers. What saved stays saved: weights of the layers that are
-    0 stay exactly 0, factors keep their ranks, narrow layers their widths. The teacher is only read.
+    `settings.hidden` `hidden_loss` beside it, mean over layers. What saved stays saved: zeros of pruned matrices (at
+    least 1 % of a matrix) stay exactly 0, factors keep their ranks, narrow layers their widths. The teacher is only
+    read.
 
     The report's `results` hold `curve` (step, loss), `perplexity` of "teacher", "before" and "after", `recovered` (the
     share of the lost log-perplexity; None where none was lost), `tokens`, `seconds_a_step` and `memory` (bytes at the
