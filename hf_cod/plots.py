@@ -179,7 +179,7 @@ def _healed(axes: Axes, report: RunReport) -> None:
     """Perplexity of the student before and after, and of its teacher."""
     found = report.results["perplexity"]
     names = ("before", "after", "teacher")
-    values = [found[name] for name in names]
+    values = [found[name] if math.isfinite(found[name]) else math.nan for name in names]
     axes.bar(names, values, color=[PALE, INK, PALE])
     for place, value in enumerate(values):
         axes.text(place, value, format_number(value), ha="center", va="bottom")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,14 +21,14 @@ from hf_cod.evaluation import perplexity
 from hf_cod.finetuning.methods import METHODS
 from hf_cod.finetuning.settings import OwLoreSettings
 from hf_cod.finetuning.training import Training, claim, scores_to_draw_by, split_windows, train
-from hf_cod.healing.matching import Matching
+from hf_cod.healing.healed import healing_report
 from hf_cod.healing.objective import Objective
 from hf_cod.healing.pair import check_pair, check_tokenizers
 from hf_cod.healing.settings import HealSettings
-from hf_cod.healing.zeros import kept_at_zero, matrices_with_zeros
+from hf_cod.healing.zeros import kept_at_zero, pruned_matrices
 from hf_cod.layer_by_layer import fingerprint_of_work
 from hf_cod.pruning.masked_adapters import lora_layers, mask_forward, merge_masked
-from hf_cod.report import RunReport, environment, format_number
+from hf_cod.report import RunReport
 
 
 def heal(
@@ -49,8 +48,9 @@ def heal(
     """Trains a student, in place, to say what its teacher says, so that it recovers what it lost when it was made.
 
     Minitron (arXiv 2407.14679) heals by distillation alone; the loss is `functional.distillation.logit_loss`, and with
-    `settings.hidden` `hidden_loss` beside it, mean over layers. What saved stays saved: weights of the layers that are
-    0 stay exactly 0, factors keep their ranks, narrow layers their widths. The teacher is only read.
+    `settings.hidden` `hidden_loss` beside it, mean over layers. What saved stays saved: zeros of pruned matrices (at
+    least 1 % of a matrix) stay exactly 0, factors keep their ranks, narrow layers their widths. The teacher is only
+    read.
 
     The report's `results` hold `curve` (step, loss), `perplexity` of "teacher", "before" and "after", `recovered` (the
     share of the lost log-perplexity; None where none was lost), `tokens`, `seconds_a_step` and `memory` (bytes at the
@@ -98,7 +98,7 @@ def heal(
     layers: dict[str, list[Any]] = {} if chosen is None else {"score": chosen.values}
     layers |= {} if training.trained is None else {"trained": training.trained}
     layers |= {} if matching is None else {"teacher_layer": matching.layers}
-    return _report(mine, training, settings, sampling, found, layers, matching, name)
+    return healing_report(mine, training, settings, sampling, found, layers, matching, name)
 
 
 def _windows(
@@ -149,7 +149,7 @@ def _train(
     from hf_cod.healing.distillation_trainer import AfterEachStep, DistillationTrainer
 
     how = METHODS[settings.method]
-    zeros = matrices_with_zeros(objective.student)
+    zeros = pruned_matrices(objective.student)
     with _left_as_it_was(student), kept_at_zero([] if how.adapters else zeros) as set_back:
         with torch.random.fork_rng():
             torch.manual_seed(sampling.seed)  # of new adapters
@@ -228,52 +228,3 @@ def _perplexity(stack: DecoderLayers, windows: Tensor, settings: HealSettings) -
     batches: list[Batch] = [{"input_ids": part.to(device)} for part in windows.split(settings.micro_batch_size)]
     with evaluation_mode(stack):
         return perplexity(stack.model, batches)
-
-
-def recovered_share(teacher: float, before: float, after: float) -> float | None:
-    """Of the log-perplexity that was lost the share that came back: (ln before - ln after) / (ln before - ln teacher).
-
-    Above 1 the student is better than its teacher on this text, below 0 worse than it was. None where nothing was lost,
-    or a perplexity is not finite.
-    """
-    if not all(map(math.isfinite, (teacher, before, after))) or before <= teacher:
-        return None
-    return math.log(before / after) / math.log(before / teacher)
-
-
-def _report(
-    stack: DecoderLayers,
-    training: Training,
-    settings: HealSettings,
-    sampling: OwLoreSettings,
-    found: dict[str, float],
-    layers: dict[str, list[Any]],
-    matching: Matching | None,
-    name: str | None,
-) -> RunReport:
-    tokens = settings.steps * settings.batch_size * settings.sequence_length
-    share = recovered_share(**found)
-    config: Any = stack.config
-    back = "" if share is None else f": {share:.1%} of the lost log-perplexity is recovered"
-    written = {key: format_number(value) for key, value in found.items()}
-    results = {
-        "curve": training.curve,
-        "perplexity": found,
-        "recovered": share,
-        "tokens": tokens,
-        "seconds_a_step": training.seconds,
-        "memory": training.memory,
-    }
-    return RunReport(
-        kind="heal",
-        model=name or getattr(config, "_name_or_path", "") or type(stack.model).__name__,
-        settings={**asdict(settings), **asdict(sampling), "learning_rate": settings.rate},
-        environment=environment(execution_device(stack.model), next(stack.model.parameters()).dtype),
-        layers=layers,
-        results=results,
-        summary=[
-            f"Perplexity goes from {written['before']} to {written['after']} (teacher {written['teacher']}) on samples "
-            f"held out, after {tokens:,} tokens by {settings.method} (learning rate {settings.rate:g}){back}."
-        ],
-        notes=[] if matching is None else [f"hidden states: layers matched {matching.how}"],
-    )

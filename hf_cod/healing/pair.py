@@ -10,7 +10,7 @@ from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.evaluation import task_of
 from hf_cod.healing.matching import Matching, match_layers
 from hf_cod.healing.settings import HealSettings
-from hf_cod.healing.zeros import matrices_with_zeros
+from hf_cod.healing.zeros import pruned_matrices
 from hf_cod.writable_weights import check_writable
 
 # Spaces, capitals, digits, accents, other scripts, a line's end: where tokenizers with one vocabulary still differ.
@@ -37,7 +37,7 @@ def check_pair(
         check_writable(mine)
     except ValueError as error:
         raise ValueError(f"student: {error}; heal a model before it is quantized or packed") from error
-    if settings.method == "owlore-peft" and matrices_with_zeros(mine):
+    if settings.method == "owlore-peft" and pruned_matrices(mine):
         raise ValueError(
             "method: expected owlore, lisa, galore, lora or full for a student with zeros, which stay zeros, got "
             "owlore-peft; owlore learns the same in the weights themselves"

@@ -37,12 +37,12 @@ class HealSettings(TrainingSettings):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.tokens is not None:
             needed = math.ceil(count_tokens(self.tokens) / (self.batch_size * self.sequence_length))
             if self.steps not in (_DEFAULT_STEPS, needed):
                 raise ValueError(f"tokens: expected none beside steps, got {self.tokens!r} and {self.steps}")
             self.steps = needed
-        super().__post_init__()
         check_mixture(self.temperature, self.labels)
         if not 0 <= self.hidden < math.inf:
             raise ValueError(f"hidden: expected a weight of at least 0, got {self.hidden}")

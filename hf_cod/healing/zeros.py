@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from hf_cod.decoder_layers import DecoderLayers
 
+# Share of zeros from which on a matrix counts as pruned: a few are there by chance, of weights that were rounded.
+LEAST_SHARE = 0.01
 
-def matrices_with_zeros(stack: DecoderLayers) -> list[nn.Parameter]:
-    """Weights of the layers' matrices, banks of experts included, that hold a zero."""
+
+def pruned_matrices(stack: DecoderLayers) -> list[nn.Parameter]:
+    """Weights of the layers' matrices, banks of experts included, of which at least `LEAST_SHARE` is 0."""
     found = [p for layer in stack for p in layer.parameters() if p.dim() > 1 and p.is_floating_point()]
-    return [p for p in found if bool((p == 0).any())]
+    return [p for p in found if int((p == 0).sum()) >= LEAST_SHARE * p.numel()]
 
 
 @contextmanager

@@ -9,16 +9,17 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from hf_cod import HealSettings, drop, factorize, find_decoder_layers, heal, pack_sparse, prune
+from hf_cod import HealSettings, RankPlan, drop, factorize, find_decoder_layers, heal, pack_sparse, prune
 from hf_cod.finetuning import OwLoreSettings
 from hf_cod.finetuning.methods import METHODS
 from hf_cod.healing.distillation_trainer import DistillationTrainer
-from hf_cod.healing.healer import recovered_share
+from hf_cod.healing.healed import recovered_share
 from hf_cod.healing.objective import Objective
 from hf_cod.healing.pair import check_tokenizers
 from hf_cod.healing.settings import count_tokens
-from hf_cod.healing.zeros import kept_at_zero, matrices_with_zeros
+from hf_cod.healing.zeros import kept_at_zero, pruned_matrices
 from hf_cod.models.shapes import LowRankLinear
+from hf_cod.pretraining import pack
 from tests.tiny_models import batch_for, build
 from tests.tiny_tokenizers import bert_like, gpt_like
 
@@ -44,9 +45,19 @@ def pruned(dtype=torch.float32):
 
 
 def factorized():
+    """Some matrices of a name are factorized, and some are not."""
     model = build("llama")
-    factorize(model, 0.8, batches=[batch_for(model)])
+    names = [
+        f"model.layers.{i}.{name}" for i in (0, 2) for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+    ]
+    factorize(model, RankPlan("parameters", 0.8, dict.fromkeys(names, 8), "mine"), "plain")
     return model
+
+
+def learnt(report):
+    """Whether the distance from the teacher fell; perplexity means nothing where tokens are random."""
+    losses = [loss for _, loss in report.results["curve"]]
+    return losses[-1] < losses[0]
 
 
 def zeros_of(model):
@@ -65,9 +76,7 @@ def test_each_method_learns_and_leaves_the_models_as_they_were(method):
     intact = [p.detach().clone() for p in teacher.parameters()]
     modules, shapes = [type(m) for m in student.modules()], copy.deepcopy(student.config.module_shapes)
     report = healed(student, teacher, method)
-    found = report.results["perplexity"]
-    losses = [loss for _, loss in report.results["curve"]]
-    assert found["after"] < found["before"] and losses[-1] < losses[0]
+    assert learnt(report) and all(value > 1 for value in report.results["perplexity"].values())
     assert report.kind == "heal" and report.results["tokens"] == 6 * 4 * 12
     assert modules == [type(m) for m in student.modules()] and shapes == student.config.module_shapes
     assert student.config.use_cache and teacher.config.use_cache, "Trainer turns it off"
@@ -82,7 +91,7 @@ def test_zeros_stay_zeros(method, dtype):
     student = pruned(dtype)
     before, weights = zeros_of(student), copy.deepcopy(student.state_dict())
     report = healed(student, build("llama"), method)
-    assert report.results["perplexity"]["after"] < report.results["perplexity"]["before"]
+    assert learnt(report)
     for name, zeros in zeros_of(student).items():
         assert (zeros >= before[name]).all() and float(zeros.float().mean()) == pytest.approx(0.6, abs=0.02), name
     changed = [
@@ -95,14 +104,14 @@ def test_zeros_stay_zeros_in_bfloat16_under_checkpointing():
     student = pruned(torch.bfloat16)
     before = zeros_of(student)
     report = healed(student, build("llama", dtype=torch.bfloat16), "owlore", checkpointing=True, hidden=0.5)
-    assert report.results["curve"][-1][1] < report.results["curve"][0][1]
+    assert learnt(report)
     assert all((zeros >= before[name]).all() for name, zeros in zeros_of(student).items())
     assert not student.model.gradient_checkpointing
 
 
 def test_gradients_of_zeros_are_zero_when_layers_were_frozen_in_between():
     student = pruned()
-    held = matrices_with_zeros(find_decoder_layers(student))
+    held = pruned_matrices(find_decoder_layers(student))
     assert len(held) == 4 * 7
     with kept_at_zero(held) as set_back:
         for flag in (False, True):
@@ -122,13 +131,12 @@ def test_gradients_of_zeros_are_zero_when_layers_were_frozen_in_between():
 def test_ranks_stay_and_what_is_saved_loads(method, tmp_path):
     student = factorized()
     ranks = {n: m.rank for n, m in student.named_modules() if isinstance(m, LowRankLinear)}
-    whole = len([m for m in student.modules() if type(m) is torch.nn.Linear]) - 2 * len(ranks) - 1
-    assert ranks and whole, "some matrices are factorized and some are not"
     healed(student, build("llama"), method)
     student.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert {n: m.rank for n, m in loaded.named_modules() if isinstance(m, LowRankLinear)} == ranks
-    assert torch.equal(logits(loaded), logits(student))
+    assert {n: m.rank for n, m in loaded.named_modules() if isinstance(m, LowRankLinear)} == ranks != {}
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), student.parameters(), strict=True))
+    torch.testing.assert_close(logits(loaded), logits(student))
     assert loaded.config.use_cache
 
 
@@ -137,7 +145,7 @@ def test_a_dropped_student_with_hidden_states_reloads_in_a_fresh_process(tmp_pat
     drop(student, [1])
     report = healed(student, teacher, "full", hidden=1.0, labels=0.2, temperature=2.0)
     assert report.layers["teacher_layer"] == [0, 2, 3] and "by nearest weights" in report.notes[0]
-    assert report.results["perplexity"]["after"] < report.results["perplexity"]["before"]
+    assert learnt(report)
     student.save_pretrained(tmp_path)
     code = (
         "import torch\nfrom transformers import AutoModelForCausalLM\n"
@@ -147,7 +155,7 @@ def test_a_dropped_student_with_hidden_states_reloads_in_a_fresh_process(tmp_pat
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     expected = student.eval()(torch.arange(3, 12)[None]).logits.detach()
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
 
 
 @pytest.mark.parametrize("method", ["owlore", "full", "lora", "owlore-peft"])
@@ -222,9 +230,12 @@ def test_texts_and_the_end_of_them_to_measure_on():
     tokenizer = gpt_like()
     student, teacher = (build("llama", vocab_size=len(tokenizer)) for _ in range(2))
     drop(student, 3)
+    same = copy.deepcopy(student)
     text = " ".join(["one two three four five six seven eight nine ten a"] * 30)
     report = heal(student, teacher, [text], settings("full"), tokenizer=tokenizer, teacher_tokenizer=gpt_like())
-    assert report.results["perplexity"]["after"] < report.results["perplexity"]["before"]
+    expected = heal(same, teacher, pack(tokenizer, [text], 12), settings("full"))
+    assert report.results["curve"] == expected.results["curve"]
+    assert report.results["perplexity"] == expected.results["perplexity"]
     with pytest.raises(ValueError, match="tokenizer: expected the student's to make windows of texts, got none"):
         heal(student, teacher, [text], settings("full"))
     with pytest.raises(ValueError, match="text: expected more than the 99 windows of 12 tokens"):
@@ -250,7 +261,7 @@ def test_pairs_that_do_not_go_together():
     with pytest.raises(ValueError, match=r"data: expected token ids \(windows, 16\).*\(20, 12\)"):
         healed(student, wide, sequence_length=16)
     report = healed(student, wide)
-    assert report.results["curve"][-1][1] < report.results["curve"][0][1], "logits alone can be learnt"
+    assert learnt(report), "logits alone can be learnt"
 
 
 def test_other_tokenizers_are_told():

@@ -1,0 +1,68 @@
+"""What came of healing, as a report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from hf_cod.decoder_layers import DecoderLayers
+from hf_cod.diagnostics.running import execution_device
+from hf_cod.finetuning.settings import OwLoreSettings
+from hf_cod.finetuning.training import Training
+from hf_cod.healing.matching import Matching
+from hf_cod.healing.settings import HealSettings
+from hf_cod.report import RunReport, environment, format_number
+
+
+def recovered_share(teacher: float, before: float, after: float) -> float | None:
+    """Of the log-perplexity that was lost the share that came back: (ln before - ln after) / (ln before - ln teacher).
+
+    Above 1 the student is better than its teacher on this text, below 0 worse than it was. None where nothing was lost,
+    or a perplexity is not finite.
+    """
+    if not all(map(math.isfinite, (teacher, before, after))) or before <= teacher:
+        return None
+    return math.log(before / after) / math.log(before / teacher)
+
+
+def healing_report(
+    stack: DecoderLayers,
+    training: Training,
+    settings: HealSettings,
+    sampling: OwLoreSettings,
+    found: dict[str, float],
+    layers: dict[str, list[Any]],
+    matching: Matching | None,
+    name: str | None,
+) -> RunReport:
+    """What `heal` returns; the perplexities in `found` are those of "teacher", "before" and "after"."""
+    tokens = settings.steps * settings.batch_size * settings.sequence_length
+    share = recovered_share(**found)
+    config: Any = stack.config
+    back = "" if share is None else f": {share:.1%} of the lost log-perplexity is recovered"
+    written = {key: format_number(value) for key, value in found.items()}
+    summary = [
+        f"Perplexity goes from {written['before']} to {written['after']} (teacher {written['teacher']}) on samples "
+        f"held out, after {tokens:,} tokens by {settings.method} (learning rate {settings.rate:g}){back}."
+    ]
+    if training.memory is not None:
+        summary.append(f"A step needed {training.memory / 1e9:.2f} GB of memory at its peak, the teacher included.")
+    results = {
+        "curve": training.curve,
+        "perplexity": found,
+        "recovered": share,
+        "tokens": tokens,
+        "seconds_a_step": training.seconds,
+        "memory": training.memory,
+    }
+    return RunReport(
+        kind="heal",
+        model=name or getattr(config, "_name_or_path", "") or type(stack.model).__name__,
+        settings={**asdict(settings), **asdict(sampling), "learning_rate": settings.rate},
+        environment=environment(execution_device(stack.model), next(stack.model.parameters()).dtype),
+        layers=layers,
+        results=results,
+        summary=summary,
+        notes=[] if matching is None else [f"hidden states: layers matched {matching.how}"],
+    )
