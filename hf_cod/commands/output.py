@@ -12,8 +12,8 @@ from pathlib import Path
 
 JOURNAL = "journal"
 _RESULT = "result"
-# A layer as FinishedLayers writes it, or one that an interruption cut.
-_LAYER = re.compile(r"\.?[0-9a-f]{16}-\d{5}\.safetensors(\..*)?")
+# A layer as FinishedLayers writes it, or one that an interruption cut; or the journal of a search.
+_KEPT = re.compile(r"\.?[0-9a-f]{16}-\d{5}\.safetensors(\..*)?|\.?journal\.jsonl(\..*)?")
 
 
 def check_output(directory: Path, model: str) -> None:
@@ -28,7 +28,7 @@ def check_output(directory: Path, model: str) -> None:
         return
     inside = {path.name for path in directory.iterdir()} if directory.is_dir() else {str(directory)}
     journal = directory / JOURNAL
-    ours = journal.is_dir() and all(p.name == _RESULT or _LAYER.fullmatch(p.name) for p in journal.iterdir())
+    ours = journal.is_dir() and all(p.name == _RESULT or _KEPT.fullmatch(p.name) for p in journal.iterdir())
     if inside - ({JOURNAL} if ours else set()):
         raise ValueError(
             f"output: expected a new directory, an empty one, or that of an interrupted run, got {str(directory)!r}, "
