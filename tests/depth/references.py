@@ -8,7 +8,6 @@ from itertools import combinations
 
 import torch
 
-from hf_cod.decoder_layers import find_decoder_layers
 from tests.references import hidden_states, perplexity, real_tokens, without_layer
 
 
@@ -25,22 +24,22 @@ def best_removal(model, count, allowed, batches):
     return list(min(losses, key=losses.get)), losses
 
 
-def linear_map(model, removed, matrix, batches, damping):
-    """T of one run of removed layers, the first that are removed: min || y + M T - z ||^2 + lam || T - I ||^2 by lstsq
-    on stacked rows [M; sqrt(lam) I] D = [z - x; 0].
+def linear_map(intact, shortened, block, matrix, batches, damping):
+    """T of a run of removed layers: min || y + M T - z ||^2 + lam || T - I ||^2 by lstsq on stacked rows
+    [M; sqrt(lam) I] D = [z - x; 0]; z of the intact model, all else of the shortened one.
     """
     M, R = [], []
-    last, first = max(removed), min(removed)
     for batch in batches:
-        states = hidden_states(model, batch)
+        wanted = hidden_states(intact, batch)[max(block) + 1]
         found = []
-        handle = model.get_submodule(matrix).register_forward_hook(lambda m, args, out, kept=found: kept.append(out))
-        with torch.no_grad():
-            model(**batch)
+        handle = shortened.get_submodule(matrix).register_forward_hook(
+            lambda m, args, out, kept=found: kept.append(out)
+        )
+        x = hidden_states(shortened, batch)[min(block)]
         handle.remove()
-        added = found[0].view(*states[0].shape).double()
-        M.append(real_tokens(added, batch.get("attention_mask")))
-        R.append(real_tokens(states[last + 1] - states[first], batch.get("attention_mask")))
+        mask = batch.get("attention_mask")
+        M.append(real_tokens(found[0].view(x.shape).double(), mask))
+        R.append(real_tokens(wanted - x, mask))
     M, R = torch.cat(M), torch.cat(R)
     lam = damping * (M.T @ M).diagonal().mean()
     eye = torch.eye(M.shape[1], dtype=M.dtype)
@@ -51,12 +50,5 @@ def linear_map(model, removed, matrix, batches, damping):
 def with_map(model, matrix, T):
     """A copy whose matrix hands its output on times T."""
     model = copy.deepcopy(model)
-    model.get_submodule(matrix).register_forward_hook(
-        lambda m, args, out: (out.double() @ T.to(torch.float64)).to(out.dtype)
-    )
+    model.get_submodule(matrix).register_forward_hook(lambda m, args, out: out @ T.to(out))
     return model
-
-
-def path_of(model, layer, name):
-    """The full name of a module of a layer."""
-    return f"{find_decoder_layers(model).path}.{layer}.{name}"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_cod import DepthPlan, plan_depth
+from hf_cod import DepthPlan, drop_layers, plan_depth
 from hf_cod.depth import CRITERIA
 from hf_cod.depth.protection import JUMP
 from hf_cod.files import Journal
@@ -135,8 +135,6 @@ def test_a_plan_is_written_and_read_and_knows_its_model(tmp_path):
     plan = plan_depth(model, 1, batches=batches_of(model))
     assert DepthPlan.load(plan.save(tmp_path / "plan.json")) == plan
     with pytest.raises(ValueError, match="plan: expected those of a model with 3 layers, got 4"):
-        from hf_cod import drop_layers
-
         drop_layers(build("llama", layers=3), plan)
 
 
