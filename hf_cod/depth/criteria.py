@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_cod.calibration import Batch, check_batches, describe_batches, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
-from hf_cod.depth.depth_plan import DepthPlan, check_count, name_of
+from hf_cod.depth.depth_plan import DepthPlan, check_count
 from hf_cod.depth.protection import massive_layers, removable
 from hf_cod.depth.removal_probe import RemovalProbe
 from hf_cod.depth.search import LayerSearch
@@ -22,6 +22,7 @@ from hf_cod.diagnostics.partial_pass import check_independent
 from hf_cod.diagnostics.resuming import Journals
 from hf_cod.evaluation import Metric, find_metric, task_of
 from hf_cod.layer_removal import check_drop
+from hf_cod.same_model import name_of
 
 # Share of the samples that a search does not see, to choose on between what it ends with.
 CHOICE_SHARE = 1 / 3

@@ -79,9 +79,3 @@ def check_count(count: int, depth: int, name: str) -> None:
     """
     if type(count) is not int or not 1 <= count < depth:
         raise ValueError(f"{name}: expected 1..{depth - 1} of {depth} layers to remove, got {count}")
-
-
-def name_of(stack: DecoderLayers) -> str:
-    """What plans and scores call a model: where it was loaded from, or its class."""
-    config = getattr(stack.model, "config", None)
-    return getattr(config, "_name_or_path", "") or type(stack.model).__name__

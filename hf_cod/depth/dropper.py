@@ -10,14 +10,14 @@ from torch import nn
 
 from hf_cod.calibration import Batch, check_batches, describe_batches, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
-from hf_cod.depth.depth_plan import GIVEN, DepthPlan, name_of
+from hf_cod.depth.depth_plan import GIVEN, DepthPlan
 from hf_cod.depth.removal_probe import RemovalProbe
 from hf_cod.depth.replacement import BlockReplacer, put_back, put_in
-from hf_cod.diagnostics.partial_pass import check_independent
 from hf_cod.diagnostics.running import execution_device
 from hf_cod.evaluation import Metric, find_metric, task_of
 from hf_cod.layer_removal import check_drop, drop
 from hf_cod.report import RunReport, environment
+from hf_cod.same_model import name_of
 from hf_cod.writable_weights import check_writable
 
 REPLACEMENTS = ("none", "linear", "measured")
@@ -43,8 +43,9 @@ def drop_layers(
     | measured | the same, where the loss on the last quarter of the samples, which no map saw, is lower | batches |
 
     A map needs a layer in front whose last matrix adds its output to the hidden state: Pre-LN families have one, where
-    norms follow (Post-LN, sandwich norms) or experts stand in banks there is none; the notes say so, and the layers
-    are dropped plainly. `functional/linear_map.py` has the equation.
+    norms follow (Post-LN, sandwich norms) or experts stand in banks there is none. Then, and where weights cannot be
+    written or nothing can be measured, the layers are dropped plainly, and the notes say why.
+    `functional/linear_map.py` has the equation.
 
     The report's `layers` hold `cost` (of the plan, where it has some), `removed` (1 or 0) and `parameters`; its
     `results` hold `removed`, `protected`, `candidates` and `criterion` of the plan, `parameters` before and after of
@@ -114,36 +115,36 @@ class _Made:
 def _replace(stack: DecoderLayers, removed: list[int], batches: Sequence[Batch], measured: bool) -> _Made:
     """Folds a map for each run of removed layers, of which `measured` keeps those that lower the loss."""
     check_batches(batches)
-    check_independent(stack, "replacement")
-    made = _Made([], [])
     try:
         check_writable(stack)
+        judge = _Judge(stack, removed, batches) if measured else None
     except ValueError as error:
-        made.notes.append(f"no linear map in the place of layers: {error}")
-        return made
-    judge = _Judge(stack, removed, batches) if measured else None
+        return _Made([], [f"no linear maps in the place of layers: {error}"])
+    made, changed = _Made([], []), []
     replacer = BlockReplacer(stack, removed, batches if judge is None else judge.fitting)
-    for block in replacer.blocks:
-        try:
-            matrix, name, T, explained = replacer.fit(block)
-        except ValueError as error:
-            made.notes.append(f"no linear map in the place of {block}: {error}")
-        else:
-            before = put_in(matrix, T)
-            loss = {} if judge is None else {"plain": judge.best, "linear": judge.loss()}
-            used = judge is None or loss["linear"] < judge.best
-            if not used:
-                put_back(matrix, before)
-            elif judge is not None:
-                judge.best = loss["linear"]
-            told = {"layers": [*range(block.first, block.last + 1)], "matrix": name, "explained": explained}
-            made.replacements.append(told | {"used": used} | ({"loss": loss} if loss else {}))
-        replacer.skip(block)
+    try:
+        for block in replacer.blocks:
+            try:
+                matrix, name, T, explained = replacer.fit(block)
+            except ValueError as error:
+                made.notes.append(f"no linear map in the place of {block}: {error}")
+            else:
+                changed.append((matrix, put_in(matrix, T)))
+                told = {"layers": [*range(block.first, block.last + 1)], "matrix": name, "explained": explained}
+                verdict = {"used": True} if judge is None else judge.verdict()
+                if not verdict["used"]:
+                    put_back(*changed.pop())
+                made.replacements.append({**told, **verdict})
+            replacer.skip(block)
+    except BaseException:
+        for matrix, before in changed:
+            put_back(matrix, before)
+        raise
     return made
 
 
 class _Judge:
-    """The loss of the model without layers, on samples that no map is fitted to.
+    """Whether maps lower the loss of the model without layers, on samples that no map is fitted to.
 
     Args:
         stack: the layers.
@@ -157,20 +158,21 @@ class _Judge:
     def __init__(self, stack: DecoderLayers, removed: list[int], batches: Sequence[Batch]) -> None:
         samples = describe_batches(batches)["samples"]
         if samples < 2:
-            raise ValueError(
-                f"batches: expected at least two samples, to fit maps on one and to measure on one, got {samples}"
-            )
+            raise ValueError(f"they need at least two samples, to fit on one and to measure on one, got {samples}")
         self.fitting, self._measuring = split_samples(batches, samples - max(1, round(samples * CHOICE_SHARE)))
         self._metric: Metric = find_metric(None, task_of(stack.model, batches))
         if self._metric.compares:
-            raise ValueError(
-                f"replacement: expected none or linear for {type(stack.model).__name__}, which has no loss of its own "
-                "to measure on these batches, got measured"
-            )
+            raise ValueError(f"{type(stack.model).__name__} has no loss of its own to measure on these batches")
         self._stack, self._removed = stack, removed
-        self.best = self.loss()
+        self._least = self._loss()
 
-    def loss(self) -> float:
+    def verdict(self) -> dict[str, Any]:
+        """Whether the model as it is now is better than all before it, and both losses."""
+        loss = {"plain": self._least, "linear": self._loss()}
+        self._least = min(loss.values())
+        return {"used": loss["linear"] < loss["plain"], "loss": loss}
+
+    def _loss(self) -> float:
         """With what is in the model now: nothing is kept from one call to the next."""
         (found,) = RemovalProbe(self._stack, self._metric, self._measuring).losses([self._removed], "measuring maps")
         return found

@@ -18,6 +18,7 @@ from hf_cod.diagnostics.running import naming_weights
 from hf_cod.evaluation import as_loss, find_metric, task_of
 from hf_cod.functional import budget, outliers
 from hf_cod.functional.codebook import BITS, SCALE_BITS
+from hf_cod.same_model import name_of
 from hf_cod.scores.layer_scores import LayerScores
 from hf_cod.scores.pruning_probe import CODEBOOK, PRUNERS, PruningProbe
 from hf_cod.statistics import LayerStatistics, collect_statistics
@@ -120,13 +121,11 @@ def score_layers(
     if method in NEED_BATCHES and not batches:
         raise ValueError(f"batches: expected at least one for the method {method}, got none")
     check_batches(batches or ())
-    config = getattr(stack.model, "config", None)
-    name = getattr(config, "_name_or_path", "") or type(stack.model).__name__
     sizes = [stack.count_weights(index) for index in range(len(stack))]
     with naming_weights(stack.model):
         values = METHODS[method](request)
         used = {key: getattr(chosen, key) for key in SETTINGS_OF.get(method, ())} | request.found
-        return LayerScores(name, method, values, sizes, used)
+        return LayerScores(name_of(stack), method, values, sizes, used)
 
 
 @dataclass(frozen=True)

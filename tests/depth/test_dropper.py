@@ -177,10 +177,38 @@ def test_adapters_are_kept_where_nothing_is_folded():
     assert torch.equal(outputs(model, batch), expected)
 
 
+def test_what_cannot_be_measured_is_dropped_plainly():
+    headless, model = build("bert_headless"), build("llama")
+    one = [{name: tensor[:1] for name, tensor in batch_for(model).items()}]
+    for form, batches, why in [
+        (headless, batches_of(headless), "BertModel has no loss of its own"),
+        (model, one, "they need at least two samples"),
+    ]:
+        report = drop_layers(form, [1], "measured", batches=batches)
+        assert why in report.notes[0] and not report.results["replacements"]
+        assert len(find_decoder_layers(form)) == 3
+
+
+def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
+    model = build("llama", layers=6)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fit, done = BlockReplacer.fit, []
+
+    def fails(self, block):
+        done.append(block)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return fit(self, block)
+
+    monkeypatch.setattr(BlockReplacer, "fit", fails)
+    with pytest.raises(KeyboardInterrupt):
+        drop_layers(model, [1, 3], "linear", batches=batches_of(model))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and len(done) == 2
+
+
 def test_bad_input_changes_nothing():
     model = build("llama")
-    before, batches = {n: p.detach().clone() for n, p in model.named_parameters()}, batches_of(model)
-    one = [{name: tensor[:1] for name, tensor in batches[0].items()}]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for layers, more, message in [
         ([], {}, r"layers: expected 1..3 of 4 layers to remove, got 0"),
         ([0, 1, 2, 3], {}, r"layers: expected 1..3 of 4 layers to remove, got 4"),
@@ -188,13 +216,9 @@ def test_bad_input_changes_nothing():
         ([1, 1], {}, r"layers: expected indices from 0 to 3 in ascending order, got \[1, 1\]"),
         ([1], {"replacement": "best"}, "replacement: expected one of none, linear, measured, got 'best'"),
         ([1], {"replacement": "linear"}, "batches: expected at least one for the replacement linear, got none"),
-        ([1], {"replacement": "measured", "batches": one}, "batches: expected at least two samples, to fit maps"),
     ]:
         with pytest.raises(ValueError, match=message):
             drop_layers(model, layers, **more)
-    headless = build("bert_headless")
-    with pytest.raises(ValueError, match="replacement: expected none or linear for BertModel, which has no loss"):
-        drop_layers(headless, [1], "measured", batches=batches_of(headless))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
