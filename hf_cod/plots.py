@@ -172,9 +172,9 @@ def _score(axes: Axes, report: RunReport) -> None:
 
 
 def _curve(axes: Axes, report: RunReport) -> None:
-    """Training and validation loss by step."""
+    """Training and, where it was measured on the way, validation loss by step."""
     axes.plot(*zip(*report.results["curve"], strict=True), color=PALE, linewidth=1, label="training")
-    if report.results["validation"]:
+    if report.results.get("validation"):
         axes.plot(*zip(*report.results["validation"], strict=True), color=INK, marker="o", label="validation")
     axes.legend(frameon=False)
     axes.set(xlabel="step", ylabel="loss in nats a token", title="Training curve")
@@ -268,6 +268,7 @@ PANELS: dict[str, Callable[..., None]] = {
     "score": _score,
     "curve": _curve,
     **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
+    "trained": _per_layer("trained", "How often each layer trained", "optimizer steps"),
     "sparsity": _sparsity,
     "kept": _kept,
     "bits": _bits,
@@ -276,7 +277,7 @@ PANELS: dict[str, Callable[..., None]] = {
 }
 # The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
 DEPTH = ("angular_distance", "layer_drop", "gradient_norm", "variance")
-OVERVIEW = ("curve", *DEPTH, *(name + BY_STEP for name in TRAINING_PANELS))
+OVERVIEW = ("curve", "trained", *DEPTH, *(name + BY_STEP for name in TRAINING_PANELS))
 
 
 def _has(report: RunReport, name: str) -> bool:

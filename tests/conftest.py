@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what the tests need from outside comes from packages
 os.environ.setdefault("MPLBACKEND", "agg")
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has its own core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from filelock import FileLock
 from huggingface_hub import cached_assets_path
 
 from hf_cod.commands.demo import PACKAGED_MODEL
@@ -34,12 +35,15 @@ def _folder(name: str) -> Path:
 
 
 def _made_once(name: str, make) -> Path:
-    """A folder that `make(folder)` fills; made aside and renamed, so that an interrupted run leaves nothing half."""
+    """A folder that `make(folder)` fills; made aside and renamed, so that an interrupted run leaves nothing half.
+    Processes that test at the same time wait for the first of them.
+    """
     target = _folder(name) / "ready"
-    if not target.exists():
-        aside = Path(tempfile.mkdtemp(dir=_folder(name)))
-        make(aside)
-        aside.rename(target)
+    with FileLock(_folder(name) / "lock"):
+        if not target.exists():
+            aside = Path(tempfile.mkdtemp(dir=_folder(name)))
+            make(aside)
+            aside.rename(target)
     return target
 
 

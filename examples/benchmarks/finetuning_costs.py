@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from hf_cod.files import Journal
 from hf_cod.finetuning import OwLoreSettings
-from hf_cod.finetuning.estimate import estimate_memory, take_worst_draw
+from hf_cod.finetuning.estimate import estimate_memory, fill_adapters, take_worst_draw
 from hf_cod.finetuning.memory import PARTS, Memory, train_steps
 from hf_cod.finetuning.methods import METHODS, set_up
 
@@ -54,6 +54,7 @@ def random_batch(a: argparse.Namespace, vocabulary: int) -> dict[str, torch.Tens
 def measured_bytes(a: argparse.Namespace, name: str, checkpointing: bool) -> int:
     """Peak of two training steps by torch's allocator, the worst layers drawn."""
     model, optimizer = build(a, name, checkpointing)
+    fill_adapters(model)
     take_worst_draw(optimizer)
     batch = random_batch(a, model.config.vocab_size)
     tensors = (*model.parameters(), *model.buffers(), *batch.values())

@@ -25,16 +25,17 @@ from hf_cod.commands.output import JOURNAL, check_output, results_of
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.evaluation import task_of
 from hf_cod.loading import ModelSettings, load_model
-from hf_cod.low_rank import METHODS, RankPlan, factorize, plan_ranks
+from hf_cod.low_rank import METHODS, WEIGHINGS, RankPlan, factorize, plan_ranks
 from hf_cod.report import RunReport, format_number
 from hf_cod.scores import METHODS as SCORES
 from hf_cod.scores import LayerScores, score_layers
 
 DEFAULT_PARAMETERS = 0.8
-SPECTRUM = "spectrum"
+# These give each matrix a rank, all others each layer a share.
+FISHER, SPECTRUM = OF_MATRICES = WEIGHINGS
 # These try plans of sparsity, which say little of ranks.
 OF_SPARSITY = ("sensitivity", "auto")
-CHOICES = (SPECTRUM, *(name for name in SCORES if name not in OF_SPARSITY))
+CHOICES = (*OF_MATRICES, *(name for name in SCORES if name not in OF_SPARSITY))
 
 
 @dataclass
@@ -46,10 +47,10 @@ class FactorizeSettings(SpreadSettings):
         metadata={"help": "whitened: outputs change least on the text; plain: entries change least"},
     )
     score: str = field(
-        default=SPECTRUM,
+        default=FISHER,
         metadata={
-            "help": "spectrum: a rank for each matrix by what it would lose; or a share for each layer by "
-            + ", ".join(CHOICES[1:])
+            "help": "a rank for each matrix, by what its loss costs the model (fisher) or by how much of its output it "
+            "loses (spectrum); or a share for each layer by " + ", ".join(CHOICES[len(OF_MATRICES) :])
         },
     )
     parameters: float | None = field(
@@ -71,10 +72,10 @@ class FactorizeSettings(SpreadSettings):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name}: expected a share in 0..1, got {share}")
-        if self.rank is not None and (self.parameters is not None or self.score == SPECTRUM):
-            raise ValueError("rank: expected no parameters beside it, and a score of layers, not the spectrum")
-        if self.spread is not None and self.score == SPECTRUM:
-            raise ValueError("spread: expected none with the spectrum, which needs none")
+        if self.rank is not None and (self.parameters is not None or self.score in OF_MATRICES):
+            raise ValueError(f"rank: expected no parameters beside it, and a score of layers, not {self.score}")
+        if self.spread is not None and self.score in OF_MATRICES:
+            raise ValueError(f"spread: expected none with {self.score}, which needs none")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -117,7 +118,8 @@ def run(
         batches = calibration if settings.method == "whitened" else None
         share = DEFAULT_PARAMETERS if settings.parameters is None else settings.parameters
         options: dict[str, Any] = {"path": settings.layers_path, "show_progress": True}
-        plan = plan_ranks(model, share, batches=batches, journal=journal, **options)
+        by = settings.score if batches else SPECTRUM
+        plan = plan_ranks(model, share, by, batches=batches, journal=journal, **options)
     else:
         plan = _plan(scores, settings)
     options = {"batches": calibration, "journal": journal, "path": settings.layers_path, "show_progress": True}
@@ -149,10 +151,10 @@ def run(
 def _scores(
     model: nn.Module, batches: Sequence[Batch], settings: FactorizeSettings, scores_file: str | None
 ) -> LayerScores | None:
-    """None for the spectrum, which scores matrices."""
+    """None where matrices are scored, not layers."""
     if scores_file is not None:
         return LayerScores.load(scores_file)
-    if settings.score == SPECTRUM:
+    if settings.score in OF_MATRICES:
         return None
     chosen = {name: getattr(settings, name) for name in ("threshold", "per_module", "seed", "layers_path")}
     return score_layers(model, method=settings.score, batches=batches, show_progress=True, **chosen)

@@ -139,6 +139,7 @@ def run(
     trained, optimizer = chosen.setup(model, scores, sampling, rate, settings.lora_rank)
     needed = estimate(model.config, settings.method, settings, sampling, loading.trust_remote_code)
     trainer, seconds, used = _train(trained, optimizer, train, settings, sampling.seed, rate, directory)
+    lost = _lost_energy(trained)
     whole = trained.merge_and_unload() if chosen.adapters else trained
     after = _perplexity(whole, batches)
     whole.save_pretrained(directory / "model")
@@ -148,6 +149,7 @@ def run(
         "perplexity": {"before": before, "after": after},
         "seconds_a_step": seconds,
         "memory": {"used": used, "estimate": needed.total, "estimate_parts": needed.parts()},
+        **({} if lost is None else {"lost_energy": lost}),
     }
     return _report(trainer, told, scores, figures, model_title(source))
 
@@ -200,6 +202,8 @@ def _train(
 
     from hf_cod.finetuning.memory_callback import MemoryCallback
 
+    # Named only where it is used: later versions deprecate the name.
+    checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if settings.checkpointing else {}
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=settings.steps,
@@ -212,7 +216,6 @@ def _train(
         weight_decay=0.0,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
-        gradient_checkpointing=settings.checkpointing,
         seed=seed,
         save_steps=settings.save_every,
         save_total_limit=2,
@@ -220,6 +223,7 @@ def _train(
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
         use_cpu=model.device.type == "cpu",
+        **checkpointing,
     )
     trainer = Trainer(
         model=model,
@@ -269,7 +273,24 @@ def _report(
             f"{told['steps']} steps by {told['method']} (learning rate {told['learning_rate']:g}, "
             f"{format_number(figures['seconds_a_step'])} s a step).",
             _told_memory(figures["memory"]),
+            *([_told_lost(figures["lost_energy"])] if "lost_energy" in figures else []),
         ],
+    )
+
+
+def _lost_energy(trained: Any) -> dict[str, float] | None:
+    """Of OwLore's adapters, the share of squares that folding cut off: mean and largest over matrices."""
+    ask = getattr(trained, "lost_energy", None)
+    if ask is None:
+        return None
+    found = [*ask().values()]
+    return {"mean": sum(found) / len(found), "largest": max(found)}
+
+
+def _told_lost(lost: dict[str, float]) -> str:
+    return (
+        f"Folding what adapters had learnt cut off {lost['mean']:.2%} of its squares on average, {lost['largest']:.2%} "
+        "in the worst matrix."
     )
 
 

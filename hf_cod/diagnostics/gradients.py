@@ -48,11 +48,11 @@ def measure_gradient_norm(
             for square in squares:
                 square.zero_()
             batch = to_device(batch, device)
-            if task in LANGUAGE_MODELS and not (targets(batch, task) != IGNORED_LABEL).any():
+            if not count_predictions(batch, task):
                 continue  # a sample of one token, say, has nothing to predict
             measured += 1
             with torch.enable_grad():
-                _loss(stack.model, batch, task).backward()
+                mean_loss(stack.model, batch, task).backward()
             norms = torch.stack([square.sqrt().cpu() for square in squares]).double()
             if not norms.isfinite().all():
                 with torch.no_grad(), layer_states(stack) as states:
@@ -106,12 +106,20 @@ def why_no_gradients(stack: DecoderLayers, task: str) -> str | None:
     return None
 
 
-def _loss(model: nn.Module, batch: Batch, task: str) -> Tensor:
+def mean_loss(model: nn.Module, batch: Batch, task: str) -> Tensor:
+    """The loss of a batch, mean over its predictions."""
     if task not in LANGUAGE_MODELS:
         return model(**batch).loss
     logits = model(**model_inputs(batch)).logits
     labels = targets(batch, task).to(logits.device)
     return negative_log_likelihood(logits, labels).sum() / (labels != IGNORED_LABEL).sum()
+
+
+def count_predictions(batch: Batch, task: str) -> int:
+    """How many tokens a language model has to predict; of other heads, samples."""
+    if task not in LANGUAGE_MODELS:
+        return len(next(iter(batch.values())))
+    return int((targets(batch, task) != IGNORED_LABEL).sum())
 
 
 @contextmanager

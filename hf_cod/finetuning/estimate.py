@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from hf_cod.finetuning.increment import Increment
 from hf_cod.finetuning.memory import Memory, count_memory
 from hf_cod.finetuning.methods import METHODS, make_optimizer
 from hf_cod.finetuning.owlore import OwLoreAdamW
@@ -40,7 +41,8 @@ def estimate_memory(
     fragmentation and the device's own context are not seen.
 
     Of methods that draw layers the worst draw is taken: the first layer, which takes the backward pass through the
-    whole model, and the last ones, whose gradients wait longest.
+    whole model, and the last ones, whose gradients wait longest. OwLore's adapters count with the largest rank of what
+    they learnt before.
 
     Args:
         config: the model's config.
@@ -62,6 +64,7 @@ def estimate_memory(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained, how = METHODS[method].setup(model, None, settings, 0.0, lora_rank)
     fake = FakeTensorMode()
+    fill_adapters(trained)
     _make_fake(trained, fake)
     optimizer = make_optimizer(trained, how, 0.0)
     take_worst_draw(optimizer)
@@ -89,6 +92,13 @@ def take_worst_draw(optimizer: torch.optim.Optimizer) -> None:
         sampler = optimizer.sampler
         optimizer.sampler = WorstDraw(sampler.probabilities, sampler.n_active, sampler.seed)
         optimizer._activate()
+
+
+def fill_adapters(model: nn.Module) -> None:
+    """Lets OwLore's adapters be as large as they will be late in a training; what they compute stays as it is."""
+    for module in model.modules():
+        if isinstance(module, Increment):
+            module.fill()
 
 
 def _state_of_all(optimizer: OwLoreAdamW) -> int:

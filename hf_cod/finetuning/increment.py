@@ -104,6 +104,13 @@ class Increment(nn.Module):
         self.P, self.searching = self.P[:, :0].clone(), False
         self.N.data = self.N.new_zeros(self.shape)
 
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Gives B A its largest rank, of zeros, where it has less: to find out what that takes."""
+        missing = self.max_rank - len(self.A)
+        self.A = torch.cat([self.A, self.A.new_zeros(missing, self.A.shape[1])], 0)
+        self.B = torch.cat([self.B, self.B.new_zeros(len(self.B), missing)], 1)
+
     def dense(self) -> Tensor:
         """D (m, n)."""
         delta = self.B.to(self.N.dtype) @ self.A.to(self.N.dtype)

@@ -2,6 +2,6 @@
 
 from hf_cod.low_rank.factorizer import METHODS, factorize
 from hf_cod.low_rank.rank_plan import RankPlan
-from hf_cod.low_rank.spectra import plan_ranks
+from hf_cod.low_rank.spectra import WEIGHINGS, plan_ranks
 
-__all__ = ["METHODS", "RankPlan", "factorize", "plan_ranks"]
+__all__ = ["METHODS", "WEIGHINGS", "RankPlan", "factorize", "plan_ranks"]

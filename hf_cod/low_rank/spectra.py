@@ -9,43 +9,63 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hf_cod.calibration import Batch
+from hf_cod.calibration import Batch, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.partial_pass import check_independent
+from hf_cod.evaluation import LANGUAGE_MODELS, task_of
 from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
 from hf_cod.layer_by_layer import FinishedLayers, Sums, change_sequentially, fingerprint_of_work
 from hf_cod.low_rank.rank_plan import RankPlan, factorizable, least_weights
 from hf_cod.statistics.input_products import ProductsRecorder
+from hf_cod.statistics.output_gradients import measure_loss_weights
 from hf_cod.writable_weights import check_writable
 
 # Of matrices that no energy leaves.
 TINY = torch.finfo(torch.float64).tiny
 
 
+# By what losses of different matrices are weighed against each other, with a text.
+WEIGHINGS = ("fisher", "spectrum")
+# Samples that the loss's gradients are measured on.
+GRADIENT_SAMPLES = 16
+
+
 def plan_ranks(
     model: nn.Module,
     parameters: float,
+    method: str | None = None,
     *,
     batches: Sequence[Batch] | None = None,
     journal: str | Path | None = None,
     path: str | None = None,
     show_progress: bool = False,
 ) -> RankPlan:
-    """Distributes a budget of parameters over all matrices by their spectra: each loses as little of its output as the
-    others allow (`functional.ranks.ranks_of_spectra`).
+    """Distributes a budget of parameters over all matrices by their spectra: all together lose as little as the budget
+    allows (`functional.ranks.ranks_of_spectra`).
+
+    | method | what is summed up over matrices | needs |
+    |---|---|---|
+    | fisher | lost share of the outputs' energy, times what all of it costs (`statistics.output_gradients`) | a loss |
+    | spectrum | lost share of the outputs' energy (of the weights' without batches), all alike | nothing |
 
     Args:
         model: a transformers model with plain weights; it is left as it was.
         parameters: share of the weights of the layers' matrices to keep, in 0..1.
+        method: see the table; default: fisher with batches of a language model, else spectrum.
         batches: with them spectra are those of the outputs on this text (whitened), else those of the weights.
         journal: a directory: finished layers go there, and the same call goes on where it stopped.
         path: the stack's module name where it cannot be found.
         show_progress: show a progress bar.
 
     Raises:
-        ValueError: a budget out of reach (says the least possible), or weights or activations that are not finite.
+        ValueError: an unknown method, fisher without a loss, a budget out of reach (says the least possible), or
+            weights or activations that are not finite.
     """
+    if method not in (None, *WEIGHINGS):
+        raise ValueError(f"method: expected one of {', '.join(WEIGHINGS)}, got {method!r}")
+    if method == "fisher" and not batches:
+        raise ValueError("batches: expected at least one for fisher, got none")
     stack = find_decoder_layers(model, path)
     total = sum(stack.count_weights(index) for index in range(len(stack)))
     least = sum(least_weights(stack, index) for index in range(len(stack)))
@@ -56,11 +76,17 @@ def plan_ranks(
         )
     shapes = {name: shape for index in range(len(stack)) for name, shape in factorizable(stack, index).items()}
     fixed = total - sum(m * n for m, n in shapes.values())
+    if method is None:
+        method = "fisher" if batches and task_of(stack.model, batches) in LANGUAGE_MODELS else "spectrum"
+    weights = dict.fromkeys(shapes, 1.0)
+    if method == "fisher" and batches:
+        few, _ = split_samples(batches, GRADIENT_SAMPLES)
+        weights = measure_loss_weights(stack, few, show_progress=show_progress)
     spectra = _spectra(stack, batches, journal, show_progress)
-    lost = [e / max(float(e.sum()), TINY) for e in (spectra[name] for name in shapes)]
+    lost = [weights[name] * spectra[name] / max(float(spectra[name].sum()), TINY) for name in shapes]
     found = ranks_of_spectra(list(shapes.values()), lost, int(parameters * total) - fixed)
     ranks = {name: rank for name, rank in zip(shapes, found, strict=True) if rank is not None}
-    return RankPlan("parameters", parameters, ranks, "spectrum")
+    return RankPlan("parameters", parameters, ranks, method)
 
 
 @torch.no_grad()
