@@ -1,9 +1,14 @@
+import math
+
 import pytest
 import torch
 
-from hf_cod import DepthPlan, drop_layers, plan_depth
+from hf_cod import DepthPlan, drop_layers, find_decoder_layers, plan_depth
 from hf_cod.depth import CRITERIA
 from hf_cod.depth.protection import JUMP
+from hf_cod.depth.removal_probe import RemovalProbe
+from hf_cod.diagnostics import measure_layer_drop
+from hf_cod.evaluation import find_metric
 from hf_cod.files import Journal
 from tests import references
 from tests.depth.references import best_removal, loss_without
@@ -27,6 +32,20 @@ def test_single_drops_against_the_whole_model(family):
     assert plan.layers == sorted(sorted(range(4), key=lambda i: expected[i])[:2]) and plan.kept == [
         i for i in range(4) if i not in plan.layers
     ]
+
+
+def test_removals_together_are_those_alone():
+    """Hidden states are shared between removals, and a removal in the journal leaves its place to the others."""
+    model = build("llama", layers=5)
+    batches = batches_of(model, 2)
+    metric = find_metric(None, "causal_lm")
+    removals = [(), (0,), (4,), (0, 1, 2, 3), (1, 3), (1, 2, 4), (1, 3)]
+    probe = RemovalProbe(find_decoder_layers(model), metric, batches)
+    expected = [loss_without(model, removed, batches) for removed in removals]
+    assert probe.losses(removals[3:5]) == pytest.approx(expected[3:5], abs=1e-5)
+    assert probe.losses(removals) == pytest.approx(expected, abs=1e-5)
+    _, without = measure_layer_drop(model, batches, metric)
+    assert probe.losses([(4,)])[0] == pytest.approx(math.log(without[4]), abs=1e-6)
 
 
 def test_block_influence_and_angular_against_the_formulas():
