@@ -44,7 +44,9 @@ def path_of(model, layer, name):
 
 @pytest.mark.parametrize("family", ADDED)
 def test_maps_against_least_squares_one_behind_the_other(family):
-    model = build(family, layers=6, dtype=torch.float64)
+    # transformers' product of experts knows no float64.
+    dtype, error = (torch.float32, 1e-3) if family == "deepseek_v3" else (torch.float64, 1e-6)
+    model = build(family, layers=6, dtype=dtype)
     batches, intact = batches_of(model), copy.deepcopy(model)
     first, second = path_of(model, 0, ADDED[family]), path_of(model, 2, ADDED[family])
     if family == "deepseek_v3":  # its layers 0 and 1 are dense
@@ -63,7 +65,7 @@ def test_maps_against_least_squares_one_behind_the_other(family):
     assert all(0 < entry["explained"] < 1 for entry in told) and not report.notes
     mask = batches[0]["attention_mask"].bool()
     expected = outputs(shortened, batches[0])
-    torch.testing.assert_close(outputs(model, batches[0])[mask], expected[mask], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(outputs(model, batches[0])[mask], expected[mask], rtol=error, atol=error)
 
 
 def test_a_map_explains_what_it_says():
@@ -87,11 +89,11 @@ def test_a_map_explains_what_it_says():
 def test_families_without_such_a_matrix_say_why_and_are_dropped_plainly(family):
     model, plain = build(family), build(family)
     batch = batch_for(model)
-    report = drop_layers(model, [2, 3], "linear", batches=[batch])
-    drop(plain, [2, 3])
+    report = drop_layers(model, [3], "linear", batches=[batch])
+    drop(plain, [3])
     assert torch.equal(outputs(model, batch), outputs(plain, batch))
     assert report.results["replacements"] == [] and len(report.notes) == 1
-    assert report.notes[0].startswith("no linear map in the place of layers 2 to 3: ")
+    assert report.notes[0].startswith("no linear map in the place of layer 3: ")
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
