@@ -11,6 +11,8 @@ from hf_cod.depth import DepthPlan, drop_layers, plan_depth
 from hf_cod.diagnostics import MeasurementError, diagnose
 from hf_cod.evaluation import evaluate_tasks, perplexity
 from hf_cod.finetuning import LayerSampler, OwLoreAdamW, lora_ranks, owlore
+from hf_cod.fit import FitPlan, apply_steps, plan_fit
+from hf_cod.healing import HealSettings, heal
 from hf_cod.layer_removal import drop, skip
 from hf_cod.low_rank import RankPlan, factorize, plan_ranks
 from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
@@ -30,6 +32,8 @@ __all__ = [
     "Comparison",
     "DecoderLayers",
     "DepthPlan",
+    "FitPlan",
+    "HealSettings",
     "LayerAllocation",
     "LayerDiagnosticsCallback",
     "LayerMonitor",
@@ -45,6 +49,7 @@ __all__ = [
     "SparseLinear",
     "TrainingHistory",
     "allocate",
+    "apply_steps",
     "collect_statistics",
     "compare",
     "diagnose",
@@ -55,12 +60,14 @@ __all__ = [
     "find_decoder_layers",
     "fold_lns",
     "from_authors",
+    "heal",
     "llama_preset",
     "lora_ranks",
     "owlore",
     "pack_sparse",
     "perplexity",
     "plan_depth",
+    "plan_fit",
     "plan_ranks",
     "prune",
     "quantize",

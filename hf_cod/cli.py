@@ -18,13 +18,15 @@ COMMANDS = {
     "drop-layers": ("drop_layers", "remove the layers that a model misses least: fewer layers, a stock checkpoint"),
     "pack": ("pack", "store a pruned model without its zeros, to load and run it faster"),
     "quantize": ("quantize", "store a model in three and four bits, four where layers matter more"),
+    "fit": ("fit", "make a model meet a budget of memory, parameters or bits by the best combination of these"),
+    "heal": ("heal", "train a pruned, factorized, narrowed or shortened model to say what the original says"),
     "finetune": ("finetune", "train a model on, a few layers at a time"),
     "compare": ("compare", "put several diagnosed runs side by side"),
     "card": ("card", "a pre-trained model with its model card, ready to share"),
     "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
 }
 # Commands that keep a journal: stopped, they go on where they were.
-RESUMABLE = ("demo", "diagnose", "score", "prune", "quantize", "factorize", "drop-layers", "finetune")
+RESUMABLE = ("demo", "diagnose", "score", "prune", "quantize", "factorize", "drop-layers", "fit", "heal", "finetune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -176,8 +176,25 @@ def _curve(axes: Axes, report: RunReport) -> None:
     axes.plot(*zip(*report.results["curve"], strict=True), color=PALE, linewidth=1, label="training")
     if report.results.get("validation"):
         axes.plot(*zip(*report.results["validation"], strict=True), color=INK, marker="o", label="validation")
-    axes.legend(frameon=False)
-    axes.set(xlabel="step", ylabel="loss in nats a token", title="Training curve")
+        axes.legend(frameon=False)
+    learnt = ": distance from the teacher" if report.kind == "heal" else ""
+    axes.set(xlabel="step", ylabel="loss in nats a token", title=f"Training curve{learnt}")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _healed(axes: Axes, report: RunReport) -> None:
+    """Perplexity of the student before and after, and of its teacher."""
+    found = report.results["perplexity"]
+    names = ("before", "after", "teacher")
+    values = [found[name] for name in names]
+    axes.bar(names, values, color=[PALE, INK, PALE])
+    for place, value in enumerate(values):
+        axes.text(place, value, format_number(value), ha="center", va="bottom")
+    _log_if_wide(axes, values)
+    share = report.results["recovered"]
+    back = "" if share is None else f": {share:.0%} of the lost log-perplexity recovered"
+    axes.set(ylabel="perplexity", title=f"Healing{back}")
+    axes.margins(y=0.1)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -221,6 +238,25 @@ def _removed(axes: Axes, report: RunReport) -> None:
     axes.bar(range(len(values)), values, color=[INK if i in removed else PALE for i in range(len(values))])
     _finish_bars(axes, values, f"layer (dark, removed: {', '.join(map(str, removed))})")
     axes.set(ylabel=COST_LABELS.get(criterion, "removed"), title=f"Removed layers: {criterion.replace('_', ' ')}")
+
+
+def _trade_off(axes: Axes, report: RunReport) -> None:
+    """The least loss that is expected with each share of the layers left, and what was measured."""
+    plan = report.results["plan"]
+    left, loss, _ = zip(*plan["curve"], strict=True)
+    axes.plot(left, loss, color=PALE, label="least expected")
+    for row in plan["tried"]:
+        single = len(row["steps"]) == 1
+        axes.plot(row["left"], row["loss"], marker="o" if single else "D", color=PALE if single else INK)
+        axes.annotate("+".join(row["steps"]), (row["left"], row["loss"]), xytext=(4, 4), textcoords="offset points")
+    axes.axhline(plan["intact_loss"], color="black", linestyle="--", linewidth=1)
+    axes.legend(frameon=False)
+    axes.set(
+        xlabel="share of the layers that is left",
+        ylabel="loss in nats a token",
+        title="Trade-off (dashed: intact; marks: measured)",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _numbers(values: list[Any]) -> list[float]:
@@ -267,17 +303,19 @@ PANELS: dict[str, Callable[..., None]] = {
     "variance": _per_layer("variance", "Output variance of each layer", "variance"),
     "score": _score,
     "curve": _curve,
+    "healed": _healed,
     **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
     "trained": _per_layer("trained", "How often each layer trained", "optimizer steps"),
     "sparsity": _sparsity,
     "kept": _kept,
     "bits": _bits,
     "removed": _removed,
+    "trade_off": _trade_off,
     "error": _per_layer("error", "Share of the outputs' energy that is lost", "mean over the layer's matrices"),
 }
 # The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
 DEPTH = ("angular_distance", "layer_drop", "gradient_norm", "variance")
-OVERVIEW = ("curve", "trained", *DEPTH, *(name + BY_STEP for name in TRAINING_PANELS))
+OVERVIEW = ("curve", "healed", "trained", *DEPTH, *(name + BY_STEP for name in TRAINING_PANELS))
 
 
 def _has(report: RunReport, name: str) -> bool:
@@ -285,6 +323,10 @@ def _has(report: RunReport, name: str) -> bool:
         return name.removesuffix(BY_STEP) in report.results.get("history", ()) and name.endswith(BY_STEP)
     if name == "curve":
         return bool(report.results.get(name))
+    if name == "healed":
+        return report.kind == "heal"
+    if name == "trade_off":
+        return "curve" in report.results.get("plan", {})
     return name in report.layers and (name != "angular_distance" or name in report.results)
 
 

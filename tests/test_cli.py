@@ -339,9 +339,9 @@ def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
         (["--parameters", "1.5"], "parameters: expected a share in 0..1, got 1.5"),
         (["--rank", "0.5"], "rank: expected no parameters beside it, and a score of layers"),
         (["--rank", "2", "--score", "owl"], "rank: expected a share in 0..1, got 2.0"),
-        (["--score", "auto"], "score: expected one of spectrum, owl"),
+        (["--score", "auto"], "score: expected one of fisher, spectrum, owl"),
         (["--method", "best"], "method: expected one of whitened, plain"),
-        (["--spread", "0.1"], "spread: expected none with the spectrum"),
+        (["--spread", "0.1"], "spread: expected none with fisher"),
         (["--score", "owl", "--rank", "0.9"], "plan: expected ranks at which factors have fewer weights"),
     ],
 )
@@ -425,7 +425,7 @@ def test_a_failing_metric_is_told_and_the_rest_is_kept(checkpoint, capsys):
         (["diagnose", "no/such-model"], "model: expected a Hub id"),
         (["diagnose", "./no-such-model"], "which does not exist"),
         (["compare", "a", "b"], "report: expected"),
-        (["fly"], "prune, factorize, drop-layers, pack, quantize, finetune, compare, card, convert, got 'fly'"),
+        (["fly"], "factorize, drop-layers, pack, quantize, fit, heal, finetune, compare, card, convert, got 'fly'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -13,16 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from hf_cod.commands.sizes import in_gigabytes, parse_bytes
 from hf_cod.finetuning import OwLoreSettings
 from hf_cod.finetuning.estimate import estimate_memory
 from hf_cod.finetuning.memory import PARTS, Memory
 from hf_cod.finetuning.methods import METHODS
+from hf_cod.finetuning.training import TrainingSettings
 from hf_cod.loading import ModelSettings, best_device, load_config
-
-if TYPE_CHECKING:
-    from hf_cod.commands.finetune import FinetuneSettings
-
-UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass
@@ -46,26 +42,23 @@ class EstimateSettings:
         """The memory that was named; None if none was."""
         if self.device_memory is None:
             return None
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", self.device_memory, re.IGNORECASE)
-        if match is None:
-            raise ValueError(f"device_memory: expected a size such as 24GB or 80GiB, got {self.device_memory!r}")
-        power = UNITS[match[2].upper()] if match[2] else 0
-        return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+        return parse_bytes(self.device_memory, "device_memory")
 
 
 def print_estimates(
-    source: str, loading: ModelSettings, settings: FinetuneSettings, sampling: OwLoreSettings, told: EstimateSettings
+    source: str, loading: ModelSettings, settings: TrainingSettings, sampling: OwLoreSettings, told: EstimateSettings
 ) -> None:
     """A table of all methods, and which of them fit."""
     config = load_config(source, loading)
     device = loading.device or best_device()
     room = told.bytes_of_device() or free_memory(device)
     table = Table("method", *PARTS, "total", "fits", box=box.SIMPLE_HEAD, padding=0)
+    refused = []
     for method in tqdm(METHODS, desc="estimating", leave=False, disable=None):
         try:
             found = estimate(config, method, settings, sampling, loading.trust_remote_code)
-        except ImportError as error:
-            table.add_row(method, str(error))
+        except (ImportError, ValueError) as error:  # settings that this method does not take
+            refused.append(f"{method}: {error}")
             continue
         cells = [in_gigabytes(value) for value in (*found.parts().values(), found.total)]
         table.add_row(method, *cells, "yes" if found.total <= room else "no")
@@ -78,10 +71,12 @@ def print_estimates(
         "inside themselves, and the device's own context.",
         highlight=False,
     )
+    for reason in refused:
+        console.print(f"not estimated, {reason}", style="dim", highlight=False, markup=False)
 
 
 def estimate(
-    config: Any, method: str, settings: FinetuneSettings, sampling: OwLoreSettings, trust_remote_code: bool = False
+    config: Any, method: str, settings: TrainingSettings, sampling: OwLoreSettings, trust_remote_code: bool = False
 ) -> Memory:
     """What a training with these settings needs."""
     return estimate_memory(
@@ -105,9 +100,3 @@ def free_memory(device: str) -> int:
     if torch.device("cuda" if device == "auto" else device).type == "cuda":
         return torch.cuda.mem_get_info(None if device == "auto" else device)[0]
     return psutil.virtual_memory().available
-
-
-def in_gigabytes(value: int) -> str:
-    """10^9 bytes, to three digits or so."""
-    gigabytes = value / 1e9
-    return f"{gigabytes:.1f}" if gigabytes >= 10 else f"{gigabytes:.2f}"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 JOURNAL = "journal"
 _RESULT = "result"
-# A layer as FinishedLayers writes it, or one that an interruption cut; or the journal of a search.
-_KEPT = re.compile(r"\.?[0-9a-f]{16}-\d{5}\.safetensors(\..*)?|\.?journal\.jsonl(\..*)?")
+# What a journal holds: a layer as FinishedLayers writes it, or one that an interruption cut; and lines of a Journal.
+_KEPT = re.compile(r"\.?[0-9a-f]{16}-\d{5}\.safetensors(\..*)?|\.?\w+\.jsonl(\..*)?")
 
 
 def check_output(directory: Path, model: str) -> None:

@@ -29,6 +29,7 @@ from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.evaluation import task_of
 from hf_cod.functional.codebook import BITS
 from hf_cod.loading import ModelSettings, load_model
+from hf_cod.model_size import bytes_of
 from hf_cod.quantization import OwlBnbConfig, plan_bits, quantize
 from hf_cod.quantization.config import StorageSettings, check_bits
 from hf_cod.report import RunReport, format_number
@@ -166,13 +167,6 @@ class _Work:
         elif settings.rounding == "compensated":
             options["batches"] = self.batches
         return quantize(model, config, **options)
-
-
-def bytes_of(model: nn.Module) -> int:
-    """Bytes of a model's tensors in memory, each storage counted once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 def _scores(

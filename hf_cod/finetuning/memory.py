@@ -68,7 +68,10 @@ class LiveStorages(TorchDispatchMode):
         """Runs the operation and takes note of what it made."""
         if function is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
             return 1
-        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._grouped_mm.default and _is_fake(args[0]):
+            result = _grouped_mm(*args, **(kwargs or {}))
+        else:
+            result = function(*args, **(kwargs or {}))
         self.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         return result
 
@@ -163,6 +166,12 @@ def gradients_counted(model: nn.Module, counter: LiveStorages) -> Iterator[None]
 def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The tensors of an optimizer's state."""
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def _grouped_mm(a: Tensor, b: Tensor, *others: Any, **named: Any) -> Tensor:
+    """Of fake tensors, for which the operation knows bfloat16 alone; real ones it takes in any dtype."""
+    product = torch.ops.aten._grouped_mm.default(a.bfloat16(), b.bfloat16(), *others, **named)
+    return product.to(a.dtype)
 
 
 def _is_fake(tensor: Tensor) -> bool:

@@ -5,10 +5,12 @@ Not imported with the package, because transformers' Trainer takes longer to imp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
 from hf_cod.finetuning.memory import LiveStorages, Memory, gradients_counted, state_of
@@ -17,11 +19,15 @@ from hf_cod.finetuning.memory import LiveStorages, Memory, gradients_counted, st
 class MemoryCallback(TrainerCallback):
     """Counts the second step that a run makes: the first one whose optimizer had its state from the beginning.
 
+    Args:
+        beside: other models in memory, whose weights count as weights.
+
     Attributes:
         memory: None until then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Sequence[nn.Module] = ()) -> None:
+        self._beside = beside
         self.memory: Memory | None = None
         self._steps = 0
         self._counter: LiveStorages | None = None
@@ -32,9 +38,12 @@ class MemoryCallback(TrainerCallback):
         self._steps += 1
         if self._steps != 2:
             return
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # of what was measured before the training
         model, optimizer = about["model"], about["optimizer"]
         counter = LiveStorages(getattr(model.config, "vocab_size", None))
-        counter.add([*model.parameters(), *model.buffers()], "weights")
+        for each in (model, *self._beside):
+            counter.add([*each.parameters(), *each.buffers()], "weights")
         counter.add(state_of(optimizer), "optimizer state")
         self._attached.enter_context(gradients_counted(model, counter))
         self._attached.enter_context(counter)
@@ -52,7 +61,9 @@ class MemoryCallback(TrainerCallback):
             self.memory, self._counter = self._counter.memory(), None
 
     def bytes_used(self) -> int | None:
-        """Peak of the run on CUDA, as its allocator tells; elsewhere of the step that was counted, if there was one."""
+        """Peak of the training on the current CUDA device, as its allocator tells; elsewhere of the step that was
+        counted, if there was one.
+        """
         if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
             return torch.cuda.max_memory_allocated()
         return None if self.memory is None else self.memory.total

@@ -45,7 +45,8 @@ def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lo
     except ImportError as error:
         raise ImportError("method: lora needs the peft package: pip install 'hf_cod[recovery]'") from error
     stack = find_decoder_layers(model)
-    names = sorted({name.rsplit(".", 1)[-1] for i in range(len(stack)) for name in stack.linears(i)})
+    # Whole names: where one layer has a matrix, another one may have two thin ones.
+    names = [name for i in range(len(stack)) for name in stack.linears(i)]
     heads = list(stack.task_heads) or None  # a classifier may be new: it trains as it is
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names, modules_to_save=heads)
     wrapped: Any = get_peft_model(model, config)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from hf_cod.calibration import IGNORED_LABEL, Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.running import execution_device, progress, to_device
-
-ADAPTER = "default"
+from hf_cod.pruning.masked_adapters import lora_layers, mask_forward, merge_masked
 
 
 @dataclass
@@ -49,14 +48,10 @@ def recover(
 ) -> list[float]:
     """Trains PEFT's LoRA on the layers' Linears of a pruned language model and merges it in place; zeros stay zeros.
 
-        y = x (W + m * (alpha / r) B A)^T,   m = 1 where W is not zero        (* elementwise)
-
-    The mask m stands inside the forward pass (as in SPP, arXiv 2405.16057, and LoRS, arXiv 2501.08582), so that what
-    was trained is what is merged. LoRA's own forward pass without m, masked only when it merges, would lose the part of
-    B A that falls on zeros: at 70 % sparsity most of it, and the rest was trained to work together with that part. The
-    price is that of full fine-tuning for the products with W (a gradient of its size for one matrix at a time, and
-    the masked weights of all layers in memory until the backward pass), not for the optimizer's state. Banks of experts
-    are not trained. AdamW without decay, alpha = 2 r, a tenth of the steps warming up, then a cosine to zero.
+    The adapters are masked in the forward pass (`masked_adapters.py`). The price is that of full fine-tuning for the
+    products with W (a gradient of its size for one matrix at a time, and the masked weights of all layers in memory
+    until the backward pass), not for the optimizer's state. Banks of experts are not trained. AdamW without decay,
+    alpha = 2 r, a tenth of the steps warming up, then a cosine to zero.
 
     Args:
         model: a pruned model with a language modelling head; flags of training and gradients come back as they were.
@@ -97,7 +92,7 @@ def recover(
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
         for adapter in adapters:
-            _merge(adapter)
+            merge_masked(adapter)
     return losses
 
 
@@ -106,7 +101,6 @@ def _adapted(stack: DecoderLayers, rank: int, seed: int) -> Iterator[list[Any]]:
     """PEFT's LoRA layers around all Linears of the layers, with our forward; taken away at the end."""
     try:
         from peft import LoraConfig, get_peft_model
-        from peft.tuners.lora import LoraLayer
     except ImportError as error:
         raise ImportError(
             "recover: training adapters needs the peft package: pip install 'hf_cod[recovery]'"
@@ -119,9 +113,9 @@ def _adapted(stack: DecoderLayers, rank: int, seed: int) -> Iterator[list[Any]]:
         torch.manual_seed(seed)
         wrapped: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names))
     try:
-        adapters: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        adapters = lora_layers(model)
         for adapter in adapters:
-            adapter.forward = _masked_forward(adapter)
+            mask_forward(adapter)
         model.train()
         yield adapters
     finally:
@@ -132,28 +126,6 @@ def _adapted(stack: DecoderLayers, rank: int, seed: int) -> Iterator[list[Any]]:
             module.training = mode
         for parameter, flag in gradients:
             parameter.requires_grad_(flag)
-
-
-def _masked_forward(adapter: Any) -> Any:
-    base = adapter.get_base_layer()
-
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.func.functional_call(base, {"weight": _masked_sum(adapter)}, (x, *args), kwargs)
-
-    return forward
-
-
-def _masked_sum(adapter: Any) -> Tensor:
-    """W + m * (alpha / r) B A, in the dtype and layout of W."""
-    W = adapter.get_base_layer().weight
-    delta = adapter.get_delta_weight(ADAPTER)
-    return torch.where(W != 0, W.to(delta.dtype) + delta, 0).to(W.dtype)
-
-
-@torch.no_grad()
-def _merge(adapter: Any) -> None:
-    weight = adapter.get_base_layer().weight
-    weight.copy_(_masked_sum(adapter))
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from hf_cod.same_model import name_of
 from hf_cod.scores.layer_scores import LayerScores
 from hf_cod.scores.pruning_probe import CODEBOOK, PRUNERS, PruningProbe
 from hf_cod.statistics import LayerStatistics, collect_statistics
+from hf_cod.statistics.output_gradients import measure_loss_weights
 
 
 @dataclass
@@ -31,8 +32,8 @@ class ScoreSettings:
     method: str = field(
         default="owl",
         metadata={
-            "help": "owl, angular, block_influence, gradient_norm, layer_drop, weight_norm, sensitivity, auto (tries "
-            "several on a little text), or as baselines uniform, random or depth (earlier layers matter more)"
+            "help": "owl, angular, block_influence, gradient_norm, fisher, layer_drop, weight_norm, sensitivity, auto "
+            "(tries several on a little text), or as baselines uniform, random or depth (earlier layers matter more)"
         },
     )
     threshold: float = field(
@@ -90,6 +91,7 @@ def score_layers(
     | angular | d(x^l, x^(l+1)) at the last token (arXiv 2502.05795) | batches |
     | block_influence | 1 - E[cos(x^l, x^(l+1))] (arXiv 2403.03853) | batches |
     | gradient_norm | ||dL/d theta_l||_2, mean over batches | batches, a head |
+    | fisher | ln of what losing the outputs of l's matrices would cost, in nats, to second order | batches, a head |
     | layer_drop | what removing l costs: nats a token for perplexity, else the task's metric | batches |
     | weight_norm | mean of abs(W_ij), the L1 baseline | nothing |
     | sensitivity | slope of the loss by l's sparsity where all layers have `target` | batches, an LM head |
@@ -194,6 +196,14 @@ def _gradient_norm(request: _Request) -> list[float]:
     return measure_gradient_norm(request.model, request.batches, **request.options)
 
 
+def _fisher(request: _Request) -> list[float]:
+    """A logarithm, because a layer where massive activations arise costs ten thousand times what others do."""
+    assert request.batches is not None
+    costs = measure_loss_weights(request.stack, request.batches, show_progress=request.show_progress)
+    layers = [sum(costs[name] for name in request.stack.linears(i)) for i in range(len(request.stack))]
+    return [math.log(max(cost, TINY)) for cost in layers]
+
+
 def _layer_drop(request: _Request) -> list[float]:
     assert request.batches is not None
     metric = find_metric(None, task_of(request.model, request.batches))
@@ -220,13 +230,14 @@ def _sensitivity(request: _Request) -> list[float]:
 def _auto(request: _Request) -> list[float]:
     """Tries each candidate and lambda, and keeps the best."""
     request = replace(request, statistics=_statistics(request))
+    probe = _probe(request)  # refuses what cannot be tried before candidates are scored
     found = {method: METHODS[method](request) for method in CANDIDATES}
     tried, plans = [], []
     for method, values in found.items():
         for width, plan in _plans(request, method, values):
             tried.append((method, width))
             plans.append(plan)
-    losses = _probe(request).plans(plans)
+    losses = probe.plans(plans)
     method, width = min(zip(losses, tried, strict=True))[1]
     request.found.update(
         chosen=method,
@@ -279,6 +290,7 @@ METHODS: dict[str, Callable[[_Request], list[float]]] = {
     "angular": _angular,
     "block_influence": _block_influence,
     "gradient_norm": _gradient_norm,
+    "fisher": _fisher,
     "layer_drop": _layer_drop,
     "weight_norm": _weight_norm,
     "sensitivity": _sensitivity,
@@ -287,7 +299,7 @@ METHODS: dict[str, Callable[[_Request], list[float]]] = {
     "depth": _depth,
     "random": _random,
 }
-NEED_BATCHES = ("angular", "block_influence", "gradient_norm", "layer_drop", "sensitivity", "auto")
+NEED_BATCHES = ("angular", "block_influence", "gradient_norm", "fisher", "layer_drop", "sensitivity", "auto")
 # Method -> the settings that it depends on.
 SETTINGS_OF = {
     "owl": ("threshold", "per_module"),
@@ -296,9 +308,11 @@ SETTINGS_OF = {
     "random": ("seed",),
 }
 # What auto tries: scores, and lambdas.
-CANDIDATES = ("uniform", "owl", "angular", "sensitivity")
+CANDIDATES = ("uniform", "owl", "angular", "fisher", "sensitivity")
 SPREADS = (0.08, 0.15, 0.25)
 # Samples that sensitivity and auto try on.
 PROBE_SAMPLES = 4
+# Of layers that no gradient reaches.
+TINY = 1e-30
 # How far to both sides of the target sensitivity tries a layer.
 STEP = 0.1

@@ -1,23 +1,27 @@
 """hf-cod finetune on the embedded LNS model and novel."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_cod import RunReport, perplexity
+from hf_cod import LayerScores, RunReport, perplexity, score_layers
 from hf_cod.calibration import embedded_text
 from hf_cod.cli import main
 from hf_cod.commands.finetune_memory import EstimateSettings
 from hf_cod.finetuning import OwLoreSettings
 from hf_cod.finetuning.estimate import estimate_memory
 from hf_cod.finetuning.methods import METHODS
+from hf_cod.finetuning.training import TrainingSettings, scores_to_draw_by
 from hf_cod.loading import embedded_model
 from hf_cod.pretraining import pack
+from tests.tiny_models import build
 
 QUICK = "--steps 10 --batch-size 8 --micro-batch-size 4 --sequence-length 64 --eval-samples 8 --n-active 3 --interval 3"
 QUICK += " --rank 8 --save-every 2 --log-every 2 --dtype float32 --device cpu --no-plots --learning-rate 1e-3"
@@ -54,6 +58,7 @@ def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
     assert 0.5 * memory["estimate"] < memory["used"] <= 1.05 * memory["estimate"]  # of the worst draw
     if method in ("full", "galore", "lora"):
         assert memory["used"] == pytest.approx(memory["estimate"], rel=0.05)
+    assert (output / "adapter" / "adapter_config.json").is_file() == METHODS[method].adapters
     if method == "owlore-peft":  # three of the ten steps' four draws may meet in a layer: 24 ranks, 16 are kept
         assert 0 <= report.results["lost_energy"]["mean"] <= report.results["lost_energy"]["largest"] < 1
         assert any("cut off" in line for line in report.summary)
@@ -88,6 +93,37 @@ def test_estimates_count_what_adapters_have_learnt():
     assert learnt <= found.weights - whole.weights < 1.3 * learnt
 
 
+def test_estimates_of_settings_that_some_methods_refuse(capsys, tmp_path):
+    assert main(["finetune", MODEL, *QUICK.split(), "--estimate", "--deselected", "keep"]) == 0
+    shown = capsys.readouterr().out
+    assert "not estimated, owlore-peft: deselected: expected none beside an OwLore adapter" in shown
+    assert re.search(r"^ owlore +\d", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"])
+def test_estimates_of_mixtures_of_experts(family):
+    """In float32, for which the fake form of their product is not made."""
+    found = estimate_memory(
+        build(family).config, "owlore", OwLoreSettings(n_active=1, rank=8), batch_size=1, sequence_length=8
+    )
+    assert found.total > 1.2 * found.weights > 0
+
+
+def test_scores_below_zero_count_as_none_and_given_ones_are_kept(tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    scores = score_layers(model, method="weight_norm")
+    given = replace(scores, method="layer_drop", values=[-1.0, *scores.values[1:]])
+    few = TrainingSettings(score="random")
+    windows = torch.zeros(4, 64, dtype=torch.long)
+    found = scores_to_draw_by(model, windows, few, None, tmp_path / "found")
+    assert LayerScores.load(tmp_path / "found" / "scores.json") == found and min(found.values) >= 0
+    file = given.save(tmp_path / "given.json")
+    assert scores_to_draw_by(model, windows, few, str(file), tmp_path / "kept") == given
+    other = scores.save(tmp_path / "other.json")
+    with pytest.raises(ValueError, match=r"scores: expected those that the run in .* began with, got"):
+        scores_to_draw_by(model, windows, few, str(other), tmp_path / "kept")
+
+
 @pytest.mark.parametrize("size, value", [("24GB", 24 * 10**9), ("1.5GiB", 3 * 2**29), ("512m", 512 * 10**6)])
 def test_sizes_of_devices(size, value):
     assert EstimateSettings(device_memory=size).bytes_of_device() == value
@@ -119,6 +155,11 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
         (["--eval-samples", "99999"], "text: expected more than the 99999 windows of 64 tokens that are held out"),
         (["--n-active", "13"], "n_active: expected between 1 and the model's 12 layers, got 13"),
         (["--device-memory", "much"], "device_memory: expected a size such as 24GB or 80GiB, got 'much'"),
+        (["--log-every", "0"], "log_every: expected at least 1, got 0"),
+        (["--learning-rate", "-1"], "learning_rate: expected a number above 0, got -1"),
+        (["--max-grad-norm", "-1"], "max_grad_norm: expected a number of at least 0, got -1"),
+        (["--fused"], "fused: expected a micro_batch_size of 8, the batch_size, beside it, got 4"),
+        (["--fused", "--micro-batch-size", "8"], "fused: expected a max_grad_norm of 0 beside it, got 1"),
         (["--rank", "999"], "rank: expected at most 128, the width of the layers' matrices, got 999"),
     ],
 )

@@ -9,6 +9,7 @@ from torch import nn
 from hf_cod import LayerScores, allocate, collect_statistics, find_decoder_layers, score_layers
 from hf_cod.diagnostics import measure_gradient_norm
 from hf_cod.scores import METHODS, ScoreSettings
+from hf_cod.statistics.output_gradients import measure_loss_weights
 from tests import references
 from tests.tiny_models import batch_for, build
 
@@ -70,6 +71,10 @@ def test_methods_are_what_they_say():
     assert of("angular") == pytest.approx([row[0] for row in matrix.tolist()], abs=1e-6)
     assert of("block_influence") == pytest.approx(references.block_influence(states, mask), abs=1e-5)
     assert of("gradient_norm") == measure_gradient_norm(model, batches)
+    stack = find_decoder_layers(model)
+    costs = measure_loss_weights(stack, batches)
+    sums = [sum(costs[name] for name in stack.linears(index)) for index in range(len(stack))]
+    assert of("fisher") == pytest.approx([math.log(cost) for cost in sums], rel=1e-9)
     intact = references.perplexity(model, batches[0])
     without = [references.perplexity(references.without_layer(model, i), batches[0]) for i in range(4)]
     assert of("layer_drop") == pytest.approx([math.log(value / intact) for value in without], abs=1e-4)
@@ -198,7 +203,7 @@ def test_bad_input():
     model = build("llama")
     with torch.no_grad():
         model.lm_head.weight[0] = math.nan
-    for method in ("auto", "sensitivity", "layer_drop", "gradient_norm"):
+    for method in ("auto", "sensitivity", "layer_drop", "gradient_norm", "fisher"):
         with pytest.raises(ValueError, match=r"weights: expected finite numbers, got NaN or infinity in lm_head"):
             score_layers(model, method=method, batches=batches)
     with pytest.raises(ValueError, match="values: expected finite scores, got nan in layer 1"):

@@ -1,0 +1,107 @@
+"""hf-cod heal STUDENT --teacher ORIGINAL: a smaller model learns from the one that it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from hf_cod.calibration import TextSettings, load_texts
+from hf_cod.commands.compressing import CompressionSettings, as_in, load_with_tokenizer
+from hf_cod.commands.diagnose import require_plots
+from hf_cod.commands.settings import SettingsParser, default_directory, model_title
+from hf_cod.commands.terminal import print_report
+from hf_cod.finetuning import OwLoreSettings
+from hf_cod.finetuning.training import check_fused, claim
+from hf_cod.healing import HealSettings, heal
+from hf_cod.healing.pair import check_tokenizers
+from hf_cod.loading import DTYPES, ModelSettings
+from hf_cod.pretraining import pack
+from hf_cod.report import RunReport
+
+
+@dataclass
+class TeacherSettings:
+    """Which model the student learns from, and what both are measured on."""
+
+    teacher: str = field(metadata={"help": "the model that the student came from: Hub id, directory, or GGUF file"})
+    teacher_dtype: str = field(
+        default="auto", metadata={"help": "dtype of its weights; bfloat16 may halve its memory", "choices": DTYPES}
+    )
+    eval_text: str | None = as_in(CompressionSettings, "eval_text")
+
+    def __post_init__(self) -> None:
+        ModelSettings(dtype=self.teacher_dtype)
+
+
+@dataclass
+class HealOutput:
+    """What is read beside the models, and where results go."""
+
+    scores: str | None = field(default=None, metadata={"help": "scores.json of hf-cod score, instead of scoring anew"})
+    output: str | None = field(
+        default=None, metadata={"help": "directory for model, report, checkpoints; default: hf-cod-heal-STUDENT"}
+    )
+    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = SettingsParser(
+        [ModelSettings, TextSettings, TeacherSettings, HealSettings, OwLoreSettings, HealOutput],
+        prog="hf-cod heal",
+        description="Trains a pruned, factorized, narrowed or shortened model on text to say what the model says that "
+        "it came from, and writes a model that from_pretrained loads as it loads the student. Zeros stay zeros, and "
+        "ranks and widths what they are. Interrupted, the same command goes on where it stopped.",
+    )
+    parser.add_argument("student", help="Hub id, directory, or GGUF file")
+    loading, text, source, settings, sampling, files, rest = parser.parse(arguments)
+    check_fused(settings, sampling)
+    directory = Path(files.output or default_directory("heal", rest.student))
+    told = (loading, text, source, settings, sampling)
+    claim(directory, {"student": rest.student, **{k: v for part in told for k, v in asdict(part).items()}})
+    if files.plots:
+        require_plots()
+    report = run(rest.student, loading, text, source, settings, sampling, files.scores, directory)
+    if files.plots:
+        report.plot(directory)
+    report.save(directory)
+    print_report(report)
+    print(f"\nmodel written to {(directory / 'model').resolve()}")
+    return 0
+
+
+def run(
+    student: str,
+    loading: ModelSettings,
+    text: TextSettings,
+    source: TeacherSettings,
+    settings: HealSettings,
+    sampling: OwLoreSettings,
+    scores_file: str | None,
+    directory: Path,
+) -> RunReport:
+    """Loads both models, heals the student, saves it."""
+    model, tokenizer = load_with_tokenizer(student, loading)
+    its_loading = replace(loading, dtype=source.teacher_dtype, revision="main")
+    teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading)
+    check_tokenizers(tokenizer, its_tokenizer)
+    held_out = None
+    if source.eval_text is not None:
+        texts = load_texts(replace(text, text=source.eval_text))
+        held_out = pack(tokenizer, texts, settings.sequence_length, most=settings.eval_samples)
+    report = heal(
+        model,
+        teacher,
+        load_texts(text),
+        settings,
+        tokenizer=tokenizer,
+        held_out=held_out,
+        sampling=sampling,
+        scores=scores_file,
+        output=directory,
+        name=model_title(student),
+    )
+    model.save_pretrained(directory / "model")  # type: ignore[operator]  # a model of transformers
+    tokenizer.save_pretrained(directory / "model")
+    return replace(report, settings={"teacher": source.teacher, **asdict(text), **report.settings})

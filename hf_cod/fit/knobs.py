@@ -1,0 +1,116 @@
+"""The ways to make a model smaller that a plan may combine, in one table, in the order in which they are applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_cod.allocation import allocate
+from hf_cod.calibration import Batch
+from hf_cod.decoder_layers import find_decoder_layers
+from hf_cod.functional.codebook import BITS
+from hf_cod.low_rank import factorize, plan_ranks
+from hf_cod.pruning import prune
+from hf_cod.quantization import OwlBnbConfig, quantize
+from hf_cod.quantization.plan import plan_bits
+from hf_cod.scores import score_layers
+from hf_cod.sparse import pack_sparse
+
+# The score by which layers get more or less, where a method does not find out itself; one forward pass finds it.
+SCORE = "angular"
+SPREAD = 0.08
+
+
+@dataclass(frozen=True)
+class Applying:
+    """What the application of a knob needs.
+
+    Attributes:
+        batches: the text to calibrate on.
+        journal: a directory for finished layers, or None.
+        path: the stack's module name where it cannot be found.
+        show_progress: show progress bars.
+    """
+
+    batches: Sequence[Batch]
+    journal: Path | None = None
+    path: str | None = None
+    show_progress: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """As the methods take them."""
+        return {
+            "batches": self.batches,
+            "journal": self.journal,
+            "path": self.path,
+            "show_progress": self.show_progress,
+        }
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One way to make a model smaller.
+
+    Attributes:
+        levels: (model, layers' module name or None) -> levels that a plan may choose, mildest first.
+        tried: how many of those are measured, evenly spread, the last one included; costs between are interpolated.
+        apply: (model, level, how) -> changes the model in place.
+        describe: level -> what it means.
+        structural: whether parameters become fewer, so that a budget of parameters can be met by it.
+    """
+
+    levels: Callable[[nn.Module, str | None], list[float]]
+    tried: int
+    apply: Callable[[Any, float, Applying], None]
+    describe: Callable[[float], str]
+    structural: bool = True
+
+
+def _shares(*percent: int) -> Callable[[nn.Module, str | None], list[float]]:
+    return lambda model, path: [share / 100 for share in percent]
+
+
+def _low_rank(model: Any, share: float, how: Applying) -> None:
+    options = how.options()
+    factorize(model, plan_ranks(model, 1 - share, **options), "whitened", **options)
+
+
+def _sparse(model: Any, share: float, how: Applying) -> None:
+    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.path)
+    plan = allocate(scores, "sparsity", share, min(SPREAD, 1 - share))
+    prune(model, plan, "sparsegpt", **how.options())
+    pack_sparse(model)
+
+
+def _bits(model: Any, codes: float, how: Applying) -> None:
+    """Scales come on top of the bits of codes: 0.13 a weight, more where rows are no whole blocks."""
+    if codes in BITS:
+        quantize(model, OwlBnbConfig(bits=codes), **how.options())
+        return
+    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.path)
+    stack = find_decoder_layers(model, how.path)
+    few, many = (plan_bits(stack, bits, OwlBnbConfig()).stored for bits in BITS)
+    stored = few + (codes - min(BITS)) / (max(BITS) - min(BITS)) * (many - few)
+    quantize(model, OwlBnbConfig(bits=stored, scores=scores), **how.options())
+
+
+# Knob -> what it does. Order matters: what removes structure comes before what stores the rest in fewer bits.
+KNOBS: dict[str, Knob] = {
+    "rank": Knob(_shares(*range(5, 55, 5)), 4, _low_rank, lambda x: f"{x:.0%} of the weights by low rank"),
+    "sparsity": Knob(
+        _shares(*range(50, 85, 5)), 3, _sparse, lambda x: f"{x:.0%} of the weights zero, and packed", structural=False
+    ),
+    "bits": Knob(
+        lambda model, path: [4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4, 3.3, 3.2, 3.1, 3.0],
+        3,
+        _bits,
+        lambda x: f"{x:g} bits a weight, and scales",
+        structural=False,
+    ),
+}
+# A matrix is stored packed or in few bits, not both.
+EXCLUSIVE = (("sparsity", "bits"),)

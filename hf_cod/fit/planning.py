@@ -1,0 +1,226 @@
+"""`plan_fit`: the combination of steps with the least measured loss within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_cod.calibration import Batch
+from hf_cod.diagnostics.resuming import Journals, digest_batches
+from hf_cod.diagnostics.running import progress
+from hf_cod.files import fingerprint
+from hf_cod.fit.fit_plan import KINDS, FitPlan
+from hf_cod.fit.knobs import EXCLUSIVE, KNOBS
+from hf_cod.fit.trials import Steps, Trial, Trials
+from hf_cod.functional.combination import Combination, best_combinations, filled, rising
+from hf_cod.model_size import ModelSize
+
+# How often a choice of knobs is tightened where its measured size is above the budget.
+TIGHTENINGS = 4
+# Points of the trade-off curve: shares of the layers that are left.
+CURVE = tuple(share / 100 for share in range(95, 5, -5))
+
+
+def plan_fit(
+    make: Callable[[], nn.Module],
+    kind: str,
+    budget: float,
+    calibration: Sequence[Batch],
+    tuning: Sequence[Batch],
+    *,
+    knobs: Sequence[str] | None = None,
+    verify: int = 3,
+    journal: str | Path | None = None,
+    path: str | None = None,
+    show_progress: bool = False,
+) -> FitPlan:
+    """Finds how to make a model meet a budget.
+
+    1. Each knob is tried alone at a few levels: what it costs (nats a token on `tuning`) and what it leaves.
+    2. Costs are taken to add up, savings to multiply; under that assumption all combinations of levels are compared.
+    3. The best choice of each knob alone, and of the `verify` best sets of knobs, are applied and measured as a whole,
+       because the assumption is one. What misses the budget when it is measured is tightened. The best of them stays.
+
+    So the plan is never worse, on `tuning`, than any single method at the same budget.
+
+    Args:
+        make: gives a fresh copy of the intact model at each call (a function that loads it); one at a time is alive.
+        kind: "memory" (bytes of the whole model), "parameters" (share of the weights of the layers' matrices, 0 to 1)
+            or "bits" (stored bits for each of those weights).
+        budget: the most that is allowed, in that unit.
+        calibration: dicts for the model's forward, which methods calibrate on.
+        tuning: other ones, which losses are measured on.
+        knobs: names of `KNOBS` to choose from; default: all that can help.
+        verify: how many sets of knobs are measured as a whole, beside each knob alone.
+        journal: a directory: what was measured is kept there, and the same call goes on where it stopped.
+        path: the stack's module name where it cannot be found.
+        show_progress: show a progress bar.
+
+    Raises:
+        ValueError: an unknown kind or knob, or a budget out of reach (says the least possible).
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    chosen = _chosen_knobs(knobs, kind)
+    intact = make()
+    levels = {knob: KNOBS[knob].levels(intact, path) for knob in chosen}
+    levels = {knob: found for knob, found in levels.items() if found}
+    work = fingerprint(Journals(journal or "", intact, calibration).inputs, digest_batches(tuning))
+    del intact
+    trials = Trials(make, calibration, tuning, journal, work, path)
+    search = _Search(trials, kind, budget, levels)
+    search.measure_alone(show_progress)
+    search.check_reach()
+    search.verify(verify, show_progress)
+    return search.plan()
+
+
+class _Search:
+    """Levels, what they cost alone, and what was measured together."""
+
+    def __init__(self, trials: Trials, kind: str, budget: float, levels: dict[str, list[float]]) -> None:
+        self._trials, self._kind, self._budget, self._levels = trials, kind, budget, levels
+        self._intact = trials.measure({})
+        self._alone: dict[str, dict[int, Trial]] = {}
+        self._saved: dict[str, list[float]] = {}
+        self._costs: dict[str, list[float]] = {}
+        self._tried: dict[str, tuple[float, Trial]] = {}
+
+    def measure_alone(self, show_progress: bool) -> None:
+        """Fills the tables that combinations are compared by; step 0 of a knob is not to use it."""
+        wanted = {knob: _spread(len(levels), KNOBS[knob].tried) for knob, levels in self._levels.items()}
+        todo = [(knob, step) for knob, steps in wanted.items() for step in steps]
+        for knob, step in progress(todo, "trying each step alone", show_progress):
+            self._alone.setdefault(knob, {})[step] = self._trials.measure({knob: self._levels[knob][step - 1]})
+        for knob, found in self._alone.items():
+            number = len(self._levels[knob]) + 1
+            saved = {0: 0.0, **{step: 1 - self._left(trial.size) for step, trial in found.items()}}
+            costs = {0: 0.0, **{step: trial.loss - self._intact.loss for step, trial in found.items()}}
+            # Not to use a knob is no step on the way to its first level: nothing is interpolated there.
+            first = min(found)
+            assert first == 1
+            self._saved[knob] = filled(saved, number)
+            self._costs[knob] = filled(rising(costs), number)
+
+    def check_reach(self) -> None:
+        """Raises where not even all knobs at their last level meet the budget."""
+        least = 1.0
+        for combination in best_combinations(self._saved, self._costs, 1.0, EXCLUSIVE, 1 << len(self._saved)):
+            ends = {knob: self._saved[knob][-1] for knob in combination.steps}
+            product = 1.0
+            for share in ends.values():
+                product *= 1 - share
+            least = min(least, product)
+        if self._most() < least:
+            raise ValueError(
+                f"{self._kind}: expected at least {self._in_unit(least):.4g}, the least that {', '.join(self._saved)} "
+                f"can reach together, got {self._budget:g}"
+            )
+
+    def verify(self, number: int, show_progress: bool) -> None:
+        """Measures the best of each knob alone, and of the best sets of knobs."""
+        singles = [(knob,) for knob in self._saved]
+        sets = [tuple(c.steps) for c in self._best(self._saved, self._most(), number + len(singles))]
+        several = [found for found in sets if len(found) > 1][:number]
+        for used in progress([*singles, *several], "trying combinations", show_progress):
+            self._meet(used)
+
+    def _meet(self, used: tuple[str, ...]) -> None:
+        """Measures the best combination of exactly these knobs; tightens until its measured size is in the budget."""
+        most = self._most()
+        for _ in range(TIGHTENINGS):
+            found = [c for c in self._best(used, most, 1 << len(used)) if set(c.steps) == set(used)]
+            if not found:
+                return
+            trial = self._trials.measure(self._steps(found[0]))
+            left = self._left(trial.size)
+            if left <= self._most() * (1 + 1e-9):
+                self._tried[" ".join(used)] = (self._intact.loss + found[0].cost, trial)
+                return
+            most *= min(self._most() / left, 1) * (1 - 1e-3)
+
+    def plan(self) -> FitPlan:
+        """The best of what was measured."""
+        if not self._tried:
+            raise ValueError(f"{self._kind}: expected a budget that measured combinations meet, got {self._budget:g}")
+        best = min((trial for _, trial in self._tried.values()), key=lambda trial: trial.loss)
+        curve = []
+        for share in CURVE:
+            for c in self._best(self._saved, share, 1):
+                curve.append([share, self._intact.loss + c.cost, self._steps(c)])
+        return FitPlan(
+            kind=self._kind,
+            budget=self._budget,
+            steps=best.steps,
+            loss=best.loss,
+            intact_loss=self._intact.loss,
+            size=asdict(best.size),
+            alone={knob: self._told(knob, found) for knob, found in self._alone.items()},
+            tried=[
+                {"steps": t.steps, "expected": expected, "loss": t.loss, "left": self._left(t.size)}
+                for expected, t in self._tried.values()
+            ],
+            curve=curve,
+        )
+
+    def _told(self, knob: str, found: dict[int, Trial]) -> dict[str, list[float]]:
+        return {
+            "levels": [self._levels[knob][step - 1] for step in found],
+            "losses": [trial.loss for trial in found.values()],
+            "left": [self._left(trial.size) for trial in found.values()],
+        }
+
+    def _best(self, knobs: Any, most: float, number: int) -> list[Combination]:
+        saved = {knob: self._saved[knob] for knob in knobs}
+        costs = {knob: self._costs[knob] for knob in knobs}
+        return best_combinations(saved, costs, most, EXCLUSIVE, number)
+
+    def _steps(self, combination: Combination) -> Steps:
+        return {knob: self._levels[knob][step - 1] for knob, step in combination.steps.items()}
+
+    def _left(self, size: ModelSize) -> float:
+        """The share of the layers that is left, in what the budget counts."""
+        if self._kind == "parameters":
+            return size.layer_weights / self._intact.size.layer_weights
+        return size.layer_bytes / self._intact.size.layer_bytes
+
+    def _most(self) -> float:
+        """The largest share of the layers within the budget."""
+        size = self._intact.size
+        if self._kind == "parameters":
+            return self._budget
+        if self._kind == "bits":
+            return self._budget * size.layer_weights / 8 / size.layer_bytes
+        return (self._budget - (size.bytes - size.layer_bytes)) / size.layer_bytes
+
+    def _in_unit(self, left: float) -> float:
+        """The budget that a share of the layers is."""
+        size = self._intact.size
+        if self._kind == "parameters":
+            return left
+        if self._kind == "bits":
+            return left * size.layer_bytes * 8 / size.layer_weights
+        return left * size.layer_bytes + size.bytes - size.layer_bytes
+
+
+def _chosen_knobs(knobs: Sequence[str] | None, kind: str) -> list[str]:
+    unknown = [knob for knob in knobs or () if knob not in KNOBS]
+    if unknown:
+        raise ValueError(f"knobs: expected some of {', '.join(KNOBS)}, got {unknown[0]!r}")
+    chosen = [knob for knob in KNOBS if knobs is None or knob in knobs]
+    if kind == "parameters":
+        chosen = [knob for knob in chosen if KNOBS[knob].structural]
+    if not chosen:
+        raise ValueError("knobs: expected at least one that makes parameters fewer, got none")
+    return chosen
+
+
+def _spread(number: int, count: int) -> list[int]:
+    """`count` of the steps 1 to `number`, evenly, both ends included."""
+    if number <= count:
+        return list(range(1, number + 1))
+    return sorted({1 + round(i * (number - 1) / (count - 1)) for i in range(count)})

@@ -1,0 +1,102 @@
+"""Which combination of steps costs least within a budget, if their costs add up and their savings multiply.
+
+Symbols: a knob k takes the share s_k of what is left, 0 <= s_k < 1, at the cost c_k(s_k), c_k(0) = 0; a combination
+leaves prod_k (1 - s_k) and is expected to cost sum_k c_k(s_k).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One combination of steps.
+
+    Attributes:
+        steps: knob -> number of its step, those that stay at their first one left out.
+        left: the product of what the steps leave.
+        cost: the sum of their costs.
+    """
+
+    steps: dict[str, int]
+    left: float
+    cost: float
+
+
+def filled(known: Mapping[int, float], number: int) -> list[float]:
+    """Values of steps 0 to `number` - 1: the known ones, and between them linear ones.
+
+    Args:
+        known: step -> value; the first and the last step are known.
+        number: of steps.
+    """
+    at = sorted(known)
+    assert at[0] == 0 and at[-1] == number - 1
+    found = [known[0]]
+    for here, there in pairwise(at):
+        slope = (known[there] - known[here]) / (there - here)
+        found += [known[here] + slope * (step - here) for step in range(here + 1, there + 1)]
+    return found
+
+
+def rising(costs: Mapping[int, float]) -> dict[int, float]:
+    """The largest rising costs that are nowhere above the given ones: where a later step was measured to cost less, an
+    earlier one counts as no dearer. Costs below 0, which are noise too, count as 0.
+    """
+    found, least = {}, math.inf
+    for step in sorted(costs, reverse=True):
+        least = min(least, max(costs[step], 0.0))
+        found[step] = least
+    return dict(sorted(found.items()))
+
+
+def best_combinations(
+    saved: Mapping[str, Sequence[float]],
+    costs: Mapping[str, Sequence[float]],
+    most: float,
+    exclusive: Collection[tuple[str, str]] = (),
+    number: int = 1,
+) -> list[Combination]:
+    """The combinations that cost least of those that leave at most `most`, one for each choice of knobs.
+
+    All combinations are looked at: five knobs of ten steps are 100,000, which a few tensor operations compare.
+
+    Args:
+        saved: knob -> s of each of its steps, the first one 0.
+        costs: knob -> cost of each step, the first one 0.
+        most: the largest product of what is left.
+        exclusive: pairs of knobs of which one must stay at its first step.
+        number: how many combinations, cheapest first, each of another set of knobs.
+
+    Returns:
+        At most `number`; none where nothing leaves so little.
+    """
+    knobs = [*saved]
+    shape = [len(saved[knob]) for knob in knobs]
+    left, cost = torch.ones(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    moved = torch.zeros(shape, dtype=torch.long)  # bit k: whether knob k is used
+    for k, knob in enumerate(knobs):
+        along = [1] * k + [-1] + [1] * (len(knobs) - k - 1)
+        left = left * (1 - torch.tensor(saved[knob], dtype=torch.float64)).view(along)
+        cost = cost + torch.tensor(costs[knob], dtype=torch.float64).view(along)
+        moved = moved + ((torch.arange(shape[k]) > 0).long() << k).view(along)
+    allowed = left <= most * (1 + 1e-9)
+    for first, second in exclusive:
+        if first in knobs and second in knobs:
+            both = (1 << knobs.index(first)) | (1 << knobs.index(second))
+            allowed &= (moved & both) != both
+    found = []
+    for used in range(1 << len(knobs)):
+        of_these = torch.where(allowed & (moved == used), cost, torch.full_like(cost, math.inf))
+        place = int(of_these.argmin())
+        if math.isfinite(of_these.flatten()[place]):
+            steps = dict(zip(knobs, map(int, torch.unravel_index(torch.tensor(place), shape)), strict=True))
+            used_steps = {knob: step for knob, step in steps.items() if step}
+            found.append(Combination(used_steps, float(left.flatten()[place]), float(cost.flatten()[place])))
+    return sorted(found, key=lambda combination: combination.cost)[:number]

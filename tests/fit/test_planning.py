@@ -1,0 +1,127 @@
+"""Plans that meet a budget, and hf-cod fit, on the small model that the package carries."""
+
+import itertools
+import math
+import re
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import hf_cod.fit.trials
+from hf_cod import FitPlan, RunReport, apply_steps, perplexity, plan_fit
+from hf_cod.calibration import SampleSettings, embedded_text, split_samples, token_batches
+from hf_cod.cli import main
+from hf_cod.fit import KNOBS, Applying
+from hf_cod.loading import embedded_model, load_model
+from hf_cod.model_size import size_of
+
+MODEL = embedded_model("pre")
+QUICK = "--max-samples 4 --tuning-samples 2 --eval-samples 2 --sequence-length 64 --dtype float32 --device cpu"
+
+
+def make():
+    return load_model(MODEL)[0]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    tokenizer = load_model(MODEL)[1]
+    return split_samples(token_batches(tokenizer, embedded_text(), SampleSettings(64, 6, 2)), 4)
+
+
+@pytest.mark.parametrize(
+    "kind, knobs, budget",
+    [("parameters", ["rank"], 0.8), ("bits", ["rank", "bits"], 3.4), ("memory", ["rank", "sparsity"], None)],
+)
+def test_plans_meet_their_budget_and_are_the_best_of_what_was_measured(kind, knobs, budget, texts, tmp_path):
+    intact = size_of(make())
+    budget = budget or intact.bytes - 0.5 * intact.layer_bytes
+    plan = plan_fit(make, kind, budget, *texts, knobs=knobs, verify=1, journal=tmp_path)
+    model = make()
+    apply_steps(model, plan.steps, Applying(texts[0]))
+    size = size_of(model)
+    used = {
+        "parameters": size.layer_weights / intact.layer_weights,
+        "bits": 8 * size.layer_bytes / intact.layer_weights,
+        "memory": size.bytes,
+    }[kind]
+    assert used <= budget * (1 + 1e-9)
+    assert math.log(perplexity(model, texts[1])) == pytest.approx(plan.loss, abs=1e-4)
+    assert plan.loss == min(row["loss"] for row in plan.tried)
+    alone = [row for row in plan.tried if len(row["steps"]) == 1]
+    assert alone and all(plan.loss <= row["loss"] for row in alone)
+    assert set(plan.alone) == set(knobs)
+
+
+def test_what_was_measured_is_not_measured_again(texts, tmp_path, monkeypatch):
+    first = plan_fit(make, "parameters", 0.8, *texts, knobs=["rank"], journal=tmp_path)
+    monkeypatch.setattr(hf_cod.fit.trials, "apply_steps", None)
+    assert plan_fit(make, "parameters", 0.8, *texts, knobs=["rank"], journal=tmp_path) == first
+    assert FitPlan.load(first.save(tmp_path / "plan.json")) == first
+    with pytest.raises(TypeError):  # another budget needs other trials
+        plan_fit(make, "parameters", 0.62, *texts, knobs=["rank"], journal=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("size", 0.5), "kind: expected one of memory, parameters, bits, got 'size'"),
+        (("parameters", 0.01), "parameters: expected at least 0.[0-9]+, the least that rank can reach together, got"),
+        (("bits", 8.0, ["rnk"]), "knobs: expected some of .*, got 'rnk'"),
+        (("parameters", 0.5, ["bits"]), "knobs: expected at least one that makes parameters fewer"),
+    ],
+)
+def test_bad_input(arguments, message, texts):
+    kind, budget, knobs = (*arguments, ["rank"])[:3]
+    with pytest.raises(ValueError, match=message):
+        plan_fit(make, kind, budget, *texts, knobs=knobs)
+
+
+def test_the_command_shows_the_plan_and_then_runs_it(tmp_path, capsys):
+    output = tmp_path / "out"
+    command = ["fit", MODEL, "--memory", "7MB", "--knobs", "rank", "bits", "--verify", "1", *QUICK.split()]
+    command += ["--output", str(output)]
+    assert main([*command, "--plan-only"]) == 0
+    assert "Chosen:" in capsys.readouterr().out and not (output / "config.json").exists()
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "Perplexity goes from" in shown
+    report = RunReport.load(output)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert size_of(model).bytes == report.results["size"]["fitted"]["bytes"] <= 7_000_000
+    assert report.results["plan"]["steps"] == FitPlan.load(output / "fit_plan.json").steps
+    assert (output / "trade_off.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ([], "budget: expected one of --memory, --parameters and --bits, got none"),
+        (["--bits", "3.5", "--parameters", "0.5"], "budget: .*got parameters and bits"),
+        (["--memory", "much"], "memory: expected a size such as 24GB or 80GiB, got 'much'"),
+        (["--parameters", "1.5"], "parameters: expected a share between 0 and 1, got 1.5"),
+    ],
+)
+def test_bad_options(more, message, capsys, tmp_path):
+    assert main(["fit", MODEL, *more, "--output", str(tmp_path / "out")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_plan_against_all_combinations_on_a_small_grid(texts):
+    """How far adding up costs leads: what is chosen is within a hundredth of a nat of the best of all twelve."""
+    levels = {"rank": [None, 0.1, 0.25], "bits": [None, 4.0, 3.5, 3.0]}
+    budget = 3.4
+    intact = size_of(make()).layer_weights
+    losses = []
+    for rank, bits in itertools.product(levels["rank"], levels["bits"]):
+        steps = {knob: level for knob, level in (("rank", rank), ("bits", bits)) if level is not None}
+        model = make()
+        apply_steps(model, steps, Applying(texts[0]))
+        if 8 * size_of(model).layer_bytes / intact <= budget:
+            losses.append(math.log(perplexity(model, texts[1])))
+    plan = plan_fit(make, "bits", budget, *texts, knobs=["rank", "bits"], verify=3)
+    assert losses and plan.loss <= min(losses) + 0.01
+
+
+def test_steps_are_described():
+    assert {knob: k.describe(0.5) for knob, k in KNOBS.items()}["rank"] == "50% of the weights by low rank"

@@ -1,0 +1,115 @@
+"""hf-cod heal on the embedded LNS model, a quarter of whose layers is gone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from hf_cod import RunReport, drop, heal, perplexity
+from hf_cod.calibration import embedded_text
+from hf_cod.cli import main
+from hf_cod.healing import HealSettings
+from hf_cod.loading import ModelSettings, embedded_model, load_model
+from hf_cod.pretraining import pack
+from tests.tiny_tokenizers import gpt_like
+
+TEACHER = embedded_model("lns")
+QUICK = "--teacher-dtype float32 --steps 6 --batch-size 8 --micro-batch-size 4 --sequence-length 64 --eval-samples 8"
+QUICK += " --n-active 3 --interval 2 --rank 8 --save-every 2 --log-every 2 --dtype float32 --device cpu"
+
+DIES = """
+import os, sys
+from hf_cod.finetuning import OwLoreAdamW
+step = OwLoreAdamW.step
+def dies(self, *args, **kwargs):
+    step(self, *args, **kwargs)
+    if self.steps == 5: os._exit(9)
+OwLoreAdamW.step = dies
+from hf_cod.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    model, tokenizer = load_model(TEACHER, ModelSettings(dtype="float32", device="cpu"))
+    drop(model, [5, 6, 7])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
+    command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), "--hidden", "0.1", "--output"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    assert "of the lost log-perplexity is recovered" in " ".join(capsys.readouterr().out.split())
+    killed = subprocess.run(
+        [sys.executable, "-c", DIES, *command, str(tmp_path / "killed")],
+        check=False,
+        capture_output=True,
+        env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
+    )
+    assert killed.returncode == 9, killed.stderr.decode()[-2000:]
+    assert main([*command, str(tmp_path / "killed"), "--steps", "7"]) == 2
+    assert "steps: expected 6, with which the run in" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "killed")]) == 0
+    weights, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+    assert weights.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+    report = RunReport.load(tmp_path / "whole")
+    assert report.results["curve"] == RunReport.load(tmp_path / "killed").results["curve"]
+    assert {path.name for path in (tmp_path / "whole").glob("*.png")} == {"overview.png", "curve.png", "healed.png"} | (
+        {"score.png"} if "score" in report.layers else set()
+    )
+    found = report.results["perplexity"]
+    assert found["teacher"] < found["after"] < found["before"] and 0 < report.results["recovered"] < 1
+    assert sum(report.layers["trained"]) == 3 * 6 and report.layers["teacher_layer"] == [0, 1, 2, 3, 4, 8, 9, 10, 11]
+    model, tokenizer = load_model(str(tmp_path / "whole" / "model"), ModelSettings(device="cpu"))
+    held_out = pack(tokenizer, [embedded_text()], 64)[-8:].long()
+    again = perplexity(model, [{"input_ids": part} for part in held_out.split(4)])
+    assert again == pytest.approx(found["after"], rel=1e-4)
+
+
+def test_tokens_another_text_and_a_teacher_in_bfloat16(student, tmp_path):
+    (tmp_path / "other.txt").write_text("It was a dark and stormy night; the rain fell in torrents. " * 80)
+    command = (
+        f"heal {student} --teacher {TEACHER} {QUICK} --method full --no-plots --tokens 1k --teacher-dtype bfloat16"
+    )
+    command = command.replace("--steps 6 ", "").replace("--teacher-dtype float32 ", "")
+    files = ["--eval-text", str(tmp_path / "other.txt"), "--output", str(tmp_path / "out")]
+    assert main([*command.split(), *files]) == 0
+    report = RunReport.load(tmp_path / "out")
+    assert report.settings["steps"] == 2 and report.results["tokens"] == 1024
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    other = pack(tokenizer, [(tmp_path / "other.txt").read_text()], 64)[:8].long()
+    model, _ = load_model(str(tmp_path / "out" / "model"), ModelSettings(device="cpu"))
+    measured = perplexity(model, [{"input_ids": part} for part in other.split(4)])
+    assert measured == pytest.approx(report.results["perplexity"]["after"], rel=1e-4)
+
+
+def test_another_tokenizer_is_refused(student, tmp_path, capsys):
+    model, _ = load_model(TEACHER)
+    model.save_pretrained(tmp_path / "other")
+    gpt_like().save_pretrained(tmp_path / "other")
+    command = ["heal", student, "--teacher", str(tmp_path / "other"), *QUICK.split(), "--no-plots", "--output"]
+    assert main([*command, str(tmp_path / "out")]) == 2
+    assert "teacher: expected the student's tokenizer, with" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_real_model_without_five_layers_heals_in_a_few_steps(smollm2, brown_text):
+    """Settings are the defaults but for size; text is read from its middle, figures come from its end."""
+    teacher, tokenizer = load_model(smollm2, ModelSettings(dtype="float32"))
+    model, _ = load_model(smollm2, ModelSettings(dtype="float32"))
+    drop(model, [20, 21, 24, 25, 26])
+    windows = pack(tokenizer, [brown_text[2_000_000:2_200_000]], 128)
+    held_out = pack(tokenizer, [brown_text[-60_000:]], 128)[:16]
+    chosen = HealSettings(method="full", steps=10, batch_size=4, micro_batch_size=4, sequence_length=128, save_every=10)
+    found = heal(model, teacher, windows, chosen, held_out=held_out).results
+    assert found["perplexity"]["teacher"] < found["perplexity"]["after"] < found["perplexity"]["before"]
+    assert found["recovered"] > 0.1
