@@ -117,11 +117,13 @@ def cell(row: dict, best: bool) -> str:
     return f"{figure} ({', '.join(named)})" if named else figure
 
 
-def markdown(rows: list[dict], intact: float, budget: str = "sparsity") -> str:
-    """The table as a page with a column for each `budget`, the best score of each method there in bold."""
+def markdown(rows: list[dict], intact: float, budget: str = "sparsity", form: str = ".0%") -> str:
+    """The table as a page with a column for each `budget`, written as `form` says; the best score of each method there
+    in bold.
+    """
     budgets = sorted({row[budget] for row in rows})
     lines = [f"Perplexity of the second half of the text; intact {intact:.1f}.", ""]
-    lines.append("| method | score | " + " | ".join(f"{S:.0%}" for S in budgets) + " |")
+    lines.append("| method | score | " + " | ".join(f"{S:{form}}" for S in budgets) + " |")
     lines.append("|---|---|" + "---:|" * len(budgets))
     for method, score in dict.fromkeys((row["method"], row["score"]) for row in rows):
         cells = []
@@ -130,12 +132,12 @@ def markdown(rows: list[dict], intact: float, budget: str = "sparsity") -> str:
             best = min(column, key=lambda name: column[name]["perplexity"], default=None)
             cells.append(cell(column[score], score == best) if score in column else "-")
         lines.append(f"| {method} | {score} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *against_auto(rows), ""])
+    return "\n".join([*lines, "", *against_auto(rows, budget), ""])
 
 
-def against_auto(rows: list[dict]) -> list[str]:
+def against_auto(rows: list[dict], budget: str) -> list[str]:
     """auto beside each other score over the cells that both have: wins, and the geometric mean of the ratios."""
-    figures = {(row["score"], row["method"], row["sparsity"]): row["perplexity"] for row in rows}
+    figures = {(row["score"], row["method"], row[budget]): row["perplexity"] for row in rows}
     cells = [key[1:] for key in figures if key[0] == "auto"]
     lines = []
     for score in dict.fromkeys(row["score"] for row in rows if row["score"] != "auto"):

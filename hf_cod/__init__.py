@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hf_cod.allocation import LayerAllocation, allocate
 from hf_cod.comparison import Comparison, compare
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.depth import DepthPlan, drop_layers, plan_depth
 from hf_cod.diagnostics import MeasurementError, diagnose
 from hf_cod.evaluation import evaluate_tasks, perplexity
 from hf_cod.finetuning import LayerSampler, OwLoreAdamW, lora_ranks, owlore
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Comparison",
     "DecoderLayers",
+    "DepthPlan",
     "FitPlan",
     "HealSettings",
     "LayerAllocation",
@@ -52,6 +54,7 @@ __all__ = [
     "compare",
     "diagnose",
     "drop",
+    "drop_layers",
     "evaluate_tasks",
     "factorize",
     "find_decoder_layers",
@@ -63,6 +66,7 @@ __all__ = [
     "owlore",
     "pack_sparse",
     "perplexity",
+    "plan_depth",
     "plan_fit",
     "plan_ranks",
     "prune",

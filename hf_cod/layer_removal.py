@@ -80,20 +80,38 @@ def drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None)
     """
     stack = find_decoder_layers(model, path)
     kept = _kept(stack, layers)
+    changes = _Changes()
+    try:
+        _drop(stack, kept, changes)
+    except BaseException:
+        changes.undo()
+        raise
+    return kept
+
+
+def check_drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None) -> None:
+    """Makes sure that `drop` can remove these layers; the model is left as it was.
+
+    Raises:
+        ValueError: what `drop` raises.
+    """
+    stack = find_decoder_layers(model, path)
+    changes = _Changes()
+    try:
+        _drop(stack, _kept(stack, layers), changes)
+    finally:
+        changes.undo()
+
+
+def _drop(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
     if stack.config is None:
         raise ValueError(f"model: expected a config that counts the layers of {stack.path}, got none; use skip")
     if getattr(stack.config, "is_encoder_decoder", False):
         raise ValueError(f"model: expected one stack of layers, got an encoder-decoder ({type(stack.model).__name__})")
     if getattr(stack.config, "num_kv_shared_layers", 0):
         raise ValueError("model: expected layers with their own keys and values, got num_kv_shared_layers > 0")
-    changes = _Changes()
-    try:
-        _shrink(stack, kept, changes)
-        _check_config_builds(stack)
-    except BaseException:
-        changes.undo()
-        raise
-    return kept
+    _shrink(stack, kept, changes)
+    _check_config_builds(stack)
 
 
 class _Changes:

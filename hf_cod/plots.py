@@ -40,6 +40,13 @@ SCORE_LABELS = {
     "weight_norm": "mean of |W$_{ij}$|",
     "sensitivity": "growth of the loss, nats a token",
 }
+# Way to choose layers to remove -> what it says that a layer costs.
+COST_LABELS = {
+    "search": SCORE_LABELS["layer_drop"],
+    "layer_drop": SCORE_LABELS["layer_drop"],
+    "block_influence": INFLUENCE,
+    "angular": "angle / π from here to behind as many layers as are removed",
+}
 
 
 class Picture(Figure):
@@ -222,6 +229,17 @@ def _kept(axes: Axes, report: RunReport) -> None:
     axes.set(ylabel="share of weights", title=f"Weights that each layer keeps (dashed: {mean:.1%} of all)")
 
 
+def _removed(axes: Axes, report: RunReport) -> None:
+    """Dark the layers that were removed; as high as what the plan's criterion measured of each layer, if it did."""
+    measured = "cost" in report.layers
+    values = _numbers(report.layers["cost" if measured else "removed"])
+    removed, criterion = report.results["removed"], report.results["criterion"]
+    _log_if_wide(axes, values)
+    axes.bar(range(len(values)), values, color=[INK if i in removed else PALE for i in range(len(values))])
+    _finish_bars(axes, values, f"layer (dark, removed: {', '.join(map(str, removed))})")
+    axes.set(ylabel=COST_LABELS.get(criterion, "removed"), title=f"Removed layers: {criterion.replace('_', ' ')}")
+
+
 def _trade_off(axes: Axes, report: RunReport) -> None:
     """The least loss that is expected with each share of the layers left, and what was measured."""
     plan = report.results["plan"]
@@ -250,7 +268,11 @@ def _bars(axes: Axes, values: list[float], least: bool = False) -> None:
     marked = sorted(standing_out(values, 3, least)) if len(values) > 3 else []
     axes.bar(range(len(values)), values, color=[INK if i in marked else PALE for i in range(len(values))])
     named = f" (dark, the {'least' if least else 'largest'}: {', '.join(map(str, marked))})" if marked else ""
-    axes.set_xlabel(f"layer{named}")
+    _finish_bars(axes, values, f"layer{named}")
+
+
+def _finish_bars(axes: Axes, values: list[float], label: str) -> None:
+    axes.set_xlabel(label)
     _whole_numbers(axes.xaxis)
     axes.margins(x=0.01, y=0.08)
     axes.spines[["top", "right"]].set_visible(False)
@@ -287,6 +309,7 @@ PANELS: dict[str, Callable[..., None]] = {
     "sparsity": _sparsity,
     "kept": _kept,
     "bits": _bits,
+    "removed": _removed,
     "trade_off": _trade_off,
     "error": _per_layer("error", "Share of the outputs' energy that is lost", "mean over the layer's matrices"),
 }

@@ -34,8 +34,14 @@ def check_sizes(field: str, model: str, sizes: Sequence[int], stack: DecoderLaye
     warn_of_other_name(field, model, stack)
 
 
+def name_of(stack: DecoderLayers) -> str:
+    """What scores and plans call a model: where it was loaded from, or its class."""
+    config = getattr(stack.model, "config", None)
+    return str(getattr(config, "_name_or_path", "") or type(stack.model).__name__)
+
+
 def warn_of_other_name(field: str, model: str, stack: DecoderLayers) -> None:
     """Warns where the names differ, but for the directories before them: a model may have moved."""
-    mine = str(getattr(getattr(stack.model, "config", None), "_name_or_path", "") or type(stack.model).__name__)
+    mine = name_of(stack)
     if model.rstrip("/").rpartition("/")[2] != mine.rstrip("/").rpartition("/")[2]:
         logger.warning("%s: expected those of %s, got those of %s, whose layers are as large", field, mine, model)

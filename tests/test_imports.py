@@ -17,7 +17,7 @@ ORDER = [
     ["statistics", "training", "layer_by_layer"],
     ["scores"],
     ["allocation", "comparison", "pretraining"],
-    ["finetuning", "pruning", "low_rank", "quantization"],
+    ["finetuning", "pruning", "low_rank", "quantization", "depth"],
     ["healing", "fit"],
     ["plots", "model_card"],
     ["commands"],

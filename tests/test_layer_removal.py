@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from hf_cod import drop, find_decoder_layers, skip
+from hf_cod.layer_removal import check_drop
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM
 from tests.references import without_layer
 from tests.tiny_models import CAUSAL, FAMILIES, batch_for, build
@@ -124,6 +125,16 @@ def test_drop_refuses_what_the_config_cannot_say():
         drop(model, [0])
     assert snapshot(model) == before, "a refused drop changes nothing"
     torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
+
+
+def test_what_can_be_dropped_is_known_before():
+    model, mixture = build("llama"), build("qwen2_moe", decoder_sparse_step=2, mlp_only_layers=[])
+    before = snapshot(model), snapshot(mixture)
+    check_drop(model, [1, 2])
+    with pytest.raises(ValueError, match="cannot describe what is left"):
+        check_drop(mixture, [0])
+    check_drop(mixture, [0, 1])
+    assert (snapshot(model), snapshot(mixture)) == before
 
 
 def test_drop_keeps_peft_adapters(tmp_path):

@@ -36,25 +36,34 @@ def as_in(settings: type, name: str) -> Any:
 
 
 @dataclass
-class CompressionSettings(SampleSettings):
-    """How a budget is distributed over layers, and on which samples what comes of it is measured."""
+class MeasuringSettings(SampleSettings):
+    """On which samples the work is done, and on which what comes of it is measured."""
 
-    threshold: float = as_in(ScoreSettings, "threshold")
-    per_module: bool = as_in(ScoreSettings, "per_module")
     eval_text: str | None = field(
         default=None, metadata={"help": "text to measure perplexity on; default: other samples of the same text"}
     )
     eval_samples: int = field(default=32, metadata={"help": "samples to measure perplexity on"})
-    baseline: bool = field(
-        default=True, metadata={"help": "also treat all layers alike, to see what the score is worth; twice the time"}
-    )
     layers_path: str | None = as_in(ScoreSettings, "layers_path")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ScoreSettings(threshold=self.threshold)
         if self.eval_samples < 1:
             raise ValueError(f"eval_samples: expected at least 1, got {self.eval_samples}")
+
+
+@dataclass
+class CompressionSettings(MeasuringSettings):
+    """How a budget is distributed over layers, and on which samples what comes of it is measured."""
+
+    threshold: float = as_in(ScoreSettings, "threshold")
+    per_module: bool = as_in(ScoreSettings, "per_module")
+    baseline: bool = field(
+        default=True, metadata={"help": "also treat all layers alike, to see what the score is worth; twice the time"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ScoreSettings(threshold=self.threshold)
 
 
 @dataclass
@@ -108,7 +117,7 @@ def load_with_tokenizer(source: str, loading: ModelSettings) -> tuple[nn.Module,
 
 
 def split_text(
-    tokenizer: Any, text: TextSettings, settings: CompressionSettings, task: str
+    tokenizer: Any, text: TextSettings, settings: MeasuringSettings, task: str
 ) -> tuple[Sequence[Batch], Sequence[Batch]]:
     """Samples to work on and, apart from them, to measure on: of one text the earlier and the later ones.
 
@@ -138,7 +147,7 @@ def split_text(
     return first, second
 
 
-def measure_perplexity(model: nn.Module, batches: Sequence[Batch], settings: CompressionSettings) -> float | None:
+def measure_perplexity(model: nn.Module, batches: Sequence[Batch], settings: MeasuringSettings) -> float | None:
     """Perplexity on the batches; None for a model that is no language model."""
     if task_of(model) not in LANGUAGE_MODELS:
         return None

@@ -2,7 +2,7 @@
 
 from hf_cod.evaluation.choice import find_metric, perplexity
 from hf_cod.evaluation.lm_eval_tasks import evaluate_tasks
-from hf_cod.evaluation.metrics import Metric, Perplexity, negative_log_likelihood
+from hf_cod.evaluation.metrics import Metric, Perplexity, as_loss, negative_log_likelihood
 from hf_cod.evaluation.task import LANGUAGE_MODELS, MASKED_LM_SUFFIXES, model_inputs, targets, task_of
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "MASKED_LM_SUFFIXES",
     "Metric",
     "Perplexity",
+    "as_loss",
     "evaluate_tasks",
     "find_metric",
     "model_inputs",

@@ -40,6 +40,15 @@ class Metric(Protocol):
         """The figure for all samples."""
 
 
+def as_loss(metric: Metric, value: float) -> float:
+    """A metric's figure as a loss: less is better, and differences compare. Of perplexity the logarithm, in nats a
+    token: perplexities without the first layers are thousands of times the others'.
+    """
+    if metric.name == "perplexity":
+        return math.log(value)
+    return value if metric.lower_is_better else -value
+
+
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p(label) in nats, 0 where the label is IGNORED_LABEL.
 

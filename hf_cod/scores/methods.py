@@ -15,9 +15,10 @@ from hf_cod.calibration import Batch, check_batches, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics import measure_forward, measure_gradient_norm, measure_layer_drop
 from hf_cod.diagnostics.running import naming_weights
-from hf_cod.evaluation import find_metric, task_of
+from hf_cod.evaluation import as_loss, find_metric, task_of
 from hf_cod.functional import budget, outliers
 from hf_cod.functional.codebook import BITS, SCALE_BITS
+from hf_cod.same_model import name_of
 from hf_cod.scores.layer_scores import LayerScores
 from hf_cod.scores.pruning_probe import CODEBOOK, PRUNERS, PruningProbe
 from hf_cod.statistics import LayerStatistics, collect_statistics
@@ -122,13 +123,11 @@ def score_layers(
     if method in NEED_BATCHES and not batches:
         raise ValueError(f"batches: expected at least one for the method {method}, got none")
     check_batches(batches or ())
-    config = getattr(stack.model, "config", None)
-    name = getattr(config, "_name_or_path", "") or type(stack.model).__name__
     sizes = [stack.count_weights(index) for index in range(len(stack))]
     with naming_weights(stack.model):
         values = METHODS[method](request)
         used = {key: getattr(chosen, key) for key in SETTINGS_OF.get(method, ())} | request.found
-        return LayerScores(name, method, values, sizes, used)
+        return LayerScores(name_of(stack), method, values, sizes, used)
 
 
 @dataclass(frozen=True)
@@ -209,11 +208,7 @@ def _layer_drop(request: _Request) -> list[float]:
     assert request.batches is not None
     metric = find_metric(None, task_of(request.model, request.batches))
     intact, without = measure_layer_drop(request.model, request.batches, metric, **request.options)
-    if metric.name == "perplexity":
-        # Perplexities without the first layers are thousands of times the others': as losses they compare.
-        return [math.log(value) - math.log(intact) for value in without]
-    sign = 1 if metric.lower_is_better else -1
-    return [sign * (value - intact) for value in without]
+    return [as_loss(metric, value) - as_loss(metric, intact) for value in without]
 
 
 def _weight_norm(request: _Request) -> list[float]:

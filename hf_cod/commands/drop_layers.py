@@ -1,0 +1,177 @@
+"""hf-cod drop-layers MODEL: a model with fewer layers, those that it misses least removed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from hf_cod.calibration import Batch, TextSettings, describe_batches
+from hf_cod.commands.compressing import (
+    MeasuringSettings,
+    deliver,
+    describe_perplexity,
+    load_with_tokenizer,
+    measure_perplexity,
+    split_text,
+)
+from hf_cod.commands.diagnose import require_plots
+from hf_cod.commands.output import JOURNAL, check_output, results_of
+from hf_cod.commands.settings import SettingsParser, default_directory, model_title
+from hf_cod.decoder_layers import find_decoder_layers
+from hf_cod.depth import CRITERIA, REPLACEMENTS, DepthPlan, drop_layers, plan_depth
+from hf_cod.evaluation import task_of
+from hf_cod.loading import ModelSettings, load_model
+from hf_cod.report import RunReport, format_number
+
+DEFAULT_PARAMETERS = 0.8
+
+
+@dataclass
+class DropLayersSettings(MeasuringSettings):
+    """Which layers are removed, and on which samples that is decided."""
+
+    layers: int | None = field(default=None, metadata={"help": "how many layers to remove; default: by parameters"})
+    parameters: float | None = field(
+        default=None,
+        metadata={
+            "help": f"share of the layers' weights to keep, layers counted as equal; default: {DEFAULT_PARAMETERS}"
+        },
+    )
+    criterion: str = field(
+        default="search",
+        metadata={"help": f"what decides which layers go: one of {', '.join(CRITERIA)}"},
+    )
+    replacement: str = field(
+        default="measured",
+        metadata={
+            "help": "linear maps in the place of layers, folded into the matrices that are there: none, linear, or "
+            "measured (where they lower the loss on samples that they were not fitted to)"
+        },
+    )
+    protect: bool = field(default=True, metadata={"help": "never remove a layer where massive activations arise"})
+    explain: bool = field(default=False, metadata={"help": "print what each layer costs, and which go"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, valid in (("criterion", tuple(CRITERIA)), ("replacement", REPLACEMENTS)):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
+        if self.layers is not None and self.parameters is not None:
+            raise ValueError("layers: expected no parameters beside it, which would say how many, too")
+        if self.parameters is not None and not 0 < self.parameters < 1:
+            raise ValueError(f"parameters: expected a share between 0 and 1, got {self.parameters}")
+
+    def count(self, depth: int) -> int:
+        """How many of `depth` layers go: the fewest that leave no more than the share of parameters."""
+        if self.layers is not None:
+            return self.layers
+        share = DEFAULT_PARAMETERS if self.parameters is None else self.parameters
+        return math.ceil((1 - share) * depth - 1e-9)
+
+
+@dataclass
+class DropLayersOutput:
+    """What is read beside the model, and where results go."""
+
+    plan: str | None = field(
+        default=None, metadata={"help": "depth_plan.json of an earlier run, instead of choosing layers anew"}
+    )
+    output: str | None = field(
+        default=None,
+        metadata={"help": "new directory for model, report and pictures; default: hf-cod-drop-layers-MODEL"},
+    )
+    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = SettingsParser(
+        [ModelSettings, TextSettings, DropLayersSettings, DropLayersOutput],
+        prog="hf-cod drop-layers",
+        description="Removes the layers that a model misses least, and writes a stock checkpoint, which loads without "
+        "hf_cod. Interrupted, the same command goes on where its search stopped. The model itself is never touched.",
+    )
+    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    loading, text, settings, files, rest = parser.parse(arguments)
+    directory = Path(files.output or default_directory("drop-layers", rest.model))
+    check_output(directory, rest.model)
+    if files.plots:
+        require_plots()
+    results = results_of(directory)
+    report = run(rest.model, loading, text, settings, files.plan, directory / JOURNAL, results)
+    deliver(report, directory, results, files.plots)
+    return 0
+
+
+def run(
+    source: str,
+    loading: ModelSettings,
+    text: TextSettings,
+    settings: DropLayersSettings,
+    plan_file: str | None,
+    journal: Path,
+    output: Path,
+) -> RunReport:
+    """Measures, decides, removes, saves, and measures again what was saved; memory never holds two models."""
+    model, tokenizer = load_with_tokenizer(source, loading)
+    calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
+    plan = DepthPlan.load(plan_file) if plan_file is not None else _plan(model, calibration, settings, journal)
+    if settings.explain:
+        _explain(plan)
+    perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
+    report = drop_layers(
+        model,
+        plan,
+        settings.replacement,
+        batches=calibration,
+        path=settings.layers_path,
+        name=model_title(source),
+    )
+    model.save_pretrained(output)  # type: ignore[operator]
+    tokenizer.save_pretrained(output)
+    plan.save(output / "depth_plan.json")
+    del model
+    saved, _ = load_model(str(output), replace(loading, revision="main"))
+    perplexities["dropped"] = measure_perplexity(saved, evaluation, settings)
+    results = {
+        **report.results,
+        "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
+        "perplexity": perplexities,
+        "evaluation": describe_batches(evaluation),
+    }
+    return replace(
+        report,
+        settings={**asdict(settings), "text": text.text, "plan": plan_file, **describe_batches(calibration)},
+        results=results,
+        summary=[*report.summary, *describe_perplexity(results, "dropped")],
+    )
+
+
+def _plan(model: nn.Module, batches: Sequence[Batch], settings: DropLayersSettings, journal: Path) -> DepthPlan:
+    depth = len(find_decoder_layers(model, settings.layers_path))
+    options: dict[str, Any] = {"path": settings.layers_path, "journal": journal, "show_progress": True}
+    return plan_depth(
+        model, settings.count(depth), settings.criterion, batches=batches, protect=settings.protect, **options
+    )
+
+
+def _explain(plan: DepthPlan) -> None:
+    table = Table("layer", "cost", "rank", "", title=f"{len(plan.layers)} of {len(plan.parameters)} layers")
+    known = {i: cost for i, cost in enumerate(plan.costs) if cost is not None}
+    order = sorted(known, key=lambda i: known[i])
+    for index in range(len(plan.parameters)):
+        told = "removed" if index in plan.layers else "protected" if index in plan.protected else ""
+        rank = str(order.index(index) + 1) if index in known else "-"
+        table.add_row(str(index), format_number(known.get(index)), rank, told)
+    console = Console()
+    console.print(table)
+    for name, found in plan.candidates.items():
+        layers = ", ".join(map(str, found["layers"])) or "none"
+        console.print(f"{name}: without layers {layers} the loss is {format_number(found['loss'])}", highlight=False)

@@ -1,0 +1,81 @@
+"""DepthPlan: which layers go, and what was measured of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_cod.decoder_layers import DecoderLayers
+from hf_cod.files import read_json, write_json
+from hf_cod.same_model import check_sizes
+
+FORMAT_VERSION = 1
+GIVEN = "given"  # layers that somebody named
+
+
+@dataclass(frozen=True)
+class DepthPlan:
+    """The layers that a model can do without.
+
+    Attributes:
+        model: the model's name.
+        method: which of `CRITERIA` found them, or "given".
+        layers: the layers that go, in ascending order, counted from 0.
+        parameters: weights in the matrices of each of the model's layers.
+        costs: what the criterion measured of each layer (None where it could not be removed so); empty where nothing
+            was measured. `CRITERIA` says in which unit.
+        protected: layers that no criterion was free to remove.
+        candidates: of a search, name -> {"layers", "loss"} of each plan that it ended with, the loss on text that
+            the search did not see; "intact" is the model itself.
+    """
+
+    model: str
+    method: str
+    layers: list[int]
+    parameters: list[int]
+    costs: list[float | None] = field(default_factory=list)
+    protected: list[int] = field(default_factory=list)
+    candidates: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        depth = len(self.parameters)
+        check_count(len(self.layers), depth, "layers")
+        if self.layers != sorted({i for i in self.layers if 0 <= i < depth}):
+            raise ValueError(f"layers: expected indices from 0 to {depth - 1} in ascending order, got {self.layers}")
+
+    @property
+    def kept(self) -> list[int]:
+        """The layers that stay."""
+        return [i for i in range(len(self.parameters)) if i not in self.layers]
+
+    def check(self, stack: DecoderLayers) -> None:
+        """Makes sure that this is a plan for that model; warns where only its name is another.
+
+        Raises:
+            ValueError: another number of layers, or layers of other sizes.
+        """
+        check_sizes("plan", self.model, self.parameters, stack)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a JSON file; returns its path."""
+        return write_json(path, {"format": FORMAT_VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> DepthPlan:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: no such file, or not one of ours.
+        """
+        return cls(**read_json(path, "depth_plan", FORMAT_VERSION, cls.__dataclass_fields__))
+
+
+def check_count(count: int, depth: int, name: str) -> None:
+    """Makes sure that so many of `depth` layers can go.
+
+    Raises:
+        ValueError: none, or all of them; begins with `name`.
+    """
+    if type(count) is not int or not 1 <= count < depth:
+        raise ValueError(f"{name}: expected 1..{depth - 1} of {depth} layers to remove, got {count}")
