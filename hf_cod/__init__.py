@@ -20,6 +20,7 @@ from hf_cod.scores import LayerScores, score_layers
 from hf_cod.sparse import SparseConfig, SparseLinear, pack_sparse
 from hf_cod.statistics import LayerStatistics, collect_statistics
 from hf_cod.training import LayerMonitor, TrainingHistory
+from hf_cod.width import WidthPlan, narrow
 
 if TYPE_CHECKING:
     from hf_cod.finetuning import OwLoreConfig as OwLoreConfig  # not in __all__: `import *` must not need PEFT
@@ -42,6 +43,7 @@ __all__ = [
     "SparseConfig",
     "SparseLinear",
     "TrainingHistory",
+    "WidthPlan",
     "allocate",
     "collect_statistics",
     "compare",
@@ -54,6 +56,7 @@ __all__ = [
     "from_authors",
     "llama_preset",
     "lora_ranks",
+    "narrow",
     "owlore",
     "pack_sparse",
     "perplexity",

@@ -271,7 +271,7 @@ def test_every_family_goes_through_files(family, tmp_path):
         ({"model.layers.1.mlp.up_proj": {"rank": 33}}, "expected a rank of layers.1.mlp.up_proj up to 32, got 33"),
         ({"model.layers.1.mlp.up_proj": {"rank": 0}}, "expected whole numbers above 0, got rank = 0 of layers.1"),
         ({"model.layers.1.mlp.up_proj": {"rank": "5"}}, "expected whole numbers above 0, got rank = '5'"),
-        ({"model.layers.1.mlp.up_proj": {"width": 5}}, "expected in_features, out_features, rank of layers.1"),
+        ({"model.layers.1.mlp.up_proj": {"width": 5}}, "expected in_features, out_features, rank, bias of layers"),
         ({"model.layers.1.self_attn": {"heads": 5}}, "expected numbers that LlamaAttention layers.1.self_attn has"),
     ],
 )
