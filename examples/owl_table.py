@@ -130,12 +130,12 @@ def markdown(rows: list[dict], intact: float, budget: str = "sparsity") -> str:
             best = min(column, key=lambda name: column[name]["perplexity"], default=None)
             cells.append(cell(column[score], score == best) if score in column else "-")
         lines.append(f"| {method} | {score} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *against_auto(rows), ""])
+    return "\n".join([*lines, "", *against_auto(rows, budget), ""])
 
 
-def against_auto(rows: list[dict]) -> list[str]:
+def against_auto(rows: list[dict], budget: str) -> list[str]:
     """auto beside each other score over the cells that both have: wins, and the geometric mean of the ratios."""
-    figures = {(row["score"], row["method"], row["sparsity"]): row["perplexity"] for row in rows}
+    figures = {(row["score"], row["method"], row[budget]): row["perplexity"] for row in rows}
     cells = [key[1:] for key in figures if key[0] == "auto"]
     lines = []
     for score in dict.fromkeys(row["score"] for row in rows if row["score"] != "auto"):

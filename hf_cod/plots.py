@@ -248,6 +248,8 @@ PANELS: dict[str, Callable[..., None]] = {
     **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
     "sparsity": _sparsity,
     "kept": _kept,
+    "heads": _per_layer("heads", "Attention heads that each layer keeps", "share of heads"),
+    "channels": _per_layer("channels", "MLP channels that each layer keeps", "share of channels"),
     "bits": _bits,
     "error": _per_layer("error", "Share of the outputs' energy that is lost", "mean over the layer's matrices"),
 }

@@ -425,7 +425,7 @@ def test_a_failing_metric_is_told_and_the_rest_is_kept(checkpoint, capsys):
         (["diagnose", "no/such-model"], "model: expected a Hub id"),
         (["diagnose", "./no-such-model"], "which does not exist"),
         (["compare", "a", "b"], "report: expected"),
-        (["fly"], "prune, factorize, pack, quantize, finetune, compare, card, convert, got 'fly'"),
+        (["fly"], "prune, factorize, narrow, pack, quantize, finetune, compare, card, convert, got 'fly'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):

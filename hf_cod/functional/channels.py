@@ -121,7 +121,7 @@ def least_squares(W: Tensor, M: Tensor | None, k: Tensor, damping: float = DAMPI
         W' = W_:k + W_:r H_rk (H_kk + damping diag H_kk)^-1,   H = X^T X
 
     which is the minimum of || X_k (W' - W_:k)^T - X_r W_:r^T ||_F^2 with ridge regression's penalty on the change, in
-    units of each column's energy: undamped it is W H_:k H_kk^-1. What goes changes nothing if it is 0 or its inputs are.
+    units of each column's energy; undamped it is W H_:k H_kk^-1. Where W_:r or X_r is 0, W' is W_:k.
 
     Args:
         W: (out, in).

@@ -58,7 +58,7 @@ def measure_taylor(
 
 
 def _owners(stack: DecoderLayers, units: Sequence[LayerUnits]) -> dict[int, tuple[Units, int, bool]]:
-    """id of a weight -> its units, its parts (0: it writes), and whether units own rows of the tensor as it is stored."""
+    """id of a weight -> its units, its parts (0: it writes), and whether units own rows of it as it is stored."""
     owners = {}
     for own in (own for layer in units for own in layer.found):
         for name, parts in (*own.readers.items(), (own.writer, 0)):

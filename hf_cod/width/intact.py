@@ -43,6 +43,7 @@ class Intact:
         left = [self.stack.count_weights(index) for index in range(len(self.stack))]
         share = sum(left) / sum(self.sizes)
         notes = [finished.notes[index] for index in range(len(self.stack))]
+        errors = [sum(note["errors"]) / len(note["errors"]) if note["errors"] else None for note in notes]
         shares = {kind: [_share(own, kind, less) for own, less in zip(self.units, kept, strict=True)] for kind in KINDS}
         return RunReport(
             kind="narrow",
@@ -52,7 +53,7 @@ class Intact:
             layers={
                 "kept": [after / before for after, before in zip(left, self.sizes, strict=True)],
                 **{kind: values for kind, values in shares.items() if any(value is not None for value in values)},
-                "error": [sum(note["errors"]) / len(note["errors"]) if note["errors"] else None for note in notes],
+                **({"error": errors} if any(value is not None for value in errors) else {}),
                 "parameters": self.sizes,
             },
             results={

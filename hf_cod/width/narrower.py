@@ -68,8 +68,8 @@ def narrow(
     device_map and PEFT work; without this package, the latter kind loads by trust_remote_code.
 
     The report's `layers` hold `kept` (share of the layer's weights), `heads` and `channels` (shares that are kept;
-    None where they stay whole for want of a known structure), `error` (share of the energy of what the cut matrices
-    put out that is lost, mean over them; None where inputs were not needed) and `parameters` (of the intact layer);
+    None where they stay whole for want of a known structure), where inputs were needed `error` (share of the energy of
+    what the cut matrices put out that is lost, mean over them) and `parameters` (of the intact layer);
     its `results` hold `kept` of all layers, `parameters` before and after, of the whole model, the numbers of `heads`
     and `channels` by layer, and whether the model is `stock`.
 

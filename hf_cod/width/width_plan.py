@@ -126,6 +126,6 @@ def _share_of_units(stack: DecoderLayers, index: int, layer: Layer, share: float
     if share * total < least - 1e-6 * total:
         raise ValueError(
             f"parameters: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index}, which is one "
-            f"group of heads and {layer.least(multiple).channels} channels where it has them, got {share:.4g}"
+            f"group of heads and {multiple} channels where it can lose any, got {share:.4g}"
         )
     return 1.0 if not own else 1 - (1 - share) * total / own
