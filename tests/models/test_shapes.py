@@ -42,7 +42,8 @@ LLAMA = {
     "model.layers.3.self_attn": {"num_key_value_groups": 1},
     "model.layers.3.mlp.gate_proj": {"out_features": 20},
     "model.layers.3.mlp.up_proj": {"out_features": 20},
-    "model.layers.3.mlp.down_proj": {"in_features": 20},
+    "model.layers.3.mlp.down_proj": {"in_features": 20, "bias": 1},
+    "model.layers.3.mlp": {"intermediate_size": 20},
 }
 GPT2 = {"transformer.h.0.attn.c_attn": {"rank": 6}, "transformer.h.2.mlp.c_fc": {"rank": 9}}
 GPT2 |= {"transformer.h.3.mlp.c_fc": {"out_features": 40}, "transformer.h.3.mlp.c_proj": {"in_features": 40}}

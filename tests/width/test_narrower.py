@@ -48,8 +48,8 @@ def outputs(model, batch=None):
     return model.eval()(**(batch or batch_for(model))).to_tuple()[0]
 
 
-def different(layers=4, budget=0.6, spread=0.25):
-    """A plan by which layers differ."""
+def different(layers=4, budget=0.65, spread=0.2):
+    """A plan by which layers differ, and which MLPs alone can meet."""
     scores = LayerScores("m", "mine", [3.0, 1.0, 2.0, 2.5][:layers], [1] * layers)
     return allocate(scores, "parameters", budget, spread)
 
@@ -138,7 +138,7 @@ def test_units_that_do_nothing_go_without_a_trace(method, compensation):
         heads, channels = shape["heads"], shape["channels"]
         kept = [(heads.count - 1) * heads.heads] * 4, [channels.count - 8] * 4
         report = narrow(model, WidthPlan(0.8, *kept, "mine"), method, compensation, batches=two_batches(model))
-        assert report.results["heads"], report.results["channels"] == kept
+        assert (report.results["heads"], report.results["channels"]) == kept
         torch.testing.assert_close(outputs(model), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -154,7 +154,7 @@ def silence(stack, own, which):
 
 @pytest.mark.parametrize("family", [*CAUSAL, *OTHERS])
 def test_applied_saved_and_loaded_again(family, tmp_path):
-    for name, plan in (("alike", 0.6), ("different", different())):
+    for name, plan in (("alike", 0.65), ("different", different())):
         model = build(family, dtype=torch.bfloat16)
         stock = type(model)
         batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch_for(model).items()}
@@ -166,7 +166,7 @@ def test_applied_saved_and_loaded_again(family, tmp_path):
         report = narrow(model, plan, batches=[batch], multiple=4)
         found = report.results["parameters"]
         assert found == {"intact": before, "narrowed": sum(p.numel() for p in model.parameters())}
-        assert report.results["kept"] == pytest.approx(0.6, abs=0.03)
+        assert report.results["kept"] == pytest.approx(0.65, abs=0.03)
         assert report.results["stock"] == (name == "alike" and family in STOCK) == (type(model) is stock)
         model.save_pretrained(tmp_path / name)
         loaded = type(model).from_pretrained(tmp_path / name)
