@@ -34,6 +34,8 @@ Candidate = tuple[float | None, float | None]
 class Bench:
     """A model of which each cell of the table gets a copy, and the samples of both halves of the text."""
 
+    figures = ("kept", "rank")
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.model, tokenizer = load_model(arguments.model, ModelSettings(dtype=arguments.dtype))
         self.calibration, self.tuning, self.report = cut_samples(tokenizer, arguments)
@@ -61,12 +63,12 @@ class Bench:
 
 def candidates(score: str) -> list[Candidate]:
     """What a score is tried with."""
-    if score == "uniform" or score in WEIGHINGS:
+    if score in ("uniform", "auto") or score in WEIGHINGS:
         return [(None, None)]
     return list(product(THRESHOLDS if score == "owl" else (None,), SPREADS))
 
 
-def chosen_settings(bench: Bench, journal: Journal, method: str, score: str, removed: float) -> Candidate:
+def chosen_settings(bench: Any, journal: Journal, method: str, score: str, removed: float) -> Candidate:
     """The candidate with the least perplexity on the first half."""
     tried = candidates(score)
     if len(tried) == 1:
@@ -81,16 +83,9 @@ def chosen_settings(bench: Bench, journal: Journal, method: str, score: str, rem
     return min(found, key=lambda candidate: found[candidate])
 
 
-def main() -> None:
+def fill_table(bench: Any, arguments: argparse.Namespace) -> None:
     """Fills the table cell by cell, and writes it after each one."""
-    parser = table_parser(__doc__)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=list(SCORES))
-    parser.add_argument("--removed", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4, 0.5])
-    parser.add_argument("--output", default="rank-table", help="directory for table.md, table.json and the journal")
-    arguments = parser.parse_args()
     output = Path(arguments.output)
-    bench = Bench(arguments)
     settings = {k: v for k, v in vars(arguments).items() if k not in ("output", "methods", "scores", "removed")}
     journal = Journal(output / "journal.jsonl", fingerprint(settings))
     if "intact" not in journal:
@@ -102,7 +97,7 @@ def main() -> None:
         if key not in journal:
             plan = bench.plan(method, score, candidate, 1 - removed)
             journal.add(key, bench.measure(method, plan, bench.report))
-        found, kept, rank = journal[key]
+        found, *kept = journal[key]
         named = {
             "method": method,
             "score": score,
@@ -110,10 +105,22 @@ def main() -> None:
             "threshold": candidate[0],
             "spread": candidate[1],
         }
-        rows.append({**named, "perplexity": found, "kept": kept, "rank": rank})
-        print(*named.values(), f"{found:.1f}", f"kept {kept:.3f}", f"rank {rank:.3f}", flush=True)
+        row = {**named, "perplexity": found, **dict(zip(bench.figures, kept, strict=True))}
+        rows.append(row)
+        print(*named.values(), f"{found:.1f}", *(f"{name} {row[name]:.3f}" for name in bench.figures), flush=True)
         write_json(output / "table.json", {"settings": vars(arguments), "intact": journal["intact"], "rows": rows})
         write_text(output / "table.md", markdown(rows, journal["intact"], "removed"))
+
+
+def main() -> None:
+    """Reads the arguments, and fills the table."""
+    parser = table_parser(__doc__)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=list(SCORES))
+    parser.add_argument("--removed", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4, 0.5])
+    parser.add_argument("--output", default="rank-table", help="directory for table.md, table.json and the journal")
+    arguments = parser.parse_args()
+    fill_table(Bench(arguments), arguments)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from hf_cod.scores import LayerScores, score_layers
 from hf_cod.sparse import SparseConfig, SparseLinear, pack_sparse
 from hf_cod.statistics import LayerStatistics, collect_statistics
 from hf_cod.training import LayerMonitor, TrainingHistory
+from hf_cod.width import WidthPlan, narrow
 
 if TYPE_CHECKING:
     from hf_cod.finetuning import OwLoreConfig as OwLoreConfig  # not in __all__: `import *` must not need PEFT
@@ -48,6 +49,7 @@ __all__ = [
     "SparseConfig",
     "SparseLinear",
     "TrainingHistory",
+    "WidthPlan",
     "allocate",
     "apply_steps",
     "collect_statistics",
@@ -63,6 +65,7 @@ __all__ = [
     "heal",
     "llama_preset",
     "lora_ranks",
+    "narrow",
     "owlore",
     "pack_sparse",
     "perplexity",

@@ -15,6 +15,7 @@ COMMANDS = {
     "history": ("history", "draw what the layers did during a training"),
     "prune": ("prune", "set weights to zero, more in layers that matter less"),
     "factorize": ("factorize", "replace matrices by products of two thin ones: fewer weights, dense ones"),
+    "narrow": ("narrow", "remove attention heads and MLP channels, more in layers that matter less"),
     "drop-layers": ("drop_layers", "remove the layers that a model misses least: fewer layers, a stock checkpoint"),
     "pack": ("pack", "store a pruned model without its zeros, to load and run it faster"),
     "quantize": ("quantize", "store a model in three and four bits, four where layers matter more"),
@@ -26,7 +27,19 @@ COMMANDS = {
     "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
 }
 # Commands that keep a journal: stopped, they go on where they were.
-RESUMABLE = ("demo", "diagnose", "score", "prune", "quantize", "factorize", "drop-layers", "fit", "heal", "finetune")
+RESUMABLE = (
+    "demo",
+    "diagnose",
+    "score",
+    "prune",
+    "factorize",
+    "narrow",
+    "drop-layers",
+    "quantize",
+    "fit",
+    "heal",
+    "finetune",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

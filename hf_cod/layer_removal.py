@@ -194,7 +194,7 @@ def _check_config_builds(stack: DecoderLayers) -> None:
         built: Any = type(stack.model)(type(config).from_dict(copy.deepcopy(config.to_dict())))
         rebuilt = find_decoder_layers(built, stack.path)
     for index, (mine, anew) in enumerate(zip(stack, rebuilt, strict=True)):
-        difference = _first_difference(dict(walk(mine, "layer")), dict(walk(anew, "layer")))
+        difference = first_difference(dict(walk(mine, "layer")), dict(walk(anew, "layer")))
         if difference:
             raise ValueError(
                 f"layers: the config of {type(stack.model).__name__} cannot describe what is left: as layer {index} "
@@ -202,7 +202,7 @@ def _check_config_builds(stack: DecoderLayers) -> None:
             )
 
 
-def _first_difference(mine: Mapping[str, nn.Module], anew: Mapping[str, nn.Module]) -> str | None:
+def first_difference(mine: Mapping[str, nn.Module], anew: Mapping[str, nn.Module]) -> str | None:
     """The first module, weight or plain setting in which two layers differ; adapters do not count."""
     for name in [*anew, *mine]:
         here = _description(mine[name]) if name in mine else {}

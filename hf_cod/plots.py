@@ -308,6 +308,8 @@ PANELS: dict[str, Callable[..., None]] = {
     "trained": _per_layer("trained", "How often each layer trained", "optimizer steps"),
     "sparsity": _sparsity,
     "kept": _kept,
+    "heads": _per_layer("heads", "Attention heads that each layer keeps", "share of heads"),
+    "channels": _per_layer("channels", "MLP channels that each layer keeps", "share of channels"),
     "bits": _bits,
     "removed": _removed,
     "trade_off": _trade_off,

@@ -351,6 +351,53 @@ def test_factorize_with_bad_input(checkpoint, capsys, arguments, message):
     assert message in shown and "Traceback" not in shown
 
 
+def narrow(folder, output, *more):
+    arguments = ["narrow", str(folder / "model"), "--text", str(folder / "text.txt"), "--multiple", "8"]
+    return main([*arguments, *QUICK, "--output", str(folder / output), *more])
+
+
+@pytest.mark.parametrize("score", ["angular", "uniform"])
+def test_narrow_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys, score):
+    source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
+    more = ["--score", score, "--parameters", "0.6", "--eval-samples", "5"]
+    more += ["--spread", "0.2"] if score == "angular" else []
+    assert narrow(checkpoint, "out", *more) == 0
+    names = {path.name for path in (checkpoint / "out").iterdir()}
+    pictures = {"kept.png", "heads.png", "channels.png", "error.png", "score.png"}
+    assert {"model.safetensors", "scores.json", "allocation.json", "report.md", *pictures} <= names
+    assert ("modeling_shaped.py" in names) == (score == "angular")
+    assert "journal" not in names and {p.name: p.read_bytes() for p in (checkpoint / "model").iterdir()} == source
+    report, shown = RunReport.load(checkpoint / "out"), capsys.readouterr().out
+    assert report.results["stock"] == (score == "uniform")
+    assert ("transformers loads it without this package" in shown) == (score == "uniform")
+    model, tokenizer = load_model(str(checkpoint / "out"))
+    assert sum(p.numel() for p in model.parameters()) == report.results["parameters"]["narrowed"]
+    found = report.results["perplexity"]
+    assert ("uniform" in found) == (score == "angular")
+    assert f"from {format_number(found['intact'])} to {format_number(found['narrowed'])}" in shown
+    drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
+    assert perplexity(model, drawn[4:]) == pytest.approx(found["narrowed"], rel=1e-5), "the later samples"
+    assert narrow(checkpoint, "out") == 2
+    assert "output: expected a new directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--parameters", "0.05"], "parameters: expected at least 0."),
+        (["--parameters", "1.5"], "parameters: expected a share in 0..1, got 1.5"),
+        (["--method", "luck"], "method: expected one of fluctuation, taylor, magnitude, got 'luck'"),
+        (["--compensation", "luck"], "compensation: expected one of least_squares, bias, none, got 'luck'"),
+        (["--score", "spectrum"], "score: expected one of"),
+        (["--multiple", "0"], "multiple: expected a whole number above 0, got 0"),
+    ],
+)
+def test_narrow_with_bad_input(checkpoint, capsys, arguments, message):
+    assert narrow(checkpoint, "out", "--score", "uniform", *arguments) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+
+
 def test_pack_takes_its_output_by_place_or_by_option(checkpoint, capsys):
     assert prune(checkpoint, "sparse", "--sparsity", "0.7", "--score", "uniform", "--no-plots") == 0
     sparse, packed, other = (str(checkpoint / name) for name in ("sparse", "packed", "other"))
@@ -425,7 +472,10 @@ def test_a_failing_metric_is_told_and_the_rest_is_kept(checkpoint, capsys):
         (["diagnose", "no/such-model"], "model: expected a Hub id"),
         (["diagnose", "./no-such-model"], "which does not exist"),
         (["compare", "a", "b"], "report: expected"),
-        (["fly"], "factorize, drop-layers, pack, quantize, fit, heal, finetune, compare, card, convert, got 'fly'"),
+        (
+            ["fly"],
+            "narrow, drop-layers, pack, quantize, fit, heal, finetune, compare, card, convert, got 'fly'",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):

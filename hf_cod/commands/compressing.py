@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from hf_cod.diagnostics.running import evaluation_mode, execution_device, to_dev
 from hf_cod.evaluation import LANGUAGE_MODELS, perplexity, task_of
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.report import RunReport, format_number
-from hf_cod.scores import ScoreSettings
+from hf_cod.scores import LayerScores, ScoreSettings
 
 
 def as_in(settings: type, name: str) -> Any:
@@ -145,6 +145,34 @@ def split_text(
     if task == "masked_lm":
         return mask_tokens(tokenizer, first, settings.seed), mask_tokens(tokenizer, second, settings.seed)
     return first, second
+
+
+def save_results(
+    directory: Path, model: Any, tokenizer: Any, scores: LayerScores | None, plans: Mapping[str, Any] | None = None
+) -> None:
+    """Saves what a command made beside what it followed.
+
+    Args:
+        directory: results of `results_of`.
+        model, tokenizer: to load again.
+        scores: or None.
+        plans: name of a file -> a plan that saves itself.
+    """
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    if scores is not None:
+        scores.save(directory / "scores.json")
+    for name, plan in (plans or {}).items():
+        plan.save(directory / name)
+
+
+def describe_sizes(results: dict[str, Any], after: str) -> str:
+    """A sentence on what became of the whole model: results["parameters"] holds "intact" and `after`."""
+    before, left = results["parameters"]["intact"], results["parameters"][after]
+    return (
+        f"The whole model has {left:,} parameters, {format_number(left / before)} of the {before:,} before; "
+        f"{results['bytes'] / 1e6:,.1f} MB on disk."
+    )
 
 
 def measure_perplexity(model: nn.Module, batches: Sequence[Batch], settings: MeasuringSettings) -> float | None:

@@ -16,8 +16,10 @@ from hf_cod.commands.compressing import (
     SpreadSettings,
     deliver,
     describe_perplexity,
+    describe_sizes,
     load_with_tokenizer,
     measure_perplexity,
+    save_results,
     split_text,
 )
 from hf_cod.commands.diagnose import require_plots
@@ -26,7 +28,7 @@ from hf_cod.commands.settings import SettingsParser, default_directory, model_ti
 from hf_cod.evaluation import task_of
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.low_rank import METHODS, WEIGHINGS, RankPlan, factorize, plan_ranks
-from hf_cod.report import RunReport, format_number
+from hf_cod.report import RunReport
 from hf_cod.scores import METHODS as SCORES
 from hf_cod.scores import LayerScores, score_layers
 
@@ -129,7 +131,8 @@ def run(
         del model
         model, _ = load_model(source, loading)
     report = factorize(model, plan, settings.method, name=model_title(source), **options)
-    _save(output, model, tokenizer, scores, plan)
+    name = "rank_plan.json" if isinstance(plan, RankPlan) else "allocation.json"
+    save_results(output, model, tokenizer, scores, {name: plan})
     del model
     saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["factorized"] = measure_perplexity(saved, evaluation, settings)
@@ -144,7 +147,7 @@ def run(
         settings={**asdict(settings), "text": text.text, "scores": scores_file, **describe_batches(calibration)},
         layers={**report.layers, **({} if scores is None else {"score": scores.values})},
         results=results,
-        summary=[*report.summary, _sizes(results), *describe_perplexity(results, "factorized")],
+        summary=[*report.summary, describe_sizes(results, "factorized"), *describe_perplexity(results, "factorized")],
     )
 
 
@@ -171,21 +174,3 @@ def _alike(model: nn.Module, settings: FactorizeSettings) -> LayerAllocation:
     """The plan that treats all layers alike."""
     scores = score_layers(model, method="uniform", layers_path=settings.layers_path)
     return _plan(scores, replace(settings, score="uniform", spread=None))
-
-
-def _save(
-    directory: Path, model: Any, tokenizer: Any, scores: LayerScores | None, plan: LayerAllocation | RankPlan
-) -> None:
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    if scores is not None:
-        scores.save(directory / "scores.json")
-    plan.save(directory / ("rank_plan.json" if isinstance(plan, RankPlan) else "allocation.json"))
-
-
-def _sizes(results: dict[str, Any]) -> str:
-    before, after = results["parameters"]["intact"], results["parameters"]["factorized"]
-    return (
-        f"The whole model has {after:,} parameters, {format_number(after / before)} of the {before:,} before; "
-        f"{results['bytes'] / 1e6:,.1f} MB on disk."
-    )

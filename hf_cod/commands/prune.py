@@ -20,6 +20,7 @@ from hf_cod.commands.compressing import (
     describe_perplexity,
     load_with_tokenizer,
     measure_perplexity,
+    save_results,
     split_text,
 )
 from hf_cod.commands.diagnose import require_plots
@@ -144,7 +145,8 @@ def run(
     if recovery.recover:
         perplexities["pruned"] = measure_perplexity(model, evaluation, settings)
         _recover(model, calibration, settings, recovery)
-    _save(output, model, tokenizer, scores, plan)
+    plans = {"allocation.json": plan} if isinstance(plan, LayerAllocation) else {}
+    save_results(output, model, tokenizer, scores, plans)
     del model
     saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["recovered" if recovery.recover else "pruned"] = measure_perplexity(saved, evaluation, settings)
@@ -201,15 +203,6 @@ def _recover(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings
         path=settings.layers_path,
         show_progress=True,
     )
-
-
-def _save(directory: Path, model: Any, tokenizer: Any, scores: LayerScores | None, plan: LayerAllocation | str) -> None:
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    if scores is not None:
-        scores.save(directory / "scores.json")
-    if isinstance(plan, LayerAllocation):
-        plan.save(directory / "allocation.json")
 
 
 def _summary(results: dict[str, Any], layers: dict[str, list[Any]]) -> list[str]:

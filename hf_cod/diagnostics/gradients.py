@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,9 @@ from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.partial_pass import check_finite, layer_states
 from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
 from hf_cod.evaluation import LANGUAGE_MODELS, model_inputs, negative_log_likelihood, targets, task_of
+
+Read = Callable[[Tensor], None]
+"""Reads a parameter of a layer whose `grad` has just been found."""
 
 
 def measure_gradient_norm(
@@ -37,20 +40,39 @@ def measure_gradient_norm(
             quantized, gradients that are not finite.
     """
     stack = find_decoder_layers(model, path)
-    task = task_of(model, batches)
+    norms = list(gradient_norms(stack, batches, "gradient_norm", show_progress))
+    return torch.stack(norms).mean(0).tolist()
+
+
+def gradient_norms(
+    stack: DecoderLayers, batches: Sequence[Batch], field: str, show_progress: bool, read: Read | None = None
+) -> Iterator[Tensor]:
+    """Runs forward and backward on each batch that has something to predict; yields (L,) the norms of its gradients.
+
+    Args:
+        stack: the layers.
+        batches: dicts for the model's forward.
+        field: the user's, with which errors begin.
+        show_progress: show a progress bar.
+        read: called with each gradient of the layers before it is freed.
+
+    Raises:
+        ValueError: as `measure_gradient_norm` does.
+    """
+    task = task_of(stack.model, batches)
     reason = why_no_gradients(stack, task)
     if reason:
-        raise ValueError(f"gradient_norm: expected a loss and floating-point weights in memory, but {reason}")
+        raise ValueError(f"{field}: expected a loss and floating-point weights in memory, but {reason}")
     device = execution_device(stack.model)
-    totals, measured = torch.zeros(len(stack), dtype=torch.float64), 0
-    with torch.inference_mode(False), evaluation_mode(stack), _layer_squares(stack) as squares:
+    measured = False
+    with torch.inference_mode(False), evaluation_mode(stack), _layer_squares(stack, read) as squares:
         for number, batch in enumerate(progress(batches, "gradients", show_progress)):
             for square in squares:
                 square.zero_()
             batch = to_device(batch, device)
             if not count_predictions(batch, task):
                 continue  # a sample of one token, say, has nothing to predict
-            measured += 1
+            measured = True
             with torch.enable_grad():
                 mean_loss(stack.model, batch, task).backward()
             norms = torch.stack([square.sqrt().cpu() for square in squares]).double()
@@ -62,10 +84,9 @@ def measure_gradient_norm(
                 raise ValueError(
                     f"gradients: expected finite numbers, got NaN or infinity in layer {layer}, batch {number}"
                 )
-            totals += norms
+            yield norms
     if not measured:
         raise ValueError("batches: expected at least one token to predict, got none; give longer samples")
-    return (totals / measured).tolist()
 
 
 def read_gradient_norms(stack: DecoderLayers) -> list[float | None]:
@@ -123,7 +144,7 @@ def count_predictions(batch: Batch, task: str) -> int:
 
 
 @contextmanager
-def _layer_squares(stack: DecoderLayers) -> Iterator[list[Tensor]]:
+def _layer_squares(stack: DecoderLayers, read: Read | None) -> Iterator[list[Tensor]]:
     """Sums of squared gradients, one a layer, filled by each backward pass; no gradient outlives its counting."""
     before = [(p, p.requires_grad, p.grad) for p in stack.model.parameters()]
     squares: list[Tensor] = []
@@ -134,6 +155,8 @@ def _layer_squares(stack: DecoderLayers) -> Iterator[list[Tensor]]:
             if p.grad is None:  # of a layer that stands twice in the stack: counted at its first place
                 return
             square.add_(p.grad.to(square.dtype).square().sum().to(square.device))
+            if read is not None:
+                read(p)
             p.grad = None
 
         return count

@@ -12,6 +12,7 @@ from torch import nn
 from hf_cod.allocation import allocate
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import find_decoder_layers
+from hf_cod.depth import drop_layers, plan_depth
 from hf_cod.functional.codebook import BITS
 from hf_cod.low_rank import factorize, plan_ranks
 from hf_cod.pruning import prune
@@ -19,6 +20,7 @@ from hf_cod.quantization import OwlBnbConfig, quantize
 from hf_cod.quantization.plan import plan_bits
 from hf_cod.scores import score_layers
 from hf_cod.sparse import pack_sparse
+from hf_cod.width import narrow
 
 # The score by which layers get more or less, where a method does not find out itself; one forward pass finds it.
 SCORE = "angular"
@@ -74,6 +76,18 @@ def _shares(*percent: int) -> Callable[[nn.Module, str | None], list[float]]:
     return lambda model, path: [share / 100 for share in percent]
 
 
+def _depth(model: Any, count: float, how: Applying) -> None:
+    plan = plan_depth(model, int(count), **how.options())
+    options = {key: value for key, value in how.options().items() if key in ("batches", "path")}
+    drop_layers(model, plan, **options)
+
+
+def _width(model: Any, share: float, how: Applying) -> None:
+    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.path)
+    plan = allocate(scores, "parameters", 1 - share, min(SPREAD, share))
+    narrow(model, plan, **how.options())
+
+
 def _low_rank(model: Any, share: float, how: Applying) -> None:
     options = how.options()
     factorize(model, plan_ranks(model, 1 - share, **options), "whitened", **options)
@@ -100,6 +114,13 @@ def _bits(model: Any, codes: float, how: Applying) -> None:
 
 # Knob -> what it does. Order matters: what removes structure comes before what stores the rest in fewer bits.
 KNOBS: dict[str, Knob] = {
+    "depth": Knob(
+        lambda model, path: [float(n) for n in range(1, 1 + len(find_decoder_layers(model, path)) // 3)],
+        3,
+        _depth,
+        lambda x: f"{x:g} layers removed",
+    ),
+    "width": Knob(_shares(*range(5, 45, 5)), 3, _width, lambda x: f"{x:.0%} of the weights by heads and channels"),
     "rank": Knob(_shares(*range(5, 55, 5)), 4, _low_rank, lambda x: f"{x:.0%} of the weights by low rank"),
     "sparsity": Knob(
         _shares(*range(50, 85, 5)), 3, _sparse, lambda x: f"{x:.0%} of the weights zero, and packed", structural=False

@@ -5,7 +5,8 @@ model, so that it holds with every head) -> what differs from the module that th
 
     {"layers.3.mlp.up_proj": {"rank": 64},                      # W = expand reduce
      "layers.3.self_attn.q_proj": {"out_features": 256},        # fewer heads ...
-     "layers.3.self_attn": {"num_key_value_groups": 1}}         # ... and a number that the attention computes with
+     "layers.3.self_attn": {"num_key_value_groups": 1},         # ... and a number that the attention computes with
+     "layers.3.mlp.down_proj": {"in_features": 96, "bias": 1}}  # a bias where the family has none
 
 Why in the constructor, and not through the plug-in point of quantizers, which could exchange modules as well: that has
 one place, and bits or packed zeros on top of such a model need it; Trainer and PEFT take what it loads for quantized
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 SIZES = ("in_features", "out_features", "rank")
+BIAS = "bias"  # 1: there is one
 
 
 class LowRankLinear(nn.Module):
@@ -118,13 +120,15 @@ def build_shapes(base: nn.Module, shapes: Any) -> None:
 
 
 def recorded_sizes(module: nn.Module) -> dict[str, int]:
-    """in_features, out_features, and of a LowRankLinear its rank."""
+    """in_features, out_features, of a LowRankLinear its rank, and a 1 for a bias."""
     if isinstance(module, LowRankLinear):
-        return dict(zip(SIZES, (module.reduce.in_features, module.expand.out_features, module.rank), strict=True))
-    if isinstance(module, Conv1D):
-        return {"in_features": module.nx, "out_features": module.nf}
-    assert isinstance(module, nn.Linear)
-    return {"in_features": module.in_features, "out_features": module.out_features}
+        sizes = dict(zip(SIZES, (module.reduce.in_features, module.expand.out_features, module.rank), strict=True))
+    elif isinstance(module, Conv1D):
+        sizes = {"in_features": module.nx, "out_features": module.nf}
+    else:
+        assert isinstance(module, nn.Linear)
+        sizes = {"in_features": module.in_features, "out_features": module.out_features}
+    return sizes if module.bias is None else {**sizes, BIAS: 1}
 
 
 def check_recorded(base: nn.Module, shapes: Any) -> None:
@@ -142,15 +146,15 @@ def check_recorded(base: nn.Module, shapes: Any) -> None:
 
 def _reshaped(module: Any, changes: dict[str, int], name: str) -> nn.Module:
     """A matrix of the recorded sizes, with new weights where these differ from the module's own."""
-    unknown = [key for key in changes if key not in SIZES]
+    unknown = [key for key in changes if key not in (*SIZES, BIAS)]
     if unknown:
-        raise ValueError(f"module_shapes: expected {', '.join(SIZES)} of {name}, got {unknown[0]!r}")
+        raise ValueError(f"module_shapes: expected {', '.join((*SIZES, BIAS))} of {name}, got {unknown[0]!r}")
     own = recorded_sizes(module)
     sizes = {**own, **changes}
     if sizes == own:
         return module
     columns, rows, rank = sizes["in_features"], sizes["out_features"], sizes.get("rank")
-    bias = module.bias is not None
+    bias = bool(sizes.get(BIAS))
     like = next(module.parameters())
     options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
     if rank is not None:

@@ -1,4 +1,6 @@
-"""X^T X of what enters each matrix of chosen layers: the Hessian of SparseGPT, the second moments of a whitening."""
+"""X^T X of what enters each matrix of chosen layers: the Hessian of SparseGPT, the second moments of a whitening, and
+with the sums beside them what a matrix needs to know of columns that it loses.
+"""
 
 from __future__ import annotations
 
@@ -61,3 +63,22 @@ class ProductsRecorder:
         for chunk in rows.split(CHUNK):
             chunk = chunk.to(high)
             total.addmm_(chunk.mT, chunk)
+
+
+class MomentsRecorder(ProductsRecorder):
+    """Sums [x, 1] [x, 1]^T over all tokens that enter chosen matrices: products, sums, and in the corner the tokens.
+
+    Args:
+        stack: the layers.
+        layers: which of them.
+        names: the matrices; each reads a tensor of its own.
+    """
+
+    def __init__(self, stack: DecoderLayers, layers: Iterable[int], names: Iterable[str]) -> None:
+        super().__init__(stack, layers)
+        self._names = frozenset(names)
+
+    def _read(self, name: str, expert: int | None, rows: Tensor | None, source: str) -> None:
+        if name in self._names:
+            assert rows is not None, "chosen matrices share no input"
+            super()._read(name, expert, torch.cat([rows, rows.new_ones(len(rows), 1)], 1), source)

@@ -31,7 +31,12 @@ def texts():
 
 @pytest.mark.parametrize(
     "kind, knobs, budget",
-    [("parameters", ["rank"], 0.8), ("bits", ["rank", "bits"], 3.4), ("memory", ["rank", "sparsity"], None)],
+    [
+        ("parameters", ["rank"], 0.8),
+        ("parameters", ["depth", "width"], 0.7),
+        ("bits", ["rank", "bits"], 3.4),
+        ("memory", ["rank", "sparsity"], None),
+    ],
 )
 def test_plans_meet_their_budget_and_are_the_best_of_what_was_measured(kind, knobs, budget, texts, tmp_path):
     intact = size_of(make())

@@ -42,7 +42,8 @@ LLAMA = {
     "model.layers.3.self_attn": {"num_key_value_groups": 1},
     "model.layers.3.mlp.gate_proj": {"out_features": 20},
     "model.layers.3.mlp.up_proj": {"out_features": 20},
-    "model.layers.3.mlp.down_proj": {"in_features": 20},
+    "model.layers.3.mlp.down_proj": {"in_features": 20, "bias": 1},
+    "model.layers.3.mlp": {"intermediate_size": 20},
 }
 GPT2 = {"transformer.h.0.attn.c_attn": {"rank": 6}, "transformer.h.2.mlp.c_fc": {"rank": 9}}
 GPT2 |= {"transformer.h.3.mlp.c_fc": {"out_features": 40}, "transformer.h.3.mlp.c_proj": {"in_features": 40}}
@@ -271,7 +272,7 @@ def test_every_family_goes_through_files(family, tmp_path):
         ({"model.layers.1.mlp.up_proj": {"rank": 33}}, "expected a rank of layers.1.mlp.up_proj up to 32, got 33"),
         ({"model.layers.1.mlp.up_proj": {"rank": 0}}, "expected whole numbers above 0, got rank = 0 of layers.1"),
         ({"model.layers.1.mlp.up_proj": {"rank": "5"}}, "expected whole numbers above 0, got rank = '5'"),
-        ({"model.layers.1.mlp.up_proj": {"width": 5}}, "expected in_features, out_features, rank of layers.1"),
+        ({"model.layers.1.mlp.up_proj": {"width": 5}}, "expected in_features, out_features, rank, bias of layers"),
         ({"model.layers.1.self_attn": {"heads": 5}}, "expected numbers that LlamaAttention layers.1.self_attn has"),
     ],
 )

@@ -1,0 +1,72 @@
+"""Perplexity of a narrowed model: methods x scores x shares of parameters removed, with one calibration for all.
+
+    python examples/width_table.py --model DIRECTORY_OR_HUB_ID --text TEXT --output table
+
+Everything that is chosen (OWL's threshold M, each score's lambda) is chosen on the first half of the text; all
+perplexities that are reported are of the second half. Removed are parameters of the layers' matrices, in whole groups
+of heads and multiples of channels. An interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from owl_table import cut_samples, table_parser
+from rank_table import Candidate, fill_table
+
+from hf_cod import LayerAllocation, LayerScores, allocate, narrow, perplexity, score_layers
+from hf_cod.calibration import Batch
+from hf_cod.loading import ModelSettings, load_model
+from hf_cod.width import COMPENSATIONS, METHODS
+from hf_cod.width.width_plan import MULTIPLE
+
+SCORES = ("uniform", "owl", "angular", "auto")
+
+
+class Bench:
+    """A model of which each cell of the table gets a copy, and the samples of both halves of the text."""
+
+    figures = ("kept",)
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.model, tokenizer = load_model(arguments.model, ModelSettings(dtype=arguments.dtype))
+        self.calibration, self.tuning, self.report = cut_samples(tokenizer, arguments)
+        self.compensation, self.multiple = arguments.compensation, arguments.multiple
+        self.found: dict[tuple, LayerScores] = {}
+
+    def plan(self, method: str, score: str, candidate: Candidate, kept: float) -> LayerAllocation:
+        """Which share each layer keeps; auto finds its own lambda, on samples of the first half."""
+        threshold, spread = candidate
+        options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
+        options |= {"target": 1 - kept} if score == "auto" else {}
+        key = (score, *options.values())
+        if key not in self.found:
+            self.found[key] = score_layers(self.model, method=score, batches=self.calibration, **options)
+        return allocate(self.found[key], "parameters", kept, spread)
+
+    def measure(self, method: str, plan: LayerAllocation, batches: Sequence[Batch]) -> list[float]:
+        """Perplexity of the narrowed model, and the share of parameters that it keeps."""
+        model: Any = copy.deepcopy(self.model)
+        options: dict[str, Any] = {"batches": self.calibration, "multiple": self.multiple}
+        report = narrow(model, plan, method, self.compensation, **options)
+        return [perplexity(model, batches), report.results["kept"]]
+
+
+def main() -> None:
+    """Reads the arguments, and fills the table."""
+    parser = table_parser(__doc__)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--compensation", default="least_squares", choices=list(COMPENSATIONS))
+    parser.add_argument("--multiple", type=int, default=MULTIPLE, help="numbers of channels are multiples of this")
+    parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=list(SCORES))
+    parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.4, 0.6])
+    parser.add_argument("--output", default="width-table", help="directory for table.md, table.json and the journal")
+    arguments = parser.parse_args()
+    fill_table(Bench(arguments), arguments)
+
+
+if __name__ == "__main__":
+    main()

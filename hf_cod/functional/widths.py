@@ -1,0 +1,101 @@
+"""From a share of weights to whole heads and multiples of channels.
+
+Symbols: a layer has h heads of a weights each and c channels of b weights each; s is the share of those weights that it
+is to keep. A layer without heads (or channels) has h = 0 (c = 0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Sums of shares are off by rounding errors that nobody means.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Heads and channels of a layer: how many there are, or how many are kept."""
+
+    heads: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that can be made narrower: `full` widths, and the weights of one head (`a`) and one channel (`b`)."""
+
+    full: Widths
+    a: int
+    b: int
+
+    def count(self, widths: Widths) -> int:
+        """Weights of so many heads and channels."""
+        return widths.heads * self.a + widths.channels * self.b
+
+    def least(self, multiple: int) -> Widths:
+        """The narrowest that it can be: one head, and one multiple of channels."""
+        return Widths(min(1, self.full.heads), min(multiple, self.full.channels))
+
+
+def choose_widths(layers: Sequence[Layer], shares: Sequence[float], multiple: int) -> list[Widths]:
+    """Widths by which each layer keeps its share, as near as whole heads and multiples of channels allow.
+
+    Heads keep the share, rounded; channels make up for what that rounding adds or takes, and are rounded to a multiple
+    (or stay as many as there are). Where layers or shares differ, single layers then go one multiple up or down, those
+    first whose channels were rounded farthest, as long as that brings the sum of all nearer to what was asked for.
+    Layers that are alike stay alike, because such a model needs no special code: its sum may be off by half a multiple
+    in each layer.
+
+    Args:
+        layers: with `least` within reach of their share.
+        shares: of the layer's weights, in 0..1.
+        multiple: at least 1.
+    """
+    chosen = [_nearest(layer, s, multiple) for layer, s in zip(layers, shares, strict=True)]
+    if len(set(layers)) == 1 and max(shares) - min(shares) < ROUNDING:
+        return chosen
+    missing = [s * L.count(L.full) - L.count(w) for L, s, w in zip(layers, shares, chosen, strict=True)]
+    gap = sum(missing)
+    sign = 1 if gap > 0 else -1
+    for i in sorted(range(len(layers)), key=lambda i: -sign * missing[i]):
+        moved = _moved(layers[i], chosen[i], sign, multiple)
+        step = layers[i].count(moved) - layers[i].count(chosen[i])
+        if step and abs(gap - step) < abs(gap):
+            chosen[i], gap = moved, gap - step
+    return chosen
+
+
+def _nearest(layer: Layer, s: float, multiple: int) -> Widths:
+    """Of the two head counts around the share the nearer one, unless only the other lets channels meet the share."""
+    target = s * layer.count(layer.full)
+    exact = s * layer.full.heads
+    heads = {min(max(round_(exact), 1), layer.full.heads) for round_ in (math.floor, math.ceil)}
+    options = [Widths(h, _channels(layer, target - h * layer.a, multiple)) for h in sorted(heads)]
+    slack = layer.b * multiple / 2 if layer.full.channels else layer.a / 2
+
+    def off(widths: Widths) -> tuple[bool, float, float]:
+        miss = abs(layer.count(widths) - target)
+        return miss > slack * (1 + ROUNDING), abs(widths.heads - exact), miss
+
+    candidates = sorted(options, key=off)
+    # None of them meets it: the one that comes nearest.
+    return candidates[0] if not off(candidates[0])[0] else min(options, key=lambda widths: off(widths)[2])
+
+
+def _channels(layer: Layer, weights: float, multiple: int) -> int:
+    c = layer.full.channels
+    if not c:
+        return 0
+    exact = weights / layer.b
+    down = max(math.floor(exact / multiple + ROUNDING) * multiple, min(multiple, c))
+    return min((min(n, c) for n in (down, down + multiple)), key=lambda n: abs(n - exact))
+
+
+def _moved(layer: Layer, widths: Widths, sign: int, multiple: int) -> Widths:
+    """One multiple of channels more or fewer, within what the layer has."""
+    c = layer.full.channels
+    up = min(c, (widths.channels // multiple + 1) * multiple)
+    down = -(-widths.channels // multiple) * multiple - multiple
+    return Widths(widths.heads, up if sign > 0 else max(down, min(multiple, c)))

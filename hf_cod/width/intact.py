@@ -1,0 +1,91 @@
+"""What the report of `narrow` tells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_cod.decoder_layers import DecoderLayers
+from hf_cod.diagnostics.running import execution_device
+from hf_cod.layer_by_layer import FinishedLayers
+from hf_cod.layer_units import KINDS, LayerUnits
+from hf_cod.report import RunReport, environment
+from hf_cod.width.width_plan import WidthPlan
+
+
+class Intact:
+    """What the report tells of the model before it was changed.
+
+    Args:
+        stack: the layers.
+        units: of each layer.
+        name: the model's name, or None.
+    """
+
+    def __init__(self, stack: DecoderLayers, units: Sequence[LayerUnits], name: str | None) -> None:
+        self.stack, self.units = stack, units
+        config: Any = getattr(stack.model, "config", None)
+        self.name = name or getattr(config, "_name_or_path", "") or type(stack.model).__name__
+        self.sizes = [stack.count_weights(index) for index in range(len(stack))]
+        self.parameters = _count(stack.model.parameters())
+
+    def report(
+        self,
+        plan: WidthPlan,
+        kept: Sequence[dict[str, int]],
+        finished: FinishedLayers,
+        settings: dict[str, Any],
+        stock: bool,
+    ) -> RunReport:
+        """Counts what is left."""
+        left = [self.stack.count_weights(index) for index in range(len(self.stack))]
+        share = sum(left) / sum(self.sizes)
+        notes = [finished.notes[index] for index in range(len(self.stack))]
+        errors = [sum(note["errors"]) / len(note["errors"]) if note["errors"] else None for note in notes]
+        shares = {kind: [_share(own, kind, less) for own, less in zip(self.units, kept, strict=True)] for kind in KINDS}
+        return RunReport(
+            kind="narrow",
+            model=self.name,
+            settings=settings,
+            environment=environment(execution_device(self.stack.model), next(self.stack.model.parameters()).dtype),
+            layers={
+                "kept": [after / before for after, before in zip(left, self.sizes, strict=True)],
+                **{kind: values for kind, values in shares.items() if any(value is not None for value in values)},
+                **({"error": errors} if any(value is not None for value in errors) else {}),
+                "parameters": self.sizes,
+            },
+            results={
+                "kept": share,
+                "parameters": {"intact": self.parameters, "narrowed": _count(self.stack.model.parameters())},
+                "heads": plan.heads,
+                "channels": plan.channels,
+                "stock": stock,
+            },
+            summary=[
+                f"{share:.2%} of {sum(self.sizes):,} weights in the layers' matrices are kept, where {plan.budget:.2%} "
+                "were asked for.",
+                "The model is a stock one: transformers loads it without this package."
+                if stock
+                else "Its layers differ from what its family's config can say: it loads where hf_cod is imported, and "
+                "with trust_remote_code without it.",
+            ],
+            notes=[
+                *(reason for layer in self.units for reason in layer.whole),
+                *(
+                    f"no token entered {matrix}: narrowed by its weights alone"
+                    for note in notes
+                    for matrix in note["unseen"]
+                ),
+            ],
+        )
+
+
+def _share(units: LayerUnits, kind: str, kept: dict[str, int]) -> float | None:
+    own = units[kind]
+    return None if own is None else kept.get(kind, own.count) / own.count
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
