@@ -77,6 +77,8 @@ class Increment(nn.Module):
     @torch.no_grad()
     def begin(self, *counts: int) -> None:
         """Lets N train: the next gradient gives its basis, unless it has one (of a run that is resumed)."""
+        if self.has_basis and not bool(self.P.any()):  # room that was held for numbers, which nobody loaded
+            self.P = self.P[:, :0].clone()
         self.counts, self.resting, self.searching = counts, False, not self.has_basis
         if self.searching:
             self.N.data = self.N.new_zeros(self.shape)

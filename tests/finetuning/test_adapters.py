@@ -7,7 +7,7 @@ import sys
 import peft
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import save_as_lora
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -136,6 +136,21 @@ def test_saved_small_and_loaded_in_a_fresh_process(tmp_path):
     for found in in_a_fresh_process(LOADS, tmp_path):
         torch.testing.assert_close(found, logits(model), atol=1e-6, rtol=1e-5)
     assert not torch.allclose(logits(model), logits(build("llama")), atol=1e-3)
+
+
+@pytest.mark.parametrize("saved", ["whole", "weights alone"])
+def test_a_config_makes_another_adapter_that_trains(saved, tmp_path):
+    config = OwLoreConfig(r=4)
+    model = get_peft_model(build("llama").train(), config)
+    train(model, OwLoreAdamW(model, lr=1e-2, n_active=1, interval=50), 1)
+    if saved == "whole":
+        model.save_pretrained(tmp_path)
+        assert not config.held and PeftConfig.from_pretrained(tmp_path).held
+    else:
+        get_peft_model_state_dict(model)
+    again = get_peft_model(build("llama").train(), config)
+    train(again, OwLoreAdamW(again, lr=1e-2, n_active=1, interval=50), 2)
+    assert not torch.allclose(logits(again.eval()), logits(build("llama")), atol=1e-3)
 
 
 def test_exported_to_a_lora_that_loads_without_us(tmp_path):

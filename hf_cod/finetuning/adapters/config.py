@@ -43,7 +43,7 @@ class OwLoreConfig(PeftConfig):
     )
     held: dict[str, tuple[int, int]] = field(
         default_factory=dict,
-        metadata={"help": "of a saved adapter the columns of P and B of each matrix; filled in when it is saved"},
+        metadata={"help": "of a saved adapter the columns of P and B of each matrix; stands in its file alone"},
     )
 
     def __post_init__(self) -> None:
@@ -56,3 +56,8 @@ class OwLoreConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             names: Any = getattr(self, name)
             setattr(self, name, set(names) if isinstance(names, list) else names)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; `held` is in the file alone: the config may make a new adapter, which holds nothing."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.held = {}
