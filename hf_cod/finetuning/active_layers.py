@@ -13,11 +13,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.finetuning.gradient_hooks import hook_gradient, unhook_gradients
 from hf_cod.finetuning.increment import Increment
 
 logger = logging.getLogger(__name__)
 
 ANCHOR = "owlore_ddp_anchor"
+# Attribute of a model: of each parameter that an optimizer found trainable, whether it trains now.
+TRAINS = "_owlore_trains"
 # Forward hooks of transformers and of PEFT that make the embeddings' output require a gradient.
 _INPUT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
@@ -25,7 +28,8 @@ _INPUT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 class ActiveLayers:
     """Which parameters belong to which layer, and which of them may train.
 
-    Only what requires a gradient when this is made ever trains; what the caller froze stays frozen.
+    Only what requires a gradient when this is made ever trains; what the caller froze stays frozen. What an earlier
+    one froze and nobody has touched since counts as trainable (`release`).
 
     Args:
         model: a transformers model, wrapped or not.
@@ -44,6 +48,8 @@ class ActiveLayers:
     def __init__(self, model: nn.Module, others: Sequence[str] = ("norm",)) -> None:
         self.model, self.stack = model, find_decoder_layers(model)
         _refuse_shards(model)
+        release(model)
+        self._names = {name: p for name, p in self.stack.model.named_parameters() if p.requires_grad}
         seen: set[int] = set()
         self.layers: list[list[nn.Parameter]] = [_trainable(layer, seen) for layer in self.stack]
         self.always: list[nn.Parameter] = []
@@ -66,6 +72,7 @@ class ActiveLayers:
                 parameter.requires_grad_(index in layers)
                 if index not in layers:
                     parameter.grad = None
+        setattr(self.stack.model, TRAINS, {name: p.requires_grad for name, p in self._names.items()})
 
     def end_at_lowest(self) -> None:
         """Lets the backward pass end at the lowest active layer under activation checkpointing, too.
@@ -96,7 +103,7 @@ class ActiveLayers:
         ours = {id(p) for parameters in self.layers for p in parameters}
         for parameters in self.layers:
             for parameter in parameters:
-                parameter.register_post_accumulate_grad_hook(_average)
+                hook_gradient(parameter, _average)
         names = [name for name, p in self.model.named_parameters(remove_duplicate=False) if id(p) in ours]
         for name, module in self.model.named_modules():
             if isinstance(module, Increment):  # its buffers change their shapes, on all processes alike
@@ -105,6 +112,31 @@ class ActiveLayers:
         if _processes() > 1 and not self.always:
             # DDP refuses a model of which it has nothing to average; this has no part in the loss.
             self.model.register_parameter(ANCHOR, nn.Parameter(torch.zeros((), device=_device(self.model))))
+
+
+def release(model: nn.Module) -> None:
+    """Lets train again what an earlier optimizer froze in this model, and takes its hooks away.
+
+    Where somebody has changed since what trains (PEFT, which puts on another adapter), that holds.
+    """
+    base: Any = find_decoder_layers(model).model
+    unhook_gradients(base.parameters())
+    parameters = dict(base.named_parameters())
+    left = {name: p for name, p in parameters.items() if name in getattr(base, TRAINS, {})}
+    now = {name: p.requires_grad for name, p in left.items()}
+    if now == getattr(base, TRAINS, {}):
+        for parameter in left.values():
+            parameter.requires_grad_(True)
+    elif any(now.values()) and not all(now.values()):
+        logger.warning(
+            "model: what trains was changed since an earlier OwLoreAdamW froze layers; what is frozen stays so: call "
+            "its release() before you freeze or unfreeze parameters"
+        )
+    for module in base.modules():
+        for name, increment in getattr(module, "owlore_increment", {}).items():
+            if increment.resting and name in module.active_adapters:
+                increment.release()
+    setattr(base, TRAINS, {})
 
 
 def _average(parameter: nn.Parameter) -> None:

@@ -89,6 +89,11 @@ class Increment(nn.Module):
         self.counts, self.resting, self.searching = None, True, False
         self._free()
 
+    def release(self) -> None:
+        """Ends what the optimizer wanted that trained this: another one may begin."""
+        self.counts, self.resting, self.searching = None, False, False
+        self.requires_grad_(True)
+
     def settle(self) -> None:
         """Ends the search, behind the step whose gradient gave the basis."""
         self.searching = self.searching and not self.has_basis

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.finetuning.active_layers import ActiveLayers
+from hf_cod.finetuning.active_layers import ActiveLayers, release
 from hf_cod.finetuning.eight_bit import codebook
 from hf_cod.finetuning.increments import Increments
 from hf_cod.finetuning.moments import adam_direction, apply_direction, is_projected, refresh_basis
@@ -53,7 +53,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
     gradients are not finite changes nothing and says so; ten of them in a row raise.
 
     Args:
-        model: a transformers model on its device, before it is wrapped. What is frozen already stays so.
+        model: a transformers model on its device, before it is wrapped. What is frozen already stays so, but for what
+            an earlier OwLoreAdamW of it froze.
         scores: `LayerScores` of this model; None: all layers alike.
         lr: learning rate.
         betas: Adam's.
@@ -134,6 +135,13 @@ class OwLoreAdamW(torch.optim.Optimizer):
             self.increments.fold()
             self._activate()
         return loss
+
+    def release(self) -> None:
+        """Lets train again what this froze, and takes its hooks away; this optimizer is of no use any more.
+
+        Another OwLoreAdamW of the same model does so by itself.
+        """
+        release(self.layers.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, bases and the number of steps: all that an exact resume needs."""
