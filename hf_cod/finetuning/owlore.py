@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_cod.allocation import LayerAllocation
 from hf_cod.finetuning.active_layers import ActiveLayers, release
 from hf_cod.finetuning.eight_bit import codebook
+from hf_cod.finetuning.given_scores import check_model
 from hf_cod.finetuning.increments import Increments
 from hf_cod.finetuning.moments import adam_direction, apply_direction, is_projected, refresh_basis
 from hf_cod.finetuning.sampling import LayerSampler
@@ -55,7 +57,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
     Args:
         model: a transformers model on its device, before it is wrapped. What is frozen already stays so, but for what
             an earlier OwLoreAdamW of it froze.
-        scores: `LayerScores` of this model; None: all layers alike.
+        scores: `LayerScores` of this model, or a `LayerAllocation` of "probability"; None: all layers alike. Layers in
+            which nothing can train are not drawn.
         lr: learning rate.
         betas: Adam's.
         eps: Adam's.
@@ -71,7 +74,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        scores: LayerScores | None = None,
+        scores: LayerScores | LayerAllocation | None = None,
         *,
         lr: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -87,9 +90,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self.layers = ActiveLayers(model, others)
         self.increments = Increments(list(self.layers.stack), self.layers.layers)
         self.settings = self.increments.settings(self.settings, settings)
-        self.sampler = LayerSampler(
-            _values(scores, self.layers), self.settings.n_active, self.settings.seed, self.settings.floor
-        )
+        self.sampler = _sampler(scores, self.layers, self.settings)
         _check_rank(self.settings.rank, self.layers)
         groups: list[dict[str, Any]] = [{"params": p, "layer": i} for i, p in enumerate(self.layers.layers) if p]
         if self.layers.always:
@@ -262,7 +263,9 @@ class OwLoreFactory:
         return OwLoreAdamW(model, **arguments)
 
 
-def owlore(scores: LayerScores | None = None, *, lr: float = 3e-4, **arguments: Any) -> tuple[type, dict[str, Any]]:
+def owlore(
+    scores: LayerScores | LayerAllocation | None = None, *, lr: float = 3e-4, **arguments: Any
+) -> tuple[type, dict[str, Any]]:
     """What Trainer and TRL's trainers take as `optimizer_cls_and_kwargs`; the arguments are those of `OwLoreAdamW`.
 
     Trainer hands its own learning rate to optimizers that it knows alone, so `lr` is given here.
@@ -270,16 +273,15 @@ def owlore(scores: LayerScores | None = None, *, lr: float = 3e-4, **arguments: 
     return OwLoreFactory, {"scores": scores, "lr": lr, **arguments}
 
 
-def _values(scores: LayerScores | None, layers: ActiveLayers) -> list[float]:
-    if scores is None:
-        return [1.0] * len(layers.layers)
-    found = [layers.stack.count_weights(i) for i in range(len(layers.stack))]
-    if found != list(scores.parameters):
-        raise ValueError(
-            f"scores: expected those of this model, {len(found)} layers of {found[0]} weights, got "
-            f"{len(scores.values)} of {scores.parameters[0]} ({scores.model})"
-        )
-    return scores.values
+def _sampler(
+    scores: LayerScores | LayerAllocation | None, layers: ActiveLayers, settings: OwLoreSettings
+) -> LayerSampler:
+    """Draws among the layers that have something to train."""
+    if scores is not None:
+        check_model(scores, layers.stack)
+    trainable = [index for index, parameters in enumerate(layers.layers) if parameters]
+    values = [1.0] * len(layers.layers) if scores is None else scores
+    return LayerSampler(values, settings.n_active, settings.seed, settings.floor, trainable)
 
 
 def _check_rank(rank: int | None, layers: ActiveLayers) -> None:

@@ -415,13 +415,23 @@ def test_bad_configs(config, message):
         ({"n_active": 1, "deselected": "keep"}, "deselected: expected none beside an OwLore adapter, got 'keep'"),
         (
             {"n_active": 1, "scores": LayerScores("other", "owl", [1.0] * 4, [7] * 4)},
-            "scores: expected those of this model, 4 layers of .* weights, got 4 of 7",
+            "scores: expected those of a model with .* weights in layer 0, got one with 7 .other.",
         ),
     ],
 )
 def test_bad_settings(arguments, message):
     with pytest.raises(ValueError, match=message):
         OwLoreAdamW(adapted(), **arguments)
+
+
+def test_only_layers_with_adapters_are_drawn():
+    model = adapted(layers_to_transform=[2, 3])
+    optimizer = OwLoreAdamW(model, lr=1e-2, n_active=1, interval=1)
+    seen = set()
+    for step in range(8):
+        seen.update(optimizer.active)
+        train(model, optimizer, 1, step)
+    assert seen == {2, 3}
 
 
 def test_training_without_our_optimizer_is_refused():

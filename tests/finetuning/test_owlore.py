@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, default_data_collator
 
-from hf_cod import LayerScores, OwLoreAdamW, owlore, score_layers
+from hf_cod import LayerScores, OwLoreAdamW, allocate, owlore, score_layers
 from hf_cod.finetuning import OwLoreSettings
 from hf_cod.finetuning.methods import set_up
 from tests.finetuning.references import adamw, galore
@@ -387,13 +387,36 @@ def test_bad_gradients_change_nothing_and_end_the_training_at_last(caplog):
         ({"n_active": 1, "rank": 4, "betas": (0.9, 1.0)}, "betas: expected two numbers in"),
         (
             {"n_active": 1, "rank": 4, "scores": LayerScores("other", "owl", [1.0] * 4, [7] * 4)},
-            "scores: expected those of this model, 4 layers of .* weights, got 4 of 7",
+            "scores: expected those of a model with .* weights in layer 0, got one with 7 .other.",
         ),
     ],
 )
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         OwLoreAdamW(build("llama"), **arguments)
+
+
+def test_only_layers_that_can_train_are_drawn():
+    model = build("llama")
+    model.model.layers[:2].requires_grad_(False)
+    optimizer = OwLoreAdamW(model, scored(build("llama")), n_active=1, interval=1, rank=4)
+    seen = set()
+    for step in range(8):
+        seen.update(optimizer.active)
+        train(model, optimizer, 1, step)
+    assert seen == {2, 3}
+    with pytest.raises(ValueError, match="n_active: expected between 1 and the 2 trainable layers, got 3"):
+        OwLoreAdamW(model, n_active=3, rank=4)
+
+
+def test_layers_are_drawn_by_an_allocation_of_probability():
+    model = build("llama")
+    plan = allocate(scored(model), "probability", budget=0.5, parameters=[1] * 4)
+    optimizer = OwLoreAdamW(model, plan, n_active=2, interval=1, rank=4)
+    assert optimizer.sampler.probabilities == plan.values
+    train(model, optimizer, 2)
+    with pytest.raises(ValueError, match="scores: expected scores, or an allocation of probability, got one of sparsity"):
+        OwLoreAdamW(model, allocate(scored(model), "sparsity", budget=0.5), n_active=2, rank=4)
 
 
 def test_bad_states():
