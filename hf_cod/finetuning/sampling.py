@@ -95,7 +95,9 @@ def _probabilities(values: Tensor, possible: Tensor, n_active: int, floor: float
     p = (1 - floor) * shares + floor / L * possible
     drawn = int((p > 0).sum())
     if drawn < n_active:
-        raise ValueError(f"floor: expected above 0 to draw {n_active} layers, got {floor:g}, with {drawn} scores above 0")
+        raise ValueError(
+            f"floor: expected above 0 to draw {n_active} layers, got {floor:g}, with {drawn} scores above 0"
+        )
     return p.tolist()
 
 
@@ -104,6 +106,6 @@ def _check_allocation(plan: LayerAllocation, values: Tensor, n_active: int) -> N
         raise ValueError(f"scores: expected scores, or an allocation of probability, got one of {plan.kind}")
     if not bool(((values >= 0) & (values <= 1)).all()) or abs(float(values.sum()) - n_active) > 1e-9:
         raise ValueError(
-            f"scores: expected probabilities in 0..1 whose sum over the layers that can train is n_active = {n_active}, "
+            f"scores: expected probabilities in 0..1, whose sum over layers that can train is n_active = {n_active}, "
             f"got a sum of {float(values.sum()):g}; allocate with budget n_active / layers and parameters=[1] * layers"
         )

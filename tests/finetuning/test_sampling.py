@@ -65,15 +65,19 @@ def test_bad_input(values, arguments, message):
 def test_an_allocation_of_probability_is_kept():
     """Each layer is in a draw as often as it says; no floor."""
     plan = allocate(scores([0.1, 0.4, 0.2, 0.9, 0.4]), "probability", budget=0.4, spread=0.3)
-    sampler, n = LayerSampler(plan, 2, seed=1), 10_000
+    sampler, n = LayerSampler(plan, 2, seed=1), 3_000
     draws = [sampler.draw(number) for number in range(n)]
     assert all(len(set(draw)) == 2 and draw == sorted(draw) for draw in draws)
     for layer, p in enumerate(plan.values):
         found = sum(layer in draw for draw in draws) / n
         assert found == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
-    with pytest.raises(ValueError, match="scores: expected probabilities in 0..1 whose sum .* is n_active = 3, got a sum"):
+    with pytest.raises(
+        ValueError, match=r"scores: expected probabilities in 0..1, whose sum .* is n_active = 3, got a sum"
+    ):
         LayerSampler(plan, 3)
-    with pytest.raises(ValueError, match="scores: expected scores, or an allocation of probability, got one of sparsity"):
+    with pytest.raises(
+        ValueError, match="scores: expected scores, or an allocation of probability, got one of sparsity"
+    ):
         LayerSampler(allocate(scores([0.1, 0.4]), "sparsity", budget=0.5), 1)
 
 
