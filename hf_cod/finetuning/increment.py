@@ -151,8 +151,9 @@ class Increment(nn.Module):
     def project_first(self, grad: Tensor, x: Tensor) -> Tensor:
         """The gradient of N from that of y and from x; finds the basis where there is none.
 
-        Processes search together, by the mean of their gradients. A gradient that is not finite gives no basis: that
-        of N is then NaN, which whoever looks for it (loss scaling, `OwLoreAdamW`) will see.
+        Processes search together, by the mean of their gradients. One that is 0 gives no basis: the search goes on. Nor
+        does one that is not finite: that of N is then NaN, which whoever looks for it (loss scaling, `OwLoreAdamW`)
+        will see.
         """
         G = grad.flatten(0, -2).mT @ x.flatten(0, -2).to(grad.dtype)
         if not self.has_basis and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -160,8 +161,9 @@ class Increment(nn.Module):
         largest = G.abs().amax()
         if not bool(largest.isfinite()):
             return self.N.new_full(self.shape, float("nan"))
-        if bool(largest > 0):
-            G.div_(largest)  # the squares of a scaled loss's gradient may overflow, those of a small one vanish
+        if not bool(largest > 0):
+            return self.N.new_zeros(self.shape)
+        G.div_(largest)  # the squares of a scaled loss's gradient may overflow, those of a small one vanish
         if not self.has_basis:
             assert self.counts is not None
             self.P = gradient_basis(G, self.rank, generator_of(*self.counts)).to(self.P.dtype)

@@ -209,11 +209,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
         for key in state.keys() - {"step", "draw"}:
             state[key] = state[key].to(parameter.device)  # it may have been offloaded
         rank, seed = self.settings.rank, self.settings.seed
-        last = int(state["draw"]) if "draw" in state else None
-        if group["layer"] is not None and is_projected(parameter, rank) and last != self.draw:
-            random = generator_of(seed, self.draw, number, _BASIS)
-            refresh_basis(state, grad, rank or 0, random, stayed=last == self.draw - 1)
-            state["draw"] = torch.tensor(self.draw)
+        if group["layer"] is not None and is_projected(parameter, rank):
+            refresh_basis(state, grad, rank or 0, self.draw, generator_of(seed, self.draw, number, _BASIS))
         N = adam_direction(state, grad, group["betas"], group["eps"], self.settings.moments == "8bit")
         generator: torch.Generator | None = None
         if parameter.dtype == torch.bfloat16 and self.settings.rounding == "stochastic":

@@ -144,6 +144,32 @@ def test_the_backward_pass_ends_at_the_lowest_active_layer(checkpointing):
         assert all((p.grad is not None) == (index == lowest) for p in layer.parameters())
 
 
+def test_an_expert_gets_its_basis_from_its_first_token():
+    """Two experts of four are idle in the first step of an interval; one of them then gets a gradient of rank 1."""
+    model = build("mixtral")
+    optimizer = OwLoreAdamW(model, n_active=4, interval=4, rank=4, lr=1e-2)
+    bank = model.model.layers[1].mlp.experts.down_proj
+    random = torch.Generator().manual_seed(1)
+    for busy in ((0, 1), (0, 1), (0, 1, 2), (0, 1, 2), (2,), (0, 1, 2)):  # the second draw begins with the fifth
+        before, late = bank.detach().clone(), torch.outer(*(torch.randn(n, generator=random) for n in bank.shape[1:]))
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=random) if p.requires_grad else None
+        bank.grad[[e for e in range(4) if e not in busy]] = 0
+        if 2 in busy:
+            bank.grad[2] = late
+        first = 2 in busy and optimizer.steps == 2
+        optimizer.step()
+        moved = bank.detach() - before
+        assert torch.equal(moved[3], torch.zeros_like(moved[3]))
+        assert all(moved[e].abs().max() > 0 for e in busy)
+        if first:  # it lies in the direction of the gradient, not in that of coordinate axes
+            P = optimizer.state[bank]["basis"][2]
+            assert torch.linalg.norm(late @ P if late.shape[0] >= late.shape[1] else P.T @ late) == pytest.approx(
+                float(torch.linalg.norm(late)), rel=1e-4
+            )
+    assert optimizer.state[bank]["draw"].tolist() == [1, 1, 1, -2]
+
+
 @pytest.mark.parametrize("deselected", ["drop", "keep", "offload"])
 def test_state_of_layers_that_are_left(deselected):
     model = build("llama")
