@@ -209,11 +209,13 @@ class Increment(nn.Module):
         if self.N.device.type == "meta":
             empty_N = torch.empty(0, device=device, dtype=self.N.dtype)
             self.N = nn.Parameter(empty_N, requires_grad=self.N.requires_grad)
+        self.searching = self.counts is not None and not self.has_basis
         if self.has_basis:
             self.N.data = found["N"].to(device, self.N.dtype, copy=True)
+        elif self.searching:
+            self.N.data = self.N.new_zeros(self.shape)
         else:
             self._free()
-        self.searching = False
 
     def _check(self, found: dict[str, Tensor], prefix: str) -> None:
         """Raises where tensors are of another rank or of another matrix."""

@@ -102,6 +102,31 @@ def test_activation_checkpointing_gives_the_same_weights(use_reentrant):
         assert set(reached) == set(range(lowest, 6))
 
 
+def test_weights_that_are_loaded_once_the_optimizer_exists(tmp_path):
+    """The search for a basis goes on where they have none."""
+    adapted().save_pretrained(tmp_path)
+    model = adapted()
+    optimizer = OwLoreAdamW(model, lr=1e-2, n_active=2, interval=2)
+    set_peft_model_state_dict(model, load_peft_weights(tmp_path, device="cpu"))
+    train(model, optimizer, 5)
+    moved = {
+        layer_of(name) for name, m in model.named_modules() if isinstance(m, Increment) and float(m.dense().norm())
+    }
+    assert moved >= set(optimizer.active)
+
+
+def test_a_gradient_of_zero_gives_no_basis():
+    """The labels of the first step are all ignored by the loss."""
+    model = adapted()
+    optimizer = OwLoreAdamW(model, lr=1e-2, n_active=4, interval=50)
+    (model(input_ids=IDS, labels=IDS).loss * 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not any(m.has_basis for m in model.modules() if isinstance(m, Increment))
+    losses = train(model, optimizer, 3, 0)
+    assert all(m.has_basis for m in model.modules() if isinstance(m, Increment)) and losses
+
+
 def test_gradients_are_small_from_the_first_step_on():
     model = adapted()
     optimizer = OwLoreAdamW(model, n_active=2, interval=50)
