@@ -279,20 +279,24 @@ def model_count(model, index):
 
 
 @pytest.mark.parametrize(
-    "values, arguments, message",
+    "layers, size, arguments, message",
     [
-        ([1.0] * 3, {}, "scores: expected those of this model, 4 layers, got 3"),
-        ([1.0] * 4, {"r": 0}, "r: expected at least 1, got 0"),
-        ([1.0] * 4, {"width": 2.0}, "width: expected a share between 0 and 1, got 2.0"),
+        (3, None, {}, "scores: expected those of a model with 4 layers, got 3"),
+        (4, 7, {}, "scores: expected those of a model with .* weights in layer 0, got one with 7 .tiny."),
+        (4, None, {"r": 0}, "r: expected at least 1, got 0"),
+        (4, None, {"width": 2.0}, "width: expected a share between 0 and 1, got 2.0"),
     ],
 )
-def test_bad_ranks(values, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        lora_ranks(build("llama"), LayerScores("tiny", "owl", values, [1] * len(values)), **arguments)
+def test_bad_ranks(layers, size, arguments, message):
+    model = build("llama")
+    scores = LayerScores("tiny", "owl", [1.0] * layers, [size or model_count(model, 0)] * layers)
+    for given in (scores, allocate(scores, "rank", budget=0.5)) if size else (scores,):
+        with pytest.raises(ValueError, match=message):
+            lora_ranks(model, given, **arguments)
 
 
 def test_an_allocation_of_something_else_has_no_ranks():
-    scores = LayerScores("tiny", "owl", [1.0, 2.0, 3.0, 4.0], [1] * 4)
+    scores = LayerScores("tiny", "owl", [1.0, 2.0, 3.0, 4.0], [model_count(build("llama"), 0)] * 4)
     with pytest.raises(ValueError, match="scores: expected an allocation of rank above 0, got one of sparsity"):
         lora_ranks(build("llama"), allocate(scores, "sparsity", budget=0.5))
 
