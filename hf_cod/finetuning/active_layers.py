@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.finetuning.gradient_hooks import hook_gradient, unhook_gradients
 from hf_cod.finetuning.increment import Increment
+from hf_cod.finetuning.whole_parameters import refuse_shards
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,12 @@ class ActiveLayers:
         always: parameters that train at all times.
 
     Raises:
-        ValueError: no layers found, or sharded parameters (FSDP, DeepSpeed stage 3).
+        ValueError: no layers found, or sharded parameters (FSDP, DeepSpeed).
     """
 
     def __init__(self, model: nn.Module, others: Sequence[str] = ("norm",)) -> None:
         self.model, self.stack = model, find_decoder_layers(model)
-        _refuse_shards(model)
+        refuse_shards(model)
         release(model)
         self._names = {name: p for name, p in self.stack.model.named_parameters() if p.requires_grad}
         seen: set[int] = set()
@@ -63,6 +64,13 @@ class ActiveLayers:
                 parameter.requires_grad_(False)
         self.active: list[int] = [*range(len(self.layers))]
         self._leave_to_us()
+
+    @property
+    def other_adapters(self) -> bool:
+        """Whether something in the layers is trained by adapters that are not OwLore's, such as LoRA's."""
+        ours = {id(p) for parameters in self.layers for p in parameters}
+        adapted = (m for layer in self.stack for m in layer.modules() if hasattr(m, "base_layer"))
+        return any(id(p) in ours for m in adapted if not hasattr(m, "owlore_increment") for p in m.parameters())
 
     def activate(self, layers: Sequence[int]) -> None:
         """Lets these layers train; freezes the others and frees their gradients."""
@@ -172,11 +180,3 @@ def _around(stack: DecoderLayers, others: Sequence[str]) -> list[nn.Module]:
 def _saved_with_adapters(model: nn.Module) -> list[nn.Module]:
     """The modules that PEFT trains and saves whole beside an adapter, such as a classifier's head."""
     return [m for m in model.modules() if isinstance(getattr(m, "modules_to_save", None), nn.ModuleDict)]
-
-
-def _refuse_shards(model: nn.Module) -> None:
-    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
-        raise ValueError(
-            "model: expected whole parameters, got sharded ones (FSDP, DeepSpeed); train replicas (DDP) instead, for "
-            "which a few active layers leave room"
-        )

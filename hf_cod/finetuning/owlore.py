@@ -9,16 +9,17 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_cod.allocation import LayerAllocation
 from hf_cod.finetuning.active_layers import ActiveLayers, release
+from hf_cod.finetuning.arguments import check_hyperparameters, check_rank, make_sampler
 from hf_cod.finetuning.eight_bit import codebook
-from hf_cod.finetuning.given_scores import check_model
+from hf_cod.finetuning.fused import UpdateInBackward
 from hf_cod.finetuning.increments import Increments
 from hf_cod.finetuning.moments import adam_direction, apply_direction, is_projected, refresh_basis
-from hf_cod.finetuning.sampling import LayerSampler
 from hf_cod.finetuning.settings import OwLoreSettings
+from hf_cod.finetuning.whole_parameters import SHARDED, refuse_shards
 from hf_cod.functional.randomness import generator_of
 from hf_cod.scores import LayerScores
 
@@ -83,15 +84,15 @@ class OwLoreAdamW(torch.optim.Optimizer):
         **settings: Any,
     ) -> None:
         self.settings = OwLoreSettings(**settings)
-        _check_hyperparameters(lr, betas, eps, weight_decay)
+        check_hyperparameters(lr, betas, eps, weight_decay)
         if self.settings.moments == "8bit":
             codebook(signed=True), codebook(signed=False)  # now, rather than in a step, if bitsandbytes is missing
         others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
         self.layers = ActiveLayers(model, others)
         self.increments = Increments(list(self.layers.stack), self.layers.layers)
         self.settings = self.increments.settings(self.settings, settings)
-        self.sampler = _sampler(scores, self.layers, self.settings)
-        _check_rank(self.settings.rank, self.layers)
+        self.sampler = make_sampler(scores, self.layers, self.settings)
+        check_rank(self.settings.rank, self.layers)
         groups: list[dict[str, Any]] = [{"params": p, "layer": i} for i, p in enumerate(self.layers.layers) if p]
         if self.layers.always:
             groups.append({"params": self.layers.always, "layer": None})
@@ -99,10 +100,9 @@ class OwLoreAdamW(torch.optim.Optimizer):
         super().__init__(groups, common)
         self.steps, self._failures = 0, 0
         self._numbers = {p: number for number, (p, _) in enumerate(self._parameters())}
-        self._updated: set[Tensor] = set()  # by a fused backward pass
-        if self.settings.fused:
-            for parameter in self._numbers:
-                parameter.register_post_accumulate_grad_hook(self._update_in_backward)
+        self._shapes = self.increments.shapes(self._numbers)
+        self._fused = UpdateInBackward(self, self._numbers) if self.settings.fused else None
+        self._step_supports_amp_scaling = self.settings.fused  # GradScaler then calls `step`, which can say why not
         self.layers.end_at_lowest()
         self._activate()
 
@@ -123,12 +123,11 @@ class OwLoreAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.settings.fused and self._finite():
-            for parameter, group in self._parameters():
-                trains = group["layer"] is None or group["layer"] in self.active
-                if parameter.grad is not None and trains:
-                    self._update(parameter, group)
-        self._updated.clear()
+        if self._fused is not None:
+            self._fused.end_step(scaled=hasattr(self, "found_inf"))
+        elif self._finite():
+            for parameter, group in self._trained():
+                self._update(parameter, group)
         self.increments.settle()
         self.layers.end_at_lowest()  # checkpointing may have been turned on since
         self.steps += 1
@@ -146,7 +145,10 @@ class OwLoreAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, bases and the number of steps: all that an exact resume needs."""
-        return {**super().state_dict(), KEY: {"steps": self.steps, **self._described()}}
+        return {
+            **super().state_dict(),
+            KEY: {"steps": self.steps, "shapes": [*self._shapes.values()], **self._described()},
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -168,6 +170,9 @@ class OwLoreAdamW(torch.optim.Optimizer):
         counts = [[len(group["params"]) for group in side] for side in groups]
         if counts[0] != counts[1]:
             raise ValueError(f"state_dict: expected groups of {counts[0]} parameters, got {counts[1]}")
+        for own_shape, shape in zip(self._shapes.values(), saved["shapes"], strict=True):
+            if own_shape != shape:
+                raise ValueError(f"model: expected a parameter of {shape} as in the checkpoint, got one of {own_shape}")
         for group, other in zip(*groups, strict=True):
             group.update({key: value for key, value in other.items() if key != "params"})
         own, theirs = ([p for group in side for p in group["params"]] for side in groups)
@@ -188,6 +193,24 @@ class OwLoreAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 yield parameter, group
 
+    def _trained(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+        """What trains now and has a gradient.
+
+        Raises:
+            ValueError: no layer has one, or parameters are not what they were.
+        """
+        active = [(p, g) for p, g in self._parameters() if g["layer"] is None or g["layer"] in self.active]
+        found = [(p, group) for p, group in active if p.grad is not None]
+        if not any(group["layer"] is not None for _, group in found):
+            refuse_shards(self.layers.model)
+            raise ValueError(
+                "gradients: expected those of layers that train, got none; call backward before step, on the model "
+                "that the optimizer was made of"
+            )
+        if any(self._shapes.get(p) != list(p.shape) for p, _ in found):
+            raise ValueError(SHARDED)
+        return found
+
     def _activate(self) -> None:
         """Lets the layers of the present draw train, and sees to the state of the others."""
         self.layers.activate(self.sampler.draw(self.draw))
@@ -202,8 +225,11 @@ class OwLoreAdamW(torch.optim.Optimizer):
             elif parameter in self.state:
                 self.state[parameter] = {k: v.cpu() for k, v in self.state[parameter].items()}
 
+    def update(self, parameter: nn.Parameter) -> None:
+        """AdamW of one parameter by its gradient: what the backward pass calls with `fused`."""
+        self._update(parameter, next(g for g in self.param_groups if any(p is parameter for p in g["params"])))
+
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """AdamW of one parameter."""
         grad, state, number = parameter.grad, self.state[parameter], self._numbers[parameter]
         assert grad is not None
         for key in state.keys() - {"step", "draw"}:
@@ -217,27 +243,9 @@ class OwLoreAdamW(torch.optim.Optimizer):
             generator = generator_of(seed, self.steps, number, _ROUNDING, device=parameter.device)
         apply_direction(parameter, N, state.get("basis"), group, generator)
 
-    @torch.no_grad()
-    def _update_in_backward(self, parameter: nn.Parameter) -> None:
-        """The update as a hook of the backward pass; the gradient is free behind it."""
-        if parameter in self._updated:
-            raise ValueError("fused: expected one backward pass a step, got more; accumulation needs fused=False")
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError("fused: expected one process, got several; set fused=False")
-        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
-        if not bool(torch.isfinite(parameter.grad).all()):  # type: ignore[arg-type]
-            raise ValueError(
-                "gradients: expected finite numbers, got NaN or infinity; set fused=False to skip such steps"
-            )
-        self._update(parameter, group)
-        parameter.grad = None
-        self._updated.add(parameter)
-
     def _finite(self) -> bool:
         """Whether all gradients are finite; counts and tells the steps where they are not."""
-        grads = [p.grad for p, _ in self._parameters() if p.grad is not None]
-        if not grads:
-            return True
+        grads = [p.grad for p, _ in self._trained()]
         norms = torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(grads, ord=float("inf"))])
         if bool(norms.isfinite().all()):
             self._failures = 0
@@ -268,29 +276,3 @@ def owlore(
     Trainer hands its own learning rate to optimizers that it knows alone, so `lr` is given here.
     """
     return OwLoreFactory, {"scores": scores, "lr": lr, **arguments}
-
-
-def _sampler(
-    scores: LayerScores | LayerAllocation | None, layers: ActiveLayers, settings: OwLoreSettings
-) -> LayerSampler:
-    """Draws among the layers that have something to train."""
-    if scores is not None:
-        check_model(scores, layers.stack)
-    trainable = [index for index, parameters in enumerate(layers.layers) if parameters]
-    values = [1.0] * len(layers.layers) if scores is None else scores
-    return LayerSampler(values, settings.n_active, settings.seed, settings.floor, trainable)
-
-
-def _check_rank(rank: int | None, layers: ActiveLayers) -> None:
-    widths = [min(p.shape[-2:]) for parameters in layers.layers for p in parameters if p.ndim >= 2]
-    if rank is not None and widths and rank > max(widths):
-        raise ValueError(f"rank: expected at most {max(widths)}, the width of the layers' matrices, got {rank}")
-
-
-def _check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
-    for name, value in numbers.items():
-        if not value >= 0:
-            raise ValueError(f"{name}: expected at least 0, got {value}")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")

@@ -256,6 +256,12 @@ def test_only_the_drawn_layers_lora_trains(use_dora):
     assert len(draws) > 1
 
 
+def test_lora_beside_a_rank_is_refused():
+    model = get_peft_model(build("llama").train(), LoraConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(ValueError, match=r"rank: expected None beside LoRA adapters, .* got 128"):
+        OwLoreAdamW(model, n_active=1)
+
+
 def test_ranks_follow_scores_at_the_cost_of_uniform_ones():
     model = build("llama")
     counts = [model_count(model, index) for index in range(4)]

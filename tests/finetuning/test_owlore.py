@@ -2,10 +2,20 @@
 
 import copy
 import random
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, default_data_collator
+from accelerate.utils import DistributedType
+from transformers import (
+    AutoModelForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_cod import LayerScores, OwLoreAdamW, allocate, owlore, score_layers
 from hf_cod.finetuning import OwLoreSettings
@@ -309,6 +319,60 @@ def test_fused_gives_the_same_weights_and_keeps_no_gradient():
         fused(input_ids=ids, labels=ids).loss.backward()
 
 
+def test_fused_ends_with_its_optimizer():
+    """Not a hook is left, by release or when nobody has the optimizer any more."""
+    ids = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
+    for end in ("release", "delete", "another"):
+        model = build("llama")
+        optimizer = OwLoreAdamW(model, n_active=2, rank=4, lr=1e-2, fused=True)
+        if end == "release":
+            optimizer.release()
+        if end == "another":
+            other = OwLoreAdamW(model, n_active=2, rank=4, lr=1e-2)
+        if end == "delete":
+            del optimizer
+        before = [p.detach().clone() for p in model.parameters()]
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), end
+        assert any(p.grad is not None for p in model.parameters())
+    other.step()
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_fused_under_loss_scaling_is_refused(monkeypatch):
+    model = build("llama")
+    optimizer = OwLoreAdamW(model, n_active=2, rank=4, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    ids = batch_for(model)["input_ids"]
+    scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(ValueError, match="fused: expected no loss scaling, got a GradScaler; train in bfloat16"):
+        scaler.step(optimizer)
+    monkeypatch.setattr("hf_cod.finetuning.fused.is_initialized", lambda: True)
+    monkeypatch.setattr("hf_cod.finetuning.fused.AcceleratorState", lambda: SimpleNamespace(mixed_precision="fp16"))
+    with pytest.raises(ValueError, match="fused: expected no loss scaling"):
+        OwLoreAdamW(model, n_active=2, rank=4, fused=True)
+
+
+def test_shards_are_refused(tmp_path, monkeypatch):
+    """FSDP 1 and 2, before and after the optimizer is made; DeepSpeed's flat partitions."""
+    run_in_two_processes("owlore_shards", tmp_path)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"shards-{rank}.pt") == ["fsdp1", "fsdp1 after", "fsdp2", "fsdp2 after"]
+    model = build("llama")
+    optimizer = OwLoreAdamW(model, n_active=2, rank=4)
+    for group in optimizer.param_groups:  # as stages 1 and 2 of DeepSpeed do
+        group["params"] = [torch.nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))]
+        group["params"][0].grad = torch.ones_like(group["params"][0])
+    with pytest.raises(ValueError, match="model: expected whole parameters, got sharded ones"):
+        optimizer.step()
+    state = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    monkeypatch.setattr("hf_cod.finetuning.whole_parameters.is_initialized", lambda: True)
+    monkeypatch.setattr("hf_cod.finetuning.whole_parameters.AcceleratorState", lambda: state)
+    with pytest.raises(ValueError, match="model: expected whole parameters, got sharded ones"):
+        OwLoreAdamW(build("llama"), n_active=2, rank=4)
+
+
 def test_two_processes_stay_in_step_and_train_as_one(tmp_path):
     run_in_two_processes("owlore", tmp_path)
     first, second = (torch.load(tmp_path / f"owlore-{rank}.pt") for rank in range(2))
@@ -454,6 +518,11 @@ def test_bad_states():
         optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
     with pytest.raises(ValueError, match="rank: expected 4 as in the checkpoint, got 8"):
         OwLoreAdamW(build("llama"), n_active=2, rank=8).load_state_dict(optimizer.state_dict())
+    wider = OwLoreAdamW(build("llama", hidden_size=64), n_active=2, rank=4)
+    with pytest.raises(ValueError, match=r"model: expected a parameter of \[32, 32\] as in the checkpoint, got one of"):
+        wider.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="gradients: expected those of layers that train, got none"):
+        optimizer.step()
     with pytest.raises(ValueError, match="model: expected layers that can be trained, got frozen"):
         OwLoreAdamW(build("llama").requires_grad_(False), n_active=1, rank=4)
 
