@@ -34,8 +34,7 @@ class Increment(nn.Module):
         max_rank: of B A.
         held: columns of P and of B, for tensors of these shapes to be loaded.
         device: of all tensors.
-        dtype: of N and P.
-        stored: dtype of A and B.
+        dtype: of all tensors; it stays where a model is converted to a narrower one.
     """
 
     P: Tensor
@@ -52,7 +51,6 @@ class Increment(nn.Module):
         held: tuple[int, int] = (0, 0),
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
-        stored: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.rank, self.max_rank = rank, min(max_rank, in_features, out_features)
@@ -62,8 +60,8 @@ class Increment(nn.Module):
         narrow = min(out_features, in_features)
         self.N = nn.Parameter(torch.zeros(self.shape if basis else 0, device=device, dtype=dtype))
         self.register_buffer("P", torch.zeros(narrow, basis, device=device, dtype=dtype))
-        self.register_buffer("A", torch.zeros(learnt, in_features, device=device, dtype=stored))
-        self.register_buffer("B", torch.zeros(out_features, learnt, device=device, dtype=stored))
+        self.register_buffer("A", torch.zeros(learnt, in_features, device=device, dtype=dtype))
+        self.register_buffer("B", torch.zeros(out_features, learnt, device=device, dtype=dtype))
         self.register_buffer("lost", torch.zeros((), device=device))
         self.counts: tuple[int, ...] | None = None  # seed of the next basis; set by the optimizer that trains this
         self.resting = False  # whether an optimizer lets other layers train now
@@ -104,8 +102,7 @@ class Increment(nn.Module):
         if not self.has_basis:
             return
         B, A = (self.N, self.P.mT) if self.tall else (self.P, self.N)
-        B = torch.cat([self.B, B.to(self.B.dtype)], 1)
-        A = torch.cat([self.A, A.to(self.A.dtype)], 0)
+        B, A = torch.cat([self.B, B], 1), torch.cat([self.A, A], 0)
         self.B, self.A, lost = truncate(B, A, self.max_rank)
         self.lost += lost
         self.P, self.searching = self.P[:, :0].clone(), False
@@ -120,7 +117,7 @@ class Increment(nn.Module):
 
     def dense(self) -> Tensor:
         """D (m, n)."""
-        delta = self.B.to(self.N.dtype) @ self.A.to(self.N.dtype)
+        delta = self.B @ self.A
         return delta + lift(self.N, self.P, self.tall) if self.has_basis else delta
 
     def lost_energy(self) -> float:
@@ -174,7 +171,12 @@ class Increment(nn.Module):
             self.N.data = self.N.new_zeros(()).expand(self.shape)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        def precise(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            dtype = torch.promote_types(moved.dtype, tensor.dtype)
+            return moved if moved.dtype == dtype else tensor.to(moved.device, dtype)
+
+        super()._apply(precise, recurse)
         if not self.searching:
             self._free()  # a tensor that is moved has memory for each number
         return self

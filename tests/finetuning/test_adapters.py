@@ -239,7 +239,7 @@ def test_what_is_folded_is_bounded_and_what_is_lost_is_told():
 
 
 def test_truncation_loses_what_it_says():
-    increment = Increment(20, 30, rank=4, max_rank=5, dtype=torch.float64, stored=torch.float64)
+    increment = Increment(20, 30, rank=4, max_rank=5, dtype=torch.float64)
     increment.B, increment.A = torch.randn(30, 5).double(), torch.randn(5, 20).double()
     increment.P = torch.linalg.qr(torch.randn(20, 4).double()).Q
     increment.N.data = torch.randn(30, 4).double()
@@ -258,11 +258,38 @@ def test_bfloat16_base():
     losses = [train(model, optimizer, 1, 0)[0] for _ in range(10)]
     increment = next(m for m in model.modules() if isinstance(m, Increment))
     assert losses[-1] < losses[0] - 0.05
-    assert increment.N.dtype == torch.float32 and increment.A.dtype == torch.bfloat16
+    assert increment.N.dtype == increment.A.dtype == torch.float32
     whole = logits(model.eval())
     assert whole.dtype == torch.bfloat16
     merged, base = logits(model.merge_and_unload()), logits(build("llama", dtype=torch.bfloat16))
     assert (merged - whole).norm() < 0.1 * (whole - base).norm()  # the sum is rounded to bfloat16, too
+
+
+def test_folding_on_a_bfloat16_base_loses_what_it_tells_alone():
+    model = adapted(dtype=torch.bfloat16, max_rank=32)
+    optimizer = OwLoreAdamW(model, lr=1e-2, n_active=4, interval=2)
+    increments = [m for m in model.modules() if isinstance(m, Increment)]
+    for step in range(8):
+        before = [m.dense().detach().clone() for m in increments]
+        optimizer.increments.fold()
+        for m, dense in zip(increments, before, strict=True):
+            assert float((m.dense() - dense).norm()) <= 1e-5 * float(dense.norm())
+        optimizer.increments.begin(optimizer.active, 0, optimizer.draw)
+        train(model, optimizer, 1, step)
+    assert all(len(m.A) >= 16 for m in increments) and not any(float(m.lost) > 1e-9 for m in increments)
+
+
+def test_converted_once_the_optimizer_exists():
+    """The base becomes bfloat16; what an adapter learns stays float32."""
+    model = adapted()
+    optimizer = OwLoreAdamW(model, lr=1e-2, n_active=4, interval=3)
+    train(model, optimizer, 2)
+    model.to(torch.bfloat16)
+    losses = [train(model, optimizer, 1, 0)[0] for _ in range(8)]
+    increments = [m for m in model.modules() if isinstance(m, Increment)]
+    assert losses[-1] < losses[0] - 0.03
+    assert {t.dtype for m in increments for t in (m.N, m.P, m.A, m.B)} == {torch.float32}
+    assert model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
 
 
 def test_four_bit_base(tmp_path):
