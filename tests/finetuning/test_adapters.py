@@ -238,6 +238,17 @@ def test_what_is_folded_is_bounded_and_what_is_lost_is_told():
     assert model.lost_energy()["model.layers.1.mlp.up_proj"] == pytest.approx(sum(lost) / (sum(lost) + kept), rel=1e-6)
 
 
+def test_lost_energy_is_of_the_active_adapter():
+    model = trained(r=4, max_rank=5)
+    model.add_adapter("second", OwLoreConfig(r=2))
+    first = model.lost_energy()
+    assert max(first.values()) > 0
+    model.set_adapter("second")
+    assert not any(model.lost_energy().values()) and model.lost_energy("default") == first
+    with pytest.raises(ValueError, match="adapter_name: expected one of default, second, got 'typo'"):
+        model.lost_energy("typo")
+
+
 def test_truncation_loses_what_it_says():
     increment = Increment(20, 30, rank=4, max_rank=5, dtype=torch.float64)
     increment.B, increment.A = torch.randn(30, 5).double(), torch.randn(5, 20).double()

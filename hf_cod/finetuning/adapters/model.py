@@ -23,9 +23,19 @@ class OwLoreModel(BaseTuner):
     prefix = "owlore_"
     tuner_layer_cls = OwLoreLinear
 
-    def lost_energy(self, adapter_name: str = "default") -> dict[str, float]:
-        """Of each matrix the share of the squares of what it learnt that folding cut off (`Increment`)."""
-        return {name: increment.lost_energy() for name, increment in _increments(self.model, adapter_name)}
+    def lost_energy(self, adapter_name: str | None = None) -> dict[str, float]:
+        """Of each matrix the share of the squares of what it learnt that folding cut off (`Increment`).
+
+        Args:
+            adapter_name: None: the active one, of several the first.
+
+        Raises:
+            ValueError: no adapter of that name.
+        """
+        asked = self.active_adapters[0] if adapter_name is None else adapter_name
+        if asked not in self.peft_config:
+            raise ValueError(f"adapter_name: expected one of {', '.join(self.peft_config)}, got {asked!r}")
+        return {name: increment.lost_energy() for name, increment in _increments(self.model, asked)}
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
