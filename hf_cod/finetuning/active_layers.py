@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
@@ -20,6 +20,8 @@ from hf_cod.finetuning.whole_parameters import refuse_shards
 logger = logging.getLogger(__name__)
 
 ANCHOR = "owlore_ddp_anchor"
+# Share of a model's weights that is worth a warning when it never trains (position embeddings are less).
+SHARE_TOLD = 0.01
 # Attribute of a model: of each parameter that an optimizer found trainable, whether it trains now.
 TRAINS = "_owlore_trains"
 # Forward hooks of transformers and of PEFT that make the embeddings' output require a gradient.
@@ -58,6 +60,8 @@ class ActiveLayers:
             self.always.extend(_trainable(module, seen))
         if not any(self.layers):
             raise ValueError("model: expected layers that can be trained, got frozen or quantized ones; unfreeze them")
+        if not _has_adapters(model):
+            warn_of_untrained(self.stack, [p for parameters in (*self.layers, self.always) for p in parameters])
         kept = {id(p) for parameters in (*self.layers, self.always) for p in parameters}
         for parameter in model.parameters():
             if id(parameter) not in kept:
@@ -122,6 +126,31 @@ class ActiveLayers:
             self.model.register_parameter(ANCHOR, nn.Parameter(torch.zeros((), device=_device(self.model))))
 
 
+def warn_of_untrained(stack: DecoderLayers, trained: Sequence[Tensor]) -> None:
+    """Warns where matrices never train that are neither embeddings nor head, such as those of an encoder, or experts.
+
+    Args:
+        stack: the layers.
+        trained: what trains in its turn.
+    """
+    known = {id(p) for p in trained}
+    known.update(id(p) for m in (stack.embeddings, stack.head) if m is not None for p in m.parameters())
+    # What a user froze is meant; what is quantized was never asked.
+    matrices = {
+        n: p for n, p in stack.model.named_parameters() if p.ndim > 1 and (p.requires_grad or not p.is_floating_point())
+    }
+    never = {name: p.numel() for name, p in matrices.items() if id(p) not in known}
+    share = sum(never.values()) / max(1, sum(p.numel() for p in matrices.values()))
+    if share >= SHARE_TOLD:
+        places = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in never})
+        logger.warning(
+            "model: %.0f %% of its weights never train: %s%s",
+            100 * share,
+            ", ".join(places[:5]),
+            ", ..." * (len(places) > 5),
+        )
+
+
 def release(model: nn.Module) -> None:
     """Lets train again what an earlier optimizer froze in this model, and takes its hooks away.
 
@@ -175,6 +204,10 @@ def _around(stack: DecoderLayers, others: Sequence[str]) -> list[nn.Module]:
     if "embeddings" in others:
         modules += [stack.embeddings, stack.head]
     return [module for module in modules if module is not None]
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    return any(hasattr(m, "base_layer") for m in model.modules())
 
 
 def _saved_with_adapters(model: nn.Module) -> list[nn.Module]:

@@ -273,6 +273,6 @@ def owlore(
 ) -> tuple[type, dict[str, Any]]:
     """What Trainer and TRL's trainers take as `optimizer_cls_and_kwargs`; the arguments are those of `OwLoreAdamW`.
 
-    Trainer hands its own learning rate to optimizers that it knows alone, so `lr` is given here.
+    Trainer hands its own learning rate, decay and betas to optimizers that it knows alone, so they are given here.
     """
     return OwLoreFactory, {"scores": scores, "lr": lr, **arguments}

@@ -54,7 +54,7 @@ class OwLoreSettings:
         default=False,
         metadata={
             "help": "update each weight inside the backward pass and free its gradient at once; without accumulation, "
-            "clipping, loss scaling and several processes"
+            "clipping (set max_grad_norm to 0), loss scaling and several processes"
         },
     )
     seed: int = field(default=0, metadata={"help": "of the draws"})

@@ -430,6 +430,11 @@ def test_a_peft_that_cannot_be_extended_is_told(monkeypatch):
         registry.peft_type()
 
 
+def test_experts_without_adapters_are_told(caplog):
+    adapted("mixtral")
+    assert "% of its weights never train: model.layers.*.mlp.experts.down_proj" in caplog.text
+
+
 @pytest.mark.parametrize(
     "config, message",
     [

@@ -501,6 +501,17 @@ def test_only_layers_that_can_train_are_drawn():
         OwLoreAdamW(model, n_active=3, rank=4)
 
 
+def test_what_never_trains_is_told(caplog):
+    model = T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4))
+    OwLoreAdamW(model, n_active=1, rank=4)
+    assert re.search(r"model: 3\d % of its weights never train: encoder.block.\*.layer", caplog.text)
+    caplog.clear()
+    model = build("llama")
+    model.model.layers[0].requires_grad_(False)  # meant
+    OwLoreAdamW(model, n_active=1, rank=4)
+    assert "never train" not in caplog.text
+
+
 def test_layers_are_drawn_by_an_allocation_of_probability():
     model = build("llama")
     plan = allocate(scored(model), "probability", budget=0.5, parameters=[1] * 4)

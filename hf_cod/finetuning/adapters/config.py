@@ -33,7 +33,8 @@ class OwLoreConfig(PeftConfig):
         default=None, metadata={"help": "bound of the rank of what was learnt before; None: twice r"}
     )
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "names of matrices, as in LoRA; None: all of the layers"}
+        default=None,
+        metadata={"help": "names of matrices, as in LoRA; None: all of the layers, but for banks of experts"},
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names of matrices to leave out"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layers; None: all"})

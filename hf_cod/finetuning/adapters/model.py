@@ -11,6 +11,7 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers, is_linear_like
+from hf_cod.finetuning.active_layers import warn_of_untrained
 from hf_cod.finetuning.adapters.layer import OwLoreLinear, shape_of
 from hf_cod.finetuning.increment import TENSORS, Increment
 
@@ -68,6 +69,8 @@ class OwLoreModel(BaseTuner):
         found = {name: module for index in range(len(stack)) for name, module in stack.linears(index).items()}
         if peft_config.target_modules is None:
             peft_config.target_modules = set(found)  # PEFT shortens them to suffixes that others do not have
+            inside = {id(p) for module in found.values() for p in module.parameters()}
+            warn_of_untrained(stack, [p for p in self.model.parameters() if id(p) in inside])
         width = max(min(shape_of(module)) for module in found.values())
         if peft_config.r > width:
             raise ValueError(f"r: expected at most {width}, the width of the layers' matrices, got {peft_config.r}")
