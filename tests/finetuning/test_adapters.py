@@ -16,6 +16,7 @@ from hf_cod import LayerScores, OwLoreAdamW, OwLoreConfig, owlore, pack_sparse
 from hf_cod.finetuning.adapters import registry
 from hf_cod.finetuning.increment import Increment
 from tests.finetuning.references import galore
+from tests.quantization.matrices import mixed
 from tests.tiny_models import batch_for, build
 
 IDS = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(7))
@@ -153,13 +154,17 @@ def test_a_config_makes_another_adapter_that_trains(saved, tmp_path):
     assert not torch.allclose(logits(again.eval()), logits(build("llama")), atol=1e-3)
 
 
-def test_exported_to_a_lora_that_loads_without_us(tmp_path):
+@pytest.mark.parametrize("rank", [16, 0.9999])
+def test_exported_to_a_lora_that_loads_without_us(rank, tmp_path):
     build("llama").save_pretrained(tmp_path / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base").train(), OwLoreConfig(r=4))
     train(model, OwLoreAdamW(model, lr=1e-2, n_active=2, interval=2), 5)
     model.eval()
-    save_as_lora(tmp_path / "lora", model, rank=16)  # of increments of rank 3 x 4 at most
-    torch.testing.assert_close(in_a_fresh_process(LOADS_LORA, tmp_path), logits(model), atol=1e-5, rtol=1e-4)
+    save_as_lora(
+        tmp_path / "lora", model, rank=rank
+    )  # of increments of rank 3 x 4 at most, or a share of their squares
+    found, base = in_a_fresh_process(LOADS_LORA, tmp_path), logits(build("llama"))
+    assert (found - logits(model)).norm() <= (1e-5 if rank == 16 else 0.02) * (logits(model) - base).norm()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
@@ -333,6 +338,27 @@ def test_four_bit_base(tmp_path):
     weight = merged.model.layers[index].mlp.up_proj.weight
     found = functional.dequantize_4bit(weight.data, weight.quant_state)
     assert torch.equal(found, functional.dequantize_4bit(codes, state))
+
+
+def test_mixed_three_and_four_bit_base(tmp_path):
+    """Trained, saved, loaded, switched off, and exported to a LoRA on the same base."""
+    pytest.importorskip("bitsandbytes")
+    base = logits(mixed().eval())
+    model = get_peft_model(mixed(), OwLoreConfig(r=8)).train()
+    optimizer = OwLoreAdamW(model, lr=1e-2, n_active=2, interval=3)
+    codes = {n: p.detach().clone() for n, p in model.named_parameters() if not p.is_floating_point()}
+    losses = [train(model, optimizer, 1, 0)[0] for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.05
+    assert codes and all(torch.equal(dict(model.named_parameters())[n], p) for n, p in codes.items())
+    whole = logits(model.eval())
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), base)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(mixed(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(again), whole)
+    save_as_lora(tmp_path / "lora", model, rank=24)  # max_rank 16 and r 8
+    lora = PeftModel.from_pretrained(mixed(), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(lora), whole, atol=1e-4, rtol=1e-4)
 
 
 class Opaque(torch.nn.Module):

@@ -408,6 +408,65 @@ def test_with_sfttrainer(tmp_path):
     assert moved == {active[0], None}
 
 
+@pytest.mark.parametrize("rank", [None, 4])
+def test_an_overflow_under_loss_scaling_changes_nothing(rank):
+    """The first scale is too large by far; in the end the losses fall."""
+    model = build("llama")
+    ids = batch_for(model)["input_ids"]
+    optimizer = OwLoreAdamW(model, lr=1e-2, n_active=4, interval=99, rank=rank)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38, growth_interval=1000)
+    losses, overflows = [], 0
+    for _ in range(130):
+        before, steps = [p.detach().clone() for p in model.parameters()], optimizer.steps
+        loss = model(input_ids=ids, labels=ids).loss
+        scaler.scale(loss * 1e4).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        if optimizer.steps == steps:
+            overflows += 1
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            assert not optimizer.state
+        if optimizer.steps == 6:
+            break
+    assert optimizer.steps == 6 and overflows and losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize("settings", [{"deselected": "offload"}, {"moments": "8bit"}])
+def test_resumed_with_state_that_is_offloaded_or_coded(settings, tmp_path):
+    """In the middle of an interval, from a file, into another process's twin of the model."""
+    model = build("llama", hidden_size=128, intermediate_size=256)
+    settings = {"n_active": 2, "interval": 2, "rank": 32, "lr": 1e-2, "deselected": "keep", "floor": 1.0, **settings}
+    optimizer = OwLoreAdamW(model, **settings)
+    train(model, optimizer, 5)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    twin = copy.deepcopy(model)
+    other = OwLoreAdamW(twin, **settings)
+    other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert other.active == optimizer.active and len(optimizer.state) > 20
+    for a, b in zip(train(model, optimizer, 5, 5), train(twin, other, 5, 5), strict=True):
+        assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_a_model_that_is_converted_once_the_optimizer_exists():
+    model = build("llama")
+    optimizer = OwLoreAdamW(model, lr=1e-2, n_active=4, interval=3, rank=4)
+    train(model, optimizer, 2)
+    model.to(torch.bfloat16)
+    ids, losses = batch_for(model)["input_ids"], []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [None, 4])
 def test_weights_of_every_dtype_learn_with_moments_of_at_least_float32(dtype, rank):
@@ -518,7 +577,9 @@ def test_layers_are_drawn_by_an_allocation_of_probability():
     optimizer = OwLoreAdamW(model, plan, n_active=2, interval=1, rank=4)
     assert optimizer.sampler.probabilities == plan.values
     train(model, optimizer, 2)
-    with pytest.raises(ValueError, match="scores: expected scores, or an allocation of probability, got one of sparsity"):
+    with pytest.raises(
+        ValueError, match="scores: expected scores, or an allocation of probability, got one of sparsity"
+    ):
         OwLoreAdamW(model, allocate(scored(model), "sparsity", budget=0.5), n_active=2, rank=4)
 
 
