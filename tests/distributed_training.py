@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_cod import LayerDiagnosticsCallback, LayerMonitor, OwLoreAdamW, OwLoreConfig
@@ -115,6 +115,26 @@ def owlore(folder: Path) -> None:
     torch.save(found, folder / f"owlore-{rank}.pt")
 
 
+def owlore_shards(folder: Path) -> None:
+    """Tries to train shards; writes which of them are refused."""
+    refused, batch = [], batch_for(build("llama"))
+    for name in ("fsdp1", "fsdp1 after", "fsdp2", "fsdp2 after"):
+        inner = model = build("llama")
+        optimizer = OwLoreAdamW(model, n_active=2, rank=4) if "after" in name else None
+        if "fsdp1" in name:
+            model = FullyShardedDataParallel(inner, use_orig_params=True, device_id=torch.device("cpu"))
+        else:
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        try:
+            optimizer = optimizer or OwLoreAdamW(model, n_active=2, rank=4)
+            model(**batch, labels=batch["input_ids"]).loss.backward()
+            optimizer.step()
+        except ValueError as error:
+            if "model: expected whole parameters, got sharded ones" in str(error):
+                refused.append(name)
+    torch.save(refused, folder / f"shards-{dist.get_rank()}.pt")
+
+
 def adapters(folder: Path) -> None:
     """As `owlore`, of models with OwLore's and with LoRA's adapters."""
     from peft import LoraConfig, get_peft_model
@@ -147,5 +167,7 @@ def adapters(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    {"ddp": ddp, "fsdp": fsdp, "owlore": owlore, "adapters": adapters}[sys.argv[1]](Path(sys.argv[2]))
+    {"ddp": ddp, "fsdp": fsdp, "owlore": owlore, "owlore_shards": owlore_shards, "adapters": adapters}[sys.argv[1]](
+        Path(sys.argv[2])
+    )
     dist.destroy_process_group()

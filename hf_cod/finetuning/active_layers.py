@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.finetuning.gradient_hooks import hook_gradient, unhook_gradients
 from hf_cod.finetuning.increment import Increment
+from hf_cod.finetuning.whole_parameters import refuse_shards
 
 logger = logging.getLogger(__name__)
 
 ANCHOR = "owlore_ddp_anchor"
+# Share of a model's weights that is worth a warning when it never trains (position embeddings are less).
+SHARE_TOLD = 0.01
+# Attribute of a model: of each parameter that an optimizer found trainable, whether it trains now.
+TRAINS = "_owlore_trains"
 # Forward hooks of transformers and of PEFT that make the embeddings' output require a gradient.
 _INPUT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
@@ -25,7 +31,8 @@ _INPUT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 class ActiveLayers:
     """Which parameters belong to which layer, and which of them may train.
 
-    Only what requires a gradient when this is made ever trains; what the caller froze stays frozen.
+    Only what requires a gradient when this is made ever trains; what the caller froze stays frozen. What an earlier
+    one froze and nobody has touched since counts as trainable (`release`).
 
     Args:
         model: a transformers model, wrapped or not.
@@ -38,12 +45,14 @@ class ActiveLayers:
         always: parameters that train at all times.
 
     Raises:
-        ValueError: no layers found, or sharded parameters (FSDP, DeepSpeed stage 3).
+        ValueError: no layers found, or sharded parameters (FSDP, DeepSpeed).
     """
 
     def __init__(self, model: nn.Module, others: Sequence[str] = ("norm",)) -> None:
         self.model, self.stack = model, find_decoder_layers(model)
-        _refuse_shards(model)
+        refuse_shards(model)
+        release(model)
+        self._names = {name: p for name, p in self.stack.model.named_parameters() if p.requires_grad}
         seen: set[int] = set()
         self.layers: list[list[nn.Parameter]] = [_trainable(layer, seen) for layer in self.stack]
         self.always: list[nn.Parameter] = []
@@ -51,12 +60,21 @@ class ActiveLayers:
             self.always.extend(_trainable(module, seen))
         if not any(self.layers):
             raise ValueError("model: expected layers that can be trained, got frozen or quantized ones; unfreeze them")
+        if not _has_adapters(model):
+            warn_of_untrained(self.stack, [p for parameters in (*self.layers, self.always) for p in parameters])
         kept = {id(p) for parameters in (*self.layers, self.always) for p in parameters}
         for parameter in model.parameters():
             if id(parameter) not in kept:
                 parameter.requires_grad_(False)
         self.active: list[int] = [*range(len(self.layers))]
         self._leave_to_us()
+
+    @property
+    def other_adapters(self) -> bool:
+        """Whether something in the layers is trained by adapters that are not OwLore's, such as LoRA's."""
+        ours = {id(p) for parameters in self.layers for p in parameters}
+        adapted = (m for layer in self.stack for m in layer.modules() if hasattr(m, "base_layer"))
+        return any(id(p) in ours for m in adapted if not hasattr(m, "owlore_increment") for p in m.parameters())
 
     def activate(self, layers: Sequence[int]) -> None:
         """Lets these layers train; freezes the others and frees their gradients."""
@@ -66,6 +84,7 @@ class ActiveLayers:
                 parameter.requires_grad_(index in layers)
                 if index not in layers:
                     parameter.grad = None
+        setattr(self.stack.model, TRAINS, {name: p.requires_grad for name, p in self._names.items()})
 
     def end_at_lowest(self) -> None:
         """Lets the backward pass end at the lowest active layer under activation checkpointing, too.
@@ -96,7 +115,7 @@ class ActiveLayers:
         ours = {id(p) for parameters in self.layers for p in parameters}
         for parameters in self.layers:
             for parameter in parameters:
-                parameter.register_post_accumulate_grad_hook(_average)
+                hook_gradient(parameter, _average)
         names = [name for name, p in self.model.named_parameters(remove_duplicate=False) if id(p) in ours]
         for name, module in self.model.named_modules():
             if isinstance(module, Increment):  # its buffers change their shapes, on all processes alike
@@ -105,6 +124,56 @@ class ActiveLayers:
         if _processes() > 1 and not self.always:
             # DDP refuses a model of which it has nothing to average; this has no part in the loss.
             self.model.register_parameter(ANCHOR, nn.Parameter(torch.zeros((), device=_device(self.model))))
+
+
+def warn_of_untrained(stack: DecoderLayers, trained: Sequence[Tensor]) -> None:
+    """Warns where matrices never train that are neither embeddings nor head, such as those of an encoder, or experts.
+
+    Args:
+        stack: the layers.
+        trained: what trains in its turn.
+    """
+    known = {id(p) for p in trained}
+    known.update(id(p) for m in (stack.embeddings, stack.head) if m is not None for p in m.parameters())
+    # What a user froze is meant; what is quantized was never asked.
+    matrices = {
+        n: p for n, p in stack.model.named_parameters() if p.ndim > 1 and (p.requires_grad or not p.is_floating_point())
+    }
+    never = {name: p.numel() for name, p in matrices.items() if id(p) not in known}
+    share = sum(never.values()) / max(1, sum(p.numel() for p in matrices.values()))
+    if share >= SHARE_TOLD:
+        places = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in never})
+        logger.warning(
+            "model: %.0f %% of its weights never train: %s%s",
+            100 * share,
+            ", ".join(places[:5]),
+            ", ..." * (len(places) > 5),
+        )
+
+
+def release(model: nn.Module) -> None:
+    """Lets train again what an earlier optimizer froze in this model, and takes its hooks away.
+
+    Where somebody has changed since what trains (PEFT, which puts on another adapter), that holds.
+    """
+    base: Any = find_decoder_layers(model).model
+    unhook_gradients(base.parameters())
+    parameters = dict(base.named_parameters())
+    left = {name: p for name, p in parameters.items() if name in getattr(base, TRAINS, {})}
+    now = {name: p.requires_grad for name, p in left.items()}
+    if now == getattr(base, TRAINS, {}):
+        for parameter in left.values():
+            parameter.requires_grad_(True)
+    elif any(now.values()) and not all(now.values()):
+        logger.warning(
+            "model: what trains was changed since an earlier OwLoreAdamW froze layers; what is frozen stays so: call "
+            "its release() before you freeze or unfreeze parameters"
+        )
+    for module in base.modules():
+        for name, increment in getattr(module, "owlore_increment", {}).items():
+            if increment.resting and name in module.active_adapters:
+                increment.release()
+    setattr(base, TRAINS, {})
 
 
 def _average(parameter: nn.Parameter) -> None:
@@ -137,14 +206,10 @@ def _around(stack: DecoderLayers, others: Sequence[str]) -> list[nn.Module]:
     return [module for module in modules if module is not None]
 
 
+def _has_adapters(model: nn.Module) -> bool:
+    return any(hasattr(m, "base_layer") for m in model.modules())
+
+
 def _saved_with_adapters(model: nn.Module) -> list[nn.Module]:
     """The modules that PEFT trains and saves whole beside an adapter, such as a classifier's head."""
     return [m for m in model.modules() if isinstance(getattr(m, "modules_to_save", None), nn.ModuleDict)]
-
-
-def _refuse_shards(model: nn.Module) -> None:
-    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
-        raise ValueError(
-            "model: expected whole parameters, got sharded ones (FSDP, DeepSpeed); train replicas (DDP) instead, for "
-            "which a few active layers leave room"
-        )

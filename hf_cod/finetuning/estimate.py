@@ -82,15 +82,15 @@ class WorstDraw(LayerSampler):
 
     def draw(self, number: int) -> list[int]:
         """The same, whatever the number."""
-        L = len(self.probabilities)
-        return [0, *range(L - self.n_active + 1, L)]
+        possible = [index for index, p in enumerate(self.probabilities) if p > 0]
+        return [possible[0], *possible[len(possible) - self.n_active + 1 :]]
 
 
 def take_worst_draw(optimizer: torch.optim.Optimizer) -> None:
     """Lets an optimizer that draws layers train those that need most memory; others stay as they are."""
     if isinstance(optimizer, OwLoreAdamW):
         sampler = optimizer.sampler
-        optimizer.sampler = WorstDraw(sampler.probabilities, sampler.n_active, sampler.seed)
+        optimizer.sampler = WorstDraw(sampler.probabilities, sampler.n_active, sampler.seed, floor=0.0)
         optimizer._activate()
 
 

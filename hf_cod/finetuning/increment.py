@@ -34,8 +34,7 @@ class Increment(nn.Module):
         max_rank: of B A.
         held: columns of P and of B, for tensors of these shapes to be loaded.
         device: of all tensors.
-        dtype: of N and P.
-        stored: dtype of A and B.
+        dtype: of all tensors; it stays where a model is converted to a narrower one.
     """
 
     P: Tensor
@@ -52,7 +51,6 @@ class Increment(nn.Module):
         held: tuple[int, int] = (0, 0),
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
-        stored: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.rank, self.max_rank = rank, min(max_rank, in_features, out_features)
@@ -62,8 +60,8 @@ class Increment(nn.Module):
         narrow = min(out_features, in_features)
         self.N = nn.Parameter(torch.zeros(self.shape if basis else 0, device=device, dtype=dtype))
         self.register_buffer("P", torch.zeros(narrow, basis, device=device, dtype=dtype))
-        self.register_buffer("A", torch.zeros(learnt, in_features, device=device, dtype=stored))
-        self.register_buffer("B", torch.zeros(out_features, learnt, device=device, dtype=stored))
+        self.register_buffer("A", torch.zeros(learnt, in_features, device=device, dtype=dtype))
+        self.register_buffer("B", torch.zeros(out_features, learnt, device=device, dtype=dtype))
         self.register_buffer("lost", torch.zeros((), device=device))
         self.counts: tuple[int, ...] | None = None  # seed of the next basis; set by the optimizer that trains this
         self.resting = False  # whether an optimizer lets other layers train now
@@ -77,6 +75,8 @@ class Increment(nn.Module):
     @torch.no_grad()
     def begin(self, *counts: int) -> None:
         """Lets N train: the next gradient gives its basis, unless it has one (of a run that is resumed)."""
+        if self.has_basis and not bool(self.P.any()):  # room that was held for numbers, which nobody loaded
+            self.P = self.P[:, :0].clone()
         self.counts, self.resting, self.searching = counts, False, not self.has_basis
         if self.searching:
             self.N.data = self.N.new_zeros(self.shape)
@@ -86,6 +86,11 @@ class Increment(nn.Module):
         """Lets N stand still. Where it is 0 its memory is freed; its shape, once a graph has seen it, must stay."""
         self.counts, self.resting, self.searching = None, True, False
         self._free()
+
+    def release(self) -> None:
+        """Ends what the optimizer wanted that trained this: another one may begin."""
+        self.counts, self.resting, self.searching = None, False, False
+        self.requires_grad_(True)
 
     def settle(self) -> None:
         """Ends the search, behind the step whose gradient gave the basis."""
@@ -97,8 +102,7 @@ class Increment(nn.Module):
         if not self.has_basis:
             return
         B, A = (self.N, self.P.mT) if self.tall else (self.P, self.N)
-        B = torch.cat([self.B, B.to(self.B.dtype)], 1)
-        A = torch.cat([self.A, A.to(self.A.dtype)], 0)
+        B, A = torch.cat([self.B, B], 1), torch.cat([self.A, A], 0)
         self.B, self.A, lost = truncate(B, A, self.max_rank)
         self.lost += lost
         self.P, self.searching = self.P[:, :0].clone(), False
@@ -113,7 +117,7 @@ class Increment(nn.Module):
 
     def dense(self) -> Tensor:
         """D (m, n)."""
-        delta = self.B.to(self.N.dtype) @ self.A.to(self.N.dtype)
+        delta = self.B @ self.A
         return delta + lift(self.N, self.P, self.tall) if self.has_basis else delta
 
     def lost_energy(self) -> float:
@@ -144,8 +148,9 @@ class Increment(nn.Module):
     def project_first(self, grad: Tensor, x: Tensor) -> Tensor:
         """The gradient of N from that of y and from x; finds the basis where there is none.
 
-        Processes search together, by the mean of their gradients. A gradient that is not finite gives no basis: that
-        of N is then NaN, which whoever looks for it (loss scaling, `OwLoreAdamW`) will see.
+        Processes search together, by the mean of their gradients. One that is 0 gives no basis: the search goes on. Nor
+        does one that is not finite: that of N is then NaN, which whoever looks for it (loss scaling, `OwLoreAdamW`)
+        will see.
         """
         G = grad.flatten(0, -2).mT @ x.flatten(0, -2).to(grad.dtype)
         if not self.has_basis and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -153,8 +158,9 @@ class Increment(nn.Module):
         largest = G.abs().amax()
         if not bool(largest.isfinite()):
             return self.N.new_full(self.shape, float("nan"))
-        if bool(largest > 0):
-            G.div_(largest)  # the squares of a scaled loss's gradient may overflow, those of a small one vanish
+        if not bool(largest > 0):
+            return self.N.new_zeros(self.shape)
+        G.div_(largest)  # the squares of a scaled loss's gradient may overflow, those of a small one vanish
         if not self.has_basis:
             assert self.counts is not None
             self.P = gradient_basis(G, self.rank, generator_of(*self.counts)).to(self.P.dtype)
@@ -165,7 +171,12 @@ class Increment(nn.Module):
             self.N.data = self.N.new_zeros(()).expand(self.shape)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        def precise(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            dtype = torch.promote_types(moved.dtype, tensor.dtype)
+            return moved if moved.dtype == dtype else tensor.to(moved.device, dtype)
+
+        super()._apply(precise, recurse)
         if not self.searching:
             self._free()  # a tensor that is moved has memory for each number
         return self
@@ -200,11 +211,13 @@ class Increment(nn.Module):
         if self.N.device.type == "meta":
             empty_N = torch.empty(0, device=device, dtype=self.N.dtype)
             self.N = nn.Parameter(empty_N, requires_grad=self.N.requires_grad)
+        self.searching = self.counts is not None and not self.has_basis
         if self.has_basis:
             self.N.data = found["N"].to(device, self.N.dtype, copy=True)
+        elif self.searching:
+            self.N.data = self.N.new_zeros(self.shape)
         else:
             self._free()
-        self.searching = False
 
     def _check(self, found: dict[str, Tensor], prefix: str) -> None:
         """Raises where tensors are of another rank or of another matrix."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +56,11 @@ class Increments:
         if not found:
             return {}
         return {"r": max(m.rank for m in found), "max_rank": max(m.max_rank for m in found)}
+
+    def shapes(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, list[int]]:
+        """Parameter -> shape; of an N the one that it has while it trains."""
+        known = {increment.N: increment.shape for increment in self}
+        return {p: list(known.get(p, p.shape)) for p in parameters}
 
     def begin(self, active: Sequence[int], seed: int, draw: int) -> None:
         """Lets the increments of these layers train, and the others rest."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_cod.allocation import LayerAllocation
 from hf_cod.decoder_layers import find_decoder_layers
+from hf_cod.finetuning.given_scores import check_model
 from hf_cod.functional.budget import round_to, spread
 from hf_cod.scores import LayerScores
 
@@ -40,8 +41,7 @@ def lora_ranks(
         ValueError: scores of another model, an allocation of something else, a rank or width out of range.
     """
     stack = find_decoder_layers(model)
-    if len(scores.values) != len(stack):
-        raise ValueError(f"scores: expected those of this model, {len(stack)} layers, got {len(scores.values)}")
+    check_model(scores, stack)
     if r < 1:
         raise ValueError(f"r: expected at least 1, got {r}")
     ranks = _ranks(scores, r, width)

@@ -22,16 +22,37 @@ def is_projected(parameter: Tensor, rank: int | None) -> bool:
     return rank is not None and parameter.ndim >= 2 and min(parameter.shape[-2:]) > rank
 
 
-def refresh_basis(state: dict[str, Tensor], grad: Tensor, rank: int, generator: torch.Generator, stayed: bool) -> None:
-    """Finds the basis of this gradient's leading directions; moments that there are go on in it.
+def refresh_basis(state: dict[str, Tensor], grad: Tensor, rank: int, draw: int, generator: torch.Generator) -> None:
+    """Finds for a new draw the basis of this gradient's leading directions; moments that there are go on in it.
 
     Of a layer that trained until now they go on as they are, as GaLore defines it (arXiv 2403.03507, algorithm 2).
-    Those of a layer that comes back after a while are turned into the new basis.
+    Those of a layer that comes back after a while are turned into the new basis. A gradient of 0, as of an expert that
+    no token went to, says nothing: until the next one that is not, such a matrix has the basis that it had, or none.
+
+    `state["draw"]` is the draw that each basis is of: () of a matrix, (experts,) of a bank of them.
     """
-    basis = gradient_basis(grad, rank, generator)
-    if "exp_avg" in state and not stayed:
-        _keep(state, *change_basis(*_moments(state), state["basis"], basis, is_tall(grad)))
-    state["basis"] = basis
+    last = state.get("draw", torch.full(grad.shape[:-2], -2))  # never
+    if not bool((last != draw).any()):
+        return
+    fresh = (last != draw) & (torch.linalg.vector_norm(grad, float("inf"), dim=(-2, -1)) > 0).cpu()
+    state["draw"] = torch.where(fresh, draw, last)
+    whole = bool(fresh.all())
+    if not whole and "basis" not in state:
+        state["basis"] = grad.new_zeros((*grad.shape[:-2], min(grad.shape[-2:]), rank), dtype=_moment_dtype(grad))
+    if not bool(fresh.any()):
+        return
+    at: Any = ... if whole else fresh
+    basis, stay = gradient_basis(grad[at], rank, generator), last[at] == draw - 1
+    if "exp_avg" in state and not bool(stay.all()):
+        mean, square = _moments(state)
+        turned = change_basis(mean[at], square[at], state["basis"][at], basis, is_tall(grad))
+        for old, new in zip((mean, square), turned, strict=True):
+            old[at] = torch.where(stay[..., None, None].to(new.device), old[at], new)
+        _keep(state, mean, square)
+    if whole:
+        state["basis"] = basis
+    else:
+        state["basis"][at] = basis
 
 
 def adam_direction(

@@ -9,14 +9,17 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hf_cod.finetuning.active_layers import ActiveLayers
+from hf_cod.allocation import LayerAllocation
+from hf_cod.finetuning.active_layers import ActiveLayers, release
+from hf_cod.finetuning.arguments import check_hyperparameters, check_rank, make_sampler
 from hf_cod.finetuning.eight_bit import codebook
+from hf_cod.finetuning.fused import UpdateInBackward
 from hf_cod.finetuning.increments import Increments
 from hf_cod.finetuning.moments import adam_direction, apply_direction, is_projected, refresh_basis
-from hf_cod.finetuning.sampling import LayerSampler
 from hf_cod.finetuning.settings import OwLoreSettings
+from hf_cod.finetuning.whole_parameters import SHARDED, refuse_shards
 from hf_cod.functional.randomness import generator_of
 from hf_cod.scores import LayerScores
 
@@ -53,8 +56,10 @@ class OwLoreAdamW(torch.optim.Optimizer):
     gradients are not finite changes nothing and says so; ten of them in a row raise.
 
     Args:
-        model: a transformers model on its device, before it is wrapped. What is frozen already stays so.
-        scores: `LayerScores` of this model; None: all layers alike.
+        model: a transformers model on its device, before it is wrapped. What is frozen already stays so, but for what
+            an earlier OwLoreAdamW of it froze.
+        scores: `LayerScores` of this model, or a `LayerAllocation` of "probability"; None: all layers alike. Layers in
+            which nothing can train are not drawn.
         lr: learning rate.
         betas: Adam's.
         eps: Adam's.
@@ -70,7 +75,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        scores: LayerScores | None = None,
+        scores: LayerScores | LayerAllocation | None = None,
         *,
         lr: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -79,17 +84,15 @@ class OwLoreAdamW(torch.optim.Optimizer):
         **settings: Any,
     ) -> None:
         self.settings = OwLoreSettings(**settings)
-        _check_hyperparameters(lr, betas, eps, weight_decay)
+        check_hyperparameters(lr, betas, eps, weight_decay)
         if self.settings.moments == "8bit":
             codebook(signed=True), codebook(signed=False)  # now, rather than in a step, if bitsandbytes is missing
         others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
         self.layers = ActiveLayers(model, others)
         self.increments = Increments(list(self.layers.stack), self.layers.layers)
         self.settings = self.increments.settings(self.settings, settings)
-        self.sampler = LayerSampler(
-            _values(scores, self.layers), self.settings.n_active, self.settings.seed, self.settings.floor
-        )
-        _check_rank(self.settings.rank, self.layers)
+        self.sampler = make_sampler(scores, self.layers, self.settings)
+        check_rank(self.settings.rank, self.layers)
         groups: list[dict[str, Any]] = [{"params": p, "layer": i} for i, p in enumerate(self.layers.layers) if p]
         if self.layers.always:
             groups.append({"params": self.layers.always, "layer": None})
@@ -97,10 +100,9 @@ class OwLoreAdamW(torch.optim.Optimizer):
         super().__init__(groups, common)
         self.steps, self._failures = 0, 0
         self._numbers = {p: number for number, (p, _) in enumerate(self._parameters())}
-        self._updated: set[Tensor] = set()  # by a fused backward pass
-        if self.settings.fused:
-            for parameter in self._numbers:
-                parameter.register_post_accumulate_grad_hook(self._update_in_backward)
+        self._shapes = self.increments.shapes(self._numbers)
+        self._fused = UpdateInBackward(self, self._numbers) if self.settings.fused else None
+        self._step_supports_amp_scaling = self.settings.fused  # GradScaler then calls `step`, which can say why not
         self.layers.end_at_lowest()
         self._activate()
 
@@ -121,12 +123,11 @@ class OwLoreAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.settings.fused and self._finite():
-            for parameter, group in self._parameters():
-                trains = group["layer"] is None or group["layer"] in self.active
-                if parameter.grad is not None and trains:
-                    self._update(parameter, group)
-        self._updated.clear()
+        if self._fused is not None:
+            self._fused.end_step(scaled=hasattr(self, "found_inf"))
+        elif self._finite():
+            for parameter, group in self._trained():
+                self._update(parameter, group)
         self.increments.settle()
         self.layers.end_at_lowest()  # checkpointing may have been turned on since
         self.steps += 1
@@ -135,9 +136,19 @@ class OwLoreAdamW(torch.optim.Optimizer):
             self._activate()
         return loss
 
+    def release(self) -> None:
+        """Lets train again what this froze, and takes its hooks away; this optimizer is of no use any more.
+
+        Another OwLoreAdamW of the same model does so by itself.
+        """
+        release(self.layers.model)
+
     def state_dict(self) -> dict[str, Any]:
         """Moments, bases and the number of steps: all that an exact resume needs."""
-        return {**super().state_dict(), KEY: {"steps": self.steps, **self._described()}}
+        return {
+            **super().state_dict(),
+            KEY: {"steps": self.steps, "shapes": [*self._shapes.values()], **self._described()},
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -159,6 +170,9 @@ class OwLoreAdamW(torch.optim.Optimizer):
         counts = [[len(group["params"]) for group in side] for side in groups]
         if counts[0] != counts[1]:
             raise ValueError(f"state_dict: expected groups of {counts[0]} parameters, got {counts[1]}")
+        for own_shape, shape in zip(self._shapes.values(), saved["shapes"], strict=True):
+            if own_shape != shape:
+                raise ValueError(f"model: expected a parameter of {shape} as in the checkpoint, got one of {own_shape}")
         for group, other in zip(*groups, strict=True):
             group.update({key: value for key, value in other.items() if key != "params"})
         own, theirs = ([p for group in side for p in group["params"]] for side in groups)
@@ -179,6 +193,24 @@ class OwLoreAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 yield parameter, group
 
+    def _trained(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+        """What trains now and has a gradient.
+
+        Raises:
+            ValueError: no layer has one, or parameters are not what they were.
+        """
+        active = [(p, g) for p, g in self._parameters() if g["layer"] is None or g["layer"] in self.active]
+        found = [(p, group) for p, group in active if p.grad is not None]
+        if not any(group["layer"] is not None for _, group in found):
+            refuse_shards(self.layers.model)
+            raise ValueError(
+                "gradients: expected those of layers that train, got none; call backward before step, on the model "
+                "that the optimizer was made of"
+            )
+        if any(self._shapes.get(p) != list(p.shape) for p, _ in found):
+            raise ValueError(SHARDED)
+        return found
+
     def _activate(self) -> None:
         """Lets the layers of the present draw train, and sees to the state of the others."""
         self.layers.activate(self.sampler.draw(self.draw))
@@ -193,45 +225,27 @@ class OwLoreAdamW(torch.optim.Optimizer):
             elif parameter in self.state:
                 self.state[parameter] = {k: v.cpu() for k, v in self.state[parameter].items()}
 
+    def update(self, parameter: nn.Parameter) -> None:
+        """AdamW of one parameter by its gradient: what the backward pass calls with `fused`."""
+        self._update(parameter, next(g for g in self.param_groups if any(p is parameter for p in g["params"])))
+
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """AdamW of one parameter."""
         grad, state, number = parameter.grad, self.state[parameter], self._numbers[parameter]
         assert grad is not None
         for key in state.keys() - {"step", "draw"}:
             state[key] = state[key].to(parameter.device)  # it may have been offloaded
         rank, seed = self.settings.rank, self.settings.seed
-        last = int(state["draw"]) if "draw" in state else None
-        if group["layer"] is not None and is_projected(parameter, rank) and last != self.draw:
-            random = generator_of(seed, self.draw, number, _BASIS)
-            refresh_basis(state, grad, rank or 0, random, stayed=last == self.draw - 1)
-            state["draw"] = torch.tensor(self.draw)
+        if group["layer"] is not None and is_projected(parameter, rank):
+            refresh_basis(state, grad, rank or 0, self.draw, generator_of(seed, self.draw, number, _BASIS))
         N = adam_direction(state, grad, group["betas"], group["eps"], self.settings.moments == "8bit")
         generator: torch.Generator | None = None
         if parameter.dtype == torch.bfloat16 and self.settings.rounding == "stochastic":
             generator = generator_of(seed, self.steps, number, _ROUNDING, device=parameter.device)
         apply_direction(parameter, N, state.get("basis"), group, generator)
 
-    @torch.no_grad()
-    def _update_in_backward(self, parameter: nn.Parameter) -> None:
-        """The update as a hook of the backward pass; the gradient is free behind it."""
-        if parameter in self._updated:
-            raise ValueError("fused: expected one backward pass a step, got more; accumulation needs fused=False")
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError("fused: expected one process, got several; set fused=False")
-        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
-        if not bool(torch.isfinite(parameter.grad).all()):  # type: ignore[arg-type]
-            raise ValueError(
-                "gradients: expected finite numbers, got NaN or infinity; set fused=False to skip such steps"
-            )
-        self._update(parameter, group)
-        parameter.grad = None
-        self._updated.add(parameter)
-
     def _finite(self) -> bool:
         """Whether all gradients are finite; counts and tells the steps where they are not."""
-        grads = [p.grad for p, _ in self._parameters() if p.grad is not None]
-        if not grads:
-            return True
+        grads = [p.grad for p, _ in self._trained()]
         norms = torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(grads, ord=float("inf"))])
         if bool(norms.isfinite().all()):
             self._failures = 0
@@ -254,36 +268,11 @@ class OwLoreFactory:
         return OwLoreAdamW(model, **arguments)
 
 
-def owlore(scores: LayerScores | None = None, *, lr: float = 3e-4, **arguments: Any) -> tuple[type, dict[str, Any]]:
+def owlore(
+    scores: LayerScores | LayerAllocation | None = None, *, lr: float = 3e-4, **arguments: Any
+) -> tuple[type, dict[str, Any]]:
     """What Trainer and TRL's trainers take as `optimizer_cls_and_kwargs`; the arguments are those of `OwLoreAdamW`.
 
-    Trainer hands its own learning rate to optimizers that it knows alone, so `lr` is given here.
+    Trainer hands its own learning rate, decay and betas to optimizers that it knows alone, so they are given here.
     """
     return OwLoreFactory, {"scores": scores, "lr": lr, **arguments}
-
-
-def _values(scores: LayerScores | None, layers: ActiveLayers) -> list[float]:
-    if scores is None:
-        return [1.0] * len(layers.layers)
-    found = [layers.stack.count_weights(i) for i in range(len(layers.stack))]
-    if found != list(scores.parameters):
-        raise ValueError(
-            f"scores: expected those of this model, {len(found)} layers of {found[0]} weights, got "
-            f"{len(scores.values)} of {scores.parameters[0]} ({scores.model})"
-        )
-    return scores.values
-
-
-def _check_rank(rank: int | None, layers: ActiveLayers) -> None:
-    widths = [min(p.shape[-2:]) for parameters in layers.layers for p in parameters if p.ndim >= 2]
-    if rank is not None and widths and rank > max(widths):
-        raise ValueError(f"rank: expected at most {max(widths)}, the width of the layers' matrices, got {rank}")
-
-
-def _check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
-    for name, value in numbers.items():
-        if not value >= 0:
-            raise ValueError(f"{name}: expected at least 0, got {value}")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")

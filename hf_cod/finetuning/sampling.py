@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from hf_cod.allocation import LayerAllocation
 from hf_cod.functional.randomness import generator_of
 from hf_cod.scores import LayerScores
 
@@ -21,49 +23,89 @@ class LayerSampler:
     al. 2024, arXiv 2403.17919). The floor f is ours: without it a layer without outliers never trains, and with the
     scores that the authors ship and 5 of 32 layers about 9 layers are expected untrained after 10 draws.
 
+    An allocation of "probability" is taken as it stands: each layer is in a draw with exactly its probability, by
+    systematic sampling in random order (Madow 1949). There is no floor then, and the sum must be `n_active`.
+
     A draw depends on (seed, number of the draw) alone: processes agree without talking, and a resumed run needs
     nothing but the number.
 
     Args:
-        scores: `LayerScores`, or one number of at least 0 a layer.
+        scores: `LayerScores`, a `LayerAllocation` of "probability", or one number of at least 0 a layer.
         n_active: layers of a draw, gamma.
         seed: of all draws.
         floor: f in [0, 1], the share of probability that all layers have alike; 1 is uniform.
+        layers: those that can be drawn, L; None: all.
+
+    Attributes:
+        probabilities: one a layer: p, whose sum is 1; of an allocation its values.
 
     Raises:
-        ValueError: a negative or infinite score, more layers than there are, a floor outside [0, 1].
+        ValueError: a negative or infinite score, more layers than there are, a floor outside [0, 1], an allocation of
+            something else or of another sum.
     """
 
     def __init__(
-        self, scores: LayerScores | Sequence[float], n_active: int, seed: int = 0, floor: float = DEFAULT_FLOOR
+        self,
+        scores: LayerScores | LayerAllocation | Sequence[float],
+        n_active: int,
+        seed: int = 0,
+        floor: float = DEFAULT_FLOOR,
+        layers: Sequence[int] | None = None,
     ) -> None:
-        values = torch.tensor(list(scores.values if isinstance(scores, LayerScores) else scores), dtype=torch.float64)
-        if not 1 <= n_active <= len(values):
-            raise ValueError(f"n_active: expected between 1 and the model's {len(values)} layers, got {n_active}")
+        given = scores.values if isinstance(scores, (LayerScores, LayerAllocation)) else scores
+        values = torch.tensor(list(given), dtype=torch.float64)
+        possible = torch.zeros(len(values), dtype=torch.bool)
+        possible[list(range(len(values)) if layers is None else layers)] = True
+        if not 1 <= n_active <= int(possible.sum()):
+            whole = f"the model's {len(values)}" if possible.all() else f"the {int(possible.sum())} trainable"
+            raise ValueError(f"n_active: expected between 1 and {whole} layers, got {n_active}")
         if not 0 <= floor <= 1:
             raise ValueError(f"floor: expected a share between 0 and 1, got {floor}")
-        wrong = [i for i, value in enumerate(values.tolist()) if not 0 <= value < float("inf")]
-        if wrong:
-            raise ValueError(
-                f"scores: expected finite numbers of at least 0, got {values[wrong[0]]:g} in layer {wrong[0]}; "
-                "shift them, or take scores of another method"
-            )
-        total, L = values.sum(), len(values)
-        shares = values / total if total > 0 else torch.full_like(values, 1 / L)  # all 0: nothing is known of them
-        self.probabilities: list[float] = ((1 - floor) * shares + floor / L).tolist()
-        possible = sum(p > 0 for p in self.probabilities)
-        if possible < n_active:
-            raise ValueError(
-                f"floor: expected above 0 to draw {n_active} layers, got {floor:g}, with {possible} scores above 0"
-            )
+        values = values.where(possible, 0.0)
         self.n_active, self.seed = n_active, seed
+        self.exact = isinstance(scores, LayerAllocation)
+        if isinstance(scores, LayerAllocation):
+            _check_allocation(scores, values, n_active)
+            self.probabilities: list[float] = values.tolist()
+        else:
+            self.probabilities = _probabilities(values, possible, n_active, floor)
 
     def draw(self, number: int) -> list[int]:
         """The layers of draw `number`, counted from 0, in rising order."""
-        chosen = torch.multinomial(
-            torch.tensor(self.probabilities, dtype=torch.float64),
-            self.n_active,
-            replacement=False,
-            generator=generator_of(self.seed, number),
+        p, generator = torch.tensor(self.probabilities, dtype=torch.float64), generator_of(self.seed, number)
+        if not self.exact:
+            return sorted(torch.multinomial(p, self.n_active, replacement=False, generator=generator).tolist())
+        order = torch.randperm(len(p), generator=generator)
+        # Layers lie side by side, each as long as its probability; one mark in each unit of length, all at one place.
+        ends = p[order].cumsum(0)
+        ends[-1] = self.n_active  # but for rounding it is
+        marks = torch.arange(self.n_active) + torch.rand((), generator=generator, dtype=torch.float64)
+        return sorted(order[torch.searchsorted(ends, marks, right=True)].tolist())
+
+
+def _probabilities(values: Tensor, possible: Tensor, n_active: int, floor: float) -> list[float]:
+    wrong = [i for i, value in enumerate(values.tolist()) if not 0 <= value < float("inf")]
+    if wrong:
+        raise ValueError(
+            f"scores: expected finite numbers of at least 0, got {values[wrong[0]]:g} in layer {wrong[0]}; "
+            "shift them, or take scores of another method"
         )
-        return sorted(chosen.tolist())
+    total, L = values.sum(), int(possible.sum())
+    shares = values / total if total > 0 else possible / L  # all 0: nothing is known of them
+    p = (1 - floor) * shares + floor / L * possible
+    drawn = int((p > 0).sum())
+    if drawn < n_active:
+        raise ValueError(
+            f"floor: expected above 0 to draw {n_active} layers, got {floor:g}, with {drawn} scores above 0"
+        )
+    return p.tolist()
+
+
+def _check_allocation(plan: LayerAllocation, values: Tensor, n_active: int) -> None:
+    if plan.kind != "probability":
+        raise ValueError(f"scores: expected scores, or an allocation of probability, got one of {plan.kind}")
+    if not bool(((values >= 0) & (values <= 1)).all()) or abs(float(values.sum()) - n_active) > 1e-9:
+        raise ValueError(
+            f"scores: expected probabilities in 0..1, whose sum over layers that can train is n_active = {n_active}, "
+            f"got a sum of {float(values.sum()):g}; allocate with budget n_active / layers and parameters=[1] * layers"
+        )

@@ -54,7 +54,7 @@ class OwLoreSettings:
         default=False,
         metadata={
             "help": "update each weight inside the backward pass and free its gradient at once; without accumulation, "
-            "clipping, loss scaling and several processes"
+            "clipping (set max_grad_norm to 0), loss scaling and several processes"
         },
     )
     seed: int = field(default=0, metadata={"help": "of the draws"})
@@ -65,6 +65,8 @@ class OwLoreSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale: expected a finite number above 0, got {self.scale}")
         for name, allowed in (("deselected", DESELECTED), ("rounding", ROUNDINGS), ("moments", MOMENTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")

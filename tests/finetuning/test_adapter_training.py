@@ -102,6 +102,31 @@ def test_activation_checkpointing_gives_the_same_weights(use_reentrant):
         assert set(reached) == set(range(lowest, 6))
 
 
+def test_weights_that_are_loaded_once_the_optimizer_exists(tmp_path):
+    """The search for a basis goes on where they have none."""
+    adapted().save_pretrained(tmp_path)
+    model = adapted()
+    optimizer = OwLoreAdamW(model, lr=1e-2, n_active=2, interval=2)
+    set_peft_model_state_dict(model, load_peft_weights(tmp_path, device="cpu"))
+    train(model, optimizer, 5)
+    moved = {
+        layer_of(name) for name, m in model.named_modules() if isinstance(m, Increment) and float(m.dense().norm())
+    }
+    assert moved >= set(optimizer.active)
+
+
+def test_a_gradient_of_zero_gives_no_basis():
+    """The labels of the first step are all ignored by the loss."""
+    model = adapted()
+    optimizer = OwLoreAdamW(model, lr=1e-2, n_active=4, interval=50)
+    (model(input_ids=IDS, labels=IDS).loss * 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not any(m.has_basis for m in model.modules() if isinstance(m, Increment))
+    losses = train(model, optimizer, 3, 0)
+    assert all(m.has_basis for m in model.modules() if isinstance(m, Increment)) and losses
+
+
 def test_gradients_are_small_from_the_first_step_on():
     model = adapted()
     optimizer = OwLoreAdamW(model, n_active=2, interval=50)
@@ -231,6 +256,12 @@ def test_only_the_drawn_layers_lora_trains(use_dora):
     assert len(draws) > 1
 
 
+def test_lora_beside_a_rank_is_refused():
+    model = get_peft_model(build("llama").train(), LoraConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(ValueError, match=r"rank: expected None beside LoRA adapters, .* got 128"):
+        OwLoreAdamW(model, n_active=1)
+
+
 def test_ranks_follow_scores_at_the_cost_of_uniform_ones():
     model = build("llama")
     counts = [model_count(model, index) for index in range(4)]
@@ -254,20 +285,24 @@ def model_count(model, index):
 
 
 @pytest.mark.parametrize(
-    "values, arguments, message",
+    "layers, size, arguments, message",
     [
-        ([1.0] * 3, {}, "scores: expected those of this model, 4 layers, got 3"),
-        ([1.0] * 4, {"r": 0}, "r: expected at least 1, got 0"),
-        ([1.0] * 4, {"width": 2.0}, "width: expected a share between 0 and 1, got 2.0"),
+        (3, None, {}, "scores: expected those of a model with 4 layers, got 3"),
+        (4, 7, {}, "scores: expected those of a model with .* weights in layer 0, got one with 7 .tiny."),
+        (4, None, {"r": 0}, "r: expected at least 1, got 0"),
+        (4, None, {"width": 2.0}, "width: expected a share between 0 and 1, got 2.0"),
     ],
 )
-def test_bad_ranks(values, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        lora_ranks(build("llama"), LayerScores("tiny", "owl", values, [1] * len(values)), **arguments)
+def test_bad_ranks(layers, size, arguments, message):
+    model = build("llama")
+    scores = LayerScores("tiny", "owl", [1.0] * layers, [size or model_count(model, 0)] * layers)
+    for given in (scores, allocate(scores, "rank", budget=0.5)) if size else (scores,):
+        with pytest.raises(ValueError, match=message):
+            lora_ranks(model, given, **arguments)
 
 
 def test_an_allocation_of_something_else_has_no_ranks():
-    scores = LayerScores("tiny", "owl", [1.0, 2.0, 3.0, 4.0], [1] * 4)
+    scores = LayerScores("tiny", "owl", [1.0, 2.0, 3.0, 4.0], [model_count(build("llama"), 0)] * 4)
     with pytest.raises(ValueError, match="scores: expected an allocation of rank above 0, got one of sparsity"):
         lora_ranks(build("llama"), allocate(scores, "sparsity", budget=0.5))
 

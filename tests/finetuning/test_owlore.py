@@ -2,12 +2,22 @@
 
 import copy
 import random
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, default_data_collator
+from accelerate.utils import DistributedType
+from transformers import (
+    AutoModelForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
-from hf_cod import LayerScores, OwLoreAdamW, owlore, score_layers
+from hf_cod import LayerScores, OwLoreAdamW, allocate, owlore, score_layers
 from hf_cod.finetuning import OwLoreSettings
 from hf_cod.finetuning.methods import set_up
 from tests.finetuning.references import adamw, galore
@@ -142,6 +152,32 @@ def test_the_backward_pass_ends_at_the_lowest_active_layer(checkpointing):
     assert set(reached) == set(range(lowest, 6))
     for index, layer in enumerate(model.model.layers):
         assert all((p.grad is not None) == (index == lowest) for p in layer.parameters())
+
+
+def test_an_expert_gets_its_basis_from_its_first_token():
+    """Two experts of four are idle in the first step of an interval; one of them then gets a gradient of rank 1."""
+    model = build("mixtral")
+    optimizer = OwLoreAdamW(model, n_active=4, interval=4, rank=4, lr=1e-2)
+    bank = model.model.layers[1].mlp.experts.down_proj
+    random = torch.Generator().manual_seed(1)
+    for busy in ((0, 1), (0, 1), (0, 1, 2), (0, 1, 2), (2,), (0, 1, 2)):  # the second draw begins with the fifth
+        before, late = bank.detach().clone(), torch.outer(*(torch.randn(n, generator=random) for n in bank.shape[1:]))
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=random) if p.requires_grad else None
+        bank.grad[[e for e in range(4) if e not in busy]] = 0
+        if 2 in busy:
+            bank.grad[2] = late
+        first = 2 in busy and optimizer.steps == 2
+        optimizer.step()
+        moved = bank.detach() - before
+        assert torch.equal(moved[3], torch.zeros_like(moved[3]))
+        assert all(moved[e].abs().max() > 0 for e in busy)
+        if first:  # it lies in the direction of the gradient, not in that of coordinate axes
+            P = optimizer.state[bank]["basis"][2]
+            assert torch.linalg.norm(late @ P if late.shape[0] >= late.shape[1] else P.T @ late) == pytest.approx(
+                float(torch.linalg.norm(late)), rel=1e-4
+            )
+    assert optimizer.state[bank]["draw"].tolist() == [1, 1, 1, -2]
 
 
 @pytest.mark.parametrize("deselected", ["drop", "keep", "offload"])
@@ -283,6 +319,60 @@ def test_fused_gives_the_same_weights_and_keeps_no_gradient():
         fused(input_ids=ids, labels=ids).loss.backward()
 
 
+def test_fused_ends_with_its_optimizer():
+    """Not a hook is left, by release or when nobody has the optimizer any more."""
+    ids = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(0))
+    for end in ("release", "delete", "another"):
+        model = build("llama")
+        optimizer = OwLoreAdamW(model, n_active=2, rank=4, lr=1e-2, fused=True)
+        if end == "release":
+            optimizer.release()
+        if end == "another":
+            other = OwLoreAdamW(model, n_active=2, rank=4, lr=1e-2)
+        if end == "delete":
+            del optimizer
+        before = [p.detach().clone() for p in model.parameters()]
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), end
+        assert any(p.grad is not None for p in model.parameters())
+    other.step()
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_fused_under_loss_scaling_is_refused(monkeypatch):
+    model = build("llama")
+    optimizer = OwLoreAdamW(model, n_active=2, rank=4, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    ids = batch_for(model)["input_ids"]
+    scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(ValueError, match="fused: expected no loss scaling, got a GradScaler; train in bfloat16"):
+        scaler.step(optimizer)
+    monkeypatch.setattr("hf_cod.finetuning.fused.is_initialized", lambda: True)
+    monkeypatch.setattr("hf_cod.finetuning.fused.AcceleratorState", lambda: SimpleNamespace(mixed_precision="fp16"))
+    with pytest.raises(ValueError, match="fused: expected no loss scaling"):
+        OwLoreAdamW(model, n_active=2, rank=4, fused=True)
+
+
+def test_shards_are_refused(tmp_path, monkeypatch):
+    """FSDP 1 and 2, before and after the optimizer is made; DeepSpeed's flat partitions."""
+    run_in_two_processes("owlore_shards", tmp_path)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"shards-{rank}.pt") == ["fsdp1", "fsdp1 after", "fsdp2", "fsdp2 after"]
+    model = build("llama")
+    optimizer = OwLoreAdamW(model, n_active=2, rank=4)
+    for group in optimizer.param_groups:  # as stages 1 and 2 of DeepSpeed do
+        group["params"] = [torch.nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))]
+        group["params"][0].grad = torch.ones_like(group["params"][0])
+    with pytest.raises(ValueError, match="model: expected whole parameters, got sharded ones"):
+        optimizer.step()
+    state = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    monkeypatch.setattr("hf_cod.finetuning.whole_parameters.is_initialized", lambda: True)
+    monkeypatch.setattr("hf_cod.finetuning.whole_parameters.AcceleratorState", lambda: state)
+    with pytest.raises(ValueError, match="model: expected whole parameters, got sharded ones"):
+        OwLoreAdamW(build("llama"), n_active=2, rank=4)
+
+
 def test_two_processes_stay_in_step_and_train_as_one(tmp_path):
     run_in_two_processes("owlore", tmp_path)
     first, second = (torch.load(tmp_path / f"owlore-{rank}.pt") for rank in range(2))
@@ -316,6 +406,65 @@ def test_with_sfttrainer(tmp_path):
     moved = {layer_of(name) for name, p in trainer.model.named_parameters() if not torch.equal(p.cpu(), before[name])}
     active = trainer.optimizer.optimizer.active if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer.active
     assert moved == {active[0], None}
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_an_overflow_under_loss_scaling_changes_nothing(rank):
+    """The first scale is too large by far; in the end the losses fall."""
+    model = build("llama")
+    ids = batch_for(model)["input_ids"]
+    optimizer = OwLoreAdamW(model, lr=1e-2, n_active=4, interval=99, rank=rank)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38, growth_interval=1000)
+    losses, overflows = [], 0
+    for _ in range(130):
+        before, steps = [p.detach().clone() for p in model.parameters()], optimizer.steps
+        loss = model(input_ids=ids, labels=ids).loss
+        scaler.scale(loss * 1e4).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        if optimizer.steps == steps:
+            overflows += 1
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            assert not optimizer.state
+        if optimizer.steps == 6:
+            break
+    assert optimizer.steps == 6 and overflows and losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize("settings", [{"deselected": "offload"}, {"moments": "8bit"}])
+def test_resumed_with_state_that_is_offloaded_or_coded(settings, tmp_path):
+    """In the middle of an interval, from a file, into another process's twin of the model."""
+    model = build("llama", hidden_size=128, intermediate_size=256)
+    settings = {"n_active": 2, "interval": 2, "rank": 32, "lr": 1e-2, "deselected": "keep", "floor": 1.0, **settings}
+    optimizer = OwLoreAdamW(model, **settings)
+    train(model, optimizer, 5)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    twin = copy.deepcopy(model)
+    other = OwLoreAdamW(twin, **settings)
+    other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert other.active == optimizer.active and len(optimizer.state) > 20
+    for a, b in zip(train(model, optimizer, 5, 5), train(twin, other, 5, 5), strict=True):
+        assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_a_model_that_is_converted_once_the_optimizer_exists():
+    model = build("llama")
+    optimizer = OwLoreAdamW(model, lr=1e-2, n_active=4, interval=3, rank=4)
+    train(model, optimizer, 2)
+    model.to(torch.bfloat16)
+    ids, losses = batch_for(model)["input_ids"], []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -383,17 +532,55 @@ def test_bad_gradients_change_nothing_and_end_the_training_at_last(caplog):
             "deselected: expected one of drop, keep, offload, got 'lose'",
         ),
         ({"n_active": 1, "rank": 4, "moments": "4bit"}, "moments: expected one of float32, 8bit, got '4bit'"),
+        ({"n_active": 1, "rank": 4, "scale": 0.0}, "scale: expected a finite number above 0, got 0.0"),
+        ({"n_active": 1, "rank": 4, "scale": float("nan")}, "scale: expected a finite number above 0, got nan"),
         ({"n_active": 1, "rank": 4, "lr": -1.0}, "lr: expected at least 0, got -1.0"),
         ({"n_active": 1, "rank": 4, "betas": (0.9, 1.0)}, "betas: expected two numbers in"),
         (
             {"n_active": 1, "rank": 4, "scores": LayerScores("other", "owl", [1.0] * 4, [7] * 4)},
-            "scores: expected those of this model, 4 layers of .* weights, got 4 of 7",
+            "scores: expected those of a model with .* weights in layer 0, got one with 7 .other.",
         ),
     ],
 )
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         OwLoreAdamW(build("llama"), **arguments)
+
+
+def test_only_layers_that_can_train_are_drawn():
+    model = build("llama")
+    model.model.layers[:2].requires_grad_(False)
+    optimizer = OwLoreAdamW(model, scored(build("llama")), n_active=1, interval=1, rank=4)
+    seen = set()
+    for step in range(8):
+        seen.update(optimizer.active)
+        train(model, optimizer, 1, step)
+    assert seen == {2, 3}
+    with pytest.raises(ValueError, match="n_active: expected between 1 and the 2 trainable layers, got 3"):
+        OwLoreAdamW(model, n_active=3, rank=4)
+
+
+def test_what_never_trains_is_told(caplog):
+    model = T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4))
+    OwLoreAdamW(model, n_active=1, rank=4)
+    assert re.search(r"model: 3\d % of its weights never train: encoder.block.\*.layer", caplog.text)
+    caplog.clear()
+    model = build("llama")
+    model.model.layers[0].requires_grad_(False)  # meant
+    OwLoreAdamW(model, n_active=1, rank=4)
+    assert "never train" not in caplog.text
+
+
+def test_layers_are_drawn_by_an_allocation_of_probability():
+    model = build("llama")
+    plan = allocate(scored(model), "probability", budget=0.5, parameters=[1] * 4)
+    optimizer = OwLoreAdamW(model, plan, n_active=2, interval=1, rank=4)
+    assert optimizer.sampler.probabilities == plan.values
+    train(model, optimizer, 2)
+    with pytest.raises(
+        ValueError, match="scores: expected scores, or an allocation of probability, got one of sparsity"
+    ):
+        OwLoreAdamW(model, allocate(scored(model), "sparsity", budget=0.5), n_active=2, rank=4)
 
 
 def test_bad_states():
@@ -403,6 +590,11 @@ def test_bad_states():
         optimizer.load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
     with pytest.raises(ValueError, match="rank: expected 4 as in the checkpoint, got 8"):
         OwLoreAdamW(build("llama"), n_active=2, rank=8).load_state_dict(optimizer.state_dict())
+    wider = OwLoreAdamW(build("llama", hidden_size=64), n_active=2, rank=4)
+    with pytest.raises(ValueError, match=r"model: expected a parameter of \[32, 32\] as in the checkpoint, got one of"):
+        wider.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="gradients: expected those of layers that train, got none"):
+        optimizer.step()
     with pytest.raises(ValueError, match="model: expected layers that can be trained, got frozen"):
         OwLoreAdamW(build("llama").requires_grad_(False), n_active=1, rank=4)
 

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from hf_cod import LayerScores
+from hf_cod import LayerScores, allocate
 from hf_cod.finetuning import LayerSampler
 
 
@@ -60,3 +60,30 @@ def test_the_floor_visits_every_layer():
 def test_bad_input(values, arguments, message):
     with pytest.raises(ValueError, match=message):
         LayerSampler(values, **arguments)
+
+
+def test_an_allocation_of_probability_is_kept():
+    """Each layer is in a draw as often as it says; no floor."""
+    plan = allocate(scores([0.1, 0.4, 0.2, 0.9, 0.4]), "probability", budget=0.4, spread=0.3)
+    sampler, n = LayerSampler(plan, 2, seed=1), 3_000
+    draws = [sampler.draw(number) for number in range(n)]
+    assert all(len(set(draw)) == 2 and draw == sorted(draw) for draw in draws)
+    for layer, p in enumerate(plan.values):
+        found = sum(layer in draw for draw in draws) / n
+        assert found == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
+    with pytest.raises(
+        ValueError, match=r"scores: expected probabilities in 0..1, whose sum .* is n_active = 3, got a sum"
+    ):
+        LayerSampler(plan, 3)
+    with pytest.raises(
+        ValueError, match="scores: expected scores, or an allocation of probability, got one of sparsity"
+    ):
+        LayerSampler(allocate(scores([0.1, 0.4]), "sparsity", budget=0.5), 1)
+
+
+def test_layers_that_cannot_be_drawn():
+    sampler = LayerSampler([5.0, 1.0, 3.0, 1.0], 1, floor=0.2, layers=[1, 2])
+    assert sampler.probabilities == pytest.approx([0, 0.8 / 4 + 0.1, 0.8 * 3 / 4 + 0.1, 0])
+    assert {sampler.draw(number)[0] for number in range(50)} == {1, 2}
+    with pytest.raises(ValueError, match="n_active: expected between 1 and the 2 trainable layers, got 3"):
+        LayerSampler([5.0, 1.0, 3.0, 1.0], 3, layers=[1, 2])

@@ -33,7 +33,8 @@ class OwLoreConfig(PeftConfig):
         default=None, metadata={"help": "bound of the rank of what was learnt before; None: twice r"}
     )
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "names of matrices, as in LoRA; None: all of the layers"}
+        default=None,
+        metadata={"help": "names of matrices, as in LoRA; None: all of the layers, but for banks of experts"},
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names of matrices to leave out"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layers; None: all"})
@@ -43,7 +44,7 @@ class OwLoreConfig(PeftConfig):
     )
     held: dict[str, tuple[int, int]] = field(
         default_factory=dict,
-        metadata={"help": "of a saved adapter the columns of P and B of each matrix; filled in when it is saved"},
+        metadata={"help": "of a saved adapter the columns of P and B of each matrix; stands in its file alone"},
     )
 
     def __post_init__(self) -> None:
@@ -56,3 +57,8 @@ class OwLoreConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             names: Any = getattr(self, name)
             setattr(self, name, set(names) if isinstance(names, list) else names)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; `held` is in the file alone: the config may make a new adapter, which holds nothing."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.held = {}

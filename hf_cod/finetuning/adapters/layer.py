@@ -54,7 +54,7 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
         """Adds an adapter, whose increment is 0; a matrix narrower than `r` gets as much as it has."""
         base = self.get_base_layer()
         _, dtype = self._get_base_layer_device_and_dtype(base)
-        stored = dtype if dtype is not None and dtype.is_floating_point else torch.float32
+        plain = dtype if dtype is not None and dtype.is_floating_point else torch.float32
         tensors = [*base.parameters(recurse=False), *base.buffers(recurse=False), *base.parameters(), *base.buffers()]
         rank = min(config.r, self.in_features, self.out_features)
         self.owlore_increment[adapter_name] = Increment(
@@ -64,8 +64,7 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
             config.max_rank or 2 * config.r,
             held,
             device=tensors[0].device if tensors else None,
-            dtype=torch.promote_types(stored, torch.float32),
-            stored=stored,
+            dtype=torch.promote_types(plain, torch.float32),
         )
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

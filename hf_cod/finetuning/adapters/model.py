@@ -11,6 +11,7 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers, is_linear_like
+from hf_cod.finetuning.active_layers import warn_of_untrained
 from hf_cod.finetuning.adapters.layer import OwLoreLinear, shape_of
 from hf_cod.finetuning.increment import TENSORS, Increment
 
@@ -23,9 +24,19 @@ class OwLoreModel(BaseTuner):
     prefix = "owlore_"
     tuner_layer_cls = OwLoreLinear
 
-    def lost_energy(self, adapter_name: str = "default") -> dict[str, float]:
-        """Of each matrix the share of the squares of what it learnt that folding cut off (`Increment`)."""
-        return {name: increment.lost_energy() for name, increment in _increments(self.model, adapter_name)}
+    def lost_energy(self, adapter_name: str | None = None) -> dict[str, float]:
+        """Of each matrix the share of the squares of what it learnt that folding cut off (`Increment`).
+
+        Args:
+            adapter_name: None: the active one, of several the first.
+
+        Raises:
+            ValueError: no adapter of that name.
+        """
+        asked = self.active_adapters[0] if adapter_name is None else adapter_name
+        if asked not in self.peft_config:
+            raise ValueError(f"adapter_name: expected one of {', '.join(self.peft_config)}, got {asked!r}")
+        return {name: increment.lost_energy() for name, increment in _increments(self.model, asked)}
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
@@ -58,6 +69,8 @@ class OwLoreModel(BaseTuner):
         found = {name: module for index in range(len(stack)) for name, module in stack.linears(index).items()}
         if peft_config.target_modules is None:
             peft_config.target_modules = set(found)  # PEFT shortens them to suffixes that others do not have
+            inside = {id(p) for module in found.values() for p in module.parameters()}
+            warn_of_untrained(stack, [p for p in self.model.parameters() if id(p) in inside])
         width = max(min(shape_of(module)) for module in found.values())
         if peft_config.r > width:
             raise ValueError(f"r: expected at most {width}, the width of the layers' matrices, got {peft_config.r}")
