@@ -245,7 +245,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
 
     def _finite(self) -> bool:
         """Whether all gradients are finite; counts and tells the steps where they are not."""
-        grads = [p.grad for p, _ in self._trained()]
+        grads = [p.grad for p, _ in self._trained() if p.grad is not None]
         norms = torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(grads, ord=float("inf"))])
         if bool(norms.isfinite().all()):
             self._failures = 0
