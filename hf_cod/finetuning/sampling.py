@@ -63,7 +63,7 @@ class LayerSampler:
             raise ValueError(f"floor: expected a share between 0 and 1, got {floor}")
         values = values.where(possible, 0.0)
         self.n_active, self.seed = n_active, seed
-        self.exact = isinstance(scores, LayerAllocation)
+        self._exact = isinstance(scores, LayerAllocation)
         if isinstance(scores, LayerAllocation):
             _check_allocation(scores, values, n_active)
             self.probabilities: list[float] = values.tolist()
@@ -73,7 +73,7 @@ class LayerSampler:
     def draw(self, number: int) -> list[int]:
         """The layers of draw `number`, counted from 0, in rising order."""
         p, generator = torch.tensor(self.probabilities, dtype=torch.float64), generator_of(self.seed, number)
-        if not self.exact:
+        if not self._exact:
             return sorted(torch.multinomial(p, self.n_active, replacement=False, generator=generator).tolist())
         order = torch.randperm(len(p), generator=generator)
         # Layers lie side by side, each as long as its probability; one mark in each unit of length, all at one place.

@@ -164,7 +164,7 @@ def test_exported_to_a_lora_that_loads_without_us(rank, tmp_path):
         tmp_path / "lora", model, rank=rank
     )  # of increments of rank 3 x 4 at most, or a share of their squares
     found, base = in_a_fresh_process(LOADS_LORA, tmp_path), logits(build("llama"))
-    assert (found - logits(model)).norm() <= (1e-5 if rank == 16 else 0.02) * (logits(model) - base).norm()
+    assert (found - logits(model)).norm() <= (1e-4 if rank == 16 else 0.05) * (logits(model) - base).norm()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
