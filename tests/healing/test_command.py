@@ -64,9 +64,8 @@ def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
     report = RunReport.load(tmp_path / "whole")
     assert report.results["curve"] == RunReport.load(tmp_path / "killed").results["curve"]
-    assert {path.name for path in (tmp_path / "whole").glob("*.png")} == {"overview.png", "curve.png", "healed.png"} | (
-        {"score.png"} if "score" in report.layers else set()
-    )
+    pictures = {path.name for path in (tmp_path / "whole").glob("*.png")}
+    assert pictures == {"overview.png", "curve.png", "healed.png", "trained.png", "score.png"}
     found = report.results["perplexity"]
     lost, back = math.log(found["before"] / found["teacher"]), math.log(found["before"] / found["after"])
     assert lost > 0 and report.results["recovered"] == pytest.approx(back / lost)
