@@ -57,5 +57,5 @@ def run_in_two_processes(what: str, folder: Path) -> None:
     """Runs a function of tests/distributed_training.py under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", "-m", "tests.distributed_training", what, str(folder)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -112,6 +112,7 @@ def test_bad_options(more, message, capsys, tmp_path):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_the_plan_against_all_combinations_on_a_small_grid(texts):
     """How far adding up costs leads: what is chosen is within a hundredth of a nat of the best of all twelve."""
     levels = {"rank": [None, 0.1, 0.25], "bits": [None, 4.0, 3.5, 3.0]}
