@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
     a = parse(arguments)
     model, tokenizer = load_model(a.model, ModelSettings(dtype="float32"))
     windows = pack(tokenizer, load_texts(TextSettings(text=a.text)), a.sequence_length).long()
+    if len(windows) <= HELD_OUT:
+        raise ValueError(
+            f"text: expected more than {HELD_OUT} windows of {a.sequence_length} tokens, got {len(windows)}"
+        )
     train, held_out = windows[:-HELD_OUT], windows[-HELD_OUT:]
 
     def held_out_perplexity() -> float:

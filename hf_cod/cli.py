@@ -41,6 +41,9 @@ RESUMABLE = (
     "finetune",
 )
 
+# Those of them that train.
+FROM_CHECKPOINTS = ("heal", "finetune")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 for a failure in the work, 2 for bad input, 130 for Ctrl-C."""
@@ -65,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         resume = "; the same command goes on from here" if arguments[0] in RESUMABLE else ""
+        if arguments[0] in FROM_CHECKPOINTS:
+            resume = "; the same command goes on from its last checkpoint (--save-every)"
         print(f"hf-cod {arguments[0]}: stopped{resume}", file=sys.stderr)
         return 130
 

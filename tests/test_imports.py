@@ -23,6 +23,7 @@ ORDER = [
     ["plots", "model_card"],
     ["commands"],
     ["cli"],
+    ["__main__"],
 ]
 # Optional packages -> the only rooms that may import them.
 OPTIONAL = {

@@ -201,5 +201,5 @@ def describe_perplexity(results: dict[str, Any], after: str) -> list[str]:
         f"{results['evaluation']['samples']} samples that were not seen before."
     ]
     if "uniform" in found and figures["uniform"] < figures[after]:
-        sentences.append("So this score does harm here: --score uniform treats all layers alike.")
+        sentences.append("So on these samples this score does harm: --score uniform treats all layers alike.")
     return sentences

@@ -84,7 +84,10 @@ def run(
     """Loads both models, heals the student, saves it."""
     model, tokenizer = load_with_tokenizer(student, loading)
     its_loading = replace(loading, dtype=source.teacher_dtype, revision="main")
-    teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading)
+    try:
+        teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading)
+    except ValueError as error:
+        raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from error
     check_tokenizers(tokenizer, its_tokenizer)
     held_out = None
     if source.eval_text is not None:

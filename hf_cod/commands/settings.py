@@ -34,7 +34,8 @@ class SettingsParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """An option of several values takes all words behind it, the model's name, too."""
-        super().error(message + ("; put it in front of the options" if "are required" in message else ""))
+        positional = "are required" in message and "--" not in message
+        super().error(message + ("; put it in front of the options" if positional else ""))
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """One object for each dataclass, then the namespace of all arguments.

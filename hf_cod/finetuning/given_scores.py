@@ -12,8 +12,10 @@ def check_model(scores: LayerScores | LayerAllocation, stack: DecoderLayers) -> 
     """Makes sure that they are of that model, as far as its sizes tell; warns where only its name is another.
 
     Raises:
-        ValueError: another number of layers, or layers of other sizes.
+        ValueError: neither of both, another number of layers, or layers of other sizes.
     """
+    if not isinstance(scores, (LayerScores, LayerAllocation)):
+        raise ValueError(f"scores: expected LayerScores, a LayerAllocation or None, got {type(scores).__name__}")
     sizes = scores.parameters if isinstance(scores, LayerScores) else scores.sizes
     if len(scores.values) != len(stack):
         raise ValueError(f"scores: expected those of a model with {len(stack)} layers, got {len(scores.values)}")

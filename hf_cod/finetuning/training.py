@@ -22,7 +22,7 @@ from hf_cod.finetuning.settings import OwLoreSettings
 from hf_cod.scores import METHODS as SCORES
 from hf_cod.scores import LayerScores, score_layers
 
-SETTINGS, TRAINER_STATE = "settings.json", "trainer_state.json"
+SETTINGS, SCORES_FILE, TRAINER_STATE = "settings.json", "scores.json", "trainer_state.json"
 SCORED_SAMPLES = 16
 
 
@@ -68,7 +68,9 @@ class TrainingSettings:
                 f"{self.micro_batch_size}"
             )
         if self.save_every % self.log_every:
-            raise ValueError(f"save_every: expected a multiple of log_every ({self.log_every}), got {self.save_every}")
+            raise ValueError(
+                f"save_every: expected a multiple of log_every ({self.log_every}), got {self.save_every}; set both"
+            )
 
     @property
     def rate(self) -> float:
@@ -111,20 +113,30 @@ class Training:
 def claim(directory: Path, wanted: dict[str, Any]) -> None:
     """Makes the directory this run's; what was noted of it before stays noted.
 
+    A run that ended before its first checkpoint has left nothing to go on from: other settings take its place.
+
     Raises:
-        ValueError: it is that of another run, or of a finished one.
+        ValueError: it is that of another run, or of a finished one, or a file.
     """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"output: expected a directory, got the file {str(directory)!r}")
     if (directory / "report.json").exists():
-        raise ValueError(f"output: expected a new directory, or that of an interrupted run, got {str(directory)!r}")
+        raise ValueError(
+            f"output: expected a new directory, or that of an interrupted run, got {str(directory)!r}, whose run is "
+            f"finished (its model is in {str(directory / 'model')!r})"
+        )
     note = directory / SETTINGS
     found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    for name, value in wanted.items():
-        if name in found and found[name] != value:
-            raise ValueError(
-                f"{name}: expected {found[name]!r}, with which the run in {str(directory)!r} began, got {value!r}; "
-                "name another --output"
-            )
-    if not wanted.keys() <= found.keys():
+    changed = [name for name, value in wanted.items() if name in found and found[name] != value]
+    if changed and any(directory.glob("checkpoint-*")):
+        name = changed[0]
+        raise ValueError(
+            f"{name}: expected {found[name]!r}, with which the run in {str(directory)!r} began, got {wanted[name]!r}; "
+            "name another --output"
+        )
+    if changed:
+        (directory / SCORES_FILE).unlink(missing_ok=True)
+    if changed or not wanted.keys() <= found.keys():
         write_json(note, {**found, **wanted})
 
 
@@ -154,7 +166,7 @@ def scores_to_draw_by(
     """
     if not METHODS[settings.method].needs_scores:
         return None
-    kept = directory / "scores.json"
+    kept = directory / SCORES_FILE
     if file is not None:
         given = LayerScores.load(file)
         if kept.is_file() and LayerScores.load(kept) != given:

@@ -172,7 +172,14 @@ def test_bad_input(more, message, tmp_path, capsys):
 
 
 def test_a_directory_of_another_run_is_refused(tmp_path, capsys):
-    command = ["finetune", MODEL, *QUICK.split(), "--output", str(tmp_path / "out")]
-    main([*command, "--eval-samples", "99999"])  # fails behind its note of settings
+    output = tmp_path / "out"
+    command = ["finetune", MODEL, *QUICK.split(), "--output", str(output), "--eval-samples", "99999"]
+    assert main(command) == 2  # behind its note of settings
     assert main([*command, "--steps", "11"]) == 2
-    assert "name another --output" in capsys.readouterr().err
+    assert "text: expected more than the 99999" in capsys.readouterr().err, "nothing was begun"
+    (output / "checkpoint-2").mkdir()
+    assert main([*command, "--steps", "12"]) == 2
+    assert "steps: expected 11, with which the run in" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*command, "--output", str(tmp_path / "file")]) == 2
+    assert "output: expected a directory, got the file" in capsys.readouterr().err
