@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hf_cod.files import read_json, write_json
+from hf_cod.files import JsonFile
 from hf_cod.functional import budget as budgets
 from hf_cod.scores import LayerScores
 
@@ -21,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["sparsity", "bits", "rank", "parameters", "probability"]
 Rule = Literal["bounded", "authors"]
-FORMAT_VERSION = 1
 DEFAULT_SPREAD = 0.08  # OWL (arXiv 2310.05175), lambda
 DEFAULT_BITS = (3.0, 4.0)
 RULES = ("bounded", "authors")
@@ -30,7 +28,7 @@ FALLING = {"sparsity": True, "bits": False, "rank": False, "parameters": False, 
 
 
 @dataclass(frozen=True)
-class LayerAllocation:
+class LayerAllocation(JsonFile):
     """What each layer gets.
 
     Attributes:
@@ -44,6 +42,8 @@ class LayerAllocation:
         model: the name of the model that was scored.
         sizes: weights in each of its layers' matrices, by which a plan of another model is known; None: not known.
     """
+
+    FIELD = "allocation"
 
     kind: str
     budget: float
@@ -69,19 +69,6 @@ class LayerAllocation:
         if self.group is None:
             raise ValueError("group: expected an allocation of N:M sparsity, got none")
         return [(self.group - round(value * self.group), self.group) for value in self.values]
-
-    def save(self, path: str | Path) -> Path:
-        """Writes a JSON file; returns its path."""
-        return write_json(path, {"format": FORMAT_VERSION, **asdict(self)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> LayerAllocation:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: no such file, or not one of ours.
-        """
-        return cls(**read_json(path, "allocation", FORMAT_VERSION, cls.__dataclass_fields__))
 
 
 def allocate(

@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar, TypeVar, cast
+
+Kept = TypeVar("Kept", bound="JsonFile")
 
 
 def write_aside(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
@@ -49,22 +52,40 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path, field: str, version: int, names: Iterable[str]) -> dict[str, Any]:
-    """Reads a JSON object whose "format" is `version`; returns its other entries, which are those of `names`.
+class JsonFile:
+    """Mixin of a dataclass that is kept as one JSON file.
 
-    Raises:
-        ValueError: no such file, of another format, or with other entries; begins with the name of the user's `field`.
+    Attributes:
+        FIELD: what errors call such a file.
+        FORMAT: the version that is written, and the only one that is read.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = content.pop("format")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{field}: expected a file of hf_cod's {field}, got {str(path)!r}: {error}") from error
-    if found != version:
-        raise ValueError(f"{field}: expected format {version}, got {found} in {str(path)!r}")
-    if set(content) != set(names):
-        raise ValueError(f"{field}: expected {', '.join(names)}, got {', '.join(content)} in {str(path)!r}")
-    return content
+
+    FIELD: ClassVar[str]
+    FORMAT: ClassVar[int] = 1
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a JSON file; returns its path."""
+        return write_json(path, {"format": self.FORMAT, **asdict(cast(Any, self))})
+
+    @classmethod
+    def load(cls: type[Kept], path: str | Path) -> Kept:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: no such file, of another format, or with other entries.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = content.pop("format")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"{cls.FIELD}: expected a file of hf_cod's {cls.FIELD}"
+            raise ValueError(f"{what}, got {str(path)!r}: {error}") from error
+        if version != cls.FORMAT:
+            raise ValueError(f"{cls.FIELD}: expected format {cls.FORMAT}, got {version} in {str(path)!r}")
+        names = [entry.name for entry in fields(cast(Any, cls))]
+        if set(content) != set(names):
+            raise ValueError(f"{cls.FIELD}: expected {', '.join(names)}, got {', '.join(content)} in {str(path)!r}")
+        return cls(**content)
 
 
 def looks_local(name: str) -> bool:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_cod.decoder_layers import DecoderLayers
-from hf_cod.files import read_json, write_json
+from hf_cod.files import JsonFile
 from hf_cod.same_model import check_sizes
 
-FORMAT_VERSION = 1
 GIVEN = "given"  # layers that somebody named
 
 
 @dataclass(frozen=True)
-class DepthPlan:
+class DepthPlan(JsonFile):
     """The layers that a model can do without.
 
     Attributes:
@@ -29,6 +27,8 @@ class DepthPlan:
         candidates: of a search, name -> {"layers", "loss"} of each plan that it ended with, the loss on text that
             the search did not see; "intact" is the model itself.
     """
+
+    FIELD = "depth_plan"
 
     model: str
     method: str
@@ -56,19 +56,6 @@ class DepthPlan:
             ValueError: another number of layers, or layers of other sizes.
         """
         check_sizes("plan", self.model, self.parameters, stack)
-
-    def save(self, path: str | Path) -> Path:
-        """Writes a JSON file; returns its path."""
-        return write_json(path, {"format": FORMAT_VERSION, **asdict(self)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> DepthPlan:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: no such file, or not one of ours.
-        """
-        return cls(**read_json(path, "depth_plan", FORMAT_VERSION, cls.__dataclass_fields__))
 
 
 def check_count(count: int, depth: int, name: str) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from hf_cod.files import read_json, write_json
+from hf_cod.files import JsonFile
 
-FORMAT_VERSION = 1
 KINDS = ("memory", "parameters", "bits")
 
 
 @dataclass(frozen=True)
-class FitPlan:
+class FitPlan(JsonFile):
     """What is done to a model.
 
     Attributes:
@@ -30,6 +28,8 @@ class FitPlan:
         curve: the least loss that is expected with each share left, as [share, nats a token, steps].
     """
 
+    FIELD = "fit_plan"
+
     kind: str
     budget: float
     steps: dict[str, float]
@@ -39,16 +39,3 @@ class FitPlan:
     alone: dict[str, dict[str, list[float]]]
     tried: list[dict[str, Any]]
     curve: list[list[Any]]
-
-    def save(self, path: str | Path) -> Path:
-        """Writes a JSON file; returns its path."""
-        return write_json(path, {"format": FORMAT_VERSION, **asdict(self)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> FitPlan:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: no such file, or not one of ours.
-        """
-        return cls(**read_json(path, "fit_plan", FORMAT_VERSION, cls.__dataclass_fields__))

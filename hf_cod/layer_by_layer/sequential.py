@@ -52,6 +52,22 @@ def change_sequentially(
                     before[number] = (hidden.cpu(), rest)
 
 
+def change_each(
+    stack: DecoderLayers,
+    change_layer: Callable[[int, Sums | None], Any],
+    finished: FinishedLayers,
+    title: str,
+    show_progress: bool,
+    sums: Sums | None = None,
+) -> None:
+    """Changes layer after layer without running any: by its weights alone, or by `sums` of the intact model."""
+    for index in progress(range(len(stack)), title, show_progress):
+        if index in finished:
+            finished.restore(index)
+        else:
+            finished.add(index, change_layer(index, sums))
+
+
 def _record(
     stack: DecoderLayers,
     index: int,

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from hf_cod.allocation import LayerAllocation
 from hf_cod.calibration import Batch, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
-from hf_cod.diagnostics.running import execution_device, progress
+from hf_cod.diagnostics.running import execution_device
 from hf_cod.functional import factorization
 from hf_cod.functional.ranks import count
-from hf_cod.layer_by_layer import FinishedLayers, Sums, change_sequentially, fingerprint_of_work
+from hf_cod.layer_by_layer import FinishedLayers, Sums, change_each, change_sequentially, fingerprint_of_work
 from hf_cod.low_rank.rank_plan import RankPlan, check_ranks, factorizable, plan_of_allocation
 from hf_cod.models.shapes import LowRankLinear
 from hf_cod.models.shaping import check_shapeable, record_shapes
@@ -89,11 +89,7 @@ def factorize(
             settings |= describe_batches(batches)
             change_sequentially(stack, batches, ProductsRecorder, change, finished, "factorizing", show_progress)
         else:
-            for index in progress(range(len(stack)), "factorizing", show_progress):
-                if index in finished:
-                    finished.restore(index)
-                else:
-                    finished.add(index, change(index, None))
+            change_each(stack, change, finished, "factorizing", show_progress)
     finally:
         if change.done:  # also after an error: what was changed could not be loaded again otherwise
             record_shapes(stack.model, change.done)

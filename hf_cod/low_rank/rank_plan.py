@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,15 +11,14 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_cod.allocation import LayerAllocation
 from hf_cod.decoder_layers import DecoderLayers
-from hf_cod.files import read_json, write_json
+from hf_cod.files import JsonFile
 from hf_cod.functional.ranks import Shape, count, most_rank, rank_of_share, rank_of_weights
 
-FORMAT_VERSION = 1
 KINDS = ("parameters", "rank")
 
 
 @dataclass(frozen=True)
-class RankPlan:
+class RankPlan(JsonFile):
     """What each matrix gets.
 
     Attributes:
@@ -31,23 +29,12 @@ class RankPlan:
         method: which score or spectrum they follow.
     """
 
+    FIELD = "rank_plan"
+
     kind: str
     budget: float
     ranks: dict[str, int]
     method: str
-
-    def save(self, path: str | Path) -> Path:
-        """Writes a JSON file; returns its path."""
-        return write_json(path, {"format": FORMAT_VERSION, **asdict(self)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> RankPlan:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: no such file, or not one of ours.
-        """
-        return cls(**read_json(path, "rank_plan", FORMAT_VERSION, cls.__dataclass_fields__))
 
 
 def factorizable(stack: DecoderLayers, index: int) -> dict[str, Shape]:

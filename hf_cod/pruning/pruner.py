@@ -13,9 +13,9 @@ from hf_cod.allocation import LayerAllocation
 from hf_cod.calibration import Batch, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.partial_pass import check_independent
-from hf_cod.diagnostics.running import execution_device, naming_weights, progress
+from hf_cod.diagnostics.running import execution_device, naming_weights
 from hf_cod.functional.sparsity import Pattern
-from hf_cod.layer_by_layer import FinishedLayers, Sums, change_sequentially, fingerprint_of_work
+from hf_cod.layer_by_layer import FinishedLayers, Sums, change_each, change_sequentially, fingerprint_of_work
 from hf_cod.pruning import weights
 from hf_cod.pruning.magnitude import MAGNITUDE
 from hf_cod.pruning.method import Method, Target
@@ -96,11 +96,7 @@ def prune(
             change_sequentially(stack, batches, chosen.recorder, prune_layer, finished, "pruning", show_progress)
         settings |= describe_batches(batches)
     else:
-        for index in progress(range(len(stack)), "pruning", show_progress):
-            if index in finished:
-                finished.restore(index)
-            else:
-                finished.add(index, prune_layer(index, statistics))
+        change_each(stack, prune_layer, finished, "pruning", show_progress, statistics)
     return _report(stack, targets, finished, settings, name)
 
 

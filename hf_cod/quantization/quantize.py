@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from hf_cod.calibration import Batch, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.partial_pass import check_independent
-from hf_cod.diagnostics.running import execution_device, progress
-from hf_cod.layer_by_layer import FinishedLayers, Sums, change_sequentially, fingerprint_of_work
+from hf_cod.diagnostics.running import execution_device
+from hf_cod.layer_by_layer import FinishedLayers, Sums, change_each, change_sequentially, fingerprint_of_work
 from hf_cod.quantization.config import METHOD, OwlBnbConfig, score_of
 from hf_cod.quantization.plan import BitPlan, plan_by, recorded, stored_bits, what_is_lost
 from hf_cod.quantization.quantizer import OwlBnbQuantizer
@@ -93,11 +93,7 @@ def quantize(
         check_independent(stack, "quantize")
         change_sequentially(stack, batches, ProductsRecorder, change, finished, bar, show_progress)
     else:
-        for index in progress(range(len(stack)), bar, show_progress):
-            if index in finished:
-                finished.restore(index)
-            else:
-                finished.add(index, change(index, None))
+        change_each(stack, change, finished, bar, show_progress)
     _mark(model, recorded(config, plan))
     told = {} if batches is None else describe_batches(batches)
     return _report(stack, plan, config, finished, title, told)

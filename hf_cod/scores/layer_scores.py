@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_cod.decoder_layers import DecoderLayers
-from hf_cod.files import read_json, write_json
+from hf_cod.files import JsonFile
 from hf_cod.same_model import check_sizes
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class LayerScores:
+class LayerScores(JsonFile):
     """How much each layer of a model matters.
 
     Attributes:
@@ -25,6 +22,8 @@ class LayerScores:
         parameters: weights in each layer's matrices: what a budget is weighted by.
         settings: what the method was told (threshold, seed, ...).
     """
+
+    FIELD = "scores"
 
     model: str
     method: str
@@ -56,16 +55,3 @@ class LayerScores:
             ValueError: another number of layers, or layers of other sizes.
         """
         check_sizes("scores", self.model, self.parameters, stack)
-
-    def save(self, path: str | Path) -> Path:
-        """Writes a JSON file; returns its path."""
-        return write_json(path, {"format": FORMAT_VERSION, **asdict(self)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> LayerScores:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: no such file, or not one of ours.
-        """
-        return cls(**read_json(path, "scores", FORMAT_VERSION, cls.__dataclass_fields__))

@@ -14,9 +14,8 @@ from hf_cod.allocation import LayerAllocation
 from hf_cod.calibration import Batch, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.partial_pass import check_independent
-from hf_cod.diagnostics.running import progress
 from hf_cod.functional import channels
-from hf_cod.layer_by_layer import FinishedLayers, Sums, change_sequentially, fingerprint_of_work
+from hf_cod.layer_by_layer import FinishedLayers, Sums, change_each, change_sequentially, fingerprint_of_work
 from hf_cod.layer_units import LayerUnits, find_units
 from hf_cod.models.shapes import LowRankLinear
 from hf_cod.models.shaping import check_shapeable, record_shapes
@@ -118,11 +117,7 @@ def narrow(
             recorder = partial(MomentsRecorder, names=change.writers)
             change_sequentially(stack, batches, recorder, change, finished, "narrowing", show_progress)
         else:
-            for index in progress(range(len(stack)), "narrowing", show_progress):
-                if index in finished:
-                    finished.restore(index)
-                else:
-                    finished.add(index, change(index, None))
+            change_each(stack, change, finished, "narrowing", show_progress)
     finally:
         stock = not change.done or set_stock_config(stack)
         if not stock:  # also after an error: what was changed could not be loaded again otherwise

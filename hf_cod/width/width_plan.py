@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 from hf_cod.allocation import LayerAllocation
 from hf_cod.decoder_layers import DecoderLayers
-from hf_cod.files import read_json, write_json
+from hf_cod.files import JsonFile
 from hf_cod.functional.widths import Layer, Widths, choose_widths
 from hf_cod.layer_units import CHANNELS, HEADS, LayerUnits
 
-FORMAT_VERSION = 1
 MULTIPLE = 32  # of channels: what matrix units of GPUs and the registers of processors like
 
 
 @dataclass(frozen=True)
-class WidthPlan:
+class WidthPlan(JsonFile):
     """What each layer keeps.
 
     Attributes:
@@ -27,23 +25,12 @@ class WidthPlan:
         method: which score they follow.
     """
 
+    FIELD = "width_plan"
+
     budget: float
     heads: list[int | None]
     channels: list[int | None]
     method: str
-
-    def save(self, path: str | Path) -> Path:
-        """Writes a JSON file; returns its path."""
-        return write_json(path, {"format": FORMAT_VERSION, **asdict(self)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> WidthPlan:
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: no such file, or not one of ours.
-        """
-        return cls(**read_json(path, "width_plan", FORMAT_VERSION, cls.__dataclass_fields__))
 
 
 def plan_of_allocation(
