@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from hf_cod.calibration import (
     split_samples,
 )
 from hf_cod.calibration import token_batches as cut_into_batches
-from hf_cod.commands.output import finish
+from hf_cod.commands.diagnose import require_plots
+from hf_cod.commands.output import JOURNAL, check_output, finish, results_of
+from hf_cod.commands.settings import default_directory
 from hf_cod.commands.terminal import print_report
-from hf_cod.decoder_layers import find_decoder_layers
-from hf_cod.diagnostics.running import evaluation_mode, execution_device, to_device
-from hf_cod.evaluation import LANGUAGE_MODELS, perplexity, task_of
+from hf_cod.diagnostics.running import held_out_perplexity
+from hf_cod.evaluation import LANGUAGE_MODELS, task_of
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.report import RunReport, format_number
 from hf_cod.scores import LayerScores, ScoreSettings
@@ -76,10 +77,9 @@ class SpreadSettings(CompressionSettings):
 
 
 @dataclass
-class CompressionOutput:
-    """What is read beside the model, and where results go."""
+class ResultsOutput:
+    """Where results go."""
 
-    scores: str | None = field(default=None, metadata={"help": "scores.json of hf-cod score, instead of scoring anew"})
     output: str | None = field(
         default=None,
         metadata={"help": "new directory for model, report and pictures; default: hf-cod-COMMAND-MODEL"},
@@ -87,21 +87,56 @@ class CompressionOutput:
     plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
 
 
-def deliver(report: RunReport, directory: Path, results: Path, plots: bool) -> None:
-    """Adds report and pictures to the results, puts them in their place, and prints the report.
+@dataclass
+class CompressionOutput(ResultsOutput):
+    """The same, and what is read beside the model."""
+
+    scores: str | None = field(default=None, metadata={"help": "scores.json of hf-cod score, instead of scoring anew"})
+
+
+def write_results(
+    command: str, model: str, files: ResultsOutput, work: Callable[[Path, Path], RunReport | None]
+) -> int:
+    """Does the work of a command that makes a model, in a directory that is complete afterwards or not there.
 
     Args:
-        report: of the run.
-        directory: that the user named.
-        results: of `results_of`; holds the model.
-        plots: whether to draw.
+        command: its name.
+        model: the model's name, as the user gave it.
+        files: where results go.
+        work: (directory for a journal, directory for model and plans) -> the report of it, to which pictures are
+            added, or None where nothing was to be made.
+
+    Returns:
+        The exit status.
     """
-    if plots:
+    directory = Path(files.output or default_directory(command, model))
+    check_output(directory, model)
+    if files.plots:
+        require_plots()
+    results = results_of(directory)
+    report = work(directory / JOURNAL, results)
+    if report is None:
+        print(f"\nnothing was made; what was measured is kept in {directory.resolve()}")
+        return 0
+    if files.plots:
         report.plot(results)
     report.save(results)
     finish(directory, results)
     print_report(report)
     print(f"\nwritten to {directory.resolve()}")
+    return 0
+
+
+def measured_results(
+    report: RunReport, output: Path, perplexities: dict[str, float | None], evaluation: Sequence[Batch]
+) -> dict[str, Any]:
+    """A report's results with the bytes of what was saved, and what perplexity became on which samples."""
+    return {
+        **report.results,
+        "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
+        "perplexity": perplexities,
+        "evaluation": describe_batches(evaluation),
+    }
 
 
 def load_with_tokenizer(source: str, loading: ModelSettings) -> tuple[nn.Module, Any]:
@@ -179,10 +214,7 @@ def measure_perplexity(model: nn.Module, batches: Sequence[Batch], settings: Mea
     """Perplexity on the batches; None for a model that is no language model."""
     if task_of(model) not in LANGUAGE_MODELS:
         return None
-    stack = find_decoder_layers(model, settings.layers_path)
-    device = execution_device(stack.model)
-    with evaluation_mode(stack):
-        return perplexity(model, [to_device(batch, device) for batch in batches])
+    return held_out_perplexity(model, batches, settings.layers_path)
 
 
 def describe_perplexity(results: dict[str, Any], after: str) -> list[str]:

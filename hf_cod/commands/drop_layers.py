@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ from torch import nn
 from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
     MeasuringSettings,
-    deliver,
+    ResultsOutput,
     describe_perplexity,
     load_with_tokenizer,
     measure_perplexity,
+    measured_results,
     split_text,
+    write_results,
 )
-from hf_cod.commands.diagnose import require_plots
-from hf_cod.commands.output import JOURNAL, check_output, results_of
-from hf_cod.commands.settings import SettingsParser, default_directory, model_title
+from hf_cod.commands.settings import SettingsParser, model_title
 from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.depth import CRITERIA, REPLACEMENTS, DepthPlan, drop_layers, plan_depth
 from hf_cod.evaluation import task_of
@@ -77,17 +78,12 @@ class DropLayersSettings(MeasuringSettings):
 
 
 @dataclass
-class DropLayersOutput:
-    """What is read beside the model, and where results go."""
+class DropLayersOutput(ResultsOutput):
+    """Where results go, and what is read beside the model."""
 
     plan: str | None = field(
         default=None, metadata={"help": "depth_plan.json of an earlier run, instead of choosing layers anew"}
     )
-    output: str | None = field(
-        default=None,
-        metadata={"help": "new directory for model, report and pictures; default: hf-cod-drop-layers-MODEL"},
-    )
-    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -100,14 +96,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     loading, text, settings, files, rest = parser.parse(arguments)
-    directory = Path(files.output or default_directory("drop-layers", rest.model))
-    check_output(directory, rest.model)
-    if files.plots:
-        require_plots()
-    results = results_of(directory)
-    report = run(rest.model, loading, text, settings, files.plan, directory / JOURNAL, results)
-    deliver(report, directory, results, files.plots)
-    return 0
+    return write_results(
+        "drop-layers", rest.model, files, partial(run, rest.model, loading, text, settings, files.plan)
+    )
 
 
 def run(
@@ -140,12 +131,7 @@ def run(
     del model
     saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["dropped"] = measure_perplexity(saved, evaluation, settings)
-    results = {
-        **report.results,
-        "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
-        "perplexity": perplexities,
-        "evaluation": describe_batches(evaluation),
-    }
+    results = measured_results(report, output, perplexities, evaluation)
     return replace(
         report,
         settings={**asdict(settings), "text": text.text, "plan": plan_file, **describe_batches(calibration)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,16 @@ from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
     CompressionOutput,
     SpreadSettings,
-    deliver,
     describe_perplexity,
     describe_sizes,
     load_with_tokenizer,
     measure_perplexity,
+    measured_results,
     save_results,
     split_text,
+    write_results,
 )
-from hf_cod.commands.diagnose import require_plots
-from hf_cod.commands.output import JOURNAL, check_output, results_of
-from hf_cod.commands.settings import SettingsParser, default_directory, model_title
+from hf_cod.commands.settings import SettingsParser, model_title
 from hf_cod.evaluation import task_of
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.low_rank import METHODS, WEIGHINGS, RankPlan, factorize, plan_ranks
@@ -91,14 +91,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     loading, text, settings, files, rest = parser.parse(arguments)
-    directory = Path(files.output or default_directory("factorize", rest.model))
-    check_output(directory, rest.model)
-    if files.plots:
-        require_plots()
-    results = results_of(directory)
-    report = run(rest.model, loading, text, settings, files.scores, directory / JOURNAL, results)
-    deliver(report, directory, results, files.plots)
-    return 0
+    return write_results(
+        "factorize", rest.model, files, partial(run, rest.model, loading, text, settings, files.scores)
+    )
 
 
 def run(
@@ -136,12 +131,7 @@ def run(
     del model
     saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["factorized"] = measure_perplexity(saved, evaluation, settings)
-    results = {
-        **report.results,
-        "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
-        "perplexity": perplexities,
-        "evaluation": describe_batches(evaluation),
-    }
+    results = measured_results(report, output, perplexities, evaluation)
     return replace(
         report,
         settings={**asdict(settings), "text": text.text, "scores": scores_file, **describe_batches(calibration)},

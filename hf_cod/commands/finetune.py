@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,8 @@ from hf_cod.commands.diagnose import require_plots
 from hf_cod.commands.finetune_memory import EstimateSettings, estimate, print_estimates
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.sizes import in_gigabytes
-from hf_cod.commands.terminal import print_report
-from hf_cod.decoder_layers import find_decoder_layers
-from hf_cod.diagnostics.running import evaluation_mode
-from hf_cod.evaluation import perplexity
+from hf_cod.commands.training import TrainingOutput, tell
+from hf_cod.diagnostics.running import held_out_perplexity
 from hf_cod.finetuning import OwLoreSettings
 from hf_cod.finetuning.memory import Memory
 from hf_cod.finetuning.methods import METHODS
@@ -37,21 +35,10 @@ from hf_cod.scores import LayerScores
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class FinetuneOutput:
-    """What is read beside the model, and where results go."""
-
-    scores: str | None = field(default=None, metadata={"help": "scores.json of hf-cod score, instead of scoring anew"})
-    output: str | None = field(
-        default=None, metadata={"help": "directory for model, report, checkpoints; default: hf-cod-finetune-MODEL"}
-    )
-    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
-
-
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, TrainingSettings, OwLoreSettings, EstimateSettings, FinetuneOutput],
+        [ModelSettings, TextSettings, TrainingSettings, OwLoreSettings, EstimateSettings, TrainingOutput],
         prog="hf-cod finetune",
         description="Trains a model on with text, by default a few layers at a time (OwLore), and writes a model that "
         "from_pretrained loads. Interrupted, the same command goes on where it stopped.",
@@ -67,13 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     if files.plots:
         require_plots()
     report = run(rest.model, loading, text, settings, sampling, files.scores, directory)
-    if files.plots:
-        report.plot(directory)
-    report.save(directory)
-    print_report(report)
-    for name in ("model", "adapter"):
-        if (directory / name).is_dir():
-            print(f"\n{name} written to {(directory / name).resolve()}")
+    tell(report, directory, files.plots)
     return 0
 
 
@@ -92,8 +73,8 @@ def run(
         raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod.owlore with Trainer")
     windows = pack(tokenizer, load_texts(text), settings.sequence_length)
     train_windows, held_out = split_windows(windows, settings)
-    batches = [{"input_ids": part.to(model.device)} for part in held_out.split(settings.micro_batch_size)]
-    before = _perplexity(model, batches)
+    batches: list[Batch] = [{"input_ids": part} for part in held_out.split(settings.micro_batch_size)]
+    before = held_out_perplexity(model, batches)
     scores = scores_to_draw_by(model, train_windows, settings, scores_file, directory)
     chosen = METHODS[settings.method]
     trained: Any
@@ -102,7 +83,7 @@ def run(
     training = train(trained, optimizer, train_windows, settings, sampling.seed, directory)
     lost = _lost_energy(trained)
     whole = _saved(trained, tokenizer, chosen.adapters, directory)
-    after = _perplexity(whole, batches)
+    after = held_out_perplexity(whole, batches)
     told = {"model": source, **asdict(text), **asdict(settings), **asdict(sampling), "learning_rate": settings.rate}
     if scores is not None:
         told |= {"score": scores.method, "scores": scores_file}
@@ -140,11 +121,6 @@ def _saved(trained: Any, tokenizer: Any, adapters: bool, directory: Path) -> Any
     trained.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
     return trained
-
-
-def _perplexity(model: Any, batches: Sequence[Batch]) -> float:
-    with evaluation_mode(find_decoder_layers(model)):
-        return perplexity(model, batches)
 
 
 def _report(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,15 @@ from rich.table import Table
 
 from hf_cod.calibration import Batch, TextSettings, describe_batches, split_samples
 from hf_cod.commands.compressing import (
-    CompressionOutput,
-    CompressionSettings,
-    deliver,
+    MeasuringSettings,
+    ResultsOutput,
     describe_perplexity,
     load_with_tokenizer,
     measure_perplexity,
     split_text,
+    write_results,
 )
-from hf_cod.commands.diagnose import require_plots
-from hf_cod.commands.output import JOURNAL, check_output, results_of
-from hf_cod.commands.settings import SettingsParser, default_directory, model_title
+from hf_cod.commands.settings import SettingsParser, model_title
 from hf_cod.commands.sizes import parse_bytes
 from hf_cod.diagnostics.running import execution_device
 from hf_cod.evaluation import LANGUAGE_MODELS, task_of
@@ -34,7 +33,7 @@ from hf_cod.report import RunReport, environment, format_number
 
 
 @dataclass
-class FitSettings(CompressionSettings):
+class FitSettings(MeasuringSettings):
     """What the model must meet, and how the way there is found."""
 
     memory: str | None = field(
@@ -84,7 +83,7 @@ class FitSettings(CompressionSettings):
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, FitSettings, CompressionOutput],
+        [ModelSettings, TextSettings, FitSettings, ResultsOutput],
         prog="hf-cod fit",
         description="Makes a model meet a budget with the least loss: measures what each method costs alone, shows "
         "the best combination and the trade-off, then applies it and writes a model that from_pretrained loads where "
@@ -93,19 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     loading, text, settings, files, rest = parser.parse(arguments)
-    if files.scores is not None:
-        raise ValueError("scores: expected none, which the methods find out themselves, got a file")
-    directory = Path(files.output or default_directory("fit", rest.model))
-    check_output(directory, rest.model)
-    if files.plots:
-        require_plots()
-    results = results_of(directory)
-    report = run(rest.model, loading, text, settings, directory / JOURNAL, results)
-    if report is None:
-        print(f"\nplanned, not applied; what was measured is kept in {directory.resolve()}")
-        return 0
-    deliver(report, directory, results, files.plots)
-    return 0
+    return write_results("fit", rest.model, files, partial(run, rest.model, loading, text, settings))
 
 
 def run(

@@ -10,7 +10,7 @@ from hf_cod.calibration import TextSettings, load_texts
 from hf_cod.commands.compressing import CompressionSettings, as_in, load_with_tokenizer
 from hf_cod.commands.diagnose import require_plots
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
-from hf_cod.commands.terminal import print_report
+from hf_cod.commands.training import TrainingOutput, tell
 from hf_cod.finetuning import OwLoreSettings
 from hf_cod.finetuning.training import check_fused, claim
 from hf_cod.healing import HealSettings, heal
@@ -34,21 +34,10 @@ class TeacherSettings:
         ModelSettings(dtype=self.teacher_dtype)
 
 
-@dataclass
-class HealOutput:
-    """What is read beside the models, and where results go."""
-
-    scores: str | None = field(default=None, metadata={"help": "scores.json of hf-cod score, instead of scoring anew"})
-    output: str | None = field(
-        default=None, metadata={"help": "directory for model, report, checkpoints; default: hf-cod-heal-STUDENT"}
-    )
-    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
-
-
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, TeacherSettings, HealSettings, OwLoreSettings, HealOutput],
+        [ModelSettings, TextSettings, TeacherSettings, HealSettings, OwLoreSettings, TrainingOutput],
         prog="hf-cod heal",
         description="Trains a pruned, factorized, narrowed or shortened model on text to say what the model says that "
         "it came from, and writes a model that from_pretrained loads as it loads the student. Zeros stay zeros, and "
@@ -63,11 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     if files.plots:
         require_plots()
     report = run(rest.student, loading, text, source, settings, sampling, files.scores, directory)
-    if files.plots:
-        report.plot(directory)
-    report.save(directory)
-    print_report(report)
-    print(f"\nmodel written to {(directory / 'model').resolve()}")
+    tell(report, directory, files.plots)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,14 @@ from hf_cod.commands.compressing import (
     CompressionOutput,
     SpreadSettings,
     as_in,
-    deliver,
     describe_perplexity,
     load_with_tokenizer,
     measure_perplexity,
     save_results,
     split_text,
+    write_results,
 )
-from hf_cod.commands.diagnose import require_plots
-from hf_cod.commands.output import JOURNAL, check_output, results_of
-from hf_cod.commands.settings import SettingsParser, default_directory, model_title
+from hf_cod.commands.settings import SettingsParser, model_title
 from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.evaluation import task_of
 from hf_cod.loading import ModelSettings, load_model
@@ -97,14 +96,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     loading, text, settings, recovery, files, rest = parser.parse(arguments)
-    directory = Path(files.output or default_directory("prune", rest.model))
-    check_output(directory, rest.model)
-    if files.plots:
-        require_plots()
-    results = results_of(directory)
-    report = run(rest.model, loading, text, settings, recovery, files.scores, directory / JOURNAL, results)
-    deliver(report, directory, results, files.plots)
-    return 0
+    return write_results(
+        "prune", rest.model, files, partial(run, rest.model, loading, text, settings, recovery, files.scores)
+    )
 
 
 def run(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_cod.calibration import Batch
-from hf_cod.decoder_layers import DecoderLayers
+from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.evaluation import perplexity
 
 Item = TypeVar("Item")
 
@@ -85,6 +86,21 @@ def execution_device(model: nn.Module) -> torch.device:
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """The batch on `device`."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def held_out_perplexity(model: nn.Module, batches: Sequence[Batch], path: str | None = None) -> float:
+    """Perplexity of a language model on batches of any device, in eval mode and without a cache; the model is left as
+    it was.
+
+    Args:
+        model: a transformers model.
+        batches: dicts for its forward.
+        path: the stack's module name where it cannot be found.
+    """
+    stack = find_decoder_layers(model, path)
+    device = execution_device(stack.model)
+    with evaluation_mode(stack):
+        return perplexity(stack.model, [to_device(batch, device) for batch in batches])
 
 
 def progress(items: Iterable[Item], title: str, show: bool, total: int | None = None) -> Any:

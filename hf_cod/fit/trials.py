@@ -7,13 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from hf_cod.calibration import Batch
-from hf_cod.decoder_layers import find_decoder_layers
-from hf_cod.diagnostics.running import evaluation_mode, execution_device, to_device
-from hf_cod.evaluation import perplexity
+from hf_cod.diagnostics.running import held_out_perplexity
 from hf_cod.files import Journal
 from hf_cod.fit.knobs import KNOBS, Applying
 from hf_cod.model_size import ModelSize, size_of
@@ -72,7 +69,7 @@ class Trials:
         if key not in self._journal:
             model = self._make()
             apply_steps(model, steps, self._how)
-            loss = _loss(model, self._tuning, self._how.path)
+            loss = math.log(held_out_perplexity(model, self._tuning, self._how.path))
             if not math.isfinite(loss):
                 raise ValueError(f"loss: expected a finite one, got {loss} with {steps}")
             self._journal.add(key, [loss, asdict(size_of(model, self._how.path))])
@@ -88,11 +85,3 @@ def apply_steps(model: nn.Module, steps: Steps, how: Applying) -> None:
     for knob in KNOBS:
         if knob in steps:
             KNOBS[knob].apply(model, steps[knob], how)
-
-
-@torch.no_grad()
-def _loss(model: nn.Module, batches: Sequence[Batch], path: str | None) -> float:
-    stack = find_decoder_layers(model, path)
-    device = execution_device(stack.model)
-    with evaluation_mode(stack):
-        return math.log(perplexity(stack.model, [to_device(batch, device) for batch in batches]))

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.diagnostics.resuming import digest_batches
-from hf_cod.diagnostics.running import evaluation_mode, execution_device
-from hf_cod.evaluation import perplexity
+from hf_cod.diagnostics.running import evaluation_mode, held_out_perplexity
 from hf_cod.finetuning.methods import METHODS
 from hf_cod.finetuning.settings import OwLoreSettings
 from hf_cod.finetuning.training import Training, claim, scores_to_draw_by, split_windows, train
@@ -224,7 +223,5 @@ def _checkpoints(model: nn.Module) -> bool:
 
 
 def _perplexity(stack: DecoderLayers, windows: Tensor, settings: HealSettings) -> float:
-    device = execution_device(stack.model)
-    batches: list[Batch] = [{"input_ids": part.to(device)} for part in windows.split(settings.micro_batch_size)]
-    with evaluation_mode(stack):
-        return perplexity(stack.model, batches)
+    batches: list[Batch] = [{"input_ids": part} for part in windows.split(settings.micro_batch_size)]
+    return held_out_perplexity(stack.model, batches, stack.path)

@@ -1,0 +1,34 @@
+"""What the commands share that train: where results go, and how they are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hf_cod.commands.terminal import print_report
+from hf_cod.report import RunReport
+
+
+@dataclass
+class TrainingOutput:
+    """What is read beside the model, and where results go."""
+
+    scores: str | None = field(default=None, metadata={"help": "scores.json of hf-cod score, instead of scoring anew"})
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "directory for checkpoints, report and, in OUTPUT/model, the model; default: hf-cod-COMMAND-MODEL"
+        },
+    )
+    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
+
+
+def tell(report: RunReport, directory: Path, plots: bool) -> None:
+    """Draws, saves and prints the report, and says where the model is."""
+    if plots:
+        report.plot(directory)
+    report.save(directory)
+    print_report(report)
+    for name in ("model", "adapter"):
+        if (directory / name).is_dir():
+            print(f"\n{name} written to {(directory / name).resolve()}")
