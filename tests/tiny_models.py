@@ -72,6 +72,8 @@ OTHERS = {
     "dinov2": (AutoModel, "dinov2", _VIT),
 }
 FAMILIES = [*CAUSAL, *OTHERS]
+MIXTURES = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
+PLAIN = [family for family in FAMILIES if family not in MIXTURES]
 
 
 def build(family: str, layers: int = 4, dtype: torch.dtype = torch.float32, **changes):
@@ -97,3 +99,19 @@ def batch_for(model, padding: str | None = None) -> dict[str, torch.Tensor]:
         elif padding == "left":
             mask[row, : 9 - length] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def two_batches(model, padding=None):
+    """Of different sizes, the first one maybe padded."""
+    return [batch_for(model, padding), {name: tensor[:2] for name, tensor in batch_for(model).items()}]
+
+
+def double(batches):
+    """The same in float64."""
+    return [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in batches]
+
+
+@torch.no_grad()
+def outputs(model, batch=None):
+    """The first of what the model returns, in eval mode."""
+    return model.eval()(**(batch or batch_for(model))).to_tuple()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,27 @@ def run_in_two_processes(what: str, folder: Path) -> None:
     command += ["--rdzv-endpoint", "localhost:0", "-m", "tests.distributed_training", what, str(folder)]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+DIES = """
+import os, sys
+from hf_cod.finetuning import OwLoreAdamW
+step = OwLoreAdamW.step
+def dies(self, *args, **kwargs):
+    step(self, *args, **kwargs)
+    if self.steps == 5: os._exit(9)
+OwLoreAdamW.step = dies
+from hf_cod.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def dies_in_step_five(command):
+    """Runs a command of hf-cod that trains by OwLoreAdamW, in a process that is gone behind its fifth step."""
+    done = subprocess.run(
+        [sys.executable, "-c", DIES, *command],
+        check=False,
+        capture_output=True,
+        env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
+    )
+    assert done.returncode == 9, done.stderr.decode()[-2000:]

@@ -201,8 +201,8 @@ def test_accelerate_saves_and_goes_on(tmp_path):
 
 def test_with_sfttrainer(tmp_path):
     """TRL puts the adapter on by itself, by `peft_config`."""
-    trl = pytest.importorskip("trl")
     import datasets
+    import trl
 
     from tests.tiny_tokenizers import WORDS, gpt_like
 

@@ -310,7 +310,7 @@ def test_converted_once_the_optimizer_exists():
 
 def test_four_bit_base(tmp_path):
     """bitsandbytes' NF4, after an evaluation, which on some CPUs repacks the weights."""
-    functional = pytest.importorskip("bitsandbytes").functional
+    from bitsandbytes import functional
     from transformers import BitsAndBytesConfig
 
     sizes = {"hidden_size": 64, "intermediate_size": 128}
@@ -342,7 +342,6 @@ def test_four_bit_base(tmp_path):
 
 def test_mixed_three_and_four_bit_base(tmp_path):
     """Trained, saved, loaded, switched off, and exported to a LoRA on the same base."""
-    pytest.importorskip("bitsandbytes")
     base = logits(mixed().eval())
     model = get_peft_model(mixed(), OwLoreConfig(r=8)).train()
     optimizer = OwLoreAdamW(model, lr=1e-2, n_active=2, interval=3)

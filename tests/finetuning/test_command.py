@@ -1,9 +1,6 @@
 """hf-cod finetune on the embedded LNS model and novel."""
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -21,23 +18,12 @@ from hf_cod.finetuning.methods import METHODS
 from hf_cod.finetuning.training import TrainingSettings, scores_to_draw_by
 from hf_cod.loading import embedded_model
 from hf_cod.pretraining import pack
-from tests.tiny_models import build
+from tests.tiny_models import MIXTURES, build
+from tests.tiny_training import dies_in_step_five
 
 QUICK = "--steps 10 --batch-size 8 --micro-batch-size 4 --sequence-length 64 --eval-samples 8 --n-active 3 --interval 3"
 QUICK += " --rank 8 --save-every 2 --log-every 2 --dtype float32 --device cpu --no-plots --learning-rate 1e-3"
 MODEL = embedded_model("lns")
-
-DIES = """
-import os, sys
-from hf_cod.finetuning import OwLoreAdamW
-step = OwLoreAdamW.step
-def dies(self, *args, **kwargs):
-    step(self, *args, **kwargs)
-    if self.steps == 5: os._exit(9)
-OwLoreAdamW.step = dies
-from hf_cod.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -100,7 +86,7 @@ def test_estimates_of_settings_that_some_methods_refuse(capsys, tmp_path):
     assert re.search(r"^ owlore +\d", shown, re.MULTILINE)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", MIXTURES)
 def test_estimates_of_mixtures_of_experts(family):
     """In float32, for which the fake form of their product is not made."""
     found = estimate_memory(
@@ -132,13 +118,7 @@ def test_sizes_of_devices(size, value):
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     command = ["finetune", MODEL, *QUICK.split(), "--output"]
     assert main([*command, str(tmp_path / "whole")]) == 0
-    killed = subprocess.run(
-        [sys.executable, "-c", DIES, *command, str(tmp_path / "killed")],
-        check=False,
-        capture_output=True,
-        env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
-    )
-    assert killed.returncode == 9, killed.stderr.decode()[-2000:]
+    dies_in_step_five([*command, str(tmp_path / "killed")])
     assert main([*command, str(tmp_path / "killed")]) == 0
     weights, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
     for name, value in weights.items():

@@ -383,8 +383,8 @@ def test_two_processes_stay_in_step_and_train_as_one(tmp_path):
 
 
 def test_with_sfttrainer(tmp_path):
-    trl = pytest.importorskip("trl")
     import datasets
+    import trl
 
     from tests.tiny_tokenizers import WORDS, gpt_like
 

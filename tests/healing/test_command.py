@@ -1,9 +1,6 @@
 """hf-cod heal on the embedded LNS model, a quarter of whose layers is gone."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,22 +14,11 @@ from hf_cod.healing import HealSettings
 from hf_cod.loading import ModelSettings, embedded_model, load_model
 from hf_cod.pretraining import pack
 from tests.tiny_tokenizers import gpt_like
+from tests.tiny_training import dies_in_step_five
 
 TEACHER = embedded_model("lns")
 QUICK = "--teacher-dtype float32 --steps 6 --batch-size 8 --micro-batch-size 4 --sequence-length 64 --eval-samples 8"
 QUICK += " --n-active 3 --interval 2 --rank 8 --save-every 2 --log-every 2 --dtype float32 --device cpu"
-
-DIES = """
-import os, sys
-from hf_cod.finetuning import OwLoreAdamW
-step = OwLoreAdamW.step
-def dies(self, *args, **kwargs):
-    step(self, *args, **kwargs)
-    if self.steps == 5: os._exit(9)
-OwLoreAdamW.step = dies
-from hf_cod.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +35,7 @@ def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
     command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), "--hidden", "0.1", "--output"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     assert "of the lost log-perplexity is recovered" in " ".join(capsys.readouterr().out.split())
-    killed = subprocess.run(
-        [sys.executable, "-c", DIES, *command, str(tmp_path / "killed")],
-        check=False,
-        capture_output=True,
-        env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
-    )
-    assert killed.returncode == 9, killed.stderr.decode()[-2000:]
+    dies_in_step_five([*command, str(tmp_path / "killed")])
     assert main([*command, str(tmp_path / "killed"), "--steps", "7"]) == 2
     assert "steps: expected 6, with which the run in" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "killed")]) == 0

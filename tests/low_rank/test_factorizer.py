@@ -30,27 +30,11 @@ from hf_cod.loading import ModelSettings, load_model
 from hf_cod.low_rank import METHODS
 from hf_cod.models.shapes import LowRankLinear
 from tests import references
-from tests.tiny_models import CAUSAL, FAMILIES, OTHERS, batch_for, build
-
-MIXTURES = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
-PLAIN = [family for family in FAMILIES if family not in MIXTURES]
-
-
-def two_batches(model, padding=None):
-    return [batch_for(model, padding), {name: tensor[:2] for name, tensor in batch_for(model).items()}]
-
-
-def double(batches):
-    return [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in batches]
+from tests.tiny_models import CAUSAL, OTHERS, PLAIN, batch_for, build, double, outputs, two_batches
 
 
 def factors(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
-
-
-@torch.no_grad()
-def outputs(model, batch=None):
-    return model.eval()(**(batch or batch_for(model))).to_tuple()[0]
 
 
 def by_hand(model, batches, ranks, whitened=True):

@@ -12,14 +12,7 @@ from hf_cod import LayerAllocation, LayerScores, allocate, collect_statistics, f
 from hf_cod.layer_by_layer import FinishedLayers
 from hf_cod.pruning import METHODS
 from tests import references
-from tests.tiny_models import CAUSAL, FAMILIES, OTHERS, batch_for, build
-
-MIXTURES = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
-PLAIN = [family for family in FAMILIES if family not in MIXTURES]
-
-
-def two_batches(model, padding=None):
-    return [batch_for(model, padding), {name: tensor[:2] for name, tensor in batch_for(model).items()}]
+from tests.tiny_models import CAUSAL, MIXTURES, OTHERS, PLAIN, batch_for, build, two_batches
 
 
 def matrices(model):

@@ -5,9 +5,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.statistics.expert_banks import IMPLEMENTATION, observed
-from tests.tiny_models import batch_for, build
-
-MIXTURES = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
+from tests.tiny_models import MIXTURES, batch_for, build
 
 
 def banks_of(model):

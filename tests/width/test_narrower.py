@@ -27,27 +27,12 @@ from hf_cod.loading import ModelSettings, load_model
 from hf_cod.width import COMPENSATIONS, METHODS
 from hf_cod.width.gradients import measure_taylor
 from tests import references
-from tests.tiny_models import CAUSAL, FAMILIES, OTHERS, batch_for, build
+from tests.tiny_models import CAUSAL, MIXTURES, OTHERS, PLAIN, batch_for, build, double, outputs, two_batches
 
-MIXTURES = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
-PLAIN = [family for family in FAMILIES if family not in MIXTURES]
 # MPNet's attention, most of its weights, stays whole.
 SPREAD = {"mpnet": 0.04}
 # Of these, a config can say narrower layers that are all alike.
 STOCK = ["llama", "llama_tied", "qwen2", "qwen3", "mistral", "olmo", "olmo2", "gemma3", "mpnet", "vit"]
-
-
-def two_batches(model, padding=None):
-    return [batch_for(model, padding), {name: tensor[:2] for name, tensor in batch_for(model).items()}]
-
-
-def double(batches):
-    return [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in batches]
-
-
-@torch.no_grad()
-def outputs(model, batch=None):
-    return model.eval()(**(batch or batch_for(model))).to_tuple()[0]
 
 
 def different(layers=4, budget=0.65, spread=0.2):

@@ -1,4 +1,4 @@
-"""Pictures from reports alone; the only importer of matplotlib.
+"""How each measure of a report is drawn: one panel a measure.
 
 Colours: viridis (readable by colour-blind people and in grey print) and one dark blue; what matters is also said by
 position or text, never by colour alone. Yellow means near, as in the paper's Figure 2.
@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from hf_cod.comparison import Comparison
-from hf_cod.files import write_aside
+from matplotlib.axes import Axes
+
 from hf_cod.report import RunReport, format_number, standing_out
 from hf_cod.training.panels import LOG_RATIO, TRAINING_PANELS
-
-try:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise ImportError("plots: drawing needs matplotlib: pip install 'hf_cod[plots]'") from error
 
 NEAR_IS_YELLOW = "viridis_r"
 INK = "#26456e"
 PALE = "#9fb4cc"
-DPI = 150
 BY_STEP = "_by_step"
 INFLUENCE = "1 - cos(x$^l$, x$^{l+1}$)"
 GRADIENT = "‖∂L/∂θ$_l$‖"
@@ -49,68 +41,7 @@ COST_LABELS = {
 }
 
 
-class Picture(Figure):
-    """A figure that shows itself in a notebook without pyplot."""
-
-    def _repr_png_(self) -> bytes:
-        return _png(self)
-
-
-def plot_report(report: RunReport, directory: str | Path | None = None) -> Figure:
-    """Draws what a report holds; writes a picture a panel and, if there are several, overview.png into `directory`."""
-    there = [name for name in PANELS if _has(report, name)]
-    panels = [PANELS[name] for name in OVERVIEW if name in there] or [PANELS[name] for name in there]
-    if not panels:
-        raise ValueError(f"report: expected measures to draw, got none in a report of {report.kind}")
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Picture(figsize=(6.2 * columns, 4.4 * rows), layout="constrained")
-    for axes, draw in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
-        draw(axes, report)
-    for axes in figure.axes[len(panels) : rows * columns]:
-        axes.set_axis_off()
-    figure.suptitle(_title(report))
-    if directory is not None and len(there) == 1:
-        _save(figure, Path(directory) / f"{there[0]}.png")
-    elif directory is not None:
-        _save(figure, Path(directory) / "overview.png")
-        for name in there:
-            single = Figure(figsize=(6.2, 4.4), layout="constrained")
-            PANELS[name](single.subplots(), report)
-            _save(single, Path(directory) / f"{name}.png")
-    return figure
-
-
-def plot_comparison(comparison: Comparison, directory: str | Path | None = None) -> Figure:
-    """A column for each run, a row for each measure that any of them holds; writes compare.png if given a directory."""
-    drawn = [name for name in PANELS if any(_has(report, name) for report in comparison.reports)]
-    names = [name for name in OVERVIEW if name in drawn] or drawn
-    if not names:
-        raise ValueError("runs: expected measures to draw, got none in any report")
-    columns = len(comparison.reports)
-    figure = Picture(figsize=(5.4 * columns, 3.7 * len(names) + 0.4), layout="constrained")
-    grid = figure.subplots(len(names), columns, squeeze=False)
-    farthest = max(
-        (v for r in comparison.reports for row in r.results.get("angular_distance", []) for v in row if v is not None),
-        default=None,
-    )
-    for row, name in zip(grid, names, strict=True):
-        for axes, report, label in zip(row, comparison.reports, comparison.labels, strict=True):
-            if not _has(report, name):
-                axes.set_axis_off()
-                axes.text(0.5, 0.5, f"{name.replace('_', ' ')}: not measured", ha="center", transform=axes.transAxes)
-            elif name == "angular_distance":
-                _angular_distance(axes, report, farthest)
-            else:
-                PANELS[name](axes, report)
-            if name == names[0]:
-                axes.set_title(f"{_shorten(label)}\n{axes.get_title()}")
-    if directory is not None:
-        _save(figure, Path(directory) / "compare.png")
-    return figure
-
-
-def _angular_distance(axes: Axes, report: RunReport, farthest: float | None = None) -> None:
+def angular_distance(axes: Axes, report: RunReport, farthest: float | None = None) -> None:
     """The paper's Figure 2: column l, row n, yellow where layer l + n is near to layer l."""
     matrix = report.results["angular_distance"]
     L = len(matrix)
@@ -296,7 +227,7 @@ def _log_if_wide(axes: Axes, values: list[float]) -> None:
 
 # Measure -> how it is drawn.
 PANELS: dict[str, Callable[..., None]] = {
-    "angular_distance": _angular_distance,
+    "angular_distance": angular_distance,
     "layer_drop": _layer_drop,
     "gradient_norm": _per_layer("gradient_norm", "Gradient norm of each layer", GRADIENT),
     "block_influence": _per_layer("block_influence", "Block influence of each layer", INFLUENCE),
@@ -318,38 +249,3 @@ PANELS: dict[str, Callable[..., None]] = {
 # The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
 DEPTH = ("angular_distance", "layer_drop", "gradient_norm", "variance")
 OVERVIEW = ("curve", "healed", "trained", *DEPTH, *(name + BY_STEP for name in TRAINING_PANELS))
-
-
-def _has(report: RunReport, name: str) -> bool:
-    if "history" in report.results or name.endswith(BY_STEP):
-        return name.removesuffix(BY_STEP) in report.results.get("history", ()) and name.endswith(BY_STEP)
-    if name == "curve":
-        return bool(report.results.get(name))
-    if name == "healed":
-        return report.kind == "heal"
-    if name == "trade_off":
-        return "curve" in report.results.get("plan", {})
-    return name in report.layers and (name != "angular_distance" or name in report.results)
-
-
-def _title(report: RunReport) -> str:
-    if "history" in report.results:
-        steps = report.results["history"]["step"]
-        return f"{_shorten(report.model)}: steps {steps[0]} to {steps[-1]}"
-    found = report.results.get("effective_depth")
-    depth = f": effective depth {found['value']:.1f} of {report.n_layers} layers" if found else ""
-    return _shorten(report.model) + depth
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= 48 else "..." + name[-45:]
-
-
-def _png(figure: Any) -> bytes:
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=DPI)
-    return picture.getvalue()
-
-
-def _save(figure: Any, path: Path) -> None:
-    write_aside(path, lambda file: file.write(_png(figure)))
