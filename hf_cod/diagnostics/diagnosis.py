@@ -20,6 +20,7 @@ from hf_cod.diagnostics.running import execution_device
 from hf_cod.evaluation import MASKED_LM_SUFFIXES, find_metric, task_of
 from hf_cod.functional import depth
 from hf_cod.report import RunReport, environment
+from hf_cod.same_model import name_of
 
 METRICS = (*FORWARD_METRICS, "gradient_norm", "layer_drop")
 CONFIDENCE = 0.95
@@ -108,10 +109,9 @@ def diagnose(
     task = task_of(model, batches)
     metric = find_metric(drop_metric, task)
     weights = next(stack.model.parameters())
-    config: Any = getattr(stack.model, "config", None)
     report = RunReport(
         kind="diagnose",
-        model=name or getattr(config, "_name_or_path", "") or type(stack.model).__name__,
+        model=name or name_of(stack),
         settings={**asdict(chosen), "drop_metric": metric.name, **describe_batches(batches)},
         environment=environment(execution_device(stack.model), weights.dtype),
         layers={},

@@ -13,6 +13,7 @@ from hf_cod.finetuning.training import Training
 from hf_cod.healing.matching import Matching
 from hf_cod.healing.settings import HealSettings
 from hf_cod.report import RunReport, environment, format_number
+from hf_cod.same_model import name_of
 
 
 def recovered_share(teacher: float, before: float, after: float) -> float | None:
@@ -39,7 +40,6 @@ def healing_report(
     """What `heal` returns; the perplexities in `found` are those of "teacher", "before" and "after"."""
     tokens = settings.steps * settings.batch_size * settings.sequence_length
     share = recovered_share(**found)
-    config: Any = stack.config
     back = "" if share is None else f": {share:.1%} of the lost log-perplexity is recovered"
     written = {key: format_number(value) for key, value in found.items()}
     summary = [
@@ -58,7 +58,7 @@ def healing_report(
     }
     return RunReport(
         kind="heal",
-        model=name or getattr(config, "_name_or_path", "") or type(stack.model).__name__,
+        model=name or name_of(stack),
         settings={**asdict(settings), **asdict(sampling), "learning_rate": settings.rate},
         environment=environment(execution_device(stack.model), next(stack.model.parameters()).dtype),
         layers=layers,

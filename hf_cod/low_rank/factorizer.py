@@ -21,6 +21,7 @@ from hf_cod.low_rank.rank_plan import RankPlan, check_ranks, factorizable, plan_
 from hf_cod.models.shapes import LowRankLinear
 from hf_cod.models.shaping import check_shapeable, record_shapes
 from hf_cod.report import RunReport, environment
+from hf_cod.same_model import name_of
 from hf_cod.statistics.input_products import ProductsRecorder
 from hf_cod.writable_weights import check_writable
 
@@ -158,8 +159,7 @@ class Intact:
 
     def __init__(self, stack: DecoderLayers, name: str | None) -> None:
         self.stack = stack
-        config: Any = getattr(stack.model, "config", None)
-        self.name = name or getattr(config, "_name_or_path", "") or type(stack.model).__name__
+        self.name = name or name_of(stack)
         self.shapes = [factorizable(stack, index) for index in range(len(stack))]
         self.sizes = [stack.count_weights(index) for index in range(len(stack))]
         self.parameters = sum(p.numel() for p in stack.model.parameters())

@@ -22,7 +22,7 @@ from hf_cod.pruning.method import Method, Target
 from hf_cod.pruning.sparsegpt import SPARSEGPT
 from hf_cod.pruning.wanda import WANDA
 from hf_cod.report import RunReport, environment
-from hf_cod.same_model import check_sizes
+from hf_cod.same_model import check_sizes, name_of
 from hf_cod.statistics import LayerStatistics
 from hf_cod.writable_weights import check_writable
 
@@ -175,10 +175,9 @@ def _report(
     stack: DecoderLayers, targets: list[Target], finished: FinishedLayers, settings: dict[str, Any], name: str | None
 ) -> RunReport:
     layers, results = weights.measure_sparsity(stack)
-    config: Any = getattr(stack.model, "config", None)
     return RunReport(
         kind="prune",
-        model=name or getattr(config, "_name_or_path", "") or type(stack.model).__name__,
+        model=name or name_of(stack),
         settings=settings,
         environment=environment(execution_device(stack.model), next(stack.model.parameters()).dtype),
         layers={"target": [target.sparsity for target in targets], **layers},

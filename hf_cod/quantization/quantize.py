@@ -20,6 +20,7 @@ from hf_cod.quantization.plan import BitPlan, plan_by, recorded, stored_bits, wh
 from hf_cod.quantization.quantizer import OwlBnbQuantizer
 from hf_cod.quantization.rounding import fill, new_module, round_matrix
 from hf_cod.report import RunReport, environment
+from hf_cod.same_model import name_of
 from hf_cod.statistics.input_products import ProductsRecorder
 from hf_cod.stored_modules import replace as replace_module
 from hf_cod.writable_weights import check_writable
@@ -87,7 +88,7 @@ def quantize(
     sums = {} if statistics is None else statistics.digests()
     work = fingerprint_of_work(journal, model, batches, plan.bits, config.block, config.double_quant, sums)
     finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
-    title = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+    title = name or name_of(stack)
     bar = f"quantizing to {plan.stored:.2f} bits"
     if batches is not None:
         check_independent(stack, "quantize")

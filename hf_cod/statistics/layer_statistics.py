@@ -20,7 +20,7 @@ from hf_cod.diagnostics.running import evaluation_mode, execution_device, naming
 from hf_cod.evaluation import model_inputs
 from hf_cod.files import write_aside
 from hf_cod.functional.depth import wide
-from hf_cod.same_model import warn_of_other_name
+from hf_cod.same_model import name_of, warn_of_other_name
 from hf_cod.statistics.matrix_inputs import MatrixInputs, check_finite_input
 
 FORMAT_VERSION = "1"
@@ -161,8 +161,7 @@ def collect_statistics(
             seen += 1
     if not seen:
         raise ValueError("batches: expected at least one, got none")
-    config = getattr(stack.model, "config", None)
-    found = name or getattr(config, "_name_or_path", "") or type(stack.model).__name__
+    found = name or name_of(stack)
     return LayerStatistics(found, stack.path, recorder.squares, recorder.tokens)
 
 

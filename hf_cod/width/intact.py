@@ -12,6 +12,7 @@ from hf_cod.diagnostics.running import execution_device
 from hf_cod.layer_by_layer import FinishedLayers
 from hf_cod.layer_units import KINDS, LayerUnits
 from hf_cod.report import RunReport, environment
+from hf_cod.same_model import name_of
 from hf_cod.width.width_plan import WidthPlan
 
 
@@ -26,8 +27,7 @@ class Intact:
 
     def __init__(self, stack: DecoderLayers, units: Sequence[LayerUnits], name: str | None) -> None:
         self.stack, self.units = stack, units
-        config: Any = getattr(stack.model, "config", None)
-        self.name = name or getattr(config, "_name_or_path", "") or type(stack.model).__name__
+        self.name = name or name_of(stack)
         self.sizes = [stack.count_weights(index) for index in range(len(stack))]
         self.parameters = _count(stack.model.parameters())
 
