@@ -22,6 +22,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind():
+    """A mode that goes on watching each operation would slow all that follows, and keep it from being compiled."""
+    yield
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     return real_models.smollm2()

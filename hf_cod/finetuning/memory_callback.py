@@ -56,9 +56,13 @@ class MemoryCallback(TrainerCallback):
 
     def on_step_end(self, *args: Any, **about: Any) -> None:
         """Ends counting."""
-        self._attached.close()
+        self.close()
         if self._counter is not None:
             self.memory, self._counter = self._counter.memory(), None
+
+    def close(self) -> None:
+        """Takes away what counts; to be called behind a training, too, which may have ended within a step."""
+        self._attached.close()
 
     def bytes_used(self) -> int | None:
         """Peak of the training on the current CUDA device, as its allocator tells; elsewhere of the step that was

@@ -231,6 +231,7 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
+        memory.close()
         if caches is not None:
             config.use_cache = caches  # Trainer turns it off, and the model would be saved like that
     seconds = (time.perf_counter() - start) / max(1, settings.steps - begun)

@@ -12,7 +12,7 @@ from hf_cod import LayerScores, RunReport, perplexity, score_layers
 from hf_cod.calibration import embedded_text
 from hf_cod.cli import main
 from hf_cod.commands.finetune_memory import EstimateSettings
-from hf_cod.finetuning import OwLoreSettings
+from hf_cod.finetuning import OwLoreAdamW, OwLoreSettings
 from hf_cod.finetuning.estimate import estimate_memory
 from hf_cod.finetuning.methods import METHODS
 from hf_cod.finetuning.training import TrainingSettings, scores_to_draw_by
@@ -149,6 +149,21 @@ def test_bad_input(more, message, tmp_path, capsys):
     except SystemExit as exit:
         status = exit.code
     assert status == 2 and message in capsys.readouterr().err
+
+
+def test_a_training_that_fails_while_it_is_counted_leaves_nothing_behind(tmp_path, monkeypatch):
+    step, done = OwLoreAdamW.step, []
+
+    def fails(self, *args, **kwargs):
+        done.append(0)
+        if len(done) == 2:  # the step whose memory is counted
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(OwLoreAdamW, "step", fails)
+    command = ["finetune", MODEL, *QUICK.split(), "--output", str(tmp_path / "out")]
+    assert main(command) == 130
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
 def test_a_directory_of_another_run_is_refused(tmp_path, capsys):
