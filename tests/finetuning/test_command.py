@@ -14,6 +14,7 @@ from hf_cod import LayerScores, RunReport, perplexity, score_layers
 from hf_cod.calibration import embedded_text
 from hf_cod.cli import main
 from hf_cod.commands.finetune_memory import EstimateSettings
+from hf_cod.commands.training import tell
 from hf_cod.finetuning import OwLoreAdamW, OwLoreSettings
 from hf_cod.finetuning.estimate import estimate_memory
 from hf_cod.finetuning.methods import METHODS
@@ -201,6 +202,37 @@ def test_a_directory_of_another_run_is_refused(tmp_path, capsys):
     (output / "checkpoint-2").mkdir()
     assert main([*command, "--steps", "12"]) == 2
     assert "steps: expected 11, with which the run in" in capsys.readouterr().err
+    (output / "checkpoint-2-kept").mkdir()
+    assert main([*command, "--steps", "11"]) == 2
+    assert "but checkpoints, got checkpoint-2-kept" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main([*command, "--output", str(tmp_path / "file")]) == 2
     assert "output: expected a directory, got the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "made, content, message",
+    [
+        ("checkpoint-500/trainer_state.json", "{}", "which holds checkpoint-500 of another run"),
+        ("checkpoint-best/model.safetensors", "", "which holds checkpoint-best of another run"),
+        ("config.json", "{}", "which holds a model"),
+        ("settings.json", "steps = 5", "settings.json', got something else"),
+        ("settings.json", "[5]", "settings.json', got something else"),
+    ],
+)
+def test_a_directory_of_something_else_is_refused_and_left_alone(made, content, message, tmp_path, capsys):
+    file = tmp_path / made
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+    assert main(["finetune", MODEL, *QUICK.split(), "--output", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file] and file.read_text() == content
+
+
+def test_only_checkpoints_are_cleared_away(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-2-kept"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-3.zip").write_text("")
+    (tmp_path / "checkpoint-4").write_text("")
+    tell(RunReport("finetune", "mine", {}, {}, {}, {}), tmp_path, plots=False)
+    assert {path.name for path in tmp_path.glob("check*")} == {"checkpoint-2-kept", "checkpoint-3.zip", "checkpoint-4"}

@@ -82,6 +82,12 @@ def test_another_tokenizer_is_refused(student, tmp_path, capsys):
     assert "teacher: expected the student's tokenizer, with" in capsys.readouterr().err
 
 
+def test_the_directory_of_either_model_is_refused(student, capsys):
+    for directory in (student, TEACHER):
+        assert main(["heal", student, "--teacher", TEACHER, *QUICK.split(), "--no-plots", "--output", directory]) == 2
+        assert "which holds a model" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_real_model_without_five_layers_heals_in_a_few_steps(smollm2, brown_text):
     """Settings are the defaults but for size; text is read from its middle, figures come from its end."""
