@@ -228,6 +228,7 @@ def train(
     make_trainer: Callable[..., Any] | None = None,
     callbacks: Sequence[Any] = (),
     beside: Sequence[nn.Module] = (),
+    lasting: bool = True,
 ) -> Training:
     """Trains, or goes on training, exactly as if it had not been interrupted.
 
@@ -241,9 +242,10 @@ def train(
         make_trainer: called as transformers' Trainer; None: that.
         callbacks: of Trainer.
         beside: other models in memory, whose weights count, too.
+        lasting: whether the directory outlives the caller, so that Ctrl-C is worth a checkpoint.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; a checkpoint of the last step is saved.
+        KeyboardInterrupt: Ctrl-C; in a lasting directory a checkpoint of the last step is saved.
     """
     from transformers import Trainer, default_data_collator
 
@@ -259,8 +261,11 @@ def train(
         train_dataset=PackedText(windows, settings.steps * settings.batch_size, seed),
         data_collator=default_data_collator,
         optimizer_cls_and_kwargs=optimizer,
-        callbacks=[memory := MemoryCallback(beside), interrupt := SaveOnInterrupt(), *callbacks],
+        callbacks=[memory := MemoryCallback(beside), *callbacks],
     )
+    interrupt = SaveOnInterrupt()
+    if lasting:
+        trainer.add_callback(interrupt)
     checkpoint = last_checkpoint(directory, TRAINER_STATE)
     begun = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
     start = time.perf_counter()

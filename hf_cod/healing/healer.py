@@ -92,7 +92,8 @@ def heal(
         claim(directory, _work(directory, student, teacher, windows, settings, sampling))
         found = {"teacher": _perplexity(theirs, held_out, settings), "before": _perplexity(mine, held_out, settings)}
         chosen = scores_to_draw_by(student, windows, settings, scores, directory)
-        training = _train(student, objective, chosen, windows, settings, sampling, directory)
+        lasting = output is not None
+        training = _train(student, objective, chosen, windows, settings, sampling, directory, lasting)
     found["after"] = _perplexity(mine, held_out, settings)
     layers: dict[str, list[Any]] = {} if chosen is None else {"score": chosen.values}
     layers |= {} if training.trained is None else {"trained": training.trained}
@@ -144,6 +145,7 @@ def _train(
     settings: HealSettings,
     sampling: OwLoreSettings,
     directory: Path,
+    lasting: bool,
 ) -> Training:
     from hf_cod.healing.distillation_trainer import AfterEachStep, DistillationTrainer
 
@@ -165,6 +167,7 @@ def _train(
                 make_trainer=partial(DistillationTrainer, objective),
                 callbacks=[] if how.adapters else [AfterEachStep(set_back)],
                 beside=[objective.teacher.model],
+                lasting=lasting,
             )
             if how.adapters:
                 _merge(trained, masked)

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hf_cod.commands.finetune_memory import EstimateSettings
 from hf_cod.commands.training import tell
 from hf_cod.finetuning import OwLoreAdamW, OwLoreSettings
 from hf_cod.finetuning.estimate import estimate_memory
+from hf_cod.finetuning.interruption import SaveOnInterrupt
 from hf_cod.finetuning.methods import METHODS
 from hf_cod.finetuning.training import TrainingSettings, scores_to_draw_by
 from hf_cod.loading import embedded_model
@@ -152,6 +154,22 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in(tmp_path, capsys, monke
     for name, value in weights.items():
         assert torch.equal(resumed[name], value), name
     assert not list(tmp_path.glob("*/checkpoint-*"))  # nobody needs them any more
+
+
+@pytest.mark.parametrize("known", [signal.SIG_IGN, None])
+def test_a_signal_that_is_ignored_or_of_an_unknown_handler_is_left_alone(known, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        if known is None:
+            monkeypatch.setattr(signal, "getsignal", lambda number: None)  # what is not Python's
+        else:
+            signal.signal(signal.SIGINT, known)
+        interrupt = SaveOnInterrupt()
+        interrupt.on_train_begin(SimpleNamespace(world_size=1))
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGINT) is (before if known is None else known)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

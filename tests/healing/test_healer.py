@@ -1,6 +1,7 @@
 """Healing through the public door, on tiny models."""
 
 import copy
+import signal
 import subprocess
 import sys
 
@@ -189,6 +190,20 @@ def test_an_interrupted_run_ends_in_the_same_bits(method, tmp_path, monkeypatch)
         healed(make(), teacher, method, tmp_path / "killed", temperature=2.0, **often)
     with pytest.raises(ValueError, match=r"student's weights: expected '.*', with which the run in"):
         healed(resumed, teacher, method, tmp_path / "killed", **often)
+
+
+def test_ctrl_c_ends_at_once_where_nothing_could_be_kept(monkeypatch, capsys):
+    done, compute = [], DistillationTrainer.compute_loss
+
+    def interrupted(self, *args, **kwargs):
+        done.append(0)
+        signal.raise_signal(signal.SIGINT)
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        healed(build("llama"), build("llama"))
+    assert len(done) == 1 and "saves" not in capsys.readouterr().err
 
 
 def test_the_objective_against_the_formulas():
