@@ -107,7 +107,8 @@ def _expected(
     try:
         return estimate(model.config, settings.method, settings, sampling, loading.trust_remote_code)
     except Exception as error:
-        logger.warning("memory is not estimated: %s", str(error).strip().splitlines()[0])
+        told = str(error).strip() or type(error).__name__
+        logger.warning("memory is not estimated: %s", told.splitlines()[0])
         return None
 
 
