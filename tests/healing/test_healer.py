@@ -110,11 +110,13 @@ def test_zeros_stay_zeros_in_bfloat16_under_checkpointing():
     assert not student.model.gradient_checkpointing
 
 
-def test_gradients_of_zeros_are_zero_when_layers_were_frozen_in_between():
-    student = pruned()
+@pytest.mark.parametrize("trains", [True, False])
+def test_gradients_of_zeros_are_zero_when_layers_were_frozen_before_or_in_between(trains):
+    student = pruned().requires_grad_(trains)
     held = pruned_matrices(find_decoder_layers(student))
     assert len(held) == 4 * 7
     with kept_at_zero(held) as set_back:
+        assert all(p.requires_grad is trains for p in held)
         for flag in (False, True):
             student.requires_grad_(flag)
         student(**batch_for(student)).logits.sum().backward()
