@@ -47,8 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     loading, text, source, settings, sampling, files, rest = parser.parse(arguments)
     check_fused(settings, sampling)
     directory = Path(files.output or default_directory("heal", rest.student))
-    told = (loading, text, source, settings, sampling)
-    claim(directory, {"student": rest.student, **{k: v for part in told for k, v in asdict(part).items()}})
+    told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
+    claim(directory, {"student": rest.student, **told})
     if files.plots:
         require_plots()
     report = run(rest.student, loading, text, source, settings, sampling, files.scores, directory)

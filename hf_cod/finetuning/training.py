@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from hf_cod.scores import LayerScores, score_layers
 
 SETTINGS, SCORES_FILE, TRAINER_STATE = "settings.json", "scores.json", "trainer_state.json"
 SCORED_SAMPLES = 16
+DEFAULT_STEPS = 300
 
 
 @dataclass
@@ -36,7 +37,7 @@ class TrainingSettings:
     learning_rate: float | None = field(
         default=None, metadata={"help": "peak, after a warm-up over a tenth of the steps; default: the method's"}
     )
-    steps: int = field(default=300, metadata={"help": "optimizer steps"})
+    steps: int | None = field(default=None, metadata={"help": f"optimizer steps (default: {DEFAULT_STEPS})"})
     batch_size: int = field(default=16, metadata={"help": "samples in an optimizer step"})
     micro_batch_size: int = field(default=4, metadata={"help": "samples in a forward pass"})
     sequence_length: int = field(default=256, metadata={"help": "tokens in a sample"})
@@ -56,8 +57,9 @@ class TrainingSettings:
                 raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
         counts = ("steps", "batch_size", "micro_batch_size", "sequence_length", "eval_samples", "lora_rank")
         for name in (*counts, "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         if not 0 < self.rate < math.inf:
             raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
         if not 0 <= self.max_grad_norm < math.inf:
@@ -76,6 +78,15 @@ class TrainingSettings:
     def rate(self) -> float:
         """The peak learning rate."""
         return METHODS[self.method].learning_rate if self.learning_rate is None else self.learning_rate
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps in all."""
+        return DEFAULT_STEPS if self.steps is None else self.steps
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, with what stands for a default."""
+        return {**asdict(self), "learning_rate": self.rate, "steps": self.total_steps}
 
 
 def check_fused(settings: TrainingSettings, sampling: OwLoreSettings) -> None:
@@ -258,7 +269,7 @@ def train(
     trainer = (make_trainer or Trainer)(
         model=model,
         args=_arguments(settings, seed, directory, model.device),
-        train_dataset=PackedText(windows, settings.steps * settings.batch_size, seed),
+        train_dataset=PackedText(windows, settings.total_steps * settings.batch_size, seed),
         data_collator=default_data_collator,
         optimizer_cls_and_kwargs=optimizer,
         callbacks=[memory := MemoryCallback(beside), *callbacks],
@@ -276,12 +287,12 @@ def train(
         interrupt.close()
         if caches is not None:
             config.use_cache = caches  # Trainer turns it off, and the model would be saved like that
-    if interrupt.asked and trainer.state.global_step < settings.steps:
+    if interrupt.asked and trainer.state.global_step < settings.total_steps:
         raise KeyboardInterrupt
-    seconds = (time.perf_counter() - start) / max(1, settings.steps - begun)
+    seconds = (time.perf_counter() - start) / max(1, settings.total_steps - begun)
     curve = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     made = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    trained = _steps_of_layers(made, settings.steps) if isinstance(made, OwLoreAdamW) else None
+    trained = _steps_of_layers(made, settings.total_steps) if isinstance(made, OwLoreAdamW) else None
     return Training(curve, seconds, memory.bytes_used(), trained)
 
 
@@ -292,13 +303,13 @@ def _arguments(settings: TrainingSettings, seed: int, directory: Path, device: t
     checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if settings.checkpointing else {}
     return TrainingArguments(
         output_dir=str(directory),
-        max_steps=settings.steps,
+        max_steps=settings.total_steps,
         per_device_train_batch_size=settings.micro_batch_size,
         gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
         train_sampling_strategy="sequential",  # the data set has its order
         learning_rate=settings.rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, settings.steps // 10),
+        warmup_steps=max(1, settings.total_steps // 10),
         weight_decay=0.0,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,

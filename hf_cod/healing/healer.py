@@ -129,7 +129,7 @@ def _work(
 ) -> dict[str, Any]:
     """What tells this run from another one."""
     return {
-        **asdict(settings),
+        **settings.resolved(),
         **asdict(sampling),
         "student's weights": fingerprint_of_work(directory, student, None),
         "teacher's weights": fingerprint_of_work(directory, teacher, None),

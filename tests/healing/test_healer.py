@@ -4,6 +4,7 @@ import copy
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -294,11 +295,16 @@ def test_other_tokenizers_are_told():
 
 
 def test_settings_and_shares():
-    assert HealSettings(tokens="2M").steps == -(-2_000_000 // (16 * 256))
+    assert HealSettings(tokens="2M").total_steps == -(-2_000_000 // (16 * 256))
+    changed = replace(HealSettings(tokens="2M"), batch_size=8)
+    assert changed.total_steps == changed.resolved()["steps"] == -(-2_000_000 // (8 * 256))
+    assert HealSettings().total_steps == 300 and HealSettings(steps=7).total_steps == 7
     assert [count_tokens(told) for told in ("1.5m", "500k", "12")] == [1_500_000, 500_000, 12]
     for values, message in [
         ({"tokens": "many"}, "tokens: expected a number such as 2M or 500k, got 'many'"),
         ({"tokens": "2M", "steps": 7}, "tokens: expected none beside steps, got '2M' and 7"),
+        ({"tokens": "2M", "steps": 300}, "tokens: expected none beside steps, got '2M' and 300"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"temperature": 0.0}, "temperature: expected a number above 0, got 0.0"),
         ({"labels": 2.0}, r"labels: expected a share in 0..1, got 2.0"),
         ({"hidden": -1.0}, "hidden: expected a weight of at least 0, got -1.0"),
