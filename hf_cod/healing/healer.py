@@ -78,7 +78,7 @@ def heal(
     mine, theirs, matching = check_pair(student, teacher, settings)
     if teacher_tokenizer is not None:
         check_tokenizers(tokenizer, teacher_tokenizer)
-    windows, held_out = _windows(data, tokenizer, held_out, settings)
+    windows, held_out = _windows(data, tokenizer, held_out, settings, int(mine.config.vocab_size))
     objective = Objective(
         mine,
         theirs,
@@ -102,7 +102,7 @@ def heal(
 
 
 def _windows(
-    data: Tensor | str | Iterable[str], tokenizer: Any, held_out: Tensor | None, settings: HealSettings
+    data: Tensor | str | Iterable[str], tokenizer: Any, held_out: Tensor | None, settings: HealSettings, vocabulary: int
 ) -> tuple[Tensor, Tensor]:
     """Windows to train on, and to measure on."""
     if not isinstance(data, Tensor):
@@ -111,12 +111,23 @@ def _windows(
         from hf_cod.pretraining import pack
 
         data = pack(tokenizer, [data] if isinstance(data, str) else data, settings.sequence_length)
-    if data.dim() != 2 or data.shape[1] != settings.sequence_length or data.is_floating_point():
+    _check_windows("data", data, settings.sequence_length, vocabulary)
+    if held_out is None:
+        return split_windows(data, settings)
+    _check_windows("held_out", held_out, settings.sequence_length, vocabulary)
+    return data.long(), held_out.long()
+
+
+def _check_windows(field: str, windows: Tensor, length: int, vocabulary: int) -> None:
+    """Makes sure that these are windows of the student's tokens, before anything is measured on them."""
+    if windows.dim() != 2 or windows.shape[1] != length or windows.is_floating_point() or not len(windows):
         raise ValueError(
-            f"data: expected token ids (windows, {settings.sequence_length}), as settings.sequence_length says, got "
-            f"{data.dtype} {tuple(data.shape)}"
+            f"{field}: expected token ids (windows, {length}), as settings.sequence_length says, and at least one "
+            f"window, got {windows.dtype} {tuple(windows.shape)}"
         )
-    return split_windows(data, settings) if held_out is None else (data.long(), held_out.long())
+    least, most = int(windows.min()), int(windows.max())
+    if least < 0 or most >= vocabulary:
+        raise ValueError(f"{field}: expected the student's token ids, 0 to {vocabulary - 1}, got {least} to {most}")
 
 
 def _work(

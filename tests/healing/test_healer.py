@@ -282,6 +282,25 @@ def test_pairs_that_do_not_go_together():
     assert learnt(report), "logits alone can be learnt"
 
 
+@pytest.mark.parametrize(
+    "windows, message",
+    [
+        (WINDOWS[:0], r"expected token ids .* at least one window, got torch.int64 \(0, 12\)"),
+        (WINDOWS[0], r"expected token ids \(windows, 12\), .* got torch.int64 \(12,\)"),
+        (WINDOWS[:, :8], r"expected token ids \(windows, 12\), .* got torch.int64 \(20, 8\)"),
+        (WINDOWS.float(), r"expected token ids .* got torch.float32 \(20, 12\)"),
+        (WINDOWS + 99, "expected the student's token ids, 0 to 98, got 1.. to 1.."),
+        (-WINDOWS, "expected the student's token ids, 0 to 98, got -"),
+    ],
+)
+def test_windows_that_are_none_of_the_students(windows, message, tmp_path):
+    pair = build("llama"), build("llama")
+    for field, data, held_out in [("data", windows, WINDOWS), ("held_out", WINDOWS, windows)]:
+        with pytest.raises(ValueError, match=f"{field}: {message}"):
+            heal(*pair, data, settings("full"), held_out=held_out, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_tokenizers_are_told():
     check_tokenizers(gpt_like(), gpt_like())
     with pytest.raises(ValueError, match=r"teacher: expected the student's tokenizer, with 13 tokens and '.*' as"):
