@@ -22,6 +22,7 @@ from hf_cod.finetuning.training import (
     Training,
     TrainingSettings,
     check_fused,
+    check_scores,
     claim,
     scores_to_draw_by,
     split_windows,
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         print_estimates(rest.model, loading, settings, sampling, asked)
         return 0
     check_fused(settings, sampling)
+    check_scores(settings, files.scores)
     directory = Path(files.output or default_directory("finetune", rest.model))
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
     claim(directory, told)

@@ -104,6 +104,16 @@ def check_fused(settings: TrainingSettings, sampling: OwLoreSettings) -> None:
         raise ValueError(f"fused: expected a max_grad_norm of 0 beside it, got {settings.max_grad_norm:g}")
 
 
+def check_scores(settings: TrainingSettings, file: str | None) -> None:
+    """Makes sure that scores are given to a method alone that draws layers by them.
+
+    Raises:
+        ValueError: it draws none.
+    """
+    if file is not None and not METHODS[settings.method].needs_scores:
+        raise ValueError(f"scores: expected none with {settings.method}, which draws no layers by them, got {file!r}")
+
+
 @dataclass(frozen=True)
 class Training:
     """What one training, or the rest of one, left.

@@ -19,7 +19,7 @@ from hf_cod.diagnostics.resuming import digest_batches
 from hf_cod.diagnostics.running import evaluation_mode, held_out_perplexity
 from hf_cod.finetuning.methods import METHODS
 from hf_cod.finetuning.settings import OwLoreSettings
-from hf_cod.finetuning.training import Training, claim, scores_to_draw_by, split_windows, train
+from hf_cod.finetuning.training import Training, check_scores, claim, scores_to_draw_by, split_windows, train
 from hf_cod.healing.healed import healing_report
 from hf_cod.healing.objective import Objective
 from hf_cod.healing.pair import check_pair, check_tokenizers
@@ -78,6 +78,7 @@ def heal(
     mine, theirs, matching = check_pair(student, teacher, settings)
     if teacher_tokenizer is not None:
         check_tokenizers(tokenizer, teacher_tokenizer)
+    check_scores(settings, scores)
     windows, held_out = _windows(data, tokenizer, held_out, settings, int(mine.config.vocab_size))
     objective = Objective(
         mine,
