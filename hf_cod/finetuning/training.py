@@ -266,6 +266,7 @@ def train(
         lasting: whether the directory outlives the caller, so that Ctrl-C is worth a checkpoint.
 
     Raises:
+        ValueError: several processes, or several GPUs that Trainer would copy the model to.
         KeyboardInterrupt: Ctrl-C; in a lasting directory a checkpoint of the last step is saved.
     """
     from transformers import Trainer, default_data_collator
@@ -291,6 +292,7 @@ def train(
     begun = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
     start = time.perf_counter()
     try:
+        _check_alone(trainer.args)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         memory.close()
@@ -332,6 +334,22 @@ def _arguments(settings: TrainingSettings, seed: int, directory: Path, device: t
         use_cpu=device.type == "cpu",
         **checkpointing,
     )
+
+
+def _check_alone(arguments: Any) -> None:
+    """Makes sure that a step has the samples that were asked for: Trainer takes a micro-batch for each process and GPU.
+
+    A model that is spread over GPUs is one to it.
+    """
+    for count, what in (
+        (arguments.world_size, "processes; start one"),
+        (arguments.n_gpu, "GPUs; name one in CUDA_VISIBLE_DEVICES"),
+    ):
+        if count > 1:
+            raise ValueError(
+                f"device: expected one process and one GPU, or a model spread over several (auto), got {count} {what}, "
+                "or use hf_cod.owlore with a Trainer of your own"
+            )
 
 
 def _steps_of_layers(optimizer: OwLoreAdamW, steps: int) -> list[int]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_cod import HealSettings, RankPlan, drop, factorize, find_decoder_layers, heal, pack_sparse, prune
 from hf_cod.finetuning import OwLoreSettings
@@ -282,6 +282,15 @@ def test_pairs_that_do_not_go_together():
         heal(student, wide, WINDOWS, settings("full"), scores="mine")
     report = healed(student, wide)
     assert learnt(report), "logits alone can be learnt"
+
+
+@pytest.mark.parametrize("counted, told", [("n_gpu", "2 GPUs"), ("world_size", "2 processes")])
+def test_steps_of_more_samples_than_were_asked_for_are_refused(counted, told, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, counted, 2)
+    student = build("llama")
+    with pytest.raises(ValueError, match=f"device: expected one process and one GPU, .*, got {told}; "):
+        healed(student, build("llama"))
+    assert student.config.use_cache, "Trainer turns it off"
 
 
 @pytest.mark.parametrize(
