@@ -22,6 +22,7 @@ from hf_cod.finetuning.training import (
     Training,
     TrainingSettings,
     check_fused,
+    check_scores,
     claim,
     scores_to_draw_by,
     split_windows,
@@ -44,13 +45,15 @@ def main(arguments: Sequence[str]) -> int:
         "from_pretrained loads. Interrupted, the same command goes on where it stopped.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
-    loading, text, settings, sampling, told, files, rest = parser.parse(arguments)
-    if told.estimate:
-        print_estimates(rest.model, loading, settings, sampling, told)
+    loading, text, settings, sampling, asked, files, rest = parser.parse(arguments)
+    if asked.estimate:
+        print_estimates(rest.model, loading, settings, sampling, asked)
         return 0
     check_fused(settings, sampling)
+    check_scores(settings, files.scores)
     directory = Path(files.output or default_directory("finetune", rest.model))
-    claim(directory, {"model": rest.model, **asdict(loading), **asdict(text), **asdict(settings), **asdict(sampling)})
+    told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
+    claim(directory, told)
     if files.plots:
         require_plots()
     report = run(rest.model, loading, text, settings, sampling, files.scores, directory)
@@ -84,7 +87,7 @@ def run(
     lost = _lost_energy(trained)
     whole = _saved(trained, tokenizer, chosen.adapters, directory)
     after = held_out_perplexity(whole, batches)
-    told = {"model": source, **asdict(text), **asdict(settings), **asdict(sampling), "learning_rate": settings.rate}
+    told = {"model": source, **asdict(text), **settings.resolved(), **asdict(sampling)}
     if scores is not None:
         told |= {"score": scores.method, "scores": scores_file}
     figures = {
@@ -107,7 +110,8 @@ def _expected(
     try:
         return estimate(model.config, settings.method, settings, sampling, loading.trust_remote_code)
     except Exception as error:
-        logger.warning("memory is not estimated: %s", str(error).strip().splitlines()[0])
+        told = str(error).strip() or type(error).__name__
+        logger.warning("memory is not estimated: %s", told.splitlines()[0])
         return None
 
 

@@ -12,7 +12,7 @@ from hf_cod.commands.diagnose import require_plots
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.training import TrainingOutput, tell
 from hf_cod.finetuning import OwLoreSettings
-from hf_cod.finetuning.training import check_fused, claim
+from hf_cod.finetuning.training import check_fused, check_scores, claim
 from hf_cod.healing import HealSettings, heal
 from hf_cod.healing.pair import check_tokenizers
 from hf_cod.loading import DTYPES, ModelSettings
@@ -28,6 +28,7 @@ class TeacherSettings:
     teacher_dtype: str = field(
         default="auto", metadata={"help": "dtype of its weights; bfloat16 may halve its memory", "choices": DTYPES}
     )
+    teacher_revision: str = field(default="main", metadata={"help": "its branch, tag or commit on the Hub"})
     eval_text: str | None = as_in(CompressionSettings, "eval_text")
 
     def __post_init__(self) -> None:
@@ -46,9 +47,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("student", help="Hub id, directory, or GGUF file")
     loading, text, source, settings, sampling, files, rest = parser.parse(arguments)
     check_fused(settings, sampling)
+    check_scores(settings, files.scores)
     directory = Path(files.output or default_directory("heal", rest.student))
-    told = (loading, text, source, settings, sampling)
-    claim(directory, {"student": rest.student, **{k: v for part in told for k, v in asdict(part).items()}})
+    told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
+    claim(directory, {"student": rest.student, **told})
     if files.plots:
         require_plots()
     report = run(rest.student, loading, text, source, settings, sampling, files.scores, directory)
@@ -68,7 +70,7 @@ def run(
 ) -> RunReport:
     """Loads both models, heals the student, saves it."""
     model, tokenizer = load_with_tokenizer(student, loading)
-    its_loading = replace(loading, dtype=source.teacher_dtype, revision="main")
+    its_loading = replace(loading, dtype=source.teacher_dtype, revision=source.teacher_revision)
     try:
         teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading)
     except ValueError as error:

@@ -17,6 +17,8 @@ class SaveOnInterrupt(TrainerCallback):
     """The first Ctrl-C lets the step end and saves; a second one ends at once.
 
     For a training in one process and in its main thread, which alone may handle signals; others are left as they are.
+    So is a signal that is ignored, as in a job that a script put into the background, and one whose handler Python does
+    not know and could not give back.
 
     Attributes:
         asked: whether the training was ended so.
@@ -27,8 +29,9 @@ class SaveOnInterrupt(TrainerCallback):
         self._before: Any = None
 
     def on_train_begin(self, args: Any, *others: Any, **about: Any) -> None:
-        """Takes the signal over."""
-        if args.world_size == 1 and threading.current_thread() is threading.main_thread():
+        """Takes the signal over, where that is ours to do."""
+        alone = args.world_size == 1 and threading.current_thread() is threading.main_thread()
+        if alone and signal.getsignal(signal.SIGINT) not in (None, signal.SIG_IGN):
             self._before = signal.signal(signal.SIGINT, self._ask)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from hf_cod.scores import LayerScores, score_layers
 
 SETTINGS, SCORES_FILE, TRAINER_STATE = "settings.json", "scores.json", "trainer_state.json"
 SCORED_SAMPLES = 16
+DEFAULT_STEPS = 300
 
 
 @dataclass
@@ -36,7 +37,7 @@ class TrainingSettings:
     learning_rate: float | None = field(
         default=None, metadata={"help": "peak, after a warm-up over a tenth of the steps; default: the method's"}
     )
-    steps: int = field(default=300, metadata={"help": "optimizer steps"})
+    steps: int | None = field(default=None, metadata={"help": f"optimizer steps (default: {DEFAULT_STEPS})"})
     batch_size: int = field(default=16, metadata={"help": "samples in an optimizer step"})
     micro_batch_size: int = field(default=4, metadata={"help": "samples in a forward pass"})
     sequence_length: int = field(default=256, metadata={"help": "tokens in a sample"})
@@ -56,8 +57,9 @@ class TrainingSettings:
                 raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
         counts = ("steps", "batch_size", "micro_batch_size", "sequence_length", "eval_samples", "lora_rank")
         for name in (*counts, "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         if not 0 < self.rate < math.inf:
             raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
         if not 0 <= self.max_grad_norm < math.inf:
@@ -77,6 +79,15 @@ class TrainingSettings:
         """The peak learning rate."""
         return METHODS[self.method].learning_rate if self.learning_rate is None else self.learning_rate
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps in all."""
+        return DEFAULT_STEPS if self.steps is None else self.steps
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, with what stands for a default."""
+        return {**asdict(self), "learning_rate": self.rate, "steps": self.total_steps}
+
 
 def check_fused(settings: TrainingSettings, sampling: OwLoreSettings) -> None:
     """Makes sure that an update inside the backward pass can do what the settings ask for.
@@ -91,6 +102,16 @@ def check_fused(settings: TrainingSettings, sampling: OwLoreSettings) -> None:
         )
     if sampling.fused and settings.max_grad_norm:
         raise ValueError(f"fused: expected a max_grad_norm of 0 beside it, got {settings.max_grad_norm:g}")
+
+
+def check_scores(settings: TrainingSettings, file: str | None) -> None:
+    """Makes sure that scores are given to a method alone that draws layers by them.
+
+    Raises:
+        ValueError: it draws none.
+    """
+    if file is not None and not METHODS[settings.method].needs_scores:
+        raise ValueError(f"scores: expected none with {settings.method}, which draws no layers by them, got {file!r}")
 
 
 @dataclass(frozen=True)
@@ -116,19 +137,24 @@ def claim(directory: Path, wanted: dict[str, Any]) -> None:
     A run that ended before its first checkpoint has left nothing to go on from: other settings take its place.
 
     Raises:
-        ValueError: it is that of another run, or of a finished one, or a file.
+        ValueError: it is that of another run, of a finished one, or of a model; it holds checkpoints that are not this
+            run's, or anything else that goes by their name; or it is a file.
     """
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output: expected a directory, got the file {str(directory)!r}")
-    if (directory / "report.json").exists():
+    from hf_cod.pretraining import last_steps
+
+    _check_unfinished(directory)
+    found = _noted(directory / SETTINGS)
+    held = sorted(path.name for path in directory.glob("checkpoint-*"))
+    if held and not wanted.keys() <= found.keys():
         raise ValueError(
-            f"output: expected a new directory, or that of an interrupted run, got {str(directory)!r}, whose run is "
-            f"finished (its model is in {str(directory / 'model')!r})"
+            f"output: expected a new directory, or that of an interrupted run, got {str(directory)!r}, which holds "
+            f"{held[0]} of another run"
         )
-    note = directory / SETTINGS
-    found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    odd = set(held) - {path.name for _, path in last_steps(directory)}
+    if odd:  # Trainer goes by how a name begins when it clears older checkpoints away
+        raise ValueError(f"output: expected no checkpoint-* in {str(directory)!r} but checkpoints, got {min(odd)}")
     changed = [name for name, value in wanted.items() if name in found and found[name] != value]
-    if changed and any(directory.glob("checkpoint-*")):
+    if changed and held:
         name = changed[0]
         raise ValueError(
             f"{name}: expected {found[name]!r}, with which the run in {str(directory)!r} began, got {wanted[name]!r}; "
@@ -137,7 +163,34 @@ def claim(directory: Path, wanted: dict[str, Any]) -> None:
     if changed:
         (directory / SCORES_FILE).unlink(missing_ok=True)
     if changed or not wanted.keys() <= found.keys():
-        write_json(note, {**found, **wanted})
+        write_json(directory / SETTINGS, {**found, **wanted})
+
+
+def _check_unfinished(directory: Path) -> None:
+    """Makes sure that there is no file of this name, and neither a model nor a report in the directory."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"output: expected a directory, got the file {str(directory)!r}")
+    if (directory / "config.json").exists():
+        raise ValueError(
+            f"output: expected a new directory, or that of an interrupted run, got {str(directory)!r}, which holds a "
+            "model"
+        )
+    if (directory / "report.json").exists():
+        raise ValueError(
+            f"output: expected a new directory, or that of an interrupted run, got {str(directory)!r}, whose run is "
+            f"finished (its model is in {str(directory / 'model')!r})"
+        )
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    """What a run has noted of itself; empty if none has."""
+    try:
+        found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"output: expected the settings of a run in {str(note)!r}, got something else")
+    return found
 
 
 def split_windows(windows: Tensor, settings: TrainingSettings) -> tuple[Tensor, Tensor]:
@@ -196,6 +249,7 @@ def train(
     make_trainer: Callable[..., Any] | None = None,
     callbacks: Sequence[Any] = (),
     beside: Sequence[nn.Module] = (),
+    lasting: bool = True,
 ) -> Training:
     """Trains, or goes on training, exactly as if it had not been interrupted.
 
@@ -209,9 +263,11 @@ def train(
         make_trainer: called as transformers' Trainer; None: that.
         callbacks: of Trainer.
         beside: other models in memory, whose weights count, too.
+        lasting: whether the directory outlives the caller, so that Ctrl-C is worth a checkpoint.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; a checkpoint of the last step is saved.
+        ValueError: several processes, or several GPUs that Trainer would copy the model to.
+        KeyboardInterrupt: Ctrl-C; in a lasting directory a checkpoint of the last step is saved.
     """
     from transformers import Trainer, default_data_collator
 
@@ -224,27 +280,31 @@ def train(
     trainer = (make_trainer or Trainer)(
         model=model,
         args=_arguments(settings, seed, directory, model.device),
-        train_dataset=PackedText(windows, settings.steps * settings.batch_size, seed),
+        train_dataset=PackedText(windows, settings.total_steps * settings.batch_size, seed),
         data_collator=default_data_collator,
         optimizer_cls_and_kwargs=optimizer,
-        callbacks=[memory := MemoryCallback(beside), interrupt := SaveOnInterrupt(), *callbacks],
+        callbacks=[memory := MemoryCallback(beside), *callbacks],
     )
+    interrupt = SaveOnInterrupt()
+    if lasting:
+        trainer.add_callback(interrupt)
     checkpoint = last_checkpoint(directory, TRAINER_STATE)
     begun = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
     start = time.perf_counter()
     try:
+        _check_alone(trainer.args)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         memory.close()
         interrupt.close()
         if caches is not None:
             config.use_cache = caches  # Trainer turns it off, and the model would be saved like that
-    if interrupt.asked and trainer.state.global_step < settings.steps:
+    if interrupt.asked and trainer.state.global_step < settings.total_steps:
         raise KeyboardInterrupt
-    seconds = (time.perf_counter() - start) / max(1, settings.steps - begun)
+    seconds = (time.perf_counter() - start) / max(1, settings.total_steps - begun)
     curve = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     made = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    trained = _steps_of_layers(made, settings.steps) if isinstance(made, OwLoreAdamW) else None
+    trained = _steps_of_layers(made, settings.total_steps) if isinstance(made, OwLoreAdamW) else None
     return Training(curve, seconds, memory.bytes_used(), trained)
 
 
@@ -255,13 +315,13 @@ def _arguments(settings: TrainingSettings, seed: int, directory: Path, device: t
     checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if settings.checkpointing else {}
     return TrainingArguments(
         output_dir=str(directory),
-        max_steps=settings.steps,
+        max_steps=settings.total_steps,
         per_device_train_batch_size=settings.micro_batch_size,
         gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
         train_sampling_strategy="sequential",  # the data set has its order
         learning_rate=settings.rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, settings.steps // 10),
+        warmup_steps=max(1, settings.total_steps // 10),
         weight_decay=0.0,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
@@ -274,6 +334,22 @@ def _arguments(settings: TrainingSettings, seed: int, directory: Path, device: t
         use_cpu=device.type == "cpu",
         **checkpointing,
     )
+
+
+def _check_alone(arguments: Any) -> None:
+    """Makes sure that a step has the samples that were asked for: Trainer takes a micro-batch for each process and GPU.
+
+    A model that is spread over GPUs is one to it.
+    """
+    for count, what in (
+        (arguments.world_size, "processes; start one"),
+        (arguments.n_gpu, "GPUs; name one in CUDA_VISIBLE_DEVICES"),
+    ):
+        if count > 1:
+            raise ValueError(
+                f"device: expected one process and one GPU, or a model spread over several (auto), got {count} {what}, "
+                "or use hf_cod.owlore with a Trainer of your own"
+            )
 
 
 def _steps_of_layers(optimizer: OwLoreAdamW, steps: int) -> list[int]:

@@ -38,7 +38,7 @@ def healing_report(
     name: str | None,
 ) -> RunReport:
     """What `heal` returns; the perplexities in `found` are those of "teacher", "before" and "after"."""
-    tokens = settings.steps * settings.batch_size * settings.sequence_length
+    tokens = settings.total_steps * settings.batch_size * settings.sequence_length
     share = recovered_share(**found)
     back = "" if share is None else f": {share:.1%} of the lost log-perplexity is recovered"
     written = {key: format_number(value) for key, value in found.items()}
@@ -59,7 +59,7 @@ def healing_report(
     return RunReport(
         kind="heal",
         model=name or name_of(stack),
-        settings={**asdict(settings), **asdict(sampling), "learning_rate": settings.rate},
+        settings={**settings.resolved(), **asdict(sampling)},
         environment=environment(execution_device(stack.model), next(stack.model.parameters()).dtype),
         layers=layers,
         results=results,

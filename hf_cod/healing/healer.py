@@ -19,7 +19,7 @@ from hf_cod.diagnostics.resuming import digest_batches
 from hf_cod.diagnostics.running import evaluation_mode, held_out_perplexity
 from hf_cod.finetuning.methods import METHODS
 from hf_cod.finetuning.settings import OwLoreSettings
-from hf_cod.finetuning.training import Training, claim, scores_to_draw_by, split_windows, train
+from hf_cod.finetuning.training import Training, check_scores, claim, scores_to_draw_by, split_windows, train
 from hf_cod.healing.healed import healing_report
 from hf_cod.healing.objective import Objective
 from hf_cod.healing.pair import check_pair, check_tokenizers
@@ -78,7 +78,8 @@ def heal(
     mine, theirs, matching = check_pair(student, teacher, settings)
     if teacher_tokenizer is not None:
         check_tokenizers(tokenizer, teacher_tokenizer)
-    windows, held_out = _windows(data, tokenizer, held_out, settings)
+    check_scores(settings, scores)
+    windows, held_out = _windows(data, tokenizer, held_out, settings, int(mine.config.vocab_size))
     objective = Objective(
         mine,
         theirs,
@@ -92,7 +93,8 @@ def heal(
         claim(directory, _work(directory, student, teacher, windows, settings, sampling))
         found = {"teacher": _perplexity(theirs, held_out, settings), "before": _perplexity(mine, held_out, settings)}
         chosen = scores_to_draw_by(student, windows, settings, scores, directory)
-        training = _train(student, objective, chosen, windows, settings, sampling, directory)
+        lasting = output is not None
+        training = _train(student, objective, chosen, windows, settings, sampling, directory, lasting)
     found["after"] = _perplexity(mine, held_out, settings)
     layers: dict[str, list[Any]] = {} if chosen is None else {"score": chosen.values}
     layers |= {} if training.trained is None else {"trained": training.trained}
@@ -101,7 +103,7 @@ def heal(
 
 
 def _windows(
-    data: Tensor | str | Iterable[str], tokenizer: Any, held_out: Tensor | None, settings: HealSettings
+    data: Tensor | str | Iterable[str], tokenizer: Any, held_out: Tensor | None, settings: HealSettings, vocabulary: int
 ) -> tuple[Tensor, Tensor]:
     """Windows to train on, and to measure on."""
     if not isinstance(data, Tensor):
@@ -110,12 +112,23 @@ def _windows(
         from hf_cod.pretraining import pack
 
         data = pack(tokenizer, [data] if isinstance(data, str) else data, settings.sequence_length)
-    if data.dim() != 2 or data.shape[1] != settings.sequence_length or data.is_floating_point():
+    _check_windows("data", data, settings.sequence_length, vocabulary)
+    if held_out is None:
+        return split_windows(data, settings)
+    _check_windows("held_out", held_out, settings.sequence_length, vocabulary)
+    return data.long(), held_out.long()
+
+
+def _check_windows(field: str, windows: Tensor, length: int, vocabulary: int) -> None:
+    """Makes sure that these are windows of the student's tokens, before anything is measured on them."""
+    if windows.dim() != 2 or windows.shape[1] != length or windows.is_floating_point() or not len(windows):
         raise ValueError(
-            f"data: expected token ids (windows, {settings.sequence_length}), as settings.sequence_length says, got "
-            f"{data.dtype} {tuple(data.shape)}"
+            f"{field}: expected token ids (windows, {length}), as settings.sequence_length says, and at least one "
+            f"window, got {windows.dtype} {tuple(windows.shape)}"
         )
-    return split_windows(data, settings) if held_out is None else (data.long(), held_out.long())
+    least, most = int(windows.min()), int(windows.max())
+    if least < 0 or most >= vocabulary:
+        raise ValueError(f"{field}: expected the student's token ids, 0 to {vocabulary - 1}, got {least} to {most}")
 
 
 def _work(
@@ -128,7 +141,7 @@ def _work(
 ) -> dict[str, Any]:
     """What tells this run from another one."""
     return {
-        **asdict(settings),
+        **settings.resolved(),
         **asdict(sampling),
         "student's weights": fingerprint_of_work(directory, student, None),
         "teacher's weights": fingerprint_of_work(directory, teacher, None),
@@ -144,6 +157,7 @@ def _train(
     settings: HealSettings,
     sampling: OwLoreSettings,
     directory: Path,
+    lasting: bool,
 ) -> Training:
     from hf_cod.healing.distillation_trainer import AfterEachStep, DistillationTrainer
 
@@ -165,6 +179,7 @@ def _train(
                 make_trainer=partial(DistillationTrainer, objective),
                 callbacks=[] if how.adapters else [AfterEachStep(set_back)],
                 beside=[objective.teacher.model],
+                lasting=lasting,
             )
             if how.adapters:
                 _merge(trained, masked)

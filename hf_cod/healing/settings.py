@@ -10,7 +10,6 @@ from hf_cod.finetuning.training import TrainingSettings
 from hf_cod.functional.distillation import check_mixture
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-_DEFAULT_STEPS = TrainingSettings.steps
 
 
 @dataclass
@@ -39,15 +38,21 @@ class HealSettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tokens is not None:
-            needed = math.ceil(count_tokens(self.tokens) / (self.batch_size * self.sequence_length))
-            if self.steps not in (_DEFAULT_STEPS, needed):
+            count_tokens(self.tokens)
+            if self.steps is not None:
                 raise ValueError(f"tokens: expected none beside steps, got {self.tokens!r} and {self.steps}")
-            self.steps = needed
         check_mixture(self.temperature, self.labels)
         if not 0 <= self.hidden < math.inf:
             raise ValueError(f"hidden: expected a weight of at least 0, got {self.hidden}")
         if self.teacher_layers is not None and not self.hidden:
             raise ValueError("teacher_layers: expected a weight of hidden above 0 beside them, got 0")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps in all: those that were named, or as many as the tokens take."""
+        if self.tokens is None:
+            return super().total_steps
+        return math.ceil(count_tokens(self.tokens) / (self.batch_size * self.sequence_length))
 
 
 def count_tokens(told: str) -> int:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_cod.decoder_layers import DecoderLayers
 
@@ -29,18 +30,22 @@ def kept_at_zero(parameters: list[nn.Parameter]) -> Iterator[Callable[[], None]]
     """
     zeros = [p.detach() == 0 for p in parameters]
 
-    def masked(mask: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda gradient: gradient.masked_fill(mask, 0)
-
     @torch.no_grad()
     def set_back() -> None:
         for parameter, mask in zip(parameters, zeros, strict=True):
             parameter.masked_fill_(mask, 0)
 
-    trained = [(p, mask) for p, mask in zip(parameters, zeros, strict=True) if p.requires_grad]
-    handles = [p.register_hook(masked(mask)) for p, mask in trained]
+    handles = [_mask_gradient(p, mask) for p, mask in zip(parameters, zeros, strict=True)]
     try:
         yield set_back
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _mask_gradient(parameter: nn.Parameter, mask: Tensor) -> RemovableHandle:
+    """Of a frozen parameter, too, which may train later: hooks outlast freezing, but need a gradient to be attached."""
+    trains = parameter.requires_grad
+    handle = parameter.requires_grad_(True).register_hook(lambda gradient: gradient.masked_fill(mask, 0))
+    parameter.requires_grad_(trains)
+    return handle

@@ -46,9 +46,9 @@ def text_size(text: str | None) -> list[Any]:
 
 
 def last_steps(directory: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of each checkpoint, the newest first."""
-    folders = Path(directory).glob(f"{CHECKPOINT}[0-9]*")
-    return sorted(((int(path.name.removeprefix(CHECKPOINT)), path) for path in folders), reverse=True)
+    """(step, folder) of each checkpoint, the newest first; what is only named like one does not count."""
+    named = [(path.name.removeprefix(CHECKPOINT), path) for path in Path(directory).glob(f"{CHECKPOINT}[0-9]*")]
+    return sorted(((int(step), path) for step, path in named if step.isdecimal() and path.is_dir()), reverse=True)
 
 
 def last_checkpoint(directory: str | Path, marker: str) -> Path | None:

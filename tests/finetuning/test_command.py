@@ -4,6 +4,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hf_cod import LayerScores, RunReport, perplexity, score_layers
 from hf_cod.calibration import embedded_text
 from hf_cod.cli import main
+from hf_cod.commands import finetune
 from hf_cod.commands.finetune_memory import EstimateSettings
+from hf_cod.commands.training import tell
 from hf_cod.finetuning import OwLoreAdamW, OwLoreSettings
 from hf_cod.finetuning.estimate import estimate_memory
+from hf_cod.finetuning.interruption import SaveOnInterrupt
 from hf_cod.finetuning.methods import METHODS
 from hf_cod.finetuning.training import TrainingSettings, scores_to_draw_by
 from hf_cod.loading import embedded_model
@@ -55,8 +59,6 @@ def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
     report.plot(output)
     assert (output / ("overview.png" if report.layers else "curve.png")).is_file()
     with pytest.raises(ValueError, match="output: expected a new directory"):
-        from hf_cod.commands import finetune
-
         finetune.main([MODEL, "--method", method, *QUICK.split(), "--output", str(output)])
 
 
@@ -153,6 +155,22 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in(tmp_path, capsys, monke
     assert not list(tmp_path.glob("*/checkpoint-*"))  # nobody needs them any more
 
 
+@pytest.mark.parametrize("known", [signal.SIG_IGN, None])
+def test_a_signal_that_is_ignored_or_of_an_unknown_handler_is_left_alone(known, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        if known is None:
+            monkeypatch.setattr(signal, "getsignal", lambda number: None)  # what is not Python's
+        else:
+            signal.signal(signal.SIGINT, known)
+        interrupt = SaveOnInterrupt()
+        interrupt.on_train_begin(SimpleNamespace(world_size=1))
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGINT) is (before if known is None else known)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -166,6 +184,7 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in(tmp_path, capsys, monke
         (["--max-grad-norm", "-1"], "max_grad_norm: expected a number of at least 0, got -1"),
         (["--fused"], "fused: expected a micro_batch_size of 8, the batch_size, beside it, got 4"),
         (["--fused", "--micro-batch-size", "8"], "fused: expected a max_grad_norm of 0 beside it, got 1"),
+        (["--method", "lora", "--scores", "s.json"], "scores: expected none with lora, which draws no layers by them"),
         (["--rank", "999"], "rank: expected at most 128, the width of the layers' matrices, got 999"),
     ],
 )
@@ -175,6 +194,16 @@ def test_bad_input(more, message, tmp_path, capsys):
     except SystemExit as exit:
         status = exit.code
     assert status == 2 and message in capsys.readouterr().err
+
+
+def test_a_training_whose_memory_cannot_be_estimated_goes_on(tmp_path, monkeypatch, capsys):
+    def fails(*args):
+        raise NotImplementedError  # without a word, as a bare assertion in a model
+
+    monkeypatch.setattr(finetune, "estimate", fails)
+    more = ["--method", "full", "--steps", "1", "--save-every", "2", "--eval-samples", "1"]
+    assert main(["finetune", MODEL, *QUICK.split(), *more, "--output", str(tmp_path / "out")]) == 0
+    assert "none was expected" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_training_that_fails_while_it_is_counted_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -201,6 +230,37 @@ def test_a_directory_of_another_run_is_refused(tmp_path, capsys):
     (output / "checkpoint-2").mkdir()
     assert main([*command, "--steps", "12"]) == 2
     assert "steps: expected 11, with which the run in" in capsys.readouterr().err
+    (output / "checkpoint-2-kept").mkdir()
+    assert main([*command, "--steps", "11"]) == 2
+    assert "but checkpoints, got checkpoint-2-kept" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main([*command, "--output", str(tmp_path / "file")]) == 2
     assert "output: expected a directory, got the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "made, content, message",
+    [
+        ("checkpoint-500/trainer_state.json", "{}", "which holds checkpoint-500 of another run"),
+        ("checkpoint-best/model.safetensors", "", "which holds checkpoint-best of another run"),
+        ("config.json", "{}", "which holds a model"),
+        ("settings.json", "steps = 5", "settings.json', got something else"),
+        ("settings.json", "[5]", "settings.json', got something else"),
+    ],
+)
+def test_a_directory_of_something_else_is_refused_and_left_alone(made, content, message, tmp_path, capsys):
+    file = tmp_path / made
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+    assert main(["finetune", MODEL, *QUICK.split(), "--output", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file] and file.read_text() == content
+
+
+def test_only_checkpoints_are_cleared_away(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-2-kept"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-3.zip").write_text("")
+    (tmp_path / "checkpoint-4").write_text("")
+    tell(RunReport("finetune", "mine", {}, {}, {}, {}), tmp_path, plots=False)
+    assert {path.name for path in tmp_path.glob("check*")} == {"checkpoint-2-kept", "checkpoint-3.zip", "checkpoint-4"}

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from hf_cod import RunReport, drop, heal, perplexity
 from hf_cod.calibration import embedded_text
 from hf_cod.cli import main
+from hf_cod.commands import heal as command_of_heal
 from hf_cod.healing import HealSettings
 from hf_cod.loading import ModelSettings, embedded_model, load_model
 from hf_cod.pretraining import pack
@@ -80,6 +81,34 @@ def test_another_tokenizer_is_refused(student, tmp_path, capsys):
     command = ["heal", student, "--teacher", str(tmp_path / "other"), *QUICK.split(), "--no-plots", "--output"]
     assert main([*command, str(tmp_path / "out")]) == 2
     assert "teacher: expected the student's tokenizer, with" in capsys.readouterr().err
+
+
+def test_the_directory_of_either_model_is_refused(student, capsys):
+    for directory in (student, TEACHER):
+        assert main(["heal", student, "--teacher", TEACHER, *QUICK.split(), "--no-plots", "--output", directory]) == 2
+        assert "which holds a model" in capsys.readouterr().err
+
+
+def test_scores_are_for_methods_that_draw_layers(student, tmp_path, capsys):
+    command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), "--method", "full", "--scores", "s.json"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    assert "scores: expected none with full, which draws no layers by them, got 's.json'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_model_is_loaded_in_its_own_revision(tmp_path, monkeypatch):
+    asked = {}
+
+    def load(name, loading):
+        asked[name] = loading.revision
+        if len(asked) == 2:
+            raise ValueError("model: enough")
+        return None, None
+
+    monkeypatch.setattr(command_of_heal, "load_with_tokenizer", load)
+    more = ["--teacher-revision", "step1000", "--revision", "pruned", "--output", str(tmp_path / "out")]
+    assert main(["heal", "mine/student", "--teacher", "its/teacher", *QUICK.split(), "--no-plots", *more]) == 2
+    assert asked == {"mine/student": "pruned", "its/teacher": "step1000"}
 
 
 @pytest.mark.slow

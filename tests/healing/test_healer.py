@@ -1,13 +1,15 @@
 """Healing through the public door, on tiny models."""
 
 import copy
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_cod import HealSettings, RankPlan, drop, factorize, find_decoder_layers, heal, pack_sparse, prune
 from hf_cod.finetuning import OwLoreSettings
@@ -109,11 +111,13 @@ def test_zeros_stay_zeros_in_bfloat16_under_checkpointing():
     assert not student.model.gradient_checkpointing
 
 
-def test_gradients_of_zeros_are_zero_when_layers_were_frozen_in_between():
-    student = pruned()
+@pytest.mark.parametrize("trains", [True, False])
+def test_gradients_of_zeros_are_zero_when_layers_were_frozen_before_or_in_between(trains):
+    student = pruned().requires_grad_(trains)
     held = pruned_matrices(find_decoder_layers(student))
     assert len(held) == 4 * 7
     with kept_at_zero(held) as set_back:
+        assert all(p.requires_grad is trains for p in held)
         for flag in (False, True):
             student.requires_grad_(flag)
         student(**batch_for(student)).logits.sum().backward()
@@ -191,6 +195,20 @@ def test_an_interrupted_run_ends_in_the_same_bits(method, tmp_path, monkeypatch)
         healed(resumed, teacher, method, tmp_path / "killed", **often)
 
 
+def test_ctrl_c_ends_at_once_where_nothing_could_be_kept(monkeypatch, capsys):
+    done, compute = [], DistillationTrainer.compute_loss
+
+    def interrupted(self, *args, **kwargs):
+        done.append(0)
+        signal.raise_signal(signal.SIGINT)
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        healed(build("llama"), build("llama"))
+    assert len(done) == 1 and "saves" not in capsys.readouterr().err
+
+
 def test_the_objective_against_the_formulas():
     """KL at each token that is no padding, cross entropy of each next token, hidden states of matched layers."""
     student, teacher = build("llama"), build("llama")
@@ -260,8 +278,38 @@ def test_pairs_that_do_not_go_together():
             healed(*pair, method, **changes)
     with pytest.raises(ValueError, match=r"data: expected token ids \(windows, 16\).*\(20, 12\)"):
         healed(student, wide, sequence_length=16)
+    with pytest.raises(ValueError, match="scores: expected none with full, which draws no layers by them, got 'mine'"):
+        heal(student, wide, WINDOWS, settings("full"), scores="mine")
     report = healed(student, wide)
     assert learnt(report), "logits alone can be learnt"
+
+
+@pytest.mark.parametrize("counted, told", [("n_gpu", "2 GPUs"), ("world_size", "2 processes")])
+def test_steps_of_more_samples_than_were_asked_for_are_refused(counted, told, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, counted, 2)
+    student = build("llama")
+    with pytest.raises(ValueError, match=f"device: expected one process and one GPU, .*, got {told}; "):
+        healed(student, build("llama"))
+    assert student.config.use_cache, "Trainer turns it off"
+
+
+@pytest.mark.parametrize(
+    "windows, message",
+    [
+        (WINDOWS[:0], r"expected token ids .* at least one window, got torch.int64 \(0, 12\)"),
+        (WINDOWS[0], r"expected token ids \(windows, 12\), .* got torch.int64 \(12,\)"),
+        (WINDOWS[:, :8], r"expected token ids \(windows, 12\), .* got torch.int64 \(20, 8\)"),
+        (WINDOWS.float(), r"expected token ids .* got torch.float32 \(20, 12\)"),
+        (WINDOWS + 99, "expected the student's token ids, 0 to 98, got 1.. to 1.."),
+        (-WINDOWS, "expected the student's token ids, 0 to 98, got -"),
+    ],
+)
+def test_windows_that_are_none_of_the_students(windows, message, tmp_path):
+    pair = build("llama"), build("llama")
+    for field, data, held_out in [("data", windows, WINDOWS), ("held_out", WINDOWS, windows)]:
+        with pytest.raises(ValueError, match=f"{field}: {message}"):
+            heal(*pair, data, settings("full"), held_out=held_out, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_tokenizers_are_told():
@@ -277,11 +325,16 @@ def test_other_tokenizers_are_told():
 
 
 def test_settings_and_shares():
-    assert HealSettings(tokens="2M").steps == -(-2_000_000 // (16 * 256))
+    assert HealSettings(tokens="2M").total_steps == -(-2_000_000 // (16 * 256))
+    changed = replace(HealSettings(tokens="2M"), batch_size=8)
+    assert changed.total_steps == changed.resolved()["steps"] == -(-2_000_000 // (8 * 256))
+    assert HealSettings().total_steps == 300 and HealSettings(steps=7).total_steps == 7
     assert [count_tokens(told) for told in ("1.5m", "500k", "12")] == [1_500_000, 500_000, 12]
     for values, message in [
         ({"tokens": "many"}, "tokens: expected a number such as 2M or 500k, got 'many'"),
         ({"tokens": "2M", "steps": 7}, "tokens: expected none beside steps, got '2M' and 7"),
+        ({"tokens": "2M", "steps": 300}, "tokens: expected none beside steps, got '2M' and 300"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"temperature": 0.0}, "temperature: expected a number above 0, got 0.0"),
         ({"labels": 2.0}, r"labels: expected a share in 0..1, got 2.0"),
         ({"hidden": -1.0}, "hidden: expected a weight of at least 0, got -1.0"),
