@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch: spinning threads make tiny forward passes many times slower on a loaded machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -27,6 +28,14 @@ def _nothing_is_left_behind():
     """A mode that goes on watching each operation would slow all that follows, and keep it from being compiled."""
     yield
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C does what it does in a terminal; a run of the tests in the background begins with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

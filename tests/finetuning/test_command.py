@@ -131,7 +131,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     assert reports[0].results["curve"] == reports[1].results["curve"] and reports[0].layers == reports[1].layers
 
 
-def test_an_interrupted_run_saves_the_step_that_it_is_in(tmp_path, capsys, monkeypatch):
+def test_an_interrupted_run_saves_the_step_that_it_is_in(ctrl_c, tmp_path, capsys, monkeypatch):
     command = ["finetune", MODEL, *QUICK.split(), "--output"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     step = OwLoreAdamW.step

@@ -195,7 +195,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(method, tmp_path, monkeypatch)
         healed(resumed, teacher, method, tmp_path / "killed", **often)
 
 
-def test_ctrl_c_ends_at_once_where_nothing_could_be_kept(monkeypatch, capsys):
+def test_ctrl_c_ends_at_once_where_nothing_could_be_kept(ctrl_c, monkeypatch, capsys):
     done, compute = [], DistillationTrainer.compute_loss
 
     def interrupted(self, *args, **kwargs):
