@@ -146,6 +146,9 @@ def run(
 def print_plan(plan: FitPlan) -> None:
     """What was measured, what was chosen, and the trade-off."""
     console = Console()
+    if not plan.steps:
+        console.print(f"• {_told_plan(plan)}", highlight=False)
+        return
     tried = Table("tried", "layers left", "loss expected", "measured", box=box.SIMPLE_HEAD)
     for row in sorted(plan.tried, key=lambda row: row["loss"]):
         tried.add_row(describe(row["steps"]), f"{row['left']:.1%}", f"{row['expected']:.3f}", f"{row['loss']:.3f}")
@@ -172,6 +175,11 @@ def _split(batches: Sequence[Batch], settings: FitSettings) -> tuple[list[Batch]
 
 
 def _told_plan(plan: FitPlan) -> str:
+    if not plan.steps:
+        return (
+            f"The model meets the budget as it is, and nothing is done to it: {plan.loss:.3f} nats a token on the "
+            "samples that plans are compared on."
+        )
     single = [row for row in plan.tried if len(row["steps"]) == 1]
     best = min(single, key=lambda row: row["loss"], default=None)
     compared = "" if best is None else f"; the best single method: {describe(best['steps'])}, {best['loss']:.3f}"

@@ -18,7 +18,7 @@ class FitPlan(JsonFile):
         kind: what the budget counts: "memory" (bytes of the whole model), "parameters" (share of the weights of the
             layers' matrices) or "bits" (stored bits for each weight that those had).
         budget: the most that is allowed.
-        steps: knob -> level, in the order of application.
+        steps: knob -> level, in the order of application; empty where the model meets the budget as it is.
         loss: nats a token with these steps, on the samples that the plan was chosen on.
         intact_loss: of the intact model on them.
         size: bytes, layer_bytes and layer_weights with these steps.

@@ -47,6 +47,8 @@ def plan_fit(
 
     So the plan is never worse, on `tuning`, than any single method at the same budget.
 
+    Of a model that meets the budget as it is nothing is tried, and the plan has no steps.
+
     Args:
         make: gives a fresh copy of the intact model at each call (a function that loads it); one at a time is alive.
         kind: "memory" (bytes of the whole model), "parameters" (share of the weights of the layers' matrices, 0 to 1)
@@ -73,6 +75,8 @@ def plan_fit(
     del intact
     trials = Trials(make, calibration, tuning, journal, work, path)
     search = _Search(trials, kind, budget, levels)
+    if search.is_met_intact():
+        return search.plan()
     search.measure_alone(show_progress)
     search.check_reach()
     search.verify(verify, show_progress)
@@ -89,6 +93,13 @@ class _Search:
         self._saved: dict[str, list[float]] = {}
         self._costs: dict[str, list[float]] = {}
         self._tried: dict[str, tuple[float, Trial]] = {}
+
+    def is_met_intact(self) -> bool:
+        """Whether the model meets the budget as it is, so that nothing is to be found."""
+        if self._most() < 1:
+            return False
+        self._tried[""] = (self._intact.loss, self._intact)
+        return True
 
     def measure_alone(self, show_progress: bool) -> None:
         """Fills the tables that combinations are compared by; step 0 of a knob is not to use it."""

@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import hf_cod.fit.trials
@@ -56,6 +57,21 @@ def test_plans_meet_their_budget_and_are_the_best_of_what_was_measured(kind, kno
     alone = [row for row in plan.tried if len(row["steps"]) == 1]
     assert alone and all(plan.loss <= row["loss"] for row in alone)
     assert set(plan.alone) == set(knobs)
+
+
+def test_a_model_that_meets_the_budget_is_left_as_it_is(texts, tmp_path, monkeypatch, capsys):
+    """Before anything is tried."""
+    tried = []
+    monkeypatch.setattr(hf_cod.fit.trials, "apply_steps", lambda model, steps, how: tried.append(steps))
+    plan = plan_fit(make, "bits", 40.0, *texts)
+    assert tried == [{}] and plan.steps == {} and plan.loss == plan.intact_loss and plan.alone == {}
+    assert plan.loss == pytest.approx(math.log(perplexity(make(), texts[1])), abs=1e-4)
+    output = tmp_path / "out"
+    assert main(["fit", MODEL, "--memory", "1GB", *QUICK.split(), "--output", str(output)]) == 0
+    assert tried == [{}, {}] and capsys.readouterr().out.count("The model meets the budget as it is") == 2
+    state = AutoModelForCausalLM.from_pretrained(output).state_dict()
+    assert all(torch.equal(tensor.float(), state[name].float()) for name, tensor in make().state_dict().items())
+    assert (output / "trade_off.png").is_file()
 
 
 def test_what_was_measured_is_not_measured_again(texts, tmp_path, monkeypatch):
