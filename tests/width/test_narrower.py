@@ -1,11 +1,12 @@
 import copy
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_cod import (
@@ -294,6 +295,23 @@ def test_numbers_of_heads_that_a_family_refuses_are_recorded_instead(tmp_path):
     assert not report.results["stock"] and model.config.num_attention_heads == 8
     model.save_pretrained(tmp_path)
     assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path)), outputs(model))
+
+
+@pytest.mark.parametrize("error", [AssertionError, RuntimeError, KeyboardInterrupt])
+def test_a_family_that_refuses_sizes_in_a_way_of_its_own(error, monkeypatch, tmp_path):
+    model, build_layers = build("llama"), LlamaModel.__init__
+
+    def refusing(self, config):
+        if config.intermediate_size != 48:
+            raise error("not this one")
+        build_layers(self, config)
+
+    monkeypatch.setattr(LlamaModel, "__init__", refusing)
+    with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else nullcontext():
+        assert not narrow(model, 0.6, "magnitude", "none", multiple=8).results["stock"]
+        model.save_pretrained(tmp_path)
+        assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path)), outputs(model))
+    assert model.config.intermediate_size == 48 and model.config.num_attention_heads == 4
 
 
 @pytest.mark.parametrize("method, compensation", [("fluctuation", "least_squares"), ("taylor", "none")])
