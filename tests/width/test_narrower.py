@@ -21,10 +21,11 @@ from hf_cod import (
     perplexity,
 )
 from hf_cod.calibration import SampleSettings, split_samples, token_batches
-from hf_cod.functional.channels import DAMPING
+from hf_cod.functional.channels import DAMPING, fluctuation
 from hf_cod.layer_by_layer import FinishedLayers
 from hf_cod.layer_units import find_units
 from hf_cod.loading import ModelSettings, load_model
+from hf_cod.statistics.input_products import MomentsRecorder
 from hf_cod.width import COMPENSATIONS, METHODS
 from hf_cod.width.gradients import measure_taylor
 from tests import references
@@ -79,6 +80,23 @@ def test_every_family_against_the_formula(family):
     assert len(set(report.results["channels"])) > 1
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in intact.parameters())
     torch.testing.assert_close(outputs(model, batches[0]), outputs(expected, batches[0]), rtol=1e-6, atol=1e-8)
+
+
+def test_variances_beside_large_means():
+    """In float32, E[x^2] - E[x]^2 would be all rounding errors here."""
+    model = build("opt", layers=1)
+    stack, (batch,) = find_decoder_layers(model), [batch_for(model)]
+    (writer,) = [own.writer for own in find_units(stack, 0).found if own.kind == "channels"]
+    with torch.no_grad():
+        stack[0].fc1.bias.fill_(3000.0)
+    recorder = MomentsRecorder(stack, [0], [writer])
+    with recorder.attached(), torch.no_grad():
+        recorder.start(batch["attention_mask"])
+        model(**batch)
+        recorder.finish(0)
+    W, X = references.linear_inputs(model, [batch], 0)[writer]
+    expected = X.double().var(0, unbiased=False) * W.double().square().sum(0)
+    torch.testing.assert_close(fluctuation(W, recorder.of(writer), X.shape[1]), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
