@@ -150,18 +150,19 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
                 if module.__dict__.get(name) == old:
                     changes.set(module, name, new)
     if stack.config is not None:
-        _mend_config(stack.config, kept, changes, stack.path)
+        _mend_config(stack.config, kept, changes)
+    whole: Any = getattr(stack.model, "config", None)  # of a tower it is not the config that counts its layers
+    if getattr(whole, "module_shapes", None):
+        changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
 
 
-def _mend_config(config: Any, kept: list[int], changes: _Changes, path: str) -> None:
+def _mend_config(config: Any, kept: list[int], changes: _Changes) -> None:
     depth = config.num_hidden_layers
     if hasattr(config, "layer_depths") and config.layer_depths is None:
         # Our own models: what LNS, Mix-LN and DeepNorm make of a layer's depth must not change with its number.
         changes.set(config, "layer_depths", list(range(depth)))
         changes.set(config, "original_num_hidden_layers", depth)
     changes.set(config, "num_hidden_layers", len(kept))
-    if getattr(config, "module_shapes", None):
-        changes.set(config, "module_shapes", _renumbered(config.module_shapes, path, kept))
     for name, value in list(vars(config).items()):
         if name.startswith("_") or name in NOT_PER_LAYER_FIELDS:
             continue
@@ -173,12 +174,13 @@ def _mend_config(config: Any, kept: list[int], changes: _Changes, path: str) -> 
             changes.set(config, name, type(value)(value[i] for i in kept))
 
 
-def _renumbered(shapes: dict[str, Any], path: str, kept: list[int]) -> dict[str, Any]:
-    """The record of our shaped models for the kept layers; its names may lack the first part of the stack's path."""
-    stack = path.rpartition(".")[2]
+def _renumbered(shapes: dict[str, Any], stack: DecoderLayers, kept: list[int]) -> dict[str, Any]:
+    """The record of our shaped models for the kept layers; its names are those inside the base model."""
+    model: Any = stack.model
+    path = stack.path if model.base_model is model else stack.path.removeprefix(f"{model.base_model_prefix}.")
     found = {}
     for name, sizes in shapes.items():
-        match = re.match(rf"((?:.*?\.)??{re.escape(stack)}\.)(\d+)(\..+)", name)
+        match = re.match(rf"({re.escape(path)}\.)(\d+)(\..+)", name)
         if match is None:
             found[name] = sizes
         elif int(match[2]) in kept:

@@ -12,7 +12,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from hf_cod import drop, find_decoder_layers, skip
+from hf_cod import WidthPlan, drop, find_decoder_layers, narrow, skip
 from hf_cod.layer_removal import check_drop
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM
 from tests.references import without_layer
@@ -202,7 +202,8 @@ def test_drop_on_a_model_with_a_compiled_layer():
     assert drop(model, [0]) == [1, 2, 3]
 
 
-def test_the_vision_tower_of_a_vision_language_model_has_its_own_config():
+def two_towers():
+    """A text model of five layers, a vision tower of three."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     config = LlavaConfig(
         vision_config={
@@ -214,7 +215,12 @@ def test_the_vision_tower_of_a_vision_language_model_has_its_own_config():
         },
         text_config={"model_type": "llama", **sizes, "num_hidden_layers": 5, "vocab_size": 99},
     )
-    model = LlavaForConditionalGeneration(config).eval()
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def test_the_vision_tower_of_a_vision_language_model_has_its_own_config():
+    model = two_towers()
     assert len(find_decoder_layers(model)) == 5
     path = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
     with skip(model, 0, path=path):
@@ -222,3 +228,26 @@ def test_the_vision_tower_of_a_vision_language_model_has_its_own_config():
         assert model.config.vision_config.num_hidden_layers == 2
     drop(model, 1, path=path)
     assert model.config.vision_config.num_hidden_layers == 2
+
+
+def test_each_tower_keeps_its_record_of_shapes(tmp_path):
+    """The stacks of both are called "layers"."""
+    model = two_towers()
+    tower = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    narrow(model, WidthPlan(0.7, [4] * 3, [48, 32, 16], "mine"), "magnitude", "none", path=tower)
+    narrow(model, WidthPlan(0.7, [4] * 5, [48, 32, 40, 16, 24], "mine"), "magnitude", "none")
+    before = copy.deepcopy(model.config.module_shapes)
+    with skip(model, 0):
+        assert len(model.config.module_shapes) == len(before)  # layer 0 is whole
+    assert model.config.module_shapes == before
+    drop(model, [1])
+    found = {n: sizes["in_features"] for n, sizes in model.config.module_shapes.items() if "in_features" in sizes}
+    assert {n: size for n, size in found.items() if "vision" in n} == {
+        f"vision_tower.encoder.layers.{i}.mlp.fc2": size for i, size in ((1, 32), (2, 16))
+    }
+    assert {n: size for n, size in found.items() if "vision" not in n} == {
+        f"language_model.layers.{i}.mlp.down_proj": size for i, size in ((1, 40), (2, 16), (3, 24))
+    }
+    model.save_pretrained(tmp_path)
+    state = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

@@ -26,7 +26,7 @@ from hf_cod.commands.settings import SettingsParser, model_title
 from hf_cod.commands.sizes import parse_bytes
 from hf_cod.diagnostics.running import execution_device
 from hf_cod.evaluation import LANGUAGE_MODELS, task_of
-from hf_cod.fit import KNOBS, Applying, FitPlan, apply_steps, plan_fit
+from hf_cod.fit import Applying, FitPlan, apply_steps, describe_steps, plan_fit
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.model_size import size_of
 from hf_cod.report import RunReport, environment, format_number
@@ -140,26 +140,27 @@ def run(
     }
     told = {**asdict(settings), "text": text.text, **describe_batches(calibration)}
     summary = [_told_plan(plan), _told_size(results), *describe_perplexity(results, "fitted")]
-    return RunReport("fit", model_title(source), told, described, {}, results, summary)
+    return RunReport("fit", model_title(source), told, described, {}, results, summary, plan.notes)
 
 
 def print_plan(plan: FitPlan) -> None:
     """What was measured, what was chosen, and the trade-off."""
     console = Console()
+    if not plan.steps:
+        console.print(f"• {_told_plan(plan)}", highlight=False)
+        return
     tried = Table("tried", "layers left", "loss expected", "measured", box=box.SIMPLE_HEAD)
     for row in sorted(plan.tried, key=lambda row: row["loss"]):
-        tried.add_row(describe(row["steps"]), f"{row['left']:.1%}", f"{row['expected']:.3f}", f"{row['loss']:.3f}")
+        tried.add_row(
+            describe_steps(row["steps"]), f"{row['left']:.1%}", f"{row['expected']:.3f}", f"{row['loss']:.3f}"
+        )
     console.print(tried)
     curve = Table("layers left", "least loss expected", "by", box=box.SIMPLE_HEAD)
     for left, loss, steps in plan.curve[1::2]:
-        curve.add_row(f"{left:.0%}", f"{loss:.3f}", describe(steps))
+        curve.add_row(f"{left:.0%}", f"{loss:.3f}", describe_steps(steps))
     console.print(curve)
-    console.print(f"• {_told_plan(plan)}", highlight=False)
-
-
-def describe(steps: dict[str, float]) -> str:
-    """Steps in words."""
-    return "; ".join(KNOBS[knob].describe(level) for knob, level in steps.items()) or "nothing"
+    for line in (_told_plan(plan), *plan.notes):
+        console.print(f"• {line}", highlight=False)
 
 
 def _split(batches: Sequence[Batch], settings: FitSettings) -> tuple[list[Batch], list[Batch]]:
@@ -172,11 +173,16 @@ def _split(batches: Sequence[Batch], settings: FitSettings) -> tuple[list[Batch]
 
 
 def _told_plan(plan: FitPlan) -> str:
+    if not plan.steps:
+        return (
+            f"The model meets the budget as it is, and nothing is done to it: {plan.loss:.3f} nats a token on the "
+            "samples that plans are compared on."
+        )
     single = [row for row in plan.tried if len(row["steps"]) == 1]
     best = min(single, key=lambda row: row["loss"], default=None)
-    compared = "" if best is None else f"; the best single method: {describe(best['steps'])}, {best['loss']:.3f}"
+    compared = "" if best is None else f"; the best single method: {describe_steps(best['steps'])}, {best['loss']:.3f}"
     return (
-        f"Chosen: {describe(plan.steps)}: {plan.loss:.3f} nats a token on the samples that plans are compared on "
+        f"Chosen: {describe_steps(plan.steps)}: {plan.loss:.3f} nats a token on the samples that plans are compared on "
         f"(intact {plan.intact_loss:.3f}{compared})."
     )
 

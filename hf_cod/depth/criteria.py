@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_cod.calibration import Batch, check_batches, describe_batches, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
-from hf_cod.depth.depth_plan import DepthPlan, check_count
+from hf_cod.depth.depth_plan import GIVEN, MASSIVE, DepthPlan, check_count
 from hf_cod.depth.protection import massive_layers, removable
 from hf_cod.depth.removal_probe import RemovalProbe
 from hf_cod.depth.search import LayerSearch
@@ -93,7 +93,8 @@ def plan_depth(
     found = CRITERIA[method](request)
     check_drop(model, found.layers, path)
     sizes = [stack.count_weights(index) for index in range(len(stack))]
-    return DepthPlan(name_of(stack), method, found.layers, sizes, found.costs, protected, found.candidates)
+    why = (MASSIVE if protect is True else GIVEN) if protected else ""
+    return DepthPlan(name_of(stack), method, found.layers, sizes, found.costs, protected, found.candidates, why)
 
 
 @dataclass(frozen=True)

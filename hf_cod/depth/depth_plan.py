@@ -10,6 +10,7 @@ from hf_cod.files import JsonFile
 from hf_cod.same_model import check_sizes
 
 GIVEN = "given"  # layers that somebody named
+MASSIVE = "massive"  # layers where massive activations arise
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class DepthPlan(JsonFile):
         costs: what the criterion measured of each layer (None where it could not be removed so); empty where nothing
             was measured. `CRITERIA` says in which unit.
         protected: layers that no criterion was free to remove.
+        protection: why: "massive", because massive activations arise there, or "given", because somebody named them;
+            empty where none are.
         candidates: of a search, name -> {"layers", "loss"} of each plan that it ended with, the loss on text that
             the search did not see; "intact" is the model itself.
     """
@@ -37,6 +40,7 @@ class DepthPlan(JsonFile):
     costs: list[float | None] = field(default_factory=list)
     protected: list[int] = field(default_factory=list)
     candidates: dict[str, dict[str, Any]] = field(default_factory=dict)
+    protection: str = ""
 
     def __post_init__(self) -> None:
         depth = len(self.parameters)

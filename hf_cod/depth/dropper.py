@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_cod.calibration import Batch, check_batches, describe_batches, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
-from hf_cod.depth.depth_plan import GIVEN, DepthPlan
+from hf_cod.depth.depth_plan import GIVEN, MASSIVE, DepthPlan
 from hf_cod.depth.removal_probe import RemovalProbe
 from hf_cod.depth.replacement import BlockReplacer, put_back, put_in
 from hf_cod.diagnostics.running import execution_device
@@ -186,7 +186,8 @@ def _summary(plan: DepthPlan, before: int, after: int, replacements: list[dict[s
         "parameters are left."
     ]
     if plan.protected:
-        found.append(f"Layers {', '.join(map(str, plan.protected))} were protected: massive activations arise there.")
+        why = ": massive activations arise there" if plan.protection == MASSIVE else ", as asked for"
+        found.append(f"Layers {', '.join(map(str, plan.protected))} were protected{why}.")
     if plan.candidates:
         order = sorted(plan.candidates, key=lambda name: plan.candidates[name]["loss"])
         told = ", ".join(f"{name.replace('_', ' ')} {plan.candidates[name]['loss']:.3f}" for name in order)

@@ -17,6 +17,7 @@ from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.diagnostics.partial_pass import State, layer_states, run_layer
 from hf_cod.diagnostics.running import evaluation_mode, execution_device, to_device
 from hf_cod.evaluation import model_inputs
+from hf_cod.functional.depth import wide
 from hf_cod.functional.linear_map import DAMPING, MapSums, fold
 
 # How far the layer's output may be from what it would be if the matrix' output were added to it, as a share.
@@ -102,7 +103,8 @@ class BlockReplacer:
                     hidden, _ = run_layer(self._stack, front, model_inputs(batch), before)
                 mask = batch.get("attention_mask")
                 rows = slice(None) if mask is None else mask.bool().flatten()
-                r = (wanted.to(hidden) - hidden).flatten(0, 1)[rows]
+                # Widened first, so that bf16 does not round the difference.
+                r = (wide(wanted.to(hidden.device)) - wide(hidden)).flatten(0, 1)[rows]
                 sums.add(added[-1].reshape(-1, added[-1].shape[-1])[rows], r)
         return matrix, name, *sums.solve(self._damping)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_cod.files import JsonFile
@@ -18,7 +18,7 @@ class FitPlan(JsonFile):
         kind: what the budget counts: "memory" (bytes of the whole model), "parameters" (share of the weights of the
             layers' matrices) or "bits" (stored bits for each weight that those had).
         budget: the most that is allowed.
-        steps: knob -> level, in the order of application.
+        steps: knob -> level, in the order of application; empty where the model meets the budget as it is.
         loss: nats a token with these steps, on the samples that the plan was chosen on.
         intact_loss: of the intact model on them.
         size: bytes, layer_bytes and layer_weights with these steps.
@@ -26,6 +26,7 @@ class FitPlan(JsonFile):
             layers.
         tried: combinations that were measured, each {"steps", "expected", "loss", "left"}.
         curve: the least loss that is expected with each share left, as [share, nats a token, steps].
+        notes: which knobs, or levels of them, could not be tried, and why.
     """
 
     FIELD = "fit_plan"
@@ -39,3 +40,4 @@ class FitPlan(JsonFile):
     alone: dict[str, dict[str, list[float]]]
     tried: list[dict[str, Any]]
     curve: list[list[Any]]
+    notes: list[str] = field(default_factory=list)

@@ -11,16 +11,21 @@ from torch import nn
 
 from hf_cod.allocation import allocate
 from hf_cod.calibration import Batch
-from hf_cod.decoder_layers import find_decoder_layers
+from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.depth import drop_layers, plan_depth
+from hf_cod.diagnostics.partial_pass import check_independent
 from hf_cod.functional.codebook import BITS
+from hf_cod.layer_removal import check_drop
+from hf_cod.layer_units import find_units
 from hf_cod.low_rank import factorize, plan_ranks
+from hf_cod.models.shaping import check_shapeable
 from hf_cod.pruning import prune
 from hf_cod.quantization import OwlBnbConfig, quantize
 from hf_cod.quantization.plan import plan_bits
 from hf_cod.scores import score_layers
 from hf_cod.sparse import pack_sparse
 from hf_cod.width import narrow
+from hf_cod.writable_weights import check_writable
 
 # The score by which layers get more or less, where a method does not find out itself; one forward pass finds it.
 SCORE = "angular"
@@ -61,6 +66,8 @@ class Knob:
         levels: (model, layers' module name or None) -> levels that a plan may choose, mildest first.
         tried: how many of those are measured, evenly spread, the last one included; costs between are interpolated.
         apply: (model, level, how) -> changes the model in place.
+        check: raises ValueError or ImportError where the model, or what is installed, shows at once that no level can
+            be applied. What shows only on the way, `apply` raises.
         describe: level -> what it means.
         structural: whether parameters become fewer, so that a budget of parameters can be met by it.
     """
@@ -68,6 +75,7 @@ class Knob:
     levels: Callable[[nn.Module, str | None], list[float]]
     tried: int
     apply: Callable[[Any, float, Applying], None]
+    check: Callable[[DecoderLayers], None]
     describe: Callable[[float], str]
     structural: bool = True
 
@@ -112,26 +120,70 @@ def _bits(model: Any, codes: float, how: Applying) -> None:
     quantize(model, OwlBnbConfig(bits=stored, scores=scores), **how.options())
 
 
+def _check_depth(stack: DecoderLayers) -> None:
+    if len(stack) < 3:
+        raise ValueError(f"layers: expected at least 3, of which a third may go, got {len(stack)}")
+    check_independent(stack, "layers")
+    check_drop(stack.model, len(stack) - 1, stack.path)  # all others keep their numbers
+
+
+def _check_plain(stack: DecoderLayers) -> None:
+    check_writable(stack)
+    check_independent(stack, "model")
+
+
+def _check_rank(stack: DecoderLayers) -> None:
+    check_shapeable(stack.model)
+    _check_plain(stack)
+
+
+def _check_width(stack: DecoderLayers) -> None:
+    _check_rank(stack)
+    units = [find_units(stack, index) for index in range(len(stack))]
+    if not any(layer.found for layer in units):
+        raise ValueError(f"model: expected heads or channels of a known structure, got none; {units[0].whole[0]}")
+
+
+def _check_bits(stack: DecoderLayers) -> None:
+    import hf_cod.quantization.bnb  # noqa: F401 - its absence is told before any work
+
+    _check_plain(stack)
+
+
 # Knob -> what it does. Order matters: what removes structure comes before what stores the rest in fewer bits.
 KNOBS: dict[str, Knob] = {
     "depth": Knob(
         lambda model, path: [float(n) for n in range(1, 1 + len(find_decoder_layers(model, path)) // 3)],
         3,
         _depth,
+        _check_depth,
         lambda x: f"{x:g} layers removed",
     ),
-    "width": Knob(_shares(*range(5, 45, 5)), 3, _width, lambda x: f"{x:.0%} of the weights by heads and channels"),
-    "rank": Knob(_shares(*range(5, 55, 5)), 4, _low_rank, lambda x: f"{x:.0%} of the weights by low rank"),
+    "width": Knob(
+        _shares(*range(5, 45, 5)), 3, _width, _check_width, lambda x: f"{x:.0%} of the weights by heads and channels"
+    ),
+    "rank": Knob(_shares(*range(5, 55, 5)), 4, _low_rank, _check_rank, lambda x: f"{x:.0%} of the weights by low rank"),
     "sparsity": Knob(
-        _shares(*range(50, 85, 5)), 3, _sparse, lambda x: f"{x:.0%} of the weights zero, and packed", structural=False
+        _shares(*range(50, 85, 5)),
+        3,
+        _sparse,
+        _check_plain,
+        lambda x: f"{x:.0%} of the weights zero, and packed",
+        structural=False,
     ),
     "bits": Knob(
         lambda model, path: [4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4, 3.3, 3.2, 3.1, 3.0],
         3,
         _bits,
+        _check_bits,
         lambda x: f"{x:g} bits a weight, and scales",
         structural=False,
     ),
 }
 # A matrix is stored packed or in few bits, not both.
 EXCLUSIVE = (("sparsity", "bits"),)
+
+
+def describe_steps(steps: dict[str, float]) -> str:
+    """Steps in words."""
+    return "; ".join(KNOBS[knob].describe(level) for knob, level in steps.items()) or "nothing"

@@ -10,17 +10,20 @@ from typing import Any
 from torch import nn
 
 from hf_cod.calibration import Batch
+from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.resuming import Journals, digest_batches
 from hf_cod.diagnostics.running import progress
 from hf_cod.files import fingerprint
 from hf_cod.fit.fit_plan import KINDS, FitPlan
-from hf_cod.fit.knobs import EXCLUSIVE, KNOBS
+from hf_cod.fit.knobs import EXCLUSIVE, KNOBS, describe_steps
 from hf_cod.fit.trials import Steps, Trial, Trials
 from hf_cod.functional.combination import Combination, best_combinations, filled, rising
 from hf_cod.model_size import ModelSize
 
 # How often a choice of knobs is tightened where its measured size is above the budget.
 TIGHTENINGS = 4
+# What a method raises that a model, or what is installed, is not made for, and a trial for a loss that is not finite.
+FAILURES = (ValueError, ImportError)
 # Points of the trade-off curve: shares of the layers that are left.
 CURVE = tuple(share / 100 for share in range(95, 5, -5))
 
@@ -47,6 +50,8 @@ def plan_fit(
 
     So the plan is never worse, on `tuning`, than any single method at the same budget.
 
+    Of a model that meets the budget as it is nothing is tried, and the plan has no steps.
+
     Args:
         make: gives a fresh copy of the intact model at each call (a function that loads it); one at a time is alive.
         kind: "memory" (bytes of the whole model), "parameters" (share of the weights of the layers' matrices, 0 to 1)
@@ -54,25 +59,30 @@ def plan_fit(
         budget: the most that is allowed, in that unit.
         calibration: dicts for the model's forward, which methods calibrate on.
         tuning: other ones, which losses are measured on.
-        knobs: names of `KNOBS` to choose from; default: all that can help.
+        knobs: names of `KNOBS` to choose from; default: all that can help, of which those that this model cannot do are
+            left out. Levels at which a method fails are left out in either case; the plan's notes tell what was.
         verify: how many sets of knobs are measured as a whole, beside each knob alone.
         journal: a directory: what was measured is kept there, and the same call goes on where it stopped.
         path: the stack's module name where it cannot be found.
         show_progress: show a progress bar.
 
     Raises:
-        ValueError: an unknown kind or knob, or a budget out of reach (says the least possible).
+        ValueError: an unknown kind or knob, or a budget out of reach (says the least possible); a named knob that the
+            model cannot do, before anything is measured where the model shows it.
+        ImportError: a named knob needs a package that is not installed; before anything is measured.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     chosen = _chosen_knobs(knobs, kind)
     intact = make()
-    levels = {knob: KNOBS[knob].levels(intact, path) for knob in chosen}
-    levels = {knob: found for knob, found in levels.items() if found}
+    notes = _left_out(chosen, find_decoder_layers(intact, path), knobs is not None)
+    levels = {knob: KNOBS[knob].levels(intact, path) for knob in chosen if knob not in notes}
     work = fingerprint(Journals(journal or "", intact, calibration).inputs, digest_batches(tuning))
     del intact
     trials = Trials(make, calibration, tuning, journal, work, path)
-    search = _Search(trials, kind, budget, levels)
+    search = _Search(trials, kind, budget, levels, knobs is not None, list(notes.values()))
+    if search.is_met_intact():
+        return search.plan()
     search.measure_alone(show_progress)
     search.check_reach()
     search.verify(verify, show_progress)
@@ -80,22 +90,52 @@ def plan_fit(
 
 
 class _Search:
-    """Levels, what they cost alone, and what was measured together."""
+    """Levels, what they cost alone, and what was measured together.
 
-    def __init__(self, trials: Trials, kind: str, budget: float, levels: dict[str, list[float]]) -> None:
+    Args:
+        trials: measure.
+        kind, budget: see `plan_fit`.
+        levels: of each knob.
+        named: whether somebody asked for these knobs.
+        notes: begins with these.
+    """
+
+    def __init__(
+        self, trials: Trials, kind: str, budget: float, levels: dict[str, list[float]], named: bool, notes: list[str]
+    ) -> None:
         self._trials, self._kind, self._budget, self._levels = trials, kind, budget, levels
+        self._named, self._notes = named, notes
         self._intact = trials.measure({})
         self._alone: dict[str, dict[int, Trial]] = {}
         self._saved: dict[str, list[float]] = {}
         self._costs: dict[str, list[float]] = {}
         self._tried: dict[str, tuple[float, Trial]] = {}
 
+    def is_met_intact(self) -> bool:
+        """Whether the model meets the budget as it is, so that nothing is to be found."""
+        if self._most() < 1:
+            return False
+        self._tried[""] = (self._intact.loss, self._intact)
+        return True
+
     def measure_alone(self, show_progress: bool) -> None:
         """Fills the tables that combinations are compared by; step 0 of a knob is not to use it."""
         wanted = {knob: _spread(len(levels), KNOBS[knob].tried) for knob, levels in self._levels.items()}
         todo = [(knob, step) for knob, steps in wanted.items() for step in steps]
+        failed: dict[str, dict[int, Exception]] = {}
         for knob, step in progress(todo, "trying each step alone", show_progress):
-            self._alone.setdefault(knob, {})[step] = self._trials.measure({knob: self._levels[knob][step - 1]})
+            try:
+                trial = self._trials.measure({knob: self._levels[knob][step - 1]})
+            except FAILURES as error:
+                if self._named and step == wanted[knob][-1] and knob not in self._alone:
+                    raise
+                failed.setdefault(knob, {})[step] = error
+            else:
+                self._alone.setdefault(knob, {})[step] = trial
+        for knob, errors in failed.items():
+            self._keep_what_works(knob, errors)
+        if not self._alone:
+            raise ValueError(f"knobs: expected at least one that the model can do, got none; {'; '.join(self._notes)}")
         for knob, found in self._alone.items():
             number = len(self._levels[knob]) + 1
             saved = {0: 0.0, **{step: 1 - self._left(trial.size) for step, trial in found.items()}}
@@ -105,6 +145,18 @@ class _Search:
             assert first == 1
             self._saved[knob] = filled(saved, number)
             self._costs[knob] = filled(rising(costs), number)
+
+    def _keep_what_works(self, knob: str, errors: dict[int, Exception]) -> None:
+        """Cuts a knob's levels to the first ones in a row at which it works; leaves it out where there are none."""
+        found, levels = self._alone.get(knob, {}), self._levels[knob]
+        if not found:
+            self._notes.append(f"{knob} is left out: {errors[max(errors)]}")
+            return
+        first = min(found)
+        end = min((step for step in errors if step > first), default=len(levels) + 1)
+        works = {step - first + 1: trial for step, trial in found.items() if step < end}
+        self._alone[knob], self._levels[knob] = works, levels[first - 1 : first - 1 + max(works)]
+        self._notes += [f"{KNOBS[knob].describe(levels[step - 1])}: {error}" for step, error in errors.items()]
 
     def check_reach(self) -> None:
         """Raises where not even all knobs at their last level meet the budget."""
@@ -136,7 +188,11 @@ class _Search:
             found = [c for c in self._best(used, most, 1 << len(used)) if set(c.steps) == set(used)]
             if not found:
                 return
-            trial = self._trials.measure(self._steps(found[0]))
+            try:
+                trial = self._trials.measure(self._steps(found[0]))
+            except FAILURES as error:
+                self._notes.append(f"{describe_steps(self._steps(found[0]))}: {error}")
+                return
             left = self._left(trial.size)
             if left <= self._most() * (1 + 1e-9):
                 self._tried[" ".join(used)] = (self._intact.loss + found[0].cost, trial)
@@ -165,6 +221,7 @@ class _Search:
                 for expected, t in self._tried.values()
             ],
             curve=curve,
+            notes=self._notes,
         )
 
     def _told(self, knob: str, found: dict[int, Trial]) -> dict[str, list[float]]:
@@ -217,6 +274,19 @@ def _chosen_knobs(knobs: Sequence[str] | None, kind: str) -> list[str]:
     if not chosen:
         raise ValueError("knobs: expected at least one that makes parameters fewer, got none")
     return chosen
+
+
+def _left_out(knobs: Sequence[str], stack: DecoderLayers, named: bool) -> dict[str, str]:
+    """Knob -> why the model cannot do it, in words; where knobs were named, raises that instead."""
+    why: dict[str, str] = {}
+    for knob in knobs:
+        try:
+            KNOBS[knob].check(stack)
+        except FAILURES as error:
+            if named:
+                raise
+            why[knob] = f"{knob} is left out: {error}"
+    return why
 
 
 def _spread(number: int, count: int) -> list[int]:

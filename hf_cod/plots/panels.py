@@ -174,14 +174,16 @@ def _removed(axes: Axes, report: RunReport) -> None:
 def _trade_off(axes: Axes, report: RunReport) -> None:
     """The least loss that is expected with each share of the layers left, and what was measured."""
     plan = report.results["plan"]
-    left, loss, _ = zip(*plan["curve"], strict=True)
-    axes.plot(left, loss, color=PALE, label="least expected")
+    if plan["curve"]:  # none of a model that meets the budget as it is
+        left, loss, _ = zip(*plan["curve"], strict=True)
+        axes.plot(left, loss, color=PALE, label="least expected")
+        axes.legend(frameon=False)
     for row in plan["tried"]:
         single = len(row["steps"]) == 1
         axes.plot(row["left"], row["loss"], marker="o" if single else "D", color=PALE if single else INK)
-        axes.annotate("+".join(row["steps"]), (row["left"], row["loss"]), xytext=(4, 4), textcoords="offset points")
+        name = "+".join(row["steps"]) or "intact"
+        axes.annotate(name, (row["left"], row["loss"]), xytext=(4, 4), textcoords="offset points")
     axes.axhline(plan["intact_loss"], color="black", linestyle="--", linewidth=1)
-    axes.legend(frameon=False)
     axes.set(
         xlabel="share of the layers that is left",
         ylabel="loss in nats a token",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_cod.decoder_layers import DecoderLayers
+from hf_cod.functional.depth import wide
 from hf_cod.statistics.matrix_inputs import MatrixInputs, check_finite_input
 
 # Tokens that are widened to float32 at a time.
@@ -68,6 +69,9 @@ class ProductsRecorder:
 class MomentsRecorder(ProductsRecorder):
     """Sums [x, 1] [x, 1]^T over all tokens that enter chosen matrices: products, sums, and in the corner the tokens.
 
+    Sums and squares are in float64 where the device has it: variances are differences of them, which float32 would lose
+    where a channel's mean is large.
+
     Args:
         stack: the layers.
         layers: which of them.
@@ -77,8 +81,25 @@ class MomentsRecorder(ProductsRecorder):
     def __init__(self, stack: DecoderLayers, layers: Iterable[int], names: Iterable[str]) -> None:
         super().__init__(stack, layers)
         self._names = frozenset(names)
+        self._moments: dict[tuple[str, int | None], Tensor] = {}
+
+    def of(self, name: str, expert: int | None = None) -> Tensor | None:
+        """(in + 1, in + 1) in float64: the sum of a matrix; None if no token entered it."""
+        products = super().of(name, expert)
+        if products is None:
+            return None
+        M = wide(products).clone()
+        squares, sums = self._moments[name, expert]
+        M.diagonal()[:-1] = squares
+        M[-1, :-1] = M[:-1, -1] = sums
+        return M
 
     def _read(self, name: str, expert: int | None, rows: Tensor | None, source: str) -> None:
         if name in self._names:
             assert rows is not None, "chosen matrices share no input"
             super()._read(name, expert, torch.cat([rows, rows.new_ones(len(rows), 1)], 1), source)
+            for chunk in rows.split(CHUNK):
+                x = wide(chunk)
+                moments = torch.stack([x.square().sum(0), x.sum(0)])  # (2, in)
+                known = self._moments.get((name, expert))
+                self._moments[name, expert] = moments if known is None else known + moments

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from hf_cod.decoder_layers import DecoderLayers, walk
 from hf_cod.layer_removal import first_difference
 from hf_cod.layer_units import CHANNELS, HEADS, find_units
 from hf_cod.models.shapes import ShapedModel
+
+logger = logging.getLogger(__name__)
 
 # What configs call the channels of an MLP.
 _CHANNELS = ("intermediate_size", "ffn_dim", "n_inner")
@@ -32,17 +34,19 @@ def set_stock_config(stack: DecoderLayers) -> bool:
     if isinstance(model, ShapedModel) or fields is None:
         return False
     before = dict(vars(stack.config))
+    said = False
     try:
         for name, value in fields.items():
             setattr(stack.config, name, value)
         with torch.device("meta"):
             built = type(model)(type(model.config).from_dict(copy.deepcopy(model.config.to_dict())))
         said = first_difference(dict(walk(model, "model")), dict(walk(built, "model"))) is None
-    except (ValueError, StrictDataclassError):
-        said = False
-    if not said:
-        vars(stack.config).clear()
-        vars(stack.config).update(before)
+    except Exception:  # families refuse sizes each with an error of its own
+        logger.debug("the config cannot say %s", dict(fields), exc_info=True)
+    finally:
+        if not said:
+            vars(stack.config).clear()
+            vars(stack.config).update(before)
     return said
 
 

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -98,8 +99,17 @@ def test_a_layer_where_massive_activations_arise_stays(method):
     assert states[3] > JUMP * states[2] and all(states[i + 1] < JUMP * states[i] for i in (0, 1, 3, 4))
     plan = plan_depth(model, 2, method, batches=batches)
     assert plan.protected == [2] and 2 not in plan.layers
-    assert plan_depth(model, 2, method, batches=batches, protect=False).protected == []
-    assert 0 not in plan_depth(model, 2, method, batches=batches, protect=[0]).layers
+    free = plan_depth(model, 2, method, batches=batches, protect=False)
+    assert free.protected == [] and free.protection == ""
+    named = plan_depth(model, 2, method, batches=batches, protect=[0])
+    assert 0 not in named.layers
+    for found, told in (
+        (plan, "Layers 2 were protected: massive activations arise there."),
+        (free, None),
+        (named, "Layers 0 were protected, as asked for."),
+    ):
+        summary = drop_layers(copy.deepcopy(model), found).summary
+        assert [line for line in summary if "protected" in line] == ([] if told is None else [told])
 
 
 def test_protection_that_leaves_too_few_says_so():

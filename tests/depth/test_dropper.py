@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from hf_cod import drop, drop_layers, find_decoder_layers, perplexity, plan_depth, skip
 from hf_cod.calibration import SampleSettings, split_samples, token_batches
 from hf_cod.depth.replacement import BlockReplacer, blocks_of
-from hf_cod.functional.linear_map import DAMPING
+from hf_cod.functional.linear_map import DAMPING, MapSums
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM
 from tests.depth.references import linear_map, loss_without, with_map
@@ -83,6 +83,17 @@ def test_a_map_explains_what_it_says():
         lost += float((states["plain"][3] - states["mapped"][2]).square().sum())
         kept += float((states["plain"][3] - states["plain"][2]).square().sum())
     assert 1 - lost / kept == pytest.approx(explained, rel=1e-6)
+
+
+def test_differences_of_hidden_states_are_not_rounded(monkeypatch):
+    model, found = build("llama", dtype=torch.bfloat16), []
+    monkeypatch.setattr(MapSums, "add", lambda self, m, r: found.append(r))
+    monkeypatch.setattr(MapSums, "solve", lambda self, damping: (None, 0.0))
+    batch = batch_for(model)
+    BlockReplacer(find_decoder_layers(model), [1, 2], [batch]).fit(blocks_of([1, 2])[0])
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).hidden_states
+    assert torch.equal(found[0], (states[3].double() - states[1].double()).flatten(0, 1))
 
 
 @pytest.mark.parametrize("family", NOT_ADDED)

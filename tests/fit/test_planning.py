@@ -3,17 +3,23 @@
 import itertools
 import math
 import re
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import hf_cod.fit.trials
 from hf_cod import FitPlan, RunReport, apply_steps, perplexity, plan_fit
 from hf_cod.calibration import SampleSettings, embedded_text, split_samples, token_batches
 from hf_cod.cli import main
+from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.fit import KNOBS, Applying
 from hf_cod.loading import embedded_model, load_model
 from hf_cod.model_size import size_of
+from tests.tiny_models import build
 
 MODEL = embedded_model("pre")
 QUICK = "--max-samples 4 --tuning-samples 2 --eval-samples 2 --sequence-length 64 --dtype float32 --device cpu"
@@ -56,6 +62,74 @@ def test_plans_meet_their_budget_and_are_the_best_of_what_was_measured(kind, kno
     alone = [row for row in plan.tried if len(row["steps"]) == 1]
     assert alone and all(plan.loss <= row["loss"] for row in alone)
     assert set(plan.alone) == set(knobs)
+
+
+def test_a_model_that_meets_the_budget_is_left_as_it_is(texts, tmp_path, monkeypatch, capsys):
+    """Before anything is tried."""
+    tried = []
+    monkeypatch.setattr(hf_cod.fit.trials, "apply_steps", lambda model, steps, how: tried.append(steps))
+    plan = plan_fit(make, "bits", 40.0, *texts)
+    assert tried == [{}] and plan.steps == {} and plan.loss == plan.intact_loss and plan.alone == {}
+    assert plan.loss == pytest.approx(math.log(perplexity(make(), texts[1])), abs=1e-4)
+    output = tmp_path / "out"
+    assert main(["fit", MODEL, "--memory", "1GB", *QUICK.split(), "--output", str(output)]) == 0
+    assert tried == [{}, {}] and capsys.readouterr().out.count("The model meets the budget as it is") == 2
+    state = AutoModelForCausalLM.from_pretrained(output).state_dict()
+    assert all(torch.equal(tensor.float(), state[name].float()) for name, tensor in make().state_dict().items())
+    assert (output / "trade_off.png").is_file()
+
+
+def test_what_the_model_cannot_do_is_left_out_and_told(texts, monkeypatch):
+    """A missing package, methods that fail at their first level, in the middle, at the last one, at all."""
+
+    def breaking(knob, levels, works):
+        def apply(model, level, how):
+            if not works(level):
+                raise ValueError(f"plan: not at {level}")
+            apply_rank(model, level, how)
+
+        monkeypatch.setitem(KNOBS, knob, replace(KNOBS[knob], levels=lambda *_: levels, tried=3, apply=apply))
+
+    apply_rank = KNOBS["rank"].apply
+    breaking("rank", [0.1, 0.2, 0.3], lambda level: level < 0.3)
+    breaking("width", [0.1, 0.2, 0.3], lambda level: level > 0.1)
+    breaking("depth", [1.0, 2.0], lambda level: False)
+    breaking("sparsity", [0.1, 0.2, 0.3], lambda level: level != 0.2)
+    monkeypatch.setitem(sys.modules, "hf_cod.quantization.bnb", None)
+    plan = plan_fit(make, "bits", 13.5, *texts, verify=0)
+    assert {knob: found["levels"] for knob, found in plan.alone.items()} == {
+        "rank": [0.1, 0.2],
+        "width": [0.2, 0.3],
+        "sparsity": [0.1],
+    }
+    assert [row["steps"] for row in plan.tried] == [{"width": 0.2}, {"rank": 0.2}]
+    assert plan.notes[0].startswith("bits is left out: import of hf_cod.quantization.bnb")
+    assert plan.notes[1:] == [
+        "depth is left out: plan: not at 2.0",
+        "10% of the weights by heads and channels: plan: not at 0.1",
+        "30% of the weights by low rank: plan: not at 0.3",
+        "20% of the weights zero, and packed: plan: not at 0.2",
+    ]
+    with pytest.raises(ValueError, match=r"plan: not at 2\.0"):
+        plan_fit(make, "parameters", 0.8, *texts, knobs=["depth"])
+    monkeypatch.setattr(hf_cod.fit.trials, "apply_steps", None)  # nothing is measured before it is told
+    with pytest.raises(ImportError, match="bnb"):
+        plan_fit(make, "bits", 13.5, *texts, knobs=["rank", "bits"])
+
+
+@pytest.mark.parametrize(
+    "family, knobs",
+    [("llama", []), ("gpt_oss", ["width"]), ("mixtral", []), ("bert_headless", [])],
+)
+def test_what_a_model_shows_at_once(family, knobs):
+    """Of these, heads and channels of GPT-OSS have no known structure."""
+    stack = find_decoder_layers(build(family))
+    for knob in KNOBS:
+        with pytest.raises(ValueError, match="known structure") if knob in knobs else nullcontext():
+            KNOBS[knob].check(stack)
+    assert len(find_decoder_layers(stack.model)) == 4
+    with pytest.raises(ValueError, match="layers: expected at least 3, of which a third may go, got 2"):
+        KNOBS["depth"].check(find_decoder_layers(build(family, layers=2)))
 
 
 def test_what_was_measured_is_not_measured_again(texts, tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
 import copy
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_cod import (
@@ -20,10 +21,11 @@ from hf_cod import (
     perplexity,
 )
 from hf_cod.calibration import SampleSettings, split_samples, token_batches
-from hf_cod.functional.channels import DAMPING
+from hf_cod.functional.channels import DAMPING, fluctuation
 from hf_cod.layer_by_layer import FinishedLayers
 from hf_cod.layer_units import find_units
 from hf_cod.loading import ModelSettings, load_model
+from hf_cod.statistics.input_products import MomentsRecorder
 from hf_cod.width import COMPENSATIONS, METHODS
 from hf_cod.width.gradients import measure_taylor
 from tests import references
@@ -78,6 +80,23 @@ def test_every_family_against_the_formula(family):
     assert len(set(report.results["channels"])) > 1
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in intact.parameters())
     torch.testing.assert_close(outputs(model, batches[0]), outputs(expected, batches[0]), rtol=1e-6, atol=1e-8)
+
+
+def test_variances_beside_large_means():
+    """In float32, E[x^2] - E[x]^2 would be all rounding errors here."""
+    model = build("opt", layers=1)
+    stack, (batch,) = find_decoder_layers(model), [batch_for(model)]
+    (writer,) = [own.writer for own in find_units(stack, 0).found if own.kind == "channels"]
+    with torch.no_grad():
+        stack[0].fc1.bias.fill_(3000.0)
+    recorder = MomentsRecorder(stack, [0], [writer])
+    with recorder.attached(), torch.no_grad():
+        recorder.start(batch["attention_mask"])
+        model(**batch)
+        recorder.finish(0)
+    W, X = references.linear_inputs(model, [batch], 0)[writer]
+    expected = X.double().var(0, unbiased=False) * W.double().square().sum(0)
+    torch.testing.assert_close(fluctuation(W, recorder.of(writer), X.shape[1]), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -294,6 +313,23 @@ def test_numbers_of_heads_that_a_family_refuses_are_recorded_instead(tmp_path):
     assert not report.results["stock"] and model.config.num_attention_heads == 8
     model.save_pretrained(tmp_path)
     assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path)), outputs(model))
+
+
+@pytest.mark.parametrize("error", [AssertionError, RuntimeError, KeyboardInterrupt])
+def test_a_family_that_refuses_sizes_in_a_way_of_its_own(error, monkeypatch, tmp_path):
+    model, build_layers = build("llama"), LlamaModel.__init__
+
+    def refusing(self, config):
+        if config.intermediate_size != 48:
+            raise error("not this one")
+        build_layers(self, config)
+
+    monkeypatch.setattr(LlamaModel, "__init__", refusing)
+    with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else nullcontext():
+        assert not narrow(model, 0.6, "magnitude", "none", multiple=8).results["stock"]
+        model.save_pretrained(tmp_path)
+        assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path)), outputs(model))
+    assert model.config.intermediate_size == 48 and model.config.num_attention_heads == 4
 
 
 @pytest.mark.parametrize("method, compensation", [("fluctuation", "least_squares"), ("taylor", "none")])
