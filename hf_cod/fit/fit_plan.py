@@ -26,7 +26,7 @@ class FitPlan(JsonFile):
             layers.
         tried: combinations that were measured, each {"steps", "expected", "loss", "left"}.
         curve: the least loss that is expected with each share left, as [share, nats a token, steps].
-        notes: which knobs, or levels of them, could not be tried, and why.
+        notes: which knobs, or levels of them, could not be tried, and why; which knobs alone do not meet the budget.
     """
 
     FIELD = "fit_plan"

@@ -182,8 +182,40 @@ KNOBS: dict[str, Knob] = {
 }
 # A matrix is stored packed or in few bits, not both.
 EXCLUSIVE = (("sparsity", "bits"),)
+# What a method raises that a model, or what is installed, is not made for, and a trial for a loss that is not finite.
+FAILURES = (ValueError, ImportError)
 
 
 def describe_steps(steps: dict[str, float]) -> str:
     """Steps in words."""
     return "; ".join(KNOBS[knob].describe(level) for knob, level in steps.items()) or "nothing"
+
+
+def chosen_knobs(knobs: Sequence[str] | None, kind: str) -> list[str]:
+    """The named ones, or all, that can meet a budget of this kind, in the order of the table.
+
+    Raises:
+        ValueError: an unknown one, or none.
+    """
+    unknown = [knob for knob in knobs or () if knob not in KNOBS]
+    if unknown:
+        raise ValueError(f"knobs: expected some of {', '.join(KNOBS)}, got {unknown[0]!r}")
+    chosen = [knob for knob in KNOBS if knobs is None or knob in knobs]
+    if kind == "parameters":
+        chosen = [knob for knob in chosen if KNOBS[knob].structural]
+    if not chosen:
+        raise ValueError("knobs: expected at least one that makes parameters fewer, got none")
+    return chosen
+
+
+def left_out(knobs: Sequence[str], stack: DecoderLayers, named: bool) -> dict[str, str]:
+    """Knob -> why the model cannot do it, in words; where knobs were named, raises that instead."""
+    why: dict[str, str] = {}
+    for knob in knobs:
+        try:
+            KNOBS[knob].check(stack)
+        except FAILURES as error:
+            if named:
+                raise
+            why[knob] = f"{knob} is left out: {error}"
+    return why

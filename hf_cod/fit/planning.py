@@ -10,20 +10,18 @@ from typing import Any
 from torch import nn
 
 from hf_cod.calibration import Batch
-from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.diagnostics.resuming import Journals, digest_batches
 from hf_cod.diagnostics.running import progress
 from hf_cod.files import fingerprint
 from hf_cod.fit.fit_plan import KINDS, FitPlan
-from hf_cod.fit.knobs import EXCLUSIVE, KNOBS, describe_steps
+from hf_cod.fit.knobs import EXCLUSIVE, FAILURES, KNOBS, chosen_knobs, describe_steps, left_out
 from hf_cod.fit.trials import Steps, Trial, Trials
 from hf_cod.functional.combination import Combination, best_combinations, filled, rising
 from hf_cod.model_size import ModelSize
 
 # How often a choice of knobs is tightened where its measured size is above the budget.
 TIGHTENINGS = 4
-# What a method raises that a model, or what is installed, is not made for, and a trial for a loss that is not finite.
-FAILURES = (ValueError, ImportError)
 # Points of the trade-off curve: shares of the layers that are left.
 CURVE = tuple(share / 100 for share in range(95, 5, -5))
 
@@ -48,7 +46,8 @@ def plan_fit(
     3. The best choice of each knob alone, and of the `verify` best sets of knobs, are applied and measured as a whole,
        because the assumption is one. What misses the budget when it is measured is tightened. The best of them stays.
 
-    So the plan is never worse, on `tuning`, than any single method at the same budget.
+    So the plan is never worse, on `tuning`, than any single method at the levels of it that were measured and meet the
+    budget; a method that does not meet it alone is named in the notes.
 
     Of a model that meets the budget as it is nothing is tried, and the plan has no steps.
 
@@ -73,9 +72,9 @@ def plan_fit(
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    chosen = _chosen_knobs(knobs, kind)
+    chosen = chosen_knobs(knobs, kind)
     intact = make()
-    notes = _left_out(chosen, find_decoder_layers(intact, path), knobs is not None)
+    notes = left_out(chosen, find_decoder_layers(intact, path), knobs is not None)
     levels = {knob: KNOBS[knob].levels(intact, path) for knob in chosen if knob not in notes}
     work = fingerprint(Journals(journal or "", intact, calibration).inputs, digest_batches(tuning))
     del intact
@@ -180,6 +179,20 @@ class _Search:
         several = [found for found in sets if len(found) > 1][:number]
         for used in progress([*singles, *several], "trying combinations", show_progress):
             self._meet(used)
+            if len(used) == 1:
+                self._add_measured(*used)
+
+    def _add_measured(self, knob: str) -> None:
+        """Of a knob alone, the best of all that was measured counts: its levels were, before combinations."""
+        for step, trial in self._alone[knob].items():
+            best = self._tried.get(knob)
+            if self._is_met_by(trial) and (best is None or trial.loss < best[1].loss):
+                self._tried[knob] = (self._intact.loss + self._costs[knob][step], trial)
+        if knob not in self._tried:
+            self._notes.append(f"{knob} alone does not meet the budget")
+
+    def _is_met_by(self, trial: Trial) -> bool:
+        return self._left(trial.size) <= self._most() * (1 + 1e-9)
 
     def _meet(self, used: tuple[str, ...]) -> None:
         """Measures the best combination of exactly these knobs; tightens until its measured size is in the budget."""
@@ -193,11 +206,10 @@ class _Search:
             except FAILURES as error:
                 self._notes.append(f"{describe_steps(self._steps(found[0]))}: {error}")
                 return
-            left = self._left(trial.size)
-            if left <= self._most() * (1 + 1e-9):
+            if self._is_met_by(trial):
                 self._tried[" ".join(used)] = (self._intact.loss + found[0].cost, trial)
                 return
-            most *= min(self._most() / left, 1) * (1 - 1e-3)
+            most *= min(self._most() / self._left(trial.size), 1) * (1 - 1e-3)
 
     def plan(self) -> FitPlan:
         """The best of what was measured."""
@@ -262,31 +274,6 @@ class _Search:
         if self._kind == "bits":
             return left * size.layer_bytes * 8 / size.layer_weights
         return left * size.layer_bytes + size.bytes - size.layer_bytes
-
-
-def _chosen_knobs(knobs: Sequence[str] | None, kind: str) -> list[str]:
-    unknown = [knob for knob in knobs or () if knob not in KNOBS]
-    if unknown:
-        raise ValueError(f"knobs: expected some of {', '.join(KNOBS)}, got {unknown[0]!r}")
-    chosen = [knob for knob in KNOBS if knobs is None or knob in knobs]
-    if kind == "parameters":
-        chosen = [knob for knob in chosen if KNOBS[knob].structural]
-    if not chosen:
-        raise ValueError("knobs: expected at least one that makes parameters fewer, got none")
-    return chosen
-
-
-def _left_out(knobs: Sequence[str], stack: DecoderLayers, named: bool) -> dict[str, str]:
-    """Knob -> why the model cannot do it, in words; where knobs were named, raises that instead."""
-    why: dict[str, str] = {}
-    for knob in knobs:
-        try:
-            KNOBS[knob].check(stack)
-        except FAILURES as error:
-            if named:
-                raise
-            why[knob] = f"{knob} is left out: {error}"
-    return why
 
 
 def _spread(number: int, count: int) -> list[int]:

@@ -241,8 +241,10 @@ PANELS: dict[str, Callable[..., None]] = {
     "trained": _per_layer("trained", "How often each layer trained", "optimizer steps"),
     "sparsity": _sparsity,
     "kept": _kept,
-    "heads": _per_layer("heads", "Attention heads that each layer keeps", "share of heads"),
-    "channels": _per_layer("channels", "MLP channels that each layer keeps", "share of channels"),
+    "share_of_heads": _per_layer("share_of_heads", "Share of attention heads that each layer keeps", "share of heads"),
+    "share_of_channels": _per_layer(
+        "share_of_channels", "Share of MLP channels that each layer keeps", "share of channels"
+    ),
     "bits": _bits,
     "removed": _removed,
     "trade_off": _trade_off,

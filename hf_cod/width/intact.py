@@ -52,7 +52,11 @@ class Intact:
             environment=environment(execution_device(self.stack.model), next(self.stack.model.parameters()).dtype),
             layers={
                 "kept": [after / before for after, before in zip(left, self.sizes, strict=True)],
-                **{kind: values for kind, values in shares.items() if any(value is not None for value in values)},
+                **{
+                    f"share_of_{kind}": values
+                    for kind, values in shares.items()
+                    if any(value is not None for value in values)
+                },
                 **({"error": errors} if any(value is not None for value in errors) else {}),
                 "parameters": self.sizes,
             },

@@ -66,9 +66,9 @@ def narrow(
     get a class beside their own (`models/shaping.py`). Either way save_pretrained, from_pretrained, generate,
     device_map and PEFT work; without this package, the latter kind loads by trust_remote_code.
 
-    The report's `layers` hold `kept` (share of the layer's weights), `heads` and `channels` (shares that are kept;
-    None where they stay whole for want of a known structure), where inputs were needed `error` (share of the energy of
-    what the cut matrices put out that is lost, mean over them) and `parameters` (of the intact layer);
+    The report's `layers` hold `kept` (share of the layer's weights), `share_of_heads` and `share_of_channels` (that are
+    kept; None where they stay whole for want of a known structure), where inputs were needed `error` (share of the
+    energy of what the cut matrices put out that is lost, mean over them) and `parameters` (of the intact layer);
     its `results` hold `kept` of all layers, `parameters` before and after, of the whole model, the numbers of `heads`
     and `channels` by layer, and whether the model is `stock`.
 

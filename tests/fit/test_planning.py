@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import hf_cod.fit.planning
 import hf_cod.fit.trials
 from hf_cod import FitPlan, RunReport, apply_steps, perplexity, plan_fit
 from hf_cod.calibration import SampleSettings, embedded_text, split_samples, token_batches
@@ -130,6 +131,19 @@ def test_what_a_model_shows_at_once(family, knobs):
     assert len(find_decoder_layers(stack.model)) == 4
     with pytest.raises(ValueError, match="layers: expected at least 3, of which a third may go, got 2"):
         KNOBS["depth"].check(find_decoder_layers(build(family, layers=2)))
+
+
+def test_no_single_method_is_lost(texts, tmp_path, monkeypatch):
+    """What was measured within the budget counts, where the level between was not found, or is worse."""
+    for knob, found in {"rank": [0.2, 0.4], "depth": [1.0]}.items():
+        monkeypatch.setitem(KNOBS, knob, replace(KNOBS[knob], levels=lambda *_, found=found: found))
+    options = {"knobs": ["depth", "rank"], "verify": 0, "journal": tmp_path}
+    plan = plan_fit(make, "parameters", 0.85, *texts, **options)
+    assert all(left < 0.85 for left in plan.alone["rank"]["left"])
+    assert plan.loss == min(plan.alone["rank"]["losses"]) and [*plan.steps] == ["rank"]
+    assert plan.notes == ["depth alone does not meet the budget"]
+    monkeypatch.setattr(hf_cod.fit.planning, "TIGHTENINGS", 0)  # as if each choice had missed the budget
+    assert plan_fit(make, "parameters", 0.85, *texts, **options) == plan
 
 
 def test_what_was_measured_is_not_measured_again(texts, tmp_path, monkeypatch):

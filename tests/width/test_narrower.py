@@ -376,10 +376,10 @@ def test_after_an_error_the_model_can_be_saved_as_it_is(tmp_path):
 
 def test_what_has_another_structure_stays_whole_and_is_named():
     olmo2 = narrow(build("olmo2"), 0.7, "magnitude", "none", multiple=8)
-    assert olmo2.results["heads"] == [None] * 4 and "heads" not in olmo2.layers
+    assert olmo2.results["heads"] == [None] * 4 and "share_of_heads" not in olmo2.layers
     assert olmo2.notes[0] == "layer 0: its attention stays whole: self_attn.q_norm.weight concerns all heads"
     mixture = narrow(build("qwen2_moe"), 0.9, "magnitude", "none", multiple=8)
-    assert [value is None for value in mixture.layers["channels"]] == [True, False, True, True]
+    assert [value is None for value in mixture.layers["share_of_channels"]] == [True, False, True, True]
     with pytest.raises(
         ValueError, match=r"known structure in GptOssForCausalLM, got none; .* self_attn.sinks concerns"
     ):
@@ -390,7 +390,9 @@ def test_a_plan_goes_through_a_file(tmp_path):
     plan = WidthPlan(0.7, [2, 4, None, 2], [40, 48, 16, None], "mine")
     assert WidthPlan.load(plan.save(tmp_path / "plan.json")) == plan
     report = narrow(build("llama"), plan, "magnitude", "none")
-    assert report.layers["heads"] == [0.5, 1, 1, 0.5] and report.layers["channels"][:3] == [40 / 48, 1, 16 / 48]
+    assert report.layers["share_of_heads"] == [0.5, 1, 1, 0.5]
+    assert report.layers["share_of_channels"][:3] == [40 / 48, 1, 16 / 48]
+    assert (report.results["heads"], report.results["channels"]) == (plan.heads, plan.channels)
 
 
 def test_bad_plans():
