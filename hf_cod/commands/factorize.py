@@ -26,6 +26,7 @@ from hf_cod.commands.compressing import (
 )
 from hf_cod.commands.settings import SettingsParser, model_title
 from hf_cod.evaluation import task_of
+from hf_cod.functional.sparse_low_rank import RANK_SHARE
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.low_rank import METHODS, WEIGHINGS, RankPlan, factorize, plan_ranks
 from hf_cod.report import RunReport
@@ -46,13 +47,18 @@ class FactorizeSettings(SpreadSettings):
 
     method: str = field(
         default="whitened",
-        metadata={"help": "whitened: outputs change least on the text; plain: entries change least"},
+        metadata={
+            "help": "whitened: outputs change least on the text; plain: entries change least; oats: a sparse matrix "
+            "beside the factors, whose zeros hf-cod pack then leaves out"
+        },
     )
-    score: str = field(
-        default=FISHER,
+    score: str | None = field(
+        default=None,
         metadata={
             "help": "a rank for each matrix, by what its loss costs the model (fisher) or by how much of its output it "
-            "loses (spectrum); or a share for each layer by " + ", ".join(CHOICES[len(OF_MATRICES) :])
+            "loses (spectrum); or a share for each layer by "
+            + ", ".join(CHOICES[len(OF_MATRICES) :])
+            + f"; default: {FISHER}, for oats, which takes shares alone, uniform"
         },
     )
     parameters: float | None = field(
@@ -64,8 +70,14 @@ class FactorizeSettings(SpreadSettings):
         metadata={"help": "share of full rank to keep, instead; what it would enlarge stays whole"},
     )
 
+    rank_share: float = field(
+        default=RANK_SHARE, metadata={"help": "of the weights that oats keeps, the part in thin factors"}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.score is None:
+            self.score = "uniform" if self.method == "oats" else FISHER
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         if self.score not in CHOICES:
@@ -74,6 +86,11 @@ class FactorizeSettings(SpreadSettings):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name}: expected a share in 0..1, got {share}")
+        if not 0 < self.rank_share < 1:
+            raise ValueError(f"rank_share: expected a share between 0 and 1, got {self.rank_share}")
+        if self.method == "oats" and (self.rank is not None or self.score in OF_MATRICES):
+            got = self.score if self.rank is None else "rank"
+            raise ValueError(f"method: expected parameters and a score of layers for oats, got {got}")
         if self.rank is not None and (self.parameters is not None or self.score in OF_MATRICES):
             raise ValueError(f"rank: expected no parameters beside it, and a score of layers, not {self.score}")
         if self.spread is not None and self.score in OF_MATRICES:
@@ -86,8 +103,9 @@ def main(arguments: Sequence[str]) -> int:
         [ModelSettings, TextSettings, FactorizeSettings, CompressionOutput],
         prog="hf-cod factorize",
         description="Replaces matrices of the layers by products of two thin ones, and writes a smaller, dense model "
-        "that from_pretrained loads where hf_cod is imported, and with trust_remote_code without it. Interrupted, the "
-        "same command goes on where it stopped. The model itself is never touched.",
+        "that from_pretrained loads where hf_cod is imported, and with trust_remote_code without it; or, by oats, a "
+        "model that is smaller once hf-cod pack has left out its zeros. Interrupted, the same command goes on where it "
+        "stopped. The model itself is never touched.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     loading, text, settings, files, rest = parser.parse(arguments)
@@ -120,6 +138,7 @@ def run(
     else:
         plan = _plan(scores, settings)
     options = {"batches": calibration, "journal": journal, "path": settings.layers_path, "show_progress": True}
+    options["rank_share"] = settings.rank_share
     if settings.baseline and (scores is None or scores.method != "uniform"):
         factorize(model, _alike(model, settings), settings.method, **options)
         perplexities["uniform"] = measure_perplexity(model, evaluation, settings)
@@ -149,6 +168,7 @@ def _scores(
         return LayerScores.load(scores_file)
     if settings.score in OF_MATRICES:
         return None
+    assert settings.score is not None, "its default is set"
     chosen = {name: getattr(settings, name) for name in ("threshold", "per_module", "seed", "layers_path")}
     return score_layers(model, method=settings.score, batches=batches, show_progress=True, **chosen)
 

@@ -44,7 +44,7 @@ def factorize(W: Tensor, r: int, H: Tensor | None = None, damping: float = DAMPI
     else:
         B, A = V, V.mT @ W
     lost = float(squares[r:].sum() / squares.sum()) if squares.any() else 0.0
-    return (*_balanced(B, A), lost)
+    return (*balanced(B, A), lost)
 
 
 def spectrum(W: Tensor, H: Tensor | None = None, damping: float = DAMPING) -> Tensor:
@@ -81,7 +81,7 @@ def _whitened(W: Tensor, L: Tensor | None) -> Tensor:
     return W if L is None else W @ L
 
 
-def _balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with ||B_:k|| = ||A_k:||: neither factor then suffers more from rounding or weight decay."""
     b, a = B.norm(dim=0), A.norm(dim=1)
     scale = torch.where((b > 0) & (a > 0), (a / b).sqrt(), torch.ones_like(a))
