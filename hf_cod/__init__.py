@@ -10,7 +10,7 @@ from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.depth import DepthPlan, drop_layers, plan_depth
 from hf_cod.diagnostics import MeasurementError, diagnose
 from hf_cod.evaluation import evaluate_tasks, perplexity
-from hf_cod.finetuning import LayerSampler, OwLoreAdamW, lora_ranks, owlore
+from hf_cod.finetuning import LayerSampler, OwLoreAdamW, OwLoreSettings, lora_ranks, owlore
 from hf_cod.fit import FitPlan, apply_steps, plan_fit
 from hf_cod.healing import HealSettings, heal
 from hf_cod.layer_removal import drop, skip
@@ -43,6 +43,7 @@ __all__ = [
     "LayerStatistics",
     "MeasurementError",
     "OwLoreAdamW",
+    "OwLoreSettings",
     "OwlBnbConfig",
     "RankPlan",
     "RunReport",

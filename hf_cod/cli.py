@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         resume = "; the same command goes on from here" if arguments[0] in RESUMABLE else ""
         if arguments[0] in FROM_CHECKPOINTS:
-            resume = "; the same command goes on from its last checkpoint (--save-every)"
+            resume = "; the same command goes on from its last checkpoint"
         print(f"hf-cod {arguments[0]}: stopped{resume}", file=sys.stderr)
         return 130
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_cod.commands.terminal import print_report
+from hf_cod.pretraining import last_steps
 from hf_cod.report import RunReport
 
 
@@ -24,7 +26,7 @@ class TrainingOutput:
 
 
 def tell(report: RunReport, directory: Path, plots: bool) -> None:
-    """Draws, saves and prints the report, and says where the model is."""
+    """Draws, saves and prints the report, says where the model is, and clears the checkpoints, which are done with."""
     if plots:
         report.plot(directory)
     report.save(directory)
@@ -32,3 +34,5 @@ def tell(report: RunReport, directory: Path, plots: bool) -> None:
     for name in ("model", "adapter"):
         if (directory / name).is_dir():
             print(f"\n{name} written to {(directory / name).resolve()}")
+    for _, checkpoint in last_steps(directory):
+        shutil.rmtree(checkpoint)

@@ -209,9 +209,13 @@ def train(
         make_trainer: called as transformers' Trainer; None: that.
         callbacks: of Trainer.
         beside: other models in memory, whose weights count, too.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; a checkpoint of the last step is saved.
     """
     from transformers import Trainer, default_data_collator
 
+    from hf_cod.finetuning.interruption import SaveOnInterrupt
     from hf_cod.finetuning.memory_callback import MemoryCallback
     from hf_cod.pretraining import PackedText, last_checkpoint
 
@@ -223,7 +227,7 @@ def train(
         train_dataset=PackedText(windows, settings.steps * settings.batch_size, seed),
         data_collator=default_data_collator,
         optimizer_cls_and_kwargs=optimizer,
-        callbacks=[memory := MemoryCallback(beside), *callbacks],
+        callbacks=[memory := MemoryCallback(beside), interrupt := SaveOnInterrupt(), *callbacks],
     )
     checkpoint = last_checkpoint(directory, TRAINER_STATE)
     begun = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
@@ -232,8 +236,11 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         memory.close()
+        interrupt.close()
         if caches is not None:
             config.use_cache = caches  # Trainer turns it off, and the model would be saved like that
+    if interrupt.asked and trainer.state.global_step < settings.steps:
+        raise KeyboardInterrupt
     seconds = (time.perf_counter() - start) / max(1, settings.steps - begun)
     curve = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     made = getattr(trainer.optimizer, "optimizer", trainer.optimizer)

@@ -14,7 +14,7 @@ from hf_cod.pretraining.recipes import (
     model_config,
 )
 from hf_cod.pretraining.results import save_results, training_report, unigram_perplexity
-from hf_cod.pretraining.run_directory import claim, last_checkpoint
+from hf_cod.pretraining.run_directory import claim, last_checkpoint, last_steps
 
 __all__ = [
     "FINAL_LEARNING_RATE_SHARE",
@@ -29,6 +29,7 @@ __all__ = [
     "build_model",
     "claim",
     "last_checkpoint",
+    "last_steps",
     "model_config",
     "pack",
     "prepare",

@@ -1,6 +1,8 @@
 """hf-cod finetune on the embedded LNS model and novel."""
 
+import os
 import re
+import signal
 from dataclasses import replace
 
 import pytest
@@ -125,6 +127,30 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
         assert torch.equal(resumed[name], value), name
     reports = [RunReport.load(tmp_path / name) for name in ("whole", "killed")]
     assert reports[0].results["curve"] == reports[1].results["curve"] and reports[0].layers == reports[1].layers
+
+
+def test_an_interrupted_run_saves_the_step_that_it_is_in(tmp_path, capsys, monkeypatch):
+    command = ["finetune", MODEL, *QUICK.split(), "--output"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    step = OwLoreAdamW.step
+
+    def interrupted(self, *args, **kwargs):
+        if self.steps == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(OwLoreAdamW, "step", interrupted)
+        assert main([*command, str(tmp_path / "stopped")]) == 130
+    assert "the same command goes on from its last checkpoint" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) == before
+    assert (tmp_path / "stopped" / "checkpoint-5").is_dir()
+    assert main([*command, str(tmp_path / "stopped")]) == 0
+    weights, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped"))
+    for name, value in weights.items():
+        assert torch.equal(resumed[name], value), name
+    assert not list(tmp_path.glob("*/checkpoint-*"))  # nobody needs them any more
 
 
 @pytest.mark.parametrize(

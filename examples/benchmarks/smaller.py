@@ -1,0 +1,131 @@
+"""What lower rank, fewer heads and channels, and fewer layers save in time, beside the dense model in one process.
+
+    python examples/benchmarks/smaller.py                            # a Llama of random weights, 2048 wide
+    python examples/benchmarks/smaller.py --model DIRECTORY_OR_HUB_ID
+
+Models take turns: each round, each of them reads one prompt and then generates. A smaller one should be faster by as
+much as it has fewer weights that a token passes: those of the layers for a token of the prompt, with the head's for a
+token that is generated. `of promise` is the measured factor divided by that one, both medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_cod import LayerAllocation, drop, find_decoder_layers, narrow
+from hf_cod.files import write_json
+from hf_cod.loading import ModelSettings, load_model
+from hf_cod.low_rank.rank_plan import plan_of_allocation
+from hf_cod.models.shaping import record_shapes
+
+
+def smaller(dense: Any, kept: float) -> dict[str, Any]:
+    """The model by each way to make it smaller. Which weights go is all the same here: only shapes decide on time."""
+    models = {name: copy.deepcopy(dense) for name in ("rank", "width", "depth")}
+    stack = find_decoder_layers(models["rank"])
+    sizes = [stack.count_weights(index) for index in range(len(stack))]
+    plan = plan_of_allocation(stack, LayerAllocation("parameters", kept, [kept] * len(stack), sizes, "uniform"))
+    record_shapes(models["rank"], {name: {"rank": rank} for name, rank in plan.ranks.items()})
+    for name in plan.ranks:  # what `factorize` would put there takes it long to find
+        for factor in models["rank"].get_submodule(name).parameters():
+            torch.nn.init.normal_(factor, std=0.02)
+    narrow(models["width"], kept, "magnitude", "none")
+    drop(models["depth"], list(range(len(stack)))[round(kept * len(stack)) :])
+    return {"dense": dense, **models}
+
+
+def weights_passed(model: Any) -> tuple[int, int]:
+    """Weights that a token of the prompt, and one that is generated, is multiplied with."""
+    stack = find_decoder_layers(model)
+    layers = sum(stack.count_weights(index) for index in range(len(stack)))
+    return layers, layers + model.get_output_embeddings().weight.numel()
+
+
+def seconds(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """Of reading the prompt, and of each token that is generated behind the first one."""
+    first, all_ = (timed_generation(model, prompt, count) for count in (1, 1 + new_tokens))
+    return first, (all_ - first) / new_tokens
+
+
+def timed_generation(model: Any, prompt: torch.Tensor, new_tokens: int) -> float:
+    """Seconds that a greedy generation takes."""
+    start = time.perf_counter()
+    model.generate(prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+    return time.perf_counter() - start
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each model and part of generating."""
+    models = smaller(load(args), args.parameters)
+    prompt = torch.arange(3, 3 + args.prompt)[None]
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for _ in range(args.rounds + 1):
+        for name, model in models.items():
+            times[name].append(seconds(model, prompt, args.new_tokens))
+    rows = []
+    for part, what, tokens in ((0, "prompt", args.prompt), (1, "generation", 1)):
+        base = [found[part] for found in times["dense"][1:]]  # the first round warms up
+        for name, model in models.items():
+            own = [found[part] for found in times[name][1:]]
+            promised = weights_passed(models["dense"])[part] / weights_passed(model)[part]
+            faster = statistics.median(a / b for a, b in zip(base, own, strict=True))
+            rows.append(
+                {
+                    "part": what,
+                    "model": name,
+                    "tokens a second": tokens / statistics.median(own),
+                    "faster": faster,
+                    "promised": promised,
+                    "of promise": faster / promised,
+                }
+            )
+    return rows
+
+
+def load(args: argparse.Namespace) -> Any:
+    """The dense model."""
+    if args.model:
+        return load_model(args.model, ModelSettings(dtype=args.dtype))[0].eval()
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_attention_heads=16,
+        num_hidden_layers=args.layers,
+        vocab_size=32000,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM._from_config(config, dtype=getattr(torch, args.dtype)).eval()
+
+
+def main() -> None:
+    """Measures, prints and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Hub id or directory; default: random weights")
+    parser.add_argument("--layers", type=int, default=8, help="of the model of random weights")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--parameters", type=float, default=0.6, help="share of the layers' weights that is kept")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
+    parser.add_argument("--new-tokens", type=int, default=16, help="tokens generated in a round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    args = parser.parse_args()
+    rows = measure(args)
+    print("| part | model | tokens a second | faster | promised | of promise |\n|---|---|---:|---:|---:|---:|")
+    for row in rows:
+        cells = [f"{row['tokens a second']:.1f}", *(f"{row[key]:.2f}" for key in ("faster", "promised", "of promise"))]
+        print("|", " | ".join([row["part"], row["model"], *cells]), "|")
+    if args.output:
+        settings = {key: str(value) for key, value in vars(args).items()}
+        write_json(args.output, {"settings": settings, "torch": torch.__version__, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
