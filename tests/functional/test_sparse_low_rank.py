@@ -4,8 +4,8 @@ import torch
 from hf_cod.functional.sparse_low_rank import decompose, sizes_of_weights
 
 
-def problem(m, n):
-    random = torch.Generator().manual_seed(0)
+def problem(m, n, seed=0):
+    random = torch.Generator().manual_seed(seed)
     W = torch.randn(m, n, generator=random, dtype=torch.float64)
     X = torch.randn(200, n, generator=random, dtype=torch.float64) * torch.logspace(-1, 1, n, dtype=torch.float64)
     return W, X.T @ X
@@ -26,19 +26,29 @@ def by_hand(W, H, r, per_row, iterations):
 
 
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
-def test_one_iteration_is_the_formula_and_many_come_as_near(shape):
+def test_one_iteration_is_the_formula(shape):
     W, H = problem(*shape)
-    D, k = H.diagonal().sqrt(), 5 * shape[0]
     S, L = by_hand(W, H, 4, 5, 1)
-    sparse, B, A, _ = decompose(W, 4, k, H, iterations=1)
+    sparse, B, A, lost = decompose(W, 4, 5 * shape[0], H, iterations=1)
     torch.testing.assert_close(sparse, S)
     torch.testing.assert_close(B @ A, L)
-    S, L = by_hand(W, H, 4, 5, 80)
-    sparse, B, A, lost = decompose(W, 4, k, H)
-    assert ((W - sparse - B @ A) * D).norm() < 1.01 * ((W - S - L) * D).norm()
-    assert ((sparse != 0).sum(1) == 5).all()
     E = W - sparse - B @ A
     assert lost == pytest.approx(float((E @ H * E).sum() / (W @ H * W).sum()))
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+def test_many_iterations_come_as_near_as_with_an_svd_each(shape):
+    """Either way ends in one of many minima, and either may be the lower one: so it is the mean that counts."""
+    found = []
+    for seed in range(4):
+        W, H = problem(*shape, seed)
+        D = H.diagonal().sqrt()
+        once, more = ((W - S - L) * D for S, L in (by_hand(W, H, 4, 5, N) for N in (1, 20)))
+        S, B, A, _ = decompose(W, 4, 5 * shape[0], H, 20)
+        assert ((S != 0).sum(1) == 5).all()
+        found.append([((W - S - B @ A) * D).norm() / other.norm() for other in (once, more)])
+    of_once, of_more = torch.tensor(found).mean(0)
+    assert of_once < 0.9 and of_more < 1.03
 
 
 def test_the_norm_never_grows():
