@@ -23,8 +23,9 @@ def factorize(W: Tensor, r: int, H: Tensor | None = None, damping: float = DAMPI
 
     which the singular value decomposition of W L solves: ASVD (Yuan et al. 2023, arXiv 2312.05821) scales channels for
     the same end, SVD-LLM (Wang et al. 2024, arXiv 2403.07378) whitens by L without damping, and fails where few tokens
-    leave H singular. Without H it is the plain decomposition of W. Neither L nor its inverse is needed where W is not
-    tall: with U the r leading eigenvectors of W H W^T, B A = U U^T W. Direction by direction, B and A get equal norms.
+    leave H singular. Without H, or where it is 0, it is the plain decomposition of W. Neither L nor its inverse is
+    needed where W is not tall: with U the r leading eigenvectors of W H W^T, B A = U U^T W. Direction by direction, B
+    and A get equal norms.
 
     Args:
         W: (out, in).
@@ -60,7 +61,7 @@ def _decompose(W: Tensor, H: Tensor | None, damping: float) -> tuple[Tensor, Ten
     """Squares of the singular values (f,) of W L, its singular vectors on the shorter side (f, f), and for a tall W
     with H also L.
     """
-    H = None if H is None else H.to(W)
+    H = None if H is None or not H.any() else H.to(W)
     L = damped_cholesky(H, damping) if H is not None and _is_tall(W) else None
     if _is_tall(W):
         C = _whitened(W, L)
