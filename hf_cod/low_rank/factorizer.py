@@ -22,12 +22,16 @@ from hf_cod.low_rank.rank_plan import RankPlan, check_ranks, factorizable, plan_
 from hf_cod.models.shapes import SPARSE, LowRankLinear
 from hf_cod.models.shaping import check_shapeable, record_shapes
 from hf_cod.report import RunReport, environment
-from hf_cod.same_model import name_of
+from hf_cod.same_model import name_of, sizes_of
 from hf_cod.statistics.input_products import ProductsRecorder
 from hf_cod.writable_weights import check_writable
 
 # Method -> whether it needs batches.
 METHODS = {"whitened": True, "plain": False, "oats": True}
+_OF_ZEROS = (
+    "{:,} of them stand in sparse parts, whose zeros are not counted here, and are not stored once the model is packed "
+    "(hf-cod pack --minimum, or pack_sparse)."
+)
 
 
 def factorize(
@@ -106,12 +110,6 @@ def factorize(
     return described.report(chosen, finished, settings)
 
 
-_OF_ZEROS = (
-    "{:,} of them stand in sparse parts, whose zeros are not counted here, and are not stored once the model is packed "
-    "(hf-cod pack, or pack_sparse)."
-)
-
-
 class LayerChange:
     """Exchanges the matrices of one layer; what `FinishedLayers` needs to keep and to repeat it.
 
@@ -186,7 +184,7 @@ class Intact:
         self.stack = stack
         self.name = name or name_of(stack)
         self.shapes = [factorizable(stack, index) for index in range(len(stack))]
-        self.sizes = [stack.count_weights(index) for index in range(len(stack))]
+        self.sizes = sizes_of(stack)
         self.parameters = sum(p.numel() for p in stack.model.parameters())
 
     def report(self, plan: RankPlan, finished: FinishedLayers, settings: dict[str, Any]) -> RunReport:
@@ -258,6 +256,5 @@ def _plan(stack: DecoderLayers, plan: LayerAllocation | RankPlan | float, rank_s
     if not isinstance(plan, LayerAllocation):
         if not 0 <= plan <= 1:
             raise ValueError(f"plan: expected a share of parameters in 0..1, got {plan}")
-        sizes = [stack.count_weights(index) for index in range(len(stack))]
-        plan = LayerAllocation("parameters", plan, [float(plan)] * len(stack), sizes, "uniform")
+        plan = LayerAllocation("parameters", plan, [float(plan)] * len(stack), sizes_of(stack), "uniform")
     return plan_of_allocation(stack, plan, rank_share)

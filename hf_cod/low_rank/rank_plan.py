@@ -14,6 +14,7 @@ from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.files import JsonFile
 from hf_cod.functional.ranks import Shape, count, most_rank, rank_of_share, rank_of_weights
 from hf_cod.functional.sparse_low_rank import sizes_of_weights
+from hf_cod.same_model import check_sizes, name_of, sizes_of
 
 KINDS = ("parameters", "rank")
 
@@ -29,6 +30,8 @@ class RankPlan(JsonFile):
         ranks: name -> rank of each matrix that is factorized; all others stay whole.
         method: which score or spectrum they follow.
         nonzeros: name -> entries that the sparse part beside its factors keeps; 0 where there is none.
+        model: the name of the model that it was made for.
+        sizes: weights in each of its layers' matrices, by which a plan of another model is known; None: not known.
     """
 
     FIELD = "rank_plan"
@@ -38,6 +41,8 @@ class RankPlan(JsonFile):
     ranks: dict[str, int]
     method: str
     nonzeros: dict[str, int] = field(default_factory=dict)
+    model: str = ""
+    sizes: list[int] | None = None
 
 
 def factorizable(stack: DecoderLayers, index: int) -> dict[str, Shape]:
@@ -76,6 +81,7 @@ def plan_of_allocation(stack: DecoderLayers, allocation: LayerAllocation, rank_s
         raise ValueError(f"plan: expected an allocation of {' or '.join(kinds)}, got one of {allocation.kind}")
     if len(allocation.values) != len(stack):
         raise ValueError(f"plan: expected {len(stack)} values, one a layer, got {len(allocation.values)}")
+    check_sizes("plan", allocation.model, allocation.sizes, stack)
     ranks: dict[str, int] = {}
     nonzeros: dict[str, int] = {}
     for index, share in enumerate(allocation.values):
@@ -91,7 +97,8 @@ def plan_of_allocation(stack: DecoderLayers, allocation: LayerAllocation, rank_s
             continue
         found = {name: rank_of(shape, share) for name, shape in factorizable(stack, index).items()}
         ranks |= {name: rank for name, rank in found.items() if rank is not None}
-    return RankPlan(allocation.kind, allocation.budget, ranks, allocation.method, nonzeros)
+    made_for = (name_of(stack), sizes_of(stack))
+    return RankPlan(allocation.kind, allocation.budget, ranks, allocation.method, nonzeros, *made_for)
 
 
 def _share_of_matrices(stack: DecoderLayers, index: int, share: float) -> float:
@@ -111,8 +118,10 @@ def check_ranks(stack: DecoderLayers, plan: RankPlan) -> None:
     """Makes sure that these are ranks, and sparse parts beside them, of matrices of that model, and that they save.
 
     Raises:
-        ValueError: says which matrix is not there, or which rank or how many entries it may have.
+        ValueError: a plan for another model; says which matrix is not there, or which rank or how many entries it may
+            have.
     """
+    check_sizes("plan", plan.model, plan.sizes, stack)
     shapes = {name: shape for index in range(len(stack)) for name, shape in factorizable(stack, index).items()}
     for name, rank in plan.ranks.items():
         if name not in shapes:
