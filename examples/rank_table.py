@@ -115,7 +115,7 @@ def fill_table(bench: Any, arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Reads the arguments, and fills the table."""
     parser = table_parser(__doc__)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=["whitened", "plain"], choices=list(METHODS))
     parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=list(SCORES))
     parser.add_argument("--removed", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--output", default="rank-table", help="directory for table.md, table.json and the journal")

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 
@@ -82,8 +82,11 @@ class JsonFile:
             raise ValueError(f"{what}, got {str(path)!r}: {error}") from error
         if version != cls.FORMAT:
             raise ValueError(f"{cls.FIELD}: expected format {cls.FORMAT}, got {version} in {str(path)!r}")
-        names = [entry.name for entry in fields(cast(Any, cls))]
-        if set(content) != set(names):
+        entries = fields(cast(Any, cls))
+        names = [entry.name for entry in entries]
+        # Earlier files lack what came later; it has a default then.
+        needed = {entry.name for entry in entries if entry.default is MISSING and entry.default_factory is MISSING}
+        if not needed <= set(content) <= set(names):
             raise ValueError(f"{cls.FIELD}: expected {', '.join(names)}, got {', '.join(content)} in {str(path)!r}")
         return cls(**content)
 

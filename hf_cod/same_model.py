@@ -10,19 +10,21 @@ from hf_cod.decoder_layers import DecoderLayers
 logger = logging.getLogger(__name__)
 
 
-def check_sizes(field: str, model: str, sizes: Sequence[int], stack: DecoderLayers) -> None:
+def check_sizes(field: str, model: str, sizes: Sequence[int] | None, stack: DecoderLayers) -> None:
     """Makes sure that what was found on a model with layers of those sizes is used on one with the same.
 
     Args:
         field: what was found; messages begin with it.
         model: the name of the model that it was found on; where only that differs, a warning says so.
-        sizes: weights in the matrices of each of its layers.
+        sizes: weights in the matrices of each of its layers; None: not known, so that all pass.
         stack: the layers that it is used on.
 
     Raises:
         ValueError: another number of layers, or a layer with another number of weights.
     """
-    expected = [stack.count_weights(index) for index in range(len(stack))]
+    if sizes is None:
+        return
+    expected = sizes_of(stack)
     if len(sizes) != len(expected):
         raise ValueError(f"{field}: expected those of a model with {len(expected)} layers, got {len(sizes)} ({model})")
     wrong = [index for index, size in enumerate(sizes) if size != expected[index]]
@@ -32,6 +34,11 @@ def check_sizes(field: str, model: str, sizes: Sequence[int], stack: DecoderLaye
             f"{sizes[wrong[0]]} ({model})"
         )
     warn_of_other_name(field, model, stack)
+
+
+def sizes_of(stack: DecoderLayers) -> list[int]:
+    """By what scores and plans know a model: weights in the matrices of each of its layers."""
+    return [stack.count_weights(index) for index in range(len(stack))]
 
 
 def name_of(stack: DecoderLayers) -> str:

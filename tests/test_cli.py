@@ -300,11 +300,55 @@ def test_factorize_writes_a_model_that_loads_and_a_report_of_it(checkpoint, caps
 def test_factorize_by_rank_and_earlier_scores(checkpoint):
     size = find_decoder_layers(load_model(str(checkpoint / "model"))[0]).count_weights(0)
     LayerScores("m", "mine", [1.0, 2.0, 3.0, 4.0], [size] * 4).save(checkpoint / "scores.json")
-    more = ["--score", "owl", "--scores", str(checkpoint / "scores.json"), "--rank", "0.3", "--method", "plain"]
-    assert factorize(checkpoint, "out", *more, "--no-baseline", "--no-plots") == 0
+    given = ["--scores", str(checkpoint / "scores.json"), "--no-baseline", "--no-plots"]
+    assert factorize(checkpoint, "out", *given, "--rank", "0.3", "--method", "plain") == 0
     report = RunReport.load(checkpoint / "out")
     assert report.layers["score"] == [1.0, 2.0, 3.0, 4.0] and report.layers["rank"] == sorted(report.layers["rank"])
-    assert "uniform" not in report.results["perplexity"]
+    assert "uniform" not in report.results["perplexity"] and report.settings["score"] == "mine"
+    assert factorize(checkpoint, "spread", *given, "--parameters", "0.6", "--spread", "0.15") == 0
+    report = RunReport.load(checkpoint / "spread")
+    assert report.layers["kept"] == sorted(report.layers["kept"]) and len(set(report.layers["kept"])) > 2
+
+
+def test_factorize_follows_spectra_where_there_is_no_loss(checkpoint):
+    """By entries, and of a model without a head, whatever the default is else."""
+    quick = ["--no-baseline", "--no-plots"]
+    assert factorize(checkpoint, "plain", "--method", "plain", *quick) == 0
+    assert RunReport.load(checkpoint / "plain").settings["score"] == "spectrum"
+    assert factorize(checkpoint, "whitened", *quick) == 0
+    assert RunReport.load(checkpoint / "whitened").settings["score"] == "fisher"
+    build("bert_headless").save_pretrained(checkpoint / "model")
+    assert factorize(checkpoint, "headless", *quick) == 0
+    report = RunReport.load(checkpoint / "headless")
+    assert report.settings["score"] == "spectrum" and report.results["perplexity"] == {
+        "intact": None,
+        "factorized": None,
+    }
+
+
+def test_factorize_by_oats_writes_a_model_that_packs(checkpoint, capsys):
+    more = ["--method", "oats", "--parameters", "0.6", "--no-plots"]
+    assert factorize(checkpoint, "out", *more) == 0
+    report = RunReport.load(checkpoint / "out")
+    assert report.settings["score"] == "uniform" and 0.55 < report.results["kept"] <= 0.6
+    assert "stand in sparse parts" in capsys.readouterr().out and "uniform" not in report.results["perplexity"]
+    assert main(["pack", str(checkpoint / "out"), str(checkpoint / "packed"), "--minimum", "0.3"]) == 0
+    model, _ = load_model(str(checkpoint / "packed"))
+    assert type(model.model.layers[2].mlp.up_proj.sparse).__name__ == "SparseLinear"
+
+
+@pytest.mark.parametrize("command", ["factorize", "narrow"])
+@pytest.mark.parametrize(
+    "file, message",
+    [("other.json", "scores: expected those of a model with"), ("none.json", "scores: expected a file")],
+)
+def test_scores_are_checked_before_anything_is_measured(checkpoint, capsys, monkeypatch, command, file, message):
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", lambda *a, **k: pytest.fail("measured already"))
+    monkeypatch.chdir(checkpoint)
+    LayerScores("m", "mine", [1.0, 2.0, 3.0, 4.0], [7] * 4).save("other.json")
+    arguments = [command, "model", "--text", "text.txt", "--output", "out", "--scores", file, *QUICK]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err and not (checkpoint / "out").exists()
 
 
 def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
@@ -337,11 +381,17 @@ def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
     [
         (["--parameters", "0.001"], "parameters: expected a share in 0."),
         (["--parameters", "1.5"], "parameters: expected a share in 0..1, got 1.5"),
-        (["--rank", "0.5"], "rank: expected no parameters beside it, and a score of layers"),
+        (["--rank", "0.5"], "rank: expected a score of layers beside it, got none"),
+        (["--rank", "0.5", "--score", "spectrum"], "rank: expected a score of layers beside it, got spectrum"),
+        (["--rank", "0.5", "--score", "owl", "--parameters", "0.5"], "rank: expected no parameters beside it"),
+        (["--score", "fisher", "--method", "plain"], "score: expected spectrum or a score of layers for plain, got"),
+        (["--method", "oats", "--rank", "0.5"], "method: expected parameters and a score of layers for oats, got rank"),
+        (["--method", "oats", "--score", "fisher"], "and a score of layers for oats, got fisher"),
+        (["--method", "oats", "--rank-share", "1"], "rank_share: expected a share between 0 and 1, got 1.0"),
         (["--rank", "2", "--score", "owl"], "rank: expected a share in 0..1, got 2.0"),
         (["--score", "auto"], "score: expected one of fisher, spectrum, owl"),
-        (["--method", "best"], "method: expected one of whitened, plain"),
-        (["--spread", "0.1"], "spread: expected none with fisher"),
+        (["--method", "best"], "method: expected one of whitened, plain, oats"),
+        (["--spread", "0.1"], "spread: expected a score of layers beside it, got none"),
         (["--score", "owl", "--rank", "0.9"], "plan: expected ranks at which factors have fewer weights"),
     ],
 )

@@ -25,7 +25,9 @@ from hf_cod.commands.compressing import (
     write_results,
 )
 from hf_cod.commands.settings import SettingsParser, model_title
+from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.evaluation import task_of
+from hf_cod.functional.sparse_low_rank import RANK_SHARE
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.low_rank import METHODS, WEIGHINGS, RankPlan, factorize, plan_ranks
 from hf_cod.report import RunReport
@@ -46,13 +48,19 @@ class FactorizeSettings(SpreadSettings):
 
     method: str = field(
         default="whitened",
-        metadata={"help": "whitened: outputs change least on the text; plain: entries change least"},
+        metadata={
+            "help": "whitened: outputs change least on the text; plain: entries change least; oats: a sparse matrix "
+            "beside the factors, whose zeros hf-cod pack then leaves out"
+        },
     )
-    score: str = field(
-        default=FISHER,
+    score: str | None = field(
+        default=None,
         metadata={
             "help": "a rank for each matrix, by what its loss costs the model (fisher) or by how much of its output it "
-            "loses (spectrum); or a share for each layer by " + ", ".join(CHOICES[len(OF_MATRICES) :])
+            "loses (spectrum); or a share for each layer by "
+            + ", ".join(CHOICES[len(OF_MATRICES) :])
+            + f"; default: {FISHER} ({SPECTRUM} by entries, or for want of a loss), for oats, which takes shares "
+            "alone, uniform"
         },
     )
     parameters: float | None = field(
@@ -64,20 +72,46 @@ class FactorizeSettings(SpreadSettings):
         metadata={"help": "share of full rank to keep, instead; what it would enlarge stays whole"},
     )
 
+    rank_share: float = field(
+        default=RANK_SHARE, metadata={"help": "of the weights that oats keeps, the part in thin factors"}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
-        if self.score not in CHOICES:
+        if self.method == "oats" and self.score is None:
+            self.score = "uniform"
+        if self.score not in (None, *CHOICES):
             raise ValueError(f"score: expected one of {', '.join(CHOICES)}, got {self.score!r}")
         for name in ("parameters", "rank"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name}: expected a share in 0..1, got {share}")
-        if self.rank is not None and (self.parameters is not None or self.score in OF_MATRICES):
-            raise ValueError(f"rank: expected no parameters beside it, and a score of layers, not {self.score}")
-        if self.spread is not None and self.score in OF_MATRICES:
-            raise ValueError(f"spread: expected none with {self.score}, which needs none")
+        if not 0 < self.rank_share < 1:
+            raise ValueError(f"rank_share: expected a share between 0 and 1, got {self.rank_share}")
+        if self.method == "oats" and (self.rank is not None or self.score in OF_MATRICES):
+            got = self.score if self.rank is None else "rank"
+            raise ValueError(f"method: expected parameters and a score of layers for oats, got {got}")
+        if self.method == "plain" and self.score == FISHER:
+            raise ValueError(f"score: expected {SPECTRUM} or a score of layers for plain, got {FISHER}")
+        if self.rank is not None and self.parameters is not None:
+            raise ValueError("rank: expected no parameters beside it, got both")
+
+    @property
+    def budget(self) -> float:
+        """The share of parameters to keep, where that and not the rank is given."""
+        return DEFAULT_PARAMETERS if self.parameters is None else self.parameters
+
+    def check_scores(self, scores_file: str | None) -> None:
+        """Makes sure that a rank and a spread have scores of layers to follow, from a file if not by name.
+
+        Raises:
+            ValueError: they have none.
+        """
+        given = next((name for name in ("rank", "spread") if getattr(self, name) is not None), None)
+        if given is not None and scores_file is None and self.score in (None, *OF_MATRICES):
+            raise ValueError(f"{given}: expected a score of layers beside it, got {self.score or 'none'}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -86,11 +120,13 @@ def main(arguments: Sequence[str]) -> int:
         [ModelSettings, TextSettings, FactorizeSettings, CompressionOutput],
         prog="hf-cod factorize",
         description="Replaces matrices of the layers by products of two thin ones, and writes a smaller, dense model "
-        "that from_pretrained loads where hf_cod is imported, and with trust_remote_code without it. Interrupted, the "
-        "same command goes on where it stopped. The model itself is never touched.",
+        "that from_pretrained loads where hf_cod is imported, and with trust_remote_code without it; or, by oats, a "
+        "model that is smaller once hf-cod pack has left out its zeros. Interrupted, the same command goes on where it "
+        "stopped. The model itself is never touched.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     loading, text, settings, files, rest = parser.parse(arguments)
+    settings.check_scores(files.scores)
     return write_results(
         "factorize", rest.model, files, partial(run, rest.model, loading, text, settings, files.scores)
     )
@@ -106,20 +142,21 @@ def run(
     output: Path,
 ) -> RunReport:
     """Measures, factorizes, saves, and measures again what was saved; memory never holds two models."""
+    scores = None if scores_file is None else LayerScores.load(scores_file)
     model, tokenizer = load_with_tokenizer(source, loading)
+    if scores is not None:
+        scores.check(find_decoder_layers(model, settings.layers_path))
     calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
-    scores = _scores(model, calibration, settings, scores_file)
+    scores = scores or _scores(model, calibration, settings)
     plan: LayerAllocation | RankPlan
+    options: dict[str, Any] = {"journal": journal, "path": settings.layers_path, "show_progress": True}
     if scores is None:
         batches = calibration if settings.method == "whitened" else None
-        share = DEFAULT_PARAMETERS if settings.parameters is None else settings.parameters
-        options: dict[str, Any] = {"path": settings.layers_path, "show_progress": True}
-        by = settings.score if batches else SPECTRUM
-        plan = plan_ranks(model, share, by, batches=batches, journal=journal, **options)
+        plan = plan_ranks(model, settings.budget, settings.score, batches=batches, **options)
     else:
         plan = _plan(scores, settings)
-    options = {"batches": calibration, "journal": journal, "path": settings.layers_path, "show_progress": True}
+    options |= {"batches": calibration, "rank_share": settings.rank_share}
     if settings.baseline and (scores is None or scores.method != "uniform"):
         factorize(model, _alike(model, settings), settings.method, **options)
         perplexities["uniform"] = measure_perplexity(model, evaluation, settings)
@@ -132,22 +169,19 @@ def run(
     saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["factorized"] = measure_perplexity(saved, evaluation, settings)
     results = measured_results(report, output, perplexities, evaluation)
+    given = {"score": plan.method, "text": text.text, "scores": scores_file}
     return replace(
         report,
-        settings={**asdict(settings), "text": text.text, "scores": scores_file, **describe_batches(calibration)},
+        settings={**asdict(settings), **given, **describe_batches(calibration)},
         layers={**report.layers, **({} if scores is None else {"score": scores.values})},
         results=results,
         summary=[*report.summary, describe_sizes(results, "factorized"), *describe_perplexity(results, "factorized")],
     )
 
 
-def _scores(
-    model: nn.Module, batches: Sequence[Batch], settings: FactorizeSettings, scores_file: str | None
-) -> LayerScores | None:
+def _scores(model: nn.Module, batches: Sequence[Batch], settings: FactorizeSettings) -> LayerScores | None:
     """None where matrices are scored, not layers."""
-    if scores_file is not None:
-        return LayerScores.load(scores_file)
-    if settings.score in OF_MATRICES:
+    if settings.score is None or settings.score in OF_MATRICES:
         return None
     chosen = {name: getattr(settings, name) for name in ("threshold", "per_module", "seed", "layers_path")}
     return score_layers(model, method=settings.score, batches=batches, show_progress=True, **chosen)
@@ -156,8 +190,7 @@ def _scores(
 def _plan(scores: LayerScores, settings: FactorizeSettings) -> LayerAllocation:
     if settings.rank is not None:
         return allocate(scores, "rank", settings.rank, settings.spread)
-    share = DEFAULT_PARAMETERS if settings.parameters is None else settings.parameters
-    return allocate(scores, "parameters", share, settings.spread)
+    return allocate(scores, "parameters", settings.budget, settings.spread)
 
 
 def _alike(model: nn.Module, settings: FactorizeSettings) -> LayerAllocation:

@@ -26,6 +26,7 @@ from hf_cod.commands.compressing import (
     write_results,
 )
 from hf_cod.commands.settings import SettingsParser, model_title
+from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.evaluation import task_of
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.report import RunReport
@@ -91,10 +92,13 @@ def run(
     output: Path,
 ) -> RunReport:
     """Measures, narrows, saves, and measures again what was saved; memory never holds two models."""
+    scores = None if scores_file is None else LayerScores.load(scores_file)
     model, tokenizer = load_with_tokenizer(source, loading)
+    if scores is not None:
+        scores.check(find_decoder_layers(model, settings.layers_path))
     calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
-    scores = _scores(model, calibration, settings) if scores_file is None else LayerScores.load(scores_file)
+    scores = scores or _scores(model, calibration, settings)
     plan = allocate(scores, "parameters", settings.parameters, settings.spread)
     chosen: dict[str, Any] = {"method": settings.method, "compensation": settings.compensation}
     chosen |= {"multiple": settings.multiple, "path": settings.layers_path}

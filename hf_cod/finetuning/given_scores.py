@@ -19,5 +19,4 @@ def check_model(scores: LayerScores | LayerAllocation, stack: DecoderLayers) -> 
     sizes = scores.parameters if isinstance(scores, LayerScores) else scores.sizes
     if len(scores.values) != len(stack):
         raise ValueError(f"scores: expected those of a model with {len(stack)} layers, got {len(scores.values)}")
-    if sizes is not None:
-        check_sizes("scores", scores.model, sizes, stack)
+    check_sizes("scores", scores.model, sizes, stack)

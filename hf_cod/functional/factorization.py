@@ -23,8 +23,9 @@ def factorize(W: Tensor, r: int, H: Tensor | None = None, damping: float = DAMPI
 
     which the singular value decomposition of W L solves: ASVD (Yuan et al. 2023, arXiv 2312.05821) scales channels for
     the same end, SVD-LLM (Wang et al. 2024, arXiv 2403.07378) whitens by L without damping, and fails where few tokens
-    leave H singular. Without H it is the plain decomposition of W. Neither L nor its inverse is needed where W is not
-    tall: with U the r leading eigenvectors of W H W^T, B A = U U^T W. Direction by direction, B and A get equal norms.
+    leave H singular. Without H, or where it is 0, it is the plain decomposition of W. Neither L nor its inverse is
+    needed where W is not tall: with U the r leading eigenvectors of W H W^T, B A = U U^T W. Direction by direction, B
+    and A get equal norms.
 
     Args:
         W: (out, in).
@@ -44,7 +45,7 @@ def factorize(W: Tensor, r: int, H: Tensor | None = None, damping: float = DAMPI
     else:
         B, A = V, V.mT @ W
     lost = float(squares[r:].sum() / squares.sum()) if squares.any() else 0.0
-    return (*_balanced(B, A), lost)
+    return (*balanced(B, A), lost)
 
 
 def spectrum(W: Tensor, H: Tensor | None = None, damping: float = DAMPING) -> Tensor:
@@ -60,7 +61,7 @@ def _decompose(W: Tensor, H: Tensor | None, damping: float) -> tuple[Tensor, Ten
     """Squares of the singular values (f,) of W L, its singular vectors on the shorter side (f, f), and for a tall W
     with H also L.
     """
-    H = None if H is None else H.to(W)
+    H = None if H is None or not H.any() else H.to(W)
     L = damped_cholesky(H, damping) if H is not None and _is_tall(W) else None
     if _is_tall(W):
         C = _whitened(W, L)
@@ -81,7 +82,7 @@ def _whitened(W: Tensor, L: Tensor | None) -> Tensor:
     return W if L is None else W @ L
 
 
-def _balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with ||B_:k|| = ||A_k:||: neither factor then suffers more from rounding or weight decay."""
     b, a = B.norm(dim=0), A.norm(dim=1)
     scale = torch.where((b > 0) & (a > 0), (a / b).sqrt(), torch.ones_like(a))

@@ -35,10 +35,10 @@ def rank_of_weights(shape: Shape, share: float) -> int | None:
     return r if r <= most_rank(shape) and share < 1 else None
 
 
-def count(shape: Shape, rank: int | None) -> int:
-    """Weights of a matrix with that rank; None: whole."""
+def count(shape: Shape, rank: int | None, nonzeros: int = 0) -> int:
+    """Weights of a matrix with that rank, and with a sparse part of so many beside it; rank None: whole."""
     m, n = shape
-    return m * n if rank is None else rank * (m + n)
+    return m * n if rank is None else rank * (m + n) + nonzeros
 
 
 def ranks_of_spectra(shapes: Sequence[Shape], spectra: Sequence[Tensor], budget: int) -> list[int | None]:

@@ -14,18 +14,24 @@ from hf_cod.allocation import LayerAllocation
 from hf_cod.calibration import Batch, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.running import execution_device
-from hf_cod.functional import factorization
+from hf_cod.functional import factorization, sparse_low_rank
 from hf_cod.functional.ranks import count
+from hf_cod.functional.sparse_low_rank import RANK_SHARE
 from hf_cod.layer_by_layer import FinishedLayers, Sums, change_each, change_sequentially, fingerprint_of_work
 from hf_cod.low_rank.rank_plan import RankPlan, check_ranks, factorizable, plan_of_allocation
-from hf_cod.models.shapes import LowRankLinear
+from hf_cod.models.shapes import SPARSE, LowRankLinear
 from hf_cod.models.shaping import check_shapeable, record_shapes
 from hf_cod.report import RunReport, environment
-from hf_cod.same_model import name_of
+from hf_cod.same_model import name_of, sizes_of
 from hf_cod.statistics.input_products import ProductsRecorder
 from hf_cod.writable_weights import check_writable
 
-METHODS = ("whitened", "plain")
+# Method -> whether it needs batches.
+METHODS = {"whitened": True, "plain": False, "oats": True}
+_OF_ZEROS = (
+    "{:,} of them stand in sparse parts, whose zeros are not counted here, and are not stored once the model is packed "
+    "(hf-cod pack --minimum, or pack_sparse)."
+)
 
 
 def factorize(
@@ -34,6 +40,7 @@ def factorize(
     method: str = "whitened",
     *,
     batches: Sequence[Batch] | None = None,
+    rank_share: float = RANK_SHARE,
     journal: str | Path | None = None,
     path: str | None = None,
     name: str | None = None,
@@ -45,8 +52,9 @@ def factorize(
     |---|---|---|
     | whitened | what it does to the inputs: || X (W - B A)^T ||_F (SVD-LLM, arXiv 2403.07378, made robust) | batches |
     | plain | its entries: || W - B A ||_F | nothing |
+    | oats | with a sparse S beside it, its entries scaled: || (W - B A - S) D ||_F (arXiv 2409.13652) | batches |
 
-    Whitened, layers change one after another, each on what the changed layers before it hand on. Embeddings, head,
+    With batches, layers change one after another, each on what the changed layers before it hand on. Embeddings, head,
     norms, biases and banks of experts stay as they are. Linears and Conv1D become `LowRankLinear`, the model and its
     config get a class beside their own (`models/shaping.py`): save_pretrained, from_pretrained with this package or
     with trust_remote_code without it, generate, device_map and PEFT (name "all-linear") work.
@@ -54,13 +62,16 @@ def factorize(
     The report's `layers` hold `kept` (share of the layer's weights), `rank` (mean share of full rank, weighted by
     weights), `error` (share of the outputs' energy that is lost, mean over factorized matrices) and `parameters` (of
     the intact layer); its `results` hold `kept` and `rank` of all layers, `parameters` before and after, of the whole
-    model, and `ranks` by matrix.
+    model, `ranks` by matrix, and of oats `nonzeros`. Zeros of sparse parts count nowhere: they take memory and time
+    until `pack_sparse` stores the model without them.
 
     Args:
         model: a transformers model with plain weights.
-        plan: an allocation of "parameters" or "rank"; ranks by matrix; or one share of parameters for all layers.
+        plan: an allocation of "parameters" or "rank"; ranks by matrix; or one share of parameters for all layers. For
+            oats, ranks by matrix come with their `nonzeros`, and no allocation is one of "rank".
         method: see the table.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
+        rank_share: of the weights that oats keeps, the part in thin factors, between 0 and 1; others do without.
         journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
             where it stopped. Files stay until you remove them.
         path: the stack's module name where it cannot be found.
@@ -75,18 +86,20 @@ def factorize(
     stack = find_decoder_layers(model, path)
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if method == "whitened" and not batches:
-        raise ValueError("batches: expected at least one for whitened, got none")
+    if METHODS[method] and not batches:
+        raise ValueError(f"batches: expected at least one for {method}, got none")
+    if not 0 < rank_share < 1:
+        raise ValueError(f"rank_share: expected a share between 0 and 1, got {rank_share}")
     _check_model(stack)
-    chosen = _plan(stack, plan)
-    check_ranks(stack, chosen.ranks)
+    chosen = _plan(stack, plan, rank_share if method == "oats" else None)
+    check_ranks(stack, chosen)
     described = Intact(stack, name)
-    work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks)
-    change = LayerChange(stack, chosen.ranks)
+    work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks, chosen.nonzeros)
+    change = LayerChange(stack, chosen)
     finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
     settings: dict[str, Any] = {"method": method, "plan": f"{chosen.kind} {chosen.budget:g} by {chosen.method}"}
     try:
-        if method == "whitened" and batches:
+        if METHODS[method] and batches:
             settings |= describe_batches(batches)
             change_sequentially(stack, batches, ProductsRecorder, change, finished, "factorizing", show_progress)
         else:
@@ -102,12 +115,12 @@ class LayerChange:
 
     Args:
         stack: the layers.
-        ranks: name -> rank.
+        plan: which matrices get which rank, and maybe a sparse part beside it.
     """
 
-    def __init__(self, stack: DecoderLayers, ranks: dict[str, int]) -> None:
-        self._stack, self._ranks = stack, ranks
-        self._names = [[n for n in factorizable(stack, index) if n in ranks] for index in range(len(stack))]
+    def __init__(self, stack: DecoderLayers, plan: RankPlan) -> None:
+        self._stack, self._plan = stack, plan
+        self._names = [[n for n in factorizable(stack, index) if n in plan.ranks] for index in range(len(stack))]
         self._training = {n: stack.model.get_submodule(n).training for names in self._names for n in names}
         self.done: dict[str, dict[str, int]] = {}
 
@@ -120,25 +133,35 @@ class LayerChange:
             H = None if sums is None else sums.of(name)
             if sums is not None and H is None:
                 unseen.append(name)
-            B, A, errors[name] = factorization.factorize(matrices[name], self._ranks[name], H)
-            self._exchange(name, B, A)
+            W, rank, S = matrices[name], self._plan.ranks[name], None
+            if self._plan.nonzeros:
+                kept = self._plan.nonzeros.get(name, 0)
+                S, B, A, errors[name] = sparse_low_rank.decompose(W, rank, kept, H)
+            else:
+                B, A, errors[name] = factorization.factorize(W, rank, H)
+            self._exchange(name, B, A, S)
         return {"unseen": unseen, "errors": errors}
 
     def tensors_of(self, index: int) -> dict[str, Tensor]:
-        """The factors of a layer."""
+        """The factors of a layer, and the sparse parts."""
         modules = {name: self._stack.model.get_submodule(name) for name in self._names[index]}
         return {f"{n}.{key}": p.detach() for n, m in modules.items() for key, p in m.named_parameters() if p.dim() == 2}
 
     def put_back(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Exchanges the matrices of an intact layer for these factors."""
         for name in self._names[index]:
-            self._exchange(name, tensors[f"{name}.expand.weight"], tensors[f"{name}.reduce.weight"])
+            B, A = tensors[f"{name}.expand.weight"], tensors[f"{name}.reduce.weight"]
+            self._exchange(name, B, A, tensors.get(f"{name}.{SPARSE}.weight"))
 
-    def _exchange(self, name: str, B: Tensor, A: Tensor) -> None:
+    def _exchange(self, name: str, B: Tensor, A: Tensor, S: Tensor | None) -> None:
         module: Any = self._stack.model.get_submodule(name)
         weight, bias = module.weight, module.bias
-        made = LowRankLinear(A.shape[1], B.shape[0], A.shape[0], bias is not None, device="meta")
-        for factor, values in ((made.reduce, A), (made.expand, B)):
+        has_sparse = S is not None and self._plan.nonzeros.get(name, 0) > 0
+        made = LowRankLinear(A.shape[1], B.shape[0], A.shape[0], bias is not None, has_sparse, device="meta")
+        parts = [(made.reduce, A), (made.expand, B)]
+        if made.sparse is not None and S is not None:
+            parts.append((made.sparse, S))
+        for factor, values in parts:
             values = values.to(device=weight.device, dtype=weight.dtype)
             if not values.isfinite().all():
                 raise ValueError(f"weights: expected finite factors, got NaN or infinity of {name}")
@@ -146,7 +169,7 @@ class LayerChange:
         made.expand.register_parameter("bias", bias)
         parent, _, child = name.rpartition(".")
         setattr(self._stack.model.get_submodule(parent), child, made.train(self._training[name]))
-        self.done[name] = {"rank": made.rank}
+        self.done[name] = {"rank": made.rank, **({SPARSE: 1} if has_sparse else {})}
 
 
 class Intact:
@@ -161,12 +184,12 @@ class Intact:
         self.stack = stack
         self.name = name or name_of(stack)
         self.shapes = [factorizable(stack, index) for index in range(len(stack))]
-        self.sizes = [stack.count_weights(index) for index in range(len(stack))]
+        self.sizes = sizes_of(stack)
         self.parameters = sum(p.numel() for p in stack.model.parameters())
 
     def report(self, plan: RankPlan, finished: FinishedLayers, settings: dict[str, Any]) -> RunReport:
         """Counts what is left."""
-        saved = [_saved(shapes, plan.ranks) for shapes in self.shapes]
+        saved = [_saved(shapes, plan) for shapes in self.shapes]
         cut = [_rank_weights(shapes, plan.ranks) for shapes in self.shapes]
         errors = [list(finished.notes[index]["errors"].values()) for index in range(len(self.stack))]
         total = sum(self.sizes)
@@ -187,10 +210,12 @@ class Intact:
                 "rank": rank,
                 "parameters": {"intact": self.parameters, "factorized": self.parameters - sum(saved)},
                 "ranks": plan.ranks,
+                **({"nonzeros": plan.nonzeros} if plan.nonzeros else {}),
             },
             summary=[
                 f"{kept:.2%} of {total:,} weights in the layers' matrices are kept, {rank:.2%} of their rank; "
-                f"{len(plan.ranks)} of {sum(map(len, self.shapes))} matrices are factorized."
+                f"{len(plan.ranks)} of {sum(map(len, self.shapes))} matrices are factorized.",
+                *([_OF_ZEROS.format(sum(plan.nonzeros.values()))] if plan.nonzeros else []),
             ],
             notes=[
                 f"no token entered {matrix}: factorized by its entries alone"
@@ -200,8 +225,10 @@ class Intact:
         )
 
 
-def _saved(shapes: dict[str, Any], ranks: dict[str, int]) -> int:
-    return sum(count(shape, None) - count(shape, ranks[name]) for name, shape in shapes.items() if name in ranks)
+def _saved(shapes: dict[str, Any], plan: RankPlan) -> int:
+    cut = {name: shape for name, shape in shapes.items() if name in plan.ranks}
+    left = {name: count(shape, plan.ranks[name], plan.nonzeros.get(name, 0)) for name, shape in cut.items()}
+    return sum(count(shape, None) - left[name] for name, shape in cut.items())
 
 
 def _rank_weights(shapes: dict[str, Any], ranks: dict[str, int]) -> float:
@@ -218,12 +245,16 @@ def _check_model(stack: DecoderLayers) -> None:
         raise ValueError(f"model: expected whole matrices, got factors in {before}; factorize the model it came from")
 
 
-def _plan(stack: DecoderLayers, plan: LayerAllocation | RankPlan | float) -> RankPlan:
+def _plan(stack: DecoderLayers, plan: LayerAllocation | RankPlan | float, rank_share: float | None) -> RankPlan:
     if isinstance(plan, RankPlan):
+        if bool(plan.nonzeros) != (rank_share is not None):
+            wanted, got = ("no nonzeros", "some") if plan.nonzeros else ("nonzeros beside its ranks for oats", "none")
+            raise ValueError(
+                f"plan: expected {wanted}, got {got}; oats takes one share, or an allocation of parameters"
+            )
         return plan
     if not isinstance(plan, LayerAllocation):
         if not 0 <= plan <= 1:
             raise ValueError(f"plan: expected a share of parameters in 0..1, got {plan}")
-        sizes = [stack.count_weights(index) for index in range(len(stack))]
-        plan = LayerAllocation("parameters", plan, [float(plan)] * len(stack), sizes, "uniform")
-    return plan_of_allocation(stack, plan)
+        plan = LayerAllocation("parameters", plan, [float(plan)] * len(stack), sizes_of(stack), "uniform")
+    return plan_of_allocation(stack, plan, rank_share)

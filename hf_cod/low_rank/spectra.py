@@ -17,6 +17,7 @@ from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
 from hf_cod.layer_by_layer import FinishedLayers, Sums, change_sequentially, fingerprint_of_work
 from hf_cod.low_rank.rank_plan import RankPlan, factorizable, least_weights
+from hf_cod.same_model import name_of, sizes_of
 from hf_cod.statistics.input_products import ProductsRecorder
 from hf_cod.statistics.output_gradients import measure_loss_weights
 from hf_cod.writable_weights import check_writable
@@ -67,7 +68,7 @@ def plan_ranks(
     if method == "fisher" and not batches:
         raise ValueError("batches: expected at least one for fisher, got none")
     stack = find_decoder_layers(model, path)
-    total = sum(stack.count_weights(index) for index in range(len(stack)))
+    total = sum(sizes_of(stack))
     least = sum(least_weights(stack, index) for index in range(len(stack)))
     if not least <= parameters * total <= total:
         raise ValueError(
@@ -86,7 +87,7 @@ def plan_ranks(
     lost = [weights[name] * spectra[name] / max(float(spectra[name].sum()), TINY) for name in shapes]
     found = ranks_of_spectra(list(shapes.values()), lost, int(parameters * total) - fixed)
     ranks = {name: rank for name, rank in zip(shapes, found, strict=True) if rank is not None}
-    return RankPlan("parameters", parameters, ranks, method)
+    return RankPlan("parameters", parameters, ranks, method, model=name_of(stack), sizes=sizes_of(stack))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ A config records them in one field, `module_shapes`, and the model's own constru
 model, so that it holds with every head) -> what differs from the module that the sizes give:
 
     {"layers.3.mlp.up_proj": {"rank": 64},                      # W = expand reduce
+     "layers.3.mlp.gate_proj": {"rank": 64, "sparse": 1},       # W = expand reduce + sparse
      "layers.3.self_attn.q_proj": {"out_features": 256},        # fewer heads ...
      "layers.3.self_attn": {"num_key_value_groups": 1},         # ... and a number that the attention computes with
      "layers.3.mlp.down_proj": {"in_features": 96, "bias": 1}}  # a bias where the family has none
@@ -21,19 +22,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 SIZES = ("in_features", "out_features", "rank")
-BIAS = "bias"  # 1: there is one
+# 1: there is one
+BIAS, SPARSE = FLAGS = ("bias", "sparse")
 
 
 class LowRankLinear(nn.Module):
-    """y = B (A x) + b: a Linear whose matrix W = B A is kept as `reduce` A (rank, in) and `expand` B (out, rank).
+    """y = B (A x) + b: a Linear whose matrix W = B A is kept as `reduce` A (rank, in) and `expand` B (out, rank); or
+    y = B (A x) + S x + b, with `sparse` S (out, in), most of which is zero.
 
-    Both are ordinary Linears, so that whatever works on Linears (adapters, quantization, pruning, statistics) works on
-    them. To PEFT, name those two or "all-linear", not the module that holds them.
+    All are ordinary Linears, so that whatever works on Linears (adapters, quantization, pruning, statistics, storage
+    without zeros) works on them. To PEFT, name those or "all-linear", not the module that holds them.
 
     Args:
         in_features, out_features: columns and rows of W.
         rank: at least 1, at most the smaller of them.
         bias: whether there is a b; it stands in `expand`.
+        sparse: whether there is an S.
         device, dtype: of the tensors.
 
     Raises:
@@ -46,6 +50,7 @@ class LowRankLinear(nn.Module):
         out_features: int,
         rank: int,
         bias: bool = True,
+        sparse: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
@@ -54,6 +59,7 @@ class LowRankLinear(nn.Module):
             raise ValueError(f"rank: expected 1..{min(in_features, out_features)}, got {rank}")
         self.reduce = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.expand = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.sparse = nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype) if sparse else None
 
     @property
     def rank(self) -> int:
@@ -68,11 +74,13 @@ class LowRankLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W (out, in), made for the reader: a new tensor, in which nothing should be written."""
-        return self.expand.weight @ self.reduce.weight
+        product = self.expand.weight @ self.reduce.weight
+        return product if self.sparse is None else product + self.sparse.weight
 
     def forward(self, input: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        return self.expand(self.reduce(input))
+        y = self.expand(self.reduce(input))
+        return y if self.sparse is None else y + self.sparse(input)
 
 
 class ShapedModel:
@@ -120,9 +128,10 @@ def build_shapes(base: nn.Module, shapes: Any) -> None:
 
 
 def recorded_sizes(module: nn.Module) -> dict[str, int]:
-    """in_features, out_features, of a LowRankLinear its rank, and a 1 for a bias."""
+    """in_features, out_features, of a LowRankLinear its rank, and a 1 for a sparse part and for a bias."""
     if isinstance(module, LowRankLinear):
         sizes = dict(zip(SIZES, (module.reduce.in_features, module.expand.out_features, module.rank), strict=True))
+        sizes |= {} if module.sparse is None else {SPARSE: 1}
     elif isinstance(module, Conv1D):
         sizes = {"in_features": module.nx, "out_features": module.nf}
     else:
@@ -132,23 +141,26 @@ def recorded_sizes(module: nn.Module) -> dict[str, int]:
 
 
 def check_recorded(base: nn.Module, shapes: Any) -> None:
-    """Makes sure that the record tells each LowRankLinear of a base model, and its rank.
+    """Makes sure that the record tells each LowRankLinear of a base model, its rank, and its sparse part.
 
     Raises:
         ValueError: one is told wrongly or not at all.
     """
     for name, module in base.named_modules():
         if isinstance(module, LowRankLinear):
-            told = (shapes or {}).get(name, {}).get("rank")
-            if told != module.rank:
-                raise ValueError(f"module_shapes: expected rank {module.rank} of {name}, as the model has, got {told}")
+            told = (shapes or {}).get(name, {})
+            for key, has in (("rank", module.rank), (SPARSE, None if module.sparse is None else 1)):
+                if told.get(key) != has:
+                    raise ValueError(
+                        f"module_shapes: expected {key} {has} of {name}, as the model has, got {told.get(key)}"
+                    )
 
 
 def _reshaped(module: Any, changes: dict[str, int], name: str) -> nn.Module:
     """A matrix of the recorded sizes, with new weights where these differ from the module's own."""
-    unknown = [key for key in changes if key not in (*SIZES, BIAS)]
+    unknown = [key for key in changes if key not in (*SIZES, *FLAGS)]
     if unknown:
-        raise ValueError(f"module_shapes: expected {', '.join((*SIZES, BIAS))} of {name}, got {unknown[0]!r}")
+        raise ValueError(f"module_shapes: expected {', '.join((*SIZES, *FLAGS))} of {name}, got {unknown[0]!r}")
     own = recorded_sizes(module)
     sizes = {**own, **changes}
     if sizes == own:
@@ -160,7 +172,9 @@ def _reshaped(module: Any, changes: dict[str, int], name: str) -> nn.Module:
     if rank is not None:
         if rank > min(columns, rows):
             raise ValueError(f"module_shapes: expected a rank of {name} up to {min(columns, rows)}, got {rank}")
-        return LowRankLinear(columns, rows, rank, bias, **options)
+        return LowRankLinear(columns, rows, rank, bias, bool(sizes.get(SPARSE)), **options)
+    if SPARSE in sizes:
+        raise ValueError(f"module_shapes: expected a rank beside the sparse part of {name}, got none")
     if isinstance(module, Conv1D):
         return Conv1D(rows, columns).to(**options)
     return nn.Linear(columns, rows, bias, **options)

@@ -138,8 +138,7 @@ def _targets(plan: LayerAllocation | float | str, stack: DecoderLayers) -> list[
         raise ValueError(f"plan: expected an allocation of sparsity, got one of {plan.kind}")
     if len(plan.values) != len(stack):
         raise ValueError(f"plan: expected {len(stack)} values, one a layer, got {len(plan.values)}")
-    if plan.sizes is not None:
-        check_sizes("plan", plan.model, plan.sizes, stack)
+    check_sizes("plan", plan.model, plan.sizes, stack)
     wrong = [i for i, value in enumerate(plan.values) if not 0 <= value <= 1]
     if wrong:
         raise ValueError(f"plan: expected sparsities in 0..1, got {plan.values[wrong[0]]} in layer {wrong[0]}")

@@ -12,7 +12,7 @@ from hf_cod.diagnostics.running import execution_device
 from hf_cod.layer_by_layer import FinishedLayers
 from hf_cod.layer_units import KINDS, LayerUnits
 from hf_cod.report import RunReport, environment
-from hf_cod.same_model import name_of
+from hf_cod.same_model import name_of, sizes_of
 from hf_cod.width.width_plan import WidthPlan
 
 
@@ -28,7 +28,7 @@ class Intact:
     def __init__(self, stack: DecoderLayers, units: Sequence[LayerUnits], name: str | None) -> None:
         self.stack, self.units = stack, units
         self.name = name or name_of(stack)
-        self.sizes = [stack.count_weights(index) for index in range(len(stack))]
+        self.sizes = sizes_of(stack)
         self.parameters = _count(stack.model.parameters())
 
     def report(
@@ -40,7 +40,7 @@ class Intact:
         stock: bool,
     ) -> RunReport:
         """Counts what is left."""
-        left = [self.stack.count_weights(index) for index in range(len(self.stack))]
+        left = sizes_of(self.stack)
         share = sum(left) / sum(self.sizes)
         notes = [finished.notes[index] for index in range(len(self.stack))]
         errors = [sum(note["errors"]) / len(note["errors"]) if note["errors"] else None for note in notes]

@@ -20,6 +20,7 @@ from hf_cod.layer_units import LayerUnits, find_units
 from hf_cod.models.shapes import LowRankLinear
 from hf_cod.models.shaping import check_shapeable, record_shapes
 from hf_cod.report import RunReport
+from hf_cod.same_model import check_sizes, sizes_of
 from hf_cod.statistics.input_products import MomentsRecorder
 from hf_cod.width.gradients import Importance, measure_taylor
 from hf_cod.width.intact import Intact
@@ -206,10 +207,10 @@ def _plan(
             + "; ".join(units[0].whole)
         )
     if isinstance(plan, WidthPlan):
+        check_sizes("plan", plan.model, plan.sizes, stack)
         return plan
     if not isinstance(plan, LayerAllocation):
         if not 0 <= plan <= 1:
             raise ValueError(f"plan: expected a share of parameters in 0..1, got {plan}")
-        sizes = [stack.count_weights(index) for index in range(len(stack))]
-        plan = LayerAllocation("parameters", plan, [float(plan)] * len(stack), sizes, "uniform")
+        plan = LayerAllocation("parameters", plan, [float(plan)] * len(stack), sizes_of(stack), "uniform")
     return plan_of_allocation(stack, units, plan, multiple)

@@ -10,6 +10,7 @@ from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.files import JsonFile
 from hf_cod.functional.widths import Layer, Widths, choose_widths
 from hf_cod.layer_units import CHANNELS, HEADS, LayerUnits
+from hf_cod.same_model import check_sizes, name_of, sizes_of
 
 MULTIPLE = 32  # of channels: what matrix units of GPUs and the registers of processors like
 
@@ -23,6 +24,8 @@ class WidthPlan(JsonFile):
         heads: query heads of each layer, whole groups that share a key and value head; None: all of them.
         channels: of the MLP of each layer; None: all of them.
         method: which score they follow.
+        model: the name of the model that it was made for.
+        sizes: weights in each of its layers' matrices, by which a plan of another model is known; None: not known.
     """
 
     FIELD = "width_plan"
@@ -31,6 +34,8 @@ class WidthPlan(JsonFile):
     heads: list[int | None]
     channels: list[int | None]
     method: str
+    model: str = ""
+    sizes: list[int] | None = None
 
 
 def plan_of_allocation(
@@ -45,6 +50,7 @@ def plan_of_allocation(
         raise ValueError(f"plan: expected an allocation of parameters, got one of {allocation.kind}")
     if len(allocation.values) != len(stack):
         raise ValueError(f"plan: expected {len(stack)} values, one a layer, got {len(allocation.values)}")
+    check_sizes("plan", allocation.model, allocation.sizes, stack)
     if type(multiple) is not int or multiple < 1:
         raise ValueError(f"multiple: expected a whole number above 0, got {multiple!r}")
     layers = [_layer(found) for found in units]
@@ -62,7 +68,7 @@ def plan_of_allocation(
         group, mlp = found[HEADS], found[CHANNELS]
         heads.append(widths.heads * group.heads if group else None)
         channels.append(widths.channels if mlp else None)
-    return WidthPlan(allocation.budget, heads, channels, allocation.method)
+    return WidthPlan(allocation.budget, heads, channels, allocation.method, name_of(stack), sizes_of(stack))
 
 
 def kept_units(units: list[LayerUnits], plan: WidthPlan) -> list[dict[str, int]]:

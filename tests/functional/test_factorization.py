@@ -54,6 +54,10 @@ def test_zeros_and_dead_channels_are_no_trouble(shape):
         B, A, lost = factorize(weights, 20, H)
         torch.testing.assert_close(B @ A, weights, atol=1e-9, rtol=0)
         assert 0 <= lost < 1e-9
+    # Inputs that are all zero say nothing of W: what they leave is the plain decomposition, of a wide one, too.
+    B, A, _ = factorize(W, 5, torch.zeros(shape[1], shape[1]))
+    expected, more, _ = factorize(W, 5)
+    torch.testing.assert_close(B @ A, expected @ more)
     # Channels that are always zero are not worth a rank: those that live are kept.
     B, A, _ = factorize(W, 14, X.T @ X)
     assert float((X @ (W - B @ A).T).norm() / (X @ W.T).norm()) < 0.02

@@ -144,6 +144,23 @@ def test_ranks_stay_and_what_is_saved_loads(method, tmp_path):
     assert loaded.config.use_cache
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_sparse_parts_beside_factors_keep_their_zeros(method, tmp_path):
+    student = build("llama")
+    factorize(student, 0.6, "oats", batches=[batch_for(student)])
+    parts = {n: m for n, m in student.named_modules() if isinstance(m, LowRankLinear)}
+    before, ranks = {n: m.sparse.weight == 0 for n, m in parts.items()}, {n: m.rank for n, m in parts.items()}
+    weights = {n: m.sparse.weight.detach().clone() for n, m in parts.items()}
+    assert learnt(healed(student, build("llama"), method))
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    after = {n: m for n, m in loaded.named_modules() if isinstance(m, LowRankLinear)}
+    assert {n: m.rank for n, m in after.items()} == ranks and len(ranks) == 4 * 7
+    assert all((m.sparse.weight[before[n]] == 0).all() for n, m in after.items())
+    assert any(not torch.equal(m.sparse.weight, weights[n]) for n, m in after.items()), "what is not zero learns"
+    torch.testing.assert_close(logits(loaded), logits(student))
+
+
 def test_a_dropped_student_with_hidden_states_reloads_in_a_fresh_process(tmp_path):
     student, teacher = build("llama"), build("llama")
     drop(student, [1])

@@ -53,7 +53,7 @@ def by_hand(model, batches, ranks, whitened=True):
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["whitened", "plain"])
 @pytest.mark.parametrize("family", PLAIN)
 def test_every_family_against_the_formula(family, method):
     model = build(family, layers=3, dtype=torch.float64)
@@ -301,7 +301,7 @@ def test_bad_plans():
     ]:
         with pytest.raises(ValueError, match=message):
             factorize(model, plan, "plain")
-    with pytest.raises(ValueError, match="method: expected one of whitened, plain, got 'best'"):
+    with pytest.raises(ValueError, match="method: expected one of whitened, plain, oats, got 'best'"):
         factorize(model, 0.5, "best")
     with pytest.raises(ValueError, match="batches: expected at least one for whitened, got none"):
         factorize(model, 0.5)
@@ -337,8 +337,9 @@ def test_what_helps_on_a_real_model(smollm2, brown_text):
         calibration, measuring = split_samples(token_batches(tokenizer, brown_text, settings), 4)
         intact = perplexity(model, measuring)
         plan = plan_ranks(model, 0.8, name, batches=calibration) if name == "fisher" else 0.8
-        report = factorize(model, plan, "plain" if name == "plain" else "whitened", batches=calibration)
+        report = factorize(model, plan, name if name in METHODS else "whitened", batches=calibration)
         assert 0.79 < report.results["kept"] <= 0.8
         found[name] = perplexity(model, measuring)
     print(found)
+    assert found["oats"] < found["whitened"]
     assert intact < found["fisher"] < found["whitened"] / 1.5 and found["whitened"] < found["plain"] / 20

@@ -272,7 +272,8 @@ def test_every_family_goes_through_files(family, tmp_path):
         ({"model.layers.1.mlp.up_proj": {"rank": 33}}, "expected a rank of layers.1.mlp.up_proj up to 32, got 33"),
         ({"model.layers.1.mlp.up_proj": {"rank": 0}}, "expected whole numbers above 0, got rank = 0 of layers.1"),
         ({"model.layers.1.mlp.up_proj": {"rank": "5"}}, "expected whole numbers above 0, got rank = '5'"),
-        ({"model.layers.1.mlp.up_proj": {"width": 5}}, "expected in_features, out_features, rank, bias of layers"),
+        ({"model.layers.1.mlp.up_proj": {"width": 5}}, "expected in_features, out_features, rank, bias, sparse of"),
+        ({"model.layers.1.mlp.up_proj": {"sparse": 1}}, "expected a rank beside the sparse part of layers.1.mlp.up"),
         ({"model.layers.1.self_attn": {"heads": 5}}, "expected numbers that LlamaAttention layers.1.self_attn has"),
     ],
 )
@@ -285,6 +286,10 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
     model = shaped()
     model.model.layers[0].mlp.up_proj = LowRankLinear(32, 48, 3, bias=False)
     with pytest.raises(ValueError, match=r"expected rank 3 of layers.0.mlp.up_proj, as the model has, got None"):
+        model.save_pretrained(tmp_path)
+    model = shaped()
+    model.model.layers[1].mlp.up_proj = LowRankLinear(32, 48, 5, bias=False, sparse=True)
+    with pytest.raises(ValueError, match=r"expected sparse 1 of layers.1.mlp.up_proj, as the model has, got None"):
         model.save_pretrained(tmp_path)
 
     class Own(LlamaForCausalLM):

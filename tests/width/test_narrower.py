@@ -2,6 +2,7 @@ import copy
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import peft
 import pytest
@@ -28,6 +29,7 @@ from hf_cod.loading import ModelSettings, load_model
 from hf_cod.statistics.input_products import MomentsRecorder
 from hf_cod.width import COMPENSATIONS, METHODS
 from hf_cod.width.gradients import measure_taylor
+from hf_cod.width.width_plan import plan_of_allocation
 from tests import references
 from tests.tiny_models import CAUSAL, MIXTURES, OTHERS, PLAIN, batch_for, build, double, outputs, two_batches
 
@@ -38,9 +40,9 @@ STOCK = ["llama", "llama_tied", "qwen2", "qwen3", "mistral", "olmo", "olmo2", "g
 
 
 def different(layers=4, budget=0.65, spread=0.2):
-    """A plan by which layers differ."""
+    """A plan by which layers differ, of no model in particular."""
     scores = LayerScores("m", "mine", [3.0, 1.0, 2.0, 2.5][:layers], [1] * layers)
-    return allocate(scores, "parameters", budget, spread)
+    return replace(allocate(scores, "parameters", budget, spread), sizes=None)
 
 
 def by_hand(model, batches, report):
@@ -429,6 +431,26 @@ def test_bad_plans():
         headless = build("bert_headless")
         narrow(headless, 0.6, "taylor", "none", batches=[batch_for(headless)], multiple=8)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_plans_of_another_model_are_refused(tmp_path, caplog):
+    """Of another size; of another name alone, it is said."""
+    model, other = build("llama"), build("llama", intermediate_size=64)
+    stack = find_decoder_layers(other)
+    scores = LayerScores("some/other", "mine", [1.0, 2.0, 3.0, 4.0], [stack.count_weights(0)] * 4)
+    plan = allocate(scores, "parameters", 0.6)
+    widths = plan_of_allocation(stack, [find_units(stack, index) for index in range(4)], plan, 8)
+    assert WidthPlan.load(widths.save(tmp_path / "plan.json")) == widths
+    mine = find_decoder_layers(model).count_weights(0)
+    for wrong in (plan, widths):
+        with pytest.raises(ValueError, match=rf"plan: expected those of a model with {mine} weights in layer 0, got"):
+            narrow(model, wrong, "magnitude", "none", multiple=8)
+    assert find_decoder_layers(model).count_weights(0) == mine
+    caplog.clear()
+    narrow(copy.deepcopy(other), widths, "magnitude", "none", multiple=8)
+    assert not caplog.messages
+    narrow(other, plan, "magnitude", "none", multiple=8)
+    assert "plan: expected those of LlamaForCausalLM, got those of some/other" in caplog.text
 
 
 def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
