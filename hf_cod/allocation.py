@@ -12,8 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.files import JsonFile
 from hf_cod.functional import budget as budgets
+from hf_cod.same_model import name_of, sizes_of
 from hf_cod.scores import LayerScores
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,20 @@ class LayerAllocation(JsonFile):
         if self.group is None:
             raise ValueError("group: expected an allocation of N:M sparsity, got none")
         return [(self.group - round(value * self.group), self.group) for value in self.values]
+
+
+def same_share(stack: DecoderLayers, share: float) -> LayerAllocation:
+    """Each layer keeps the same share of its weights.
+
+    Raises:
+        ValueError: no such share.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"plan: expected a share of parameters in 0..1, got {share}")
+    sizes = sizes_of(stack)
+    return LayerAllocation(
+        "parameters", share, [float(share)] * len(sizes), sizes, "uniform", model=name_of(stack), sizes=sizes
+    )
 
 
 def allocate(

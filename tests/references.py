@@ -190,3 +190,17 @@ def whitened_svd(W, H, r, damping):
     L = torch.linalg.cholesky(H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype))
     U, S, V = torch.linalg.svd(W @ L, full_matrices=False)
     return U[:, :r] * S[:r] @ V[:r] @ torch.linalg.inv(L), S.square()
+
+
+def oats(W, H, r, per_row, iterations):
+    """S and L of OATS' alternation: an SVD an iteration, row after row."""
+    D = H.diagonal().sqrt()
+    S = torch.zeros_like(W)
+    for _ in range(iterations):
+        U, values, V = torch.linalg.svd(W * D - S, full_matrices=False)
+        L = U[:, :r] * values[:r] @ V[:r]
+        S = torch.zeros_like(W)
+        for i, row in enumerate(W * D - L):
+            top = row.abs().topk(per_row).indices
+            S[i, top] = row[top]
+    return S / D, L / D

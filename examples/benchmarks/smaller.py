@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_cod import LayerAllocation, drop, find_decoder_layers, narrow
+from hf_cod import drop, find_decoder_layers, narrow
+from hf_cod.allocation import same_share
 from hf_cod.files import write_json
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.low_rank.rank_plan import plan_of_allocation
+from hf_cod.model_size import size_of
 from hf_cod.models.shaping import record_shapes
 
 
@@ -31,8 +33,7 @@ def smaller(dense: Any, kept: float) -> dict[str, Any]:
     """The model by each way to make it smaller. Which weights go is all the same here: only shapes decide on time."""
     models = {name: copy.deepcopy(dense) for name in ("rank", "width", "depth")}
     stack = find_decoder_layers(models["rank"])
-    sizes = [stack.count_weights(index) for index in range(len(stack))]
-    plan = plan_of_allocation(stack, LayerAllocation("parameters", kept, [kept] * len(stack), sizes, "uniform"))
+    plan = plan_of_allocation(stack, same_share(stack, kept))
     record_shapes(models["rank"], {name: {"rank": rank} for name, rank in plan.ranks.items()})
     for name in plan.ranks:  # what `factorize` would put there takes it long to find
         for factor in models["rank"].get_submodule(name).parameters():
@@ -44,8 +45,7 @@ def smaller(dense: Any, kept: float) -> dict[str, Any]:
 
 def weights_passed(model: Any) -> tuple[int, int]:
     """Weights that a token of the prompt, and one that is generated, is multiplied with."""
-    stack = find_decoder_layers(model)
-    layers = sum(stack.count_weights(index) for index in range(len(stack)))
+    layers = size_of(model).layer_weights
     return layers, layers + model.get_output_embeddings().weight.numel()
 
 

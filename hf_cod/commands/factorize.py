@@ -71,7 +71,6 @@ class FactorizeSettings(SpreadSettings):
         default=None,
         metadata={"help": "share of full rank to keep, instead; what it would enlarge stays whole"},
     )
-
     rank_share: float = field(
         default=RANK_SHARE, metadata={"help": "of the weights that oats keeps, the part in thin factors"}
     )

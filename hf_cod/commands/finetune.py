@@ -18,16 +18,9 @@ from hf_cod.diagnostics.running import held_out_perplexity
 from hf_cod.finetuning import OwLoreSettings
 from hf_cod.finetuning.memory import Memory
 from hf_cod.finetuning.methods import METHODS
-from hf_cod.finetuning.training import (
-    Training,
-    TrainingSettings,
-    check_fused,
-    check_scores,
-    claim,
-    scores_to_draw_by,
-    split_windows,
-    train,
-)
+from hf_cod.finetuning.run_directory import claim
+from hf_cod.finetuning.training import Training, scores_to_draw_by, split_windows, train
+from hf_cod.finetuning.training_settings import TrainingSettings, check_fused, check_scores
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.pretraining import pack
 from hf_cod.report import RunReport, environment, format_number

@@ -17,7 +17,7 @@ from hf_cod.finetuning import OwLoreSettings
 from hf_cod.finetuning.estimate import estimate_memory
 from hf_cod.finetuning.memory import PARTS, Memory
 from hf_cod.finetuning.methods import METHODS
-from hf_cod.finetuning.training import TrainingSettings
+from hf_cod.finetuning.training_settings import TrainingSettings
 from hf_cod.loading import ModelSettings, best_device, load_config
 
 

@@ -12,7 +12,8 @@ from hf_cod.commands.diagnose import require_plots
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.training import TrainingOutput, tell
 from hf_cod.finetuning import OwLoreSettings
-from hf_cod.finetuning.training import check_fused, check_scores, claim
+from hf_cod.finetuning.run_directory import claim
+from hf_cod.finetuning.training_settings import check_fused, check_scores
 from hf_cod.healing import HealSettings, heal
 from hf_cod.healing.pair import check_tokenizers
 from hf_cod.loading import DTYPES, ModelSettings

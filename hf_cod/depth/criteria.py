@@ -22,7 +22,7 @@ from hf_cod.diagnostics.partial_pass import check_independent
 from hf_cod.diagnostics.resuming import Journals
 from hf_cod.evaluation import Metric, find_metric, task_of
 from hf_cod.layer_removal import check_drop
-from hf_cod.same_model import name_of
+from hf_cod.same_model import name_of, sizes_of
 
 # Share of the samples that a search does not see, to choose on between what it ends with.
 CHOICE_SHARE = 1 / 3
@@ -92,7 +92,7 @@ def plan_depth(
     request = _Request(stack, n_removed, free, batches, forward, journals, width, show_progress)
     found = CRITERIA[method](request)
     check_drop(model, found.layers, path)
-    sizes = [stack.count_weights(index) for index in range(len(stack))]
+    sizes = sizes_of(stack)
     why = (MASSIVE if protect is True else GIVEN) if protected else ""
     return DepthPlan(name_of(stack), method, found.layers, sizes, found.costs, protected, found.candidates, why)
 

@@ -17,7 +17,7 @@ from hf_cod.diagnostics.running import execution_device
 from hf_cod.evaluation import Metric, find_metric, task_of
 from hf_cod.layer_removal import check_drop, drop
 from hf_cod.report import RunReport, environment
-from hf_cod.same_model import name_of
+from hf_cod.same_model import name_of, sizes_of
 from hf_cod.writable_weights import check_writable
 
 REPLACEMENTS = ("none", "linear", "measured")
@@ -69,7 +69,7 @@ def drop_layers(
         raise ValueError(f"replacement: expected one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
     if replacement != "none" and not batches:
         raise ValueError(f"batches: expected at least one for the replacement {replacement}, got none")
-    sizes = [stack.count_weights(index) for index in range(len(stack))]
+    sizes = sizes_of(stack)
     if not isinstance(plan, DepthPlan):
         plan = DepthPlan(name_of(stack), GIVEN, sorted(plan), sizes)
     plan.check(stack)

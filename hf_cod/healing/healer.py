@@ -18,8 +18,10 @@ from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.diagnostics.resuming import digest_batches
 from hf_cod.diagnostics.running import evaluation_mode, held_out_perplexity
 from hf_cod.finetuning.methods import METHODS
+from hf_cod.finetuning.run_directory import claim
 from hf_cod.finetuning.settings import OwLoreSettings
-from hf_cod.finetuning.training import Training, check_scores, claim, scores_to_draw_by, split_windows, train
+from hf_cod.finetuning.training import Training, scores_to_draw_by, split_windows, train
+from hf_cod.finetuning.training_settings import check_scores
 from hf_cod.healing.healed import healing_report
 from hf_cod.healing.objective import Objective
 from hf_cod.healing.pair import check_pair, check_tokenizers

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from hf_cod.finetuning.training import TrainingSettings
+from hf_cod.finetuning.training_settings import TrainingSettings
 from hf_cod.functional.distillation import check_mixture
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.allocation import LayerAllocation
+from hf_cod.allocation import LayerAllocation, same_share
 from hf_cod.calibration import Batch, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.running import execution_device
@@ -133,13 +133,14 @@ class LayerChange:
             H = None if sums is None else sums.of(name)
             if sums is not None and H is None:
                 unseen.append(name)
-            W, rank, S = matrices[name], self._plan.ranks[name], None
+            W, rank = matrices[name], self._plan.ranks[name]
             if self._plan.nonzeros:
                 kept = self._plan.nonzeros.get(name, 0)
                 S, B, A, errors[name] = sparse_low_rank.decompose(W, rank, kept, H)
+                self._exchange(name, B, A, S if kept else None)
             else:
                 B, A, errors[name] = factorization.factorize(W, rank, H)
-            self._exchange(name, B, A, S)
+                self._exchange(name, B, A)
         return {"unseen": unseen, "errors": errors}
 
     def tensors_of(self, index: int) -> dict[str, Tensor]:
@@ -153,23 +154,21 @@ class LayerChange:
             B, A = tensors[f"{name}.expand.weight"], tensors[f"{name}.reduce.weight"]
             self._exchange(name, B, A, tensors.get(f"{name}.{SPARSE}.weight"))
 
-    def _exchange(self, name: str, B: Tensor, A: Tensor, S: Tensor | None) -> None:
+    def _exchange(self, name: str, B: Tensor, A: Tensor, S: Tensor | None = None) -> None:
         module: Any = self._stack.model.get_submodule(name)
         weight, bias = module.weight, module.bias
-        has_sparse = S is not None and self._plan.nonzeros.get(name, 0) > 0
-        made = LowRankLinear(A.shape[1], B.shape[0], A.shape[0], bias is not None, has_sparse, device="meta")
-        parts = [(made.reduce, A), (made.expand, B)]
-        if made.sparse is not None and S is not None:
-            parts.append((made.sparse, S))
-        for factor, values in parts:
+        made = LowRankLinear(A.shape[1], B.shape[0], A.shape[0], bias is not None, S is not None, device="meta")
+        for part, values in ((made.reduce, A), (made.expand, B), (made.sparse, S)):
+            if part is None or values is None:
+                continue
             values = values.to(device=weight.device, dtype=weight.dtype)
             if not values.isfinite().all():
                 raise ValueError(f"weights: expected finite factors, got NaN or infinity of {name}")
-            factor.weight = nn.Parameter(values.contiguous(), requires_grad=weight.requires_grad)
+            part.weight = nn.Parameter(values.contiguous(), requires_grad=weight.requires_grad)
         made.expand.register_parameter("bias", bias)
         parent, _, child = name.rpartition(".")
         setattr(self._stack.model.get_submodule(parent), child, made.train(self._training[name]))
-        self.done[name] = {"rank": made.rank, **({SPARSE: 1} if has_sparse else {})}
+        self.done[name] = {"rank": made.rank, **({} if S is None else {SPARSE: 1})}
 
 
 class Intact:
@@ -253,8 +252,5 @@ def _plan(stack: DecoderLayers, plan: LayerAllocation | RankPlan | float, rank_s
                 f"plan: expected {wanted}, got {got}; oats takes one share, or an allocation of parameters"
             )
         return plan
-    if not isinstance(plan, LayerAllocation):
-        if not 0 <= plan <= 1:
-            raise ValueError(f"plan: expected a share of parameters in 0..1, got {plan}")
-        plan = LayerAllocation("parameters", plan, [float(plan)] * len(stack), sizes_of(stack), "uniform")
-    return plan_of_allocation(stack, plan, rank_share)
+    allocation = plan if isinstance(plan, LayerAllocation) else same_share(stack, plan)
+    return plan_of_allocation(stack, allocation, rank_share)

@@ -18,7 +18,7 @@ from hf_cod.diagnostics.running import naming_weights
 from hf_cod.evaluation import as_loss, find_metric, task_of
 from hf_cod.functional import budget, outliers
 from hf_cod.functional.codebook import BITS, SCALE_BITS
-from hf_cod.same_model import name_of
+from hf_cod.same_model import name_of, sizes_of
 from hf_cod.scores.layer_scores import LayerScores
 from hf_cod.scores.pruning_probe import CODEBOOK, PRUNERS, PruningProbe
 from hf_cod.statistics import LayerStatistics, collect_statistics
@@ -123,7 +123,7 @@ def score_layers(
     if method in NEED_BATCHES and not batches:
         raise ValueError(f"batches: expected at least one for the method {method}, got none")
     check_batches(batches or ())
-    sizes = [stack.count_weights(index) for index in range(len(stack))]
+    sizes = sizes_of(stack)
     with naming_weights(stack.model):
         values = METHODS[method](request)
         used = {key: getattr(chosen, key) for key in SETTINGS_OF.get(method, ())} | request.found
@@ -251,7 +251,7 @@ def _auto(request: _Request) -> list[float]:
 def _plans(request: _Request, method: str, values: list[float]) -> Iterator[tuple[float, list[float]]]:
     """(lambda, one value a layer) of what is tried with a score; of bits there is one plan."""
     target = request.settings.target
-    sizes = torch.tensor([request.stack.count_weights(i) for i in range(len(request.stack))]).double()
+    sizes = torch.tensor(sizes_of(request.stack)).double()
     if request.settings.pruner == CODEBOOK:
         D = torch.tensor(values if method != "uniform" else _depth(request))  # of equal layers the first ones
         wanted = budget.spread(D, sizes, target - SCALE_BITS, min(BITS), max(BITS), falling=False)

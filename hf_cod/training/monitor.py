@@ -21,6 +21,7 @@ from hf_cod.diagnostics.resuming import digest_batches
 from hf_cod.diagnostics.running import execution_device
 from hf_cod.files import fingerprint
 from hf_cod.functional import depth
+from hf_cod.same_model import name_of
 from hf_cod.training.health import find_trouble
 from hf_cod.training.history import TrainingHistory
 from hf_cod.training.probe import probe_batches
@@ -195,11 +196,9 @@ class LayerMonitor:
         return [round(i * (L - 1) / max(1, count - 1)) for i in range(count)]
 
     def _header(self) -> dict[str, Any]:
-        base: Any = self.stack.model
-        name = getattr(getattr(base, "config", None), "_name_or_path", "") or type(base).__name__
         settings = {**asdict(self.settings), **describe_batches(self.batches)}
         probe = fingerprint(digest_batches(self.batches))
-        return {"model": name, "layers": len(self.stack), "settings": settings, "probe": probe}
+        return {"model": name_of(self.stack), "layers": len(self.stack), "settings": settings, "probe": probe}
 
     def _try_probe(self) -> None:
         """Runs the first batch, so that a probe that does not fit is told before the training begins."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.allocation import LayerAllocation
+from hf_cod.allocation import LayerAllocation, same_share
 from hf_cod.calibration import Batch, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.partial_pass import check_independent
@@ -20,7 +20,7 @@ from hf_cod.layer_units import LayerUnits, find_units
 from hf_cod.models.shapes import LowRankLinear
 from hf_cod.models.shaping import check_shapeable, record_shapes
 from hf_cod.report import RunReport
-from hf_cod.same_model import check_sizes, sizes_of
+from hf_cod.same_model import check_sizes
 from hf_cod.statistics.input_products import MomentsRecorder
 from hf_cod.width.gradients import Importance, measure_taylor
 from hf_cod.width.intact import Intact
@@ -209,8 +209,5 @@ def _plan(
     if isinstance(plan, WidthPlan):
         check_sizes("plan", plan.model, plan.sizes, stack)
         return plan
-    if not isinstance(plan, LayerAllocation):
-        if not 0 <= plan <= 1:
-            raise ValueError(f"plan: expected a share of parameters in 0..1, got {plan}")
-        plan = LayerAllocation("parameters", plan, [float(plan)] * len(stack), sizes_of(stack), "uniform")
-    return plan_of_allocation(stack, units, plan, multiple)
+    allocation = plan if isinstance(plan, LayerAllocation) else same_share(stack, plan)
+    return plan_of_allocation(stack, units, allocation, multiple)

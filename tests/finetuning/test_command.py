@@ -21,7 +21,8 @@ from hf_cod.finetuning import OwLoreAdamW, OwLoreSettings
 from hf_cod.finetuning.estimate import estimate_memory
 from hf_cod.finetuning.interruption import SaveOnInterrupt
 from hf_cod.finetuning.methods import METHODS
-from hf_cod.finetuning.training import TrainingSettings, scores_to_draw_by
+from hf_cod.finetuning.training import scores_to_draw_by
+from hf_cod.finetuning.training_settings import TrainingSettings
 from hf_cod.loading import embedded_model
 from hf_cod.pretraining import pack
 from tests.tiny_models import MIXTURES, build

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hf_cod.functional.sparse_low_rank import decompose, sizes_of_weights
+from tests import references
 
 
 def problem(m, n, seed=0):
@@ -11,24 +12,10 @@ def problem(m, n, seed=0):
     return W, X.T @ X
 
 
-def by_hand(W, H, r, per_row, iterations):
-    """An SVD an iteration, row after row."""
-    D = H.diagonal().sqrt()
-    S = torch.zeros_like(W)
-    for _ in range(iterations):
-        U, values, V = torch.linalg.svd(W * D - S, full_matrices=False)
-        L = U[:, :r] * values[:r] @ V[:r]
-        S = torch.zeros_like(W)
-        for i, row in enumerate(W * D - L):
-            top = row.abs().topk(per_row).indices
-            S[i, top] = row[top]
-    return S / D, L / D
-
-
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
 def test_one_iteration_is_the_formula(shape):
     W, H = problem(*shape)
-    S, L = by_hand(W, H, 4, 5, 1)
+    S, L = references.oats(W, H, 4, 5, 1)
     sparse, B, A, lost = decompose(W, 4, 5 * shape[0], H, iterations=1)
     torch.testing.assert_close(sparse, S)
     torch.testing.assert_close(B @ A, L)
@@ -43,7 +30,7 @@ def test_many_iterations_come_as_near_as_with_an_svd_each(shape):
     for seed in range(4):
         W, H = problem(*shape, seed)
         D = H.diagonal().sqrt()
-        once, more = ((W - S - L) * D for S, L in (by_hand(W, H, 4, 5, N) for N in (1, 20)))
+        once, more = ((W - S - L) * D for S, L in (references.oats(W, H, 4, 5, N) for N in (1, 20)))
         S, B, A, _ = decompose(W, 4, 5 * shape[0], H, 20)
         assert ((S != 0).sum(1) == 5).all()
         found.append([((W - S - B @ A) * D).norm() / other.norm() for other in (once, more)])

@@ -1,0 +1,73 @@
+"""The directory of one training: whose it is, so that nothing of another one is gone on from or cleared away."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hf_cod.files import write_json
+
+SETTINGS, SCORES_FILE = "settings.json", "scores.json"
+
+
+def claim(directory: Path, wanted: dict[str, Any]) -> None:
+    """Makes the directory this run's; what was noted of it before stays noted.
+
+    A run that ended before its first checkpoint has left nothing to go on from: other settings take its place.
+
+    Raises:
+        ValueError: it is that of another run, of a finished one, or of a model; it holds checkpoints that are not this
+            run's, or anything else that goes by their name; or it is a file.
+    """
+    from hf_cod.pretraining import last_steps
+
+    _check_unfinished(directory)
+    found = _noted(directory / SETTINGS)
+    held = sorted(path.name for path in directory.glob("checkpoint-*"))
+    if held and not wanted.keys() <= found.keys():
+        raise ValueError(
+            f"output: expected a new directory, or that of an interrupted run, got {str(directory)!r}, which holds "
+            f"{held[0]} of another run"
+        )
+    odd = set(held) - {path.name for _, path in last_steps(directory)}
+    if odd:  # Trainer goes by how a name begins when it clears older checkpoints away
+        raise ValueError(f"output: expected no checkpoint-* in {str(directory)!r} but checkpoints, got {min(odd)}")
+    changed = [name for name, value in wanted.items() if name in found and found[name] != value]
+    if changed and held:
+        name = changed[0]
+        raise ValueError(
+            f"{name}: expected {found[name]!r}, with which the run in {str(directory)!r} began, got {wanted[name]!r}; "
+            "name another --output"
+        )
+    if changed:
+        (directory / SCORES_FILE).unlink(missing_ok=True)
+    if changed or not wanted.keys() <= found.keys():
+        write_json(directory / SETTINGS, {**found, **wanted})
+
+
+def _check_unfinished(directory: Path) -> None:
+    """Makes sure that there is no file of this name, and neither a model nor a report in the directory."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"output: expected a directory, got the file {str(directory)!r}")
+    if (directory / "config.json").exists():
+        raise ValueError(
+            f"output: expected a new directory, or that of an interrupted run, got {str(directory)!r}, which holds a "
+            "model"
+        )
+    if (directory / "report.json").exists():
+        raise ValueError(
+            f"output: expected a new directory, or that of an interrupted run, got {str(directory)!r}, whose run is "
+            f"finished (its model is in {str(directory / 'model')!r})"
+        )
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    """What a run has noted of itself; empty if none has."""
+    try:
+        found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"output: expected the settings of a run in {str(note)!r}, got something else")
+    return found
