@@ -480,8 +480,7 @@ def test_a_sparse_part_helps_matrices_of_a_real_model(smollm2, brown_text):
         alone = float((lost @ H * lost).sum() / (W.double() @ H * W.double()).sum())
         per_row = k // len(W)
         few, steps = decompose(W, r, per_row * len(W), H, 20), references.oats(W.double(), H, r, per_row, 20)
-        short, exact = (
-            ((W.double() - S - L) * H.diagonal().sqrt()).norm() for S, L in ((few[0], few[1] @ few[2]), steps)
-        )
+        missed = [W.double() - S - L for S, L in ((few[0], few[1] @ few[2]), steps)]
+        short, exact = ((E * H.diagonal().sqrt()).norm() for E in missed)
         print(name, oats, alone, short / exact)
         assert oats < 0.7 * alone and short < 1.005 * exact
