@@ -3,7 +3,8 @@
     python examples/depth_table.py --model DIRECTORY_OR_HUB_ID --text TEXT --output table
 
 Which layers go, and which maps are kept, is decided on the first half of the text; all perplexities that are reported
-are of the second half. An interrupted run goes on where it stopped, a search in its middle.
+are of the second half, or with --report-text of another text. With --heal each model then learns from the intact one on
+the first text, and is measured again. An interrupted run goes on where it stopped, a search in its middle.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_table import cut_samples, markdown, table_parser
+from table_healing import Healing, add_healing, describe_healing
 
 from hf_cod import drop_layers, perplexity, plan_depth
 from hf_cod.calibration import Batch
@@ -31,6 +33,7 @@ class Bench:
         self.model, tokenizer = load_model(arguments.model, ModelSettings(dtype=arguments.dtype))
         calibration, tuning, self.report = cut_samples(tokenizer, arguments)
         self.deciding: Sequence[Batch] = [*calibration, *tuning]
+        self.healing = Healing(self.model, tokenizer, arguments)
         self.width, self.search = arguments.width, Path(arguments.output) / "search"
 
     def plan(self, criterion: str, count: int) -> list[int]:
@@ -38,44 +41,49 @@ class Bench:
         options: dict[str, Any] = {"width": self.width, "journal": self.search, "show_progress": True}
         return plan_depth(self.model, count, criterion, batches=self.deciding, **options).layers
 
-    def measure(self, layers: list[int], replacement: str) -> tuple[float, int]:
-        """Perplexity of the shorter model, and the number of maps in it."""
+    def make(self, layers: list[int], replacement: str) -> tuple[Any, int]:
+        """The shorter model, and the number of maps in it."""
         model: Any = copy.deepcopy(self.model)
         report = drop_layers(model, layers, replacement, batches=self.deciding)
-        maps = sum(entry["used"] for entry in report.results["replacements"])
-        return perplexity(model, self.report), maps
+        return model, sum(entry["used"] for entry in report.results["replacements"])
 
 
 def main() -> None:
     """Fills the table cell by cell, and writes it after each one."""
     parser = table_parser(__doc__)
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
+    add_healing(parser)
     parser.add_argument("--layers", nargs="+", type=int, default=[1, 3, 5, 7, 10], help="how many layers to remove")
     parser.add_argument("--replacements", nargs="+", default=["none", "measured"], choices=list(REPLACEMENTS))
     parser.add_argument("--width", type=int, default=8, help="how many layers each step of the search tries")
     parser.add_argument("--output", default="depth-table", help="directory for the table, plans and journals")
     arguments = parser.parse_args()
     output = Path(arguments.output)
-    chosen = ("output", "criteria", "layers", "replacements")
+    chosen = ("output", "criteria", "layers", "replacements", *(k for k in vars(arguments) if k.startswith("heal")))
     settings = {k: v for k, v in vars(arguments).items() if k not in chosen}
     bench = Bench(arguments)
     journal = Journal(output / "journal.jsonl", fingerprint(settings))
     if "intact" not in journal:
         journal.add("intact", perplexity(bench.model, bench.report))
-    rows = []
+    intact, rows = journal["intact"], []
     for count, criterion, replacement in product(arguments.layers, arguments.criteria, arguments.replacements):
         chosen_by, key = f"{count} by {criterion}", f"{count} by {criterion} with {replacement}"
         if chosen_by not in journal:
             journal.add(chosen_by, bench.plan(criterion, count))
         layers = journal[chosen_by]
-        if key not in journal:
-            journal.add(key, bench.measure(layers, replacement))
+        healed = bench.healing.key(key)
+        if key not in journal or healed not in journal:
+            model, maps = bench.make(layers, replacement)
+            journal.add(key, [perplexity(model, bench.report), maps])
+            journal.add(healed, bench.healing.perplexity(model, bench.report))
         found, maps = journal[key]
         named = {"method": replacement, "score": criterion, "layers": count, "threshold": None, "spread": None}
-        rows.append({**named, "perplexity": found, "maps": maps, "removed": layers})
-        print(count, criterion, replacement, layers, f"{found:.1f}", f"{maps} maps", flush=True)
-        write_json(output / "table.json", {"settings": vars(arguments), "intact": journal["intact"], "rows": rows})
-        write_text(output / "table.md", markdown(rows, journal["intact"], "layers", "d"))
+        rows.append({**named, "perplexity": found, "healed": journal[healed], "maps": maps, "removed": layers})
+        after = "" if journal[healed] is None else f"healed {journal[healed]:.1f}"
+        print(count, criterion, replacement, layers, f"{found:.1f}", after, f"{maps} maps", flush=True)
+        write_json(output / "table.json", {"settings": vars(arguments), "intact": intact, "rows": rows})
+        page = [markdown(rows, intact, "layers", "d"), *describe_healing(rows, intact, bench.healing)]
+        write_text(output / "table.md", "\n".join(page))
 
 
 if __name__ == "__main__":

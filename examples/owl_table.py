@@ -4,8 +4,8 @@
 
 Everything that is chosen (OWL's threshold M, each score's lambda) is chosen on the first half of the text, by Wanda
 with the statistics of the intact model, for magnitude by magnitude; all perplexities that are reported are of the
-second half. An interrupted run goes on where it stopped. The table ends with how often, and by which factor of
-perplexity on average, auto is ahead of each other score.
+second half, or with --report-text of another text. An interrupted run goes on where it stopped. The table ends with
+how often, and by which factor of perplexity on average, auto is ahead of each other score.
 """
 
 from __future__ import annotations
@@ -61,23 +61,30 @@ class Bench:
         return self.found[key]
 
     def tune(self, scores: LayerScores, S: float, spread: float | None, pruner: str) -> float:
-        """Perplexity on the first half, after pruning with the statistics of the intact model."""
+        """Perplexity on the text to work with, after pruning with the statistics of the intact model."""
         self.restore()
         statistics = self.statistics if pruner == "wanda" else None
         prune(self.model, allocate(scores, budget=S, spread=spread), pruner, statistics=statistics)
         return perplexity(self.model, self.tuning)
 
     def measure(self, method: str, scores: LayerScores, S: float, spread: float | None) -> float:
-        """Perplexity on the second half, after pruning layer by layer."""
+        """Perplexity on the text to report on, after pruning layer by layer."""
         self.restore()
         prune(self.model, allocate(scores, budget=S, spread=spread), method, batches=self.calibration)
         return perplexity(self.model, self.report)
 
 
-def cut_samples(tokenizer: Any, arguments: argparse.Namespace) -> tuple[list[Batch], list[Batch], Sequence[Batch]]:
-    """Samples of the first half of the text to work on and to choose settings on, and of the second to report on."""
+def two_texts(arguments: argparse.Namespace) -> tuple[str, str]:
+    """The text to work with and the one to report on: two texts, or the halves of one."""
     text = "\n".join(load_texts(TextSettings(text=arguments.text)))
-    halves = text[: len(text) // 2], text[len(text) // 2 :]
+    if arguments.report_text is None:
+        return text[: len(text) // 2], text[len(text) // 2 :]
+    return text, "\n".join(load_texts(TextSettings(text=arguments.report_text)))
+
+
+def cut_samples(tokenizer: Any, arguments: argparse.Namespace) -> tuple[list[Batch], list[Batch], Sequence[Batch]]:
+    """Samples of one text to work on and to choose settings on, and of the other one to report on."""
+    halves = two_texts(arguments)
     cut = SampleSettings(sequence_length=arguments.sequence_length, batch_size=4, seed=arguments.seed)
     first = replace(cut, max_samples=arguments.calibration_samples + arguments.tuning_samples)
     calibration, tuning = split_samples(token_batches(tokenizer, halves[0], first), arguments.calibration_samples)
@@ -95,7 +102,7 @@ def candidates(score: str, S: float) -> Iterator[tuple[float | None, float | Non
 def chosen_settings(
     bench: Bench, journal: Journal, score: str, S: float, pruner: str
 ) -> tuple[float | None, float | None]:
-    """The candidate with the least perplexity on the first half."""
+    """The candidate with the least perplexity on the text to work with."""
     tried = list(candidates(score, S))
     if len(tried) == 1:
         return tried[0]
@@ -111,6 +118,7 @@ def chosen_settings(
 def cell(row: dict, best: bool) -> str:
     """A perplexity with the settings that it was reached by."""
     figure = f"**{row['perplexity']:.1f}**" if best else f"{row['perplexity']:.1f}"
+    figure += f" → {row['healed']:.1f}" if row.get("healed") is not None else ""
     named = [f"λ {row['spread']:g}"] if row["spread"] else []
     if row["threshold"] is not None:
         named.append(row["threshold"] if row["score"] == "auto" else f"M {row['threshold']:g}")
@@ -122,7 +130,7 @@ def markdown(rows: list[dict], intact: float, budget: str = "sparsity", form: st
     in bold.
     """
     budgets = sorted({row[budget] for row in rows})
-    lines = [f"Perplexity of the second half of the text; intact {intact:.1f}.", ""]
+    lines = [f"Perplexity of the text that is reported on; intact {intact:.1f}.", ""]
     lines.append("| method | score | " + " | ".join(f"{S:{form}}" for S in budgets) + " |")
     lines.append("|---|---|" + "---:|" * len(budgets))
     for method, score in dict.fromkeys((row["method"], row["score"]) for row in rows):
@@ -155,10 +163,11 @@ def table_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id, directory or GGUF file")
     parser.add_argument("--text", help="text file or data set; default: an embedded novel")
+    parser.add_argument("--report-text", help="another text to report on; default: the second half of --text")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
-    parser.add_argument("--calibration-samples", type=int, default=16, help="samples of the first half to work on")
-    parser.add_argument("--tuning-samples", type=int, default=8, help="samples of the first half to choose settings on")
-    parser.add_argument("--report-samples", type=int, default=16, help="samples of the second half to report on")
+    parser.add_argument("--calibration-samples", type=int, default=16, help="samples of the text to work on")
+    parser.add_argument("--tuning-samples", type=int, default=8, help="samples of the text to choose settings on")
+    parser.add_argument("--report-samples", type=int, default=16, help="samples to report on")
     parser.add_argument("--dtype", default="float32", help="dtype of the weights")
     parser.add_argument("--seed", type=int, default=0)
     return parser

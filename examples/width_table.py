@@ -3,22 +3,22 @@
     python examples/width_table.py --model DIRECTORY_OR_HUB_ID --text TEXT --output table
 
 Everything that is chosen (OWL's threshold M, each score's lambda) is chosen on the first half of the text; all
-perplexities that are reported are of the second half. Removed are parameters of the layers' matrices, in whole groups
-of heads and multiples of channels. An interrupted run goes on where it stopped.
+perplexities that are reported are of the second half, or with --report-text of another text. Removed are parameters of
+the layers' matrices, in whole groups of heads and multiples of channels. With --heal each model then learns from the
+intact one on the first text, and is measured again. An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 from owl_table import cut_samples, table_parser
-from rank_table import Candidate, fill_table
+from rank_table import Candidate, candidates, fill_table
+from table_healing import Healing, add_healing
 
-from hf_cod import LayerAllocation, LayerScores, allocate, narrow, perplexity, score_layers
-from hf_cod.calibration import Batch
+from hf_cod import LayerAllocation, LayerScores, allocate, narrow, score_layers
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.width import COMPENSATIONS, METHODS
 from hf_cod.width.width_plan import MULTIPLE
@@ -34,12 +34,17 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.model, tokenizer = load_model(arguments.model, ModelSettings(dtype=arguments.dtype))
         self.calibration, self.tuning, self.report = cut_samples(tokenizer, arguments)
+        self.healing = Healing(self.model, tokenizer, arguments)
         self.compensation, self.multiple = arguments.compensation, arguments.multiple
         self.found: dict[tuple, LayerScores] = {}
 
-    def plan(self, method: str, score: str, candidate: Candidate, kept: float) -> LayerAllocation:
-        """Which share each layer keeps; auto finds its own lambda, on samples of the first half."""
-        threshold, spread = candidate
+    def tried(self, method: str, score: str) -> list[Candidate]:
+        """What a score is tried with; auto finds its own settings, on the samples to work with."""
+        return [(score, None, None)] if score == "auto" else candidates(score)
+
+    def plan(self, method: str, candidate: Candidate, kept: float) -> LayerAllocation:
+        """Which share each layer keeps."""
+        score, threshold, spread = candidate
         options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
         options |= {"target": 1 - kept} if score == "auto" else {}
         key = (score, *options.values())
@@ -47,12 +52,12 @@ class Bench:
             self.found[key] = score_layers(self.model, method=score, batches=self.calibration, **options)
         return allocate(self.found[key], "parameters", kept, spread)
 
-    def measure(self, method: str, plan: LayerAllocation, batches: Sequence[Batch]) -> list[float]:
-        """Perplexity of the narrowed model, and the share of parameters that it keeps."""
+    def make(self, method: str, plan: LayerAllocation) -> tuple[Any, list[float]]:
+        """The narrowed model, and the share of parameters that it keeps."""
         model: Any = copy.deepcopy(self.model)
         options: dict[str, Any] = {"batches": self.calibration, "multiple": self.multiple}
         report = narrow(model, plan, method, self.compensation, **options)
-        return [perplexity(model, batches), report.results["kept"]]
+        return model, [report.results["kept"]]
 
 
 def main() -> None:
@@ -62,6 +67,7 @@ def main() -> None:
     parser.add_argument("--compensation", default="least_squares", choices=list(COMPENSATIONS))
     parser.add_argument("--multiple", type=int, default=MULTIPLE, help="numbers of channels are multiples of this")
     parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=list(SCORES))
+    add_healing(parser)
     parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.4, 0.6])
     parser.add_argument("--output", default="width-table", help="directory for table.md, table.json and the journal")
     arguments = parser.parse_args()

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/finetune.py --model DIRECTORY_OR_HUB_ID --output finetune         # SmolLM2-135M
     python examples/benchmarks/finetune.py --model DIRECTORY_OR_HUB_ID --memory
-    python examples/benchmarks/finetune.py --claim-7b                          # no model needed
+    python examples/benchmarks/finetune.py --claim-7b                          # no model needed; --cuda trains it
 
 --quality, two tasks: `reuters`, eight categories of news (R8, official split) by the first 24 tokens, with a
 classification head that every method trains; `text`, the next token of a text. Each method starts at its default rate
@@ -33,10 +33,12 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from hf_cod import LayerScores, score_layers
 from hf_cod.calibration import Batch
+from hf_cod.devices import to_device
 from hf_cod.evaluation import model_inputs
 from hf_cod.files import Journal, fingerprint, write_json, write_text
 from hf_cod.finetuning import OwLoreSettings
 from hf_cod.finetuning.methods import METHODS, set_up
+from hf_cod.loading import best_device
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 MAX_GRAD_NORM = 1.0
@@ -51,6 +53,7 @@ def train(
     """One training in float32, epoch after epoch; warm-up over a tenth of the steps, then a cosine."""
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
     generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
     model.train()
     done = 0
     while done < steps:
@@ -58,7 +61,7 @@ def train(
         for batch in cut({name: value[order] for name, value in rows.items()}, batch_size):
             if done == steps:
                 break
-            model(**batch).loss.backward()
+            model(**to_device(batch, device)).loss.backward()
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], MAX_GRAD_NORM)
             optimizer.step()
             schedule.step()
@@ -79,7 +82,7 @@ class Sweep:
             torch.manual_seed(0)
             few = next(cut(self.task.train, SCORED))
             batches = [model_inputs(batch) for batch in cut(few, 4)]
-            self._scores = score_layers(self.task.build(), batches=batches, threshold=THRESHOLD)
+            self._scores = score_layers(self.task.build().to(best_device()), batches=batches, threshold=THRESHOLD)
         return self._scores
 
     def run(self, method: str, rate: float, seed: int, part: str) -> dict[str, float]:
@@ -98,7 +101,7 @@ class Sweep:
         settings = OwLoreSettings(n_active=a.n_active, interval=a.interval, rank=a.rank, seed=seed, rounding=rounding)
         scores = self.scores() if METHODS[method].needs_scores else None
         torch.manual_seed(seed)
-        built = self.task.build().to(getattr(torch, dtype))
+        built = self.task.build().to(best_device(), getattr(torch, dtype))
         model, optimizer = set_up(method, built, scores, settings, rate, a.lora_rank)
         try:
             train(model, optimizer, self.task.train, self.task.batch_size, a.steps, seed)
@@ -188,7 +191,7 @@ def measure_costs(a: argparse.Namespace) -> None:
         write_json(a.output / "time.json", {"settings": told, "rows": rows})
         print(time_table(rows))
     if a.claim_7b:
-        rows, verdict = claim_7b()
+        rows, verdict = claim_7b(a.methods, a.cuda)
         write_json(a.output / "claim-7b.json", {"rows": rows, "verdict": verdict})
         print(memory_table(rows, 1e9, "GB"), verdict, sep="\n")
 
@@ -219,6 +222,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="measure memory")
     parser.add_argument("--time", action="store_true", help="measure time")
     parser.add_argument("--claim-7b", action="store_true", help="estimate the memory of LLaMA2-7B")
+    parser.add_argument("--cuda", action="store_true", help="7B: train each method, too, on the CUDA device")
     parser.add_argument("--cost-batch", type=int, default=4, help="memory, time: samples of a step")
     parser.add_argument("--cost-tokens", type=int, default=256, help="memory, time: tokens of a sample")
     parser.add_argument("--cost-checkpointing", action="store_true", help="time: with activation checkpointing")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_cod.calibration import Batch, TextSettings, load_texts
+from hf_cod.devices import to_device
 from hf_cod.evaluation import model_inputs, targets
 from hf_cod.loading import from_package
 from hf_cod.pretraining import pack
@@ -93,8 +94,10 @@ def cut(rows: Batch, size: int) -> Iterator[Batch]:
 def evaluate(model: nn.Module, kind: str, rows: Batch) -> dict[str, float]:
     """Mean loss and accuracy of what is to be predicted: a category a row, or each next token."""
     model.eval()
+    device = next(model.parameters()).device
     loss, right, count = 0.0, 0, 0
     for batch in cut(rows, EVALUATED_AT_ONCE):
+        batch = to_device(batch, device)
         logits: Tensor = model(**model_inputs(batch)).logits.float()
         wanted = targets(batch, kind)
         loss += float(nn.functional.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="sum"))

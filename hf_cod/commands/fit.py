@@ -24,7 +24,7 @@ from hf_cod.commands.compressing import (
 )
 from hf_cod.commands.settings import SettingsParser, model_title
 from hf_cod.commands.sizes import parse_bytes
-from hf_cod.diagnostics.running import execution_device
+from hf_cod.devices import execution_device
 from hf_cod.evaluation import LANGUAGE_MODELS, task_of
 from hf_cod.fit import Applying, FitPlan, apply_steps, describe_steps, plan_fit
 from hf_cod.loading import ModelSettings, load_model

@@ -15,8 +15,8 @@ from hf_cod.calibration import token_batches as cut_into_batches
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.terminal import print_report
 from hf_cod.decoder_layers import unwrap
+from hf_cod.devices import execution_device
 from hf_cod.diagnostics.resuming import Journals
-from hf_cod.diagnostics.running import execution_device
 from hf_cod.evaluation import task_of
 from hf_cod.files import Journal
 from hf_cod.loading import ModelSettings, load_model

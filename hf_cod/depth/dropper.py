@@ -13,7 +13,7 @@ from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.depth.depth_plan import GIVEN, MASSIVE, DepthPlan
 from hf_cod.depth.removal_probe import RemovalProbe
 from hf_cod.depth.replacement import BlockReplacer, put_back, put_in
-from hf_cod.diagnostics.running import execution_device
+from hf_cod.devices import execution_device
 from hf_cod.evaluation import Metric, find_metric, task_of
 from hf_cod.layer_removal import check_drop, drop
 from hf_cod.report import RunReport, environment

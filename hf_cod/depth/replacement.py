@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers
+from hf_cod.devices import execution_device, to_device
 from hf_cod.diagnostics.partial_pass import State, layer_states, run_layer
-from hf_cod.diagnostics.running import evaluation_mode, execution_device, to_device
+from hf_cod.diagnostics.running import evaluation_mode
 from hf_cod.evaluation import model_inputs
 from hf_cod.functional.depth import wide
 from hf_cod.functional.linear_map import DAMPING, MapSums, fold

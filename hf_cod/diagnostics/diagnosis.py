@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from hf_cod.calibration import Batch, SampleSettings, describe_batches, mask_tokens, token_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers, unwrap
+from hf_cod.devices import execution_device
 from hf_cod.diagnostics.findings import summarize
 from hf_cod.diagnostics.forward_pass import FORWARD_METRICS, ForwardMeasures, Token, measure_forward
 from hf_cod.diagnostics.gradients import measure_gradient_norm, why_no_gradients
 from hf_cod.diagnostics.layer_drop import measure_layer_drop
 from hf_cod.diagnostics.resuming import Journals
-from hf_cod.diagnostics.running import execution_device
 from hf_cod.evaluation import MASKED_LM_SUFFIXES, find_metric, task_of
 from hf_cod.functional import depth
 from hf_cod.report import RunReport, environment

@@ -12,15 +12,8 @@ from torch import Tensor, nn
 
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
-from hf_cod.diagnostics.running import (
-    NonFiniteError,
-    evaluation_mode,
-    execution_device,
-    hidden_input,
-    hidden_output,
-    progress,
-    to_device,
-)
+from hf_cod.devices import execution_device, to_device
+from hf_cod.diagnostics.running import NonFiniteError, evaluation_mode, hidden_input, hidden_output, progress
 from hf_cod.evaluation import model_inputs
 from hf_cod.functional import depth
 

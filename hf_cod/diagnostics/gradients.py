@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from hf_cod.calibration import IGNORED_LABEL, Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.devices import execution_device, to_device
 from hf_cod.diagnostics.partial_pass import check_finite, layer_states
-from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
+from hf_cod.diagnostics.running import evaluation_mode, progress
 from hf_cod.evaluation import LANGUAGE_MODELS, model_inputs, negative_log_likelihood, targets, task_of
 
 Read = Callable[[Tensor], None]

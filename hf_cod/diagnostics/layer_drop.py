@@ -10,13 +10,9 @@ from torch import nn
 
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.devices import execution_device, to_device
 from hf_cod.diagnostics.partial_pass import check_finite, check_independent, layer_states, running_only
-from hf_cod.diagnostics.running import (
-    evaluation_mode,
-    execution_device,
-    progress,
-    to_device,
-)
+from hf_cod.diagnostics.running import evaluation_mode, progress
 from hf_cod.evaluation import Metric, model_inputs
 from hf_cod.files import Journal
 

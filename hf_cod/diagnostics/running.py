@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -66,28 +65,6 @@ def evaluation_mode(stack: DecoderLayers) -> Iterator[None]:
             config.use_cache = use_cache
 
 
-def execution_device(model: nn.Module) -> torch.device:
-    """Where inputs go: the device of the first weight that has one, or of accelerate's hooks for offloaded weights.
-
-    Raises:
-        ValueError: all weights are on the meta device, with nothing to load them from.
-    """
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    for parameter in model.parameters():
-        if parameter.device.type != "meta":
-            return parameter.device
-    raise ValueError("model: expected weights, got a model on the meta device; load it with from_pretrained")
-
-
-def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The batch on `device`."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
 def held_out_perplexity(model: nn.Module, batches: Sequence[Batch], path: str | None = None) -> float:
     """Perplexity of a language model on batches of any device, in eval mode and without a cache; the model is left as
     it was.
@@ -98,9 +75,8 @@ def held_out_perplexity(model: nn.Module, batches: Sequence[Batch], path: str | 
         path: the stack's module name where it cannot be found.
     """
     stack = find_decoder_layers(model, path)
-    device = execution_device(stack.model)
     with evaluation_mode(stack):
-        return perplexity(stack.model, [to_device(batch, device) for batch in batches])
+        return perplexity(stack.model, batches)
 
 
 def progress(items: Iterable[Item], title: str, show: bool, total: int | None = None) -> Any:

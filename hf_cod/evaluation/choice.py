@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import unwrap
+from hf_cod.devices import execution_device, to_device
 from hf_cod.evaluation.metrics import Accuracy, EvaluateModule, HeadLoss, Metric, OutputAngle, Perplexity, SampleScore
 from hf_cod.evaluation.task import LANGUAGE_MODELS, model_inputs, task_of
 
@@ -67,17 +68,18 @@ def find_metric(metric: Any, task: str) -> Metric:
 
 
 def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Perplexity of a language model on batches, in its present mode and dtype; losses are summed in float64.
+    """Perplexity of a language model on batches of any device, in its present mode and dtype; losses are summed in
+    float64.
 
     Raises:
         ValueError: the model is not a language model.
     """
     task = task_of(model)
     metric = find_metric("perplexity", task)
-    base = unwrap(model)
+    base, device = unwrap(model), execution_device(model)
     rows = []
     with torch.no_grad():
-        for batch in batches:
+        for batch in (to_device(batch, device) for batch in batches):
             rows += metric.rows(base(**model_inputs(batch)), batch, None)
     return metric.value(rows)
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # torch's mark for positions without a label
-# Numbers of the logits that are worked on at a time: their exponentials stay in the cache.
-CHUNK = 2**21
+# Numbers of the logits that are worked on at a time: on a processor their exponentials stay in the cache, on other
+# devices few calls count more.
+CHUNK, CHUNK_OF_DEVICE = 2**21, 2**26
 
 
 def logit_loss(
@@ -112,7 +113,7 @@ class _LogitLoss(torch.autograd.Function):
         labelled = (labels != IGNORED).to(high) * (share / (labels != IGNORED).sum().clamp(min=1))
         gradient = torch.empty_like(z) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), dtype=high, device=z.device)
-        step = max(1, CHUNK // z.shape[-1])
+        step = max(1, (CHUNK if z.device.type == "cpu" else CHUNK_OF_DEVICE) // z.shape[-1])
         for start in range(0, len(z), step):
             rows = slice(start, start + step)
             weights = kept[rows], labelled[rows]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hf_cod.decoder_layers import DecoderLayers
-from hf_cod.diagnostics.running import execution_device
+from hf_cod.devices import execution_device
 from hf_cod.finetuning.settings import OwLoreSettings
 from hf_cod.finetuning.training import Training
 from hf_cod.healing.matching import Matching

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers
-from hf_cod.diagnostics.running import execution_device, hidden_output, to_device
+from hf_cod.devices import execution_device, to_device
+from hf_cod.diagnostics.running import hidden_output
 from hf_cod.evaluation import model_inputs, targets
 from hf_cod.functional.distillation import hidden_loss, logit_loss
 

@@ -9,8 +9,9 @@ import torch
 
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers
+from hf_cod.devices import execution_device, to_device
 from hf_cod.diagnostics.partial_pass import State, run_layer
-from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
+from hf_cod.diagnostics.running import evaluation_mode, progress
 from hf_cod.evaluation import model_inputs
 from hf_cod.layer_by_layer.finished_layers import FinishedLayers
 from hf_cod.layer_by_layer.sums import Recorder, Sums

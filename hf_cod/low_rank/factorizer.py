@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_cod.allocation import LayerAllocation, same_share
 from hf_cod.calibration import Batch, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
-from hf_cod.diagnostics.running import execution_device
+from hf_cod.devices import execution_device
 from hf_cod.functional import factorization, sparse_low_rank
 from hf_cod.functional.ranks import count
 from hf_cod.functional.sparse_low_rank import RANK_SHARE

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from hf_cod.allocation import LayerAllocation
 from hf_cod.calibration import Batch, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.devices import execution_device
 from hf_cod.diagnostics.partial_pass import check_independent
-from hf_cod.diagnostics.running import execution_device, naming_weights
+from hf_cod.diagnostics.running import naming_weights
 from hf_cod.functional.sparsity import Pattern
 from hf_cod.layer_by_layer import FinishedLayers, Sums, change_each, change_sequentially, fingerprint_of_work
 from hf_cod.pruning import weights

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hf_cod.calibration import IGNORED_LABEL, Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
-from hf_cod.diagnostics.running import execution_device, progress, to_device
+from hf_cod.devices import execution_device, to_device
+from hf_cod.diagnostics.running import progress
 from hf_cod.pruning.masked_adapters import lora_layers, mask_forward, merge_masked
 
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from hf_cod.calibration import Batch, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
+from hf_cod.devices import execution_device
 from hf_cod.diagnostics.partial_pass import check_independent
-from hf_cod.diagnostics.running import execution_device
 from hf_cod.layer_by_layer import FinishedLayers, Sums, change_each, change_sequentially, fingerprint_of_work
 from hf_cod.quantization.config import METHOD, OwlBnbConfig, score_of
 from hf_cod.quantization.plan import BitPlan, plan_by, recorded, stored_bits, what_is_lost

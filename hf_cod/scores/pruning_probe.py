@@ -17,8 +17,9 @@ from torch import Tensor
 
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers
+from hf_cod.devices import execution_device, to_device
 from hf_cod.diagnostics.partial_pass import State, check_independent, run_layer, running_only
-from hf_cod.diagnostics.running import evaluation_mode, execution_device, progress, to_device
+from hf_cod.diagnostics.running import evaluation_mode, progress
 from hf_cod.evaluation import Perplexity, model_inputs, task_of
 from hf_cod.functional import codebook
 from hf_cod.functional.sparsity import magnitude_mask, wanda_mask

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
-from hf_cod.diagnostics.running import evaluation_mode, execution_device, naming_weights, progress, to_device
+from hf_cod.devices import execution_device, to_device
+from hf_cod.diagnostics.running import evaluation_mode, naming_weights, progress
 from hf_cod.evaluation import model_inputs
 from hf_cod.files import write_aside
 from hf_cod.functional.depth import wide

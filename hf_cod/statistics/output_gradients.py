@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers
+from hf_cod.devices import execution_device, to_device
 from hf_cod.diagnostics.gradients import count_predictions, mean_loss, why_no_gradients
-from hf_cod.diagnostics.running import evaluation_mode, execution_device, hidden_input, progress, to_device
+from hf_cod.diagnostics.running import evaluation_mode, hidden_input, progress
 from hf_cod.evaluation import task_of
 
 

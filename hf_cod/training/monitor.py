@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from hf_cod.calibration import Batch, SampleSettings, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers, unwrap
+from hf_cod.devices import execution_device
 from hf_cod.diagnostics import NonFiniteError, measure_forward, read_gradient_norms
 from hf_cod.diagnostics.resuming import digest_batches
-from hf_cod.diagnostics.running import execution_device
 from hf_cod.files import fingerprint
 from hf_cod.functional import depth
 from hf_cod.same_model import name_of

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_cod.decoder_layers import DecoderLayers
-from hf_cod.diagnostics.running import execution_device
+from hf_cod.devices import execution_device
 from hf_cod.layer_by_layer import FinishedLayers
 from hf_cod.layer_units import KINDS, LayerUnits
 from hf_cod.report import RunReport, environment

@@ -1,0 +1,89 @@
+"""--heal of the tables of rank, width and depth: what each model recovers when it learns from the intact one."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from owl_table import two_texts
+
+from hf_cod import HealSettings, heal, perplexity
+from hf_cod.calibration import Batch
+from hf_cod.finetuning.methods import METHODS
+from hf_cod.pretraining import pack
+
+NO_CHECKPOINTS = 10**6  # steps between them: the table's own journal is what a killed run goes on from
+
+
+def add_healing(parser: argparse.ArgumentParser) -> None:
+    """The options of healing."""
+    parser.add_argument("--heal", help="tokens of the text to heal each model on, such as 2M; default: none")
+    parser.add_argument("--heal-method", default="full", choices=list(METHODS), help="what trains")
+    parser.add_argument("--heal-rate", type=float, help="peak learning rate; default: the method's")
+    parser.add_argument("--heal-batch", type=int, default=16, help="samples in an optimizer step")
+    parser.add_argument("--heal-bf16", action="store_true", help="heal under bfloat16 autocast")
+
+
+class Healing:
+    """Heals models of a table on the text that is not reported on; false where none is to be healed.
+
+    Args:
+        teacher: the intact model.
+        tokenizer: of all of them.
+        arguments: of the command line.
+    """
+
+    def __init__(self, teacher: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
+        self.teacher, self.tokens = teacher, arguments.heal
+        if not self:
+            return
+        self.settings = HealSettings(
+            arguments.heal_method,
+            learning_rate=arguments.heal_rate,
+            tokens=arguments.heal,
+            batch_size=arguments.heal_batch,
+            micro_batch_size=arguments.heal_batch,
+            sequence_length=arguments.sequence_length,
+            bf16=arguments.heal_bf16,
+            save_every=NO_CHECKPOINTS,
+        )
+        self.windows = pack(tokenizer, [two_texts(arguments)[0]], arguments.sequence_length)
+
+    def __bool__(self) -> bool:
+        return self.tokens is not None
+
+    def key(self, cell: str) -> str:
+        """What a cell's perplexity behind healing is called in the journal."""
+        if not self:
+            return f"{cell} not healed"
+        return f"{cell} healed on {self.tokens} by {self.settings.method} at {self.settings.rate:g}"
+
+    def perplexity(self, student: Any, batches: Sequence[Batch]) -> float | None:
+        """Heals the student in place, and measures it; None where nothing is to be healed."""
+        if not self:
+            return None
+        heal(student, self.teacher, self.windows, self.settings)
+        return perplexity(student, batches)
+
+
+def recovered(row: dict[str, Any], intact: float) -> float | None:
+    """The share of the lost log-perplexity that healing brought back; None of what was not healed, or lost nothing."""
+    if row["healed"] is None or row["perplexity"] <= intact:
+        return None
+    return math.log(row["perplexity"] / row["healed"]) / math.log(row["perplexity"] / intact)
+
+
+def describe_healing(rows: Sequence[dict[str, Any]], intact: float, healing: Healing) -> list[str]:
+    """What healing did in all cells."""
+    shares = [share for row in rows if (share := recovered(row, intact)) is not None]
+    if not shares:
+        return []
+    return [
+        f"Behind the arrow: healed on {healing.tokens} tokens by {healing.settings.method} at "
+        f"{healing.settings.rate:g}. Of the lost log-perplexity come back {statistics.median(shares):.0%} (median), "
+        f"{min(shares):.0%} at least.",
+        "",
+    ]
