@@ -15,8 +15,6 @@ from hf_cod.calibration import Batch
 from hf_cod.finetuning.methods import METHODS
 from hf_cod.pretraining import pack
 
-NO_CHECKPOINTS = 10**6  # steps between them: the table's own journal is what a killed run goes on from
-
 
 def add_healing(parser: argparse.ArgumentParser) -> None:
     """The options of healing."""
@@ -48,7 +46,6 @@ class Healing:
             micro_batch_size=arguments.heal_batch,
             sequence_length=arguments.sequence_length,
             bf16=arguments.heal_bf16,
-            save_every=NO_CHECKPOINTS,
         )
         self.windows = pack(tokenizer, [two_texts(arguments)[0]], arguments.sequence_length)
 

@@ -110,7 +110,7 @@ def train(
         make_trainer: called as transformers' Trainer; None: that.
         callbacks: of Trainer.
         beside: other models in memory, whose weights count, too.
-        lasting: whether the directory outlives the caller, so that Ctrl-C is worth a checkpoint.
+        lasting: whether the directory outlives the caller, so that checkpoints are worth their time.
 
     Raises:
         ValueError: several processes, or several GPUs that Trainer would copy the model to.
@@ -126,7 +126,7 @@ def train(
     caches = getattr(config, "use_cache", None)
     trainer = (make_trainer or Trainer)(
         model=model,
-        args=_arguments(settings, seed, directory, model.device),
+        args=_arguments(settings, seed, directory, model.device, lasting),
         train_dataset=PackedText(windows, settings.total_steps * settings.batch_size, seed),
         data_collator=default_data_collator,
         optimizer_cls_and_kwargs=optimizer,
@@ -155,7 +155,7 @@ def train(
     return Training(curve, seconds, memory.bytes_used(), trained)
 
 
-def _arguments(settings: TrainingSettings, seed: int, directory: Path, device: torch.device) -> Any:
+def _arguments(settings: TrainingSettings, seed: int, directory: Path, device: torch.device, lasting: bool) -> Any:
     from transformers import TrainingArguments
 
     # Named only where it is used: later versions deprecate the name.
@@ -173,6 +173,7 @@ def _arguments(settings: TrainingSettings, seed: int, directory: Path, device: t
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
         seed=seed,
+        save_strategy="steps" if lasting else "no",
         save_steps=settings.save_every,
         save_total_limit=2,
         logging_steps=settings.log_every,
