@@ -1,0 +1,215 @@
+"""On a GPU the public functions find what they find on the CPU. Skipped where there is none.
+
+Models are float32 and small; products are computed in float32 on both, so that only their order differs.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_cod import (
+    HealSettings,
+    OwlBnbConfig,
+    OwLoreAdamW,
+    allocate,
+    apply_steps,
+    collect_statistics,
+    diagnose,
+    drop_layers,
+    factorize,
+    find_decoder_layers,
+    heal,
+    narrow,
+    pack_sparse,
+    perplexity,
+    plan_depth,
+    plan_fit,
+    plan_ranks,
+    prune,
+    quantize,
+    score_layers,
+)
+from hf_cod.calibration import SampleSettings, embedded_text, split_samples, token_batches
+from hf_cod.finetuning import OwLoreSettings
+from hf_cod.finetuning.memory import train_steps
+from hf_cod.finetuning.methods import METHODS as TRAINED_BY
+from hf_cod.finetuning.methods import set_up
+from hf_cod.fit import Applying
+from hf_cod.loading import ModelSettings, embedded_model, load_model
+from hf_cod.scores import METHODS as SCORES
+from hf_cod.training import LayerMonitor
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ("cpu", "cuda")
+CLOSE = 2e-3  # of perplexities
+
+
+def load(device: str) -> nn.Module:
+    return load_model(embedded_model("lns"), ModelSettings(dtype="float32", device=device))[0]
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """On the CPU, whatever device the model is on."""
+    tokenizer = load_model(embedded_model("lns"))[1]
+    return split_samples(token_batches(tokenizer, embedded_text(), SampleSettings(64, 12, 2)), 8)
+
+
+def both(make):
+    """What `make(model)` gives on each device."""
+    return [make(load(device)) for device in DEVICES]
+
+
+def assert_as_good(change, batches):
+    """The changed model has the same perplexity on both devices."""
+
+    def after(model):
+        change(model)
+        assert all(p.device.type == next(model.parameters()).device.type for p in model.parameters())
+        return perplexity(model, batches[1])
+
+    cpu, cuda = both(after)
+    assert cuda == pytest.approx(cpu, rel=CLOSE)
+
+
+def test_the_diagnosis(batches):
+    cpu, cuda = both(lambda model: diagnose(model, batches=batches[0], show_progress=False))
+    for name, values in cpu.layers.items():
+        if all(isinstance(value, float) for value in values):
+            assert cuda.layers[name] == pytest.approx(values, rel=1e-2, abs=1e-3), name
+
+
+@pytest.mark.parametrize("method", [name for name in SCORES if name not in ("sensitivity", "auto")])
+def test_scores(method, batches):
+    cpu, cuda = both(lambda model: score_layers(model, method=method, batches=batches[0]))
+    assert cuda.values == pytest.approx(cpu.values, rel=1e-2, abs=1e-4)
+
+
+def test_automatic_scores(batches):
+    scores = score_layers(load("cuda"), method="auto", batches=batches[0])
+    assert len(scores.values) == 12
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
+def test_pruning_and_the_sparse_format(method, batches):
+    def change(model):
+        scores = score_layers(model, collect_statistics(model, batches[0]))
+        prune(model, allocate(scores, budget=0.6), method, batches=batches[0])
+        pack_sparse(model)
+
+    assert_as_good(change, batches)
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_quantization(compensated, batches):
+    def change(model):
+        scores = score_layers(model, batches=batches[0])
+        statistics = None if compensated else collect_statistics(model, batches[0])
+        quantize(model, OwlBnbConfig(scores=scores, statistics=statistics), batches=batches[0] if compensated else None)
+
+    assert_as_good(change, batches)
+
+
+def test_a_quantized_model_says_one_token_after_another_as_its_dense_copy(batches):
+    for dtype, close in ((torch.float32, 1e-3), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)):
+        model = load("cuda").to(dtype)
+        quantize(model)
+        ids = batches[1][0]["input_ids"].cuda()
+        with torch.no_grad():
+            whole = model(ids[:1]).logits[:, -1].float()
+            past = model(ids[:1, :-1], use_cache=True).past_key_values
+            one = model(ids[:1, -1:], past_key_values=past).logits[:, -1].float()
+        assert float((one - whole).norm() / whole.norm()) < close, dtype
+        assert model.generate(ids[:1], max_new_tokens=8, min_new_tokens=8).shape == (1, ids.shape[1] + 8)
+
+
+@pytest.mark.parametrize("method", ["whitened", "plain", "oats"])
+def test_low_rank(method, batches):
+    def change(model):
+        share = method == "oats"
+        plan = 0.7 if share else plan_ranks(model, 0.7, batches=batches[0] if method == "whitened" else None)
+        factorize(model, plan, method, batches=batches[0])
+
+    assert_as_good(change, batches)
+
+
+@pytest.mark.parametrize("method", ["fluctuation", "taylor", "magnitude"])
+@pytest.mark.parametrize("compensation", ["least_squares", "bias", "none"])
+def test_width(method, compensation, batches):
+    assert_as_good(lambda model: narrow(model, 0.7, method, compensation, batches=batches[0]), batches)
+
+
+@pytest.mark.parametrize("criterion", ["layer_drop", "block_influence", "angular", "search"])
+def test_depth(criterion, batches):
+    def change(model):
+        drop_layers(model, plan_depth(model, 3, criterion, batches=batches[0], width=2), batches=batches[0])
+
+    assert_as_good(change, batches)
+
+
+def test_depth_with_maps_in_place_of_layers(batches):
+    assert_as_good(lambda model: drop_layers(model, [4, 7], "measured", batches=batches[0]), batches)
+
+
+@pytest.mark.parametrize("method", list(TRAINED_BY))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_steps(method, checkpointing, batches):
+    """Projected methods meet bases that each device draws its own way: their loss falls as far, to a tenth."""
+    ids = torch.cat([batch["input_ids"] for batch in batches[0]])
+
+    def train(model):
+        device = next(model.parameters()).device
+        batch = {"input_ids": ids.to(device), "labels": ids.to(device)}
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        trained, optimizer = set_up(method, model, None, OwLoreSettings(n_active=4, interval=5, rank=16), 1e-3, 8)
+        before = float(trained(**batch).loss)
+        train_steps(trained, optimizer, batch, steps=10)
+        return before - float(trained.eval()(**batch).loss)
+
+    cpu, cuda = both(train)
+    assert cuda > 0 and cuda == pytest.approx(cpu, rel=0.1)
+
+
+def test_bfloat16_weights_rounded_stochastically(batches):
+    model = load("cuda").to(torch.bfloat16)
+    ids = torch.cat([batch["input_ids"] for batch in batches[0]]).cuda()
+    batch = {"input_ids": ids, "labels": ids}
+    before = float(model(**batch).loss)
+    train_steps(model, OwLoreAdamW(model, n_active=12, rank=16, interval=5, lr=1e-4), batch, steps=10)
+    assert float(model.eval()(**batch).loss) < before
+
+
+@pytest.mark.parametrize("method", ["owlore", "full", "lora"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_healing(method, bf16, batches):
+    teacher, student = load("cuda"), load("cuda")
+    narrow(student, 0.6, batches=batches[0])
+    data = torch.cat([batch["input_ids"] for batch in batches[0]]).repeat(8, 1)
+    held_out = torch.cat([batch["input_ids"] for batch in batches[1]])
+    settings = HealSettings(method, steps=30, batch_size=8, sequence_length=64, learning_rate=1e-3, bf16=bf16)
+    found = heal(student, teacher, data, settings, held_out=held_out).results
+    assert found["perplexity"]["after"] < found["perplexity"]["before"] and found["memory"] > 0
+
+
+def test_a_plan_of_steps(batches):
+    plan = plan_fit(lambda: load("cuda"), "parameters", 0.8, *batches, knobs=["depth", "rank"], verify=1)
+    model = load("cuda")
+    apply_steps(model, plan.steps, Applying(batches[0]))
+    assert perplexity(model, batches[1]) < 1000
+
+
+def test_a_monitor_of_a_training(batches):
+    line = LayerMonitor(load("cuda"), batches[1]).probe(0)
+    assert line is not None and len(line["variance"]) == 12
+
+
+def test_a_copy_on_another_device_is_left_alone(batches):
+    model = load("cuda")
+    twin = copy.deepcopy(model)
+    prune(model, 0.5, "magnitude")
+    for ours, theirs in zip(find_decoder_layers(twin), find_decoder_layers(load("cuda")), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
