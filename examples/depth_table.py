@@ -72,15 +72,18 @@ def main() -> None:
             journal.add(chosen_by, bench.plan(criterion, count))
         layers = journal[chosen_by]
         healed = bench.healing.key(key)
-        if key not in journal or healed not in journal:
+        to_heal = bench.healing.asks(criterion) and healed not in journal
+        if key not in journal or to_heal:
             model, maps = bench.make(layers, replacement)
             journal.add(key, [perplexity(model, bench.report), maps])
-            journal.add(healed, bench.healing.perplexity(model, bench.report))
+            if to_heal:
+                journal.add(healed, bench.healing.perplexity(model, bench.report))
         found, maps = journal[key]
+        after = journal.get(healed)
         named = {"method": replacement, "score": criterion, "layers": count, "threshold": None, "spread": None}
-        rows.append({**named, "perplexity": found, "healed": journal[healed], "maps": maps, "removed": layers})
-        after = "" if journal[healed] is None else f"healed {journal[healed]:.1f}"
-        print(count, criterion, replacement, layers, f"{found:.1f}", after, f"{maps} maps", flush=True)
+        rows.append({**named, "perplexity": found, "healed": after, "maps": maps, "removed": layers})
+        told = "" if after is None else f"healed {after:.1f}"
+        print(count, criterion, replacement, layers, f"{found:.1f}", told, f"{maps} maps", flush=True)
         write_json(output / "table.json", {"settings": vars(arguments), "intact": intact, "rows": rows})
         page = [markdown(rows, intact, "layers", "d"), *describe_healing(rows, intact, bench.healing)]
         write_text(output / "table.md", "\n".join(page))

@@ -76,19 +76,24 @@ def candidates(score: str) -> list[Candidate]:
     return [(score, *settings) for settings in product(THRESHOLDS if score == "owl" else (None,), SPREADS)]
 
 
-def chosen_settings(bench: Any, journal: Journal, method: str, score: str, removed: float) -> Candidate | None:
-    """The candidate with the least perplexity on the first text; None where the method knows no such score."""
-    tried = bench.tried(method, score)
-    if len(tried) <= 1:
-        return tried[0] if tried else None
-    found = {}
-    for candidate in tried:
-        key = f"tune {method} {candidate} at {removed}"
-        if key not in journal:
-            model, _ = bench.make(method, bench.plan(method, candidate, 1 - removed))
-            journal.add(key, perplexity(model, bench.tuning))
-        found[candidate] = journal[key]
-    return min(found, key=lambda candidate: found[candidate])
+def measured(bench: Any, journal: Journal, method: str, candidate: Candidate, removed: float) -> list[float]:
+    """Perplexity of both texts with a candidate, and what it keeps."""
+    key = f"{method} {candidate} at {removed}"
+    if key not in journal:
+        model, kept = bench.make(method, bench.plan(method, candidate, 1 - removed))
+        journal.add(key, [perplexity(model, bench.tuning), perplexity(model, bench.report), *kept])
+    found: list[float] = journal[key]
+    return found
+
+
+def healed(bench: Any, journal: Journal, method: str, score: str, candidate: Candidate, removed: float) -> float | None:
+    """Perplexity behind healing; None where that is neither asked for nor known."""
+    key = bench.healing.key(f"{method} {candidate} at {removed}")
+    if key not in journal and bench.healing.asks(score):
+        model, _ = bench.make(method, bench.plan(method, candidate, 1 - removed))
+        journal.add(key, bench.healing.perplexity(model, bench.report))
+    found: float | None = journal.get(key)
+    return found
 
 
 def fill_table(bench: Any, arguments: argparse.Namespace) -> None:
@@ -101,25 +106,20 @@ def fill_table(bench: Any, arguments: argparse.Namespace) -> None:
         journal.add("intact", perplexity(bench.model, bench.report))
     intact, rows = journal["intact"], []
     for removed, method, score in product(arguments.removed, arguments.methods, arguments.scores):
-        candidate = chosen_settings(bench, journal, method, score, removed)
-        if candidate is None:
+        found = {c: measured(bench, journal, method, c, removed) for c in bench.tried(method, score)}
+        if not found:
             continue
-        key = f"{method} {candidate} at {removed}"
-        healed = bench.healing.key(key)
-        if key not in journal or healed not in journal:
-            model, kept = bench.make(method, bench.plan(method, candidate, 1 - removed))
-            journal.add(key, [perplexity(model, bench.report), *kept])
-            journal.add(healed, bench.healing.perplexity(model, bench.report))
-        found, *kept = journal[key]
-        by, threshold, spread = candidate
+        best = min(found, key=lambda candidate: found[candidate][0])
+        _, reported, *kept = found[best]
+        by, threshold, spread = best
         named = {"method": method, "score": score, "removed": removed, "spread": spread}
         named["threshold"] = by if by != score else threshold
-        row = {**named, "perplexity": found, "healed": journal[healed], **dict(zip(bench.figures, kept, strict=True))}
+        row = {**named, "perplexity": reported, **dict(zip(bench.figures, kept, strict=True))}
+        row["healed"] = healed(bench, journal, method, score, best, removed)
         rows.append(row)
         after = [] if row["healed"] is None else [f"healed {row['healed']:.1f}"]
-        print(
-            *named.values(), f"{found:.1f}", *after, *(f"{name} {row[name]:.3f}" for name in bench.figures), flush=True
-        )
+        after += [f"{name} {row[name]:.3f}" for name in bench.figures]
+        print(*named.values(), f"{reported:.1f}", *after, flush=True)
         write_json(output / "table.json", {"settings": vars(arguments), "intact": intact, "rows": rows})
         page = [markdown(rows, intact, "removed"), *describe_healing(rows, intact, bench.healing)]
         write_text(output / "table.md", "\n".join(page))

@@ -19,6 +19,7 @@ from hf_cod.pretraining import pack
 def add_healing(parser: argparse.ArgumentParser) -> None:
     """The options of healing."""
     parser.add_argument("--heal", help="tokens of the text to heal each model on, such as 2M; default: none")
+    parser.add_argument("--heal-scores", nargs="*", help="scores, or criteria, whose models are healed; default: all")
     parser.add_argument("--heal-method", default="full", choices=list(METHODS), help="what trains")
     parser.add_argument("--heal-rate", type=float, help="peak learning rate; default: the method's")
     parser.add_argument("--heal-batch", type=int, default=16, help="samples in an optimizer step")
@@ -35,7 +36,7 @@ class Healing:
     """
 
     def __init__(self, teacher: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
-        self.teacher, self.tokens = teacher, arguments.heal
+        self.teacher, self.tokens, self.scores = teacher, arguments.heal, arguments.heal_scores
         if not self:
             return
         self.settings = HealSettings(
@@ -52,16 +53,17 @@ class Healing:
     def __bool__(self) -> bool:
         return self.tokens is not None
 
+    def asks(self, score: str) -> bool:
+        """Whether models of this score are to be healed."""
+        return bool(self) and (self.scores is None or score in self.scores)
+
     def key(self, cell: str) -> str:
         """What a cell's perplexity behind healing is called in the journal."""
-        if not self:
-            return f"{cell} not healed"
-        return f"{cell} healed on {self.tokens} by {self.settings.method} at {self.settings.rate:g}"
+        settings = self.settings if self else None
+        return f"{cell} healed" + (f" on {self.tokens} by {settings.method} at {settings.rate:g}" if settings else "")
 
-    def perplexity(self, student: Any, batches: Sequence[Batch]) -> float | None:
-        """Heals the student in place, and measures it; None where nothing is to be healed."""
-        if not self:
-            return None
+    def perplexity(self, student: Any, batches: Sequence[Batch]) -> float:
+        """Heals the student in place, and measures it."""
         heal(student, self.teacher, self.windows, self.settings)
         return perplexity(student, batches)
 

@@ -139,6 +139,10 @@ class Journal:
     def __getitem__(self, key: str) -> Any:
         return self.entries[key]
 
+    def get(self, key: str) -> Any:
+        """The result, or None where it is not known."""
+        return self.entries.get(key)
+
     def add(self, key: str, value: Any) -> None:
         """Records one result; it is on disk when this returns."""
         self.entries[key] = value
