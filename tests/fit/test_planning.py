@@ -181,6 +181,7 @@ def test_the_command_shows_the_plan_and_then_runs_it(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "Perplexity goes from" in shown
     report = RunReport.load(output)
+    assert [*report.results["speed"]] == ["intact", "fitted"] and "Tokens a second: " in shown
     model = AutoModelForCausalLM.from_pretrained(output)
     assert size_of(model).bytes == report.results["size"]["fitted"]["bytes"] <= 7_000_000
     assert report.results["plan"]["steps"] == FitPlan.load(output / "fit_plan.json").steps
