@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers, walk
+from hf_cod.models.own_config import own_config
 
 # Attributes by which modules know their own place in the stack.
 LAYER_INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number", "layer_num")
@@ -66,9 +67,9 @@ def drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None)
     """Removes `layers` from the model for good, so that generate, save_pretrained and from_pretrained work.
 
     Renumbers every layer index inside the kept layers, sets `num_hidden_layers` and cuts `layer_types` and each other
-    per-layer list of the config. Where a function depends on the layer's number (GPT-2 with
-    `scale_attn_by_inverse_layer_idx`), the new number counts, in memory as after a reload; the norm placements of this
-    package keep each layer's old depth.
+    per-layer list of the config, of which the model gets a copy of its own: another model may share it. Where a
+    function depends on the layer's number (GPT-2 with `scale_attn_by_inverse_layer_idx`), the new number counts, in
+    memory as after a reload; the norm placements of this package keep each layer's old depth.
 
     Returns:
         The old indices of the kept layers, in order.
@@ -78,8 +79,9 @@ def drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None)
             architecture whose config cannot describe the result (a model from that config would differ); the model
             is unchanged then.
     """
+    kept = _kept(find_decoder_layers(model, path), layers)
+    own_config(model)
     stack = find_decoder_layers(model, path)
-    kept = _kept(stack, layers)
     changes = _Changes()
     try:
         _drop(stack, kept, changes)

@@ -291,6 +291,12 @@ def test_factorize_writes_a_model_that_loads_and_a_report_of_it(checkpoint, caps
     )
     found = report.results["perplexity"]
     assert f"from {format_number(found['intact'])} to {format_number(found['factorized'])} (all layers alike" in shown
+    speed = report.results["speed"]
+    assert [*speed] == ["intact", "factorized"] and all(value > 0 for told in speed.values() for value in told.values())
+    faster = [f"{speed['factorized'][part] / speed['intact'][part]:.2f} times" for part in ("prompt", "generation")]
+    words = " ".join(shown.split())
+    assert f"Tokens a second: {format_number(speed['factorized']['prompt'])} of a prompt of 8 (intact" in words
+    assert all(part in words for part in faster) and "Tokens a second" in (checkpoint / "out" / "report.md").read_text()
     drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
     assert perplexity(model, drawn[4:]) == pytest.approx(found["factorized"], rel=1e-5), "the later samples"
     assert factorize(checkpoint, "out") == 2
@@ -300,11 +306,12 @@ def test_factorize_writes_a_model_that_loads_and_a_report_of_it(checkpoint, caps
 def test_factorize_by_rank_and_earlier_scores(checkpoint):
     size = find_decoder_layers(load_model(str(checkpoint / "model"))[0]).count_weights(0)
     LayerScores("m", "mine", [1.0, 2.0, 3.0, 4.0], [size] * 4).save(checkpoint / "scores.json")
-    given = ["--scores", str(checkpoint / "scores.json"), "--no-baseline", "--no-plots"]
+    given = ["--scores", str(checkpoint / "scores.json"), "--no-baseline", "--no-plots", "--no-speed"]
     assert factorize(checkpoint, "out", *given, "--rank", "0.3", "--method", "plain") == 0
     report = RunReport.load(checkpoint / "out")
     assert report.layers["score"] == [1.0, 2.0, 3.0, 4.0] and report.layers["rank"] == sorted(report.layers["rank"])
     assert "uniform" not in report.results["perplexity"] and report.settings["score"] == "mine"
+    assert report.results["speed"] == {} and not any("second" in line for line in report.summary)
     assert factorize(checkpoint, "spread", *given, "--parameters", "0.6", "--spread", "0.15") == 0
     report = RunReport.load(checkpoint / "spread")
     assert report.layers["kept"] == sorted(report.layers["kept"]) and len(set(report.layers["kept"])) > 2
@@ -324,6 +331,8 @@ def test_factorize_follows_spectra_where_there_is_no_loss(checkpoint):
         "intact": None,
         "factorized": None,
     }
+    assert all(told["generation"] is None and told["prompt"] > 0 for told in report.results["speed"].values())
+    assert [line.count("times") for line in report.summary if "Tokens a second" in line] == [1]
 
 
 def test_factorize_by_oats_writes_a_model_that_packs(checkpoint, capsys):
@@ -427,6 +436,7 @@ def test_narrow_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys,
     found = report.results["perplexity"]
     assert ("uniform" in found) == (score == "angular")
     assert f"from {format_number(found['intact'])} to {format_number(found['narrowed'])}" in shown
+    assert [*report.results["speed"]] == ["intact", "narrowed"] and "Tokens a second: " in shown
     drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
     assert perplexity(model, drawn[4:]) == pytest.approx(found["narrowed"], rel=1e-5), "the later samples"
     assert narrow(checkpoint, "out") == 2

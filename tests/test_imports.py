@@ -15,7 +15,7 @@ ORDER = [
     ["layer_removal", "evaluation", "report", "loading", "sparse", "writable_weights", "same_model", "model_size"],
     ["layer_units"],
     ["diagnostics"],
-    ["statistics", "training", "layer_by_layer"],
+    ["statistics", "training", "layer_by_layer", "model_speed"],
     ["scores"],
     ["allocation", "comparison", "pretraining"],
     ["finetuning", "pruning", "low_rank", "quantization", "depth", "width"],

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from hf_cod.files import write_json
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.low_rank.rank_plan import plan_of_allocation
 from hf_cod.model_size import size_of
+from hf_cod.model_speed import measure_speed
 from hf_cod.models.shaping import record_shapes
 
 
@@ -49,39 +49,23 @@ def weights_passed(model: Any) -> tuple[int, int]:
     return layers, layers + model.get_output_embeddings().weight.numel()
 
 
-def seconds(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Of reading the prompt, and of each token that is generated behind the first one."""
-    first, all_ = (timed_generation(model, prompt, count) for count in (1, 1 + new_tokens))
-    return first, (all_ - first) / new_tokens
-
-
-def timed_generation(model: Any, prompt: torch.Tensor, new_tokens: int) -> float:
-    """Seconds that a greedy generation takes."""
-    start = time.perf_counter()
-    model.generate(prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-    return time.perf_counter() - start
-
-
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each model and part of generating."""
     models = smaller(load(args), args.parameters)
     prompt = torch.arange(3, 3 + args.prompt)[None]
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for _ in range(args.rounds + 1):
-        for name, model in models.items():
-            times[name].append(seconds(model, prompt, args.new_tokens))
+    stacks = {name: find_decoder_layers(model) for name, model in models.items()}
+    speeds = measure_speed(stacks, prompt, args.rounds, args.new_tokens)
     rows = []
-    for part, what, tokens in ((0, "prompt", args.prompt), (1, "generation", 1)):
-        base = [found[part] for found in times["dense"][1:]]  # the first round warms up
+    for part, what in enumerate(("prompt", "generation")):
         for name, model in models.items():
-            own = [found[part] for found in times[name][1:]]
+            base, own = getattr(speeds["dense"], what), getattr(speeds[name], what)
             promised = weights_passed(models["dense"])[part] / weights_passed(model)[part]
-            faster = statistics.median(a / b for a, b in zip(base, own, strict=True))
+            faster = statistics.median(b / a for a, b in zip(base, own, strict=True))
             rows.append(
                 {
                     "part": what,
                     "model": name,
-                    "tokens a second": tokens / statistics.median(own),
+                    "tokens a second": statistics.median(own),
                     "faster": faster,
                     "promised": promised,
                     "of promise": faster / promised,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_cod.calibration import (
     Batch,
@@ -23,11 +23,16 @@ from hf_cod.commands.diagnose import require_plots
 from hf_cod.commands.output import JOURNAL, check_output, finish, results_of
 from hf_cod.commands.settings import default_directory
 from hf_cod.commands.terminal import print_report
+from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.diagnostics.running import held_out_perplexity
 from hf_cod.evaluation import LANGUAGE_MODELS, task_of
 from hf_cod.loading import ModelSettings, load_model
+from hf_cod.model_speed import PROMPT_TOKENS, measure_speed
 from hf_cod.report import RunReport, format_number
 from hf_cod.scores import LayerScores, ScoreSettings
+
+Speeds = dict[str, dict[str, float | None]]
+"""Name of a model -> what `ModelSpeed.medians` tells of it."""
 
 
 def as_in(settings: type, name: str) -> Any:
@@ -50,6 +55,18 @@ class MeasuringSettings(SampleSettings):
         super().__post_init__()
         if self.eval_samples < 1:
             raise ValueError(f"eval_samples: expected at least 1, got {self.eval_samples}")
+
+
+@dataclass
+class SpeedSettings:
+    """Whether speed is measured."""
+
+    speed: bool = field(
+        default=True,
+        metadata={
+            "help": "measure how many tokens a second are read and generated, which takes some time of a big model"
+        },
+    )
 
 
 @dataclass
@@ -128,13 +145,18 @@ def write_results(
 
 
 def measured_results(
-    report: RunReport, output: Path, perplexities: dict[str, float | None], evaluation: Sequence[Batch]
+    report: RunReport,
+    output: Path,
+    perplexities: dict[str, float | None],
+    speeds: Speeds,
+    evaluation: Sequence[Batch],
 ) -> dict[str, Any]:
-    """A report's results with the bytes of what was saved, and what perplexity became on which samples."""
+    """A report's results with the bytes of what was saved, what perplexity became on which samples, and speed."""
     return {
         **report.results,
         "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
         "perplexity": perplexities,
+        "speed": speeds,
         "evaluation": describe_batches(evaluation),
     }
 
@@ -215,6 +237,34 @@ def measure_perplexity(model: nn.Module, batches: Sequence[Batch], settings: Mea
     if task_of(model) not in LANGUAGE_MODELS:
         return None
     return held_out_perplexity(model, batches, settings.layers_path)
+
+
+def speeds_of(models: Mapping[str, nn.Module], prompt: Tensor, settings: Any) -> Speeds:
+    """Name -> `ModelSpeed.medians`, in turns, on a prompt (1, T) or its beginning; none where `settings.speed` is off.
+
+    A command that holds one model at a time asks for the intact one before it is changed, and for what was saved
+    afterwards: what else the machine does in between is in the figures. `heal`, which holds two, has them take turns,
+    as examples/benchmarks/smaller.py has.
+    """
+    if not settings.speed:
+        return {}
+    path = getattr(settings, "layers_path", None)
+    stacks = {name: find_decoder_layers(model, path) for name, model in models.items()}
+    return {name: found.medians() for name, found in measure_speed(stacks, prompt[:, :PROMPT_TOKENS]).items()}
+
+
+def describe_speed(results: dict[str, Any], after: str, before: str = "intact") -> list[str]:
+    """A sentence on what became of speed: results["speed"] holds `before` and `after`, or nothing."""
+    if not results["speed"]:
+        return []
+    old, new = results["speed"][before], results["speed"][after]
+    told = {"prompt": f"of a prompt of {new['prompt_tokens']}", "generation": "generated one by one"}
+    figures = [
+        f"{format_number(new[part])} {what} ({before} {format_number(old[part])}: {new[part] / old[part]:.2f} times)"
+        for part, what in told.items()
+        if old[part] is not None and new[part] is not None
+    ]
+    return [f"Tokens a second: {', '.join(figures)}."]
 
 
 def describe_perplexity(results: dict[str, Any], after: str) -> list[str]:

@@ -17,10 +17,14 @@ from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
     MeasuringSettings,
     ResultsOutput,
+    SpeedSettings,
     describe_perplexity,
+    describe_sizes,
+    describe_speed,
     load_with_tokenizer,
     measure_perplexity,
     measured_results,
+    speeds_of,
     split_text,
     write_results,
 )
@@ -35,7 +39,7 @@ DEFAULT_PARAMETERS = 0.8
 
 
 @dataclass
-class DropLayersSettings(MeasuringSettings):
+class DropLayersSettings(SpeedSettings, MeasuringSettings):
     """Which layers are removed, and on which samples that is decided."""
 
     layers: int | None = field(default=None, metadata={"help": "how many layers to remove; default: by parameters"})
@@ -117,6 +121,8 @@ def run(
     if settings.explain:
         _explain(plan)
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
+    prompt = evaluation[0]["input_ids"][:1]
+    speeds = speeds_of({"intact": model}, prompt, settings)
     report = drop_layers(
         model,
         plan,
@@ -131,12 +137,18 @@ def run(
     del model
     saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["dropped"] = measure_perplexity(saved, evaluation, settings)
-    results = measured_results(report, output, perplexities, evaluation)
+    speeds |= speeds_of({"dropped": saved}, prompt, settings)
+    results = measured_results(report, output, perplexities, speeds, evaluation)
     return replace(
         report,
         settings={**asdict(settings), "text": text.text, "plan": plan_file, **describe_batches(calibration)},
         results=results,
-        summary=[*report.summary, *describe_perplexity(results, "dropped")],
+        summary=[
+            *report.summary,
+            describe_sizes(results, "dropped"),
+            *describe_perplexity(results, "dropped"),
+            *describe_speed(results, "dropped"),
+        ],
     )
 
 

@@ -14,13 +14,16 @@ from hf_cod.allocation import LayerAllocation, allocate
 from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
     CompressionOutput,
+    SpeedSettings,
     SpreadSettings,
     describe_perplexity,
     describe_sizes,
+    describe_speed,
     load_with_tokenizer,
     measure_perplexity,
     measured_results,
     save_results,
+    speeds_of,
     split_text,
     write_results,
 )
@@ -43,7 +46,7 @@ CHOICES = (*OF_MATRICES, *(name for name in SCORES if name not in OF_SPARSITY))
 
 
 @dataclass
-class FactorizeSettings(SpreadSettings):
+class FactorizeSettings(SpeedSettings, SpreadSettings):
     """What is factorized, and on which samples."""
 
     method: str = field(
@@ -147,6 +150,8 @@ def run(
         scores.check(find_decoder_layers(model, settings.layers_path))
     calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
+    prompt = evaluation[0]["input_ids"][:1]
+    speeds = speeds_of({"intact": model}, prompt, settings)
     scores = scores or _scores(model, calibration, settings)
     plan: LayerAllocation | RankPlan
     options: dict[str, Any] = {"journal": journal, "path": settings.layers_path, "show_progress": True}
@@ -167,14 +172,20 @@ def run(
     del model
     saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["factorized"] = measure_perplexity(saved, evaluation, settings)
-    results = measured_results(report, output, perplexities, evaluation)
+    speeds |= speeds_of({"factorized": saved}, prompt, settings)
+    results = measured_results(report, output, perplexities, speeds, evaluation)
     given = {"score": plan.method, "text": text.text, "scores": scores_file}
     return replace(
         report,
         settings={**asdict(settings), **given, **describe_batches(calibration)},
         layers={**report.layers, **({} if scores is None else {"score": scores.values})},
         results=results,
-        summary=[*report.summary, describe_sizes(results, "factorized"), *describe_perplexity(results, "factorized")],
+        summary=[
+            *report.summary,
+            describe_sizes(results, "factorized"),
+            *describe_perplexity(results, "factorized"),
+            *describe_speed(results, "factorized"),
+        ],
     )
 
 

@@ -16,9 +16,12 @@ from hf_cod.calibration import Batch, TextSettings, describe_batches, split_samp
 from hf_cod.commands.compressing import (
     MeasuringSettings,
     ResultsOutput,
+    SpeedSettings,
     describe_perplexity,
+    describe_speed,
     load_with_tokenizer,
     measure_perplexity,
+    speeds_of,
     split_text,
     write_results,
 )
@@ -33,7 +36,7 @@ from hf_cod.report import RunReport, environment, format_number
 
 
 @dataclass
-class FitSettings(MeasuringSettings):
+class FitSettings(SpeedSettings, MeasuringSettings):
     """What the model must meet, and how the way there is found."""
 
     memory: str | None = field(
@@ -108,6 +111,8 @@ def run(
     calibration, tuning = _split(both, settings)
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
     before = size_of(model, settings.layers_path)
+    prompt = evaluation[0]["input_ids"][:1]
+    speeds = {} if settings.plan_only else speeds_of({"intact": model}, prompt, settings)
     described = environment(execution_device(model), next(model.parameters()).dtype)
     del model
     options: dict[str, Any] = {"journal": journal, "path": settings.layers_path, "show_progress": True}
@@ -131,15 +136,22 @@ def run(
     del fitted
     saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["fitted"] = measure_perplexity(saved, evaluation, settings)
+    speeds |= speeds_of({"fitted": saved}, prompt, settings)
     results = {
         "plan": asdict(plan),
         "size": {"intact": asdict(before), "fitted": asdict(size_of(saved, settings.layers_path))},
         "disk_bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
         "perplexity": perplexities,
+        "speed": speeds,
         "evaluation": describe_batches(evaluation),
     }
     told = {**asdict(settings), "text": text.text, **describe_batches(calibration)}
-    summary = [_told_plan(plan), _told_size(results), *describe_perplexity(results, "fitted")]
+    summary = [
+        _told_plan(plan),
+        _told_size(results),
+        *describe_perplexity(results, "fitted"),
+        *describe_speed(results, "fitted"),
+    ]
     return RunReport("fit", model_title(source), told, described, {}, results, summary, plan.notes)
 
 

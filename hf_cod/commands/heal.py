@@ -7,7 +7,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from hf_cod.calibration import TextSettings, load_texts
-from hf_cod.commands.compressing import CompressionSettings, as_in, load_with_tokenizer
+from hf_cod.commands.compressing import (
+    CompressionSettings,
+    SpeedSettings,
+    as_in,
+    describe_speed,
+    load_with_tokenizer,
+    speeds_of,
+)
 from hf_cod.commands.diagnose import require_plots
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.training import TrainingOutput, tell
@@ -31,6 +38,7 @@ class TeacherSettings:
     )
     teacher_revision: str = field(default="main", metadata={"help": "its branch, tag or commit on the Hub"})
     eval_text: str | None = as_in(CompressionSettings, "eval_text")
+    speed: bool = as_in(SpeedSettings, "speed")
 
     def __post_init__(self) -> None:
         ModelSettings(dtype=self.teacher_dtype)
@@ -51,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     check_scores(settings, files.scores)
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
+    del told["speed"]  # with or without, it is the same training
     claim(directory, {"student": rest.student, **told})
     if files.plots:
         require_plots()
@@ -69,7 +78,7 @@ def run(
     scores_file: str | None,
     directory: Path,
 ) -> RunReport:
-    """Loads both models, heals the student, saves it."""
+    """Loads both models, heals the student, saves it, and measures how fast both are, side by side."""
     model, tokenizer = load_with_tokenizer(student, loading)
     its_loading = replace(loading, dtype=source.teacher_dtype, revision=source.teacher_revision)
     try:
@@ -95,4 +104,11 @@ def run(
     )
     model.save_pretrained(directory / "model")  # type: ignore[operator]  # a model of transformers
     tokenizer.save_pretrained(directory / "model")
-    return replace(report, settings={"teacher": source.teacher, **asdict(text), **report.settings})
+    prompt = pack(tokenizer, load_texts(text), settings.sequence_length, most=1).long()
+    results = {**report.results, "speed": speeds_of({"teacher": teacher, "healed": model}, prompt, source)}
+    return replace(
+        report,
+        settings={"teacher": source.teacher, **asdict(text), **report.settings},
+        results=results,
+        summary=[*report.summary, *describe_speed(results, "healed", "teacher")],
+    )

@@ -14,14 +14,17 @@ from hf_cod.allocation import allocate
 from hf_cod.calibration import Batch, TextSettings, describe_batches
 from hf_cod.commands.compressing import (
     CompressionOutput,
+    SpeedSettings,
     SpreadSettings,
     as_in,
     describe_perplexity,
     describe_sizes,
+    describe_speed,
     load_with_tokenizer,
     measure_perplexity,
     measured_results,
     save_results,
+    speeds_of,
     split_text,
     write_results,
 )
@@ -37,7 +40,7 @@ from hf_cod.width.width_plan import MULTIPLE
 
 
 @dataclass
-class NarrowSettings(SpreadSettings):
+class NarrowSettings(SpeedSettings, SpreadSettings):
     """What is removed, and on which samples."""
 
     method: str = field(
@@ -98,6 +101,8 @@ def run(
         scores.check(find_decoder_layers(model, settings.layers_path))
     calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
+    prompt = evaluation[0]["input_ids"][:1]
+    speeds = speeds_of({"intact": model}, prompt, settings)
     scores = scores or _scores(model, calibration, settings)
     plan = allocate(scores, "parameters", settings.parameters, settings.spread)
     chosen: dict[str, Any] = {"method": settings.method, "compensation": settings.compensation}
@@ -113,7 +118,8 @@ def run(
     del model
     saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["narrowed"] = measure_perplexity(saved, evaluation, settings)
-    results = measured_results(report, output, perplexities, evaluation)
+    speeds |= speeds_of({"narrowed": saved}, prompt, settings)
+    results = measured_results(report, output, perplexities, speeds, evaluation)
     return replace(
         report,
         settings={**asdict(settings), "text": text.text, "scores": scores_file, **describe_batches(calibration)},
@@ -123,6 +129,7 @@ def run(
             *report.summary,
             describe_sizes(results, "narrowed"),
             *describe_perplexity(results, "narrowed"),
+            *describe_speed(results, "narrowed"),
             *scores.remarks,
         ],
     )

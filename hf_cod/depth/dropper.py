@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_cod.calibration import Batch, check_batches, describe_batches, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
@@ -61,8 +61,8 @@ def drop_layers(
         name: the model's name in the report; default: where it was loaded from.
 
     Raises:
-        ValueError: a plan for another model, no such layers, none left, batches missing; what `drop` raises. The model
-            is unchanged then.
+        ValueError: a plan for another model, no such layers, none left, batches missing; what `drop` raises. After
+            these, and whatever else ends the work on the way, the model is unchanged.
     """
     stack = find_decoder_layers(model, path)
     if replacement not in REPLACEMENTS:
@@ -75,11 +75,15 @@ def drop_layers(
     plan.check(stack)
     check_drop(model, plan.layers, path)
     before = sum(p.numel() for p in stack.model.parameters())
-    made = _Made([], [])
-    if batches and replacement != "none":
-        made = _replace(stack, plan.layers, batches, replacement == "measured")
+    made = _Made([], [], [])
     device, dtype = execution_device(stack.model), next(stack.model.parameters()).dtype
-    drop(model, plan.layers, path)
+    try:
+        if batches and replacement != "none":
+            _replace(stack, plan.layers, batches, replacement == "measured", made)
+        drop(model, plan.layers, path)
+    except BaseException:
+        made.take_back()
+        raise
     after = sum(p.numel() for p in stack.model.parameters())
     return RunReport(
         kind="drop-layers",
@@ -106,41 +110,40 @@ def drop_layers(
 
 @dataclass(frozen=True)
 class _Made:
-    """What became of the maps."""
+    """What became of the maps, and what the matrices held that they are folded into."""
 
     replacements: list[dict[str, Any]]
     notes: list[str]
+    changed: list[tuple[nn.Module, dict[str, Tensor]]]
+
+    def take_back(self) -> None:
+        for matrix, before in self.changed:
+            put_back(matrix, before)
 
 
-def _replace(stack: DecoderLayers, removed: list[int], batches: Sequence[Batch], measured: bool) -> _Made:
+def _replace(stack: DecoderLayers, removed: list[int], batches: Sequence[Batch], measured: bool, made: _Made) -> None:
     """Folds a map for each run of removed layers, of which `measured` keeps those that lower the loss."""
     check_batches(batches)
     try:
         check_writable(stack)
         judge = _Judge(stack, removed, batches) if measured else None
     except ValueError as error:
-        return _Made([], [f"no linear maps in the place of layers: {error}"])
-    made, changed = _Made([], []), []
+        made.notes.append(f"no linear maps in the place of layers: {error}")
+        return
     replacer = BlockReplacer(stack, removed, batches if judge is None else judge.fitting)
-    try:
-        for block in replacer.blocks:
-            try:
-                matrix, name, T, explained = replacer.fit(block)
-            except ValueError as error:
-                made.notes.append(f"no linear map in the place of {block}: {error}")
-            else:
-                changed.append((matrix, put_in(matrix, T)))
-                told = {"layers": [*range(block.first, block.last + 1)], "matrix": name, "explained": explained}
-                verdict = {"used": True} if judge is None else judge.verdict()
-                if not verdict["used"]:
-                    put_back(*changed.pop())
-                made.replacements.append({**told, **verdict})
-            replacer.skip(block)
-    except BaseException:
-        for matrix, before in changed:
-            put_back(matrix, before)
-        raise
-    return made
+    for block in replacer.blocks:
+        try:
+            matrix, name, T, explained = replacer.fit(block)
+        except ValueError as error:
+            made.notes.append(f"no linear map in the place of {block}: {error}")
+        else:
+            made.changed.append((matrix, put_in(matrix, T)))
+            told = {"layers": [*range(block.first, block.last + 1)], "matrix": name, "explained": explained}
+            verdict = {"used": True} if judge is None else judge.verdict()
+            if not verdict["used"]:
+                put_back(*made.changed.pop())
+            made.replacements.append({**told, **verdict})
+        replacer.skip(block)
 
 
 class _Judge:

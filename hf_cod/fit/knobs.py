@@ -30,6 +30,8 @@ from hf_cod.writable_weights import check_writable
 # The score by which layers get more or less, where a method does not find out itself; one forward pass finds it.
 SCORE = "angular"
 SPREAD = 0.08
+# Bits a weight that scales take beside codes, more where rows are no whole blocks.
+SCALES = 0.127
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Knob:
         check: raises ValueError or ImportError where the model, or what is installed, shows at once that no level can
             be applied. What shows only on the way, `apply` raises.
         describe: level -> what it means.
+        left: (layers, level) -> the share of the layers that is left, but for what rounding to whole ranks, heads,
+            channels and blocks changes.
         structural: whether parameters become fewer, so that a budget of parameters can be met by it.
     """
 
@@ -77,11 +81,35 @@ class Knob:
     apply: Callable[[Any, float, Applying], None]
     check: Callable[[DecoderLayers], None]
     describe: Callable[[float], str]
+    left: Callable[[DecoderLayers, float], float]
     structural: bool = True
 
 
 def _shares(*percent: int) -> Callable[[nn.Module, str | None], list[float]]:
     return lambda model, path: [share / 100 for share in percent]
+
+
+def _left_by_depth(stack: DecoderLayers, count: float) -> float:
+    """Whichever layers go: the largest ones."""
+    sizes = sorted(stack.count_weights(index) for index in range(len(stack)))
+    return sum(sizes[: len(sizes) - int(count)]) / sum(sizes)
+
+
+def _left_by_share(stack: DecoderLayers, share: float) -> float:
+    return 1 - share
+
+
+def _left_by_sparsity(stack: DecoderLayers, share: float) -> float:
+    """A bit a weight says where the others stand."""
+    return 1 - share + 1 / _bits_a_weight(stack)
+
+
+def _left_by_bits(stack: DecoderLayers, codes: float) -> float:
+    return (codes + SCALES) / _bits_a_weight(stack)
+
+
+def _bits_a_weight(stack: DecoderLayers) -> int:
+    return 8 * next(stack.module_list.parameters()).element_size()
 
 
 def _depth(model: Any, count: float, how: Applying) -> None:
@@ -109,7 +137,7 @@ def _sparse(model: Any, share: float, how: Applying) -> None:
 
 
 def _bits(model: Any, codes: float, how: Applying) -> None:
-    """Scales come on top of the bits of codes: 0.13 a weight, more where rows are no whole blocks."""
+    """Scales come on top of the bits of codes."""
     if codes in BITS:
         quantize(model, OwlBnbConfig(bits=codes), **how.options())
         return
@@ -158,17 +186,31 @@ KNOBS: dict[str, Knob] = {
         _depth,
         _check_depth,
         lambda x: f"{x:g} layers removed",
+        _left_by_depth,
     ),
     "width": Knob(
-        _shares(*range(5, 45, 5)), 3, _width, _check_width, lambda x: f"{x:.0%} of the weights by heads and channels"
+        _shares(*range(5, 45, 5)),
+        3,
+        _width,
+        _check_width,
+        lambda x: f"{x:.0%} of the weights by heads and channels",
+        _left_by_share,
     ),
-    "rank": Knob(_shares(*range(5, 55, 5)), 4, _low_rank, _check_rank, lambda x: f"{x:.0%} of the weights by low rank"),
+    "rank": Knob(
+        _shares(*range(5, 55, 5)),
+        4,
+        _low_rank,
+        _check_rank,
+        lambda x: f"{x:.0%} of the weights by low rank",
+        _left_by_share,
+    ),
     "sparsity": Knob(
         _shares(*range(50, 85, 5)),
         3,
         _sparse,
         _check_plain,
         lambda x: f"{x:.0%} of the weights zero, and packed",
+        _left_by_sparsity,
         structural=False,
     ),
     "bits": Knob(
@@ -177,6 +219,7 @@ KNOBS: dict[str, Knob] = {
         _bits,
         _check_bits,
         lambda x: f"{x:g} bits a weight, and scales",
+        _left_by_bits,
         structural=False,
     ),
 }

@@ -14,12 +14,15 @@ from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.diagnostics.resuming import Journals, digest_batches
 from hf_cod.diagnostics.running import progress
 from hf_cod.files import fingerprint
+from hf_cod.fit.budget import Budget
 from hf_cod.fit.fit_plan import KINDS, FitPlan
 from hf_cod.fit.knobs import EXCLUSIVE, FAILURES, KNOBS, chosen_knobs, describe_steps, left_out
 from hf_cod.fit.trials import Steps, Trial, Trials
 from hf_cod.functional.combination import Combination, best_combinations, filled, rising
-from hf_cod.model_size import ModelSize
+from hf_cod.model_size import size_of
 
+# How far below what its knobs promise a model may come out, as a share: whole ranks, heads and channels are rounded.
+ROUNDING = 0.95
 # How often a choice of knobs is tightened where its measured size is above the budget.
 TIGHTENINGS = 4
 # Points of the trade-off curve: shares of the layers that are left.
@@ -66,20 +69,25 @@ def plan_fit(
         show_progress: show a progress bar.
 
     Raises:
-        ValueError: an unknown kind or knob, or a budget out of reach (says the least possible); a named knob that the
-            model cannot do, before anything is measured where the model shows it.
+        ValueError: an unknown kind or knob; a budget out of reach, which says the least possible, before anything is
+            measured (where knobs fail on the way, or rounding decides, once they are measured alone); a named knob that
+            the model cannot do, before anything is measured where the model shows it.
         ImportError: a named knob needs a package that is not installed; before anything is measured.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     chosen = chosen_knobs(knobs, kind)
     intact = make()
-    notes = left_out(chosen, find_decoder_layers(intact, path), knobs is not None)
+    stack = find_decoder_layers(intact, path)
+    notes = left_out(chosen, stack, knobs is not None)
     levels = {knob: KNOBS[knob].levels(intact, path) for knob in chosen if knob not in notes}
+    target = Budget(kind, budget, size_of(intact, path))
+    if levels:
+        target.check_reach({knob: KNOBS[knob].left(stack, found[-1]) for knob, found in levels.items()}, ROUNDING)
     work = fingerprint(Journals(journal or "", intact, calibration).inputs, digest_batches(tuning))
-    del intact
+    del intact, stack
     trials = Trials(make, calibration, tuning, journal, work, path)
-    search = _Search(trials, kind, budget, levels, knobs is not None, list(notes.values()))
+    search = _Search(trials, target, levels, knobs is not None, list(notes.values()))
     if search.is_met_intact():
         return search.plan()
     search.measure_alone(show_progress)
@@ -93,16 +101,16 @@ class _Search:
 
     Args:
         trials: measure.
-        kind, budget: see `plan_fit`.
+        budget: what is to be met.
         levels: of each knob.
         named: whether somebody asked for these knobs.
         notes: begins with these.
     """
 
     def __init__(
-        self, trials: Trials, kind: str, budget: float, levels: dict[str, list[float]], named: bool, notes: list[str]
+        self, trials: Trials, budget: Budget, levels: dict[str, list[float]], named: bool, notes: list[str]
     ) -> None:
-        self._trials, self._kind, self._budget, self._levels = trials, kind, budget, levels
+        self._trials, self._budget, self._levels = trials, budget, levels
         self._named, self._notes = named, notes
         self._intact = trials.measure({})
         self._alone: dict[str, dict[int, Trial]] = {}
@@ -112,7 +120,7 @@ class _Search:
 
     def is_met_intact(self) -> bool:
         """Whether the model meets the budget as it is, so that nothing is to be found."""
-        if self._most() < 1:
+        if self._budget.most < 1:
             return False
         self._tried[""] = (self._intact.loss, self._intact)
         return True
@@ -137,7 +145,7 @@ class _Search:
             raise ValueError(f"knobs: expected at least one that the model can do, got none; {'; '.join(self._notes)}")
         for knob, found in self._alone.items():
             number = len(self._levels[knob]) + 1
-            saved = {0: 0.0, **{step: 1 - self._left(trial.size) for step, trial in found.items()}}
+            saved = {0: 0.0, **{step: 1 - self._budget.left(trial.size) for step, trial in found.items()}}
             costs = {0: 0.0, **{step: trial.loss - self._intact.loss for step, trial in found.items()}}
             # Not to use a knob is no step on the way to its first level: nothing is interpolated there.
             first = min(found)
@@ -159,23 +167,12 @@ class _Search:
 
     def check_reach(self) -> None:
         """Raises where not even all knobs at their last level meet the budget."""
-        least = 1.0
-        for combination in best_combinations(self._saved, self._costs, 1.0, EXCLUSIVE, 1 << len(self._saved)):
-            ends = {knob: self._saved[knob][-1] for knob in combination.steps}
-            product = 1.0
-            for share in ends.values():
-                product *= 1 - share
-            least = min(least, product)
-        if self._most() < least:
-            raise ValueError(
-                f"{self._kind}: expected at least {self._in_unit(least):.4g}, the least that {', '.join(self._saved)} "
-                f"can reach together, got {self._budget:g}"
-            )
+        self._budget.check_reach({knob: 1 - saved[-1] for knob, saved in self._saved.items()})
 
     def verify(self, number: int, show_progress: bool) -> None:
         """Measures the best of each knob alone, and of the best sets of knobs."""
         singles = [(knob,) for knob in self._saved]
-        sets = [tuple(c.steps) for c in self._best(self._saved, self._most(), number + len(singles))]
+        sets = [tuple(c.steps) for c in self._best(self._saved, self._budget.most, number + len(singles))]
         several = [found for found in sets if len(found) > 1][:number]
         for used in progress([*singles, *several], "trying combinations", show_progress):
             self._meet(used)
@@ -186,17 +183,14 @@ class _Search:
         """Of a knob alone, the best of all that was measured counts: its levels were, before combinations."""
         for step, trial in self._alone[knob].items():
             best = self._tried.get(knob)
-            if self._is_met_by(trial) and (best is None or trial.loss < best[1].loss):
+            if self._budget.is_met_by(trial.size) and (best is None or trial.loss < best[1].loss):
                 self._tried[knob] = (self._intact.loss + self._costs[knob][step], trial)
         if knob not in self._tried:
             self._notes.append(f"{knob} alone does not meet the budget")
 
-    def _is_met_by(self, trial: Trial) -> bool:
-        return self._left(trial.size) <= self._most() * (1 + 1e-9)
-
     def _meet(self, used: tuple[str, ...]) -> None:
         """Measures the best combination of exactly these knobs; tightens until its measured size is in the budget."""
-        most = self._most()
+        most = self._budget.most
         for _ in range(TIGHTENINGS):
             found = [c for c in self._best(used, most, 1 << len(used)) if set(c.steps) == set(used)]
             if not found:
@@ -206,30 +200,32 @@ class _Search:
             except FAILURES as error:
                 self._notes.append(f"{describe_steps(self._steps(found[0]))}: {error}")
                 return
-            if self._is_met_by(trial):
+            if self._budget.is_met_by(trial.size):
                 self._tried[" ".join(used)] = (self._intact.loss + found[0].cost, trial)
                 return
-            most *= min(self._most() / self._left(trial.size), 1) * (1 - 1e-3)
+            most *= min(self._budget.most / self._budget.left(trial.size), 1) * (1 - 1e-3)
 
     def plan(self) -> FitPlan:
         """The best of what was measured."""
         if not self._tried:
-            raise ValueError(f"{self._kind}: expected a budget that measured combinations meet, got {self._budget:g}")
+            raise ValueError(
+                f"{self._budget.kind}: expected a budget that measured combinations meet, got {self._budget.value:g}"
+            )
         best = min((trial for _, trial in self._tried.values()), key=lambda trial: trial.loss)
         curve = []
         for share in CURVE:
             for c in self._best(self._saved, share, 1):
                 curve.append([share, self._intact.loss + c.cost, self._steps(c)])
         return FitPlan(
-            kind=self._kind,
-            budget=self._budget,
+            kind=self._budget.kind,
+            budget=self._budget.value,
             steps=best.steps,
             loss=best.loss,
             intact_loss=self._intact.loss,
             size=asdict(best.size),
             alone={knob: self._told(knob, found) for knob, found in self._alone.items()},
             tried=[
-                {"steps": t.steps, "expected": expected, "loss": t.loss, "left": self._left(t.size)}
+                {"steps": t.steps, "expected": expected, "loss": t.loss, "left": self._budget.left(t.size)}
                 for expected, t in self._tried.values()
             ],
             curve=curve,
@@ -240,7 +236,7 @@ class _Search:
         return {
             "levels": [self._levels[knob][step - 1] for step in found],
             "losses": [trial.loss for trial in found.values()],
-            "left": [self._left(trial.size) for trial in found.values()],
+            "left": [self._budget.left(trial.size) for trial in found.values()],
         }
 
     def _best(self, knobs: Any, most: float, number: int) -> list[Combination]:
@@ -250,30 +246,6 @@ class _Search:
 
     def _steps(self, combination: Combination) -> Steps:
         return {knob: self._levels[knob][step - 1] for knob, step in combination.steps.items()}
-
-    def _left(self, size: ModelSize) -> float:
-        """The share of the layers that is left, in what the budget counts."""
-        if self._kind == "parameters":
-            return size.layer_weights / self._intact.size.layer_weights
-        return size.layer_bytes / self._intact.size.layer_bytes
-
-    def _most(self) -> float:
-        """The largest share of the layers within the budget."""
-        size = self._intact.size
-        if self._kind == "parameters":
-            return self._budget
-        if self._kind == "bits":
-            return self._budget * size.layer_weights / 8 / size.layer_bytes
-        return (self._budget - (size.bytes - size.layer_bytes)) / size.layer_bytes
-
-    def _in_unit(self, left: float) -> float:
-        """The budget that a share of the layers is."""
-        size = self._intact.size
-        if self._kind == "parameters":
-            return left
-        if self._kind == "bits":
-            return left * size.layer_bytes * 8 / size.layer_weights
-        return left * size.layer_bytes + size.bytes - size.layer_bytes
 
 
 def _spread(number: int, count: int) -> list[int]:

@@ -12,6 +12,7 @@ from hf_cod.finetuning.settings import OwLoreSettings
 from hf_cod.finetuning.training import Training
 from hf_cod.healing.matching import Matching
 from hf_cod.healing.settings import HealSettings
+from hf_cod.model_size import ModelSize, size_of
 from hf_cod.report import RunReport, environment, format_number
 from hf_cod.same_model import name_of
 
@@ -29,6 +30,7 @@ def recovered_share(teacher: float, before: float, after: float) -> float | None
 
 def healing_report(
     stack: DecoderLayers,
+    teacher: DecoderLayers,
     training: Training,
     settings: HealSettings,
     sampling: OwLoreSettings,
@@ -46,11 +48,14 @@ def healing_report(
         f"Perplexity goes from {written['before']} to {written['after']} (teacher {written['teacher']}) on samples "
         f"held out, after {tokens:,} tokens by {settings.method} (learning rate {settings.rate:g}){back}."
     ]
+    sizes = {"teacher": size_of(teacher.model, teacher.path), "healed": size_of(stack.model, stack.path)}
+    summary.append(_told_size(sizes))
     if training.memory is not None:
         summary.append(f"A step needed {training.memory / 1e9:.2f} GB of memory at its peak, the teacher included.")
     results = {
         "curve": training.curve,
         "perplexity": found,
+        "size": {key: asdict(size) for key, size in sizes.items()},
         "recovered": share,
         "tokens": tokens,
         "seconds_a_step": training.seconds,
@@ -65,4 +70,13 @@ def healing_report(
         results=results,
         summary=summary,
         notes=[] if matching is None else [f"hidden states: layers matched {matching.how}"],
+    )
+
+
+def _told_size(sizes: dict[str, ModelSize]) -> str:
+    mine, its = sizes["healed"], sizes["teacher"]
+    share = mine.layer_weights / its.layer_weights
+    return (
+        f"The student's layers have {mine.layer_weights:,} weights, {share:.1%} of the teacher's; it takes "
+        f"{mine.bytes / 1e6:,.1f} MB in memory, the teacher {its.bytes / 1e6:,.1f} MB."
     )

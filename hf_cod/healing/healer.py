@@ -54,9 +54,9 @@ def heal(
     read.
 
     The report's `results` hold `curve` (step, loss), `perplexity` of "teacher", "before" and "after", `recovered` (the
-    share of the lost log-perplexity; None where none was lost), `tokens`, `seconds_a_step` and `memory` (bytes at the
-    peak of a step, teacher included; None of less than two steps); its `layers` `trained` (steps), `score` and
-    `teacher_layer`, where there are some.
+    share of the lost log-perplexity; None where none was lost), `size` of "teacher" and "healed" (`ModelSize`),
+    `tokens`, `seconds_a_step` and `memory` (bytes at the peak of a step, teacher included; None of less than two
+    steps); its `layers` `trained` (steps), `score` and `teacher_layer`, where there are some.
 
     Args:
         student: a causal language model with weights in floating point.
@@ -101,7 +101,7 @@ def heal(
     layers: dict[str, list[Any]] = {} if chosen is None else {"score": chosen.values}
     layers |= {} if training.trained is None else {"trained": training.trained}
     layers |= {} if matching is None else {"teacher_layer": matching.layers}
-    return healing_report(mine, training, settings, sampling, found, layers, matching, name)
+    return healing_report(mine, theirs, training, settings, sampling, found, layers, matching, name)
 
 
 def _windows(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,22 +36,48 @@ def change_sequentially(
     Beside the model, memory holds the hidden state of each batch on the CPU, and one layer's sums and activations.
     Finished layers are only run.
     """
-    device = execution_device(stack.model)
-    last = max((index for index in range(len(stack)) if index not in finished), default=-1)
+    last = _last_unfinished(stack, finished)
     before: list[State | None] = [None] * len(batches)
     with evaluation_mode(stack):
         for index in progress(range(len(stack)), title, show_progress):
             if index in finished:
                 finished.restore(index)
             else:
-                sums = _record(stack, index, batches, before, make_recorder, device)
+                sums = make_recorder(stack, [index])
+                for _ in _run(stack, index, batches, before, sums):
+                    pass
                 finished.add(index, change_layer(index, sums))
                 del sums
             if index < last:
-                for number, batch in enumerate(batches):
-                    inputs = model_inputs(to_device(batch, device))
-                    hidden, rest = run_layer(stack, index, inputs, before[number])
+                for number, (hidden, rest) in _run(stack, index, batches, before):
                     before[number] = (hidden.cpu(), rest)
+
+
+@torch.no_grad()
+def measure_sequentially(
+    stack: DecoderLayers,
+    batches: Sequence[Batch],
+    make_recorder: Callable[[DecoderLayers, Sequence[int]], Recorder],
+    measure_layer: ChangeLayer,
+    finished: FinishedLayers,
+    title: str,
+    show_progress: bool,
+) -> None:
+    """Measures layer after layer of a model that stays as it is: each runs once on all batches, for its sums and for
+    the next layer. Memory as in `change_sequentially`; finished layers are only run.
+    """
+    last = _last_unfinished(stack, finished)
+    before: list[State | None] = [None] * len(batches)
+    with evaluation_mode(stack):
+        for index in progress(range(len(stack)), title, show_progress):
+            sums = None if index in finished else make_recorder(stack, [index])
+            if index <= last:
+                for number, (hidden, rest) in _run(stack, index, batches, before, sums):
+                    before[number] = (hidden.cpu(), rest)
+            if sums is None:
+                finished.restore(index)
+            else:
+                finished.add(index, measure_layer(index, sums))
 
 
 def change_each(
@@ -69,19 +96,26 @@ def change_each(
             finished.add(index, change_layer(index, sums))
 
 
-def _record(
+def _last_unfinished(stack: DecoderLayers, finished: FinishedLayers) -> int:
+    """Behind it no layer needs to run."""
+    return max((index for index in range(len(stack)) if index not in finished), default=-1)
+
+
+def _run(
     stack: DecoderLayers,
     index: int,
     batches: Sequence[Batch],
     before: Sequence[State | None],
-    make_recorder: Callable[[DecoderLayers, Sequence[int]], Recorder],
-    device: torch.device,
-) -> Sums:
-    recorder = make_recorder(stack, [index])
-    with recorder.attached():
+    recorder: Recorder | None = None,
+) -> Iterator[tuple[int, State]]:
+    """Runs one layer on each batch, watched by a recorder if there is one; gives numbers of batches and states."""
+    device = execution_device(stack.model)
+    with nullcontext() if recorder is None else recorder.attached():
         for number, batch in enumerate(batches):
             inputs = model_inputs(to_device(batch, device))
-            recorder.start(inputs.get("attention_mask"))
-            run_layer(stack, index, inputs, before[number])
-            recorder.finish(number)
-    return recorder
+            if recorder is not None:
+                recorder.start(inputs.get("attention_mask"))
+            state = run_layer(stack, index, inputs, before[number])
+            if recorder is not None:
+                recorder.finish(number)
+            yield number, state

@@ -66,7 +66,9 @@ def factorize(
     until `pack_sparse` stores the model without them.
 
     Args:
-        model: a transformers model with plain weights.
+        model: a transformers model with plain weights. What ends the work on the way (NaN or infinity, want of memory,
+            Ctrl-C) leaves the layers before it factorized and the others whole: such a model runs and can be saved, but
+            to begin again, or to go on from a journal, load it anew.
         plan: an allocation of "parameters" or "rank"; ranks by matrix; or one share of parameters for all layers. For
             oats, ranks by matrix come with their `nonzeros`, and no allocation is one of "rank".
         method: see the table.
@@ -81,7 +83,8 @@ def factorize(
     Raises:
         ValueError: an unknown method, a plan for another model or out of reach (says the least possible), batches
             missing, weights that cannot be exchanged (adapters, quantized, offloaded, shared, factorized before), a
-            model class of neither transformers nor hf_cod, NaN or infinity in weights or activations (says where).
+            model class of neither transformers nor hf_cod: the model is unchanged then. NaN or infinity in weights or
+            activations (says where): see `model`.
     """
     stack = find_decoder_layers(model, path)
     if method not in METHODS:
@@ -93,7 +96,7 @@ def factorize(
     _check_model(stack)
     chosen = _plan(stack, plan, rank_share if method == "oats" else None)
     check_ranks(stack, chosen)
-    described = Intact(stack, name)
+    described = RankReporter(stack, name)
     work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks, chosen.nonzeros)
     change = LayerChange(stack, chosen)
     finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
@@ -171,8 +174,8 @@ class LayerChange:
         self.done[name] = {"rank": made.rank, **({} if S is None else {SPARSE: 1})}
 
 
-class Intact:
-    """What the report tells of the model before it was changed.
+class RankReporter:
+    """Looks at a model before it is factorized, and reports what became of it.
 
     Args:
         stack: the layers.

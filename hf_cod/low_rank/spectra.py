@@ -15,7 +15,7 @@ from hf_cod.diagnostics.partial_pass import check_independent
 from hf_cod.evaluation import LANGUAGE_MODELS, task_of
 from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
-from hf_cod.layer_by_layer import FinishedLayers, Sums, change_sequentially, fingerprint_of_work
+from hf_cod.layer_by_layer import FinishedLayers, Sums, fingerprint_of_work, measure_sequentially
 from hf_cod.low_rank.rank_plan import RankPlan, factorizable, least_weights
 from hf_cod.same_model import name_of, sizes_of
 from hf_cod.statistics.input_products import ProductsRecorder
@@ -115,5 +115,5 @@ def _spectra(
         lambda index: {name: found[name] for name in factorizable(stack, index)},
         lambda index, tensors: found.update(tensors),
     )
-    change_sequentially(stack, batches, ProductsRecorder, measure, finished, "spectra", show_progress)
+    measure_sequentially(stack, batches, ProductsRecorder, measure, finished, "spectra", show_progress)
     return found

@@ -9,6 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_shaped import MODEL_TYPE, shaped_config
 from .modeling_shaped import shaped_model
+from .own_config import own_config
 from .shapes import ShapedModel, build_shapes
 
 
@@ -45,6 +46,7 @@ def record_shapes(model: Any, changes: dict[str, dict[str, int]]) -> None:
         raise ValueError(f"module_shapes: expected modules inside {prefix.rstrip('.')}, got {outside[0]!r}")
     shapes = {name.removeprefix(prefix): sizes for name, sizes in changes.items()}
     build_shapes(model.base_model, shapes)
+    own_config(model)
     config, base, family = model.config, type(model), type(model.config)
     if not isinstance(model, ShapedModel):
         config.base_model_type = config.model_type

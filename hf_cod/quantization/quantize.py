@@ -15,6 +15,7 @@ from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.devices import execution_device
 from hf_cod.diagnostics.partial_pass import check_independent
 from hf_cod.layer_by_layer import FinishedLayers, Sums, change_each, change_sequentially, fingerprint_of_work
+from hf_cod.models.own_config import own_config
 from hf_cod.quantization.config import METHOD, OwlBnbConfig, score_of
 from hf_cod.quantization.plan import BitPlan, plan_by, recorded, stored_bits, what_is_lost
 from hf_cod.quantization.quantizer import OwlBnbQuantizer
@@ -157,6 +158,7 @@ def _lost(W: Tensor, module: Any, products: Tensor) -> float:
 
 def _mark(model: Any, config: OwlBnbConfig) -> None:
     """What from_pretrained sets, so that saving, PEFT and Trainer know the model for what it is."""
+    own_config(model)
     quantizer = OwlBnbQuantizer(config, pre_quantized=True)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
     quantizer.postprocess_model(model, loaded=False)

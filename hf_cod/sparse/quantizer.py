@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from hf_cod.models.own_config import own_config
 from hf_cod.sparse.checkpoint import check_files
 from hf_cod.sparse.config import METHOD, SparseConfig
 from hf_cod.sparse.linear import SparseLinear
@@ -108,5 +109,6 @@ def pack_sparse(model: PreTrainedModel, minimum: float = 0.5) -> PreTrainedModel
     # What from_pretrained sets, so that saving, PEFT and Trainer know the model for what it is.
     loaded: Any = model
     loaded.hf_quantizer, loaded.is_quantized, loaded.quantization_method = quantizer, True, METHOD
+    own_config(model)
     quantizer.postprocess_model(model)
     return model

@@ -23,11 +23,11 @@ from hf_cod.report import RunReport
 from hf_cod.same_model import check_sizes
 from hf_cod.statistics.input_products import MomentsRecorder
 from hf_cod.width.gradients import Importance, measure_taylor
-from hf_cod.width.intact import Intact
 from hf_cod.width.matrices import Changes, cut, put_back, tensors_of
 from hf_cod.width.methods import COMPENSATIONS, METHODS, needs_inputs
 from hf_cod.width.stock_config import set_stock_config
 from hf_cod.width.width_plan import MULTIPLE, WidthPlan, kept_units, plan_of_allocation
+from hf_cod.width.width_report import WidthReporter
 from hf_cod.writable_weights import check_writable
 
 
@@ -74,7 +74,9 @@ def narrow(
     and `channels` by layer, and whether the model is `stock`.
 
     Args:
-        model: a transformers model with plain weights.
+        model: a transformers model with plain weights. What ends the work on the way (NaN or infinity, want of memory,
+            Ctrl-C) leaves the layers before it narrow and the others as they were: such a model runs and can be saved,
+            but to begin again, or to go on from a journal, load it anew.
         plan: an allocation of "parameters"; widths by layer; or one share of parameters for all layers.
         method: see the first table.
         compensation: see the second table.
@@ -90,7 +92,8 @@ def narrow(
         ValueError: an unknown method or compensation, a plan for another model or out of reach (says the least
             possible), heads that cannot be split so, batches missing, no heads or channels of a known structure,
             weights that cannot be exchanged (adapters, quantized, offloaded, shared, factorized), a model class of
-            neither transformers nor hf_cod, NaN or infinity in weights, activations or gradients (says where).
+            neither transformers nor hf_cod, NaN or infinity in gradients: the model is unchanged then. NaN or infinity
+            in weights or activations (says where): see `model`.
     """
     stack = find_decoder_layers(model, path)
     for field, value, table in (("method", method, METHODS), ("compensation", compensation, COMPENSATIONS)):
@@ -103,7 +106,7 @@ def narrow(
     units = [find_units(stack, index) for index in range(len(stack))]
     chosen = _plan(stack, units, plan, multiple)
     kept = kept_units(units, chosen)
-    described = Intact(stack, units, name)
+    described = WidthReporter(stack, units, name)
     work = fingerprint_of_work(journal, stack.model, batches, method, compensation, kept)
     taylor: Importance = {}
     if METHODS[method].gradients and batches:

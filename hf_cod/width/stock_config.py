@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from hf_cod.decoder_layers import DecoderLayers, walk
+from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers, walk
 from hf_cod.layer_removal import first_difference
 from hf_cod.layer_units import CHANNELS, HEADS, find_units
+from hf_cod.models.own_config import own_config
 from hf_cod.models.shapes import ShapedModel
 
 logger = logging.getLogger(__name__)
@@ -27,12 +28,14 @@ def set_stock_config(stack: DecoderLayers) -> bool:
     of heads, Llama refuses numbers of heads that do not divide the hidden size. So the answer is found by building.
 
     Returns:
-        Whether the config says it now; if not, it is as it was.
+        Whether the config, which then is the model's own copy, says it now; if not, it is as it was.
     """
     model: Any = stack.model
     fields = _fields(stack)
     if isinstance(model, ShapedModel) or fields is None:
         return False
+    own_config(model)
+    stack = find_decoder_layers(model, stack.path)
     before = dict(vars(stack.config))
     said = False
     try:

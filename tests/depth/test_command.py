@@ -48,6 +48,7 @@ def test_what_is_written_is_a_stock_model_and_its_report_is_true(checkpoint, cap
     assert sum(p.numel() for p in model.parameters()) == report.results["parameters"]["dropped"]
     found = report.results["perplexity"]
     assert f"from {format_number(found['intact'])} to {format_number(found['dropped'])}, measured" in shown
+    assert [*report.results["speed"]] == ["intact", "dropped"] and "Tokens a second: " in shown
     assert "2 of 4 layers" in shown and "greedy: without layers" in shown
     drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
     assert perplexity(model, drawn[4:]) == pytest.approx(found["dropped"], rel=1e-5), "the later samples"

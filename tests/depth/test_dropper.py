@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import hf_cod.depth.dropper
+import hf_cod.layer_removal
 from hf_cod import drop, drop_layers, find_decoder_layers, perplexity, plan_depth, skip
 from hf_cod.calibration import SampleSettings, split_samples, token_batches
 from hf_cod.depth.replacement import BlockReplacer, blocks_of
@@ -217,6 +219,12 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         drop_layers(model, [1, 3], "linear", batches=batches_of(model))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and len(done) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(hf_cod.layer_removal, "_check_config_builds", None)  # the last that `drop` does
+    monkeypatch.setattr(hf_cod.depth.dropper, "check_drop", lambda *_: None)
+    with pytest.raises(TypeError):
+        drop_layers(model, [1, 3], "linear", batches=batches_of(model))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_bad_input_changes_nothing():

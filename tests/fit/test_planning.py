@@ -160,12 +160,18 @@ def test_what_was_measured_is_not_measured_again(texts, tmp_path, monkeypatch):
     "arguments, message",
     [
         (("size", 0.5), "kind: expected one of memory, parameters, bits, got 'size'"),
-        (("parameters", 0.01), "parameters: expected at least 0.[0-9]+, the least that rank can reach together, got"),
+        (
+            ("parameters", 0.45),
+            r"parameters: expected at least 0\.5, the least that rank can reach together, got 0\.45",
+        ),
+        # Two thirds of the layers, three fifths of each by width, half of that by rank, 3.127 bits a weight; and norms
+        (("bits", 0.5, None), r"bits: expected at least 0\.62\d*, the least that depth, width, rank, sparsity, bits"),
         (("bits", 8.0, ["rnk"]), "knobs: expected some of .*, got 'rnk'"),
         (("parameters", 0.5, ["bits"]), "knobs: expected at least one that makes parameters fewer"),
     ],
 )
-def test_bad_input(arguments, message, texts):
+def test_bad_input_is_told_before_anything_is_measured(arguments, message, texts, monkeypatch):
+    monkeypatch.setattr(hf_cod.fit.trials, "apply_steps", None)
     kind, budget, knobs = (*arguments, ["rank"])[:3]
     with pytest.raises(ValueError, match=message):
         plan_fit(make, kind, budget, *texts, knobs=knobs)
@@ -181,6 +187,7 @@ def test_the_command_shows_the_plan_and_then_runs_it(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "Perplexity goes from" in shown
     report = RunReport.load(output)
+    assert [*report.results["speed"]] == ["intact", "fitted"] and "Tokens a second: " in shown
     model = AutoModelForCausalLM.from_pretrained(output)
     assert size_of(model).bytes == report.results["size"]["fitted"]["bytes"] <= 7_000_000
     assert report.results["plan"]["steps"] == FitPlan.load(output / "fit_plan.json").steps

@@ -39,7 +39,8 @@ def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
     dies_in_step_five([*command, str(tmp_path / "killed")])
     assert main([*command, str(tmp_path / "killed"), "--steps", "7"]) == 2
     assert "steps: expected 6, with which the run in" in capsys.readouterr().err
-    assert main([*command, str(tmp_path / "killed")]) == 0
+    assert main([*command, str(tmp_path / "killed"), "--no-speed"]) == 0, "the same training"
+    assert RunReport.load(tmp_path / "killed").results["speed"] == {}
     weights, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
     assert weights.keys() == resumed.keys()
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
@@ -47,6 +48,11 @@ def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
     assert report.results["curve"] == RunReport.load(tmp_path / "killed").results["curve"]
     pictures = {path.name for path in (tmp_path / "whole").glob("*.png")}
     assert pictures == {"overview.png", "curve.png", "healed.png", "trained.png", "score.png"}
+    size, speed = report.results["size"], report.results["speed"]
+    assert size["healed"]["layer_weights"] == 0.75 * size["teacher"]["layer_weights"]
+    assert [*speed] == ["teacher", "healed"] and all(value > 0 for told in speed.values() for value in told.values())
+    page = (tmp_path / "whole" / "report.md").read_text()
+    assert "75.0% of the teacher's; it takes" in page and "Tokens a second: " in page and "(teacher " in page
     found = report.results["perplexity"]
     lost, back = math.log(found["before"] / found["teacher"]), math.log(found["before"] / found["after"])
     assert lost > 0 and report.results["recovered"] == pytest.approx(back / lost)

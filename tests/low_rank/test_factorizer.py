@@ -201,6 +201,14 @@ def test_a_plan_by_spectra_keeps_the_budget(family, text, tmp_path):
     assert len(set(plan.ranks.values())) > 1
 
 
+def test_spectra_take_one_pass():
+    model, runs = build("llama"), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda layer, *_: runs.append(layer.self_attn.layer_idx))
+    plan_ranks(model, 0.6, "spectrum", batches=two_batches(model))
+    assert runs == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stop", range(5))
 def test_a_killed_run_goes_on_and_ends_in_the_same_bits(method, stop, tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ from hf_cod.same_model import name_of, sizes_of
 from hf_cod.width.width_plan import WidthPlan
 
 
-class Intact:
-    """What the report tells of the model before it was changed.
+class WidthReporter:
+    """Looks at a model before it is narrowed, and reports what became of it.
 
     Args:
         stack: the layers.

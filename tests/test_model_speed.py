@@ -1,0 +1,51 @@
+import time
+
+import pytest
+import torch
+
+from hf_cod.decoder_layers import find_decoder_layers
+from hf_cod.model_speed import measure_speed
+from tests.tiny_models import build
+
+PROMPT = torch.arange(3, 23)[None]
+
+
+def slowed(model, seconds):
+    """The model, which takes longer by that with each forward pass; and a list of the lengths that it read."""
+    lengths = []
+
+    def wait(module, args, kwargs):
+        lengths.append((kwargs["input_ids"] if not args else args[0]).shape[1])
+        time.sleep(seconds)
+
+    model.register_forward_pre_hook(wait, with_kwargs=True)
+    return model, lengths
+
+
+def test_models_take_turns_and_each_is_as_slow_as_it_is():
+    slow, lengths = slowed(build("llama"), 0.05)
+    slow.train()
+    slow.generation_config.update(do_sample=True, eos_token_id=list(range(99)), num_beams=1)
+    own = slow.generation_config
+    found = measure_speed(
+        {"slow": find_decoder_layers(slow), "fast": find_decoder_layers(build("llama"))}, PROMPT, 2, 3
+    )
+    assert lengths == [20, 1, 20, 1, 1, 1, 20, 1, 1, 1], "a prompt, then its next tokens by a cache"
+    assert all(len(speed.prompt) == len(speed.generation) == 2 for speed in found.values())
+    medians = {name: speed.medians() for name, speed in found.items()}
+    assert 1 < medians["slow"]["generation"] < min(20, medians["fast"]["generation"])
+    assert 20 < medians["slow"]["prompt"] < min(400, medians["fast"]["prompt"])
+    assert slow.training and slow.config.use_cache and slow.generation_config is own and own.do_sample
+
+
+def test_what_does_not_generate_reads_alone():
+    model, lengths = slowed(build("bert"), 0.05)
+    speed = measure_speed({"bert": find_decoder_layers(model)}, PROMPT, 2)["bert"]
+    assert lengths == [20] * 3 and 20 < speed.medians()["prompt"] < 400
+    assert speed.medians()["generation"] is None and speed.medians()["prompt_tokens"] == 20
+
+
+@pytest.mark.parametrize("positions, read", [(12, 8), (64, 20)])
+def test_there_are_positions_for_what_is_generated(positions, read):
+    model = build("gpt2", n_positions=positions)
+    assert measure_speed({"gpt2": find_decoder_layers(model)}, PROMPT, 1, 3)["gpt2"].prompt_tokens == read
