@@ -43,13 +43,13 @@ class Bench:
         self.spectra = Path(arguments.output) / "spectra"
         self.found: dict[tuple[str, float | None], LayerScores] = {}
 
-    def tried(self, method: str, score: str) -> list[Candidate]:
+    def tried(self, method: str, score: str, kept: float) -> list[Candidate]:
         """What a score is tried with; auto tries all that the others are."""
         if score == "auto":
-            return [c for other in SCORES for c in self.tried(method, other)]
+            return [c for other in SCORES for c in self.tried(method, other, kept)]
         if score == "fisher" and method == "plain":
             return []  # the same as spectrum: it has no loss to go by
-        return candidates(score)
+        return candidates(score, kept)
 
     def plan(self, method: str, candidate: Candidate, kept: float) -> LayerAllocation | RankPlan:
         """Which ranks the model gets."""
@@ -69,11 +69,12 @@ class Bench:
         return model, [report.results["kept"], report.results["rank"]]
 
 
-def candidates(score: str) -> list[Candidate]:
-    """What a score is tried with."""
+def candidates(score: str, kept: float) -> list[Candidate]:
+    """What a score is tried with; lambda leaves each share within 0..1."""
     if score == "uniform" or score in WEIGHINGS:
         return [(score, None, None)]
-    return [(score, *settings) for settings in product(THRESHOLDS if score == "owl" else (None,), SPREADS)]
+    spreads = sorted({min(spread, kept, round(1 - kept, 9)) for spread in SPREADS})
+    return [(score, *settings) for settings in product(THRESHOLDS if score == "owl" else (None,), spreads)]
 
 
 def measured(bench: Any, journal: Journal, method: str, candidate: Candidate, removed: float) -> list[float]:
@@ -106,7 +107,7 @@ def fill_table(bench: Any, arguments: argparse.Namespace) -> None:
         journal.add("intact", perplexity(bench.model, bench.report))
     intact, rows = journal["intact"], []
     for removed, method, score in product(arguments.removed, arguments.methods, arguments.scores):
-        found = {c: measured(bench, journal, method, c, removed) for c in bench.tried(method, score)}
+        found = {c: measured(bench, journal, method, c, removed) for c in bench.tried(method, score, 1 - removed)}
         if not found:
             continue
         best = min(found, key=lambda candidate: found[candidate][0])

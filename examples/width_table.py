@@ -38,9 +38,9 @@ class Bench:
         self.compensation, self.multiple = arguments.compensation, arguments.multiple
         self.found: dict[tuple, LayerScores] = {}
 
-    def tried(self, method: str, score: str) -> list[Candidate]:
+    def tried(self, method: str, score: str, kept: float) -> list[Candidate]:
         """What a score is tried with; auto finds its own settings, on the samples to work with."""
-        return [(score, None, None)] if score == "auto" else candidates(score)
+        return [(score, None, None)] if score == "auto" else candidates(score, kept)
 
     def plan(self, method: str, candidate: Candidate, kept: float) -> LayerAllocation:
         """Which share each layer keeps."""

@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from hf_cod.decoder_layers import DecoderLayers
-from hf_cod.diagnostics.running import evaluation_mode, execution_device
+from hf_cod.devices import execution_device
+from hf_cod.diagnostics.running import evaluation_mode
 
 # Rounds that count, and tokens generated in each; and tokens that a prompt should have where nothing else says so: with
 # these a model of 135M parameters takes a few seconds on one core.

@@ -43,7 +43,7 @@ from hf_cod.training import LayerMonitor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ("cpu", "cuda")
-CLOSE = 2e-3  # of perplexities
+CLOSE = 5e-3  # of perplexities: which of two near codes or weights is taken may differ
 
 
 def load(device: str) -> nn.Module:
@@ -186,13 +186,21 @@ def test_bfloat16_weights_rounded_stochastically(batches):
 @pytest.mark.parametrize("method", ["owlore", "full", "lora"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_healing(method, bf16, batches):
-    teacher, student = load("cuda"), load("cuda")
-    narrow(student, 0.6, batches=batches[0])
     data = torch.cat([batch["input_ids"] for batch in batches[0]]).repeat(8, 1)
     held_out = torch.cat([batch["input_ids"] for batch in batches[1]])
-    settings = HealSettings(method, steps=30, batch_size=8, sequence_length=64, learning_rate=1e-3, bf16=bf16)
-    found = heal(student, teacher, data, settings, held_out=held_out).results
-    assert found["perplexity"]["after"] < found["perplexity"]["before"] and found["memory"] > 0
+
+    def after(device, **options):
+        teacher, student = load(device), load(device)
+        narrow(student, 0.6, batches=batches[0])
+        settings = HealSettings(
+            method, steps=30, batch_size=8, sequence_length=64, learning_rate=1e-3, eval_samples=4, **options
+        )
+        found = heal(student, teacher, data, settings, held_out=held_out).results
+        assert found["memory"] > 0
+        return found["perplexity"]["after"]
+
+    # autocast rounds in other places on each device
+    assert after("cuda", bf16=bf16) == pytest.approx(after("cpu"), rel=2e-2 if bf16 else CLOSE)
 
 
 def test_a_plan_of_steps(batches):
