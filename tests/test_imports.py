@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent / "hf_cod"
 ORDER = [
     ["functional", "files", "models"],
     ["decoder_layers", "calibration", "stored_modules", "native_kernel"],
+    ["devices"],
     ["layer_removal", "evaluation", "report", "loading", "sparse", "writable_weights", "same_model", "model_size"],
     ["layer_units"],
     ["diagnostics"],
