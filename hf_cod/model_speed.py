@@ -93,7 +93,7 @@ def _seconds(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float 
     """Of reading the prompt, and of each token that is generated behind the first one."""
     if not model.can_generate():
         start = time.perf_counter()
-        model(prompt).to_tuple()[0].flatten()[-1].item()  # whose value waits for the device
+        model(prompt)[0].flatten()[-1].item()  # whose value waits for the device
         return time.perf_counter() - start, None
     clock = _Clock()
     with _greedy(model, 1 + new_tokens):

@@ -38,8 +38,9 @@ def test_models_take_turns_and_each_is_as_slow_as_it_is():
     assert slow.training and slow.config.use_cache and slow.generation_config is own and own.do_sample
 
 
-def test_what_does_not_generate_reads_alone():
-    model, lengths = slowed(build("bert"), 0.05)
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_what_does_not_generate_reads_alone(return_dict):
+    model, lengths = slowed(build("bert", return_dict=return_dict), 0.05)
     speed = measure_speed({"bert": find_decoder_layers(model)}, PROMPT, 2)["bert"]
     assert lengths == [20] * 3 and 20 < speed.medians()["prompt"] < 400
     assert speed.medians()["generation"] is None and speed.medians()["prompt_tokens"] == 20
