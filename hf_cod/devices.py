@@ -26,5 +26,5 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The batch on `device`."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    """The batch on `device`; what of it is no tensor, such as a flag of forward, as it is."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -25,7 +25,9 @@ class Agreement(evaluate.Metric):
 def test_perplexity_against_the_formula(padding):
     model = build("llama")
     batch = batch_for(model, padding)
-    assert perplexity(model, [batch]) == pytest.approx(references.perplexity(model, batch), rel=1e-6)
+    found = perplexity(model, [batch])
+    assert found == pytest.approx(references.perplexity(model, batch), rel=1e-6)
+    assert perplexity(model, [{**batch, "use_cache": False, "position_ids": None}]) == found, "flags go as they are"
 
 
 def test_loss_in_chunks_is_the_loss():
