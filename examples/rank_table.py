@@ -49,6 +49,8 @@ class Bench:
             return [c for other in SCORES for c in self.tried(method, other, kept)]
         if score == "fisher" and method == "plain":
             return []  # the same as spectrum: it has no loss to go by
+        if score in WEIGHINGS and method == "oats":
+            return []  # it takes shares of parameters, no ranks by matrix
         return candidates(score, kept)
 
     def plan(self, method: str, candidate: Candidate, kept: float) -> LayerAllocation | RankPlan:

@@ -59,8 +59,10 @@ class Healing:
 
     def key(self, cell: str) -> str:
         """What a cell's perplexity behind healing is called in the journal."""
-        settings = self.settings if self else None
-        return f"{cell} healed" + (f" on {self.tokens} by {settings.method} at {settings.rate:g}" if settings else "")
+        if not self:
+            return f"{cell} healed"
+        own, dtype = self.settings, " in bfloat16" if self.settings.bf16 else ""
+        return f"{cell} healed on {self.tokens} by {own.method} at {own.rate:g}, {own.batch_size} a step{dtype}"
 
     def perplexity(self, student: Any, batches: Sequence[Batch]) -> float:
         """Heals the student in place, and measures it."""

@@ -231,6 +231,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     chosen = parser.parse_args(arguments)
     if chosen.seeds < 1:
         parser.error(f"--seeds: expected at least 1, got {chosen.seeds}")
+    if chosen.claim_7b and "owlore" not in chosen.methods:
+        parser.error(f"--claim-7b: expected owlore among --methods, of which the claim is, got {chosen.methods}")
     if not (chosen.quality or chosen.rounding or chosen.memory or chosen.time or chosen.claim_7b):
         chosen.quality = chosen.memory = chosen.time = True
     return chosen

@@ -90,8 +90,8 @@ def measure_memory(a: argparse.Namespace, journal: Journal) -> list[dict[str, An
 
 def memory_table(rows: list[dict[str, Any]], unit: float = 2**20, name: str = "MiB") -> str:
     """The rows as Markdown."""
-    rows = [row for row in rows if row.get("measured", 1)]  # without those that did not fit
     columns = [*PARTS, "total"] + ["measured"] * ("measured" in rows[0])
+    rows = [row for row in rows if row.get("measured", 1)]  # without those that did not fit
     lines = [f"| method, {name} | checkpointing | " + " | ".join(columns) + " | estimate / measured |"]
     lines += ["|---|---|" + "---:|" * (len(columns) + 1)]
     for row in rows:

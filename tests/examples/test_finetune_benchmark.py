@@ -57,6 +57,13 @@ def test_estimates_of_memory_are_within_five_percent_of_the_allocator(methods, b
         assert peaks["owlore, fused", checkpointing] <= peaks["owlore", checkpointing] < peaks["lora", checkpointing]
 
 
+def test_a_claim_without_its_method_and_a_table_of_what_did_not_fit(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--claim-7b", "--methods", "lora"])
+    assert "expected owlore among --methods, of which the claim is, got ['lora']" in capsys.readouterr().err
+    assert benchmark.memory_table([{"method": "full", "checkpointing": True, "measured": None}]).count("\n") == 2
+
+
 def test_times_are_ratios_to_lora(benchmark, tmp_path):
     quick = ["--methods", "owlore", "--rounds", "2", "--cost-tokens", "16", "--output", str(tmp_path)]
     benchmark.main([*QUICK, "--time", *quick])
