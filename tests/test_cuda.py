@@ -215,7 +215,7 @@ def test_a_monitor_of_a_training(batches):
     assert line is not None and len(line["variance"]) == 12
 
 
-def test_a_copy_on_another_device_is_left_alone(batches):
+def test_a_copy_is_left_alone(batches):
     model = load("cuda")
     twin = copy.deepcopy(model)
     prune(model, 0.5, "magnitude")

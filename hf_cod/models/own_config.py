@@ -11,7 +11,7 @@ def own_config(model: nn.Module) -> None:
     """Gives a model, wrapped or not, copies of its configs, before something is written into one of them.
 
     All its modules share the copies as they shared what these are copied from; settings of quantized storage, which its
-    quantizer holds, too, stay the same object.
+    quantizer holds, too, stay the same object. A model that this one is part of keeps the config that it had.
     """
     held = [
         (vars(module), name, value)

@@ -226,6 +226,11 @@ def test_ctrl_c_ends_at_once_where_nothing_could_be_kept(ctrl_c, monkeypatch, ca
     assert len(done) == 1 and "saves" not in capsys.readouterr().err
 
 
+def test_no_checkpoints_where_none_could_be_kept(monkeypatch):
+    monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", lambda *_: pytest.fail("saved a checkpoint"))
+    assert healed(build("llama"), build("llama"), steps=2, save_every=1, log_every=1).results["tokens"] == 2 * 4 * 12
+
+
 def test_the_objective_against_the_formulas():
     """KL at each token that is no padding, cross entropy of each next token, hidden states of matched layers."""
     student, teacher = build("llama"), build("llama")
