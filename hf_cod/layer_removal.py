@@ -67,11 +67,10 @@ def drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None)
     """Removes `layers` from the model for good, so that generate, save_pretrained and from_pretrained work.
 
     Renumbers every layer index inside the kept layers, sets `num_hidden_layers` and cuts `layer_types` and each other
-    per-layer list of the config, of which the model gets a copy of its own: another model may share it. So give the
-    whole model, and the `path` of a tower: of a part alone (`model.model`), the whole would not hear, and its config
-    would still count the removed layers. Where a function depends on the layer's number (GPT-2 with
-    `scale_attn_by_inverse_layer_idx`), the new number counts, in memory as after a reload; the norm placements of this
-    package keep each layer's old depth.
+    per-layer list of the config, of which a model with a head gets a copy of its own: another model may share it (a
+    model without one, such as `model.model`, goes on to share its config with the whole). Where a function depends on
+    the layer's number (GPT-2 with `scale_attn_by_inverse_layer_idx`), the new number counts, in memory as after a
+    reload; the norm placements of this package keep each layer's old depth.
 
     Returns:
         The old indices of the kept layers, in order.

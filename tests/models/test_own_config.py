@@ -49,3 +49,12 @@ def test_another_model_of_the_same_config_is_left_as_it_was(change, tmp_path):
     assert len(inside) > 5 and all(found is model.config for found in inside)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(outputs(type(model).from_pretrained(tmp_path)), outputs(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["drop", "drop_layers"])
+def test_a_part_tells_the_whole(change, tmp_path):
+    model = build("llama")
+    CHANGES[change](model.model)
+    assert model.config is model.model.config
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(type(model).from_pretrained(tmp_path)), outputs(model), rtol=1e-4, atol=1e-5)
