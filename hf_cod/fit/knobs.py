@@ -185,7 +185,7 @@ KNOBS: dict[str, Knob] = {
         3,
         _depth,
         _check_depth,
-        lambda x: f"{x:g} layers removed",
+        lambda x: "1 layer removed" if x == 1 else f"{x:g} layers removed",
         _left_by_depth,
     ),
     "width": Knob(
@@ -247,7 +247,9 @@ def chosen_knobs(knobs: Sequence[str] | None, kind: str) -> list[str]:
     if kind == "parameters":
         chosen = [knob for knob in chosen if KNOBS[knob].structural]
     if not chosen:
-        raise ValueError("knobs: expected at least one that makes parameters fewer, got none")
+        fewer = ", ".join(knob for knob in KNOBS if KNOBS[knob].structural)
+        got = ", ".join(knobs or ()) or "none"
+        raise ValueError(f"knobs: expected at least one that makes parameters fewer ({fewer}), got {got}")
     return chosen
 
 
