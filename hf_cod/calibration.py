@@ -83,6 +83,8 @@ def load_texts(settings: TextSettings) -> Iterable[str]:
             return [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
             raise ValueError(f"text: expected a text file in UTF-8, got {source!r}: {error}") from error
+    if (path / "config.json").is_file():
+        raise ValueError(f"text: expected a text file or a data set's name, got {source!r}, the directory of a model")
     rows = load_rows(settings)
     return (row[settings.text_column] for row in rows)
 

@@ -1,4 +1,5 @@
 import re
+import shutil
 import subprocess
 import sys
 
@@ -401,6 +402,7 @@ def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
         (["--score", "auto"], "score: expected one of fisher, spectrum, owl"),
         (["--method", "best"], "method: expected one of whitened, plain, oats"),
         (["--spread", "0.1"], "spread: expected a score of layers beside it, got none"),
+        (["--rank-share", "0.4"], "rank_share: expected method oats beside it, got whitened"),
         (["--score", "owl", "--rank", "0.9"], "plan: expected ranks at which factors have fewer weights"),
     ],
 )
@@ -544,6 +546,30 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     assert main(arguments) == 2
     shown = capsys.readouterr().err
     assert message in shown and "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    "command, more",
+    [("factorize", []), ("score", []), ("finetune", []), ("heal", ["--teacher"])],
+)
+def test_samples_longer_than_the_positions_of_a_model(tmp_path, capsys, command, more):
+    build("gpt2").save_pretrained(tmp_path / "model")
+    gpt_like().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    model, text, out = (str(tmp_path / name) for name in ("model", "text.txt", "out"))
+    more = [*more, str(shutil.copytree(model, tmp_path / "teacher"))] if more else []
+    assert main([command, model, *more, "--text", text, "--sequence-length", "65", "--output", out]) == 2
+    assert "sequence_length: expected at most 64 tokens, for which transformer.wpe has positions, got 65" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_model_is_no_text_and_a_file_no_output(checkpoint, capsys):
+    model, text = str(checkpoint / "model"), str(checkpoint / "text.txt")
+    assert main(["factorize", model, "--text", model, "--output", str(checkpoint / "out")]) == 2
+    assert "text: expected a text file or a data set's name" in capsys.readouterr().err
+    assert main(["factorize", model, "--text", text, "--output", text]) == 2
+    assert "output: expected a directory, got the file" in capsys.readouterr().err
 
 
 def test_text_shorter_than_a_window(checkpoint, capsys):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "hf_cod"
 # Each room imports only rooms of lower lines; files of one line do not import each other unless named as a folder.
 ORDER = [
     ["functional", "files", "models"],
-    ["decoder_layers", "calibration", "stored_modules", "native_kernel"],
+    ["decoder_layers", "calibration", "positions", "stored_modules", "native_kernel"],
     ["devices"],
     ["layer_removal", "evaluation", "report", "loading", "sparse", "writable_weights", "same_model", "model_size"],
     ["layer_units"],

@@ -28,6 +28,7 @@ from hf_cod.diagnostics.running import held_out_perplexity
 from hf_cod.evaluation import LANGUAGE_MODELS, task_of
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.model_speed import PROMPT_TOKENS, measure_speed
+from hf_cod.positions import check_length
 from hf_cod.report import RunReport, format_number
 from hf_cod.scores import LayerScores, ScoreSettings
 
@@ -174,13 +175,14 @@ def load_with_tokenizer(source: str, loading: ModelSettings) -> tuple[nn.Module,
 
 
 def split_text(
-    tokenizer: Any, text: TextSettings, settings: MeasuringSettings, task: str
+    model: nn.Module, tokenizer: Any, text: TextSettings, settings: MeasuringSettings
 ) -> tuple[Sequence[Batch], Sequence[Batch]]:
     """Samples to work on and, apart from them, to measure on: of one text the earlier and the later ones.
 
     Raises:
-        ValueError: a text that is too short for both.
+        ValueError: a text that is too short for both, or samples that are too long for the model.
     """
+    check_length(model, settings.sequence_length)
     calibrating, measuring = settings.max_samples, settings.eval_samples
     first: Sequence[Batch]
     second: Sequence[Batch]
@@ -199,7 +201,7 @@ def split_text(
             )
         share = calibrating / (calibrating + measuring)
         first, second = split_samples(batches, min(drawn - 1, max(1, round(drawn * share))))
-    if task == "masked_lm":
+    if task_of(model) == "masked_lm":
         return mask_tokens(tokenizer, first, settings.seed), mask_tokens(tokenizer, second, settings.seed)
     return first, second
 
@@ -282,6 +284,7 @@ def describe_perplexity(results: dict[str, Any], after: str) -> list[str]:
         f"Perplexity goes from {found['intact']} to {found[after]}{compared}, measured on "
         f"{results['evaluation']['samples']} samples that were not seen before."
     ]
-    if "uniform" in found and figures["uniform"] < figures[after]:
+    # What looks alike in the sentence above is no harm.
+    if "uniform" in found and found["uniform"] != found[after] and figures["uniform"] < figures[after]:
         sentences.append("So on these samples this score does harm: --score uniform treats all layers alike.")
     return sentences

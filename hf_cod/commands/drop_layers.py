@@ -31,7 +31,6 @@ from hf_cod.commands.compressing import (
 from hf_cod.commands.settings import SettingsParser, model_title
 from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.depth import CRITERIA, REPLACEMENTS, DepthPlan, drop_layers, plan_depth
-from hf_cod.evaluation import task_of
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.report import RunReport, format_number
 
@@ -78,7 +77,12 @@ class DropLayersSettings(SpeedSettings, MeasuringSettings):
         if self.layers is not None:
             return self.layers
         share = DEFAULT_PARAMETERS if self.parameters is None else self.parameters
-        return math.ceil((1 - share) * depth - 1e-9)
+        removed = math.ceil((1 - share) * depth - 1e-9)
+        if removed >= depth:
+            raise ValueError(
+                f"parameters: expected at least {1 / depth:.3g}, which leaves one of {depth} layers, got {share}"
+            )
+        return removed
 
 
 @dataclass
@@ -116,7 +120,7 @@ def run(
 ) -> RunReport:
     """Measures, decides, removes, saves, and measures again what was saved; memory never holds two models."""
     model, tokenizer = load_with_tokenizer(source, loading)
-    calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
+    calibration, evaluation = split_text(model, tokenizer, text, settings)
     plan = DepthPlan.load(plan_file) if plan_file is not None else _plan(model, calibration, settings, journal)
     if settings.explain:
         _explain(plan)

@@ -29,7 +29,6 @@ from hf_cod.commands.compressing import (
 )
 from hf_cod.commands.settings import SettingsParser, model_title
 from hf_cod.decoder_layers import find_decoder_layers
-from hf_cod.evaluation import task_of
 from hf_cod.functional.sparse_low_rank import RANK_SHARE
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.low_rank import METHODS, WEIGHINGS, RankPlan, factorize, plan_ranks
@@ -42,7 +41,7 @@ DEFAULT_PARAMETERS = 0.8
 FISHER, SPECTRUM = OF_MATRICES = WEIGHINGS
 # These try plans of sparsity, which say little of ranks.
 OF_SPARSITY = ("sensitivity", "auto")
-CHOICES = (*OF_MATRICES, *(name for name in SCORES if name not in OF_SPARSITY))
+CHOICES = (*OF_MATRICES, *(name for name in SCORES if name not in (*OF_MATRICES, *OF_SPARSITY)))
 
 
 @dataclass
@@ -92,6 +91,8 @@ class FactorizeSettings(SpeedSettings, SpreadSettings):
                 raise ValueError(f"{name}: expected a share in 0..1, got {share}")
         if not 0 < self.rank_share < 1:
             raise ValueError(f"rank_share: expected a share between 0 and 1, got {self.rank_share}")
+        if self.method != "oats" and self.rank_share != RANK_SHARE:
+            raise ValueError(f"rank_share: expected method oats beside it, got {self.method}")
         if self.method == "oats" and (self.rank is not None or self.score in OF_MATRICES):
             got = self.score if self.rank is None else "rank"
             raise ValueError(f"method: expected parameters and a score of layers for oats, got {got}")
@@ -148,7 +149,7 @@ def run(
     model, tokenizer = load_with_tokenizer(source, loading)
     if scores is not None:
         scores.check(find_decoder_layers(model, settings.layers_path))
-    calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
+    calibration, evaluation = split_text(model, tokenizer, text, settings)
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
     prompt = evaluation[0]["input_ids"][:1]
     speeds = speeds_of({"intact": model}, prompt, settings)

@@ -22,6 +22,7 @@ from hf_cod.finetuning.run_directory import claim
 from hf_cod.finetuning.training import Training, scores_to_draw_by, split_windows, train
 from hf_cod.finetuning.training_settings import TrainingSettings, check_fused, check_scores
 from hf_cod.loading import ModelSettings, load_model
+from hf_cod.positions import check_length
 from hf_cod.pretraining import pack
 from hf_cod.report import RunReport, environment, format_number
 from hf_cod.scores import LayerScores
@@ -67,6 +68,7 @@ def run(
     model, tokenizer = load_model(source, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod.owlore with Trainer")
+    check_length(model, settings.sequence_length)
     windows = pack(tokenizer, load_texts(text), settings.sequence_length)
     train_windows, held_out = split_windows(windows, settings)
     batches: list[Batch] = [{"input_ids": part} for part in held_out.split(settings.micro_batch_size)]

@@ -106,7 +106,7 @@ def run(
     if task_of(model) not in LANGUAGE_MODELS:
         raise ValueError(f"model: expected a language model, whose loss can be measured, got {type(model).__name__}")
     both, evaluation = split_text(
-        tokenizer, text, replace(settings, max_samples=settings.max_samples + settings.tuning_samples), task_of(model)
+        model, tokenizer, text, replace(settings, max_samples=settings.max_samples + settings.tuning_samples)
     )
     calibration, tuning = _split(both, settings)
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
@@ -205,5 +205,5 @@ def _told_size(results: dict[str, Any]) -> str:
     return (
         f"The whole model takes {after['bytes'] / 1e6:,.1f} MB in memory, {before['bytes'] / 1e6:,.1f} before "
         f"({format_number(results['disk_bytes'] / 1e6)} MB on disk); {format_number(bits)} bits for each weight that "
-        "the layers had."
+        f"the layers' matrices had, of which {after['layer_weights'] / before['layer_weights']:.1%} are left."
     )

@@ -30,7 +30,6 @@ from hf_cod.commands.compressing import (
 )
 from hf_cod.commands.settings import SettingsParser, model_title
 from hf_cod.decoder_layers import find_decoder_layers
-from hf_cod.evaluation import task_of
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.report import RunReport
 from hf_cod.scores import METHODS as SCORES
@@ -99,7 +98,7 @@ def run(
     model, tokenizer = load_with_tokenizer(source, loading)
     if scores is not None:
         scores.check(find_decoder_layers(model, settings.layers_path))
-    calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
+    calibration, evaluation = split_text(model, tokenizer, text, settings)
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
     prompt = evaluation[0]["input_ids"][:1]
     speeds = speeds_of({"intact": model}, prompt, settings)

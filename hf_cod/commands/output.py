@@ -26,7 +26,9 @@ def check_output(directory: Path, model: str) -> None:
         raise ValueError(f"output: expected another directory than the model's, got {str(directory)!r}")
     if not os.path.lexists(directory):
         return
-    inside = {path.name for path in directory.iterdir()} if directory.is_dir() else {str(directory)}
+    if not directory.is_dir():
+        raise ValueError(f"output: expected a directory, got the file {str(directory)!r}")
+    inside = {path.name for path in directory.iterdir()}
     journal = directory / JOURNAL
     ours = journal.is_dir() and all(p.name == _RESULT or _KEPT.fullmatch(p.name) for p in journal.iterdir())
     if inside - ({JOURNAL} if ours else set()):

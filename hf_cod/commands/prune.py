@@ -26,7 +26,6 @@ from hf_cod.commands.compressing import (
 )
 from hf_cod.commands.settings import SettingsParser, model_title
 from hf_cod.decoder_layers import find_decoder_layers
-from hf_cod.evaluation import task_of
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.pruning import METHODS, RecoverySettings, measure_sparsity, parse_pattern, prune, recover
 from hf_cod.pruning.weights import check_pattern
@@ -115,7 +114,7 @@ def run(
     scores = None if settings.fixed or scores_file is None else LayerScores.load(scores_file)
     model, tokenizer = load_with_tokenizer(source, loading)
     _check_model(model, settings, scores)
-    calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
+    calibration, evaluation = split_text(model, tokenizer, text, settings)
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
     if scores is None and not settings.fixed:
         scores = _scores(model, calibration, settings)

@@ -25,7 +25,6 @@ from hf_cod.commands.compressing import (
 )
 from hf_cod.commands.settings import SettingsParser, model_title
 from hf_cod.decoder_layers import find_decoder_layers
-from hf_cod.evaluation import task_of
 from hf_cod.functional.codebook import BITS
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.model_size import bytes_of
@@ -103,7 +102,7 @@ def run(
 ) -> RunReport:
     """Measures, quantizes, saves, and measures again what was saved; memory never holds two models."""
     model, tokenizer = load_with_tokenizer(source, loading)
-    calibration, evaluation = split_text(tokenizer, text, settings, task_of(model))
+    calibration, evaluation = split_text(model, tokenizer, text, settings)
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
     before = bytes_of(model)
     scores = _scores(model, calibration, settings, scores_file)

@@ -20,6 +20,7 @@ from hf_cod.diagnostics.resuming import Journals
 from hf_cod.evaluation import task_of
 from hf_cod.files import Journal
 from hf_cod.loading import ModelSettings, load_model
+from hf_cod.positions import check_length
 from hf_cod.report import RunReport, environment, format_number, standing_out
 from hf_cod.scores import LayerScores, ScoreSettings, score_layers
 from hf_cod.statistics import LayerStatistics, collect_statistics
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     model, tokenizer = load_model(rest.model, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
+    check_length(model, settings.sequence_length)
     batches = cut_into_batches(tokenizer, load_texts(text), settings)
     if task_of(model) == "masked_lm":
         batches = mask_tokens(tokenizer, batches, settings.seed)

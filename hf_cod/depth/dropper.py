@@ -190,7 +190,8 @@ def _summary(plan: DepthPlan, before: int, after: int, replacements: list[dict[s
     ]
     if plan.protected:
         why = ": massive activations arise there" if plan.protection == MASSIVE else ", as asked for"
-        found.append(f"Layers {', '.join(map(str, plan.protected))} were protected{why}.")
+        told = "Layer {} was" if len(plan.protected) == 1 else "Layers {} were"
+        found.append(f"{told.format(', '.join(map(str, plan.protected)))} protected{why}.")
     if plan.candidates:
         order = sorted(plan.candidates, key=lambda name: plan.candidates[name]["loss"])
         told = ", ".join(f"{name.replace('_', ' ')} {plan.candidates[name]['loss']:.3f}" for name in order)

@@ -58,9 +58,13 @@ class Budget:
         least = _least_together(left)
         if self.most < within * least:
             raise ValueError(
-                f"{self.kind}: expected at least {self._in_unit(least):.4g}, the least that {', '.join(left)} can "
-                f"reach together, got {self.value:g}"
+                f"{self.kind}: expected at least {self.told(self._in_unit(least))}, the least that {', '.join(left)} "
+                f"can reach together, got {self.told(self.value)}"
             )
+
+    def told(self, value: float) -> str:
+        """A budget as it is written on the command line."""
+        return f"{value / 1e6:.4g}MB" if self.kind == "memory" else f"{value:.4g}"
 
     def _in_unit(self, left: float) -> float:
         """The budget that a share of the layers is."""

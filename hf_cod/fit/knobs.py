@@ -185,11 +185,11 @@ KNOBS: dict[str, Knob] = {
         3,
         _depth,
         _check_depth,
-        lambda x: f"{x:g} layers removed",
+        lambda x: "1 layer removed" if x == 1 else f"{x:g} layers removed",
         _left_by_depth,
     ),
     "width": Knob(
-        _shares(*range(5, 45, 5)),
+        _shares(*range(4, 42, 2)),
         3,
         _width,
         _check_width,
@@ -197,7 +197,7 @@ KNOBS: dict[str, Knob] = {
         _left_by_share,
     ),
     "rank": Knob(
-        _shares(*range(5, 55, 5)),
+        _shares(*range(5, 51)),
         4,
         _low_rank,
         _check_rank,
@@ -247,7 +247,9 @@ def chosen_knobs(knobs: Sequence[str] | None, kind: str) -> list[str]:
     if kind == "parameters":
         chosen = [knob for knob in chosen if KNOBS[knob].structural]
     if not chosen:
-        raise ValueError("knobs: expected at least one that makes parameters fewer, got none")
+        fewer = ", ".join(knob for knob in KNOBS if KNOBS[knob].structural)
+        got = ", ".join(knobs or ()) or "none"
+        raise ValueError(f"knobs: expected at least one that makes parameters fewer ({fewer}), got {got}")
     return chosen
 
 

@@ -76,6 +76,8 @@ def plan_fit(
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if isinstance(make, nn.Module):
+        raise ValueError(f"make: expected a function that loads the model, got a model ({type(make).__name__})")
     chosen = chosen_knobs(knobs, kind)
     intact = make()
     stack = find_decoder_layers(intact, path)
@@ -208,8 +210,10 @@ class _Search:
     def plan(self) -> FitPlan:
         """The best of what was measured."""
         if not self._tried:
+            budget = self._budget
             raise ValueError(
-                f"{self._budget.kind}: expected a budget that measured combinations meet, got {self._budget.value:g}"
+                f"{budget.kind}: expected a budget that measured combinations meet, got {budget.told(budget.value)}; "
+                "a larger verify measures more of them"
             )
         best = min((trial for _, trial in self._tried.values()), key=lambda trial: trial.loss)
         curve = []

@@ -28,6 +28,7 @@ from hf_cod.healing.pair import check_pair, check_tokenizers
 from hf_cod.healing.settings import HealSettings
 from hf_cod.healing.zeros import kept_at_zero, pruned_matrices
 from hf_cod.layer_by_layer import fingerprint_of_work
+from hf_cod.positions import check_length
 from hf_cod.pruning.masked_adapters import lora_layers, mask_forward, merge_masked
 from hf_cod.report import RunReport
 
@@ -81,6 +82,8 @@ def heal(
     if teacher_tokenizer is not None:
         check_tokenizers(tokenizer, teacher_tokenizer)
     check_scores(settings, scores)
+    for stack in (mine, theirs):
+        check_length(stack.model, settings.sequence_length)
     windows, held_out = _windows(data, tokenizer, held_out, settings, int(mine.config.vocab_size))
     objective = Objective(
         mine,

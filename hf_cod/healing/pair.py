@@ -65,9 +65,10 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
     mine, theirs = student.get_vocab(), teacher.get_vocab()
     if mine != theirs:
         token = min((t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)), key=str)
+        ids = [f"as {vocabulary[token]}" if token in vocabulary else "missing" for vocabulary in (mine, theirs)]
         raise ValueError(
-            f"teacher: expected the student's tokenizer, with {len(mine)} tokens and {token!r} as {mine.get(token)}, "
-            f"got {len(theirs)} tokens and {theirs.get(token)}"
+            f"teacher: expected the student's tokenizer, with {len(mine)} tokens, {token!r} {ids[0]}, got another with "
+            f"{len(theirs)} tokens, {token!r} {ids[1]}; heal by the model that the student came from"
         )
     cut = [tokenizer(PROBE, add_special_tokens=False)["input_ids"] for tokenizer in (student, teacher)]
     if cut[0] != cut[1]:

@@ -100,6 +100,7 @@ def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
         (["--layers", "0"], "n_removed: expected 1..3 of 4 layers to remove, got 0"),
         (["--layers", "4"], "n_removed: expected 1..3 of 4 layers to remove, got 4"),
         (["--layers", "1", "--parameters", "0.5"], "layers: expected no parameters beside it"),
+        (["--parameters", "0.1"], "parameters: expected at least 0.25, which leaves one of 4 layers, got 0.1"),
         (["--parameters", "1"], "parameters: expected a share between 0 and 1, got 1.0"),
         (["--criterion", "best"], "criterion: expected one of search, layer_drop"),
         (["--replacement", "best"], "replacement: expected one of none, linear, measured"),

@@ -104,9 +104,9 @@ def test_a_layer_where_massive_activations_arise_stays(method):
     named = plan_depth(model, 2, method, batches=batches, protect=[0])
     assert 0 not in named.layers
     for found, told in (
-        (plan, "Layers 2 were protected: massive activations arise there."),
+        (plan, "Layer 2 was protected: massive activations arise there."),
         (free, None),
-        (named, "Layers 0 were protected, as asked for."),
+        (named, "Layer 0 was protected, as asked for."),
     ):
         summary = drop_layers(copy.deepcopy(model), found).summary
         assert [line for line in summary if "protected" in line] == ([] if told is None else [told])

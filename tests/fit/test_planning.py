@@ -177,6 +177,11 @@ def test_bad_input_is_told_before_anything_is_measured(arguments, message, texts
         plan_fit(make, kind, budget, *texts, knobs=knobs)
 
 
+def test_a_model_is_no_way_to_make_one(texts):
+    with pytest.raises(ValueError, match="make: expected a function that loads the model, got a model"):
+        plan_fit(make(), "bits", 3.0, *texts)
+
+
 def test_the_command_shows_the_plan_and_then_runs_it(tmp_path, capsys):
     output = tmp_path / "out"
     command = ["fit", MODEL, "--memory", "7MB", "--knobs", "rank", "bits", "--verify", "1", *QUICK.split()]
@@ -201,6 +206,8 @@ def test_the_command_shows_the_plan_and_then_runs_it(tmp_path, capsys):
         (["--bits", "3.5", "--parameters", "0.5"], "budget: .*got parameters and bits"),
         (["--memory", "much"], "memory: expected a size such as 24GB or 80GiB, got 'much'"),
         (["--parameters", "1.5"], "parameters: expected a share between 0 and 1, got 1.5"),
+        (["--memory", "10kB"], r"memory: expected at least [\d.]+MB, the least .*, got 0.01MB"),
+        (["--parameters", "0.6", "--knobs", "bits"], r"knobs: .* \(depth, width, rank\), got bits"),
     ],
 )
 def test_bad_options(more, message, capsys, tmp_path):
@@ -227,3 +234,4 @@ def test_the_plan_against_all_combinations_on_a_small_grid(texts):
 
 def test_steps_are_described():
     assert {knob: k.describe(0.5) for knob, k in KNOBS.items()}["rank"] == "50% of the weights by low rank"
+    assert [KNOBS["depth"].describe(n) for n in (1.0, 2.0)] == ["1 layer removed", "2 layers removed"]
