@@ -14,6 +14,7 @@ from hf_cod.commands.finetune_memory import EstimateSettings, estimate, print_es
 from hf_cod.commands.settings import SettingsParser, default_directory, model_title
 from hf_cod.commands.sizes import in_gigabytes
 from hf_cod.commands.training import TrainingOutput, tell
+from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.diagnostics.running import held_out_perplexity
 from hf_cod.finetuning import OwLoreSettings
 from hf_cod.finetuning.memory import Memory
@@ -21,6 +22,7 @@ from hf_cod.finetuning.methods import METHODS
 from hf_cod.finetuning.run_directory import claim
 from hf_cod.finetuning.training import Training, scores_to_draw_by, split_windows, train
 from hf_cod.finetuning.training_settings import TrainingSettings, check_fused, check_scores
+from hf_cod.healing.zeros import pruned_matrices
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.positions import check_length
 from hf_cod.pretraining import pack
@@ -69,6 +71,7 @@ def run(
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod.owlore with Trainer")
     check_length(model, settings.sequence_length)
+    _check_weights(model, settings.method)
     windows = pack(tokenizer, load_texts(text), settings.sequence_length)
     train_windows, held_out = split_windows(windows, settings)
     batches: list[Batch] = [{"input_ids": part} for part in held_out.split(settings.micro_batch_size)]
@@ -96,6 +99,23 @@ def run(
         **({} if lost is None else {"lost_energy": lost}),
     }
     return _report(whole, training, told, scores, figures, model_title(source))
+
+
+def _check_weights(model: Any, method: str) -> None:
+    """Makes sure that the method can train weights as they are stored, and tells what becomes of zeros.
+
+    Raises:
+        ValueError: weights that are quantized or packed, and a method without adapters beside them.
+    """
+    if getattr(model, "is_quantized", False) and not METHODS[method].adapters:
+        beside = ", ".join(name for name, known in METHODS.items() if known.adapters)
+        raise ValueError(f"method: expected one with adapters ({beside}) on quantized or packed weights, got {method}")
+    pruned = pruned_matrices(find_decoder_layers(model))
+    if pruned:
+        logger.warning(
+            "%d matrices have zeros, which training fills; hf-cod heal and hf-cod prune --recover keep them",
+            len(pruned),
+        )
 
 
 def _expected(

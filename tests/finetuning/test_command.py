@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hf_cod import LayerScores, RunReport, perplexity, score_layers
+from hf_cod import LayerScores, RunReport, pack_sparse, perplexity, prune, score_layers
 from hf_cod.calibration import embedded_text
 from hf_cod.cli import main
 from hf_cod.commands import finetune
@@ -23,7 +23,7 @@ from hf_cod.finetuning.interruption import SaveOnInterrupt
 from hf_cod.finetuning.methods import METHODS
 from hf_cod.finetuning.training import scores_to_draw_by
 from hf_cod.finetuning.training_settings import TrainingSettings
-from hf_cod.loading import embedded_model
+from hf_cod.loading import ModelSettings, embedded_model, load_model
 from hf_cod.pretraining import pack
 from tests.tiny_models import MIXTURES, build
 from tests.tiny_training import dies_in_step_five
@@ -265,3 +265,17 @@ def test_only_checkpoints_are_cleared_away(tmp_path):
     (tmp_path / "checkpoint-4").write_text("")
     tell(RunReport("finetune", "mine", {}, {}, {}, {}), tmp_path, plots=False)
     assert {path.name for path in tmp_path.glob("check*")} == {"checkpoint-2-kept", "checkpoint-3.zip", "checkpoint-4"}
+
+
+def test_zeros_are_told_of_and_packed_weights_refused_before_anything_trains(tmp_path, capsys, caplog):
+    model, tokenizer = load_model(MODEL, ModelSettings(dtype="float32"))
+    prune(model, 0.6, "magnitude")
+    short = [*QUICK.split(), "--steps", "1"]
+    for name, change in (("pruned", lambda model: None), ("packed", pack_sparse)):
+        change(model)
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / name)
+    assert main(["finetune", str(tmp_path / "pruned"), *short, "--output", str(tmp_path / "a")]) == 0
+    assert "84 matrices have zeros, which training fills" in caplog.text + capsys.readouterr().err
+    assert main(["finetune", str(tmp_path / "packed"), *short, "--output", str(tmp_path / "b")]) == 2
+    assert "expected one with adapters (owlore-peft, lora)" in capsys.readouterr().err
