@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Sequence
@@ -134,6 +135,7 @@ def measured_on_cuda(config: LlamaConfig, name: str, checkpointing: bool) -> dic
     """Peak of CUDA's allocator over training steps from random weights, in bytes, and seconds of a step behind the
     first two; both None where the device is too small.
     """
+    gc.collect()  # what a run that did not fit left in cycles
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_cod.calibration import (
     Batch,
@@ -241,8 +241,8 @@ def measure_perplexity(model: nn.Module, batches: Sequence[Batch], settings: Mea
     return held_out_perplexity(model, batches, settings.layers_path)
 
 
-def speeds_of(models: Mapping[str, nn.Module], prompt: Tensor, settings: Any) -> Speeds:
-    """Name -> `ModelSpeed.medians`, in turns, on a prompt (1, T) or its beginning; none where `settings.speed` is off.
+def speeds_of(models: Mapping[str, nn.Module], batches: Sequence[Batch], settings: Any) -> Speeds:
+    """Name -> `ModelSpeed.medians`, in turns, on the first sample or its beginning; none where `settings.speed` is off.
 
     A command that holds one model at a time asks for the intact one before it is changed, and for what was saved
     afterwards: what else the machine does in between is in the figures. `heal`, which holds two, has them take turns,
@@ -252,7 +252,8 @@ def speeds_of(models: Mapping[str, nn.Module], prompt: Tensor, settings: Any) ->
         return {}
     path = getattr(settings, "layers_path", None)
     stacks = {name: find_decoder_layers(model, path) for name, model in models.items()}
-    return {name: found.medians() for name, found in measure_speed(stacks, prompt[:, :PROMPT_TOKENS]).items()}
+    prompt = batches[0]["input_ids"][:1, :PROMPT_TOKENS]
+    return {name: found.medians() for name, found in measure_speed(stacks, prompt).items()}
 
 
 def describe_speed(results: dict[str, Any], after: str, before: str = "intact") -> list[str]:

@@ -125,8 +125,7 @@ def run(
     if settings.explain:
         _explain(plan)
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
-    prompt = evaluation[0]["input_ids"][:1]
-    speeds = speeds_of({"intact": model}, prompt, settings)
+    speeds = speeds_of({"intact": model}, evaluation, settings)
     report = drop_layers(
         model,
         plan,
@@ -141,7 +140,7 @@ def run(
     del model
     saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["dropped"] = measure_perplexity(saved, evaluation, settings)
-    speeds |= speeds_of({"dropped": saved}, prompt, settings)
+    speeds |= speeds_of({"dropped": saved}, evaluation, settings)
     results = measured_results(report, output, perplexities, speeds, evaluation)
     return replace(
         report,

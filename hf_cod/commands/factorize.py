@@ -151,8 +151,7 @@ def run(
         scores.check(find_decoder_layers(model, settings.layers_path))
     calibration, evaluation = split_text(model, tokenizer, text, settings)
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
-    prompt = evaluation[0]["input_ids"][:1]
-    speeds = speeds_of({"intact": model}, prompt, settings)
+    speeds = speeds_of({"intact": model}, evaluation, settings)
     scores = scores or _scores(model, calibration, settings)
     plan: LayerAllocation | RankPlan
     options: dict[str, Any] = {"journal": journal, "path": settings.layers_path, "show_progress": True}
@@ -173,7 +172,7 @@ def run(
     del model
     saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["factorized"] = measure_perplexity(saved, evaluation, settings)
-    speeds |= speeds_of({"factorized": saved}, prompt, settings)
+    speeds |= speeds_of({"factorized": saved}, evaluation, settings)
     results = measured_results(report, output, perplexities, speeds, evaluation)
     given = {"score": plan.method, "text": text.text, "scores": scores_file}
     return replace(

@@ -111,8 +111,7 @@ def run(
     calibration, tuning = _split(both, settings)
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
     before = size_of(model, settings.layers_path)
-    prompt = evaluation[0]["input_ids"][:1]
-    speeds = {} if settings.plan_only else speeds_of({"intact": model}, prompt, settings)
+    speeds = {} if settings.plan_only else speeds_of({"intact": model}, evaluation, settings)
     described = environment(execution_device(model), next(model.parameters()).dtype)
     del model
     options: dict[str, Any] = {"journal": journal, "path": settings.layers_path, "show_progress": True}
@@ -136,7 +135,7 @@ def run(
     del fitted
     saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["fitted"] = measure_perplexity(saved, evaluation, settings)
-    speeds |= speeds_of({"fitted": saved}, prompt, settings)
+    speeds |= speeds_of({"fitted": saved}, evaluation, settings)
     results = {
         "plan": asdict(plan),
         "size": {"intact": asdict(before), "fitted": asdict(size_of(saved, settings.layers_path))},

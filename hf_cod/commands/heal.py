@@ -104,7 +104,7 @@ def run(
     )
     model.save_pretrained(directory / "model")  # type: ignore[operator]  # a model of transformers
     tokenizer.save_pretrained(directory / "model")
-    prompt = pack(tokenizer, load_texts(text), settings.sequence_length, most=1).long()
+    prompt = [{"input_ids": pack(tokenizer, load_texts(text), settings.sequence_length, most=1).long()}]
     results = {**report.results, "speed": speeds_of({"teacher": teacher, "healed": model}, prompt, source)}
     return replace(
         report,

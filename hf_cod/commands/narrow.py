@@ -100,8 +100,7 @@ def run(
         scores.check(find_decoder_layers(model, settings.layers_path))
     calibration, evaluation = split_text(model, tokenizer, text, settings)
     perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
-    prompt = evaluation[0]["input_ids"][:1]
-    speeds = speeds_of({"intact": model}, prompt, settings)
+    speeds = speeds_of({"intact": model}, evaluation, settings)
     scores = scores or _scores(model, calibration, settings)
     plan = allocate(scores, "parameters", settings.parameters, settings.spread)
     chosen: dict[str, Any] = {"method": settings.method, "compensation": settings.compensation}
@@ -117,7 +116,7 @@ def run(
     del model
     saved, _ = load_model(str(output), replace(loading, revision="main"))
     perplexities["narrowed"] = measure_perplexity(saved, evaluation, settings)
-    speeds |= speeds_of({"narrowed": saved}, prompt, settings)
+    speeds |= speeds_of({"narrowed": saved}, evaluation, settings)
     results = measured_results(report, output, perplexities, speeds, evaluation)
     return replace(
         report,

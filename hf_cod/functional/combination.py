@@ -91,10 +91,11 @@ def best_combinations(
         if any(used.issuperset(pair) for pair in exclusive):
             continue
         part = tuple(slice(1, None) if is_used else slice(1) for is_used in uses)
-        if not cost[part].numel():
+        costs_here = cost[part]
+        if not costs_here.numel():
             continue
-        place = torch.unravel_index(cost[part].argmin(), cost[part].shape)
-        if math.isfinite(cost[part][place]):
+        place = torch.unravel_index(costs_here.argmin(), costs_here.shape)
+        if math.isfinite(costs_here[place]):
             steps = {knob: int(at) + 1 for knob, at in zip(knobs, place, strict=True) if knob in used}
-            found.append(Combination(steps, float(left[part][place]), float(cost[part][place])))
+            found.append(Combination(steps, float(left[part][place]), float(costs_here[place])))
     return sorted(found, key=lambda combination: combination.cost)[:number]
