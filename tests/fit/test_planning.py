@@ -36,6 +36,12 @@ def texts():
     return split_samples(token_batches(tokenizer, embedded_text(), SampleSettings(64, 6, 2)), 4)
 
 
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory):
+    """A journal that plans for several budgets share, as what they try is the same."""
+    return tmp_path_factory.mktemp("trials")
+
+
 @pytest.mark.parametrize(
     "kind, knobs, budget",
     [
@@ -45,10 +51,10 @@ def texts():
         ("memory", ["rank", "sparsity"], None),
     ],
 )
-def test_plans_meet_their_budget_and_are_the_best_of_what_was_measured(kind, knobs, budget, texts, tmp_path):
+def test_plans_meet_their_budget_and_are_the_best_of_what_was_measured(kind, knobs, budget, texts, trials):
     intact = size_of(make())
     budget = budget or intact.bytes - 0.5 * intact.layer_bytes
-    plan = plan_fit(make, kind, budget, *texts, knobs=knobs, verify=1, journal=tmp_path)
+    plan = plan_fit(make, kind, budget, *texts, knobs=knobs, verify=1, journal=trials)
     model = make()
     apply_steps(model, plan.steps, Applying(texts[0]))
     size = size_of(model)
@@ -147,13 +153,13 @@ def test_no_single_method_is_lost(texts, tmp_path, monkeypatch):
     assert plan_fit(make, "parameters", 0.85, *texts, **options) == plan
 
 
-def test_what_was_measured_is_not_measured_again(texts, tmp_path, monkeypatch):
-    first = plan_fit(make, "parameters", 0.8, *texts, knobs=["rank"], journal=tmp_path)
+def test_what_was_measured_is_not_measured_again(texts, trials, tmp_path, monkeypatch):
+    first = plan_fit(make, "parameters", 0.8, *texts, knobs=["rank"], journal=trials)
     monkeypatch.setattr(hf_cod.fit.trials, "apply_steps", None)
-    assert plan_fit(make, "parameters", 0.8, *texts, knobs=["rank"], journal=tmp_path) == first
+    assert plan_fit(make, "parameters", 0.8, *texts, knobs=["rank"], journal=trials) == first
     assert FitPlan.load(first.save(tmp_path / "plan.json")) == first
     with pytest.raises(TypeError):  # another budget needs other trials
-        plan_fit(make, "parameters", 0.62, *texts, knobs=["rank"], journal=tmp_path)
+        plan_fit(make, "parameters", 0.62, *texts, knobs=["rank"], journal=trials)
 
 
 @pytest.mark.parametrize(
