@@ -14,6 +14,7 @@ INDEPENDENT = [
     74212, 1046, 153, 71, 67, 66, 77, 68, 122, 73, 75, 286, 65, 67, 62, 68, 63, 61, 64, 67, 68, 74, 71, 76, 105, 70, 69,
     78, 199, 450,
 ]  # fmt: skip
+SAMPLES = {"max_samples": 8, "sequence_length": 256}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def tokenizer(smollm2):
 
 @pytest.fixture(scope="module")
 def pre_ln(model, tokenizer, brown_text):
-    return diagnose(model, tokenizer, brown_text, max_samples=8, name="SmolLM2-135M", show_progress=False)
+    return diagnose(model, tokenizer, brown_text, name="SmolLM2-135M", show_progress=False, **SAMPLES)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_the_first_layers_matter_most_and_the_middle_least(pre_ln):
 def test_post_ln_shows_the_opposite_trend(model, tokenizer, brown_text, pre_ln, post_ln, tmp_path):
     """Post-LN: late layers turn the hidden state more and their removal costs most; Pre-LN: the early ones."""
     angles = diagnose(
-        model, tokenizer, brown_text, max_samples=8, token="all", metrics=["angular_distance"], show_progress=False
+        model, tokenizer, brown_text, token="all", metrics=["angular_distance"], show_progress=False, **SAMPLES
     )
     assert angles.results["late_share"] < 0.5 < post_ln.results["late_share"]
     post, pre = post_ln.layers["layer_drop"], pre_ln.layers["layer_drop"]
@@ -68,7 +69,7 @@ def test_post_ln_shows_the_opposite_trend(model, tokenizer, brown_text, pre_ln, 
 
 
 def test_without_a_layer_the_text_is_as_likely_as_after_dropping_it(model, tokenizer, brown_text, pre_ln, tmp_path):
-    batches = token_batches(tokenizer, brown_text, SampleSettings(max_samples=8))
+    batches = token_batches(tokenizer, brown_text, SampleSettings(**SAMPLES))
     with skip(model, 17):
         expected = perplexity(model, batches)
     assert expected == pytest.approx(pre_ln.results["layer_drop"]["without"][17], rel=1e-5)

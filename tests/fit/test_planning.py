@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_cod.fit.planning
 import hf_cod.fit.trials
-from hf_cod import FitPlan, RunReport, apply_steps, perplexity, plan_fit
+from hf_cod import FitPlan, RunReport, apply_steps, drop, perplexity, plan_fit
 from hf_cod.calibration import SampleSettings, embedded_text, split_samples, token_batches
 from hf_cod.cli import main
 from hf_cod.decoder_layers import find_decoder_layers
@@ -27,7 +27,10 @@ QUICK = "--max-samples 4 --tuning-samples 2 --eval-samples 2 --sequence-length 6
 
 
 def make():
-    return load_model(MODEL)[0]
+    """The first six layers of it: half the time."""
+    model = load_model(MODEL)[0]
+    drop(model, range(6, 12))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,9 @@ def test_a_model_that_meets_the_budget_is_left_as_it_is(texts, tmp_path, monkeyp
     assert main(["fit", MODEL, "--memory", "1GB", *QUICK.split(), "--output", str(output)]) == 0
     assert tried == [{}, {}] and capsys.readouterr().out.count("The model meets the budget as it is") == 2
     state = AutoModelForCausalLM.from_pretrained(output).state_dict()
-    assert all(torch.equal(tensor.float(), state[name].float()) for name, tensor in make().state_dict().items())
+    assert all(
+        torch.equal(tensor.float(), state[name].float()) for name, tensor in load_model(MODEL)[0].state_dict().items()
+    )
     assert (output / "trade_off.png").is_file()
 
 
@@ -145,12 +150,12 @@ def test_no_single_method_is_lost(texts, tmp_path, monkeypatch):
     for knob, found in {"rank": [0.2, 0.4], "depth": [1.0]}.items():
         monkeypatch.setitem(KNOBS, knob, replace(KNOBS[knob], levels=lambda *_, found=found: found))
     options = {"knobs": ["depth", "rank"], "verify": 0, "journal": tmp_path}
-    plan = plan_fit(make, "parameters", 0.85, *texts, **options)
-    assert all(left < 0.85 for left in plan.alone["rank"]["left"])
+    plan = plan_fit(make, "parameters", 0.82, *texts, **options)
+    assert all(left < 0.82 for left in plan.alone["rank"]["left"])
     assert plan.loss == min(plan.alone["rank"]["losses"]) and [*plan.steps] == ["rank"]
     assert plan.notes == ["depth alone does not meet the budget"]
     monkeypatch.setattr(hf_cod.fit.planning, "TIGHTENINGS", 0)  # as if each choice had missed the budget
-    assert plan_fit(make, "parameters", 0.85, *texts, **options) == plan
+    assert plan_fit(make, "parameters", 0.82, *texts, **options) == plan
 
 
 def test_what_was_measured_is_not_measured_again(texts, trials, tmp_path, monkeypatch):

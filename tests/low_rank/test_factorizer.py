@@ -458,6 +458,7 @@ def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
         factorize(type("Own", (type(build("llama")),), {})(build("llama").config), 0.5, "plain")
 
 
+@pytest.mark.slow
 def test_what_helps_on_a_real_model(smollm2, brown_text):
     """Four samples of 256 tokens to whiten with are few; plain truncation breaks the model however many there are."""
     found = {}

@@ -472,6 +472,7 @@ def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_least_squares_saves_a_real_model(smollm2, brown_text):
     """Four samples of 256 tokens are few; without them, what a fifth of the weights did is lost altogether."""
     found = {}
