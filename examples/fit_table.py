@@ -30,6 +30,7 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._name, self._loading = arguments.model, ModelSettings(dtype=arguments.dtype)
+        self.trials = Path(arguments.output) / "trials"
         tokenizer = load_model(self._name, self._loading)[1]
         self.calibration, self.tuning, self.report = cut_samples(tokenizer, arguments)
 
@@ -40,7 +41,7 @@ class Bench:
     def measure(self, steps: dict[str, float]) -> list[float]:
         """Perplexity of the second half with these steps, and the bytes of the layers."""
         model = self.make()
-        apply_steps(model, steps, Applying(self.calibration))
+        apply_steps(model, steps, Applying(self.calibration, measured=self.trials))
         return [perplexity(model, self.report), size_of(model).layer_bytes]
 
 
@@ -95,7 +96,7 @@ def main() -> None:
         journal.add("intact", perplexity(bench.make(), bench.report))
     rows: list[dict[str, Any]] = []
     for kind, value in arguments.budgets:
-        options = {"knobs": arguments.knobs, "verify": arguments.verify, "journal": output / "trials"}
+        options = {"knobs": arguments.knobs, "verify": arguments.verify, "journal": bench.trials}
         plan = plan_fit(bench.make, kind, value, bench.calibration, bench.tuning, show_progress=True, **options)
         plan.save(output / f"plan-{kind}-{value:g}.json")
         rows += rows_of(plan, bench, journal)

@@ -43,12 +43,15 @@ class Applying:
         journal: a directory for finished layers, or None.
         path: the stack's module name where it cannot be found.
         show_progress: show progress bars.
+        measured: a directory for what is measured before anything changes, which all levels of a knob share; default:
+            the journal.
     """
 
     batches: Sequence[Batch]
     journal: Path | None = None
     path: str | None = None
     show_progress: bool = False
+    measured: Path | None = None
 
     def options(self) -> dict[str, Any]:
         """As the methods take them."""
@@ -58,6 +61,10 @@ class Applying:
             "path": self.path,
             "show_progress": self.show_progress,
         }
+
+    def measuring(self) -> dict[str, Any]:
+        """As those take them that measure."""
+        return self.options() | {"journal": self.measured or self.journal}
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ def _bits_a_weight(stack: DecoderLayers) -> int:
 
 
 def _depth(model: Any, count: float, how: Applying) -> None:
-    plan = plan_depth(model, int(count), **how.options())
+    plan = plan_depth(model, int(count), **how.measuring())
     options = {key: value for key, value in how.options().items() if key in ("batches", "path")}
     drop_layers(model, plan, **options)
 
@@ -125,8 +132,8 @@ def _width(model: Any, share: float, how: Applying) -> None:
 
 
 def _low_rank(model: Any, share: float, how: Applying) -> None:
-    options = how.options()
-    factorize(model, plan_ranks(model, 1 - share, **options), "whitened", **options)
+    plan = plan_ranks(model, 1 - share, **how.measuring())
+    factorize(model, plan, "whitened", **how.options())
 
 
 def _sparse(model: Any, share: float, how: Applying) -> None:

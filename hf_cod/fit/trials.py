@@ -41,7 +41,7 @@ class Trials:
         make: gives a fresh copy of the intact model at each call; one at a time is alive.
         calibration: the text that methods calibrate on.
         tuning: the text that losses are measured on; another one.
-        directory: where they are kept, or None.
+        directory: where they are kept, and what methods measure on the way; or None.
         work: fingerprint of model and texts.
         path: the stack's module name where it cannot be found.
     """
@@ -56,8 +56,9 @@ class Trials:
         path: str | None,
     ) -> None:
         self._make, self._tuning = make, tuning
-        self._how = Applying(calibration, path=path)
-        self._journal = Journal(None if directory is None else Path(directory) / "trials.jsonl", work)
+        kept = None if directory is None else Path(directory)
+        self._how = Applying(calibration, path=path, measured=kept)
+        self._journal = Journal(None if kept is None else kept / "trials.jsonl", work)
 
     def measure(self, steps: Steps) -> Trial:
         """The loss and the size of a model with these steps.
