@@ -47,6 +47,7 @@ class Healing:
             micro_batch_size=arguments.heal_batch,
             sequence_length=arguments.sequence_length,
             bf16=arguments.heal_bf16,
+            eval_samples=4,  # the table measures by itself
         )
         self.windows = pack(tokenizer, [two_texts(arguments)[0]], arguments.sequence_length)
 
