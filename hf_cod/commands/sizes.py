@@ -20,6 +20,7 @@ def parse_bytes(text: str, field: str) -> int:
 
 
 def in_gigabytes(value: float) -> str:
-    """10^9 bytes, to three digits or so."""
+    """10^9 bytes, to two or three digits."""
     gigabytes = value / 1e9
-    return f"{gigabytes:.1f}" if gigabytes >= 10 else f"{gigabytes:.2f}"
+    form = ".1f" if gigabytes >= 10 else ".2f" if gigabytes >= 0.1 else ".2g"
+    return f"{gigabytes:{form}}"
