@@ -16,8 +16,8 @@ class ModelSize:
     Attributes:
         bytes: of all its tensors in memory.
         layer_bytes: of those inside its layers.
-        layer_weights: weights of the layers' matrices, zeros included; packed and quantized ones count as those that they
-            stand for.
+        layer_weights: weights of the layers' matrices, zeros included; packed and quantized ones count as
+            those that they stand for.
     """
 
     bytes: int
