@@ -36,9 +36,10 @@ class Bench:
         self.healing = Healing(self.model, tokenizer, arguments)
         self.width, self.search = arguments.width, Path(arguments.output) / "search"
 
-    def plan(self, criterion: str, count: int) -> list[int]:
-        """Which layers go."""
+    def plan(self, criterion: str, count: int, replacement: str) -> list[int]:
+        """Which layers go; of the search's candidates those that are best with what is put in their place."""
         options: dict[str, Any] = {"width": self.width, "journal": self.search, "show_progress": True}
+        options["replacement"] = replacement
         return plan_depth(self.model, count, criterion, batches=self.deciding, **options).layers
 
     def make(self, layers: list[int], replacement: str) -> tuple[Any, int]:
@@ -67,9 +68,12 @@ def main() -> None:
         journal.add("intact", perplexity(bench.model, bench.report))
     intact, rows = journal["intact"], []
     for count, criterion, replacement in product(arguments.layers, arguments.criteria, arguments.replacements):
-        chosen_by, key = f"{count} by {criterion}", f"{count} by {criterion} with {replacement}"
+        chosen_by = f"{count} by {criterion}"
+        if criterion == "search" and replacement != "none":
+            chosen_by += f", compared with {replacement}"
+        key = f"{chosen_by} with {replacement}"
         if chosen_by not in journal:
-            journal.add(chosen_by, bench.plan(criterion, count))
+            journal.add(chosen_by, bench.plan(criterion, count, replacement))
         layers = journal[chosen_by]
         healed = bench.healing.key(key)
         to_heal = bench.healing.asks(criterion) and healed not in journal

@@ -158,9 +158,8 @@ def run(
 def _plan(model: nn.Module, batches: Sequence[Batch], settings: DropLayersSettings, journal: Path) -> DepthPlan:
     depth = len(find_decoder_layers(model, settings.layers_path))
     options: dict[str, Any] = {"path": settings.layers_path, "journal": journal, "show_progress": True}
-    return plan_depth(
-        model, settings.count(depth), settings.criterion, batches=batches, protect=settings.protect, **options
-    )
+    options |= {"protect": settings.protect, "replacement": settings.replacement}
+    return plan_depth(model, settings.count(depth), settings.criterion, batches=batches, **options)
 
 
 def _explain(plan: DepthPlan) -> None:
@@ -175,4 +174,6 @@ def _explain(plan: DepthPlan) -> None:
     console.print(table)
     for name, found in plan.candidates.items():
         layers = ", ".join(map(str, found["layers"])) or "none"
-        console.print(f"{name}: without layers {layers} the loss is {format_number(found['loss'])}", highlight=False)
+        maps = "" if plan.replacement == "none" or not found["layers"] else ", with maps in their place,"
+        told = f"{name}: without layers {layers}{maps} the loss is {format_number(found['loss'])}"
+        console.print(told, highlight=False)

@@ -14,12 +14,14 @@ from torch import nn
 from hf_cod.calibration import Batch, check_batches, describe_batches, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.depth.depth_plan import GIVEN, MASSIVE, DepthPlan, check_count
+from hf_cod.depth.maps import REPLACEMENTS, Maps
 from hf_cod.depth.protection import massive_layers, removable
 from hf_cod.depth.removal_probe import RemovalProbe
 from hf_cod.depth.search import LayerSearch
 from hf_cod.diagnostics import ForwardMeasures, measure_forward
 from hf_cod.diagnostics.partial_pass import check_independent
 from hf_cod.diagnostics.resuming import Journals
+from hf_cod.diagnostics.running import progress
 from hf_cod.evaluation import Metric, find_metric, task_of
 from hf_cod.layer_removal import check_drop
 from hf_cod.same_model import name_of, sizes_of
@@ -37,6 +39,7 @@ def plan_depth(
     *,
     batches: Sequence[Batch],
     protect: bool | Iterable[int] = True,
+    replacement: str = "none",
     width: int = WIDTH,
     journal: str | Path | None = None,
     path: str | None = None,
@@ -55,7 +58,8 @@ def plan_depth(
 
     The search measures on the first two thirds of the samples and starts from the best of its greedy choice and the
     other criteria's. A search over few tokens fits them: so what it ended with, and what the other criteria say, meet
-    on the last third, which the search did not see, and the least loss there decides.
+    on the last third, which the search did not see, and the least loss there decides: with the replacements that are to
+    stand in the place of the layers (see `drop_layers`), as some choices leave more for a map to do than others.
 
     Args:
         model: a transformers model, wrapped or not.
@@ -64,6 +68,7 @@ def plan_depth(
         batches: dicts for the model's forward; for the search two samples at least, better dozens.
         protect: True never removes layers where massive activations arise (`massive_layers`); False lets the criterion
             decide alone; or the layers that must stay.
+        replacement: what the candidates of the search are compared with, fitted to the first two thirds.
         width: how many layers each step of the search tries.
         journal: a directory: what the search measures goes there as it comes, and the same call on the same model goes
             on where it stopped. Searches for other numbers of layers share it.
@@ -71,12 +76,14 @@ def plan_depth(
         show_progress: show progress bars.
 
     Raises:
-        ValueError: an unknown method, no such number of layers beside the protected ones, too few samples, layers that
-            share keys and values, layers that the config could not describe without (see `drop`), NaN or infinity in
-            activations (says where).
+        ValueError: an unknown method or replacement, no such number of layers beside the protected ones, too few
+            samples, layers that share keys and values, layers that the config could not describe without (see `drop`),
+            NaN or infinity in activations (says where).
     """
     if method not in CRITERIA:
         raise ValueError(f"method: expected one of {', '.join(CRITERIA)}, got {method!r}")
+    if replacement not in REPLACEMENTS:
+        raise ValueError(f"replacement: expected one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
     if width < 1:
         raise ValueError(f"width: expected at least 1, got {width}")
     stack = find_decoder_layers(model, path)
@@ -89,12 +96,13 @@ def plan_depth(
     protected = _protected(stack, protect, forward)
     journals = Journals(journal, stack.model, batches)
     free = removable(stack, n_removed, protected)
-    request = _Request(stack, n_removed, free, batches, forward, journals, width, show_progress)
+    request = _Request(stack, n_removed, free, batches, forward, journals, width, replacement, show_progress)
     found = CRITERIA[method](request)
     check_drop(model, found.layers, path)
     sizes = sizes_of(stack)
     why = (MASSIVE if protect is True else GIVEN) if protected else ""
-    return DepthPlan(name_of(stack), method, found.layers, sizes, found.costs, protected, found.candidates, why)
+    used = replacement if found.candidates else "none"
+    return DepthPlan(name_of(stack), method, found.layers, sizes, found.costs, protected, found.candidates, why, used)
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,7 @@ class _Request:
     forward: ForwardMeasures
     journals: Journals
     width: int
+    replacement: str
     show_progress: bool
 
     @property
@@ -180,17 +189,36 @@ def _search(request: _Request) -> _Found:
         candidates["angular"] = _angular(request).layers
     start = min(zip(probe.losses([*candidates.values()], "candidates"), candidates.values(), strict=True))[1]
     candidates["search"] = search.exchange(start)
-    return _choose(request, candidates, costs, unseen)
-
-
-def _choose(
-    request: _Request, candidates: dict[str, list[int]], costs: list[float | None], unseen: Sequence[Batch]
-) -> _Found:
-    """The candidate with the least loss on samples that the search did not see, of those that can be dropped."""
-    losses = request.probe("choice", unseen).losses([(), *candidates.values()], "choice")
-    told: dict[str, dict[str, Any]] = {"intact": {"layers": [], "loss": losses[0]}}
-    for (name, layers), loss in zip(candidates.items(), losses[1:], strict=True):
+    intact, *losses = request.probe("choice", unseen).losses([(), *candidates.values()], "choice")
+    if request.replacement != "none":
+        losses = _losses_with_maps(request, [*candidates.values()], seen, unseen)
+    told: dict[str, dict[str, Any]] = {"intact": {"layers": [], "loss": intact}}
+    for (name, layers), loss in zip(candidates.items(), losses, strict=True):
         told[name] = {"layers": layers, "loss": loss}
+    return _choose(request, told, costs)
+
+
+def _losses_with_maps(
+    request: _Request, candidates: Sequence[list[int]], seen: Sequence[Batch], unseen: Sequence[Batch]
+) -> list[float]:
+    """The loss without the layers of each candidate, with maps in their place, which are taken back."""
+    stack, journal = request.stack, request.journals.of("choice with maps", request.replacement, request.stack.path)
+    for layers in progress(candidates, "choice with maps", request.show_progress):
+        if str(layers) in journal:
+            continue
+        maps = Maps()
+        try:
+            maps.put(stack, layers, seen, unseen if request.replacement == "measured" else None)
+            (loss,) = RemovalProbe(stack, request.metric, unseen).losses([layers])
+        finally:
+            maps.take_back()
+        journal.add(str(layers), loss)
+    return [journal[str(layers)] for layers in candidates]
+
+
+def _choose(request: _Request, told: dict[str, dict[str, Any]], costs: list[float | None]) -> _Found:
+    """The candidate with the least loss on samples that the search did not see, of those that can be dropped."""
+    candidates = {name: found["layers"] for name, found in told.items() if name != "intact"}
     refused: ValueError | None = None
     # Of equal ones the last: the search goes before what it began with.
     for name in sorted(reversed(candidates), key=lambda name: told[name]["loss"]):

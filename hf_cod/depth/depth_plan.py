@@ -29,6 +29,7 @@ class DepthPlan(JsonFile):
             empty where none are.
         candidates: of a search, name -> {"layers", "loss"} of each plan that it ended with, the loss on text that
             the search did not see; "intact" is the model itself.
+        replacement: which of `REPLACEMENTS` stood in the place of the layers when those losses were measured.
     """
 
     FIELD = "depth_plan"
@@ -41,6 +42,7 @@ class DepthPlan(JsonFile):
     protected: list[int] = field(default_factory=list)
     candidates: dict[str, dict[str, Any]] = field(default_factory=dict)
     protection: str = ""
+    replacement: str = "none"
 
     def __post_init__(self) -> None:
         depth = len(self.parameters)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_cod.calibration import Batch, check_batches, describe_batches, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.depth.depth_plan import GIVEN, MASSIVE, DepthPlan
-from hf_cod.depth.removal_probe import RemovalProbe
-from hf_cod.depth.replacement import BlockReplacer, put_back, put_in
+from hf_cod.depth.maps import NO_MAPS, REPLACEMENTS, Maps
 from hf_cod.devices import execution_device
-from hf_cod.evaluation import Metric, find_metric, task_of
 from hf_cod.layer_removal import check_drop, drop
 from hf_cod.report import RunReport, environment
 from hf_cod.same_model import name_of, sizes_of
-from hf_cod.writable_weights import check_writable
 
-REPLACEMENTS = ("none", "linear", "measured")
 # Share of the samples that no map is fitted to, to measure on whether maps are better.
 CHOICE_SHARE = 1 / 4
 
@@ -75,14 +70,14 @@ def drop_layers(
     plan.check(stack)
     check_drop(model, plan.layers, path)
     before = sum(p.numel() for p in stack.model.parameters())
-    made = _Made([], [], [])
+    maps = Maps()
     device, dtype = execution_device(stack.model), next(stack.model.parameters()).dtype
     try:
         if batches and replacement != "none":
-            _replace(stack, plan.layers, batches, replacement == "measured", made)
+            _put_maps(stack, plan.layers, batches, replacement == "measured", maps)
         drop(model, plan.layers, path)
     except BaseException:
-        made.take_back()
+        maps.take_back()
         raise
     after = sum(p.numel() for p in stack.model.parameters())
     return RunReport(
@@ -101,84 +96,26 @@ def drop_layers(
             "protected": plan.protected,
             "candidates": plan.candidates,
             "parameters": {"intact": before, "dropped": after},
-            "replacements": made.replacements,
+            "replacements": maps.replacements,
         },
-        summary=_summary(plan, before, after, made.replacements),
-        notes=made.notes,
+        summary=_summary(plan, before, after, maps.replacements),
+        notes=maps.notes,
     )
 
 
-@dataclass(frozen=True)
-class _Made:
-    """What became of the maps, and what the matrices held that they are folded into."""
-
-    replacements: list[dict[str, Any]]
-    notes: list[str]
-    changed: list[tuple[nn.Module, dict[str, Tensor]]]
-
-    def take_back(self) -> None:
-        for matrix, before in self.changed:
-            put_back(matrix, before)
-
-
-def _replace(stack: DecoderLayers, removed: list[int], batches: Sequence[Batch], measured: bool, made: _Made) -> None:
-    """Folds a map for each run of removed layers, of which `measured` keeps those that lower the loss."""
+def _put_maps(stack: DecoderLayers, removed: list[int], batches: Sequence[Batch], measured: bool, maps: Maps) -> None:
+    """Fits maps to the samples; of measured ones to three quarters of them, and the last one decides."""
     check_batches(batches)
-    try:
-        check_writable(stack)
-        judge = _Judge(stack, removed, batches) if measured else None
-    except ValueError as error:
-        made.notes.append(f"no linear maps in the place of layers: {error}")
+    if not measured:
+        maps.put(stack, removed, batches)
         return
-    replacer = BlockReplacer(stack, removed, batches if judge is None else judge.fitting)
-    for block in replacer.blocks:
-        try:
-            matrix, name, T, explained = replacer.fit(block)
-        except ValueError as error:
-            made.notes.append(f"no linear map in the place of {block}: {error}")
-        else:
-            made.changed.append((matrix, put_in(matrix, T)))
-            told = {"layers": [*range(block.first, block.last + 1)], "matrix": name, "explained": explained}
-            verdict = {"used": True} if judge is None else judge.verdict()
-            if not verdict["used"]:
-                put_back(*made.changed.pop())
-            made.replacements.append({**told, **verdict})
-        replacer.skip(block)
-
-
-class _Judge:
-    """Whether maps lower the loss of the model without layers, on samples that no map is fitted to.
-
-    Args:
-        stack: the layers.
-        removed: which of them are left out.
-        batches: the samples.
-
-    Raises:
-        ValueError: a single sample; a model that has no loss of its own.
-    """
-
-    def __init__(self, stack: DecoderLayers, removed: list[int], batches: Sequence[Batch]) -> None:
-        samples = describe_batches(batches)["samples"]
-        if samples < 2:
-            raise ValueError(f"they need at least two samples, to fit on one and to measure on one, got {samples}")
-        self.fitting, self._measuring = split_samples(batches, samples - max(1, round(samples * CHOICE_SHARE)))
-        self._metric: Metric = find_metric(None, task_of(stack.model, batches))
-        if self._metric.compares:
-            raise ValueError(f"{type(stack.model).__name__} has no loss of its own to measure on these batches")
-        self._stack, self._removed = stack, removed
-        self._least = self._loss()
-
-    def verdict(self) -> dict[str, Any]:
-        """Whether the model as it is now is better than all before it, and both losses."""
-        loss = {"plain": self._least, "linear": self._loss()}
-        self._least = min(loss.values())
-        return {"used": loss["linear"] < loss["plain"], "loss": loss}
-
-    def _loss(self) -> float:
-        """With what is in the model now: nothing is kept from one call to the next."""
-        (found,) = RemovalProbe(self._stack, self._metric, self._measuring).losses([self._removed], "measuring maps")
-        return found
+    samples = describe_batches(batches)["samples"]
+    if samples < 2:
+        why = f"they need at least two samples, to fit on one and to measure on one, got {samples}"
+        maps.notes.append(NO_MAPS.format(why))
+        return
+    fitting, measuring = split_samples(batches, samples - max(1, round(samples * CHOICE_SHARE)))
+    maps.put(stack, removed, fitting, measuring)
 
 
 def _summary(plan: DepthPlan, before: int, after: int, replacements: list[dict[str, Any]]) -> list[str]:
@@ -195,7 +132,8 @@ def _summary(plan: DepthPlan, before: int, after: int, replacements: list[dict[s
     if plan.candidates:
         order = sorted(plan.candidates, key=lambda name: plan.candidates[name]["loss"])
         told = ", ".join(f"{name.replace('_', ' ')} {plan.candidates[name]['loss']:.3f}" for name in order)
-        found.append(f"Loss on samples that the search did not see: {told}.")
+        how = "" if plan.replacement == "none" else ", with maps"
+        found.append(f"Loss on samples that the search did not see{how}: {told}.")
     if replacements:
         used = [entry["matrix"] for entry in replacements if entry["used"]]
         where = f": {', '.join(used)}" if used else ""

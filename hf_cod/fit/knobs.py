@@ -120,9 +120,8 @@ def _bits_a_weight(stack: DecoderLayers) -> int:
 
 
 def _depth(model: Any, count: float, how: Applying) -> None:
-    plan = plan_depth(model, int(count), **how.measuring())
-    options = {key: value for key, value in how.options().items() if key in ("batches", "path")}
-    drop_layers(model, plan, **options)
+    plan = plan_depth(model, int(count), replacement="measured", **how.measuring())
+    drop_layers(model, plan, "measured", batches=how.batches, path=how.path)
 
 
 def _width(model: Any, share: float, how: Applying) -> None:

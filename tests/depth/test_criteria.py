@@ -79,6 +79,35 @@ def test_the_search_finds_the_best_removal_of_all():
     assert plan.layers == told[chosen]["layers"] and plan.method == "search"
 
 
+@pytest.mark.parametrize("replacement", ["linear", "measured"])
+def test_candidates_are_compared_with_the_maps_that_will_replace_them(replacement, tmp_path):
+    """Fitted to what the search saw, measured on what it did not; interrupted, it goes on; the model stays."""
+    model = build("llama", layers=6)
+    batches = batches_of(model)
+    before = copy.deepcopy(model.state_dict())
+    options = {"batches": batches, "protect": False, "replacement": replacement, "journal": tmp_path}
+    plan = plan_depth(model, 2, "search", **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert plan.replacement == replacement
+    losses = {}
+    for name, found in plan.candidates.items():
+        plain = losses[name] = loss_without(model, found["layers"], batches[2:])
+        if found["layers"]:
+            shorter = copy.deepcopy(model)
+            drop_layers(shorter, found["layers"], "linear", batches=batches[:2])
+            linear = loss_without(shorter, [], batches[2:])
+            assert abs(linear - plain) > 1e-4, "maps matter"
+            losses[name] = linear if replacement == "linear" else min(plain, found["loss"])
+    assert {name: found["loss"] for name, found in plan.candidates.items()} == pytest.approx(losses, abs=1e-5)
+    assert plan.layers == plan.candidates[min((n for n in losses if n != "intact"), key=losses.get)]["layers"]
+    rows = (tmp_path / "journal.jsonl").read_text()
+    assert plan_depth(model, 2, "search", **options) == plan and (tmp_path / "journal.jsonl").read_text() == rows
+    told = drop_layers(copy.deepcopy(model), plan, replacement, batches=batches).summary
+    assert any(line.startswith("Loss on samples that the search did not see, with maps: ") for line in told)
+    with pytest.raises(ValueError, match="replacement: expected one of none, linear, measured, got 'maps'"):
+        plan_depth(model, 2, "search", batches=batches, replacement="maps")
+
+
 def massive(layer, layers=5):
     """A model in which one layer adds entries that are hundreds of times those that it reads."""
     model = build("llama", layers=layers)
