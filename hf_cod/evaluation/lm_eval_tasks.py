@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -48,12 +49,22 @@ def evaluate_tasks(
     try:
         wrapped = HFLM(pretrained=unwrap(model), tokenizer=tokenizer, batch_size=batch_size)
         seeds = {f"{name}_seed": seed for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
-        found = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, log_samples=False, bootstrap_iters=0, **seeds)
+        manager = _known_tasks(any(isinstance(task, str) for task in tasks))
+        options: dict[str, Any] = {"limit": limit, "log_samples": False, "bootstrap_iters": 0, **seeds}
+        found = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, **options)
     except (KeyError, ValueError, OSError, ConnectionError) as error:
         raise ValueError(f"tasks: expected tasks that lm-eval can load, got {list(tasks)}: {error}") from error
     finally:
         model.train(training)
     return {task: _figures(values) for task, values in found["results"].items()}
+
+
+@cache
+def _known_tasks(named: bool) -> Any:
+    """lm-eval's own tasks, thousands of files that take it a while to read; tasks of one's own do without."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=named)
 
 
 def _figures(values: dict[str, Any]) -> dict[str, float]:
