@@ -189,8 +189,11 @@ def _search(request: _Request) -> _Found:
         candidates["angular"] = _angular(request).layers
     start = min(zip(probe.losses([*candidates.values()], "candidates"), candidates.values(), strict=True))[1]
     candidates["search"] = search.exchange(start)
-    intact, *losses = request.probe("choice", unseen).losses([(), *candidates.values()], "choice")
-    if request.replacement != "none":
+    choice = request.probe("choice", unseen)
+    if request.replacement == "none":
+        intact, *losses = choice.losses([(), *candidates.values()], "choice")
+    else:
+        (intact,) = choice.losses([()], "choice")
         losses = _losses_with_maps(request, [*candidates.values()], seen, unseen)
     told: dict[str, dict[str, Any]] = {"intact": {"layers": [], "loss": intact}}
     for (name, layers), loss in zip(candidates.items(), losses, strict=True):

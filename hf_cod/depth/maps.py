@@ -30,7 +30,7 @@ class Maps:
 
     replacements: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    _changed: list[tuple[nn.Module, dict[str, Tensor]]] = field(default_factory=list)
+    _changed: list[tuple[nn.Module, dict[str, Tensor]]] = field(default_factory=list, init=False)
 
     def put(
         self,

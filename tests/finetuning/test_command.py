@@ -16,6 +16,7 @@ from hf_cod.calibration import embedded_text
 from hf_cod.cli import main
 from hf_cod.commands import finetune
 from hf_cod.commands.finetune_memory import EstimateSettings
+from hf_cod.commands.sizes import in_gigabytes
 from hf_cod.commands.training import tell
 from hf_cod.finetuning import OwLoreAdamW, OwLoreSettings
 from hf_cod.finetuning.estimate import estimate_memory
@@ -70,6 +71,10 @@ def test_estimates_say_what_fits(capsys, tmp_path):
     fits = {row[0]: row[-1] for row in rows if row and row[0] in METHODS}
     assert set(fits) == set(METHODS) and fits["owlore"] == "yes" and fits["full"] == "no"
     assert not (tmp_path / "out").exists()
+
+
+def test_small_sizes_are_no_zeros():
+    assert [in_gigabytes(size) for size in (16.33e9, 2.5e9, 4.51e6, 0)] == ["16.3", "2.50", "0.0045", "0"]
 
 
 def test_estimates_count_what_adapters_have_learnt():
