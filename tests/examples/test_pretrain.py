@@ -23,6 +23,7 @@ STEPS = 8
 QUICK = f"--steps {STEPS} --batch-size 2 --micro-batch-size 1 --sequence-length 16 --precision float32 --log-every 1"
 QUICK += " --save-every 2 --evaluate-every 4 --diagnose-every 3 --validation-samples 4 --norm-placement mix"
 BOTH = ["pretrain", "pretrain_accelerate"]
+ONE_QUICKLY = ["pretrain", pytest.param("pretrain_accelerate", marks=pytest.mark.slow)]
 
 # Dies in the middle of an optimizer step, after the weights have changed.
 DIES = """
@@ -106,7 +107,7 @@ def test_a_killed_run_ends_as_one_that_was_not(name, tmp_path, text):
         assert torch.equal(resumed_weights[key], value), (key, dies_at)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", ONE_QUICKLY)
 def test_streamed_text_is_read_again_and_again_and_a_killed_run_finds_its_place(name, tmp_path, monkeypatch):
     rows = [{"text": part} for part in embedded_text()[:1500].split("\n\n") if part]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -126,7 +127,7 @@ def test_streamed_text_is_read_again_and_again_and_a_killed_run_finds_its_place(
         assert torch.equal(resumed[key], value), key
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", ONE_QUICKLY)
 def test_losses_between_logs_are_not_lost_with_a_kill(name, tmp_path, text):
     """Checkpoints fall on logged steps, so that the curve is that of a run that was not killed."""
     text = [*text, "--log-every", "2", "--save-every", "4", "--diagnose-every", "50"]
@@ -219,7 +220,7 @@ def test_two_processes_train_as_one(name, tmp_path, text):
         torch.testing.assert_close(together[key], value, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", ONE_QUICKLY)
 def test_shards_train_as_one_and_resume(name, tmp_path, text, monkeypatch):
     """FSDP2, killed in the middle, against one process that was not."""
     alone, weights, history = run(name, tmp_path / "alone", *text)

@@ -253,6 +253,7 @@ def test_smollm2_to_lns_and_back_keeps_its_perplexity(smollm2, brown_text, tmp_p
     assert AutoTokenizer.from_pretrained(tmp_path / "lns")("depth").input_ids == tokenizer("depth").input_ids
 
 
+@pytest.mark.slow
 def test_smollm2_in_bfloat16_moves_by_less_than_bfloat16_itself(smollm2, brown_text):
     """The figures of README; run with -s to see them."""
     batch = AutoTokenizer.from_pretrained(smollm2)(brown_text, return_tensors="pt").input_ids[:, :128]
