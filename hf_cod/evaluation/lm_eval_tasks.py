@@ -23,7 +23,7 @@ def evaluate_tasks(
     """Runs tasks of lm-eval (`arc_easy`, `hellaswag`, `wikitext`, ...) on a causal language model as it is.
 
     Args:
-        model: a transformers model, pruned, packed or not; its mode comes back as it was.
+        model: a transformers model, pruned, packed or not; its modules are in training afterwards as before.
         tokenizer: its tokenizer.
         tasks: names of lm-eval's tasks, or dicts of their settings, for tasks of one's own (with `dataset_path: json`
             they read local files).
@@ -45,18 +45,24 @@ def evaluate_tasks(
         raise ImportError("tasks: lm-eval's tasks need the lm_eval package: pip install 'hf_cod[lm-eval]'") from error
     if not tasks:
         raise ValueError("tasks: expected at least one task of lm-eval, got none")
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     try:
         wrapped = HFLM(pretrained=unwrap(model), tokenizer=tokenizer, batch_size=batch_size)
         seeds = {f"{name}_seed": seed for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
-        manager = _known_tasks(any(isinstance(task, str) for task in tasks))
+        manager = _known_tasks(not all(_stands_alone(task) for task in tasks))
         options: dict[str, Any] = {"limit": limit, "log_samples": False, "bootstrap_iters": 0, **seeds}
         found = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, **options)
-    except (KeyError, ValueError, OSError, ConnectionError) as error:
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"tasks: expected tasks that lm-eval can load, got {list(tasks)}: {error}") from error
     finally:
-        model.train(training)
+        for module in training:  # HFLM sets all to evaluation
+            module.training = True
     return {task: _figures(values) for task, values in found["results"].items()}
+
+
+def _stands_alone(task: str | dict[str, Any]) -> bool:
+    """Whether a task names its own data: a name, or a group or variation of lm-eval's tasks, needs those."""
+    return isinstance(task, dict) and "dataset_path" in task and "group" not in task
 
 
 @cache

@@ -1,10 +1,12 @@
 import builtins
 import json
 
+import lm_eval.tasks
 import pytest
 import torch
 
 from hf_cod import evaluate_tasks, pack_sparse
+from hf_cod.evaluation import lm_eval_tasks
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -67,6 +69,21 @@ def test_packed_models_are_measured_as_they_are(task):
         model.model.layers[1].mlp.up_proj.weight.mul_(torch.rand(48, 32) > 0.8)
     pack_sparse(model)
     assert evaluate_tasks(model, gpt_like(), [task], limit=2)["counting"]["acc"] in (0, 0.5, 1)
+
+
+def test_groups_of_known_tasks_find_them_and_modes_come_back(task, monkeypatch):
+    """Reading all of lm-eval's tasks takes a while: here only whether they are asked for."""
+    model, asked = build("llama").train(), []
+    model.model.layers[0].eval()
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_defaults: asked.append(include_defaults))
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda *args, **options: {"results": {}})
+    lm_eval_tasks._known_tasks.cache_clear()
+    group = {"group": "mine", "task": [{"task": "arc_easy", "num_fewshot": 2}]}
+    for tasks in ([task], [group], [{"task": "arc_easy", "num_fewshot": 2}], ["arc_easy"]):
+        evaluate_tasks(model, gpt_like(), tasks)
+    lm_eval_tasks._known_tasks.cache_clear()
+    assert asked == [False, True], "each kind once"
+    assert model.training and model.model.layers[1].training and not model.model.layers[0].mlp.training
 
 
 def test_bad_tasks(task, monkeypatch):
