@@ -49,11 +49,17 @@ def shaped_model(base: Any, config_class: Any) -> Any:
 def heads_of(config_class: Any) -> dict[str, Any]:
     """Auto class -> the model class that a configuration class of `shaped_config` has there."""
     heads: dict[str, Any] = {}
+    for name, base in stock_heads(config_class.base_config):
+        heads.setdefault(name, shaped_model(base, config_class))
+    return heads
+
+
+def stock_heads(config_class: Any) -> list[tuple[str, Any]]:
+    """(Auto class, model class) of each head that a configuration class of transformers has there."""
+    heads = []
     for name in AUTO_CLASSES:
-        found = getattr(transformers, name)._model_mapping.get(config_class.base_config, None)
-        for base in found if isinstance(found, tuple) else (found,):
-            if base is not None:
-                heads.setdefault(name, shaped_model(base, config_class))
+        found = getattr(transformers, name)._model_mapping.get(config_class, None)
+        heads += [(name, base) for base in (found if isinstance(found, tuple) else (found,)) if base is not None]
     return heads
 
 

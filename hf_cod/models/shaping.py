@@ -8,7 +8,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .configuration_shaped import MODEL_TYPE, shaped_config
-from .modeling_shaped import shaped_model
+from .modeling_shaped import shaped_model, stock_heads
 from .own_config import own_config
 from .shapes import ShapedModel, build_shapes
 
@@ -17,13 +17,16 @@ def check_shapeable(model: Any) -> None:
     """Makes sure that `record_shapes` will find the classes that it needs.
 
     Raises:
-        ValueError: no model of transformers itself or of this package.
+        ValueError: no model of transformers itself or of this package, or one that no Auto class would load.
     """
     name = type(model).__name__
     family = getattr(getattr(model, "config", None), "model_type", None)
     stock = getattr(transformers, name, None) is type(model) and family in CONFIG_MAPPING
     if not (stock or isinstance(model, ShapedModel)):
         raise ValueError(f"model: expected a class of transformers or hf_cod, got {name}, which could not be saved")
+    if stock and type(model) not in [head for _, head in stock_heads(type(model.config))]:
+        known = ", ".join(sorted({head.__name__ for _, head in stock_heads(type(model.config))}))
+        raise ValueError(f"model: expected one of {known}, which Auto classes load, got {name}")
 
 
 def record_shapes(model: Any, changes: dict[str, dict[str, int]]) -> None:
