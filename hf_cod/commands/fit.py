@@ -30,6 +30,7 @@ from hf_cod.commands.sizes import parse_bytes
 from hf_cod.devices import execution_device
 from hf_cod.evaluation import LANGUAGE_MODELS, task_of
 from hf_cod.fit import Applying, FitPlan, apply_steps, describe_steps, plan_fit
+from hf_cod.fit.budget import check_budget
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.model_size import size_of
 from hf_cod.report import RunReport, environment, format_number
@@ -64,14 +65,10 @@ class FitSettings(SpeedSettings, MeasuringSettings):
             raise ValueError(
                 f"budget: expected one of --memory, --parameters and --bits, got {' and '.join(given) or 'none'}"
             )
-        if self.parameters is not None and not 0 < self.parameters < 1:
-            raise ValueError(f"parameters: expected a share between 0 and 1, got {self.parameters}")
-        if self.bits is not None and not self.bits > 0:
-            raise ValueError(f"bits: expected a number above 0, got {self.bits}")
         for name, least in (("tuning_samples", 1), ("verify", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        self.budget()
+        check_budget(*self.budget())
 
     def budget(self) -> tuple[str, float]:
         """Kind and value."""

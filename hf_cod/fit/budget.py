@@ -7,8 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
+from hf_cod.fit.fit_plan import KINDS
 from hf_cod.fit.knobs import EXCLUSIVE
 from hf_cod.model_size import ModelSize
+
+
+def check_budget(kind: str, value: float) -> None:
+    """Makes sure that this can be a budget.
+
+    Raises:
+        ValueError: an unknown kind, nothing or less, or a share of parameters above 1.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if kind == "parameters" and not 0 < value <= 1:
+        raise ValueError(f"parameters: expected a share between 0 and 1, got {value}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{kind}: expected a finite number above 0, got {value}")
 
 
 @dataclass(frozen=True)

@@ -231,8 +231,9 @@ KNOBS: dict[str, Knob] = {
 }
 # A matrix is stored packed or in few bits, not both.
 EXCLUSIVE = (("sparsity", "bits"),)
-# What a method raises that a model, or what is installed, is not made for, and a trial for a loss that is not finite.
-FAILURES = (ValueError, ImportError)
+# What a method raises that a model, or what is installed, is not made for, and a trial for a loss that is not finite;
+# RuntimeError: what torch raises where a matrix has no decomposition, a device no memory or an operation no kernel.
+FAILURES = (ValueError, ImportError, RuntimeError)
 
 
 def describe_steps(steps: dict[str, float]) -> str:

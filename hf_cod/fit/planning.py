@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from hf_cod.calibration import Batch
+from hf_cod.calibration import Batch, check_batches
 from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.diagnostics.resuming import Journals, digest_batches
 from hf_cod.diagnostics.running import progress
 from hf_cod.files import fingerprint
-from hf_cod.fit.budget import Budget
-from hf_cod.fit.fit_plan import KINDS, FitPlan
+from hf_cod.fit.budget import Budget, check_budget
+from hf_cod.fit.fit_plan import FitPlan
 from hf_cod.fit.knobs import EXCLUSIVE, FAILURES, KNOBS, chosen_knobs, describe_steps, left_out
 from hf_cod.fit.trials import Steps, Trial, Trials
 from hf_cod.functional.combination import Combination, best_combinations, filled, rising
@@ -69,15 +69,18 @@ def plan_fit(
         show_progress: show a progress bar.
 
     Raises:
-        ValueError: an unknown kind or knob; a budget out of reach, which says the least possible, before anything is
-            measured (where knobs fail on the way, or rounding decides, once they are measured alone); a named knob that
-            the model cannot do, before anything is measured where the model shows it.
+        ValueError: an unknown kind or knob; a budget that is none, or out of reach, which says the least possible,
+            before anything is measured (where knobs fail on the way, or rounding decides, once they are measured
+            alone); a named knob that the model cannot do, before anything is measured where the model shows it.
         ImportError: a named knob needs a package that is not installed; before anything is measured.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    check_budget(kind, budget)
     if isinstance(make, nn.Module):
         raise ValueError(f"make: expected a function that loads the model, got a model ({type(make).__name__})")
+    for name, batches in (("calibration", calibration), ("tuning", tuning)):
+        if not batches:
+            raise ValueError(f"{name}: expected at least one batch, got none")
+        check_batches(batches)
     chosen = chosen_knobs(knobs, kind)
     intact = make()
     stack = find_decoder_layers(intact, path)
@@ -131,14 +134,14 @@ class _Search:
         """Fills the tables that combinations are compared by; step 0 of a knob is not to use it."""
         wanted = {knob: _spread(len(levels), KNOBS[knob].tried) for knob, levels in self._levels.items()}
         todo = [(knob, step) for knob, steps in wanted.items() for step in steps]
-        failed: dict[str, dict[int, Exception]] = {}
+        failed: dict[str, dict[int, str]] = {}
         for knob, step in progress(todo, "trying each step alone", show_progress):
             try:
                 trial = self._trials.measure({knob: self._levels[knob][step - 1]})
             except FAILURES as error:
                 if self._named and step == wanted[knob][-1] and knob not in self._alone:
                     raise
-                failed.setdefault(knob, {})[step] = error
+                failed.setdefault(knob, {})[step] = str(error)  # the error itself would keep the model in memory
             else:
                 self._alone.setdefault(knob, {})[step] = trial
         for knob, errors in failed.items():
@@ -155,7 +158,7 @@ class _Search:
             self._saved[knob] = filled(saved, number)
             self._costs[knob] = filled(rising(costs), number)
 
-    def _keep_what_works(self, knob: str, errors: dict[int, Exception]) -> None:
+    def _keep_what_works(self, knob: str, errors: dict[int, str]) -> None:
         """Cuts a knob's levels to the first ones in a row at which it works; leaves it out where there are none."""
         found, levels = self._alone.get(knob, {}), self._levels[knob]
         if not found:

@@ -1,9 +1,11 @@
 """Plans that meet a budget, and hf-cod fit, on the small model that the package carries."""
 
+import gc
 import itertools
 import math
 import re
 import sys
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -17,6 +19,7 @@ from hf_cod import FitPlan, RunReport, apply_steps, drop, perplexity, plan_fit
 from hf_cod.calibration import SampleSettings, embedded_text, split_samples, token_batches
 from hf_cod.cli import main
 from hf_cod.decoder_layers import find_decoder_layers
+from hf_cod.files import Journal
 from hf_cod.fit import KNOBS, Applying
 from hf_cod.loading import embedded_model, load_model
 from hf_cod.model_size import size_of
@@ -145,6 +148,45 @@ def test_what_a_model_shows_at_once(family, knobs):
         KNOBS["depth"].check(find_decoder_layers(build(family, layers=2)))
 
 
+def test_models_of_failed_trials_are_not_kept(texts, monkeypatch):
+    """One at a time is in memory."""
+    made, alive = [], []
+
+    def making():
+        alive.append(sum(model() is not None for model in made))
+        model = make()
+        made.append(weakref.ref(model))
+        return model
+
+    def fails(model, level, how):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(KNOBS, "width", replace(KNOBS["width"], apply=fails))
+    monkeypatch.setitem(KNOBS, "rank", replace(KNOBS["rank"], levels=lambda *_: [0.1]))
+    monkeypatch.delitem(KNOBS, "depth")
+    plan = plan_fit(making, "parameters", 0.91, *texts, verify=0)
+    assert plan.notes[0] == "width is left out: out of memory"
+    gc.collect()
+    assert len(alive) == 6 and max(alive) == 0  # the intact one twice, width at three levels, rank at one
+
+
+def test_trials_share_what_is_measured_before_anything_changes(texts, tmp_path, monkeypatch):
+    """The search for two layers reads what the one for one layer measured; spectra are found once."""
+    found, add = [], Journal.add
+
+    def noted(self, key, value):
+        add(self, key, value)
+        if self.path is not None:  # others hold losses of a model with maps in it
+            found.append((self.work, key))
+
+    monkeypatch.setattr(Journal, "add", noted)
+    for knob, levels in {"rank": [0.2, 0.3], "depth": [1.0, 2.0]}.items():
+        monkeypatch.setitem(KNOBS, knob, replace(KNOBS[knob], levels=lambda *_, levels=levels: levels))
+    plan_fit(make, "parameters", 0.8, *texts, knobs=["depth", "rank"], verify=0, journal=tmp_path)
+    assert any(key.startswith("without ") for _, key in found)
+    assert len(found) == len(set(found)), "nothing is measured twice"
+
+
 def test_no_single_method_is_lost(texts, tmp_path, monkeypatch):
     """What was measured within the budget counts, where the level between was not found, or is worse."""
     for knob, found in {"rank": [0.2, 0.4], "depth": [1.0]}.items():
@@ -189,7 +231,17 @@ def test_bad_input_is_told_before_anything_is_measured(arguments, message, texts
         plan_fit(make, kind, budget, *texts, knobs=knobs)
 
 
-def test_a_model_is_no_way_to_make_one(texts):
+def test_bad_arguments(texts):
+    for kind, budget, message in (
+        ("parameters", 60, "parameters: expected a share between 0 and 1, got 60"),
+        ("bits", math.nan, "bits: expected a finite number above 0, got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_fit(make, kind, budget, *texts)
+    with pytest.raises(ValueError, match="batches: expected dicts of tensors for the model's forward, got str"):
+        plan_fit(make, "bits", 3.0, ["some text"], texts[1])
+    with pytest.raises(ValueError, match="tuning: expected at least one batch, got none"):
+        plan_fit(make, "bits", 3.0, texts[0], [])
     with pytest.raises(ValueError, match="make: expected a function that loads the model, got a model"):
         plan_fit(make(), "bits", 3.0, *texts)
 
