@@ -262,20 +262,28 @@ def split_samples(batches: Sequence[Batch], first: int) -> tuple[list[Batch], li
     before: list[Batch] = []
     behind: list[Batch] = []
     for batch in batches:
-        samples = len(next(iter(batch.values())))
+        samples = _count_samples(batch)
         cut = min(max(first, 0), samples)
         if cut:
-            before.append({name: tensor[:cut] for name, tensor in batch.items()})
+            before.append({name: _cut(value, slice(cut)) for name, value in batch.items()})
         if cut < samples:
-            behind.append({name: tensor[cut:] for name, tensor in batch.items()})
+            behind.append({name: _cut(value, slice(cut, None)) for name, value in batch.items()})
         first -= samples
     return before, behind
 
 
+def _cut(value: Any, rows: slice) -> Any:
+    """What is no tensor (a flag) goes with all samples."""
+    return value[rows] if isinstance(value, Tensor) else value
+
+
+def _count_samples(batch: Batch) -> int:
+    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+
+
 def describe_batches(batches: Sequence[Batch]) -> dict[str, int]:
     """How many samples and, of text, tokens without padding the batches hold."""
-    first = [next(iter(batch.values())) for batch in batches]
-    found = {"samples": sum(len(tensor) for tensor in first)}
+    found = {"samples": sum(map(_count_samples, batches))}
     if all("input_ids" in batch for batch in batches):
         masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
         found["tokens"] = sum(int(mask.sum()) for mask in masks)

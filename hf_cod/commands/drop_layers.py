@@ -72,6 +72,17 @@ class DropLayersSettings(SpeedSettings, MeasuringSettings):
         if self.parameters is not None and not 0 < self.parameters < 1:
             raise ValueError(f"parameters: expected a share between 0 and 1, got {self.parameters}")
 
+    def check_beside_plan(self) -> None:
+        """Makes sure that nothing was asked for that a plan has decided already.
+
+        Raises:
+            ValueError: how many layers, a criterion, or protection.
+        """
+        names = ("layers", "parameters", "criterion", "protect")
+        given = [name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        if given:
+            raise ValueError(f"plan: expected no {given[0]} beside it, which the plan has decided")
+
     def count(self, depth: int) -> int:
         """How many of `depth` layers go: the fewest that leave no more than the share of parameters."""
         if self.layers is not None:
@@ -104,6 +115,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     loading, text, settings, files, rest = parser.parse(arguments)
+    if files.plan is not None:
+        settings.check_beside_plan()
     return write_results(
         "drop-layers", rest.model, files, partial(run, rest.model, loading, text, settings, files.plan)
     )
@@ -144,7 +157,13 @@ def run(
     results = measured_results(report, output, perplexities, speeds, evaluation)
     return replace(
         report,
-        settings={**asdict(settings), "text": text.text, "plan": plan_file, **describe_batches(calibration)},
+        settings={
+            **asdict(settings),
+            "criterion": plan.method,
+            "text": text.text,
+            "plan": plan_file,
+            **describe_batches(calibration),
+        },
         results=results,
         summary=[
             *report.summary,
@@ -174,6 +193,6 @@ def _explain(plan: DepthPlan) -> None:
     console.print(table)
     for name, found in plan.candidates.items():
         layers = ", ".join(map(str, found["layers"])) or "none"
-        maps = "" if plan.replacement == "none" or not found["layers"] else ", with maps in their place,"
+        maps = ", with maps in their place," if found.get("maps") else ""
         told = f"{name}: without layers {layers}{maps} the loss is {format_number(found['loss'])}"
         console.print(told, highlight=False)

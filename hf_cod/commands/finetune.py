@@ -22,10 +22,10 @@ from hf_cod.finetuning.methods import METHODS
 from hf_cod.finetuning.run_directory import claim
 from hf_cod.finetuning.training import Training, scores_to_draw_by, split_windows, train
 from hf_cod.finetuning.training_settings import TrainingSettings, check_fused, check_scores
-from hf_cod.healing.zeros import pruned_matrices
 from hf_cod.loading import ModelSettings, load_model
 from hf_cod.positions import check_length
 from hf_cod.pretraining import pack
+from hf_cod.pruned_weights import pruned_matrices
 from hf_cod.report import RunReport, environment, format_number
 from hf_cod.scores import LayerScores
 

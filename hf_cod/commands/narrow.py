@@ -120,7 +120,13 @@ def run(
     results = measured_results(report, output, perplexities, speeds, evaluation)
     return replace(
         report,
-        settings={**asdict(settings), "text": text.text, "scores": scores_file, **describe_batches(calibration)},
+        settings={
+            **asdict(settings),
+            "score": scores.method,
+            "text": text.text,
+            "scores": scores_file,
+            **describe_batches(calibration),
+        },
         layers={**report.layers, "score": scores.values},
         results=results,
         summary=[

@@ -38,7 +38,7 @@ def plan_depth(
     method: str = "search",
     *,
     batches: Sequence[Batch],
-    protect: bool | Iterable[int] = True,
+    protect: bool | int | Iterable[int] = True,
     replacement: str = "none",
     width: int = WIDTH,
     journal: str | Path | None = None,
@@ -59,7 +59,8 @@ def plan_depth(
     The search measures on the first two thirds of the samples and starts from the best of its greedy choice and the
     other criteria's. A search over few tokens fits them: so what it ended with, and what the other criteria say, meet
     on the last third, which the search did not see, and the least loss there decides: with the replacements that are to
-    stand in the place of the layers (see `drop_layers`), as some choices leave more for a map to do than others.
+    stand in the place of the layers (see `drop_layers`), as some choices leave more for a map to do than others. Maps
+    that are to be "measured" are kept by the loss on that third, too, so that losses with them are a little too good.
 
     Args:
         model: a transformers model, wrapped or not.
@@ -67,7 +68,7 @@ def plan_depth(
         method: see the table.
         batches: dicts for the model's forward; for the search two samples at least, better dozens.
         protect: True never removes layers where massive activations arise (`massive_layers`); False lets the criterion
-            decide alone; or the layers that must stay.
+            decide alone; or the layers that must stay, or one.
         replacement: what the candidates of the search are compared with, fitted to the first two thirds.
         width: how many layers each step of the search tries.
         journal: a directory: what the search measures goes there as it comes, and the same call on the same model goes
@@ -192,20 +193,21 @@ def _search(request: _Request) -> _Found:
     choice = request.probe("choice", unseen)
     if request.replacement == "none":
         intact, *losses = choice.losses([(), *candidates.values()], "choice")
+        measured = [(loss, 0) for loss in losses]
     else:
         (intact,) = choice.losses([()], "choice")
-        losses = _losses_with_maps(request, [*candidates.values()], seen, unseen)
-    told: dict[str, dict[str, Any]] = {"intact": {"layers": [], "loss": intact}}
-    for (name, layers), loss in zip(candidates.items(), losses, strict=True):
-        told[name] = {"layers": layers, "loss": loss}
+        measured = _losses_with_maps(request, [*candidates.values()], seen, unseen)
+    told: dict[str, dict[str, Any]] = {"intact": {"layers": [], "loss": intact, "maps": 0}}
+    for (name, layers), (loss, maps) in zip(candidates.items(), measured, strict=True):
+        told[name] = {"layers": layers, "loss": loss, "maps": maps}
     return _choose(request, told, costs)
 
 
 def _losses_with_maps(
     request: _Request, candidates: Sequence[list[int]], seen: Sequence[Batch], unseen: Sequence[Batch]
-) -> list[float]:
-    """The loss without the layers of each candidate, with maps in their place, which are taken back."""
-    stack, journal = request.stack, request.journals.of("choice with maps", request.replacement, request.stack.path)
+) -> list[tuple[float, int]]:
+    """The loss without the layers of each candidate, with maps in their place, which are taken back, and how many."""
+    stack, journal = request.stack, request.journals.of("losses with maps", request.replacement, request.stack.path)
     for layers in progress(candidates, "choice with maps", request.show_progress):
         if str(layers) in journal:
             continue
@@ -215,8 +217,8 @@ def _losses_with_maps(
             (loss,) = RemovalProbe(stack, request.metric, unseen).losses([layers])
         finally:
             maps.take_back()
-        journal.add(str(layers), loss)
-    return [journal[str(layers)] for layers in candidates]
+        journal.add(str(layers), [loss, sum(entry["used"] for entry in maps.replacements)])
+    return [(loss, count) for loss, count in (journal[str(layers)] for layers in candidates)]
 
 
 def _choose(request: _Request, told: dict[str, dict[str, Any]], costs: list[float | None]) -> _Found:
@@ -249,10 +251,10 @@ CRITERIA: dict[str, Callable[[_Request], _Found]] = {
 }
 
 
-def _protected(stack: DecoderLayers, protect: bool | Iterable[int], forward: ForwardMeasures) -> list[int]:
+def _protected(stack: DecoderLayers, protect: bool | int | Iterable[int], forward: ForwardMeasures) -> list[int]:
     if isinstance(protect, bool):
         return massive_layers(forward) if protect else []
-    found = sorted(set(protect))
+    found = [protect] if isinstance(protect, int) else sorted(set(protect))
     wrong = [i for i in found if not 0 <= i < len(stack)]
     if wrong:
         raise ValueError(f"protect: expected True, False or indices from 0 to {len(stack) - 1}, got {wrong}")

@@ -27,9 +27,10 @@ class DepthPlan(JsonFile):
         protected: layers that no criterion was free to remove.
         protection: why: "massive", because massive activations arise there, or "given", because somebody named them;
             empty where none are.
-        candidates: of a search, name -> {"layers", "loss"} of each plan that it ended with, the loss on text that
-            the search did not see; "intact" is the model itself.
-        replacement: which of `REPLACEMENTS` stood in the place of the layers when those losses were measured.
+        candidates: of a search, name -> {"layers", "loss", "maps"} of each plan that it ended with: the loss on text
+            that the search did not see, and the number of maps that stood in the place of layers; "intact" is the
+            model itself.
+        replacement: which of `REPLACEMENTS` the candidates were compared with.
     """
 
     FIELD = "depth_plan"

@@ -22,8 +22,8 @@ CHOICE_SHARE = 1 / 4
 
 def drop_layers(
     model: nn.Module,
-    plan: DepthPlan | Sequence[int],
-    replacement: str = "none",
+    plan: DepthPlan | Sequence[int] | int,
+    replacement: str | None = None,
     *,
     batches: Sequence[Batch] | None = None,
     path: str | None = None,
@@ -49,8 +49,8 @@ def drop_layers(
 
     Args:
         model: a transformers model, wrapped or not; for maps with plain weights.
-        plan: from `plan_depth`, or the layers to remove.
-        replacement: see the table.
+        plan: from `plan_depth`, or the layers to remove, or one.
+        replacement: see the table; default: what the plan's candidates were compared with, of layers none.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
         path: the stack's module name where it cannot be found.
         name: the model's name in the report; default: where it was loaded from.
@@ -60,13 +60,16 @@ def drop_layers(
             these, and whatever else ends the work on the way, the model is unchanged.
     """
     stack = find_decoder_layers(model, path)
+    sizes = sizes_of(stack)
+    if not isinstance(plan, DepthPlan):
+        plan = DepthPlan(name_of(stack), GIVEN, [plan] if isinstance(plan, int) else sorted(plan), sizes)
+    replacement = plan.replacement if replacement is None else replacement
     if replacement not in REPLACEMENTS:
         raise ValueError(f"replacement: expected one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
     if replacement != "none" and not batches:
-        raise ValueError(f"batches: expected at least one for the replacement {replacement}, got none")
-    sizes = sizes_of(stack)
-    if not isinstance(plan, DepthPlan):
-        plan = DepthPlan(name_of(stack), GIVEN, sorted(plan), sizes)
+        raise ValueError(
+            f"batches: expected at least one for the replacement {replacement}, got none; replacement='none' needs none"
+        )
     plan.check(stack)
     check_drop(model, plan.layers, path)
     before = sum(p.numel() for p in stack.model.parameters())
@@ -99,7 +102,7 @@ def drop_layers(
             "replacements": maps.replacements,
         },
         summary=_summary(plan, before, after, maps.replacements),
-        notes=maps.notes,
+        notes=[*_other_replacement(plan, replacement), *maps.notes],
     )
 
 
@@ -118,6 +121,12 @@ def _put_maps(stack: DecoderLayers, removed: list[int], batches: Sequence[Batch]
     maps.put(stack, removed, fitting, measuring)
 
 
+def _other_replacement(plan: DepthPlan, replacement: str) -> list[str]:
+    if not plan.candidates or replacement == plan.replacement:
+        return []
+    return [f"the plan compared its candidates with replacement {plan.replacement}; here it is {replacement}"]
+
+
 def _summary(plan: DepthPlan, before: int, after: int, replacements: list[dict[str, Any]]) -> list[str]:
     removed = ", ".join(map(str, plan.layers))
     why = "as asked for" if plan.method == GIVEN else f"chosen by {plan.method.replace('_', ' ')}"
@@ -132,7 +141,7 @@ def _summary(plan: DepthPlan, before: int, after: int, replacements: list[dict[s
     if plan.candidates:
         order = sorted(plan.candidates, key=lambda name: plan.candidates[name]["loss"])
         told = ", ".join(f"{name.replace('_', ' ')} {plan.candidates[name]['loss']:.3f}" for name in order)
-        how = "" if plan.replacement == "none" else ", with maps"
+        how = ", with maps" if any(found.get("maps") for found in plan.candidates.values()) else ""
         found.append(f"Loss on samples that the search did not see{how}: {told}.")
     if replacements:
         used = [entry["matrix"] for entry in replacements if entry["used"]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_cod.calibration import Batch
 from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.depth.removal_probe import RemovalProbe
-from hf_cod.depth.replacement import BlockReplacer, put_back, put_in
+from hf_cod.depth.replacement import BlockReplacer, contents, put_back, put_in
 from hf_cod.evaluation import Metric, find_metric, task_of
 from hf_cod.writable_weights import check_writable
 
@@ -60,18 +60,23 @@ class Maps:
             except ValueError as error:
                 self.notes.append(f"no linear map in the place of {block}: {error}")
             else:
-                self._changed.append((matrix, put_in(matrix, T)))
+                self._changed.append((matrix, contents(matrix)))  # first: whatever ends the work can take it back
+                put_in(matrix, T)
                 told = {"layers": [*range(block.first, block.last + 1)], "matrix": name, "explained": explained}
                 verdict = {"used": True} if judge is None else judge.verdict()
                 if not verdict["used"]:
-                    put_back(*self._changed.pop())
+                    self._take_last_back()
                 self.replacements.append({**told, **verdict})
             replacer.skip(block)
 
     def take_back(self) -> None:
         """Gives the matrices what they held."""
         while self._changed:
-            put_back(*self._changed.pop())
+            self._take_last_back()
+
+    def _take_last_back(self) -> None:
+        put_back(*self._changed[-1])
+        self._changed.pop()
 
 
 class _Judge:

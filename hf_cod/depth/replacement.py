@@ -20,6 +20,7 @@ from hf_cod.diagnostics.running import evaluation_mode
 from hf_cod.evaluation import model_inputs
 from hf_cod.functional.depth import wide
 from hf_cod.functional.linear_map import DAMPING, MapSums, fold
+from hf_cod.pruned_weights import is_pruned
 
 # How far the layer's output may be from what it would be if the matrix' output were added to it, as a share.
 ADDED_WITHIN = 0.05
@@ -103,7 +104,7 @@ class BlockReplacer:
                 with _outputs_of(matrix) as added:
                     hidden, _ = run_layer(self._stack, front, model_inputs(batch), before)
                 mask = batch.get("attention_mask")
-                rows = slice(None) if mask is None else mask.bool().flatten()
+                rows = slice(None) if mask is None else mask.bool().flatten().to(hidden.device)
                 # Widened first, so that bf16 does not round the difference.
                 r = (wide(wanted.to(hidden.device)) - wide(hidden)).flatten(0, 1)[rows]
                 sums.add(added[-1].reshape(-1, added[-1].shape[-1])[rows], r)
@@ -125,21 +126,24 @@ class BlockReplacer:
         self._at = max(self._at, layer)
 
 
+def contents(matrix: nn.Module) -> dict[str, Tensor]:
+    """A copy of what a matrix holds, for `put_back`."""
+    return {name: p.detach().clone() for name, p in matrix.named_parameters(recurse=False)}
+
+
 @torch.no_grad()
-def put_in(matrix: Any, T: Tensor) -> dict[str, Tensor]:
-    """Folds a map into a Linear or Conv1D, in place; returns what it held before."""
-    before = {name: p.detach().clone() for name, p in matrix.named_parameters(recurse=False)}
+def put_in(matrix: Any, T: Tensor) -> None:
+    """Folds a map into a Linear or Conv1D, in place."""
     turned = isinstance(matrix, Conv1D)
     W = fold(matrix.weight.mT if turned else matrix.weight, T)
     matrix.weight.copy_(W.mT if turned else W)
     if matrix.bias is not None:
         matrix.bias.copy_(fold(matrix.bias[:, None], T)[:, 0])
-    return before
 
 
 @torch.no_grad()
 def put_back(matrix: nn.Module, before: dict[str, Tensor]) -> None:
-    """Gives a matrix what `put_in` returned."""
+    """Gives a matrix what it held before."""
     for name, p in matrix.named_parameters(recurse=False):
         p.copy_(before[name])
 
@@ -151,7 +155,8 @@ def added_matrix(
 
     That is tried, not read from names: a change d of the matrix' output must change the layer's output by d. It holds
     for the MLP's last matrix of Pre-LN families (and of a shared expert), not where a norm follows (Post-LN, sandwich
-    norms), and not for banks of experts, which are no single matrix.
+    norms), and not for banks of experts, which are no single matrix. A map has no zeros, so that a pruned matrix takes
+    none.
 
     Raises:
         ValueError: there is none; says why.
@@ -166,9 +171,11 @@ def added_matrix(
             handle.remove()
     if not called:
         raise ValueError(f"layer {layer} has no single matrix to fold into")
-    matrix = linears[called[-1]]
+    matrix: Any = linears[called[-1]]
     if type(matrix) not in (nn.Linear, Conv1D) or called.count(called[-1]) != 1:
         raise ValueError(f"the last matrix of layer {layer}, {called[-1]}, is not a plain one that runs once a token")
+    if is_pruned(matrix.weight):
+        raise ValueError(f"a map would fill the zeros of {called[-1]} of layer {layer}, which is pruned")
     d = hidden if hidden.any() else torch.ones_like(hidden)
     handle = matrix.register_forward_hook(
         lambda module, args, output: output + d.view_as(output) if output.numel() == d.numel() else output
@@ -177,7 +184,8 @@ def added_matrix(
         changed, _ = run_layer(stack, layer, inputs, before)
     finally:
         handle.remove()
-    if float((changed - hidden - d).norm()) > ADDED_WITHIN * float(d.norm()):
+    error = (wide(changed) - wide(hidden) - wide(d)).norm()  # float16 would overflow to infinity
+    if not float(error) <= ADDED_WITHIN * float(wide(d).norm()):
         raise ValueError(f"what {called[-1]} of layer {layer} gives is not added to the hidden state as it is")
     return called[-1], matrix
 

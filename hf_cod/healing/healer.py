@@ -26,9 +26,10 @@ from hf_cod.healing.healed import healing_report
 from hf_cod.healing.objective import Objective
 from hf_cod.healing.pair import check_pair, check_tokenizers
 from hf_cod.healing.settings import HealSettings
-from hf_cod.healing.zeros import kept_at_zero, pruned_matrices
+from hf_cod.healing.zeros import kept_at_zero
 from hf_cod.layer_by_layer import fingerprint_of_work
 from hf_cod.positions import check_length
+from hf_cod.pruned_weights import pruned_matrices
 from hf_cod.pruning.masked_adapters import lora_layers, mask_forward, merge_masked
 from hf_cod.report import RunReport
 
@@ -80,6 +81,8 @@ def heal(
     settings, sampling = settings or HealSettings(), sampling or OwLoreSettings()
     mine, theirs, matching = check_pair(student, teacher, settings)
     if teacher_tokenizer is not None:
+        if tokenizer is None:
+            raise ValueError("tokenizer: expected the student's beside teacher_tokenizer, got none")
         check_tokenizers(tokenizer, teacher_tokenizer)
     check_scores(settings, scores)
     for stack in (mine, theirs):

@@ -52,7 +52,10 @@ class Objective:
         labels = targets(batch, "causal_lm") if self.labels else None
         loss = logit_loss(logits, wanted, self.temperature, keep, labels, self.labels)
         if self.hidden:
-            errors = [hidden_loss(x, y.to(x.device), keep) for x, y in zip(mine, theirs, strict=True)]
+            errors = []
+            for x, y in zip(mine, theirs, strict=True):  # each layer on the device that it is on
+                kept = None if keep is None else keep.to(x.device)
+                errors.append(hidden_loss(x, y.to(x.device), kept).to(loss.device))
             loss = loss + self.hidden * torch.stack(errors).mean()
         return loss
 

@@ -10,7 +10,7 @@ from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.evaluation import task_of
 from hf_cod.healing.matching import Matching, match_layers
 from hf_cod.healing.settings import HealSettings
-from hf_cod.healing.zeros import pruned_matrices
+from hf_cod.pruned_weights import pruned_matrices
 from hf_cod.writable_weights import check_writable
 
 # Spaces, capitals, digits, accents, other scripts, a line's end: where tokenizers with one vocabulary still differ.

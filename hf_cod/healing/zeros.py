@@ -9,17 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_cod.decoder_layers import DecoderLayers
-
-# Share of zeros from which on a matrix counts as pruned: a few are there by chance, of weights that were rounded.
-LEAST_SHARE = 0.01
-
-
-def pruned_matrices(stack: DecoderLayers) -> list[nn.Parameter]:
-    """Weights of the layers' matrices, banks of experts included, of which at least `LEAST_SHARE` is 0."""
-    found = [p for layer in stack for p in layer.parameters() if p.dim() > 1 and p.is_floating_point()]
-    return [p for p in found if int((p == 0).sum()) >= LEAST_SHARE * p.numel()]
-
 
 @contextmanager
 def kept_at_zero(parameters: list[nn.Parameter]) -> Iterator[Callable[[], None]]:

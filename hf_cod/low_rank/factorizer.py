@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.allocation import LayerAllocation, same_share
-from hf_cod.calibration import Batch, describe_batches
+from hf_cod.calibration import Batch, check_batches, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.devices import execution_device
 from hf_cod.functional import factorization, sparse_low_rank
@@ -91,6 +91,7 @@ def factorize(
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if METHODS[method] and not batches:
         raise ValueError(f"batches: expected at least one for {method}, got none")
+    check_batches(batches or ())
     if not 0 < rank_share < 1:
         raise ValueError(f"rank_share: expected a share between 0 and 1, got {rank_share}")
     _check_model(stack)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hf_cod.calibration import Batch, split_samples
+from hf_cod.calibration import Batch, check_batches, split_samples
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.partial_pass import check_independent
 from hf_cod.evaluation import LANGUAGE_MODELS, task_of
@@ -67,6 +67,7 @@ def plan_ranks(
         raise ValueError(f"method: expected one of {', '.join(WEIGHINGS)}, got {method!r}")
     if method == "fisher" and not batches:
         raise ValueError("batches: expected at least one for fisher, got none")
+    check_batches(batches or ())
     stack = find_decoder_layers(model, path)
     total = sum(sizes_of(stack))
     least = sum(least_weights(stack, index) for index in range(len(stack)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.allocation import LayerAllocation, same_share
-from hf_cod.calibration import Batch, describe_batches
+from hf_cod.calibration import Batch, check_batches, describe_batches
 from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.diagnostics.partial_pass import check_independent
 from hf_cod.functional import channels
@@ -102,6 +102,7 @@ def narrow(
     sequential = needs_inputs(method, compensation)
     if (sequential or METHODS[method].gradients) and not batches:
         raise ValueError(f"batches: expected at least one for {method} with {compensation}, got none")
+    check_batches(batches or ())
     _check_model(stack)
     units = [find_units(stack, index) for index in range(len(stack))]
     chosen = _plan(stack, units, plan, multiple)

@@ -11,6 +11,7 @@ from hf_cod.decoder_layers import DecoderLayers
 from hf_cod.devices import execution_device
 from hf_cod.layer_by_layer import FinishedLayers
 from hf_cod.layer_units import KINDS, LayerUnits
+from hf_cod.pruned_weights import pruned_matrices
 from hf_cod.report import RunReport, environment
 from hf_cod.same_model import name_of, sizes_of
 from hf_cod.width.width_plan import WidthPlan
@@ -30,6 +31,7 @@ class WidthReporter:
         self.name = name or name_of(stack)
         self.sizes = sizes_of(stack)
         self.parameters = _count(stack.model.parameters())
+        self.pruned = len(pruned_matrices(stack))
 
     def report(
         self,
@@ -82,8 +84,19 @@ class WidthReporter:
                     for note in notes
                     for matrix in note["unseen"]
                 ),
+                *self._filled(),
             ],
         )
+
+    def _filled(self) -> list[str]:
+        """Whether zeros of pruned matrices were filled."""
+        filled = self.pruned - len(pruned_matrices(self.stack))
+        if filled <= 0:
+            return []
+        return [
+            f"{filled} of {self.pruned} pruned matrices have lost their zeros: least_squares fits all that is left "
+            "of a matrix anew; narrow before you prune, or with compensation none or bias"
+        ]
 
 
 def _share(units: LayerUnits, kind: str, kept: dict[str, int]) -> float | None:

@@ -65,6 +65,7 @@ def test_an_earlier_plan_and_a_named_number(checkpoint):
     saved, _ = load_model(str(checkpoint / "out"))
     assert torch.equal(saved.model.layers[1].mlp.up_proj.weight, model.model.layers[2].mlp.up_proj.weight)
     assert (checkpoint / "out" / "removed.png").is_file()
+    assert RunReport.load(checkpoint / "out").settings["criterion"] == "given"
     assert (
         drop_layers(checkpoint, "two", "--layers", "3", "--criterion", "layer_drop", "--no-protect", "--no-plots") == 0
     )
@@ -105,6 +106,8 @@ def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
         (["--criterion", "best"], "criterion: expected one of search, layer_drop"),
         (["--replacement", "best"], "replacement: expected one of none, linear, measured"),
         (["--plan", "none.json"], "depth_plan: expected a file"),
+        (["--plan", "none.json", "--layers", "2"], "plan: expected no layers beside it, which the plan has decided"),
+        (["--plan", "none.json", "--no-protect"], "plan: expected no protect beside it"),
         (["--eval-samples", "0"], "eval_samples: expected at least 1"),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 
 from hf_cod import DepthPlan, drop_layers, find_decoder_layers, plan_depth
 from hf_cod.depth import CRITERIA
+from hf_cod.depth.maps import Maps
 from hf_cod.depth.protection import JUMP
 from hf_cod.depth.removal_probe import RemovalProbe
 from hf_cod.diagnostics import measure_layer_drop
@@ -81,7 +82,7 @@ def test_the_search_finds_the_best_removal_of_all():
 
 @pytest.mark.parametrize("replacement", ["linear", "measured"])
 def test_candidates_are_compared_with_the_maps_that_will_replace_them(replacement, tmp_path):
-    """Fitted to what the search saw, measured on what it did not; interrupted, it goes on; the model stays."""
+    """Fitted to what the search saw, measured on what it did not; the model stays."""
     model = build("llama", layers=6)
     batches = batches_of(model)
     before = copy.deepcopy(model.state_dict())
@@ -93,19 +94,48 @@ def test_candidates_are_compared_with_the_maps_that_will_replace_them(replacemen
     for name, found in plan.candidates.items():
         plain = losses[name] = loss_without(model, found["layers"], batches[2:])
         if found["layers"]:
-            shorter = copy.deepcopy(model)
-            drop_layers(shorter, found["layers"], "linear", batches=batches[:2])
-            linear = loss_without(shorter, [], batches[2:])
-            assert abs(linear - plain) > 1e-4, "maps matter"
-            losses[name] = linear if replacement == "linear" else min(plain, found["loss"])
+            shorter, maps = copy.deepcopy(model), Maps()
+            measuring = batches[2:] if replacement == "measured" else None
+            maps.put(find_decoder_layers(shorter), found["layers"], batches[:2], measuring)
+            losses[name] = loss_without(shorter, found["layers"], batches[2:])
+            used = sum(entry["used"] for entry in maps.replacements)
+            assert found["maps"] == used and (abs(losses[name] - plain) > 1e-4) == bool(used)
+            assert used == len(maps.replacements) or replacement == "measured"
     assert {name: found["loss"] for name, found in plan.candidates.items()} == pytest.approx(losses, abs=1e-5)
     assert plan.layers == plan.candidates[min((n for n in losses if n != "intact"), key=losses.get)]["layers"]
     rows = (tmp_path / "journal.jsonl").read_text()
     assert plan_depth(model, 2, "search", **options) == plan and (tmp_path / "journal.jsonl").read_text() == rows
-    told = drop_layers(copy.deepcopy(model), plan, replacement, batches=batches).summary
-    assert any(line.startswith("Loss on samples that the search did not see, with maps: ") for line in told)
+    report = drop_layers(copy.deepcopy(model), plan, batches=batches)
+    assert report.settings["replacement"] == replacement and not report.notes
+    how = ", with maps" if any(found["maps"] for found in plan.candidates.values()) else ""
+    assert f"Loss on samples that the search did not see{how}: " in " ".join(report.summary)
+    assert "compared its candidates with" in drop_layers(copy.deepcopy(model), plan, "none").notes[0]
+    with pytest.raises(ValueError, match=f"batches: expected at least one for the replacement {replacement}, got none"):
+        drop_layers(model, plan)
     with pytest.raises(ValueError, match="replacement: expected one of none, linear, measured, got 'maps'"):
         plan_depth(model, 2, "search", batches=batches, replacement="maps")
+
+
+def test_an_interrupted_comparison_takes_maps_back_and_goes_on(tmp_path, monkeypatch):
+    model = build("llama", layers=6)
+    before = copy.deepcopy(model.state_dict())
+    options = {"batches": batches_of(model), "protect": False, "replacement": "linear"}
+    expected = plan_depth(model, 2, "search", **options)
+    put, done = Maps.put, []
+
+    def dies(self, *arguments):
+        put(self, *arguments)
+        done.append(arguments)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Maps, "put", dies)
+    with pytest.raises(KeyboardInterrupt):
+        plan_depth(model, 2, "search", **options, journal=tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert plan_depth(model, 2, "search", **options, journal=tmp_path) == expected
+    different = {str(found["layers"]) for found in expected.candidates.values() if found["layers"]}
+    assert len(done) == len(different) + 1, "only what was interrupted is measured again"
 
 
 def massive(layer, layers=5):
@@ -235,6 +265,9 @@ def test_bad_input():
         plan_depth(model, 1, batches=one)
     with pytest.raises(ValueError, match="protect: expected True, False or indices from 0 to 3, got"):
         plan_depth(model, 1, batches=batches, protect=[7])
+    flagged = [{**batch, "use_cache": False} for batch in batches]
+    given = [plan_depth(model, 1, batches=flagged, protect=protect) for protect in (3, [3])]
+    assert given[0] == given[1] and given[0].protected == [3]
     with pytest.raises(ValueError, match="width: expected at least 1, got 0"):
         plan_depth(model, 1, batches=batches, width=0)
     model.config.num_kv_shared_layers = 2

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_cod.depth.dropper
 import hf_cod.layer_removal
-from hf_cod import drop, drop_layers, find_decoder_layers, perplexity, plan_depth, skip
+from hf_cod import drop, drop_layers, find_decoder_layers, perplexity, plan_depth, prune, skip
 from hf_cod.calibration import SampleSettings, split_samples, token_batches
 from hf_cod.depth.replacement import BlockReplacer, blocks_of
 from hf_cod.functional.linear_map import DAMPING, MapSums
@@ -172,6 +172,28 @@ def test_stock_transformers_loads_the_result_in_a_fresh_process(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.equal(torch.load(tmp_path / "logits.pt"), outputs(model, {"input_ids": torch.arange(3, 12)[None]}))
+
+
+def test_zeros_of_a_pruned_model_stay():
+    model = build("llama", layers=6)
+    prune(model, 0.5, "magnitude")
+    whole = build("llama", layers=6)
+    masks = [p == 0 for layer in (0, 2, 3, 4, 5) for p in model.model.layers[layer].parameters()]
+    report = drop_layers(model, 1, "linear", batches=batches_of(model))
+    assert "a map would fill the zeros of mlp.down_proj of layer 0, which is pruned" in report.notes[0].replace(
+        "model.layers.0.", ""
+    )
+    left = [p == 0 for layer in model.model.layers for p in layer.parameters()]
+    assert all(map(torch.equal, left, masks))
+    assert drop_layers(whole, 1, "linear", batches=batches_of(whole)).results["replacements"][0]["used"]
+
+
+def test_what_is_added_is_found_out_in_float16_too():
+    """Norms of large hidden states are above what float16 can say."""
+    model = build("olmo2", dtype=torch.float16)
+    model.model.layers[0].post_feedforward_layernorm.weight.data.fill_(10_000)
+    report = drop_layers(model, 1, "linear", batches=batches_of(model))
+    assert "is not added to the hidden state as it is" in report.notes[0] and not report.results["replacements"]
 
 
 def test_nothing_stands_in_front_of_layer_0():

@@ -19,9 +19,10 @@ from hf_cod.healing.healed import recovered_share
 from hf_cod.healing.objective import Objective
 from hf_cod.healing.pair import check_tokenizers
 from hf_cod.healing.settings import count_tokens
-from hf_cod.healing.zeros import kept_at_zero, pruned_matrices
+from hf_cod.healing.zeros import kept_at_zero
 from hf_cod.models.shapes import LowRankLinear
 from hf_cod.pretraining import pack
+from hf_cod.pruned_weights import pruned_matrices
 from tests.tiny_models import batch_for, build
 from tests.tiny_tokenizers import bert_like, gpt_like
 
@@ -278,6 +279,8 @@ def test_texts_and_the_end_of_them_to_measure_on():
     assert report.results["perplexity"] == expected.results["perplexity"]
     with pytest.raises(ValueError, match="tokenizer: expected the student's to make windows of texts, got none"):
         heal(student, teacher, [text], settings("full"))
+    with pytest.raises(ValueError, match="tokenizer: expected the student's beside teacher_tokenizer, got none"):
+        heal(student, teacher, WINDOWS, settings("full"), teacher_tokenizer=tokenizer)
     with pytest.raises(ValueError, match="text: expected more than the 99 windows of 12 tokens"):
         heal(student, teacher, text, settings("full", eval_samples=99), tokenizer=tokenizer)
 

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertForPreTraining
 from transformers.pytorch_utils import Conv1D
 
 from hf_cod import (
@@ -412,6 +412,11 @@ def test_bad_plans():
         factorize(model, 0.5, "best")
     with pytest.raises(ValueError, match="batches: expected at least one for whitened, got none"):
         factorize(model, 0.5)
+    for call in (factorize, plan_ranks):
+        with pytest.raises(ValueError, match="batches: expected dicts of tensors for the model's forward, got str"):
+            call(model, 0.5, batches=["some text"])
+    with pytest.raises(ValueError, match=r"model: expected one of .*BertForMaskedLM, .*got BertForPreTraining"):
+        factorize(BertForPreTraining(build("bert").config), 0.5, "plain")
 
 
 def test_plans_of_another_model_are_refused(tmp_path, caplog):

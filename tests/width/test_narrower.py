@@ -20,6 +20,7 @@ from hf_cod import (
     find_decoder_layers,
     narrow,
     perplexity,
+    prune,
 )
 from hf_cod.calibration import SampleSettings, split_samples, token_batches
 from hf_cod.functional.channels import DAMPING, fluctuation
@@ -397,6 +398,16 @@ def test_a_plan_goes_through_a_file(tmp_path):
     assert (report.results["heads"], report.results["channels"]) == (plan.heads, plan.channels)
 
 
+@pytest.mark.parametrize("compensation", ["least_squares", "none"])
+def test_zeros_that_are_filled_are_told_of(compensation):
+    """Of the last matrices of attention and MLP, 2 in each of 4 layers."""
+    model = build("llama")
+    prune(model, 0.5, "magnitude")
+    notes = narrow(model, 0.7, compensation=compensation, batches=two_batches(model), multiple=8).notes
+    told = [note for note in notes if "lost their zeros" in note]
+    assert [note[:31] for note in told] == (["8 of 28 pruned matrices have los"[:31]] if compensation != "none" else [])
+
+
 def test_bad_plans():
     model = build("llama")
     before = [p.detach().clone() for p in model.parameters()]
@@ -422,6 +433,7 @@ def test_bad_plans():
         ({"method": "best"}, "method: expected one of fluctuation, taylor, magnitude, got 'best'"),
         ({"compensation": "luck"}, "compensation: expected one of least_squares, bias, none, got 'luck'"),
         ({}, "batches: expected at least one for fluctuation with least_squares, got none"),
+        ({"batches": ["some text"]}, "batches: expected dicts of tensors for the model's forward, got str"),
         ({"method": "taylor", "compensation": "none"}, "batches: expected at least one for taylor with none, got none"),
         ({"method": "magnitude", "compensation": "none", "multiple": 0}, "multiple: expected a whole number above 0"),
     ]:
