@@ -162,12 +162,12 @@ def test_models_of_failed_trials_are_not_kept(texts, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setitem(KNOBS, "width", replace(KNOBS["width"], apply=fails))
-    monkeypatch.setitem(KNOBS, "rank", replace(KNOBS["rank"], levels=lambda *_: [0.1]))
-    monkeypatch.delitem(KNOBS, "depth")
+    for knob, level in {"depth": 1.0, "rank": 0.1}.items():
+        monkeypatch.setitem(KNOBS, knob, replace(KNOBS[knob], levels=lambda *_, level=level: [level]))
     plan = plan_fit(making, "parameters", 0.91, *texts, verify=0)
     assert plan.notes[0] == "width is left out: out of memory"
     gc.collect()
-    assert len(alive) == 6 and max(alive) == 0  # the intact one twice, width at three levels, rank at one
+    assert len(alive) == 7 and max(alive) == 0  # the intact one twice, width at three levels, the others at one
 
 
 def test_trials_share_what_is_measured_before_anything_changes(texts, tmp_path, monkeypatch):
