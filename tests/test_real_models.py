@@ -14,7 +14,7 @@ INDEPENDENT = [
     74212, 1046, 153, 71, 67, 66, 77, 68, 122, 73, 75, 286, 65, 67, 62, 68, 63, 61, 64, 67, 68, 74, 71, 76, 105, 70, 69,
     78, 199, 450,
 ]  # fmt: skip
-SAMPLES = {"max_samples": 8, "sequence_length": 256}
+SAMPLES = {"max_samples": 4, "sequence_length": 256}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def pre_ln(model, tokenizer, brown_text):
 def post_ln(mpnet, brown_text):
     encoder = AutoModel.from_pretrained(mpnet, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(mpnet)
-    options = {"max_samples": 8, "sequence_length": 128, "token": "all"}
+    options = {"max_samples": 4, "sequence_length": 128, "token": "all"}
     return diagnose(encoder, tokenizer, brown_text, name="MPNet", show_progress=False, **options)
 
 
