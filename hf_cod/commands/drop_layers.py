@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,8 @@ class DropLayersSettings(SpeedSettings, MeasuringSettings):
         Raises:
             ValueError: how many layers, a criterion, or protection.
         """
-        names = ("layers", "parameters", "criterion", "protect")
-        given = [name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        decided = ("layers", "parameters", "criterion", "protect")
+        given = [f.name for f in fields(self) if f.name in decided and getattr(self, f.name) != f.default]
         if given:
             raise ValueError(f"plan: expected no {given[0]} beside it, which the plan has decided")
 

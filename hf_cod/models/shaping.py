@@ -24,9 +24,10 @@ def check_shapeable(model: Any) -> None:
     stock = getattr(transformers, name, None) is type(model) and family in CONFIG_MAPPING
     if not (stock or isinstance(model, ShapedModel)):
         raise ValueError(f"model: expected a class of transformers or hf_cod, got {name}, which could not be saved")
-    if stock and type(model) not in [head for _, head in stock_heads(type(model.config))]:
-        known = ", ".join(sorted({head.__name__ for _, head in stock_heads(type(model.config))}))
-        raise ValueError(f"model: expected one of {known}, which Auto classes load, got {name}")
+    if stock:
+        known = {head.__name__ for _, head in stock_heads(type(model.config))}
+        if name not in known:
+            raise ValueError(f"model: expected one of {', '.join(sorted(known))}, which Auto classes load, got {name}")
 
 
 def record_shapes(model: Any, changes: dict[str, dict[str, int]]) -> None:

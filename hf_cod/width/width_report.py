@@ -90,8 +90,8 @@ class WidthReporter:
 
     def _filled(self) -> list[str]:
         """Whether zeros of pruned matrices were filled."""
-        filled = self.pruned - len(pruned_matrices(self.stack))
-        if filled <= 0:
+        filled = self.pruned - len(pruned_matrices(self.stack)) if self.pruned else 0
+        if not filled:
             return []
         return [
             f"{filled} of {self.pruned} pruned matrices have lost their zeros: least_squares fits all that is left "
