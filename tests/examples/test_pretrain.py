@@ -220,7 +220,8 @@ def test_two_processes_train_as_one(name, tmp_path, text):
         torch.testing.assert_close(together[key], value, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ONE_QUICKLY)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOTH)
 def test_shards_train_as_one_and_resume(name, tmp_path, text, monkeypatch):
     """FSDP2, killed in the middle, against one process that was not."""
     alone, weights, history = run(name, tmp_path / "alone", *text)
