@@ -247,8 +247,10 @@ def check_batches(batches: Iterable[Any]) -> None:
     """Makes sure that batches are what a model's forward takes, and not the texts themselves.
 
     Raises:
-        ValueError: something else than a dict; says how batches are made.
+        ValueError: something else than a dict, which says how batches are made; what can be read only once.
     """
+    if isinstance(batches, Iterator):
+        raise ValueError(f"batches: expected a list, which is read several times, got {type(batches).__name__}")
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise ValueError(

@@ -91,7 +91,7 @@ def find_units(stack: DecoderLayers, index: int) -> LayerUnits:
         if isinstance(found, Units):
             units.found.append(found)
         else:
-            units.whole.append(f"layer {index}: its {what} stays whole: {found}")
+            units.whole.append(f"{what} stays whole: {found}")
     return units
 
 
@@ -101,6 +101,7 @@ class _Layer:
     def __init__(self, stack: DecoderLayers, index: int) -> None:
         self.prefix = f"{stack.path}.{index}."
         self.modules = dict(walk(stack[index], self.prefix[:-1]))
+        self.has_experts = bool(stack.experts(index))
 
     def plain(self, *names: str) -> bool:
         """Whether all of these are Linears or Conv1D."""
@@ -167,7 +168,7 @@ def _channels(layer: _Layer) -> Units | str:
         if rows != [_parts(name) * width for name in readers]:
             return f"{rows} rows do not go with {width} columns"
         return layer.units(CHANNELS, width, 1, module, readers, writer)
-    return "no matrices to and from its channels that are known"
+    return "experts are not narrowed" if layer.has_experts else "no matrices to and from its channels that are known"
 
 
 def _parts(name: str) -> int:

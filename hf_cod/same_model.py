@@ -47,8 +47,15 @@ def name_of(stack: DecoderLayers) -> str:
     return str(getattr(config, "_name_or_path", "") or type(stack.model).__name__)
 
 
-def warn_of_other_name(field: str, model: str, stack: DecoderLayers) -> None:
-    """Warns where the names differ, but for the directories before them: a model may have moved."""
+def other_name(field: str, model: str, stack: DecoderLayers) -> list[str]:
+    """A sentence where the names differ, but for the directories before them: a model may have moved; else none."""
     mine = name_of(stack)
-    if model.rstrip("/").rpartition("/")[2] != mine.rstrip("/").rpartition("/")[2]:
-        logger.warning("%s: expected those of %s, got those of %s, whose layers are as large", field, mine, model)
+    if model.rstrip("/").rpartition("/")[2] == mine.rstrip("/").rpartition("/")[2]:
+        return []
+    return [f"{field}: used on {mine}, but found on {model}, whose layers are as large"]
+
+
+def warn_of_other_name(field: str, model: str, stack: DecoderLayers) -> None:
+    """Warns where the names differ; see `other_name`."""
+    for told in other_name(field, model, stack):
+        logger.warning("%s", told)

@@ -267,7 +267,8 @@ def describe_speed(results: dict[str, Any], after: str, before: str = "intact") 
         for part, what in told.items()
         if old[part] is not None and new[part] is not None
     ]
-    return [f"Tokens a second: {', '.join(figures)}."]
+    apart = "" if before == "teacher" else "; timed apart, so that a busy machine shows, too"
+    return [f"Tokens a second: {', '.join(figures)}{apart}."]
 
 
 def describe_perplexity(results: dict[str, Any], after: str) -> list[str]:

@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = SettingsParser(
         [ModelSettings, TextSettings, DropLayersSettings, DropLayersOutput],
         prog="hf-cod drop-layers",
-        description="Removes the layers that a model misses least, and writes a stock checkpoint, which loads without "
+        description="Removes the layers that a model misses least. A stock model stays one, which loads without "
         "hf_cod. Interrupted, the same command goes on where its search stopped. The model itself is never touched.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
@@ -167,6 +167,7 @@ def run(
         results=results,
         summary=[
             *report.summary,
+            *_told_loading(saved),
             describe_sizes(results, "dropped"),
             *describe_perplexity(results, "dropped"),
             *describe_speed(results, "dropped"),
@@ -179,6 +180,13 @@ def _plan(model: nn.Module, batches: Sequence[Batch], settings: DropLayersSettin
     options: dict[str, Any] = {"path": settings.layers_path, "journal": journal, "show_progress": True}
     options |= {"protect": settings.protect, "replacement": settings.replacement}
     return plan_depth(model, settings.count(depth), settings.criterion, batches=batches, **options)
+
+
+def _told_loading(saved: Any) -> list[str]:
+    """What it takes to load a model that is no stock one; fewer layers change nothing of that."""
+    if not saved.config.model_type.startswith("cod_"):
+        return []
+    return ["As before, it loads where hf_cod is imported, and with trust_remote_code without it."]
 
 
 def _explain(plan: DepthPlan) -> None:
@@ -194,5 +202,5 @@ def _explain(plan: DepthPlan) -> None:
     for name, found in plan.candidates.items():
         layers = ", ".join(map(str, found["layers"])) or "none"
         maps = ", with maps in their place," if found.get("maps") else ""
-        told = f"{name}: without layers {layers}{maps} the loss is {format_number(found['loss'])}"
+        told = f"{name}: without layers {layers}{maps} the {plan.metric} is {format_number(found['loss'])}"
         console.print(told, highlight=False)

@@ -71,7 +71,10 @@ class FactorizeSettings(SpeedSettings, SpreadSettings):
     )
     rank: float | None = field(
         default=None,
-        metadata={"help": "share of full rank to keep, instead; what it would enlarge stays whole"},
+        metadata={
+            "help": "share of full rank to keep, instead, by a score of layers (such as --score angular); what it "
+            "would enlarge stays whole"
+        },
     )
     rank_share: float = field(
         default=RANK_SHARE, metadata={"help": "of the weights that oats keeps, the part in thin factors"}
@@ -88,7 +91,7 @@ class FactorizeSettings(SpeedSettings, SpreadSettings):
         for name in ("parameters", "rank"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
-                raise ValueError(f"{name}: expected a share in 0..1, got {share}")
+                raise ValueError(f"{name}: expected a share above 0 and at most 1, got {share}")
         if not 0 < self.rank_share < 1:
             raise ValueError(f"rank_share: expected a share between 0 and 1, got {self.rank_share}")
         if self.method != "oats" and self.rank_share != RANK_SHARE:

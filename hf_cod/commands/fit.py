@@ -121,7 +121,7 @@ def run(
         verify=settings.verify,
         **options,
     )
-    print_plan(plan)
+    print_plan(plan, with_notes=settings.plan_only)
     if settings.plan_only:
         return None
     fitted: Any = load_model(source, loading)[0]
@@ -151,8 +151,8 @@ def run(
     return RunReport("fit", model_title(source), told, described, {}, results, summary, plan.notes)
 
 
-def print_plan(plan: FitPlan) -> None:
-    """What was measured, what was chosen, and the trade-off."""
+def print_plan(plan: FitPlan, with_notes: bool) -> None:
+    """What was measured, what was chosen, and the trade-off; a report repeats the notes."""
     console = Console()
     if not plan.steps:
         console.print(f"• {_told_plan(plan)}", highlight=False)
@@ -167,7 +167,7 @@ def print_plan(plan: FitPlan) -> None:
     for left, loss, steps in plan.curve[1::2]:
         curve.add_row(f"{left:.0%}", f"{loss:.3f}", describe_steps(steps))
     console.print(curve)
-    for line in (_told_plan(plan), *plan.notes):
+    for line in (_told_plan(plan), *(plan.notes if with_notes else ())):
         console.print(f"• {line}", highlight=False)
 
 

@@ -64,7 +64,7 @@ class NarrowSettings(SpeedSettings, SpreadSettings):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name}: expected one of {', '.join(table)}, got {getattr(self, name)!r}")
         if not 0 < self.parameters <= 1:
-            raise ValueError(f"parameters: expected a share in 0..1, got {self.parameters}")
+            raise ValueError(f"parameters: expected a share above 0 and at most 1, got {self.parameters}")
         if self.multiple < 1:
             raise ValueError(f"multiple: expected a whole number above 0, got {self.multiple}")
 

@@ -103,7 +103,18 @@ def plan_depth(
     sizes = sizes_of(stack)
     why = (MASSIVE if protect is True else GIVEN) if protected else ""
     used = replacement if found.candidates else "none"
-    return DepthPlan(name_of(stack), method, found.layers, sizes, found.costs, protected, found.candidates, why, used)
+    return DepthPlan(
+        name_of(stack),
+        method,
+        found.layers,
+        sizes,
+        found.costs,
+        protected,
+        found.candidates,
+        why,
+        used,
+        "loss" if request.metric.name == "perplexity" else request.metric.name,
+    )
 
 
 @dataclass(frozen=True)
@@ -189,7 +200,7 @@ def _search(request: _Request) -> _Found:
     with suppress(ValueError):  # no block may be free of protected layers
         candidates["angular"] = _angular(request).layers
     start = min(zip(probe.losses([*candidates.values()], "candidates"), candidates.values(), strict=True))[1]
-    candidates["search"] = search.exchange(start)
+    candidates["exchanges"] = search.exchange(start)
     choice = request.probe("choice", unseen)
     if request.replacement == "none":
         intact, *losses = choice.losses([(), *candidates.values()], "choice")
@@ -225,7 +236,7 @@ def _choose(request: _Request, told: dict[str, dict[str, Any]], costs: list[floa
     """The candidate with the least loss on samples that the search did not see, of those that can be dropped."""
     candidates = {name: found["layers"] for name, found in told.items() if name != "intact"}
     refused: ValueError | None = None
-    # Of equal ones the last: the search goes before what it began with.
+    # Of equal ones the last: exchanges go before what they began with.
     for name in sorted(reversed(candidates), key=lambda name: told[name]["loss"]):
         try:
             check_drop(request.stack.model, candidates[name], request.stack.path)

@@ -27,10 +27,11 @@ class DepthPlan(JsonFile):
         protected: layers that no criterion was free to remove.
         protection: why: "massive", because massive activations arise there, or "given", because somebody named them;
             empty where none are.
-        candidates: of a search, name -> {"layers", "loss", "maps"} of each plan that it ended with: the loss on text
-            that the search did not see, and the number of maps that stood in the place of layers; "intact" is the
-            model itself.
+        candidates: of a search, name -> {"layers", "loss", "maps"} of each plan that it ended with ("exchanges" is what
+            its own last step found): the loss on text that the search did not see, and the number of maps that stood in
+            the place of layers; "intact" is the model itself.
         replacement: which of `REPLACEMENTS` the candidates were compared with.
+        metric: what the candidates' losses are: "loss", in nats a token, or the name of the task's own metric.
     """
 
     FIELD = "depth_plan"
@@ -44,6 +45,7 @@ class DepthPlan(JsonFile):
     candidates: dict[str, dict[str, Any]] = field(default_factory=dict)
     protection: str = ""
     replacement: str = "none"
+    metric: str = "loss"
 
     def __post_init__(self) -> None:
         depth = len(self.parameters)
@@ -55,6 +57,11 @@ class DepthPlan(JsonFile):
     def kept(self) -> list[int]:
         """The layers that stay."""
         return [i for i in range(len(self.parameters)) if i not in self.layers]
+
+    @property
+    def chosen(self) -> list[str]:
+        """The names of the candidates, of a search, whose layers go."""
+        return [name for name, found in self.candidates.items() if found["layers"] == self.layers]
 
     def check(self, stack: DecoderLayers) -> None:
         """Makes sure that this is a plan for that model; warns where only its name is another.

@@ -14,7 +14,7 @@ from hf_cod.depth.maps import NO_MAPS, REPLACEMENTS, Maps
 from hf_cod.devices import execution_device
 from hf_cod.layer_removal import check_drop, drop
 from hf_cod.report import RunReport, environment
-from hf_cod.same_model import name_of, sizes_of
+from hf_cod.same_model import name_of, other_name, sizes_of
 
 # Share of the samples that no map is fitted to, to measure on whether maps are better.
 CHOICE_SHARE = 1 / 4
@@ -102,7 +102,7 @@ def drop_layers(
             "replacements": maps.replacements,
         },
         summary=_summary(plan, before, after, maps.replacements),
-        notes=[*_other_replacement(plan, replacement), *maps.notes],
+        notes=[*other_name("plan", plan.model, stack), *_other_replacement(plan, replacement), *maps.notes],
     )
 
 
@@ -129,7 +129,9 @@ def _other_replacement(plan: DepthPlan, replacement: str) -> list[str]:
 
 def _summary(plan: DepthPlan, before: int, after: int, replacements: list[dict[str, Any]]) -> list[str]:
     removed = ", ".join(map(str, plan.layers))
-    why = "as asked for" if plan.method == GIVEN else f"chosen by {plan.method.replace('_', ' ')}"
+    why = "as asked for" if plan.method == GIVEN else f"chosen by {_words(plan.method)}"
+    if plan.chosen:
+        why += f", which compared candidates and took what {' and '.join(map(_words, plan.chosen))} found"
     found = [
         f"{len(plan.layers)} of {len(plan.parameters)} layers are removed ({removed}), {why}; {after:,} of {before:,} "
         "parameters are left."
@@ -140,11 +142,15 @@ def _summary(plan: DepthPlan, before: int, after: int, replacements: list[dict[s
         found.append(f"{told.format(', '.join(map(str, plan.protected)))} protected{why}.")
     if plan.candidates:
         order = sorted(plan.candidates, key=lambda name: plan.candidates[name]["loss"])
-        told = ", ".join(f"{name.replace('_', ' ')} {plan.candidates[name]['loss']:.3f}" for name in order)
+        told = ", ".join(f"{_words(name)} {plan.candidates[name]['loss']:.3f}" for name in order)
         how = ", with maps" if any(found.get("maps") for found in plan.candidates.values()) else ""
-        found.append(f"Loss on samples that the search did not see{how}: {told}.")
+        found.append(f"{_words(plan.metric).capitalize()} on samples that the search did not see{how}: {told}.")
     if replacements:
         used = [entry["matrix"] for entry in replacements if entry["used"]]
         where = f": {', '.join(used)}" if used else ""
         found.append(f"{len(used)} of {len(replacements)} linear maps in the place of layers are kept{where}.")
     return found
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

@@ -186,7 +186,10 @@ def added_matrix(
         handle.remove()
     error = (wide(changed) - wide(hidden) - wide(d)).norm()  # float16 would overflow to infinity
     if not float(error) <= ADDED_WITHIN * float(wide(d).norm()):
-        raise ValueError(f"what {called[-1]} of layer {layer} gives is not added to the hidden state as it is")
+        why = "experts stand" if stack.experts(layer) else "as where a norm or a gate stands"
+        raise ValueError(
+            f"what {called[-1]} of layer {layer} gives is not added to the hidden state as it is, {why} behind it"
+        )
     return called[-1], matrix
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -60,21 +60,23 @@ class Budget:
         """Whether a model of this size is within the budget."""
         return self.left(size) <= self.most * (1 + 1e-9)
 
-    def check_reach(self, left: Mapping[str, float], within: float = 1.0) -> None:
+    def check_reach(self, left: Mapping[str, float], within: float = 1.0, notes: Sequence[str] = ()) -> None:
         """Makes sure that all knobs together can meet it, as far as their savings multiply.
 
         Args:
             left: knob -> the least share of the layers that it leaves alone.
             within: how far below that they may come, as a share of it.
+            notes: why other knobs, or levels, are left out.
 
         Raises:
             ValueError: they cannot; says the least possible.
         """
         least = _least_together(left)
         if self.most < within * least:
+            together = " together" if len(left) > 1 else ""
             raise ValueError(
                 f"{self.kind}: expected at least {self.told(self._in_unit(least))}, the least that {', '.join(left)} "
-                f"can reach together, got {self.told(self.value)}"
+                f"can reach{together}, got {self.told(self.value)}{''.join(f'; {note}' for note in notes)}"
             )
 
     def told(self, value: float) -> str:

@@ -88,7 +88,8 @@ def plan_fit(
     levels = {knob: KNOBS[knob].levels(intact, path) for knob in chosen if knob not in notes}
     target = Budget(kind, budget, size_of(intact, path))
     if levels:
-        target.check_reach({knob: KNOBS[knob].left(stack, found[-1]) for knob, found in levels.items()}, ROUNDING)
+        least = {knob: KNOBS[knob].left(stack, found[-1]) for knob, found in levels.items()}
+        target.check_reach(least, ROUNDING, list(notes.values()))
     work = fingerprint(Journals(journal or "", intact, calibration).inputs, digest_batches(tuning))
     del intact, stack
     trials = Trials(make, calibration, tuning, journal, work, path)
@@ -168,11 +169,18 @@ class _Search:
         end = min((step for step in errors if step > first), default=len(levels) + 1)
         works = {step - first + 1: trial for step, trial in found.items() if step < end}
         self._alone[knob], self._levels[knob] = works, levels[first - 1 : first - 1 + max(works)]
-        self._notes += [f"{KNOBS[knob].describe(levels[step - 1])}: {error}" for step, error in errors.items()]
+        # The others fail for the same reason: the last one before what works, and the first one behind it, tell it.
+        below, above = (
+            max((s for s in errors if s < first), default=0),
+            min((s for s in errors if s > first), default=0),
+        )
+        for step, told in ((below, "or less"), (above, "or more")):
+            if step:
+                self._notes.append(f"{KNOBS[knob].describe(levels[step - 1])}, {told}: {errors[step]}")
 
     def check_reach(self) -> None:
         """Raises where not even all knobs at their last level meet the budget."""
-        self._budget.check_reach({knob: 1 - saved[-1] for knob, saved in self._saved.items()})
+        self._budget.check_reach({knob: 1 - saved[-1] for knob, saved in self._saved.items()}, notes=self._notes)
 
     def verify(self, number: int, show_progress: bool) -> None:
         """Measures the best of each knob alone, and of the best sets of knobs."""

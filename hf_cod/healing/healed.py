@@ -13,6 +13,7 @@ from hf_cod.finetuning.training import Training
 from hf_cod.healing.matching import Matching
 from hf_cod.healing.settings import HealSettings
 from hf_cod.model_size import ModelSize, size_of
+from hf_cod.pruned_weights import pruned_matrices
 from hf_cod.report import RunReport, environment, format_number
 from hf_cod.same_model import name_of
 
@@ -49,7 +50,7 @@ def healing_report(
         f"held out, after {tokens:,} tokens by {settings.method} (learning rate {settings.rate:g}){back}."
     ]
     sizes = {"teacher": size_of(teacher.model, teacher.path), "healed": size_of(stack.model, stack.path)}
-    summary.append(_told_size(sizes))
+    summary.append(_told_size(sizes, bool(pruned_matrices(stack))))
     if training.memory is not None:
         summary.append(f"A step needed {training.memory / 1e9:.2f} GB of memory at its peak, the teacher included.")
     results = {
@@ -73,10 +74,11 @@ def healing_report(
     )
 
 
-def _told_size(sizes: dict[str, ModelSize]) -> str:
+def _told_size(sizes: dict[str, ModelSize], zeros: bool) -> str:
     mine, its = sizes["healed"], sizes["teacher"]
     share = mine.layer_weights / its.layer_weights
+    told = ", zeros included" if zeros else ""
     return (
-        f"The student's layers have {mine.layer_weights:,} weights, {share:.1%} of the teacher's; it takes "
+        f"The student's layers have {mine.layer_weights:,} weights{told}, {share:.1%} of the teacher's; it takes "
         f"{mine.bytes / 1e6:,.1f} MB in memory, the teacher {its.bytes / 1e6:,.1f} MB."
     )

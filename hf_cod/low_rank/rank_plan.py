@@ -64,6 +64,11 @@ def least_weights(stack: DecoderLayers, index: int) -> int:
     return stack.count_weights(index) - sum(count(shape, None) - count(shape, 1) for shape in shapes)
 
 
+def experts_told(stack: DecoderLayers) -> str:
+    """A part of a sentence on why so much stays, where banks of experts do."""
+    return "; banks of experts stay whole" if any(stack.experts(index) for index in range(len(stack))) else ""
+
+
 def plan_of_allocation(stack: DecoderLayers, allocation: LayerAllocation, rank_share: float | None = None) -> RankPlan:
     """Ranks by which each layer keeps its share: all its matrices the same share of their rank, or of their weights.
 
@@ -108,7 +113,7 @@ def _share_of_matrices(stack: DecoderLayers, index: int, share: float) -> float:
     if share * total < least - 1e-6 * total:
         raise ValueError(
             f"parameters: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index}, which is rank 1 "
-            f"wherever that saves, got {share:.4g}"
+            f"wherever that saves{experts_told(stack)}, got {share:.4g}"
         )
     flexible = sum(count(shape, None) for shape in factorizable(stack, index).values())
     return 1.0 if not flexible else 1 - (1 - share) * total / flexible

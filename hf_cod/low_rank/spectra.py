@@ -16,7 +16,7 @@ from hf_cod.evaluation import LANGUAGE_MODELS, task_of
 from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
 from hf_cod.layer_by_layer import FinishedLayers, Sums, fingerprint_of_work, measure_sequentially
-from hf_cod.low_rank.rank_plan import RankPlan, factorizable, least_weights
+from hf_cod.low_rank.rank_plan import RankPlan, experts_told, factorizable, least_weights
 from hf_cod.same_model import name_of, sizes_of
 from hf_cod.statistics.input_products import ProductsRecorder
 from hf_cod.statistics.output_gradients import measure_loss_weights
@@ -74,7 +74,7 @@ def plan_ranks(
     if not least <= parameters * total <= total:
         raise ValueError(
             f"parameters: expected a share in {math.ceil(1e4 * least / total) / 1e4:g}..1 (the least is rank 1 "
-            f"wherever that saves), got {parameters}"
+            f"wherever that saves{experts_told(stack)}), got {parameters}"
         )
     shapes = {name: shape for index in range(len(stack)) for name, shape in factorizable(stack, index).items()}
     fixed = total - sum(m * n for m, n in shapes.values())

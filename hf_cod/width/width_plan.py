@@ -55,7 +55,7 @@ def plan_of_allocation(
         raise ValueError(f"multiple: expected a whole number above 0, got {multiple!r}")
     layers = [_layer(found) for found in units]
     shares = [
-        _share_of_units(stack, index, layer, share, multiple)
+        _share_of_units(stack, index, layer, share, multiple, units[index].whole)
         for index, (layer, share) in enumerate(zip(layers, allocation.values, strict=True))
     ]
     some = [i for i, layer in enumerate(layers) if layer.count(layer.full)]
@@ -109,7 +109,9 @@ def _layer(units: LayerUnits) -> Layer:
     return Layer(full, heads.weights if heads else 0, channels.weights if channels else 0)
 
 
-def _share_of_units(stack: DecoderLayers, index: int, layer: Layer, share: float, multiple: int) -> float:
+def _share_of_units(
+    stack: DecoderLayers, index: int, layer: Layer, share: float, multiple: int, whole: list[str]
+) -> float:
     """What heads and channels keep, so that with all other weights the layer keeps `share`."""
     if not 0 <= share <= 1 or math.isnan(share):
         raise ValueError(f"plan: expected shares in 0..1, got {share} in layer {index}")
@@ -120,5 +122,6 @@ def _share_of_units(stack: DecoderLayers, index: int, layer: Layer, share: float
         raise ValueError(
             f"parameters: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index}, which is one "
             f"group of heads and {multiple} channels where it can lose any, got {share:.4g}"
+            + "".join(f"; {why}" for why in whole)
         )
     return 1.0 if not own else 1 - (1 - share) * total / own

@@ -16,6 +16,8 @@ from hf_cod.report import RunReport, environment
 from hf_cod.same_model import name_of, sizes_of
 from hf_cod.width.width_plan import WidthPlan
 
+STOCK = "The model is a stock one: transformers loads it without this package."
+
 
 class WidthReporter:
     """Looks at a model before it is narrowed, and reports what became of it.
@@ -46,6 +48,7 @@ class WidthReporter:
         share = sum(left) / sum(self.sizes)
         notes = [finished.notes[index] for index in range(len(self.stack))]
         errors = [sum(note["errors"]) / len(note["errors"]) if note["errors"] else None for note in notes]
+        ours = str(getattr(self.stack.config, "model_type", "")).startswith("cod_")
         shares = {kind: [_share(own, kind, less) for own, less in zip(self.units, kept, strict=True)] for kind in KINDS}
         return RunReport(
             kind="narrow",
@@ -72,13 +75,13 @@ class WidthReporter:
             summary=[
                 f"{share:.2%} of {sum(self.sizes):,} weights in the layers' matrices are kept, where {plan.budget:.2%} "
                 "were asked for.",
-                "The model is a stock one: transformers loads it without this package."
+                ("Its config says all sizes: it loads as before." if ours else STOCK)
                 if stock
                 else "Its layers differ from what its family's config can say: it loads where hf_cod is imported, and "
                 "with trust_remote_code without it.",
             ],
             notes=[
-                *(reason for layer in self.units for reason in layer.whole),
+                *_told_whole(self.units),
                 *(
                     f"no token entered {matrix}: narrowed by its weights alone"
                     for note in notes
@@ -97,6 +100,24 @@ class WidthReporter:
             f"{filled} of {self.pruned} pruned matrices have lost their zeros: least_squares fits all that is left "
             "of a matrix anew; narrow before you prune, or with compensation none or bias"
         ]
+
+
+def _told_whole(units: Sequence[LayerUnits]) -> list[str]:
+    """What stays whole and why: one sentence for all layers with the same reason."""
+    layers: dict[str, list[int]] = {}
+    for index, layer in enumerate(units):
+        for reason in layer.whole:
+            layers.setdefault(reason, []).append(index)
+    return [f"{_told_layers(found)}: {reason}" for reason, found in layers.items()]
+
+
+def _told_layers(layers: Sequence[int]) -> str:
+    first, last = layers[0], layers[-1]
+    if len(layers) == 1:
+        return f"layer {first}"
+    if len(layers) == last - first + 1:
+        return f"layers {first} to {last}"
+    return f"layers {', '.join(map(str, layers))}"
 
 
 def _share(units: LayerUnits, kind: str, kept: dict[str, int]) -> float | None:

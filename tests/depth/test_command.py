@@ -8,6 +8,7 @@ from hf_cod import DepthPlan, perplexity
 from hf_cod.calibration import SampleSettings, token_batches
 from hf_cod.cli import main
 from hf_cod.loading import load_model
+from hf_cod.models import CodLlamaConfig, CodLlamaForCausalLM
 from hf_cod.report import RunReport, format_number
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
@@ -49,7 +50,7 @@ def test_what_is_written_is_a_stock_model_and_its_report_is_true(checkpoint, cap
     found = report.results["perplexity"]
     assert f"from {format_number(found['intact'])} to {format_number(found['dropped'])}, measured" in shown
     assert [*report.results["speed"]] == ["intact", "dropped"] and "Tokens a second: " in shown
-    assert "2 of 4 layers" in shown and "greedy: without layers" in shown
+    assert "2 of 4 layers" in shown and "greedy: without layers" in shown and "As before, it loads" not in shown
     drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
     assert perplexity(model, drawn[4:]) == pytest.approx(found["dropped"], rel=1e-5), "the later samples"
     assert drop_layers(checkpoint, "out") == 2
@@ -65,11 +66,22 @@ def test_an_earlier_plan_and_a_named_number(checkpoint):
     saved, _ = load_model(str(checkpoint / "out"))
     assert torch.equal(saved.model.layers[1].mlp.up_proj.weight, model.model.layers[2].mlp.up_proj.weight)
     assert (checkpoint / "out" / "removed.png").is_file()
-    assert RunReport.load(checkpoint / "out").settings["criterion"] == "given"
+    report = RunReport.load(checkpoint / "out")
+    assert report.settings["criterion"] == "given"
+    assert report.notes == [f"plan: used on {checkpoint / 'model'}, but found on m, whose layers are as large"]
     assert (
         drop_layers(checkpoint, "two", "--layers", "3", "--criterion", "layer_drop", "--no-protect", "--no-plots") == 0
     )
     assert load_model(str(checkpoint / "two"))[0].config.num_hidden_layers == 1
+
+
+def test_a_model_of_ours_says_how_it_loads(checkpoint, capsys):
+    config = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    CodLlamaForCausalLM(CodLlamaConfig(**config, num_hidden_layers=3, norm_placement="lns")).save_pretrained(
+        checkpoint / "model"
+    )
+    assert drop_layers(checkpoint, "out", "--layers", "1", "--criterion", "angular", "--no-plots", "--no-speed") == 0
+    assert "As before, it loads where hf_cod is imported" in capsys.readouterr().out
 
 
 def test_a_killed_search_goes_on_where_it_stopped(checkpoint):

@@ -72,7 +72,7 @@ def test_the_search_finds_the_best_removal_of_all():
     plan = plan_depth(model, 2, "search", batches=batches, protect=False)
     best, losses = best_removal(model, 2, range(6), batches[:2])
     told = plan.candidates
-    assert told["search"]["layers"] == best
+    assert told["exchanges"]["layers"] == best
     assert losses[tuple(best)] <= losses[tuple(told["greedy"]["layers"])]
     unseen = {name: loss_without(model, found["layers"], batches[2:]) for name, found in told.items()}
     assert {name: found["loss"] for name, found in told.items()} == pytest.approx(unseen, abs=1e-5)
@@ -107,6 +107,7 @@ def test_candidates_are_compared_with_the_maps_that_will_replace_them(replacemen
     assert plan_depth(model, 2, "search", **options) == plan and (tmp_path / "journal.jsonl").read_text() == rows
     report = drop_layers(copy.deepcopy(model), plan, batches=batches)
     assert report.settings["replacement"] == replacement and not report.notes
+    assert plan.chosen and f"took what {' and '.join(plan.chosen).replace('_', ' ')} found;" in report.summary[0]
     how = ", with maps" if any(found["maps"] for found in plan.candidates.values()) else ""
     assert f"Loss on samples that the search did not see{how}: " in " ".join(report.summary)
     assert "compared its candidates with" in drop_layers(copy.deepcopy(model), plan, "none").notes[0]
@@ -246,6 +247,7 @@ def test_models_without_an_lm_head_by_the_angle_of_their_output(family):
     plan = plan_depth(model, 1, "search", batches=batches, protect=False)
     assert 0 <= plan.candidates["intact"]["loss"] < 1e-6
     assert all(0 < cost < 1 for cost in plan.costs) and len(plan.layers) == 1
+    assert any(line.startswith("Output angle on samples") for line in drop_layers(model, plan).summary)
 
 
 def test_bad_input():

@@ -121,9 +121,9 @@ def test_what_the_model_cannot_do_is_left_out_and_told(texts, monkeypatch):
     assert plan.notes[0].startswith("bits is left out: import of hf_cod.quantization.bnb")
     assert plan.notes[1:] == [
         "depth is left out: plan: not at 2.0",
-        "10% of the weights by heads and channels: plan: not at 0.1",
-        "30% of the weights by low rank: plan: not at 0.3",
-        "20% of the weights zero, and packed: plan: not at 0.2",
+        "10% of the weights by heads and channels, or less: plan: not at 0.1",
+        "30% of the weights by low rank, or more: plan: not at 0.3",
+        "20% of the weights zero, and packed, or more: plan: not at 0.2",
         "sparsity alone does not meet the budget",  # at 10%, where it works
     ]
     with pytest.raises(ValueError, match=r"plan: not at 2\.0"):
@@ -215,7 +215,7 @@ def test_what_was_measured_is_not_measured_again(texts, trials, tmp_path, monkey
         (("size", 0.5), "kind: expected one of memory, parameters, bits, got 'size'"),
         (
             ("parameters", 0.45),
-            r"parameters: expected at least 0\.5, the least that rank can reach together, got 0\.45",
+            r"parameters: expected at least 0\.5, the least that rank can reach, got 0\.45",
         ),
         # Two thirds of the layers, three fifths of each by width, half of that by rank, 3.127 bits a weight; and norms
         (("bits", 0.5, None), r"bits: expected at least 0\.62\d*, the least that depth, width, rank, sparsity, bits"),
@@ -229,6 +229,13 @@ def test_bad_input_is_told_before_anything_is_measured(arguments, message, texts
     kind, budget, knobs = (*arguments, ["rank"])[:3]
     with pytest.raises(ValueError, match=message):
         plan_fit(make, kind, budget, *texts, knobs=knobs)
+
+
+def test_a_budget_out_of_reach_says_what_was_left_out(texts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hf_cod.quantization.bnb", None)
+    monkeypatch.setattr(hf_cod.fit.trials, "apply_steps", None)
+    with pytest.raises(ValueError, match=r"the least that .*rank.* can reach together, got 0\.001; bits is left out:"):
+        plan_fit(make, "bits", 0.001, *texts)
 
 
 def test_bad_arguments(texts):

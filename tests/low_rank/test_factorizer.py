@@ -415,6 +415,10 @@ def test_bad_plans():
     for call in (factorize, plan_ranks):
         with pytest.raises(ValueError, match="batches: expected dicts of tensors for the model's forward, got str"):
             call(model, 0.5, batches=["some text"])
+        with pytest.raises(
+            ValueError, match="batches: expected a list, which is read several times, got list_iterator"
+        ):
+            call(model, 0.5, batches=iter(two_batches(model)))
     with pytest.raises(ValueError, match=r"model: expected one of .*BertForMaskedLM, .*got BertForPreTraining"):
         factorize(BertForPreTraining(build("bert").config), 0.5, "plain")
 
@@ -437,7 +441,7 @@ def test_plans_of_another_model_are_refused(tmp_path, caplog):
     assert RankPlan.load(whole.save(tmp_path / "plan.json")) == whole and whole.sizes == sizes
     assert not caplog.messages
     factorize(other, allocate(scores, "parameters", 0.5), "plain")
-    assert "plan: expected those of LlamaForCausalLM, got those of some/other" in caplog.text
+    assert "plan: used on LlamaForCausalLM, but found on some/other, whose layers" in caplog.text
 
 
 def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():

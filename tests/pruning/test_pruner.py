@@ -302,7 +302,7 @@ def test_a_plan_of_another_model(caplog):
     prune(build("llama"), allocate(score_layers(model, method="random"), parameters=[1] * 4), "magnitude")
     assert not caplog.text
     prune(build("llama"), replace(plan, model="someone/else"), "magnitude")
-    assert "got those of someone/else, whose layers are as large" in caplog.text
+    assert "found on someone/else, whose layers are as large" in caplog.text
 
 
 def test_statistics_of_another_model_of_the_same_shapes(caplog, tmp_path):
@@ -315,6 +315,6 @@ def test_statistics_of_another_model_of_the_same_shapes(caplog, tmp_path):
     flipped = replace(found, model="other", squares={name: sums.flip(-1) for name, sums in found.squares.items()})
     second, expected = build("llama"), build("llama")
     prune(second, 0.5, statistics=flipped, journal=tmp_path)
-    assert "statistics: expected those of LlamaForCausalLM, got those of other" in caplog.text
+    assert "statistics: used on LlamaForCausalLM, but found on other" in caplog.text
     prune(expected, 0.5, statistics=flipped)
     assert all(torch.equal(a, b) for a, b in zip(second.parameters(), expected.parameters(), strict=True))

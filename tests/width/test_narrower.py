@@ -21,6 +21,7 @@ from hf_cod import (
     narrow,
     perplexity,
     prune,
+    to_lns,
 )
 from hf_cod.calibration import SampleSettings, split_samples, token_batches
 from hf_cod.functional.channels import DAMPING, fluctuation
@@ -377,12 +378,22 @@ def test_after_an_error_the_model_can_be_saved_as_it_is(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).model.layers[1].mlp.up_proj.out_features < 48
 
 
+@pytest.mark.parametrize("make, stock", [(lambda: build("llama"), True), (lambda: to_lns(build("llama")), False)])
+def test_only_a_stock_model_is_called_one(make, stock):
+    report = narrow(make(), 0.65, "magnitude", "none", multiple=4)
+    assert report.results["stock"]
+    assert ("transformers loads it without this package" in report.summary[1]) == stock
+
+
 def test_what_has_another_structure_stays_whole_and_is_named():
     olmo2 = narrow(build("olmo2"), 0.7, "magnitude", "none", multiple=8)
     assert olmo2.results["heads"] == [None] * 4 and "share_of_heads" not in olmo2.layers
-    assert olmo2.notes[0] == "layer 0: its attention stays whole: self_attn.q_norm.weight concerns all heads"
+    assert olmo2.notes == ["layers 0 to 3: attention stays whole: self_attn.q_norm.weight concerns all heads"]
     mixture = narrow(build("qwen2_moe"), 0.9, "magnitude", "none", multiple=8)
     assert [value is None for value in mixture.layers["share_of_channels"]] == [True, False, True, True]
+    assert mixture.notes == ["layers 0, 2, 3: MLP stays whole: experts are not narrowed"]
+    with pytest.raises(ValueError, match=r"in layer 0, which is one group .*; MLP stays whole: experts are not"):
+        narrow(build("qwen2_moe"), 0.1, "magnitude", "none", multiple=8)
     with pytest.raises(
         ValueError, match=r"known structure in GptOssForCausalLM, got none; .* self_attn.sinks concerns"
     ):
@@ -463,7 +474,7 @@ def test_plans_of_another_model_are_refused(tmp_path, caplog):
     narrow(copy.deepcopy(other), widths, "magnitude", "none", multiple=8)
     assert not caplog.messages
     narrow(other, plan, "magnitude", "none", multiple=8)
-    assert "plan: expected those of LlamaForCausalLM, got those of some/other" in caplog.text
+    assert "plan: used on LlamaForCausalLM, but found on some/other, whose layers" in caplog.text
 
 
 def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
