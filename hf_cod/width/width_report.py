@@ -16,8 +16,6 @@ from hf_cod.report import RunReport, environment
 from hf_cod.same_model import name_of, sizes_of
 from hf_cod.width.width_plan import WidthPlan
 
-STOCK = "The model is a stock one: transformers loads it without this package."
-
 
 class WidthReporter:
     """Looks at a model before it is narrowed, and reports what became of it.
@@ -48,7 +46,6 @@ class WidthReporter:
         share = sum(left) / sum(self.sizes)
         notes = [finished.notes[index] for index in range(len(self.stack))]
         errors = [sum(note["errors"]) / len(note["errors"]) if note["errors"] else None for note in notes]
-        ours = str(getattr(self.stack.config, "model_type", "")).startswith("cod_")
         shares = {kind: [_share(own, kind, less) for own, less in zip(self.units, kept, strict=True)] for kind in KINDS}
         return RunReport(
             kind="narrow",
@@ -75,7 +72,7 @@ class WidthReporter:
             summary=[
                 f"{share:.2%} of {sum(self.sizes):,} weights in the layers' matrices are kept, where {plan.budget:.2%} "
                 "were asked for.",
-                ("Its config says all sizes: it loads as before." if ours else STOCK)
+                "The model is a stock one: transformers loads it without this package."
                 if stock
                 else "Its layers differ from what its family's config can say: it loads where hf_cod is imported, and "
                 "with trust_remote_code without it.",

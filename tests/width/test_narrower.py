@@ -21,7 +21,6 @@ from hf_cod import (
     narrow,
     perplexity,
     prune,
-    to_lns,
 )
 from hf_cod.calibration import SampleSettings, split_samples, token_batches
 from hf_cod.functional.channels import DAMPING, fluctuation
@@ -376,13 +375,6 @@ def test_after_an_error_the_model_can_be_saved_as_it_is(tmp_path):
     assert [layer.mlp.up_proj.out_features < 48 for layer in model.model.layers] == [True, True, False, False]
     model.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).model.layers[1].mlp.up_proj.out_features < 48
-
-
-@pytest.mark.parametrize("make, stock", [(lambda: build("llama"), True), (lambda: to_lns(build("llama")), False)])
-def test_only_a_stock_model_is_called_one(make, stock):
-    report = narrow(make(), 0.65, "magnitude", "none", multiple=4)
-    assert report.results["stock"]
-    assert ("transformers loads it without this package" in report.summary[1]) == stock
 
 
 def test_what_has_another_structure_stays_whole_and_is_named():
