@@ -100,20 +100,18 @@ def plan_depth(
     request = _Request(stack, n_removed, free, batches, forward, journals, width, replacement, show_progress)
     found = CRITERIA[method](request)
     check_drop(model, found.layers, path)
-    sizes = sizes_of(stack)
-    why = (MASSIVE if protect is True else GIVEN) if protected else ""
-    used = replacement if found.candidates else "none"
+    metric = request.metric.name
     return DepthPlan(
-        name_of(stack),
-        method,
-        found.layers,
-        sizes,
-        found.costs,
-        protected,
-        found.candidates,
-        why,
-        used,
-        "loss" if request.metric.name == "perplexity" else request.metric.name,
+        model=name_of(stack),
+        method=method,
+        layers=found.layers,
+        parameters=sizes_of(stack),
+        costs=found.costs,
+        protected=protected,
+        candidates=found.candidates,
+        protection=(MASSIVE if protect is True else GIVEN) if protected else "",
+        replacement=replacement if found.candidates else "none",
+        metric="loss" if metric == "perplexity" else metric,  # of which the search takes the logarithm
     )
 
 

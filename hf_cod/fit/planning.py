@@ -169,14 +169,13 @@ class _Search:
         end = min((step for step in errors if step > first), default=len(levels) + 1)
         works = {step - first + 1: trial for step, trial in found.items() if step < end}
         self._alone[knob], self._levels[knob] = works, levels[first - 1 : first - 1 + max(works)]
-        # The others fail for the same reason: the last one before what works, and the first one behind it, tell it.
-        below, above = (
-            max((s for s in errors if s < first), default=0),
-            min((s for s in errors if s > first), default=0),
-        )
-        for step, told in ((below, "or less"), (above, "or more")):
-            if step:
-                self._notes.append(f"{KNOBS[knob].describe(levels[step - 1])}, {told}: {errors[step]}")
+        # One note for all below what works, and one for all above it: the nearest tells why.
+        below = max((step for step in errors if step < first), default=0)
+        for step, rest in ((below, "less"), (end, "more")):
+            if step in errors:
+                self._notes.append(
+                    f"{KNOBS[knob].describe(levels[step - 1])}, and {rest}, are left out: {errors[step]}"
+                )
 
     def check_reach(self) -> None:
         """Raises where not even all knobs at their last level meet the budget."""

@@ -121,9 +121,9 @@ def test_what_the_model_cannot_do_is_left_out_and_told(texts, monkeypatch):
     assert plan.notes[0].startswith("bits is left out: import of hf_cod.quantization.bnb")
     assert plan.notes[1:] == [
         "depth is left out: plan: not at 2.0",
-        "10% of the weights by heads and channels, or less: plan: not at 0.1",
-        "30% of the weights by low rank, or more: plan: not at 0.3",
-        "20% of the weights zero, and packed, or more: plan: not at 0.2",
+        "10% of the weights by heads and channels, and less, are left out: plan: not at 0.1",
+        "30% of the weights by low rank, and more, are left out: plan: not at 0.3",
+        "20% of the weights zero, and packed, and more, are left out: plan: not at 0.2",
         "sparsity alone does not meet the budget",  # at 10%, where it works
     ]
     with pytest.raises(ValueError, match=r"plan: not at 2\.0"):
