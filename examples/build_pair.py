@@ -4,7 +4,7 @@
     python examples/build_pair.py --corpus corpus --runs hf-cod-pair
 
 Both models are equal but for the placement of their norms. Takes hours on two CPU cores, and goes on where it was
-interrupted; with both runs finished, seconds. What ships goes to hf_cod/data/pair, the cards to model_cards.
+interrupted; with both runs finished, seconds. What ships goes to hf_cod/assets/pair, the cards to model_cards.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pathlib import Path
 
 from pretrain import pretrain
 
-from hf_cod.files import write_json, write_text
-from hf_cod.loading import EMBEDDED, EMBEDDED_PLACEMENTS
-from hf_cod.model_card import CardSettings, release
-from hf_cod.pretraining import PretrainSettings, claim
-from hf_cod.report import RunReport
+from hf_cod.io.files import write_json, write_text
+from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS
+from hf_cod.io.report import RunReport
+from hf_cod.reporting.model_card import CardSettings, release
+from hf_cod.training.pretraining.preparation import claim
+from hf_cod.training.pretraining.recipes import PretrainSettings
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from pretrain import pretrain
 
-from hf_cod.commands.settings import SettingsParser
-from hf_cod.files import write_json, write_text
-from hf_cod.pretraining import PretrainSettings, claim, prepare, unigram_perplexity
-from hf_cod.report import RunReport, format_number
+from hf_cod.cli.parser import SettingsParser
+from hf_cod.io.files import write_json, write_text
+from hf_cod.io.report import RunReport, format_number
+from hf_cod.training.pretraining.preparation import claim, prepare
+from hf_cod.training.pretraining.recipes import PretrainSettings
+from hf_cod.training.pretraining.results import unigram_perplexity
 
 # Column of the table -> how it is read from a run's report.
 FIGURES = {

@@ -20,10 +20,11 @@ from owl_table import cut_samples, markdown, table_parser
 from table_healing import Healing, add_healing, describe_healing
 
 from hf_cod import drop_layers, perplexity, plan_depth
-from hf_cod.calibration import Batch
-from hf_cod.depth import CRITERIA, REPLACEMENTS
-from hf_cod.files import Journal, fingerprint, write_json, write_text
-from hf_cod.loading import ModelSettings, load_model
+from hf_cod.compression.depth.criteria import CRITERIA
+from hf_cod.compression.depth.maps import REPLACEMENTS
+from hf_cod.io.files import Journal, fingerprint, write_json, write_text
+from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.text import Batch
 
 
 class Bench:

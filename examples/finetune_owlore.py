@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_cod import owlore, perplexity, score_layers
-from hf_cod.calibration import TextSettings, load_texts
-from hf_cod.loading import ModelSettings, embedded_model, load_model
-from hf_cod.pretraining import PackedText, pack
+from hf_cod.io.models import ModelSettings, embedded_model, load_model
+from hf_cod.io.packing import PackedText, pack
+from hf_cod.io.text import TextSettings, load_texts
 
 HELD_OUT = 16  # windows
 SCORED = 8  # windows

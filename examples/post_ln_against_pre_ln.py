@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 from hf_cod import compare, diagnose
-from hf_cod.calibration import TextSettings, load_texts
-from hf_cod.loading import load_model
+from hf_cod.io.models import load_model
+from hf_cod.io.text import TextSettings, load_texts
 
 
 def main() -> None:

@@ -18,17 +18,13 @@ import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_cod import LayerDiagnosticsCallback
-from hf_cod.commands.settings import SettingsParser
-from hf_cod.pretraining import (
-    FINAL_LEARNING_RATE_SHARE,
-    PackedStream,
-    PretrainSettings,
-    accumulation_steps,
-    last_checkpoint,
-    prepare,
-    save_results,
-)
-from hf_cod.report import RunReport
+from hf_cod.cli.parser import SettingsParser
+from hf_cod.io.packing import PackedStream
+from hf_cod.io.report import RunReport
+from hf_cod.training.pretraining.preparation import prepare
+from hf_cod.training.pretraining.recipes import FINAL_LEARNING_RATE_SHARE, PretrainSettings, accumulation_steps
+from hf_cod.training.pretraining.results import save_results
+from hf_cod.training.runs.run_directory import last_checkpoint
 
 STATE_FILE = "trainer_state.json"  # the Trainer writes it last of a checkpoint
 

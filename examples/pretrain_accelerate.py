@@ -24,19 +24,14 @@ from torch.utils.data import DataLoader, Subset
 from transformers import get_scheduler
 
 from hf_cod import LayerMonitor
-from hf_cod.commands.settings import SettingsParser
-from hf_cod.files import write_json
-from hf_cod.pretraining import (
-    FINAL_LEARNING_RATE_SHARE,
-    PackedStream,
-    Prepared,
-    PretrainSettings,
-    accumulation_steps,
-    last_checkpoint,
-    prepare,
-    save_results,
-)
-from hf_cod.report import RunReport
+from hf_cod.cli.parser import SettingsParser
+from hf_cod.io.files import write_json
+from hf_cod.io.packing import PackedStream
+from hf_cod.io.report import RunReport
+from hf_cod.training.pretraining.preparation import Prepared, prepare
+from hf_cod.training.pretraining.recipes import FINAL_LEARNING_RATE_SHARE, PretrainSettings, accumulation_steps
+from hf_cod.training.pretraining.results import save_results
+from hf_cod.training.runs.run_directory import last_checkpoint
 
 MARKER = "progress.json"  # written last of a checkpoint: step and history
 KEPT_CHECKPOINTS = 2

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from hf_cod.files import write_json, write_text
+from hf_cod.io.files import write_json, write_text
 
 PIECE = 8000  # characters; long works are cut at paragraphs, so that the held-out pieces come from every source
 # How R's serialization begins a string: CHARSXP with ASCII or UTF-8 encoding, then four bytes of length.

@@ -29,10 +29,10 @@ from hf_cod import (
     quantize,
     score_layers,
 )
-from hf_cod.calibration import SampleSettings, TextSettings, load_texts, token_batches
-from hf_cod.files import Journal, fingerprint, write_json, write_text
-from hf_cod.loading import ModelSettings, load_model
-from hf_cod.stored_modules import replace as replace_module
+from hf_cod.io.files import Journal, fingerprint, write_json, write_text
+from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.text import SampleSettings, TextSettings, load_texts, token_batches
+from hf_cod.layers.replacement_modules import replace as replace_module
 
 SCORES = ("depth", "weight_norm", "owl", "angular", "sensitivity", "auto")
 ROUNDINGS = ("nearest", "weighted", "compensated")

@@ -20,9 +20,10 @@ from owl_table import cut_samples, markdown, table_parser
 from table_healing import Healing, add_healing, describe_healing
 
 from hf_cod import LayerAllocation, LayerScores, RankPlan, allocate, factorize, perplexity, plan_ranks, score_layers
-from hf_cod.files import Journal, fingerprint, write_json, write_text
-from hf_cod.loading import ModelSettings, load_model
-from hf_cod.low_rank import METHODS, WEIGHINGS
+from hf_cod.compression.low_rank.factorizer import METHODS
+from hf_cod.compression.low_rank.spectra import WEIGHINGS
+from hf_cod.io.files import Journal, fingerprint, write_json, write_text
+from hf_cod.io.models import ModelSettings, load_model
 
 THRESHOLDS = (5.0, 10.0)
 SPREADS = (0.08, 0.15)

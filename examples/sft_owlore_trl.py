@@ -16,8 +16,8 @@ from datasets import Dataset, load_dataset
 from trl import SFTConfig, SFTTrainer
 
 from hf_cod import owlore, score_layers
-from hf_cod.calibration import embedded_text
-from hf_cod.loading import ModelSettings, embedded_model, load_model
+from hf_cod.io.models import ModelSettings, embedded_model, load_model
+from hf_cod.io.text import embedded_text
 
 HELD_OUT = 32  # pairs
 SCORED = 16  # pairs

@@ -11,9 +11,9 @@ from typing import Any
 from owl_table import two_texts
 
 from hf_cod import HealSettings, heal, perplexity
-from hf_cod.calibration import Batch
-from hf_cod.finetuning.methods import METHODS
-from hf_cod.pretraining import pack
+from hf_cod.io.packing import pack
+from hf_cod.io.text import Batch
+from hf_cod.training.runs.methods import METHODS
 
 
 def add_healing(parser: argparse.ArgumentParser) -> None:

@@ -19,9 +19,9 @@ from rank_table import Candidate, candidates, fill_table
 from table_healing import Healing, add_healing
 
 from hf_cod import LayerAllocation, LayerScores, allocate, narrow, score_layers
-from hf_cod.loading import ModelSettings, load_model
-from hf_cod.width import COMPENSATIONS, METHODS
-from hf_cod.width.width_plan import MULTIPLE
+from hf_cod.compression.width.methods import COMPENSATIONS, METHODS
+from hf_cod.compression.width.width_plan import MULTIPLE
+from hf_cod.io.models import ModelSettings, load_model
 
 SCORES = ("uniform", "owl", "angular", "auto")
 

@@ -1,96 +1,155 @@
 """See, cure and use the Curse of Depth: every layer of a deep language model earns its place."""
 
-__version__ = "0.1.0"
-
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.allocation import LayerAllocation, allocate
-from hf_cod.comparison import Comparison, compare
-from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
-from hf_cod.depth import DepthPlan, drop_layers, plan_depth
-from hf_cod.diagnostics import MeasurementError, diagnose
-from hf_cod.evaluation import evaluate_tasks, perplexity
-from hf_cod.finetuning import LayerSampler, OwLoreAdamW, OwLoreSettings, lora_ranks, owlore
-from hf_cod.fit import FitPlan, apply_steps, plan_fit
-from hf_cod.healing import HealSettings, heal
-from hf_cod.layer_removal import drop, skip
-from hf_cod.low_rank import RankPlan, factorize, plan_ranks
-from hf_cod.models import fold_lns, from_authors, llama_preset, register, to_lns
-from hf_cod.pruning import prune
-from hf_cod.quantization import OwlBnbConfig, quantize
-from hf_cod.report import RunReport
-from hf_cod.scores import LayerScores, score_layers
-from hf_cod.sparse import SparseConfig, SparseLinear, pack_sparse
-from hf_cod.statistics import LayerStatistics, collect_statistics
-from hf_cod.training import LayerMonitor, TrainingHistory
-from hf_cod.width import WidthPlan, narrow
+from wrapt import register_post_import_hook
+
+from hf_cod._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from hf_cod.finetuning import OwLoreConfig as OwLoreConfig  # not in __all__: `import *` must not need PEFT
-    from hf_cod.training.callback import LayerDiagnosticsCallback
+    from hf_cod.analysis.diagnostics.diagnosis import MeasurementError as MeasurementError
+    from hf_cod.analysis.diagnostics.diagnosis import diagnose as diagnose
+    from hf_cod.analysis.evaluation.choice import perplexity as perplexity
+    from hf_cod.analysis.evaluation.lm_eval_tasks import evaluate_tasks as evaluate_tasks
+    from hf_cod.analysis.monitoring.callback import LayerDiagnosticsCallback as LayerDiagnosticsCallback
+    from hf_cod.analysis.monitoring.history import TrainingHistory as TrainingHistory
+    from hf_cod.analysis.monitoring.monitor import LayerMonitor as LayerMonitor
+    from hf_cod.analysis.statistics.layer_statistics import LayerStatistics as LayerStatistics
+    from hf_cod.analysis.statistics.layer_statistics import collect_statistics as collect_statistics
+    from hf_cod.compression.depth.criteria import plan_depth as plan_depth
+    from hf_cod.compression.depth.depth_plan import DepthPlan as DepthPlan
+    from hf_cod.compression.depth.dropper import drop_layers as drop_layers
+    from hf_cod.compression.fit.fit_plan import FitPlan as FitPlan
+    from hf_cod.compression.fit.knobs import Applying as Applying
+    from hf_cod.compression.fit.planning import plan_fit as plan_fit
+    from hf_cod.compression.fit.trials import apply_steps as apply_steps
+    from hf_cod.compression.low_rank.factorizer import factorize as factorize
+    from hf_cod.compression.low_rank.rank_plan import RankPlan as RankPlan
+    from hf_cod.compression.low_rank.spectra import plan_ranks as plan_ranks
+    from hf_cod.compression.pruning.pruner import prune as prune
+    from hf_cod.compression.quantization.config import OwlBnbConfig as OwlBnbConfig
+    from hf_cod.compression.quantization.plan import BitPlan as BitPlan
+    from hf_cod.compression.quantization.plan import plan_bits as plan_bits
+    from hf_cod.compression.quantization.quantize import quantize as quantize
+    from hf_cod.compression.sparse.config import SparseConfig as SparseConfig
+    from hf_cod.compression.sparse.linear import SparseLinear as SparseLinear
+    from hf_cod.compression.sparse.quantizer import pack_sparse as pack_sparse
+    from hf_cod.compression.width.narrower import narrow as narrow
+    from hf_cod.compression.width.width_plan import WidthPlan as WidthPlan
+    from hf_cod.io.report import RunReport as RunReport
+    from hf_cod.io.text import SampleSettings as SampleSettings
+    from hf_cod.io.text import TextSettings as TextSettings
+    from hf_cod.io.text import load_texts as load_texts
+    from hf_cod.io.text import split_samples as split_samples
+    from hf_cod.io.text import token_batches as token_batches
+    from hf_cod.layers.removal import drop as drop
+    from hf_cod.layers.removal import skip as skip
+    from hf_cod.layers.stack import DecoderLayers as DecoderLayers
+    from hf_cod.layers.stack import find_decoder_layers as find_decoder_layers
+    from hf_cod.models import fold_lns as fold_lns
+    from hf_cod.models import from_authors as from_authors
+    from hf_cod.models import llama_preset as llama_preset
+    from hf_cod.models import to_lns as to_lns
+    from hf_cod.reporting.comparison import Comparison as Comparison
+    from hf_cod.reporting.comparison import compare as compare
+    from hf_cod.scoring.allocation import LayerAllocation as LayerAllocation
+    from hf_cod.scoring.allocation import allocate as allocate
+    from hf_cod.scoring.layer_scores import LayerScores as LayerScores
+    from hf_cod.scoring.methods import score_layers as score_layers
+    from hf_cod.training.adapters import OwLoreConfig as OwLoreConfig
+    from hf_cod.training.healing.healer import heal as heal
+    from hf_cod.training.healing.recovery import RecoverySettings as RecoverySettings
+    from hf_cod.training.healing.recovery import recover as recover
+    from hf_cod.training.healing.settings import HealSettings as HealSettings
+    from hf_cod.training.owlore.lora_ranks import lora_ranks as lora_ranks
+    from hf_cod.training.owlore.optimizer import OwLoreAdamW as OwLoreAdamW
+    from hf_cod.training.owlore.optimizer import owlore as owlore
+    from hf_cod.training.owlore.sampling import LayerSampler as LayerSampler
+    from hf_cod.training.owlore.settings import OwLoreSettings as OwLoreSettings
 
-__all__ = [
-    "Comparison",
-    "DecoderLayers",
-    "DepthPlan",
-    "FitPlan",
-    "HealSettings",
-    "LayerAllocation",
-    "LayerDiagnosticsCallback",
-    "LayerMonitor",
-    "LayerSampler",
-    "LayerScores",
-    "LayerStatistics",
-    "MeasurementError",
-    "OwLoreAdamW",
-    "OwLoreSettings",
-    "OwlBnbConfig",
-    "RankPlan",
-    "RunReport",
-    "SparseConfig",
-    "SparseLinear",
-    "TrainingHistory",
-    "WidthPlan",
-    "allocate",
-    "apply_steps",
-    "collect_statistics",
-    "compare",
-    "diagnose",
-    "drop",
-    "drop_layers",
-    "evaluate_tasks",
-    "factorize",
-    "find_decoder_layers",
-    "fold_lns",
-    "from_authors",
-    "heal",
-    "llama_preset",
-    "lora_ranks",
-    "narrow",
-    "owlore",
-    "pack_sparse",
-    "perplexity",
-    "plan_depth",
-    "plan_fit",
-    "plan_ranks",
-    "prune",
-    "quantize",
-    "score_layers",
-    "skip",
-    "to_lns",
-]
+# Public name -> the module that defines it, imported when the name is first used: the command line's help and
+# `import hf_cod` wait neither for torch nor for transformers.
+_HOMES = {
+    "Applying": "compression.fit.knobs",
+    "BitPlan": "compression.quantization.plan",
+    "Comparison": "reporting.comparison",
+    "DecoderLayers": "layers.stack",
+    "DepthPlan": "compression.depth.depth_plan",
+    "FitPlan": "compression.fit.fit_plan",
+    "HealSettings": "training.healing.settings",
+    "LayerAllocation": "scoring.allocation",
+    "LayerDiagnosticsCallback": "analysis.monitoring.callback",
+    "LayerMonitor": "analysis.monitoring.monitor",
+    "LayerSampler": "training.owlore.sampling",
+    "LayerScores": "scoring.layer_scores",
+    "LayerStatistics": "analysis.statistics.layer_statistics",
+    "MeasurementError": "analysis.diagnostics.diagnosis",
+    "OwLoreAdamW": "training.owlore.optimizer",
+    "OwLoreConfig": "training.adapters",
+    "OwLoreSettings": "training.owlore.settings",
+    "OwlBnbConfig": "compression.quantization.config",
+    "RankPlan": "compression.low_rank.rank_plan",
+    "RecoverySettings": "training.healing.recovery",
+    "RunReport": "io.report",
+    "SampleSettings": "io.text",
+    "SparseConfig": "compression.sparse.config",
+    "SparseLinear": "compression.sparse.linear",
+    "TextSettings": "io.text",
+    "TrainingHistory": "analysis.monitoring.history",
+    "WidthPlan": "compression.width.width_plan",
+    "allocate": "scoring.allocation",
+    "apply_steps": "compression.fit.trials",
+    "collect_statistics": "analysis.statistics.layer_statistics",
+    "compare": "reporting.comparison",
+    "diagnose": "analysis.diagnostics.diagnosis",
+    "drop": "layers.removal",
+    "drop_layers": "compression.depth.dropper",
+    "evaluate_tasks": "analysis.evaluation.lm_eval_tasks",
+    "factorize": "compression.low_rank.factorizer",
+    "find_decoder_layers": "layers.stack",
+    "fold_lns": "models",
+    "from_authors": "models",
+    "heal": "training.healing.healer",
+    "llama_preset": "models",
+    "load_texts": "io.text",
+    "lora_ranks": "training.owlore.lora_ranks",
+    "narrow": "compression.width.narrower",
+    "owlore": "training.owlore.optimizer",
+    "pack_sparse": "compression.sparse.quantizer",
+    "perplexity": "analysis.evaluation.choice",
+    "plan_bits": "compression.quantization.plan",
+    "plan_depth": "compression.depth.criteria",
+    "plan_fit": "compression.fit.planning",
+    "plan_ranks": "compression.low_rank.spectra",
+    "prune": "compression.pruning.pruner",
+    "quantize": "compression.quantization.quantize",
+    "recover": "training.healing.recovery",
+    "score_layers": "scoring.methods",
+    "skip": "layers.removal",
+    "split_samples": "io.text",
+    "to_lns": "models",
+    "token_batches": "io.text",
+}
+# `import *` must not need PEFT.
+__all__ = [name for name in _HOMES if name != "OwLoreConfig"]
 
-register()  # AutoConfig and AutoModel know our model types from here on
+# AutoConfig, AutoModel and from_pretrained know our models and formats as soon as transformers has what they are
+# registered with: (module of transformers, function of ours).
+for _module, _function in (
+    ("transformers.models.auto.configuration_auto", "hf_cod.models.families:register"),
+    ("transformers.modeling_utils", "hf_cod.compression.registration:register"),
+):
+    register_post_import_hook(_function, _module)
 
 
 def __getattr__(name: str) -> Any:
-    """What takes longer to import than all of ours (transformers' Trainer, PEFT) is imported when it is asked for."""
-    if name == "LayerDiagnosticsCallback":
-        from hf_cod.training.callback import LayerDiagnosticsCallback
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"hf_cod.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return LayerDiagnosticsCallback
-    if name == "OwLoreConfig":
-        import hf_cod.finetuning
 
-        return hf_cod.finetuning.OwLoreConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -16,8 +16,8 @@ from pathlib import Path
 from filelock import FileLock
 from huggingface_hub import cached_assets_path
 
-from hf_cod.commands.demo import PACKAGED_MODEL
-from hf_cod.loading import ModelSettings, from_package, load_model
+from hf_cod.cli.commands.demo import PACKAGED_MODEL
+from hf_cod.io.models import ModelSettings, from_package, load_model
 
 MPNET_PARTS = 5
 DINOV2_LAYERS = 12

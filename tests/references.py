@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_cod.decoder_layers import find_decoder_layers
+from hf_cod.layers.stack import find_decoder_layers
 
 
 def hidden_states(model, batch):

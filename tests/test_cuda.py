@@ -28,15 +28,15 @@ from hf_cod import (
     quantize,
     score_layers,
 )
-from hf_cod.calibration import SampleSettings, embedded_text, split_samples, token_batches
-from hf_cod.finetuning import OwLoreSettings
-from hf_cod.finetuning.memory import train_steps
-from hf_cod.finetuning.methods import METHODS as TRAINED_BY
-from hf_cod.finetuning.methods import set_up
-from hf_cod.fit import Applying
-from hf_cod.loading import ModelSettings, embedded_model, load_model
-from hf_cod.scores import METHODS as SCORES
-from hf_cod.training import LayerMonitor
+from hf_cod.analysis.monitoring.monitor import LayerMonitor
+from hf_cod.compression.fit.knobs import Applying
+from hf_cod.io.models import ModelSettings, embedded_model, load_model
+from hf_cod.io.text import SampleSettings, embedded_text, split_samples, token_batches
+from hf_cod.scoring.methods import METHODS as SCORES
+from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.memory import train_steps
+from hf_cod.training.runs.methods import METHODS as TRAINED_BY
+from hf_cod.training.runs.methods import set_up
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ("cpu", "cuda")

@@ -8,96 +8,131 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "hf_cod"
-# Each room imports only rooms of lower lines; files of one line do not import each other unless named as a folder.
-ORDER = [
-    ["functional", "files", "models"],
-    ["decoder_layers", "calibration", "positions", "stored_modules", "native_kernel"],
-    ["devices"],
-    [
-        "layer_removal",
-        "evaluation",
-        "report",
-        "loading",
-        "sparse",
-        "writable_weights",
-        "same_model",
-        "model_size",
-        "pruned_weights",
-    ],
-    ["layer_units"],
-    ["diagnostics"],
-    ["statistics", "training", "layer_by_layer", "model_speed"],
-    ["scores"],
-    ["allocation", "comparison", "pretraining"],
-    ["finetuning", "pruning", "low_rank", "quantization", "depth", "width"],
-    ["healing", "fit"],
-    ["plots", "model_card"],
-    ["commands"],
-    ["cli"],
-    ["__main__"],
+# The rooms from the ground up: a file imports from its own room and from rooms above it in this list.
+ROOMS = [
+    "functional",
+    "models",
+    "io",
+    "layers",
+    "analysis",
+    "scoring",
+    "compression",
+    "training",
+    "reporting",
+    "cli",
 ]
-# Optional packages -> the only rooms that may import them.
+# Beside the rooms: the version, which any file may read.
+EVERYWHERE = {"hf_cod._version"}
+# Optional packages -> the only folders that may import them.
 OPTIONAL = {
-    "matplotlib": ["plots"],
-    "datasets": ["calibration"],
-    "evaluate": ["evaluation"],
-    "lm_eval": ["evaluation"],
-    "gguf": ["loading"],
-    "peft": ["pruning", "finetuning"],
-    "bitsandbytes": ["quantization", "finetuning"],
+    "matplotlib": ["reporting/plots"],
+    "datasets": ["io"],
+    "evaluate": ["analysis/evaluation"],
+    "lm_eval": ["analysis/evaluation"],
+    "gguf": ["io"],
+    "peft": ["training"],
+    "bitsandbytes": ["compression/quantization", "training"],
 }
-# A report can be asked for its picture: the one arrow that goes up, and only inside a method.
-UPWARDS = {("report", "plots"), ("comparison", "plots")}
-RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+# Pairs that travel to the Hub together: transformers' copier looks for the model beside its configuration, and the
+# configuration names the model in its `auto_map`.
+CIRCLES_OF_MODELS = {
+    frozenset({f"hf_cod.models.configuration_{name}", f"hf_cod.models.modeling_{name}"})
+    for name in (
+        "shaped",
+        *(f"cod_{family}" for family in ("llama", "mistral", "olmo", "olmo2", "qwen2", "qwen3", "vit")),
+    )
+}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT)
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in ROOT.rglob("*.py")}
 
 
 def imports_of(path: Path):
-    """(imported name, whether at the top of the file)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            yield name, node in tree.body
+    """Names of modules, relative imports resolved; of `from package import module` the module."""
+    package = name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
+            for alias in node.names:
+                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path):
-    room = room_of(path)
-    assert room in RANK, f"{room} has no place in ORDER"
-    for name, at_top in imports_of(path):
+    place = path.relative_to(ROOT)
+    room = place.parts[0]
+    assert room in ROOMS, f"{room} has no place in ROOMS"
+    for name in imports_of(path):
         parts = name.split(".")
         if parts[0] in OPTIONAL:
-            assert room in OPTIONAL[parts[0]], f"only {OPTIONAL[parts[0]]} may import {parts[0]}"
-        if parts[0] != "hf_cod" or len(parts) == 1 or parts[1] not in RANK:
+            allowed = OPTIONAL[parts[0]]
+            assert any(Path(folder) in place.parents for folder in allowed), f"only {allowed} may import {parts[0]}"
+        if parts[0] != "hf_cod" or name in EVERYWHERE:
             continue
-        if (room, parts[1]) in UPWARDS:
-            assert not at_top
-        else:
-            assert room == parts[1] or RANK[parts[1]] < RANK[room], f"{room} must not import {parts[1]}"
+        assert len(parts) > 1, "import the module that is meant, not the package"
+        assert ROOMS.index(parts[1]) <= ROOMS.index(room), f"{room} must not import {parts[1]}"
+
+
+def test_no_circles():
+    """Of files, but for those of models that are explained above; and none of folders."""
+    arrows = {name: {n for n in imports_of(path) if n in MODULES} - {name} for name, path in MODULES.items()}
+    files = {name: to for name, to in arrows.items() if MODULES[name].name != "__init__.py"}
+    assert circles_of(files) == CIRCLES_OF_MODELS
+    folders: dict[str, set[str]] = {}
+    for name, to in arrows.items():
+        if "." in name:  # the package's own front door imports all rooms
+            folders.setdefault(folder_of(name), set()).update(folder_of(n) for n in to if n not in EVERYWHERE)
+    assert circles_of({name: to - {name} for name, to in folders.items()}) == set()
+
+
+def folder_of(name: str) -> str:
+    return name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+
+
+def circles_of(arrows: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Groups of names that reach each other."""
+
+    def reached(name: str) -> set[str]:
+        seen, todo = set(), [name]
+        while todo:
+            for other in arrows.get(todo.pop(), ()):
+                if other not in seen:
+                    seen.add(other)
+                    todo.append(other)
+        return seen
+
+    reach = {name: reached(name) for name in arrows}
+    return {
+        frozenset(other for other in reach[name] if name in reach.get(other, ()))
+        for name in arrows
+        if name in reach[name]
+    }
 
 
 def test_models_travel_alone():
     """Their files are copied flat beside the weights, where this package does not exist."""
     for path in (ROOT / "models").glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        relative = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        relative = [node for node in froms if node.level]
         assert all(node.level == 1 and node.module and "." not in node.module for node in relative), path
-        outside = {name.split(".")[0] for name, _ in imports_of(path)}
-        assert not outside & {"hf_cod", *OPTIONAL}, path
+        assert not [node for node in froms if not node.level and node.module.split(".")[0] == "hf_cod"], path
+        assert not {name.split(".")[0] for name in imports_of(path)} & OPTIONAL.keys(), path
 
 
 def test_functional_imports_torch_alone():
     for path in (ROOT / "functional").glob("*.py"):
-        outside = {name.split(".")[0] for name, _ in imports_of(path)} - sys.stdlib_module_names
+        outside = {name.split(".")[0] for name in imports_of(path)} - sys.stdlib_module_names
         assert outside <= {"torch", "hf_cod"}, path
 
 

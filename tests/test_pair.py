@@ -13,12 +13,12 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cod import RunReport, fold_lns, perplexity
-from hf_cod.calibration import SampleSettings, token_batches
-from hf_cod.cli import main
-from hf_cod.commands import demo
-from hf_cod.loading import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
-from hf_cod.model_card import CardSettings, model_card, release
-from hf_cod.training.history import TrainingHistory
+from hf_cod.analysis.monitoring.history import TrainingHistory
+from hf_cod.cli.commands import demo
+from hf_cod.cli.main import main
+from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
+from hf_cod.io.text import SampleSettings, token_batches
+from hf_cod.reporting.model_card import CardSettings, model_card, release
 
 
 def held_out_batches(tokenizer):

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_cod import collect_statistics, compare, diagnose, drop, perplexity, prune, score_layers, skip
-from hf_cod.calibration import SampleSettings, split_samples, token_batches
 from hf_cod.functional.depth import spearman
+from hf_cod.io.text import SampleSettings, split_samples, token_batches
 from tests import references
 
 # Perplexity of SmolLM2-135M without layer 0, 1, ..., 29 on Brown text, measured independently (dense: 56.8).

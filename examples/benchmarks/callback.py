@@ -27,7 +27,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_cod import LayerDiagnosticsCallback, llama_preset
-from hf_cod.files import write_json
+from hf_cod.io.files import write_json
 from hf_cod.models import LLAMA_PRESETS, CodLlamaForCausalLM
 
 # A size for a CPU; the rest are the papers'.

@@ -27,10 +27,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_cod import find_decoder_layers, skip
-from hf_cod.diagnostics import measure_forward, measure_layer_drop
-from hf_cod.evaluation import find_metric
-from hf_cod.files import write_json
-from hf_cod.loading import ModelSettings, load_model
+from hf_cod.analysis.diagnostics.forward_pass import measure_forward
+from hf_cod.analysis.diagnostics.layer_drop import measure_layer_drop
+from hf_cod.analysis.evaluation.choice import find_metric
+from hf_cod.io.files import write_json
+from hf_cod.io.models import ModelSettings, load_model
 
 
 def timed(actions: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:

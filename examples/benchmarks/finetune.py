@@ -32,13 +32,13 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from hf_cod import LayerScores, score_layers
-from hf_cod.calibration import Batch
-from hf_cod.devices import to_device
-from hf_cod.evaluation import model_inputs
-from hf_cod.files import Journal, fingerprint, write_json, write_text
-from hf_cod.finetuning import OwLoreSettings
-from hf_cod.finetuning.methods import METHODS, set_up
-from hf_cod.loading import best_device
+from hf_cod.io.files import Journal, fingerprint, write_json, write_text
+from hf_cod.io.models import best_device
+from hf_cod.io.text import Batch
+from hf_cod.layers.devices import to_device
+from hf_cod.layers.task import model_inputs
+from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.methods import METHODS, set_up
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 MAX_GRAD_NORM = 1.0

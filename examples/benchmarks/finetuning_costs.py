@@ -14,11 +14,11 @@ from allocator import peak_added
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from hf_cod.files import Journal
-from hf_cod.finetuning import OwLoreSettings
-from hf_cod.finetuning.estimate import estimate_memory, fill_adapters, take_worst_draw
-from hf_cod.finetuning.memory import PARTS, Memory, train_steps
-from hf_cod.finetuning.methods import set_up
+from hf_cod.io.files import Journal
+from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.estimate import estimate_memory, fill_adapters, take_worst_draw
+from hf_cod.training.runs.memory import PARTS, Memory, train_steps
+from hf_cod.training.runs.methods import set_up
 
 RATE = 1e-4
 FUSED = "owlore, fused"  # OwLore with its update inside the backward pass

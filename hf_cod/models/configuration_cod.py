@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -49,6 +50,10 @@ class NormPlacementConfig:
     # The placement of the base family's own checkpoints.
     stock_placement: ClassVar[str] = "pre"
 
+    # Called once, before the first instance: the package registers the family's models there. Beside the weights, where
+    # transformers finds them by `auto_map`, there is nothing to do.
+    before_first: ClassVar[Callable[[], None] | None] = None
+
     # `Any`, because the type check of transformers would be first and its error is no ValueError that says what is
     # valid; `check_placement` checks types, too.
     norm_placement: Any = "lns"
@@ -63,6 +68,9 @@ class NormPlacementConfig:
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the fields of this mixin after those of the base family are set."""
+        announce, type(self).before_first = type(self).before_first, None
+        if announce is not None:
+            announce()
         super().__post_init__(**kwargs)  # type: ignore[misc]  # the base family's configuration follows in the MRO
         check_placement(self)
         warn_about_placement(self)

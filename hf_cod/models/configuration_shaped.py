@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import transformers
-from transformers import PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "cod_shaped"

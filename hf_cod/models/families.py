@@ -3,10 +3,10 @@
 import importlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import AutoConfig
 
 from .configuration_cod_llama import CodLlamaConfig
 from .configuration_cod_mistral import CodMistralConfig
@@ -16,6 +16,9 @@ from .configuration_cod_qwen2 import CodQwen2Config
 from .configuration_cod_qwen3 import CodQwen3Config
 from .configuration_cod_vit import CodViTConfig
 from .configuration_shaped import ShapedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Family:
         return self.config.model_type
 
     @cached_property
-    def models(self) -> dict[Any, type[PreTrainedModel]]:
+    def models(self) -> dict[Any, "type[PreTrainedModel]"]:
         """Auto class -> our model class, as in the `auto_map` of a saved model: that table is the only one.
 
         The class of transformers has the same name without "Cod"; a few do not exist.
@@ -52,11 +55,16 @@ class Family:
             for auto, (file, name) in named.items()
         }
 
-    def stock_class(self, name: str) -> type[PreTrainedModel] | None:
+    def register_models(self) -> None:
+        """Teach the Auto classes the family's models."""
+        for auto, model in self.models.items():
+            auto.register(self.config, model, exist_ok=True)
+
+    def stock_class(self, name: str) -> "type[PreTrainedModel] | None":
         """The class of transformers beside our class `name`, or None where transformers has none."""
         return getattr(transformers, name.removeprefix("Cod"), None)
 
-    def our_class(self, name: str) -> type[PreTrainedModel] | None:
+    def our_class(self, name: str) -> "type[PreTrainedModel] | None":
         """Our class beside the class `name` of transformers, or None where we have none."""
         ours = {model.__name__: model for model in self.models.values()}
         return ours.get(f"Cod{name}")
@@ -77,10 +85,13 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def register() -> None:
-    """Teach the Auto classes of transformers our model types; calling it again changes nothing."""
+def register(*_: Any) -> None:
+    """Teach the Auto classes of transformers our model types; calling it again changes nothing.
+
+    Model classes, which take seconds to import, are registered when the first config of their family is made: nobody
+    looks for them without one.
+    """
     for family in FAMILIES:
         AutoConfig.register(family.model_type, family.config, exist_ok=True)
-        for auto, model in family.models.items():
-            auto.register(family.config, model, exist_ok=True)
+        family.config.before_first = family.register_models
     AutoConfig.register(ShapedConfig.model_type, ShapedConfig, exist_ok=True)  # its models register themselves

@@ -1,9 +1,1 @@
-"""What the layers do while a model trains: a monitor for any loop, its history, and Trainer's callback.
-
-The callback is not imported here, because transformers' Trainer takes longer to import than all of ours.
-"""
-
-from hf_cod.training.history import TrainingHistory
-from hf_cod.training.monitor import LayerMonitor
-
-__all__ = ["LayerMonitor", "TrainingHistory"]
+"""What trains: OwLore, its adapters, runs of Trainer, healing, pre-training."""

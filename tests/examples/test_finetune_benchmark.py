@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_cod.finetuning.methods import METHODS
-from hf_cod.loading import embedded_model
+from hf_cod.io.models import embedded_model
+from hf_cod.training.runs.methods import METHODS
 
 SLOW = pytest.mark.slow
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"

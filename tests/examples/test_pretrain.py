@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_cod.calibration import embedded_text
-from hf_cod.pretraining import PretrainSettings, prepare
-from hf_cod.report import RunReport
+from hf_cod.io.report import RunReport
+from hf_cod.io.text import embedded_text
+from hf_cod.training.pretraining.preparation import prepare
+from hf_cod.training.pretraining.recipes import PretrainSettings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 8
@@ -56,7 +57,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def _no_cache_of_the_user(tmp_path, monkeypatch):
     """Prepared text goes where the test ends."""
     cached = lambda library_name, namespace, subfolder: tmp_path / "cache" / namespace / subfolder  # noqa: E731
-    monkeypatch.setattr("hf_cod.pretraining.preparation.cached_assets_path", cached)
+    monkeypatch.setattr("hf_cod.training.pretraining.preparation.cached_assets_path", cached)
     monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path / "assets"))  # of the processes that a test starts
 
 

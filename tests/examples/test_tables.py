@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_cod.loading import embedded_model, load_model
+from hf_cod.io.models import embedded_model, load_model
 
 FOLDER = Path(__file__).parents[2] / "examples"
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_cod.functional import codebook
-from tests.quantization import references
+from tests.compression.quantization import references
 
 BLOCK = 8
 

@@ -78,7 +78,7 @@ def test_what_does_not_count_may_hold_anything():
 
 def test_one_tensor_of_the_logits_size_beside_them(monkeypatch):
     """Counted from living storages: both logits, the gradient, and what a row needs."""
-    from hf_cod.finetuning.memory import LiveStorages
+    from hf_cod.training.runs.memory import LiveStorages
 
     monkeypatch.setattr(distillation, "CHUNK", 1)
     z, t = torch.randn(64, 500, requires_grad=True), torch.randn(64, 500)

@@ -9,7 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from hf_cod.commands.convert import main
+from hf_cod.cli.commands.convert import main
 from hf_cod.models import AUTHORS_NORM_TYPES, CodLlamaForCausalLM, from_authors
 
 from .references import language_model

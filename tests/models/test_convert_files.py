@@ -11,7 +11,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from hf_cod.cli import main as cli
+from hf_cod.cli.main import main as cli
 from hf_cod.models import fold_lns, from_authors, to_lns
 
 from .tiny import TEXT, tiny_model, tokens

@@ -1,0 +1,250 @@
+"""`diagnose`: all measures of a model in one report, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_cod.analysis.diagnostics.findings import summarize
+from hf_cod.analysis.diagnostics.forward_pass import FORWARD_METRICS, ForwardMeasures, Token, measure_forward
+from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm, why_no_gradients
+from hf_cod.analysis.diagnostics.layer_drop import measure_layer_drop
+from hf_cod.analysis.evaluation.choice import find_metric
+from hf_cod.functional import depth
+from hf_cod.io.report import RunReport, environment
+from hf_cod.io.text import Batch, SampleSettings, describe_batches, mask_tokens, token_batches
+from hf_cod.layers.checks import name_of
+from hf_cod.layers.devices import execution_device
+from hf_cod.layers.fingerprints import Journals
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
+from hf_cod.layers.task import MASKED_LM_SUFFIXES, task_of
+
+METRICS = (*FORWARD_METRICS, "gradient_norm", "layer_drop")
+CONFIDENCE = 0.95
+
+
+class MeasurementError(ValueError):
+    """A measure failed; `report` holds what was measured before."""
+
+    def __init__(self, message: str, report: RunReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass
+class DiagnoseSettings(SampleSettings):
+    """What is measured, and how."""
+
+    metrics: list[str] | None = field(
+        default=None, metadata={"help": f"any of {', '.join(METRICS)}; default: all that the model has outputs for"}
+    )
+    drop_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "metric of the layer drop: perplexity, accuracy, loss, output_angle (how far the output turns) or "
+            "an evaluate module; default: perplexity of a language model, accuracy or loss of another head with "
+            "labels, else output_angle"
+        },
+    )
+    token: Token = field(
+        default="last", metadata={"help": "token at which angles are taken: last or first without padding, or all"}
+    )
+    layers_path: str | None = field(
+        default=None, metadata={"help": "name of the module list of layers, for models where it cannot be found"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.metrics, str):
+            self.metrics = [self.metrics]
+        unknown = set(self.metrics or ()) - set(METRICS)
+        if unknown:
+            raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
+
+
+def diagnose(
+    model: nn.Module,
+    tokenizer: Any = None,
+    texts: str | Iterable[str] | None = None,
+    *,
+    batches: Sequence[Batch] | None = None,
+    drop_metric: Any = None,
+    output: str | Path | None = None,
+    name: str | None = None,
+    show_progress: bool = True,
+    **settings: Any,
+) -> RunReport:
+    """Measures what each layer of a model does.
+
+    The report's `layers` hold, one value a layer: `angular_distance` (to the next layer, d(x^l, x^(l+1)), in [0, 1]),
+    `block_influence`, `variance`, `mean`, `max_abs` and `added_share` of the layer's output, `gradient_norm` and
+    `layer_drop` (the metric with that layer removed less the metric of the intact model). Its `results` hold
+    `angular_distance` (L x L, [l][n - 1], None where l + n > L), `effective_depth` (value, low, high, confidence),
+    `late_share` (how much of the summed angular distances the late half of the layers makes: below 1/2 where deep
+    layers turn the hidden state less) and `layer_drop` (metric, lower_is_better, intact, without: one value a layer).
+    The formulas stand at `functional.depth`, `measure_layer_drop` and `measure_gradient_norm`.
+
+    Args:
+        model: a transformers model, wrapped or not; it is left as it was.
+        tokenizer: its tokenizer, where texts are given.
+        texts: text, list of texts, `datasets` column, or any iterable of strings.
+        batches: instead of tokenizer and texts: dicts of tensors for the model's forward (images, labelled data).
+        drop_metric: metric of the layer drop; see `hf_cod.analysis.evaluation.find_metric`.
+        output: a directory: results go there as they come, and an interrupted run goes on where it stopped (a layer
+            drop by a callable metric starts anew, since code cannot be compared).
+        name: the model's name in the report; default: where it was loaded from.
+        show_progress: show progress bars.
+        **settings: fields of `DiagnoseSettings`: metrics, sequence_length, max_samples, batch_size, pack, seed, token.
+
+    Raises:
+        ValueError: bad settings, no layers found, text shorter than one window, activations that are not finite.
+        MeasurementError: a later measure failed (a metric, say); its `report` and `output` keep the earlier ones.
+    """
+    chosen = DiagnoseSettings(**settings, drop_metric=drop_metric if isinstance(drop_metric, str) else None)
+    stack = find_decoder_layers(model, chosen.layers_path)
+    batches = _prepared(model, tokenizer, texts, batches, chosen)
+    task = task_of(model, batches)
+    metric = find_metric(drop_metric, task)
+    weights = next(stack.model.parameters())
+    report = RunReport(
+        kind="diagnose",
+        model=name or name_of(stack),
+        settings={**asdict(chosen), "drop_metric": metric.name, **describe_batches(batches)},
+        environment=environment(execution_device(stack.model), weights.dtype),
+        layers={},
+        results={},
+    )
+    journals = Journals(output, model, batches)
+    if output is not None:
+        report.settings["inputs"] = journals.inputs  # tells other weights and other text from these
+        report.keep_earlier(output, resumable=metric.identity is not None)
+    wanted = _applicable(chosen.metrics, stack, task, report)
+    if texts is not None and report.settings["samples"] < chosen.max_samples:
+        report.notes.append(f"the text holds {report.settings['samples']} samples, less than {chosen.max_samples}")
+    try:
+        _measure(model, batches, chosen, metric, wanted, journals, report, show_progress)
+    except Exception as error:
+        report.summary[:] = summarize(report)
+        if output is not None and report.layers:
+            report.save(output)
+        raise MeasurementError(str(error) or type(error).__name__, report) from error
+    report.summary[:] = summarize(report)
+    if output is not None:
+        report.save(output)
+    return report
+
+
+def _prepared(
+    model: nn.Module, tokenizer: Any, texts: Any, batches: Sequence[Batch] | None, chosen: DiagnoseSettings
+) -> list[Batch]:
+    """The batches to measure on, checked."""
+    if isinstance(batches, Mapping):
+        raise ValueError("batches: expected a list of dicts of tensors, got one dict; put it in a list")
+    if batches is not None:
+        return _checked_batches(batches)
+    if tokenizer is None or texts is None:
+        raise ValueError("texts: expected tokenizer and texts, or batches, got neither")
+    config: Any = getattr(unwrap(model), "config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and chosen.sequence_length > longest:
+        raise ValueError(f"sequence_length: expected at most the model's {longest}, got {chosen.sequence_length}")
+    cut = token_batches(tokenizer, texts, chosen)
+    masked = type(unwrap(model)).__name__.endswith(MASKED_LM_SUFFIXES)
+    return [*(mask_tokens(tokenizer, cut, chosen.seed) if masked else cut)]
+
+
+def _checked_batches(batches: Sequence[Any]) -> list[Batch]:
+    made: list[Batch] = []
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"batches: expected dicts of tensors, got {type(batch).__name__} as batch {number}")
+        made.append({name: value for name, value in batch.items() if value is not None})
+        wrong = [name for name, value in made[-1].items() if not isinstance(value, Tensor)]
+        if wrong:
+            found = type(batch[wrong[0]]).__name__
+            raise ValueError(
+                f"batches: expected tensors, got {found} as {wrong[0]!r} of batch {number}; use torch.tensor"
+            )
+    if not made:
+        raise ValueError("batches: expected at least one batch, got none")
+    return made
+
+
+def _applicable(metrics: list[str] | None, stack: DecoderLayers, task: str, report: RunReport) -> list[str]:
+    if metrics is not None:
+        return metrics
+    reason = why_no_gradients(stack, task)
+    if reason is None:
+        return list(METRICS)
+    report.notes.append(f"gradient_norm was left out: {reason}")
+    return [metric for metric in METRICS if metric != "gradient_norm"]
+
+
+def _measure(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    chosen: DiagnoseSettings,
+    metric: Any,
+    wanted: list[str],
+    journals: Journals,
+    report: RunReport,
+    show_progress: bool,
+) -> None:
+    """Fills the report measure by measure, cheapest first, so that a failure leaves the others."""
+    options: dict[str, Any] = {"path": chosen.layers_path, "show_progress": show_progress}
+    forward = [name for name in wanted if name in FORWARD_METRICS]
+    if forward:
+        journal = journals.of("forward", forward, chosen.token, chosen.seed)
+        if "forward" not in journal:
+            measures = measure_forward(model, batches, forward, chosen.token, **options)
+            journal.add("forward", _forward_results(measures, forward, chosen.seed))
+        found = journal["forward"]
+        report.layers.update(found["layers"])
+        report.results.update(found["results"])
+    if "gradient_norm" in wanted:
+        journal = journals.of("gradient_norm")
+        if "gradient_norm" not in journal:
+            journal.add("gradient_norm", measure_gradient_norm(model, batches, **options))
+        report.layers["gradient_norm"] = journal["gradient_norm"]
+    if "layer_drop" in wanted:
+        resumed = journals.of("layer_drop", metric.identity) if metric.identity else None
+        intact, without = measure_layer_drop(model, batches, metric, resumed, **options)
+        report.layers["layer_drop"] = [value - intact for value in without]
+        report.results["layer_drop"] = {
+            "metric": metric.name,
+            "lower_is_better": metric.lower_is_better,
+            "intact": intact,
+            "without": without,
+        }
+
+
+def _forward_results(measures: ForwardMeasures, metrics: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
+    layers: dict[str, Any] = {}
+    results: dict[str, Any] = {}
+    if "angular_distance" in metrics:
+        matrix = measures.angular_distance()
+        results["angular_distance"] = [[None if v != v else v for v in row] for row in matrix.tolist()]
+        layers["angular_distance"] = matrix[:, 0].tolist()
+        results.update(_depth_figures(depth.adjacent(measures.distances), seed))
+    if "block_influence" in metrics:
+        layers["block_influence"] = measures.influence.double().mean(0).tolist()
+    if "output_variance" in metrics:
+        layers.update(measures.output_variance())
+    return {"layers": layers, "results": results}
+
+
+def _depth_figures(steps: Tensor, seed: int) -> dict[str, Any]:
+    """Effective depth and late share from each sample's distances (S, L) between neighbouring layers."""
+    low, high = None, None
+    if len(steps) > 1:
+        low, high = depth.bootstrap_interval(steps, depth.effective_depth, confidence=CONFIDENCE, seed=seed)
+    mean = steps.mean(0)
+    value = float(depth.effective_depth(mean))
+    return {
+        "effective_depth": {"value": value, "low": low, "high": high, "confidence": CONFIDENCE},
+        "late_share": float(depth.late_share(mean)),
+    }

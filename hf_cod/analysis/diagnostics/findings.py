@@ -1,0 +1,77 @@
+"""Findings in words: what a person would quote from a report of `diagnose`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_cod.functional.depth import late_share
+from hf_cod.io.report import RunReport, format_number
+
+# A percentile bootstrap from fewer samples than this covers clearly less than it says.
+FEW_SAMPLES = 8
+
+
+def summarize(report: RunReport) -> list[str]:
+    """One sentence for each measure that the report holds."""
+    sentences = []
+    if "effective_depth" in report.results:
+        sentences += [_effective_depth(report), _late_share(report.results["late_share"])]
+    if "layer_drop" in report.layers:
+        sentences.append(_layer_drop(report))
+    if "gradient_norm" in report.layers:
+        share = float(late_share(torch.tensor(report.layers["gradient_norm"])))
+        sentences.append(f"The late half of the layers has {share:.0%} of the summed gradient norms.")
+    if "variance" in report.layers:
+        variance = report.layers["variance"]
+        sentences.append(
+            f"Output variance is {format_number(variance[0])} behind the first layer and "
+            f"{format_number(variance[-1])} behind the last."
+        )
+    return sentences
+
+
+def _effective_depth(report: RunReport) -> str:
+    found: dict[str, Any] = report.results["effective_depth"]
+    interval = "one sample, so no interval"
+    if found["low"] is not None:
+        interval = f"{found['confidence']:.0%} interval {found['low']:.1f} to {found['high']:.1f}"
+        if report.settings.get("samples", FEW_SAMPLES) < FEW_SAMPLES:
+            interval += f", too narrow as a rule from only {report.settings['samples']} samples"
+    return f"Effective depth {found['value']:.1f} of {report.n_layers} layers ({interval})."
+
+
+def _late_share(share: float) -> str:
+    return (
+        f"The late half of the layers turns the hidden state by {share:.0%} of all angular distance "
+        "(50% if all layers did equally much)."
+    )
+
+
+def _layer_drop(report: RunReport) -> str:
+    drop: dict[str, Any] = report.results["layer_drop"]
+    sign = 1 if drop["lower_is_better"] else -1
+    # Sorted by harm, the greatest first.
+    measured = [i for i, value in enumerate(report.layers["layer_drop"]) if value == value]
+    order = sorted(measured, key=lambda i: -sign * report.layers["layer_drop"][i])
+    if not order:
+        return f"Without any single layer, {drop['metric']} is not a number."
+    named = max(1, min(3, len(order) // 2))  # so that no layer is among both
+    most = ", ".join(str(i) for i in order[:named])
+    least = ", ".join(str(i) for i in reversed(order[-named:]))
+    worst, best = (format_number(drop["without"][order[end]]) for end in (0, -1))
+    name, intact = drop["metric"].replace("_", " "), format_number(round(drop["intact"], 6))
+    if not drop["lower_is_better"] and drop["intact"] == 0:
+        return f"The intact model's {name} is 0, so that no removal can show what a layer is worth."
+    harm = [sign * report.layers["layer_drop"][i] for i in order]
+    if harm[0] == harm[-1]:
+        return f"Removing any one layer does the same: {name} goes from {intact} to {worst}."
+    if harm[0] <= 0:
+        return f"No single removal hurts: {name} is {intact} with all layers and from {worst} to {best} without one."
+    helps = sum(value < 0 for value in harm)
+    better = f" Without any one of {helps} of the layers it is better than with all." if helps else ""
+    return (
+        f"Removing one layer hurts most at {most} and least at {least}: {name} goes from {intact} to {worst} and "
+        f"{best}.{better}"
+    )

@@ -1,0 +1,238 @@
+"""All measures of one forward pass a batch: angular distance of all layer pairs, block influence, output variance."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.functional import depth
+from hf_cod.io.text import Batch
+from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.running import NonFiniteError, evaluation_mode, hidden_input, hidden_output, progress
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.task import model_inputs
+
+Token = Literal["last", "first", "all"]
+FORWARD_METRICS = ("angular_distance", "block_influence", "output_variance")
+# Tokens whose pair matrices are held at a time when all tokens count: bounds memory at (L + 1)^2 numbers each.
+TOKEN_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class ForwardMeasures:
+    """Measures of every layer and sample; S samples, L layers, all on the CPU.
+
+    Attributes:
+        distances: (S, L + 1, L + 1) float64, angular distance in [0, 1] between the hidden states that enter layers l
+            and m (index L: that leave the last layer). Empty if not asked for.
+        influence: (S, L), block influence of each layer. Empty if not asked for.
+        outputs: (L + 1, 4), `depth.moments` of the stack's input and of each layer's output, over all samples' tokens.
+        updates: (L, 4), `depth.moments` of what each layer changes: its output less its input.
+    """
+
+    distances: Tensor
+    influence: Tensor
+    outputs: Tensor
+    updates: Tensor
+
+    def angular_distance(self) -> Tensor:
+        """(L, L): mean distance d(x^l, x^(l+n)) at [l, n - 1], NaN where l + n > L."""
+        return depth.by_layer_and_step(self.distances.mean(0))
+
+    def output_variance(self) -> dict[str, list[float]]:
+        """For each layer's output over all tokens and channels: variance (population), mean, max_abs; and added_share,
+        the variance of the layer's update x^(l+1) - x^l over that of its output x^(l+1).
+
+        Output variance is the quantity of Figure 1 in arXiv 2502.05795.
+        """
+        mean, variance = _mean_and_variance(self.outputs[1:])
+        _, update_variance = _mean_and_variance(self.updates)
+        return {
+            "variance": variance.tolist(),
+            "mean": mean.tolist(),
+            "max_abs": self.outputs[1:, 3].tolist(),
+            "added_share": (update_variance / variance).tolist(),
+        }
+
+
+def measure_forward(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    metrics: Collection[str] = FORWARD_METRICS,
+    token: Token = "last",
+    *,
+    path: str | None = None,
+    show_progress: bool = False,
+) -> ForwardMeasures:
+    """Measures all layers in one forward pass a batch, without the head.
+
+    Hidden states are read by hooks at the layers themselves, so the last one is the last layer's own output: the
+    `hidden_states` that transformers returns end with the final norm's output instead.
+
+    Args:
+        model: a transformers model, wrapped or not, in any dtype; also offloaded by accelerate.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding on either side.
+        metrics: which of `FORWARD_METRICS`.
+        token: at which token angles are taken: the last or first that is not padding, or the mean over all of them.
+        path: the stack's module name where it cannot be found.
+        show_progress: show a progress bar.
+
+    Raises:
+        NonFiniteError: NaN or infinite activations (says in which layer first).
+        ValueError: no layers found; a model without weights.
+    """
+    if token not in ("last", "first", "all"):
+        raise ValueError(f"token: expected 'last', 'first' or 'all', got {token!r}")
+    stack = find_decoder_layers(model, path)
+    recorder = ForwardRecorder(stack, metrics, token)
+    trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
+    device = execution_device(stack.model)
+    with torch.no_grad(), evaluation_mode(stack), recorder.attached():
+        for number, batch in enumerate(progress(batches, "forward pass", show_progress)):
+            inputs = model_inputs(to_device(batch, device))
+            recorder.start(inputs.get("attention_mask"), len(next(iter(inputs.values()))))
+            trunk(**inputs)
+            recorder.finish(number)
+    return recorder.measures()
+
+
+class ForwardRecorder:
+    """Hooks that read each layer's input and output and keep only what the measures need.
+
+    Call `start` before and `finish` after each forward pass, within `attached`.
+    """
+
+    def __init__(self, stack: DecoderLayers, metrics: Collection[str], token: Token) -> None:
+        unknown = set(metrics) - set(FORWARD_METRICS)
+        if unknown:
+            raise ValueError(f"metrics: expected some of {FORWARD_METRICS}, got {sorted(unknown)}")
+        self.stack, self.metrics, self.token = stack, metrics, token
+        self._distances: list[Tensor] = []
+        self._influence: list[Tensor] = []
+        self._outputs = torch.zeros(len(stack) + 1, 4, dtype=torch.float64)
+        self._updates = torch.zeros(len(stack), 4, dtype=torch.float64)
+        self._mask: Tensor | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Puts the hooks on the layers, and takes them away at the end."""
+        handles = [
+            layer.register_forward_hook(self._hook_of(index), with_kwargs=True)
+            for index, layer in enumerate(self.stack)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def start(self, mask: Tensor | None, samples: int) -> None:
+        """Begins a batch of so many samples with its attention mask (S, T), or None."""
+        self._samples = samples
+        # A full mask costs a gather for nothing.
+        self._mask = None if mask is None or bool(mask.all()) else mask.bool()
+        self._states: list[Tensor] = []
+        self._batch_influence: list[Tensor] = []
+        self._batch_outputs: list[Tensor] = []
+        self._batch_updates: list[Tensor] = []
+
+    def finish(self, number: int) -> None:
+        """Ends a batch: checks it and adds it to the sums."""
+        outputs, updates = (_rows_on_cpu(rows) for rows in (self._batch_outputs, self._batch_updates))
+        self._check_finite(outputs, number)
+        if "output_variance" in self.metrics:
+            self._outputs = _merge(self._outputs, outputs)
+            self._updates = _merge(self._updates, updates)
+        if "block_influence" in self.metrics:
+            self._influence.append(torch.stack([row.cpu() for row in self._batch_influence], -1))
+        if "angular_distance" in self.metrics:
+            first = self._states[0].device
+            states = torch.stack([x.to(first) for x in self._states], -2)  # (S, L + 1, d) or (S, T, L + 1, d)
+            self._distances.append(self._pair_distances(states).cpu())
+        self.start(None, 0)
+
+    def measures(self) -> ForwardMeasures:
+        """What all finished batches gave."""
+        L = len(self.stack)
+        return ForwardMeasures(
+            torch.cat(self._distances) if self._distances else torch.empty(0, L + 1, L + 1, dtype=torch.float64),
+            torch.cat(self._influence) if self._influence else torch.empty(0, L),
+            self._outputs,
+            self._updates,
+        )
+
+    def _hook_of(self, index: int) -> Any:
+        def read(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            x, y = hidden_input(args, kwargs).detach(), hidden_output(output).detach()
+            if x.dim() != 3 or len(x) != self._samples:
+                raise ValueError(
+                    f"model: expected hidden states (samples, tokens, width) of {self._samples} samples, "
+                    f"got {tuple(x.shape)}"
+                )
+            if index == 0:
+                self._keep(x)
+            self._keep(y)
+            if "block_influence" in self.metrics:
+                self._batch_influence.append(depth.block_influence(x, y, self._mask_on(x)))
+            if "output_variance" in self.metrics:
+                # In float32 at least: in bfloat16 the small update of a deep layer would round away.
+                update = y.float() - x.float()
+                self._batch_updates.append(depth.moments(update, self._mask_on(x)))
+
+        return read
+
+    def _keep(self, x: Tensor) -> None:
+        if "angular_distance" in self.metrics:
+            self._states.append(x if self.token == "all" else self._at_token(x))
+        if "output_variance" in self.metrics:
+            self._batch_outputs.append(depth.moments(x, self._mask_on(x)))
+        else:  # a sum is enough to see NaN and infinity
+            self._batch_outputs.append(torch.stack([depth.wide(x.sum(dtype=torch.float32))] * 4))
+
+    def _mask_on(self, x: Tensor) -> Tensor | None:
+        if self._mask is not None and self._mask.shape != x.shape[:2]:
+            raise ValueError(f"attention_mask: expected {tuple(x.shape[:2])}, got {tuple(self._mask.shape)}")
+        return None if self._mask is None else self._mask.to(x.device)
+
+    def _at_token(self, x: Tensor) -> Tensor:
+        """(S, d): the hidden state of each sample's last or first token that is not padding."""
+        mask = self._mask_on(x)
+        if mask is None:
+            return x[:, -1 if self.token == "last" else 0].clone()
+        steps = torch.arange(1, x.shape[1] + 1, device=x.device)
+        order = steps if self.token == "last" else steps.flip(0)
+        return x[torch.arange(len(x), device=x.device), (mask * order).argmax(-1)]
+
+    def _pair_distances(self, states: Tensor) -> Tensor:
+        if self.token != "all":
+            return depth.angular_distances(states)
+        means = []
+        for number, sample in enumerate(states):  # (T, L + 1, d)
+            kept = sample if self._mask is None else sample[self._mask[number].to(sample.device)]
+            chunks = [depth.angular_distances(chunk).sum(0) for chunk in kept.split(TOKEN_CHUNK)]
+            means.append(torch.stack(chunks).sum(0) / len(kept))
+        return torch.stack(means)
+
+    def _check_finite(self, outputs: Tensor, number: int) -> None:
+        broken = (~outputs[:, 1:3].isfinite().all(-1)).nonzero()
+        if len(broken):
+            raise NonFiniteError(int(broken[0]), number)
+
+
+def _rows_on_cpu(rows: list[Tensor]) -> Tensor:
+    return torch.stack([row.cpu().double() for row in rows]) if rows else torch.empty(0, 4, dtype=torch.float64)
+
+
+def _merge(total: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([total[:, :3] + new[:, :3], torch.maximum(total[:, 3:], new[:, 3:])], -1)
+
+
+def _mean_and_variance(sums: Tensor) -> tuple[Tensor, Tensor]:
+    count, total, squares, _ = sums.unbind(-1)
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp(min=0)

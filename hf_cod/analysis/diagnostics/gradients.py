@@ -1,0 +1,184 @@
+"""Gradient norm of each layer's parameters, with the memory of one gradient at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_cod.analysis.evaluation.metrics import negative_log_likelihood
+from hf_cod.io.text import IGNORED_LABEL, Batch
+from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.partial_forward import check_finite, layer_states
+from hf_cod.layers.running import evaluation_mode, progress
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.task import LANGUAGE_MODELS, model_inputs, targets, task_of
+
+Read = Callable[[Tensor], None]
+"""Reads a parameter of a layer whose `grad` has just been found."""
+
+
+def measure_gradient_norm(
+    model: nn.Module, batches: Sequence[Batch], *, path: str | None = None, show_progress: bool = False
+) -> list[float]:
+    """Norm of the loss's gradient with respect to each layer's parameters, mean over batches.
+
+        g_l = 1/B sum_b || d L_b / d theta_l ||_2 = 1/B sum_b sqrt( sum_i (d L_b / d theta_{l,i})^2 )
+
+    arXiv 2502.05795, gradient norm of a layer. L_b is the mean loss over batch b's predicted tokens (next tokens,
+    hidden tokens), or the model's own loss where the batch has labels for another head. Squares are summed in float32
+    or wider, and each gradient is freed as soon as it is counted; requires_grad and existing gradients come back as
+    they were.
+
+    Returns:
+        One norm a layer.
+
+    Raises:
+        ValueError: a model without a head or batches without labels (there is no loss), weights that are offloaded or
+            quantized, gradients that are not finite.
+    """
+    stack = find_decoder_layers(model, path)
+    norms = list(gradient_norms(stack, batches, "gradient_norm", show_progress))
+    return torch.stack(norms).mean(0).tolist()
+
+
+def gradient_norms(
+    stack: DecoderLayers, batches: Sequence[Batch], field: str, show_progress: bool, read: Read | None = None
+) -> Iterator[Tensor]:
+    """Runs forward and backward on each batch that has something to predict; yields (L,) the norms of its gradients.
+
+    Args:
+        stack: the layers.
+        batches: dicts for the model's forward.
+        field: the user's, with which errors begin.
+        show_progress: show a progress bar.
+        read: called with each gradient of the layers before it is freed.
+
+    Raises:
+        ValueError: as `measure_gradient_norm` does.
+    """
+    task = task_of(stack.model, batches)
+    reason = why_no_gradients(stack, task)
+    if reason:
+        raise ValueError(f"{field}: expected a loss and floating-point weights in memory, but {reason}")
+    device = execution_device(stack.model)
+    measured = False
+    with torch.inference_mode(False), evaluation_mode(stack), _layer_squares(stack, read) as squares:
+        for number, batch in enumerate(progress(batches, "gradients", show_progress)):
+            for square in squares:
+                square.zero_()
+            batch = to_device(batch, device)
+            if not count_predictions(batch, task):
+                continue  # a sample of one token, say, has nothing to predict
+            measured = True
+            with torch.enable_grad():
+                mean_loss(stack.model, batch, task).backward()
+            norms = torch.stack([square.sqrt().cpu() for square in squares]).double()
+            if not norms.isfinite().all():
+                with torch.no_grad(), layer_states(stack) as states:
+                    stack.model(**model_inputs(batch))
+                check_finite(states, number)
+                layer = int((~norms.isfinite()).nonzero()[-1])  # where the backward pass met it first
+                raise ValueError(
+                    f"gradients: expected finite numbers, got NaN or infinity in layer {layer}, batch {number}"
+                )
+            yield norms
+    if not measured:
+        raise ValueError("batches: expected at least one token to predict, got none; give longer samples")
+
+
+def read_gradient_norms(stack: DecoderLayers) -> list[float | None]:
+    """Norm of the gradient that each layer's parameters hold at this moment, as a backward pass left it.
+
+        g_l = || d L / d theta_l ||_2 over the layer's parameters that have a gradient
+
+    Norms are taken in float32 whatever the gradient's dtype, without a copy of it. Sharded gradients (FSDP2) are
+    reduced over their mesh, so all of its processes must call this together.
+
+    Returns:
+        One norm a layer; None where no parameter of the layer has a gradient (frozen, or no backward pass yet).
+    """
+    seen: set[int] = set()  # a layer that stands twice in the stack counts at its first place
+    norms: list[Tensor | None] = []
+    for layer in stack:
+        grads = [p.grad for p in layer.parameters() if p.grad is not None and id(p) not in seen]
+        seen.update(id(p) for p in layer.parameters())
+        norms.append(_norm([g.detach() for g in grads]) if grads else None)
+    return [None if norm is None else float(norm) for norm in norms]
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
+    parts = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    norm = torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def why_no_gradients(stack: DecoderLayers, task: str) -> str | None:
+    """What keeps this measure from a model, in words; None if nothing does."""
+    name = type(stack.model).__name__
+    if task in ("headless", "unlabelled"):
+        return f"{name} has no head" if task == "headless" else f"{name} needs labels, and the batches have none"
+    if any(p.device.type == "meta" for p in stack.model.parameters()):
+        return "weights are offloaded"
+    if any(not p.is_floating_point() for layer in stack for p in layer.parameters()):
+        return "weights are quantized"
+    return None
+
+
+def mean_loss(model: nn.Module, batch: Batch, task: str) -> Tensor:
+    """The loss of a batch, mean over its predictions."""
+    if task not in LANGUAGE_MODELS:
+        return model(**batch).loss
+    logits = model(**model_inputs(batch)).logits
+    labels = targets(batch, task).to(logits.device)
+    return negative_log_likelihood(logits, labels).sum() / (labels != IGNORED_LABEL).sum()
+
+
+def count_predictions(batch: Batch, task: str) -> int:
+    """How many tokens a language model has to predict; of other heads, samples."""
+    if task not in LANGUAGE_MODELS:
+        return len(next(iter(batch.values())))
+    return int((targets(batch, task) != IGNORED_LABEL).sum())
+
+
+@contextmanager
+def _layer_squares(stack: DecoderLayers, read: Read | None) -> Iterator[list[Tensor]]:
+    """Sums of squared gradients, one a layer, filled by each backward pass; no gradient outlives its counting."""
+    before = [(p, p.requires_grad, p.grad) for p in stack.model.parameters()]
+    squares: list[Tensor] = []
+    handles = []
+
+    def count_into(square: Tensor) -> Any:
+        def count(p: Tensor) -> None:
+            if p.grad is None:  # of a layer that stands twice in the stack: counted at its first place
+                return
+            square.add_(p.grad.to(square.dtype).square().sum().to(square.device))
+            if read is not None:
+                read(p)
+            p.grad = None
+
+        return count
+
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(False)
+            p.grad = None
+        for layer in stack:
+            parameters = [p for p in layer.parameters() if p.is_floating_point()]
+            high = torch.promote_types(parameters[0].dtype, torch.float32) if parameters else torch.float32
+            square = torch.zeros((), dtype=high, device=parameters[0].device if parameters else None)
+            squares.append(square)
+            for p in parameters:
+                p.requires_grad_(True)
+                handles.append(p.register_post_accumulate_grad_hook(count_into(square)))
+        yield squares
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, required, grad in before:
+            p.requires_grad_(required)
+            p.grad = grad

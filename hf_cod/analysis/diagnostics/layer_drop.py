@@ -1,0 +1,107 @@
+"""Performance drop of removing each single layer, from hidden states that are computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_cod.analysis.evaluation.metrics import Metric
+from hf_cod.io.files import Journal
+from hf_cod.io.text import Batch
+from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.partial_forward import check_finite, check_independent, layer_states, running_only
+from hf_cod.layers.running import evaluation_mode, progress
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.task import model_inputs
+
+
+def measure_layer_drop(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    metric: Metric,
+    journal: Journal | None = None,
+    *,
+    path: str | None = None,
+    show_progress: bool = False,
+) -> tuple[float, list[float]]:
+    """The metric of the intact model, and of the model without each single layer.
+
+        Delta P^(l) = P_without_layer_l - P_intact            (arXiv 2502.05795, performance drop)
+
+    For each batch the intact model runs once and leaves the hidden state in front of each layer; the model without
+    layer l then starts from there, at layer l + 1. So L removals cost about L (L - 1) / 2 layers instead of L (L - 1),
+    beside the head. The result is that of the whole computation, since the layers in front do not change.
+
+    Args:
+        model: a transformers model, wrapped or not.
+        batches: dicts for the model's forward.
+        metric: from `find_metric`.
+        journal: keeps each (batch, layer); what it holds already is not computed again.
+        path: the stack's module name where it cannot be found.
+        show_progress: show a progress bar.
+
+    Returns:
+        P_intact, and P_without_layer_l for each layer.
+
+    Raises:
+        ValueError: the metric failed; says at which batch and layer. The journal keeps what was measured before.
+    """
+    stack = find_decoder_layers(model, path)
+    check_independent(stack, "layer_drop")
+    journal = Journal(None, "") if journal is None else journal
+    device = execution_device(stack.model)
+    bar = progress(range(len(batches) * (len(stack) + 1)), "layer drop", show_progress)
+    with torch.no_grad(), evaluation_mode(stack), bar:
+        for number, batch in enumerate(batches):
+            if all(_key(number, layer) in journal for layer in range(-1, len(stack))):
+                bar.update(len(stack) + 1)
+            else:
+                _measure_batch(stack, number, to_device(batch, device), metric, journal, bar)
+    values = [_value(journal, metric, len(batches), layer) for layer in range(-1, len(stack))]
+    return values[0], values[1:]
+
+
+def _measure_batch(stack: DecoderLayers, number: int, batch: Batch, metric: Metric, journal: Journal, bar: Any) -> None:
+    """The intact model, then each removal that the journal lacks, from the hidden state that the intact one left."""
+    inputs = model_inputs(batch)
+    with layer_states(stack) as states:
+        intact = stack.model(**inputs)
+    check_finite(states, number)
+    _record(journal, metric, number, -1, intact, batch, intact)
+    reference = intact if metric.compares else None
+    del intact  # logits are large
+    bar.update()
+    for layer in range(len(stack)):
+        if _key(number, layer) not in journal:
+            with running_only(stack, range(layer + 1, len(stack)), states[layer]):
+                outputs = stack.model(**inputs)
+            _record(journal, metric, number, layer, outputs, batch, reference)
+        states[layer] = None
+        bar.update()
+
+
+def _key(batch: int, layer: int) -> str:
+    return f"drop {batch} {layer}"
+
+
+def _value(journal: Journal, metric: Metric, n_batches: int, layer: int) -> float:
+    rows = [row for number in range(n_batches) for row in journal[_key(number, layer)]]
+    try:
+        return metric.value(rows)
+    except Exception as error:
+        raise ValueError(f"metric: {metric.name} failed {_where(layer)}: {error}") from error
+
+
+def _where(layer: int) -> str:
+    return "with the intact model" if layer < 0 else f"with layer {layer} removed"
+
+
+def _record(journal: Journal, metric: Metric, number: int, layer: int, outputs: Any, batch: Batch, intact: Any) -> None:
+    try:
+        rows = metric.rows(outputs, batch, intact)
+    except Exception as error:
+        raise ValueError(f"metric: {metric.name} failed on batch {number} {_where(layer)}: {error}") from error
+    journal.add(_key(number, layer), rows)

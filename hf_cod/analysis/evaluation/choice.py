@@ -1,0 +1,120 @@
+"""The metric that a user means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_cod.analysis.evaluation.metrics import (
+    Accuracy,
+    EvaluateModule,
+    HeadLoss,
+    Metric,
+    OutputAngle,
+    Perplexity,
+    SampleScore,
+)
+from hf_cod.io.text import Batch
+from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.running import evaluation_mode
+from hf_cod.layers.stack import find_decoder_layers, unwrap
+from hf_cod.layers.task import LANGUAGE_MODELS, model_inputs, task_of
+
+# Task -> the metric that suits it; output_angle for all others.
+OWN_METRIC = {
+    "causal_lm": "perplexity",
+    "masked_lm": "perplexity",
+    "classes": "accuracy",
+    "regression": "loss",
+    "multi_label": "loss",
+}
+
+
+def find_metric(metric: Any, task: str) -> Metric:
+    """The metric that a user means.
+
+    Args:
+        metric: None for the task's own, see `OWN_METRIC`; "perplexity", "accuracy", "loss" or
+            "output_angle"; the name or path of an `evaluate` module, or one loaded; or a callable
+            `metric(outputs, batch)` that returns one score a sample (with an attribute `lower_is_better` if so).
+        task: what `task_of` gave.
+
+    Raises:
+        ValueError: a metric that this model has no outputs for, or that cannot be loaded.
+        ImportError: the metric needs `evaluate`, which is not installed.
+    """
+    if metric is None:
+        metric = OWN_METRIC.get(task, "output_angle")
+    if metric == "output_angle":
+        return OutputAngle()
+    if hasattr(metric, "rows") and hasattr(metric, "value"):
+        return metric
+    if task in ("headless", "unlabelled") and (isinstance(metric, str) or not callable(metric)):
+        what = "a model without a head" if task == "headless" else "batches without labels"
+        raise ValueError(f"metric: expected output_angle or a callable for {what}, got {metric!r}")
+    if metric == "perplexity":
+        if task not in LANGUAGE_MODELS:
+            raise ValueError("metric: perplexity expects a language model, got a model with another head")
+        return Perplexity(task)
+    if metric == "accuracy":
+        if task not in (*LANGUAGE_MODELS, "classes"):
+            raise ValueError("metric: accuracy expects labels that are classes, got others; give a callable")
+        return Accuracy(task)
+    if metric == "loss":
+        if task not in ("regression", "multi_label"):
+            raise ValueError("metric: loss expects a regression or multi-label head, got another model")
+        return HeadLoss(task)
+    if isinstance(metric, str):
+        return EvaluateModule(_load_evaluate(metric), task)
+    if hasattr(metric, "compute"):
+        return EvaluateModule(metric, task)
+    if callable(metric):
+        return SampleScore(metric)
+    raise ValueError(f"metric: expected a name, an evaluate module or a callable, got {metric!r}")
+
+
+def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Perplexity of a language model on batches of any device, in its present mode and dtype; losses are summed in
+    float64.
+
+    Raises:
+        ValueError: the model is not a language model.
+    """
+    task = task_of(model)
+    metric = find_metric("perplexity", task)
+    base, device = unwrap(model), execution_device(model)
+    rows = []
+    with torch.no_grad():
+        for batch in (to_device(batch, device) for batch in batches):
+            rows += metric.rows(base(**model_inputs(batch)), batch, None)
+    return metric.value(rows)
+
+
+def _load_evaluate(name: str) -> Any:
+    try:
+        import evaluate
+    except ImportError as error:
+        raise ImportError(f"metric: {name!r} needs the evaluate package: pip install 'hf_cod[evaluate]'") from error
+    try:
+        return evaluate.load(name)
+    except Exception as error:
+        raise ValueError(
+            f"metric: expected perplexity, accuracy, loss, output_angle or an evaluate module, got {name!r}: {error}"
+        ) from error
+
+
+def held_out_perplexity(model: nn.Module, batches: Sequence[Batch], path: str | None = None) -> float:
+    """Perplexity of a language model on batches of any device, in eval mode and without a cache; the model is left as
+    it was.
+
+    Args:
+        model: a transformers model.
+        batches: dicts for its forward.
+        path: the stack's module name where it cannot be found.
+    """
+    stack = find_decoder_layers(model, path)
+    with evaluation_mode(stack):
+        return perplexity(stack.model, batches)

@@ -1,0 +1,82 @@
+"""Benchmarks of the Language Model Evaluation Harness (lm-eval) on a model that is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from hf_cod.layers.stack import unwrap
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str | dict[str, Any]],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Runs tasks of lm-eval (`arc_easy`, `hellaswag`, `wikitext`, ...) on a causal language model as it is.
+
+    Args:
+        model: a transformers model, pruned, packed or not; its modules are in training afterwards as before.
+        tokenizer: its tokenizer.
+        tasks: names of lm-eval's tasks, or dicts of their settings, for tasks of one's own (with `dataset_path: json`
+            they read local files).
+        limit: samples of each task, at most; None for all.
+        batch_size: samples in one forward pass.
+        seed: of the choice of few-shot examples.
+
+    Returns:
+        Task -> metric ("acc", "acc_norm", "word_perplexity", ...) -> value.
+
+    Raises:
+        ValueError: no task, or one that lm-eval does not know or cannot load.
+        ImportError: lm-eval is not installed.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ImportError("tasks: lm-eval's tasks need the lm_eval package: pip install 'hf_cod[lm-eval]'") from error
+    if not tasks:
+        raise ValueError("tasks: expected at least one task of lm-eval, got none")
+    training = [module for module in model.modules() if module.training]
+    try:
+        wrapped = HFLM(pretrained=unwrap(model), tokenizer=tokenizer, batch_size=batch_size)
+        seeds = {f"{name}_seed": seed for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
+        manager = _known_tasks(not all(_stands_alone(task) for task in tasks))
+        options: dict[str, Any] = {"limit": limit, "log_samples": False, "bootstrap_iters": 0, **seeds}
+        found = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, **options)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"tasks: expected tasks that lm-eval can load, got {list(tasks)}: {error}") from error
+    finally:
+        for module in training:  # HFLM sets all to evaluation
+            module.training = True
+    return {task: _figures(values) for task, values in found["results"].items()}
+
+
+def _stands_alone(task: str | dict[str, Any]) -> bool:
+    """Whether a task names its own data: a name, or a group or variation of lm-eval's tasks, needs those."""
+    return isinstance(task, dict) and "dataset_path" in task and "group" not in task
+
+
+@cache
+def _known_tasks(named: bool) -> Any:
+    """lm-eval's own tasks, thousands of files that take it a while to read; tasks of one's own do without."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=named)
+
+
+def _figures(values: dict[str, Any]) -> dict[str, float]:
+    """Numbers alone, under their names without lm-eval's filter ("acc,none")."""
+    return {
+        key.removesuffix(",none"): float(value)
+        for key, value in values.items()
+        if isinstance(value, float) and "_stderr," not in key
+    }

@@ -1,0 +1,242 @@
+"""Metrics: perplexity, accuracy, a head's loss, the angle of the output, any `evaluate` module or callable.
+
+A metric turns the model's outputs on one batch into one row a sample (plain numbers and lists, so that they can be
+written to a journal), and all rows into one figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.functional.depth import wide
+from hf_cod.io.text import IGNORED_LABEL, Batch
+from hf_cod.layers.task import targets
+
+# `evaluate` does not say which way its metrics go.
+LOWER_IS_BETTER = ("mse", "mae", "mape", "smape", "mase", "wer", "cer", "ter", "character", "brier_score")
+# Logits that are turned into losses at a time: a chunk and its exponentials stay in the cache.
+LOSS_CHUNK = 2**21
+
+
+class Metric(Protocol):
+    """What a layer-drop sweep needs of a metric."""
+
+    name: str
+    lower_is_better: bool
+    compares: bool
+    """Whether `rows` needs the intact model's outputs on the same batch."""
+    identity: str | None
+    """Equal for metrics that compute the same; None where that cannot be told, so that nothing is resumed."""
+
+    def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
+        """One row of plain values for each sample of the batch."""
+
+    def value(self, rows: Sequence[Any]) -> float:
+        """The figure for all samples."""
+
+
+def as_loss(metric: Metric, value: float) -> float:
+    """A metric's figure as a loss: less is better, and differences compare. Of perplexity the logarithm, in nats a
+    token: perplexities without the first layers are thousands of times the others'.
+    """
+    if metric.name == "perplexity":
+        return math.log(value)
+    return value if metric.lower_is_better else -value
+
+
+def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p(label) in nats, 0 where the label is IGNORED_LABEL.
+
+    Computed in float32 or wider, a few rows at a time, so that no second copy of the logits is ever made.
+
+    Args:
+        logits: (S, T, V).
+        labels: (S, T).
+
+    Returns:
+        (S, T).
+    """
+    flat, flat_labels = logits.flatten(0, -2), labels.flatten()
+    high = torch.promote_types(logits.dtype, torch.float32)
+    chunk = max(1, LOSS_CHUNK // logits.shape[-1])
+    losses = [
+        nn.functional.cross_entropy(rows.to(high), wanted, reduction="none", ignore_index=IGNORED_LABEL)
+        for rows, wanted in zip(flat.split(chunk), flat_labels.split(chunk), strict=True)
+    ]
+    return torch.cat(losses).view(labels.shape)
+
+
+class Perplexity:
+    """exp( - 1/N sum_i log p(x_i | x_<i) ) over all N predicted tokens of all samples; for a masked language model over
+    its hidden tokens, given all others.
+    """
+
+    name = "perplexity"
+    identity: str | None = name
+    lower_is_better = True
+    compares = False
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+
+    def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
+        """(sum of negative log likelihoods in nats, number of predicted tokens)."""
+        labels = targets(batch, self.task).to(outputs.logits.device)
+        loss = wide(negative_log_likelihood(outputs.logits, labels)).sum(-1)
+        return torch.stack([loss, (labels != IGNORED_LABEL).sum(-1).to(loss)], -1).tolist()
+
+    def value(self, rows: Sequence[Any]) -> float:
+        """Perplexity; infinite where it exceeds the range of floats."""
+        loss, tokens = (sum(column) for column in zip(*rows, strict=True))
+        if not tokens:
+            raise ValueError("expected at least one token to predict, got none; give longer samples")
+        try:
+            return math.exp(loss / tokens)
+        except OverflowError:
+            return math.inf
+
+
+class Accuracy:
+    """Share of right predictions: next tokens, hidden tokens or labels."""
+
+    name = "accuracy"
+    identity: str | None = name
+    lower_is_better = False
+    compares = False
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+
+    def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
+        """(right predictions, predictions)."""
+        rows = _predictions(outputs, batch, self.task)
+        return [[sum(p == r for p, r in zip(*row, strict=True)), len(row[0])] for row in rows]
+
+    def value(self, rows: Sequence[Any]) -> float:
+        """Right ones over all, in [0, 1]."""
+        right, total = (sum(column) for column in zip(*rows, strict=True))
+        return right / total
+
+
+class HeadLoss:
+    """The loss of a head that predicts numbers: mean squared error of a regression head, and of a multi-label head the
+    binary cross entropy, both as transformers trains them; mean over samples and outputs.
+    """
+
+    name = "loss"
+    identity: str | None = name
+    lower_is_better = True
+    compares = False
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+
+    def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
+        """The mean loss of each sample."""
+        logits = wide(outputs.logits)
+        labels = batch["labels"].to(logits).view_as(logits)
+        if self.task == "multi_label":
+            losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        else:
+            losses = nn.functional.mse_loss(logits, labels, reduction="none")
+        return losses.flatten(1).mean(-1).tolist()
+
+    def value(self, rows: Sequence[Any]) -> float:
+        """Mean over samples."""
+        return sum(rows) / len(rows)
+
+
+class OutputAngle:
+    """How far the model's output turns from the intact model's: mean angular distance over tokens.
+
+    The output is the final hidden state, or the logits of a model with a head (of a question-answering head those of
+    the span's start). It needs no labels, so it serves models where there is nothing to predict. 0 for the intact
+    model, 0.5 for unrelated outputs.
+    """
+
+    name = "output_angle"
+    identity: str | None = name
+    lower_is_better = True
+    compares = True
+
+    def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
+        """(sum of angles over pi, number of tokens)."""
+        a, b = wide(_main_output(outputs)), wide(_main_output(intact))
+        angle = nn.functional.cosine_similarity(a, b, dim=-1).clamp(-1, 1).arccos() / math.pi  # (S, T), or (S,)
+        angle = angle.reshape(len(a), -1)
+        mask = batch.get("attention_mask")
+        weight = torch.ones_like(angle) if mask is None or mask.shape != angle.shape else mask.to(angle)
+        return torch.stack([(angle * weight).sum(-1), weight.sum(-1)], -1).tolist()
+
+    def value(self, rows: Sequence[Any]) -> float:
+        """Mean over all tokens, in [0, 1]."""
+        angle, tokens = (sum(column) for column in zip(*rows, strict=True))
+        return angle / tokens
+
+
+class EvaluateModule:
+    """A metric of the `evaluate` library, fed with arg-max predictions and references."""
+
+    compares = False
+
+    def __init__(self, module: Any, task: str) -> None:
+        self.module = module
+        self.task = task
+        self.name = module.name
+        self.lower_is_better = bool(getattr(module, "lower_is_better", module.name in LOWER_IS_BETTER))
+        # evaluate loads each script under a module name that holds the hash of its text.
+        self.identity: str | None = type(module).__module__
+
+    def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
+        """(predictions, references), a list each."""
+        return _predictions(outputs, batch, self.task)
+
+    def value(self, rows: Sequence[Any]) -> float:
+        """What the module computes from all of them; of several figures the first."""
+        predictions = [p for row in rows for p in row[0]]
+        references = [r for row in rows for r in row[1]]
+        return float(next(iter(self.module.compute(predictions=predictions, references=references).values())))
+
+
+class SampleScore:
+    """A callable `score(outputs, batch)` that gives one number a sample (S,); the figure is their mean."""
+
+    compares = False
+
+    def __init__(self, score: Callable[[Any, Batch], Any]) -> None:
+        self.score = score
+        self.name = getattr(score, "__name__", type(score).__name__)
+        self.identity: str | None = None  # code that we cannot compare
+        self.lower_is_better = bool(getattr(score, "lower_is_better", False))
+
+    def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
+        """The score of each sample."""
+        scores = torch.as_tensor(self.score(outputs, batch)).flatten()
+        samples = len(next(iter(batch.values())))
+        if len(scores) != samples:
+            raise ValueError(f"metric: expected {samples} scores for {samples} samples, got {len(scores)}")
+        return scores.tolist()
+
+    def value(self, rows: Sequence[Any]) -> float:
+        """Mean score."""
+        return sum(rows) / len(rows)
+
+
+def _main_output(outputs: Any) -> Tensor:
+    names = ("last_hidden_state", "logits", "start_logits")
+    return next(outputs[name] for name in names if name in outputs)
+
+
+def _predictions(outputs: Any, batch: Batch, task: str) -> list[Any]:
+    references = targets(batch, task)
+    predicted = outputs.logits.argmax(-1)
+    rows = []
+    for p, r in zip(predicted.cpu(), references.cpu(), strict=True):
+        wanted = r != IGNORED_LABEL
+        rows.append([p[wanted].flatten().tolist(), r[wanted].flatten().tolist()])
+    return rows

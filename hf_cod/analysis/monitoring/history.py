@@ -1,0 +1,174 @@
+"""TrainingHistory: what each layer did at each measured step of a training, one JSON line a step."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from hf_cod.analysis.monitoring.health import find_trouble
+from hf_cod.io.files import append_line, write_text
+from hf_cod.io.report import RunReport, environment, format_number
+
+FORMAT_VERSION = 1
+FILE_NAME = "history.jsonl"
+# Measures with one value a layer, and those with one value a step.
+PER_LAYER = ("gradient_norm", "variance", "max_abs", "added_share", "angular_distance")
+PER_STEP = ("effective_depth", "late_share", "clip_factor")
+
+
+class TrainingHistory:
+    """Measured steps of one training run.
+
+    The file's first line describes what is measured (format, model, layers, settings, probe), each further line is one
+    measured step: `step`; one value a layer in `gradient_norm` (None where nothing of a layer is trained),
+    `variance`, `max_abs`, `added_share` and `angular_distance` (to the next layer); `effective_depth`, `late_share`,
+    `clip_factor` (what clipping multiplied the gradients by); and `failure`, in words, where the probe could not be
+    measured. A line is on disk before training goes on.
+
+    Attributes:
+        header: what is measured.
+        path: the file, or None to keep everything in memory.
+        lines: the measured steps, in order.
+    """
+
+    def __init__(self, header: dict[str, Any], path: str | Path | None = None) -> None:
+        self.header = {"format": FORMAT_VERSION, **header}
+        self.path = None if path is None else Path(path)
+        self.lines: list[dict[str, Any]] = []
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainingHistory:
+        """Reads a history from its file or the directory that holds it; a last line that was cut off is left out.
+
+        Raises:
+            ValueError: no history there, or one of another format.
+        """
+        file = _file_of(Path(path))
+        try:
+            whole = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+            header, lines = whole[0], whole[1:]
+            version = header.pop("format")
+            if any("step" not in line for line in lines):
+                raise ValueError("a line without a step")
+        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"history: expected a training history of hf_cod, got {str(file)!r}: {error}") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(f"history: expected format {FORMAT_VERSION}, got {version} in {str(file)!r}")
+        history = cls(header, file)
+        history.lines = lines
+        return history
+
+    def start(self, step: int = 0) -> None:
+        """Begins at `step`: after a resumed checkpoint's step, what the interrupted run measured later is dropped.
+
+        So the history of a run that was killed and resumed is that of a run that was not. At step 0 a history that is
+        there, with its report and pictures, moves into earlier-1 and so on.
+
+        Raises:
+            ValueError: on resuming, the file holds measures of another probe, which cannot stand in one history.
+        """
+        self.lines = []
+        if self.path is not None and self.path.exists():
+            earlier = TrainingHistory.load(self.path)
+            if step:
+                self._continue(earlier, step)
+            else:
+                self._keep(earlier)
+        if self.path is not None:
+            write_text(self.path, "".join(f"{_json(line)}\n" for line in (self.header, *self.lines)))
+
+    def _continue(self, earlier: TrainingHistory, step: int) -> None:
+        for name in ("layers", "probe"):
+            expected, found = self.header.get(name), earlier.header.get(name)
+            if found != expected:
+                raise ValueError(
+                    f"history: expected {name} {expected} as before, got {found} in {str(self.path)!r}; resume with "
+                    "the same probe, or name another output_dir"
+                )
+        self.lines = [line for line in earlier.lines if line["step"] <= step]
+
+    def _keep(self, earlier: TrainingHistory) -> None:
+        """Moves an earlier run's history and report aside."""
+        assert self.path is not None
+        if not earlier.lines:
+            return
+        directory = self.path.parent
+        if not (directory / "report.json").exists():  # its training did not come to an end
+            earlier.report().save(directory)
+        new = RunReport("training", self.header["model"], self._settings(), {}, {}, {})
+        new.keep_earlier(directory, (self.path.name,), resumable=False)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**self.header["settings"], "probe": self.header.get("probe")}
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Records one measured step; it is on disk when this returns."""
+        line = _without_nan(line)
+        self.lines.append(line)
+        if self.path is not None:
+            append_line(self.path, _json(line))
+
+    def report(self) -> RunReport:
+        """The history as a report: `layers` hold the last measured step, `results["history"]` every one by measure.
+
+        Raises:
+            ValueError: nothing has been measured.
+        """
+        if not self.lines:
+            raise ValueError("history: expected at least one measured step, got none")
+        measures = [name for name in (*PER_LAYER, *PER_STEP) if any(line.get(name) for line in self.lines)]
+        columns = {name: [line.get(name) for line in self.lines] for name in ("step", *measures)}
+        last = {name: next(row for row in reversed(columns[name]) if row) for name in PER_LAYER if name in columns}
+        trouble: dict[tuple[str, int], str] = {}
+        for end in range(1, len(self.lines) + 1):  # as first told
+            trouble = {**find_trouble(self.lines[:end]), **trouble}
+        return RunReport(
+            kind="training",
+            model=self.header["model"],
+            settings=self._settings(),
+            environment=environment(),
+            layers=last,
+            results={"history": columns},
+            summary=_summary(columns, self.header["layers"]),
+            notes=list(trouble.values()),
+        )
+
+
+def _summary(columns: dict[str, list[Any]], layers: int) -> list[str]:
+    """What changed between the first and the last measured step, in words."""
+
+    def change(name: str, value: Any = lambda row: row) -> str:
+        rows = columns.get(name, [None] * len(columns["step"]))
+        known = [(step, value(row)) for step, row in zip(columns["step"], rows, strict=True) if row is not None]
+        if not known:
+            return ""
+        (first, a), (last, b) = known[0], known[-1]
+        return f"went from {format_number(a)} at step {first} to {format_number(b)} at step {last}"
+
+    found = {
+        f"Effective depth, of {layers} layers,": change("effective_depth"),
+        "The late half's share of all angular distance (0.5 if all layers did equally much)": change("late_share"),
+        "Output variance behind the first layer": change("variance", lambda row: row[0]),
+        "Output variance behind the last layer": change("variance", lambda row: row[-1]),
+    }
+    return [f"{subject} {words}." for subject, words in found.items() if words]
+
+
+def _file_of(path: Path) -> Path:
+    """The history file that a path means: itself, or the one in this directory or in a run's output directory."""
+    inside = (path / FILE_NAME, *sorted(path.glob(f"*/{FILE_NAME}"))) if path.is_dir() else ()
+    return next((file for file in inside if file.is_file()), path)
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,117 @@
+"""The fixed batches that a model is measured on while it trains: from texts, a data set, or ready batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from hf_cod.io.text import Batch, SampleSettings, embedded_text, token_batches
+
+TEXT_COLUMN = "text"
+
+
+def probe_batches(probe: Any, tokenizer: Any, settings: SampleSettings) -> list[Batch]:
+    """Makes the fixed batches that a model is measured on.
+
+    Args:
+        probe: one text or several (cut by `settings`); a data set with a column "text", or tokenized with "input_ids"
+            (its first `max_samples` rows, each cut at `sequence_length`); or batches ready for the model's forward
+            (a list is used whole, a data loader up to `max_samples`). None: the embedded novel.
+        tokenizer: where `probe` is text.
+        settings: lengths, counts and seed.
+
+    Raises:
+        ValueError: nothing in it, something else, or text without a tokenizer.
+    """
+    items = _items(probe)
+    first = next(iter(items), None) if isinstance(items, Iterable) else None
+    if isinstance(items, Iterable) and iter(items) is items:  # an iterator has lost its first item by now
+        items = itertools.chain([first], items)
+    if isinstance(first, str):
+        return _from_texts(items, tokenizer, settings)
+    if isinstance(first, Mapping) and "input_ids" in first:
+        dimensions = torch.as_tensor(first["input_ids"]).dim()
+        return _whole_batches(items, settings) if dimensions > 1 else _from_rows(items, settings)
+    if isinstance(first, Mapping) and TEXT_COLUMN in first:
+        return _from_texts((row[TEXT_COLUMN] for row in items), tokenizer, settings)
+    if isinstance(first, Mapping) and any(isinstance(v, Tensor) and v.dim() > 1 for v in _inputs(first).values()):
+        return _stacked(items, settings) if _is_one_sample(first) else _whole_batches(items, settings)
+    found = f"rows with {', '.join(map(str, first))}" if isinstance(first, Mapping) else type(first).__name__
+    raise ValueError(
+        f"probe: expected texts, a data set with a column text or input_ids, or batches of tensors, got {found}"
+    )
+
+
+def _items(probe: Any) -> Any:
+    """What can be gone through; a map-style data set of torch knows its items by number alone."""
+    if probe is None:
+        return [embedded_text()]
+    if isinstance(probe, (str, Mapping)):
+        return [probe]
+    if not isinstance(probe, Iterable) and hasattr(probe, "__getitem__") and hasattr(probe, "__len__"):
+        return (probe[i] for i in range(len(probe)))
+    return probe
+
+
+def _is_one_sample(item: Mapping[str, Any]) -> bool:
+    """Whether an item without tokens is a row of a data set: its label is one number."""
+    labels = [item[name] for name in ("label", "labels") if name in item]
+    return any(isinstance(label, (int, float)) or (isinstance(label, Tensor) and label.dim() == 0) for label in labels)
+
+
+def _from_texts(texts: Iterable[str], tokenizer: Any, settings: SampleSettings) -> list[Batch]:
+    if tokenizer is None:
+        raise ValueError(
+            "probe: expected a tokenizer (Trainer's processing_class) with the texts, or token batches, got texts alone"
+        )
+    return [*token_batches(tokenizer, texts, settings)]
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a forward pass without a loss reads."""
+    return {name: value for name, value in batch.items() if name != "labels" and value is not None}
+
+
+def _whole_batches(batches: Iterable[Batch], settings: SampleSettings) -> list[Batch]:
+    taken: list[Batch] = []
+    samples = 0
+    for batch in batches:
+        # Lists become tensors, as a collator would make them.
+        inputs = _inputs(batch).items()
+        taken.append({name: torch.as_tensor(v) if isinstance(v, list) else v for name, v in inputs})
+        samples += len(next(iter(taken[-1].values())))
+        if samples >= settings.max_samples and not isinstance(batches, Sequence):
+            break
+    return taken
+
+
+def _stacked(rows: Iterable[Mapping[str, Any]], settings: SampleSettings) -> list[Batch]:
+    """Rows of tensors of equal shapes, images for instance, as batches."""
+    chosen = list(itertools.islice(rows, settings.max_samples))
+    names = [name for name, value in _inputs(chosen[0]).items() if isinstance(value, Tensor) and value.dim()]
+    parts = [chosen[start : start + settings.batch_size] for start in range(0, len(chosen), settings.batch_size)]
+    return [{name: torch.stack([row[name] for row in part]) for name in names} for part in parts]
+
+
+def _from_rows(rows: Iterable[Mapping[str, Any]], settings: SampleSettings) -> list[Batch]:
+    width, size = settings.sequence_length, settings.batch_size
+    full = (row for row in rows if len(row["input_ids"]))
+    chosen = list(itertools.islice(full, settings.max_samples))
+    if not chosen:
+        raise ValueError("probe: expected rows with tokens, got none but empty ones")
+    ids = [torch.as_tensor(row["input_ids"])[:width] for row in chosen]
+    masks = [
+        torch.as_tensor(row.get("attention_mask", [1] * width))[: len(i)] for row, i in zip(chosen, ids, strict=True)
+    ]
+    return [
+        {
+            "input_ids": pad_sequence(ids[start : start + size], batch_first=True),
+            "attention_mask": pad_sequence(masks[start : start + size], batch_first=True),
+        }
+        for start in range(0, len(ids), size)
+    ]

@@ -1,0 +1,1 @@
+"""What enters each matrix, in one streaming pass: LayerStatistics."""

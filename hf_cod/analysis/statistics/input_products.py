@@ -1,0 +1,105 @@
+"""X^T X of what enters each matrix of chosen layers: the Hessian of SparseGPT, the second moments of a whitening, and
+with the sums beside them what a matrix needs to know of columns that it loses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_input
+from hf_cod.functional.depth import wide
+from hf_cod.layers.stack import DecoderLayers
+
+# Tokens that are widened to float32 at a time.
+CHUNK = 4096
+
+
+class ProductsRecorder:
+    """Sums x x^T over all tokens that enter each matrix, in float32 on the matrix's device.
+
+    Matrices that read one tensor share one sum, and experts that got no token take no memory: a layer needs 4 d^2 bytes
+    for each distinct input of width d. Call `start` before and `finish` after each forward pass, within `attached`.
+
+    Args:
+        stack: the layers.
+        layers: which of them.
+    """
+
+    def __init__(self, stack: DecoderLayers, layers: Iterable[int]) -> None:
+        self._inputs = MatrixInputs(stack, layers, self._read)
+        self._products: dict[tuple[str, int | None], Tensor] = {}
+        self._source: dict[str, str] = {}
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Puts the hooks on the modules, and takes them away at the end of the block."""
+        return self._inputs.attached()
+
+    def start(self, mask: Tensor | None) -> None:
+        """Begins a batch with its attention mask (S, T), or None."""
+        self._inputs.start(mask)
+
+    def finish(self, number: int) -> None:
+        """Ends a batch: checks the sums."""
+        for (name, _), products in self._products.items():
+            check_finite_input(products.diagonal(), name, number)
+
+    def of(self, name: str, expert: int | None = None) -> Tensor | None:
+        """(in, in): the sum of a matrix, or of one of its experts; None if no token entered it."""
+        return self._products.get((self._source.get(name, name), expert))
+
+    def _read(self, name: str, expert: int | None, rows: Tensor | None, source: str) -> None:
+        known = self._source.setdefault(name, source)
+        assert known == source, "what shares an input in one batch shares it in all"
+        if rows is None or not len(rows):
+            return
+        high = torch.promote_types(rows.dtype, torch.float32)
+        total = self._products.get((name, expert))
+        if total is None:
+            total = torch.zeros(rows.shape[1], rows.shape[1], dtype=high, device=rows.device)
+            self._products[name, expert] = total
+        for chunk in rows.split(CHUNK):
+            chunk = chunk.to(high)
+            total.addmm_(chunk.mT, chunk)
+
+
+class MomentsRecorder(ProductsRecorder):
+    """Sums [x, 1] [x, 1]^T over all tokens that enter chosen matrices: products, sums, and in the corner the tokens.
+
+    Sums and squares are in float64 where the device has it: variances are differences of them, which float32 would lose
+    where a channel's mean is large.
+
+    Args:
+        stack: the layers.
+        layers: which of them.
+        names: the matrices; each reads a tensor of its own.
+    """
+
+    def __init__(self, stack: DecoderLayers, layers: Iterable[int], names: Iterable[str]) -> None:
+        super().__init__(stack, layers)
+        self._names = frozenset(names)
+        self._moments: dict[tuple[str, int | None], Tensor] = {}
+
+    def of(self, name: str, expert: int | None = None) -> Tensor | None:
+        """(in + 1, in + 1) in float64: the sum of a matrix; None if no token entered it."""
+        products = super().of(name, expert)
+        if products is None:
+            return None
+        M = wide(products).clone()
+        squares, sums = self._moments[name, expert]
+        M.diagonal()[:-1] = squares
+        M[-1, :-1] = M[:-1, -1] = sums
+        return M
+
+    def _read(self, name: str, expert: int | None, rows: Tensor | None, source: str) -> None:
+        if name in self._names:
+            assert rows is not None, "chosen matrices share no input"
+            super()._read(name, expert, torch.cat([rows, rows.new_ones(len(rows), 1)], 1), source)
+            for chunk in rows.split(CHUNK):
+                x = wide(chunk)
+                moments = torch.stack([x.square().sum(0), x.sum(0)])  # (2, in)
+                known = self._moments.get((name, expert))
+                self._moments[name, expert] = moments if known is None else known + moments

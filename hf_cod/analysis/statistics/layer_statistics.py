@@ -1,0 +1,240 @@
+"""LayerStatistics: what enters each matrix of a model, as one sum a channel; collected in one pass over text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_input
+from hf_cod.functional.depth import wide
+from hf_cod.io.files import write_aside
+from hf_cod.io.text import Batch
+from hf_cod.layers.checks import name_of, warn_of_other_name
+from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.running import evaluation_mode, naming_weights, progress
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.task import model_inputs
+
+FORMAT_VERSION = "1"
+# Numbers that are squared at a time: 4 MiB of memory, and enough work for all threads.
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """Sums over all tokens that entered each matrix of a model's layers.
+
+    Attributes:
+        model: the model's name.
+        path: module name of the stack of layers.
+        squares: matrix's name -> sum over tokens of x_j^2, float64 (in,), so that ||X_j||_2 is its square root;
+            (experts, in) for a matrix of a bank of experts, where each expert's sum is over the tokens routed to it.
+        tokens: matrix's name -> how many tokens entered it, int64, () or (experts,).
+    """
+
+    model: str
+    path: str
+    squares: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+
+    @property
+    def unseen(self) -> dict[str, list[int]]:
+        """Matrices that no token entered: name -> the experts concerned, or an empty list for a plain matrix."""
+        return {
+            name: (count == 0).nonzero().flatten().tolist() if count.dim() else []
+            for name, count in self.tokens.items()
+            if (count == 0).any()
+        }
+
+    def of(self, name: str, expert: int | None = None) -> Tensor | None:
+        """(in,): the sum of squares of a matrix, or of one of its experts; None if no token entered it."""
+        return _entry(self.squares, self.tokens, name, expert)
+
+    def digests(self) -> dict[str, str]:
+        """Matrix's name -> hash of its sums, by which a resumed run knows them again."""
+        return {name: sha256(t.contiguous().numpy().tobytes()).hexdigest() for name, t in self.squares.items()}
+
+    @classmethod
+    def merge(cls, parts: Sequence[LayerStatistics]) -> LayerStatistics:
+        """The statistics of all parts' text together, as if collected in one pass: parts of batches, of processes
+        (`torch.distributed.all_gather_object`), or of saved files.
+
+        Raises:
+            ValueError: no parts, or parts of different models.
+        """
+        if not parts:
+            raise ValueError("parts: expected at least one, got none")
+        first = parts[0]
+        for part in parts[1:]:
+            if (part.model, part.path) != (first.model, first.path):
+                raise ValueError(
+                    f"parts: expected those of one model, got those of {first.model} ({first.path}) and {part.model} "
+                    f"({part.path}); collect_statistics(..., name=...) gives both one name"
+                )
+            _check_same(_shapes(first), _shapes(part), "parts", first.model, part.model)
+        return cls(
+            first.model,
+            first.path,
+            {name: torch.stack([part.squares[name] for part in parts]).sum(0) for name in first.squares},
+            {name: torch.stack([part.tokens[name] for part in parts]).sum(0) for name in first.tokens},
+        )
+
+    def check(self, stack: DecoderLayers) -> None:
+        """Makes sure that these are statistics of that model; warns where only its name is another.
+
+        Raises:
+            ValueError: a matrix is missing, unknown, or has another number of input channels.
+        """
+        expected = {name: shape for i in range(len(stack)) for name, shape in stack.input_shapes(i).items()}
+        _check_same(expected, _shapes(self), "statistics", type(stack.model).__name__, self.model)
+        warn_of_other_name("statistics", self.model, stack)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a safetensors file, aside and renamed; returns its path."""
+        tensors = {f"squares/{name}": tensor for name, tensor in self.squares.items()}
+        tensors |= {f"tokens/{name}": tensor for name, tensor in self.tokens.items()}
+        metadata = {"format": FORMAT_VERSION, "model": self.model, "path": self.path}
+        return write_aside(path, lambda file: file.write(save(tensors, metadata)))
+
+    @classmethod
+    def load(cls, path: str | Path) -> LayerStatistics:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: no such file, or not one of ours.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"statistics: expected a file of statistics, got {str(path)!r}: {error}") from error
+        if metadata.get("format") != FORMAT_VERSION or "path" not in metadata:
+            raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {metadata} in {str(path)!r}")
+        kinds: dict[str, dict[str, Tensor]] = {"squares": {}, "tokens": {}}
+        for key, tensor in tensors.items():
+            kind, name = key.split("/", 1)
+            kinds[kind][name] = tensor
+        return cls(metadata["model"], metadata["path"], **kinds)
+
+
+def collect_statistics(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    path: str | None = None,
+    name: str | None = None,
+    show_progress: bool = False,
+) -> LayerStatistics:
+    """One forward pass a batch, without the head; keeps only a sum of squares for each input channel.
+
+    Args:
+        model: a transformers model, wrapped or not, in any dtype, quantized, or offloaded by accelerate.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is not counted.
+        path: the stack's module name where it cannot be found.
+        name: the model's name; default: where it was loaded from.
+        show_progress: show a progress bar.
+
+    Raises:
+        ValueError: no layers found, no batches, NaN or infinite activations (says which module was first), a module
+            that two layers share, a mixture of experts that cannot be observed.
+    """
+    stack = find_decoder_layers(model, path)
+    recorder = StatisticsRecorder(stack)
+    trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
+    device = execution_device(stack.model)
+    seen = 0
+    with torch.no_grad(), naming_weights(stack.model), evaluation_mode(stack), recorder.attached():
+        for number, batch in enumerate(progress(batches, "statistics", show_progress)):
+            inputs = model_inputs(to_device(batch, device))
+            recorder.start(inputs.get("attention_mask"))
+            trunk(**inputs)
+            recorder.finish(number)
+            seen += 1
+    if not seen:
+        raise ValueError("batches: expected at least one, got none")
+    found = name or name_of(stack)
+    return LayerStatistics(found, stack.path, recorder.squares, recorder.tokens)
+
+
+class StatisticsRecorder:
+    """Sums the squares of what enters each matrix.
+
+    Call `start` before and `finish` after each forward pass, within `attached`.
+
+    Args:
+        stack: the layers.
+        layers: which of them; default: all.
+    """
+
+    def __init__(self, stack: DecoderLayers, layers: Iterable[int] | None = None) -> None:
+        chosen = list(range(len(stack)) if layers is None else layers)
+        self._inputs = MatrixInputs(stack, chosen, self._read)
+        shapes = {name: shape for i in chosen for name, shape in stack.input_shapes(i).items()}
+        self.squares = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        self.tokens = {name: torch.zeros(shape[:-1], dtype=torch.int64) for name, shape in shapes.items()}
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Puts the hooks on the modules, and takes them away at the end of the block."""
+        return self._inputs.attached()
+
+    def start(self, mask: Tensor | None) -> None:
+        """Begins a batch with its attention mask (S, T), or None."""
+        self._inputs.start(mask)
+        self._batch: list[tuple[str, int | None, Tensor, int]] = []
+
+    def finish(self, number: int) -> None:
+        """Ends a batch: checks it and adds it to the sums."""
+        for name, expert, squares, count in self._batch:
+            squares = squares.cpu().double()
+            check_finite_input(squares, name, number)
+            index = ... if expert is None else expert
+            self.squares[name][index] += squares
+            self.tokens[name][index] += count
+
+    def of(self, name: str, expert: int | None = None) -> Tensor | None:
+        """(in,): the sum of squares of a matrix, or of one of its experts; None if no token entered it."""
+        return _entry(self.squares, self.tokens, name, expert)
+
+    def _read(self, name: str, expert: int | None, rows: Tensor | None, source: str) -> None:
+        if rows is not None:
+            self._last = (_sum_of_squares(rows), len(rows))
+        self._batch.append((name, expert, *self._last))
+
+
+def _sum_of_squares(rows: Tensor) -> Tensor:
+    """(N, in) -> (in,): in float32 within a chunk of rows, in float64 over chunks."""
+    total = wide(torch.zeros(rows.shape[1], device=rows.device))
+    high = torch.promote_types(rows.dtype, torch.float32)
+    for chunk in rows.split(max(1, CHUNK // rows.shape[1])):
+        total += chunk.to(high).square().sum(0)
+    return total
+
+
+def _entry(squares: dict[str, Tensor], tokens: dict[str, Tensor], name: str, expert: int | None) -> Tensor | None:
+    index = ... if expert is None else expert
+    return squares[name][index] if tokens[name][index] else None
+
+
+def _shapes(statistics: LayerStatistics) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in statistics.squares.items()}
+
+
+def _check_same(
+    expected: dict[str, tuple[int, ...]], got: dict[str, tuple[int, ...]], field: str, wanted: str, given: str
+) -> None:
+    for name in (*expected, *got):
+        if expected.get(name) != got.get(name):
+            raise ValueError(
+                f"{field}: expected those of {wanted}, with {name} {expected.get(name, 'absent')}, got those of "
+                f"{given}, with {name} {got.get(name, 'absent')}"
+            )

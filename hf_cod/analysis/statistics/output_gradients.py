@@ -1,0 +1,125 @@
+"""How much the loss minds errors in what each matrix computes: backward passes that stop at its output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.analysis.diagnostics.gradients import count_predictions, mean_loss, why_no_gradients
+from hf_cod.io.text import Batch
+from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.running import evaluation_mode, hidden_input, progress
+from hf_cod.layers.stack import DecoderLayers
+from hf_cod.layers.task import task_of
+
+
+def measure_loss_weights(
+    stack: DecoderLayers, batches: Sequence[Batch], *, show_progress: bool = False
+) -> dict[str, float]:
+    """By how much the loss grows when a share of a matrix's output is lost: name -> nats a prediction, for all of it.
+
+        c = 1/2 . 1/T sum_t ||g_t||_2^2 / m . 1/n sum_t ||W x_t||_2^2,   g_t = d L / d (W x_t)
+
+    over the n tokens that enter W (m, .) and the T predictions of the loss L, a sum over them. This is the second
+    order of E L(y + e) - L(y), the Hessian replaced by the Fisher matrix (as in Optimal Brain Surgeon's descendants,
+    Singh and Alistarh 2020, arXiv 2004.14340), for errors e of c's size that point nowhere in particular: those of a
+    share s of the output's energy cost s c. The linear term is left out, since errors of either sign are as likely.
+
+    No gradient of a weight is computed, and none is changed; memory is that of a forward pass with its activations.
+
+    Args:
+        stack: the layers of a model with a loss and weights in memory.
+        batches: dicts for the model's forward; of other heads than language models' with labels.
+        show_progress: show a progress bar.
+
+    Raises:
+        ValueError: no loss, weights that are quantized or offloaded, or gradients that are not finite.
+    """
+    task = task_of(stack.model, batches)
+    reason = why_no_gradients(stack, task)
+    if reason:
+        raise ValueError(f"batches: expected a loss and floating-point weights in memory, but {reason}")
+    device = execution_device(stack.model)
+    predictions = 0
+    with torch.inference_mode(False), evaluation_mode(stack), _OutputSums(stack).attached() as sums:
+        for batch in progress(batches, "gradients", show_progress):
+            batch = to_device(batch, device)
+            number = count_predictions(batch, task)
+            if number:
+                predictions += number
+                sums.mask = batch.get("attention_mask")
+                with torch.enable_grad():
+                    (mean_loss(stack.model, batch, task) * number).backward()
+    if not predictions:
+        raise ValueError("batches: expected at least one token to predict, got none; give longer samples")
+    return sums.weights(predictions)
+
+
+class _OutputSums:
+    """Sums of squares of outputs and of their gradients, for each Linear of the layers."""
+
+    def __init__(self, stack: DecoderLayers) -> None:
+        self._stack = stack
+        self._linears = {name: m for index in range(len(stack)) for name, m in stack.linears(index).items()}
+        self._found: dict[str, Tensor] = {}
+        self._channels: dict[str, int] = {}
+        self.mask: Tensor | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator[_OutputSums]:
+        """Lets gradients begin at the layers' input, and pass through no weight, while the block runs."""
+        required = [(p, p.requires_grad) for p in self._stack.model.parameters()]
+        handles = [self._stack[0].register_forward_pre_hook(_begin, with_kwargs=True)]
+        handles += [m.register_forward_hook(self._hook_of(name, m)) for name, m in self._linears.items()]
+        try:
+            for p, _ in required:
+                p.requires_grad_(False)
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            for p, before in required:
+                p.requires_grad_(before)
+
+    def weights(self, predictions: int) -> dict[str, float]:
+        """c of each matrix; 0 where no token entered it."""
+        found = dict.fromkeys(self._linears, 0.0)
+        for name, sums in self._found.items():
+            outputs, gradients, tokens = sums.tolist()
+            found[name] = 0.5 * gradients / predictions / self._channels[name] * outputs / max(1.0, tokens)
+            if not found[name] < float("inf"):
+                raise ValueError(f"gradients: expected finite numbers, got NaN or infinity at the output of {name}")
+        return found
+
+    def _hook_of(self, name: str, module: Any) -> Any:
+        def read(_: nn.Module, args: Any, output: Tensor) -> None:
+            y = output.detach() if module.bias is None else output.detach() - module.bias.detach()
+            real = self._real(y)
+            total = self._found.setdefault(name, torch.zeros(3, dtype=torch.float64))
+            self._channels[name] = y.shape[-1]
+            total[0] += (_squares(y) * real).sum().cpu()
+            total[2] += real.sum().cpu()
+            output.register_hook(lambda gradient: total[1].add_(_squares(gradient).sum().cpu()) and None)
+
+        return read
+
+    def _real(self, y: Tensor) -> Tensor:
+        """1 for each token, 0 for padding; tokens routed to an expert have lost their places, and all count."""
+        if self.mask is None or self.mask.numel() != y.shape[:-1].numel():
+            return torch.ones(y.shape[:-1], dtype=torch.float64, device=y.device)
+        return self.mask.reshape(y.shape[:-1]).to(y.device, torch.float64)
+
+
+def _begin(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    hidden = hidden_input(args, kwargs)
+    if not hidden.requires_grad:
+        hidden.requires_grad_(True)
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Sum of squares over the last dimension, in float64 where the device has it."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1).double()

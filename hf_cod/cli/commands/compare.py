@@ -1,0 +1,34 @@
+"""hf-cod compare RUN RUN ...: put several diagnosed runs side by side."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_cod.cli.terminal import print_comparison
+from hf_cod.io.files import write_text
+from hf_cod.io.report import RunReport
+from hf_cod.reporting.comparison import compare
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = ArgumentParser(
+        prog="hf-cod compare",
+        description="Puts several runs of hf-cod diagnose side by side: Pre-LN against Post-LN, a base model against "
+        "its fine-tuned form.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a diagnosed run, or its report.json")
+    parser.add_argument("--labels", nargs="+", help="a name for each run; default: the models' names")
+    parser.add_argument("--output", default="hf-cod-compare", help="directory for compare.md and compare.png")
+    parser.add_argument("--no-plots", action="store_true", help="draw no picture (which needs matplotlib)")
+    chosen = parser.parse_args(list(arguments))
+    comparison = compare([RunReport.load(run) for run in chosen.runs], chosen.labels)
+    directory = Path(chosen.output)
+    if not chosen.no_plots:
+        comparison.plot(directory)
+    write_text(directory / "compare.md", comparison.to_markdown(picture=not chosen.no_plots))
+    print_comparison(comparison)
+    print(f"written to {directory.resolve()}")
+    return 0

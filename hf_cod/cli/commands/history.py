@@ -1,0 +1,34 @@
+"""hf-cod history RUN: show what the layers did during a training."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_cod.analysis.monitoring.history import TrainingHistory
+from hf_cod.cli.terminal import print_report
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = ArgumentParser(
+        prog="hf-cod history",
+        description="Draws what LayerDiagnosticsCallback or LayerMonitor measured, also of a training that still runs: "
+        "heat maps of layer and step, and effective depth. The table shows the last measured step.",
+    )
+    parser.add_argument("run", help="history.jsonl, its directory, or the output directory of the training")
+    parser.add_argument("--output", help="directory for report and pictures; default: that of the history")
+    parser.add_argument("--no-plots", action="store_true", help="draw no pictures (which need matplotlib)")
+    chosen = parser.parse_args(list(arguments))
+    history = TrainingHistory.load(chosen.run)
+    assert history.path is not None
+    report = history.report()
+    directory = Path(chosen.output) if chosen.output else history.path.parent
+    report.keep_earlier(directory)
+    if not chosen.no_plots:
+        report.plot(directory)
+    report.save(directory)
+    print_report(report)
+    print(f"\nwritten to {directory.resolve()}")
+    return 0

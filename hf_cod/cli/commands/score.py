@@ -1,0 +1,156 @@
+"""hf-cod score MODEL: measure how much each layer matters."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
+from hf_cod.cli.parser import SettingsParser, default_directory, model_title
+from hf_cod.cli.terminal import print_report
+from hf_cod.io.files import Journal
+from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.report import RunReport, environment, format_number, standing_out
+from hf_cod.io.text import SampleSettings, TextSettings, describe_batches, load_texts, mask_tokens
+from hf_cod.io.text import token_batches as cut_into_batches
+from hf_cod.layers.checks import check_length
+from hf_cod.layers.devices import execution_device
+from hf_cod.layers.fingerprints import Journals
+from hf_cod.layers.stack import unwrap
+from hf_cod.layers.task import task_of
+from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.scoring.methods import ScoreSettings, score_layers
+
+STATISTICS, SCORES = "statistics.safetensors", "scores.json"
+
+
+@dataclass
+class ScoreRunSettings(SampleSettings, ScoreSettings):
+    """Samples and method; one seed serves both."""
+
+    def __post_init__(self) -> None:
+        SampleSettings.__post_init__(self)
+        ScoreSettings.__post_init__(self)
+
+
+@dataclass
+class ScoreOutput:
+    """Where statistics come from, and where results go."""
+
+    statistics: str | None = field(
+        default=None,
+        metadata={
+            "help": "statistics.safetensors of a run elsewhere, instead of collecting them again; those of an earlier "
+            "run over the same samples, in the output directory, are taken anyway"
+        },
+    )
+    output: str | None = field(
+        default=None,
+        metadata={"help": "directory for statistics, scores, report and picture; default: hf-cod-score-MODEL"},
+    )
+    plots: bool = field(default=True, metadata={"help": "draw the picture (needs matplotlib)"})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    parser = SettingsParser(
+        [ModelSettings, TextSettings, ScoreRunSettings, ScoreOutput],
+        prog="hf-cod score",
+        description="Measures how much each layer matters, by OWL's share of outliers or another score, and writes "
+        "statistics.safetensors and scores.json for pruning and quantization to read. Another score of the same model "
+        "on the same samples, and a run that was interrupted, take the statistics that are there.",
+    )
+    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    loading, text, settings, output, rest = parser.parse(arguments)
+    directory = Path(output.output or default_directory("score", rest.model))
+    model, tokenizer = load_model(rest.model, loading)
+    if tokenizer is None:
+        raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
+    check_length(model, settings.sequence_length)
+    batches = cut_into_batches(tokenizer, load_texts(text), settings)
+    if task_of(model) == "masked_lm":
+        batches = mask_tokens(tokenizer, batches, settings.seed)
+    report = run(model, batches, settings, output.statistics, directory, model_title(rest.model))
+    if output.plots:
+        report.plot(directory)
+    report.save(directory)
+    print_report(report)
+    print(f"\nwritten to {directory.resolve()}")
+    return 0
+
+
+def run(
+    model: nn.Module,
+    batches: list[dict[str, Any]],
+    settings: ScoreRunSettings,
+    earlier: str | None,
+    directory: Path,
+    name: str,
+) -> RunReport:
+    """Collects statistics (or reads those that are there), scores the layers, writes both; returns the report of it.
+
+    Its results hold, as "score", what the method was told and what it chose.
+    """
+    base: Any = unwrap(model)
+    journals = Journals(directory, model, batches)
+    inputs = {"statistics": earlier, "inputs": journals.inputs, **describe_batches(batches)}
+    report = RunReport(
+        kind="score",
+        model=name,
+        settings={**asdict(settings), **inputs},
+        environment=environment(execution_device(base), next(base.parameters()).dtype),
+        layers={},
+        results={},
+    )
+    file, journal = directory / STATISTICS, journals.of("statistics", settings.layers_path)
+    kept = None if earlier else _kept(file, journal)
+    statistics = LayerStatistics.load(earlier) if earlier else kept
+    report.keep_earlier(directory, (SCORES,) if kept else (STATISTICS, SCORES))
+    if statistics is None:
+        statistics = collect_statistics(model, batches, path=settings.layers_path, name=name, show_progress=True)
+    if kept is None:
+        statistics.save(file)
+    if not earlier:
+        journal.add("statistics", _digest(file))
+    chosen = {f.name: getattr(settings, f.name) for f in fields(ScoreSettings)}
+    scores = score_layers(model, statistics, batches=batches, show_progress=True, **chosen)
+    scores.save(directory / SCORES)
+    layers: dict[str, list[Any]] = {"score": scores.values, "parameters": scores.parameters}
+    results = {"score": scores.settings}
+    return replace(report, layers=layers, results=results, summary=_summary(scores), notes=_notes(statistics))
+
+
+def _kept(file: Path, journal: Journal) -> LayerStatistics | None:
+    """The statistics that an earlier run over the same model and samples left, if they are still the same file."""
+    if "statistics" in journal and file.is_file() and journal["statistics"] == _digest(file):
+        return LayerStatistics.load(file)
+    return None
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _summary(scores: LayerScores) -> list[str]:
+    """Who matters most and least: different layers, of whom no other layer is the equal."""
+    few = min(3, len(scores.values) // 2)
+    found = []
+    for least, word in ((False, "most"), (True, "least")):
+        layers = standing_out(scores.values, few, least)
+        figures = ", ".join(f"{i} ({format_number(scores.values[i])})" for i in layers)
+        if layers:
+            found.append(f"layers {figures} matter {word}" if len(layers) > 1 else f"layer {figures} matters {word}")
+    said = ", ".join(found) or "no layer stands out"
+    return [f"By {scores.method.replace('_', ' ')}, {said}.", *scores.remarks]
+
+
+def _notes(statistics: LayerStatistics) -> list[str]:
+    return [
+        f"no token entered {name}" + (f", experts {', '.join(map(str, experts))}" if experts else "")
+        for name, experts in statistics.unseen.items()
+    ]

@@ -1,0 +1,100 @@
+"""The command line: parse, call, exit."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
+COMMANDS = {
+    "demo": ("demo", "measure a small real model and show what its layers do"),
+    "diagnose": ("diagnose", "measure what each layer of a model does"),
+    "score": ("score", "measure how much each layer matters, for pruning and quantization"),
+    "history": ("history", "draw what the layers did during a training"),
+    "prune": ("prune", "set weights to zero, more in layers that matter less"),
+    "factorize": ("factorize", "replace matrices by products of two thin ones: fewer weights, dense ones"),
+    "narrow": ("narrow", "remove attention heads and MLP channels, more in layers that matter less"),
+    "drop-layers": ("drop_layers", "remove the layers that a model misses least: fewer layers, a stock checkpoint"),
+    "pack": ("pack", "store a pruned model without its zeros, to load and run it faster"),
+    "quantize": ("quantize", "store a model in three and four bits, four where layers matter more"),
+    "fit": ("fit", "make a model meet a budget of memory, parameters or bits by the best combination of these"),
+    "heal": ("heal", "train a pruned, factorized, narrowed or shortened model to say what the original says"),
+    "finetune": ("finetune", "train a model on, a few layers at a time"),
+    "compare": ("compare", "put several diagnosed runs side by side"),
+    "card": ("card", "a pre-trained model with its model card, ready to share"),
+    "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
+}
+# Commands that keep a journal: stopped, they go on where they were.
+RESUMABLE = (
+    "demo",
+    "diagnose",
+    "score",
+    "prune",
+    "factorize",
+    "narrow",
+    "drop-layers",
+    "quantize",
+    "fit",
+    "heal",
+    "finetune",
+)
+
+# Those of them that train.
+FROM_CHECKPOINTS = ("heal", "finetune")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 for a failure in the work, 2 for bad input, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from hf_cod._version import __version__
+
+        print(f"hf-cod {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"hf-cod: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
+        return 2
+    _quieten_transformers()
+    command = importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[arguments[0]][0]}")
+    try:
+        return command.main(arguments[1:])
+    except (ValueError, ImportError) as error:
+        print(f"hf-cod {arguments[0]}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        resume = "; the same command goes on from here" if arguments[0] in RESUMABLE else ""
+        if arguments[0] in FROM_CHECKPOINTS:
+            resume = "; the same command goes on from its last checkpoint"
+        print(f"hf-cod {arguments[0]}: stopped{resume}", file=sys.stderr)
+        return 130
+
+
+def _quieten_transformers() -> None:
+    """Its loading reports and bars would bury our one line of error; a verbosity that the user has chosen stays."""
+    from transformers.utils import logging
+
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: hf-cod COMMAND [ARGUMENTS]",
+            "",
+            "See, cure and use the Curse of Depth.",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "hf-cod COMMAND --help tells what a command takes.",
+        ]
+    )

@@ -1,0 +1,43 @@
+"""Reports as tables in the terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hf_cod.io.report import RunReport, format_number
+from hf_cod.reporting.comparison import Comparison
+
+# Measures that only report.md shows: with them the table would not fit 80 columns.
+ONLY_ON_THE_PAGE = ("mean", "max_abs")
+
+
+def print_report(report: RunReport) -> None:
+    """Prints the per-layer table, then the findings and notes."""
+    console = Console()
+    layers = {name: values for name, values in report.layers.items() if name not in ONLY_ON_THE_PAGE}
+    table = Table(
+        title=f"{report.kind}: {report.model}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for name in ("layer", *layers):
+        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+    for i in range(report.n_layers):
+        table.add_row(str(i), *[format_number(values[i]) for values in layers.values()])
+    if layers:
+        console.print(table)
+    for line in report.summary:
+        console.print(f"• {line}", highlight=False, markup=False)
+    for note in report.notes:
+        console.print(f"note: {note}", style="dim", highlight=False, markup=False)
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Prints the table of several runs, then what sets them apart."""
+    console = Console()
+    table = Table(*comparison.columns)
+    for row in comparison.rows:
+        table.add_row(*row)
+    console.print(table)
+    for sentence in comparison.verdict:
+        console.print(f"• {sentence}", highlight=False, markup=False)

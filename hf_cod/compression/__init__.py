@@ -1,0 +1,1 @@
+"""What is done to make a model smaller: one folder a method."""

@@ -1,0 +1,156 @@
+"""`drop_layers`: a model without some of its layers, with linear maps in their place where that is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from hf_cod.compression.depth.depth_plan import GIVEN, MASSIVE, DepthPlan
+from hf_cod.compression.depth.maps import NO_MAPS, REPLACEMENTS, Maps
+from hf_cod.io.report import RunReport, environment
+from hf_cod.io.text import Batch, check_batches, describe_batches, split_samples
+from hf_cod.layers.checks import name_of, other_name, sizes_of
+from hf_cod.layers.devices import execution_device
+from hf_cod.layers.removal import check_drop, drop
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+
+# Share of the samples that no map is fitted to, to measure on whether maps are better.
+CHOICE_SHARE = 1 / 4
+
+
+def drop_layers(
+    model: nn.Module,
+    plan: DepthPlan | Sequence[int] | int,
+    replacement: str | None = None,
+    *,
+    batches: Sequence[Batch] | None = None,
+    path: str | None = None,
+    name: str | None = None,
+) -> RunReport:
+    """Removes layers for good, as `drop` does: what is left is a stock checkpoint.
+
+    | replacement | in the place of each run of removed layers | needs |
+    |---|---|---|
+    | none | nothing | nothing |
+    | linear | a linear map, folded into the last matrix in front (ReplaceMe, arXiv 2505.02819) | batches |
+    | measured | the same, where the loss on the last quarter of the samples, which no map saw, is lower | batches |
+
+    A map needs a layer in front whose last matrix adds its output to the hidden state: Pre-LN families have one, where
+    norms follow (Post-LN, sandwich norms) or experts stand in banks there is none. Then, and where weights cannot be
+    written or nothing can be measured, the layers are dropped plainly, and the notes say why.
+    `functional/linear_map.py` has the equation.
+
+    The report's `layers` hold `cost` (of the plan, where it has some), `removed` (1 or 0) and `parameters`; its
+    `results` hold `removed`, `protected`, `candidates` and `criterion` of the plan, `parameters` before and after of
+    the whole model, and `replacements`: for each run of layers {"layers", "matrix", "explained", "used"} and, measured,
+    "loss": {"plain", "linear"}.
+
+    Args:
+        model: a transformers model, wrapped or not; for maps with plain weights.
+        plan: from `plan_depth`, or the layers to remove, or one.
+        replacement: see the table; default: what the plan's candidates were compared with, of layers none.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
+        path: the stack's module name where it cannot be found.
+        name: the model's name in the report; default: where it was loaded from.
+
+    Raises:
+        ValueError: a plan for another model, no such layers, none left, batches missing; what `drop` raises. After
+            these, and whatever else ends the work on the way, the model is unchanged.
+    """
+    stack = find_decoder_layers(model, path)
+    sizes = sizes_of(stack)
+    if not isinstance(plan, DepthPlan):
+        plan = DepthPlan(name_of(stack), GIVEN, [plan] if isinstance(plan, int) else sorted(plan), sizes)
+    replacement = plan.replacement if replacement is None else replacement
+    if replacement not in REPLACEMENTS:
+        raise ValueError(f"replacement: expected one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
+    if replacement != "none" and not batches:
+        raise ValueError(
+            f"batches: expected at least one for the replacement {replacement}, got none; replacement='none' needs none"
+        )
+    plan.check(stack)
+    check_drop(model, plan.layers, path)
+    before = sum(p.numel() for p in stack.model.parameters())
+    maps = Maps()
+    device, dtype = execution_device(stack.model), next(stack.model.parameters()).dtype
+    try:
+        if batches and replacement != "none":
+            _put_maps(stack, plan.layers, batches, replacement == "measured", maps)
+        drop(model, plan.layers, path)
+    except BaseException:
+        maps.take_back()
+        raise
+    after = sum(p.numel() for p in stack.model.parameters())
+    return RunReport(
+        kind="drop-layers",
+        model=name or name_of(stack),
+        settings={"criterion": plan.method, "replacement": replacement, **describe_batches(batches or [])},
+        environment=environment(device, dtype),
+        layers={
+            **({"cost": plan.costs} if plan.costs else {}),
+            "removed": [int(index in plan.layers) for index in range(len(sizes))],
+            "parameters": sizes,
+        },
+        results={
+            "removed": plan.layers,
+            "criterion": plan.method,
+            "protected": plan.protected,
+            "candidates": plan.candidates,
+            "parameters": {"intact": before, "dropped": after},
+            "replacements": maps.replacements,
+        },
+        summary=_summary(plan, before, after, maps.replacements),
+        notes=[*other_name("plan", plan.model, stack), *_other_replacement(plan, replacement), *maps.notes],
+    )
+
+
+def _put_maps(stack: DecoderLayers, removed: list[int], batches: Sequence[Batch], measured: bool, maps: Maps) -> None:
+    """Fits maps to the samples; of measured ones to three quarters of them, and the last one decides."""
+    check_batches(batches)
+    if not measured:
+        maps.put(stack, removed, batches)
+        return
+    samples = describe_batches(batches)["samples"]
+    if samples < 2:
+        why = f"they need at least two samples, to fit on one and to measure on one, got {samples}"
+        maps.notes.append(NO_MAPS.format(why))
+        return
+    fitting, measuring = split_samples(batches, samples - max(1, round(samples * CHOICE_SHARE)))
+    maps.put(stack, removed, fitting, measuring)
+
+
+def _other_replacement(plan: DepthPlan, replacement: str) -> list[str]:
+    if not plan.candidates or replacement == plan.replacement:
+        return []
+    return [f"the plan compared its candidates with replacement {plan.replacement}; here it is {replacement}"]
+
+
+def _summary(plan: DepthPlan, before: int, after: int, replacements: list[dict[str, Any]]) -> list[str]:
+    removed = ", ".join(map(str, plan.layers))
+    why = "as asked for" if plan.method == GIVEN else f"chosen by {_words(plan.method)}"
+    if plan.chosen:
+        why += f", which compared candidates and took what {' and '.join(map(_words, plan.chosen))} found"
+    found = [
+        f"{len(plan.layers)} of {len(plan.parameters)} layers are removed ({removed}), {why}; {after:,} of {before:,} "
+        "parameters are left."
+    ]
+    if plan.protected:
+        why = ": massive activations arise there" if plan.protection == MASSIVE else ", as asked for"
+        told = "Layer {} was" if len(plan.protected) == 1 else "Layers {} were"
+        found.append(f"{told.format(', '.join(map(str, plan.protected)))} protected{why}.")
+    if plan.candidates:
+        order = sorted(plan.candidates, key=lambda name: plan.candidates[name]["loss"])
+        told = ", ".join(f"{_words(name)} {plan.candidates[name]['loss']:.3f}" for name in order)
+        how = ", with maps" if any(found.get("maps") for found in plan.candidates.values()) else ""
+        found.append(f"{_words(plan.metric).capitalize()} on samples that the search did not see{how}: {told}.")
+    if replacements:
+        used = [entry["matrix"] for entry in replacements if entry["used"]]
+        where = f": {', '.join(used)}" if used else ""
+        found.append(f"{len(used)} of {len(replacements)} linear maps in the place of layers are kept{where}.")
+    return found
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

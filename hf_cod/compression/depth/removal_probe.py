@@ -1,0 +1,108 @@
+"""Losses of a model without some of its layers, for many choices of them at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from hf_cod.analysis.evaluation.metrics import Metric, as_loss
+from hf_cod.io.files import Journal
+from hf_cod.io.text import Batch
+from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.partial_forward import check_independent, layer_states, run_layer, running_only
+from hf_cod.layers.running import evaluation_mode, progress
+from hf_cod.layers.stack import DecoderLayers
+from hf_cod.layers.task import model_inputs
+
+Removed = tuple[int, ...]
+"""The layers that are left out, in ascending order."""
+
+
+class RemovalProbe:
+    """Measures what removals cost, on the same batches.
+
+    Removals that begin alike share their hidden states as long as they do: in front of the first layer that only one
+    of them removes nothing is computed twice. Memory holds one hidden state for each place where they part.
+
+    Args:
+        stack: the layers.
+        metric: from `find_metric`.
+        batches: dicts for the model's forward.
+        journal: keeps the rows of each (batch, removal); what it holds already is not computed again.
+        show_progress: show progress bars.
+
+    Raises:
+        ValueError: layers that share keys and values.
+    """
+
+    def __init__(
+        self,
+        stack: DecoderLayers,
+        metric: Metric,
+        batches: Sequence[Batch],
+        journal: Journal | None = None,
+        show_progress: bool = False,
+    ) -> None:
+        check_independent(stack, "layers")
+        self._stack, self._metric, self._batches, self._show = stack, metric, batches, show_progress
+        self._journal = Journal(None, "") if journal is None else journal
+        self._device = execution_device(stack.model)
+
+    @torch.no_grad()
+    def losses(self, removals: Sequence[Iterable[int]], title: str = "removals") -> list[float]:
+        """The loss without each of these sets of layers: nats a token of a language model, else the metric's own
+        (`as_loss`).
+
+        Raises:
+            ValueError: a loss that is not a number; says without which layers.
+        """
+        wanted = [tuple(sorted(removal)) for removal in removals]
+        with evaluation_mode(self._stack):
+            for number, batch in enumerate(progress(self._batches, title, self._show)):
+                left = {removed for removed in wanted if _key(number, removed) not in self._journal}
+                if left:
+                    self._measure(number, to_device(batch, self._device), left)
+        return [self._loss(removed) for removed in wanted]
+
+    def _measure(self, number: int, batch: Batch, removals: set[Removed]) -> None:
+        inputs = model_inputs(batch)
+        intact = self._stack.model(**inputs) if self._metric.compares else None
+        for removed, outputs in self._outputs(inputs, sorted(removals)):
+            self._journal.add(_key(number, removed), self._metric.rows(outputs, batch, intact))
+
+    def _outputs(self, inputs: dict[str, Any], removals: list[Removed]) -> Iterator[tuple[Removed, Any]]:
+        """(removal, the model's outputs without it), depth first; those that remove a layer before those that keep it,
+        so that few states wait.
+        """
+        stack = self._stack
+        with layer_states(stack) as states:
+            run_layer(stack, 0, inputs, None)
+        waiting: list[tuple[int, Any, list[Removed]]] = [(0, states[0], removals)]
+        del states
+        while waiting:
+            layer, state, together = waiting.pop()
+            while layer < len(stack):
+                without = [removed for removed in together if layer in removed]
+                if without and len(without) < len(together):
+                    waiting.append((layer, state, [removed for removed in together if layer not in removed]))
+                    together = without
+                if not without:
+                    state = run_layer(stack, layer, inputs, state)
+                layer += 1
+            (removed,) = together
+            with running_only(stack, range(layer, layer), state):
+                yield removed, stack.model(**inputs)
+
+    def _loss(self, removed: Removed) -> float:
+        rows = [row for number in range(len(self._batches)) for row in self._journal[_key(number, removed)]]
+        loss = as_loss(self._metric, self._metric.value(rows))
+        if math.isnan(loss):
+            raise ValueError(f"model: expected a loss, got NaN without layers {', '.join(map(str, removed))}")
+        return loss
+
+
+def _key(batch: int, removed: Removed) -> str:
+    return f"without {batch} {','.join(map(str, removed))}"

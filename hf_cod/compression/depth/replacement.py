@@ -1,0 +1,204 @@
+"""A removed block of layers as a linear map, folded into the last matrix in front of it: no new modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_cod.functional.depth import wide
+from hf_cod.functional.linear_map import DAMPING, MapSums, fold
+from hf_cod.io.text import Batch
+from hf_cod.layers.checks import is_pruned
+from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.partial_forward import State, layer_states, run_layer
+from hf_cod.layers.running import evaluation_mode
+from hf_cod.layers.stack import DecoderLayers
+from hf_cod.layers.task import model_inputs
+
+# How far the layer's output may be from what it would be if the matrix' output were added to it, as a share.
+ADDED_WITHIN = 0.05
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive layers that are removed: `first` to `last`; counted from 0."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"layer {self.first}" if self.first == self.last else f"layers {self.first} to {self.last}"
+
+
+def blocks_of(layers: Sequence[int]) -> list[Block]:
+    """The runs of consecutive layers among ascending ones."""
+    starts = [layers[0], *(b for a, b in pairwise(layers) if b > a + 1)]
+    ends = [*(a for a, b in pairwise(layers) if b > a + 1), layers[-1]]
+    return [Block(*ends) for ends in zip(starts, ends, strict=True)]
+
+
+class BlockReplacer:
+    """Fits maps to the removed blocks of a model from the first to the last, each behind the maps before it.
+
+    What a map is to reach is the intact model's hidden state behind the block; what it starts from is the hidden state
+    of the shortened model in front, with the maps before: so it makes up for what the cuts before it did, too.
+
+    Beside the model, memory holds the hidden states behind the blocks, and one more, of each batch on the CPU.
+
+    Args:
+        stack: the layers of a model whose weights can be written.
+        removed: the layers that are to go, in ascending order; they are still there.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
+        damping: see `MapSums.solve`.
+    """
+
+    def __init__(
+        self, stack: DecoderLayers, removed: Sequence[int], batches: Sequence[Batch], damping: float = DAMPING
+    ) -> None:
+        self._stack, self._damping = stack, damping
+        device = execution_device(stack.model)
+        self._batches = [to_device(batch, device) for batch in batches]
+        self.blocks = blocks_of(removed)
+        self._at = 0  # the layer that the shortened model has reached
+        self._behind: dict[int, list[Tensor]] = {block.last: [] for block in self.blocks}
+        self._before: list[State] = []
+        self._run_intact()
+
+    @torch.no_grad()
+    def _run_intact(self) -> None:
+        trunk: Any = getattr(self._stack.model, "base_model", self._stack.model)
+        with evaluation_mode(self._stack):
+            for batch in self._batches:
+                with layer_states(self._stack) as states:
+                    trunk(**model_inputs(batch))
+                for last, kept in self._behind.items():
+                    kept.append(states[last + 1][0].cpu())
+                self._before.append((states[0][0].cpu(), states[0][1]))
+
+    @torch.no_grad()
+    def fit(self, block: Block) -> tuple[nn.Module, str, Tensor, float]:
+        """The map of the next block, which is not put into the model.
+
+        Returns:
+            The matrix that it can be folded into, its name, the map, and the share of the change that it explains.
+
+        Raises:
+            ValueError: there is no such matrix; says why.
+        """
+        if block.first == 0:
+            raise ValueError("there is no layer in front of it")
+        front = block.first - 1
+        with evaluation_mode(self._stack):
+            self._advance(front)
+            inputs = model_inputs(self._batches[0])
+            name, matrix = added_matrix(self._stack, front, inputs, self._before[0])
+            sums = MapSums()
+            for batch, before, wanted in zip(self._batches, self._before, self._behind[block.last], strict=True):
+                with _outputs_of(matrix) as added:
+                    hidden, _ = run_layer(self._stack, front, model_inputs(batch), before)
+                mask = batch.get("attention_mask")
+                rows = slice(None) if mask is None else mask.bool().flatten().to(hidden.device)
+                # Widened first, so that bf16 does not round the difference.
+                r = (wide(wanted.to(hidden.device)) - wide(hidden)).flatten(0, 1)[rows]
+                sums.add(added[-1].reshape(-1, added[-1].shape[-1])[rows], r)
+        return matrix, name, *sums.solve(self._damping)
+
+    @torch.no_grad()
+    def skip(self, block: Block) -> None:
+        """Goes on behind a block, with what is in the model now."""
+        with evaluation_mode(self._stack):
+            self._advance(block.first)
+        self._at = block.last + 1
+
+    def _advance(self, layer: int) -> None:
+        """Runs the shortened model up to the input of `layer`."""
+        for index in range(self._at, layer):
+            for number, batch in enumerate(self._batches):
+                hidden, rest = run_layer(self._stack, index, model_inputs(batch), self._before[number])
+                self._before[number] = (hidden.cpu(), rest)
+        self._at = max(self._at, layer)
+
+
+def contents(matrix: nn.Module) -> dict[str, Tensor]:
+    """A copy of what a matrix holds, for `put_back`."""
+    return {name: p.detach().clone() for name, p in matrix.named_parameters(recurse=False)}
+
+
+@torch.no_grad()
+def put_in(matrix: Any, T: Tensor) -> None:
+    """Folds a map into a Linear or Conv1D, in place."""
+    turned = isinstance(matrix, Conv1D)
+    W = fold(matrix.weight.mT if turned else matrix.weight, T)
+    matrix.weight.copy_(W.mT if turned else W)
+    if matrix.bias is not None:
+        matrix.bias.copy_(fold(matrix.bias[:, None], T)[:, 0])
+
+
+@torch.no_grad()
+def put_back(matrix: nn.Module, before: dict[str, Tensor]) -> None:
+    """Gives a matrix what it held before."""
+    for name, p in matrix.named_parameters(recurse=False):
+        p.copy_(before[name])
+
+
+def added_matrix(
+    stack: DecoderLayers, layer: int, inputs: dict[str, Any], before: State | None
+) -> tuple[str, nn.Module]:
+    """The last matrix of a layer, if its output is added to the layer's output as it is.
+
+    That is tried, not read from names: a change d of the matrix' output must change the layer's output by d. It holds
+    for the MLP's last matrix of Pre-LN families (and of a shared expert), not where a norm follows (Post-LN, sandwich
+    norms), and not for banks of experts, which are no single matrix. A map has no zeros, so that a pruned matrix takes
+    none.
+
+    Raises:
+        ValueError: there is none; says why.
+    """
+    called: list[str] = []
+    linears = stack.linears(layer)
+    handles = [m.register_forward_hook(lambda *_, name=name: called.append(name)) for name, m in linears.items()]
+    try:
+        hidden, _ = run_layer(stack, layer, inputs, before)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called:
+        raise ValueError(f"layer {layer} has no single matrix to fold into")
+    matrix: Any = linears[called[-1]]
+    if type(matrix) not in (nn.Linear, Conv1D) or called.count(called[-1]) != 1:
+        raise ValueError(f"the last matrix of layer {layer}, {called[-1]}, is not a plain one that runs once a token")
+    if is_pruned(matrix.weight):
+        raise ValueError(f"a map would fill the zeros of {called[-1]} of layer {layer}, which is pruned")
+    d = hidden if hidden.any() else torch.ones_like(hidden)
+    handle = matrix.register_forward_hook(
+        lambda module, args, output: output + d.view_as(output) if output.numel() == d.numel() else output
+    )
+    try:
+        changed, _ = run_layer(stack, layer, inputs, before)
+    finally:
+        handle.remove()
+    error = (wide(changed) - wide(hidden) - wide(d)).norm()  # float16 would overflow to infinity
+    if not float(error) <= ADDED_WITHIN * float(wide(d).norm()):
+        why = "experts stand" if stack.experts(layer) else "as where a norm or a gate stands"
+        raise ValueError(
+            f"what {called[-1]} of layer {layer} gives is not added to the hidden state as it is, {why} behind it"
+        )
+    return called[-1], matrix
+
+
+@contextmanager
+def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Fills the list with what the module returns."""
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()

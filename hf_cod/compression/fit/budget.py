@@ -1,0 +1,100 @@
+"""What a budget counts, and whether it is within reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from hf_cod.compression.fit.fit_plan import KINDS
+from hf_cod.compression.fit.knobs import EXCLUSIVE
+from hf_cod.layers.size import ModelSize
+
+
+def check_budget(kind: str, value: float) -> None:
+    """Makes sure that this can be a budget.
+
+    Raises:
+        ValueError: an unknown kind, nothing or less, or a share of parameters above 1.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if kind == "parameters" and not 0 < value <= 1:
+        raise ValueError(f"parameters: expected a share between 0 and 1, got {value}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{kind}: expected a finite number above 0, got {value}")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that a model may take.
+
+    Attributes:
+        kind: one of `fit_plan.KINDS`.
+        value: the most that is allowed, in that unit.
+        intact: the size of the intact model.
+    """
+
+    kind: str
+    value: float
+    intact: ModelSize
+
+    @property
+    def most(self) -> float:
+        """The largest share of the layers within the budget."""
+        size = self.intact
+        if self.kind == "parameters":
+            return self.value
+        if self.kind == "bits":
+            return self.value * size.layer_weights / 8 / size.layer_bytes
+        return (self.value - (size.bytes - size.layer_bytes)) / size.layer_bytes
+
+    def left(self, size: ModelSize) -> float:
+        """The share of the layers that is left, in what the budget counts."""
+        if self.kind == "parameters":
+            return size.layer_weights / self.intact.layer_weights
+        return size.layer_bytes / self.intact.layer_bytes
+
+    def is_met_by(self, size: ModelSize) -> bool:
+        """Whether a model of this size is within the budget."""
+        return self.left(size) <= self.most * (1 + 1e-9)
+
+    def check_reach(self, left: Mapping[str, float], within: float = 1.0, notes: Sequence[str] = ()) -> None:
+        """Makes sure that all knobs together can meet it, as far as their savings multiply.
+
+        Args:
+            left: knob -> the least share of the layers that it leaves alone.
+            within: how far below that they may come, as a share of it.
+            notes: why other knobs, or levels, are left out.
+
+        Raises:
+            ValueError: they cannot; says the least possible.
+        """
+        least = _least_together(left)
+        if self.most < within * least:
+            together = " together" if len(left) > 1 else ""
+            raise ValueError(
+                f"{self.kind}: expected at least {self.told(self._in_unit(least))}, the least that {', '.join(left)} "
+                f"can reach{together}, got {self.told(self.value)}{''.join(f'; {note}' for note in notes)}"
+            )
+
+    def told(self, value: float) -> str:
+        """A budget as it is written on the command line."""
+        return f"{value / 1e6:.4g}MB" if self.kind == "memory" else f"{value:.4g}"
+
+    def _in_unit(self, left: float) -> float:
+        """The budget that a share of the layers is."""
+        size = self.intact
+        if self.kind == "parameters":
+            return left
+        if self.kind == "bits":
+            return left * size.layer_bytes * 8 / size.layer_weights
+        return left * size.layer_bytes + size.bytes - size.layer_bytes
+
+
+def _least_together(left: Mapping[str, float]) -> float:
+    """The least product, of knobs that exclude each other with one alone."""
+    sets = [set(used) for number in range(len(left) + 1) for used in combinations(left, number)]
+    allowed = [used for used in sets if not any(used.issuperset(pair) for pair in EXCLUSIVE)]
+    return min(math.prod(left[knob] for knob in used) for used in allowed)

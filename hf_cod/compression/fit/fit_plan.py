@@ -1,0 +1,43 @@
+"""FitPlan: which steps make a model meet a budget, and what was measured on the way to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_cod.io.files import JsonFile
+
+KINDS = ("memory", "parameters", "bits")
+
+
+@dataclass(frozen=True)
+class FitPlan(JsonFile):
+    """What is done to a model.
+
+    Attributes:
+        kind: what the budget counts: "memory" (bytes of the whole model), "parameters" (share of the weights of the
+            layers' matrices) or "bits" (stored bits for each weight that those had).
+        budget: the most that is allowed.
+        steps: knob -> level, in the order of application; empty where the model meets the budget as it is.
+        loss: nats a token with these steps, on the samples that the plan was chosen on.
+        intact_loss: of the intact model on them.
+        size: bytes, layer_bytes and layer_weights with these steps.
+        alone: knob -> {"levels", "losses", "left"}: what each level that was tried alone costs, and leaves of the
+            layers.
+        tried: combinations that were measured, each {"steps", "expected", "loss", "left"}.
+        curve: the least loss that is expected with each share left, as [share, nats a token, steps].
+        notes: which knobs, or levels of them, could not be tried, and why; which knobs alone do not meet the budget.
+    """
+
+    FIELD = "fit_plan"
+
+    kind: str
+    budget: float
+    steps: dict[str, float]
+    loss: float
+    intact_loss: float
+    size: dict[str, int]
+    alone: dict[str, dict[str, list[float]]]
+    tried: list[dict[str, Any]]
+    curve: list[list[Any]]
+    notes: list[str] = field(default_factory=list)

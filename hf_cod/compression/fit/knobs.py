@@ -1,0 +1,276 @@
+"""The ways to make a model smaller that a plan may combine, in one table, in the order in which they are applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_cod.compression.depth.criteria import plan_depth
+from hf_cod.compression.depth.dropper import drop_layers
+from hf_cod.compression.low_rank.factorizer import factorize
+from hf_cod.compression.low_rank.spectra import plan_ranks
+from hf_cod.compression.pruning.pruner import prune
+from hf_cod.compression.quantization.config import OwlBnbConfig
+from hf_cod.compression.quantization.plan import plan_bits
+from hf_cod.compression.quantization.quantize import quantize
+from hf_cod.compression.sparse.quantizer import pack_sparse
+from hf_cod.compression.width.narrower import narrow
+from hf_cod.functional.codebook import BITS
+from hf_cod.io.text import Batch
+from hf_cod.layers.checks import check_writable
+from hf_cod.layers.partial_forward import check_independent
+from hf_cod.layers.removal import check_drop
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.units import find_units
+from hf_cod.models.shaping import check_shapeable
+from hf_cod.scoring.allocation import allocate
+from hf_cod.scoring.methods import score_layers
+
+# The score by which layers get more or less, where a method does not find out itself; one forward pass finds it.
+SCORE = "angular"
+SPREAD = 0.08
+# Bits a weight that scales take beside codes, more where rows are no whole blocks.
+SCALES = 0.127
+
+
+@dataclass(frozen=True)
+class Applying:
+    """What the application of a knob needs.
+
+    Attributes:
+        batches: the text to calibrate on.
+        journal: a directory for finished layers, or None.
+        path: the stack's module name where it cannot be found.
+        show_progress: show progress bars.
+        measured: a directory for what is measured before anything changes, which all levels of a knob share; default:
+            the journal.
+    """
+
+    batches: Sequence[Batch]
+    journal: Path | None = None
+    path: str | None = None
+    show_progress: bool = False
+    measured: Path | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As the methods take them."""
+        return {
+            "batches": self.batches,
+            "journal": self.journal,
+            "path": self.path,
+            "show_progress": self.show_progress,
+        }
+
+    def measuring(self) -> dict[str, Any]:
+        """As those take them that measure."""
+        return self.options() | {"journal": self.measured or self.journal}
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One way to make a model smaller.
+
+    Attributes:
+        levels: (model, layers' module name or None) -> levels that a plan may choose, mildest first.
+        tried: how many of those are measured, evenly spread, the last one included; costs between are interpolated.
+        apply: (model, level, how) -> changes the model in place.
+        check: raises ValueError or ImportError where the model, or what is installed, shows at once that no level can
+            be applied. What shows only on the way, `apply` raises.
+        describe: level -> what it means.
+        left: (layers, level) -> the share of the layers that is left, but for what rounding to whole ranks, heads,
+            channels and blocks changes.
+        structural: whether parameters become fewer, so that a budget of parameters can be met by it.
+    """
+
+    levels: Callable[[nn.Module, str | None], list[float]]
+    tried: int
+    apply: Callable[[Any, float, Applying], None]
+    check: Callable[[DecoderLayers], None]
+    describe: Callable[[float], str]
+    left: Callable[[DecoderLayers, float], float]
+    structural: bool = True
+
+
+def _shares(*percent: int) -> Callable[[nn.Module, str | None], list[float]]:
+    return lambda model, path: [share / 100 for share in percent]
+
+
+def _left_by_depth(stack: DecoderLayers, count: float) -> float:
+    """Whichever layers go: the largest ones."""
+    sizes = sorted(stack.count_weights(index) for index in range(len(stack)))
+    return sum(sizes[: len(sizes) - int(count)]) / sum(sizes)
+
+
+def _left_by_share(stack: DecoderLayers, share: float) -> float:
+    return 1 - share
+
+
+def _left_by_sparsity(stack: DecoderLayers, share: float) -> float:
+    """A bit a weight says where the others stand."""
+    return 1 - share + 1 / _bits_a_weight(stack)
+
+
+def _left_by_bits(stack: DecoderLayers, codes: float) -> float:
+    return (codes + SCALES) / _bits_a_weight(stack)
+
+
+def _bits_a_weight(stack: DecoderLayers) -> int:
+    return 8 * next(stack.module_list.parameters()).element_size()
+
+
+def _depth(model: Any, count: float, how: Applying) -> None:
+    plan = plan_depth(model, int(count), replacement="measured", **how.measuring())
+    drop_layers(model, plan, "measured", batches=how.batches, path=how.path)
+
+
+def _width(model: Any, share: float, how: Applying) -> None:
+    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.path)
+    plan = allocate(scores, "parameters", 1 - share, min(SPREAD, share))
+    narrow(model, plan, **how.options())
+
+
+def _low_rank(model: Any, share: float, how: Applying) -> None:
+    plan = plan_ranks(model, 1 - share, **how.measuring())
+    factorize(model, plan, "whitened", **how.options())
+
+
+def _sparse(model: Any, share: float, how: Applying) -> None:
+    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.path)
+    plan = allocate(scores, "sparsity", share, min(SPREAD, 1 - share))
+    prune(model, plan, "sparsegpt", **how.options())
+    pack_sparse(model)
+
+
+def _bits(model: Any, codes: float, how: Applying) -> None:
+    """Scales come on top of the bits of codes."""
+    if codes in BITS:
+        quantize(model, OwlBnbConfig(bits=codes), **how.options())
+        return
+    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.path)
+    stack = find_decoder_layers(model, how.path)
+    few, many = (plan_bits(stack, bits, OwlBnbConfig()).stored for bits in BITS)
+    stored = few + (codes - min(BITS)) / (max(BITS) - min(BITS)) * (many - few)
+    quantize(model, OwlBnbConfig(bits=stored, scores=scores), **how.options())
+
+
+def _check_depth(stack: DecoderLayers) -> None:
+    if len(stack) < 3:
+        raise ValueError(f"layers: expected at least 3, of which a third may go, got {len(stack)}")
+    check_independent(stack, "layers")
+    check_drop(stack.model, len(stack) - 1, stack.path)  # all others keep their numbers
+
+
+def _check_plain(stack: DecoderLayers) -> None:
+    check_writable(stack)
+    check_independent(stack, "model")
+
+
+def _check_rank(stack: DecoderLayers) -> None:
+    check_shapeable(stack.model)
+    _check_plain(stack)
+
+
+def _check_width(stack: DecoderLayers) -> None:
+    _check_rank(stack)
+    units = [find_units(stack, index) for index in range(len(stack))]
+    if not any(layer.found for layer in units):
+        raise ValueError(f"model: expected heads or channels of a known structure, got none; {units[0].whole[0]}")
+
+
+def _check_bits(stack: DecoderLayers) -> None:
+    import hf_cod.compression.quantization.bnb  # noqa: F401 - its absence is told before any work
+
+    _check_plain(stack)
+
+
+# Knob -> what it does. Order matters: what removes structure comes before what stores the rest in fewer bits.
+KNOBS: dict[str, Knob] = {
+    "depth": Knob(
+        lambda model, path: [float(n) for n in range(1, 1 + len(find_decoder_layers(model, path)) // 3)],
+        3,
+        _depth,
+        _check_depth,
+        lambda x: "1 layer removed" if x == 1 else f"{x:g} layers removed",
+        _left_by_depth,
+    ),
+    "width": Knob(
+        _shares(*range(4, 42, 2)),
+        3,
+        _width,
+        _check_width,
+        lambda x: f"{x:.0%} of the weights by heads and channels",
+        _left_by_share,
+    ),
+    "rank": Knob(
+        _shares(*range(5, 51)),
+        4,
+        _low_rank,
+        _check_rank,
+        lambda x: f"{x:.0%} of the weights by low rank",
+        _left_by_share,
+    ),
+    "sparsity": Knob(
+        _shares(*range(50, 85, 5)),
+        3,
+        _sparse,
+        _check_plain,
+        lambda x: f"{x:.0%} of the weights zero, and packed",
+        _left_by_sparsity,
+        structural=False,
+    ),
+    "bits": Knob(
+        lambda model, path: [4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4, 3.3, 3.2, 3.1, 3.0],
+        3,
+        _bits,
+        _check_bits,
+        lambda x: f"{x:g} bits a weight, and scales",
+        _left_by_bits,
+        structural=False,
+    ),
+}
+# A matrix is stored packed or in few bits, not both.
+EXCLUSIVE = (("sparsity", "bits"),)
+# What a method raises that a model, or what is installed, is not made for, and a trial for a loss that is not finite;
+# RuntimeError: what torch raises where a matrix has no decomposition, a device no memory or an operation no kernel.
+FAILURES = (ValueError, ImportError, RuntimeError)
+
+
+def describe_steps(steps: dict[str, float]) -> str:
+    """Steps in words."""
+    return "; ".join(KNOBS[knob].describe(level) for knob, level in steps.items()) or "nothing"
+
+
+def chosen_knobs(knobs: Sequence[str] | None, kind: str) -> list[str]:
+    """The named ones, or all, that can meet a budget of this kind, in the order of the table.
+
+    Raises:
+        ValueError: an unknown one, or none.
+    """
+    unknown = [knob for knob in knobs or () if knob not in KNOBS]
+    if unknown:
+        raise ValueError(f"knobs: expected some of {', '.join(KNOBS)}, got {unknown[0]!r}")
+    chosen = [knob for knob in KNOBS if knobs is None or knob in knobs]
+    if kind == "parameters":
+        chosen = [knob for knob in chosen if KNOBS[knob].structural]
+    if not chosen:
+        fewer = ", ".join(knob for knob in KNOBS if KNOBS[knob].structural)
+        got = ", ".join(knobs or ()) or "none"
+        raise ValueError(f"knobs: expected at least one that makes parameters fewer ({fewer}), got {got}")
+    return chosen
+
+
+def left_out(knobs: Sequence[str], stack: DecoderLayers, named: bool) -> dict[str, str]:
+    """Knob -> why the model cannot do it, in words; where knobs were named, raises that instead."""
+    why: dict[str, str] = {}
+    for knob in knobs:
+        try:
+            KNOBS[knob].check(stack)
+        except FAILURES as error:
+            if named:
+                raise
+            why[knob] = f"{knob} is left out: {error}"
+    return why

@@ -1,0 +1,88 @@
+"""What a combination of steps really costs: applied to a fresh copy of the model, and measured; each one once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from hf_cod.analysis.evaluation.choice import held_out_perplexity
+from hf_cod.compression.fit.knobs import KNOBS, Applying
+from hf_cod.io.files import Journal
+from hf_cod.io.text import Batch
+from hf_cod.layers.size import ModelSize, size_of
+
+Steps = dict[str, float]
+"""Knob -> level, in any order; applied in that of `KNOBS`."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measured combination.
+
+    Attributes:
+        steps: knob -> level.
+        loss: nats a token.
+        size: of the model then.
+    """
+
+    steps: Steps
+    loss: float
+    size: ModelSize
+
+
+class Trials:
+    """Measured combinations, kept in a journal.
+
+    Args:
+        make: gives a fresh copy of the intact model at each call; one at a time is alive.
+        calibration: the text that methods calibrate on.
+        tuning: the text that losses are measured on; another one.
+        directory: where they are kept, and what methods measure on the way; or None.
+        work: fingerprint of model and texts.
+        path: the stack's module name where it cannot be found.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], nn.Module],
+        calibration: Sequence[Batch],
+        tuning: Sequence[Batch],
+        directory: str | Path | None,
+        work: str,
+        path: str | None,
+    ) -> None:
+        self._make, self._tuning = make, tuning
+        kept = None if directory is None else Path(directory)
+        self._how = Applying(calibration, path=path, measured=kept)
+        self._journal = Journal(None if kept is None else kept / "trials.jsonl", work)
+
+    def measure(self, steps: Steps) -> Trial:
+        """The loss and the size of a model with these steps.
+
+        Raises:
+            ValueError: a loss that is not finite, or what a method says.
+        """
+        key = "trial " + " ".join(f"{knob} {steps[knob]:g}" for knob in KNOBS if knob in steps)
+        if key not in self._journal:
+            model = self._make()
+            apply_steps(model, steps, self._how)
+            loss = math.log(held_out_perplexity(model, self._tuning, self._how.path))
+            if not math.isfinite(loss):
+                raise ValueError(f"loss: expected a finite one, got {loss} with {steps}")
+            self._journal.add(key, [loss, asdict(size_of(model, self._how.path))])
+        loss, size = self._journal[key]
+        return Trial(steps, loss, ModelSize(**size))
+
+
+def apply_steps(model: nn.Module, steps: Steps, how: Applying) -> None:
+    """Applies each step in place, in the order of `KNOBS`."""
+    for knob, level in steps.items():
+        if knob not in KNOBS:
+            raise ValueError(f"steps: expected {', '.join(KNOBS)}, got {knob!r} ({level:g})")
+    for knob in KNOBS:
+        if knob in steps:
+            KNOBS[knob].apply(model, steps[knob], how)

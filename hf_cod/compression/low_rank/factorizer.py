@@ -1,0 +1,260 @@
+"""`factorize`: a model's matrices as products of two thin ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.analysis.statistics.input_products import ProductsRecorder
+from hf_cod.compression.low_rank.rank_plan import RankPlan, check_ranks, factorizable, plan_of_allocation
+from hf_cod.functional import factorization, sparse_low_rank
+from hf_cod.functional.ranks import count
+from hf_cod.functional.sparse_low_rank import RANK_SHARE
+from hf_cod.io.report import RunReport, environment
+from hf_cod.io.text import Batch, check_batches, describe_batches
+from hf_cod.layers.checks import check_writable, name_of, sizes_of
+from hf_cod.layers.devices import execution_device
+from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.sequential import Sums, change_each, change_sequentially
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.models.shapes import SPARSE, LowRankLinear
+from hf_cod.models.shaping import check_shapeable, record_shapes
+from hf_cod.scoring.allocation import LayerAllocation, same_share
+
+# Method -> whether it needs batches.
+METHODS = {"whitened": True, "plain": False, "oats": True}
+_OF_ZEROS = (
+    "{:,} of them stand in sparse parts, whose zeros are not counted here, and are not stored once the model is packed "
+    "(hf-cod pack --minimum, or pack_sparse)."
+)
+
+
+def factorize(
+    model: nn.Module,
+    plan: LayerAllocation | RankPlan | float,
+    method: str = "whitened",
+    *,
+    batches: Sequence[Batch] | None = None,
+    rank_share: float = RANK_SHARE,
+    journal: str | Path | None = None,
+    path: str | None = None,
+    name: str | None = None,
+    show_progress: bool = False,
+) -> RunReport:
+    """Replaces matrices of the layers by products of two thin ones, in place, where these have fewer weights.
+
+    | method | B A is nearest to W by | needs |
+    |---|---|---|
+    | whitened | what it does to the inputs: || X (W - B A)^T ||_F (SVD-LLM, arXiv 2403.07378, made robust) | batches |
+    | plain | its entries: || W - B A ||_F | nothing |
+    | oats | with a sparse S beside it, its entries scaled: || (W - B A - S) D ||_F (arXiv 2409.13652) | batches |
+
+    With batches, layers change one after another, each on what the changed layers before it hand on. Embeddings, head,
+    norms, biases and banks of experts stay as they are. Linears and Conv1D become `LowRankLinear`, the model and its
+    config get a class beside their own (`models/shaping.py`): save_pretrained, from_pretrained with this package or
+    with trust_remote_code without it, generate, device_map and PEFT (name "all-linear") work.
+
+    The report's `layers` hold `kept` (share of the layer's weights), `rank` (mean share of full rank, weighted by
+    weights), `error` (share of the outputs' energy that is lost, mean over factorized matrices) and `parameters` (of
+    the intact layer); its `results` hold `kept` and `rank` of all layers, `parameters` before and after, of the whole
+    model, `ranks` by matrix, and of oats `nonzeros`. Zeros of sparse parts count nowhere: they take memory and time
+    until `pack_sparse` stores the model without them.
+
+    Args:
+        model: a transformers model with plain weights. What ends the work on the way (NaN or infinity, want of memory,
+            Ctrl-C) leaves the layers before it factorized and the others whole: such a model runs and can be saved, but
+            to begin again, or to go on from a journal, load it anew.
+        plan: an allocation of "parameters" or "rank"; ranks by matrix; or one share of parameters for all layers. For
+            oats, ranks by matrix come with their `nonzeros`, and no allocation is one of "rank".
+        method: see the table.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
+        rank_share: of the weights that oats keeps, the part in thin factors, between 0 and 1; others do without.
+        journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
+            where it stopped. Files stay until you remove them.
+        path: the stack's module name where it cannot be found.
+        name: the model's name in the report; default: where it was loaded from.
+        show_progress: show a progress bar.
+
+    Raises:
+        ValueError: an unknown method, a plan for another model or out of reach (says the least possible), batches
+            missing, weights that cannot be exchanged (adapters, quantized, offloaded, shared, factorized before), a
+            model class of neither transformers nor hf_cod: the model is unchanged then. NaN or infinity in weights or
+            activations (says where): see `model`.
+    """
+    stack = find_decoder_layers(model, path)
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if METHODS[method] and not batches:
+        raise ValueError(f"batches: expected at least one for {method}, got none")
+    check_batches(batches or ())
+    if not 0 < rank_share < 1:
+        raise ValueError(f"rank_share: expected a share between 0 and 1, got {rank_share}")
+    _check_model(stack)
+    chosen = _plan(stack, plan, rank_share if method == "oats" else None)
+    check_ranks(stack, chosen)
+    described = RankReporter(stack, name)
+    work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks, chosen.nonzeros)
+    change = LayerChange(stack, chosen)
+    finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
+    settings: dict[str, Any] = {"method": method, "plan": f"{chosen.kind} {chosen.budget:g} by {chosen.method}"}
+    try:
+        if METHODS[method] and batches:
+            settings |= describe_batches(batches)
+            change_sequentially(stack, batches, ProductsRecorder, change, finished, "factorizing", show_progress)
+        else:
+            change_each(stack, change, finished, "factorizing", show_progress)
+    finally:
+        if change.done:  # also after an error: what was changed could not be loaded again otherwise
+            record_shapes(stack.model, change.done)
+    return described.report(chosen, finished, settings)
+
+
+class LayerChange:
+    """Exchanges the matrices of one layer; what `FinishedLayers` needs to keep and to repeat it.
+
+    Args:
+        stack: the layers.
+        plan: which matrices get which rank, and maybe a sparse part beside it.
+    """
+
+    def __init__(self, stack: DecoderLayers, plan: RankPlan) -> None:
+        self._stack, self._plan = stack, plan
+        self._names = [[n for n in factorizable(stack, index) if n in plan.ranks] for index in range(len(stack))]
+        self._training = {n: stack.model.get_submodule(n).training for names in self._names for n in names}
+        self.done: dict[str, dict[str, int]] = {}
+
+    @torch.no_grad()
+    def __call__(self, index: int, sums: Sums | None) -> dict[str, Any]:
+        """Returns {"unseen": matrices that no token entered, which got the plain form, "errors": name -> error}."""
+        matrices = dict(self._stack.matrices(index))
+        unseen, errors = [], {}
+        for name in self._names[index]:
+            H = None if sums is None else sums.of(name)
+            if sums is not None and H is None:
+                unseen.append(name)
+            W, rank = matrices[name], self._plan.ranks[name]
+            if self._plan.nonzeros:
+                kept = self._plan.nonzeros.get(name, 0)
+                S, B, A, errors[name] = sparse_low_rank.decompose(W, rank, kept, H)
+                self._exchange(name, B, A, S if kept else None)
+            else:
+                B, A, errors[name] = factorization.factorize(W, rank, H)
+                self._exchange(name, B, A)
+        return {"unseen": unseen, "errors": errors}
+
+    def tensors_of(self, index: int) -> dict[str, Tensor]:
+        """The factors of a layer, and the sparse parts."""
+        modules = {name: self._stack.model.get_submodule(name) for name in self._names[index]}
+        return {f"{n}.{key}": p.detach() for n, m in modules.items() for key, p in m.named_parameters() if p.dim() == 2}
+
+    def put_back(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Exchanges the matrices of an intact layer for these factors."""
+        for name in self._names[index]:
+            B, A = tensors[f"{name}.expand.weight"], tensors[f"{name}.reduce.weight"]
+            self._exchange(name, B, A, tensors.get(f"{name}.{SPARSE}.weight"))
+
+    def _exchange(self, name: str, B: Tensor, A: Tensor, S: Tensor | None = None) -> None:
+        module: Any = self._stack.model.get_submodule(name)
+        weight, bias = module.weight, module.bias
+        made = LowRankLinear(A.shape[1], B.shape[0], A.shape[0], bias is not None, S is not None, device="meta")
+        for part, values in ((made.reduce, A), (made.expand, B), (made.sparse, S)):
+            if part is None or values is None:
+                continue
+            values = values.to(device=weight.device, dtype=weight.dtype)
+            if not values.isfinite().all():
+                raise ValueError(f"weights: expected finite factors, got NaN or infinity of {name}")
+            part.weight = nn.Parameter(values.contiguous(), requires_grad=weight.requires_grad)
+        made.expand.register_parameter("bias", bias)
+        parent, _, child = name.rpartition(".")
+        setattr(self._stack.model.get_submodule(parent), child, made.train(self._training[name]))
+        self.done[name] = {"rank": made.rank, **({} if S is None else {SPARSE: 1})}
+
+
+class RankReporter:
+    """Looks at a model before it is factorized, and reports what became of it.
+
+    Args:
+        stack: the layers.
+        name: the model's name, or None.
+    """
+
+    def __init__(self, stack: DecoderLayers, name: str | None) -> None:
+        self.stack = stack
+        self.name = name or name_of(stack)
+        self.shapes = [factorizable(stack, index) for index in range(len(stack))]
+        self.sizes = sizes_of(stack)
+        self.parameters = sum(p.numel() for p in stack.model.parameters())
+
+    def report(self, plan: RankPlan, finished: FinishedLayers, settings: dict[str, Any]) -> RunReport:
+        """Counts what is left."""
+        saved = [_saved(shapes, plan) for shapes in self.shapes]
+        cut = [_rank_weights(shapes, plan.ranks) for shapes in self.shapes]
+        errors = [list(finished.notes[index]["errors"].values()) for index in range(len(self.stack))]
+        total = sum(self.sizes)
+        kept, rank = 1 - sum(saved) / total, 1 - sum(cut) / total
+        return RunReport(
+            kind="factorize",
+            model=self.name,
+            settings=settings,
+            environment=environment(execution_device(self.stack.model), next(self.stack.model.parameters()).dtype),
+            layers={
+                "kept": [1 - less / size for less, size in zip(saved, self.sizes, strict=True)],
+                "rank": [1 - less / size for less, size in zip(cut, self.sizes, strict=True)],
+                "error": [sum(found) / len(found) if found else 0.0 for found in errors],
+                "parameters": self.sizes,
+            },
+            results={
+                "kept": kept,
+                "rank": rank,
+                "parameters": {"intact": self.parameters, "factorized": self.parameters - sum(saved)},
+                "ranks": plan.ranks,
+                **({"nonzeros": plan.nonzeros} if plan.nonzeros else {}),
+            },
+            summary=[
+                f"{kept:.2%} of {total:,} weights in the layers' matrices are kept, {rank:.2%} of their rank; "
+                f"{len(plan.ranks)} of {sum(map(len, self.shapes))} matrices are factorized.",
+                *([_OF_ZEROS.format(sum(plan.nonzeros.values()))] if plan.nonzeros else []),
+            ],
+            notes=[
+                f"no token entered {matrix}: factorized by its entries alone"
+                for note in finished.notes.values()
+                for matrix in note["unseen"]
+            ],
+        )
+
+
+def _saved(shapes: dict[str, Any], plan: RankPlan) -> int:
+    cut = {name: shape for name, shape in shapes.items() if name in plan.ranks}
+    left = {name: count(shape, plan.ranks[name], plan.nonzeros.get(name, 0)) for name, shape in cut.items()}
+    return sum(count(shape, None) - left[name] for name, shape in cut.items())
+
+
+def _rank_weights(shapes: dict[str, Any], ranks: dict[str, int]) -> float:
+    """Share of rank that each matrix loses, times its weights."""
+    lost = {name: 1 - ranks[name] / min(shape) for name, shape in shapes.items() if name in ranks}
+    return sum(share * math.prod(shapes[name]) for name, share in lost.items())
+
+
+def _check_model(stack: DecoderLayers) -> None:
+    check_shapeable(stack.model)
+    check_writable(stack)
+    before = next((name for name, m in stack.model.named_modules() if isinstance(m, LowRankLinear)), None)
+    if before is not None:
+        raise ValueError(f"model: expected whole matrices, got factors in {before}; factorize the model it came from")
+
+
+def _plan(stack: DecoderLayers, plan: LayerAllocation | RankPlan | float, rank_share: float | None) -> RankPlan:
+    if isinstance(plan, RankPlan):
+        if bool(plan.nonzeros) != (rank_share is not None):
+            wanted, got = ("no nonzeros", "some") if plan.nonzeros else ("nonzeros beside its ranks for oats", "none")
+            raise ValueError(
+                f"plan: expected {wanted}, got {got}; oats takes one share, or an allocation of parameters"
+            )
+        return plan
+    allocation = plan if isinstance(plan, LayerAllocation) else same_share(stack, plan)
+    return plan_of_allocation(stack, allocation, rank_share)

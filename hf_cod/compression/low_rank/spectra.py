@@ -1,0 +1,120 @@
+"""Ranks from spectra: what each matrix would lose, measured in one pass, decides where the budget goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.analysis.statistics.input_products import ProductsRecorder
+from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
+from hf_cod.compression.low_rank.rank_plan import RankPlan, experts_told, factorizable, least_weights
+from hf_cod.functional.factorization import spectrum
+from hf_cod.functional.ranks import ranks_of_spectra
+from hf_cod.io.text import Batch, check_batches, split_samples
+from hf_cod.layers.checks import check_writable, name_of, sizes_of
+from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.partial_forward import check_independent
+from hf_cod.layers.sequential import Sums, measure_sequentially
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.task import LANGUAGE_MODELS, task_of
+
+# Of matrices that no energy leaves.
+TINY = torch.finfo(torch.float64).tiny
+
+
+# By what losses of different matrices are weighed against each other, with a text.
+WEIGHINGS = ("fisher", "spectrum")
+# Samples that the loss's gradients are measured on.
+GRADIENT_SAMPLES = 16
+
+
+def plan_ranks(
+    model: nn.Module,
+    parameters: float,
+    method: str | None = None,
+    *,
+    batches: Sequence[Batch] | None = None,
+    journal: str | Path | None = None,
+    path: str | None = None,
+    show_progress: bool = False,
+) -> RankPlan:
+    """Distributes a budget of parameters over all matrices by their spectra: all together lose as little as the budget
+    allows (`functional.ranks.ranks_of_spectra`).
+
+    | method | what is summed up over matrices | needs |
+    |---|---|---|
+    | fisher | lost share of the outputs' energy, times what all of it costs (`statistics.output_gradients`) | a loss |
+    | spectrum | lost share of the outputs' energy (of the weights' without batches), all alike | nothing |
+
+    Args:
+        model: a transformers model with plain weights; it is left as it was.
+        parameters: share of the weights of the layers' matrices to keep, in 0..1.
+        method: see the table; default: fisher with batches of a language model, else spectrum.
+        batches: with them spectra are those of the outputs on this text (whitened), else those of the weights.
+        journal: a directory: finished layers go there, and the same call goes on where it stopped.
+        path: the stack's module name where it cannot be found.
+        show_progress: show a progress bar.
+
+    Raises:
+        ValueError: an unknown method, fisher without a loss, a budget out of reach (says the least possible), or
+            weights or activations that are not finite.
+    """
+    if method not in (None, *WEIGHINGS):
+        raise ValueError(f"method: expected one of {', '.join(WEIGHINGS)}, got {method!r}")
+    if method == "fisher" and not batches:
+        raise ValueError("batches: expected at least one for fisher, got none")
+    check_batches(batches or ())
+    stack = find_decoder_layers(model, path)
+    total = sum(sizes_of(stack))
+    least = sum(least_weights(stack, index) for index in range(len(stack)))
+    if not least <= parameters * total <= total:
+        raise ValueError(
+            f"parameters: expected a share in {math.ceil(1e4 * least / total) / 1e4:g}..1 (the least is rank 1 "
+            f"wherever that saves{experts_told(stack)}), got {parameters}"
+        )
+    shapes = {name: shape for index in range(len(stack)) for name, shape in factorizable(stack, index).items()}
+    fixed = total - sum(m * n for m, n in shapes.values())
+    if method is None:
+        method = "fisher" if batches and task_of(stack.model, batches) in LANGUAGE_MODELS else "spectrum"
+    weights = dict.fromkeys(shapes, 1.0)
+    if method == "fisher" and batches:
+        few, _ = split_samples(batches, GRADIENT_SAMPLES)
+        weights = measure_loss_weights(stack, few, show_progress=show_progress)
+    spectra = _spectra(stack, batches, journal, show_progress)
+    lost = [weights[name] * spectra[name] / max(float(spectra[name].sum()), TINY) for name in shapes]
+    found = ranks_of_spectra(list(shapes.values()), lost, int(parameters * total) - fixed)
+    ranks = {name: rank for name, rank in zip(shapes, found, strict=True) if rank is not None}
+    return RankPlan("parameters", parameters, ranks, method, model=name_of(stack), sizes=sizes_of(stack))
+
+
+@torch.no_grad()
+def _spectra(
+    stack: DecoderLayers, batches: Sequence[Batch] | None, journal: str | Path | None, show_progress: bool
+) -> dict[str, Tensor]:
+    """Name -> spectrum of each matrix that can be factorized; sums of one layer at a time are in memory."""
+    check_writable(stack)
+    found: dict[str, Tensor] = {}
+
+    def measure(index: int, sums: Sums | None) -> None:
+        matrices = dict(stack.matrices(index))
+        for name in factorizable(stack, index):
+            H = None if sums is None else sums.of(name)
+            found[name] = spectrum(matrices[name], H).cpu()
+
+    if not batches:
+        for index in range(len(stack)):
+            measure(index, None)
+        return found
+    check_independent(stack, "factorize")
+    finished = FinishedLayers(
+        journal,
+        fingerprint_of_work(journal, stack.model, batches, "spectra"),
+        lambda index: {name: found[name] for name in factorizable(stack, index)},
+        lambda index, tensors: found.update(tensors),
+    )
+    measure_sequentially(stack, batches, ProductsRecorder, measure, finished, "spectra", show_progress)
+    return found

@@ -1,0 +1,123 @@
+"""The ways to prune a matrix, as one table; a layer's matrices pruned by one of them, and their zeros counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_cod.analysis.statistics.input_products import ProductsRecorder
+from hf_cod.analysis.statistics.layer_statistics import StatisticsRecorder
+from hf_cod.functional.sparsity import Pattern, magnitude_mask, sparsegpt, wanda_mask
+from hf_cod.layers.sequential import Recorder, Sums
+from hf_cod.layers.stack import DecoderLayers
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a layer's matrices get: `sparsity`, the share of zeros; or as (N, M) the `pattern` that makes it."""
+
+    sparsity: float
+    pattern: Pattern | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to prune one matrix.
+
+    Attributes:
+        prune: (W (out, in), the matrix's sum or None, target) -> the pruned W; it leaves W as it is.
+        recorder: makes the sums of some layers; None for a method that looks at weights alone.
+        takes_squares: whether the sums are those of `LayerStatistics`, so that earlier statistics serve.
+    """
+
+    prune: Callable[[Tensor, Tensor | None, Target], Tensor]
+    recorder: Callable[[DecoderLayers, Sequence[int]], Recorder] | None = None
+    takes_squares: bool = False
+
+
+def _magnitude(W: Tensor, sums: Tensor | None, target: Target) -> Tensor:
+    """The smallest weights of each matrix go, whatever enters them."""
+    return W.masked_fill(magnitude_mask(W, target.sparsity, target.pattern), 0)
+
+
+def _wanda(W: Tensor, sums: Tensor | None, target: Target) -> Tensor:
+    """In each row the weights go whose products with their inputs are smallest."""
+    assert sums is not None
+    return W.masked_fill(wanda_mask(W, sums.sqrt().to(W.device), target.sparsity, target.pattern), 0)
+
+
+def _sparsegpt(W: Tensor, sums: Tensor | None, target: Target) -> Tensor:
+    """Column by column, while the other weights compensate the error."""
+    assert sums is not None
+    return sparsegpt(W, sums.to(W.device), target.sparsity, target.pattern)
+
+
+METHODS = {
+    "magnitude": Method(_magnitude),
+    "wanda": Method(_wanda, StatisticsRecorder, takes_squares=True),
+    "sparsegpt": Method(_sparsegpt, ProductsRecorder),
+}
+
+
+def check_pattern(stack: DecoderLayers, M: int) -> None:
+    """Makes sure that each matrix's rows are whole groups of M.
+
+    Raises:
+        ValueError: one is not; says which.
+    """
+    for index in range(len(stack)):
+        for name, shape in stack.input_shapes(index).items():
+            if shape[-1] % M:
+                raise ValueError(f"pattern: expected rows of a multiple of {M} weights, got {shape[-1]} in {name}")
+
+
+@torch.no_grad()
+def prune_layer(stack: DecoderLayers, index: int, method: Method, sums: Sums | None, target: Target) -> list[str]:
+    """Prunes all matrices of a layer in place.
+
+    Returns:
+        The matrices that no token entered, which were pruned by magnitude instead.
+    """
+    unseen = []
+    for name, expert, W in _parts(stack, index):
+        total = None if method.recorder is None or sums is None else sums.of(name, expert)
+        chosen = method
+        if method.recorder is not None and total is None:
+            chosen = METHODS["magnitude"]
+            unseen.append(name if expert is None else f"{name}.{expert}")
+        pruned = chosen.prune(W, total, target)
+        if not pruned.isfinite().all():
+            raise ValueError(f"weights: expected finite numbers, got NaN or infinity in {name} after pruning")
+        W.copy_(pruned)
+    return unseen
+
+
+def measure_sparsity(stack: DecoderLayers) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Counts zeros: as a report's `layers` {"sparsity", "parameters"} and `results` {"sparsity", "modules"}.
+
+    A bank of experts counts as one matrix for each of its parameters.
+    """
+    layers: dict[str, list[Any]] = {"sparsity": [], "parameters": []}
+    modules: dict[str, float] = {}
+    zeros = 0
+    for index in range(len(stack)):
+        counts = {name: (int((W == 0).sum()), W.numel()) for name, W in stack.matrices(index)}
+        modules |= {name: zero / size for name, (zero, size) in counts.items()}
+        here, size = (sum(column) for column in zip(*counts.values(), strict=True))
+        layers["sparsity"].append(here / size)
+        layers["parameters"].append(size)
+        zeros += here
+    return layers, {"sparsity": zeros / sum(layers["parameters"]), "modules": modules}
+
+
+def _parts(stack: DecoderLayers, index: int) -> Iterator[tuple[str, int | None, Tensor]]:
+    """(name, expert or None, W (out, in)): views of the model's own weights."""
+    for name, W in stack.matrices(index):
+        if W.dim() == 2:
+            yield name, None, W
+        else:
+            yield from ((name, expert, W[expert]) for expert in range(len(W)))

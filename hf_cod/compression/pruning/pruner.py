@@ -1,0 +1,185 @@
+"""`prune`: zeros in a model's matrices, as many in each layer as an allocation says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
+from hf_cod.compression.pruning.methods import METHODS, Method, Target, check_pattern, measure_sparsity, prune_layer
+from hf_cod.functional.sparsity import Pattern
+from hf_cod.io.report import RunReport, environment
+from hf_cod.io.text import Batch, describe_batches
+from hf_cod.layers.checks import check_sizes, check_writable, name_of
+from hf_cod.layers.devices import execution_device
+from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.partial_forward import check_independent
+from hf_cod.layers.running import naming_weights
+from hf_cod.layers.sequential import Sums, change_each, change_sequentially
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.scoring.allocation import LayerAllocation
+
+
+def prune(
+    model: nn.Module,
+    plan: LayerAllocation | float | str,
+    method: str = "wanda",
+    *,
+    batches: Sequence[Batch] | None = None,
+    statistics: LayerStatistics | None = None,
+    journal: str | Path | None = None,
+    path: str | None = None,
+    name: str | None = None,
+    show_progress: bool = False,
+) -> RunReport:
+    """Sets weights of the layers' matrices to zero, in place; embeddings, head, norms and biases stay as they are.
+
+    | method | a weight goes if it has little | compared within | needs |
+    |---|---|---|---|
+    | magnitude | abs(W_ij) | the matrix | nothing |
+    | wanda | abs(W_ij) ||X_j||_2 (arXiv 2306.11695) | its row | batches or statistics |
+    | sparsegpt | (W_ij / U_jj)^2; the row's other weights make up for it (arXiv 2301.00774) | 128 columns | batches |
+
+    With batches, layers are pruned one after another, each on what the pruned layers before it hand on; each layer runs
+    twice, and memory beyond the model's is one layer's sums and the hidden states of the batches (on the CPU). With
+    statistics of the intact model all layers are pruned at once, without a forward pass. N:M keeps N of every M weights
+    that follow each other in a row, in every layer. Experts that no token was routed to are pruned by magnitude; the
+    report names them.
+
+    The report's `layers` hold `target` and `sparsity` (counted in the weights) and `parameters`, one value a layer; its
+    `results` hold `sparsity` (of all matrices together) and `modules` (name -> sparsity).
+
+    Args:
+        model: a transformers model with plain weights. After an error in the activations, the layers before it are
+            pruned, the others not.
+        plan: an allocation of sparsity; one sparsity for all layers; or a pattern for all layers, such as "2:4".
+        method: see the table.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
+        statistics: of this model, from `collect_statistics`; for wanda, instead of batches.
+        journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
+            where it stopped. Files stay until you remove them.
+        path: the stack's module name where it cannot be found.
+        name: the model's name in the report; default: where it was loaded from.
+        show_progress: show a progress bar.
+
+    Raises:
+        ValueError: an unknown method, a plan out of range or for another model, a pattern that does not divide the
+            rows, batches or statistics missing, weights that cannot be pruned in place (adapters, quantized,
+            offloaded, shared by two matrices), NaN or infinity in weights or activations (says where).
+    """
+    stack = find_decoder_layers(model, path)
+    chosen = _chosen(method, batches, statistics)
+    targets = _targets(plan, stack)
+    check_writable(stack)
+    for M in {target.pattern[1] for target in targets if target.pattern is not None}:
+        check_pattern(stack, M)
+    if statistics is not None:
+        statistics.check(stack)
+    settings: dict[str, Any] = {"method": method, "plan": _described(plan)}
+    finished = _finished(journal, stack, batches, statistics, [method, [(t.sparsity, t.pattern) for t in targets]])
+
+    def prune_one(index: int, sums: Sums | None) -> list[str]:
+        return prune_layer(stack, index, chosen, sums, targets[index])
+
+    if chosen.recorder is not None and batches is not None:
+        check_independent(stack, "prune")
+        with naming_weights(stack.model):
+            change_sequentially(stack, batches, chosen.recorder, prune_one, finished, "pruning", show_progress)
+        settings |= describe_batches(batches)
+    else:
+        change_each(stack, prune_one, finished, "pruning", show_progress, statistics)
+    return _report(stack, targets, finished, settings, name)
+
+
+def parse_pattern(text: str) -> Pattern:
+    """(N, M) of "N:M".
+
+    Raises:
+        ValueError: not two whole numbers with 0 < N <= M.
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if not found or not 0 < int(found[1]) <= int(found[2]):
+        raise ValueError(f"pattern: expected N:M with 0 < N <= M, such as 2:4, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _chosen(method: str, batches: Sequence[Batch] | None, statistics: LayerStatistics | None) -> Method:
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    chosen = METHODS[method]
+    if batches is not None and statistics is not None:
+        raise ValueError("statistics: expected batches or statistics, got both")
+    if statistics is not None and chosen.recorder is not None and not chosen.takes_squares:
+        raise ValueError(f"statistics: expected batches for {method}, which needs more than sums of squares")
+    if chosen.recorder is not None and statistics is None and not batches:
+        raise ValueError(f"batches: expected at least one for {method}, got none")
+    return chosen
+
+
+def _targets(plan: LayerAllocation | float | str, stack: DecoderLayers) -> list[Target]:
+    """What each layer gets; checked."""
+    if isinstance(plan, str):
+        N, M = parse_pattern(plan)
+        return [Target(1 - N / M, (N, M))] * len(stack)
+    if not isinstance(plan, LayerAllocation):
+        if isinstance(plan, bool) or not isinstance(plan, (int, float)) or not 0 <= plan <= 1:
+            raise ValueError(f"plan: expected a sparsity in 0..1, a pattern or an allocation, got {plan!r}")
+        return [Target(float(plan))] * len(stack)
+    if plan.kind != "sparsity":
+        raise ValueError(f"plan: expected an allocation of sparsity, got one of {plan.kind}")
+    if len(plan.values) != len(stack):
+        raise ValueError(f"plan: expected {len(stack)} values, one a layer, got {len(plan.values)}")
+    check_sizes("plan", plan.model, plan.sizes, stack)
+    wrong = [i for i, value in enumerate(plan.values) if not 0 <= value <= 1]
+    if wrong:
+        raise ValueError(f"plan: expected sparsities in 0..1, got {plan.values[wrong[0]]} in layer {wrong[0]}")
+    patterns: list[Any] = plan.patterns if plan.group is not None else [None] * len(stack)
+    return [Target(value, pattern) for value, pattern in zip(plan.values, patterns, strict=True)]
+
+
+def _described(plan: LayerAllocation | float | str) -> str:
+    if not isinstance(plan, LayerAllocation):
+        return str(plan)
+    group = f", N:{plan.group}" if plan.group is not None else ""
+    return f"{plan.budget:g} by {plan.method}{group}"
+
+
+def _finished(
+    journal: str | Path | None,
+    stack: DecoderLayers,
+    batches: Sequence[Batch] | None,
+    statistics: LayerStatistics | None,
+    settings: list[Any],
+) -> FinishedLayers:
+    sums = {} if statistics is None else statistics.digests()
+    work = fingerprint_of_work(journal, stack.model, batches, sums, settings)
+
+    def put_back(index: int, tensors: dict[str, Tensor]) -> None:
+        for name, W in stack.matrices(index):
+            W.copy_(tensors[name])
+
+    return FinishedLayers(journal, work, lambda index: dict(stack.matrices(index)), put_back)
+
+
+def _report(
+    stack: DecoderLayers, targets: list[Target], finished: FinishedLayers, settings: dict[str, Any], name: str | None
+) -> RunReport:
+    layers, results = measure_sparsity(stack)
+    return RunReport(
+        kind="prune",
+        model=name or name_of(stack),
+        settings=settings,
+        environment=environment(execution_device(stack.model), next(stack.model.parameters()).dtype),
+        layers={"target": [target.sparsity for target in targets], **layers},
+        results=results,
+        summary=[
+            f"{results['sparsity']:.2%} of {sum(layers['parameters']):,} weights in the layers' matrices are zero."
+        ],
+        notes=[
+            f"no token entered {matrix}: pruned by magnitude" for layer in finished.notes.values() for matrix in layer
+        ],
+    )

@@ -1,0 +1,53 @@
+"""bitsandbytes' ways to encode and decode scales and codes, as functions of tensors."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hf_cod.compression.quantization.scales import NESTED_BLOCK
+
+try:
+    from bitsandbytes.functional import create_dynamic_map
+except ImportError as error:
+    raise ImportError(
+        "bits: storing weights in 3 or 4 bits needs the bitsandbytes package: pip install 'hf_cod[bitsandbytes]'"
+    ) from error
+
+# What bitsandbytes decodes to.
+DECODED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantize_scales(s: Tensor, double_quant: bool = True) -> dict[str, Tensor]:
+    """The tensors of `BlockScales` for scales s (n,) of any shape."""
+    flat = s.flatten().float()
+    if not double_quant:
+        return {"absmax": flat.clone()}
+    offset = flat.mean()
+    centred = (flat - offset).contiguous()
+    codes, nested = torch.ops.bitsandbytes.quantize_blockwise(centred, dynamic_code(s.device), NESTED_BLOCK)
+    return {"absmax": codes, "nested_absmax": nested, "offset": offset}
+
+
+def dequantize_scales(absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None) -> Tensor:
+    """The scales (n,) float32."""
+    if nested_absmax is None or offset is None:
+        return absmax
+    arguments = absmax, nested_absmax, dynamic_code(absmax.device), NESTED_BLOCK, torch.float32
+    return torch.ops.bitsandbytes.dequantize_blockwise(*arguments) + offset
+
+
+def dequantize_nf4(b: Tensor, scales: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """W (n, K) of bytes (n, K / 2) and scales (n, K / B) float32."""
+    shape = (b.shape[0], b.shape[1] * 2)
+    known = dtype if dtype in DECODED else torch.float32  # asked for others, it writes what is no weight
+    decode = torch.ops.bitsandbytes.dequantize_4bit
+    return decode(b.view(-1, 1), scales.reshape(-1), block, "nf4", shape, known).to(dtype)
+
+
+@cache
+def dynamic_code(device: torch.device) -> Tensor:
+    """(256,) float32, what the codes of scales stand for: one tensor a device."""
+    return create_dynamic_map().to(device)

@@ -1,0 +1,139 @@
+"""OwlBnbConfig: which matrices get four bits and which three, as a `quantization_config` of transformers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
+from hf_cod.functional.codebook import BITS
+from hf_cod.layers.replacement_modules import INSTALL
+from hf_cod.scoring.allocation import LayerAllocation
+from hf_cod.scoring.layer_scores import LayerScores
+
+METHOD = "owl_bnb"
+BLOCKS = (32, 64, 128, 256)
+# What is read while quantizing, and does not belong into config.json.
+_NOT_SAVED = ("scores", "allocation", "statistics")
+
+
+@dataclass(kw_only=True)
+class StorageSettings:
+    """How codes and scales are stored."""
+
+    block: int = field(
+        default=64, metadata={"help": "weights of a row that share a scale, 32 to 256", "choices": list(BLOCKS)}
+    )
+    double_quant: bool = field(
+        default=True, metadata={"help": "store scales in eight bits: 0.13 bits a weight instead of 0.5 at block 64"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS:
+            raise ValueError(f"block: expected one of {', '.join(map(str, BLOCKS))}, got {self.block}")
+
+
+@register_quantization_config(METHOD)
+@dataclass(kw_only=True)
+class OwlBnbConfig(StorageSettings, QuantizationConfigMixin):
+    """Three bits for the matrices of layers that matter less, bitsandbytes' NF4 for the others.
+
+        AutoModelForCausalLM.from_pretrained(name, quantization_config=OwlBnbConfig(bits=3.5, scores=scores))
+
+    Given to `from_pretrained` of a stock checkpoint, it quantizes while loading; a quantized checkpoint brings its own.
+    `hf_cod.quantize` does more for a loaded model and a text: it makes up for rounding errors.
+
+    Attributes:
+        bits: stored bits a weight, scales included, over all quantized matrices; 3 or 4 gives all the same width.
+        scores: LayerScores or their file, which decide who gets four bits; None: earlier layers before later ones,
+            which is what the Curse of Depth says of models that nobody measured, and worse than a measured score.
+        allocation: LayerAllocation of bits or its file: 3 or 4 for each layer, instead of bits and scores.
+        statistics: LayerStatistics or their file; with them scales are searched by what errors do to the outputs.
+        skip: parts of module names that are left as they are.
+        compute_dtype: torch.dtype or its name that inputs and decoded weights are multiplied in; None: the input's.
+        score: which score decided; filled in.
+        modules: name -> bits of each quantized matrix; filled in.
+        quant_method: what transformers finds this package by.
+        install: what a reader of config.json without this package should do.
+    """
+
+    bits: float = field(
+        default=3.5,
+        metadata={
+            "help": "stored bits a weight, scales included: from 3.13, all layers in 3 bits, to 4.13, all in 4; "
+            "a plain 3 or 4 means all in that width"
+        },
+    )
+    scores: Any = None
+    allocation: Any = None
+    statistics: Any = None
+    skip: list[str] = field(default_factory=list)
+    compute_dtype: Any = None
+    score: str | None = None
+    modules: dict[str, int] = field(default_factory=dict)
+    quant_method: Any = METHOD
+    install: str = INSTALL
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bits(self.bits)
+        if isinstance(self.scores, (str, Path)):
+            self.scores = LayerScores.load(self.scores)
+        if isinstance(self.allocation, (str, Path)):
+            self.allocation = LayerAllocation.load(self.allocation)
+        if isinstance(self.statistics, (str, Path)):
+            self.statistics = LayerStatistics.load(self.statistics)
+        if isinstance(self.compute_dtype, str):
+            found = getattr(torch, self.compute_dtype.removeprefix("torch."), None)
+            if not isinstance(found, torch.dtype):
+                raise ValueError(f"compute_dtype: expected the name of a dtype, got {self.compute_dtype!r}")
+            self.compute_dtype = found
+        wrong = {name: bits for name, bits in self.modules.items() if bits not in BITS}
+        if wrong:
+            raise ValueError(f"modules: expected {' or '.join(map(str, BITS))} bits each, got {wrong}")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Reads what `to_dict` made.
+
+        Raises:
+            ValueError: an entry that this version does not know.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(config_dict) - known)
+        if unknown:
+            raise ValueError(
+                f"quantization_config: expected {', '.join(sorted(known))}, got {', '.join(unknown)}; "
+                "pip install -U hf_cod"
+            )
+        return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        kept = {name: value for name, value in self.__dict__.items() if name not in _NOT_SAVED}
+        if self.compute_dtype is not None:
+            kept["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
+        return copy.deepcopy(kept)
+
+
+def check_bits(bits: float) -> None:
+    """Makes sure that `bits` can be meant; whether a model can be stored in so few is `plan.plan_bits`'s to say.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not min(BITS) <= bits < math.inf:
+        raise ValueError(f"bits: expected 3, 4, or stored bits between them, such as 3.5, got {bits}")
+
+
+def score_of(config: OwlBnbConfig) -> str | None:
+    """Which score decides; None for none."""
+    found = config.allocation or config.scores
+    return found.method if found is not None else config.score

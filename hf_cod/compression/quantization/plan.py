@@ -1,0 +1,209 @@
+"""Who gets four bits: a budget of stored bytes, spent on the layers that matter most."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_cod.compression.quantization.config import OwlBnbConfig, StorageSettings, score_of
+from hf_cod.compression.quantization.format import stored_columns
+from hf_cod.compression.quantization.scales import NESTED_BLOCK
+from hf_cod.functional.codebook import BITS
+from hf_cod.layers.stack import DecoderLayers
+from hf_cod.scoring.layer_scores import LayerScores
+
+FEW, MANY = min(BITS), max(BITS)
+# How far from the budget rounding of the user's figure may lie.
+_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """Bits of each matrix.
+
+    Attributes:
+        bits: name -> 3 or 4, in the order of the model.
+        sizes: name -> (out, in).
+        stored: bits a weight that files hold, scales included, over all of them.
+        left: name -> why a Linear of the layers is not quantized.
+    """
+
+    bits: dict[str, int]
+    sizes: dict[str, tuple[int, int]]
+    stored: float
+    left: dict[str, str]
+
+
+def stored_bits(size: tuple[int, int], bits: int, storage: StorageSettings) -> int:
+    """Bits that a matrix (out, in) takes in a file: codes, scales, the scales' scales."""
+    weights = size[0] * stored_columns(size[1], storage.block)
+    count = weights // storage.block
+    nested = (count + NESTED_BLOCK - 1) // NESTED_BLOCK
+    return weights * bits + (8 * count + 32 * (nested + 1) if storage.double_quant else 32 * count)
+
+
+def quantizable(
+    stack: DecoderLayers, storage: StorageSettings, skip: Sequence[str] = ()
+) -> tuple[list[dict[str, tuple[int, int]]], dict[str, str]]:
+    """For each layer name -> (out, in) of the matrices that can be quantized; and name -> why of the others."""
+    layers: list[dict[str, tuple[int, int]]] = []
+    left: dict[str, str] = {}
+    owners = Counter(id(p) for _, p in stack.model.named_parameters(remove_duplicate=False))
+    for index in range(len(stack)):
+        layers.append({})
+        for name, module in stack.linears(index).items():
+            size, reason = _size(module), _reason(name, module, storage, skip, owners)
+            if reason:
+                left[name] = reason
+            else:
+                layers[-1][name] = size
+        left |= dict.fromkeys(stack.experts(index), "experts in one 3-D parameter")
+    return layers, left
+
+
+def plan_bits(
+    stack: DecoderLayers,
+    bits: float,
+    storage: StorageSettings,
+    scores: LayerScores | None = None,
+    skip: Sequence[str] = (),
+) -> BitPlan:
+    """Four bits for the layers with the highest scores, as many as the budget of stored bits allows.
+
+    Of equal layers the earlier one comes first; without scores all are equal. The layer at which the budget ends gets
+    four bits in some of its matrices, in the order of the model, so that what is stored meets the budget within the
+    size of one matrix.
+
+    Raises:
+        ValueError: nothing to quantize, a budget that no mixture has, scores of another model.
+    """
+    layers, left = quantizable(stack, storage, skip)
+    sizes = {name: size for layer in layers for name, size in layer.items()}
+    if not sizes:
+        raise ValueError(f"model: expected a Linear in the layers that can be quantized, got none: {left}")
+    if scores is not None:
+        _check_scores(scores, stack)
+    weights = sum(n * k for n, k in sizes.values())
+    least, most = (sum(stored_bits(size, width, storage) for size in sizes.values()) for width in BITS)
+    budget = {FEW: least, MANY: most}.get(int(bits) if bits == int(bits) else 0, bits * weights)
+    if not least - _TOLERANCE * weights <= budget <= most + _TOLERANCE * weights:
+        raise ValueError(
+            f"bits: expected 3, 4, or {least / weights:.3f} to {most / weights:.3f} stored bits a weight, scales "
+            f"included, got {bits}"
+        )
+    values = [0.0] * len(stack) if scores is None else scores.values
+    chosen = dict.fromkeys(sizes, FEW)
+    spent = least
+    for index in sorted(range(len(stack)), key=lambda i: -values[i]):
+        whole = True
+        for name, size in layers[index].items():
+            more = stored_bits(size, MANY, storage) - stored_bits(size, FEW, storage)
+            if spent + more <= budget:
+                chosen[name], spent = MANY, spent + more
+            else:
+                whole = False
+        if not whole:
+            break
+    return BitPlan(chosen, sizes, spent / weights, left)
+
+
+def plan_by(stack: DecoderLayers, config: OwlBnbConfig) -> BitPlan:
+    """What a config says: its modules, else its allocation, else its bits and scores.
+
+    Raises:
+        ValueError: see `plan_bits` and `plan_of`; an allocation of something else, or for another model.
+    """
+    if config.modules:
+        return plan_of(stack, config.modules, config)
+    if config.allocation is None:
+        return plan_bits(stack, config.bits, config, config.scores, config.skip)
+    kind, values = config.allocation.kind, config.allocation.values
+    if kind != "bits" or len(values) != len(stack):
+        raise ValueError(
+            f"allocation: expected bits of {len(stack)} layers, got {kind} of {len(values)}; hf_cod.allocate(scores, "
+            '"bits", ...) makes one'
+        )
+    layers, _ = quantizable(stack, config, config.skip)
+    return plan_of(stack, {n: v for v, names in zip(values, layers, strict=True) for n in names}, config)
+
+
+def recorded(config: OwlBnbConfig, plan: BitPlan) -> OwlBnbConfig:
+    """The config that a quantized model keeps: what came of it, without what it was made by. The caller's stays as it
+    is, and may serve for another model.
+    """
+    return replace(
+        config,
+        bits=round(plan.stored, 6),
+        modules=plan.bits,
+        score=score_of(config),
+        scores=None,
+        allocation=None,
+        statistics=None,
+    )
+
+
+def what_is_lost(config: OwlBnbConfig, plan: BitPlan, calibrated: bool) -> list[str]:
+    """Sentences on what a better known text would have bought."""
+    told = []
+    if score_of(config) is None and not config.modules and len(set(plan.bits.values())) > 1:
+        told.append("no scores: earlier layers get 4 bits; scores of hf-cod score find better ones")
+    if config.statistics is None and not calibrated:
+        told.append(
+            "no text: scales follow the largest weight of a block, which costs quality (SmolLM2-135M in 3 bits: "
+            "perplexity 124, with statistics 84, with batches and hf_cod.quantize 70)"
+        )
+    return told
+
+
+def plan_of(stack: DecoderLayers, bits: Mapping[str, float], storage: StorageSettings) -> BitPlan:
+    """A plan that somebody made by name.
+
+    Raises:
+        ValueError: a name that is no matrix of the layers, or that cannot be quantized; other bits than 3 and 4.
+    """
+    layers, left = quantizable(stack, storage)
+    known = {name: size for layer in layers for name, size in layer.items()}
+    for name, width in bits.items():
+        if name not in known:
+            raise ValueError(f"bits: expected names of the layers' matrices, got {name!r}: {left.get(name, 'unknown')}")
+        if width not in BITS:
+            raise ValueError(f"bits: expected 3 or 4, got {width} for {name}")
+    sizes = {name: known[name] for name in known if name in bits}
+    total = sum(stored_bits(size, int(bits[name]), storage) for name, size in sizes.items())
+    return BitPlan(
+        {name: int(bits[name]) for name in sizes}, sizes, total / sum(n * k for n, k in sizes.values()), left
+    )
+
+
+def _check_scores(scores: LayerScores, stack: DecoderLayers) -> None:
+    if len(scores.values) != len(stack):
+        raise ValueError(f"scores: expected {len(stack)} values, one a layer, got {len(scores.values)}")
+    for index, weights in enumerate(scores.parameters):
+        if weights != stack.count_weights(index):
+            raise ValueError(
+                f"scores: expected those of a model with {stack.count_weights(index):,} weights in layer {index}, "
+                f"got {weights:,} ({scores.model})"
+            )
+
+
+def _reason(name: str, module: Any, storage: StorageSettings, skip: Sequence[str], owners: Counter[int]) -> str | None:
+    """Why a Linear cannot be quantized, or None."""
+    out, width = _size(module)
+    if any(part in name for part in skip):
+        return "skipped"
+    if type(module) not in (nn.Linear, Conv1D):
+        return f"a {type(module).__name__}, not a Linear"
+    if owners[id(module.weight)] > 1:
+        return "it shares its weight with another module"
+    if not out * width:
+        return "it has no weights"
+    return None
+
+
+def _size(module: Any) -> tuple[int, int]:
+    return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)

@@ -1,0 +1,157 @@
+"""`torch.ops.hf_cod.linear_3bit`: x W^T + b with W in three bits, as one operator that torch.compile and autograd see.
+
+Few tokens are multiplied straight from the planes: on the CPU by `native`, on CUDA by `triton_kernel`, where they can
+be built. For more tokens, and without those, W is decoded; on the CPU a few rows at a time, never the whole. The
+backward pass decodes again instead of keeping W.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hf_cod.compression.quantization.format import expand_planes
+from hf_cod.compression.quantization.native import native_kernel
+
+# Up to so many tokens are multiplied straight from the planes, where there is a kernel for it.
+MOST_TOKENS = 16
+_FAST = (torch.float32, torch.bfloat16, torch.float16)
+# Weights that are decoded at a time on the CPU: few enough to stay in the processor's cache.
+_CHUNK = 1 << 20
+
+
+def decoded_rows(
+    planes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    block: int,
+    dtype: torch.dtype,
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, that part of W (n, K)) until all rows were there; all at once on devices other than the CPU.
+
+    Args:
+        planes: (N, 3 K / 8), of `format.pack_planes`.
+        absmax, nested_absmax, offset: of `BlockScales`.
+        block: weights that share a scale.
+        dtype: of W.
+    """
+    from hf_cod.compression.quantization.bnb_decoding import dequantize_nf4, dequantize_scales
+
+    K = planes.shape[1] * 8 // 3
+    kernel = native_kernel(planes, block)
+    scales = None if kernel else dequantize_scales(absmax, nested_absmax, offset).view(len(planes), -1)  # (N, K / B)
+    on_cpu = planes.device.type == "cpu"
+    step = max(1, _CHUNK // K) if on_cpu else len(planes)
+    # On the CPU bitsandbytes rounds to half precision one by one, several times slower and with the same result.
+    decoded = torch.float32 if on_cpu else dtype
+    for first in range(0, len(planes), step):
+        rows = slice(first, min(first + step, len(planes)))
+        if kernel:
+            W = kernel.rows(planes, absmax, nested_absmax, offset, block, rows)
+        else:
+            assert scales is not None
+            W = dequantize_nf4(expand_planes(planes[rows]), scales[rows], block, decoded)
+        yield rows, W.to(dtype)
+
+
+def multiply(
+    x: Tensor,
+    planes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    block: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """x (..., K) times W^T, and the bias (N,): (..., N) in x's dtype. For the other arguments see `decoded_rows`.
+
+    The operator `linear_3bit` without its overhead.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    matrix = planes, absmax, nested_absmax, offset, block
+    product = _direct_product(tokens, planes, block)
+    if product:
+        out = product(tokens, *matrix, bias)
+    else:
+        out = tokens.new_empty(len(tokens), len(planes))
+        for rows, W in decoded_rows(*matrix, x.dtype):
+            if bias is None:
+                torch.mm(tokens, W.mT, out=out[:, rows])
+            else:
+                torch.addmm(bias[rows], tokens, W.mT, out=out[:, rows])
+    return out.view(*x.shape[:-1], len(planes))
+
+
+def _direct_product(tokens: Tensor, planes: Tensor, block: int) -> Callable[..., Tensor] | None:
+    """What multiplies without decoding, if there is anything for so many tokens, this dtype and this device."""
+    if not 1 <= len(tokens) <= MOST_TOKENS or tokens.dtype not in _FAST:
+        return None
+    if tokens.is_cuda and _has_triton():
+        from hf_cod.compression.quantization.triton_kernel import product
+
+        return product
+    kernel = native_kernel(planes, block)
+    return kernel.product if kernel else None
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+linear_3bit = torch.library.custom_op("hf_cod::linear_3bit", multiply, mutates_args=())
+
+
+@torch.library.custom_op("hf_cod::linear_3bit_backward", mutates_args=())
+def linear_3bit_backward(
+    grad: Tensor, planes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, block: int
+) -> Tensor:
+    """The gradient of x: grad (..., N) times W, which is (..., K)."""
+    tokens = grad.reshape(-1, grad.shape[-1])
+    # The chunks of rows add up, so float32 until all are there.
+    high = torch.promote_types(grad.dtype, torch.float32)
+    out = tokens.new_zeros(len(tokens), planes.shape[1] * 8 // 3, dtype=high)
+    for rows, W in decoded_rows(planes, absmax, nested_absmax, offset, block, grad.dtype):
+        out += tokens[:, rows] @ W
+    return out.to(grad.dtype).view(*grad.shape[:-1], out.shape[1])
+
+
+@linear_3bit.register_fake
+def _(
+    x: Tensor,
+    planes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    block: int,
+    bias: Tensor | None,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], planes.shape[0])
+
+
+@linear_3bit_backward.register_fake
+def _(
+    grad: Tensor, planes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, block: int
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], planes.shape[1] * 8 // 3)
+
+
+def _keep(ctx, inputs, output) -> None:
+    _, *tensors, block, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.block = block
+
+
+def _backward(ctx, grad: Tensor):
+    needs_x, *_, needs_bias = ctx.needs_input_grad
+    to_x = linear_3bit_backward(grad, *ctx.saved_tensors, ctx.block) if needs_x else None
+    to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
+    return to_x, None, None, None, None, None, to_bias
+
+
+linear_3bit.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,219 @@
+"""`quantize`: a loaded model's matrices in three and four bits, layer by layer, with the errors made up for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_cod.analysis.statistics.input_products import ProductsRecorder
+from hf_cod.compression.quantization.config import METHOD, OwlBnbConfig, score_of
+from hf_cod.compression.quantization.plan import BitPlan, plan_by, recorded, stored_bits, what_is_lost
+from hf_cod.compression.quantization.quantizer import OwlBnbQuantizer
+from hf_cod.compression.quantization.rounding import fill, new_module, round_matrix
+from hf_cod.io.report import RunReport, environment
+from hf_cod.io.text import Batch, describe_batches
+from hf_cod.layers.checks import check_writable, name_of
+from hf_cod.layers.devices import execution_device
+from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.partial_forward import check_independent
+from hf_cod.layers.replacement_modules import replace as replace_module
+from hf_cod.layers.sequential import Sums, change_each, change_sequentially
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.models.own_config import own_config
+
+
+def quantize(
+    model: PreTrainedModel,
+    config: OwlBnbConfig | None = None,
+    *,
+    batches: Sequence[Batch] | None = None,
+    journal: str | Path | None = None,
+    path: str | None = None,
+    name: str | None = None,
+    show_progress: bool = False,
+) -> RunReport:
+    """Stores the matrices of a model's layers in three or four bits, in place; the rest stays as it is.
+
+    | given | scales | codes |
+    |---|---|---|
+    | nothing | the largest magnitude of each block | nearest |
+    | `config.statistics` | least error, weighted by ||X_j||_2^2 | nearest |
+    | `batches` | the same | errors made up for by what is still to be rounded (GPTQ, arXiv 2210.17323) |
+
+    With batches, layers are quantized one after another, each on what the quantized layers before it hand on; memory
+    beyond the model's is one layer's sums and the hidden states of the batches (on the CPU). All three are stored
+    alike and run alike. `save_pretrained` writes, `from_pretrained` reads wherever hf_cod is imported,
+    `model.dequantize()` makes it dense again.
+
+    The report's `layers` hold `bits` (stored, scales included), `error` (share of the outputs' energy that rounding
+    loses, mean over the layer's matrices; with batches) and `parameters`; its `results` hold `bits` of all, `bytes` of
+    all quantized matrices, and `modules` (name -> 3 or 4).
+
+    Args:
+        model: a transformers model with plain weights in memory.
+        config: bits, scores, storage; its `modules`, if it has any, decide instead of bits and scores.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
+        journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
+            where it stopped. Files stay until you remove them.
+        path: the stack's module name where it cannot be found.
+        name: the model's name in the report; default: where it was loaded from.
+        show_progress: show a progress bar.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+        ValueError: bits out of reach (says the least and the most), scores or statistics of another model, statistics
+            and batches, weights that cannot be replaced (adapters, quantized, offloaded, shared), NaN or infinity in
+            weights or activations (says where).
+    """
+    import hf_cod.compression.quantization.bnb  # noqa: F401 - its absence is told before any work
+
+    config = config or OwlBnbConfig()
+    if getattr(model, "is_quantized", False):
+        raise ValueError("model: expected dense weights, got quantized ones; model.dequantize() first")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model: expected a transformers model without wrappers, got {type(model).__name__}")
+    stack = find_decoder_layers(model, path)
+    statistics = config.statistics
+    if statistics is not None and batches is not None:
+        raise ValueError("statistics: expected batches or statistics, got both")
+    if statistics is not None:
+        statistics.check(stack)
+    check_writable(stack)
+    plan = plan_by(stack, config)
+    change = _LayerChange(stack, plan, config)
+    sums = {} if statistics is None else statistics.digests()
+    work = fingerprint_of_work(journal, model, batches, plan.bits, config.block, config.double_quant, sums)
+    finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
+    title = name or name_of(stack)
+    bar = f"quantizing to {plan.stored:.2f} bits"
+    if batches is not None:
+        check_independent(stack, "quantize")
+        change_sequentially(stack, batches, ProductsRecorder, change, finished, bar, show_progress)
+    else:
+        change_each(stack, change, finished, bar, show_progress)
+    _mark(model, recorded(config, plan))
+    told = {} if batches is None else describe_batches(batches)
+    return _report(stack, plan, config, finished, title, told)
+
+
+class _LayerChange:
+    """Exchanges the matrices of one layer; what `FinishedLayers` needs to keep and to repeat it."""
+
+    def __init__(self, stack: DecoderLayers, plan: BitPlan, config: OwlBnbConfig) -> None:
+        self._stack, self._plan, self._config = stack, plan, config
+        self._names = [[n for n in stack.linears(index) if n in plan.bits] for index in range(len(stack))]
+
+    @torch.no_grad()
+    def __call__(self, index: int, sums: Sums | None) -> dict[str, Any]:
+        """Returns {"unseen": matrices that no token entered, "errors": name -> share of energy lost}."""
+        unseen: list[str] = []
+        errors: dict[str, float] = {}
+        matrices = dict(self._stack.matrices(index))
+        for name in self._names[index]:
+            W = matrices.pop(name)
+            products = None if sums is None else sums.of(name)
+            if sums is not None and products is None:
+                unseen.append(name)
+            statistics = self._config.statistics
+            squares = None if statistics is None else statistics.of(name)
+            tensors = round_matrix(W, self._plan.bits[name], self._config, name, squares, products)
+            self._exchange(name, tensors)
+            if products is not None:
+                errors[name] = _lost(W, self._stack.model.get_submodule(name), products)
+        return {"unseen": unseen, "errors": errors}
+
+    def tensors_of(self, index: int) -> dict[str, Tensor]:
+        """Codes and scales of a layer."""
+        found: dict[str, Tensor] = {}
+        for name in self._names[index]:
+            state = self._stack.model.get_submodule(name).state_dict()
+            found |= {f"{name}/{key}": tensor for key, tensor in state.items() if key != "bias"}
+        return found
+
+    def put_back(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Exchanges the matrices of an intact layer for these."""
+        for name in self._names[index]:
+            found = {key.split("/", 1)[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
+            self._exchange(name, found)
+
+    def _exchange(self, name: str, tensors: dict[str, Tensor]) -> None:
+        linear: Any = self._stack.model.get_submodule(name)
+        module = new_module(linear, self._plan.bits[name], self._config, self._config.compute_dtype)
+        fill(module, {key: tensor.to(linear.weight.device) for key, tensor in tensors.items()})
+        replace_module(self._stack.model, name, module)
+
+
+def _lost(W: Tensor, module: Any, products: Tensor) -> float:
+    """|| X (W - Q)^T ||_F^2 / || X W^T ||_F^2."""
+    W = W.to(products.dtype)
+    difference = W - module.unpack(products.dtype)
+    whole = ((W @ products) * W).sum()
+    return float(((difference @ products) * difference).sum() / whole) if whole > 0 else 0.0
+
+
+def _mark(model: Any, config: OwlBnbConfig) -> None:
+    """What from_pretrained sets, so that saving, PEFT and Trainer know the model for what it is."""
+    own_config(model)
+    quantizer = OwlBnbQuantizer(config, pre_quantized=True)
+    model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
+    quantizer.postprocess_model(model, loaded=False)
+
+
+def _report(
+    stack: DecoderLayers,
+    plan: BitPlan,
+    config: OwlBnbConfig,
+    finished: FinishedLayers,
+    title: str,
+    batches: dict[str, int],
+) -> RunReport:
+    notes: list[Any] = [finished.notes[index] for index in range(len(stack))]
+    layers = layer_table(stack, plan, config)
+    if any(note["errors"] for note in notes):
+        layers["error"] = [_mean(note["errors"].values()) for note in notes]
+    weights = sum(n * k for n, k in plan.sizes.values())
+    model: nn.Module = stack.model
+    return RunReport(
+        kind="quantize",
+        model=title,
+        settings={"block": config.block, "double_quant": config.double_quant, "score": score_of(config), **batches},
+        environment=environment(execution_device(model), next(_floating(model)).dtype),
+        layers=layers,
+        results={"bits": plan.stored, "bytes": round(plan.stored * weights / 8), "modules": plan.bits},
+        summary=[
+            f"{weights:,} weights of the layers' matrices are stored in {plan.stored:.3f} bits each, scales included."
+        ],
+        notes=[
+            *what_is_lost(config, plan, calibrated=bool(batches)),
+            *(f"no token entered {name}: rounded to the nearest" for note in notes for name in note["unseen"]),
+            *(f"{name} is not quantized: {reason}" for name, reason in plan.left.items()),
+        ],
+    )
+
+
+def layer_table(stack: DecoderLayers, plan: BitPlan, config: OwlBnbConfig) -> dict[str, list[Any]]:
+    """Who got what, layer by layer: stored bits a weight, matrices with four bits, weights, and the score."""
+    table: dict[str, list[Any]] = {"bits": [], "four": [], "parameters": []}
+    for index in range(len(stack)):
+        names = [name for name in stack.linears(index) if name in plan.bits]
+        weights = sum(plan.sizes[n][0] * plan.sizes[n][1] for n in names)
+        total = sum(stored_bits(plan.sizes[n], plan.bits[n], config) for n in names)
+        table["bits"].append(total / weights if weights else None)
+        table["four"].append(sum(plan.bits[n] == 4 for n in names))
+        table["parameters"].append(weights)
+    scores = config.scores
+    return table if scores is None else {**table, "score": scores.values}
+
+
+def _floating(model: nn.Module) -> Iterator[Tensor]:
+    return (p for p in model.parameters() if p.is_floating_point())
+
+
+def _mean(values: Any) -> float | None:
+    found = list(values)
+    return sum(found) / len(found) if found else None

@@ -1,0 +1,108 @@
+"""One matrix, rounded: the tensors of the module that is to hold it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from hf_cod.compression.quantization.config import StorageSettings
+from hf_cod.compression.quantization.format import pack_nibbles, pack_planes, stored_columns
+from hf_cod.compression.quantization.linear import Linear3bit
+from hf_cod.functional import codebook
+
+
+def round_matrix(
+    W: Tensor,
+    bits: int,
+    storage: StorageSettings,
+    name: str,
+    squares: Tensor | None = None,
+    products: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Chooses scales, stores them, and rounds to what the stored ones can say.
+
+    | known of the inputs | scales | codes |
+    |---|---|---|
+    | nothing | the largest magnitude of each block | nearest |
+    | squares | least error, weighted by the squares | nearest |
+    | products | the same, with the products' diagonal | nearest, errors made up for (GPTQ) |
+
+    Args:
+        W: (out, in), any floating dtype.
+        bits: 3 or 4.
+        storage: block, and how scales are stored.
+        name: of the matrix, for errors.
+        squares: sum over tokens of x_j^2, (in,).
+        products: X^T X, (in, in).
+
+    Returns:
+        {"weight": codes, "scales.absmax": ..., ...} as `new_module` names them.
+
+    Raises:
+        ValueError: NaN or infinity in W; a scale, rounded up, that W's dtype (float16) cannot hold.
+    """
+    from hf_cod.compression.quantization.bnb_decoding import dequantize_scales, quantize_scales
+
+    largest = torch.finfo(W.dtype).max
+    W = W.to(torch.promote_types(W.dtype, torch.float32)).contiguous()
+    if not W.isfinite().all():
+        raise ValueError(f"weights: expected finite numbers, got NaN or infinity in {name}")
+    missing = stored_columns(W.shape[1], storage.block) - W.shape[1]
+    if missing:
+        W = pad(W, (0, missing))
+        squares = None if squares is None else pad(squares, (0, missing))
+        products = None if products is None else pad(products, (0, missing, 0, missing))
+    weights = products.diagonal() if products is not None else squares
+    if weights is None or not weights.any():
+        s = codebook.largest_scales(W, bits, storage.block)
+    else:
+        s = codebook.search_scales(W, bits, storage.block, weights.to(W.device))
+    stored = quantize_scales(s, storage.double_quant)
+    known = dequantize_scales(stored["absmax"], stored.get("nested_absmax"), stored.get("offset"))
+    if known.numel() and known.abs().max() > largest:
+        raise ValueError(
+            f"weights: expected scales within the model's dtype, got {float(known.abs().max()):.6g} > {largest:g} in "
+            f"{name}; load it in bfloat16 or float32"
+        )
+    s = known.to(W.dtype).view(s.shape)
+    if products is None:
+        c = codebook.nearest_codes(W, s, bits, storage.block)
+    else:
+        c = codebook.compensated_codes(W, s, products, bits, storage.block)
+    weight = pack_planes(c) if bits == 3 else pack_nibbles(c).view(-1, 1)
+    return {"weight": weight, **{f"scales.{key}": tensor for key, tensor in stored.items()}}
+
+
+def new_module(linear: Any, bits: int, storage: StorageSettings, compute_dtype: torch.dtype | None = None) -> Any:
+    """An empty module, on the meta device, to take the place of a Linear or Conv1D; its bias is theirs."""
+    from hf_cod.compression.quantization.bnb import Linear4bit
+
+    transposed = not isinstance(linear, nn.Linear)  # Conv1D: (in, out)
+    rows, columns = linear.weight.shape[::-1] if transposed else linear.weight.shape
+    made: Any = (Linear3bit if bits == 3 else Linear4bit)(
+        columns,
+        rows,
+        bias=False,
+        block=storage.block,
+        double_quant=storage.double_quant,
+        compute_dtype=compute_dtype,
+        device="meta",
+    )
+    made.register_parameter("bias", linear.bias)
+    made.was_transposed = transposed
+    # Or transformers would initialise what it takes for a Linear's weight.
+    for module in (made, made.scales):
+        module._is_hf_initialized = True
+    return made.train(linear.training)
+
+
+def fill(module: Any, tensors: dict[str, Tensor]) -> None:
+    """Puts the tensors of `round_matrix` into the module."""
+    for name, tensor in tensors.items():
+        owner = module.scales if name.startswith("scales.") else module
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))
+    if module.bits == 4:
+        module.bind()

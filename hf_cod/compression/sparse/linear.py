@@ -1,0 +1,124 @@
+"""SparseLinear: a Linear whose matrix is stored, and on CPUs multiplied, without its zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.compression.sparse.format import check, pack, unpack
+from hf_cod.compression.sparse.product import multiply, sparse_linear
+
+
+class SparseLinear(nn.Linear):
+    """y = x W^T + b with W in the bitmask format; W itself is frozen, adapters beside it (PEFT) learn.
+
+    Up to 16 tokens are multiplied straight from the format by a kernel that is built on first use, for AVX-512 or AVX2
+    (or, slower than a dense product, for any processor), more by way of dense blocks of rows. Without a C++ compiler,
+    and on other devices than the CPU, a dense copy is kept and used.
+
+    Args:
+        in_features, out_features: columns and rows of W.
+        bias: whether there is a b.
+        nonzeros: how many weights are stored.
+        device, dtype: of the tensors, which are not initialised.
+    """
+
+    mask: Tensor
+    values: Tensor
+    row_starts: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        nonzeros: int,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not Linear's own, which makes a dense weight
+        self.in_features, self.out_features = in_features, out_features
+        empty = torch.empty
+        self.register_buffer("mask", empty(out_features, (in_features + 7) // 8, dtype=torch.uint8, device=device))
+        self.register_buffer("values", empty(nonzeros, dtype=dtype, device=device))
+        self.register_buffer("row_starts", empty(out_features + 1, dtype=torch.int64, device=device))
+        self.register_parameter("bias", nn.Parameter(empty(out_features, dtype=dtype, device=device)) if bias else None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> SparseLinear:
+        """A packed copy; the bias is shared."""
+        mask, values, row_starts = pack(linear.weight.detach())
+        packed = cls(linear.in_features, linear.out_features, False, nonzeros=0, device="meta")
+        packed.mask, packed.values, packed.row_starts = mask, values, row_starts
+        packed.register_parameter("bias", linear.bias)
+        return packed.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """A dense copy; the bias is shared."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.unpack(), requires_grad=False)
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that are zero."""
+        return 1 - len(self.values) / max(1, self.in_features * self.out_features)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """W (out_features, in_features), made dense for the reader; what is written to it is refused."""
+        return self.unpack().as_subclass(_Decoded)
+
+    def unpack(self) -> Tensor:
+        """W (out_features, in_features) as a new dense tensor."""
+        return unpack(self.mask, self.values, self.in_features)
+
+    def check(self, name: str) -> None:
+        """Checks that the tensors belong together; of those that accelerate left on disk there is nothing to see.
+
+        Raises:
+            ValueError: they do not; begins with the module's `name`.
+        """
+        if any(tensor.is_meta for tensor in (self.mask, self.values, self.row_starts)):
+            return
+        check(self.mask, self.values, self.row_starts, self.in_features, name)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        if input.shape[-1] != self.in_features:
+            raise ValueError(f"input: expected (..., {self.in_features}), got {tuple(input.shape)}")
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(self.values.dtype)
+        tensors = input, self.mask, self.values, self.row_starts, self.bias
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, self.bias))
+        # Only those that look at the graph need the operator, whose bookkeeping takes as long as a small product.
+        return sparse_linear(*tensors) if learns or torch.compiler.is_compiling() else multiply(*tensors)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{super().extra_repr()}, sparsity={self.sparsity:.3f}"
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.check(prefix.rstrip("."))  # the kernel trusts the tensors
+
+
+class _Decoded(Tensor):
+    """A tensor made for reading: an assignment to its `data`, as a merge of adapters makes, would be lost unseen."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise ValueError(
+            "weight: expected no change to a packed matrix, got one (a merge of adapters, or adapters that begin by "
+            "changing it: pissa, olora); call model.dequantize() first, and hf_cod.pack_sparse afterwards"
+        )

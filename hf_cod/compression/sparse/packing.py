@@ -1,0 +1,61 @@
+"""Which matrices of a model are packed, and the exchange of one module for another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_cod.compression.sparse.linear import SparseLinear
+from hf_cod.layers.replacement_modules import replace
+from hf_cod.layers.stack import walk
+
+
+def pack_linears(model: nn.Module, minimum: float) -> dict[str, int]:
+    """Packs each Linear of which at least the share `minimum` is zero, one at a time; the rest stays as it is.
+
+    Returns:
+        Name -> number of stored weights.
+
+    Raises:
+        ValueError: see `pack_sparse`; the model is unchanged then.
+    """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("model: expected one without adapters, got some; merge or remove them first")
+    chosen, most = [], (0.0, "no matrix")
+    for name, linear in _own_linears(model):
+        if linear.weight.device.type == "meta":
+            raise ValueError(f"model: expected weights in memory, got offloaded ones ({name})")
+        if not bool(torch.isfinite(linear.weight).all()):
+            raise ValueError(f"model: expected finite weights, got NaN or inf in {name}")
+        zeros = 1 - linear.weight.count_nonzero().item() / max(1, linear.weight.numel())
+        most = max(most, (zeros, name))
+        if zeros >= minimum:
+            chosen.append(name)
+    if not chosen and not any(isinstance(module, SparseLinear) for module in model.modules()):
+        others = " and Conv1D, which is not packed" if any(isinstance(m, Conv1D) for m in model.modules()) else ""
+        raise ValueError(
+            f"minimum: expected a model with a Linear of which at least {minimum:.0%} is zero, got at most "
+            f"{most[0]:.1%} ({most[1]}){others}; prune it first"
+        )
+    counts = {}
+    for name in chosen:
+        packed = SparseLinear.from_linear(model.get_submodule(name))  # type: ignore[arg-type]
+        replace(model, name, packed)
+        counts[name] = len(packed.values)
+    return counts
+
+
+def _own_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Name -> each dense Linear that neither stands in two places nor shares its weight with another module."""
+    modules = [(name.lstrip("."), module) for name, module in walk(model, "")]
+    owners: dict[int, int] = {}
+    for _, module in modules:
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for name, module in modules:
+        # Subclasses of Linear are quantized or packed already.
+        if type(module) is nn.Linear and owners[id(module.weight)] == 1:
+            yield name, module

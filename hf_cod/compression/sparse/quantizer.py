@@ -1,0 +1,114 @@
+"""How transformers loads, saves and unpacks packed models: the plug-in point that its quantizers use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from hf_cod.compression.sparse.checkpoint import check_files
+from hf_cod.compression.sparse.config import METHOD, SparseConfig
+from hf_cod.compression.sparse.linear import SparseLinear
+from hf_cod.compression.sparse.packing import pack_linears
+from hf_cod.layers.replacement_modules import ignore_signs, names_in, replace, signs
+from hf_cod.models.own_config import own_config
+
+
+@register_quantizer(METHOD)
+class SparseQuantizer(HfQuantizer):
+    """Swaps Linears for SparseLinears before their tensors are loaded, or packs them after loading a dense model."""
+
+    quantization_config: SparseConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            return
+        recorded = self.quantization_config.modules
+        files = [path for path in kwargs.get("checkpoint_files") or () if str(path).endswith(".safetensors")]
+        check_files(files, recorded)
+        emptied = self._emptied()
+        places = names_in(model, recorded)
+        self.quantization_config.modules = {place: recorded[name] for name, place in places.items()}
+        for name, nonzeros in self.quantization_config.modules.items():
+            linear = model.get_submodule(name)
+            if not isinstance(linear, nn.Linear):
+                raise ValueError(f"modules: expected Linears of {type(model).__name__}, got {name!r}")
+            sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+            packed = SparseLinear(*sizes, nonzeros=nonzeros, device="meta", dtype=linear.weight.dtype)
+            packed._is_hf_initialized = True  # type: ignore[assignment]  # or its weight is made dense to look at
+            replace(model, name, packed)
+        ignore_signs(model, emptied, self._emptied())
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            self.quantization_config.modules = pack_linears(model, self.quantization_config.minimum)
+            return
+        for name in self.quantization_config.modules:
+            model.get_submodule(name).check(name)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The model's tensors, and the sign for whoever loads them without this package."""
+        return {**model.state_dict(), **signs(self._emptied())}, {}
+
+    def _emptied(self) -> str:
+        return f"{min(self.quantization_config.modules)}.weight"
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        for name, module in [*model.named_modules()]:
+            if isinstance(module, SparseLinear):
+                replace(model, name, module.to_linear())
+        model.config._is_quantized = False
+        return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # save_pretrained makes it a string
+
+    def is_serializable(self) -> bool:
+        """Packed models are saved as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on a packed model can be trained."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """torch.compile sees one operator a matrix."""
+        return True
+
+
+def pack_sparse(model: PreTrainedModel, minimum: float = 0.5) -> PreTrainedModel:
+    """Stores a model's sparse matrices without their zeros, in place; small batches run faster on CPUs with AVX2.
+
+    Linears of which at least `minimum` is zero become `SparseLinear`. Left dense are Conv1D (GPT-2), banks of experts,
+    and what modules share, such as a head tied to the embeddings. `save_pretrained` writes the packed form,
+    `from_pretrained` reads it wherever hf_cod is imported, `model.dequantize()` takes it back.
+
+    Args:
+        model: a transformers model in float32 or bfloat16 (other dtypes are stored, but not faster), without adapters.
+        minimum: share of zeros from which on packing pays. Storage shrinks from 1/16 on in bfloat16; for time, see
+            README.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: nothing is sparse enough; the model is quantized, offloaded or has adapters; a weight that is NaN
+            or infinite (says where).
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model: expected a transformers model without wrappers, got {type(model).__name__}")
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, SparseQuantizer):
+        raise ValueError(f"model: expected plain weights, got quantized ones ({type(quantizer).__name__})")
+    config = quantizer.quantization_config if quantizer else SparseConfig(minimum=minimum)
+    config.modules = {**config.modules, **pack_linears(model, SparseConfig(minimum=minimum).minimum)}
+    quantizer = quantizer or SparseQuantizer(config, pre_quantized=True)
+    # What from_pretrained sets, so that saving, PEFT and Trainer know the model for what it is.
+    loaded: Any = model
+    loaded.hf_quantizer, loaded.is_quantized, loaded.quantization_method = quantizer, True, METHOD
+    own_config(model)
+    quantizer.postprocess_model(model)
+    return model

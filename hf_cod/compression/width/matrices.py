@@ -1,0 +1,92 @@
+"""The matrices of heads or channels, cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_cod.functional.channels import rows_of
+from hf_cod.layers.stack import DecoderLayers
+from hf_cod.layers.units import Units
+
+Changes = dict[str, dict[str, int]]
+"""Module's name -> what differs from before, as in `models/shapes.py`."""
+
+
+@torch.no_grad()
+def cut(stack: DecoderLayers, units: Units, kept: Tensor, W: Tensor, bias: Tensor | None) -> Changes:
+    """Leaves the kept units alone in their matrices, and tells the layer how many they are.
+
+    Args:
+        stack: the layers.
+        units: of one of them.
+        kept: their numbers, rising.
+        W: what the writing matrix becomes (out, in).
+        bias: what joins its bias (out,), or None.
+
+    Raises:
+        ValueError: NaN or infinity; the layer is left as it was.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parts in units.readers.items():
+        reader: Any = stack.model.get_submodule(name)
+        old = _matrix(reader)
+        rows = rows_of(kept.to(old.device), units.count, len(old), parts)
+        tensors[f"{name}.weight"] = _stored(reader, old[rows])
+        if reader.bias is not None:
+            tensors[f"{name}.bias"] = reader.bias.detach()[rows]
+    writer: Any = stack.model.get_submodule(units.writer)
+    tensors[f"{units.writer}.weight"] = _stored(writer, W)
+    if bias is not None:
+        own = 0 if writer.bias is None else writer.bias.detach().to(bias)
+        tensors[f"{units.writer}.bias"] = bias + own
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"weights: expected finite ones of fewer {units.kind}, got NaN or infinity in {broken[0]}")
+    return put_back(stack, units, len(kept), tensors)
+
+
+def tensors_of(stack: DecoderLayers, units: Units) -> dict[str, Tensor]:
+    """The weights and biases of the matrices."""
+    modules = {name: stack.model.get_submodule(name) for name in (*units.readers, units.writer)}
+    return {f"{n}.{key}": p.detach() for n, m in modules.items() for key, p in m.named_parameters(recurse=False)}
+
+
+@torch.no_grad()
+def put_back(stack: DecoderLayers, units: Units, kept: int, tensors: dict[str, Tensor]) -> Changes:
+    """Gives an intact layer the weights and biases of so many units; a bias that is not among them stays."""
+    changes: Changes = {}
+    for name in (*units.readers, units.writer):
+        module: Any = stack.model.get_submodule(name)
+        had_bias = module.bias is not None
+        old = module.weight
+        for key in ("weight", "bias"):
+            if f"{name}.{key}" in tensors:
+                values = tensors[f"{name}.{key}"].to(device=old.device, dtype=old.dtype).contiguous()
+                setattr(module, key, nn.Parameter(values, requires_grad=old.requires_grad))
+        rows, columns = _matrix(module).shape
+        if isinstance(module, Conv1D):
+            module.nf, module.nx = rows, columns
+        else:
+            module.out_features, module.in_features = rows, columns
+        changes[name] = {"in_features": columns} if name == units.writer else {"out_features": rows}
+        if module.bias is not None and not had_bias:
+            changes[name]["bias"] = 1
+    for name, numbers in units.numbers.items():
+        changes[name] = {key: each * kept for key, each in numbers.items()}
+        for key, value in changes[name].items():
+            setattr(stack.model.get_submodule(name), key, value)
+    return changes
+
+
+def _matrix(module: Any) -> Tensor:
+    """(out, in)."""
+    return module.weight.detach().mT if isinstance(module, Conv1D) else module.weight.detach()
+
+
+def _stored(module: Any, W: Tensor) -> Tensor:
+    """W (out, in) as the module stores it."""
+    return W.mT if isinstance(module, Conv1D) else W

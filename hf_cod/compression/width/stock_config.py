@@ -1,0 +1,71 @@
+"""A model whose layers are all narrowed alike needs no code of ours: the sizes in its config can say it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hf_cod.layers.removal import first_difference
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
+from hf_cod.layers.units import CHANNELS, HEADS, find_units
+from hf_cod.models.own_config import own_config
+from hf_cod.models.shapes import ShapedModel
+
+logger = logging.getLogger(__name__)
+
+# What configs call the channels of an MLP.
+_CHANNELS = ("intermediate_size", "ffn_dim", "n_inner")
+
+
+def set_stock_config(stack: DecoderLayers) -> bool:
+    """Writes the sizes of narrowed layers into the config, if a model that is built from it has just these shapes.
+
+    Families say sizes once for all layers, and not all of them each size: GPT-2 derives that of a head from the number
+    of heads, Llama refuses numbers of heads that do not divide the hidden size. So the answer is found by building.
+
+    Returns:
+        Whether the config, which then is the model's own copy, says it now; if not, it is as it was.
+    """
+    model: Any = stack.model
+    fields = _fields(stack)
+    if isinstance(model, ShapedModel) or fields is None:
+        return False
+    own_config(model)
+    stack = find_decoder_layers(model, stack.path)
+    before = dict(vars(stack.config))
+    said = False
+    try:
+        for name, value in fields.items():
+            setattr(stack.config, name, value)
+        with torch.device("meta"):
+            built = type(model)(type(model.config).from_dict(copy.deepcopy(model.config.to_dict())))
+        said = first_difference(dict(walk(model, "model")), dict(walk(built, "model"))) is None
+    except Exception:  # families refuse sizes each with an error of its own
+        logger.debug("the config cannot say %s", dict(fields), exc_info=True)
+    finally:
+        if not said:
+            vars(stack.config).clear()
+            vars(stack.config).update(before)
+    return said
+
+
+def _fields(stack: DecoderLayers) -> Mapping[str, int] | None:
+    """Config field -> size; None where layers differ."""
+    found = []
+    for index in range(len(stack)):
+        units = find_units(stack, index)
+        heads, channels = units[HEADS], units[CHANNELS]
+        sizes = {}
+        if heads is not None:
+            queries = heads.count * heads.heads
+            width = stack.input_shapes(index)[heads.writer][0]
+            sizes = {"num_attention_heads": queries, "head_dim": width // queries}
+            sizes |= {"num_key_value_heads": heads.count} if hasattr(stack.config, "num_key_value_heads") else {}
+        if channels is not None:
+            sizes |= {name: channels.count for name in _CHANNELS if hasattr(stack.config, name)}
+        found.append(sizes)
+    return found[0] if stack.config is not None and all(sizes == found[0] for sizes in found) else None

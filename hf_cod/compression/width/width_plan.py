@@ -1,0 +1,127 @@
+"""WidthPlan: how many heads and channels each layer keeps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hf_cod.functional.widths import Layer, Widths, choose_widths
+from hf_cod.io.files import JsonFile
+from hf_cod.layers.checks import check_sizes, name_of, sizes_of
+from hf_cod.layers.stack import DecoderLayers
+from hf_cod.layers.units import CHANNELS, HEADS, LayerUnits
+from hf_cod.scoring.allocation import LayerAllocation
+
+MULTIPLE = 32  # of channels: what matrix units of GPUs and the registers of processors like
+
+
+@dataclass(frozen=True)
+class WidthPlan(JsonFile):
+    """What each layer keeps.
+
+    Attributes:
+        budget: the share of the layers' weights that was to be kept.
+        heads: query heads of each layer, whole groups that share a key and value head; None: all of them.
+        channels: of the MLP of each layer; None: all of them.
+        method: which score they follow.
+        model: the name of the model that it was made for.
+        sizes: weights in each of its layers' matrices, by which a plan of another model is known; None: not known.
+    """
+
+    FIELD = "width_plan"
+
+    budget: float
+    heads: list[int | None]
+    channels: list[int | None]
+    method: str
+    model: str = ""
+    sizes: list[int] | None = None
+
+
+def plan_of_allocation(
+    stack: DecoderLayers, units: list[LayerUnits], allocation: LayerAllocation, multiple: int
+) -> WidthPlan:
+    """Widths by which each layer keeps its share of weights, its heads and its channels alike as far as they divide.
+
+    Raises:
+        ValueError: an allocation of another kind or for another model; a share out of reach (says the least possible).
+    """
+    if allocation.kind != "parameters":
+        raise ValueError(f"plan: expected an allocation of parameters, got one of {allocation.kind}")
+    if len(allocation.values) != len(stack):
+        raise ValueError(f"plan: expected {len(stack)} values, one a layer, got {len(allocation.values)}")
+    check_sizes("plan", allocation.model, allocation.sizes, stack)
+    if type(multiple) is not int or multiple < 1:
+        raise ValueError(f"multiple: expected a whole number above 0, got {multiple!r}")
+    layers = [_layer(found) for found in units]
+    shares = [
+        _share_of_units(stack, index, layer, share, multiple, units[index].whole)
+        for index, (layer, share) in enumerate(zip(layers, allocation.values, strict=True))
+    ]
+    some = [i for i, layer in enumerate(layers) if layer.count(layer.full)]
+    widths_of_some = choose_widths([layers[i] for i in some], [shares[i] for i in some], multiple)
+    chosen = dict(zip(some, widths_of_some, strict=True))
+    heads: list[int | None] = []
+    channels: list[int | None] = []
+    for index, found in enumerate(units):
+        widths = chosen.get(index, Widths(0, 0))
+        group, mlp = found[HEADS], found[CHANNELS]
+        heads.append(widths.heads * group.heads if group else None)
+        channels.append(widths.channels if mlp else None)
+    return WidthPlan(allocation.budget, heads, channels, allocation.method, name_of(stack), sizes_of(stack))
+
+
+def kept_units(units: list[LayerUnits], plan: WidthPlan) -> list[dict[str, int]]:
+    """Of each layer: kind -> how many units stay, of those kinds of which some go.
+
+    Raises:
+        ValueError: a plan of another model, or heads that cannot be split so; says in which layer.
+    """
+    kept: list[dict[str, int]] = []
+    for kind, numbers in ((HEADS, plan.heads), (CHANNELS, plan.channels)):
+        if len(numbers) != len(units):
+            raise ValueError(f"{kind}: expected {len(units)} numbers, one a layer, got {len(numbers)}")
+    for index, found in enumerate(units):
+        kept.append({})
+        for kind, number in ((HEADS, plan.heads[index]), (CHANNELS, plan.channels[index])):
+            own = found[kind]
+            if number is None or (own is not None and number == own.count * own.heads):
+                continue
+            if own is None:
+                raise ValueError(f"{kind}: expected none for layer {index}, got {number}; {'; '.join(found.whole)}")
+            _check_number(kind, index, number, own.count, own.heads)
+            kept[-1][kind] = number // own.heads
+    if not any(kept):
+        raise ValueError("plan: expected fewer heads or channels than the model has, got all of them; keep less")
+    return kept
+
+
+def _check_number(kind: str, index: int, number: int, count: int, group: int) -> None:
+    if type(number) is int and group <= number <= count * group and number % group == 0:
+        return
+    what = f"a multiple of {group}, which share a key and value head, in {group}" if group > 1 else "1"
+    raise ValueError(f"{kind}: expected {what}..{count * group} in layer {index}, got {number}")
+
+
+def _layer(units: LayerUnits) -> Layer:
+    heads, channels = units[HEADS], units[CHANNELS]
+    full = Widths(heads.count if heads else 0, channels.count if channels else 0)
+    return Layer(full, heads.weights if heads else 0, channels.weights if channels else 0)
+
+
+def _share_of_units(
+    stack: DecoderLayers, index: int, layer: Layer, share: float, multiple: int, whole: list[str]
+) -> float:
+    """What heads and channels keep, so that with all other weights the layer keeps `share`."""
+    if not 0 <= share <= 1 or math.isnan(share):
+        raise ValueError(f"plan: expected shares in 0..1, got {share} in layer {index}")
+    total, own = stack.count_weights(index), layer.count(layer.full)
+    least = total - own + layer.count(layer.least(multiple))
+    # Shares that follow from a sum are off by rounding errors.
+    if share * total < least - 1e-6 * total:
+        raise ValueError(
+            f"parameters: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index}, which is one "
+            f"group of heads and {multiple} channels where it can lose any, got {share:.4g}"
+            + "".join(f"; {why}" for why in whole)
+        )
+    return 1.0 if not own else 1 - (1 - share) * total / own

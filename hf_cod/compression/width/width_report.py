@@ -1,0 +1,125 @@
+"""What the report of `narrow` tells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_cod.compression.width.width_plan import WidthPlan
+from hf_cod.io.report import RunReport, environment
+from hf_cod.layers.checks import name_of, pruned_matrices, sizes_of
+from hf_cod.layers.devices import execution_device
+from hf_cod.layers.finished_layers import FinishedLayers
+from hf_cod.layers.stack import DecoderLayers
+from hf_cod.layers.units import KINDS, LayerUnits
+
+
+class WidthReporter:
+    """Looks at a model before it is narrowed, and reports what became of it.
+
+    Args:
+        stack: the layers.
+        units: of each layer.
+        name: the model's name, or None.
+    """
+
+    def __init__(self, stack: DecoderLayers, units: Sequence[LayerUnits], name: str | None) -> None:
+        self.stack, self.units = stack, units
+        self.name = name or name_of(stack)
+        self.sizes = sizes_of(stack)
+        self.parameters = _count(stack.model.parameters())
+        self.pruned = len(pruned_matrices(stack))
+
+    def report(
+        self,
+        plan: WidthPlan,
+        kept: Sequence[dict[str, int]],
+        finished: FinishedLayers,
+        settings: dict[str, Any],
+        stock: bool,
+    ) -> RunReport:
+        """Counts what is left."""
+        left = sizes_of(self.stack)
+        share = sum(left) / sum(self.sizes)
+        notes = [finished.notes[index] for index in range(len(self.stack))]
+        errors = [sum(note["errors"]) / len(note["errors"]) if note["errors"] else None for note in notes]
+        shares = {kind: [_share(own, kind, less) for own, less in zip(self.units, kept, strict=True)] for kind in KINDS}
+        return RunReport(
+            kind="narrow",
+            model=self.name,
+            settings=settings,
+            environment=environment(execution_device(self.stack.model), next(self.stack.model.parameters()).dtype),
+            layers={
+                "kept": [after / before for after, before in zip(left, self.sizes, strict=True)],
+                **{
+                    f"share_of_{kind}": values
+                    for kind, values in shares.items()
+                    if any(value is not None for value in values)
+                },
+                **({"error": errors} if any(value is not None for value in errors) else {}),
+                "parameters": self.sizes,
+            },
+            results={
+                "kept": share,
+                "parameters": {"intact": self.parameters, "narrowed": _count(self.stack.model.parameters())},
+                "heads": plan.heads,
+                "channels": plan.channels,
+                "stock": stock,
+            },
+            summary=[
+                f"{share:.2%} of {sum(self.sizes):,} weights in the layers' matrices are kept, where {plan.budget:.2%} "
+                "were asked for.",
+                "The model is a stock one: transformers loads it without this package."
+                if stock
+                else "Its layers differ from what its family's config can say: it loads where hf_cod is imported, and "
+                "with trust_remote_code without it.",
+            ],
+            notes=[
+                *_told_whole(self.units),
+                *(
+                    f"no token entered {matrix}: narrowed by its weights alone"
+                    for note in notes
+                    for matrix in note["unseen"]
+                ),
+                *self._filled(),
+            ],
+        )
+
+    def _filled(self) -> list[str]:
+        """Whether zeros of pruned matrices were filled."""
+        filled = self.pruned - len(pruned_matrices(self.stack)) if self.pruned else 0
+        if not filled:
+            return []
+        return [
+            f"{filled} of {self.pruned} pruned matrices have lost their zeros: least_squares fits all that is left "
+            "of a matrix anew; narrow before you prune, or with compensation none or bias"
+        ]
+
+
+def _told_whole(units: Sequence[LayerUnits]) -> list[str]:
+    """What stays whole and why: one sentence for all layers with the same reason."""
+    layers: dict[str, list[int]] = {}
+    for index, layer in enumerate(units):
+        for reason in layer.whole:
+            layers.setdefault(reason, []).append(index)
+    return [f"{_told_layers(found)}: {reason}" for reason, found in layers.items()]
+
+
+def _told_layers(layers: Sequence[int]) -> str:
+    first, last = layers[0], layers[-1]
+    if len(layers) == 1:
+        return f"layer {first}"
+    if len(layers) == last - first + 1:
+        return f"layers {first} to {last}"
+    return f"layers {', '.join(map(str, layers))}"
+
+
+def _share(units: LayerUnits, kind: str, kept: dict[str, int]) -> float | None:
+    own = units[kind]
+    return None if own is None else kept.get(kind, own.count) / own.count
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)

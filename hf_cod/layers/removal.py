@@ -1,0 +1,229 @@
+"""Layers taken out of a model: for the length of a `with` block (`skip`), or for good (`drop`).
+
+Both cut the stack, renumber what is left and mend the config, because a model whose `layer_idx` has a gap fails in
+its KV cache, and a config that still counts the removed layers builds another model (transformers issue 30508).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
+from hf_cod.models.own_config import own_config
+
+# Attributes by which modules know their own place in the stack.
+LAYER_INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number", "layer_num")
+# Config fields that list the layers of one kind by index.
+INDEX_LIST_FIELDS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")
+# Config fields that count leading layers of one kind.
+LEADING_COUNT_FIELDS = ("first_k_dense_replace", "max_window_layers")
+# Lists that may have as many entries as there are layers, and yet hold no entry for each layer.
+NOT_PER_LAYER_FIELDS = (
+    "architectures",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "id2label",
+    "out_features",
+    "out_indices",
+    "stage_names",
+)
+
+
+@contextmanager
+def skip(model: nn.Module, layers: int | Iterable[int], path: str | None = None) -> Iterator[None]:
+    """Runs the block with `layers` removed; afterwards the model and its config are as before, also on an exception.
+
+    Inside the block the model is a shorter model: forward, generate with a KV cache and every metric work on it.
+
+    Args:
+        model: a transformers model, wrapped or not.
+        layers: the layers to leave out, counted from 0.
+        path: the stack's module name where it cannot be found.
+
+    Raises:
+        ValueError: a layer that does not exist, or none would be left.
+    """
+    stack = find_decoder_layers(model, path)
+    changes = _Changes()
+    try:
+        _shrink(stack, _kept(stack, layers), changes)
+        yield
+    finally:
+        changes.undo()
+
+
+def drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None) -> list[int]:
+    """Removes `layers` from the model for good, so that generate, save_pretrained and from_pretrained work.
+
+    Renumbers every layer index inside the kept layers, sets `num_hidden_layers` and cuts `layer_types` and each other
+    per-layer list of the config, of which a model with a head gets a copy of its own: another model may share it (a
+    model without one, such as `model.model`, goes on to share its config with the whole). Where a function depends on
+    the layer's number (GPT-2 with `scale_attn_by_inverse_layer_idx`), the new number counts, in memory as after a
+    reload; the norm placements of this package keep each layer's old depth.
+
+    Returns:
+        The old indices of the kept layers, in order.
+
+    Raises:
+        ValueError: a layer that does not exist, none would be left, layers that share keys and values, or an
+            architecture whose config cannot describe the result (a model from that config would differ); the model
+            is unchanged then.
+    """
+    kept = _kept(find_decoder_layers(model, path), layers)
+    own_config(model)
+    stack = find_decoder_layers(model, path)
+    changes = _Changes()
+    try:
+        _drop(stack, kept, changes)
+    except BaseException:
+        changes.undo()
+        raise
+    return kept
+
+
+def check_drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None) -> None:
+    """Makes sure that `drop` can remove these layers; the model is left as it was.
+
+    Raises:
+        ValueError: what `drop` raises.
+    """
+    stack = find_decoder_layers(model, path)
+    changes = _Changes()
+    try:
+        _drop(stack, _kept(stack, layers), changes)
+    finally:
+        changes.undo()
+
+
+def _drop(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
+    if stack.config is None:
+        raise ValueError(f"model: expected a config that counts the layers of {stack.path}, got none; use skip")
+    if getattr(stack.config, "is_encoder_decoder", False):
+        raise ValueError(f"model: expected one stack of layers, got an encoder-decoder ({type(stack.model).__name__})")
+    if getattr(stack.config, "num_kv_shared_layers", 0):
+        raise ValueError("model: expected layers with their own keys and values, got num_kv_shared_layers > 0")
+    _shrink(stack, kept, changes)
+    _check_config_builds(stack)
+
+
+class _Changes:
+    """Attribute and item assignments that can be taken back in reverse order."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Any, str, Any]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        self._undo.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        while self._undo:
+            owner, name, value = self._undo.pop()
+            setattr(owner, name, value)
+
+
+def _kept(stack: DecoderLayers, layers: int | Iterable[int]) -> list[int]:
+    removed = {layers} if isinstance(layers, int) else set(layers)
+    wrong = sorted(i for i in removed if not 0 <= i < len(stack))
+    if wrong:
+        raise ValueError(f"layers: expected indices from 0 to {len(stack) - 1}, got {wrong}")
+    kept = [i for i in range(len(stack)) if i not in removed]
+    if not kept:
+        raise ValueError(f"layers: expected at least one of {len(stack)} layers to be left, got all of them removed")
+    return kept
+
+
+def _shrink(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
+    layers = [stack[i] for i in kept]
+    changes.set(stack.module_list, "_modules", OrderedDict((str(i), layer) for i, layer in enumerate(layers)))
+    for new, (old, layer) in enumerate(zip(kept, layers, strict=True)):
+        for module in layer.modules():
+            for name in LAYER_INDEX_ATTRIBUTES:
+                if module.__dict__.get(name) == old:
+                    changes.set(module, name, new)
+    if stack.config is not None:
+        _mend_config(stack.config, kept, changes)
+    whole: Any = getattr(stack.model, "config", None)  # of a tower it is not the config that counts its layers
+    if getattr(whole, "module_shapes", None):
+        changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
+
+
+def _mend_config(config: Any, kept: list[int], changes: _Changes) -> None:
+    depth = config.num_hidden_layers
+    if hasattr(config, "layer_depths") and config.layer_depths is None:
+        # Our own models: what LNS, Mix-LN and DeepNorm make of a layer's depth must not change with its number.
+        changes.set(config, "layer_depths", list(range(depth)))
+        changes.set(config, "original_num_hidden_layers", depth)
+    changes.set(config, "num_hidden_layers", len(kept))
+    for name, value in list(vars(config).items()):
+        if name.startswith("_") or name in NOT_PER_LAYER_FIELDS:
+            continue
+        if name in INDEX_LIST_FIELDS and value is not None:
+            changes.set(config, name, [new for new, old in enumerate(kept) if old in value])
+        elif name in LEADING_COUNT_FIELDS and value is not None:
+            changes.set(config, name, sum(old < value for old in kept))
+        elif isinstance(value, (list, tuple)) and len(value) == depth:
+            changes.set(config, name, type(value)(value[i] for i in kept))
+
+
+def _renumbered(shapes: dict[str, Any], stack: DecoderLayers, kept: list[int]) -> dict[str, Any]:
+    """The record of our shaped models for the kept layers; its names are those inside the base model."""
+    model: Any = stack.model
+    path = stack.path if model.base_model is model else stack.path.removeprefix(f"{model.base_model_prefix}.")
+    found = {}
+    for name, sizes in shapes.items():
+        match = re.match(rf"({re.escape(path)}\.)(\d+)(\..+)", name)
+        if match is None:
+            found[name] = sizes
+        elif int(match[2]) in kept:
+            found[f"{match[1]}{kept.index(int(match[2]))}{match[3]}"] = sizes
+    return found
+
+
+def _check_config_builds(stack: DecoderLayers) -> None:
+    """A model built from the mended config must have the kept layers, or a reload would be another model."""
+    config: Any = stack.model.config
+    with torch.device("meta"):
+        # By way of a dictionary, as a reload does: what the config derives from its fields is derived anew.
+        built: Any = type(stack.model)(type(config).from_dict(copy.deepcopy(config.to_dict())))
+        rebuilt = find_decoder_layers(built, stack.path)
+    for index, (mine, anew) in enumerate(zip(stack, rebuilt, strict=True)):
+        difference = first_difference(dict(walk(mine, "layer")), dict(walk(anew, "layer")))
+        if difference:
+            raise ValueError(
+                f"layers: the config of {type(stack.model).__name__} cannot describe what is left: as layer {index} "
+                f"it would build another one ({difference}); drop layers in whole periods of its pattern, or use skip"
+            )
+
+
+def first_difference(mine: Mapping[str, nn.Module], anew: Mapping[str, nn.Module]) -> str | None:
+    """The first module, weight or plain setting in which two layers differ; adapters do not count."""
+    for name in [*anew, *mine]:
+        here = _description(mine[name]) if name in mine else {}
+        there = _description(anew[name]) if name in anew else {}
+        for key in here.keys() | there.keys():
+            if here.get(key) != there.get(key):
+                return f"{name}.{key} is {here.get(key)!r}, would be {there.get(key)!r}"
+    return None
+
+
+def _description(module: nn.Module) -> dict[str, Any]:
+    """Shapes of a module's own floating-point weights, and its plain settings."""
+    weights = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
+    settings = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, (int, float, str)) and key != "training" and not key.startswith("_")
+    }
+    return {**settings, **weights}

@@ -1,0 +1,44 @@
+"""What a model takes: bytes of its tensors, and weights in the matrices of its layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_cod.layers.stack import find_decoder_layers
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model takes.
+
+    Attributes:
+        bytes: of all its tensors in memory.
+        layer_bytes: of those inside its layers.
+        layer_weights: weights of the layers' matrices, zeros included; packed and quantized ones count as
+            those that they stand for.
+    """
+
+    bytes: int
+    layer_bytes: int
+    layer_weights: int
+
+
+def size_of(model: nn.Module, path: str | None = None) -> ModelSize:
+    """Counts.
+
+    Args:
+        model: a transformers model.
+        path: the stack's module name where it cannot be found.
+    """
+    stack = find_decoder_layers(model, path)
+    weights = sum(stack.count_weights(index) for index in range(len(stack)))
+    return ModelSize(bytes_of(stack.model), bytes_of(stack.module_list), weights)
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of a module's tensors in memory, each storage counted once."""
+    tensors = [*module.parameters(), *module.buffers()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

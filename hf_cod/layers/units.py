@@ -1,0 +1,175 @@
+"""Heads and channels: what a layer can lose without its other parts taking notice.
+
+Like `decoder_layers.py`, this file knows models from the inside: the tables name the structures that it knows. What
+fits none exactly (norms over all heads, a number for each head, experts, latent attention) stays whole, with a reason.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_cod.layers.stack import DecoderLayers, is_norm, walk
+
+HEADS, CHANNELS = KINDS = ("heads", "channels")
+# (module that attends, its matrices that read the hidden state, the one that writes to it) inside a layer.
+_ATTENTIONS = (
+    ("self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj"),
+    ("self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.out_proj"),
+    ("attention", ("q_proj", "k_proj", "v_proj"), "attention.o_proj"),
+    ("attention.self", ("query", "key", "value"), "attention.output.dense"),
+    ("attn", ("c_attn",), "attn.c_proj"),
+)
+# (the matrices that read the hidden state, the one that writes to it) inside a layer.
+_MLPS = (
+    (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+    (("mlp.gate_up_proj",), "mlp.down_proj"),
+    (("mlp.c_fc",), "mlp.c_proj"),
+    (("mlp.fc1",), "mlp.fc2"),
+    (("fc1",), "fc2"),
+    (("intermediate.dense",), "output.dense"),
+)
+# Matrices that are several in one, one below the other.
+_FUSED = {"c_attn": 3, "gate_up_proj": 2}
+_HEAD_SIZES = ("head_dim", "attention_head_size")
+# Numbers that grow with the heads of an attention, or with the channels of an MLP.
+_NUMBERS = {
+    HEADS: ("num_heads", "num_attention_heads", "num_key_value_heads", "all_head_size", "split_size"),
+    CHANNELS: ("intermediate_size",),
+}
+
+
+@dataclass(frozen=True)
+class Units:
+    """The heads or channels of one layer, each of which can go alone.
+
+    Attributes:
+        kind: "heads" or "channels".
+        count: how many; of heads, the key and value heads, each with all query heads that read it.
+        heads: query heads in one; of channels 1.
+        readers: name -> parts of each matrix whose rows are those of unit 0, of unit 1, ..., as often as it has parts.
+        writer: name of the matrix whose columns are those of unit 0, of unit 1, ...
+        numbers: module's name -> its numbers -> how much of them one unit makes.
+        weights: in the matrices, of one unit.
+    """
+
+    kind: str
+    count: int
+    heads: int
+    readers: dict[str, int]
+    writer: str
+    numbers: dict[str, dict[str, int]]
+    weights: int
+
+
+@dataclass(frozen=True)
+class LayerUnits:
+    """What a layer has of them.
+
+    Attributes:
+        found: at most one entry of each kind.
+        whole: why what is not found stays whole, in words.
+    """
+
+    found: list[Units] = field(default_factory=list)
+    whole: list[str] = field(default_factory=list)
+
+    def __getitem__(self, kind: str) -> Units | None:
+        return next((units for units in self.found if units.kind == kind), None)
+
+
+def find_units(stack: DecoderLayers, index: int) -> LayerUnits:
+    """The heads and channels of a layer that can go."""
+    layer = _Layer(stack, index)
+    units = LayerUnits()
+    for find, what in ((_heads, "attention"), (_channels, "MLP")):
+        found = find(layer)
+        if isinstance(found, Units):
+            units.found.append(found)
+        else:
+            units.whole.append(f"{what} stays whole: {found}")
+    return units
+
+
+class _Layer:
+    """The modules of a layer, by names inside it."""
+
+    def __init__(self, stack: DecoderLayers, index: int) -> None:
+        self.prefix = f"{stack.path}.{index}."
+        self.modules = dict(walk(stack[index], self.prefix[:-1]))
+        self.has_experts = bool(stack.experts(index))
+
+    def plain(self, *names: str) -> bool:
+        """Whether all of these are Linears or Conv1D."""
+        return all(type(self.modules.get(self.prefix + name)) in (nn.Linear, Conv1D) for name in names)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of a matrix."""
+        module: Any = self.modules[self.prefix + name]
+        return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
+
+    def number(self, module: str, *names: str) -> int | None:
+        """The first of these numbers that a module has."""
+        values = vars(self.modules[self.prefix + module]) if self.prefix + module in self.modules else {}
+        return next((values[name] for name in names if type(values.get(name)) is int), None)
+
+    def units(self, kind: str, count: int, heads: int, module: str, readers: tuple[str, ...], writer: str) -> Units:
+        own = {name: self.number(module, name) for name in _NUMBERS[kind]}
+        numbers = {name: value // count for name, value in own.items() if value and value % count == 0}
+        weights = sum(math.prod(self.shape(name)) for name in (*readers, writer)) // count
+        named = {self.prefix + name: _parts(name) for name in readers}
+        place = {self.prefix + module: numbers} if numbers else {}
+        return Units(kind, count, heads, named, self.prefix + writer, place, weights)
+
+    def others(self, module: str, matrices: tuple[str, ...], head_dim: int | None = None) -> list[str]:
+        """Parameters of a module beside those of its matrices and of norms over single heads."""
+        known = [self.prefix + name for name in matrices]
+        inside = self.prefix + module
+        found = []
+        for name, m in self.modules.items():
+            if (name == inside or name.startswith(inside + ".")) and name not in known:
+                own = list(m.named_parameters(recurse=False))
+                if own and not (is_norm(m) and head_dim and all(p.numel() == head_dim for _, p in own)):
+                    found += [f"{name.removeprefix(self.prefix)}.{key}" for key, _ in own]
+        return found
+
+
+def _heads(layer: _Layer) -> Units | str:
+    for module, own, writer in _ATTENTIONS:
+        readers = tuple(f"{module}.{name}" for name in own)
+        if not layer.plain(*readers, writer):
+            continue
+        size = layer.number(module, *_HEAD_SIZES)
+        rows, (_, width) = [layer.shape(name)[0] for name in readers], layer.shape(writer)
+        others = layer.others(module, (*readers, writer), size)
+        if others:
+            return f"{others[0]} concerns all heads"
+        keys = width if len(rows) == 1 else rows[1]
+        fits = rows == ([3 * width] if len(rows) == 1 else [width, keys, keys])
+        if not size or not fits or keys % size or width % keys:
+            return f"{rows} rows and {width} columns are not those of heads of {size}"
+        return layer.units(HEADS, keys // size, width // keys, module, readers, writer)
+    return "no query, key, value and output matrices that are known"
+
+
+def _channels(layer: _Layer) -> Units | str:
+    for readers, writer in _MLPS:
+        if not layer.plain(*readers, writer):
+            continue
+        rows, (_, width) = [layer.shape(name)[0] for name in readers], layer.shape(writer)
+        module = writer.rpartition(".")[0]
+        others = layer.others(module, (*readers, writer)) if module == "mlp" else []
+        if others:
+            return f"{others[0]} concerns all channels"
+        if rows != [_parts(name) * width for name in readers]:
+            return f"{rows} rows do not go with {width} columns"
+        return layer.units(CHANNELS, width, 1, module, readers, writer)
+    return "experts are not narrowed" if layer.has_experts else "no matrices to and from its channels that are known"
+
+
+def _parts(name: str) -> int:
+    return _FUSED.get(name.rpartition(".")[2], 1)

@@ -1,0 +1,1 @@
+"""What is shown: comparisons, pictures, model cards."""

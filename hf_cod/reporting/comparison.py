@@ -1,0 +1,154 @@
+"""Several diagnosed runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_cod.functional.depth import late_share
+from hf_cod.io.report import RunReport, format_number
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs side by side.
+
+    Attributes:
+        reports: the runs.
+        labels: a name for each.
+        columns: head of the summary table.
+        rows: one row a figure, the figure's name first.
+        verdict: what sets the runs apart, in sentences.
+    """
+
+    reports: list[RunReport]
+    labels: list[str]
+    columns: list[str]
+    rows: list[list[str]]
+    verdict: list[str] = field(default_factory=list)
+
+    def plot(self, directory: str | Path | None = None) -> Any:
+        """One figure with a column for each run; written as compare.png into `directory`.
+
+        Raises:
+            ImportError: matplotlib is missing; the message says how to add it.
+        """
+        from hf_cod.reporting import plots  # needs matplotlib
+
+        return plots.plot_comparison(self.reports, self.labels, directory)
+
+    def to_markdown(self, picture: bool = True) -> str:
+        """The summary table as a page."""
+        lines = ["# compare: " + " / ".join(self.labels), ""]
+        if picture:
+            lines += ["![comparison](compare.png)", ""]
+        lines += ["| " + " | ".join(self.columns) + " |", "|---" * len(self.columns) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        lines += ["", *[f"- {sentence}" for sentence in self.verdict]]
+        return "\n".join(lines).rstrip() + "\n"
+
+
+def compare(reports: Sequence[RunReport], labels: Sequence[str] | None = None) -> Comparison:
+    """Puts reports of `diagnose` side by side.
+
+    Args:
+        reports: at least two; models of different depth are fine.
+        labels: a name for each; default: the models' names.
+
+    Raises:
+        ValueError: fewer than two reports, reports of another kind, or not one label each.
+    """
+    if len(reports) < 2:
+        raise ValueError(f"runs: expected at least two, got {len(reports)}")
+    for report in reports:
+        if report.kind != "diagnose":
+            raise ValueError(f"runs: expected reports of diagnose, got one of {report.kind} ({report.model})")
+    names = [report.model for report in reports] if labels is None else list(labels)
+    if len(names) != len(reports):
+        raise ValueError(f"labels: expected {len(reports)}, one for each run, got {len(names)}")
+    rows = [[title, *[figure(report) for report in reports]] for title, figure in FIGURES.items()]
+    return Comparison(list(reports), names, ["", *names], rows, _verdict(reports, names))
+
+
+def _verdict(reports: Sequence[RunReport], names: list[str]) -> list[str]:
+    """Sentences on growth of variance, effective depth and removal of deep layers, as measured, whoever wins."""
+    sentences = []
+    for title, read in VERDICTS.items():
+        values = [read(report) for report in reports]
+        if all(value is not None for value in values):
+            told = ", ".join(f"{format_number(value)} ({name})" for value, name in zip(values, names, strict=True))
+            sentences.append(f"{title}: {told}.")
+    return sentences
+
+
+def _growth(report: RunReport) -> float | None:
+    variance = report.layers.get("variance")
+    return variance[-1] / variance[0] if variance and variance[0] and variance[-1] is not None else None
+
+
+def _deep_removal(report: RunReport) -> float | None:
+    """Median over the late half of the layers, in per cent of the intact model's metric; the last layer not counted."""
+    found = report.results.get("layer_drop")
+    if not found or not found["intact"]:
+        return None
+    values = found["without"][report.n_layers // 2 : -1]
+    known = sorted(value for value in values if value is not None and value == value)
+    return 100 * (known[len(known) // 2] / found["intact"] - 1) if known else None
+
+
+# What is told of a report -> how it is read from it.
+VERDICTS = {
+    "Growth of the output variance from the first to the last layer": _growth,
+    "Effective depth in layers": lambda report: (report.results.get("effective_depth") or {}).get("value"),
+    "The late half's share of all angular distance (0.5 if all layers turn equally far)": lambda report: (
+        report.results.get("late_share")
+    ),
+    "What removing one layer of the late half costs, in per cent of the metric (median)": _deep_removal,
+}
+
+
+def _effective_depth(report: RunReport) -> str:
+    found = report.results.get("effective_depth")
+    if not found:
+        return "-"
+    interval = f" ({found['low']:.1f} to {found['high']:.1f})" if found["low"] is not None else ""
+    return f"{found['value']:.1f}{interval}"
+
+
+def _late_share(measure: str) -> Any:
+    def share(report: RunReport) -> str:
+        values = report.layers.get(measure)
+        return format_number(float(late_share(torch.tensor(values)))) if values else "-"
+
+    return share
+
+
+def _drop(key: str) -> Any:
+    def of(report: RunReport) -> str:
+        found = report.results.get("layer_drop")
+        if not found:
+            return "-"
+        worst = max if found["lower_is_better"] else min
+        known = [v for v in found["without"] if v is not None and v == v]
+        value = found["intact"] if key == "intact" else worst(known, default=None)
+        if value is None or value != value:
+            return "-"
+        return f"{format_number(round(value, 6))} ({found['metric']})"
+
+    return of
+
+
+# Figure -> how it is read from a report.
+FIGURES = {
+    "layers": lambda report: str(report.n_layers),
+    "effective depth": _effective_depth,
+    "late half's share of angular distance": _late_share("angular_distance"),
+    "late half's share of gradient norm": _late_share("gradient_norm"),
+    "variance of the last layer": lambda report: format_number((report.layers.get("variance") or [None])[-1]),
+    "metric of the intact model": _drop("intact"),
+    "worst removal of one layer": _drop("without"),
+}

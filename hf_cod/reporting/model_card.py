@@ -1,0 +1,232 @@
+"""A trained model as a directory that can be shared: weights, code, and a model card made from the run's own report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_cod.analysis.monitoring.history import TrainingHistory
+from hf_cod.io.files import write_text
+from hf_cod.io.report import RunReport, format_number
+
+TAG = "curse-of-depth"
+PAPER = "https://arxiv.org/abs/2502.05795"
+PICTURES = {
+    "curve": "Loss by step.",
+    "angular_distance": "Angular distance between layer l and layer l + n; yellow: near.",
+    "layer_drop": "Perplexity without each single layer.",
+    "variance": "Variance of each layer's output.",
+    "variance_by_step": "Output variance of each layer while the model trained.",
+    "effective_depth_by_step": "Effective depth while the model trained, at the last token of a few windows.",
+}
+LITTLE_TEXT = 1e9  # tokens
+# Only Pre-LN and what is Pre-LN but for constants is a function that a stock Llama can compute.
+FOLDABLE = ("pre", "lns", "scaled_init")
+
+
+@dataclass
+class CardSettings:
+    """What a model card says that the run's report does not know."""
+
+    name: str = field(default="", metadata={"help": "name of the model, or its Hub id; default: the directory's"})
+    license: str = field(default="other", metadata={"help": "licence of the weights, as the Hub spells it"})
+    sources: str | None = field(
+        default=None, metadata={"help": "sources.json of examples/pretraining_text.py: the texts and their licences"}
+    )
+    language: str | None = field(default=None, metadata={"help": "language of the text, as the Hub spells it: en"})
+    where: str | None = field(
+        default=None, metadata={"help": "Markdown that says how to get this directory; default: it is at hand"}
+    )
+    comparison: str | None = field(
+        default=None, metadata={"help": "comparison.md of examples/compare_placements.py, to show in the card"}
+    )
+
+
+def release(run: str | Path, output: str | Path, settings: CardSettings | None = None) -> Path:
+    """Writes a trained model and its card into a directory that can go to the Hub as it is.
+
+    The weights are rounded to bfloat16. The card is README.md, its pictures lie beside it.
+
+    Args:
+        run: output directory of examples/pretrain.py: model/, report.json, layer_diagnostics/.
+        output: directory to write.
+        settings: what the report does not know.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ValueError: not the directory of a finished run, a file that the settings name does not exist, or an output
+            directory with a README.md that is no card of ours.
+        ImportError: matplotlib is missing.
+    """
+    run, output, settings = Path(run), Path(output), settings or CardSettings()
+    settings = replace(settings, name=settings.name or output.resolve().name)
+    report = RunReport.load(run)
+    if report.kind != "pretrain":
+        raise ValueError(f"run: expected a run of pre-training, got one of {report.kind} in {str(run)!r}")
+    readme = output / "README.md"
+    if readme.is_file() and TAG not in readme.read_text(encoding="utf-8"):
+        raise ValueError(f"output: expected no README.md of other origin, got one in {str(output)!r}; name another")
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.bfloat16)
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(run / "model").save_pretrained(output)
+    pictures = _draw(report, run, output)
+    return write_text(readme, str(model_card(report, settings, pictures)))
+
+
+def model_card(report: RunReport, settings: CardSettings, pictures: list[str]) -> ModelCard:
+    """The card of a pre-trained model.
+
+    Args:
+        report: the run's.
+        settings: what the report does not know.
+        pictures: names of the pictures that lie beside the card, of those in `PICTURES`.
+
+    Raises:
+        ValueError: a file that the settings name does not exist or is none of its kind.
+    """
+    name = settings.name or report.model.replace(" ", "-")
+    perplexity = report.results["validation_perplexity"]
+    data = ModelCardData(
+        language=settings.language,
+        license=settings.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["hf_cod", TAG, f"norm-placement-{report.settings['norm_placement']}"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=_validated_on(report.settings),
+                metric_type="perplexity",
+                metric_value=round(perplexity, 3),
+            )
+        ],
+    )
+    sections = [_what(report, name), _use(report, name, settings.where), _results(report, pictures), _training(report)]
+    sections += [_texts(settings.sources)] if settings.sources else []
+    sections += [_comparison(settings.comparison)] if settings.comparison else []
+    sections.append(f"## Source\n\n[The Curse of Depth in Large Language Models]({PAPER}), Sun et al. 2025.")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _draw(report: RunReport, run: Path, output: Path) -> list[str]:
+    """Pictures of the finished model and of its training; returns the names of those that the card shows."""
+    history = run / "layer_diagnostics"
+    with tempfile.TemporaryDirectory() as folder:
+        report.plot(folder)
+        if history.is_dir():
+            TrainingHistory.load(history).report().plot(folder)
+        drawn = [name for name in PICTURES if (Path(folder) / f"{name}.png").is_file()]
+        for name in drawn:
+            shutil.copyfile(Path(folder) / f"{name}.png", output / f"{name}.png")
+    return drawn
+
+
+def _validated_on(told: dict[str, Any]) -> str:
+    """The text that the perplexity is of, in words."""
+    text = Path(told["text"]).name if told.get("text") else "an embedded novel"
+    if told.get("validation_text"):
+        return Path(told["validation_text"]).name
+    return f"{text}, {told['validation_split']}" if told.get("validation_split") else f"held-out pieces of {text}"
+
+
+def _what(report: RunReport, name: str) -> str:
+    millions, tokens = report.results["parameters"] / 1e6, report.results["tokens"]
+    small = " It is small and trained on little text: a specimen for measuring, not a model to write with."
+    return (
+        f"# {name}\n\nA Llama of {report.n_layers} layers and {millions:.1f} million parameters with norm placement "
+        f"`{report.settings['norm_placement']}`, trained from scratch on "
+        f"{tokens / 1e6:.3g} million tokens." + small * (tokens < LITTLE_TEXT)
+    )
+
+
+def _use(report: RunReport, name: str, where: str | None) -> str:
+    lines = [
+        "## Load it\n",
+        *([where, ""] if where else []),
+        "The directory carries its own code, so nothing but transformers is needed:\n",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n',
+        "Where hf_cod is installed (and imported) it loads without `trust_remote_code`; "
+        f"`hf-cod diagnose {name}` measures its layers.",
+    ]
+    if report.settings["norm_placement"] in FOLDABLE:
+        lines.append(
+            "\nAs a stock Llama with equal logits, for vLLM, llama.cpp and everything else that knows Llama:\n\n"
+            f"```sh\nhf-cod convert stock {name} as-llama\n```"
+        )
+    else:
+        lines.append("\nThis placement cannot be folded into a stock Llama: its norms act on the residual stream.")
+    return "\n".join(lines)
+
+
+def _results(report: RunReport, pictures: list[str]) -> str:
+    found = report.results
+    rows = [("validation perplexity (float32)", format_number(found["validation_perplexity"]))]
+    if report.layers:
+        depth = found["effective_depth"]
+        interval = f" ({depth['low']:.1f} to {depth['high']:.1f})" if depth["low"] is not None else ""
+        rows += [
+            ("output variance of the first and last layer", _ends(report.layers["variance"])),
+            ("effective depth, 95 % interval", f"{depth['value']:.1f}{interval} of {report.n_layers} layers"),
+            ("late half's share of all angular distance", format_number(found["late_share"])),
+        ]
+    lines = ["## What its layers do\n", "| figure | value |\n|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows]
+    lines += ["", f"Measured on {found['validation_tokens']:,} held-out tokens (layers on the first of them).", ""]
+    lines += [f"- {sentence}" for sentence in [*report.summary, *report.notes]]
+    lines += [f"\n![{PICTURES[name]}]({name}.png)" for name in pictures]
+    return "\n".join(lines)
+
+
+def _ends(values: list[Any]) -> str:
+    return f"{format_number(values[0])}, {format_number(values[-1])}"
+
+
+def _training(report: RunReport) -> str:
+    told = report.settings
+    text = Path(told["text"]).name if told.get("text") else "an embedded novel"
+    return (
+        f"## Training\n\nText: {text}. "
+        f"{told['steps']} steps of {told['batch_size']} sequences of {told['sequence_length']} tokens; Adam without "
+        f"weight decay or clipping, learning rate {told['learning_rate']:g} after a warm-up over a tenth of the steps, "
+        f"cosine to a tenth; {told['precision']}; seed {told['seed']}. The weights were rounded to bfloat16 "
+        "afterwards; all figures are from before.\n\n"
+        + f"Made with {', '.join(f'{key} {value}' for key, value in report.environment.items())}."
+    )
+
+
+def _texts(path: str) -> str:
+    try:
+        sources = json.loads(Path(path).read_text(encoding="utf-8"))["sources"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"sources: expected a sources.json of pretraining_text.py, got {path!r}: {error}") from error
+    lines = [
+        "## Texts and their licences\n",
+        "| text | package | characters | licence | evidence |\n|---|---|---:|---|---|",
+    ]
+    for name, source in sources.items():
+        facts = [source["package"], f"{source['characters']:,}", source["license"], source["evidence"]]
+        lines.append(f"| {name} | " + " | ".join(facts) + " |")
+    return "\n".join(lines)
+
+
+def _comparison(path: str) -> str:
+    if not Path(path).is_file():
+        raise ValueError(f"comparison: expected a comparison.md of compare_placements.py, got {path!r}")
+    return (
+        "## Beside the other placements\n\nShorter runs of the same model, each placement at the best learning rate of "
+        "one grid; mean ± standard deviation over seeds.\n\n" + Path(path).read_text(encoding="utf-8").strip()
+    )

@@ -1,0 +1,255 @@
+"""How each measure of a report is drawn: one panel a measure.
+
+Colours: viridis (readable by colour-blind people and in grey print) and one dark blue; what matters is also said by
+position or text, never by colour alone. Yellow means near, as in the paper's Figure 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from hf_cod.io.report import RunReport, format_number, standing_out
+from hf_cod.reporting.plots.training_panels import LOG_RATIO, TRAINING_PANELS
+
+NEAR_IS_YELLOW = "viridis_r"
+INK = "#26456e"
+PALE = "#9fb4cc"
+BY_STEP = "_by_step"
+INFLUENCE = "1 - cos(x$^l$, x$^{l+1}$)"
+GRADIENT = "‖∂L/∂θ$_l$‖"
+# Way to score -> what its scores are.
+SCORE_LABELS = {
+    "owl": "share of outliers D$^l$",
+    "angular": "angle / π",
+    "block_influence": INFLUENCE,
+    "gradient_norm": GRADIENT,
+    "layer_drop": "cost of removal (language models: nats a token)",
+    "weight_norm": "mean of |W$_{ij}$|",
+    "sensitivity": "growth of the loss, nats a token",
+}
+# Way to choose layers to remove -> what it says that a layer costs.
+COST_LABELS = {
+    "search": SCORE_LABELS["layer_drop"],
+    "layer_drop": SCORE_LABELS["layer_drop"],
+    "block_influence": INFLUENCE,
+    "angular": "angle / π from here to behind as many layers as are removed",
+}
+
+
+def angular_distance(axes: Axes, report: RunReport, farthest: float | None = None) -> None:
+    """The paper's Figure 2: column l, row n, yellow where layer l + n is near to layer l."""
+    matrix = report.results["angular_distance"]
+    L = len(matrix)
+    image = axes.imshow(
+        [[float("nan") if v is None else v for v in row] for row in zip(*matrix, strict=True)],
+        origin="lower",
+        cmap=NEAR_IS_YELLOW,
+        vmin=0,
+        vmax=farthest,
+        aspect="auto",
+        extent=(-0.5, L - 0.5, 0.5, L + 0.5),
+        interpolation="nearest",
+    )
+    _whole_numbers(axes.xaxis, axes.yaxis)
+    axes.set(xlabel="layer l", ylabel="subsequent layer n", title="Angular distance d(x$^l$, x$^{l+n}$)")
+    axes.figure.colorbar(image, ax=axes, label="angle / π (yellow: near)", shrink=0.9)
+
+
+def _layer_drop(axes: Axes, report: RunReport) -> None:
+    drop = report.results["layer_drop"]
+    values = _numbers(drop["without"])
+    metric = drop["metric"].replace("_", " ")
+    _log_if_wide(axes, values)
+    _bars(axes, values, least=not drop["lower_is_better"])
+    title = f"{metric.capitalize()} without each single layer"
+    (intact,) = _numbers([drop["intact"]])
+    if math.isfinite(intact) and drop["metric"] != "output_angle":  # an intact model's output turns by 0
+        axes.axhline(intact, color="black", linestyle="--", linewidth=1)
+        title += f" (dashed: intact, {format_number(intact)})"
+    axes.set(ylabel=metric, title=title)
+
+
+def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunReport], None]:
+    def draw(axes: Axes, report: RunReport) -> None:
+        values = _numbers(report.layers[measure])
+        _log_if_wide(axes, values)
+        _bars(axes, values)
+        axes.set(ylabel=label, title=title)
+
+    return draw
+
+
+def _score(axes: Axes, report: RunReport) -> None:
+    """Bars by layer; for OWL the layerwise outlier distribution."""
+    settings, found = report.settings, report.results.get("score", {})
+    method = settings.get("score") or settings["method"]
+    title, label = f"Score of each layer: {method.replace('_', ' ')}", SCORE_LABELS.get(method, "score")
+    if settings.get("scores"):  # scores that were given; what found them, the report does not know
+        title, label = f"Score of each layer: {Path(settings['scores']).name}", "score"
+    elif method == "owl":
+        title = f"Layerwise outlier distribution (M = {settings['threshold']:g})"
+    elif "chosen" in found:
+        title += f", which chose {found['chosen']}" + (f" (λ = {found['spread']:g})" if "spread" in found else "")
+        label = SCORE_LABELS.get(found["chosen"], "score")
+    values = _numbers(report.layers["score"])
+    _log_if_wide(axes, values)
+    _bars(axes, values)
+    axes.set(ylabel=label, title=title)
+
+
+def _curve(axes: Axes, report: RunReport) -> None:
+    """Training and, where it was measured on the way, validation loss by step."""
+    axes.plot(*zip(*report.results["curve"], strict=True), color=PALE, linewidth=1, label="training")
+    if report.results.get("validation"):
+        axes.plot(*zip(*report.results["validation"], strict=True), color=INK, marker="o", label="validation")
+        axes.legend(frameon=False)
+    learnt = ": distance from the teacher" if report.kind == "heal" else ""
+    axes.set(xlabel="step", ylabel="loss in nats a token", title=f"Training curve{learnt}")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _healed(axes: Axes, report: RunReport) -> None:
+    """Perplexity of the student before and after, and of its teacher."""
+    found = report.results["perplexity"]
+    names = ("before", "after", "teacher")
+    values = [found[name] if math.isfinite(found[name]) else math.nan for name in names]
+    axes.bar(names, values, color=[PALE, INK, PALE])
+    for place, value in enumerate(values):
+        axes.text(place, value, format_number(value), ha="center", va="bottom")
+    _log_if_wide(axes, values)
+    share = report.results["recovered"]
+    back = "" if share is None else f": {share:.0%} of the lost log-perplexity recovered"
+    axes.set(ylabel="perplexity", title=f"Healing{back}")
+    axes.margins(y=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _sparsity(axes: Axes, report: RunReport) -> None:
+    """Share of zeros of each layer and, where the report holds it, of all weights."""
+    _bars(axes, _numbers(report.layers["sparsity"]), least=True)
+    title = "Sparsity of each layer"
+    if "method" in report.settings:
+        title += f" by {report.settings['method']}"
+    if "sparsity" in report.results:
+        axes.axhline(report.results["sparsity"], color="black", linestyle="--", linewidth=1)
+        title += f" (dashed: {report.results['sparsity']:.1%} of all weights)"
+    axes.set(ylabel="share of zeros", title=title)
+
+
+def _bits(axes: Axes, report: RunReport) -> None:
+    """Stored bits a weight of each layer, and of all layers together."""
+    mean = report.results["bits"]
+    _bars(axes, _numbers(report.layers["bits"]))
+    axes.axhline(mean, color="black", linestyle="--", linewidth=1)
+    axes.set(
+        ylabel="stored bits a weight",
+        title=f"Bits of each layer (dashed: {mean:.2f} over all weights)",
+    )
+
+
+def _kept(axes: Axes, report: RunReport) -> None:
+    """Share of weights that each layer keeps, and of all layers together."""
+    mean = report.results["kept"]
+    _bars(axes, _numbers(report.layers["kept"]))
+    axes.axhline(mean, color="black", linestyle="--", linewidth=1)
+    axes.set(ylabel="share of weights", title=f"Weights that each layer keeps (dashed: {mean:.1%} of all)")
+
+
+def _removed(axes: Axes, report: RunReport) -> None:
+    """Dark the layers that were removed; as high as what the plan's criterion measured of each layer, if it did."""
+    measured = "cost" in report.layers
+    values = _numbers(report.layers["cost" if measured else "removed"])
+    removed, criterion = report.results["removed"], report.results["criterion"]
+    _log_if_wide(axes, values)
+    axes.bar(range(len(values)), values, color=[INK if i in removed else PALE for i in range(len(values))])
+    _finish_bars(axes, values, f"layer (dark, removed: {', '.join(map(str, removed))})")
+    axes.set(ylabel=COST_LABELS.get(criterion, "removed"), title=f"Removed layers: {criterion.replace('_', ' ')}")
+
+
+def _trade_off(axes: Axes, report: RunReport) -> None:
+    """The least loss that is expected with each share of the layers left, and what was measured."""
+    plan = report.results["plan"]
+    if plan["curve"]:  # none of a model that meets the budget as it is
+        left, loss, _ = zip(*plan["curve"], strict=True)
+        axes.plot(left, loss, color=PALE, label="least expected")
+        axes.legend(frameon=False)
+    for row in plan["tried"]:
+        single = len(row["steps"]) == 1
+        axes.plot(row["left"], row["loss"], marker="o" if single else "D", color=PALE if single else INK)
+        name = "+".join(row["steps"]) or "intact"
+        axes.annotate(name, (row["left"], row["loss"]), xytext=(4, 4), textcoords="offset points")
+    axes.axhline(plan["intact_loss"], color="black", linestyle="--", linewidth=1)
+    axes.set(
+        xlabel="share of the layers that is left",
+        ylabel="loss in nats a token",
+        title="Trade-off (dashed: intact; marks: measured)",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _bars(axes: Axes, values: list[float], least: bool = False) -> None:
+    """Bars with the three largest (or least) layers in dark and named below, to be found without counting."""
+    marked = sorted(standing_out(values, 3, least)) if len(values) > 3 else []
+    axes.bar(range(len(values)), values, color=[INK if i in marked else PALE for i in range(len(values))])
+    named = f" (dark, the {'least' if least else 'largest'}: {', '.join(map(str, marked))})" if marked else ""
+    _finish_bars(axes, values, f"layer{named}")
+
+
+def _finish_bars(axes: Axes, values: list[float], label: str) -> None:
+    axes.set_xlabel(label)
+    _whole_numbers(axes.xaxis)
+    axes.margins(x=0.01, y=0.08)
+    axes.spines[["top", "right"]].set_visible(False)
+    if any(value < 0 for value in values):
+        axes.axhline(0, color="black", linewidth=0.8)
+    if not any(values):  # NaN counts as something
+        axes.set_ylim(0, 1)
+        axes.text(0.5, 0.5, "0 in every layer", ha="center", transform=axes.transAxes)
+
+
+def _whole_numbers(*directions: Any) -> None:
+    for axis in directions:
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
+def _log_if_wide(axes: Axes, values: list[float]) -> None:
+    values = [value for value in values if math.isfinite(value)]
+    if values and min(values) > 0 and max(values) / min(values) > LOG_RATIO:
+        axes.set_yscale("log")
+
+
+# Measure -> how it is drawn.
+PANELS: dict[str, Callable[..., None]] = {
+    "angular_distance": angular_distance,
+    "layer_drop": _layer_drop,
+    "gradient_norm": _per_layer("gradient_norm", "Gradient norm of each layer", GRADIENT),
+    "block_influence": _per_layer("block_influence", "Block influence of each layer", INFLUENCE),
+    "variance": _per_layer("variance", "Output variance of each layer", "variance"),
+    "score": _score,
+    "curve": _curve,
+    "healed": _healed,
+    **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
+    "trained": _per_layer("trained", "How often each layer trained", "optimizer steps"),
+    "sparsity": _sparsity,
+    "kept": _kept,
+    "share_of_heads": _per_layer("share_of_heads", "Share of attention heads that each layer keeps", "share of heads"),
+    "share_of_channels": _per_layer(
+        "share_of_channels", "Share of MLP channels that each layer keeps", "share of channels"
+    ),
+    "bits": _bits,
+    "removed": _removed,
+    "trade_off": _trade_off,
+    "error": _per_layer("error", "Share of the outputs' energy that is lost", "mean over the layer's matrices"),
+}
+# The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
+DEPTH = ("angular_distance", "layer_drop", "gradient_norm", "variance")
+OVERVIEW = ("curve", "healed", "trained", *DEPTH, *(name + BY_STEP for name in TRAINING_PANELS))

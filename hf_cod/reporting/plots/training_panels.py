@@ -1,0 +1,66 @@
+"""Panels of a training history: heat maps of layer and step, and effective depth; `plots` puts them into figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+from hf_cod.io.report import RunReport
+
+# Above this ratio between the largest and the least value a linear scale of colours shows only the largest.
+LOG_RATIO = 50
+
+
+def heat_map(measure: str, title: str, label: str, colours: str = "viridis") -> Callable[[Any, RunReport], None]:
+    """A panel with a column for each measured step, as wide as its share of the training, and a row for each layer."""
+
+    def draw(axes: Any, report: RunReport) -> None:
+        history = report.results["history"]
+        steps = [step for step, row in zip(history["step"], history[measure], strict=True) if row]
+        rows = [[math.nan if value is None else value for value in row] for row in history[measure] if row]
+        known = [value for row in rows for value in row if value > 0]
+        wide = bool(known) and max(known) > LOG_RATIO * min(known)
+        image = axes.pcolormesh(
+            _edges(steps),
+            [i - 0.5 for i in range(len(rows[0]) + 1)],
+            list(zip(*rows, strict=True)),
+            cmap=colours,
+            norm="log" if wide else "linear",
+        )
+        axes.set(xlabel="step", ylabel="layer", title=title)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.figure.colorbar(image, ax=axes, label=label, shrink=0.9)
+
+    return draw
+
+
+def effective_depth(axes: Any, report: RunReport) -> None:
+    """Effective depth by step, and the depth that it cannot exceed."""
+    history = report.results["history"]
+    values = [math.nan if value is None else value for value in history["effective_depth"]]
+    axes.plot(history["step"], values, color="#26456e", marker="o", markersize=3)
+    axes.axhline(report.n_layers, color="black", linestyle="--", linewidth=1, label=f"all {report.n_layers} layers")
+    axes.legend(loc="best", frameon=False)
+    axes.set(xlabel="step", ylabel="layers", title="Effective depth", ylim=(0, 1.05 * report.n_layers))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _edges(steps: list[int]) -> list[float]:
+    """Where the columns of these steps begin and end: half-way between them."""
+    between = [(a + b) / 2 for a, b in pairwise(steps)]
+    first = steps[0] - (between[0] - steps[0] if between else 0.5)
+    return [first, *between, steps[-1] + (steps[-1] - between[-1] if between else 0.5)]
+
+
+# Measure of a history -> how it is drawn.
+TRAINING_PANELS: dict[str, Callable[..., None]] = {
+    "effective_depth": effective_depth,
+    # Reversed colours: yellow means near, as in all pictures of angles.
+    "angular_distance": heat_map(
+        "angular_distance", "Angular distance to the next layer", "d(x$^l$, x$^{l+1}$), yellow: near", "viridis_r"
+    ),
+    "gradient_norm": heat_map("gradient_norm", "Gradient norm", "‖∂L/∂θ$_l$‖"),
+    "variance": heat_map("variance", "Output variance", "variance"),
+}

@@ -1,0 +1,205 @@
+"""LayerAllocation: one sparsity, bit width, rank share or probability a layer, and the budget that they meet."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_cod.functional import budget as budgets
+from hf_cod.io.files import JsonFile
+from hf_cod.layers.checks import name_of, sizes_of
+from hf_cod.layers.stack import DecoderLayers
+from hf_cod.scoring.layer_scores import LayerScores
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["sparsity", "bits", "rank", "parameters", "probability"]
+Rule = Literal["bounded", "authors"]
+DEFAULT_SPREAD = 0.08  # OWL (arXiv 2310.05175), lambda
+DEFAULT_BITS = (3.0, 4.0)
+RULES = ("bounded", "authors")
+# Kind -> whether a layer that matters more gets a smaller value.
+FALLING = {"sparsity": True, "bits": False, "rank": False, "parameters": False, "probability": False}
+
+
+@dataclass(frozen=True)
+class LayerAllocation(JsonFile):
+    """What each layer gets.
+
+    Attributes:
+        kind: "sparsity" (share of zeros), "bits" (of a weight), "rank" (share of the full rank that is kept),
+            "parameters" (share of the weights that is kept) or "probability" (that a layer is drawn).
+        budget: what the mean of the values was to be.
+        values: one a layer, from layer 0 on.
+        parameters: the weight of each layer in that mean.
+        method: which score they follow.
+        group: of N:M sparsity the M, so that each value is a multiple of 1 / M; else None.
+        model: the name of the model that was scored.
+        sizes: weights in each of its layers' matrices, by which a plan of another model is known; None: not known.
+    """
+
+    FIELD = "allocation"
+
+    kind: str
+    budget: float
+    values: list[float]
+    parameters: list[int]
+    method: str
+    group: int | None = None
+    model: str = ""
+    sizes: list[int] | None = None
+
+    @property
+    def mean(self) -> float:
+        """The mean of the values weighted by parameters: the budget, or for discrete values as near as they allow."""
+        return sum(v * n for v, n in zip(self.values, self.parameters, strict=True)) / sum(self.parameters)
+
+    @property
+    def patterns(self) -> list[tuple[int, int]]:
+        """(N, M) of each layer: N weights are kept of every M.
+
+        Raises:
+            ValueError: not an N:M allocation.
+        """
+        if self.group is None:
+            raise ValueError("group: expected an allocation of N:M sparsity, got none")
+        return [(self.group - round(value * self.group), self.group) for value in self.values]
+
+
+def same_share(stack: DecoderLayers, share: float) -> LayerAllocation:
+    """Each layer keeps the same share of its weights.
+
+    Raises:
+        ValueError: no such share.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"plan: expected a share of parameters in 0..1, got {share}")
+    sizes = sizes_of(stack)
+    return LayerAllocation(
+        "parameters", share, [float(share)] * len(sizes), sizes, "uniform", model=name_of(stack), sizes=sizes
+    )
+
+
+def allocate(
+    scores: LayerScores,
+    kind: Kind = "sparsity",
+    budget: float = 0.5,
+    spread: float | None = None,
+    *,
+    parameters: Sequence[int] | None = None,
+    choices: Sequence[float] | None = None,
+    group: int | None = None,
+    rule: Rule = "bounded",
+) -> LayerAllocation:
+    """Distributes a budget over layers: those that matter more are pruned less, or get more bits, rank, probability.
+
+    Values follow the scores linearly within [budget - spread, budget + spread] (`functional.budget.spread`), and their
+    mean weighted by parameters is the budget. Discrete values (choices, N:M) are the neighbours of those: off by less
+    than one step, by which they may leave the interval, too, in the order of the scores, and with a mean that is off by
+    at most half a step of the largest layer. N:M leaves at least one weight of M in each layer.
+
+    Args:
+        scores: from `score_layers`.
+        kind: see `LayerAllocation`.
+        budget: mean of the values: shares and probability in [0, 1], or between the choices; of N:M at most 1 - 1 / M.
+        spread: lambda; default: what the method `auto` found best, else 0.08; less where the budget is nearer than that
+            to 0, to 1 or to the last of the choices. Bits spread over the choices.
+        parameters: weight of each layer in the mean; default: what `scores` holds.
+        choices: the values that there are, rising; default for bits: 3 and 4, else any.
+        group: sparsity as N:M with this M and a different N in each layer.
+        rule: "bounded" keeps these promises; "authors" is OWL's released formula, which keeps neither interval nor
+            weighted mean (`functional.budget.authors_sparsity`).
+
+    Raises:
+        ValueError: a budget, spread, group or choice out of range.
+    """
+    for field, number in (("budget", budget), ("spread", spread)):
+        if isinstance(number, bool) or not isinstance(number, (int, float, type(None))):
+            raise ValueError(f"{field}: expected a number, got {number!r}")
+    weights = _weights(scores, parameters)
+    choices = _choices(kind, budget, choices, group)
+    _check_target(scores, kind, budget)
+    D = torch.tensor(scores.values, dtype=torch.float64)
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if kind == "bits":
+        if spread is not None or rule != "bounded":
+            raise ValueError("spread: expected none for bits, which spread over the choices, and the rule bounded")
+        assert choices is not None
+        values = budgets.spread(D, weights, budget, choices[0], choices[-1], falling=False)
+    else:
+        ends = (choices[0], choices[-1]) if choices else (0.0, 1.0)
+        lam = _lambda(budget, spread, scores.settings.get("spread", DEFAULT_SPREAD), *ends)
+        values = _shares(D, weights, kind, budget, lam, rule)
+    if choices is not None:
+        values = budgets.round_to(values, choices, weights, first=-D if FALLING[kind] else D)
+    counted = weights.long().tolist()
+    found = (scores.model, list(scores.parameters))
+    return LayerAllocation(kind, budget, values.tolist(), counted, scores.method, group, *found)
+
+
+def _shares(D: Tensor, weights: Tensor, kind: str, budget: float, lam: float, rule: str) -> Tensor:
+    if rule == "bounded":
+        return budgets.spread(D, weights, budget, budget - lam, budget + lam, FALLING[kind])
+    if kind != "sparsity":
+        raise ValueError(f"rule: expected bounded for {kind}, got {rule!r}, which is a formula of sparsity")
+    values = budgets.authors_sparsity(D, budget, lam)
+    if values.min() < 0 or values.max() > 1:
+        raise ValueError(
+            f"spread: expected one that leaves each sparsity in 0..1, got {lam}, which gives "
+            f"{float(values.min()):.4g} to {float(values.max()):.4g}"
+        )
+    return values
+
+
+def _weights(scores: LayerScores, parameters: Sequence[int] | None) -> Tensor:
+    found = scores.parameters if parameters is None else list(parameters)
+    if len(found) != len(scores.values) or min(found) < 0 or not 0 < sum(found) < math.inf:
+        raise ValueError(f"parameters: expected {len(scores.values)} counts, one a layer, got {found}")
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _choices(kind: str, budget: float, choices: Sequence[float] | None, group: int | None) -> list[float] | None:
+    """The discrete values that there are, None for any; checks them and the budget."""
+    if kind not in FALLING:
+        raise ValueError(f"kind: expected one of {', '.join(FALLING)}, got {kind!r}")
+    if group is not None:
+        if kind != "sparsity" or choices is not None or type(group) is not int or group < 2:
+            raise ValueError(f"group: expected at least 2, for sparsity without choices, got {group} for {kind}")
+        choices = [n / group for n in range(group)]  # not 1: a layer without weights is no layer
+    if kind == "bits":
+        choices = choices or DEFAULT_BITS
+    if choices is not None and (not choices or any(not a < b for a, b in pairwise(choices))):
+        raise ValueError(f"choices: expected rising values, got {choices}")
+    low, high = (choices[0], choices[-1]) if choices else (0.0, 1.0)
+    if kind != "bits" and (low < 0 or high > 1):
+        raise ValueError(f"choices: expected values in 0..1, got {choices}")
+    if not low <= budget <= high:
+        more = "" if group is None else f", so that a weight of {group} is left in each layer; take a larger group"
+        raise ValueError(f"budget: expected {kind} in {low:g}..{high:g}, got {budget}{more}")
+    return None if choices is None else list(choices)
+
+
+def _check_target(scores: LayerScores, kind: str, budget: float) -> None:
+    """Scores that were measured around one sparsity say less about another."""
+    target = scores.settings.get("target")
+    if kind == "sparsity" and target is not None and abs(target - budget) > 1e-6:
+        logger.warning("scores: %s measured them for sparsity %g, the budget is %g", scores.method, target, budget)
+
+
+def _lambda(budget: float, spread: float | None, default: float, low: float, high: float) -> float:
+    room = min(budget - low, high - budget)
+    if spread is None:
+        return min(default, room)
+    # 1 - 0.7 is less than 0.3 by a rounding error, which nobody means.
+    if not 0 <= spread <= room + 1e-9:
+        bounds = f"{low:g}..{high:g}"
+        raise ValueError(f"spread: expected 0..{room:.4g}, so that {budget} -+ spread stays in {bounds}, got {spread}")
+    return min(spread, room)

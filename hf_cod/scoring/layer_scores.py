@@ -1,0 +1,57 @@
+"""LayerScores: one number a layer, the higher the more the layer matters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_cod.io.files import JsonFile
+from hf_cod.layers.checks import check_sizes
+from hf_cod.layers.stack import DecoderLayers
+
+
+@dataclass(frozen=True)
+class LayerScores(JsonFile):
+    """How much each layer of a model matters.
+
+    Attributes:
+        model: the model's name.
+        method: which of `METHODS` found them.
+        values: one score a layer, from layer 0 on; finite, the higher the more the layer matters.
+        parameters: weights in each layer's matrices: what a budget is weighted by.
+        settings: what the method was told (threshold, seed, ...).
+    """
+
+    FIELD = "scores"
+
+    model: str
+    method: str
+    values: list[float]
+    parameters: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.values or len(self.values) != len(self.parameters):
+            raise ValueError(
+                f"values: expected one a layer as parameters, got {len(self.values)} and {len(self.parameters)}"
+            )
+        wrong = [i for i, value in enumerate(self.values) if not math.isfinite(value)]
+        if wrong:
+            raise ValueError(f"values: expected finite scores, got {self.values[wrong[0]]} in layer {wrong[0]}")
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a method has to say beside its scores: of auto, what it chose."""
+        if "chosen" not in self.settings:
+            return []
+        spread = f" with lambda {self.settings['spread']:g}" if "spread" in self.settings else ""
+        return [f"{self.method} chose {self.settings['chosen']}{spread}."]
+
+    def check(self, stack: DecoderLayers) -> None:
+        """Makes sure that these are scores of that model; warns where only its name is another.
+
+        Raises:
+            ValueError: another number of layers, or layers of other sizes.
+        """
+        check_sizes("scores", self.model, self.parameters, stack)

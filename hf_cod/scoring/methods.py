@@ -1,0 +1,322 @@
+"""Ways to score layers, in one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.analysis.diagnostics.forward_pass import measure_forward
+from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm
+from hf_cod.analysis.diagnostics.layer_drop import measure_layer_drop
+from hf_cod.analysis.evaluation.choice import find_metric
+from hf_cod.analysis.evaluation.metrics import as_loss
+from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
+from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
+from hf_cod.functional import budget, outliers
+from hf_cod.functional.codebook import BITS, SCALE_BITS
+from hf_cod.io.text import Batch, check_batches, split_samples
+from hf_cod.layers.checks import name_of, sizes_of
+from hf_cod.layers.running import naming_weights
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.task import task_of
+from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.scoring.pruning_probe import CODEBOOK, PRUNERS, PruningProbe
+
+
+@dataclass
+class ScoreSettings:
+    """How layers are scored."""
+
+    method: str = field(
+        default="owl",
+        metadata={
+            "help": "owl, angular, block_influence, gradient_norm, fisher, layer_drop, weight_norm, sensitivity, auto "
+            "(tries several on a little text), or as baselines uniform, random or depth (earlier layers matter more)"
+        },
+    )
+    threshold: float = field(
+        default=5.0, metadata={"help": "owl: M, how many times the mean an outlier must exceed (paper: 5 or 7)"}
+    )
+    per_module: bool = field(
+        default=False, metadata={"help": "owl: compare each matrix with its own mean instead of the layer's"}
+    )
+    target: float = field(
+        default=0.7,
+        metadata={
+            "help": "sensitivity and auto: the sparsity that the scores are to serve; of codebook, the stored bits, "
+            "scales included"
+        },
+    )
+    pruner: str = field(
+        default="wanda",
+        metadata={
+            "help": "sensitivity and auto: how they try; codebook rounds to 3 or 4 bits instead of pruning",
+            "choices": list(PRUNERS),
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "seed of every random choice"})
+    layers_path: str | None = field(
+        default=None, metadata={"help": "name of the module list of layers, for models where it cannot be found"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if not 0 < self.threshold < math.inf:
+            raise ValueError(f"threshold: expected a finite number above 0, got {self.threshold}")
+        if self.pruner not in PRUNERS:
+            raise ValueError(f"pruner: expected one of {', '.join(PRUNERS)}, got {self.pruner!r}")
+        low, high = (min(BITS) + SCALE_BITS, max(BITS) + SCALE_BITS) if self.pruner == CODEBOOK else (0, 1)
+        if not low < self.target < high:
+            what = "bits" if self.pruner == CODEBOOK else "a sparsity"
+            raise ValueError(f"target: expected {what} between {low:.4g} and {high:.4g}, got {self.target}")
+
+
+def score_layers(
+    model: nn.Module,
+    statistics: LayerStatistics | None = None,
+    method: str = "owl",
+    *,
+    batches: Sequence[Batch] | None = None,
+    show_progress: bool = False,
+    **settings: Any,
+) -> LayerScores:
+    """Scores each layer of a model.
+
+    | method | score of layer l | needs |
+    |---|---|---|
+    | owl | D^l, share of outliers among ||X_j||_2 |W_ij| (arXiv 2310.05175) | statistics, or batches |
+    | angular | d(x^l, x^(l+1)) at the last token (arXiv 2502.05795) | batches |
+    | block_influence | 1 - E[cos(x^l, x^(l+1))] (arXiv 2403.03853) | batches |
+    | gradient_norm | ||dL/d theta_l||_2, mean over batches | batches, a head |
+    | fisher | ln of what losing the outputs of l's matrices would cost, in nats, to second order | batches, a head |
+    | layer_drop | what removing l costs: nats a token for perplexity, else the task's metric | batches |
+    | weight_norm | mean of abs(W_ij), the L1 baseline | nothing |
+    | sensitivity | slope of the loss by l's sparsity where all layers have `target` | batches, an LM head |
+    | auto | the one of `CANDIDATES` by which the pruned model loses least | batches, an LM head |
+    | uniform | 1 | nothing |
+    | depth | L - l: earlier layers matter more, as the Curse of Depth says of models that nobody measured | nothing |
+    | random | uniform in [0, 1), from a seed | nothing |
+
+    Args:
+        model: a transformers model, wrapped or not; it is left as it was.
+        statistics: of this model, from `collect_statistics`.
+        method: see the table.
+        batches: dicts for the model's forward.
+        show_progress: show progress bars.
+        **settings: other fields of `ScoreSettings`: threshold, per_module, target, pruner, seed, layers_path.
+
+    `sensitivity` and `auto` measure on the first `PROBE_SAMPLES` samples, pruning by Wanda with the intact model's
+    statistics (or by magnitude); weights are put back. `auto` makes the allocation of each candidate score with each
+    lambda in `SPREADS` and takes the pruned model's loss. The scores' `settings` then hold which one was `chosen`, its
+    `spread`, which `allocate` takes where none is given, and the `losses` of all, in nats a token.
+
+    Raises:
+        ValueError: an unknown method, something that it needs is missing, texts instead of batches, statistics of
+            another model, weights or activations that are not finite (says where).
+    """
+    chosen = ScoreSettings(method=method, **settings)
+    stack = find_decoder_layers(model, chosen.layers_path)
+    request = _Request(model, stack, statistics, batches, chosen, show_progress)
+    if method in NEED_BATCHES and not batches:
+        raise ValueError(f"batches: expected at least one for the method {method}, got none")
+    check_batches(batches or ())
+    sizes = sizes_of(stack)
+    with naming_weights(stack.model):
+        values = METHODS[method](request)
+        used = {key: getattr(chosen, key) for key in SETTINGS_OF.get(method, ())} | request.found
+        return LayerScores(name_of(stack), method, values, sizes, used)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a method may read."""
+
+    model: nn.Module
+    stack: DecoderLayers
+    statistics: LayerStatistics | None
+    batches: Sequence[Batch] | None
+    settings: ScoreSettings
+    show_progress: bool
+    found: dict[str, Any] = field(default_factory=dict)  # what a method wants to be told beside its scores
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"path": self.settings.layers_path, "show_progress": self.show_progress}
+
+
+def _statistics(request: _Request) -> LayerStatistics:
+    """Those that were given, or those of the batches."""
+    statistics = request.statistics
+    if statistics is None:
+        if not request.batches:
+            raise ValueError("statistics: expected statistics or batches for the method owl, got neither")
+        statistics = collect_statistics(request.model, request.batches, **request.options)
+    statistics.check(request.stack)
+    return statistics
+
+
+def _owl(request: _Request) -> list[float]:
+    statistics = _statistics(request)
+    M, per_module = request.settings.threshold, request.settings.per_module
+    layers = [partial(_seen_matrices, request.stack, statistics, index) for index in range(len(request.stack))]
+    return [outliers.outlier_ratio(matrices, M, per_module) for matrices in layers]
+
+
+def _seen_matrices(
+    stack: DecoderLayers, statistics: LayerStatistics, index: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, W, s) of each matrix that tokens entered; of an expert that none entered nothing is known."""
+    for name, W in stack.matrices(index):
+        s, tokens = statistics.squares[name].sqrt(), statistics.tokens[name]
+        if W.dim() == 2:
+            if tokens:
+                yield name, W, s
+            continue
+        for expert in tokens.nonzero().flatten().tolist():
+            yield f"{name}.{expert}", W[expert], s[expert]
+
+
+def _angular(request: _Request) -> list[float]:
+    assert request.batches is not None
+    measures = measure_forward(request.model, request.batches, ["angular_distance"], **request.options)
+    return measures.angular_distance()[:, 0].tolist()
+
+
+def _block_influence(request: _Request) -> list[float]:
+    assert request.batches is not None
+    measures = measure_forward(request.model, request.batches, ["block_influence"], **request.options)
+    return measures.influence.double().mean(0).tolist()
+
+
+def _gradient_norm(request: _Request) -> list[float]:
+    assert request.batches is not None
+    return measure_gradient_norm(request.model, request.batches, **request.options)
+
+
+def _fisher(request: _Request) -> list[float]:
+    """A logarithm, because a layer where massive activations arise costs ten thousand times what others do."""
+    assert request.batches is not None
+    costs = measure_loss_weights(request.stack, request.batches, show_progress=request.show_progress)
+    layers = [sum(costs[name] for name in request.stack.linears(i)) for i in range(len(request.stack))]
+    return [math.log(max(cost, TINY)) for cost in layers]
+
+
+def _layer_drop(request: _Request) -> list[float]:
+    assert request.batches is not None
+    metric = find_metric(None, task_of(request.model, request.batches))
+    intact, without = measure_layer_drop(request.model, request.batches, metric, **request.options)
+    return [as_loss(metric, value) - as_loss(metric, intact) for value in without]
+
+
+def _weight_norm(request: _Request) -> list[float]:
+    def magnitudes(index: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for name, W in request.stack.matrices(index):
+            yield name, W.flatten(0, -2), torch.ones(W.shape[-1])
+
+    return [outliers.mean_importance(magnitudes(i)) for i in range(len(request.stack))]
+
+
+def _sensitivity(request: _Request) -> list[float]:
+    if request.settings.pruner == CODEBOOK:
+        return _probe(request).sensitivity(max(BITS), min(BITS), min(BITS))
+    S = request.settings.target
+    step = min(STEP, S, 1 - S)
+    return _probe(request).sensitivity(S - step, S, S + step)
+
+
+def _auto(request: _Request) -> list[float]:
+    """Tries each candidate and lambda, and keeps the best."""
+    request = replace(request, statistics=_statistics(request))
+    probe = _probe(request)  # refuses what cannot be tried before candidates are scored
+    found = {method: METHODS[method](request) for method in CANDIDATES}
+    tried, plans = [], []
+    for method, values in found.items():
+        for width, plan in _plans(request, method, values):
+            tried.append((method, width))
+            plans.append(plan)
+    losses = probe.plans(plans)
+    method, width = min(zip(losses, tried, strict=True))[1]
+    request.found.update(
+        chosen=method,
+        losses={f"{method} {width:g}": loss for (method, width), loss in zip(tried, losses, strict=True)},
+    )
+    if request.settings.pruner != CODEBOOK:
+        request.found["spread"] = width
+    return found[method]
+
+
+def _plans(request: _Request, method: str, values: list[float]) -> Iterator[tuple[float, list[float]]]:
+    """(lambda, one value a layer) of what is tried with a score; of bits there is one plan."""
+    target = request.settings.target
+    sizes = torch.tensor(sizes_of(request.stack)).double()
+    if request.settings.pruner == CODEBOOK:
+        D = torch.tensor(values if method != "uniform" else _depth(request))  # of equal layers the first ones
+        wanted = budget.spread(D, sizes, target - SCALE_BITS, min(BITS), max(BITS), falling=False)
+        yield 0.0, budget.round_to(wanted, BITS, sizes).tolist()
+        return
+    for lam in (0.0,) if method == "uniform" else SPREADS:
+        width = min(lam, target, 1 - target)
+        ends = target - width, target + width
+        yield width, budget.spread(torch.tensor(values), sizes, target, *ends, falling=True).tolist()
+
+
+def _probe(request: _Request) -> PruningProbe:
+    assert request.batches is not None
+    few, _ = split_samples(request.batches, PROBE_SAMPLES)
+    pruner = request.settings.pruner
+    statistics = None if pruner == "magnitude" else _statistics(request)
+    return PruningProbe(request.stack, pruner, statistics, few, request.show_progress)
+
+
+def _uniform(request: _Request) -> list[float]:
+    return [1.0] * len(request.stack)
+
+
+def _depth(request: _Request) -> list[float]:
+    return [float(len(request.stack) - index) for index in range(len(request.stack))]
+
+
+def _random(request: _Request) -> list[float]:
+    generator = torch.Generator().manual_seed(request.settings.seed)
+    return torch.rand(len(request.stack), generator=generator, dtype=torch.float64).tolist()
+
+
+# Method -> how it scores; `score_layers` says what each means.
+METHODS: dict[str, Callable[[_Request], list[float]]] = {
+    "owl": _owl,
+    "angular": _angular,
+    "block_influence": _block_influence,
+    "gradient_norm": _gradient_norm,
+    "fisher": _fisher,
+    "layer_drop": _layer_drop,
+    "weight_norm": _weight_norm,
+    "sensitivity": _sensitivity,
+    "auto": _auto,
+    "uniform": _uniform,
+    "depth": _depth,
+    "random": _random,
+}
+NEED_BATCHES = ("angular", "block_influence", "gradient_norm", "fisher", "layer_drop", "sensitivity", "auto")
+# Method -> the settings that it depends on.
+SETTINGS_OF = {
+    "owl": ("threshold", "per_module"),
+    "sensitivity": ("target", "pruner"),
+    "auto": ("target", "pruner", "threshold", "per_module"),
+    "random": ("seed",),
+}
+# What auto tries: scores, and lambdas.
+CANDIDATES = ("uniform", "owl", "angular", "fisher", "sensitivity")
+SPREADS = (0.08, 0.15, 0.25)
+# Samples that sensitivity and auto try on.
+PROBE_SAMPLES = 4
+# Of layers that no gradient reaches.
+TINY = 1e-30
+# How far to both sides of the target sensitivity tries a layer.
+STEP = 0.1

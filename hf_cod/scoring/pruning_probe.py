@@ -1,0 +1,144 @@
+"""What plans of sparsity or of bits would cost, tried on a little text.
+
+The model is never changed as a whole: while a layer is run, its weights are masked or rounded, and put back afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_cod.analysis.evaluation.metrics import Perplexity
+from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
+from hf_cod.functional import codebook
+from hf_cod.functional.sparsity import magnitude_mask, wanda_mask
+from hf_cod.io.text import Batch
+from hf_cod.layers.checks import check_writable
+from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.partial_forward import State, check_independent, run_layer, running_only
+from hf_cod.layers.running import evaluation_mode, progress
+from hf_cod.layers.stack import DecoderLayers
+from hf_cod.layers.task import model_inputs, task_of
+
+# How a layer is tried: two ways to make zeros, and one to round to 3 or 4 bits.
+CODEBOOK = "codebook"
+PRUNERS = ("wanda", "magnitude", CODEBOOK)
+
+
+class PruningProbe:
+    """Losses of pruned or rounded forms of a language model, in nats a token.
+
+    Args:
+        stack: the layers of a language model with weights in memory.
+        pruner: one of `PRUNERS`; its values are sparsities, of "codebook" bits.
+        statistics: of this model; for all but magnitude.
+        batches: the text to try on.
+        show_progress: show progress bars.
+
+    Raises:
+        ValueError: not a language model, layers that share keys and values, or weights that cannot be masked in place.
+    """
+
+    def __init__(
+        self,
+        stack: DecoderLayers,
+        pruner: str,
+        statistics: LayerStatistics | None,
+        batches: Sequence[Batch],
+        show_progress: bool,
+    ) -> None:
+        task = task_of(stack.model, batches)
+        if task not in ("causal_lm", "masked_lm"):
+            raise ValueError(f"model: expected a language model to probe, got {type(stack.model).__name__}")
+        check_independent(stack, "auto")
+        check_writable(stack)
+        self.stack, self.pruner, self.statistics, self.show_progress = stack, pruner, statistics, show_progress
+        device = execution_device(stack.model)
+        self.batches = [to_device(batch, device) for batch in batches]
+        self.metric = Perplexity(task)
+
+    @torch.no_grad()
+    def plans(self, plans: Sequence[Sequence[float]]) -> list[float]:
+        """The loss with all layers changed, for each plan of one value a layer.
+
+        All plans walk through the layers together: each layer is changed once for each value that it gets, no more
+        than one layer's weights are copied, and plans that begin alike share their hidden states as long as they do.
+
+        Raises:
+            ValueError: a loss that is not finite (says of which plan).
+        """
+        L = len(self.stack)
+        place = [0] * len(plans)  # which of the states each plan is at
+        states: list[list[Any]] = [[None] * len(self.batches)]
+        with evaluation_mode(self.stack):
+            for layer in progress(range(L), "trying plans", self.show_progress):
+                steps = sorted({(plan[layer], at) for plan, at in zip(plans, place, strict=True)})
+                after: list[list[Any]] = []
+                for value, group in groupby(steps, key=itemgetter(0)):
+                    with self._changed(layer, value):
+                        after += [self._step(layer, states[at]) for _, at in group]
+                found = {step: number for number, step in enumerate(steps)}
+                place = [found[plan[layer], at] for plan, at in zip(plans, place, strict=True)]
+                states = after
+        losses = [math.log(self.metric.value([row for rows in batches for row in rows])) for batches in states]
+        wrong = [number for number, at in enumerate(place) if not math.isfinite(losses[at])]
+        if wrong:
+            S = ", ".join(f"{value:g}" for value in plans[wrong[0]])
+            raise ValueError(f"plans: expected a finite loss, got {losses[place[wrong[0]]]} with sparsities {S}")
+        return [losses[at] for at in place]
+
+    def sensitivity(self, good: float, rest: float, bad: float) -> list[float]:
+        """By how much the loss grows when one layer goes from the value `good` to `bad`, while all others have `rest`.
+
+        For each layer, in nats a token: of sparsities around the one that all are to have, the slope of the loss where
+        the pruned model will be. L layers cost about as much as L passes over all of them.
+        """
+        L = len(self.stack)
+        alone = [[value if i == layer else rest for i in range(L)] for layer in range(L) for value in (good, bad)]
+        losses = self.plans(alone)
+        return [more - less for less, more in zip(losses[::2], losses[1::2], strict=True)]
+
+    def _step(self, layer: int, before: Sequence[State | None]) -> list[Any]:
+        """Each batch's state behind the layer; behind the last one its rows of the metric."""
+        if layer == len(self.stack) - 1:
+            return [self._rows(layer, batch, state) for batch, state in zip(self.batches, before, strict=True)]
+        after = []
+        for batch, state in zip(self.batches, before, strict=True):
+            hidden, rest = run_layer(self.stack, layer, model_inputs(batch), state)
+            after.append((hidden.cpu(), rest))
+        return after
+
+    def _rows(self, layer: int, batch: Batch, before: State | None) -> list[Any]:
+        with running_only(self.stack, range(layer, layer + 1), before):
+            return self.metric.rows(self.stack.model(**model_inputs(batch)), batch, None)
+
+    @contextmanager
+    def _changed(self, layer: int, value: float) -> Iterator[None]:
+        """Within the block the layer is pruned to that sparsity, or rounded to so many bits."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        try:
+            for name, W in self.stack.matrices(layer):
+                kept.append((W, W.clone()))
+                parts = [(None, W)] if W.dim() == 2 else [(expert, W[expert]) for expert in range(len(W))]
+                for expert, part in parts:
+                    squares = None if self.statistics is None else self.statistics.of(name, expert)
+                    self._change(part, squares, value)
+            yield
+        finally:
+            for W, intact in kept:
+                W.copy_(intact)
+
+    def _change(self, W: Tensor, squares: Tensor | None, value: float) -> None:
+        if self.pruner == CODEBOOK:
+            W.copy_(codebook.rounded(W, int(value), squares))
+        elif self.pruner == "magnitude" or squares is None:
+            W.masked_fill_(magnitude_mask(W, value), 0)
+        else:
+            W.masked_fill_(wanda_mask(W, squares.sqrt().to(W.device), value), 0)

@@ -1,0 +1,155 @@
+"""OwLoreLinear: a matrix, of any kind, with the increments of one or more adapters beside it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_cod.training.adapters.config import OwLoreConfig
+from hf_cod.training.owlore.increment import Increment
+
+
+class OwLoreLinear(nn.Module, BaseTunerLayer):
+    """y = base(x) + x D^T, with D the sum of the active adapters' increments.
+
+    The base is called and, but in `merge`, neither read nor written: nn.Linear, Conv1D, bitsandbytes' and whatever else
+    has in_features and out_features.
+
+    Args:
+        base_layer: the matrix.
+        adapter_name: of the first adapter.
+        config: its settings.
+        held: see `Increment`.
+        **quantization: what PEFT's quantization backends want to know.
+    """
+
+    adapter_layer_names = ("owlore_increment",)
+    other_param_names = ()
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: OwLoreConfig,
+        held: tuple[int, int] = (0, 0),
+        **quantization: Any,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = shape_of(base_layer)
+        self.owlore_increment = nn.ModuleDict()
+        self._disable_adapters, self.merged_adapters = False, []
+        self._active_adapter = adapter_name
+        self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
+        _keep_unpacked(base_layer)
+        self.update_layer(adapter_name, config, held)
+
+    def update_layer(self, adapter_name: str, config: OwLoreConfig, held: tuple[int, int] = (0, 0)) -> None:
+        """Adds an adapter, whose increment is 0; a matrix narrower than `r` gets as much as it has."""
+        base = self.get_base_layer()
+        _, dtype = self._get_base_layer_device_and_dtype(base)
+        plain = dtype if dtype is not None and dtype.is_floating_point else torch.float32
+        tensors = [*base.parameters(recurse=False), *base.buffers(recurse=False), *base.parameters(), *base.buffers()]
+        rank = min(config.r, self.in_features, self.out_features)
+        self.owlore_increment[adapter_name] = Increment(
+            self.in_features,
+            self.out_features,
+            rank,
+            config.max_rank or 2 * config.r,
+            held,
+            device=tensors[0].device if tensors else None,
+            dtype=torch.promote_types(plain, torch.float32),
+        )
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's, but that layers which an optimizer lets rest go on resting."""
+        super().set_adapter(adapter_names, inference_mode)
+        for increment in self._increments():
+            if increment.resting:
+                increment.requires_grad_(False)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        if self.quantization_backend is not None:
+            y = self.quantization_backend.maybe_clone_base_result(y)
+        for name in self.active_adapters:
+            if name in self.owlore_increment:
+                y = self.owlore_increment[name](y, x)
+        return y
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """D in the layout of the base's weight: (out, in), of a Conv1D (in, out)."""
+        delta = self._increment(adapter).dense()
+        return delta.mT if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the adapters' increments to the base's weight, which is decoded and coded again where it is quantized.
+
+        Raises:
+            ValueError: a base whose weight cannot be written; with `safe_merge` a sum that is not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.owlore_increment:
+                self._add(self.get_delta_weight(name), safe_merge)
+                self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes them away again, up to rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            self._add(-self.get_delta_weight(self.merged_adapters.pop()), False)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: `peft.tuners.lora.save_as_lora` makes a LoRA of it that loads without this package."""
+        return True
+
+    def _add(self, delta: Tensor, safe: bool) -> None:
+        backend, base = self.quantization_backend, self.get_base_layer()
+        weight: Any = getattr(base, "weight", None)
+        plain = isinstance(weight, nn.Parameter) and weight.is_floating_point()
+        if not (plain if backend is None else backend.supports_merge):
+            raise ValueError(
+                f"merge: expected a weight that can be written, got {type(base).__name__}; export the adapter by "
+                "peft.tuners.lora.save_as_lora, or decode the model first"
+            )
+        weight = self.get_base_weight()
+        total = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+        if safe and not bool(total.isfinite().all()):
+            raise ValueError("merge: expected a finite sum of weight and increment, got NaN or infinity")
+        self.set_base_weight(total)
+
+    def _increment(self, name: str) -> Increment:
+        if name not in self.owlore_increment:
+            raise ValueError(f"adapter: expected one of {', '.join(self.owlore_increment)}, got {name!r}")
+        return self.owlore_increment[name]  # type: ignore[return-value]
+
+    def _increments(self) -> list[Increment]:
+        return [self._increment(name) for name in self.owlore_increment]
+
+
+def shape_of(base: Any) -> tuple[int, int]:
+    """(inputs, outputs)."""
+    return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+
+
+def _keep_unpacked(base: Any) -> None:
+    """Keeps bitsandbytes from repacking a 4-bit weight on the CPU, after which gradients and merges would be wrong."""
+    if hasattr(base, "support_avx512bf16_for_cpu"):
+        base.state_dict()  # undoes what a forward pass did
+        base.support_avx512bf16_for_cpu = False

@@ -1,0 +1,116 @@
+"""OwLoreModel: a model whose layers' matrices have OwLore adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import get_quantization_kwargs
+from torch import Tensor, nn
+
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, is_linear_like
+from hf_cod.training.adapters.layer import OwLoreLinear, shape_of
+from hf_cod.training.owlore.active_layers import warn_of_untrained
+from hf_cod.training.owlore.increment import TENSORS, Increment
+
+_WRAPPER = "base_model.model."  # how names of what is inside a PeftModel begin
+
+
+class OwLoreModel(BaseTuner):
+    """What `get_peft_model` puts around a model; see `OwLoreConfig`."""
+
+    prefix = "owlore_"
+    tuner_layer_cls = OwLoreLinear
+
+    def lost_energy(self, adapter_name: str | None = None) -> dict[str, float]:
+        """Of each matrix the share of the squares of what it learnt that folding cut off (`Increment`).
+
+        Args:
+            adapter_name: None: the active one, of several the first.
+
+        Raises:
+            ValueError: no adapter of that name.
+        """
+        asked = self.active_adapters[0] if adapter_name is None else adapter_name
+        if asked not in self.peft_config:
+            raise ValueError(f"adapter_name: expected one of {', '.join(self.peft_config)}, got {asked!r}")
+        return {name: increment.lost_energy() for name, increment in _increments(self.model, asked)}
+
+    @classmethod
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls, model: Any, config: Any, adapter_name: str, **rest: Any
+    ) -> dict[str, Tensor]:
+        """As PEFT's; notes the shapes in the config, which is saved next, for loaders that ask for them first."""
+        held = {name: (m.P.shape[1], len(m.A)) for name, m in _increments(model, adapter_name)}
+        config.held = {name.removeprefix(_WRAPPER): ranks for name, ranks in held.items() if any(ranks)}
+        return super()._get_adapter_state_dict(model, config, adapter_name, **rest)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As PEFT's, which asks the model for its keys; of tensors that are empty now a model's state has none."""
+        keys = {}
+        for name, _ in _increments(model, adapter_name):
+            for tensor in TENSORS:
+                key = f"{name.removeprefix(_WRAPPER)}.owlore_increment.{tensor}"
+                keys[key] = keys[_WRAPPER + key] = f"{name}.owlore_increment.{adapter_name}.{tensor}"
+        return {keys.get(key, key): value for key, value in state_dict.items()}
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
+        """Targets all matrices of the layers where none are named.
+
+        Raises:
+            ValueError: a rank above the width of the widest one.
+        """
+        stack = find_decoder_layers(self.model)
+        found = {name: module for index in range(len(stack)) for name, module in stack.linears(index).items()}
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(found)  # PEFT shortens them to suffixes that others do not have
+            inside = {id(p) for module in found.values() for p in module.parameters()}
+            warn_of_untrained(stack, [p for p in self.model.parameters() if id(p) in inside])
+        width = max(min(shape_of(module)) for module in found.values())
+        if peft_config.r > width:
+            raise ValueError(f"r: expected at most {width}, the width of the layers' matrices, got {peft_config.r}")
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: Any,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        held = tuple(peft_config.held.get(current_key, (0, 0)))
+        if isinstance(target, OwLoreLinear):
+            target.update_layer(adapter_name, peft_config, held)
+            return
+        self._check_target(target, current_key)
+        new = OwLoreLinear(target, adapter_name, peft_config, held, **get_quantization_kwargs(self))
+        if adapter_name not in self.active_adapters:
+            new.requires_grad_(False)
+        self._replace_module(parent, target_name, new, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT's, which asks the base for a weight; our layer is on its base's device already."""
+        setattr(parent, child_name, new_module)
+
+    def _check_target(self, target: nn.Module, name: str) -> None:
+        stack: DecoderLayers = find_decoder_layers(self.model)
+        if stack.index_of(name) is None or not is_linear_like(target):
+            raise ValueError(
+                f"target_modules: expected matrices of the layers in {stack.path}, got {name} "
+                f"({type(target).__name__}); what else is to train goes into modules_to_save"
+            )
+
+
+def _increments(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Increment]]:
+    """(name of the matrix, its increment) of each matrix that the adapter has."""
+    for name, module in model.named_modules():
+        if isinstance(module, OwLoreLinear) and adapter_name in module.owlore_increment:
+            yield name, module.owlore_increment[adapter_name]  # type: ignore[misc]

@@ -1,0 +1,49 @@
+"""Trainer with a teacher.
+
+Not imported with the package, because transformers' Trainer takes longer to import than all of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_callback import TrainerCallback
+
+from hf_cod.training.healing.objective import Objective
+
+
+class DistillationTrainer(Trainer):
+    """Minimizes an `Objective`. Its loss is a mean over the tokens of a micro-batch, of which all have as many.
+
+    Args:
+        objective: what is minimized.
+        **options: Trainer's.
+    """
+
+    objective: Objective
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, objective: Objective, **options: Any) -> None:
+        super().__init__(**options)
+        self.objective = objective
+        self.model_accepts_loss_kwargs = False  # what versions without the line above go by
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective's loss."""
+        assert not return_outputs, "only training asks for the loss"
+        return self.objective(model, inputs)
+
+
+class AfterEachStep(TrainerCallback):
+    """Calls a function behind each update, before the step is logged or saved."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_optimizer_step(self, *args: Any, **about: Any) -> None:
+        """Now."""
+        self.function()

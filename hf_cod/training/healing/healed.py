@@ -1,0 +1,83 @@
+"""What came of healing, as a report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from hf_cod.io.report import RunReport, environment, format_number
+from hf_cod.layers.checks import name_of, pruned_matrices
+from hf_cod.layers.devices import execution_device
+from hf_cod.layers.size import ModelSize, size_of
+from hf_cod.layers.stack import DecoderLayers
+from hf_cod.training.healing.matching import Matching
+from hf_cod.training.healing.settings import HealSettings
+from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.trainer import Training
+
+
+def recovered_share(teacher: float, before: float, after: float) -> float | None:
+    """Of the log-perplexity that was lost the share that came back: (ln before - ln after) / (ln before - ln teacher).
+
+    Above 1 the student is better than its teacher on this text, below 0 worse than it was. None where nothing was lost,
+    or a perplexity is not finite.
+    """
+    if not all(map(math.isfinite, (teacher, before, after))) or before <= teacher:
+        return None
+    return math.log(before / after) / math.log(before / teacher)
+
+
+def healing_report(
+    stack: DecoderLayers,
+    teacher: DecoderLayers,
+    training: Training,
+    settings: HealSettings,
+    sampling: OwLoreSettings,
+    found: dict[str, float],
+    layers: dict[str, list[Any]],
+    matching: Matching | None,
+    name: str | None,
+) -> RunReport:
+    """What `heal` returns; the perplexities in `found` are those of "teacher", "before" and "after"."""
+    tokens = settings.total_steps * settings.batch_size * settings.sequence_length
+    share = recovered_share(**found)
+    back = "" if share is None else f": {share:.1%} of the lost log-perplexity is recovered"
+    written = {key: format_number(value) for key, value in found.items()}
+    summary = [
+        f"Perplexity goes from {written['before']} to {written['after']} (teacher {written['teacher']}) on samples "
+        f"held out, after {tokens:,} tokens by {settings.method} (learning rate {settings.rate:g}){back}."
+    ]
+    sizes = {"teacher": size_of(teacher.model, teacher.path), "healed": size_of(stack.model, stack.path)}
+    summary.append(_told_size(sizes, bool(pruned_matrices(stack))))
+    if training.memory is not None:
+        summary.append(f"A step needed {training.memory / 1e9:.2f} GB of memory at its peak, the teacher included.")
+    results = {
+        "curve": training.curve,
+        "perplexity": found,
+        "size": {key: asdict(size) for key, size in sizes.items()},
+        "recovered": share,
+        "tokens": tokens,
+        "seconds_a_step": training.seconds,
+        "memory": training.memory,
+    }
+    return RunReport(
+        kind="heal",
+        model=name or name_of(stack),
+        settings={**settings.resolved(), **asdict(sampling)},
+        environment=environment(execution_device(stack.model), next(stack.model.parameters()).dtype),
+        layers=layers,
+        results=results,
+        summary=summary,
+        notes=[] if matching is None else [f"hidden states: layers matched {matching.how}"],
+    )
+
+
+def _told_size(sizes: dict[str, ModelSize], zeros: bool) -> str:
+    mine, its = sizes["healed"], sizes["teacher"]
+    share = mine.layer_weights / its.layer_weights
+    told = ", zeros included" if zeros else ""
+    return (
+        f"The student's layers have {mine.layer_weights:,} weights{told}, {share:.1%} of the teacher's; it takes "
+        f"{mine.bytes / 1e6:,.1f} MB in memory, the teacher {its.bytes / 1e6:,.1f} MB."
+    )

@@ -1,0 +1,250 @@
+"""`heal`: a student learns from its teacher on text."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.analysis.evaluation.choice import held_out_perplexity
+from hf_cod.io.report import RunReport
+from hf_cod.io.text import Batch
+from hf_cod.layers.checks import check_length, pruned_matrices
+from hf_cod.layers.fingerprints import digest_batches
+from hf_cod.layers.finished_layers import fingerprint_of_work
+from hf_cod.layers.running import evaluation_mode
+from hf_cod.layers.stack import DecoderLayers
+from hf_cod.training.healing.healed import healing_report
+from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
+from hf_cod.training.healing.objective import Objective
+from hf_cod.training.healing.pair import check_pair, check_tokenizers
+from hf_cod.training.healing.settings import HealSettings
+from hf_cod.training.healing.zeros import kept_at_zero
+from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.methods import METHODS
+from hf_cod.training.runs.run_directory import claim
+from hf_cod.training.runs.trainer import Training, scores_to_draw_by, split_windows, train
+from hf_cod.training.runs.training_settings import check_scores
+
+
+def heal(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Tensor | str | Iterable[str],
+    settings: HealSettings | None = None,
+    *,
+    tokenizer: Any = None,
+    teacher_tokenizer: Any = None,
+    held_out: Tensor | None = None,
+    sampling: OwLoreSettings | None = None,
+    scores: str | None = None,
+    output: str | Path | None = None,
+    name: str | None = None,
+) -> RunReport:
+    """Trains a student, in place, to say what its teacher says, so that it recovers what it lost when it was made.
+
+    Minitron (arXiv 2407.14679) heals by distillation alone; the loss is `functional.distillation.logit_loss`, and with
+    `settings.hidden` `hidden_loss` beside it, mean over layers. What saved stays saved: zeros of pruned matrices (at
+    least 1 % of a matrix) stay exactly 0, factors keep their ranks, narrow layers their widths. The teacher is only
+    read.
+
+    The report's `results` hold `curve` (step, loss), `perplexity` of "teacher", "before" and "after", `recovered` (the
+    share of the lost log-perplexity; None where none was lost), `size` of "teacher" and "healed" (`ModelSize`),
+    `tokens`, `seconds_a_step` and `memory` (bytes at the peak of a step, teacher included; None of less than two
+    steps); its `layers` `trained` (steps), `score` and `teacher_layer`, where there are some.
+
+    Args:
+        student: a causal language model with weights in floating point.
+        teacher: a causal language model with the same vocabulary; of any dtype, quantized or not, on any device.
+        data: windows of token ids (N, T), or texts, which `tokenizer` makes windows of.
+        settings: how; default: `HealSettings()`.
+        tokenizer: the student's, for texts.
+        teacher_tokenizer: if given, it is compared with the student's.
+        held_out: windows to measure perplexity on (N, T); default: the last `settings.eval_samples` of the data.
+        sampling: of methods that draw layers.
+        scores: a file of `LayerScores` to draw by, instead of scoring the student.
+        output: a directory for checkpoints: the same call on the same unhealed student goes on where it stopped, and
+            ends with the same bits. None: a temporary one.
+        name: the student's name in the report.
+
+    Raises:
+        ValueError: a pair that does not go together, other work in `output`, too little text, bad settings.
+        ImportError: adapters without peft.
+    """
+    settings, sampling = settings or HealSettings(), sampling or OwLoreSettings()
+    mine, theirs, matching = check_pair(student, teacher, settings)
+    if teacher_tokenizer is not None:
+        if tokenizer is None:
+            raise ValueError("tokenizer: expected the student's beside teacher_tokenizer, got none")
+        check_tokenizers(tokenizer, teacher_tokenizer)
+    check_scores(settings, scores)
+    for stack in (mine, theirs):
+        check_length(stack.model, settings.sequence_length)
+    windows, held_out = _windows(data, tokenizer, held_out, settings, int(mine.config.vocab_size))
+    objective = Objective(
+        mine,
+        theirs,
+        settings.temperature,
+        settings.labels,
+        settings.hidden,
+        matching.layers if matching else (),
+    )
+    with tempfile.TemporaryDirectory() as aside, evaluation_mode(theirs):
+        directory = Path(output or aside)
+        claim(directory, _work(directory, student, teacher, windows, settings, sampling))
+        found = {"teacher": _perplexity(theirs, held_out, settings), "before": _perplexity(mine, held_out, settings)}
+        chosen = scores_to_draw_by(student, windows, settings, scores, directory)
+        lasting = output is not None
+        training = _train(student, objective, chosen, windows, settings, sampling, directory, lasting)
+    found["after"] = _perplexity(mine, held_out, settings)
+    layers: dict[str, list[Any]] = {} if chosen is None else {"score": chosen.values}
+    layers |= {} if training.trained is None else {"trained": training.trained}
+    layers |= {} if matching is None else {"teacher_layer": matching.layers}
+    return healing_report(mine, theirs, training, settings, sampling, found, layers, matching, name)
+
+
+def _windows(
+    data: Tensor | str | Iterable[str], tokenizer: Any, held_out: Tensor | None, settings: HealSettings, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """Windows to train on, and to measure on."""
+    if not isinstance(data, Tensor):
+        if tokenizer is None:
+            raise ValueError("tokenizer: expected the student's to make windows of texts, got none")
+        from hf_cod.io.packing import pack
+
+        data = pack(tokenizer, [data] if isinstance(data, str) else data, settings.sequence_length)
+    _check_windows("data", data, settings.sequence_length, vocabulary)
+    if held_out is None:
+        return split_windows(data, settings)
+    _check_windows("held_out", held_out, settings.sequence_length, vocabulary)
+    return data.long(), held_out.long()
+
+
+def _check_windows(field: str, windows: Tensor, length: int, vocabulary: int) -> None:
+    """Makes sure that these are windows of the student's tokens, before anything is measured on them."""
+    if windows.dim() != 2 or windows.shape[1] != length or windows.is_floating_point() or not len(windows):
+        raise ValueError(
+            f"{field}: expected token ids (windows, {length}), as settings.sequence_length says, and at least one "
+            f"window, got {windows.dtype} {tuple(windows.shape)}"
+        )
+    least, most = int(windows.min()), int(windows.max())
+    if least < 0 or most >= vocabulary:
+        raise ValueError(f"{field}: expected the student's token ids, 0 to {vocabulary - 1}, got {least} to {most}")
+
+
+def _work(
+    directory: Path,
+    student: nn.Module,
+    teacher: nn.Module,
+    windows: Tensor,
+    settings: HealSettings,
+    sampling: OwLoreSettings,
+) -> dict[str, Any]:
+    """What tells this run from another one."""
+    return {
+        **settings.resolved(),
+        **asdict(sampling),
+        "student's weights": fingerprint_of_work(directory, student, None),
+        "teacher's weights": fingerprint_of_work(directory, teacher, None),
+        "windows": digest_batches([{"input_ids": windows}]),
+    }
+
+
+def _train(
+    student: Any,
+    objective: Objective,
+    scores: Any,
+    windows: Tensor,
+    settings: HealSettings,
+    sampling: OwLoreSettings,
+    directory: Path,
+    lasting: bool,
+) -> Training:
+    from hf_cod.training.healing.distillation_trainer import AfterEachStep, DistillationTrainer
+
+    how = METHODS[settings.method]
+    zeros = pruned_matrices(objective.student)
+    with _left_as_it_was(student), kept_at_zero([] if how.adapters else zeros) as set_back:
+        with torch.random.fork_rng():
+            torch.manual_seed(sampling.seed)  # of new adapters
+            trained, optimizer = how.setup(student, scores, sampling, settings.rate, settings.lora_rank)
+        masked = _mask(student, zeros) if how.adapters else []
+        try:
+            training = train(
+                trained,
+                optimizer,
+                windows,
+                settings,
+                sampling.seed,
+                directory,
+                make_trainer=partial(DistillationTrainer, objective),
+                callbacks=[] if how.adapters else [AfterEachStep(set_back)],
+                beside=[objective.teacher.model],
+                lasting=lasting,
+            )
+            if how.adapters:
+                _merge(trained, masked)
+        finally:
+            if how.adapters:
+                _take_away(trained, student)
+    return training
+
+
+def _mask(student: nn.Module, zeros: Sequence[Tensor]) -> list[Any]:
+    """The adapters whose matrices have zeros, which from here on compute with these."""
+    with_zeros = {id(p) for p in zeros}
+    if not with_zeros:
+        return []
+    found = [adapter for adapter in lora_layers(student) if id(adapter.get_base_layer().weight) in with_zeros]
+    for adapter in found:
+        mask_forward(adapter)
+    return found
+
+
+def _merge(trained: Any, masked: Sequence[Any]) -> None:
+    """Adds what all adapters learnt to the weights."""
+    special = {id(adapter) for adapter in masked}
+    for module in trained.modules():
+        if id(module) in special:
+            merge_masked(module)
+        elif hasattr(module, "base_layer") and hasattr(module, "merge"):
+            module.merge()
+
+
+def _take_away(trained: Any, student: Any) -> None:
+    trained.unload()
+    if hasattr(student, "peft_config"):
+        del student.peft_config
+
+
+@contextmanager
+def _left_as_it_was(student: Any) -> Iterator[None]:
+    """Modes and flags come back behind the block, and checkpointing ends."""
+    training = [(module, module.training) for module in student.modules()]
+    gradients = [(p, p.requires_grad) for p in student.parameters()]
+    checkpointing = _checkpoints(student)
+    try:
+        yield
+    finally:
+        if _checkpoints(student) and not checkpointing:
+            student.gradient_checkpointing_disable()
+        for module, mode in training:
+            module.training = mode
+        for parameter, flag in gradients:
+            parameter.requires_grad_(flag)
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _perplexity(stack: DecoderLayers, windows: Tensor, settings: HealSettings) -> float:
+    batches: list[Batch] = [{"input_ids": part} for part in windows.split(settings.micro_batch_size)]
+    return held_out_perplexity(stack.model, batches, stack.path)

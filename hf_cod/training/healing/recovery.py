@@ -1,0 +1,141 @@
+"""A pruned model's remaining weights are trained on by low-rank adapters, which then merge without filling a zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.io.text import IGNORED_LABEL, Batch
+from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.running import progress
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
+
+
+@dataclass
+class RecoverySettings:
+    """How a pruned model is trained on."""
+
+    recover: int = field(
+        default=0, metadata={"help": "training steps of LoRA after pruning; zeros stay zeros (needs peft)"}
+    )
+    recover_rank: int = field(default=8, metadata={"help": "rank of the adapters"})
+    recover_learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate of the adapters"})
+
+    def __post_init__(self) -> None:
+        for name, least in (("recover", 0), ("recover_rank", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if not 0 < self.recover_learning_rate < math.inf:
+            raise ValueError(f"recover_learning_rate: expected a number above 0, got {self.recover_learning_rate}")
+
+
+def recover(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    steps: int,
+    *,
+    rank: int = 8,
+    learning_rate: float = 3e-4,
+    seed: int = 0,
+    path: str | None = None,
+    show_progress: bool = False,
+) -> list[float]:
+    """Trains PEFT's LoRA on the layers' Linears of a pruned language model and merges it in place; zeros stay zeros.
+
+    The adapters are masked in the forward pass (`masked_adapters.py`). The price is that of full fine-tuning for the
+    products with W (a gradient of its size for one matrix at a time, and the masked weights of all layers in memory
+    until the backward pass), not for the optimizer's state. Banks of experts are not trained. AdamW without decay,
+    alpha = 2 r, a tenth of the steps warming up, then a cosine to zero.
+
+    Args:
+        model: a pruned model with a language modelling head; flags of training and gradients come back as they were.
+        batches: dicts with input_ids, attention_mask and, for a masked language model, labels; each step takes one.
+        steps: how many.
+        rank: r.
+        learning_rate: at its peak.
+        seed: of the initial adapters and the order of the batches.
+        path: the stack's module name where it cannot be found.
+        show_progress: show a progress bar.
+
+    Returns:
+        The loss at each step, before its update, in nats a token.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: no batches, or a loss that is not finite; the model is then as it was.
+    """
+    if not batches:
+        raise ValueError("batches: expected at least one to recover on, got none")
+    stack = find_decoder_layers(model, path)
+    device = execution_device(stack.model)
+    generator = torch.Generator().manual_seed(seed)
+    with _adapted(stack, rank, seed) as adapters, torch.enable_grad():
+        trained = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmed_cosine(step, steps))
+        losses = []
+        order: list[int] = []
+        for step in progress(range(steps), "recovery", show_progress):
+            order = order or torch.randperm(len(batches), generator=generator).tolist()
+            loss = _loss(stack.model, to_device(batches[order.pop()], device))
+            if not loss.isfinite():
+                raise ValueError(f"recover: expected a finite loss, got {loss.item()} at step {step}; lower the rate")
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        for adapter in adapters:
+            merge_masked(adapter)
+    return losses
+
+
+@contextmanager
+def _adapted(stack: DecoderLayers, rank: int, seed: int) -> Iterator[list[Any]]:
+    """PEFT's LoRA layers around all Linears of the layers, with our forward; taken away at the end."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(
+            "recover: training adapters needs the peft package: pip install 'hf_cod[recovery]'"
+        ) from error
+    model: Any = stack.model
+    training = [(module, module.training) for module in model.modules()]
+    gradients = [(p, p.requires_grad) for p in model.parameters()]
+    names = [name for index in range(len(stack)) for name in stack.linears(index)]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapped: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names))
+    try:
+        adapters = lora_layers(model)
+        for adapter in adapters:
+            mask_forward(adapter)
+        model.train()
+        yield adapters
+    finally:
+        wrapped.unload()
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        for module, mode in training:
+            module.training = mode
+        for parameter, flag in gradients:
+            parameter.requires_grad_(flag)
+
+
+def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    if "labels" not in batch:
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        batch = {**batch, "labels": batch["input_ids"].masked_fill(mask == 0, IGNORED_LABEL)}
+    return model(**batch).loss
+
+
+def _warmed_cosine(step: int, steps: int) -> float:
+    warm = max(1, steps // 10)
+    return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)))

@@ -1,0 +1,68 @@
+"""What healing can be told; the help texts feed the command line."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from hf_cod.functional.distillation import check_mixture
+from hf_cod.training.runs.training_settings import TrainingSettings
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+@dataclass
+class HealSettings(TrainingSettings):
+    """How a student learns from its teacher."""
+
+    tokens: str | None = field(
+        default=None, metadata={"help": "tokens to heal on, such as 2M, instead of steps; the text may repeat"}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "T, which softens the predictions of both models"})
+    labels: float = field(
+        default=0.0, metadata={"help": "share of the loss that is the text's own next token, instead of the teacher's"}
+    )
+    hidden: float = field(
+        default=0.0,
+        metadata={"help": "weight of the error of the hidden states behind matched layers, beside the logits"},
+    )
+    teacher_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "with --hidden: for each layer of the student the teacher's, from 0; default: found by the "
+            "weights, or spread evenly"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens is not None:
+            count_tokens(self.tokens)
+            if self.steps is not None:
+                raise ValueError(f"tokens: expected none beside steps, got {self.tokens!r} and {self.steps}")
+        check_mixture(self.temperature, self.labels)
+        if not 0 <= self.hidden < math.inf:
+            raise ValueError(f"hidden: expected a weight of at least 0, got {self.hidden}")
+        if self.teacher_layers is not None and not self.hidden:
+            raise ValueError("teacher_layers: expected a weight of hidden above 0 beside them, got 0")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps in all: those that were named, or as many as the tokens take."""
+        if self.tokens is None:
+            return super().total_steps
+        return math.ceil(count_tokens(self.tokens) / (self.batch_size * self.sequence_length))
+
+
+def count_tokens(told: str) -> int:
+    """Tokens that "2M", "500k" or "300000" mean.
+
+    Raises:
+        ValueError: anything else, or none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(told).strip().lower())
+    found = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if found < 1:
+        raise ValueError(f"tokens: expected a number such as 2M or 500k, got {told!r}")
+    return found

@@ -1,0 +1,332 @@
+"""Increment: what one adapter adds to a matrix that itself is never written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from hf_cod.functional.low_rank import gradient_basis, lift, project, truncate
+from hf_cod.functional.randomness import generator_of
+from hf_cod.training.owlore.settings import OwLoreSettings
+
+TENSORS = ("N", "P", "A", "B", "lost")
+
+
+class Increment(nn.Module):
+    """D = B A + lift(N, P), added to a frozen matrix W (m, n): what was learnt before, and what is being learnt.
+
+    While P stands still, N trained from 0 by Adam makes W + lift(N, P) what GaLore (arXiv 2403.03507, algorithm 2)
+    makes of W, because the gradient of N is GaLore's projected gradient R. P comes from the first gradient of W after
+    `begin`: it is computed for one matrix at a time inside the backward pass, from the matrix's input and the gradient
+    of its output, so that no base weight is read and nothing of W's size is kept. `fold` moves lift(N, P) into B A,
+    whose rank is bounded by `max_rank`: beyond it the smallest singular values are cut off, and their squares summed up
+    in `lost`.
+
+    At rest N takes no memory, and P, A, B have no columns or rows until they are needed; so has what is saved.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        rank: of N and P, at most min(m, n).
+        max_rank: of B A.
+        held: columns of P and of B, for tensors of these shapes to be loaded.
+        device: of all tensors.
+        dtype: of all tensors; it stays where a model is converted to a narrower one.
+    """
+
+    P: Tensor
+    A: Tensor
+    B: Tensor
+    lost: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        max_rank: int,
+        held: tuple[int, int] = (0, 0),
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.rank, self.max_rank = rank, min(max_rank, in_features, out_features)
+        self.tall = out_features >= in_features
+        self.shape = (out_features, rank) if self.tall else (rank, in_features)
+        basis, learnt = held
+        narrow = min(out_features, in_features)
+        self.N = nn.Parameter(torch.zeros(self.shape if basis else 0, device=device, dtype=dtype))
+        self.register_buffer("P", torch.zeros(narrow, basis, device=device, dtype=dtype))
+        self.register_buffer("A", torch.zeros(learnt, in_features, device=device, dtype=dtype))
+        self.register_buffer("B", torch.zeros(out_features, learnt, device=device, dtype=dtype))
+        self.register_buffer("lost", torch.zeros((), device=device))
+        self.counts: tuple[int, ...] | None = None  # seed of the next basis; set by the optimizer that trains this
+        self.resting = False  # whether an optimizer lets other layers train now
+        self.searching = False  # whether the next gradient gives the basis
+
+    @property
+    def has_basis(self) -> bool:
+        """Whether there is something in N."""
+        return self.P.shape[1] > 0
+
+    @torch.no_grad()
+    def begin(self, *counts: int) -> None:
+        """Lets N train: the next gradient gives its basis, unless it has one (of a run that is resumed)."""
+        if self.has_basis and not bool(self.P.any()):  # room that was held for numbers, which nobody loaded
+            self.P = self.P[:, :0].clone()
+        self.counts, self.resting, self.searching = counts, False, not self.has_basis
+        if self.searching:
+            self.N.data = self.N.new_zeros(self.shape)
+
+    @torch.no_grad()
+    def rest(self) -> None:
+        """Lets N stand still. Where it is 0 its memory is freed; its shape, once a graph has seen it, must stay."""
+        self.counts, self.resting, self.searching = None, True, False
+        self._free()
+
+    def release(self) -> None:
+        """Ends what the optimizer wanted that trained this: another one may begin."""
+        self.counts, self.resting, self.searching = None, False, False
+        self.requires_grad_(True)
+
+    def settle(self) -> None:
+        """Ends the search, behind the step whose gradient gave the basis."""
+        self.searching = self.searching and not self.has_basis
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Moves lift(N, P) into B A; the sum stays what it was, but for what `lost` counts."""
+        if not self.has_basis:
+            return
+        B, A = (self.N, self.P.mT) if self.tall else (self.P, self.N)
+        B, A = torch.cat([self.B, B], 1), torch.cat([self.A, A], 0)
+        self.B, self.A, lost = truncate(B, A, self.max_rank)
+        self.lost += lost
+        self.P, self.searching = self.P[:, :0].clone(), False
+        self.N.data = self.N.new_zeros(self.shape)
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Gives B A its largest rank, of zeros, where it has less: to find out what that takes."""
+        missing = self.max_rank - len(self.A)
+        self.A = torch.cat([self.A, self.A.new_zeros(missing, self.A.shape[1])], 0)
+        self.B = torch.cat([self.B, self.B.new_zeros(len(self.B), missing)], 1)
+
+    def dense(self) -> Tensor:
+        """D (m, n)."""
+        delta = self.B @ self.A
+        return delta + lift(self.N, self.P, self.tall) if self.has_basis else delta
+
+    def lost_energy(self) -> float:
+        """The squares that folds cut off, as a share of those and the squares that are there."""
+        kept = float((self.B.mT.double() @ self.B.double() * (self.A.double() @ self.A.mT.double())).sum())
+        return float(self.lost) / (float(self.lost) + kept) if float(self.lost) else 0.0
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + x D^T, of y = x W^T (..., m) and x (..., n), in y's dtype."""
+        if len(self.A):
+            y = y + _product(x, self.A, self.B, y.dtype)
+        if self.searching:
+            return self._search(y, x) if torch.is_grad_enabled() and self.N.requires_grad else y
+        if self.has_basis:
+            A, B = (self.P.mT, self.N) if self.tall else (self.N, self.P)
+            return y + _product(x, A, B, y.dtype)
+        if self.training and torch.is_grad_enabled() and self.N.requires_grad and self.counts is None:
+            raise ValueError(
+                "optimizer: expected OwLoreAdamW, without which an OwLore adapter does not train; pass "
+                "optimizer_cls_and_kwargs=owlore(...) to the trainer, or make an OwLoreAdamW of the adapted model"
+            )
+        return y
+
+    @torch.compiler.disable
+    def _search(self, y: Tensor, x: Tensor) -> Tensor:
+        return _FirstGradient.apply(y, x, self.N, self)
+
+    def project_first(self, grad: Tensor, x: Tensor) -> Tensor:
+        """The gradient of N from that of y and from x; finds the basis where there is none.
+
+        Processes search together, by the mean of their gradients. One that is 0 gives no basis: the search goes on. Nor
+        does one that is not finite: that of N is then NaN, which whoever looks for it (loss scaling, `OwLoreAdamW`)
+        will see.
+        """
+        G = grad.flatten(0, -2).mT @ x.flatten(0, -2).to(grad.dtype)
+        if not self.has_basis and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(G.div_(torch.distributed.get_world_size()))
+        largest = G.abs().amax()
+        if not bool(largest.isfinite()):
+            return self.N.new_full(self.shape, float("nan"))
+        if not bool(largest > 0):
+            return self.N.new_zeros(self.shape)
+        G.div_(largest)  # the squares of a scaled loss's gradient may overflow, those of a small one vanish
+        if not self.has_basis:
+            assert self.counts is not None
+            self.P = gradient_basis(G, self.rank, generator_of(*self.counts)).to(self.P.dtype)
+        return project(G, self.P).to(self.N.dtype).mul_(largest)
+
+    def _free(self) -> None:
+        if not self.has_basis and self.N.numel():
+            self.N.data = self.N.new_zeros(()).expand(self.shape)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def precise(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            dtype = torch.promote_types(moved.dtype, tensor.dtype)
+            return moved if moved.dtype == dtype else tensor.to(moved.device, dtype)
+
+        super()._apply(precise, recurse)
+        if not self.searching:
+            self._free()  # a tensor that is moved has memory for each number
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Only what has numbers: accelerate takes all tensors without any for one, and writes that one."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        empty = [] if self.has_basis else ["N", "P"]
+        for name in empty if len(self.A) else [*empty, "A", "B"]:
+            del destination[f"{prefix}{name}"]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes what was saved, and its ranks; what was not saved is empty."""
+        if f"{prefix}lost" not in state_dict:
+            missing_keys.append(f"{prefix}lost")
+            return
+        empty = {"N": self.N[:0], "P": self.P[:, :0], "A": self.A[:0], "B": self.B[:, :0]}
+        found = {name: state_dict.get(f"{prefix}{name}", empty.get(name)).detach() for name in TENSORS}
+        self._check(found, prefix)
+        device = found["lost"].device if self.N.device.type == "meta" else self.N.device
+        for name in ("P", "A", "B", "lost"):
+            setattr(self, name, found[name].to(device, getattr(self, name).dtype, copy=True))
+        if self.N.device.type == "meta":
+            empty_N = torch.empty(0, device=device, dtype=self.N.dtype)
+            self.N = nn.Parameter(empty_N, requires_grad=self.N.requires_grad)
+        self.searching = self.counts is not None and not self.has_basis
+        if self.has_basis:
+            self.N.data = found["N"].to(device, self.N.dtype, copy=True)
+        elif self.searching:
+            self.N.data = self.N.new_zeros(self.shape)
+        else:
+            self._free()
+
+    def _check(self, found: dict[str, Tensor], prefix: str) -> None:
+        """Raises where tensors are of another rank or of another matrix."""
+        rank = found["P"].shape[1]
+        if rank not in (0, self.rank):
+            raise ValueError(f"r: expected {rank} as in the saved adapter, got {self.rank} ({prefix.rstrip('.')})")
+        m, n = self.B.shape[0], self.A.shape[1]
+        k = found["A"].shape[0]
+        shapes = {"N": self.shape, "P": (min(m, n), rank), "A": (k, n), "B": (m, k)}
+        for name in shapes if rank else ("A", "B"):
+            if found[name].shape != shapes[name]:
+                raise ValueError(
+                    f"adapter: expected one of a matrix with {m} outputs and {n} inputs, got {name} of "
+                    f"{tuple(found[name].shape)} ({prefix.rstrip('.')})"
+                )
+
+
+class _FirstGradient(torch.autograd.Function):
+    """Passes y on; gives N the gradient that it will have once there is a basis."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, N: Tensor, increment: Increment) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.increment = increment
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grad, None, ctx.increment.project_first(grad, x), None
+
+
+def _product(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """x A^T B^T in a dtype, into which the factors are cast, not the larger x where it has it already."""
+    return linear(linear(x.to(dtype), A.to(dtype)), B.to(dtype)).to(dtype)
+
+
+# What an adapter decides itself, or what means nothing for one.
+_NOT_OURS = {
+    "rank": "leave it to OwLoreConfig(r=...)",
+    "scale": "an adapter's gradient takes none; set lr",
+    "train_embeddings": "name them in OwLoreConfig(modules_to_save=...)",
+    "deselected": "the moments of an increment that is folded belong to no basis any more",
+}
+
+
+class Increments:
+    """The increments of OwLore adapters whose N an optimizer holds; none where the model has no such adapters.
+
+    Args:
+        layers: the model's layers.
+        trained: of each layer the parameters that are trained.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], trained: Sequence[Sequence[nn.Parameter]]) -> None:
+        self._layers: list[list[Increment]] = []
+        for layer, parameters in zip(layers, trained, strict=True):
+            ours = {id(p) for p in parameters}
+            self._layers.append([m for m in layer.modules() if isinstance(m, Increment) and id(m.N) in ours])
+
+    def __iter__(self) -> Iterator[Increment]:
+        return (increment for layer in self._layers for increment in layer)
+
+    def settings(self, settings: OwLoreSettings, given: Mapping[str, Any]) -> OwLoreSettings:
+        """The settings of the optimizer: N is trained in full rank.
+
+        Raises:
+            ValueError: settings were given that an adapter decides itself.
+        """
+        if not any(self):
+            return settings
+        for name, reason in _NOT_OURS.items():
+            if name in given and given[name] != OwLoreSettings.__dataclass_fields__[name].default:
+                raise ValueError(f"{name}: expected none beside an OwLore adapter, got {given[name]!r}; {reason}")
+        return replace(settings, rank=None)
+
+    def described(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed."""
+        found = [*self]
+        if not found:
+            return {}
+        return {"r": max(m.rank for m in found), "max_rank": max(m.max_rank for m in found)}
+
+    def shapes(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, list[int]]:
+        """Parameter -> shape; of an N the one that it has while it trains."""
+        known = {increment.N: increment.shape for increment in self}
+        return {p: list(known.get(p, p.shape)) for p in parameters}
+
+    def begin(self, active: Sequence[int], seed: int, draw: int) -> None:
+        """Lets the increments of these layers train, and the others rest."""
+        number = 0
+        for index, layer in enumerate(self._layers):
+            for increment in layer:
+                if index in active:
+                    increment.begin(seed, draw, number)
+                else:
+                    increment.rest()
+                number += 1
+
+    def settle(self) -> None:
+        """To be called behind each step."""
+        for increment in self:
+            increment.settle()
+
+    def fold(self) -> None:
+        """Ends the interval: what was learnt joins what was learnt before."""
+        for increment in self:
+            increment.fold()

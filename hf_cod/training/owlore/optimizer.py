@@ -1,0 +1,326 @@
+"""OwLoreAdamW: few layers at a time, drawn by their outliers, with low-rank moments."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, is_initialized
+from torch import Tensor, nn
+
+from hf_cod.functional.randomness import generator_of
+from hf_cod.scoring.allocation import LayerAllocation
+from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, hook_gradient, refuse_shards, release
+from hf_cod.training.owlore.eight_bit import codebook
+from hf_cod.training.owlore.increment import Increments
+from hf_cod.training.owlore.moments import adam_direction, apply_direction, is_projected, refresh_basis
+from hf_cod.training.owlore.sampling import check_hyperparameters, check_rank, make_sampler
+from hf_cod.training.owlore.settings import OwLoreSettings
+
+logger = logging.getLogger(__name__)
+
+# Steps in a row without finite gradients, after which a training is beyond help.
+PATIENCE = 10
+KEY = "owlore"
+_BASIS, _ROUNDING = 1, 2  # what a generator is for
+
+
+class OwLoreAdamW(torch.optim.Optimizer):
+    """AdamW that trains `n_active` layers at a time, each matrix in the low-rank space of its gradient.
+
+    OwLore (Li et al. 2024, arXiv 2405.18380, algorithm 1; later OWS): every `interval` steps layers are drawn
+    without replacement, with probability proportional to their scores (`LayerSampler`); the others are frozen, so that
+    they need neither gradients nor moments, and the backward pass ends at the lowest layer that trains. Gradients of
+    matrices are projected (GaLore, arXiv 2403.03507) on the leading directions of the first one after each draw.
+    `scores=None` with `rank=None` is LISA (arXiv 2403.17919); with all layers active it is GaLore.
+
+        optimizer = OwLoreAdamW(model, scores, lr=3e-4)                             # in a loop of your own
+        Trainer(model, args, optimizer_cls_and_kwargs=owlore(scores, lr=3e-4))      # in Trainer and TRL
+
+    Unlike the authors' code: layers change inside `step`, and a resumed run goes on with the layers that it had;
+    moments are float32 under bfloat16 weights; the state of layers that are left is dropped (or kept, or offloaded); a
+    layer that comes back gets a fresh basis; no layer has probability 0 (`floor`). Embeddings and head are frozen by
+    default, the norm behind the last layer always trains, in full rank.
+
+    Of a model with PEFT adapters only those train, a few layers' at a time. LoRA's need `rank=None`; OwLore's
+    (`OwLoreConfig`) have a rank of their own: their gradients are projected ones already, found by the first gradient
+    after each draw, and what was learnt is folded at the next draw.
+
+    The gradients of layers are averaged over processes here, because DDP leaves the layers alone. A step whose
+    gradients are not finite changes nothing and says so; ten of them in a row raise.
+
+    Args:
+        model: a transformers model on its device, before it is wrapped. What is frozen already stays so, but for what
+            an earlier OwLoreAdamW of it froze.
+        scores: `LayerScores` of this model, or a `LayerAllocation` of "probability"; None: all layers alike. Layers in
+            which nothing can train are not drawn.
+        lr: learning rate.
+        betas: Adam's.
+        eps: Adam's.
+        weight_decay: decoupled.
+        **settings: fields of `OwLoreSettings`.
+
+    Raises:
+        ValueError: bad settings, more layers than the model has, a rank above a layer's width, scores of another model,
+            sharded parameters; in `step`: gradients that are not finite too often.
+        ImportError: 8-bit moments without bitsandbytes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scores: LayerScores | LayerAllocation | None = None,
+        *,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        self.settings = OwLoreSettings(**settings)
+        check_hyperparameters(lr, betas, eps, weight_decay)
+        if self.settings.moments == "8bit":
+            codebook(signed=True), codebook(signed=False)  # now, rather than in a step, if bitsandbytes is missing
+        others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
+        self.layers = ActiveLayers(model, others)
+        self.increments = Increments(list(self.layers.stack), self.layers.layers)
+        self.settings = self.increments.settings(self.settings, settings)
+        self.sampler = make_sampler(scores, self.layers, self.settings)
+        check_rank(self.settings.rank, self.layers)
+        groups: list[dict[str, Any]] = [{"params": p, "layer": i} for i, p in enumerate(self.layers.layers) if p]
+        if self.layers.always:
+            groups.append({"params": self.layers.always, "layer": None})
+        common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "scale": self.settings.scale}
+        super().__init__(groups, common)
+        self.steps, self._failures = 0, 0
+        self._numbers = {p: number for number, (p, _) in enumerate(self._parameters())}
+        self._shapes = self.increments.shapes(self._numbers)
+        self._fused = UpdateInBackward(self, self._numbers) if self.settings.fused else None
+        self._step_supports_amp_scaling = self.settings.fused  # GradScaler then calls `step`, which can say why not
+        self.layers.end_at_lowest()
+        self._activate()
+
+    @property
+    def draw(self) -> int:
+        """Number of the present draw of layers, from 0."""
+        return self.steps // self.settings.interval
+
+    @property
+    def active(self) -> list[int]:
+        """The layers that train now."""
+        return self.layers.active
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates what trains, and draws other layers when it is time."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._fused is not None:
+            self._fused.end_step(scaled=hasattr(self, "found_inf"))
+        elif self._finite():
+            for parameter, group in self._trained():
+                self._update(parameter, group)
+        self.increments.settle()
+        self.layers.end_at_lowest()  # checkpointing may have been turned on since
+        self.steps += 1
+        if self.steps % self.settings.interval == 0:
+            self.increments.fold()
+            self._activate()
+        return loss
+
+    def release(self) -> None:
+        """Lets train again what this froze, and takes its hooks away; this optimizer is of no use any more.
+
+        Another OwLoreAdamW of the same model does so by itself.
+        """
+        release(self.layers.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, bases and the number of steps: all that an exact resume needs."""
+        return {
+            **super().state_dict(),
+            KEY: {"steps": self.steps, "shapes": [*self._shapes.values()], **self._described()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave, in the precision that it has, and activates the layers of that step.
+
+        Raises:
+            ValueError: it is of another optimizer, of other settings or of another model.
+        """
+        saved = state_dict.get(KEY)
+        if saved is None:
+            raise ValueError(f"state_dict: expected one of OwLoreAdamW, got one without {KEY!r}")
+        for name, value in self._described().items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"{name}: expected {saved.get(name)!r} as in the checkpoint, got {value!r}; resume with the same "
+                    "settings, or start anew"
+                )
+        groups = self.param_groups, state_dict["param_groups"]
+        counts = [[len(group["params"]) for group in side] for side in groups]
+        if counts[0] != counts[1]:
+            raise ValueError(f"state_dict: expected groups of {counts[0]} parameters, got {counts[1]}")
+        for own_shape, shape in zip(self._shapes.values(), saved["shapes"], strict=True):
+            if own_shape != shape:
+                raise ValueError(f"model: expected a parameter of {shape} as in the checkpoint, got one of {own_shape}")
+        for group, other in zip(*groups, strict=True):
+            group.update({key: value for key, value in other.items() if key != "params"})
+        own, theirs = ([p for group in side for p in group["params"]] for side in groups)
+        states = {p: state_dict["state"].get(key, {}) for p, key in zip(own, theirs, strict=True)}
+        self.state = defaultdict(dict, {p: {k: v.clone() for k, v in s.items()} for p, s in states.items() if s})
+        self.steps = int(saved["steps"])
+        self._activate()
+
+    def _described(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed, as plain numbers and strings."""
+        free = ("fused", "deselected")
+        settings = {k: v for k, v in asdict(self.settings).items() if k not in free}
+        probabilities = [round(p, 12) for p in self.sampler.probabilities]
+        return {**settings, **self.increments.described(), "probabilities": probabilities}
+
+    def _parameters(self) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                yield parameter, group
+
+    def _trained(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+        """What trains now and has a gradient.
+
+        Raises:
+            ValueError: no layer has one, or parameters are not what they were.
+        """
+        active = [(p, g) for p, g in self._parameters() if g["layer"] is None or g["layer"] in self.active]
+        found = [(p, group) for p, group in active if p.grad is not None]
+        if not any(group["layer"] is not None for _, group in found):
+            refuse_shards(self.layers.model)
+            raise ValueError(
+                "gradients: expected those of layers that train, got none; call backward before step, on the model "
+                "that the optimizer was made of"
+            )
+        if any(self._shapes.get(p) != list(p.shape) for p, _ in found):
+            raise ValueError(SHARDED)
+        return found
+
+    def _activate(self) -> None:
+        """Lets the layers of the present draw train, and sees to the state of the others."""
+        self.layers.activate(self.sampler.draw(self.draw))
+        self.increments.begin(self.active, self.settings.seed, self.draw)
+        if self.settings.deselected == "keep":
+            return
+        for parameter, group in self._parameters():
+            if group["layer"] is None or group["layer"] in self.active:
+                continue
+            if self.settings.deselected == "drop":
+                self.state.pop(parameter, None)
+            elif parameter in self.state:
+                self.state[parameter] = {k: v.cpu() for k, v in self.state[parameter].items()}
+
+    def update(self, parameter: nn.Parameter) -> None:
+        """AdamW of one parameter by its gradient: what the backward pass calls with `fused`."""
+        self._update(parameter, next(g for g in self.param_groups if any(p is parameter for p in g["params"])))
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        grad, state, number = parameter.grad, self.state[parameter], self._numbers[parameter]
+        assert grad is not None
+        for key in state.keys() - {"step", "draw"}:
+            state[key] = state[key].to(parameter.device)  # it may have been offloaded
+        rank, seed = self.settings.rank, self.settings.seed
+        if group["layer"] is not None and is_projected(parameter, rank):
+            refresh_basis(state, grad, rank or 0, self.draw, generator_of(seed, self.draw, number, _BASIS))
+        N = adam_direction(state, grad, group["betas"], group["eps"], self.settings.moments == "8bit")
+        generator: torch.Generator | None = None
+        if parameter.dtype == torch.bfloat16 and self.settings.rounding == "stochastic":
+            generator = generator_of(seed, self.steps, number, _ROUNDING, device=parameter.device)
+        apply_direction(parameter, N, state.get("basis"), group, generator)
+
+    def _finite(self) -> bool:
+        """Whether all gradients are finite; counts and tells the steps where they are not."""
+        grads = [p.grad for p, _ in self._trained() if p.grad is not None]
+        norms = torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(grads, ord=float("inf"))])
+        if bool(norms.isfinite().all()):
+            self._failures = 0
+            return True
+        self._failures += 1
+        if self._failures >= PATIENCE:
+            raise ValueError(
+                f"gradients: expected finite numbers, got NaN or infinity in {PATIENCE} steps one after another; lower "
+                "the learning rate"
+            )
+        logger.warning(f"step {self.steps}: gradients are not finite, nothing is updated")
+        return False
+
+
+class OwLoreFactory:
+    """Makes an OwLoreAdamW of the model that Trainer trains; see `owlore`."""
+
+    def __call__(self, model: nn.Module, **arguments: Any) -> OwLoreAdamW:
+        """What Trainer calls."""
+        return OwLoreAdamW(model, **arguments)
+
+
+def owlore(
+    scores: LayerScores | LayerAllocation | None = None, *, lr: float = 3e-4, **arguments: Any
+) -> tuple[type, dict[str, Any]]:
+    """What Trainer and TRL's trainers take as `optimizer_cls_and_kwargs`; the arguments are those of `OwLoreAdamW`.
+
+    Trainer hands its own learning rate, decay and betas to optimizers that it knows alone, so they are given here.
+    """
+    return OwLoreFactory, {"scores": scores, "lr": lr, **arguments}
+
+
+class UpdateInBackward:
+    """Lets an optimizer update each weight as soon as its gradient is whole; nothing once the optimizer is gone.
+
+    Args:
+        optimizer: whose `update` is called.
+        parameters: what it trains.
+
+    Raises:
+        ValueError: in a backward pass: a second one in a step, several processes, gradients that are not finite; under
+            loss scaling, here if accelerate knows of it, else in the first step.
+    """
+
+    def __init__(self, optimizer: OwLoreAdamW, parameters: Iterable[nn.Parameter]) -> None:
+        if is_initialized() and AcceleratorState().mixed_precision == "fp16":
+            raise ValueError(f"fused: {_SCALED}")
+        self._optimizer = weakref.ref(optimizer)
+        self._updated: set[Tensor] = set()
+        for parameter in parameters:
+            hook_gradient(parameter, self)
+
+    @torch.no_grad()
+    def __call__(self, parameter: nn.Parameter) -> None:
+        """The hook."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        if parameter in self._updated:
+            raise ValueError("fused: expected one backward pass a step, got more; accumulation needs fused=False")
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError("fused: expected one process, got several; set fused=False")
+        if not bool(torch.isfinite(parameter.grad).all()):  # type: ignore[arg-type]
+            raise ValueError(
+                "gradients: expected finite numbers, got NaN or infinity; set fused=False to skip such steps"
+            )
+        optimizer.update(parameter)
+        parameter.grad = None
+        self._updated.add(parameter)
+
+    def end_step(self, scaled: bool) -> None:
+        """What is left to do in `step`; `scaled`: a GradScaler called for it."""
+        if scaled:
+            raise ValueError(f"fused: {_SCALED}; the weights have moved once by a scaled gradient")
+        self._updated.clear()
+
+
+_SCALED = "expected no loss scaling, got a GradScaler; train in bfloat16, or set fused=False"

@@ -1,0 +1,71 @@
+"""What OwLore can be told; the help texts feed the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+DEFAULT_FLOOR = 0.2
+DESELECTED = ("drop", "keep", "offload")
+ROUNDINGS = ("stochastic", "nearest")
+MOMENTS = ("float32", "8bit")
+
+
+@dataclass
+class OwLoreSettings:
+    """Which layers train when, and how.
+
+    Defaults are the paper's for LLaMA2-7B (arXiv 2405.18380, appendix A), but for the floor.
+    """
+
+    n_active: int = field(default=5, metadata={"help": "layers that train at a time, gamma"})
+    interval: int = field(default=50, metadata={"help": "optimizer steps until other layers are drawn, K"})
+    rank: int | None = field(
+        default=128,
+        metadata={"help": "rank that gradients of matrices are projected to (GaLore); 0 or None: full rank"},
+    )
+    scale: float = field(default=1.0, metadata={"help": "factor of projected updates, GaLore's alpha"})
+    floor: float = field(
+        default=DEFAULT_FLOOR,
+        metadata={"help": "share of the probability that all layers have alike, so that each one is drawn; 1 is LISA"},
+    )
+    deselected: str = field(
+        default="drop",
+        metadata={
+            "help": "what becomes of the optimizer state of layers that are not drawn again",
+            "choices": list(DESELECTED),
+        },
+    )
+    train_embeddings: bool = field(
+        default=False, metadata={"help": "also train embeddings and head, in full rank, at all times (as LISA does)"}
+    )
+    moments: str = field(
+        default="float32",
+        metadata={"help": "how Adam's moments are kept; 8bit needs bitsandbytes", "choices": list(MOMENTS)},
+    )
+    rounding: str = field(
+        default="stochastic",
+        metadata={
+            "help": "how bfloat16 weights take an update; to nearest loses those below 1/512 of a weight",
+            "choices": list(ROUNDINGS),
+        },
+    )
+    fused: bool = field(
+        default=False,
+        metadata={
+            "help": "update each weight inside the backward pass and free its gradient at once; without accumulation, "
+            "clipping (set max_grad_norm to 0), loss scaling and several processes"
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "of the draws"})
+
+    def __post_init__(self) -> None:
+        self.rank = self.rank or None
+        for name, least in (("n_active", 1), ("interval", 1), ("rank", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale: expected a finite number above 0, got {self.scale}")
+        for name, allowed in (("deselected", DESELECTED), ("rounding", ROUNDINGS), ("moments", MOMENTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")

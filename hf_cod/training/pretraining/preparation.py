@@ -1,0 +1,219 @@
+"""From settings to what a training loop needs: tokenizer, model, packed text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub import cached_assets_path
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from transformers import AutoTokenizer, set_seed
+
+from hf_cod.io.files import fingerprint, write_json
+from hf_cod.io.packing import PackedStream, PackedText, pack, pack_once, tokenizer_identity, train_tokenizer
+from hf_cod.io.text import TextSettings, load_rows, load_texts
+from hf_cod.models import CodLlamaForCausalLM
+from hf_cod.training.pretraining.recipes import PretrainSettings, Recipe, model_config
+from hf_cod.training.runs.run_directory import SETTINGS, last_steps
+
+HELD_OUT_SHARE = 0.02  # of the windows, where no text to validate on is named
+PROBE_SAMPLES = 8
+# What may differ when a run goes on: it decides when something is written, or memory and speed, not what is learnt.
+FREE = ("output", "micro_batch_size", "compile", "save_every", "evaluate_every", "diagnose_every", "log_every")
+
+
+@dataclass
+class Prepared:
+    """What a training loop needs.
+
+    Attributes:
+        tokenizer: the tokenizer of model and text.
+        model: a freshly initialised model, float32.
+        train: window i of the run, as input_ids and labels: `PackedText`, or `PackedStream` for streamed text.
+        validation: windows that are never trained on.
+    """
+
+    tokenizer: Any
+    model: CodLlamaForCausalLM
+    train: Dataset
+    validation: Dataset
+
+    @property
+    def probe(self) -> list[dict[str, Tensor]]:
+        """The few validation windows that the layers are watched on."""
+        return as_batches(Subset(self.validation, range(min(PROBE_SAMPLES, len(self.validation)))), PROBE_SAMPLES)  # type: ignore[arg-type]
+
+    @property
+    def streams(self) -> bool:
+        """Whether the text is tokenized while training."""
+        return isinstance(self.train, PackedStream)
+
+
+def prepare(settings: PretrainSettings) -> Prepared:
+    """Gets or trains the tokenizer, tokenizes and packs the text (once, then from a cache), builds the model.
+
+    Called on every process; the first one does the work that goes into the cache. A tokenizer that is trained here sees
+    the whole text, windows that are held out included.
+
+    Raises:
+        ValueError: no such text, column or tokenizer, too little text, or an output directory of another run.
+    """
+    recipe = settings.recipe
+    texts = _text_settings(settings, recipe)
+    with PartialState().main_process_first():
+        claim(settings)
+        tokenizer = _tokenizer(recipe, texts)
+        if recipe.stream:
+            bookmarks = Path(str(settings.output)) / "bookmarks.jsonl"
+            rows = load_rows(texts)
+            train: Dataset = PackedStream(rows, texts.text_column, tokenizer, recipe.sequence_length, bookmarks)
+            held_out = None
+        else:
+            name = fingerprint(_source(texts), recipe.sequence_length, tokenizer_identity(tokenizer))
+            windows = pack_once(_cache(f"{name}.safetensors"), tokenizer, load_texts(texts), recipe.sequence_length)
+            held_out = None if settings.validation_text else _held_out(len(windows), settings.validation_samples)
+            kept = windows if held_out is None else windows[: len(windows) - held_out]
+            train = PackedText(kept, recipe.steps * recipe.batch_size, settings.seed)
+        validation = windows[len(windows) - held_out :] if held_out else _validation(settings, recipe, texts, tokenizer)
+    model = build_model(recipe, settings.norm_placement, settings.seed, tokenizer)
+    return Prepared(tokenizer, model, train, PackedText(validation, len(validation), seed=0))
+
+
+def build_model(recipe: Recipe, norm_placement: str, seed: int, tokenizer: Any) -> CodLlamaForCausalLM:
+    """A freshly initialised model; the same seed gives every placement the same weights before its own scaling.
+
+    Raises:
+        ValueError: the tokenizer has ids that the model's embedding lacks.
+    """
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = model_config(recipe, norm_placement, use_cache=False, pad_token_id=tokenizer.pad_token_id, **special)
+    # T5's last hundred ids mark blanks to be filled in; plain text never has them, and the papers' models neither.
+    highest = max(
+        (i for token, i in tokenizer.get_vocab().items() if not re.match(r"<extra_id_\d+>", token)), default=0
+    )
+    if highest >= config.vocab_size:
+        raise ValueError(
+            f"tokenizer: expected ids below the model's vocabulary of {config.vocab_size}, got {highest}; "
+            "choose another tokenizer, or a preset with a larger vocabulary"
+        )
+    set_seed(seed)
+    return CodLlamaForCausalLM(config)
+
+
+def _text_settings(settings: PretrainSettings, recipe: Recipe) -> TextSettings:
+    return TextSettings(
+        text=recipe.text,
+        text_column=settings.text_column,
+        text_split=settings.text_split,
+        text_config=recipe.text_config,
+    )
+
+
+def _source(texts: TextSettings) -> list[Any]:
+    """What tells one text from another; local files also by their sizes and times."""
+    path = Path(texts.text or "")
+    local: list[Any] = []
+    if texts.text and path.exists():
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        local = [path.resolve().as_posix(), *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
+    return [texts.text, texts.text_column, texts.text_split, texts.text_config, *local]
+
+
+def _cache(name: str) -> Path:
+    return Path(cached_assets_path(library_name="hf_cod", namespace="pretraining", subfolder="text")) / name
+
+
+def _tokenizer(recipe: Recipe, texts: TextSettings) -> Any:
+    if recipe.tokenizer is not None:
+        try:
+            return AutoTokenizer.from_pretrained(recipe.tokenizer)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"tokenizer: expected a Hub id or a directory, got {recipe.tokenizer!r}: {error}"
+            ) from error
+    vocabulary = model_config(recipe, "pre").vocab_size
+    folder = _cache(f"tokenizer-{fingerprint(_source(texts), vocabulary)}")
+    if not folder.is_dir():
+        trained = train_tokenizer(load_texts(texts), vocabulary)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            trained.save_pretrained(Path(aside) / "whole")
+            try:
+                os.rename(Path(aside) / "whole", folder)
+            except OSError:  # another run has just made the same one
+                if not folder.is_dir():
+                    raise
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _held_out(windows: int, most: int) -> int:
+    if windows < 2:
+        raise ValueError(f"text: expected at least two windows, one of them to validate on, got {windows}")
+    return min(most, max(1, round(HELD_OUT_SHARE * windows)))
+
+
+def _validation(settings: PretrainSettings, recipe: Recipe, texts: TextSettings, tokenizer: Any) -> Tensor:
+    source: Iterable[str]
+    if settings.validation_text is not None:
+        source = load_texts(replace(texts, text=settings.validation_text, text_config=None))
+    elif recipe.validation_split is not None:
+        source = load_texts(replace(texts, text_split=recipe.validation_split))
+    else:
+        raise ValueError("validation_text: expected a text to validate on beside streamed text, got none")
+    return pack(tokenizer, source, recipe.sequence_length, most=settings.validation_samples)
+
+
+def as_batches(dataset: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
+    """A data set's windows as batches of input_ids (S, T), for `perplexity` and `diagnose`."""
+    ids = torch.stack([dataset[i]["input_ids"] for i in range(len(dataset))])  # type: ignore[arg-type]
+    return [{"input_ids": part} for part in ids.split(batch_size)]
+
+
+def claim(settings: PretrainSettings) -> None:
+    """Marks the output directory as this run's, so that no other run goes on from its checkpoints or takes its report.
+
+    Raises:
+        ValueError: it holds checkpoints or the report of a run with other settings, or on a text of another size.
+    """
+    folder = Path(str(settings.output))
+    told = {name: value for name, value in settings.describe().items() if name not in FREE}
+    wanted = json.loads(json.dumps({**told, "text_size": text_size(settings.recipe.text)}))
+    found = _settings_of(folder)
+    if found and (last_steps(folder) or (folder / "report.json").is_file()):
+        for name, value in wanted.items():
+            if name in found and found[name] != value:
+                raise ValueError(
+                    f"{name}: expected {found[name]!r}, with which the run in {str(folder)!r} was made, got {value!r}; "
+                    "name another --output, or remove that one"
+                )
+    if found != wanted:
+        write_json(folder / SETTINGS, wanted)
+
+
+def text_size(text: str | None) -> list[Any]:
+    """Bytes of a local text; of a directory those of each file, by name. Empty for a data set of the Hub."""
+    path = Path(text or "")
+    if text and path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return [[file.relative_to(path).as_posix(), file.stat().st_size] for file in files]
+    return [path.stat().st_size] if text and path.is_file() else []
+
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    """What the directory's run was told: its own note, or its report's."""
+    for file, key in ((SETTINGS, None), ("report.json", "settings")):
+        try:
+            content = json.loads((folder / file).read_text(encoding="utf-8"))
+            return content if key is None else content[key]
+        except (OSError, ValueError, KeyError):
+            continue
+    return {}

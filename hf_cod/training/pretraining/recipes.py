@@ -1,0 +1,202 @@
+"""Recipes of pre-training: the papers' settings by model size, one for a laptop, and what a run may change of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from hf_cod.io.text import TextSettings
+from hf_cod.models import CodLlamaConfig, llama_preset
+
+WARMUP_SHARE = 0.1
+FINAL_LEARNING_RATE_SHARE = 0.1  # the cosine ends here
+VALID_PLACEMENTS = CodLlamaConfig.valid_placements()
+PRECISIONS = ("bf16", "float32")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a model learns, but for its norm placement and its seed.
+
+    Attributes:
+        size: size of `llama_preset`.
+        learning_rate: the schedule's peak, after the warm-up.
+        steps: optimizer steps.
+        batch_size: sequences in one optimizer step, over all processes.
+        micro_batch_size: sequences in one forward pass of one process; decides memory and speed, not the result.
+        sequence_length: tokens in a sequence.
+        tokenizer: Hub id or directory; None to train a byte-pair encoding on the text itself.
+        text: data set, file or None for the embedded novel.
+        text_config: configuration of the data set.
+        validation_split: split of the data set to validate on; None to hold out a share of the text.
+        stream: whether text is tokenized while training, because there is too much to do it first.
+        model_fields: fields of the model's configuration that differ from the size's.
+    """
+
+    size: str
+    learning_rate: float
+    steps: int
+    batch_size: int = 512
+    micro_batch_size: int = 64
+    sequence_length: int = 256
+    tokenizer: str | None = "google-t5/t5-base"
+    text: str | None = "allenai/c4"
+    text_config: str | None = "en"
+    validation_split: str | None = "validation"
+    stream: bool = True
+    model_fields: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def warmup_steps(self) -> int:
+        """A tenth of the steps, as in the paper (the authors' script for 1B warms up for a hundredth)."""
+        return max(1, round(WARMUP_SHARE * self.steps))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen in training."""
+        return self.steps * self.batch_size * self.sequence_length
+
+
+_LAPTOP_MODEL: tuple[tuple[str, Any], ...] = (
+    ("hidden_size", 128),
+    ("intermediate_size", 344),
+    ("num_hidden_layers", 12),
+    ("num_attention_heads", 2),  # heads of 64 channels, as in the 130M model
+    ("max_position_embeddings", 256),
+    ("vocab_size", 4096),  # as many as let the layers, not the embeddings, hold most of the parameters
+    ("attn_implementation", "eager"),  # on a CPU, at 256 tokens, a third faster than PyTorch's fused attention
+)
+
+# Sun et al. 2025 (arXiv 2502.05795), section 5 and the authors' scripts: Adam without weight decay or clipping, cosine
+# to a tenth. Where we deviate: text is packed (theirs is cut and padded at 256 tokens), weights and optimizer stay in
+# float32 under bf16 autocast (theirs are bf16 throughout, which loses updates below 1/256 of a weight), and the
+# peak of "tiny", which no paper has, was searched for.
+RECIPES: dict[str, Recipe] = {
+    "tiny": Recipe(
+        size="130M",
+        learning_rate=2e-3,
+        steps=5000,
+        batch_size=8,
+        micro_batch_size=8,
+        tokenizer=None,
+        text=None,
+        text_config=None,
+        validation_split=None,
+        stream=False,
+        model_fields=_LAPTOP_MODEL,
+    ),
+    "130M": Recipe(size="130M", learning_rate=1e-3, steps=20_000),
+    "250M": Recipe(size="250M", learning_rate=1e-3, steps=40_000),
+    "350M": Recipe(size="350M", learning_rate=5e-4, steps=60_000),
+    "1B": Recipe(size="1B", learning_rate=5e-4, steps=100_000, micro_batch_size=16),
+}
+
+
+@dataclass
+class PretrainSettings(TextSettings):
+    """A run of pre-training: a recipe, what differs from it, and where results go."""
+
+    text: str | None = field(
+        default=None,
+        metadata={"help": "text file (.txt, .jsonl, .csv, .parquet) or data set name; default: the preset's"},
+    )
+    preset: str = field(default="tiny", metadata={"help": "recipe to follow", "choices": list(RECIPES)})
+    norm_placement: str = field(
+        default="lns", metadata={"help": "where the norms stand", "choices": list(VALID_PLACEMENTS)}
+    )
+    learning_rate: float | None = field(default=None, metadata={"help": "peak learning rate; default: the preset's"})
+    steps: int | None = field(default=None, metadata={"help": "optimizer steps; default: the preset's"})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "sequences in one step, over all processes; default: the preset's"}
+    )
+    micro_batch_size: int | None = field(
+        default=None, metadata={"help": "sequences in one forward pass of a process; default: the preset's"}
+    )
+    sequence_length: int | None = field(default=None, metadata={"help": "tokens in a sequence; default: the preset's"})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or directory; default: the preset's, which for tiny is trained on the text"},
+    )
+    validation_text: str | None = field(
+        default=None, metadata={"help": "text to validate on; default: the data set's split, or a held-out share"}
+    )
+    validation_samples: int = field(default=256, metadata={"help": "sequences to validate on, at most"})
+    stream: bool = field(
+        default=False, metadata={"help": "tokenize --text while training, because there is too much to do it first"}
+    )
+    precision: str = field(
+        default="bf16", metadata={"help": "bf16: autocast over float32 weights", "choices": list(PRECISIONS)}
+    )
+    compile: bool = field(default=False, metadata={"help": "torch.compile: worth its minute in runs of some minutes"})
+    seed: int = field(default=0, metadata={"help": "seed of the weights and of the order of the text"})
+    output: str | None = field(
+        default=None, metadata={"help": "directory for checkpoints, model and report; default: hf-cod-pretrain-..."}
+    )
+    save_every: int = field(default=200, metadata={"help": "steps between checkpoints; a killed run goes on from one"})
+    evaluate_every: int = field(default=200, metadata={"help": "steps between validations"})
+    diagnose_every: int = field(default=100, metadata={"help": "steps between measurements of the layers"})
+    log_every: int = field(default=10, metadata={"help": "steps between logged losses"})
+
+    def __post_init__(self) -> None:
+        for name, valid in (("preset", RECIPES), ("norm_placement", VALID_PLACEMENTS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
+        counts = ("steps", "batch_size", "micro_batch_size", "validation_samples")
+        for name in (*counts, "save_every", "evaluate_every", "diagnose_every", "log_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.stream and self.text is None and not RECIPES[self.preset].stream:
+            raise ValueError(f"stream: expected a --text to stream, got none with the preset {self.preset}")
+        if self.save_every % self.log_every:
+            raise ValueError(
+                f"save_every: expected a multiple of log_every ({self.log_every}), so that no loss is lost between a "
+                f"checkpoint and the log, got {self.save_every}"
+            )
+        if self.output is None:
+            self.output = f"hf-cod-pretrain-{self.preset}-{self.norm_placement}-seed{self.seed}"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The preset with what this run changes of it."""
+        recipe = RECIPES[self.preset]
+        named = ("learning_rate", "steps", "batch_size", "micro_batch_size", "sequence_length", "tokenizer")
+        changed = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
+        if self.batch_size is not None and self.micro_batch_size is None:
+            changed["micro_batch_size"] = min(recipe.micro_batch_size, self.batch_size)
+        if self.text is not None:
+            own = {"text": self.text, "text_config": self.text_config, "stream": self.stream}
+            changed.update(own, validation_split=None)
+        elif self.text_config is not None:
+            changed["text_config"] = self.text_config
+        return replace(recipe, **changed)
+
+    def describe(self) -> dict[str, Any]:
+        """Every setting of the run, the recipe's filled in."""
+        recipe = {name: value for name, value in asdict(self.recipe).items() if name != "model_fields"}
+        return {**asdict(self), **recipe}
+
+
+def model_config(recipe: Recipe, norm_placement: str, **fields: Any) -> CodLlamaConfig:
+    """The configuration of a recipe's model.
+
+    Args:
+        recipe: which model.
+        norm_placement: where its norms stand.
+        **fields: further fields of the configuration; they win over the recipe's.
+    """
+    return llama_preset(recipe.size, norm_placement, **{**dict(recipe.model_fields), **fields})
+
+
+def accumulation_steps(recipe: Recipe, processes: int) -> int:
+    """Forward passes of each process that make one optimizer step.
+
+    Raises:
+        ValueError: the batch cannot be divided evenly.
+    """
+    together = recipe.micro_batch_size * processes
+    if recipe.batch_size % together:
+        raise ValueError(
+            f"micro_batch_size: expected batch_size {recipe.batch_size} to be a multiple of micro_batch_size times "
+            f"{processes} processes, got {recipe.micro_batch_size}"
+        )
+    return recipe.batch_size // together

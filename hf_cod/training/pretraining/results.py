@@ -1,0 +1,115 @@
+"""What a run of pre-training leaves: the model, and what was found, as a RunReport."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+from transformers import AutoModelForCausalLM
+
+from hf_cod.analysis.diagnostics.diagnosis import diagnose
+from hf_cod.analysis.evaluation.choice import perplexity
+from hf_cod.io.report import RunReport, environment, format_number
+from hf_cod.training.pretraining.preparation import Prepared, as_batches
+from hf_cod.training.pretraining.recipes import PretrainSettings
+
+DIAGNOSED_SAMPLES = 32  # validation windows that the layers are measured on
+MEASURES = ["angular_distance", "block_influence", "output_variance", "layer_drop"]
+
+
+def save_results(
+    accelerator: Any, model: Any, settings: PretrainSettings, prepared: Prepared, history: list[dict[str, float]]
+) -> RunReport | None:
+    """Writes the trained model to model/ in `settings.output`, ready to generate, and the report beside it.
+
+    Call it on all processes, because shards (FSDP2) gather.
+
+    Args:
+        accelerator: accelerate's, which prepared the model.
+        model: the trained model, wrapped or not.
+        settings: the run's.
+        prepared: its text.
+        history: see `training_report`.
+
+    Returns:
+        The report; None on processes other than the first.
+    """
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    weights = accelerator.get_state_dict(bare)
+    if not accelerator.is_main_process:
+        return None
+    output = Path(str(settings.output))
+    bare.config.use_cache = True
+    bare.save_pretrained(output / "model", state_dict=weights)
+    prepared.tokenizer.save_pretrained(output / "model")
+    whole = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32).to(accelerator.device)
+    report = training_report(settings, prepared, whole, history)
+    report.save(output)
+    return report
+
+
+def unigram_perplexity(train: Tensor, validation: Tensor, vocabulary: int) -> float:
+    """What a model reaches that knows how frequent each token is, and nothing else.
+
+        exp( -mean_i log p(t_i) ),  p(t) = (n_t + 1) / sum_u (n_u + 1)
+
+    Args:
+        train: windows of token ids to count, (N, T).
+        validation: windows to predict, (M, T).
+        vocabulary: number of tokens.
+    """
+    counts = torch.bincount(train.flatten().long(), minlength=vocabulary).double() + 1
+    return float((-(counts / counts.sum()).log()[validation[:, 1:].long()]).mean().exp())
+
+
+def training_report(
+    settings: PretrainSettings, prepared: Prepared, model: Any, history: list[dict[str, float]]
+) -> RunReport:
+    """Measures a trained model on the validation text, in float32, and reports the run.
+
+    The report's `layers` are those of `diagnose` (without gradient norms). Its `results` hold `curve` (training loss
+    by step), `validation` (validation loss by step, under the run's precision), `tokens`, `parameters`,
+    `validation_perplexity`, `validation_tokens`, `effective_depth`, `late_share`, `angular_distance` and `layer_drop`.
+
+    Args:
+        settings: the run's.
+        prepared: its text.
+        model: the trained model.
+        history: dicts with step and loss or eval_loss, as the Trainer logs them.
+    """
+    recipe, model = settings.recipe, model.float()
+    batches = as_batches(prepared.validation, recipe.micro_batch_size)
+    value = perplexity(model, batches)
+    results = {
+        "curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "validation": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
+        "tokens": recipe.tokens,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "validation_perplexity": value,
+        "validation_tokens": sum(batch["input_ids"].numel() for batch in batches),
+    }
+    report = RunReport(
+        kind="pretrain",
+        model=f"{settings.preset} {settings.norm_placement}",
+        settings=settings.describe(),
+        environment=environment(next(model.parameters()).device, torch.float32),
+        layers={},
+        results=results,
+        summary=[
+            f"Validation perplexity {format_number(value)} after {recipe.tokens / 1e6:.3g} million tokens "
+            f"(learning rate {recipe.learning_rate:g})."
+        ],
+    )
+    if not math.isfinite(value):
+        report.notes.append("the layers were not measured: the run diverged")
+        return report
+    few = as_batches(Subset(prepared.validation, range(min(DIAGNOSED_SAMPLES, len(prepared.validation)))), 8)  # type: ignore[arg-type]
+    found = diagnose(model, batches=few, metrics=MEASURES, token="all", show_progress=False)
+    report.layers.update(found.layers)
+    report.results.update(found.results)
+    report.summary.extend(found.summary)
+    return report

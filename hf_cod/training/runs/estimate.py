@@ -1,0 +1,138 @@
+"""What a fine-tuning will need in memory, found by running it on tensors without contents."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from hf_cod.training.owlore.increment import Increment
+from hf_cod.training.owlore.optimizer import OwLoreAdamW
+from hf_cod.training.owlore.sampling import LayerSampler
+from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.memory import Memory, count_memory
+from hf_cod.training.runs.methods import METHODS, make_optimizer
+
+
+def estimate_memory(
+    config: Any,
+    method: str,
+    settings: OwLoreSettings,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    dtype: torch.dtype = torch.float32,
+    checkpointing: bool = False,
+    autocast: bool = False,
+    accumulation: int = 1,
+    max_grad_norm: float = 1.0,
+    lora_rank: int = 16,
+    trust_remote_code: bool = False,
+) -> Memory:
+    """Peak memory of two training steps of a causal language model, by part.
+
+    Each operation of model, method and optimizer runs on fake tensors, which have a size and no contents: what is
+    counted is what the same code does in a real training. What kernels need inside themselves, the allocator's
+    fragmentation and the device's own context are not seen.
+
+    Of methods that draw layers the worst draw is taken: the first layer, which takes the backward pass through the
+    whole model, and the last ones, whose gradients wait longest. OwLore's adapters count with the largest rank of what
+    they learnt before.
+
+    Args:
+        config: the model's config.
+        method: a name of `METHODS`.
+        settings: of methods that draw layers or project gradients.
+        batch_size: samples in a forward pass.
+        sequence_length: tokens in a sample.
+        dtype: of the weights.
+        checkpointing: activations of a layer are computed again in the backward pass.
+        autocast: forward in bfloat16 by autocast.
+        accumulation: forward passes in an optimizer step.
+        max_grad_norm: gradients are clipped to it; 0: not at all.
+        lora_rank: of the method lora.
+        trust_remote_code: whether a model's own code may run.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained, how = METHODS[method].setup(model, None, settings, 0.0, lora_rank)
+    fake = FakeTensorMode()
+    fill_adapters(trained)
+    _make_fake(trained, fake)
+    optimizer = make_optimizer(trained, how, 0.0)
+    take_worst_draw(optimizer)
+    with fake, torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        ids = torch.zeros((batch_size, sequence_length), dtype=torch.long)
+        batch = {"input_ids": ids, "labels": ids.clone()}
+        memory = count_memory(trained, optimizer, batch, accumulation=accumulation, max_grad_norm=max_grad_norm)
+    if isinstance(optimizer, OwLoreAdamW) and settings.deselected == "keep":
+        return replace(memory, optimizer_state=_state_of_all(optimizer))
+    return memory
+
+
+class WorstDraw(LayerSampler):
+    """Always draws the layers that need most memory: the first one and the last ones."""
+
+    def draw(self, number: int) -> list[int]:
+        """The same, whatever the number."""
+        possible = [index for index, p in enumerate(self.probabilities) if p > 0]
+        return [possible[0], *possible[len(possible) - self.n_active + 1 :]]
+
+
+def take_worst_draw(optimizer: torch.optim.Optimizer) -> None:
+    """Lets an optimizer that draws layers train those that need most memory; others stay as they are."""
+    if isinstance(optimizer, OwLoreAdamW):
+        sampler = optimizer.sampler
+        optimizer.sampler = WorstDraw(sampler.probabilities, sampler.n_active, sampler.seed, floor=0.0)
+        optimizer._activate()
+
+
+def fill_adapters(model: nn.Module) -> None:
+    """Lets OwLore's adapters be as large as they will be late in a training; what they compute stays as it is."""
+    for module in model.modules():
+        if isinstance(module, Increment):
+            module.fill()
+
+
+def _state_of_all(optimizer: OwLoreAdamW) -> int:
+    """Bytes of the state once every layer was drawn, as if layers were alike."""
+    found = {True: 0, False: 0}
+    for group in optimizer.param_groups:
+        states = [value for p in group["params"] for value in optimizer.state.get(p, {}).values()]
+        found[group["layer"] is None] += sum(value.nbytes for value in states if isinstance(value, Tensor))
+    return found[True] + found[False] * len(optimizer.layers.layers) // optimizer.settings.n_active
+
+
+def _make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
+    """Replaces meta tensors by fake ones of the CPU, whose operations are a real device's: fused attention, too."""
+    made: dict[int, Tensor] = {}
+
+    def of(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            with fake:
+                made[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = _parameter(of(parameter), parameter.requires_grad, made, id(parameter))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = of(buffer)
+
+
+def _parameter(tensor: Tensor, requires_grad: bool, made: dict[int, Tensor], key: int) -> nn.Parameter:
+    """A parameter once, however many modules share it."""
+    if not isinstance(tensor, nn.Parameter):
+        made[key] = nn.Parameter(tensor, requires_grad=requires_grad)
+    parameter = made[key]
+    assert isinstance(parameter, nn.Parameter)
+    return parameter

@@ -1,0 +1,118 @@
+"""Ways to fine-tune, in one table: which parameters train, and by which optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_cod.layers.stack import find_decoder_layers
+from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.training.owlore.optimizer import owlore
+from hf_cod.training.owlore.settings import OwLoreSettings
+
+Setup = Callable[[nn.Module, "LayerScores | None", OwLoreSettings, float, int], "tuple[nn.Module, Any]"]
+"""(model, scores, settings, learning rate, LoRA's rank) -> (what trains, Trainer's optimizer_cls_and_kwargs)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        setup: see `Setup`.
+        learning_rate: a peak to begin with; the best one depends on model, task and length.
+        needs_scores: whether layers are drawn by their scores.
+        adapters: whether what trains are adapters, which are merged in the end.
+    """
+
+    setup: Setup
+    learning_rate: float
+    needs_scores: bool = False
+    adapters: bool = False
+
+
+def _full(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int) -> tuple[nn.Module, Any]:
+    return model.requires_grad_(True), None
+
+
+def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int) -> tuple[nn.Module, Any]:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("method: lora needs the peft package: pip install 'hf_cod[recovery]'") from error
+    stack = find_decoder_layers(model)
+    # Whole names: where one layer has a matrix, another one may have two thin ones.
+    names = [name for i in range(len(stack)) for name in stack.linears(i)]
+    heads = list(stack.task_heads) or None  # a classifier may be new: it trains as it is
+    config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names, modules_to_save=heads)
+    wrapped: Any = get_peft_model(model, config)
+    return wrapped, None
+
+
+def _galore(
+    model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int
+) -> tuple[nn.Module, Any]:
+    alike = replace(settings, n_active=len(find_decoder_layers(model)))
+    return model, owlore(None, lr=lr, **asdict(alike))
+
+
+def _lisa(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int) -> tuple[nn.Module, Any]:
+    whole = replace(settings, rank=None, floor=1.0, train_embeddings=True)
+    return model, owlore(None, lr=lr, **asdict(whole))
+
+
+def _owlore(
+    model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int
+) -> tuple[nn.Module, Any]:
+    return model, owlore(scores, lr=lr, **asdict(settings))
+
+
+def _owlore_peft(
+    model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int
+) -> tuple[nn.Module, Any]:
+    from hf_cod.training.adapters import OwLoreConfig
+
+    if settings.rank is None:
+        raise ValueError("rank: expected at least 1 for owlore-peft, whose adapters are of low rank, got none")
+    from peft import get_peft_model
+
+    heads = list(find_decoder_layers(model).task_heads) or None  # a classifier may be new: it trains as it is
+    wrapped: Any = get_peft_model(model, OwLoreConfig(r=settings.rank, modules_to_save=heads))
+    others = {key: value for key, value in asdict(settings).items() if key != "rank"}
+    return wrapped, owlore(scores, lr=lr, **others)
+
+
+METHODS: dict[str, Method] = {
+    "owlore": Method(_owlore, 1e-3, needs_scores=True),
+    "lisa": Method(_lisa, 3e-4),
+    "galore": Method(_galore, 1e-3),
+    "owlore-peft": Method(_owlore_peft, 1e-3, needs_scores=True, adapters=True),
+    "lora": Method(_lora, 3e-4, adapters=True),
+    "full": Method(_full, 5e-5),
+}
+
+
+def make_optimizer(trained: nn.Module, how: Any, lr: float) -> torch.optim.Optimizer:
+    """The optimizer that Trainer would make of what a `Setup` gave, without decay."""
+    if how is None:
+        parameters = [p for p in trained.parameters() if p.requires_grad]
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+    factory, arguments = how
+    return factory()(trained, **arguments)
+
+
+def set_up(
+    method: str,
+    model: nn.Module,
+    scores: LayerScores | None,
+    settings: OwLoreSettings,
+    lr: float,
+    lora_rank: int,
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """What trains, and its optimizer, for a loop without Trainer."""
+    trained, how = METHODS[method].setup(model, scores, settings, lr, lora_rank)
+    return trained, make_optimizer(trained, how, lr)

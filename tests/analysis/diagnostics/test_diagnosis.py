@@ -1,0 +1,320 @@
+import copy
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from hf_cod import MeasurementError, RunReport, diagnose
+from hf_cod.analysis.diagnostics import diagnosis
+from hf_cod.analysis.diagnostics.diagnosis import METRICS
+from hf_cod.analysis.diagnostics.findings import summarize
+from tests.references import without_layer
+from tests.tiny_models import FAMILIES, batch_for, build
+from tests.tiny_tokenizers import bert_like, gpt_like
+
+TEXT = "one two three four five six seven eight nine ten " * 40
+QUICK = {"sequence_length": 8, "max_samples": 4, "batch_size": 2, "show_progress": False}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_a_whole_report(family):
+    model = build(family)
+    batch = batch_for(model)
+    if family == "vit":
+        batch["labels"] = torch.tensor([0, 1, 2])
+    if family in ("bert", "mpnet"):
+        batch["labels"] = batch["input_ids"].masked_fill(torch.rand(3, 9) > 0.5, -100)
+    report = diagnose(model, batches=[batch], show_progress=False)
+    headless = family in ("bert_headless", "dinov2")
+    assert ("gradient_norm" in report.layers) != headless
+    assert bool(report.notes) == headless
+    assert all(len(values) == 4 for values in report.layers.values())
+    assert len(report.results["angular_distance"]) == 4
+    depth = report.results["effective_depth"]
+    assert 1 <= depth["low"] <= depth["value"] + 1e-9 and depth["high"] <= 4
+    assert len(report.summary) == (4 if headless else 5)
+
+
+def test_texts_and_reload(tmp_path):
+    report = diagnose(build("llama"), gpt_like(), TEXT, output=tmp_path, name="tiny", **QUICK)
+    assert RunReport.load(tmp_path) == report
+    assert report.settings["samples"] == 4 and report.settings["tokens"] == 32
+    assert "tiny" in (tmp_path / "report.md").read_text()
+
+
+def test_masked_language_models_are_measured_on_hidden_tokens():
+    report = diagnose(build("bert"), bert_like(), TEXT, **QUICK)
+    assert report.results["layer_drop"]["metric"] == "perplexity"
+
+
+def test_same_seed_same_report():
+    first, second = (diagnose(build("llama"), gpt_like(), TEXT, seed=7, **QUICK) for _ in range(2))
+    assert first.layers == second.layers and first.results == second.results
+
+
+def test_a_finished_run_is_not_measured_again(tmp_path, monkeypatch):
+    report = diagnose(build("llama"), gpt_like(), TEXT, output=tmp_path, **QUICK)
+
+    def never(*args, **kwargs):
+        raise AssertionError("measured twice")
+
+    for name in ("measure_forward", "measure_gradient_norm"):
+        monkeypatch.setattr(diagnosis, name, never)
+    again = diagnose(build("llama"), gpt_like(), TEXT, output=tmp_path, **QUICK)
+    assert again.layers == report.layers
+
+
+def test_another_model_in_the_same_directory_is_measured_anew(tmp_path):
+    model = build("llama")
+    first = diagnose(model, gpt_like(), TEXT, output=tmp_path, **QUICK)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    second = diagnose(changed, gpt_like(), TEXT, output=tmp_path, **QUICK)
+    assert first.layers["layer_drop"] != second.layers["layer_drop"]
+
+
+def test_nothing_is_resumed_from_work_that_only_looks_the_same(tmp_path):
+    """Equal weights, but another dtype, config, adapter state or metric of the same name."""
+    from peft import LoraConfig, get_peft_model
+
+    model = build("llama", dtype=torch.bfloat16)
+    batches = [batch_for(model)]
+
+    def measured(model, **options):
+        return diagnose(model, batches=batches, output=tmp_path, show_progress=False, **options).layers
+
+    narrow, wide = measured(model), measured(model.float())
+    assert narrow["variance"] != wide["variance"]
+    model.config.rms_norm_eps = 0.5
+    for layer in model.model.layers:
+        layer.input_layernorm.variance_epsilon = 0.5
+    assert measured(model)["variance"] != wide["variance"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    enabled = measured(adapted)
+    with adapted.disable_adapter():
+        assert measured(adapted)["variance"] != enabled["variance"]
+    first = measured(model, drop_metric=lambda outputs, batch: outputs.logits.amax((1, 2)))
+    second = measured(model, drop_metric=lambda outputs, batch: outputs.logits.amin((1, 2)))
+    assert first["layer_drop"] != second["layer_drop"]
+
+
+def test_another_setting_keeps_what_the_others_measured(tmp_path, monkeypatch):
+    options = {"output": tmp_path, **QUICK}
+    whole = diagnose(build("llama"), gpt_like(), TEXT, **options)
+    diagnose(build("llama"), gpt_like(), TEXT, metrics=["gradient_norm"], **options)
+    monkeypatch.setattr(diagnosis, "measure_forward", lambda *a, **k: pytest.fail("measured twice"))
+    again = diagnose(build("llama"), gpt_like(), TEXT, drop_metric="accuracy", **options)
+    assert again.layers["variance"] == whole.layers["variance"]
+    assert again.results["layer_drop"]["metric"] == "accuracy"
+
+
+def test_models_that_need_labels_are_measured_without_them():
+    report = diagnose(build("vit"), batches=[batch_for(build("vit"))], show_progress=False)
+    assert report.results["layer_drop"]["metric"] == "output_angle"
+    assert report.notes == [
+        "gradient_norm was left out: ViTForImageClassification needs labels, and the batches have none"
+    ]
+    with pytest.raises(ValueError, match="output_angle or a callable for batches without labels, got 'accuracy'"):
+        diagnose(build("vit"), batches=[batch_for(build("vit"))], drop_metric="accuracy")
+
+
+@pytest.mark.parametrize(
+    "head, labels, metric",
+    [
+        ("sequence_classification", torch.tensor([0, 2]), "accuracy"),
+        ("sequence_classification", torch.tensor([[1.0, 0, 1], [0, 0, 1]]), "loss"),
+        ("regression", torch.tensor([0.5, -1]), "loss"),
+        ("token_classification", torch.tensor([[0, 2, -100, 1], [1, 1, 0, -100]]), "accuracy"),
+        ("question_answering", None, "output_angle"),
+    ],
+)
+def test_each_head_has_its_metric(head, labels, metric):
+    model = headed(head)
+    batch = {"input_ids": torch.randint(3, 50, (2, 4), generator=torch.Generator().manual_seed(0))}
+    target = {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([2, 3])}
+    batch |= target if labels is None else {"labels": labels}
+    report = diagnose(model, batches=[batch], show_progress=False)
+    drop = report.results["layer_drop"]
+    assert (drop["metric"] == metric and len(set(drop["without"])) > 1) or metric == "accuracy"
+    assert report.notes == [] and min(report.layers["gradient_norm"]) > 0
+    if metric == "loss":
+        with torch.no_grad():
+            assert drop["intact"] == pytest.approx(float(model(**batch).loss), rel=1e-6)
+            for i, value in enumerate(drop["without"]):
+                assert value == pytest.approx(float(without_layer(model, i)(**batch).loss), rel=1e-6)
+
+
+def headed(head):
+    """A tiny encoder with another head."""
+    autos = {
+        "token_classification": AutoModelForTokenClassification,
+        "question_answering": AutoModelForQuestionAnswering,
+    }
+    labels = {"num_labels": 1 if head == "regression" else 3} if head != "question_answering" else {}
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = CONFIG_MAPPING["bert"](**sizes, **labels, num_hidden_layers=3, initializer_range=0.2)
+    torch.manual_seed(0)
+    return autos.get(head, AutoModelForSequenceClassification).from_config(config).eval()
+
+
+def test_results_of_another_function_of_one_name_are_kept(tmp_path):
+    def score(outputs, batch):
+        return outputs.logits.amax((1, 2))
+
+    first = diagnose(build("llama"), gpt_like(), TEXT, output=tmp_path, drop_metric=score, **QUICK)
+
+    def score(outputs, batch):
+        return outputs.logits.amin((1, 2))
+
+    second = diagnose(build("llama"), gpt_like(), TEXT, output=tmp_path, drop_metric=score, **QUICK)
+    assert RunReport.load(tmp_path).layers == second.layers
+    assert RunReport.load(tmp_path / "earlier-1").layers == first.layers != second.layers
+
+
+def test_quantized_weights_have_no_gradient_norm():
+    model = build("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    report = diagnosis.RunReport("diagnose", "m", {}, {}, {}, {})
+    wanted = diagnosis._applicable(None, diagnosis.find_decoder_layers(model), "causal_lm", report)
+    assert "gradient_norm" not in wanted and report.notes == ["gradient_norm was left out: weights are quantized"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "compile"])
+def test_the_model_inside_a_wrapper_is_measured(kind, tmp_path):
+    model = build("llama")
+    plain = diagnose(model, batches=[batch_for(model)], show_progress=False)
+    if kind == "compile":
+        wrapped = torch.compile(model)
+        assert diagnose(wrapped, batches=[batch_for(model)], show_progress=False).layers == plain.layers
+        return
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        assert diagnose(wrapped, batches=[batch_for(model)], show_progress=False).layers == plain.layers
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_column_of_a_data_set():
+    column = datasets.Dataset.from_dict({"text": [TEXT, TEXT]})["text"]
+    assert diagnose(build("llama"), gpt_like(), column, **QUICK).settings["samples"] == 4
+
+
+def test_one_sample_has_no_interval():
+    report = diagnose(build("llama"), gpt_like(), TEXT, **{**QUICK, "max_samples": 1})
+    assert report.results["effective_depth"]["low"] is None
+    assert "one sample, so no interval" in report.summary[0]
+
+
+def test_a_failing_metric_keeps_what_was_measured(tmp_path):
+    def unlucky(outputs, batch):
+        raise KeyError("no such column")
+
+    with pytest.raises(MeasurementError, match=r"unlucky failed on batch 0 with the intact model") as caught:
+        diagnose(build("llama"), gpt_like(), TEXT, output=tmp_path, drop_metric=unlucky, **QUICK)
+    kept = RunReport.load(tmp_path)
+    assert kept == caught.value.report
+    assert "gradient_norm" in kept.layers and "layer_drop" not in kept.layers
+
+
+def test_one_layer():
+    report = diagnose(build("llama", layers=1), gpt_like(), TEXT, **QUICK)
+    assert report.results["effective_depth"]["value"] == pytest.approx(1)
+    assert report.results["late_share"] == pytest.approx(0.5)
+
+
+def test_few_samples_are_remarked():
+    texts = "one two three four five " * 8
+    few = diagnose(build("llama"), gpt_like(), texts, sequence_length=8, max_samples=50, show_progress=False)
+    assert few.notes == ["the text holds 5 samples, less than 50"] and "from only 5 samples" in few.summary[0]
+    many = diagnose(build("llama"), gpt_like(), texts * 4, sequence_length=8, max_samples=9, show_progress=False)
+    assert many.notes == [] and "only" not in many.summary[0]
+
+
+def test_findings_say_when_a_removal_helps_and_when_nothing_can_be_seen():
+    drop = {"metric": "accuracy", "lower_is_better": False, "intact": 0.5, "without": [0.2, 0.6, 0.4]}
+    report = RunReport("diagnose", "m", {}, {}, {"layer_drop": [-0.3, 0.1, -0.1]}, {"layer_drop": drop})
+    tied = {"layer_drop": {**drop, "without": [0.4, 0.4]}}
+    report_of = lambda change, found: RunReport("diagnose", "m", {}, {}, {"layer_drop": change}, found)  # noqa: E731
+    assert summarize(report_of([-0.1, -0.1], tied)) == [
+        "Removing any one layer does the same: accuracy goes from 0.5 to 0.4."
+    ]
+    helping = {"layer_drop": {**drop, "without": [0.5, 0.7]}}
+    assert summarize(report_of([0.0, 0.2], helping)) == [
+        "No single removal hurts: accuracy is 0.5 with all layers and from 0.5 to 0.7 without one."
+    ]
+    assert "hurts most at 0 and least at 1" in summarize(report)[0]
+    assert "Without any one of 1 of the layers it is better than with all." in summarize(report)[0]
+    nothing = {"layer_drop": {**drop, "intact": 0.0, "without": [0.0, 0.0, 0.0]}}
+    report = RunReport("diagnose", "m", {}, {}, {"layer_drop": [0.0, 0.0, 0.0]}, nothing)
+    assert summarize(report) == ["The intact model's accuracy is 0, so that no removal can show what a layer is worth."]
+
+
+def test_one_metric_by_name():
+    batch = {"input_ids": torch.randint(3, 50, (2, 9))}
+    assert list(diagnose(build("llama"), batches=[batch], metrics="block_influence").layers) == ["block_influence"]
+
+
+def test_chosen_metrics_only():
+    report = diagnose(build("llama"), gpt_like(), TEXT, metrics=["block_influence"], **QUICK)
+    assert list(report.layers) == ["block_influence"]
+
+
+def test_peft_models_are_measured_with_their_adapters():
+    from peft import LoraConfig, get_peft_model
+
+    plain = build("llama")
+    batch = batch_for(plain)
+    before = diagnose(plain, batches=[batch], show_progress=False)
+    adapted = get_peft_model(plain, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    flags = [p.requires_grad for p in adapted.parameters()]
+    after = diagnose(adapted, batches=[batch], show_progress=False)
+    assert before.layers["layer_drop"] != after.layers["layer_drop"]
+    assert flags == [p.requires_grad for p in adapted.parameters()]
+
+
+def test_bad_input():
+    model = build("llama")
+    with pytest.raises(ValueError, match=f"metrics: expected some of {METRICS[0]}.*, got speed"):
+        diagnose(model, gpt_like(), TEXT, metrics=["speed"])
+    with pytest.raises(ValueError, match="batches: expected at least one batch"):
+        diagnose(model, batches=[])
+    with pytest.raises(ValueError, match="texts: expected strings, got dict"):
+        diagnose(model, gpt_like(), [{"text": TEXT}], **QUICK)
+    with pytest.raises(ValueError, match="texts: expected strings, got dict; pass the column"):
+        diagnose(model, gpt_like(), datasets.Dataset.from_dict({"text": [TEXT]}), **QUICK)
+    with pytest.raises(ValueError, match="texts: expected strings, got dict; pass the column"):
+        diagnose(
+            model, gpt_like(), datasets.Dataset.from_dict({"text": [TEXT]}).to_iterable_dataset(), pack=False, **QUICK
+        )
+    with pytest.raises(ValueError, match="texts: expected strings, got PosixPath; read the file"):
+        diagnose(model, gpt_like(), Path("novel.txt"), **QUICK)
+    with pytest.raises(ValueError, match="batches: expected dicts of tensors, got list as batch 0"):
+        diagnose(model, batches=[[1, 2, 3]])
+    with pytest.raises(ValueError, match="batches: expected tensors, got list as 'input_ids' of batch 0"):
+        diagnose(model, batches=[{"input_ids": [1, 2, 3]}])
+    with pytest.raises(ValueError, match="model: expected a loaded model, got 'gpt2'"):
+        diagnose("gpt2", gpt_like(), TEXT)
+    with pytest.raises(ValueError, match=r"output: expected a directory, got .*, which is a file"):
+        diagnose(model, gpt_like(), TEXT, output=__file__, **QUICK)
+    with pytest.raises(ValueError, match="sequence_length: expected at most the model's 64, got 65"):
+        diagnose(model, gpt_like(), TEXT, sequence_length=65)
+    with pytest.raises(ValueError, match="expected tokenizer and texts, or batches"):
+        diagnose(model)
+    with pytest.raises(ValueError, match="at least one sample"):
+        diagnose(model, gpt_like(), "one two", **QUICK)
+    with pytest.raises(ValueError, match="token: expected 'last', 'first' or 'all', got 'middle'"):
+        diagnose(model, gpt_like(), TEXT, token="middle", **QUICK)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="first in the output of layer 2"):
+        diagnose(model, gpt_like(), TEXT, **QUICK)

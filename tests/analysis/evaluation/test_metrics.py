@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from hf_cod import perplexity
+from hf_cod.analysis.evaluation.choice import find_metric
+from hf_cod.analysis.evaluation.metrics import negative_log_likelihood
+from hf_cod.layers.task import targets, task_of
+from tests import references
+from tests.tiny_models import batch_for, build
+
+METRIC_FILE = """
+import evaluate
+import datasets
+
+
+class Agreement(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"agreement": sum(p == r for p, r in zip(predictions, references)) / len(references)}
+"""
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_perplexity_against_the_formula(padding):
+    model = build("llama")
+    batch = batch_for(model, padding)
+    found = perplexity(model, [batch])
+    assert found == pytest.approx(references.perplexity(model, batch), rel=1e-6)
+    assert perplexity(model, [{**batch, "use_cache": False, "position_ids": None}]) == found, "flags go as they are"
+
+
+def test_loss_in_chunks_is_the_loss():
+    logits, labels = torch.randn(3, 50, 7) * 5, torch.randint(0, 7, (3, 50))
+    labels[0, :4] = -100
+    expected = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+    torch.testing.assert_close(negative_log_likelihood(logits, labels), expected)
+
+
+def test_targets_never_cross_samples_or_padding():
+    batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    assert targets(batch, "causal_lm").tolist() == [[2, 3, -100], [5, -100, -100]]
+
+
+def test_tasks():
+    assert [task_of(build(f)) for f in ("llama", "gpt2", "bert", "vit", "bert_headless", "dinov2")] == [
+        "causal_lm", "causal_lm", "masked_lm", "labels", "headless", "headless",
+    ]  # fmt: skip
+
+
+def test_encoder_decoder_is_refused():
+    from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=1, vocab_size=9))
+    with pytest.raises(ValueError, match=r"encoder-decoder \(T5For.*\); .* AutoModelForTextEncoding"):
+        task_of(model)
+    assert task_of(T5EncoderModel(model.config)) == "headless", "the way out that the error names"
+
+
+def test_an_evaluate_module_counts_as_our_accuracy(tmp_path):
+    folder = tmp_path / "agreement"
+    folder.mkdir()
+    (folder / "agreement.py").write_text(METRIC_FILE)
+    model = build("llama")
+    batch = batch_for(model, "right")
+    with torch.no_grad():
+        outputs = model(**batch)
+    ours = find_metric("accuracy", "causal_lm")
+    theirs = find_metric(str(folder), "causal_lm")
+    assert theirs.name == "agreement"
+    expected = ours.value(ours.rows(outputs, batch, None))
+    assert theirs.value(theirs.rows(outputs, batch, None)) == pytest.approx(expected)
+    logits, ids, mask = outputs.logits, batch["input_ids"], batch["attention_mask"]
+    right = (logits[:, :-1].argmax(-1) == ids[:, 1:])[mask[:, 1:].bool()]
+    assert expected == pytest.approx(float(right.float().mean()))
+
+
+@pytest.mark.parametrize(
+    "metric, task, message",
+    [
+        ("perplexity", "classes", "perplexity expects a language model"),
+        ("accuracy", "regression", "labels that are classes"),
+        ("loss", "causal_lm", "loss expects a regression or multi-label head"),
+        ("perplexity", "headless", "output_angle or a callable"),
+        ("no_such_metric", "causal_lm", "evaluate module, got 'no_such_metric'"),
+        (3, "causal_lm", "a name, an evaluate module or a callable, got 3"),
+    ],
+)
+def test_bad_metrics(metric, task, message):
+    with pytest.raises(ValueError, match=message):
+        find_metric(metric, task)
+
+
+def test_a_callable_must_give_one_score_a_sample():
+    metric = find_metric(lambda outputs, batch: torch.zeros(2), "labels")
+    with pytest.raises(ValueError, match="expected 3 scores for 3 samples, got 2"):
+        metric.rows(None, {"input_ids": torch.zeros(3, 4)}, None)

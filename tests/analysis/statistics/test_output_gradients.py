@@ -1,0 +1,103 @@
+"""What errors in a matrix's output cost the loss: against autograd by hand, and against errors that are made."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_cod import find_decoder_layers, perplexity
+from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
+from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.text import SampleSettings, token_batches
+from tests.tiny_models import batch_for, build
+
+
+def by_hand(model, batches):
+    """Through the whole graph, weights included, one matrix at a time."""
+    stack = find_decoder_layers(model)
+    names = [name for index in range(len(stack)) for name in stack.linears(index)]
+    sums = {name: [0.0, 0.0, 0.0, 1] for name in names}
+    predictions = 0
+    for batch in batches:
+        outputs = {}
+        handles = [
+            model.get_submodule(name).register_forward_hook(
+                lambda m, a, y, name=name, outputs=outputs: outputs.update({name: y})
+            )
+            for name in names
+        ]
+        logits = model.eval()(**batch).logits
+        for handle in handles:
+            handle.remove()
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        labels = batch["input_ids"].masked_fill(mask == 0, -100)[:, 1:]
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum")
+        predictions += int((labels != -100).sum())
+        for name, y in outputs.items():
+            (g,) = torch.autograd.grad(loss, y, retain_graph=True)
+            bias = getattr(model.get_submodule(name), "bias", None)
+            plain = (y if bias is None else y - bias).flatten(0, -2)[mask.bool().flatten()].detach()
+            found = sums[name]
+            found[0] += float(g.square().sum())
+            found[1] += float(plain.square().sum())
+            found[2] += len(plain)
+            found[3] = y.shape[-1]
+    return {name: 0.5 * g / predictions / m * y / n for name, (g, y, n, m) in sums.items()}
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt"])
+def test_against_autograd(family, padding):
+    model = build(family, layers=3, dtype=torch.float64)
+    model.requires_grad_(False)
+    model.get_output_embeddings().requires_grad_(True)
+    flags = [p.requires_grad for p in model.parameters()]
+    batches = [batch_for(model, padding), {k: v[:2] for k, v in batch_for(model).items()}]
+    found = measure_loss_weights(find_decoder_layers(model), batches)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters()) and not model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    expected = by_hand(model.requires_grad_(True), batches)
+    assert found == pytest.approx(expected, rel=1e-9) and min(found.values()) > 0
+
+
+def test_bfloat16_and_one_layer():
+    model = build("llama", layers=1)
+    batches = [batch_for(model)]
+    exact = measure_loss_weights(find_decoder_layers(model), batches)
+    found = measure_loss_weights(find_decoder_layers(model.bfloat16()), batches)
+    assert found == pytest.approx(exact, rel=0.2)
+
+
+def test_models_without_a_loss():
+    model = build("llama").model
+    with pytest.raises(ValueError, match="batches: expected a loss and floating-point weights in memory, but LlamaMod"):
+        measure_loss_weights(find_decoder_layers(model), [batch_for(model)])
+
+
+def test_it_tells_what_errors_cost(smollm2, brown_text):
+    """Noise of 4 % of the energy in one matrix at a time; with either sign, because the linear term is left out. Not of
+    keys: what is added to all of them alike changes no softmax.
+    """
+    model, tokenizer = load_model(smollm2, ModelSettings(dtype="float32"))
+    batches = token_batches(tokenizer, brown_text, SampleSettings(sequence_length=64, max_samples=4, batch_size=4))
+    found = measure_loss_weights(find_decoder_layers(model), batches)
+    names = sorted((name for name in found if "k_proj" not in name), key=lambda name: found[name])
+    names = names[:: len(names) // 6]
+    intact = math.log(perplexity(model, batches))
+    for name in names:
+        losses = [math.log(perplexity_with(noise, model, name, batches)) for noise in (0.2, -0.2)]
+        growth = sum(losses) / 2 - intact
+        assert 0.4 < growth / (0.04 * found[name]) < 1.5, (name, growth, found[name])
+
+
+def perplexity_with(noise, model, name, batches):
+    def disturb(module, args, y):
+        disturbance = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+        return y + disturbance * (noise * y.norm() / disturbance.norm())
+
+    handle = model.get_submodule(name).register_forward_hook(disturb)
+    found = perplexity(model, batches)
+    handle.remove()
+    return found

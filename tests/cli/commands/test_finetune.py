@@ -1,0 +1,288 @@
+"""hf-cod finetune on the embedded LNS model and novel."""
+
+import os
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from hf_cod import LayerScores, RunReport, pack_sparse, perplexity, prune, score_layers
+from hf_cod.cli.commands import finetune
+from hf_cod.cli.commands.finetune_memory import EstimateSettings
+from hf_cod.cli.main import main
+from hf_cod.cli.sizes import in_gigabytes
+from hf_cod.cli.training import tell
+from hf_cod.io.models import ModelSettings, embedded_model, load_model
+from hf_cod.io.packing import pack
+from hf_cod.io.text import embedded_text
+from hf_cod.training.owlore.optimizer import OwLoreAdamW
+from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.estimate import estimate_memory
+from hf_cod.training.runs.methods import METHODS
+from hf_cod.training.runs.trainer import SaveOnInterrupt, scores_to_draw_by
+from hf_cod.training.runs.training_settings import TrainingSettings
+from tests.tiny_models import MIXTURES, build
+from tests.tiny_training import dies_in_step_five
+
+QUICK = "--steps 10 --batch-size 8 --micro-batch-size 4 --sequence-length 64 --eval-samples 8 --n-active 3 --interval 3"
+QUICK += " --rank 8 --save-every 2 --log-every 2 --dtype float32 --device cpu --no-plots --learning-rate 1e-3"
+MODEL = embedded_model("lns")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["finetune", MODEL, "--method", method, *QUICK.split(), "--output", str(output)]) == 0
+    assert "Perplexity goes from" in capsys.readouterr().out
+    report = RunReport.load(output)
+    found = report.results["perplexity"]
+    assert found["after"] < found["before"]
+    assert [step for step, _ in report.results["curve"]] == [2, 4, 6, 8, 10]
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    held_out = pack(tokenizer, [embedded_text()], 64)[-8:].long()
+    again = perplexity(model, [{"input_ids": part} for part in held_out.split(4)])
+    assert again == pytest.approx(found["after"], rel=1e-4)
+    memory = report.results["memory"]
+    assert 0.5 * memory["estimate"] < memory["used"] <= 1.05 * memory["estimate"]  # of the worst draw
+    if method in ("full", "galore", "lora"):
+        assert memory["used"] == pytest.approx(memory["estimate"], rel=0.05)
+    assert (output / "adapter" / "adapter_config.json").is_file() == METHODS[method].adapters
+    if method == "owlore-peft":  # three of the ten steps' four draws may meet in a layer: 24 ranks, 16 are kept
+        assert 0 <= report.results["lost_energy"]["mean"] <= report.results["lost_energy"]["largest"] < 1
+        assert any("cut off" in line for line in report.summary)
+    if method in ("owlore", "lisa"):
+        assert sum(report.layers["trained"]) == 3 * 10
+    report.plot(output)
+    assert (output / ("overview.png" if report.layers else "curve.png")).is_file()
+    with pytest.raises(ValueError, match="output: expected a new directory"):
+        finetune.main([MODEL, "--method", method, *QUICK.split(), "--output", str(output)])
+
+
+def test_estimates_say_what_fits(capsys, tmp_path):
+    """A method that refuses a setting is told of; the others are estimated."""
+    command = ["finetune", MODEL, *QUICK.split(), "--estimate", "--output", str(tmp_path / "out")]
+    assert main([*command, "--device-memory", "65MB", "--deselected", "keep"]) == 0
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown.splitlines()]
+    fits = {row[0]: row[-1] for row in rows if row and row[0] in METHODS}
+    assert set(fits) == set(METHODS) - {"owlore-peft"} and fits["lora"] == "yes" and fits["full"] == "no"
+    assert "not estimated, owlore-peft: deselected: expected none beside an OwLore adapter" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_small_sizes_are_no_zeros():
+    assert [in_gigabytes(size) for size in (16.33e9, 2.5e9, 4.51e6, 0)] == ["16.3", "2.50", "0.0045", "0"]
+
+
+def test_estimates_count_what_adapters_have_learnt():
+    """r = 8 and max_rank = 16 for every layer, beside what the layers in training take."""
+    config = AutoConfig.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    shapes = [m.weight.shape for layer in model.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    how = {"batch_size": 1, "sequence_length": 8}
+    found = estimate_memory(config, "owlore-peft", OwLoreSettings(n_active=1, rank=8), **how)
+    whole = estimate_memory(config, "full", OwLoreSettings(), **how)
+    learnt = sum(4 * 16 * (m + n) for m, n in shapes)
+    assert learnt <= found.weights - whole.weights < 1.3 * learnt
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_estimates_of_mixtures_of_experts(family):
+    """In float32, for which the fake form of their product is not made."""
+    found = estimate_memory(
+        build(family).config, "owlore", OwLoreSettings(n_active=1, rank=8), batch_size=1, sequence_length=8
+    )
+    assert found.total > 1.2 * found.weights > 0
+
+
+def test_scores_below_zero_count_as_none_and_given_ones_are_kept(tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    scores = score_layers(model, method="weight_norm")
+    given = replace(scores, method="layer_drop", values=[-1.0, *scores.values[1:]])
+    few = TrainingSettings(score="random")
+    windows = torch.zeros(4, 64, dtype=torch.long)
+    found = scores_to_draw_by(model, windows, few, None, tmp_path / "found")
+    assert LayerScores.load(tmp_path / "found" / "scores.json") == found and min(found.values) >= 0
+    file = given.save(tmp_path / "given.json")
+    assert scores_to_draw_by(model, windows, few, str(file), tmp_path / "kept") == given
+    other = scores.save(tmp_path / "other.json")
+    with pytest.raises(ValueError, match=r"scores: expected those that the run in .* began with, got"):
+        scores_to_draw_by(model, windows, few, str(other), tmp_path / "kept")
+
+
+@pytest.mark.parametrize("size, value", [("24GB", 24 * 10**9), ("1.5GiB", 3 * 2**29), ("512m", 512 * 10**6)])
+def test_sizes_of_devices(size, value):
+    assert EstimateSettings(device_memory=size).bytes_of_device() == value
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("finetune") / "whole"
+    assert main(["finetune", MODEL, *QUICK.split(), "--output", str(output)]) == 0
+    assert not list(output.glob("checkpoint-*"))  # nobody needs them any more
+    return output
+
+
+def test_a_killed_run_ends_as_one_that_was_not(whole, tmp_path):
+    command = ["finetune", MODEL, *QUICK.split(), "--output"]
+    dies_in_step_five([*command, str(tmp_path / "killed")])
+    assert main([*command, str(tmp_path / "killed")]) == 0
+    weights, resumed = (load_file(run / "model" / "model.safetensors") for run in (whole, tmp_path / "killed"))
+    for name, value in weights.items():
+        assert torch.equal(resumed[name], value), name
+    reports = [RunReport.load(run) for run in (whole, tmp_path / "killed")]
+    assert reports[0].results["curve"] == reports[1].results["curve"] and reports[0].layers == reports[1].layers
+
+
+def test_an_interrupted_run_saves_the_step_that_it_is_in(whole, ctrl_c, tmp_path, capsys, monkeypatch):
+    command = ["finetune", MODEL, *QUICK.split(), "--output"]
+    step = OwLoreAdamW.step
+
+    def interrupted(self, *args, **kwargs):
+        if self.steps == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(OwLoreAdamW, "step", interrupted)
+        assert main([*command, str(tmp_path / "stopped")]) == 130
+    assert "the same command goes on from its last checkpoint" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) == before
+    assert (tmp_path / "stopped" / "checkpoint-5").is_dir()
+    assert main([*command, str(tmp_path / "stopped")]) == 0
+    weights, resumed = (load_file(run / "model" / "model.safetensors") for run in (whole, tmp_path / "stopped"))
+    for name, value in weights.items():
+        assert torch.equal(resumed[name], value), name
+    assert not list(tmp_path.glob("*/checkpoint-*"))  # nobody needs them any more
+
+
+@pytest.mark.parametrize("known", [signal.SIG_IGN, None])
+def test_a_signal_that_is_ignored_or_of_an_unknown_handler_is_left_alone(known, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        if known is None:
+            monkeypatch.setattr(signal, "getsignal", lambda number: None)  # what is not Python's
+        else:
+            signal.signal(signal.SIGINT, known)
+        interrupt = SaveOnInterrupt()
+        interrupt.on_train_begin(SimpleNamespace(world_size=1))
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGINT) is (before if known is None else known)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--method", "prefix"], "method"),
+        (["--micro-batch-size", "3"], "micro_batch_size: expected batch_size 8 to be a multiple of it, got 3"),
+        (["--eval-samples", "99999"], "text: expected more than the 99999 windows of 64 tokens that are held out"),
+        (["--n-active", "13"], "n_active: expected between 1 and the model's 12 layers, got 13"),
+        (["--device-memory", "much"], "device_memory: expected a size such as 24GB or 80GiB, got 'much'"),
+        (["--log-every", "0"], "log_every: expected at least 1, got 0"),
+        (["--learning-rate", "-1"], "learning_rate: expected a number above 0, got -1"),
+        (["--max-grad-norm", "-1"], "max_grad_norm: expected a number of at least 0, got -1"),
+        (["--fused"], "fused: expected a micro_batch_size of 8, the batch_size, beside it, got 4"),
+        (["--fused", "--micro-batch-size", "8"], "fused: expected a max_grad_norm of 0 beside it, got 1"),
+        (["--method", "lora", "--scores", "s.json"], "scores: expected none with lora, which draws no layers by them"),
+        (["--rank", "999"], "rank: expected at most 128, the width of the layers' matrices, got 999"),
+    ],
+)
+def test_bad_input(more, message, tmp_path, capsys):
+    try:
+        status = main(["finetune", MODEL, *QUICK.split(), *more, "--output", str(tmp_path / "out")])
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2 and message in capsys.readouterr().err
+
+
+def test_a_training_whose_memory_cannot_be_estimated_goes_on(tmp_path, monkeypatch, capsys):
+    def fails(*args):
+        raise NotImplementedError  # without a word, as a bare assertion in a model
+
+    monkeypatch.setattr(finetune, "estimate", fails)
+    more = ["--method", "full", "--steps", "1", "--save-every", "2", "--eval-samples", "1"]
+    assert main(["finetune", MODEL, *QUICK.split(), *more, "--output", str(tmp_path / "out")]) == 0
+    assert "none was expected" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_training_that_fails_while_it_is_counted_leaves_nothing_behind(tmp_path, monkeypatch):
+    step, done = OwLoreAdamW.step, []
+
+    def fails(self, *args, **kwargs):
+        done.append(0)
+        if len(done) == 2:  # the step whose memory is counted
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(OwLoreAdamW, "step", fails)
+    command = ["finetune", MODEL, *QUICK.split(), "--output", str(tmp_path / "out")]
+    assert main(command) == 130
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+def test_a_directory_of_another_run_is_refused(tmp_path, capsys):
+    output = tmp_path / "out"
+    command = ["finetune", MODEL, *QUICK.split(), "--output", str(output), "--eval-samples", "99999"]
+    assert main(command) == 2  # behind its note of settings
+    assert main([*command, "--steps", "11"]) == 2
+    assert "text: expected more than the 99999" in capsys.readouterr().err, "nothing was begun"
+    (output / "checkpoint-2").mkdir()
+    assert main([*command, "--steps", "12"]) == 2
+    assert "steps: expected 11, with which the run in" in capsys.readouterr().err
+    (output / "checkpoint-2-kept").mkdir()
+    assert main([*command, "--steps", "11"]) == 2
+    assert "but checkpoints, got checkpoint-2-kept" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*command, "--output", str(tmp_path / "file")]) == 2
+    assert "output: expected a directory, got the file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "made, content, message",
+    [
+        ("checkpoint-500/trainer_state.json", "{}", "which holds checkpoint-500 of another run"),
+        ("checkpoint-best/model.safetensors", "", "which holds checkpoint-best of another run"),
+        ("config.json", "{}", "which holds a model"),
+        ("settings.json", "steps = 5", "settings.json', got something else"),
+        ("settings.json", "[5]", "settings.json', got something else"),
+    ],
+)
+def test_a_directory_of_something_else_is_refused_and_left_alone(made, content, message, tmp_path, capsys):
+    file = tmp_path / made
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(content)
+    assert main(["finetune", MODEL, *QUICK.split(), "--output", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file] and file.read_text() == content
+
+
+def test_only_checkpoints_are_cleared_away(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-2-kept"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-3.zip").write_text("")
+    (tmp_path / "checkpoint-4").write_text("")
+    tell(RunReport("finetune", "mine", {}, {}, {}, {}), tmp_path, plots=False)
+    assert {path.name for path in tmp_path.glob("check*")} == {"checkpoint-2-kept", "checkpoint-3.zip", "checkpoint-4"}
+
+
+def test_zeros_are_told_of_and_packed_weights_refused_before_anything_trains(tmp_path, capsys, caplog):
+    model, tokenizer = load_model(MODEL, ModelSettings(dtype="float32"))
+    prune(model, 0.6, "magnitude")
+    short = [*QUICK.split(), "--steps", "1"]
+    for name, change in (("pruned", lambda model: None), ("packed", pack_sparse)):
+        change(model)
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / name)
+    assert main(["finetune", str(tmp_path / "pruned"), *short, "--output", str(tmp_path / "a")]) == 0
+    assert "84 matrices have zeros, which training fills" in caplog.text + capsys.readouterr().err
+    assert main(["finetune", str(tmp_path / "packed"), *short, "--output", str(tmp_path / "b")]) == 2
+    assert "expected one with adapters (owlore-peft, lora)" in capsys.readouterr().err

@@ -1,0 +1,133 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_cod import find_decoder_layers, perplexity
+from hf_cod.cli.main import main
+from hf_cod.io.models import embedded_model, load_model
+from hf_cod.io.report import RunReport, format_number
+from hf_cod.io.text import SampleSettings, TextSettings, load_texts, token_batches
+from hf_cod.scoring.layer_scores import LayerScores
+
+QUICK = ["--max-samples", "4", "--sequence-length", "64", "--batch-size", "2", "--eval-samples", "4"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return embedded_model("pre")
+
+
+def quantize(model, output, *more):
+    return main(["quantize", model, "--output", str(output), *QUICK, *more])
+
+
+def test_what_is_written_loads_and_its_report_is_true(model, tmp_path, capsys):
+    assert quantize(model, tmp_path / "out", "--explain") == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {
+        "model.safetensors",
+        "scores.json",
+        "report.md",
+        "bits.png",
+        "error.png",
+    } <= names and "journal" not in names
+    report, shown = RunReport.load(tmp_path / "out"), capsys.readouterr().out
+    saved, tokenizer = load_model(str(tmp_path / "out"))
+    bits = saved.config.quantization_config.modules
+    assert set(bits.values()) == {3, 4} and bits == report.results["modules"]
+    assert "Four bits by owl, highest scores first" in shown and "stored bits a weight" in shown
+    stack = find_decoder_layers(saved)
+    order = sorted(range(len(stack)), key=lambda i: -report.layers["score"][i])
+    fours = [sum(bits[name] == 4 for name in stack.linears(i)) for i in order]
+    assert fours == sorted(fours, reverse=True) and report.layers["four"] == [fours[order.index(i)] for i in range(12)]
+    stored = [p for n, p in saved.state_dict().items() if any(n.startswith(f"{name}.") for name in bits)]
+    weights = sum(m.in_features * m.out_features for i in range(12) for m in stack.linears(i).values())
+    measured = 8 * sum(t.numel() * t.element_size() for t in stored) / weights
+    assert measured == pytest.approx(report.results["bits"], abs=1e-6) and measured == pytest.approx(3.5, abs=0.02)
+    found = report.results["perplexity"]
+    text = load_texts(TextSettings())
+    drawn = token_batches(tokenizer, text, SampleSettings(sequence_length=64, max_samples=8, batch_size=2))
+    assert perplexity(saved, drawn[2:]) == pytest.approx(found["quantized"], rel=1e-5), "the later samples"
+    assert f"3 bits: {format_number(found['three'])}" in shown and set(found) == {
+        "intact",
+        "three",
+        "four",
+        "quantized",
+    }
+    memory = report.results["memory_bytes"]
+    assert memory["quantized"] < memory["intact"]
+    assert quantize(model, tmp_path / "out") == 2
+    assert "output: expected a new directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rounding", ["weighted", "nearest"])
+def test_one_width_by_each_rounding(model, tmp_path, rounding):
+    assert quantize(model, tmp_path / "out", "--bits", "3", "--rounding", rounding, "--no-plots") == 0
+    report = RunReport.load(tmp_path / "out")
+    assert set(report.results["modules"].values()) == {3} and "score" not in report.layers
+    assert set(report.results["perplexity"]) == {"intact", "quantized"}
+
+
+def test_scores_are_read_and_some_names_are_left(model, tmp_path):
+    LayerScores("m", "mine", [float(i) for i in range(12)], [197632] * 12).save(tmp_path / "scores.json")
+    more = [
+        "--scores",
+        str(tmp_path / "scores.json"),
+        "--skip",
+        "o_proj",
+        "--no-baseline",
+        "--no-plots",
+        "--block",
+        "32",
+    ]
+    assert quantize(model, tmp_path / "out", *more) == 0
+    report = RunReport.load(tmp_path / "out")
+    bits = report.results["modules"]
+    assert not any("o_proj" in name for name in bits) and bits["model.layers.11.mlp.up_proj"] == 4
+    assert bits["model.layers.0.mlp.up_proj"] == 3 and report.settings["block"] == 32
+
+
+def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
+    code = (
+        "import sys, os\n"
+        "from hf_cod.layers.sequential import FinishedLayers\n"
+        "add, count = FinishedLayers.add, [0]\n"
+        "def dies(self, index, note):\n"
+        "    add(self, index, note)\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 5: os._exit(9)\n"
+        "FinishedLayers.add = dies\n"
+        "from hf_cod.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    more = ["--no-plots", "--no-baseline", "--output", str(tmp_path / "run")]
+    killed = subprocess.run([sys.executable, "-c", code, "quantize", model, *QUICK, *more], check=False)
+    assert killed.returncode == 9 and len(list((tmp_path / "run" / "journal").iterdir())) == 5
+    for name in ("run", "whole"):
+        assert quantize(model, tmp_path / name, "--no-plots", "--no-baseline") == 0
+    states = [load_model(str(tmp_path / name))[0].state_dict() for name in ("run", "whole")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+    reports = [RunReport.load(tmp_path / name) for name in ("run", "whole")]
+    assert reports[0].layers == reports[1].layers and reports[0].results == reports[1].results
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--bits", "2"], "bits: expected 3, 4, or stored bits between them, such as 3.5, got 2"),
+        (["--bits", "3.1", "--no-baseline"], "stored bits a weight, scales included, got 3.1"),
+        (["--score", "best"], "score: expected one of owl"),
+        (["--rounding", "up"], "invalid choice"),
+        (["--scores", "none.json"], "scores: expected a file"),
+        (["--sequence-length", "300000"], "at least one sample"),
+    ],
+)
+def test_bad_input(model, tmp_path, capsys, arguments, message):
+    try:
+        status = quantize(model, tmp_path / "out", *arguments)
+    except SystemExit as stop:  # argparse's own way
+        status = stop.code
+    shown = capsys.readouterr().err
+    assert status == 2 and message in shown and "Traceback" not in shown

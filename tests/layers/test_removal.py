@@ -1,0 +1,253 @@
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from hf_cod import WidthPlan, drop, find_decoder_layers, narrow, skip
+from hf_cod.layers.removal import check_drop
+from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM
+from tests.references import without_layer
+from tests.tiny_models import CAUSAL, FAMILIES, batch_for, build
+
+
+def snapshot(model):
+    """Everything that a removal touches: config, weights and each layer's idea of its place."""
+    places = [(n, m.layer_idx) for n, m in model.named_modules() if hasattr(m, "layer_idx")]
+    return copy.deepcopy(model.config.to_dict()), places, [(n, id(p)) for n, p in model.named_parameters()]
+
+
+def output(model, batch):
+    with torch.no_grad():
+        return model(**batch)[0]
+
+
+@pytest.mark.parametrize("removed", [0, 2, [1, 3]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_skip_computes_the_model_without_the_layers_and_leaves_no_trace(family, removed):
+    model = build(family)
+    batch, before = batch_for(model), snapshot(model)
+    intact = output(model, batch)
+    reference = model
+    for index in [removed] if isinstance(removed, int) else removed:
+        reference = without_layer(reference, index)
+    with skip(model, removed):
+        torch.testing.assert_close(output(model, batch), output(reference, batch), atol=1e-6, rtol=1e-6)
+    assert snapshot(model) == before
+    torch.testing.assert_close(output(model, batch), intact, atol=0, rtol=0)
+
+
+def test_skip_comes_back_after_an_exception():
+    model = build("llama")
+    before = snapshot(model)
+    with pytest.raises(RuntimeError), skip(model, [0, 1]):
+        assert len(find_decoder_layers(model)) == 2
+        raise RuntimeError("in the block")
+    assert snapshot(model) == before
+
+
+def test_skip_generates_with_a_cache():
+    model = build("llama")
+    ids = batch_for(model)["input_ids"]
+    with skip(model, 0):
+        cached = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=True)
+        plain = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("removed", [[0], [1, 2]])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_drop_saves_reloads_and_generates(family, removed, tmp_path):
+    model = build(family)
+    batch = batch_for(model)
+    with skip(model, removed):
+        expected = output(model, batch)
+    assert drop(model, removed) == [i for i in range(4) if i not in removed]
+    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.num_hidden_layers == len(find_decoder_layers(again)) == 4 - len(removed)
+    # Not bit for bit: transformers may choose another kernel for the experts of a loaded model.
+    torch.testing.assert_close(output(again, batch), expected, atol=1e-6, rtol=1e-5)
+    cached = again.generate(batch["input_ids"], max_new_tokens=5, do_sample=False, use_cache=True)
+    plain = again.generate(batch["input_ids"], max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+def test_drop_loads_without_this_package(tmp_path):
+    model = build("llama")
+    drop(model, [1])
+    model.save_pretrained(tmp_path / "model")
+    batch = batch_for(model)
+    torch.save(output(model, batch), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch, transformers\n"
+        "folder = sys.argv[1]\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(folder + '/model').eval()\n"
+        "ids = torch.randint(3, 99, (3, 9), generator=torch.Generator().manual_seed(1))\n"
+        "logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits\n"
+        "assert 'hf_cod' not in sys.modules\n"
+        "assert torch.equal(logits, torch.load(folder + '/expected.pt'))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_drop_cuts_layer_types_with_their_layers():
+    model = build("gemma3", layers=6)
+    types = list(model.config.layer_types)
+    assert len(set(types)) == 2
+    drop(model, [0, 1])
+    assert model.config.layer_types == types[2:]
+
+
+def test_drop_renumbers_lists_of_indices_and_leading_counts():
+    moe = build("qwen2_moe")  # layer 1 is dense
+    drop(moe, [0])
+    assert moe.config.mlp_only_layers == [0]
+    deepseek = build("deepseek_v3")  # layers 0 and 1 are dense
+    drop(deepseek, [1])
+    assert deepseek.config.first_k_dense_replace == 1
+
+
+def test_drop_refuses_what_the_config_cannot_say():
+    model = build("qwen2_moe", decoder_sparse_step=2, mlp_only_layers=[])
+    before, batch = snapshot(model), batch_for(model)
+    expected = output(model, batch)
+    with pytest.raises(ValueError, match="cannot describe what is left"):
+        drop(model, [0])
+    assert snapshot(model) == before, "a refused drop changes nothing"
+    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
+
+
+def test_what_can_be_dropped_is_known_before():
+    model, mixture = build("llama"), build("qwen2_moe", decoder_sparse_step=2, mlp_only_layers=[])
+    before = snapshot(model), snapshot(mixture)
+    check_drop(model, [1, 2])
+    with pytest.raises(ValueError, match="cannot describe what is left"):
+        check_drop(mixture, [0])
+    check_drop(mixture, [0, 1])
+    assert (snapshot(model), snapshot(mixture)) == before
+
+
+def test_drop_keeps_peft_adapters(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    batch = batch_for(model.get_base_model())
+    with skip(model, 1):
+        expected = output(model, batch)
+    drop(model, 1)
+    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "removed, message", [([4], "from 0 to 3, got"), (-1, "from 0 to 3"), (range(4), "at least one")]
+)
+def test_bad_layers(removed, message):
+    model = build("llama")
+    with pytest.raises(ValueError, match=message):
+        drop(model, removed)
+    with pytest.raises(ValueError, match=message), skip(model, removed):
+        pass
+    assert len(find_decoder_layers(model)) == 4
+
+
+def test_drop_refuses_a_first_layer_of_another_kind():
+    """ModernBERT's layer 0 has no attention norm: a reload would give the new first layer none either."""
+    config = CONFIG_MAPPING["modernbert"](
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=4, pad_token_id=0
+    )
+    model = AutoModel.from_config(config).eval()
+    with pytest.raises(ValueError, match="cannot describe what is left"):
+        drop(model, [0])
+    assert len(find_decoder_layers(model)) == 4
+
+
+@pytest.mark.parametrize("removed", [[0], [1, 2]])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_drop_keeps_each_placements_depth(placement, removed, tmp_path):
+    config = CodLlamaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=4,
+        norm_placement=placement, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = CodLlamaForCausalLM(config).eval()
+    batch = batch_for(model)
+    with skip(model, removed):
+        expected = output(model, batch)
+    before = snapshot(model)
+    with skip(model, removed):
+        pass
+    assert snapshot(model) == before
+    drop(model, removed)
+    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(output(again, batch), expected, atol=1e-6, rtol=1e-5)
+    rebuilt = type(model)(model.config).eval()
+    rebuilt.load_state_dict(model.state_dict())
+    torch.testing.assert_close(output(rebuilt, batch), expected, atol=0, rtol=0)
+
+
+def test_drop_on_a_model_with_a_compiled_layer():
+    model = build("llama")
+    model.model.layers[2] = torch.compile(model.model.layers[2])
+    assert drop(model, [0]) == [1, 2, 3]
+
+
+def two_towers():
+    """A text model of five layers, a vision tower of three."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config={
+            "model_type": "clip_vision_model",
+            **sizes,
+            "num_hidden_layers": 3,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        text_config={"model_type": "llama", **sizes, "num_hidden_layers": 5, "vocab_size": 99},
+    )
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def test_the_vision_tower_of_a_vision_language_model_has_its_own_config():
+    model = two_towers()
+    assert len(find_decoder_layers(model)) == 5
+    path = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    with skip(model, 0, path=path):
+        assert model.config.text_config.num_hidden_layers == 5
+        assert model.config.vision_config.num_hidden_layers == 2
+    drop(model, 1, path=path)
+    assert model.config.vision_config.num_hidden_layers == 2
+
+
+def test_each_tower_keeps_its_record_of_shapes(tmp_path):
+    """The stacks of both are called "layers"."""
+    model = two_towers()
+    tower = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    narrow(model, WidthPlan(0.7, [4] * 3, [48, 32, 16], "mine"), "magnitude", "none", path=tower)
+    narrow(model, WidthPlan(0.7, [4] * 5, [48, 32, 40, 16, 24], "mine"), "magnitude", "none")
+    before = copy.deepcopy(model.config.module_shapes)
+    with skip(model, 0):
+        assert len(model.config.module_shapes) == len(before)  # layer 0 is whole
+    assert model.config.module_shapes == before
+    drop(model, [1])
+    found = {n: sizes["in_features"] for n, sizes in model.config.module_shapes.items() if "in_features" in sizes}
+    assert {n: size for n, size in found.items() if "vision" in n} == {
+        f"vision_tower.encoder.layers.{i}.mlp.fc2": size for i, size in ((1, 32), (2, 16))
+    }
+    assert {n: size for n, size in found.items() if "vision" not in n} == {
+        f"language_model.layers.{i}.mlp.down_proj": size for i, size in ((1, 40), (2, 16), (3, 24))
+    }
+    model.save_pretrained(tmp_path)
+    state = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
