@@ -16,6 +16,7 @@ from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers
 from hf_cod.devices import execution_device, to_device
 from hf_cod.diagnostics.running import progress
 from hf_cod.pruning.masked_adapters import lora_layers, mask_forward, merge_masked
+from hf_cod.writable_weights import check_writable
 
 
 @dataclass
@@ -69,11 +70,13 @@ def recover(
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: no batches, or a loss that is not finite; the model is then as it was.
+        ValueError: no batches, weights that cannot be written (quantized, packed, adapted), or a loss that is not
+            finite; the model is then as it was.
     """
     if not batches:
         raise ValueError("batches: expected at least one to recover on, got none")
     stack = find_decoder_layers(model, path)
+    check_writable(stack)
     device = execution_device(stack.model)
     generator = torch.Generator().manual_seed(seed)
     with _adapted(stack, rank, seed) as adapters, torch.enable_grad():
