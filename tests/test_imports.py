@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "hf_cod"
 # Each room imports only rooms of lower lines; files of one line do not import each other unless named as a folder.
 ORDER = [
-    ["functional", "files", "models"],
+    ["functional", "files", "models", "stock_four_bit"],
     ["decoder_layers", "calibration", "positions", "stored_modules", "native_kernel"],
     ["devices"],
     [
@@ -44,7 +44,7 @@ OPTIONAL = {
     "lm_eval": ["evaluation"],
     "gguf": ["loading"],
     "peft": ["pruning", "finetuning"],
-    "bitsandbytes": ["quantization", "finetuning"],
+    "bitsandbytes": ["quantization", "finetuning", "stock_four_bit"],
 }
 # A report can be asked for its picture: the one arrow that goes up, and only inside a method.
 UPWARDS = {("report", "plots"), ("comparison", "plots")}

@@ -13,6 +13,7 @@ from hf_cod.decoder_layers import unwrap
 from hf_cod.devices import execution_device, to_device
 from hf_cod.evaluation.metrics import Accuracy, EvaluateModule, HeadLoss, Metric, OutputAngle, Perplexity, SampleScore
 from hf_cod.evaluation.task import LANGUAGE_MODELS, model_inputs, task_of
+from hf_cod.stock_four_bit import without_repacking
 
 # Task -> the metric that suits it; output_angle for all others.
 OWN_METRIC = {
@@ -78,7 +79,7 @@ def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
     metric = find_metric("perplexity", task)
     base, device = unwrap(model), execution_device(model)
     rows = []
-    with torch.no_grad():
+    with torch.no_grad(), without_repacking(base):
         for batch in (to_device(batch, device) for batch in batches):
             rows += metric.rows(base(**model_inputs(batch)), batch, None)
     return metric.value(rows)

@@ -13,6 +13,7 @@ from hf_cod.decoder_layers import find_decoder_layers
 from hf_cod.finetuning.owlore import owlore
 from hf_cod.finetuning.settings import OwLoreSettings
 from hf_cod.scores import LayerScores
+from hf_cod.stock_four_bit import keep_unpacked
 
 Setup = Callable[[nn.Module, "LayerScores | None", OwLoreSettings, float, int], "tuple[nn.Module, Any]"]
 """(model, scores, settings, learning rate, LoRA's rank) -> (what trains, Trainer's optimizer_cls_and_kwargs)."""
@@ -49,6 +50,7 @@ def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lo
     names = [name for i in range(len(stack)) for name in stack.linears(i)]
     heads = list(stack.task_heads) or None  # a classifier may be new: it trains as it is
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names, modules_to_save=heads)
+    keep_unpacked(model)
     wrapped: Any = get_peft_model(model, config)
     return wrapped, None
 

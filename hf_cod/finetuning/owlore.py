@@ -22,6 +22,7 @@ from hf_cod.finetuning.settings import OwLoreSettings
 from hf_cod.finetuning.whole_parameters import SHARDED, refuse_shards
 from hf_cod.functional.randomness import generator_of
 from hf_cod.scores import LayerScores
+from hf_cod.stock_four_bit import keep_unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self.settings = self.increments.settings(self.settings, settings)
         self.sampler = make_sampler(scores, self.layers, self.settings)
         check_rank(self.settings.rank, self.layers)
+        keep_unpacked(model)
         groups: list[dict[str, Any]] = [{"params": p, "layer": i} for i, p in enumerate(self.layers.layers) if p]
         if self.layers.always:
             groups.append({"params": self.layers.always, "layer": None})

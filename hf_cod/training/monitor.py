@@ -22,6 +22,7 @@ from hf_cod.diagnostics.resuming import digest_batches
 from hf_cod.files import fingerprint
 from hf_cod.functional import depth
 from hf_cod.same_model import name_of
+from hf_cod.stock_four_bit import keep_unpacked
 from hf_cod.training.health import find_trouble
 from hf_cod.training.history import TrainingHistory
 from hf_cod.training.probe import probe_batches
@@ -60,7 +61,8 @@ class MonitorSettings(SampleSettings):
 
 
 class LayerMonitor:
-    """Measures each layer while a model trains, and never changes the training.
+    """Measures each layer while a model trains, and never changes the training: but bitsandbytes' 4-bit weights on a
+    CPU, which would give wrong gradients once an evaluation has repacked them, are kept from that.
 
     In a loop of one's own (under `accelerate`, inside `if accelerator.sync_gradients:`):
 
@@ -120,6 +122,7 @@ class LayerMonitor:
         config: Any = self.stack.config
         longest = getattr(config, "max_position_embeddings", None) or self.settings.sequence_length
         self.settings.sequence_length = min(self.settings.sequence_length, longest)
+        keep_unpacked(model)  # or gradients would be wrong, those that train it, too
         with _own_randomness(model):  # a data loader draws a seed when it starts
             self.batches = probe_batches(probe, tokenizer, self.settings)
         if self.main and not self.sharded:  # shards want their first pass through the whole model

@@ -14,6 +14,7 @@ from hf_cod.decoder_layers import DecoderLayers, find_decoder_layers, is_linear_
 from hf_cod.finetuning.active_layers import warn_of_untrained
 from hf_cod.finetuning.adapters.layer import OwLoreLinear, shape_of
 from hf_cod.finetuning.increment import TENSORS, Increment
+from hf_cod.stock_four_bit import keep_unpacked
 
 _WRAPPER = "base_model.model."  # how names of what is inside a PeftModel begin
 
@@ -75,6 +76,14 @@ class OwLoreModel(BaseTuner):
         if peft_config.r > width:
             raise ValueError(f"r: expected at most {width}, the width of the layers' matrices, got {peft_config.r}")
         return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Before any adapter stands beside a matrix.
+
+        Raises:
+            ValueError: 4-bit weights that bitsandbytes has repacked in a form that cannot be undone.
+        """
+        keep_unpacked(model)
 
     def _create_and_replace(
         self,
