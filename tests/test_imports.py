@@ -31,7 +31,7 @@ OPTIONAL = {
     "lm_eval": ["analysis/evaluation"],
     "gguf": ["io"],
     "peft": ["training"],
-    "bitsandbytes": ["compression/quantization", "training"],
+    "bitsandbytes": ["layers", "compression/quantization", "training"],
 }
 # Pairs that travel to the Hub together: transformers' copier looks for the model beside its configuration, and the
 # configuration names the model in its `auto_map`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import DecoderLayers
+from hf_cod.layers.stock_four_bit import as_found
 
 # Rounds that count, and tokens generated in each; and tokens that a prompt should have where nothing else says so: with
 # these a model of 135M parameters takes a few seconds on one core.
@@ -69,10 +70,13 @@ def measure_speed(
     """
     prompt = prompt[:, -_most_tokens(models, new_tokens) :]
     seconds: dict[str, list[tuple[float, float | None]]] = {name: [] for name in models}
-    for tokens in (1, *[new_tokens] * rounds):
-        for name, stack in models.items():
-            with evaluation_mode(stack), torch.no_grad():
-                seconds[name].append(_seconds(stack.model, prompt.to(execution_device(stack.model)), tokens))
+    with ExitStack() as left:
+        for stack in models.values():
+            left.enter_context(as_found(stack.model))
+        for tokens in (1, *[new_tokens] * rounds):
+            for name, stack in models.items():
+                with evaluation_mode(stack, repacking=True), torch.no_grad():
+                    seconds[name].append(_seconds(stack.model, prompt.to(execution_device(stack.model)), tokens))
     return {
         name: ModelSpeed(
             prompt.shape[1],

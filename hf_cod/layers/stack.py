@@ -19,6 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
+from hf_cod.layers.stock_four_bit import unpacked
+
 # Components that wrappers insert into module names: torch.compile of a layer, FSDP, PEFT around a Linear.
 _WRAPPER_COMPONENTS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
 
@@ -240,7 +242,8 @@ def _matrix(module: Any) -> Tensor:
         weight: Any = getattr(module, "weight", None)
         if type(weight) in (nn.Parameter, Tensor) and weight.dtype in _PLAIN_DTYPES:
             return weight.detach().mT if isinstance(module, Conv1D) else weight.detach()
-    return _decoded(module)
+    with unpacked(module):
+        return _decoded(module)
 
 
 @torch.no_grad()

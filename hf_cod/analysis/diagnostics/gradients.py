@@ -124,7 +124,8 @@ def why_no_gradients(stack: DecoderLayers, task: str) -> str | None:
         return f"{name} has no head" if task == "headless" else f"{name} needs labels, and the batches have none"
     if any(p.device.type == "meta" for p in stack.model.parameters()):
         return "weights are offloaded"
-    if any(not p.is_floating_point() for layer in stack for p in layer.parameters()):
+    # bitsandbytes' codes may be stored as floating point.
+    if any(not p.is_floating_point() or hasattr(p, "quant_state") for layer in stack for p in layer.parameters()):
         return "weights are quantized"
     return None
 

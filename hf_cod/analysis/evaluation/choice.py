@@ -21,6 +21,7 @@ from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import find_decoder_layers, unwrap
+from hf_cod.layers.stock_four_bit import without_repacking
 from hf_cod.layers.task import LANGUAGE_MODELS, model_inputs, task_of
 
 # Task -> the metric that suits it; output_angle for all others.
@@ -87,7 +88,7 @@ def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
     metric = find_metric("perplexity", task)
     base, device = unwrap(model), execution_device(model)
     rows = []
-    with torch.no_grad():
+    with torch.no_grad(), without_repacking(base):
         for batch in (to_device(batch, device) for batch in batches):
             rows += metric.rows(base(**model_inputs(batch)), batch, None)
     return metric.value(rows)

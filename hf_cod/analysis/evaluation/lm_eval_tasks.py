@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_cod.layers.stack import unwrap
+from hf_cod.layers.stock_four_bit import as_found
 
 
 def evaluate_tasks(
@@ -51,7 +52,8 @@ def evaluate_tasks(
         seeds = {f"{name}_seed": seed for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
         manager = _known_tasks(not all(_stands_alone(task) for task in tasks))
         options: dict[str, Any] = {"limit": limit, "log_samples": False, "bootstrap_iters": 0, **seeds}
-        found = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, **options)
+        with as_found(model):  # generation is faster repacked
+            found = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, **options)
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"tasks: expected tasks that lm-eval can load, got {list(tasks)}: {error}") from error
     finally:

@@ -27,6 +27,7 @@ from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import digest_batches
 from hf_cod.layers.running import NonFiniteError
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
+from hf_cod.layers.stock_four_bit import keep_unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ class MonitorSettings(SampleSettings):
 
 
 class LayerMonitor:
-    """Measures each layer while a model trains, and never changes the training.
+    """Measures each layer while a model trains, and never changes the training: but bitsandbytes' 4-bit weights on a
+    CPU, which would give wrong gradients once an evaluation has repacked them, are kept from that.
 
     In a loop of one's own (under `accelerate`, inside `if accelerator.sync_gradients:`):
 
@@ -122,6 +124,7 @@ class LayerMonitor:
         config: Any = self.stack.config
         longest = getattr(config, "max_position_embeddings", None) or self.settings.sequence_length
         self.settings.sequence_length = min(self.settings.sequence_length, longest)
+        keep_unpacked(model)  # or gradients would be wrong, those that train it, too
         with _own_randomness(model):  # a data loader draws a seed when it starts
             self.batches = probe_batches(probe, tokenizer, self.settings)
         if self.main and not self.sharded:  # shards want their first pass through the whole model

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.io.text import IGNORED_LABEL, Batch
+from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -69,11 +70,13 @@ def recover(
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: no batches, or a loss that is not finite; the model is then as it was.
+        ValueError: no batches, weights that cannot be written (quantized, packed, adapted), or a loss that is not
+            finite; the model is then as it was.
     """
     if not batches:
         raise ValueError("batches: expected at least one to recover on, got none")
     stack = find_decoder_layers(model, path)
+    check_writable(stack)
     device = execution_device(stack.model)
     generator = torch.Generator().manual_seed(seed)
     with _adapted(stack, rank, seed) as adapters, torch.enable_grad():

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 
 from hf_cod.functional.randomness import generator_of
+from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, hook_gradient, refuse_shards, release
@@ -93,6 +94,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self.settings = self.increments.settings(self.settings, settings)
         self.sampler = make_sampler(scores, self.layers, self.settings)
         check_rank(self.settings.rank, self.layers)
+        keep_unpacked(model)
         groups: list[dict[str, Any]] = [{"params": p, "layer": i} for i, p in enumerate(self.layers.layers) if p]
         if self.layers.always:
             groups.append({"params": self.layers.always, "layer": None})

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_cod.layers.stack import find_decoder_layers
+from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.optimizer import owlore
 from hf_cod.training.owlore.settings import OwLoreSettings
@@ -49,6 +50,7 @@ def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lo
     names = [name for i in range(len(stack)) for name in stack.linears(i)]
     heads = list(stack.task_heads) or None  # a classifier may be new: it trains as it is
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names, modules_to_save=heads)
+    keep_unpacked(model)
     wrapped: Any = get_peft_model(model, config)
     return wrapped, None
 
