@@ -3,8 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from wrapt import register_post_import_hook
-
+from hf_cod._registration import register_with_transformers
 from hf_cod._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -134,13 +133,7 @@ _HOMES = {
 # `import *` must not need PEFT.
 __all__ = [name for name in _HOMES if name != "OwLoreConfig"]
 
-# AutoConfig, AutoModel and from_pretrained know our models and formats as soon as transformers has what they are
-# registered with: (module of transformers, function of ours).
-for _module, _function in (
-    ("transformers.models.auto.configuration_auto", "hf_cod.models.families:register"),
-    ("transformers.modeling_utils", "hf_cod.compression.registration:register"),
-):
-    register_post_import_hook(_function, _module)
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

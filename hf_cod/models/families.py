@@ -85,7 +85,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def register(*_: Any) -> None:
+def register() -> None:
     """Teach the Auto classes of transformers our model types; calling it again changes nothing.
 
     Model classes, which take seconds to import, are registered when the first config of their family is made: nobody
