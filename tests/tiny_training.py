@@ -64,7 +64,7 @@ def run_in_two_processes(what: str, folder: Path) -> None:
 
 DIES = """
 import os, sys
-from hf_cod.finetuning import OwLoreAdamW
+from hf_cod.training.owlore.optimizer import OwLoreAdamW
 step = OwLoreAdamW.step
 def dies(self, *args, **kwargs):
     step(self, *args, **kwargs)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -69,8 +70,11 @@ def evaluation_mode(stack: DecoderLayers, *, repacking: bool = False) -> Iterato
 
 
 def progress(items: Iterable[Item], title: str, show: bool, total: int | None = None) -> Any:
-    """A progress bar that goes away when it is done."""
-    return tqdm(items, desc=title, disable=not show, leave=False, total=total)
+    """A progress bar that goes away when it is done; none where there is no terminal, or where the Hub's are off
+    (HF_HUB_DISABLE_PROGRESS_BARS, `hf-cod --quiet`).
+    """
+    wanted = show and not are_progress_bars_disabled()
+    return tqdm(items, desc=title, disable=None if wanted else True, leave=False, total=total)
 
 
 def hidden_input(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:

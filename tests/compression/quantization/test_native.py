@@ -94,9 +94,9 @@ def test_sizes_that_it_cannot_multiply_go_another_way():
 # What a machine without a compiler prints and computes.
 WITHOUT = """
 import torch
-from hf_cod.quantization import native, product
-from hf_cod.quantization.bnb import quantize_scales
-from hf_cod.quantization.format import pack_planes
+from hf_cod.compression.quantization import native, product
+from hf_cod.compression.quantization.bnb_decoding import quantize_scales
+from hf_cod.compression.quantization.format import pack_planes
 stored = quantize_scales(torch.ones(6, 1))
 planes = pack_planes(torch.full((6, 64), 7, dtype=torch.uint8))
 for tokens in (1, 40):

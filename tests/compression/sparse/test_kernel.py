@@ -15,7 +15,7 @@ WITHOUT = """
 import gc
 import torch
 from hf_cod import SparseLinear
-from hf_cod.sparse import kernel, product
+from hf_cod.compression.sparse import kernel, product
 linear = torch.nn.Linear(65, 37)
 linear.weight.data *= torch.rand(37, 65) > 0.7
 packed = SparseLinear.from_linear(linear)
@@ -40,7 +40,7 @@ linear = torch.nn.Linear(65, 37)
 packed = SparseLinear.from_linear(linear)
 x = torch.randn(2, 65)
 torch.testing.assert_close(packed(x), linear(x), atol=1e-5, rtol=1e-5)
-from hf_cod.sparse.kernel import load_kernel
+from hf_cod.compression.sparse.kernel import load_kernel
 assert load_kernel() is not None
 """
 
