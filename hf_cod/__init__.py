@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from hf_cod.compression.width.narrower import narrow as narrow
     from hf_cod.compression.width.width_plan import WidthPlan as WidthPlan
     from hf_cod.io.report import RunReport as RunReport
-    from hf_cod.io.text import SampleSettings as SampleSettings
-    from hf_cod.io.text import TextSettings as TextSettings
+    from hf_cod.io.settings import SampleSettings as SampleSettings
+    from hf_cod.io.settings import TextSettings as TextSettings
     from hf_cod.io.text import load_texts as load_texts
     from hf_cod.io.text import split_samples as split_samples
     from hf_cod.io.text import token_batches as token_batches
@@ -92,10 +92,10 @@ _HOMES = {
     "RankPlan": "compression.low_rank.rank_plan",
     "RecoverySettings": "training.healing.recovery",
     "RunReport": "io.report",
-    "SampleSettings": "io.text",
+    "SampleSettings": "io.settings",
     "SparseConfig": "compression.sparse.config",
     "SparseLinear": "compression.sparse.linear",
-    "TextSettings": "io.text",
+    "TextSettings": "io.settings",
     "TrainingHistory": "analysis.monitoring.history",
     "WidthPlan": "compression.width.width_plan",
     "allocate": "scoring.allocation",

@@ -19,7 +19,7 @@ from hf_cod.analysis.evaluation.metrics import as_loss
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.functional import budget, outliers
-from hf_cod.functional.codebook import BITS, SCALE_BITS
+from hf_cod.functional.bits import BITS, SCALE_BITS
 from hf_cod.io.text import Batch, check_batches, split_samples
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.running import naming_weights
@@ -148,7 +148,7 @@ class _Request:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"path": self.settings.layers_path, "show_progress": self.show_progress}
+        return {"layers_path": self.settings.layers_path, "show_progress": self.show_progress}
 
 
 def _statistics(request: _Request) -> LayerStatistics:

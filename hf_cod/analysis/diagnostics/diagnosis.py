@@ -16,7 +16,8 @@ from hf_cod.analysis.diagnostics.layer_drop import measure_layer_drop
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.functional import depth
 from hf_cod.io.report import RunReport, environment
-from hf_cod.io.text import Batch, SampleSettings, describe_batches, mask_tokens, token_batches
+from hf_cod.io.settings import SampleSettings
+from hf_cod.io.text import Batch, describe_batches, mask_tokens, token_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import Journals
@@ -195,7 +196,7 @@ def _measure(
     show_progress: bool,
 ) -> None:
     """Fills the report measure by measure, cheapest first, so that a failure leaves the others."""
-    options: dict[str, Any] = {"path": chosen.layers_path, "show_progress": show_progress}
+    options: dict[str, Any] = {"layers_path": chosen.layers_path, "show_progress": show_progress}
     forward = [name for name in wanted if name in FORWARD_METRICS]
     if forward:
         journal = journals.of("forward", forward, chosen.token, chosen.seed)

@@ -21,7 +21,8 @@ from hf_cod.analysis.monitoring.history import TrainingHistory
 from hf_cod.analysis.monitoring.probe import probe_batches
 from hf_cod.functional import depth
 from hf_cod.io.files import fingerprint
-from hf_cod.io.text import Batch, SampleSettings, describe_batches
+from hf_cod.io.settings import SampleSettings
+from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import digest_batches
@@ -216,7 +217,7 @@ class LayerMonitor:
     def _measure(self, batches: Sequence[Batch]) -> Any:
         model = self.stack.model
         with _own_randomness(model), _eagerly(), _gathered(self._shards):
-            return measure_forward(model, batches, ["angular_distance", "output_variance"], path=self.stack.path)
+            return measure_forward(model, batches, ["angular_distance", "output_variance"], layers_path=self.stack.path)
 
     def _forward(self) -> dict[str, Any]:
         try:

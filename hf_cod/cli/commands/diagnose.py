@@ -12,9 +12,10 @@ from hf_cod.analysis.diagnostics.diagnosis import DiagnoseSettings, MeasurementE
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.terminal import print_report
-from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport
-from hf_cod.io.text import TextSettings, load_texts
+from hf_cod.io.settings import ModelSettings, TextSettings
+from hf_cod.io.text import load_texts
 
 
 @dataclass

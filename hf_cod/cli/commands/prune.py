@@ -25,9 +25,10 @@ from hf_cod.cli.compression import (
 from hf_cod.cli.parser import SettingsParser, model_title
 from hf_cod.compression.pruning.methods import METHODS, check_pattern, measure_sparsity
 from hf_cod.compression.pruning.pruner import parse_pattern, prune
-from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport
-from hf_cod.io.text import Batch, TextSettings, describe_batches
+from hf_cod.io.settings import ModelSettings, TextSettings
+from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation, allocate
@@ -127,7 +128,7 @@ def run(
     options: dict[str, Any] = {
         "batches": calibration,
         "journal": journal,
-        "path": settings.layers_path,
+        "layers_path": settings.layers_path,
         "name": model_title(source),
         "show_progress": True,
     }
@@ -196,7 +197,7 @@ def _recover(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings
         rank=chosen.recover_rank,
         learning_rate=chosen.recover_learning_rate,
         seed=settings.seed,
-        path=settings.layers_path,
+        layers_path=settings.layers_path,
         show_progress=True,
     )
 

@@ -19,6 +19,7 @@ from hf_cod.compression.depth.maps import REPLACEMENTS, Maps
 from hf_cod.compression.depth.protection import massive_layers, removable
 from hf_cod.compression.depth.removal_probe import RemovalProbe
 from hf_cod.compression.depth.search import LayerSearch
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch, check_batches, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.fingerprints import Journals
@@ -34,6 +35,7 @@ CHOICE_SHARE = 1 / 3
 WIDTH = 8
 
 
+@renamed(path="layers_path")
 def plan_depth(
     model: nn.Module,
     n_removed: int,
@@ -44,7 +46,7 @@ def plan_depth(
     replacement: str = "none",
     width: int = WIDTH,
     journal: str | Path | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     show_progress: bool = False,
 ) -> DepthPlan:
     """Decides which layers to remove. The model is left as it was.
@@ -75,7 +77,7 @@ def plan_depth(
         width: how many layers each step of the search tries.
         journal: a directory: what the search measures goes there as it comes, and the same call on the same model goes
             on where it stopped. Searches for other numbers of layers share it.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         show_progress: show progress bars.
 
     Raises:
@@ -89,19 +91,19 @@ def plan_depth(
         raise ValueError(f"replacement: expected one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
     if width < 1:
         raise ValueError(f"width: expected at least 1, got {width}")
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     check_count(n_removed, len(stack), "n_removed")
     check_independent(stack, "layers")
     if not batches:
         raise ValueError("batches: expected at least one, got none")
     check_batches(batches)
-    forward = measure_forward(model, batches, path=path, show_progress=show_progress)
+    forward = measure_forward(model, batches, layers_path=layers_path, show_progress=show_progress)
     protected = _protected(stack, protect, forward)
     journals = Journals(journal, stack.model, batches)
     free = removable(stack, n_removed, protected)
     request = _Request(stack, n_removed, free, batches, forward, journals, width, replacement, show_progress)
     found = CRITERIA[method](request)
-    check_drop(model, found.layers, path)
+    check_drop(model, found.layers, layers_path)
     metric = request.metric.name
     return DepthPlan(
         model=name_of(stack),

@@ -14,6 +14,7 @@ from hf_cod.compression.fit.fit_plan import FitPlan
 from hf_cod.compression.fit.knobs import EXCLUSIVE, FAILURES, KNOBS, chosen_knobs, describe_steps, left_out
 from hf_cod.compression.fit.trials import Steps, Trial, Trials
 from hf_cod.functional.combination import Combination, best_combinations, filled, rising
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.files import fingerprint
 from hf_cod.io.text import Batch, check_batches
 from hf_cod.layers.fingerprints import Journals, digest_batches
@@ -29,6 +30,7 @@ TIGHTENINGS = 4
 CURVE = tuple(share / 100 for share in range(95, 5, -5))
 
 
+@renamed(path="layers_path")
 def plan_fit(
     make: Callable[[], nn.Module],
     kind: str,
@@ -39,7 +41,7 @@ def plan_fit(
     knobs: Sequence[str] | None = None,
     verify: int = 3,
     journal: str | Path | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     show_progress: bool = False,
 ) -> FitPlan:
     """Finds how to make a model meet a budget.
@@ -65,7 +67,7 @@ def plan_fit(
             left out. Levels at which a method fails are left out in either case; the plan's notes tell what was.
         verify: how many sets of knobs are measured as a whole, beside each knob alone.
         journal: a directory: what was measured is kept there, and the same call goes on where it stopped.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         show_progress: show a progress bar.
 
     Raises:
@@ -83,16 +85,16 @@ def plan_fit(
         check_batches(batches)
     chosen = chosen_knobs(knobs, kind)
     intact = make()
-    stack = find_decoder_layers(intact, path)
+    stack = find_decoder_layers(intact, layers_path)
     notes = left_out(chosen, stack, knobs is not None)
-    levels = {knob: KNOBS[knob].levels(intact, path) for knob in chosen if knob not in notes}
-    target = Budget(kind, budget, size_of(intact, path))
+    levels = {knob: KNOBS[knob].levels(intact, layers_path) for knob in chosen if knob not in notes}
+    target = Budget(kind, budget, size_of(intact, layers_path))
     if levels:
         least = {knob: KNOBS[knob].left(stack, found[-1]) for knob, found in levels.items()}
         target.check_reach(least, ROUNDING, list(notes.values()))
     work = fingerprint(Journals(journal or "", intact, calibration).inputs, digest_batches(tuning))
     del intact, stack
-    trials = Trials(make, calibration, tuning, journal, work, path)
+    trials = Trials(make, calibration, tuning, journal, work, layers_path)
     search = _Search(trials, target, levels, knobs is not None, list(notes.values()))
     if search.is_met_intact():
         return search.plan()

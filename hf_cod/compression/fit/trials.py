@@ -43,7 +43,7 @@ class Trials:
         tuning: the text that losses are measured on; another one.
         directory: where they are kept, and what methods measure on the way; or None.
         work: fingerprint of model and texts.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class Trials:
         tuning: Sequence[Batch],
         directory: str | Path | None,
         work: str,
-        path: str | None,
+        layers_path: str | None,
     ) -> None:
         self._make, self._tuning = make, tuning
         kept = None if directory is None else Path(directory)
-        self._how = Applying(calibration, path=path, measured=kept)
+        self._how = Applying(calibration, layers_path=layers_path, measured=kept)
         self._journal = Journal(None if kept is None else kept / "trials.jsonl", work)
 
     def measure(self, steps: Steps) -> Trial:
@@ -70,10 +70,10 @@ class Trials:
         if key not in self._journal:
             model = self._make()
             apply_steps(model, steps, self._how)
-            loss = math.log(held_out_perplexity(model, self._tuning, self._how.path))
+            loss = math.log(held_out_perplexity(model, self._tuning, self._how.layers_path))
             if not math.isfinite(loss):
                 raise ValueError(f"loss: expected a finite one, got {loss} with {steps}")
-            self._journal.add(key, [loss, asdict(size_of(model, self._how.path))])
+            self._journal.add(key, [loss, asdict(size_of(model, self._how.layers_path))])
         loss, size = self._journal[key]
         return Trial(steps, loss, ModelSize(**size))
 

@@ -15,6 +15,7 @@ from hf_cod.compression.low_rank.rank_plan import RankPlan, check_ranks, factori
 from hf_cod.functional import factorization, sparse_low_rank
 from hf_cod.functional.ranks import count
 from hf_cod.functional.sparse_low_rank import RANK_SHARE
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.text import Batch, check_batches, describe_batches
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
@@ -34,6 +35,7 @@ _OF_ZEROS = (
 )
 
 
+@renamed(path="layers_path")
 def factorize(
     model: nn.Module,
     plan: LayerAllocation | RankPlan | float,
@@ -42,7 +44,7 @@ def factorize(
     batches: Sequence[Batch] | None = None,
     rank_share: float = RANK_SHARE,
     journal: str | Path | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
 ) -> RunReport:
@@ -76,7 +78,7 @@ def factorize(
         rank_share: of the weights that oats keeps, the part in thin factors, between 0 and 1; others do without.
         journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
             where it stopped. Files stay until you remove them.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
 
@@ -86,7 +88,7 @@ def factorize(
             model class of neither transformers nor hf_cod: the model is unchanged then. NaN or infinity in weights or
             activations (says where): see `model`.
     """
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if METHODS[method] and not batches:

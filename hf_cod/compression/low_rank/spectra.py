@@ -14,6 +14,7 @@ from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.compression.low_rank.rank_plan import RankPlan, experts_told, factorizable, least_weights
 from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch, check_batches, split_samples
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -32,6 +33,7 @@ WEIGHINGS = ("fisher", "spectrum")
 GRADIENT_SAMPLES = 16
 
 
+@renamed(path="layers_path")
 def plan_ranks(
     model: nn.Module,
     parameters: float,
@@ -39,7 +41,7 @@ def plan_ranks(
     *,
     batches: Sequence[Batch] | None = None,
     journal: str | Path | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     show_progress: bool = False,
 ) -> RankPlan:
     """Distributes a budget of parameters over all matrices by their spectra: all together lose as little as the budget
@@ -56,7 +58,7 @@ def plan_ranks(
         method: see the table; default: fisher with batches of a language model, else spectrum.
         batches: with them spectra are those of the outputs on this text (whitened), else those of the weights.
         journal: a directory: finished layers go there, and the same call goes on where it stopped.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         show_progress: show a progress bar.
 
     Raises:
@@ -68,7 +70,7 @@ def plan_ranks(
     if method == "fisher" and not batches:
         raise ValueError("batches: expected at least one for fisher, got none")
     check_batches(batches or ())
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     total = sum(sizes_of(stack))
     least = sum(least_weights(stack, index) for index in range(len(stack)))
     if not least <= parameters * total <= total:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.compression.pruning.methods import METHODS, Method, Target, check_pattern, measure_sparsity, prune_layer
 from hf_cod.functional.sparsity import Pattern
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable, name_of
@@ -24,6 +25,7 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
 
 
+@renamed(path="layers_path")
 def prune(
     model: nn.Module,
     plan: LayerAllocation | float | str,
@@ -32,7 +34,7 @@ def prune(
     batches: Sequence[Batch] | None = None,
     statistics: LayerStatistics | None = None,
     journal: str | Path | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
 ) -> RunReport:
@@ -62,7 +64,7 @@ def prune(
         statistics: of this model, from `collect_statistics`; for wanda, instead of batches.
         journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
             where it stopped. Files stay until you remove them.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
 
@@ -71,7 +73,7 @@ def prune(
             rows, batches or statistics missing, weights that cannot be pruned in place (adapters, quantized,
             offloaded, shared by two matrices), NaN or infinity in weights or activations (says where).
     """
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     chosen = _chosen(method, batches, statistics)
     targets = _targets(plan, stack)
     check_writable(stack)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_cod.compression.quantization.config import OwlBnbConfig, StorageSettings, score_of
 from hf_cod.compression.quantization.format import stored_columns
 from hf_cod.compression.quantization.scales import NESTED_BLOCK
-from hf_cod.functional.codebook import BITS
+from hf_cod.functional.bits import BITS
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.layer_scores import LayerScores
 

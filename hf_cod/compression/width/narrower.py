@@ -18,6 +18,7 @@ from hf_cod.compression.width.stock_config import set_stock_config
 from hf_cod.compression.width.width_plan import MULTIPLE, WidthPlan, kept_units, plan_of_allocation
 from hf_cod.compression.width.width_report import WidthReporter
 from hf_cod.functional import channels
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport
 from hf_cod.io.text import Batch, check_batches, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable
@@ -31,6 +32,7 @@ from hf_cod.models.shaping import check_shapeable, record_shapes
 from hf_cod.scoring.allocation import LayerAllocation, same_share
 
 
+@renamed(path="layers_path")
 def narrow(
     model: nn.Module,
     plan: LayerAllocation | WidthPlan | float,
@@ -40,7 +42,7 @@ def narrow(
     batches: Sequence[Batch] | None = None,
     multiple: int = MULTIPLE,
     journal: str | Path | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
 ) -> RunReport:
@@ -84,7 +86,7 @@ def narrow(
         multiple: numbers of channels are rounded to one of this, as near to the budget as that allows.
         journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
             where it stopped. Files stay until you remove them.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
 
@@ -95,7 +97,7 @@ def narrow(
             neither transformers nor hf_cod, NaN or infinity in gradients: the model is unchanged then. NaN or infinity
             in weights or activations (says where): see `model`.
     """
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     for field, value, table in (("method", method, METHODS), ("compensation", compensation, COMPENSATIONS)):
         if value not in table:
             raise ValueError(f"{field}: expected one of {', '.join(table)}, got {value!r}")

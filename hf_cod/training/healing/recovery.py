@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import IGNORED_LABEL, Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.running import progress
@@ -36,6 +37,7 @@ class RecoverySettings:
             raise ValueError(f"recover_learning_rate: expected a number above 0, got {self.recover_learning_rate}")
 
 
+@renamed(path="layers_path")
 def recover(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -44,7 +46,7 @@ def recover(
     rank: int = 8,
     learning_rate: float = 3e-4,
     seed: int = 0,
-    path: str | None = None,
+    layers_path: str | None = None,
     show_progress: bool = False,
 ) -> list[float]:
     """Trains PEFT's LoRA on the layers' Linears of a pruned language model and merges it in place; zeros stay zeros.
@@ -61,7 +63,7 @@ def recover(
         rank: r.
         learning_rate: at its peak.
         seed: of the initial adapters and the order of the batches.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         show_progress: show a progress bar.
 
     Returns:
@@ -73,7 +75,7 @@ def recover(
     """
     if not batches:
         raise ValueError("batches: expected at least one to recover on, got none")
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     device = execution_device(stack.model)
     generator = torch.Generator().manual_seed(seed)
     with _adapted(stack, rank, seed) as adapters, torch.enable_grad():
