@@ -23,7 +23,7 @@ from hf_cod.layers.speed import PROMPT_TOKENS, measure_speed
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import ScoreSettings
+from hf_cod.scoring.settings import ScoreSettings
 
 Speeds = dict[str, dict[str, float | None]]
 """Name of a model -> what `ModelSpeed.medians` tells of it."""

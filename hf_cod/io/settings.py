@@ -32,6 +32,7 @@ def resolve(
     kind: type[Settings],
     settings: Settings | None,
     given: Mapping[str, Any],
+    /,
     **chosen: Any,
 ) -> Settings:
     """The settings that a caller means: those of the object, or defaults, with the fields that were given by name.
@@ -66,6 +67,13 @@ def as_in(settings: type, name: str) -> Any:
     """A field with the default, the help and the choices that it has in other settings."""
     (found,) = (f for f in fields(settings) if f.name == name)
     return field(default=found.default, default_factory=found.default_factory, metadata=found.metadata)
+
+
+def layers_path_field() -> Any:
+    """The field of settings whose function finds the layers of a model that it is given."""
+    return field(
+        default=None, metadata={"help": "name of the module list of layers, for models where it cannot be found"}
+    )
 
 
 def check_choice(name: str, value: Any, table: Mapping[str, Any]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, Token
 from hf_cod.functional import depth
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch
@@ -18,8 +19,6 @@ from hf_cod.layers.running import NonFiniteError, evaluation_mode, hidden_input,
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import model_inputs
 
-Token = Literal["last", "first", "all"]
-FORWARD_METRICS = ("angular_distance", "block_influence", "output_variance")
 # Tokens whose pair matrices are held at a time when all tokens count: bounds memory at (L + 1)^2 numbers each.
 TOKEN_CHUNK = 64
 

@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_cod.analysis.diagnostics.diagnosis import DiagnoseSettings
+from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.commands import quantize
 from hf_cod.cli.commands.diagnose import finish, run
 from hf_cod.cli.output import JOURNAL, require_plots

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_cod.analysis.diagnostics.diagnosis import DiagnoseSettings, MeasurementError, diagnose
+from hf_cod.analysis.diagnostics.diagnosis import MeasurementError, diagnose
+from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.terminal import print_report

@@ -37,8 +37,9 @@ from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.allocation import allocate
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import METHODS as SCORES
-from hf_cod.scoring.methods import ScoreSettings, score_layers
+from hf_cod.scoring.methods import score_layers
+from hf_cod.scoring.settings import METHODS as SCORES
+from hf_cod.scoring.settings import ScoreSettings
 
 
 @dataclass

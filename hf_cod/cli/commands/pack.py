@@ -17,7 +17,7 @@ from hf_cod.io.report import RunReport, environment, format_number
 from hf_cod.io.settings import ModelSettings
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.checkpoint import check_new, save_aside
-from hf_cod.scoring.methods import ScoreSettings
+from hf_cod.scoring.settings import ScoreSettings
 
 
 @dataclass

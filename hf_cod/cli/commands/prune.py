@@ -33,9 +33,9 @@ from hf_cod.layers.checks import check_writable
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation, allocate
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import METHODS as SCORES
-from hf_cod.scoring.methods import ScoreSettings, score_layers
-from hf_cod.scoring.pruning_probe import PRUNERS
+from hf_cod.scoring.methods import score_layers
+from hf_cod.scoring.settings import METHODS as SCORES
+from hf_cod.scoring.settings import PRUNERS, ScoreSettings
 from hf_cod.training.healing.recovery import RecoverySettings, recover
 
 DEFAULT_SPARSITY = 0.5

@@ -35,8 +35,9 @@ from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.size import bytes_of
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import METHODS as SCORES
-from hf_cod.scoring.methods import ScoreSettings, score_layers
+from hf_cod.scoring.methods import score_layers
+from hf_cod.scoring.settings import METHODS as SCORES
+from hf_cod.scoring.settings import ScoreSettings
 
 ROUNDINGS = ("compensated", "weighted", "nearest")
 

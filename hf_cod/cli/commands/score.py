@@ -25,7 +25,8 @@ from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.stack import unwrap
 from hf_cod.layers.task import task_of
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import ScoreSettings, score_layers
+from hf_cod.scoring.methods import score_layers
+from hf_cod.scoring.settings import ScoreSettings
 
 STATISTICS, SCORES = "statistics.safetensors", "scores.json"
 
