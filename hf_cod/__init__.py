@@ -59,9 +59,9 @@ if TYPE_CHECKING:
     from hf_cod.scoring.methods import score_layers as score_layers
     from hf_cod.training.adapters import OwLoreConfig as OwLoreConfig
     from hf_cod.training.healing.healer import heal as heal
-    from hf_cod.training.healing.recovery import RecoverySettings as RecoverySettings
     from hf_cod.training.healing.recovery import recover as recover
     from hf_cod.training.healing.settings import HealSettings as HealSettings
+    from hf_cod.training.healing.settings import RecoverySettings as RecoverySettings
     from hf_cod.training.owlore.lora_ranks import lora_ranks as lora_ranks
     from hf_cod.training.owlore.optimizer import OwLoreAdamW as OwLoreAdamW
     from hf_cod.training.owlore.optimizer import owlore as owlore
@@ -90,7 +90,7 @@ _HOMES = {
     "OwLoreSettings": "training.owlore.settings",
     "OwlBnbConfig": "compression.quantization.config",
     "RankPlan": "compression.low_rank.rank_plan",
-    "RecoverySettings": "training.healing.recovery",
+    "RecoverySettings": "training.healing.settings",
     "RunReport": "io.report",
     "SampleSettings": "io.settings",
     "SparseConfig": "compression.sparse.config",

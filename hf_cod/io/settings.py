@@ -9,7 +9,8 @@ The rule, the same for every public function that has options:
   the object says. A field that is the function's main choice (`method`, say) may be given by position, too.
 - What it works on and what it reports to (model, plan, batches, journal, layers_path, name, show_progress, ...) are
   arguments of their own.
-- A function with a single option has no dataclass: the option is a keyword.
+- Where the only option is that main choice, the dataclass may be missing: `plan_ranks`, `plan_width`, `drop_layers`,
+  `pack_sparse`.
 """
 
 from __future__ import annotations

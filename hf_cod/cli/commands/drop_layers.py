@@ -28,10 +28,10 @@ from hf_cod.cli.compression import (
     write_results,
 )
 from hf_cod.cli.parser import SettingsParser, model_title
-from hf_cod.compression.depth.criteria import CRITERIA, plan_depth
+from hf_cod.compression.depth.criteria import plan_depth
 from hf_cod.compression.depth.depth_plan import DepthPlan
 from hf_cod.compression.depth.dropper import drop_layers
-from hf_cod.compression.depth.maps import REPLACEMENTS
+from hf_cod.compression.depth.settings import CRITERIA, REPLACEMENTS
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.settings import ModelSettings, TextSettings

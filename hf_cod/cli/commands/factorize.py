@@ -26,10 +26,10 @@ from hf_cod.cli.compression import (
     write_results,
 )
 from hf_cod.cli.parser import SettingsParser, model_title
-from hf_cod.compression.low_rank.factorizer import METHODS, factorize
+from hf_cod.compression.low_rank.factorizer import factorize
 from hf_cod.compression.low_rank.rank_plan import RankPlan
-from hf_cod.compression.low_rank.spectra import WEIGHINGS, plan_ranks
-from hf_cod.functional.sparse_low_rank import RANK_SHARE
+from hf_cod.compression.low_rank.settings import METHODS, RANK_SHARE, WEIGHINGS
+from hf_cod.compression.low_rank.spectra import plan_ranks
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import ModelSettings, TextSettings

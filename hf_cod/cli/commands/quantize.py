@@ -24,9 +24,10 @@ from hf_cod.cli.compression import (
     write_results,
 )
 from hf_cod.cli.parser import SettingsParser, model_title
-from hf_cod.compression.quantization.config import OwlBnbConfig, StorageSettings, check_bits
+from hf_cod.compression.quantization.config import OwlBnbConfig
 from hf_cod.compression.quantization.plan import plan_bits
 from hf_cod.compression.quantization.quantize import quantize
+from hf_cod.compression.quantization.settings import StorageSettings, check_bits
 from hf_cod.functional.bits import BITS
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number

@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from hf_cod.compression.depth.depth_plan import GIVEN, MASSIVE, DepthPlan
-from hf_cod.compression.depth.maps import NO_MAPS, REPLACEMENTS, Maps
+from hf_cod.compression.depth.maps import NO_MAPS, Maps
+from hf_cod.compression.depth.settings import REPLACEMENTS
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
+from hf_cod.io.settings import check_choice
 from hf_cod.io.text import Batch, check_batches, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, other_name, sizes_of
 from hf_cod.layers.devices import execution_device
@@ -66,8 +68,7 @@ def drop_layers(
     if not isinstance(plan, DepthPlan):
         plan = DepthPlan(name_of(stack), GIVEN, [plan] if isinstance(plan, int) else sorted(plan), sizes)
     replacement = plan.replacement if replacement is None else replacement
-    if replacement not in REPLACEMENTS:
-        raise ValueError(f"replacement: expected one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
+    check_choice("replacement", replacement, REPLACEMENTS)
     if replacement != "none" and not batches:
         raise ValueError(
             f"batches: expected at least one for the replacement {replacement}, got none; replacement='none' needs none"

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.compression.fit.knobs import KNOBS, Applying
 from hf_cod.io.files import Journal
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch
 from hf_cod.layers.size import ModelSize, size_of
 
@@ -78,11 +80,22 @@ class Trials:
         return Trial(steps, loss, ModelSize(**size))
 
 
-def apply_steps(model: nn.Module, steps: Steps, how: Applying) -> None:
-    """Applies each step in place, in the order of `KNOBS`."""
+def apply_steps(model: nn.Module, steps: Steps, how: Applying | None = None, **fields: Any) -> None:
+    """Applies each step in place, in the order of `KNOBS`.
+
+    Args:
+        model: a transformers model with plain weights.
+        steps: knob -> level, those of a `FitPlan`.
+        how: what knobs need.
+        **fields: or fields of `Applying` by name: batches, journal, layers_path, show_progress, measured.
+
+    Raises:
+        ValueError: an unknown knob, or what a method says.
+    """
+    chosen = resolve(apply_steps, Applying, how, fields)
     for knob, level in steps.items():
         if knob not in KNOBS:
             raise ValueError(f"steps: expected {', '.join(KNOBS)}, got {knob!r} ({level:g})")
     for knob in KNOBS:
         if knob in steps:
-            KNOBS[knob].apply(model, steps[knob], how)
+            KNOBS[knob].apply(model, steps[knob], chosen)

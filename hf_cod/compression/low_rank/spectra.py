@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.compression.low_rank.rank_plan import RankPlan, experts_told, factorizable, least_weights
+from hf_cod.compression.low_rank.settings import WEIGHINGS
 from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
 from hf_cod.io.deprecation import renamed
@@ -26,9 +27,6 @@ from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 # Of matrices that no energy leaves.
 TINY = torch.finfo(torch.float64).tiny
 
-
-# By what losses of different matrices are weighed against each other, with a text.
-WEIGHINGS = ("fisher", "spectrum")
 # Samples that the loss's gradients are measured on.
 GRADIENT_SAMPLES = 16
 

@@ -17,6 +17,7 @@ from hf_cod.compression.quantization.quantizer import OwlBnbQuantizer
 from hf_cod.compression.quantization.rounding import fill, new_module, round_matrix
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import execution_device
@@ -38,6 +39,7 @@ def quantize(
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
+    **fields: Any,
 ) -> RunReport:
     """Stores the matrices of a model's layers in three or four bits, in place; the rest stays as it is.
 
@@ -65,6 +67,7 @@ def quantize(
         layers_path: the stack's module name where it cannot be found.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
+        **fields: or fields of `OwlBnbConfig` by name: bits, scores, allocation, statistics, skip, block, ...
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -74,7 +77,7 @@ def quantize(
     """
     import hf_cod.compression.quantization.bnb  # noqa: F401 - its absence is told before any work
 
-    config = config or OwlBnbConfig()
+    config = resolve(quantize, OwlBnbConfig, config, fields)
     if getattr(model, "is_quantized", False):
         raise ValueError("model: expected dense weights, got quantized ones; model.dequantize() first")
     if not isinstance(model, PreTrainedModel):
