@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from hf_cod.compression.width.narrower import narrow as narrow
     from hf_cod.compression.width.width_plan import WidthPlan as WidthPlan
     from hf_cod.io.report import RunReport as RunReport
-    from hf_cod.io.text import SampleSettings as SampleSettings
-    from hf_cod.io.text import TextSettings as TextSettings
+    from hf_cod.io.settings import SampleSettings as SampleSettings
+    from hf_cod.io.settings import TextSettings as TextSettings
     from hf_cod.io.text import load_texts as load_texts
     from hf_cod.io.text import split_samples as split_samples
     from hf_cod.io.text import token_batches as token_batches
@@ -58,9 +58,9 @@ if TYPE_CHECKING:
     from hf_cod.scoring.methods import score_layers as score_layers
     from hf_cod.training.adapters import OwLoreConfig as OwLoreConfig
     from hf_cod.training.healing.healer import heal as heal
-    from hf_cod.training.healing.recovery import RecoverySettings as RecoverySettings
     from hf_cod.training.healing.recovery import recover as recover
     from hf_cod.training.healing.settings import HealSettings as HealSettings
+    from hf_cod.training.healing.settings import RecoverySettings as RecoverySettings
     from hf_cod.training.owlore.lora_ranks import lora_ranks as lora_ranks
     from hf_cod.training.owlore.optimizer import OwLoreAdamW as OwLoreAdamW
     from hf_cod.training.owlore.optimizer import owlore as owlore
@@ -89,12 +89,12 @@ _HOMES = {
     "OwLoreSettings": "training.owlore.settings",
     "OwlBnbConfig": "compression.quantization.config",
     "RankPlan": "compression.low_rank.rank_plan",
-    "RecoverySettings": "training.healing.recovery",
+    "RecoverySettings": "training.healing.settings",
     "RunReport": "io.report",
-    "SampleSettings": "io.text",
+    "SampleSettings": "io.settings",
     "SparseConfig": "compression.sparse.config",
     "SparseLinear": "compression.sparse.linear",
-    "TextSettings": "io.text",
+    "TextSettings": "io.settings",
     "TrainingHistory": "analysis.monitoring.history",
     "WidthPlan": "compression.width.width_plan",
     "allocate": "scoring.allocation",

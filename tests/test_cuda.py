@@ -141,7 +141,7 @@ def test_width(method, compensation, batches):
 @pytest.mark.parametrize("criterion", ["layer_drop", "block_influence", "angular", "search"])
 def test_depth(criterion, batches):
     def change(model):
-        drop_layers(model, plan_depth(model, 3, criterion, batches=batches[0], width=2), batches=batches[0])
+        drop_layers(model, plan_depth(model, 3, criterion, batches=batches[0], search_width=2), batches=batches[0])
 
     assert_as_good(change, batches)
 

@@ -13,16 +13,17 @@ from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.cli.output import JOURNAL, check_output, finish, require_plots, results_of
 from hf_cod.cli.parser import default_directory
 from hf_cod.cli.terminal import print_report
-from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number
-from hf_cod.io.text import Batch, SampleSettings, TextSettings, describe_batches, load_texts, mask_tokens, split_samples
+from hf_cod.io.settings import ModelSettings, SampleSettings, TextSettings
+from hf_cod.io.text import Batch, describe_batches, load_texts, mask_tokens, split_samples
 from hf_cod.io.text import token_batches as cut_into_batches
 from hf_cod.layers.checks import check_length
 from hf_cod.layers.speed import PROMPT_TOKENS, measure_speed
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import ScoreSettings
+from hf_cod.scoring.settings import ScoreSettings
 
 Speeds = dict[str, dict[str, float | None]]
 """Name of a model -> what `ModelSpeed.medians` tells of it."""

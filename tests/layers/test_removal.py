@@ -223,10 +223,10 @@ def test_the_vision_tower_of_a_vision_language_model_has_its_own_config():
     model = two_towers()
     assert len(find_decoder_layers(model)) == 5
     path = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
-    with skip(model, 0, path=path):
+    with skip(model, 0, layers_path=path):
         assert model.config.text_config.num_hidden_layers == 5
         assert model.config.vision_config.num_hidden_layers == 2
-    drop(model, 1, path=path)
+    drop(model, 1, layers_path=path)
     assert model.config.vision_config.num_hidden_layers == 2
 
 
@@ -234,7 +234,7 @@ def test_each_tower_keeps_its_record_of_shapes(tmp_path):
     """The stacks of both are called "layers"."""
     model = two_towers()
     tower = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
-    narrow(model, WidthPlan(0.7, [4] * 3, [48, 32, 16], "mine"), "magnitude", "none", path=tower)
+    narrow(model, WidthPlan(0.7, [4] * 3, [48, 32, 16], "mine"), "magnitude", "none", layers_path=tower)
     narrow(model, WidthPlan(0.7, [4] * 5, [48, 32, 40, 16, 24], "mine"), "magnitude", "none")
     before = copy.deepcopy(model.config.module_shapes)
     with skip(model, 0):

@@ -17,6 +17,7 @@ from hf_cod.analysis.evaluation.metrics import (
     Perplexity,
     SampleScore,
 )
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.running import evaluation_mode
@@ -107,15 +108,16 @@ def _load_evaluate(name: str) -> Any:
         ) from error
 
 
-def held_out_perplexity(model: nn.Module, batches: Sequence[Batch], path: str | None = None) -> float:
+@renamed(path="layers_path")
+def held_out_perplexity(model: nn.Module, batches: Sequence[Batch], layers_path: str | None = None) -> float:
     """Perplexity of a language model on batches of any device, in eval mode and without a cache; the model is left as
     it was.
 
     Args:
         model: a transformers model.
         batches: dicts for its forward.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
     """
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     with evaluation_mode(stack):
         return perplexity(stack.model, batches)

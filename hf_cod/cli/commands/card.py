@@ -7,7 +7,8 @@ from pathlib import Path
 
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser
-from hf_cod.reporting.model_card import CardSettings, release
+from hf_cod.reporting.model_card import release
+from hf_cod.reporting.settings import CardSettings
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_cod.analysis.diagnostics.diagnosis import DiagnoseSettings
+from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.commands import quantize
 from hf_cod.cli.commands.diagnose import finish, run
 from hf_cod.cli.output import JOURNAL, require_plots
@@ -16,13 +16,13 @@ from hf_cod.io.files import write_text
 from hf_cod.io.models import (
     EMBEDDED,
     EMBEDDED_PLACEMENTS,
-    ModelSettings,
     embedded_model,
     from_package,
     load_model,
     on_hub,
 )
-from hf_cod.io.text import TextSettings, embedded_text
+from hf_cod.io.settings import ModelSettings, TextSettings
+from hf_cod.io.text import embedded_text
 from hf_cod.reporting.comparison import compare
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_cod.analysis.diagnostics.diagnosis import DiagnoseSettings, MeasurementError, diagnose
+from hf_cod.analysis.diagnostics.diagnosis import MeasurementError, diagnose
+from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.terminal import print_report
-from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport
-from hf_cod.io.text import TextSettings, load_texts
+from hf_cod.io.settings import ModelSettings, TextSettings
+from hf_cod.io.text import load_texts
 
 
 @dataclass

@@ -28,13 +28,14 @@ from hf_cod.cli.compression import (
     write_results,
 )
 from hf_cod.cli.parser import SettingsParser, model_title
-from hf_cod.compression.depth.criteria import CRITERIA, plan_depth
+from hf_cod.compression.depth.criteria import plan_depth
 from hf_cod.compression.depth.depth_plan import DepthPlan
 from hf_cod.compression.depth.dropper import drop_layers
-from hf_cod.compression.depth.maps import REPLACEMENTS
-from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.compression.depth.settings import CRITERIA, REPLACEMENTS
+from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number
-from hf_cod.io.text import Batch, TextSettings, describe_batches
+from hf_cod.io.settings import ModelSettings, TextSettings
+from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.stack import find_decoder_layers
 
 DEFAULT_PARAMETERS = 0.8
@@ -147,7 +148,7 @@ def run(
         plan,
         settings.replacement,
         batches=calibration,
-        path=settings.layers_path,
+        layers_path=settings.layers_path,
         name=model_title(source),
     )
     model.save_pretrained(output)  # type: ignore[operator]
@@ -180,7 +181,7 @@ def run(
 
 def _plan(model: nn.Module, batches: Sequence[Batch], settings: DropLayersSettings, journal: Path) -> DepthPlan:
     depth = len(find_decoder_layers(model, settings.layers_path))
-    options: dict[str, Any] = {"path": settings.layers_path, "journal": journal, "show_progress": True}
+    options: dict[str, Any] = {"layers_path": settings.layers_path, "journal": journal, "show_progress": True}
     options |= {"protect": settings.protect, "replacement": settings.replacement}
     return plan_depth(model, settings.count(depth), settings.criterion, batches=batches, **options)
 

@@ -26,18 +26,19 @@ from hf_cod.cli.compression import (
     write_results,
 )
 from hf_cod.cli.parser import SettingsParser, model_title
-from hf_cod.compression.low_rank.factorizer import METHODS, factorize
+from hf_cod.compression.low_rank.factorizer import factorize
 from hf_cod.compression.low_rank.rank_plan import RankPlan
-from hf_cod.compression.low_rank.spectra import WEIGHINGS, plan_ranks
-from hf_cod.functional.sparse_low_rank import RANK_SHARE
-from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.compression.low_rank.settings import METHODS, RANK_SHARE, WEIGHINGS
+from hf_cod.compression.low_rank.spectra import plan_ranks
+from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport
-from hf_cod.io.text import Batch, TextSettings, describe_batches
+from hf_cod.io.settings import ModelSettings, TextSettings
+from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation, allocate
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import METHODS as SCORES
 from hf_cod.scoring.methods import score_layers
+from hf_cod.scoring.settings import METHODS as SCORES
 
 DEFAULT_PARAMETERS = 0.8
 # These give each matrix a rank, all others each layer a share.
@@ -160,7 +161,7 @@ def run(
     speeds = speeds_of({"intact": model}, evaluation, settings)
     scores = scores or _scores(model, calibration, settings)
     plan: LayerAllocation | RankPlan
-    options: dict[str, Any] = {"journal": journal, "path": settings.layers_path, "show_progress": True}
+    options: dict[str, Any] = {"journal": journal, "layers_path": settings.layers_path, "show_progress": True}
     if scores is None:
         batches = calibration if settings.method == "whitened" else None
         plan = plan_ranks(model, settings.budget, settings.score, batches=batches, **options)

@@ -14,10 +14,11 @@ from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.sizes import in_gigabytes
 from hf_cod.cli.training import TrainingOutput, tell
-from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.models import load_model
 from hf_cod.io.packing import pack
 from hf_cod.io.report import RunReport, environment, format_number
-from hf_cod.io.text import Batch, TextSettings, load_texts
+from hf_cod.io.settings import ModelSettings, TextSettings
+from hf_cod.io.text import Batch, load_texts
 from hf_cod.layers.checks import check_length, pruned_matrices
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.layer_scores import LayerScores

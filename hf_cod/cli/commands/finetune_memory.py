@@ -13,7 +13,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from hf_cod.cli.sizes import in_gigabytes, parse_bytes
-from hf_cod.io.models import ModelSettings, best_device, load_config
+from hf_cod.io.models import best_device, load_config
+from hf_cod.io.settings import ModelSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.estimate import estimate_memory
 from hf_cod.training.runs.memory import PARTS, Memory

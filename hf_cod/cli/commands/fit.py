@@ -31,9 +31,10 @@ from hf_cod.compression.fit.fit_plan import FitPlan
 from hf_cod.compression.fit.knobs import Applying, describe_steps
 from hf_cod.compression.fit.planning import plan_fit
 from hf_cod.compression.fit.trials import apply_steps
-from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, environment, format_number
-from hf_cod.io.text import Batch, TextSettings, describe_batches, split_samples
+from hf_cod.io.settings import ModelSettings, TextSettings
+from hf_cod.io.text import Batch, describe_batches, split_samples
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.size import size_of
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
@@ -114,7 +115,7 @@ def run(
     speeds = {} if settings.plan_only else speeds_of({"intact": model}, evaluation, settings)
     described = environment(execution_device(model), next(model.parameters()).dtype)
     del model
-    options: dict[str, Any] = {"journal": journal, "path": settings.layers_path, "show_progress": True}
+    options: dict[str, Any] = {"journal": journal, "layers_path": settings.layers_path, "show_progress": True}
     plan = plan_fit(
         lambda: load_model(source, loading)[0],
         *settings.budget(),

@@ -17,10 +17,10 @@ from hf_cod.cli.compression import (
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.training import TrainingOutput, tell
-from hf_cod.io.models import DTYPES, ModelSettings
 from hf_cod.io.packing import pack
 from hf_cod.io.report import RunReport
-from hf_cod.io.text import TextSettings, load_texts
+from hf_cod.io.settings import DTYPES, ModelSettings, TextSettings
+from hf_cod.io.text import load_texts
 from hf_cod.training.healing.healer import heal
 from hf_cod.training.healing.pair import check_tokenizers
 from hf_cod.training.healing.settings import HealSettings

@@ -27,17 +27,18 @@ from hf_cod.cli.compression import (
     write_results,
 )
 from hf_cod.cli.parser import SettingsParser, model_title
-from hf_cod.compression.width.methods import COMPENSATIONS, METHODS
 from hf_cod.compression.width.narrower import narrow
-from hf_cod.compression.width.width_plan import MULTIPLE
-from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.compression.width.settings import CHANNEL_MULTIPLE, COMPENSATIONS, METHODS
+from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport
-from hf_cod.io.text import Batch, TextSettings, describe_batches
+from hf_cod.io.settings import ModelSettings, TextSettings
+from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.allocation import allocate
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import METHODS as SCORES
-from hf_cod.scoring.methods import ScoreSettings, score_layers
+from hf_cod.scoring.methods import score_layers
+from hf_cod.scoring.settings import METHODS as SCORES
+from hf_cod.scoring.settings import ScoreSettings
 
 
 @dataclass
@@ -57,7 +58,7 @@ class NarrowSettings(SpeedSettings, SpreadSettings):
     )
     score: str = as_in(ScoreSettings, "method")
     parameters: float = field(default=0.8, metadata={"help": "share of the layers' weights to keep"})
-    multiple: int = field(default=MULTIPLE, metadata={"help": "numbers of channels are multiples of this"})
+    multiple: int = field(default=CHANNEL_MULTIPLE, metadata={"help": "numbers of channels are multiples of this"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +107,7 @@ def run(
     scores = scores or _scores(model, calibration, settings)
     plan = allocate(scores, "parameters", settings.parameters, settings.spread)
     chosen: dict[str, Any] = {"method": settings.method, "compensation": settings.compensation}
-    chosen |= {"multiple": settings.multiple, "path": settings.layers_path}
+    chosen |= {"channel_multiple": settings.multiple, "layers_path": settings.layers_path}
     chosen |= {"batches": calibration, "journal": journal, "show_progress": True}
     if settings.baseline and scores.method != "uniform":
         narrow(model, settings.parameters, **chosen)

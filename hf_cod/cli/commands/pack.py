@@ -12,11 +12,12 @@ from hf_cod.cli.terminal import print_report
 from hf_cod.compression.sparse.config import SparseConfig
 from hf_cod.compression.sparse.linear import SparseLinear
 from hf_cod.compression.sparse.quantizer import pack_sparse
-from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, environment, format_number
+from hf_cod.io.settings import ModelSettings
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.checkpoint import check_new, save_aside
-from hf_cod.scoring.methods import ScoreSettings
+from hf_cod.scoring.settings import ScoreSettings
 
 
 @dataclass

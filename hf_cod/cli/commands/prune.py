@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,19 +24,22 @@ from hf_cod.cli.compression import (
     write_results,
 )
 from hf_cod.cli.parser import SettingsParser, model_title
-from hf_cod.compression.pruning.methods import METHODS, check_pattern, measure_sparsity
+from hf_cod.compression.pruning.methods import check_pattern, measure_sparsity
 from hf_cod.compression.pruning.pruner import parse_pattern, prune
-from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.compression.pruning.settings import METHODS
+from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport
-from hf_cod.io.text import Batch, TextSettings, describe_batches
+from hf_cod.io.settings import ModelSettings, TextSettings
+from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation, allocate
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import METHODS as SCORES
-from hf_cod.scoring.methods import ScoreSettings, score_layers
-from hf_cod.scoring.pruning_probe import PRUNERS
-from hf_cod.training.healing.recovery import RecoverySettings, recover
+from hf_cod.scoring.methods import score_layers
+from hf_cod.scoring.settings import METHODS as SCORES
+from hf_cod.scoring.settings import PRUNERS, ScoreSettings
+from hf_cod.training.healing.recovery import recover
+from hf_cod.training.healing.settings import RecoverySettings
 
 DEFAULT_SPARSITY = 0.5
 
@@ -87,10 +91,28 @@ class PruneSettings(SpreadSettings):
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
 
+@dataclass
+class RecoveryOptions:
+    """How a pruned model is trained on, as options beside those of pruning."""
+
+    recover: int = field(
+        default=0, metadata={"help": "training steps of LoRA after pruning; zeros stay zeros (needs peft)"}
+    )
+    recover_rank: int = as_in(RecoverySettings, "rank")
+    recover_learning_rate: float = as_in(RecoverySettings, "learning_rate")
+
+    def __post_init__(self) -> None:
+        for name, least in (("recover", 0), ("recover_rank", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if not 0 < self.recover_learning_rate < math.inf:
+            raise ValueError(f"recover_learning_rate: expected a number above 0, got {self.recover_learning_rate}")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, PruneSettings, RecoverySettings, CompressionOutput],
+        [ModelSettings, TextSettings, PruneSettings, RecoveryOptions, CompressionOutput],
         prog="hf-cod prune",
         description="Sets weights of the layers' matrices to zero, more of them in layers that matter less, and writes "
         "a model that from_pretrained loads. Interrupted, the same command goes on where it stopped. The model itself "
@@ -108,7 +130,7 @@ def run(
     loading: ModelSettings,
     text: TextSettings,
     settings: PruneSettings,
-    recovery: RecoverySettings,
+    recovery: RecoveryOptions,
     scores_file: str | None,
     journal: Path,
     output: Path,
@@ -127,7 +149,7 @@ def run(
     options: dict[str, Any] = {
         "batches": calibration,
         "journal": journal,
-        "path": settings.layers_path,
+        "layers_path": settings.layers_path,
         "name": model_title(source),
         "show_progress": True,
     }
@@ -188,7 +210,7 @@ def _plan(scores: LayerScores, settings: PruneSettings) -> LayerAllocation:
     return allocate(scores, "sparsity", settings.budget, settings.spread, group=settings.group)
 
 
-def _recover(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings, chosen: RecoverySettings) -> None:
+def _recover(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings, chosen: RecoveryOptions) -> None:
     recover(
         model,
         batches,
@@ -196,7 +218,7 @@ def _recover(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings
         rank=chosen.recover_rank,
         learning_rate=chosen.recover_learning_rate,
         seed=settings.seed,
-        path=settings.layers_path,
+        layers_path=settings.layers_path,
         show_progress=True,
     )
 

@@ -24,18 +24,21 @@ from hf_cod.cli.compression import (
     write_results,
 )
 from hf_cod.cli.parser import SettingsParser, model_title
-from hf_cod.compression.quantization.config import OwlBnbConfig, StorageSettings, check_bits
+from hf_cod.compression.quantization.config import OwlBnbConfig
 from hf_cod.compression.quantization.plan import plan_bits
 from hf_cod.compression.quantization.quantize import quantize
-from hf_cod.functional.codebook import BITS
-from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.compression.quantization.settings import StorageSettings, check_bits
+from hf_cod.functional.bits import BITS
+from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number
-from hf_cod.io.text import Batch, TextSettings, describe_batches
+from hf_cod.io.settings import ModelSettings, TextSettings
+from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.size import bytes_of
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import METHODS as SCORES
-from hf_cod.scoring.methods import ScoreSettings, score_layers
+from hf_cod.scoring.methods import score_layers
+from hf_cod.scoring.settings import METHODS as SCORES
+from hf_cod.scoring.settings import ScoreSettings
 
 ROUNDINGS = ("compensated", "weighted", "nearest")
 
@@ -152,11 +155,16 @@ class _Work:
     def quantize(self, model: Any, settings: QuantizeSettings, scores: LayerScores | None) -> RunReport:
         """Quantizes in place, by the way of rounding that was asked for."""
         path = settings.layers_path
-        options: dict[str, Any] = {"journal": self.journal, "path": path, "name": self.title, "show_progress": True}
+        options: dict[str, Any] = {
+            "journal": self.journal,
+            "layers_path": path,
+            "name": self.title,
+            "show_progress": True,
+        }
         storage = {f.name: getattr(settings, f.name) for f in fields(StorageSettings)}
         config = OwlBnbConfig(bits=settings.bits, scores=scores, skip=settings.skip, **storage)
         if settings.rounding == "weighted":
-            config.statistics = collect_statistics(model, self.batches, path=path, show_progress=True)
+            config.statistics = collect_statistics(model, self.batches, layers_path=path, show_progress=True)
         elif settings.rounding == "compensated":
             options["batches"] = self.batches
         return quantize(model, config, **options)

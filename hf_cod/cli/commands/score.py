@@ -14,9 +14,10 @@ from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.terminal import print_report
 from hf_cod.io.files import Journal
-from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, environment, format_number, standing_out
-from hf_cod.io.text import SampleSettings, TextSettings, describe_batches, load_texts, mask_tokens
+from hf_cod.io.settings import ModelSettings, SampleSettings, TextSettings
+from hf_cod.io.text import describe_batches, load_texts, mask_tokens
 from hf_cod.io.text import token_batches as cut_into_batches
 from hf_cod.layers.checks import check_length
 from hf_cod.layers.devices import execution_device
@@ -24,7 +25,8 @@ from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.stack import unwrap
 from hf_cod.layers.task import task_of
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import ScoreSettings, score_layers
+from hf_cod.scoring.methods import score_layers
+from hf_cod.scoring.settings import ScoreSettings
 
 STATISTICS, SCORES = "statistics.safetensors", "scores.json"
 
@@ -112,7 +114,7 @@ def run(
     statistics = LayerStatistics.load(earlier) if earlier else kept
     report.keep_earlier(directory, (SCORES,) if kept else (STATISTICS, SCORES))
     if statistics is None:
-        statistics = collect_statistics(model, batches, path=settings.layers_path, name=name, show_progress=True)
+        statistics = collect_statistics(model, batches, layers_path=settings.layers_path, name=name, show_progress=True)
     if kept is None:
         statistics.save(file)
     if not earlier:

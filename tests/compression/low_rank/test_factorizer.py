@@ -23,10 +23,11 @@ from hf_cod import (
     prune,
 )
 from hf_cod.compression.low_rank.factorizer import METHODS
+from hf_cod.compression.low_rank.settings import RANK_SHARE
 from hf_cod.functional.factorization import DAMPING
 from hf_cod.functional.factorization import factorize as whitened
 from hf_cod.functional.ranks import count, most_rank, rank_of_weights
-from hf_cod.functional.sparse_low_rank import RANK_SHARE, decompose, sizes_of_weights
+from hf_cod.functional.sparse_low_rank import decompose, sizes_of_weights
 from hf_cod.io.models import ModelSettings, load_model
 from hf_cod.io.text import SampleSettings, split_samples, token_batches
 from hf_cod.layers.finished_layers import FinishedLayers

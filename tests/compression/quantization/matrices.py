@@ -7,9 +7,9 @@ from torch import nn
 
 from hf_cod import OwlBnbConfig, quantize
 from hf_cod.compression.quantization import bnb_decoding
-from hf_cod.compression.quantization.config import StorageSettings
 from hf_cod.compression.quantization.format import expand_planes
 from hf_cod.compression.quantization.rounding import fill, new_module, round_matrix
+from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.functional.codebook import decode
 from tests.tiny_models import build
 

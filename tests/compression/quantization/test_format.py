@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hf_cod.compression.quantization import bnb_decoding
 from hf_cod.compression.quantization.format import expand_planes, pack_nibbles, pack_planes
 from hf_cod.compression.quantization.scales import NESTED_BLOCK
-from hf_cod.functional.codebook import BITS, decode
+from hf_cod.functional.bits import BITS
+from hf_cod.functional.codebook import decode
 
 
 def codes(rows, columns, bits, seed=0):

@@ -578,7 +578,7 @@ def test_what_never_trains_is_told(caplog):
 
 def test_layers_are_drawn_by_an_allocation_of_probability():
     model = build("llama")
-    plan = allocate(scored(model), "probability", budget=0.5, parameters=[1] * 4)
+    plan = allocate(scored(model), "probability", budget=0.5, layer_parameters=[1] * 4)
     optimizer = OwLoreAdamW(model, plan, n_active=2, interval=1, rank=4)
     assert optimizer.sampler.probabilities == plan.values
     train(model, optimizer, 2)
