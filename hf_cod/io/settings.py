@@ -64,10 +64,14 @@ def resolve(
     return replace(settings, **values) if values else copy.copy(settings)  # type: ignore[type-var]
 
 
-def as_in(settings: type, name: str) -> Any:
-    """A field with the default, the help and the choices that it has in other settings."""
+def as_in(settings: type, name: str, **other: Any) -> Any:
+    """A field with the help and the choices that it has in other settings, and its default there if no `default` is
+    given here.
+    """
     (found,) = (f for f in fields(settings) if f.name == name)
-    return field(default=found.default, default_factory=found.default_factory, metadata=found.metadata)
+    if not other:
+        other = {"default": found.default, "default_factory": found.default_factory}
+    return field(**other, metadata=found.metadata)
 
 
 def layers_path_field() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -130,3 +130,13 @@ def _greedy(model: Any, count: int) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+Speeds = dict[str, dict[str, float | None]]
+"""Name of a model -> what `ModelSpeed.medians` says of it."""
+
+
+def speeds_of(models: Mapping[str, DecoderLayers], batches: Sequence[Mapping[str, Any]]) -> Speeds:
+    """What reports hold of the speed of models: in turns, on the first sample or its beginning."""
+    prompt = batches[0]["input_ids"][:1, :PROMPT_TOKENS]
+    return {name: found.medians() for name, found in measure_speed(models, prompt).items()}
