@@ -1,4 +1,4 @@
-"""Shell completion: the parsers of all commands, as shtab's scripts for bash, zsh and tcsh."""
+"""Shell completion: the parsers of all commands, as scripts that shtab makes of them."""
 
 from __future__ import annotations
 

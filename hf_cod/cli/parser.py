@@ -6,12 +6,13 @@ Imports the standard library alone: `hf-cod COMMAND --help` waits for nothing.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 # Spelling that other tools use -> ours.
 ALIASES = {"--output-dir": "--output"}
@@ -63,15 +64,23 @@ class SettingsParser(argparse.ArgumentParser):
         if known.config is not None:
             self._read(Path(known.config))
         if known.print_config:
-            for action in self._get_positional_actions():
-                action.nargs, action.required = "*" if action.nargs == "+" else "?", False
+            for action in self._options().values():
+                _make_optional(action)
         found = self.parse_intermixed_args(spelled)
         if known.print_config:
             print(self._as_config(found))
             self.exit()
-        return *(
-            each(**{f.name: getattr(found, f.name) for f in fields(each) if f.init}) for each in self._settings
-        ), found
+        made = [each(**{f.name: getattr(found, f.name) for f in fields(each) if f.init}) for each in self._settings]
+        return *made, found
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As a setting's own check says it.
+
+        Raises:
+            ValueError: none of the choices.
+        """
+        if action.choices is not None and value not in action.choices:
+            raise ValueError(f"{action.dest}: expected one of {', '.join(map(str, action.choices))}, got {value!r}")
 
     def _options(self) -> dict[str, argparse.Action]:
         """Name in a config file -> option or positional argument."""
@@ -82,7 +91,7 @@ class SettingsParser(argparse.ArgumentParser):
         import yaml
 
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
             told = str(error).splitlines()[0]
             raise ValueError(f"config: expected a YAML file of options, got {str(path)!r}: {told}") from error
@@ -93,21 +102,25 @@ class SettingsParser(argparse.ArgumentParser):
             name = str(key).replace("-", "_")
             if name not in options:
                 raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}")
-            action = options[name]
-            action.default = _converted(action, value, str(key))
-            if not action.option_strings and value is not None:
-                action.nargs, action.required = "*" if action.nargs == "+" else "?", False
+            self.set_defaults(**{name: _converted(options[name], value, str(key))})
+            if value is not None:
+                _make_optional(options[name])
 
     def _as_config(self, found: argparse.Namespace) -> str:
         """The options as YAML, each after its help text."""
-        import yaml
-
         lines = [f"# {self.prog}"]
         for name, action in self._options().items():
             told = "" if action.help in (None, argparse.SUPPRESS) else str(action.help).replace("%%", "%")
             lines += ["", *([f"# {told}"] if told else [])]
-            lines.append(yaml.safe_dump({name: getattr(found, name)}, default_flow_style=None, width=1000).strip())
+            lines.append(f"{name}: {json.dumps(getattr(found, name))}")  # which is YAML
         return "\n".join(lines)
+
+
+def _make_optional(action: argparse.Action) -> None:
+    """Lets an argument be missing on the command line."""
+    action.required = False
+    if not action.option_strings:
+        action.nargs = "*" if action.nargs == "+" else "?"
 
 
 def _spelled(argument: str) -> str:
@@ -142,7 +155,7 @@ def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) ->
     if told and not required and default is not None and default != []:
         told = f"{told} (default: {default})"
     more = {"nargs": field.metadata.get("nargs", "+")} if several else {}
-    choices = field.metadata.get("choices")
+    choices = field.metadata.get("choices") or (get_args(hint) if get_origin(hint) is Literal else None)
     parser.add_argument(
         name,
         dest=field.name,
@@ -157,11 +170,13 @@ def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) ->
 
 
 def _kind(hint: Any) -> tuple[type, bool]:
-    """(type of a value, whether there are several) of `int | None`, `list[str]` and the like."""
+    """(type of a value, whether there are several) of `int | None`, `list[str]`, `Literal["a", "b"]` and the like."""
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = (each for each in get_args(hint) if each is not type(None))
     if get_origin(hint) is list:
         return get_args(hint)[0], True
+    if get_origin(hint) is Literal:
+        return type(get_args(hint)[0]), False
     return hint, False
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from hf_cod.cli.compression import Work
+    from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from hf_cod import LayerAllocation, find_decoder_layers, perplexity
-from hf_cod.cli.commands import score
+from hf_cod.analysis.statistics import layer_statistics
 from hf_cod.cli.main import COMMANDS, main
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.text import SampleSettings, token_batches
+from hf_cod.scoring import methods
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
 from tests.tiny_models import build
@@ -99,13 +100,13 @@ def test_no_layer_matters_both_most_and_least(checkpoint, layers, method, found)
 
 def test_score_takes_the_statistics_that_are_there(checkpoint, monkeypatch):
     """Those of an interrupted run, and those of another score; never those of other samples or a changed file."""
-    counted, collect = [], score.collect_statistics
-    monkeypatch.setattr(score, "collect_statistics", lambda *a, **k: counted.append(1) or collect(*a, **k))
+    counted, collect = [], layer_statistics.collect_statistics
+    monkeypatch.setattr(layer_statistics, "collect_statistics", lambda *a, **k: counted.append(1) or collect(*a, **k))
     out = checkpoint / "out"
     arguments = ["score", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), "--output", str(out)]
     arguments += [*QUICK, "--no-plots"]
     with monkeypatch.context() as patch:
-        patch.setattr(score, "score_layers", lambda *a, **k: 1 / 0)
+        patch.setattr(methods, "score_layers", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(arguments)
     assert main(arguments) == 0 and len(counted) == 1
@@ -288,7 +289,7 @@ def test_factorize_writes_a_model_that_loads_and_a_report_of_it(checkpoint, caps
     report, shown = RunReport.load(checkpoint / "out"), capsys.readouterr().out
     model, tokenizer = load_model(str(checkpoint / "out"))
     assert sum(p.numel() for p in model.parameters()) == report.results["parameters"]["factorized"]
-    assert 0.5 < report.results["kept"] <= 0.6 and report.results["bytes"] == (
+    assert 0.5 < report.results["kept"] <= 0.6 and report.results["disk_bytes"] == (
         (checkpoint / "out" / "model.safetensors").stat().st_size
     )
     found = report.results["perplexity"]
@@ -539,7 +540,7 @@ def test_a_failing_metric_is_told_and_the_rest_is_kept(checkpoint, capsys):
         (["compare", "a", "b"], "report: expected"),
         (
             ["fly"],
-            "narrow, drop-layers, pack, quantize, fit, heal, finetune, compare, card, convert, got 'fly'",
+            "narrow, drop-layers, pack, quantize, fit, heal, finetune, compare, card, convert, env, got 'fly'",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from hf_cod.compression.depth.settings import DepthSettings
 from hf_cod.io.settings import ModelSettings, TextSettings, as_in
 
 if TYPE_CHECKING:
-    from hf_cod.cli.compression import Work
+    from hf_cod.cli.work import Work
     from hf_cod.compression.depth.depth_plan import DepthPlan
     from hf_cod.io.report import RunReport
 

@@ -14,7 +14,7 @@ from hf_cod.compression.fit.settings import FitSettings as PlanSettings
 from hf_cod.io.settings import ModelSettings, TextSettings, as_in
 
 if TYPE_CHECKING:
-    from hf_cod.cli.compression import Work
+    from hf_cod.cli.work import Work
     from hf_cod.compression.fit.fit_plan import FitPlan
     from hf_cod.io.report import RunReport
     from hf_cod.layers.size import ModelSize

@@ -15,7 +15,7 @@ from hf_cod.io.settings import ModelSettings, TextSettings, as_in
 from hf_cod.scoring.settings import ScoreSettings
 
 if TYPE_CHECKING:
-    from hf_cod.cli.compression import Work
+    from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
 
 

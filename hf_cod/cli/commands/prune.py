@@ -17,7 +17,7 @@ from hf_cod.scoring.settings import PRUNERS, ScoreSettings
 from hf_cod.training.healing.settings import RecoverySettings
 
 if TYPE_CHECKING:
-    from hf_cod.cli.compression import Work
+    from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
     from hf_cod.scoring.allocation import LayerAllocation
     from hf_cod.scoring.layer_scores import LayerScores

@@ -16,7 +16,7 @@ from hf_cod.io.settings import ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import CODEBOOK, ScoreSettings
 
 if TYPE_CHECKING:
-    from hf_cod.cli.compression import Work
+    from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
 
 # Way of rounding -> what it looks at.

@@ -153,7 +153,7 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in(whole, ctrl_c, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(OwLoreAdamW, "step", interrupted)
         assert main([*command, str(tmp_path / "stopped")]) == 130
-    assert "the same command goes on from its last checkpoint" in capsys.readouterr().err
+    assert "the same command resumes from its last checkpoint" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) == before
     assert (tmp_path / "stopped" / "checkpoint-5").is_dir()
     assert main([*command, str(tmp_path / "stopped")]) == 0

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from hf_cod import RunReport, drop, heal, perplexity
-from hf_cod.cli.commands import heal as command_of_heal
+from hf_cod.cli import samples
 from hf_cod.cli.main import main
 from hf_cod.io.models import ModelSettings, embedded_model, load_model
 from hf_cod.io.packing import pack
@@ -114,7 +114,7 @@ def test_each_model_is_loaded_in_its_own_revision(tmp_path, monkeypatch):
             raise ValueError("model: enough")
         return None, None
 
-    monkeypatch.setattr(command_of_heal, "load_with_tokenizer", load)
+    monkeypatch.setattr(samples, "load_with_tokenizer", load)
     more = ["--teacher-revision", "step1000", "--revision", "pruned", "--output", str(tmp_path / "out")]
     assert main(["heal", "mine/student", "--teacher", "its/teacher", *QUICK.split(), "--no-plots", *more]) == 2
     assert asked == {"mine/student": "pruned", "its/teacher": "step1000"}

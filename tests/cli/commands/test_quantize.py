@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
         (["--bits", "2"], "bits: expected 3, 4, or stored bits between them, such as 3.5, got 2"),
         (["--bits", "3.1", "--no-baseline"], "stored bits a weight, scales included, got 3.1"),
         (["--score", "best"], "score: expected one of owl"),
-        (["--rounding", "up"], "invalid choice"),
+        (["--rounding", "up"], "rounding: expected one of compensated, weighted, nearest, got"),
         (["--scores", "none.json"], "scores: expected a file"),
         (["--sequence-length", "300000"], "at least one sample"),
     ],
