@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny models of every family, and real ones."""
+"""Shared fixtures, and what is marked by what it uses: other families, real models, fresh processes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,34 @@ import pytest
 import torch
 
 from tests import real_models
+from tests.tiny_models import DEFAULT_FAMILIES, FAMILIES
+
+REAL = {"smollm2", "mpnet", "dinov2", "photograph", "brown_text"}  # the fixtures that are downloaded
+
+
+def pytest_collection_modifyitems(items):
+    """Marks each test that uses a real model or text, and each case of a family that is not among the default ones."""
+    for item in items:
+        if REAL.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.real)
+        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+        if isinstance(family, str) and family in FAMILIES and family not in DEFAULT_FAMILIES:
+            item.add_marker(pytest.mark.families)
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _coarse_pictures():
+    """Pictures of few pixels, which are drawn in a third of the time."""
+    from hf_cod.reporting.plots import figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "DPI", 30)
+        yield
 
 
 @pytest.fixture(autouse=True)

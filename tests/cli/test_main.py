@@ -1,7 +1,5 @@
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.text import SampleSettings, token_batches
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -192,7 +191,7 @@ def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = ["prune", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
-    killed = subprocess.run([sys.executable, "-c", code, *arguments, "--output", str(checkpoint / "run")], check=False)
+    killed = run_fresh(code, *arguments, "--output", checkpoint / "run")
     assert killed.returncode == 9
     kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").iterdir()}
     assert len(kept) == 6, "four layers pruned alike, two of the plan"
@@ -377,7 +376,7 @@ def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
     )
     arguments = ["factorize", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
     arguments.append("--no-baseline")
-    killed = subprocess.run([sys.executable, "-c", code, *arguments, "--output", str(checkpoint / "run")], check=False)
+    killed = run_fresh(code, *arguments, "--output", checkpoint / "run")
     assert killed.returncode == 9
     kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").iterdir()}
     assert len(kept) == 6, "four layers' spectra, two factorized"
@@ -504,7 +503,7 @@ def test_a_killed_run_goes_on_where_it_stopped(checkpoint):
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = ["diagnose", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
-    killed = subprocess.run([sys.executable, "-c", code, *arguments, "--output", str(checkpoint / "run")], check=False)
+    killed = run_fresh(code, *arguments, "--output", checkpoint / "run")
     assert killed.returncode == 9
     kept = (checkpoint / "run" / "journal.jsonl").read_text().splitlines()
     assert len(kept) == 7

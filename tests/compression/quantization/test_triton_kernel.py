@@ -9,10 +9,10 @@ import pytest
 COMPARE = """
 import itertools
 import torch
-from hf_cod.quantization.bnb import quantize_scales
-from hf_cod.quantization.format import pack_planes
-from hf_cod.quantization.product import decoded_rows, multiply
-from hf_cod.quantization.triton_kernel import product
+from hf_cod.compression.quantization.bnb_decoding import quantize_scales
+from hf_cod.compression.quantization.format import pack_planes
+from hf_cod.compression.quantization.product import decoded_rows, multiply
+from hf_cod.compression.quantization.triton_kernel import product
 
 dtype, block = getattr(torch, DTYPE), BLOCK
 # The interpreter's bfloat16 is rounded less well than a GPU's.

@@ -1,6 +1,4 @@
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +7,14 @@ import pytest
 import torch
 
 from hf_cod.compression.sparse import kernel
+from tests.fresh_processes import run_fresh
 
 # What a machine without a kernel prints, computes and keeps.
 WITHOUT = """
 import gc
 import torch
 from hf_cod import SparseLinear
-from hf_cod.sparse import kernel, product
+from hf_cod.compression.sparse import kernel, product
 linear = torch.nn.Linear(65, 37)
 linear.weight.data *= torch.rand(37, 65) > 0.7
 packed = SparseLinear.from_linear(linear)
@@ -40,14 +39,13 @@ linear = torch.nn.Linear(65, 37)
 packed = SparseLinear.from_linear(linear)
 x = torch.randn(2, 65)
 torch.testing.assert_close(packed(x), linear(x), atol=1e-5, rtol=1e-5)
-from hf_cod.sparse.kernel import load_kernel
+from hf_cod.compression.sparse.kernel import load_kernel
 assert load_kernel() is not None
 """
 
 
-def run(code: str, **changes: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+def run(code: str, **changes: str):
+    return run_fresh(code, environment={"OMP_NUM_THREADS": "1", **changes})
 
 
 @pytest.mark.parametrize("missing", ["compiler", "ninja", "cache"])

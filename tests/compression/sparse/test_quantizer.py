@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -16,6 +14,7 @@ from transformers import (
 
 from hf_cod import SparseConfig, SparseLinear, collect_statistics, pack_sparse, score_layers
 from tests.compression.sparse.matrices import prune, sparse_model
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import batch_for, build
 
 FAMILIES = ["llama", "llama_tied", "qwen2", "opt", "mixtral", "qwen2_moe", "deepseek_v3", "gemma3"]
@@ -35,9 +34,8 @@ def logits(model, tokens: int = 9) -> torch.Tensor:
     return model(torch.arange(3, 3 + tokens)[None]).logits
 
 
-def fresh(folder, imports: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", FRESH.format(imports=imports), str(folder), str(folder / "logits.pt")]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def fresh(folder, imports: str):
+    return run_fresh(FRESH.format(imports=imports), folder, folder / "logits.pt")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,8 +1,6 @@
 """OwLore adapters through PEFT's own doors: made, trained, saved, loaded, merged, exported."""
 
 import copy
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -16,6 +14,7 @@ from hf_cod import LayerScores, OwLoreAdamW, OwLoreConfig, owlore, pack_sparse
 from hf_cod.training.adapters import registry
 from hf_cod.training.owlore.increment import Increment
 from tests.compression.quantization.matrices import mixed
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import batch_for, build
 from tests.training.owlore.references import galore
 
@@ -118,7 +117,7 @@ assert "hf_cod" not in sys.modules
 
 def in_a_fresh_process(code, folder):
     torch.save(IDS, folder / "ids.pt")
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    done = run_fresh(code, folder)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "missing adapter keys" not in done.stderr
     return torch.load(folder / "logits.pt")
