@@ -55,7 +55,7 @@ def test_demo_says_which_file_it_took_from_a_package(tmp_path, monkeypatch, caps
     assert embedded_model("pre") in capsys.readouterr().out.splitlines()[0]
 
 
-def test_demo_needs_no_network(tmp_path, monkeypatch, capsys):
+def test_demo_needs_no_network(tmp_path, monkeypatch, capsys, fine_pictures):
     def refuse(*args, **kwargs):
         raise AssertionError("the demo went to the network")
 
@@ -104,6 +104,7 @@ def run(tmp_path):
     return folder
 
 
+@pytest.mark.process
 def test_a_release_loads_without_this_package_and_its_card_holds_what_the_report_knows(run, tmp_path):
     released = tmp_path / "released"
     options = ["--name", "me/tiny-lns", "--license", "cc-by-sa-4.0", "--sources", str(tmp_path / "sources.json")]
@@ -172,6 +173,7 @@ def test_a_users_files_in_the_output_stay(run, tmp_path):
     assert (out / "README.md").read_text() == "mine"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("placement", EMBEDDED_PLACEMENTS)
 def test_what_the_shipped_cards_say_works(placement, tmp_path, monkeypatch):
     """Every command of the card, one after another, in an empty directory."""

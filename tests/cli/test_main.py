@@ -177,6 +177,7 @@ def test_prune_and_recover(checkpoint, capsys):
     assert prune(checkpoint, "other", "--recover", "-1") == 2
 
 
+@pytest.mark.process
 def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
     code = (
         "import sys, os\n"
@@ -361,6 +362,7 @@ def test_scores_are_checked_before_anything_is_measured(checkpoint, capsys, monk
     assert message in capsys.readouterr().err and not (checkpoint / "out").exists()
 
 
+@pytest.mark.process
 def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
     code = (
         "import sys, os\n"
@@ -488,6 +490,7 @@ def test_compare_puts_two_runs_in_one_picture(checkpoint, capsys):
     assert "left" in (checkpoint / "both" / "compare.md").read_text()
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on_where_it_stopped(checkpoint):
     """A process that dies in the middle of the sweep, and a second one with the same command."""
     code = (

@@ -91,6 +91,7 @@ def text(tmp_path):
     return ["--text", str(tmp_path / "text.txt")]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", BOTH)
 def test_a_killed_run_ends_as_one_that_was_not(name, tmp_path, text):
     report, weights, history = run(name, tmp_path / "whole", *text)
@@ -107,6 +108,7 @@ def test_a_killed_run_ends_as_one_that_was_not(name, tmp_path, text):
         assert torch.equal(resumed_weights[key], value), (key, dies_at)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ONE_QUICKLY)
 def test_streamed_text_is_read_again_and_again_and_a_killed_run_finds_its_place(name, tmp_path, monkeypatch):
     rows = [{"text": part} for part in embedded_text()[:1500].split("\n\n") if part]
@@ -121,6 +123,7 @@ def test_streamed_text_is_read_again_and_again_and_a_killed_run_finds_its_place(
         assert torch.equal(resumed[key], value), key
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ONE_QUICKLY)
 def test_losses_between_logs_are_not_lost_with_a_kill(name, tmp_path, text):
     """Checkpoints fall on logged steps, so that the curve is that of a run that was not killed."""
@@ -197,6 +200,7 @@ def launch(script, *arguments, more=()):
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_two_processes_train_as_one(name, tmp_path, text):
@@ -208,6 +212,7 @@ def test_two_processes_train_as_one(name, tmp_path, text):
         torch.testing.assert_close(together[key], value, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_shards_train_as_one_and_resume(name, tmp_path, text, monkeypatch):

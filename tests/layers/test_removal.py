@@ -81,6 +81,7 @@ def test_drop_saves_reloads_and_generates(family, removed, tmp_path):
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.process
 def test_drop_loads_without_this_package(tmp_path):
     model = build("llama")
     drop(model, [1])

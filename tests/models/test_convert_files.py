@@ -111,6 +111,7 @@ torch.save(logits, "logits.pt")
 """
 
 
+@pytest.mark.process
 def test_the_stock_model_loads_without_us(tmp_path):
     models = {name: tiny_model(name, "lns") for name in ("cod_llama", "cod_qwen2", "cod_qwen3")}
     for name, model in models.items():

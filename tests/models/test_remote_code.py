@@ -81,6 +81,7 @@ def stranger(root: Path, out: Path) -> dict[str, torch.Tensor]:
     return torch.load(out)
 
 
+@pytest.mark.process
 def test_trust_remote_code_without_the_package(tmp_path):
     jobs, expected = [], {}
     for model_type, auto in [
@@ -144,6 +145,7 @@ assert torch.equal(hf_cod.fold_lns(ours)(tokens).logits, hf_cod.fold_lns(path)(t
 """
 
 
+@pytest.mark.process
 def test_the_code_beside_the_weights_first_and_the_package_afterwards(tmp_path):
     tiny_model("cod_llama", "lns").save_pretrained(tmp_path / "model")
     torch.save(tokens(), tmp_path / "tokens.pt")

@@ -107,6 +107,7 @@ def load_elsewhere(root: Path, with_package: bool) -> None:
     assert done.stdout.strip() == str(with_package)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("with_package", [True, False])
 def test_a_fresh_process_computes_the_same(with_package, tmp_path):
     autos = {"bert": "AutoModelForMaskedLM"}
@@ -132,6 +133,7 @@ def test_a_fresh_process_computes_the_same(with_package, tmp_path):
     assert isinstance(again, LlamaForCausalLM) and type(again).__name__ == "ShapedLlamaForCausalLM"
 
 
+@pytest.mark.process
 def test_without_package_and_trust_a_stranger_is_told_and_gets_no_random_weights(tmp_path):
     shaped().save_pretrained(tmp_path / "model")
     code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path / 'model')!r})"

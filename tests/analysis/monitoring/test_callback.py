@@ -125,6 +125,7 @@ def test_gradients_scaled_for_half_precision(tmp_path, max_norm, request):
     assert [line["gradient_norm"] for line in history_of(tmp_path / "skipped")] == [[None] * 4] * 3
 
 
+@pytest.mark.process
 def test_two_processes(tmp_path):
     run_in_two_processes("ddp", tmp_path)
     seen = {path.stem: torch.load(path) for path in tmp_path.glob("*.pt")}
@@ -218,6 +219,7 @@ RECIPE = {
 }
 
 
+@pytest.mark.process
 def test_a_killed_training_resumes_to_the_same_loss_curve_and_history(tmp_path):
     step = random.Random().choice([6, 7, 8, 10, 11, 12])
     code = (

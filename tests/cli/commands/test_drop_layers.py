@@ -82,6 +82,7 @@ def test_a_model_of_ours_says_how_it_loads(checkpoint, capsys):
     assert "As before, it loads where hf_cod is imported" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
     code = (
         "import sys, os\n"

@@ -87,6 +87,7 @@ def test_scores_are_read_and_some_names_are_left(model, tmp_path):
     assert bits["model.layers.0.mlp.up_proj"] == 3 and report.settings["block"] == 32
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
     code = (
         "import sys, os\n"

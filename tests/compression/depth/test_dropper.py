@@ -151,6 +151,7 @@ def test_measured_keeps_what_lowers_the_loss_and_nothing_else():
     assert torch.equal(outputs(again, batches[0]), outputs(unlike, batches[0]))
 
 
+@pytest.mark.process
 def test_stock_transformers_loads_the_result_in_a_fresh_process(tmp_path):
     model = build("llama_tied")
     batches = batches_of(model)

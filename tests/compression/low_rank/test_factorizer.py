@@ -104,6 +104,7 @@ def test_applied_saved_and_loaded_again(family, tmp_path):
     assert torch.equal(outputs(loaded, batch), outputs(again, batch))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method, dtype", [("whitened", torch.float32), ("oats", torch.bfloat16)])
 def test_a_fresh_process_and_one_without_the_package(method, dtype, tmp_path):
     model = build("llama_tied", dtype=dtype)
@@ -310,6 +311,7 @@ def test_sparse_parts_against_the_formula_and_as_they_are_counted(family, dtype,
     assert factors(loaded_again(model, tmp_path)).keys() == ranks.keys()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sparse_parts_are_packed_and_loaded_in_a_fresh_process(dtype, tmp_path):
     model = build("llama", hidden_size=64, intermediate_size=96, dtype=dtype)

@@ -106,6 +106,7 @@ assert native._load() is None
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(native.platform.machine() != "x86_64", reason="nothing is built for this processor")
 def test_without_a_compiler_it_says_so_once_and_decodes(tmp_path):
     changes = {"HF_ASSETS_CACHE": str(tmp_path), "CXX": sys.executable, "OMP_NUM_THREADS": "1"}

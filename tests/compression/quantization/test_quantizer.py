@@ -123,6 +123,7 @@ def test_one_matrix_at_a_time_is_dense_while_loading(tmp_path, monkeypatch):
     assert len(most) == 28 and max(most) == 1
 
 
+@pytest.mark.process
 def test_a_fresh_process_computes_the_same_bit_by_bit(tmp_path):
     mixed(dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len([*tmp_path.glob("model-*.safetensors")]) > 2
@@ -133,6 +134,7 @@ def test_a_fresh_process_computes_the_same_bit_by_bit(tmp_path):
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 
+@pytest.mark.process
 def test_without_this_package_loading_fails_and_says_what_to_install(tmp_path):
     folders = [tmp_path / "3", tmp_path / "4"]
     for folder in folders:

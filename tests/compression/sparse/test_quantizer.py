@@ -59,6 +59,7 @@ def test_pack_save_and_load_again(family, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 3), few)
 
 
+@pytest.mark.process
 def test_a_fresh_process_computes_the_same_bit_by_bit(tmp_path):
     model = pack_sparse(sparse_model(dtype=torch.bfloat16))
     model.save_pretrained(tmp_path)
@@ -68,6 +69,7 @@ def test_a_fresh_process_computes_the_same_bit_by_bit(tmp_path):
     assert (tmp_path / "logits.pt").is_file()
 
 
+@pytest.mark.process
 def test_without_this_package_loading_fails_and_says_what_to_install(tmp_path):
     pack_sparse(sparse_model()).save_pretrained(tmp_path)
     done = fresh(tmp_path, "")

@@ -188,6 +188,7 @@ def test_applied_saved_and_loaded_again(family, tmp_path):
         assert torch.equal(outputs(loaded, batch), outputs(again, batch))
 
 
+@pytest.mark.process
 def test_fresh_processes_with_and_without_the_package(tmp_path):
     """Layers that differ: with it, or as remote code; layers that are alike: by transformers alone."""
     hidden = tmp_path / "hidden"

@@ -123,6 +123,7 @@ def in_a_fresh_process(code, folder):
     return torch.load(folder / "logits.pt")
 
 
+@pytest.mark.process
 def test_saved_small_and_loaded_in_a_fresh_process(tmp_path):
     build("llama").save_pretrained(tmp_path / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base").train(), OwLoreConfig(r=4))
@@ -153,6 +154,7 @@ def test_a_config_makes_another_adapter_that_trains(saved, tmp_path):
     assert not torch.allclose(logits(again.eval()), logits(build("llama")), atol=1e-3)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("rank", [16, 0.9999])
 def test_exported_to_a_lora_that_loads_without_us(rank, tmp_path):
     build("llama").save_pretrained(tmp_path / "base")

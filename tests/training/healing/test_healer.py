@@ -161,6 +161,7 @@ def test_sparse_parts_beside_factors_keep_their_zeros(method, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(student))
 
 
+@pytest.mark.process
 def test_a_dropped_student_with_hidden_states_reloads_in_a_fresh_process(tmp_path):
     student, teacher = build("llama"), build("llama")
     drop(student, [1])
