@@ -38,7 +38,10 @@ from hf_cod.training.runs.memory import train_steps
 from hf_cod.training.runs.methods import METHODS as TRAINED_BY
 from hf_cod.training.runs.methods import set_up
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 DEVICES = ("cpu", "cuda")
 CLOSE = 5e-3  # of perplexities: which of two near codes or weights is taken may differ
 

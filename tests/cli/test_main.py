@@ -1,7 +1,5 @@
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from hf_cod.io.text import SampleSettings, token_batches
 from hf_cod.scoring import methods
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -179,6 +178,7 @@ def test_prune_and_recover(checkpoint, capsys):
     assert prune(checkpoint, "other", "--recover", "-1") == 2
 
 
+@pytest.mark.process
 def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
     code = (
         "import sys, os\n"
@@ -193,7 +193,7 @@ def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = ["prune", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
-    killed = subprocess.run([sys.executable, "-c", code, *arguments, "--output", str(checkpoint / "run")], check=False)
+    killed = run_fresh(code, *arguments, "--output", checkpoint / "run")
     assert killed.returncode == 9
     kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").iterdir()}
     assert len(kept) == 6, "four layers pruned alike, two of the plan"
@@ -363,6 +363,7 @@ def test_scores_are_checked_before_anything_is_measured(checkpoint, capsys, monk
     assert message in capsys.readouterr().err and not (checkpoint / "out").exists()
 
 
+@pytest.mark.process
 def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
     code = (
         "import sys, os\n"
@@ -378,7 +379,7 @@ def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
     )
     arguments = ["factorize", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
     arguments.append("--no-baseline")
-    killed = subprocess.run([sys.executable, "-c", code, *arguments, "--output", str(checkpoint / "run")], check=False)
+    killed = run_fresh(code, *arguments, "--output", checkpoint / "run")
     assert killed.returncode == 9
     kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").iterdir()}
     assert len(kept) == 6, "four layers' spectra, two factorized"
@@ -490,6 +491,7 @@ def test_compare_puts_two_runs_in_one_picture(checkpoint, capsys):
     assert "left" in (checkpoint / "both" / "compare.md").read_text()
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on_where_it_stopped(checkpoint):
     """A process that dies in the middle of the sweep, and a second one with the same command."""
     code = (
@@ -505,7 +507,7 @@ def test_a_killed_run_goes_on_where_it_stopped(checkpoint):
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = ["diagnose", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
-    killed = subprocess.run([sys.executable, "-c", code, *arguments, "--output", str(checkpoint / "run")], check=False)
+    killed = run_fresh(code, *arguments, "--output", checkpoint / "run")
     assert killed.returncode == 9
     kept = (checkpoint / "run" / "journal.jsonl").read_text().splitlines()
     assert len(kept) == 7

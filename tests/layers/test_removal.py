@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from transformers import (
 from hf_cod import WidthPlan, drop, find_decoder_layers, narrow, skip
 from hf_cod.layers.removal import check_drop
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM
+from tests.fresh_processes import run_fresh
 from tests.references import without_layer
 from tests.tiny_models import CAUSAL, FAMILIES, batch_for, build
 
@@ -82,6 +81,7 @@ def test_drop_saves_reloads_and_generates(family, removed, tmp_path):
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.process
 def test_drop_loads_without_this_package(tmp_path):
     model = build("llama")
     drop(model, [1])
@@ -97,7 +97,8 @@ def test_drop_loads_without_this_package(tmp_path):
         "assert 'hf_cod' not in sys.modules\n"
         "assert torch.equal(logits, torch.load(folder + '/expected.pt'))\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    done = run_fresh(code, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_drop_cuts_layer_types_with_their_layers():

@@ -129,6 +129,7 @@ def whole(tmp_path_factory):
     return output
 
 
+@pytest.mark.process
 def test_a_killed_run_ends_as_one_that_was_not(whole, tmp_path):
     command = ["finetune", MODEL, *QUICK.split(), "--output"]
     dies_in_step_five([*command, str(tmp_path / "killed")])

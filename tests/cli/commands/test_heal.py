@@ -33,6 +33,7 @@ def student(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.process
 def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
     command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), "--hidden", "0.1", "--output"]
     assert main([*command, str(tmp_path / "whole")]) == 0

@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -32,6 +30,7 @@ from hf_cod.io.text import SampleSettings, split_samples, token_batches
 from hf_cod.layers.finished_layers import FinishedLayers
 from hf_cod.layers.units import find_units
 from tests import references
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import CAUSAL, MIXTURES, OTHERS, PLAIN, batch_for, build, double, outputs, two_batches
 
 # MPNet's attention, most of its weights, stays whole.
@@ -189,6 +188,7 @@ def test_applied_saved_and_loaded_again(family, tmp_path):
         assert torch.equal(outputs(loaded, batch), outputs(again, batch))
 
 
+@pytest.mark.process
 def test_fresh_processes_with_and_without_the_package(tmp_path):
     """Layers that differ: with it, or as remote code; layers that are alike: by transformers alone."""
     hidden = tmp_path / "hidden"
@@ -210,7 +210,7 @@ def test_fresh_processes_with_and_without_the_package(tmp_path):
                 "torch.save(model(torch.arange(3, 12)[None]).logits.detach(), 'logits.pt')\n"
             )
             place = tmp_path / name
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=place)
+            done = run_fresh(code, cwd=place)
             assert done.returncode == 0, done.stderr[-2000:]
             where = "transformers." if name == "alike" else "transformers_modules." if trust else "hf_cod."
             assert done.stdout.startswith(where)

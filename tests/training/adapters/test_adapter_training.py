@@ -160,6 +160,7 @@ def test_loss_scaling_and_autocast():
     assert optimizer.steps == 10 < len(losses) and losses[-1] < losses[0] - 0.05
 
 
+@pytest.mark.process
 def test_two_processes_stay_in_step_and_train_as_one(tmp_path):
     """OwLore's adapters in float64, and LoRA's, of which DDP itself has nothing to average either."""
     run_in_two_processes("adapters", tmp_path)
