@@ -121,6 +121,6 @@ def _overview() -> str:
             *rows,
             "",
             "hf-cod COMMAND --help describes a command, hf-cod --version prints the version, and",
-            "hf-cod --print-completion SHELL a script that completes commands and options in bash, zsh, fish and others.",
+            "hf-cod --print-completion SHELL a script that completes them in bash, zsh, fish and others.",
         ]
     )
