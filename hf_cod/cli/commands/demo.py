@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.commands.diagnose import finish, run
-from hf_cod.cli.commands.quantize import Quantize, QuantizeSettings
+from hf_cod.cli.commands.quantize import Quantize, QuantizeOptions
 from hf_cod.cli.output import JOURNAL, require_plots
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.settings import ModelSettings, TextSettings
@@ -83,7 +83,7 @@ def _quantized(directory: Path) -> None:
         print(f"\nnot quantized: {error}")
         return
     print("\nquantizing pre")
-    step = Quantize(QuantizeSettings(max_samples=8, eval_samples=16))
+    step = Quantize(QuantizeOptions(max_samples=8, eval_samples=16))
     text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
     model = embedded_model(EMBEDDED_PLACEMENTS[0])
     journal = directory / JOURNAL

@@ -22,7 +22,7 @@ DEFAULT_PARAMETERS = 0.8
 
 
 @dataclass
-class DropLayersSettings(SpeedSettings, MeasuringSettings):
+class DropLayersOptions(SpeedSettings, MeasuringSettings):
     """Which layers are removed, and on which samples that is decided."""
 
     layers: int | None = field(default=None, metadata={"help": "how many layers to remove; default: by parameters"})
@@ -81,7 +81,7 @@ class DropLayersOutput(ResultsOutput):
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, DropLayersSettings, DropLayersOutput],
+        [ModelSettings, TextSettings, DropLayersOptions, DropLayersOutput],
         prog="hf-cod drop-layers",
         description="Removes the layers that a model misses least. A stock model stays one, which loads without "
         "hf_cod. Interrupted, the same command resumes its search. The model itself is never touched.",
@@ -105,7 +105,7 @@ class DropLayers(Step):
 
     command, done = "drop-layers", "dropped"
 
-    def __init__(self, settings: DropLayersSettings, plan_file: str | None) -> None:
+    def __init__(self, settings: DropLayersOptions, plan_file: str | None) -> None:
         super().__init__(settings)
         self.plan_file = plan_file
 

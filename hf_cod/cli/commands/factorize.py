@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
 from hf_cod.cli.step import Step
-from hf_cod.compression.low_rank.settings import RANK_SHARE, WEIGHINGS
-from hf_cod.compression.low_rank.settings import FactorizeSettings as MethodSettings
+from hf_cod.compression.low_rank.settings import RANK_SHARE, WEIGHINGS, FactorizeSettings
 from hf_cod.io.settings import ModelSettings, TextSettings, as_in
 from hf_cod.scoring.settings import METHODS as SCORES
 
@@ -30,10 +29,10 @@ CHOICES = (*OF_MATRICES, *(name for name in SCORES if name not in (*OF_MATRICES,
 
 
 @dataclass
-class FactorizeSettings(SpeedSettings, SpreadSettings):
+class FactorizeOptions(SpeedSettings, SpreadSettings):
     """What is factorized, and on which samples."""
 
-    method: str = as_in(MethodSettings, "method")
+    method: str = as_in(FactorizeSettings, "method")
     score: str | None = field(
         default=None,
         metadata={
@@ -55,11 +54,11 @@ class FactorizeSettings(SpeedSettings, SpreadSettings):
             "would enlarge stays whole"
         },
     )
-    rank_share: float = as_in(MethodSettings, "rank_share")
+    rank_share: float = as_in(FactorizeSettings, "rank_share")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        MethodSettings(method=self.method, rank_share=self.rank_share)
+        FactorizeSettings(method=self.method, rank_share=self.rank_share)
         if self.method == "oats" and self.score is None:
             self.score = "uniform"
         if self.score not in (None, *CHOICES):
@@ -105,7 +104,7 @@ class FactorizeSettings(SpeedSettings, SpreadSettings):
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, FactorizeSettings, CompressionOutput],
+        [ModelSettings, TextSettings, FactorizeOptions, CompressionOutput],
         prog="hf-cod factorize",
         description="Replaces matrices of the layers by products of two thin ones, and writes a smaller, dense model "
         "that from_pretrained loads where hf_cod is imported, and with trust_remote_code without it; or, by oats, a "

@@ -10,7 +10,7 @@ from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import MeasuringSettings, ResultsOutput, SpeedSettings
 from hf_cod.cli.sizes import parse_bytes
 from hf_cod.cli.step import Step
-from hf_cod.compression.fit.settings import FitSettings as PlanSettings
+from hf_cod.compression.fit.settings import FitSettings
 from hf_cod.io.settings import ModelSettings, TextSettings, as_in
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class FitSettings(SpeedSettings, MeasuringSettings):
+class FitOptions(SpeedSettings, MeasuringSettings):
     """What the model must meet, and how the way there is found."""
 
     memory: str | None = field(
@@ -33,9 +33,9 @@ class FitSettings(SpeedSettings, MeasuringSettings):
     bits: float | None = field(
         default=None, metadata={"help": "budget: stored bits for each weight that the layers' matrices have"}
     )
-    knobs: list[str] = as_in(PlanSettings, "knobs", default_factory=list)  # noqa: RUF009 - as_in makes a field
+    knobs: list[str] = as_in(FitSettings, "knobs", default_factory=list)  # noqa: RUF009 - as_in makes a field
     tuning_samples: int = field(default=16, metadata={"help": "samples, apart from the others, to choose the plan on"})
-    verify: int = as_in(PlanSettings, "verify")
+    verify: int = as_in(FitSettings, "verify")
     plan_only: bool = field(default=False, metadata={"help": "show the plan and the trade-off, and stop there"})
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class FitSettings(SpeedSettings, MeasuringSettings):
             )
         if self.tuning_samples < 1:
             raise ValueError(f"tuning_samples: expected at least 1, got {self.tuning_samples}")
-        PlanSettings(knobs=self.knobs or None, verify=self.verify)
+        FitSettings(knobs=self.knobs or None, verify=self.verify)
         self.check_budget()
         self.speed = self.speed and not self.plan_only
 
@@ -74,7 +74,7 @@ class FitSettings(SpeedSettings, MeasuringSettings):
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, FitSettings, ResultsOutput],
+        [ModelSettings, TextSettings, FitOptions, ResultsOutput],
         prog="hf-cod fit",
         description="Makes a model meet a budget with the least loss: measures what each method costs alone, shows "
         "the best combination and the trade-off, then applies it and writes a model that from_pretrained loads where "
@@ -98,7 +98,7 @@ class Fit(Step):
     command, done = "fit", "fitted"
     before: ModelSize
 
-    def samples(self) -> FitSettings:
+    def samples(self) -> FitOptions:
         """Those to choose by come from those to work on."""
         return replace(self.settings, max_samples=self.settings.max_samples + self.settings.tuning_samples)
 
@@ -191,7 +191,7 @@ def print_plan(plan: FitPlan, with_notes: bool) -> None:
         console.print(f"• {line}", highlight=False)
 
 
-def _split(batches: Sequence[Any], settings: FitSettings) -> tuple[list[Any], list[Any]]:
+def _split(batches: Sequence[Any], settings: FitOptions) -> tuple[list[Any], list[Any]]:
     """Of the samples before those that are reported on: to calibrate on, and to choose by."""
     from hf_cod.io.text import describe_batches, split_samples
 

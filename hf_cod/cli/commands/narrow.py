@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
 from hf_cod.cli.step import Step
-from hf_cod.compression.width.settings import CHANNEL_MULTIPLE
-from hf_cod.compression.width.settings import NarrowSettings as MethodSettings
+from hf_cod.compression.width.settings import CHANNEL_MULTIPLE, NarrowSettings
 from hf_cod.io.settings import ModelSettings, TextSettings, as_in
 from hf_cod.scoring.settings import ScoreSettings
 
@@ -20,18 +19,18 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class NarrowSettings(SpeedSettings, SpreadSettings):
+class NarrowOptions(SpeedSettings, SpreadSettings):
     """What is removed, and on which samples."""
 
-    method: str = as_in(MethodSettings, "method")
-    compensation: str = as_in(MethodSettings, "compensation")
+    method: str = as_in(NarrowSettings, "method")
+    compensation: str = as_in(NarrowSettings, "compensation")
     score: str = as_in(ScoreSettings, "method")
     parameters: float = field(default=0.8, metadata={"help": "share of the layers' weights to keep"})
     multiple: int = field(default=CHANNEL_MULTIPLE, metadata={"help": "numbers of channels are multiples of this"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        MethodSettings(method=self.method, compensation=self.compensation)
+        NarrowSettings(method=self.method, compensation=self.compensation)
         ScoreSettings(method=self.score)
         if not 0 < self.parameters <= 1:
             raise ValueError(f"parameters: expected a share above 0 and at most 1, got {self.parameters}")
@@ -42,7 +41,7 @@ class NarrowSettings(SpeedSettings, SpreadSettings):
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, NarrowSettings, CompressionOutput],
+        [ModelSettings, TextSettings, NarrowOptions, CompressionOutput],
         prog="hf-cod narrow",
         description="Removes attention heads and MLP channels, more of them in layers that matter less, and writes a "
         "smaller, dense model: a stock one where all layers come out alike and their family can say it, else one that "

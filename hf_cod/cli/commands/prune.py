@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpreadSettings
 from hf_cod.cli.step import Step
-from hf_cod.compression.pruning.settings import PruneSettings as MethodSettings
+from hf_cod.compression.pruning.settings import PruneSettings
 from hf_cod.io.settings import ModelSettings, TextSettings, as_in
 from hf_cod.scoring.settings import PRUNERS, ScoreSettings
 from hf_cod.training.healing.settings import RecoverySettings
@@ -26,10 +26,10 @@ DEFAULT_SPARSITY = 0.5
 
 
 @dataclass
-class PruneSettings(SpreadSettings):
+class PruneOptions(SpreadSettings):
     """What is pruned, and on which samples."""
 
-    method: str = as_in(MethodSettings, "method")
+    method: str = as_in(PruneSettings, "method")
     score: str = as_in(ScoreSettings, "method")
     sparsity: float | None = field(
         default=None, metadata={"help": f"share of zeros; default: {DEFAULT_SPARSITY}, or what the pattern makes"}
@@ -41,7 +41,7 @@ class PruneSettings(SpreadSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        MethodSettings(method=self.method)
+        PruneSettings(method=self.method)
         ScoreSettings(method=self.score)
         if self.sparsity is not None and not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity: expected a share in 0..1, got {self.sparsity}")
@@ -109,7 +109,7 @@ class RecoveryOptions:
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, PruneSettings, RecoveryOptions, CompressionOutput],
+        [ModelSettings, TextSettings, PruneOptions, RecoveryOptions, CompressionOutput],
         prog="hf-cod prune",
         description="Sets weights of the layers' matrices to zero, more of them in layers that matter less, and writes "
         "a model that from_pretrained loads. Interrupted, the same command resumes. The model itself is never touched. "
@@ -134,7 +134,7 @@ class Prune(Step):
 
     command, done = "prune", "pruned"
 
-    def __init__(self, settings: PruneSettings, recovery: RecoveryOptions) -> None:
+    def __init__(self, settings: PruneOptions, recovery: RecoveryOptions) -> None:
         super().__init__(settings)
         self.recovery = recovery
 

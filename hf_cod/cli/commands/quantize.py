@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, CompressionSettings
 from hf_cod.cli.step import Step
-from hf_cod.compression.quantization.settings import QuantizeSettings as MethodSettings
-from hf_cod.compression.quantization.settings import StorageSettings, check_bits
+from hf_cod.compression.quantization.settings import QuantizeSettings, StorageSettings, check_bits
 from hf_cod.functional.bits import BITS
 from hf_cod.io.settings import ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import CODEBOOK, ScoreSettings
@@ -28,10 +27,10 @@ ROUNDINGS = {
 
 
 @dataclass
-class QuantizeSettings(CompressionSettings, StorageSettings):
+class QuantizeOptions(CompressionSettings, StorageSettings):
     """What is quantized, and on which samples."""
 
-    bits: float = as_in(MethodSettings, "bits")
+    bits: float = as_in(QuantizeSettings, "bits")
     score: str = as_in(ScoreSettings, "method")
     rounding: str = field(
         default="compensated",
@@ -40,7 +39,7 @@ class QuantizeSettings(CompressionSettings, StorageSettings):
             "choices": list(ROUNDINGS),
         },
     )
-    skip: list[str] = as_in(MethodSettings, "skip")  # noqa: RUF009 - as_in makes a field
+    skip: list[str] = as_in(QuantizeSettings, "skip")  # noqa: RUF009 - as_in makes a field
     baseline: bool = field(
         default=True,
         metadata={"help": "also quantize all layers to 3 and to 4 bits, to see where the mixture lies; 3 x the time"},
@@ -63,7 +62,7 @@ class QuantizeSettings(CompressionSettings, StorageSettings):
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, QuantizeSettings, CompressionOutput],
+        [ModelSettings, TextSettings, QuantizeOptions, CompressionOutput],
         prog="hf-cod quantize",
         description="Stores the layers' matrices in three and four bits a weight, four in layers that matter more, and "
         "writes a model that from_pretrained loads wherever hf_cod is imported. Interrupted, the same command resumes. "

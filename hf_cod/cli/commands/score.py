@@ -25,7 +25,7 @@ STATISTICS, SCORES = "statistics.safetensors", "scores.json"
 
 
 @dataclass
-class ScoreRunSettings(SampleSettings, ScoreSettings):
+class ScoreOptions(SampleSettings, ScoreSettings):
     """Samples and method; one seed serves both."""
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class ScoreOutput:
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, ScoreRunSettings, ScoreOutput],
+        [ModelSettings, TextSettings, ScoreOptions, ScoreOutput],
         prog="hf-cod score",
         description="Measures how much each layer matters, by OWL's share of outliers or another score, and writes "
         "statistics.safetensors and scores.json for pruning and quantization to read. Another score of the same model "
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
 def run(
     model: nn.Module,
     batches: list[dict[str, Any]],
-    settings: ScoreRunSettings,
+    settings: ScoreOptions,
     earlier: str | None,
     directory: Path,
     name: str,
