@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cod import RunReport, fold_lns, perplexity
 from hf_cod.analysis.monitoring.history import TrainingHistory
-from hf_cod.cli.commands import demo
 from hf_cod.cli.main import main
+from hf_cod.io import models
 from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
 from hf_cod.io.text import SampleSettings, token_batches
 from hf_cod.reporting.model_card import CardSettings, model_card, release
@@ -49,8 +49,8 @@ def test_the_embedded_lns_model_folds_into_a_stock_llama():
 
 
 def test_demo_says_which_file_it_took_from_a_package(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "on_hub", lambda name: False)
-    monkeypatch.setattr(demo, "from_package", lambda *package: embedded_model("pre"))
+    monkeypatch.setattr(models, "on_hub", lambda name: False)
+    monkeypatch.setattr(models, "from_package", lambda *package: embedded_model("pre"))
     assert main(["demo", "smollm2", "--output", str(tmp_path)]) == 0
     assert embedded_model("pre") in capsys.readouterr().out.splitlines()[0]
 
