@@ -8,11 +8,11 @@ import socket
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cod import RunReport, fold_lns, perplexity
 from hf_cod.analysis.monitoring.history import TrainingHistory
-from hf_cod.cli.commands import demo
 from hf_cod.cli.main import main
 from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
 from hf_cod.io.text import SampleSettings, token_batches
@@ -49,13 +49,13 @@ def test_the_embedded_lns_model_folds_into_a_stock_llama():
 
 
 def test_demo_says_which_file_it_took_from_a_package(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "on_hub", lambda name: False)
-    monkeypatch.setattr(demo, "from_package", lambda *package: embedded_model("pre"))
+    monkeypatch.setattr("hf_cod.io.models.on_hub", lambda name: False)
+    monkeypatch.setattr("hf_cod.io.models.from_package", lambda *package: embedded_model("pre"))
     assert main(["demo", "smollm2", "--output", str(tmp_path)]) == 0
     assert embedded_model("pre") in capsys.readouterr().out.splitlines()[0]
 
 
-def test_demo_needs_no_network(tmp_path, monkeypatch, capsys, fine_pictures):
+def test_demo_needs_no_network(tmp_path, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise AssertionError("the demo went to the network")
 
@@ -63,7 +63,7 @@ def test_demo_needs_no_network(tmp_path, monkeypatch, capsys, fine_pictures):
     assert main(["demo", "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "Growth of the output variance" in shown and "Effective depth" in shown
-    assert (tmp_path / "compare.png").stat().st_size > 50_000
+    assert imread(tmp_path / "compare.png").std() > 0.05, "something is drawn"
     for placement in EMBEDDED_PLACEMENTS:
         report = RunReport.load(tmp_path / placement)
         assert len(report.layers["layer_drop"]) == 12

@@ -299,5 +299,5 @@ def test_settings_need_neither_torch_nor_transformers():
 
 
 def test_plans_of_fit_are_told_by_fields():
-    with pytest.raises(ValueError, match="knobs: expected some of depth, .*, got 'x'"):
+    with pytest.raises(ValueError, match=r"knobs: expected some of depth, .*, got 'x'"):
         plan_fit(lambda: build("llama"), "bits", 4.0, [{}], [{}], knobs=["x"])
