@@ -30,7 +30,7 @@ def test_editors_see_what_is_imported_when_it_is_used(package):
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match=r"module 'hf_cod' has no attribute 'prun'"):
+    with pytest.raises(AttributeError, match="module 'hf_cod' has no attribute 'prun'"):
         _ = hf_cod.prun
-    with pytest.raises(AttributeError, match=r"module 'hf_cod.models' has no attribute 'CodGpt'"):
+    with pytest.raises(AttributeError, match=r"module 'hf_cod\.models' has no attribute 'CodGpt'"):
         _ = hf_cod.models.CodGpt

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
@@ -23,7 +22,6 @@ METHOD = "owl_bnb"
 _NOT_SAVED = ("scores", "allocation", "statistics")
 
 
-@register_quantization_config(METHOD)
 @dataclass(kw_only=True)
 class OwlBnbConfig(QuantizeSettings, QuantizationConfigMixin):
     """Three bits for the matrices of layers that matter less, bitsandbytes' NF4 for the others.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_cod.compression.sparse.settings import PackSettings
@@ -14,7 +13,6 @@ from hf_cod.layers.replacement_modules import INSTALL
 METHOD = "hf_cod_sparse"
 
 
-@register_quantization_config(METHOD)
 @dataclass(kw_only=True)
 class SparseConfig(PackSettings, QuantizationConfigMixin):
     """Sparse storage of a model's matrices, as a `quantization_config` of transformers.
