@@ -38,7 +38,8 @@ def gradient_basis(G: Tensor, r: int, generator: torch.Generator) -> Tensor:
         Q = torch.linalg.qr(G @ torch.linalg.qr(G.mT @ Q).Q).Q
     B = Q.mT @ G  # (..., width, k)
     directions = torch.linalg.eigh(B @ B.mT).eigenvectors.flip(-1)  # largest first
-    return (Q @ directions[..., :r]).contiguous()
+    found: Tensor = Q @ directions[..., :r]
+    return found.contiguous()
 
 
 def project(G: Tensor, P: Tensor) -> Tensor:
