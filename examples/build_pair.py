@@ -32,7 +32,7 @@ directory, which can go to the Hub as it is:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_cod.loading import embedded_model
+from hf_cod.io.models import embedded_model
 
 AutoModelForCausalLM.from_pretrained(embedded_model("{placement}")).save_pretrained("{name}")
 AutoTokenizer.from_pretrained(embedded_model("{placement}")).save_pretrained("{name}")

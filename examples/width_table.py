@@ -20,7 +20,7 @@ from table_healing import Healing, add_healing
 
 from hf_cod import LayerAllocation, LayerScores, allocate, narrow, score_layers
 from hf_cod.compression.width.methods import COMPENSATIONS, METHODS
-from hf_cod.compression.width.width_plan import MULTIPLE
+from hf_cod.compression.width.settings import CHANNEL_MULTIPLE
 from hf_cod.io.models import ModelSettings, load_model
 
 SCORES = ("uniform", "owl", "angular", "auto")
@@ -55,7 +55,7 @@ class Bench:
     def make(self, method: str, plan: LayerAllocation) -> tuple[Any, list[float]]:
         """The narrowed model, and the share of parameters that it keeps."""
         model: Any = copy.deepcopy(self.model)
-        options: dict[str, Any] = {"batches": self.calibration, "multiple": self.multiple}
+        options: dict[str, Any] = {"batches": self.calibration, "channel_multiple": self.multiple}
         report = narrow(model, plan, method, self.compensation, **options)
         return model, [report.results["kept"]]
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser = table_parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--compensation", default="least_squares", choices=list(COMPENSATIONS))
-    parser.add_argument("--multiple", type=int, default=MULTIPLE, help="numbers of channels are multiples of this")
+    parser.add_argument("--multiple", type=int, default=CHANNEL_MULTIPLE, help="of numbers of channels")
     parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=list(SCORES))
     add_healing(parser)
     parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.4, 0.6])

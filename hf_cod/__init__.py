@@ -3,43 +3,52 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from wrapt import register_post_import_hook
-
+from hf_cod._registration import register_with_transformers
 from hf_cod._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from hf_cod.analysis.diagnostics.diagnosis import MeasurementError as MeasurementError
     from hf_cod.analysis.diagnostics.diagnosis import diagnose as diagnose
+    from hf_cod.analysis.diagnostics.settings import DiagnoseSettings as DiagnoseSettings
     from hf_cod.analysis.evaluation.choice import perplexity as perplexity
     from hf_cod.analysis.evaluation.lm_eval_tasks import evaluate_tasks as evaluate_tasks
+    from hf_cod.analysis.evaluation.settings import TaskSettings as TaskSettings
     from hf_cod.analysis.monitoring.callback import LayerDiagnosticsCallback as LayerDiagnosticsCallback
     from hf_cod.analysis.monitoring.history import TrainingHistory as TrainingHistory
     from hf_cod.analysis.monitoring.monitor import LayerMonitor as LayerMonitor
+    from hf_cod.analysis.monitoring.settings import MonitorSettings as MonitorSettings
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics as LayerStatistics
     from hf_cod.analysis.statistics.layer_statistics import collect_statistics as collect_statistics
     from hf_cod.compression.depth.criteria import plan_depth as plan_depth
     from hf_cod.compression.depth.depth_plan import DepthPlan as DepthPlan
     from hf_cod.compression.depth.dropper import drop_layers as drop_layers
+    from hf_cod.compression.depth.settings import DepthSettings as DepthSettings
     from hf_cod.compression.fit.fit_plan import FitPlan as FitPlan
     from hf_cod.compression.fit.knobs import Applying as Applying
     from hf_cod.compression.fit.planning import plan_fit as plan_fit
+    from hf_cod.compression.fit.settings import FitSettings as FitSettings
     from hf_cod.compression.fit.trials import apply_steps as apply_steps
     from hf_cod.compression.low_rank.factorizer import factorize as factorize
     from hf_cod.compression.low_rank.rank_plan import RankPlan as RankPlan
+    from hf_cod.compression.low_rank.settings import FactorizeSettings as FactorizeSettings
     from hf_cod.compression.low_rank.spectra import plan_ranks as plan_ranks
     from hf_cod.compression.pruning.pruner import prune as prune
+    from hf_cod.compression.pruning.settings import PruneSettings as PruneSettings
     from hf_cod.compression.quantization.config import OwlBnbConfig as OwlBnbConfig
     from hf_cod.compression.quantization.plan import BitPlan as BitPlan
     from hf_cod.compression.quantization.plan import plan_bits as plan_bits
     from hf_cod.compression.quantization.quantize import quantize as quantize
+    from hf_cod.compression.quantization.settings import StorageSettings as StorageSettings
     from hf_cod.compression.sparse.config import SparseConfig as SparseConfig
     from hf_cod.compression.sparse.linear import SparseLinear as SparseLinear
     from hf_cod.compression.sparse.quantizer import pack_sparse as pack_sparse
     from hf_cod.compression.width.narrower import narrow as narrow
+    from hf_cod.compression.width.planning import plan_width as plan_width
+    from hf_cod.compression.width.settings import NarrowSettings as NarrowSettings
     from hf_cod.compression.width.width_plan import WidthPlan as WidthPlan
     from hf_cod.io.report import RunReport as RunReport
-    from hf_cod.io.text import SampleSettings as SampleSettings
-    from hf_cod.io.text import TextSettings as TextSettings
+    from hf_cod.io.settings import SampleSettings as SampleSettings
+    from hf_cod.io.settings import TextSettings as TextSettings
     from hf_cod.io.text import load_texts as load_texts
     from hf_cod.io.text import split_samples as split_samples
     from hf_cod.io.text import token_batches as token_batches
@@ -57,11 +66,13 @@ if TYPE_CHECKING:
     from hf_cod.scoring.allocation import allocate as allocate
     from hf_cod.scoring.layer_scores import LayerScores as LayerScores
     from hf_cod.scoring.methods import score_layers as score_layers
+    from hf_cod.scoring.settings import AllocationSettings as AllocationSettings
+    from hf_cod.scoring.settings import ScoreSettings as ScoreSettings
     from hf_cod.training.adapters import OwLoreConfig as OwLoreConfig
     from hf_cod.training.healing.healer import heal as heal
-    from hf_cod.training.healing.recovery import RecoverySettings as RecoverySettings
     from hf_cod.training.healing.recovery import recover as recover
     from hf_cod.training.healing.settings import HealSettings as HealSettings
+    from hf_cod.training.healing.settings import RecoverySettings as RecoverySettings
     from hf_cod.training.owlore.lora_ranks import lora_ranks as lora_ranks
     from hf_cod.training.owlore.optimizer import OwLoreAdamW as OwLoreAdamW
     from hf_cod.training.owlore.optimizer import owlore as owlore
@@ -71,12 +82,17 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it, imported when the name is first used: the command line's help and
 # `import hf_cod` wait neither for torch nor for transformers.
 _HOMES = {
+    "AllocationSettings": "scoring.settings",
     "Applying": "compression.fit.knobs",
     "BitPlan": "compression.quantization.plan",
     "Comparison": "reporting.comparison",
     "DecoderLayers": "layers.stack",
     "DepthPlan": "compression.depth.depth_plan",
+    "DepthSettings": "compression.depth.settings",
+    "DiagnoseSettings": "analysis.diagnostics.settings",
+    "FactorizeSettings": "compression.low_rank.settings",
     "FitPlan": "compression.fit.fit_plan",
+    "FitSettings": "compression.fit.settings",
     "HealSettings": "training.healing.settings",
     "LayerAllocation": "scoring.allocation",
     "LayerDiagnosticsCallback": "analysis.monitoring.callback",
@@ -85,17 +101,23 @@ _HOMES = {
     "LayerScores": "scoring.layer_scores",
     "LayerStatistics": "analysis.statistics.layer_statistics",
     "MeasurementError": "analysis.diagnostics.diagnosis",
+    "MonitorSettings": "analysis.monitoring.settings",
+    "NarrowSettings": "compression.width.settings",
     "OwLoreAdamW": "training.owlore.optimizer",
     "OwLoreConfig": "training.adapters",
     "OwLoreSettings": "training.owlore.settings",
     "OwlBnbConfig": "compression.quantization.config",
+    "PruneSettings": "compression.pruning.settings",
     "RankPlan": "compression.low_rank.rank_plan",
-    "RecoverySettings": "training.healing.recovery",
+    "RecoverySettings": "training.healing.settings",
     "RunReport": "io.report",
-    "SampleSettings": "io.text",
+    "SampleSettings": "io.settings",
+    "ScoreSettings": "scoring.settings",
     "SparseConfig": "compression.sparse.config",
     "SparseLinear": "compression.sparse.linear",
-    "TextSettings": "io.text",
+    "StorageSettings": "compression.quantization.settings",
+    "TaskSettings": "analysis.evaluation.settings",
+    "TextSettings": "io.settings",
     "TrainingHistory": "analysis.monitoring.history",
     "WidthPlan": "compression.width.width_plan",
     "allocate": "scoring.allocation",
@@ -122,6 +144,7 @@ _HOMES = {
     "plan_depth": "compression.depth.criteria",
     "plan_fit": "compression.fit.planning",
     "plan_ranks": "compression.low_rank.spectra",
+    "plan_width": "compression.width.planning",
     "prune": "compression.pruning.pruner",
     "quantize": "compression.quantization.quantize",
     "recover": "training.healing.recovery",
@@ -134,13 +157,7 @@ _HOMES = {
 # `import *` must not need PEFT.
 __all__ = [name for name in _HOMES if name != "OwLoreConfig"]
 
-# AutoConfig, AutoModel and from_pretrained know our models and formats as soon as transformers has what they are
-# registered with: (module of transformers, function of ours).
-for _module, _function in (
-    ("transformers.models.auto.configuration_auto", "hf_cod.models.families:register"),
-    ("transformers.modeling_utils", "hf_cod.compression.registration:register"),
-):
-    register_post_import_hook(_function, _module)
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

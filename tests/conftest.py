@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny models of every family, and real ones."""
+"""Shared fixtures, and what is marked by what it uses: other families, real models, fresh processes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,60 @@ import pytest
 import torch
 
 from tests import real_models
+from tests.tiny_models import DEFAULT_FAMILIES, FAMILIES, MIXTURES
+
+REAL = {"smollm2", "mpnet", "dinov2", "photograph", "brown_text"}  # the fixtures that are downloaded
+
+
+def pytest_collection_modifyitems(items):
+    """Marks each test that uses a real model or text, and of each test over families the cases beside the default."""
+    by_test: dict[str, list[str]] = {}
+    for item in items:
+        if REAL.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.real)
+        if family := family_of(item):
+            by_test.setdefault(item.nodeid.partition("[")[0], []).append(family)
+    for item in items:
+        if (family := family_of(item)) and family not in default_of(by_test[item.nodeid.partition("[")[0]]):
+            item.add_marker(pytest.mark.families)
+
+
+def family_of(item) -> str | None:
+    """The family of a test's case, if it has one by that name."""
+    family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
+    return family if isinstance(family, str) and family in FAMILIES else None
+
+
+def default_of(families: list[str]) -> set[str]:
+    """Those of the default families, and in the place of a mixture that is not among them another one."""
+    default = {family for family in families if family in DEFAULT_FAMILIES}
+    mixtures = [family for family in families if family in MIXTURES]
+    if mixtures and not default.intersection(MIXTURES):
+        default.add(mixtures[0])
+    return default or {families[0]}
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _coarse_pictures():
+    """Pictures of few pixels, which are drawn in a third of the time."""
+    from hf_cod.reporting.plots import figures
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "DPI", 30)
+        yield
+
+
+@pytest.fixture
+def fine_pictures(monkeypatch):
+    """Pictures as users get them."""
+    from hf_cod.reporting.plots import figures
+
+    monkeypatch.setattr(figures, "DPI", 150)
 
 
 @pytest.fixture(autouse=True)

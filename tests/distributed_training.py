@@ -1,7 +1,8 @@
-"""What tests run in two processes: python -m torch.distributed.run --nproc_per_node 2 -m tests.distributed_training."""
+"""What tests run in two processes."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -164,10 +165,11 @@ def adapters(folder: Path) -> None:
     torch.save(found, folder / f"adapters-{rank}.pt")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Runs the function that the command line names, in the folder that it names, in each process."""
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    {"ddp": ddp, "fsdp": fsdp, "owlore": owlore, "owlore_shards": owlore_shards, "adapters": adapters}[sys.argv[1]](
-        Path(sys.argv[2])
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    {"ddp": ddp, "fsdp": fsdp, "owlore": owlore, "owlore_shards": owlore_shards, "adapters": adapters}[what](folder)
     dist.destroy_process_group()

@@ -38,7 +38,10 @@ from hf_cod.training.runs.memory import train_steps
 from hf_cod.training.runs.methods import METHODS as TRAINED_BY
 from hf_cod.training.runs.methods import set_up
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 DEVICES = ("cpu", "cuda")
 CLOSE = 5e-3  # of perplexities: which of two near codes or weights is taken may differ
 
@@ -141,7 +144,7 @@ def test_width(method, compensation, batches):
 @pytest.mark.parametrize("criterion", ["layer_drop", "block_influence", "angular", "search"])
 def test_depth(criterion, batches):
     def change(model):
-        drop_layers(model, plan_depth(model, 3, criterion, batches=batches[0], width=2), batches=batches[0])
+        drop_layers(model, plan_depth(model, 3, criterion, batches=batches[0], search_width=2), batches=batches[0])
 
     assert_as_good(change, batches)
 

@@ -31,7 +31,7 @@ OPTIONAL = {
     "lm_eval": ["analysis/evaluation"],
     "gguf": ["io"],
     "peft": ["training"],
-    "bitsandbytes": ["compression/quantization", "training"],
+    "bitsandbytes": ["layers", "compression/quantization", "training"],
 }
 # Pairs that travel to the Hub together: transformers' copier looks for the model beside its configuration, and the
 # configuration names the model in its `auto_map`.
@@ -136,6 +136,7 @@ def test_functional_imports_torch_alone():
         assert outside <= {"torch", "hf_cod"}, path
 
 
+@pytest.mark.process
 def test_nothing_optional_is_imported_with_the_package():
     unwanted = {*OPTIONAL, "transformers.trainer_callback"}
     code = f"import sys, hf_cod, hf_cod.cli; assert not {unwanted!r} & set(sys.modules)"

@@ -4,8 +4,6 @@ import json
 import math
 import re
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from hf_cod.cli.main import main
 from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
 from hf_cod.io.text import SampleSettings, token_batches
 from hf_cod.reporting.model_card import CardSettings, model_card, release
+from tests.fresh_processes import run_fresh
 
 
 def held_out_batches(tokenizer):
@@ -56,7 +55,7 @@ def test_demo_says_which_file_it_took_from_a_package(tmp_path, monkeypatch, caps
     assert embedded_model("pre") in capsys.readouterr().out.splitlines()[0]
 
 
-def test_demo_needs_no_network(tmp_path, monkeypatch, capsys):
+def test_demo_needs_no_network(tmp_path, monkeypatch, capsys, fine_pictures):
     def refuse(*args, **kwargs):
         raise AssertionError("the demo went to the network")
 
@@ -105,6 +104,7 @@ def run(tmp_path):
     return folder
 
 
+@pytest.mark.process
 def test_a_release_loads_without_this_package_and_its_card_holds_what_the_report_knows(run, tmp_path):
     released = tmp_path / "released"
     options = ["--name", "me/tiny-lns", "--license", "cc-by-sa-4.0", "--sources", str(tmp_path / "sources.json")]
@@ -128,7 +128,7 @@ def test_a_release_loads_without_this_package_and_its_card_holds_what_the_report
         "assert model.dtype == torch.bfloat16\n"
         "print(model(torch.arange(9)[None]).logits.float().sum().item())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(released)], capture_output=True, text=True, check=False)
+    done = run_fresh(code, released)
     assert done.returncode == 0, done.stderr[-2000:]
     with torch.no_grad():
         expected = original(torch.arange(9)[None]).logits.float().sum().item()
@@ -173,6 +173,7 @@ def test_a_users_files_in_the_output_stay(run, tmp_path):
     assert (out / "README.md").read_text() == "mine"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("placement", EMBEDDED_PLACEMENTS)
 def test_what_the_shipped_cards_say_works(placement, tmp_path, monkeypatch):
     """Every command of the card, one after another, in an empty directory."""
@@ -183,7 +184,7 @@ def test_what_the_shipped_cards_say_works(placement, tmp_path, monkeypatch):
     assert [kind for kind, _ in blocks] == ["python", "python", "sh"]
     exec(blocks[0][1], {})
     known = "import sys; sys.modules['hf_cod'] = None\n"
-    done = subprocess.run([sys.executable, "-c", known + blocks[1][1]], capture_output=True, text=True, check=False)
+    done = run_fresh(known + blocks[1][1])
     assert done.returncode == 0, done.stderr[-2000:]
     assert main(blocks[2][1].split()[1:]) == 0
     assert AutoModelForCausalLM.from_pretrained("as-llama").config.model_type == "llama"

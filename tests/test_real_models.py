@@ -56,7 +56,7 @@ def test_the_first_layers_matter_most_and_the_middle_least(pre_ln):
     assert depth["low"] < depth["value"] < depth["high"] < 25
 
 
-def test_post_ln_shows_the_opposite_trend(model, tokenizer, brown_text, pre_ln, post_ln, tmp_path):
+def test_post_ln_shows_the_opposite_trend(model, tokenizer, brown_text, pre_ln, post_ln, tmp_path, fine_pictures):
     """Post-LN: late layers turn the hidden state more and their removal costs most; Pre-LN: the early ones."""
     angles = diagnose(
         model, tokenizer, brown_text, token="all", metrics=["angular_distance"], show_progress=False, **SAMPLES

@@ -72,6 +72,8 @@ OTHERS = {
     "dinov2": (AutoModel, "dinov2", _VIT),
 }
 FAMILIES = [*CAUSAL, *OTHERS]
+# Of these, one of each build, the tests run by default; of the others with  pytest -m families.
+DEFAULT_FAMILIES = ["llama", "gpt2", "qwen2_moe", "bert", "vit"]
 MIXTURES = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 PLAIN = [family for family in FAMILIES if family not in MIXTURES]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+
+from tests.fresh_processes import FreshProcess, run_fresh
 
 PROBE = [{"input_ids": torch.arange(3, 99).reshape(6, 16)}]
 
@@ -55,32 +54,30 @@ def train_by_hand(model, steps, learning_rate: float, max_norm: float | None) ->
 
 
 def run_in_two_processes(what: str, folder: Path) -> None:
-    """Runs a function of tests/distributed_training.py under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", "-m", "tests.distributed_training", what, str(folder)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    """Runs a function of tests/distributed_training.py in two processes, as torchrun starts them."""
+    code = "from tests.distributed_training import run; run()"
+    both = [
+        FreshProcess(code, what, folder, environment={"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"})
+        for rank in ("0", "1")
+    ]
+    done = [process.wait() for process in both]
+    assert [process.returncode for process in done] == [0, 0], "".join(process.stderr[-3000:] for process in done)
 
 
 DIES = """
 import os, sys
-from hf_cod.finetuning import OwLoreAdamW
+from hf_cod.training.owlore.optimizer import OwLoreAdamW
 step = OwLoreAdamW.step
 def dies(self, *args, **kwargs):
     step(self, *args, **kwargs)
     if self.steps == 5: os._exit(9)
 OwLoreAdamW.step = dies
-from hf_cod.cli import main
+from hf_cod.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def dies_in_step_five(command):
     """Runs a command of hf-cod that trains by OwLoreAdamW, in a process that is gone behind its fifth step."""
-    done = subprocess.run(
-        [sys.executable, "-c", DIES, *command],
-        check=False,
-        capture_output=True,
-        env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
-    )
-    assert done.returncode == 9, done.stderr.decode()[-2000:]
+    done = run_fresh(DIES, *command, environment={"TRANSFORMERS_VERBOSITY": "error"})
+    assert done.returncode == 9, done.stderr[-2000:]

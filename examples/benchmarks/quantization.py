@@ -35,8 +35,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_cod import OwlBnbConfig
-from hf_cod.compression.quantization.config import StorageSettings
 from hf_cod.compression.quantization.rounding import fill, new_module, round_matrix
+from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.io.files import write_json
 
 # Bytes of the copies of one kind together: several times the last-level cache of most processors.

@@ -1,11 +1,17 @@
-"""The command line: parse, call, exit."""
+"""The command line: the table of commands; parse, call, exit.
+
+Neither this nor `--help` of a command imports torch or transformers: commands import those where their work begins.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+
+from wrapt import register_post_import_hook
 
 # Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
 COMMANDS = {
@@ -25,8 +31,9 @@ COMMANDS = {
     "compare": ("compare", "put several diagnosed runs side by side"),
     "card": ("card", "a pre-trained model with its model card, ready to share"),
     "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
+    "env": ("env", "versions and hardware, to paste into a bug report"),
 }
-# Commands that keep a journal: stopped, they go on where they were.
+# Commands that keep a journal: stopped, the same command resumes.
 RESUMABLE = (
     "demo",
     "diagnose",
@@ -56,31 +63,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"hf-cod {__version__}")
         return 0
+    if arguments[0] == "--print-completion":
+        from hf_cod.cli.completion import print_completion
+
+        return print_completion(arguments[1:], COMMANDS)
     if arguments[0] not in COMMANDS:
         print(f"hf-cod: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
         return 2
     _quieten_transformers()
     command = importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[arguments[0]][0]}")
     try:
-        return command.main(arguments[1:])
+        with _quiet() if "--quiet" in arguments else nullcontext():
+            return command.main(arguments[1:])
     except (ValueError, ImportError) as error:
         print(f"hf-cod {arguments[0]}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resume = "; the same command goes on from here" if arguments[0] in RESUMABLE else ""
+        resume = "; the same command resumes" if arguments[0] in RESUMABLE else ""
         if arguments[0] in FROM_CHECKPOINTS:
-            resume = "; the same command goes on from its last checkpoint"
+            resume = "; the same command resumes from its last checkpoint"
         print(f"hf-cod {arguments[0]}: stopped{resume}", file=sys.stderr)
         return 130
 
 
 def _quieten_transformers() -> None:
-    """Its loading reports and bars would bury our one line of error; a verbosity that the user has chosen stays."""
-    from transformers.utils import logging
+    """Its loading reports and bars would bury our one line of error; a verbosity that the user has chosen stays.
 
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    As soon as it is imported, which is later.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    register_post_import_hook(lambda logging: logging.disable_progress_bar(), "transformers.utils.logging")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """`--quiet`: no tables and no progress bars, ours or other libraries'; errors are still printed."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars  # type: ignore[attr-defined]
+
+    disable_progress_bars()
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            yield
+    finally:
+        enable_progress_bars()
 
 
 def _overview() -> str:
@@ -95,6 +120,7 @@ def _overview() -> str:
             "commands:",
             *rows,
             "",
-            "hf-cod COMMAND --help tells what a command takes.",
+            "hf-cod COMMAND --help describes a command, hf-cod --version prints the version, and",
+            "hf-cod --print-completion SHELL a script that completes them in bash, zsh, fish and others.",
         ]
     )

@@ -1,50 +1,212 @@
-"""Settings from the command line: the dataclasses that hold them, as options; and where results go by default."""
+"""Options from dataclasses: argparse, with one help text a field, where it is defined, and settings from a file.
+
+Imports the standard library alone: `hf-cod COMMAND --help` waits for nothing.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
-from argparse import SUPPRESS, HelpFormatter
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from transformers import HfArgumentParser
+# Spelling that other tools use -> ours.
+ALIASES = {"--output-dir": "--output"}
+# Options of every command, which a config file does not hold.
+_COMMON = ("help", "config", "print_config", "quiet")
 
 
-class SettingsParser(HfArgumentParser):
-    """transformers' parser of dataclasses with one spelling an option, and defaults named where there are some."""
+class SettingsParser(argparse.ArgumentParser):
+    """A parser of dataclasses: one option for each field, by dashes (underscores are read, too).
 
-    def __init__(self, dataclasses: Sequence[type], **options: Any) -> None:
-        super().__init__(cast(Any, list(dataclasses)), formatter_class=HelpFormatter, **options)
+    Every command also takes `--config FILE` (YAML, option names as keys; the command line wins), `--print-config`
+    (prints such a file and exits) and `--quiet`.
 
-    def add_argument(self, *names: str, **options: Any) -> Any:
-        """Keeps the spelling with dashes; booleans take no value, and one that is on is offered as --no-... alone."""
-        dashed = [name for name in names if "_" not in name] or [name.replace("_", "-") for name in names]
-        default, text = options.get("default"), options.get("help")
-        if options.get("nargs") == "?" and options.get("const") is True:
-            # As transformers has it, the option would take the word behind it, the model's name, for its value.
-            options = {"action": "store_true", "default": default, "help": text}
-        if dashed[0].startswith("--no-"):
-            options["help"] = f"without this option: {text}"
-        elif default is True:
-            options["help"] = SUPPRESS  # it is on already; --no-... switches it off
-        elif text and default is not None and default is not False and default not in ([], SUPPRESS):
-            options["help"] = f"{text} (default: {default})"
-        return super().add_argument(*dashed, **options)
+    Args:
+        settings: dataclasses; a field's metadata hold "help" and, optionally, "choices" and "nargs".
+        **options: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, settings: Sequence[type] = (), **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self._settings = list(settings)
+        for each in self._settings:
+            hints = get_type_hints(each)
+            for found in fields(each):
+                if found.init:
+                    _add_field(self, found, hints[found.name])
+        common = self.add_argument_group("common options")
+        common.add_argument("--config", metavar="FILE", help="YAML file of options; the command line takes precedence")
+        common.add_argument("--print-config", action="store_true", help="print all options as such a file, and exit")
+        common.add_argument("--quiet", action="store_true", help="print errors only: no progress bars, no tables")
 
     def error(self, message: str) -> NoReturn:
-        """An option of several values takes all words behind it, the model's name, too."""
+        """An option of several values takes all words after it, the model's name, too."""
         positional = "are required" in message and "--" not in message
-        super().error(message + ("; put it in front of the options" if positional else ""))
+        super().error(message + ("; put it before the options" if positional else ""))
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
-        """One object for each dataclass, then the namespace of all arguments.
+        """One object for each dataclass, then the namespace of all arguments; options may stand between the others.
 
-        Options may stand between the other arguments. An unknown one ends the process with the usage, as argparse does,
-        where transformers' parser raises.
+        Raises:
+            ValueError: a setting out of its range, or a config file with unknown or wrong entries.
+            SystemExit: an unknown option (status 2), `--help` or `--print-config` (0).
         """
-        found = self.parse_intermixed_args(list(arguments))
-        return *self.parse_dict(vars(found), allow_extra_keys=True), found
+        spelled = [_spelled(argument) for argument in arguments]
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--config")
+        early.add_argument("--print-config", action="store_true")
+        known, _ = early.parse_known_args(spelled)
+        if known.config is not None:
+            self._read(Path(known.config))
+        if known.print_config:
+            for action in self._options().values():
+                _make_optional(action)
+        found = self.parse_intermixed_args(spelled)
+        if known.print_config:
+            print(self._as_config(found))
+            self.exit()
+        made = [each(**{f.name: getattr(found, f.name) for f in fields(each) if f.init}) for each in self._settings]
+        return *made, found
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As a setting's own check says it.
+
+        Raises:
+            ValueError: none of the choices.
+        """
+        if action.choices is not None and value not in action.choices:
+            raise ValueError(f"{action.dest}: expected one of {', '.join(map(str, action.choices))}, got {value!r}")
+
+    def _options(self) -> dict[str, argparse.Action]:
+        """Name in a config file -> option or positional argument."""
+        return {action.dest: action for action in self._actions if action.dest not in _COMMON}
+
+    def _read(self, path: Path) -> None:
+        """Takes a file's values for defaults."""
+        import yaml
+
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            told = str(error).splitlines()[0]
+            raise ValueError(f"config: expected a YAML file of options, got {str(path)!r}: {told}") from error
+        if not isinstance(content, Mapping):
+            raise ValueError(f"config: expected names of options with their values, got {content!r} in {str(path)!r}")
+        options = self._options()
+        for key, value in content.items():
+            name = str(key).replace("-", "_")
+            if name not in options:
+                raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}")
+            self.set_defaults(**{name: _converted(options[name], value, str(key))})
+            if value is not None:
+                _make_optional(options[name])
+
+    def _as_config(self, found: argparse.Namespace) -> str:
+        """The options as YAML, each after its help text."""
+        lines = [f"# {self.prog}"]
+        for name, action in self._options().items():
+            told = "" if action.help in (None, argparse.SUPPRESS) else str(action.help).replace("%%", "%")
+            lines += ["", *([f"# {told}"] if told else [])]
+            lines.append(f"{name}: {json.dumps(getattr(found, name))}")  # which is YAML
+        return "\n".join(lines)
+
+
+def _make_optional(action: argparse.Action) -> None:
+    """Lets an argument be missing on the command line."""
+    action.required = False
+    if not action.option_strings:
+        action.nargs = "*" if action.nargs == "+" else "?"
+
+
+def _spelled(argument: str) -> str:
+    """An option in our spelling: `--learning_rate=1` is `--learning-rate=1`."""
+    if not argument.startswith("--") or argument == "--":
+        return argument
+    name, equals, value = argument.partition("=")
+    name = name.replace("_", "-")
+    return ALIASES.get(name, name) + equals + value
+
+
+def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) -> None:
+    """The option of one field: booleans take no value, lists take several."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    required = default is MISSING
+    told = str(field.metadata.get("help", "")).replace("%", "%%")
+    name = "--" + field.name.replace("_", "-")
+    kind, several = _kind(hint)
+    if kind is bool:
+        if default:
+            parser.add_argument(
+                f"--no-{name[2:]}",
+                dest=field.name,
+                action="store_false",
+                default=True,
+                help=told and f"without this option: {told}",
+            )
+            parser.add_argument(name, dest=field.name, action="store_true", default=True, help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(name, dest=field.name, action="store_true", default=False, help=told)
+        return
+    if told and not required and default is not None and default != []:
+        told = f"{told} (default: {default})"
+    more = {"nargs": field.metadata.get("nargs", "+")} if several else {}
+    choices = field.metadata.get("choices") or (get_args(hint) if get_origin(hint) is Literal else None)
+    parser.add_argument(
+        name,
+        dest=field.name,
+        type=kind,
+        default=None if required else default,
+        required=required,
+        choices=None if choices is None else list(choices),
+        metavar=field.name.upper(),
+        help=told,
+        **more,
+    )
+
+
+def _kind(hint: Any) -> tuple[type, bool]:
+    """(type of a value, whether there are several) of `int | None`, `list[str]`, `Literal["a", "b"]` and the like."""
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = (each for each in get_args(hint) if each is not type(None))
+    if get_origin(hint) is list:
+        return get_args(hint)[0], True
+    if get_origin(hint) is Literal:
+        return type(get_args(hint)[0]), False
+    return hint, False
+
+
+def _converted(action: argparse.Action, value: Any, key: str) -> Any:
+    """A value of a config file, as the command line would read it.
+
+    Raises:
+        ValueError: it is of another type, or none of the choices.
+    """
+    if value is None:
+        return None
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"{key}: expected true or false, got {value!r}")
+        return value
+    several = action.nargs in ("+", "*")
+    if several != isinstance(value, list):
+        raise ValueError(f"{key}: expected {'a list' if several else 'one value'}, got {value!r}")
+    kind: Any = action.type or str
+    read = []
+    for each in value if several else [value]:
+        try:
+            if isinstance(each, (bool, dict, list)):
+                raise ValueError
+            read.append(kind(each) if kind is str else kind(str(each)))
+        except ValueError:
+            raise ValueError(f"{key}: expected {kind.__name__}, got {each!r}") from None
+        if action.choices is not None and read[-1] not in action.choices:
+            raise ValueError(f"{key}: expected one of {', '.join(map(str, action.choices))}, got {each!r}")
+    return read if several else read[0]
 
 
 def model_title(model: str) -> str:

@@ -1,28 +1,13 @@
-"""What the commands share that train: where results go, and how they are told."""
+"""What the commands share that train: how results are shown."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_cod.cli.terminal import print_report
 from hf_cod.io.report import RunReport
 from hf_cod.training.runs.run_directory import last_steps
-
-
-@dataclass
-class TrainingOutput:
-    """What is read beside the model, and where results go."""
-
-    scores: str | None = field(default=None, metadata={"help": "scores.json of hf-cod score, instead of scoring anew"})
-    output: str | None = field(
-        default=None,
-        metadata={
-            "help": "directory for checkpoints, report and, in OUTPUT/model, the model; default: hf-cod-COMMAND-MODEL"
-        },
-    )
-    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
 
 
 def tell(report: RunReport, directory: Path, plots: bool) -> None:

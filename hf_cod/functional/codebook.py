@@ -24,12 +24,9 @@ NF4 = (
 # Three bits take every second of them, so that a 3-bit code c is the 4-bit code 2 c + 1, and whatever decodes NF4
 # decodes it. The values are not symmetric, so a block's scale has a sign.
 CODEBOOKS = {3: NF4[1::2], 4: NF4}
-BITS = tuple(CODEBOOKS)
 # Shares of the largest magnitude of a block that are tried as its scale.
 # The whole comes first, so that it stays where channels are always zero and no share costs anything.
 TRIED = {3: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
-# What scales take a weight at block 64: eight bits for each block, 32 for 256 of those.
-SCALE_BITS = 8 / 64 + 32 / (64 * 256)
 # Weights that are rounded or whose scales are searched, and columns whose errors are handed on, at a time.
 CHUNK, COLUMNS = 1 << 18, 64
 # Cells in each half of [-1, 1]; midpoints of NF4 lie 0.08 apart and more.

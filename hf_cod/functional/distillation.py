@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_cod.functional.mixture import check_mixture
+
 IGNORED = -100  # torch's mark for positions without a label
 # Numbers of the logits that are worked on at a time: on a processor their exponentials stay in the cache, on other
 # devices few calls count more.
@@ -93,14 +95,6 @@ def hidden_loss(student: Tensor, teacher: Tensor, keep: Tensor | None = None) ->
     if keep is None:
         return errors.mean()
     return errors.masked_fill(~keep, 0).sum() / keep.sum().clamp(min=1)
-
-
-def check_mixture(temperature: float, share: float) -> None:
-    """Raises ValueError for a temperature or a share of labels out of range."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
-    if not 0 <= share <= 1:
-        raise ValueError(f"labels: expected a share in 0..1, got {share}")
 
 
 class _LogitLoss(torch.autograd.Function):

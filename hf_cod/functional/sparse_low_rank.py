@@ -18,7 +18,6 @@ from hf_cod.functional.factorization import balanced, factorize
 from hf_cod.functional.ranks import ROUNDING, Shape, most_rank
 from hf_cod.functional.sparsity import lowest, zero_counts
 
-RANK_SHARE = 0.25  # kappa of arXiv 2409.13652
 ITERATIONS = 80  # N, as there
 # D's least entry, of its mean: what is divided by it stays finite where a channel is always zero.
 LEAST_SCALE = 1e-3

@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_cod.io.files import looks_local
+from hf_cod.io.settings import ModelSettings, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -29,36 +29,12 @@ HEADS = {
     **{f"For{head}": f"AutoModelFor{head}" for head in ("MaskedLM", "SequenceClassification", "TokenClassification")},
     **{f"For{head}": f"AutoModelFor{head}" for head in ("QuestionAnswering", "ImageClassification")},
 }
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED = Path(__file__).parent.parent / "assets" / "pair"
 EMBEDDED_PLACEMENTS = ("pre", "lns")
 HUB_TIMEOUT = 5.0  # seconds
 
 
-@dataclass
-class ModelSettings:
-    """How a model is loaded."""
-
-    dtype: str = field(
-        default="auto", metadata={"help": "dtype of the weights; auto: as they were saved", "choices": DTYPES}
-    )
-    device: str | None = field(
-        default=None,
-        metadata={"help": "cpu, cuda, cuda:1, mps, or auto to spread over all devices; default: the best single one"},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "run the code that the model's repository carries"}
-    )
-    revision: str = field(default="main", metadata={"help": "branch, tag or commit on the Hub"})
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.device not in (None, "auto"):
-            _check_device(str(self.device))
-
-
-def load_model(name: str, settings: ModelSettings | None = None) -> tuple[nn.Module, Any]:
+def load_model(name: str, settings: ModelSettings | None = None, **fields: Any) -> tuple[nn.Module, Any]:
     """Loads a model, with the head that its checkpoint has, in eval mode, and its tokenizer.
 
     A checkpoint that names a class with a head but lacks the head's weights (as sentence embedders do) is loaded
@@ -67,6 +43,7 @@ def load_model(name: str, settings: ModelSettings | None = None) -> tuple[nn.Mod
     Args:
         name: a Hub id, a directory, or a path that ends in ".gguf".
         settings: dtype, device and so on.
+        **fields: or fields of `ModelSettings` by name.
 
     Returns:
         The model and the tokenizer; None for a model without one.
@@ -75,7 +52,7 @@ def load_model(name: str, settings: ModelSettings | None = None) -> tuple[nn.Mod
         ValueError: no such model, or one that cannot be read; says why.
         ImportError: a GGUF file without the gguf package.
     """
-    settings = settings or ModelSettings()
+    settings = resolve(load_model, ModelSettings, settings, fields)
     source, options = _locate(name, settings)
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -89,14 +66,14 @@ def load_model(name: str, settings: ModelSettings | None = None) -> tuple[nn.Mod
     return model.eval(), _load_tokenizer(source, options)
 
 
-def load_config(name: str, settings: ModelSettings | None = None) -> Any:
+def load_config(name: str, settings: ModelSettings | None = None, **fields: Any) -> Any:
     """The config alone of a model that `load_model` loads; its dtype is that of `settings`, where they name one.
 
     Raises:
         ValueError: no such model, or one that cannot be read; says why.
         ImportError: a GGUF file without the gguf package.
     """
-    settings = settings or ModelSettings()
+    settings = resolve(load_config, ModelSettings, settings, fields)
     source, options = _locate(name, settings)
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -202,13 +179,6 @@ def _unreadable(name: str, error: Exception) -> ValueError:
     return ValueError(
         f"model: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {name!r}: {error}"
     )
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's ways to say: no such name, no such device here
-        raise ValueError(f"device: expected cpu, cuda, mps or auto as this machine has them, got {device!r}") from error
 
 
 def _placement(settings: ModelSettings) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_cod.io.files import looks_local
+from hf_cod.io.settings import SampleSettings, TextSettings, resolve
 
 Batch = Mapping[str, Tensor]
 """What a model's forward takes: input_ids (S, T), attention_mask (S, T), labels where the task has some, ..."""
@@ -26,50 +26,23 @@ IGNORED_LABEL = -100  # transformers' and torch's mark for positions without a l
 STREAM_SURPLUS = 4
 
 
-@dataclass
-class TextSettings:
-    """Which text a model is measured on, and how it is cut into samples."""
-
-    text: str | None = field(
-        default=None,
-        metadata={"help": "text file (.txt, .jsonl, .csv, .parquet) or data set name; default: an embedded novel"},
-    )
-    text_column: str = field(default="text", metadata={"help": "column of the data set that holds the text"})
-    text_split: str = field(default="train", metadata={"help": "split of the data set"})
-    text_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
-
-
-@dataclass
-class SampleSettings:
-    """How text becomes samples."""
-
-    sequence_length: int = field(default=256, metadata={"help": "tokens in a sample, special tokens included"})
-    max_samples: int = field(default=32, metadata={"help": "samples to measure on; more text is drawn from by seed"})
-    batch_size: int = field(default=4, metadata={"help": "samples in one forward pass"})
-    pack: bool = field(
-        default=True,
-        metadata={"help": "join the texts and cut windows of equal length, instead of one padded sample a text"},
-    )
-    seed: int = field(default=0, metadata={"help": "seed of every random choice"})
-
-    def __post_init__(self) -> None:
-        for name, least in (("sequence_length", 2), ("max_samples", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-
-
 def embedded_text() -> str:
     """The opening of Jane Austen's "Persuasion" (1817, public domain), which the package carries."""
     return (Path(__file__).parent.parent / "assets" / "persuasion.txt").read_text(encoding="utf-8")
 
 
-def load_texts(settings: TextSettings) -> Iterable[str]:
+def load_texts(settings: TextSettings | None = None, **fields: Any) -> Iterable[str]:
     """Texts from a local file or, by `datasets`, from any data set; the embedded novel if none is named.
+
+    Args:
+        settings: which text.
+        **fields: or fields of `TextSettings` by name: text, text_column, text_split, text_config.
 
     Raises:
         ValueError: no such file or data set, a file of another kind, or no such column.
         ImportError: the source needs `datasets`, which is not installed.
     """
+    settings = resolve(load_texts, TextSettings, settings, fields)
     source = settings.text
     if source is None:
         return [embedded_text()]
@@ -116,7 +89,9 @@ def load_rows(settings: TextSettings) -> Any:
     return rows
 
 
-def token_batches(tokenizer: Any, texts: str | Iterable[str], settings: SampleSettings) -> list[dict[str, Tensor]]:
+def token_batches(
+    tokenizer: Any, texts: str | Iterable[str], settings: SampleSettings | None = None, **fields: Any
+) -> list[dict[str, Tensor]]:
     """Cuts texts into seeded batches of token ids.
 
     Packed (the default), the texts are joined and cut into windows of `sequence_length`, each within the special tokens
@@ -127,6 +102,7 @@ def token_batches(tokenizer: Any, texts: str | Iterable[str], settings: SampleSe
         tokenizer: a transformers tokenizer.
         texts: one text, a list, a `datasets` column, or any iterable; a stream is read only as far as needed.
         settings: lengths, counts and seed.
+        **fields: or fields of `SampleSettings` by name: sequence_length, max_samples, batch_size, pack, seed.
 
     Returns:
         Batches with input_ids and attention_mask, both (S, T) int64.
@@ -134,6 +110,7 @@ def token_batches(tokenizer: Any, texts: str | Iterable[str], settings: SampleSe
     Raises:
         ValueError: the texts are shorter than one window, or padding is needed and the tokenizer has no token for it.
     """
+    settings = resolve(token_batches, SampleSettings, settings, fields)
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, Iterable):
         raise ValueError(f"texts: expected strings, got {type(texts).__name__}; read the file and pass what it holds")
@@ -256,7 +233,7 @@ def check_batches(batches: Iterable[Any]) -> None:
         if not isinstance(batch, Mapping):
             raise ValueError(
                 f"batches: expected dicts of tensors for the model's forward, got {type(batch).__name__}; of texts, "
-                "hf_cod.io.text makes them: token_batches(tokenizer, texts, SampleSettings())"
+                "hf_cod.token_batches(tokenizer, texts) makes them"
             )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from hf_cod.io.files import Journal, fingerprint
 from hf_cod.io.text import Batch
 from hf_cod.layers.stack import unwrap
+from hf_cod.layers.stock_four_bit import unpacked
 
 # Enough entries of each weight to notice any training step; reading all of a 7B model would take longer than measuring.
 WEIGHT_SAMPLE = 16
@@ -31,7 +32,10 @@ class Journals:
 
     def __init__(self, output: str | Path | None, model: nn.Module, batches: Sequence[Batch]) -> None:
         self.path = None if output is None else Path(output) / "journal.jsonl"
-        self.inputs = "" if output is None else fingerprint(_digest_model(unwrap(model)), digest_batches(batches))
+        self.inputs = ""
+        if output is not None:
+            with unpacked(model):
+                self.inputs = fingerprint(_digest_model(unwrap(model)), digest_batches(batches))
 
     def of(self, measure: str, *settings: Any) -> Journal:
         """The journal of one measure with these settings."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_cod.io.deprecation import renamed
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
 from hf_cod.models.own_config import own_config
 
@@ -40,8 +41,9 @@ NOT_PER_LAYER_FIELDS = (
 )
 
 
+@renamed(path="layers_path")
 @contextmanager
-def skip(model: nn.Module, layers: int | Iterable[int], path: str | None = None) -> Iterator[None]:
+def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None = None) -> Iterator[None]:
     """Runs the block with `layers` removed; afterwards the model and its config are as before, also on an exception.
 
     Inside the block the model is a shorter model: forward, generate with a KV cache and every metric work on it.
@@ -49,12 +51,12 @@ def skip(model: nn.Module, layers: int | Iterable[int], path: str | None = None)
     Args:
         model: a transformers model, wrapped or not.
         layers: the layers to leave out, counted from 0.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
 
     Raises:
         ValueError: a layer that does not exist, or none would be left.
     """
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     changes = _Changes()
     try:
         _shrink(stack, _kept(stack, layers), changes)
@@ -63,7 +65,8 @@ def skip(model: nn.Module, layers: int | Iterable[int], path: str | None = None)
         changes.undo()
 
 
-def drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None) -> list[int]:
+@renamed(path="layers_path")
+def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None = None) -> list[int]:
     """Removes `layers` from the model for good, so that generate, save_pretrained and from_pretrained work.
 
     Renumbers every layer index inside the kept layers, sets `num_hidden_layers` and cuts `layer_types` and each other
@@ -80,9 +83,9 @@ def drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None)
             architecture whose config cannot describe the result (a model from that config would differ); the model
             is unchanged then.
     """
-    kept = _kept(find_decoder_layers(model, path), layers)
+    kept = _kept(find_decoder_layers(model, layers_path), layers)
     own_config(model)
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     changes = _Changes()
     try:
         _drop(stack, kept, changes)
@@ -92,13 +95,14 @@ def drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None)
     return kept
 
 
-def check_drop(model: nn.Module, layers: int | Iterable[int], path: str | None = None) -> None:
+@renamed(path="layers_path")
+def check_drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None = None) -> None:
     """Makes sure that `drop` can remove these layers; the model is left as it was.
 
     Raises:
         ValueError: what `drop` raises.
     """
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     changes = _Changes()
     try:
         _drop(stack, _kept(stack, layers), changes)

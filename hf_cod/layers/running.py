@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
+from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_cod.layers.stack import DecoderLayers
+from hf_cod.layers.stock_four_bit import without_repacking
 
 Item = TypeVar("Item")
 
@@ -46,8 +48,11 @@ def naming_weights(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluation_mode(stack: DecoderLayers) -> Iterator[None]:
-    """Eval mode and no KV cache inside; each module's training flag and the config come back afterwards."""
+def evaluation_mode(stack: DecoderLayers, *, repacking: bool = False) -> Iterator[None]:
+    """Eval mode and no KV cache inside; each module's training flag and the config come back afterwards.
+
+    bitsandbytes' 4-bit layers repack their weights inside only with `repacking`, as they do where the model serves.
+    """
     training = [module for module in stack.model.modules() if module.training]
     config: Any = stack.config
     use_cache = getattr(config, "use_cache", None)
@@ -55,7 +60,8 @@ def evaluation_mode(stack: DecoderLayers) -> Iterator[None]:
         stack.model.eval()
         if use_cache is not None:
             config.use_cache = False
-        yield
+        with nullcontext() if repacking else without_repacking(stack.model):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -64,8 +70,11 @@ def evaluation_mode(stack: DecoderLayers) -> Iterator[None]:
 
 
 def progress(items: Iterable[Item], title: str, show: bool, total: int | None = None) -> Any:
-    """A progress bar that goes away when it is done."""
-    return tqdm(items, desc=title, disable=not show, leave=False, total=total)
+    """A progress bar that goes away when it is done; none where there is no terminal, or where the Hub's are off
+    (HF_HUB_DISABLE_PROGRESS_BARS, `hf-cod --quiet`).
+    """
+    wanted = show and not are_progress_bars_disabled()
+    return tqdm(items, desc=title, disable=None if wanted else True, leave=False, total=total)
 
 
 def hidden_input(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:

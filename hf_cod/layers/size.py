@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_cod.io.deprecation import renamed
 from hf_cod.layers.stack import find_decoder_layers
 
 
@@ -25,14 +26,15 @@ class ModelSize:
     layer_weights: int
 
 
-def size_of(model: nn.Module, path: str | None = None) -> ModelSize:
+@renamed(path="layers_path")
+def size_of(model: nn.Module, layers_path: str | None = None) -> ModelSize:
     """Counts.
 
     Args:
         model: a transformers model.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
     """
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     weights = sum(stack.count_weights(index) for index in range(len(stack)))
     return ModelSize(bytes_of(stack.model), bytes_of(stack.module_list), weights)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import DecoderLayers
+from hf_cod.layers.stock_four_bit import as_found
 
 # Rounds that count, and tokens generated in each; and tokens that a prompt should have where nothing else says so: with
 # these a model of 135M parameters takes a few seconds on one core.
@@ -69,10 +70,13 @@ def measure_speed(
     """
     prompt = prompt[:, -_most_tokens(models, new_tokens) :]
     seconds: dict[str, list[tuple[float, float | None]]] = {name: [] for name in models}
-    for tokens in (1, *[new_tokens] * rounds):
-        for name, stack in models.items():
-            with evaluation_mode(stack), torch.no_grad():
-                seconds[name].append(_seconds(stack.model, prompt.to(execution_device(stack.model)), tokens))
+    with ExitStack() as left:
+        for stack in models.values():
+            left.enter_context(as_found(stack.model))
+        for tokens in (1, *[new_tokens] * rounds):
+            for name, stack in models.items():
+                with evaluation_mode(stack, repacking=True), torch.no_grad():
+                    seconds[name].append(_seconds(stack.model, prompt.to(execution_device(stack.model)), tokens))
     return {
         name: ModelSpeed(
             prompt.shape[1],
@@ -126,3 +130,13 @@ def _greedy(model: Any, count: int) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+Speeds = dict[str, dict[str, float | None]]
+"""Name of a model -> what `ModelSpeed.medians` says of it."""
+
+
+def speeds_of(models: Mapping[str, DecoderLayers], batches: Sequence[Mapping[str, Any]]) -> Speeds:
+    """What reports hold of the speed of models: in turns, on the first sample or its beginning."""
+    prompt = batches[0]["input_ids"][:1, :PROMPT_TOKENS]
+    return {name: found.medians() for name, found in measure_speed(models, prompt).items()}

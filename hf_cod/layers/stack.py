@@ -19,6 +19,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
+from hf_cod.io.deprecation import renamed
+from hf_cod.layers.stock_four_bit import unpacked
+
 # Components that wrappers insert into module names: torch.compile of a layer, FSDP, PEFT around a Linear.
 _WRAPPER_COMPONENTS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
 
@@ -168,7 +171,8 @@ class DecoderLayers(Sequence):
         return walk(self.module_list[index], f"{self.path}.{index}")
 
 
-def find_decoder_layers(model: nn.Module, path: str | None = None) -> DecoderLayers:
+@renamed(path="layers_path")
+def find_decoder_layers(model: nn.Module, layers_path: str | None = None) -> DecoderLayers:
     """Finds the stack of layers of a transformers model, wrapped or not.
 
     The stack is the `nn.ModuleList` whose length is the config's `num_hidden_layers`; of several, the one inside
@@ -176,7 +180,7 @@ def find_decoder_layers(model: nn.Module, path: str | None = None) -> DecoderLay
 
     Args:
         model: any transformers model (text or vision), also inside PEFT, DDP or torch.compile.
-        path: the stack's module name, for models that the rule does not fit.
+        layers_path: the stack's module name, for models that the rule does not fit.
 
     Raises:
         ValueError: no model, or no stack, or more than one, fits; the message lists the module lists that there are.
@@ -185,10 +189,12 @@ def find_decoder_layers(model: nn.Module, path: str | None = None) -> DecoderLay
         raise ValueError(f"model: expected a loaded model, got {model!r}; load it by from_pretrained of an Auto class")
     base = unwrap(model)
     lists = {name: m for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    if path is not None:
-        if path not in lists:
-            raise ValueError(f"path: expected the name of a module list, got {path!r}; {_describe(lists)}")
-        return DecoderLayers(base, path, lists[path], _config_of(base, path, lists[path]))
+    if layers_path is not None:
+        if layers_path not in lists:
+            raise ValueError(
+                f"layers_path: expected the name of a module list, got {layers_path!r}; {_describe(lists)}"
+            )
+        return DecoderLayers(base, layers_path, lists[layers_path], _config_of(base, layers_path, lists[layers_path]))
     depth = getattr(_text_config(base), "num_hidden_layers", None)
     found = [name for name, m in lists.items() if len(m) == depth and not _inside_another(name, lists)]
     if len(found) > 1 and hasattr(base, "get_decoder"):
@@ -197,7 +203,7 @@ def find_decoder_layers(model: nn.Module, path: str | None = None) -> DecoderLay
     if len(found) != 1:
         raise ValueError(
             f"model: expected one module list of {depth} layers (num_hidden_layers) in {type(base).__name__}, "
-            f"got {len(found)}; {_describe(lists)}; name the right one by path="
+            f"got {len(found)}; {_describe(lists)}; name the right one by layers_path="
         )
     return DecoderLayers(base, found[0], lists[found[0]], _config_of(base, found[0], lists[found[0]]))
 
@@ -240,7 +246,8 @@ def _matrix(module: Any) -> Tensor:
         weight: Any = getattr(module, "weight", None)
         if type(weight) in (nn.Parameter, Tensor) and weight.dtype in _PLAIN_DTYPES:
             return weight.detach().mT if isinstance(module, Conv1D) else weight.detach()
-    return _decoded(module)
+    with unpacked(module):
+        return _decoded(module)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .authors import AUTHORS_NORM_TYPES as AUTHORS_NORM_TYPES
     from .configuration_cod_llama import CodLlamaConfig as CodLlamaConfig
     from .configuration_cod_mistral import CodMistralConfig as CodMistralConfig
     from .configuration_cod_olmo import CodOlmoConfig as CodOlmoConfig
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from .configuration_cod_qwen2 import CodQwen2Config as CodQwen2Config
     from .configuration_cod_qwen3 import CodQwen3Config as CodQwen3Config
     from .configuration_cod_vit import CodViTConfig as CodViTConfig
-    from .convert import AUTHORS_NORM_TYPES as AUTHORS_NORM_TYPES
     from .convert import fold_lns as fold_lns
     from .convert import from_authors as from_authors
     from .convert import to_lns as to_lns
@@ -69,8 +69,8 @@ _NAMES = {
     "configuration_cod_qwen2": ("CodQwen2Config",),
     "configuration_cod_qwen3": ("CodQwen3Config",),
     "configuration_cod_vit": ("CodViTConfig",),
+    "authors": ("AUTHORS_NORM_TYPES",),
     "convert": (
-        "AUTHORS_NORM_TYPES",
         "fold_lns",
         "from_authors",
         "to_lns",

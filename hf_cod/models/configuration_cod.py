@@ -2,9 +2,10 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any, ClassVar
 
 from .placements import PLACEMENTS
@@ -50,10 +51,6 @@ class NormPlacementConfig:
     # The placement of the base family's own checkpoints.
     stock_placement: ClassVar[str] = "pre"
 
-    # Called once, before the first instance: the package registers the family's models there. Beside the weights, where
-    # transformers finds them by `auto_map`, there is nothing to do.
-    before_first: ClassVar[Callable[[], None] | None] = None
-
     # `Any`, because the type check of transformers would be first and its error is no ValueError that says what is
     # valid; `check_placement` checks types, too.
     norm_placement: Any = "lns"
@@ -68,9 +65,7 @@ class NormPlacementConfig:
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the fields of this mixin after those of the base family are set."""
-        announce, type(self).before_first = type(self).before_first, None
-        if announce is not None:
-            announce()
+        _register_models(type(self).__name__)
         super().__post_init__(**kwargs)  # type: ignore[misc]  # the base family's configuration follows in the MRO
         check_placement(self)
         warn_about_placement(self)
@@ -126,6 +121,15 @@ class NormPlacementConfig:
     def auto_heads(cls) -> dict[str, str]:
         """Auto class -> ending of the model class's name."""
         return TEXT_HEADS
+
+
+@cache
+def _register_models(config: str) -> None:
+    """Teach the Auto classes the models of a configuration, before its first instance: nobody looks for them without
+    one, and they take seconds to import. Beside the weights, where `auto_map` names them, there is nothing to do.
+    """
+    if __package__ == "hf_cod.models":
+        import_module(f"{__package__}.families").register(config)
 
 
 def check_placement(config: Any) -> None:

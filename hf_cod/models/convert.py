@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .authors import AUTHORS_NORM_TYPES
 from .checkpoint import check_new, is_reading_error, save_aside
 from .configuration_cod import NormPlacementConfig
 from .configuration_cod_llama import CodLlamaConfig
@@ -36,18 +37,6 @@ WHY_NOT_FOLDABLE = {
     "deepnorm": _ON_THE_SUM,
     "sandwich": "it has four norms in a layer, and a stock model of this family has two",
     "reordered": "its norm acts on the output of a sublayer, where a stock model of this family has none",
-}
-
-# NORM_TYPE of the code released with the papers -> our fields.
-AUTHORS_NORM_TYPES: dict[str, dict[str, Any]] = {
-    "pre": {"norm_placement": "pre"},
-    "scale_pre": {"norm_placement": "scaled_init"},
-    "lns": {"norm_placement": "lns"},
-    "post": {"norm_placement": "post"},
-    "deeppost": {"norm_placement": "deepnorm", "deepnorm_alpha": 8**0.5},
-    "post_pre": {"norm_placement": "mix"},
-    "scale_post_pre": {"norm_placement": "mix", "scaled_residual_init": True},
-    "sandwich": {"norm_placement": "sandwich"},
 }
 
 

@@ -55,11 +55,6 @@ class Family:
             for auto, (file, name) in named.items()
         }
 
-    def register_models(self) -> None:
-        """Teach the Auto classes the family's models."""
-        for auto, model in self.models.items():
-            auto.register(self.config, model, exist_ok=True)
-
     def stock_class(self, name: str) -> "type[PreTrainedModel] | None":
         """The class of transformers beside our class `name`, or None where transformers has none."""
         return getattr(transformers, name.removeprefix("Cod"), None)
@@ -85,13 +80,15 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def register(*_: Any) -> None:
+def register(config: str | None = None) -> None:
     """Teach the Auto classes of transformers our model types; calling it again changes nothing.
 
-    Model classes, which take seconds to import, are registered when the first config of their family is made: nobody
-    looks for them without one.
+    Args:
+        config: name of a configuration class, whose models alone are registered; None: all of them.
     """
     for family in FAMILIES:
-        AutoConfig.register(family.model_type, family.config, exist_ok=True)
-        family.config.before_first = family.register_models
+        if config in (None, family.config.__name__):
+            AutoConfig.register(family.model_type, family.config, exist_ok=True)
+            for auto, model in family.models.items():
+                auto.register(family.config, model, exist_ok=True)
     AutoConfig.register(ShapedConfig.model_type, ShapedConfig, exist_ok=True)  # its models register themselves

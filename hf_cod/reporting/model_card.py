@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_cod.analysis.monitoring.history import TrainingHistory
 from hf_cod.io.files import write_text
 from hf_cod.io.report import RunReport, format_number
+from hf_cod.io.settings import resolve
+from hf_cod.reporting.settings import CardSettings
 
 TAG = "curse-of-depth"
 PAPER = "https://arxiv.org/abs/2502.05795"
@@ -32,25 +34,7 @@ LITTLE_TEXT = 1e9  # tokens
 FOLDABLE = ("pre", "lns", "scaled_init")
 
 
-@dataclass
-class CardSettings:
-    """What a model card says that the run's report does not know."""
-
-    name: str = field(default="", metadata={"help": "name of the model, or its Hub id; default: the directory's"})
-    license: str = field(default="other", metadata={"help": "licence of the weights, as the Hub spells it"})
-    sources: str | None = field(
-        default=None, metadata={"help": "sources.json of examples/pretraining_text.py: the texts and their licences"}
-    )
-    language: str | None = field(default=None, metadata={"help": "language of the text, as the Hub spells it: en"})
-    where: str | None = field(
-        default=None, metadata={"help": "Markdown that says how to get this directory; default: it is at hand"}
-    )
-    comparison: str | None = field(
-        default=None, metadata={"help": "comparison.md of examples/compare_placements.py, to show in the card"}
-    )
-
-
-def release(run: str | Path, output: str | Path, settings: CardSettings | None = None) -> Path:
+def release(run: str | Path, output: str | Path, settings: CardSettings | None = None, **fields: Any) -> Path:
     """Writes a trained model and its card into a directory that can go to the Hub as it is.
 
     The weights are rounded to bfloat16. The card is README.md, its pictures lie beside it.
@@ -59,6 +43,7 @@ def release(run: str | Path, output: str | Path, settings: CardSettings | None =
         run: output directory of examples/pretrain.py: model/, report.json, layer_diagnostics/.
         output: directory to write.
         settings: what the report does not know.
+        **fields: or fields of `CardSettings` by name: name, license, sources, language, where, comparison.
 
     Returns:
         The card's path.
@@ -68,7 +53,8 @@ def release(run: str | Path, output: str | Path, settings: CardSettings | None =
             directory with a README.md that is no card of ours.
         ImportError: matplotlib is missing.
     """
-    run, output, settings = Path(run), Path(output), settings or CardSettings()
+    run, output = Path(run), Path(output)
+    settings = resolve(release, CardSettings, settings, fields)
     settings = replace(settings, name=settings.name or output.resolve().name)
     report = RunReport.load(run)
     if report.kind != "pretrain":

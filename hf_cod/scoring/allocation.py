@@ -7,24 +7,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_cod.functional import budget as budgets
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.files import JsonFile
+from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.scoring.settings import DEFAULT_SPREAD, AllocationSettings, Kind
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["sparsity", "bits", "rank", "parameters", "probability"]
-Rule = Literal["bounded", "authors"]
-DEFAULT_SPREAD = 0.08  # OWL (arXiv 2310.05175), lambda
 DEFAULT_BITS = (3.0, 4.0)
-RULES = ("bounded", "authors")
 # Kind -> whether a layer that matters more gets a smaller value.
 FALLING = {"sparsity": True, "bits": False, "rank": False, "parameters": False, "probability": False}
 
@@ -87,16 +86,16 @@ def same_share(stack: DecoderLayers, share: float) -> LayerAllocation:
     )
 
 
+@renamed(parameters="layer_parameters")
 def allocate(
     scores: LayerScores,
-    kind: Kind = "sparsity",
-    budget: float = 0.5,
+    kind: Kind | None = None,
+    budget: float | None = None,
     spread: float | None = None,
     *,
-    parameters: Sequence[int] | None = None,
-    choices: Sequence[float] | None = None,
-    group: int | None = None,
-    rule: Rule = "bounded",
+    layer_parameters: Sequence[int] | None = None,
+    settings: AllocationSettings | None = None,
+    **fields: Any,
 ) -> LayerAllocation:
     """Distributes a budget over layers: those that matter more are pruned less, or get more bits, rank, probability.
 
@@ -107,42 +106,41 @@ def allocate(
 
     Args:
         scores: from `score_layers`.
-        kind: see `LayerAllocation`.
-        budget: mean of the values: shares and probability in [0, 1], or between the choices; of N:M at most 1 - 1 / M.
+        kind: see `LayerAllocation`; default: sparsity.
+        budget: mean of the values: shares and probability in [0, 1], or between the choices; of N:M at most 1 - 1 / M;
+            default: 0.5.
         spread: lambda; default: what the method `auto` found best, else 0.08; less where the budget is nearer than that
             to 0, to 1 or to the last of the choices. Bits spread over the choices.
-        parameters: weight of each layer in the mean; default: what `scores` holds.
-        choices: the values that there are, rising; default for bits: 3 and 4, else any.
-        group: sparsity as N:M with this M and a different N in each layer.
-        rule: "bounded" keeps these promises; "authors" is OWL's released formula, which keeps neither interval nor
-            weighted mean (`functional.budget.authors_sparsity`).
+        layer_parameters: weight of each layer in the mean; default: what `scores` holds.
+        settings: how the budget is distributed.
+        **fields: or fields of `AllocationSettings` by name: `choices`, the values that there are, rising (default for
+            bits: 3 and 4, else any); `group`, for sparsity as N:M with this M and a different N in each layer; `rule`,
+            "bounded", which keeps these promises, or "authors", OWL's released formula, which keeps neither interval
+            nor weighted mean (`functional.budget.authors_sparsity`).
 
     Raises:
         ValueError: a budget, spread, group or choice out of range.
     """
-    for field, number in (("budget", budget), ("spread", spread)):
-        if isinstance(number, bool) or not isinstance(number, (int, float, type(None))):
-            raise ValueError(f"{field}: expected a number, got {number!r}")
-    weights = _weights(scores, parameters)
-    choices = _choices(kind, budget, choices, group)
-    _check_target(scores, kind, budget)
+    chosen = resolve(allocate, AllocationSettings, settings, fields, kind=kind, budget=budget, spread=spread)
+    mean, lam, group, rule = chosen.budget, chosen.spread, chosen.group, chosen.rule
+    weights = _weights(scores, layer_parameters)
+    choices = _choices(chosen.kind, mean, chosen.choices, group)
+    _check_target(scores, chosen.kind, mean)
     D = torch.tensor(scores.values, dtype=torch.float64)
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
-    if kind == "bits":
-        if spread is not None or rule != "bounded":
+    if chosen.kind == "bits":
+        if lam is not None or rule != "bounded":
             raise ValueError("spread: expected none for bits, which spread over the choices, and the rule bounded")
         assert choices is not None
-        values = budgets.spread(D, weights, budget, choices[0], choices[-1], falling=False)
+        values = budgets.spread(D, weights, mean, choices[0], choices[-1], falling=False)
     else:
         ends = (choices[0], choices[-1]) if choices else (0.0, 1.0)
-        lam = _lambda(budget, spread, scores.settings.get("spread", DEFAULT_SPREAD), *ends)
-        values = _shares(D, weights, kind, budget, lam, rule)
+        lam = _lambda(mean, lam, scores.settings.get("spread", DEFAULT_SPREAD), *ends)
+        values = _shares(D, weights, chosen.kind, mean, lam, rule)
     if choices is not None:
-        values = budgets.round_to(values, choices, weights, first=-D if FALLING[kind] else D)
+        values = budgets.round_to(values, choices, weights, first=-D if FALLING[chosen.kind] else D)
     counted = weights.long().tolist()
     found = (scores.model, list(scores.parameters))
-    return LayerAllocation(kind, budget, values.tolist(), counted, scores.method, group, *found)
+    return LayerAllocation(chosen.kind, mean, values.tolist(), counted, scores.method, group, *found)
 
 
 def _shares(D: Tensor, weights: Tensor, kind: str, budget: float, lam: float, rule: str) -> Tensor:
@@ -162,14 +160,12 @@ def _shares(D: Tensor, weights: Tensor, kind: str, budget: float, lam: float, ru
 def _weights(scores: LayerScores, parameters: Sequence[int] | None) -> Tensor:
     found = scores.parameters if parameters is None else list(parameters)
     if len(found) != len(scores.values) or min(found) < 0 or not 0 < sum(found) < math.inf:
-        raise ValueError(f"parameters: expected {len(scores.values)} counts, one a layer, got {found}")
+        raise ValueError(f"layer_parameters: expected {len(scores.values)} counts, one a layer, got {found}")
     return torch.tensor(found, dtype=torch.float64)
 
 
 def _choices(kind: str, budget: float, choices: Sequence[float] | None, group: int | None) -> list[float] | None:
     """The discrete values that there are, None for any; checks them and the budget."""
-    if kind not in FALLING:
-        raise ValueError(f"kind: expected one of {', '.join(FALLING)}, got {kind!r}")
     if group is not None:
         if kind != "sparsity" or choices is not None or type(group) is not int or group < 2:
             raise ValueError(f"group: expected at least 2, for sparsity without choices, got {group} for {kind}")

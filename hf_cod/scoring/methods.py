@@ -19,73 +19,27 @@ from hf_cod.analysis.evaluation.metrics import as_loss
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.functional import budget, outliers
-from hf_cod.functional.codebook import BITS, SCALE_BITS
+from hf_cod.functional.bits import BITS, SCALE_BITS
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, check_batches, split_samples
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.running import naming_weights
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import task_of
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.pruning_probe import CODEBOOK, PRUNERS, PruningProbe
-
-
-@dataclass
-class ScoreSettings:
-    """How layers are scored."""
-
-    method: str = field(
-        default="owl",
-        metadata={
-            "help": "owl, angular, block_influence, gradient_norm, fisher, layer_drop, weight_norm, sensitivity, auto "
-            "(tries several on a little text), or as baselines uniform, random or depth (earlier layers matter more)"
-        },
-    )
-    threshold: float = field(
-        default=5.0, metadata={"help": "owl: M, how many times the mean an outlier must exceed (paper: 5 or 7)"}
-    )
-    per_module: bool = field(
-        default=False, metadata={"help": "owl: compare each matrix with its own mean instead of the layer's"}
-    )
-    target: float = field(
-        default=0.7,
-        metadata={
-            "help": "sensitivity and auto: the sparsity that the scores are to serve; of codebook, the stored bits, "
-            "scales included"
-        },
-    )
-    pruner: str = field(
-        default="wanda",
-        metadata={
-            "help": "sensitivity and auto: how they try; codebook rounds to 3 or 4 bits instead of pruning",
-            "choices": list(PRUNERS),
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "seed of every random choice"})
-    layers_path: str | None = field(
-        default=None, metadata={"help": "name of the module list of layers, for models where it cannot be found"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
-        if not 0 < self.threshold < math.inf:
-            raise ValueError(f"threshold: expected a finite number above 0, got {self.threshold}")
-        if self.pruner not in PRUNERS:
-            raise ValueError(f"pruner: expected one of {', '.join(PRUNERS)}, got {self.pruner!r}")
-        low, high = (min(BITS) + SCALE_BITS, max(BITS) + SCALE_BITS) if self.pruner == CODEBOOK else (0, 1)
-        if not low < self.target < high:
-            what = "bits" if self.pruner == CODEBOOK else "a sparsity"
-            raise ValueError(f"target: expected {what} between {low:.4g} and {high:.4g}, got {self.target}")
+from hf_cod.scoring.pruning_probe import PruningProbe
+from hf_cod.scoring.settings import CODEBOOK, ScoreSettings
 
 
 def score_layers(
     model: nn.Module,
     statistics: LayerStatistics | None = None,
-    method: str = "owl",
+    method: str | None = None,
     *,
     batches: Sequence[Batch] | None = None,
     show_progress: bool = False,
-    **settings: Any,
+    settings: ScoreSettings | None = None,
+    **fields: Any,
 ) -> LayerScores:
     """Scores each layer of a model.
 
@@ -107,10 +61,11 @@ def score_layers(
     Args:
         model: a transformers model, wrapped or not; it is left as it was.
         statistics: of this model, from `collect_statistics`.
-        method: see the table.
+        method: see the table; default: owl.
         batches: dicts for the model's forward.
         show_progress: show progress bars.
-        **settings: other fields of `ScoreSettings`: threshold, per_module, target, pruner, seed, layers_path.
+        settings: how layers are scored.
+        **fields: or fields of `ScoreSettings` by name: threshold, per_module, target, pruner, seed, layers_path.
 
     `sensitivity` and `auto` measure on the first `PROBE_SAMPLES` samples, pruning by Wanda with the intact model's
     statistics (or by magnitude); weights are put back. `auto` makes the allocation of each candidate score with each
@@ -121,7 +76,8 @@ def score_layers(
         ValueError: an unknown method, something that it needs is missing, texts instead of batches, statistics of
             another model, weights or activations that are not finite (says where).
     """
-    chosen = ScoreSettings(method=method, **settings)
+    chosen = resolve(score_layers, ScoreSettings, settings, fields, method=method)
+    method = chosen.method
     stack = find_decoder_layers(model, chosen.layers_path)
     request = _Request(model, stack, statistics, batches, chosen, show_progress)
     if method in NEED_BATCHES and not batches:
@@ -148,7 +104,7 @@ class _Request:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"path": self.settings.layers_path, "show_progress": self.show_progress}
+        return {"layers_path": self.settings.layers_path, "show_progress": self.show_progress}
 
 
 def _statistics(request: _Request) -> LayerStatistics:
@@ -288,7 +244,7 @@ def _random(request: _Request) -> list[float]:
     return torch.rand(len(request.stack), generator=generator, dtype=torch.float64).tolist()
 
 
-# Method -> how it scores; `score_layers` says what each means.
+# Method -> how it scores; `score_layers` says what each means, `settings.METHODS` in a line.
 METHODS: dict[str, Callable[[_Request], list[float]]] = {
     "owl": _owl,
     "angular": _angular,

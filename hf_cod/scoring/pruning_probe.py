@@ -26,10 +26,7 @@ from hf_cod.layers.partial_forward import State, check_independent, run_layer, r
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.task import model_inputs, task_of
-
-# How a layer is tried: two ways to make zeros, and one to round to 3 or 4 bits.
-CODEBOOK = "codebook"
-PRUNERS = ("wanda", "magnitude", CODEBOOK)
+from hf_cod.scoring.settings import CODEBOOK
 
 
 class PruningProbe:
@@ -37,7 +34,7 @@ class PruningProbe:
 
     Args:
         stack: the layers of a language model with weights in memory.
-        pruner: one of `PRUNERS`; its values are sparsities, of "codebook" bits.
+        pruner: one of `settings.PRUNERS`; its values are sparsities, of "codebook" bits.
         statistics: of this model; for all but magnitude.
         batches: the text to try on.
         show_progress: show progress bars.

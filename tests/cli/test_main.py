@@ -1,19 +1,19 @@
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from hf_cod import LayerAllocation, find_decoder_layers, perplexity
-from hf_cod.cli.commands import score
+from hf_cod.analysis.statistics import layer_statistics
 from hf_cod.cli.main import COMMANDS, main
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.text import SampleSettings, token_batches
+from hf_cod.scoring import methods
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -99,13 +99,13 @@ def test_no_layer_matters_both_most_and_least(checkpoint, layers, method, found)
 
 def test_score_takes_the_statistics_that_are_there(checkpoint, monkeypatch):
     """Those of an interrupted run, and those of another score; never those of other samples or a changed file."""
-    counted, collect = [], score.collect_statistics
-    monkeypatch.setattr(score, "collect_statistics", lambda *a, **k: counted.append(1) or collect(*a, **k))
+    counted, collect = [], layer_statistics.collect_statistics
+    monkeypatch.setattr(layer_statistics, "collect_statistics", lambda *a, **k: counted.append(1) or collect(*a, **k))
     out = checkpoint / "out"
     arguments = ["score", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), "--output", str(out)]
     arguments += [*QUICK, "--no-plots"]
     with monkeypatch.context() as patch:
-        patch.setattr(score, "score_layers", lambda *a, **k: 1 / 0)
+        patch.setattr(methods, "score_layers", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(arguments)
     assert main(arguments) == 0 and len(counted) == 1
@@ -178,6 +178,7 @@ def test_prune_and_recover(checkpoint, capsys):
     assert prune(checkpoint, "other", "--recover", "-1") == 2
 
 
+@pytest.mark.process
 def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
     code = (
         "import sys, os\n"
@@ -192,7 +193,7 @@ def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = ["prune", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
-    killed = subprocess.run([sys.executable, "-c", code, *arguments, "--output", str(checkpoint / "run")], check=False)
+    killed = run_fresh(code, *arguments, "--output", checkpoint / "run")
     assert killed.returncode == 9
     kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").iterdir()}
     assert len(kept) == 6, "four layers pruned alike, two of the plan"
@@ -288,7 +289,7 @@ def test_factorize_writes_a_model_that_loads_and_a_report_of_it(checkpoint, caps
     report, shown = RunReport.load(checkpoint / "out"), capsys.readouterr().out
     model, tokenizer = load_model(str(checkpoint / "out"))
     assert sum(p.numel() for p in model.parameters()) == report.results["parameters"]["factorized"]
-    assert 0.5 < report.results["kept"] <= 0.6 and report.results["bytes"] == (
+    assert 0.5 < report.results["kept"] <= 0.6 and report.results["disk_bytes"] == (
         (checkpoint / "out" / "model.safetensors").stat().st_size
     )
     found = report.results["perplexity"]
@@ -362,6 +363,7 @@ def test_scores_are_checked_before_anything_is_measured(checkpoint, capsys, monk
     assert message in capsys.readouterr().err and not (checkpoint / "out").exists()
 
 
+@pytest.mark.process
 def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
     code = (
         "import sys, os\n"
@@ -377,7 +379,7 @@ def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
     )
     arguments = ["factorize", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
     arguments.append("--no-baseline")
-    killed = subprocess.run([sys.executable, "-c", code, *arguments, "--output", str(checkpoint / "run")], check=False)
+    killed = run_fresh(code, *arguments, "--output", checkpoint / "run")
     assert killed.returncode == 9
     kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").iterdir()}
     assert len(kept) == 6, "four layers' spectra, two factorized"
@@ -489,6 +491,7 @@ def test_compare_puts_two_runs_in_one_picture(checkpoint, capsys):
     assert "left" in (checkpoint / "both" / "compare.md").read_text()
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on_where_it_stopped(checkpoint):
     """A process that dies in the middle of the sweep, and a second one with the same command."""
     code = (
@@ -504,7 +507,7 @@ def test_a_killed_run_goes_on_where_it_stopped(checkpoint):
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = ["diagnose", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
-    killed = subprocess.run([sys.executable, "-c", code, *arguments, "--output", str(checkpoint / "run")], check=False)
+    killed = run_fresh(code, *arguments, "--output", checkpoint / "run")
     assert killed.returncode == 9
     kept = (checkpoint / "run" / "journal.jsonl").read_text().splitlines()
     assert len(kept) == 7
@@ -539,7 +542,7 @@ def test_a_failing_metric_is_told_and_the_rest_is_kept(checkpoint, capsys):
         (["compare", "a", "b"], "report: expected"),
         (
             ["fly"],
-            "narrow, drop-layers, pack, quantize, fit, heal, finetune, compare, card, convert, got 'fly'",
+            "narrow, drop-layers, pack, quantize, fit, heal, finetune, compare, card, convert, env, got 'fly'",
         ),
     ],
 )

@@ -28,12 +28,14 @@ def benchmark(monkeypatch):
         del sys.modules[name]
 
 
-def test_quality_of_methods_and_resumption(benchmark, tmp_path, monkeypatch):
+@pytest.mark.parametrize("tasks", [["text"], pytest.param(["reuters", "text"], marks=pytest.mark.real)])
+def test_quality_of_methods_and_resumption(tasks, benchmark, tmp_path, monkeypatch):
     command = [*QUICK, "--quality", "--methods", "owlore", "lora", "--rates", "1e-3", "3e-3", "--output", str(tmp_path)]
+    command += ["--tasks", *tasks]
     benchmark.main(command)
     found = json.loads((tmp_path / "quality.json").read_text())
     assert [(row["task"], row["method"]) for row in found["rows"]] == [
-        (task, method) for task in ("reuters", "text") for method in ("owlore", "lora")
+        (task, method) for task in tasks for method in ("owlore", "lora")
     ]
     assert all(len(row["loss"]) == 2 and 0 < row["accuracy"][0] < 1 for row in found["rows"])
     monkeypatch.setattr(benchmark, "train", lambda *_: pytest.fail("trained again"))

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from hf_cod.io.report import RunReport
 from hf_cod.io.text import embedded_text
 from hf_cod.training.pretraining.preparation import prepare
 from hf_cod.training.pretraining.recipes import PretrainSettings
+from tests.fresh_processes import run_fresh
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 8
@@ -74,6 +74,11 @@ def run(name, output, *more):
     return found(output)
 
 
+def dies(name, step, *more):
+    """A run in a process that is gone in the middle of that step."""
+    return run_fresh(DIES + RUNS, EXAMPLES / f"{name}.py", *QUICK.split(), *more, environment={"DIES_AT": str(step)})
+
+
 def found(output):
     """Report, weights and history of the layers."""
     history = (output / "layer_diagnostics" / "history.jsonl").read_text().splitlines()
@@ -86,20 +91,15 @@ def text(tmp_path):
     return ["--text", str(tmp_path / "text.txt")]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", BOTH)
 def test_a_killed_run_ends_as_one_that_was_not(name, tmp_path, text):
     report, weights, history = run(name, tmp_path / "whole", *text)
     assert [step for step, _ in report.results["curve"]] == list(range(1, STEPS + 1))
     assert [step for step, _ in report.results["validation"]] == [4, 8]
     dies_at = random.randint(3, STEPS - 1)  # a random step, on purpose: any must do
-    command = [sys.executable, "-c", DIES + RUNS, str(EXAMPLES / f"{name}.py"), *QUICK.split(), *text]
-    killed = subprocess.run(
-        [*command, "--output", str(tmp_path / "killed")],
-        check=False,
-        capture_output=True,
-        env={**os.environ, "DIES_AT": str(dies_at)},
-    )
-    assert killed.returncode == 9, killed.stderr.decode()[-2000:]
+    killed = dies(name, dies_at, *text, "--output", tmp_path / "killed")
+    assert killed.returncode == 9, killed.stderr[-2000:]
     assert not (tmp_path / "killed" / "report.json").exists()
     resumed, resumed_weights, resumed_history = run(name, tmp_path / "killed", *text)
     assert resumed.results == report.results and resumed.layers == report.layers, f"killed at step {dies_at}"
@@ -108,6 +108,7 @@ def test_a_killed_run_ends_as_one_that_was_not(name, tmp_path, text):
         assert torch.equal(resumed_weights[key], value), (key, dies_at)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ONE_QUICKLY)
 def test_streamed_text_is_read_again_and_again_and_a_killed_run_finds_its_place(name, tmp_path, monkeypatch):
     rows = [{"text": part} for part in embedded_text()[:1500].split("\n\n") if part]
@@ -115,31 +116,20 @@ def test_streamed_text_is_read_again_and_again_and_a_killed_run_finds_its_place(
     text = ["--text", str(tmp_path / "rows.jsonl"), "--validation-text", str(tmp_path / "rows.jsonl"), "--stream"]
     text += ["--steps", "24", "--save-every", "4"]  # 48 windows; the text has fewer
     _, weights, _ = run(name, tmp_path / "whole", *text)
-    command = [sys.executable, "-c", DIES + RUNS, str(EXAMPLES / f"{name}.py"), *QUICK.split(), *text]
-    killed = subprocess.run(
-        [*command, "--output", str(tmp_path / "killed")],
-        check=False,
-        capture_output=True,
-        env={**os.environ, "DIES_AT": "22"},
-    )
-    assert killed.returncode == 9, killed.stderr.decode()[-2000:]
+    killed = dies(name, 22, *text, "--output", tmp_path / "killed")
+    assert killed.returncode == 9, killed.stderr[-2000:]
     _, resumed, _ = run(name, tmp_path / "killed", *text)
     for key, value in weights.items():
         assert torch.equal(resumed[key], value), key
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ONE_QUICKLY)
 def test_losses_between_logs_are_not_lost_with_a_kill(name, tmp_path, text):
     """Checkpoints fall on logged steps, so that the curve is that of a run that was not killed."""
     text = [*text, "--log-every", "2", "--save-every", "4", "--diagnose-every", "50"]
     report, _, _ = run(name, tmp_path / "whole", *text)
-    command = [sys.executable, "-c", DIES + RUNS, str(EXAMPLES / f"{name}.py"), *QUICK.split(), *text]
-    subprocess.run(
-        [*command, "--output", str(tmp_path / "killed")],
-        check=False,
-        capture_output=True,
-        env={**os.environ, "DIES_AT": "7"},
-    )
+    assert dies(name, 7, *text, "--output", tmp_path / "killed").returncode == 9
     resumed, _, _ = run(name, tmp_path / "killed", *text)
     assert resumed.results["curve"] == report.results["curve"]
     with pytest.raises(ValueError, match=r"save_every: expected a multiple of log_every \(3\)"):
@@ -210,6 +200,7 @@ def launch(script, *arguments, more=()):
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_two_processes_train_as_one(name, tmp_path, text):
@@ -221,6 +212,7 @@ def test_two_processes_train_as_one(name, tmp_path, text):
         torch.testing.assert_close(together[key], value, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_shards_train_as_one_and_resume(name, tmp_path, text, monkeypatch):

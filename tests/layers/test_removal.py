@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from transformers import (
 from hf_cod import WidthPlan, drop, find_decoder_layers, narrow, skip
 from hf_cod.layers.removal import check_drop
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM
+from tests.fresh_processes import run_fresh
 from tests.references import without_layer
 from tests.tiny_models import CAUSAL, FAMILIES, batch_for, build
 
@@ -82,6 +81,7 @@ def test_drop_saves_reloads_and_generates(family, removed, tmp_path):
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.process
 def test_drop_loads_without_this_package(tmp_path):
     model = build("llama")
     drop(model, [1])
@@ -97,7 +97,8 @@ def test_drop_loads_without_this_package(tmp_path):
         "assert 'hf_cod' not in sys.modules\n"
         "assert torch.equal(logits, torch.load(folder + '/expected.pt'))\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    done = run_fresh(code, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_drop_cuts_layer_types_with_their_layers():
@@ -223,10 +224,10 @@ def test_the_vision_tower_of_a_vision_language_model_has_its_own_config():
     model = two_towers()
     assert len(find_decoder_layers(model)) == 5
     path = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
-    with skip(model, 0, path=path):
+    with skip(model, 0, layers_path=path):
         assert model.config.text_config.num_hidden_layers == 5
         assert model.config.vision_config.num_hidden_layers == 2
-    drop(model, 1, path=path)
+    drop(model, 1, layers_path=path)
     assert model.config.vision_config.num_hidden_layers == 2
 
 
@@ -234,7 +235,7 @@ def test_each_tower_keeps_its_record_of_shapes(tmp_path):
     """The stacks of both are called "layers"."""
     model = two_towers()
     tower = next(n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
-    narrow(model, WidthPlan(0.7, [4] * 3, [48, 32, 16], "mine"), "magnitude", "none", path=tower)
+    narrow(model, WidthPlan(0.7, [4] * 3, [48, 32, 16], "mine"), "magnitude", "none", layers_path=tower)
     narrow(model, WidthPlan(0.7, [4] * 5, [48, 32, 40, 16, 24], "mine"), "magnitude", "none")
     before = copy.deepcopy(model.config.module_shapes)
     with skip(model, 0):

@@ -97,9 +97,9 @@ def test_no_stack_is_told_with_what_there_is():
 
     with pytest.raises(ValueError, match=r"module lists: towers \(2 x Linear\)"):
         find_decoder_layers(Odd())
-    assert len(find_decoder_layers(Odd(), path="towers")) == 2
+    assert len(find_decoder_layers(Odd(), layers_path="towers")) == 2
     with pytest.raises(ValueError, match="path: expected the name of a module list, got 'tower'"):
-        find_decoder_layers(Odd(), path="tower")
+        find_decoder_layers(Odd(), layers_path="tower")
     with pytest.raises(ValueError, match="no module list at all"):
         find_decoder_layers(nn.Linear(2, 2))
 

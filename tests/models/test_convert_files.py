@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from transformers import (
 
 from hf_cod.cli.main import main as cli
 from hf_cod.models import fold_lns, from_authors, to_lns
+from tests.fresh_processes import run_fresh
 
 from .tiny import TEXT, tiny_model, tokens
 
@@ -113,14 +111,13 @@ torch.save(logits, "logits.pt")
 """
 
 
+@pytest.mark.process
 def test_the_stock_model_loads_without_us(tmp_path):
     models = {name: tiny_model(name, "lns") for name in ("cod_llama", "cod_qwen2", "cod_qwen3")}
     for name, model in models.items():
         fold_lns(model, tmp_path / name)
     torch.save(tokens(), tmp_path / "tokens.pt")
-    env = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", OUTSIDE, "tokens.pt", *models]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = run_fresh(OUTSIDE, "tokens.pt", *models, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     logits = torch.load(tmp_path / "logits.pt")
     for name, model in models.items():

@@ -27,7 +27,12 @@ TEXT_AUTOS = (
     AutoModelForTokenClassification,
     AutoModelForQuestionAnswering,
 )
-HEADS = [(name, auto) for name in BY_TYPE if name != "cod_vit" for auto in TEXT_AUTOS]
+HEADS = [
+    pytest.param(name, auto, marks=[] if name == "cod_llama" or auto is AutoModelForCausalLM else pytest.mark.families)
+    for name in BY_TYPE
+    if name != "cod_vit"
+    for auto in TEXT_AUTOS
+]
 HEADS += [("cod_vit", AutoModel), ("cod_vit", AutoModelForImageClassification)]
 
 

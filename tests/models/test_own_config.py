@@ -16,8 +16,8 @@ def packs(model):
 
 CHANGES = {
     "factorize": lambda model: factorize(model, 0.6, "plain"),
-    "narrow, stock": lambda model: narrow(model, 0.6, "magnitude", "none", multiple=8),
-    "narrow, shaped": lambda model: narrow(model, UNEQUAL, "magnitude", "none", multiple=8),
+    "narrow, stock": lambda model: narrow(model, 0.6, "magnitude", "none", channel_multiple=8),
+    "narrow, shaped": lambda model: narrow(model, UNEQUAL, "magnitude", "none", channel_multiple=8),
     "drop": lambda model: drop(model, [1]),
     "drop_layers": lambda model: drop_layers(model, [1, 2], "linear", batches=two_batches(model)),
     "pack_sparse": packs,

@@ -1,7 +1,5 @@
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +18,7 @@ from transformers import (
 
 import hf_cod
 from hf_cod.models import FAMILIES, CodLlamaForCausalLM, CodLlamaModel
+from tests.fresh_processes import run_fresh
 
 from .tiny import BY_TYPE, inputs, tiny_config, tiny_model, tokens
 
@@ -74,22 +73,15 @@ torch.save(logits, out)
 
 def stranger(root: Path, out: Path) -> dict[str, torch.Tensor]:
     """Run a fresh process that cannot import this package."""
-    (root / "stranger.py").write_text(STRANGER)
-    cache = {"HF_HOME": str(root / "home"), "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
-    env = {**os.environ, **cache, "PYTHONPATH": ""}
-    code = "import importlib.util as u, sys; sys.exit(u.find_spec('hf_cod') is not None)"
-    if subprocess.run([sys.executable, "-c", code], env=env, cwd=root).returncode:
-        # Installed in this environment: hide it.
-        env["PYTHONPATH"] = str(root / "hidden")
-        (root / "hidden").mkdir(exist_ok=True)
-        (root / "hidden" / "hf_cod.py").write_text("raise ImportError('hidden by a test')")
-    done = subprocess.run(
-        [sys.executable, root / "stranger.py", root, out], env=env, cwd=root, capture_output=True, text=True
-    )
+    (root / "hidden").mkdir(exist_ok=True)
+    (root / "hidden" / "hf_cod.py").write_text("raise ImportError('hidden by a test')")
+    cache = {"HF_MODULES_CACHE": str(root / "modules")}
+    done = run_fresh(STRANGER, root, out, cwd=root, paths=[root / "hidden"], environment=cache)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
 
+@pytest.mark.process
 def test_trust_remote_code_without_the_package(tmp_path):
     jobs, expected = [], {}
     for model_type, auto in [
@@ -153,13 +145,12 @@ assert torch.equal(hf_cod.fold_lns(ours)(tokens).logits, hf_cod.fold_lns(path)(t
 """
 
 
+@pytest.mark.process
 def test_the_code_beside_the_weights_first_and_the_package_afterwards(tmp_path):
     tiny_model("cod_llama", "lns").save_pretrained(tmp_path / "model")
     torch.save(tokens(), tmp_path / "tokens.pt")
-    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    env["PYTHONPATH"] = str(Path(hf_cod.__file__).parent.parent)
-    command = [sys.executable, "-c", COEXIST, tmp_path / "model", tmp_path / "tokens.pt"]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = run_fresh(COEXIST, tmp_path / "model", tmp_path / "tokens.pt", cwd=tmp_path, environment=cache)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

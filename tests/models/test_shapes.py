@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import hf_cod
 from hf_cod import drop
 from hf_cod.models.shapes import LowRankLinear
 from hf_cod.models.shaping import record_shapes
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import CAUSAL, OTHERS, batch_for, build
 
 from .tiny import tiny_model, tokens
@@ -99,16 +99,15 @@ def load_elsewhere(root: Path, with_package: bool) -> None:
     (root / "hidden").mkdir(exist_ok=True)
     (root / "hidden" / "hf_cod.py").write_text("raise ImportError('hidden by a test')")
     place = Path(hf_cod.__file__).parent.parent if with_package else root / "hidden"
-    cache = {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(place)}
     code = LOADER.format(
         imports="import hf_cod" if with_package else "", options={} if with_package else {"trust_remote_code": True}
     )
-    command = [sys.executable, "-c", code, str(root)]
-    done = subprocess.run(command, env={**os.environ, **cache}, cwd=root, capture_output=True, text=True)
+    done = run_fresh(code, root, cwd=root, paths=[place], environment={"HF_MODULES_CACHE": str(root / "modules")})
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == str(with_package)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("with_package", [True, False])
 def test_a_fresh_process_computes_the_same(with_package, tmp_path):
     autos = {"bert": "AutoModelForMaskedLM"}
@@ -134,6 +133,7 @@ def test_a_fresh_process_computes_the_same(with_package, tmp_path):
     assert isinstance(again, LlamaForCausalLM) and type(again).__name__ == "ShapedLlamaForCausalLM"
 
 
+@pytest.mark.process
 def test_without_package_and_trust_a_stranger_is_told_and_gets_no_random_weights(tmp_path):
     shaped().save_pretrained(tmp_path / "model")
     code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path / 'model')!r})"

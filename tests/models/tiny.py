@@ -1,5 +1,6 @@
 """Tiny random models of every family, big enough for every code path."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
@@ -32,9 +33,13 @@ FIELDS = {
 BY_TYPE = {family.model_type: family for family in FAMILIES}
 TEXT_TYPES = [name for name in BY_TYPE if name != "cod_vit"]
 
-# Every placement x family that exists.
-CASES = [(name, placement) for name, family in BY_TYPE.items() for placement in family.config.valid_placements()]
-TEXT_CASES = [case for case in CASES if case[0] != "cod_vit"]
+# Every placement x family that exists; by default every placement of Llama, and of each other family one.
+CASES = [
+    pytest.param(name, placement, marks=[] if name == "cod_llama" or placement == "sandwich" else pytest.mark.families)
+    for name, family in BY_TYPE.items()
+    for placement in family.config.valid_placements()
+]
+TEXT_CASES = [case for case in CASES if case.values[0] != "cod_vit"]
 LLAMA_CASES = [("cod_llama", placement) for placement in PLACEMENTS]
 
 

@@ -22,7 +22,7 @@ def test_sparsity_is_least_where_the_score_is_highest():
 
 
 def test_parameters_can_be_given():
-    plan = allocate(SCORES, budget=0.7, spread=0.08, parameters=[1, 1, 1, 1])
+    plan = allocate(SCORES, budget=0.7, spread=0.08, layer_parameters=[1, 1, 1, 1])
     assert sum(plan.values) / 4 == pytest.approx(0.7, abs=1e-12)
 
 
@@ -137,7 +137,7 @@ def test_save_and_load(tmp_path):
         ({"spread": [0.1]}, "spread: expected a number"),
         ({"group": 8.0}, "group: expected"),
         ({"group": 8, "budget": 0.9}, "budget: expected sparsity in 0..0.875"),
-        ({"parameters": [1, 2]}, "parameters: expected 4 counts"),
+        ({"layer_parameters": [1, 2]}, "parameters: expected 4 counts"),
     ],
 )
 def test_bad_input(arguments, message):

@@ -6,6 +6,7 @@ from torch import nn
 
 from hf_cod import allocate, collect_statistics, find_decoder_layers, prune, score_layers
 from hf_cod.functional import codebook
+from hf_cod.functional.bits import SCALE_BITS
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.methods import CANDIDATES, METHODS
 from hf_cod.scoring.pruning_probe import PruningProbe
@@ -119,7 +120,7 @@ def test_bits_are_tried_by_rounding():
     assert scores.values == pytest.approx([losses[0] - loss for loss in losses[1:]], abs=1e-5)
     auto = score_layers(model, statistics, "auto", batches=[batch], target=3.5, pruner="codebook")
     assert "spread" not in auto.settings
-    plan = [int(bits) for bits in allocate(auto, "bits", budget=3.5 - codebook.SCALE_BITS).values]
+    plan = [int(bits) for bits in allocate(auto, "bits", budget=3.5 - SCALE_BITS).values]
     if auto.settings["chosen"] != "uniform":
         rounded = round_layers(build("llama"), plan, statistics)
         best = math.log(references.perplexity(rounded, batch))

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_cod.analysis.diagnostics.findings import summarize
-from hf_cod.analysis.diagnostics.forward_pass import FORWARD_METRICS, ForwardMeasures, Token, measure_forward
+from hf_cod.analysis.diagnostics.forward_pass import ForwardMeasures, measure_forward
 from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm, why_no_gradients
 from hf_cod.analysis.diagnostics.layer_drop import measure_layer_drop
+from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, METRICS, DiagnoseSettings
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.functional import depth
 from hf_cod.io.report import RunReport, environment
-from hf_cod.io.text import Batch, SampleSettings, describe_batches, mask_tokens, token_batches
+from hf_cod.io.settings import resolve
+from hf_cod.io.text import Batch, describe_batches, mask_tokens, token_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
 from hf_cod.layers.task import MASKED_LM_SUFFIXES, task_of
 
-METRICS = (*FORWARD_METRICS, "gradient_norm", "layer_drop")
 CONFIDENCE = 0.95
 
 
@@ -33,37 +34,6 @@ class MeasurementError(ValueError):
     def __init__(self, message: str, report: RunReport) -> None:
         super().__init__(message)
         self.report = report
-
-
-@dataclass
-class DiagnoseSettings(SampleSettings):
-    """What is measured, and how."""
-
-    metrics: list[str] | None = field(
-        default=None, metadata={"help": f"any of {', '.join(METRICS)}; default: all that the model has outputs for"}
-    )
-    drop_metric: str | None = field(
-        default=None,
-        metadata={
-            "help": "metric of the layer drop: perplexity, accuracy, loss, output_angle (how far the output turns) or "
-            "an evaluate module; default: perplexity of a language model, accuracy or loss of another head with "
-            "labels, else output_angle"
-        },
-    )
-    token: Token = field(
-        default="last", metadata={"help": "token at which angles are taken: last or first without padding, or all"}
-    )
-    layers_path: str | None = field(
-        default=None, metadata={"help": "name of the module list of layers, for models where it cannot be found"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.metrics, str):
-            self.metrics = [self.metrics]
-        unknown = set(self.metrics or ()) - set(METRICS)
-        if unknown:
-            raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
 
 
 def diagnose(
@@ -76,7 +46,8 @@ def diagnose(
     output: str | Path | None = None,
     name: str | None = None,
     show_progress: bool = True,
-    **settings: Any,
+    settings: DiagnoseSettings | None = None,
+    **fields: Any,
 ) -> RunReport:
     """Measures what each layer of a model does.
 
@@ -93,22 +64,25 @@ def diagnose(
         tokenizer: its tokenizer, where texts are given.
         texts: text, list of texts, `datasets` column, or any iterable of strings.
         batches: instead of tokenizer and texts: dicts of tensors for the model's forward (images, labelled data).
-        drop_metric: metric of the layer drop; see `hf_cod.analysis.evaluation.find_metric`.
+        drop_metric: metric of the layer drop, which may be more than a name: see `evaluation.choice.find_metric`.
         output: a directory: results go there as they come, and an interrupted run goes on where it stopped (a layer
             drop by a callable metric starts anew, since code cannot be compared).
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show progress bars.
-        **settings: fields of `DiagnoseSettings`: metrics, sequence_length, max_samples, batch_size, pack, seed, token.
+        settings: what is measured, and how.
+        **fields: or fields of `DiagnoseSettings` by name: metrics, sequence_length, max_samples, batch_size, pack,
+            seed, token, layers_path.
 
     Raises:
         ValueError: bad settings, no layers found, text shorter than one window, activations that are not finite.
         MeasurementError: a later measure failed (a metric, say); its `report` and `output` keep the earlier ones.
     """
-    chosen = DiagnoseSettings(**settings, drop_metric=drop_metric if isinstance(drop_metric, str) else None)
+    named = drop_metric if isinstance(drop_metric, str) else None
+    chosen = resolve(diagnose, DiagnoseSettings, settings, fields, drop_metric=named)
     stack = find_decoder_layers(model, chosen.layers_path)
     batches = _prepared(model, tokenizer, texts, batches, chosen)
     task = task_of(model, batches)
-    metric = find_metric(drop_metric, task)
+    metric = find_metric(chosen.drop_metric if drop_metric is None else drop_metric, task)
     weights = next(stack.model.parameters())
     report = RunReport(
         kind="diagnose",
@@ -195,7 +169,7 @@ def _measure(
     show_progress: bool,
 ) -> None:
     """Fills the report measure by measure, cheapest first, so that a failure leaves the others."""
-    options: dict[str, Any] = {"path": chosen.layers_path, "show_progress": show_progress}
+    options: dict[str, Any] = {"layers_path": chosen.layers_path, "show_progress": show_progress}
     forward = [name for name in wanted if name in FORWARD_METRICS]
     if forward:
         journal = journals.of("forward", forward, chosen.token, chosen.seed)

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, Token
 from hf_cod.functional import depth
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.running import NonFiniteError, evaluation_mode, hidden_input, hidden_output, progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import model_inputs
 
-Token = Literal["last", "first", "all"]
-FORWARD_METRICS = ("angular_distance", "block_influence", "output_variance")
 # Tokens whose pair matrices are held at a time when all tokens count: bounds memory at (L + 1)^2 numbers each.
 TOKEN_CHUNK = 64
 
@@ -60,13 +60,14 @@ class ForwardMeasures:
         }
 
 
+@renamed(path="layers_path")
 def measure_forward(
     model: nn.Module,
     batches: Sequence[Batch],
     metrics: Collection[str] = FORWARD_METRICS,
     token: Token = "last",
     *,
-    path: str | None = None,
+    layers_path: str | None = None,
     show_progress: bool = False,
 ) -> ForwardMeasures:
     """Measures all layers in one forward pass a batch, without the head.
@@ -79,7 +80,7 @@ def measure_forward(
         batches: dicts for the model's forward; attention_mask (S, T) marks padding on either side.
         metrics: which of `FORWARD_METRICS`.
         token: at which token angles are taken: the last or first that is not padding, or the mean over all of them.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         show_progress: show a progress bar.
 
     Raises:
@@ -88,7 +89,7 @@ def measure_forward(
     """
     if token not in ("last", "first", "all"):
         raise ValueError(f"token: expected 'last', 'first' or 'all', got {token!r}")
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     recorder = ForwardRecorder(stack, metrics, token)
     trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
     device = execution_device(stack.model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_cod.analysis.evaluation.metrics import negative_log_likelihood
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import IGNORED_LABEL, Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.partial_forward import check_finite, layer_states
@@ -22,8 +23,9 @@ Read = Callable[[Tensor], None]
 """Reads a parameter of a layer whose `grad` has just been found."""
 
 
+@renamed(path="layers_path")
 def measure_gradient_norm(
-    model: nn.Module, batches: Sequence[Batch], *, path: str | None = None, show_progress: bool = False
+    model: nn.Module, batches: Sequence[Batch], *, layers_path: str | None = None, show_progress: bool = False
 ) -> list[float]:
     """Norm of the loss's gradient with respect to each layer's parameters, mean over batches.
 
@@ -41,7 +43,7 @@ def measure_gradient_norm(
         ValueError: a model without a head or batches without labels (there is no loss), weights that are offloaded or
             quantized, gradients that are not finite.
     """
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     norms = list(gradient_norms(stack, batches, "gradient_norm", show_progress))
     return torch.stack(norms).mean(0).tolist()
 
@@ -124,7 +126,8 @@ def why_no_gradients(stack: DecoderLayers, task: str) -> str | None:
         return f"{name} has no head" if task == "headless" else f"{name} needs labels, and the batches have none"
     if any(p.device.type == "meta" for p in stack.model.parameters()):
         return "weights are offloaded"
-    if any(not p.is_floating_point() for layer in stack for p in layer.parameters()):
+    # bitsandbytes' codes may be stored as floating point.
+    if any(not p.is_floating_point() or hasattr(p, "quant_state") for layer in stack for p in layer.parameters()):
         return "weights are quantized"
     return None
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_cod.analysis.evaluation.metrics import Metric
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.files import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
@@ -18,13 +19,14 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import model_inputs
 
 
+@renamed(path="layers_path")
 def measure_layer_drop(
     model: nn.Module,
     batches: Sequence[Batch],
     metric: Metric,
     journal: Journal | None = None,
     *,
-    path: str | None = None,
+    layers_path: str | None = None,
     show_progress: bool = False,
 ) -> tuple[float, list[float]]:
     """The metric of the intact model, and of the model without each single layer.
@@ -40,7 +42,7 @@ def measure_layer_drop(
         batches: dicts for the model's forward.
         metric: from `find_metric`.
         journal: keeps each (batch, layer); what it holds already is not computed again.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         show_progress: show a progress bar.
 
     Returns:
@@ -49,7 +51,7 @@ def measure_layer_drop(
     Raises:
         ValueError: the metric failed; says at which batch and layer. The journal keeps what was measured before.
     """
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     check_independent(stack, "layer_drop")
     journal = Journal(None, "") if journal is None else journal
     device = execution_device(stack.model)

@@ -17,10 +17,12 @@ from hf_cod.analysis.evaluation.metrics import (
     Perplexity,
     SampleScore,
 )
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import find_decoder_layers, unwrap
+from hf_cod.layers.stock_four_bit import without_repacking
 from hf_cod.layers.task import LANGUAGE_MODELS, model_inputs, task_of
 
 # Task -> the metric that suits it; output_angle for all others.
@@ -87,7 +89,7 @@ def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
     metric = find_metric("perplexity", task)
     base, device = unwrap(model), execution_device(model)
     rows = []
-    with torch.no_grad():
+    with torch.no_grad(), without_repacking(base):
         for batch in (to_device(batch, device) for batch in batches):
             rows += metric.rows(base(**model_inputs(batch)), batch, None)
     return metric.value(rows)
@@ -106,15 +108,16 @@ def _load_evaluate(name: str) -> Any:
         ) from error
 
 
-def held_out_perplexity(model: nn.Module, batches: Sequence[Batch], path: str | None = None) -> float:
+@renamed(path="layers_path")
+def held_out_perplexity(model: nn.Module, batches: Sequence[Batch], layers_path: str | None = None) -> float:
     """Perplexity of a language model on batches of any device, in eval mode and without a cache; the model is left as
     it was.
 
     Args:
         model: a transformers model.
         batches: dicts for its forward.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
     """
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     with evaluation_mode(stack):
         return perplexity(stack.model, batches)

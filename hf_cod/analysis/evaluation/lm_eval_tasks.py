@@ -8,17 +8,21 @@ from typing import Any
 
 from torch import nn
 
+from hf_cod.analysis.evaluation.settings import TaskSettings
+from hf_cod.io.deprecation import renamed
+from hf_cod.io.settings import resolve
 from hf_cod.layers.stack import unwrap
+from hf_cod.layers.stock_four_bit import as_found
 
 
+@renamed(limit="max_samples")
 def evaluate_tasks(
     model: nn.Module,
     tokenizer: Any,
     tasks: Sequence[str | dict[str, Any]],
     *,
-    limit: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
+    settings: TaskSettings | None = None,
+    **fields: Any,
 ) -> dict[str, dict[str, float]]:
     """Runs tasks of lm-eval (`arc_easy`, `hellaswag`, `wikitext`, ...) on a causal language model as it is.
 
@@ -27,9 +31,8 @@ def evaluate_tasks(
         tokenizer: its tokenizer.
         tasks: names of lm-eval's tasks, or dicts of their settings, for tasks of one's own (with `dataset_path: json`
             they read local files).
-        limit: samples of each task, at most; None for all.
-        batch_size: samples in one forward pass.
-        seed: of the choice of few-shot examples.
+        settings: how many samples, and by which seed.
+        **fields: or fields of `TaskSettings` by name: max_samples, batch_size, seed.
 
     Returns:
         Task -> metric ("acc", "acc_norm", "word_perplexity", ...) -> value.
@@ -38,6 +41,7 @@ def evaluate_tasks(
         ValueError: no task, or one that lm-eval does not know or cannot load.
         ImportError: lm-eval is not installed.
     """
+    chosen = resolve(evaluate_tasks, TaskSettings, settings, fields)
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -47,11 +51,12 @@ def evaluate_tasks(
         raise ValueError("tasks: expected at least one task of lm-eval, got none")
     training = [module for module in model.modules() if module.training]
     try:
-        wrapped = HFLM(pretrained=unwrap(model), tokenizer=tokenizer, batch_size=batch_size)
-        seeds = {f"{name}_seed": seed for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
+        wrapped = HFLM(pretrained=unwrap(model), tokenizer=tokenizer, batch_size=chosen.batch_size)
+        seeds = {f"{name}_seed": chosen.seed for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
         manager = _known_tasks(not all(_stands_alone(task) for task in tasks))
-        options: dict[str, Any] = {"limit": limit, "log_samples": False, "bootstrap_iters": 0, **seeds}
-        found = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, **options)
+        options: dict[str, Any] = {"limit": chosen.max_samples, "log_samples": False, "bootstrap_iters": 0, **seeds}
+        with as_found(model):  # generation is faster repacked
+            found = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, **options)
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"tasks: expected tasks that lm-eval can load, got {list(tasks)}: {error}") from error
     finally:

@@ -12,7 +12,9 @@ import torch
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from hf_cod.analysis.monitoring.history import FILE_NAME
-from hf_cod.analysis.monitoring.monitor import LayerMonitor, MonitorSettings
+from hf_cod.analysis.monitoring.monitor import LayerMonitor
+from hf_cod.analysis.monitoring.settings import MonitorSettings
+from hf_cod.io.settings import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +44,15 @@ class LayerDiagnosticsCallback(TrainerCallback):
     None stands for a layer without gradients (frozen), and for all of them in a step that fp16 scaling skipped.
 
     Args:
-        every: steps between measurements.
+        every: optimizer steps between measurements; default: 100.
         probe: what the model is measured on, see `probe_batches`: texts (with Trainer's
             `processing_class` as tokenizer), a data set, or batches of tensors. None: an embedded novel.
         output_dir: directory of history, report and pictures; default: layer_diagnostics in Trainer's `output_dir`.
         watch: what to do when a layer is dead or explodes (as `monitoring.health` defines): "warn" once, "stop"
             the training, or None.
-        **settings: other fields of `MonitorSettings`: sequence_length, max_samples, batch_size, seed, logged_layers,
-            layers_path.
+        settings: when and on what it measures.
+        **fields: or fields of `MonitorSettings` by name: sequence_length, max_samples, batch_size, pack, seed,
+            logged_layers, layers_path.
 
     Raises:
         ValueError: bad settings; when training begins: bad probe, no layers found, DeepSpeed or FSDP1.
@@ -57,17 +60,18 @@ class LayerDiagnosticsCallback(TrainerCallback):
 
     def __init__(
         self,
-        every: int = 100,
+        every: int | None = None,
         probe: Any = None,
         output_dir: str | Path | None = None,
         *,
         watch: Literal["warn", "stop"] | None = "warn",
-        **settings: Any,
+        settings: MonitorSettings | None = None,
+        **fields: Any,
     ) -> None:
         if watch not in ("warn", "stop", None):
             raise ValueError(f"watch: expected 'warn', 'stop' or None, got {watch!r}")
-        self.settings = {"every": every, **settings}
-        MonitorSettings(**self.settings)  # so that mistakes are told here, not when training begins
+        # Mistakes are told here, not when training begins.
+        self.settings = resolve(LayerDiagnosticsCallback, MonitorSettings, settings, fields, every=every)
         self.probe, self.output_dir, self.watch = probe, output_dir, watch
         self.monitor: LayerMonitor | None = None
         self._line: dict[str, Any] | None = None  # measured, not yet logged
@@ -84,7 +88,7 @@ class LayerDiagnosticsCallback(TrainerCallback):
             history=self.directory / FILE_NAME,
             step=state.global_step,
             last=state.max_steps,
-            **self.settings,
+            settings=self.settings,
         )
         self.probe = self.monitor.batches  # where it was an iterator, a second training would find it empty
         self._line = None

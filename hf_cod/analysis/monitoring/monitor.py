@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from hf_cod.analysis.diagnostics.gradients import read_gradient_norms
 from hf_cod.analysis.monitoring.health import find_trouble
 from hf_cod.analysis.monitoring.history import TrainingHistory
 from hf_cod.analysis.monitoring.probe import probe_batches
+from hf_cod.analysis.monitoring.settings import MonitorSettings
 from hf_cod.functional import depth
 from hf_cod.io.files import fingerprint
-from hf_cod.io.text import Batch, SampleSettings, describe_batches
+from hf_cod.io.settings import resolve
+from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import digest_batches
 from hf_cod.layers.running import NonFiniteError
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
+from hf_cod.layers.stock_four_bit import keep_unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -35,34 +38,9 @@ LOGGED = ("gradient_norm", "variance", "angular_distance")
 LOG_PREFIX = "depth/"
 
 
-@dataclass
-class MonitorSettings(SampleSettings):
-    """When and on what layers are measured during training."""
-
-    sequence_length: int = field(
-        default=128, metadata={"help": "tokens in a sample of the probe; at most what the model has positions for"}
-    )
-    max_samples: int = field(default=16, metadata={"help": "samples of the probe, where it is text or a data set"})
-    every: int = field(
-        default=100, metadata={"help": "measure after this many optimizer steps, and after the very first one"}
-    )
-    logged_layers: int = field(
-        default=12,
-        metadata={"help": "layers, evenly spaced with the first and last, that go to the log; the history holds all"},
-    )
-    layers_path: str | None = field(
-        default=None, metadata={"help": "name of the module list of layers, for models where it cannot be found"}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("every", 1), ("logged_layers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-
-
 class LayerMonitor:
-    """Measures each layer while a model trains, and never changes the training.
+    """Measures each layer while a model trains, and never changes the training: but bitsandbytes' 4-bit weights on a
+    CPU, which would give wrong gradients once an evaluation has repacked them, are kept from that.
 
     In a loop of one's own (under `accelerate`, inside `if accelerator.sync_gradients:`):
 
@@ -91,7 +69,9 @@ class LayerMonitor:
         step: the optimizer step that training starts at: after a resumed checkpoint its step, so that what the
             interrupted run measured later is dropped.
         last: the optimizer step that training ends at, which is measured in any case; None: not known.
-        **settings: fields of `MonitorSettings`: every, sequence_length, max_samples, batch_size, seed, ...
+        settings: when and on what it measures.
+        **fields: or fields of `MonitorSettings` by name: every, sequence_length, max_samples, batch_size, pack, seed,
+            logged_layers, layers_path.
 
     Raises:
         ValueError: bad settings, a probe that the model does not take, no layers found, a model in whose layers nothing
@@ -107,9 +87,10 @@ class LayerMonitor:
         history: str | Path | None = None,
         step: int = 0,
         last: int | None = None,
-        **settings: Any,
+        settings: MonitorSettings | None = None,
+        **fields: Any,
     ) -> None:
-        self.settings, self.last = MonitorSettings(**settings), last
+        self.settings, self.last = resolve(LayerMonitor, MonitorSettings, settings, fields), last
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             raise ValueError("model: expected replicas (DDP) or shards of FSDP2, got FSDP1; set fsdp_version: 2")
         if any(type(module).__name__ == "DeepSpeedEngine" for module in model.modules()):
@@ -122,6 +103,7 @@ class LayerMonitor:
         config: Any = self.stack.config
         longest = getattr(config, "max_position_embeddings", None) or self.settings.sequence_length
         self.settings.sequence_length = min(self.settings.sequence_length, longest)
+        keep_unpacked(model)  # or gradients would be wrong, those that train it, too
         with _own_randomness(model):  # a data loader draws a seed when it starts
             self.batches = probe_batches(probe, tokenizer, self.settings)
         if self.main and not self.sharded:  # shards want their first pass through the whole model
@@ -216,7 +198,7 @@ class LayerMonitor:
     def _measure(self, batches: Sequence[Batch]) -> Any:
         model = self.stack.model
         with _own_randomness(model), _eagerly(), _gathered(self._shards):
-            return measure_forward(model, batches, ["angular_distance", "output_variance"], path=self.stack.path)
+            return measure_forward(model, batches, ["angular_distance", "output_variance"], layers_path=self.stack.path)
 
     def _forward(self) -> dict[str, Any]:
         try:

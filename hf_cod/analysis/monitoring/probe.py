@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_cod.io.text import Batch, SampleSettings, embedded_text, token_batches
+from hf_cod.io.settings import SampleSettings
+from hf_cod.io.text import Batch, embedded_text, token_batches
 
 TEXT_COLUMN = "text"
 

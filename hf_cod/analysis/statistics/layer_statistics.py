@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_input
 from hf_cod.functional.depth import wide
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.files import write_aside
 from hf_cod.io.text import Batch
 from hf_cod.layers.checks import name_of, warn_of_other_name
@@ -127,11 +128,12 @@ class LayerStatistics:
         return cls(metadata["model"], metadata["path"], **kinds)
 
 
+@renamed(path="layers_path")
 def collect_statistics(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    path: str | None = None,
+    layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
 ) -> LayerStatistics:
@@ -140,7 +142,7 @@ def collect_statistics(
     Args:
         model: a transformers model, wrapped or not, in any dtype, quantized, or offloaded by accelerate.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is not counted.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         name: the model's name; default: where it was loaded from.
         show_progress: show a progress bar.
 
@@ -148,7 +150,7 @@ def collect_statistics(
         ValueError: no layers found, no batches, NaN or infinite activations (says which module was first), a module
             that two layers share, a mixture of experts that cannot be observed.
     """
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     recorder = StatisticsRecorder(stack)
     trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
     device = execution_device(stack.model)

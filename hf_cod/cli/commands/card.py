@@ -7,11 +7,11 @@ from pathlib import Path
 
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser
-from hf_cod.reporting.model_card import CardSettings, release
+from hf_cod.reporting.settings import CardSettings
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Parses the arguments and runs the command."""
+def make_parser() -> SettingsParser:
+    """The command's options."""
     parser = SettingsParser(
         [CardSettings],
         prog="hf-cod card",
@@ -20,7 +20,14 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("run", help="output directory of examples/pretrain.py")
     parser.add_argument("output", help="directory to write; upload it to the Hub as it is")
-    settings, rest = parser.parse(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    settings, rest = make_parser().parse(arguments)
+    from hf_cod.reporting.model_card import release
+
     require_plots()
     card = release(rest.run, rest.output, settings)
     size = sum(path.stat().st_size for path in Path(rest.output).glob("*.safetensors"))

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_cod.cli.terminal import print_comparison
-from hf_cod.io.files import write_text
-from hf_cod.io.report import RunReport
-from hf_cod.reporting.comparison import compare
+from hf_cod.cli.parser import SettingsParser
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Parses the arguments and runs the command."""
-    parser = ArgumentParser(
+def make_parser() -> SettingsParser:
+    """The command's options."""
+    parser = SettingsParser(
         prog="hf-cod compare",
         description="Puts several runs of hf-cod diagnose side by side: Pre-LN against Post-LN, a base model against "
         "its fine-tuned form.",
@@ -23,7 +19,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--labels", nargs="+", help="a name for each run; default: the models' names")
     parser.add_argument("--output", default="hf-cod-compare", help="directory for compare.md and compare.png")
     parser.add_argument("--no-plots", action="store_true", help="draw no picture (which needs matplotlib)")
-    chosen = parser.parse_args(list(arguments))
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    (chosen,) = make_parser().parse(arguments)
+    from hf_cod.cli.terminal import print_comparison
+    from hf_cod.io.files import write_text
+    from hf_cod.io.report import RunReport
+    from hf_cod.reporting.comparison import compare
+
     comparison = compare([RunReport.load(run) for run in chosen.runs], chosen.labels)
     directory = Path(chosen.output)
     if not chosen.no_plots:

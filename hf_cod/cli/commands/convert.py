@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from transformers import PreTrainedModel
+from hf_cod.cli.parser import SettingsParser
+from hf_cod.models.authors import AUTHORS_NORM_TYPES
 
-from hf_cod.models import AUTHORS_NORM_TYPES, fold_lns, from_authors, to_lns
 
-
-def main(arguments: Sequence[str]) -> int:
-    """Parses the arguments and runs the command."""
-    parser = ArgumentParser(
+def make_parser() -> SettingsParser:
+    """The command's options."""
+    parser = SettingsParser(
         prog="hf-cod convert",
         formatter_class=RawDescriptionHelpFormatter,
         description="Converts a checkpoint; the source is never touched.\n\n"
@@ -31,10 +31,17 @@ def main(arguments: Sequence[str]) -> int:
         help="authors: NORM_TYPE it was trained with, in any case",
     )
     parser.add_argument("--post-layers", type=int, help="authors: POST_NUM it was trained with, for post_pre")
-    chosen = parser.parse_args(list(arguments))
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    (chosen,) = make_parser().parse(arguments)
     if chosen.to == "authors" and chosen.norm_type is None:
         raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got none; give --norm-type")
-    conversions: dict[str, Callable[[], PreTrainedModel]] = {
+    from hf_cod.models import fold_lns, from_authors, to_lns
+
+    conversions: dict[str, Callable[[], Any]] = {
         "stock": lambda: fold_lns(chosen.source, chosen.output),
         "lns": lambda: to_lns(chosen.source, chosen.output),
         "authors": lambda: from_authors(

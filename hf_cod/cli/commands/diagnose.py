@@ -6,15 +6,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_cod.analysis.diagnostics.diagnosis import DiagnoseSettings, MeasurementError, diagnose
+from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
-from hf_cod.cli.terminal import print_report
-from hf_cod.io.models import ModelSettings, load_model
-from hf_cod.io.report import RunReport
-from hf_cod.io.text import TextSettings, load_texts
+from hf_cod.io.settings import ModelSettings, TextSettings
+
+if TYPE_CHECKING:
+    from hf_cod.io.report import RunReport
 
 
 @dataclass
@@ -28,8 +28,8 @@ class OutputSettings:
     plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Parses the arguments and runs the command."""
+def make_parser() -> SettingsParser:
+    """The command's options."""
     parser = SettingsParser(
         [ModelSettings, TextSettings, DiagnoseSettings, OutputSettings],
         prog="hf-cod diagnose",
@@ -37,7 +37,15 @@ def main(arguments: Sequence[str]) -> int:
         "costs, gradient norm and output variance. An interrupted run goes on where it stopped.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
-    loading, text, settings, output, rest = parser.parse(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    loading, text, settings, output, rest = make_parser().parse(arguments)
+    from hf_cod.io.models import load_model
+    from hf_cod.io.text import load_texts
+
     directory = output.output or default_directory("diagnose", rest.model)
     texts = load_texts(text)
     if output.plots:
@@ -54,6 +62,8 @@ def run(
     model: Any, tokenizer: Any, texts: Any, settings: DiagnoseSettings, directory: str | Path, name: str
 ) -> tuple[RunReport, int]:
     """Diagnoses; a failed measure is told, and what was measured before it is returned with exit status 1."""
+    from hf_cod.analysis.diagnostics.diagnosis import MeasurementError, diagnose
+
     try:
         return diagnose(model, tokenizer, texts, output=directory, name=name, **asdict(settings)), 0
     except MeasurementError as error:
@@ -65,6 +75,8 @@ def run(
 
 def finish(report: RunReport, directory: str | Path, plots: bool) -> None:
     """Prints, draws and saves a report."""
+    from hf_cod.cli.terminal import print_report
+
     print_report(report)
     if plots:
         report.plot(directory)

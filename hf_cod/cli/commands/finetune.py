@@ -6,33 +6,30 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.cli.commands.finetune_memory import EstimateSettings, estimate, print_estimates
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
+from hf_cod.cli.settings import TrainingOutput
 from hf_cod.cli.sizes import in_gigabytes
-from hf_cod.cli.training import TrainingOutput, tell
-from hf_cod.io.models import ModelSettings, load_model
-from hf_cod.io.packing import pack
-from hf_cod.io.report import RunReport, environment, format_number
-from hf_cod.io.text import Batch, TextSettings, load_texts
-from hf_cod.layers.checks import check_length, pruned_matrices
-from hf_cod.layers.stack import find_decoder_layers
-from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.memory import Memory
-from hf_cod.training.runs.methods import METHODS
-from hf_cod.training.runs.run_directory import claim
-from hf_cod.training.runs.trainer import Training, scores_to_draw_by, split_windows, train
 from hf_cod.training.runs.training_settings import TrainingSettings, check_fused, check_scores
+
+if TYPE_CHECKING:
+    from hf_cod.io.report import RunReport
+    from hf_cod.io.text import Batch
+    from hf_cod.scoring.layer_scores import LayerScores
+    from hf_cod.training.runs.memory import Memory
+    from hf_cod.training.runs.trainer import Training
+
 
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Parses the arguments and runs the command."""
+def make_parser() -> SettingsParser:
+    """The command's options."""
     parser = SettingsParser(
         [ModelSettings, TextSettings, TrainingSettings, OwLoreSettings, EstimateSettings, TrainingOutput],
         prog="hf-cod finetune",
@@ -40,7 +37,15 @@ def main(arguments: Sequence[str]) -> int:
         "from_pretrained loads. Interrupted, the same command goes on where it stopped.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
-    loading, text, settings, sampling, asked, files, rest = parser.parse(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    loading, text, settings, sampling, asked, files, rest = make_parser().parse(arguments)
+    from hf_cod.cli.training import tell
+    from hf_cod.training.runs.run_directory import claim
+
     if asked.estimate:
         print_estimates(rest.model, loading, settings, sampling, asked)
         return 0
@@ -66,6 +71,14 @@ def run(
     directory: Path,
 ) -> RunReport:
     """Measures, trains, measures again, saves."""
+    from hf_cod.analysis.evaluation.choice import held_out_perplexity
+    from hf_cod.io.models import load_model
+    from hf_cod.io.packing import pack
+    from hf_cod.io.text import load_texts
+    from hf_cod.layers.checks import check_length
+    from hf_cod.training.runs.methods import METHODS
+    from hf_cod.training.runs.trainer import scores_to_draw_by, split_windows, train
+
     model, tokenizer = load_model(source, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod.owlore with Trainer")
@@ -106,6 +119,10 @@ def _check_weights(model: Any, method: str) -> None:
     Raises:
         ValueError: weights that are quantized or packed, and a method without adapters beside them.
     """
+    from hf_cod.layers.checks import pruned_matrices
+    from hf_cod.layers.stack import find_decoder_layers
+    from hf_cod.training.runs.methods import METHODS
+
     if getattr(model, "is_quantized", False) and not METHODS[method].adapters:
         beside = ", ".join(name for name, known in METHODS.items() if known.adapters)
         raise ValueError(f"method: expected one with adapters ({beside}) on quantized or packed weights, got {method}")
@@ -149,6 +166,8 @@ def _report(
     figures: dict[str, Any],
     name: str,
 ) -> RunReport:
+    from hf_cod.io.report import RunReport, environment, format_number
+
     results = {"curve": training.curve, **figures}
     layers: dict[str, list[Any]] = {} if scores is None else {"score": scores.values}
     if training.trained is not None:

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
-
-import psutil
-import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.sizes import in_gigabytes, parse_bytes
-from hf_cod.io.models import ModelSettings, best_device, load_config
+from hf_cod.io.settings import ModelSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.estimate import estimate_memory
-from hf_cod.training.runs.memory import PARTS, Memory
-from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.training_settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from hf_cod.training.runs.memory import Memory
 
 
 @dataclass
@@ -49,6 +42,15 @@ def print_estimates(
     source: str, loading: ModelSettings, settings: TrainingSettings, sampling: OwLoreSettings, told: EstimateSettings
 ) -> None:
     """A table of all methods, and which of them fit."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from tqdm import tqdm
+
+    from hf_cod.io.models import best_device, load_config
+    from hf_cod.training.runs.memory import PARTS
+    from hf_cod.training.runs.methods import METHODS
+
     config = load_config(source, loading)
     device = loading.device or best_device()
     room = told.bytes_of_device() or free_memory(device)
@@ -79,6 +81,10 @@ def estimate(
     config: Any, method: str, settings: TrainingSettings, sampling: OwLoreSettings, trust_remote_code: bool = False
 ) -> Memory:
     """What a training with these settings needs."""
+    import torch
+
+    from hf_cod.training.runs.estimate import estimate_memory
+
     return estimate_memory(
         config,
         method,
@@ -97,6 +103,9 @@ def estimate(
 
 def free_memory(device: str) -> int:
     """Bytes that nobody has taken yet."""
+    import psutil
+    import torch
+
     if torch.device("cuda" if device == "auto" else device).type == "cuda":
         return torch.cuda.mem_get_info(None if device == "auto" else device)[0]
     return psutil.virtual_memory().available

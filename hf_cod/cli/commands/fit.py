@@ -4,43 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from hf_cod.cli.compression import (
-    MeasuringSettings,
-    ResultsOutput,
-    SpeedSettings,
-    describe_perplexity,
-    describe_speed,
-    load_with_tokenizer,
-    measure_perplexity,
-    speeds_of,
-    split_text,
-    write_results,
-)
-from hf_cod.cli.parser import SettingsParser, model_title
+from hf_cod.cli.parser import SettingsParser
+from hf_cod.cli.settings import MeasuringSettings, ResultsOutput, SpeedSettings
 from hf_cod.cli.sizes import parse_bytes
-from hf_cod.compression.fit.budget import check_budget
-from hf_cod.compression.fit.fit_plan import FitPlan
-from hf_cod.compression.fit.knobs import Applying, describe_steps
-from hf_cod.compression.fit.planning import plan_fit
-from hf_cod.compression.fit.trials import apply_steps
-from hf_cod.io.models import ModelSettings, load_model
-from hf_cod.io.report import RunReport, environment, format_number
-from hf_cod.io.text import Batch, TextSettings, describe_batches, split_samples
-from hf_cod.layers.devices import execution_device
-from hf_cod.layers.size import size_of
-from hf_cod.layers.task import LANGUAGE_MODELS, task_of
+from hf_cod.cli.step import Step
+from hf_cod.compression.fit.settings import FitSettings
+from hf_cod.io.settings import ModelSettings, TextSettings, as_in
+
+if TYPE_CHECKING:
+    from hf_cod.cli.work import Work
+    from hf_cod.compression.fit.fit_plan import FitPlan
+    from hf_cod.io.report import RunReport
+    from hf_cod.layers.size import ModelSize
 
 
 @dataclass
-class FitSettings(SpeedSettings, MeasuringSettings):
+class FitOptions(SpeedSettings, MeasuringSettings):
     """What the model must meet, and how the way there is found."""
 
     memory: str | None = field(
@@ -52,13 +33,9 @@ class FitSettings(SpeedSettings, MeasuringSettings):
     bits: float | None = field(
         default=None, metadata={"help": "budget: stored bits for each weight that the layers' matrices have"}
     )
-    knobs: list[str] = field(
-        default_factory=list, metadata={"help": "what to choose from; default: all that can help", "nargs": "*"}
-    )
+    knobs: list[str] = as_in(FitSettings, "knobs", default_factory=list)  # noqa: RUF009 - as_in makes a field
     tuning_samples: int = field(default=16, metadata={"help": "samples, apart from the others, to choose the plan on"})
-    verify: int = field(
-        default=3, metadata={"help": "combinations that are measured as a whole, beside each knob alone"}
-    )
+    verify: int = as_in(FitSettings, "verify")
     plan_only: bool = field(default=False, metadata={"help": "show the plan and the trade-off, and stop there"})
 
     def __post_init__(self) -> None:
@@ -68,10 +45,11 @@ class FitSettings(SpeedSettings, MeasuringSettings):
             raise ValueError(
                 f"budget: expected one of --memory, --parameters and --bits, got {' and '.join(given) or 'none'}"
             )
-        for name, least in (("tuning_samples", 1), ("verify", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        check_budget(*self.budget())
+        if self.tuning_samples < 1:
+            raise ValueError(f"tuning_samples: expected at least 1, got {self.tuning_samples}")
+        FitSettings(knobs=self.knobs or None, verify=self.verify)
+        self.check_budget()
+        self.speed = self.speed and not self.plan_only
 
     def budget(self) -> tuple[str, float]:
         """Kind and value."""
@@ -82,80 +60,119 @@ class FitSettings(SpeedSettings, MeasuringSettings):
         assert self.bits is not None
         return "bits", self.bits
 
+    def check_budget(self) -> None:
+        """Makes sure that the budget can be meant.
 
-def main(arguments: Sequence[str]) -> int:
-    """Parses the arguments and runs the command."""
+        Raises:
+            ValueError: it cannot.
+        """
+        from hf_cod.compression.fit.budget import check_budget
+
+        check_budget(*self.budget())
+
+
+def make_parser() -> SettingsParser:
+    """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, FitSettings, ResultsOutput],
+        [ModelSettings, TextSettings, FitOptions, ResultsOutput],
         prog="hf-cod fit",
         description="Makes a model meet a budget with the least loss: measures what each method costs alone, shows "
         "the best combination and the trade-off, then applies it and writes a model that from_pretrained loads where "
-        "hf_cod is imported. Interrupted, the same command goes on where it stopped. The model itself is never "
-        "touched.",
+        "hf_cod is imported. Interrupted, the same command resumes. The model itself is never touched.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
-    loading, text, settings, files, rest = parser.parse(arguments)
-    return write_results("fit", rest.model, files, partial(run, rest.model, loading, text, settings))
+    return parser
 
 
-def run(
-    source: str, loading: ModelSettings, text: TextSettings, settings: FitSettings, journal: Path, output: Path
-) -> RunReport | None:
-    """Plans, shows the plan, applies it, saves, and measures what was saved; memory never holds two models."""
-    model, tokenizer = load_with_tokenizer(source, loading)
-    if task_of(model) not in LANGUAGE_MODELS:
-        raise ValueError(f"model: expected a language model, whose loss can be measured, got {type(model).__name__}")
-    both, evaluation = split_text(
-        model, tokenizer, text, replace(settings, max_samples=settings.max_samples + settings.tuning_samples)
-    )
-    calibration, tuning = _split(both, settings)
-    perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
-    before = size_of(model, settings.layers_path)
-    speeds = {} if settings.plan_only else speeds_of({"intact": model}, evaluation, settings)
-    described = environment(execution_device(model), next(model.parameters()).dtype)
-    del model
-    options: dict[str, Any] = {"journal": journal, "path": settings.layers_path, "show_progress": True}
-    plan = plan_fit(
-        lambda: load_model(source, loading)[0],
-        *settings.budget(),
-        calibration,
-        tuning,
-        knobs=settings.knobs or None,
-        verify=settings.verify,
-        **options,
-    )
-    print_plan(plan, with_notes=settings.plan_only)
-    if settings.plan_only:
-        return None
-    fitted: Any = load_model(source, loading)[0]
-    apply_steps(fitted, plan.steps, Applying(calibration, journal, settings.layers_path, show_progress=True))
-    fitted.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    plan.save(output / "fit_plan.json")
-    del fitted
-    saved, _ = load_model(str(output), replace(loading, revision="main"))
-    perplexities["fitted"] = measure_perplexity(saved, evaluation, settings)
-    speeds |= speeds_of({"fitted": saved}, evaluation, settings)
-    results = {
-        "plan": asdict(plan),
-        "size": {"intact": asdict(before), "fitted": asdict(size_of(saved, settings.layers_path))},
-        "disk_bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
-        "perplexity": perplexities,
-        "speed": speeds,
-        "evaluation": describe_batches(evaluation),
-    }
-    told = {**asdict(settings), "text": text.text, **describe_batches(calibration)}
-    summary = [
-        _told_plan(plan),
-        _told_size(results),
-        *describe_perplexity(results, "fitted"),
-        *describe_speed(results, "fitted"),
-    ]
-    return RunReport("fit", model_title(source), told, described, {}, results, summary, plan.notes)
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    loading, text, settings, files, rest = make_parser().parse(arguments)
+    from hf_cod.cli.compression import compress
+
+    return compress(Fit(settings), rest.model, loading, text, files)
+
+
+class Fit(Step):
+    """Several methods, one after another, by a plan that was measured."""
+
+    command, done = "fit", "fitted"
+    before: ModelSize
+
+    def samples(self) -> FitOptions:
+        """Those to choose by come from those to work on."""
+        return replace(self.settings, max_samples=self.settings.max_samples + self.settings.tuning_samples)
+
+    def check(self, work: Work) -> None:
+        """Models without a loss."""
+        from hf_cod.layers.task import LANGUAGE_MODELS, task_of
+
+        if task_of(work.model) not in LANGUAGE_MODELS:
+            kind = type(work.model).__name__
+            raise ValueError(f"model: expected a language model, whose loss can be measured, got {kind}")
+
+    def plan(self, work: Work) -> FitPlan | None:
+        """Measures and chooses, on models that it loads itself; prints what was found."""
+        from hf_cod.compression.fit.planning import plan_fit
+        from hf_cod.io.report import environment
+        from hf_cod.layers.devices import execution_device
+        from hf_cod.layers.size import size_of
+
+        work.calibration, tuning = _split(work.calibration, self.settings)
+        self.before = size_of(work.model, self.settings.layers_path)
+        self.environment = environment(execution_device(work.model), next(work.model.parameters()).dtype)
+        work.model = None
+        chosen: dict[str, Any] = {"knobs": self.settings.knobs or None, "verify": self.settings.verify, **work.options}
+        kind, budget = self.settings.budget()
+        plan = plan_fit(work.load, kind, budget, work.calibration, tuning, **chosen)
+        print_plan(plan, with_notes=self.settings.plan_only)
+        if self.settings.plan_only:
+            return None
+        work.renew()
+        return plan
+
+    def apply(self, work: Work, plan: FitPlan) -> RunReport:
+        """Applies the steps of the plan."""
+        from hf_cod.compression.fit.knobs import Applying
+        from hf_cod.compression.fit.trials import apply_steps
+        from hf_cod.io.report import RunReport
+
+        apply_steps(work.model, plan.steps, Applying(work.calibration, **work.options))
+        results = {"plan": asdict(plan)}
+        return RunReport("fit", work.name, {}, self.environment, {}, results, [_told_plan(plan)], plan.notes)
+
+    def files(self, plan: FitPlan) -> dict[str, Any]:
+        """The plan."""
+        return {"fit_plan.json": plan}
+
+    def measure(self, saved: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """What the layers take, and how many weights their matrices have."""
+        from hf_cod.layers.size import size_of
+
+        after = size_of(saved.model, self.settings.layers_path)
+        names = ("layer_bytes", "layer_weights")
+        return {}, {n: {"intact": getattr(self.before, n), "fitted": getattr(after, n)} for n in names}
+
+    def sentences(self, report: RunReport, saved: Any) -> list[str]:
+        """The plan, and bits a weight."""
+        from hf_cod.io.report import format_number
+
+        weights = report.results["layer_weights"]
+        bits = 8 * report.results["layer_bytes"]["fitted"] / weights["intact"]
+        stored = (
+            f"The layers take {format_number(bits)} bits for each weight that their matrices had, of which "
+            f"{weights['fitted'] / weights['intact']:.1%} are left."
+        )
+        return [*report.summary, stored]
 
 
 def print_plan(plan: FitPlan, with_notes: bool) -> None:
     """What was measured, what was chosen, and the trade-off; a report repeats the notes."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from hf_cod.compression.fit.knobs import describe_steps
+
     console = Console()
     if not plan.steps:
         console.print(f"• {_told_plan(plan)}", highlight=False)
@@ -174,8 +191,10 @@ def print_plan(plan: FitPlan, with_notes: bool) -> None:
         console.print(f"• {line}", highlight=False)
 
 
-def _split(batches: Sequence[Batch], settings: FitSettings) -> tuple[list[Batch], list[Batch]]:
-    """Of the samples in front of those that are reported on: to calibrate on, and to choose by."""
+def _split(batches: Sequence[Any], settings: FitOptions) -> tuple[list[Any], list[Any]]:
+    """Of the samples before those that are reported on: to calibrate on, and to choose by."""
+    from hf_cod.io.text import describe_batches, split_samples
+
     drawn = describe_batches(batches)["samples"]
     if drawn < 2:
         raise ValueError("text: expected at least three samples, to calibrate, choose and measure on; got too few")
@@ -184,6 +203,8 @@ def _split(batches: Sequence[Batch], settings: FitSettings) -> tuple[list[Batch]
 
 
 def _told_plan(plan: FitPlan) -> str:
+    from hf_cod.compression.fit.knobs import describe_steps
+
     if not plan.steps:
         return (
             f"The model meets the budget as it is, and nothing is done to it: {plan.loss:.3f} nats a token on the "
@@ -195,14 +216,4 @@ def _told_plan(plan: FitPlan) -> str:
     return (
         f"Chosen: {describe_steps(plan.steps)}: {plan.loss:.3f} nats a token on the samples that plans are compared on "
         f"(intact {plan.intact_loss:.3f}{compared})."
-    )
-
-
-def _told_size(results: dict[str, Any]) -> str:
-    before, after = results["size"]["intact"], results["size"]["fitted"]
-    bits = 8 * after["layer_bytes"] / before["layer_weights"]
-    return (
-        f"The whole model takes {after['bytes'] / 1e6:,.1f} MB in memory, {before['bytes'] / 1e6:,.1f} before "
-        f"({format_number(results['disk_bytes'] / 1e6)} MB on disk); {format_number(bits)} bits for each weight that "
-        f"the layers' matrices had, of which {after['layer_weights'] / before['layer_weights']:.1%} are left."
     )

@@ -5,28 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hf_cod.cli.compression import (
-    CompressionSettings,
-    SpeedSettings,
-    as_in,
-    describe_speed,
-    load_with_tokenizer,
-    speeds_of,
-)
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
-from hf_cod.cli.training import TrainingOutput, tell
-from hf_cod.io.models import DTYPES, ModelSettings
-from hf_cod.io.packing import pack
-from hf_cod.io.report import RunReport
-from hf_cod.io.text import TextSettings, load_texts
-from hf_cod.training.healing.healer import heal
-from hf_cod.training.healing.pair import check_tokenizers
+from hf_cod.cli.settings import CompressionSettings, SpeedSettings, TrainingOutput
+from hf_cod.io.settings import DTYPES, ModelSettings, TextSettings, as_in
 from hf_cod.training.healing.settings import HealSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.run_directory import claim
 from hf_cod.training.runs.training_settings import check_fused, check_scores
+
+if TYPE_CHECKING:
+    from hf_cod.io.report import RunReport
 
 
 @dataclass
@@ -45,8 +35,8 @@ class TeacherSettings:
         ModelSettings(dtype=self.teacher_dtype)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Parses the arguments and runs the command."""
+def make_parser() -> SettingsParser:
+    """The command's options."""
     parser = SettingsParser(
         [ModelSettings, TextSettings, TeacherSettings, HealSettings, OwLoreSettings, TrainingOutput],
         prog="hf-cod heal",
@@ -55,7 +45,15 @@ def main(arguments: Sequence[str]) -> int:
         "ranks and widths what they are. Interrupted, the same command goes on where it stopped.",
     )
     parser.add_argument("student", help="Hub id, directory, or GGUF file")
-    loading, text, source, settings, sampling, files, rest = parser.parse(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    loading, text, source, settings, sampling, files, rest = make_parser().parse(arguments)
+    from hf_cod.cli.training import tell
+    from hf_cod.training.runs.run_directory import claim
+
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
     directory = Path(files.output or default_directory("heal", rest.student))
@@ -80,6 +78,15 @@ def run(
     directory: Path,
 ) -> RunReport:
     """Loads both models, heals the student, saves it, and measures how fast both are, side by side."""
+    from hf_cod.cli.findings import describe_speed
+    from hf_cod.cli.samples import load_with_tokenizer
+    from hf_cod.io.packing import pack
+    from hf_cod.io.text import load_texts
+    from hf_cod.layers.speed import speeds_of
+    from hf_cod.layers.stack import find_decoder_layers
+    from hf_cod.training.healing.healer import heal
+    from hf_cod.training.healing.pair import check_tokenizers
+
     model, tokenizer = load_with_tokenizer(student, loading)
     its_loading = replace(loading, dtype=source.teacher_dtype, revision=source.teacher_revision)
     try:
@@ -106,7 +113,11 @@ def run(
     model.save_pretrained(directory / "model")  # type: ignore[operator]  # a model of transformers
     tokenizer.save_pretrained(directory / "model")
     prompt = [{"input_ids": pack(tokenizer, load_texts(text), settings.sequence_length, most=1).long()}]
-    results = {**report.results, "speed": speeds_of({"teacher": teacher, "healed": model}, prompt, source)}
+    speed = {}
+    if source.speed:
+        stacks = {"teacher": find_decoder_layers(teacher), "healed": find_decoder_layers(model)}
+        speed = speeds_of(stacks, prompt)
+    results = {**report.results, "speed": speed}
     return replace(
         report,
         settings={"teacher": source.teacher, **asdict(text), **report.settings},

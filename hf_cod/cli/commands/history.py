@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_cod.analysis.monitoring.history import TrainingHistory
-from hf_cod.cli.terminal import print_report
+from hf_cod.cli.parser import SettingsParser
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Parses the arguments and runs the command."""
-    parser = ArgumentParser(
+def make_parser() -> SettingsParser:
+    """The command's options."""
+    parser = SettingsParser(
         prog="hf-cod history",
         description="Draws what LayerDiagnosticsCallback or LayerMonitor measured, also of a training that still runs: "
         "heat maps of layer and step, and effective depth. The table shows the last measured step.",
@@ -20,7 +18,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", help="history.jsonl, its directory, or the output directory of the training")
     parser.add_argument("--output", help="directory for report and pictures; default: that of the history")
     parser.add_argument("--no-plots", action="store_true", help="draw no pictures (which need matplotlib)")
-    chosen = parser.parse_args(list(arguments))
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    (chosen,) = make_parser().parse(arguments)
+    from hf_cod.analysis.monitoring.history import TrainingHistory
+    from hf_cod.cli.terminal import print_report
+
     history = TrainingHistory.load(chosen.run)
     assert history.path is not None
     report = history.report()

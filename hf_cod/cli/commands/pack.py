@@ -5,33 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
-from hf_cod.cli.terminal import print_report
-from hf_cod.compression.sparse.config import SparseConfig
-from hf_cod.compression.sparse.linear import SparseLinear
-from hf_cod.compression.sparse.quantizer import pack_sparse
-from hf_cod.io.models import ModelSettings, load_model
-from hf_cod.io.report import RunReport, environment, format_number
-from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
-from hf_cod.models.checkpoint import check_new, save_aside
-from hf_cod.scoring.methods import ScoreSettings
+from hf_cod.compression.sparse.settings import PackSettings
+from hf_cod.io.settings import ModelSettings, as_in
+from hf_cod.scoring.settings import ScoreSettings
+
+if TYPE_CHECKING:
+    from hf_cod.io.report import RunReport
+    from hf_cod.layers.stack import DecoderLayers
 
 
-@dataclass
-class PackSettings:
+@dataclass(kw_only=True)
+class PackOptions(PackSettings):
     """What is packed, and where it goes."""
 
-    minimum: float = field(default=0.5, metadata=SparseConfig.__dataclass_fields__["minimum"].metadata)
     output: str | None = field(default=None, metadata={"help": "the same directory as an option"})
-    layers_path: str | None = field(default=None, metadata=ScoreSettings.__dataclass_fields__["layers_path"].metadata)
+    layers_path: str | None = as_in(ScoreSettings, "layers_path")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Parses the arguments and runs the command."""
+def make_parser() -> SettingsParser:
+    """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, PackSettings],
+        [ModelSettings, PackOptions],
         prog="hf-cod pack",
         description="Stores a pruned model without its zeros: one bit a weight, and the weights that are left. It "
         "loads by from_pretrained where hf_cod is imported, and generates faster than the dense model on CPUs with "
@@ -44,10 +41,20 @@ def main(arguments: Sequence[str]) -> int:
         metavar="output",
         help="new directory for the packed model and its report; default: hf-cod-pack-MODEL",
     )
-    loading, settings, rest = parser.parse(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    loading, settings, rest = make_parser().parse(arguments)
+    from hf_cod.cli.terminal import print_report
+    from hf_cod.compression.sparse.quantizer import pack_sparse
+    from hf_cod.io.models import load_model
+    from hf_cod.layers.stack import find_decoder_layers
+    from hf_cod.models.checkpoint import check_new, save_aside
+
     if rest.directory is not None and settings.output is not None:
         raise ValueError(f"output: expected one directory, got {rest.directory!r} and {settings.output!r}")
-    SparseConfig(minimum=settings.minimum)
     directory = Path(rest.directory or settings.output or default_directory("pack", rest.model))
     check_new(directory)
     model: Any = load_model(rest.model, loading)[0]
@@ -67,6 +74,10 @@ def describe(
     stack: DecoderLayers, name: str, settings: dict[str, Any], dense_bytes: int, packed_bytes: int
 ) -> RunReport:
     """The report: zeros as counted in each layer, sizes of the weights on disk."""
+    from hf_cod.compression.sparse.linear import SparseLinear
+    from hf_cod.io.report import RunReport, environment, format_number
+    from hf_cod.layers.size import bytes_of
+
     packed = {key: m for key, m in stack.model.named_modules() if isinstance(m, SparseLinear)}
     sizes = f"{dense_bytes / 1e6:,.1f} MB dense, {packed_bytes / 1e6:,.1f} MB packed"
     return RunReport(
@@ -76,9 +87,8 @@ def describe(
         environment=environment(dtype=next(iter(packed.values())).values.dtype),
         layers={"sparsity": [_sparsity(stack, index) for index in range(len(stack))]},
         results={
-            "dense_bytes": dense_bytes,
-            "packed_bytes": packed_bytes,
-            "ratio": packed_bytes / dense_bytes,
+            "memory_bytes": {"intact": dense_bytes, "packed": bytes_of(stack.model)},
+            "disk_bytes": packed_bytes,
             "modules": {key: m.sparsity for key, m in packed.items()},
         },
         summary=[
@@ -89,6 +99,8 @@ def describe(
 
 def _sparsity(stack: DecoderLayers, index: int) -> float:
     """Share of zeros among the weights of a layer's Linears, packed or not."""
+    from hf_cod.compression.sparse.linear import SparseLinear
+
     zeros = weights = 0
     linears: list[Any] = list(stack.linears(index).values())
     for module in linears:

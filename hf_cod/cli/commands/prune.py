@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from hf_cod.cli.parser import SettingsParser
+from hf_cod.cli.settings import CompressionOutput, SpreadSettings
+from hf_cod.cli.step import Step
+from hf_cod.compression.pruning.settings import PruneSettings
+from hf_cod.io.settings import ModelSettings, TextSettings, as_in
+from hf_cod.scoring.settings import PRUNERS, ScoreSettings
+from hf_cod.training.healing.settings import RecoverySettings
 
-from hf_cod.cli.compression import (
-    CompressionOutput,
-    SpreadSettings,
-    as_in,
-    describe_perplexity,
-    load_with_tokenizer,
-    measure_perplexity,
-    save_results,
-    split_text,
-    write_results,
-)
-from hf_cod.cli.parser import SettingsParser, model_title
-from hf_cod.compression.pruning.methods import METHODS, check_pattern, measure_sparsity
-from hf_cod.compression.pruning.pruner import parse_pattern, prune
-from hf_cod.io.models import ModelSettings, load_model
-from hf_cod.io.report import RunReport
-from hf_cod.io.text import Batch, TextSettings, describe_batches
-from hf_cod.layers.checks import check_writable
-from hf_cod.layers.stack import find_decoder_layers
-from hf_cod.scoring.allocation import LayerAllocation, allocate
-from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import METHODS as SCORES
-from hf_cod.scoring.methods import ScoreSettings, score_layers
-from hf_cod.scoring.pruning_probe import PRUNERS
-from hf_cod.training.healing.recovery import RecoverySettings, recover
+if TYPE_CHECKING:
+    from hf_cod.cli.work import Work
+    from hf_cod.io.report import RunReport
+    from hf_cod.scoring.allocation import LayerAllocation
+    from hf_cod.scoring.layer_scores import LayerScores
 
 DEFAULT_SPARSITY = 0.5
 
 
 @dataclass
-class PruneSettings(SpreadSettings):
+class PruneOptions(SpreadSettings):
     """What is pruned, and on which samples."""
 
-    method: str = field(default="wanda", metadata={"help": f"which weights go: by {', '.join(METHODS)}"})
+    method: str = as_in(PruneSettings, "method")
     score: str = as_in(ScoreSettings, "method")
     sparsity: float | None = field(
         default=None, metadata={"help": f"share of zeros; default: {DEFAULT_SPARSITY}, or what the pattern makes"}
@@ -56,22 +41,22 @@ class PruneSettings(SpreadSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score not in SCORES:
-            raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {self.score!r}")
-        if self.method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        PruneSettings(method=self.method)
+        ScoreSettings(method=self.score)
         if self.sparsity is not None and not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity: expected a share in 0..1, got {self.sparsity}")
         if self.fixed and (self.sparsity is not None or self.spread is not None):
             raise ValueError(f"pattern: expected {self.pattern} without sparsity and spread, which follow from it")
         if not self.fixed:
-            _plan(LayerScores("", "uniform", [1.0], [1]), self)  # whether budget, spread and group go together
+            self.check_budget()
 
     @property
     def fixed(self) -> str | None:
         """The pattern if it is one for all layers."""
         if self.pattern is None or self.group is not None:
             return None
+        from hf_cod.compression.pruning.pruner import parse_pattern
+
         parse_pattern(self.pattern)
         return self.pattern
 
@@ -86,123 +71,143 @@ class PruneSettings(SpreadSettings):
         """The sparsity that the layers share."""
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
+    def allocate(self, scores: LayerScores) -> LayerAllocation:
+        """The sparsity of each layer."""
+        from hf_cod.scoring.allocation import allocate
+
+        return allocate(scores, "sparsity", self.budget, self.spread, group=self.group)
+
+    def check_budget(self) -> None:
+        """Makes sure that budget, spread and group go together.
+
+        Raises:
+            ValueError: they do not.
+        """
+        from hf_cod.scoring.layer_scores import LayerScores
+
+        self.allocate(LayerScores("", "uniform", [1.0], [1]))
+
+
+@dataclass
+class RecoveryOptions:
+    """How a pruned model is trained on, as options beside those of pruning."""
+
+    recover: int = field(
+        default=0, metadata={"help": "training steps of LoRA after pruning; zeros stay zeros (needs peft)"}
+    )
+    recover_rank: int = as_in(RecoverySettings, "rank")
+    recover_learning_rate: float = as_in(RecoverySettings, "learning_rate")
+
+    def __post_init__(self) -> None:
+        for name, least in (("recover", 0), ("recover_rank", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if not 0 < self.recover_learning_rate < math.inf:
+            raise ValueError(f"recover_learning_rate: expected a number above 0, got {self.recover_learning_rate}")
+
+
+def make_parser() -> SettingsParser:
+    """The command's options."""
+    parser = SettingsParser(
+        [ModelSettings, TextSettings, PruneOptions, RecoveryOptions, CompressionOutput],
+        prog="hf-cod prune",
+        description="Sets weights of the layers' matrices to zero, more of them in layers that matter less, and writes "
+        "a model that from_pretrained loads. Interrupted, the same command resumes. The model itself is never touched. "
+        "Zeros alone do not make a model faster.",
+    )
+    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    return parser
+
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
-    parser = SettingsParser(
-        [ModelSettings, TextSettings, PruneSettings, RecoverySettings, CompressionOutput],
-        prog="hf-cod prune",
-        description="Sets weights of the layers' matrices to zero, more of them in layers that matter less, and writes "
-        "a model that from_pretrained loads. Interrupted, the same command goes on where it stopped. The model itself "
-        "is never touched. Zeros alone do not make a model faster.",
-    )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
-    loading, text, settings, recovery, files, rest = parser.parse(arguments)
-    return write_results(
-        "prune", rest.model, files, partial(run, rest.model, loading, text, settings, recovery, files.scores)
-    )
+    loading, text, settings, recovery, files, rest = make_parser().parse(arguments)
+    if settings.fixed and files.scores is not None:
+        raise ValueError(f"scores: expected none beside pattern {settings.fixed}, got {files.scores!r}")
+    from hf_cod.cli.compression import compress
+
+    return compress(Prune(settings, recovery), rest.model, loading, text, files)
 
 
-def run(
-    source: str,
-    loading: ModelSettings,
-    text: TextSettings,
-    settings: PruneSettings,
-    recovery: RecoverySettings,
-    scores_file: str | None,
-    journal: Path,
-    output: Path,
-) -> RunReport:
-    """Measures, prunes, saves, and measures again what was saved; memory never holds two models."""
-    scores = None if settings.fixed or scores_file is None else LayerScores.load(scores_file)
-    model, tokenizer = load_with_tokenizer(source, loading)
-    _check_model(model, settings, scores)
-    calibration, evaluation = split_text(model, tokenizer, text, settings)
-    perplexities = {"intact": measure_perplexity(model, evaluation, settings)}
-    if scores is None and not settings.fixed:
-        scores = _scores(model, calibration, settings)
-    plan: LayerAllocation | str = settings.fixed or ""
-    if scores is not None:
-        plan = _plan(scores, settings)
-    options: dict[str, Any] = {
-        "batches": calibration,
-        "journal": journal,
-        "path": settings.layers_path,
-        "name": model_title(source),
-        "show_progress": True,
-    }
-    if settings.baseline and scores is not None and scores.method != "uniform":
-        alike = replace(scores, values=[1.0] * len(scores.values), method="uniform")
-        prune(model, _plan(alike, settings), settings.method, **options)
-        perplexities["uniform"] = measure_perplexity(model, evaluation, settings)
-        del model
-        model, _ = load_model(source, loading)
-    report = prune(model, plan, settings.method, **options)
-    if recovery.recover:
-        perplexities["pruned"] = measure_perplexity(model, evaluation, settings)
-        _recover(model, calibration, settings, recovery)
-    plans = {"allocation.json": plan} if isinstance(plan, LayerAllocation) else {}
-    save_results(output, model, tokenizer, scores, plans)
-    del model
-    saved, _ = load_model(str(output), replace(loading, revision="main"))
-    perplexities["recovered" if recovery.recover else "pruned"] = measure_perplexity(saved, evaluation, settings)
-    layers, results = measure_sparsity(find_decoder_layers(saved, settings.layers_path))
-    results |= {"perplexity": perplexities, "evaluation": describe_batches(evaluation)}
-    found = {} if scores is None else {"score": scores.values}
-    return replace(
-        report,
-        settings={
-            **asdict(settings),
-            **asdict(recovery),
-            "text": text.text,
-            "scores": scores_file,
-            **describe_batches(calibration),
-        },
-        layers={**report.layers, **layers, **found},
-        results=results,
-        summary=[*_summary(results, layers), *([] if scores is None else scores.remarks)],
-    )
+class Prune(Step):
+    """Zeros by a plan of the layers' sparsity, or by one pattern for all layers."""
 
+    command, done = "prune", "pruned"
 
-def _check_model(model: nn.Module, settings: PruneSettings, scores: LayerScores | None) -> None:
-    """What can be known to fail before anything is measured."""
-    stack = find_decoder_layers(model, settings.layers_path)
-    check_writable(stack)
-    M = settings.group or (parse_pattern(settings.fixed)[1] if settings.fixed else None)
-    if M is not None:
-        check_pattern(stack, M)
-    if scores is not None:
-        scores.check(stack)
+    def __init__(self, settings: PruneOptions, recovery: RecoveryOptions) -> None:
+        super().__init__(settings)
+        self.recovery = recovery
 
+    def check(self, work: Work) -> None:
+        """Weights that cannot be written, and rows that are not whole groups."""
+        from hf_cod.compression.pruning.methods import check_pattern
+        from hf_cod.compression.pruning.pruner import parse_pattern
+        from hf_cod.layers.checks import check_writable
 
-def _scores(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings) -> LayerScores:
-    chosen = {name: getattr(settings, name) for name in ("threshold", "per_module", "seed", "layers_path")}
-    if 0 < settings.budget < 1:
-        chosen["target"] = settings.budget
-    if settings.method in PRUNERS:  # SparseGPT, which is dear to try, is judged by Wanda
-        chosen["pruner"] = settings.method
-    return score_layers(model, method=settings.score, batches=batches, show_progress=True, **chosen)
+        check_writable(work.stack)
+        M = self.settings.group or (parse_pattern(self.settings.fixed)[1] if self.settings.fixed else None)
+        if M is not None:
+            check_pattern(work.stack, M)
 
+    def plan(self, work: Work) -> LayerAllocation | str:
+        """An allocation by scores, or the pattern."""
+        if self.settings.fixed:
+            return self.settings.fixed
+        chosen: dict[str, Any] = {}
+        if 0 < self.settings.budget < 1:
+            chosen["target"] = self.settings.budget
+        if self.settings.method in PRUNERS:  # SparseGPT, which is dear to try, is judged by Wanda
+            chosen["pruner"] = self.settings.method
+        return self.settings.allocate(work.score(self.settings.score, **chosen))
 
-def _plan(scores: LayerScores, settings: PruneSettings) -> LayerAllocation:
-    return allocate(scores, "sparsity", settings.budget, settings.spread, group=settings.group)
+    def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
+        """All layers alike."""
+        if not self.settings.baseline or work.scores is None or work.scores.method == "uniform":
+            return {}
+        alike = replace(work.scores, values=[1.0] * len(work.scores.values), method="uniform")
+        return {"uniform": self.settings.allocate(alike)}
 
+    def apply(self, work: Work, plan: Any) -> RunReport:
+        """Prunes."""
+        from hf_cod.compression.pruning.pruner import prune
 
-def _recover(model: nn.Module, batches: Sequence[Batch], settings: PruneSettings, chosen: RecoverySettings) -> None:
-    recover(
-        model,
-        batches,
-        chosen.recover,
-        rank=chosen.recover_rank,
-        learning_rate=chosen.recover_learning_rate,
-        seed=settings.seed,
-        path=settings.layers_path,
-        show_progress=True,
-    )
+        return prune(work.model, plan, self.settings.method, batches=work.calibration, name=work.name, **work.options)
 
+    @property
+    def trained(self) -> str | None:
+        """Recovery, where it was asked for."""
+        return "recovered" if self.recovery.recover else None
 
-def _summary(results: dict[str, Any], layers: dict[str, list[Any]]) -> list[str]:
-    sentences = [
-        f"{results['sparsity']:.2%} of {sum(layers['parameters']):,} weights in the saved model's matrices are zero."
-    ]
-    return [*sentences, *describe_perplexity(results, "pruned")]
+    def train(self, work: Work) -> None:
+        """Recovers, with zeros that stay."""
+        from hf_cod.training.healing.recovery import recover
+
+        recover(
+            work.model,
+            work.calibration,
+            self.recovery.recover,
+            rank=self.recovery.recover_rank,
+            learning_rate=self.recovery.recover_learning_rate,
+            seed=self.settings.seed,
+            layers_path=self.settings.layers_path,
+            show_progress=True,
+        )
+
+    def files(self, plan: Any) -> dict[str, Any]:
+        """The allocation, where there is one."""
+        return {} if isinstance(plan, str) else {"allocation.json": plan}
+
+    def measure(self, saved: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """Zeros as they were saved."""
+        from hf_cod.compression.pruning.methods import measure_sparsity
+
+        return measure_sparsity(saved)
+
+    def told(self, plan: Any) -> dict[str, Any]:
+        """How it recovered."""
+        return asdict(self.recovery)
+
+    def sentences(self, report: RunReport, saved: Any) -> list[str]:
+        """The share of zeros."""
+        weights = sum(report.layers["parameters"])
+        return [f"{report.results['sparsity']:.2%} of {weights:,} weights in the saved model's matrices are zero."]

@@ -6,31 +6,26 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
-from hf_cod.cli.terminal import print_report
-from hf_cod.io.files import Journal
-from hf_cod.io.models import ModelSettings, load_model
-from hf_cod.io.report import RunReport, environment, format_number, standing_out
-from hf_cod.io.text import SampleSettings, TextSettings, describe_batches, load_texts, mask_tokens
-from hf_cod.io.text import token_batches as cut_into_batches
-from hf_cod.layers.checks import check_length
-from hf_cod.layers.devices import execution_device
-from hf_cod.layers.fingerprints import Journals
-from hf_cod.layers.stack import unwrap
-from hf_cod.layers.task import task_of
-from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import ScoreSettings, score_layers
+from hf_cod.io.settings import ModelSettings, SampleSettings, TextSettings
+from hf_cod.scoring.settings import ScoreSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
+    from hf_cod.io.files import Journal
+    from hf_cod.io.report import RunReport
+    from hf_cod.scoring.layer_scores import LayerScores
+
 
 STATISTICS, SCORES = "statistics.safetensors", "scores.json"
 
 
 @dataclass
-class ScoreRunSettings(SampleSettings, ScoreSettings):
+class ScoreOptions(SampleSettings, ScoreSettings):
     """Samples and method; one seed serves both."""
 
     def __post_init__(self) -> None:
@@ -56,17 +51,29 @@ class ScoreOutput:
     plots: bool = field(default=True, metadata={"help": "draw the picture (needs matplotlib)"})
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Parses the arguments and runs the command."""
+def make_parser() -> SettingsParser:
+    """The command's options."""
     parser = SettingsParser(
-        [ModelSettings, TextSettings, ScoreRunSettings, ScoreOutput],
+        [ModelSettings, TextSettings, ScoreOptions, ScoreOutput],
         prog="hf-cod score",
         description="Measures how much each layer matters, by OWL's share of outliers or another score, and writes "
         "statistics.safetensors and scores.json for pruning and quantization to read. Another score of the same model "
         "on the same samples, and a run that was interrupted, take the statistics that are there.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
-    loading, text, settings, output, rest = parser.parse(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parses the arguments and runs the command."""
+    loading, text, settings, output, rest = make_parser().parse(arguments)
+    from hf_cod.cli.terminal import print_report
+    from hf_cod.io.models import load_model
+    from hf_cod.io.text import load_texts, mask_tokens
+    from hf_cod.io.text import token_batches as cut_into_batches
+    from hf_cod.layers.checks import check_length
+    from hf_cod.layers.task import task_of
+
     directory = Path(output.output or default_directory("score", rest.model))
     model, tokenizer = load_model(rest.model, loading)
     if tokenizer is None:
@@ -87,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
 def run(
     model: nn.Module,
     batches: list[dict[str, Any]],
-    settings: ScoreRunSettings,
+    settings: ScoreOptions,
     earlier: str | None,
     directory: Path,
     name: str,
@@ -96,6 +103,14 @@ def run(
 
     Its results hold, as "score", what the method was told and what it chose.
     """
+    from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
+    from hf_cod.io.report import RunReport, environment
+    from hf_cod.io.text import describe_batches
+    from hf_cod.layers.devices import execution_device
+    from hf_cod.layers.fingerprints import Journals
+    from hf_cod.layers.stack import unwrap
+    from hf_cod.scoring.methods import score_layers
+
     base: Any = unwrap(model)
     journals = Journals(directory, model, batches)
     inputs = {"statistics": earlier, "inputs": journals.inputs, **describe_batches(batches)}
@@ -112,7 +127,7 @@ def run(
     statistics = LayerStatistics.load(earlier) if earlier else kept
     report.keep_earlier(directory, (SCORES,) if kept else (STATISTICS, SCORES))
     if statistics is None:
-        statistics = collect_statistics(model, batches, path=settings.layers_path, name=name, show_progress=True)
+        statistics = collect_statistics(model, batches, layers_path=settings.layers_path, name=name, show_progress=True)
     if kept is None:
         statistics.save(file)
     if not earlier:
@@ -127,6 +142,8 @@ def run(
 
 def _kept(file: Path, journal: Journal) -> LayerStatistics | None:
     """The statistics that an earlier run over the same model and samples left, if they are still the same file."""
+    from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
+
     if "statistics" in journal and file.is_file() and journal["statistics"] == _digest(file):
         return LayerStatistics.load(file)
     return None
@@ -138,6 +155,8 @@ def _digest(file: Path) -> str:
 
 def _summary(scores: LayerScores) -> list[str]:
     """Who matters most and least: different layers, of whom no other layer is the equal."""
+    from hf_cod.io.report import format_number, standing_out
+
     few = min(3, len(scores.values) // 2)
     found = []
     for least, word in ((False, "most"), (True, "least")):

@@ -15,10 +15,13 @@ from hf_cod.analysis.diagnostics.forward_pass import ForwardMeasures, measure_fo
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.analysis.evaluation.metrics import Metric
 from hf_cod.compression.depth.depth_plan import GIVEN, MASSIVE, DepthPlan, check_count
-from hf_cod.compression.depth.maps import REPLACEMENTS, Maps
+from hf_cod.compression.depth.maps import Maps
 from hf_cod.compression.depth.protection import massive_layers, removable
 from hf_cod.compression.depth.removal_probe import RemovalProbe
 from hf_cod.compression.depth.search import LayerSearch
+from hf_cod.compression.depth.settings import DepthSettings
+from hf_cod.io.deprecation import renamed
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, check_batches, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.fingerprints import Journals
@@ -30,26 +33,24 @@ from hf_cod.layers.task import task_of
 
 # Share of the samples that a search does not see, to choose on between what it ends with.
 CHOICE_SHARE = 1 / 3
-# How many layers each step of the search tries.
-WIDTH = 8
 
 
+@renamed(path="layers_path", method="criterion", width="search_width")
 def plan_depth(
     model: nn.Module,
     n_removed: int,
-    method: str = "search",
+    criterion: str | None = None,
     *,
     batches: Sequence[Batch],
-    protect: bool | int | Iterable[int] = True,
-    replacement: str = "none",
-    width: int = WIDTH,
     journal: str | Path | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     show_progress: bool = False,
+    settings: DepthSettings | None = None,
+    **fields: Any,
 ) -> DepthPlan:
     """Decides which layers to remove. The model is left as it was.
 
-    | method | removes | costs |
+    | criterion | removes | costs |
     |---|---|---|
     | search | what the whole remaining model misses least: greedy, then exchanges; see below | as layer_drop |
     | layer_drop | the layers whose removal alone costs least (arXiv 2502.05795) | loss without l - intact loss |
@@ -67,52 +68,48 @@ def plan_depth(
     Args:
         model: a transformers model, wrapped or not.
         n_removed: how many layers go.
-        method: see the table.
+        criterion: see the table; default: search.
         batches: dicts for the model's forward; for the search two samples at least, better dozens.
-        protect: True never removes layers where massive activations arise (`massive_layers`); False lets the criterion
-            decide alone; or the layers that must stay, or one.
-        replacement: what the candidates of the search are compared with, fitted to the first two thirds.
-        width: how many layers each step of the search tries.
         journal: a directory: what the search measures goes there as it comes, and the same call on the same model goes
             on where it stopped. Searches for other numbers of layers share it.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         show_progress: show progress bars.
+        settings: which layers go, and by what the choices are compared.
+        **fields: or fields of `DepthSettings` by name: `protect` (True never removes layers where massive activations
+            arise, `massive_layers`; False lets the criterion decide alone; or the layers that must stay, or one),
+            `replacement` (what the candidates of the search are compared with, fitted to the first two thirds; default:
+            none), `search_width` (how many layers each step of the search tries).
 
     Raises:
-        ValueError: an unknown method or replacement, no such number of layers beside the protected ones, too few
+        ValueError: an unknown criterion or replacement, no such number of layers beside the protected ones, too few
             samples, layers that share keys and values, layers that the config could not describe without (see `drop`),
             NaN or infinity in activations (says where).
     """
-    if method not in CRITERIA:
-        raise ValueError(f"method: expected one of {', '.join(CRITERIA)}, got {method!r}")
-    if replacement not in REPLACEMENTS:
-        raise ValueError(f"replacement: expected one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
-    if width < 1:
-        raise ValueError(f"width: expected at least 1, got {width}")
-    stack = find_decoder_layers(model, path)
+    how = resolve(plan_depth, DepthSettings, settings, fields, criterion=criterion)
+    stack = find_decoder_layers(model, layers_path)
     check_count(n_removed, len(stack), "n_removed")
     check_independent(stack, "layers")
     if not batches:
         raise ValueError("batches: expected at least one, got none")
     check_batches(batches)
-    forward = measure_forward(model, batches, path=path, show_progress=show_progress)
-    protected = _protected(stack, protect, forward)
+    forward = measure_forward(model, batches, layers_path=layers_path, show_progress=show_progress)
+    protected = _protected(stack, how.protect, forward)
     journals = Journals(journal, stack.model, batches)
     free = removable(stack, n_removed, protected)
-    request = _Request(stack, n_removed, free, batches, forward, journals, width, replacement, show_progress)
-    found = CRITERIA[method](request)
-    check_drop(model, found.layers, path)
+    request = _Request(stack, n_removed, free, batches, forward, journals, how, show_progress)
+    found = CRITERIA[how.criterion](request)
+    check_drop(model, found.layers, layers_path)
     metric = request.metric.name
     return DepthPlan(
         model=name_of(stack),
-        method=method,
+        method=how.criterion,
         layers=found.layers,
         parameters=sizes_of(stack),
         costs=found.costs,
         protected=protected,
         candidates=found.candidates,
-        protection=(MASSIVE if protect is True else GIVEN) if protected else "",
-        replacement=replacement if found.candidates else "none",
+        protection=(MASSIVE if how.protect is True else GIVEN) if protected else "",
+        replacement=how.replacement if found.candidates else "none",
         metric="loss" if metric == "perplexity" else metric,  # of which the search takes the logarithm
     )
 
@@ -127,8 +124,7 @@ class _Request:
     batches: Sequence[Batch]
     forward: ForwardMeasures
     journals: Journals
-    width: int
-    replacement: str
+    settings: DepthSettings
     show_progress: bool
 
     @property
@@ -194,7 +190,8 @@ def _search(request: _Request) -> _Found:
     seen, unseen = split_samples(request.batches, samples - max(1, round(samples * CHOICE_SHARE)))
     probe = request.probe("search", seen)
     costs = _single_costs(request, probe)
-    search = LayerSearch(probe, {i: cost for i in request.free if (cost := costs[i]) is not None}, request.width)
+    known = {i: cost for i in request.free if (cost := costs[i]) is not None}
+    search = LayerSearch(probe, known, request.settings.search_width)
     candidates = {"layer_drop": request.least(costs), "greedy": search.greedy(request.count)}
     candidates["block_influence"] = _block_influence(request).layers
     with suppress(ValueError):  # no block may be free of protected layers
@@ -202,7 +199,7 @@ def _search(request: _Request) -> _Found:
     start = min(zip(probe.losses([*candidates.values()], "candidates"), candidates.values(), strict=True))[1]
     candidates["exchanges"] = search.exchange(start)
     choice = request.probe("choice", unseen)
-    if request.replacement == "none":
+    if request.settings.replacement == "none":
         intact, *losses = choice.losses([(), *candidates.values()], "choice")
         measured = [(loss, 0) for loss in losses]
     else:
@@ -218,13 +215,16 @@ def _losses_with_maps(
     request: _Request, candidates: Sequence[list[int]], seen: Sequence[Batch], unseen: Sequence[Batch]
 ) -> list[tuple[float, int]]:
     """The loss without the layers of each candidate, with maps in their place, which are taken back, and how many."""
-    stack, journal = request.stack, request.journals.of("losses with maps", request.replacement, request.stack.path)
+    stack, journal = (
+        request.stack,
+        request.journals.of("losses with maps", request.settings.replacement, request.stack.path),
+    )
     for layers in progress(candidates, "choice with maps", request.show_progress):
         if str(layers) in journal:
             continue
         maps = Maps()
         try:
-            maps.put(stack, layers, seen, unseen if request.replacement == "measured" else None)
+            maps.put(stack, layers, seen, unseen if request.settings.replacement == "measured" else None)
             (loss,) = RemovalProbe(stack, request.metric, unseen).losses([layers])
         finally:
             maps.take_back()
@@ -254,6 +254,7 @@ def _single_costs(request: _Request, probe: RemovalProbe) -> list[float | None]:
 
 
 # Criterion -> how it decides; `plan_depth` says what each means.
+# `settings.CRITERIA` says what each means.
 CRITERIA: dict[str, Callable[[_Request], _Found]] = {
     "search": _search,
     "layer_drop": _layer_drop,

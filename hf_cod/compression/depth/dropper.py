@@ -8,8 +8,11 @@ from typing import Any
 from torch import nn
 
 from hf_cod.compression.depth.depth_plan import GIVEN, MASSIVE, DepthPlan
-from hf_cod.compression.depth.maps import NO_MAPS, REPLACEMENTS, Maps
+from hf_cod.compression.depth.maps import NO_MAPS, Maps
+from hf_cod.compression.depth.settings import REPLACEMENTS
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
+from hf_cod.io.settings import check_choice
 from hf_cod.io.text import Batch, check_batches, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, other_name, sizes_of
 from hf_cod.layers.devices import execution_device
@@ -20,13 +23,14 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 CHOICE_SHARE = 1 / 4
 
 
+@renamed(path="layers_path")
 def drop_layers(
     model: nn.Module,
     plan: DepthPlan | Sequence[int] | int,
     replacement: str | None = None,
     *,
     batches: Sequence[Batch] | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     name: str | None = None,
 ) -> RunReport:
     """Removes layers for good, as `drop` does: what is left is a stock checkpoint.
@@ -52,33 +56,32 @@ def drop_layers(
         plan: from `plan_depth`, or the layers to remove, or one.
         replacement: see the table; default: what the plan's candidates were compared with, of layers none.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         name: the model's name in the report; default: where it was loaded from.
 
     Raises:
         ValueError: a plan for another model, no such layers, none left, batches missing; what `drop` raises. After
             these, and whatever else ends the work on the way, the model is unchanged.
     """
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     sizes = sizes_of(stack)
     if not isinstance(plan, DepthPlan):
         plan = DepthPlan(name_of(stack), GIVEN, [plan] if isinstance(plan, int) else sorted(plan), sizes)
     replacement = plan.replacement if replacement is None else replacement
-    if replacement not in REPLACEMENTS:
-        raise ValueError(f"replacement: expected one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
+    check_choice("replacement", replacement, REPLACEMENTS)
     if replacement != "none" and not batches:
         raise ValueError(
             f"batches: expected at least one for the replacement {replacement}, got none; replacement='none' needs none"
         )
     plan.check(stack)
-    check_drop(model, plan.layers, path)
+    check_drop(model, plan.layers, layers_path)
     before = sum(p.numel() for p in stack.model.parameters())
     maps = Maps()
     device, dtype = execution_device(stack.model), next(stack.model.parameters()).dtype
     try:
         if batches and replacement != "none":
             _put_maps(stack, plan.layers, batches, replacement == "measured", maps)
-        drop(model, plan.layers, path)
+        drop(model, plan.layers, layers_path)
     except BaseException:
         maps.take_back()
         raise

@@ -17,7 +17,6 @@ from hf_cod.layers.checks import check_writable
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.task import task_of
 
-REPLACEMENTS = ("none", "linear", "measured")
 NO_MAPS = "no linear maps in the place of layers: {}"
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from hf_cod.compression.fit.fit_plan import KINDS
 from hf_cod.compression.fit.knobs import EXCLUSIVE
+from hf_cod.compression.fit.settings import KINDS
 from hf_cod.layers.size import ModelSize
 
 
@@ -31,7 +31,7 @@ class Budget:
     """The most that a model may take.
 
     Attributes:
-        kind: one of `fit_plan.KINDS`.
+        kind: one of `settings.KINDS`.
         value: the most that is allowed, in that unit.
         intact: the size of the intact model.
     """

@@ -7,8 +7,6 @@ from typing import Any
 
 from hf_cod.io.files import JsonFile
 
-KINDS = ("memory", "parameters", "bits")
-
 
 @dataclass(frozen=True)
 class FitPlan(JsonFile):

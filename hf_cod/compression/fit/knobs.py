@@ -19,7 +19,8 @@ from hf_cod.compression.quantization.plan import plan_bits
 from hf_cod.compression.quantization.quantize import quantize
 from hf_cod.compression.sparse.quantizer import pack_sparse
 from hf_cod.compression.width.narrower import narrow
-from hf_cod.functional.codebook import BITS
+from hf_cod.functional.bits import BITS
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.partial_forward import check_independent
@@ -37,6 +38,7 @@ SPREAD = 0.08
 SCALES = 0.127
 
 
+@renamed(path="layers_path")
 @dataclass(frozen=True)
 class Applying:
     """What the application of a knob needs.
@@ -44,7 +46,7 @@ class Applying:
     Attributes:
         batches: the text to calibrate on.
         journal: a directory for finished layers, or None.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         show_progress: show progress bars.
         measured: a directory for what is measured before anything changes, which all levels of a knob share; default:
             the journal.
@@ -52,7 +54,7 @@ class Applying:
 
     batches: Sequence[Batch]
     journal: Path | None = None
-    path: str | None = None
+    layers_path: str | None = None
     show_progress: bool = False
     measured: Path | None = None
 
@@ -61,7 +63,7 @@ class Applying:
         return {
             "batches": self.batches,
             "journal": self.journal,
-            "path": self.path,
+            "layers_path": self.layers_path,
             "show_progress": self.show_progress,
         }
 
@@ -124,11 +126,11 @@ def _bits_a_weight(stack: DecoderLayers) -> int:
 
 def _depth(model: Any, count: float, how: Applying) -> None:
     plan = plan_depth(model, int(count), replacement="measured", **how.measuring())
-    drop_layers(model, plan, "measured", batches=how.batches, path=how.path)
+    drop_layers(model, plan, "measured", batches=how.batches, layers_path=how.layers_path)
 
 
 def _width(model: Any, share: float, how: Applying) -> None:
-    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.path)
+    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.layers_path)
     plan = allocate(scores, "parameters", 1 - share, min(SPREAD, share))
     narrow(model, plan, **how.options())
 
@@ -139,7 +141,7 @@ def _low_rank(model: Any, share: float, how: Applying) -> None:
 
 
 def _sparse(model: Any, share: float, how: Applying) -> None:
-    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.path)
+    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.layers_path)
     plan = allocate(scores, "sparsity", share, min(SPREAD, 1 - share))
     prune(model, plan, "sparsegpt", **how.options())
     pack_sparse(model)
@@ -150,8 +152,8 @@ def _bits(model: Any, codes: float, how: Applying) -> None:
     if codes in BITS:
         quantize(model, OwlBnbConfig(bits=codes), **how.options())
         return
-    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.path)
-    stack = find_decoder_layers(model, how.path)
+    scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.layers_path)
+    stack = find_decoder_layers(model, how.layers_path)
     few, many = (plan_bits(stack, bits, OwlBnbConfig()).stored for bits in BITS)
     stored = few + (codes - min(BITS)) / (max(BITS) - min(BITS)) * (many - few)
     quantize(model, OwlBnbConfig(bits=stored, scores=scores), **how.options())

@@ -12,9 +12,12 @@ from torch import nn
 from hf_cod.compression.fit.budget import Budget, check_budget
 from hf_cod.compression.fit.fit_plan import FitPlan
 from hf_cod.compression.fit.knobs import EXCLUSIVE, FAILURES, KNOBS, chosen_knobs, describe_steps, left_out
+from hf_cod.compression.fit.settings import FitSettings
 from hf_cod.compression.fit.trials import Steps, Trial, Trials
 from hf_cod.functional.combination import Combination, best_combinations, filled, rising
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.files import fingerprint
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, check_batches
 from hf_cod.layers.fingerprints import Journals, digest_batches
 from hf_cod.layers.running import progress
@@ -29,6 +32,7 @@ TIGHTENINGS = 4
 CURVE = tuple(share / 100 for share in range(95, 5, -5))
 
 
+@renamed(path="layers_path")
 def plan_fit(
     make: Callable[[], nn.Module],
     kind: str,
@@ -36,11 +40,11 @@ def plan_fit(
     calibration: Sequence[Batch],
     tuning: Sequence[Batch],
     *,
-    knobs: Sequence[str] | None = None,
-    verify: int = 3,
     journal: str | Path | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     show_progress: bool = False,
+    settings: FitSettings | None = None,
+    **fields: Any,
 ) -> FitPlan:
     """Finds how to make a model meet a budget.
 
@@ -61,12 +65,14 @@ def plan_fit(
         budget: the most that is allowed, in that unit.
         calibration: dicts for the model's forward, which methods calibrate on.
         tuning: other ones, which losses are measured on.
-        knobs: names of `KNOBS` to choose from; default: all that can help, of which those that this model cannot do are
-            left out. Levels at which a method fails are left out in either case; the plan's notes tell what was.
-        verify: how many sets of knobs are measured as a whole, beside each knob alone.
         journal: a directory: what was measured is kept there, and the same call goes on where it stopped.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         show_progress: show a progress bar.
+        settings: what to choose from, and how well it is checked.
+        **fields: or fields of `FitSettings` by name: `knobs`, names of `KNOBS` to choose from (default: all that can
+            help, of which those that this model cannot do are left out; levels at which a method fails are left out in
+            either case; the plan's notes tell what was), and `verify`, how many sets of knobs are measured as a whole,
+            beside each knob alone.
 
     Raises:
         ValueError: an unknown kind or knob; a budget that is none, or out of reach, which says the least possible,
@@ -74,6 +80,8 @@ def plan_fit(
             alone); a named knob that the model cannot do, before anything is measured where the model shows it.
         ImportError: a named knob needs a package that is not installed; before anything is measured.
     """
+    how = resolve(plan_fit, FitSettings, settings, fields)
+    knobs = how.knobs
     check_budget(kind, budget)
     if isinstance(make, nn.Module):
         raise ValueError(f"make: expected a function that loads the model, got a model ({type(make).__name__})")
@@ -83,22 +91,22 @@ def plan_fit(
         check_batches(batches)
     chosen = chosen_knobs(knobs, kind)
     intact = make()
-    stack = find_decoder_layers(intact, path)
+    stack = find_decoder_layers(intact, layers_path)
     notes = left_out(chosen, stack, knobs is not None)
-    levels = {knob: KNOBS[knob].levels(intact, path) for knob in chosen if knob not in notes}
-    target = Budget(kind, budget, size_of(intact, path))
+    levels = {knob: KNOBS[knob].levels(intact, layers_path) for knob in chosen if knob not in notes}
+    target = Budget(kind, budget, size_of(intact, layers_path))
     if levels:
         least = {knob: KNOBS[knob].left(stack, found[-1]) for knob, found in levels.items()}
         target.check_reach(least, ROUNDING, list(notes.values()))
     work = fingerprint(Journals(journal or "", intact, calibration).inputs, digest_batches(tuning))
     del intact, stack
-    trials = Trials(make, calibration, tuning, journal, work, path)
+    trials = Trials(make, calibration, tuning, journal, work, layers_path)
     search = _Search(trials, target, levels, knobs is not None, list(notes.values()))
     if search.is_met_intact():
         return search.plan()
     search.measure_alone(show_progress)
     search.check_reach()
-    search.verify(verify, show_progress)
+    search.verify(how.verify, show_progress)
     return search.plan()
 
 

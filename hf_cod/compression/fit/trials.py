@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.compression.fit.knobs import KNOBS, Applying
 from hf_cod.io.files import Journal
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch
 from hf_cod.layers.size import ModelSize, size_of
 
@@ -43,7 +45,7 @@ class Trials:
         tuning: the text that losses are measured on; another one.
         directory: where they are kept, and what methods measure on the way; or None.
         work: fingerprint of model and texts.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
     """
 
     def __init__(
@@ -53,11 +55,11 @@ class Trials:
         tuning: Sequence[Batch],
         directory: str | Path | None,
         work: str,
-        path: str | None,
+        layers_path: str | None,
     ) -> None:
         self._make, self._tuning = make, tuning
         kept = None if directory is None else Path(directory)
-        self._how = Applying(calibration, path=path, measured=kept)
+        self._how = Applying(calibration, layers_path=layers_path, measured=kept)
         self._journal = Journal(None if kept is None else kept / "trials.jsonl", work)
 
     def measure(self, steps: Steps) -> Trial:
@@ -70,19 +72,30 @@ class Trials:
         if key not in self._journal:
             model = self._make()
             apply_steps(model, steps, self._how)
-            loss = math.log(held_out_perplexity(model, self._tuning, self._how.path))
+            loss = math.log(held_out_perplexity(model, self._tuning, self._how.layers_path))
             if not math.isfinite(loss):
                 raise ValueError(f"loss: expected a finite one, got {loss} with {steps}")
-            self._journal.add(key, [loss, asdict(size_of(model, self._how.path))])
+            self._journal.add(key, [loss, asdict(size_of(model, self._how.layers_path))])
         loss, size = self._journal[key]
         return Trial(steps, loss, ModelSize(**size))
 
 
-def apply_steps(model: nn.Module, steps: Steps, how: Applying) -> None:
-    """Applies each step in place, in the order of `KNOBS`."""
+def apply_steps(model: nn.Module, steps: Steps, how: Applying | None = None, **fields: Any) -> None:
+    """Applies each step in place, in the order of `KNOBS`.
+
+    Args:
+        model: a transformers model with plain weights.
+        steps: knob -> level, those of a `FitPlan`.
+        how: what knobs need.
+        **fields: or fields of `Applying` by name: batches, journal, layers_path, show_progress, measured.
+
+    Raises:
+        ValueError: an unknown knob, or what a method says.
+    """
+    chosen = resolve(apply_steps, Applying, how, fields)
     for knob, level in steps.items():
         if knob not in KNOBS:
             raise ValueError(f"steps: expected {', '.join(KNOBS)}, got {knob!r} ({level:g})")
     for knob in KNOBS:
         if knob in steps:
-            KNOBS[knob].apply(model, steps[knob], how)
+            KNOBS[knob].apply(model, steps[knob], chosen)

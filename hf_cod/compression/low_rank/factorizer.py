@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.compression.low_rank.rank_plan import RankPlan, check_ranks, factorizable, plan_of_allocation
+from hf_cod.compression.low_rank.settings import FactorizeSettings
 from hf_cod.functional import factorization, sparse_low_rank
 from hf_cod.functional.ranks import count
-from hf_cod.functional.sparse_low_rank import RANK_SHARE
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, check_batches, describe_batches
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.devices import execution_device
@@ -26,7 +28,7 @@ from hf_cod.models.shapes import SPARSE, LowRankLinear
 from hf_cod.models.shaping import check_shapeable, record_shapes
 from hf_cod.scoring.allocation import LayerAllocation, same_share
 
-# Method -> whether it needs batches.
+# Method -> whether it needs batches; `settings.METHODS` says what each is.
 METHODS = {"whitened": True, "plain": False, "oats": True}
 _OF_ZEROS = (
     "{:,} of them stand in sparse parts, whose zeros are not counted here, and are not stored once the model is packed "
@@ -34,17 +36,19 @@ _OF_ZEROS = (
 )
 
 
+@renamed(path="layers_path")
 def factorize(
     model: nn.Module,
     plan: LayerAllocation | RankPlan | float,
-    method: str = "whitened",
+    method: str | None = None,
     *,
     batches: Sequence[Batch] | None = None,
-    rank_share: float = RANK_SHARE,
     journal: str | Path | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
+    settings: FactorizeSettings | None = None,
+    **fields: Any,
 ) -> RunReport:
     """Replaces matrices of the layers by products of two thin ones, in place, where these have fewer weights.
 
@@ -71,14 +75,16 @@ def factorize(
             to begin again, or to go on from a journal, load it anew.
         plan: an allocation of "parameters" or "rank"; ranks by matrix; or one share of parameters for all layers. For
             oats, ranks by matrix come with their `nonzeros`, and no allocation is one of "rank".
-        method: see the table.
+        method: see the table; default: whitened.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
-        rank_share: of the weights that oats keeps, the part in thin factors, between 0 and 1; others do without.
         journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
             where it stopped. Files stay until you remove them.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
+        settings: how matrices become products.
+        **fields: or fields of `FactorizeSettings` by name: `rank_share`, of the weights that oats keeps the part in
+            thin factors, between 0 and 1; others do without.
 
     Raises:
         ValueError: an unknown method, a plan for another model or out of reach (says the least possible), batches
@@ -86,32 +92,30 @@ def factorize(
             model class of neither transformers nor hf_cod: the model is unchanged then. NaN or infinity in weights or
             activations (says where): see `model`.
     """
-    stack = find_decoder_layers(model, path)
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    how = resolve(factorize, FactorizeSettings, settings, fields, method=method)
+    method = how.method
+    stack = find_decoder_layers(model, layers_path)
     if METHODS[method] and not batches:
         raise ValueError(f"batches: expected at least one for {method}, got none")
     check_batches(batches or ())
-    if not 0 < rank_share < 1:
-        raise ValueError(f"rank_share: expected a share between 0 and 1, got {rank_share}")
     _check_model(stack)
-    chosen = _plan(stack, plan, rank_share if method == "oats" else None)
+    chosen = _plan(stack, plan, how.rank_share if method == "oats" else None)
     check_ranks(stack, chosen)
     described = RankReporter(stack, name)
     work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks, chosen.nonzeros)
     change = LayerChange(stack, chosen)
     finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
-    settings: dict[str, Any] = {"method": method, "plan": f"{chosen.kind} {chosen.budget:g} by {chosen.method}"}
+    told: dict[str, Any] = {"method": method, "plan": f"{chosen.kind} {chosen.budget:g} by {chosen.method}"}
     try:
         if METHODS[method] and batches:
-            settings |= describe_batches(batches)
+            told |= describe_batches(batches)
             change_sequentially(stack, batches, ProductsRecorder, change, finished, "factorizing", show_progress)
         else:
             change_each(stack, change, finished, "factorizing", show_progress)
     finally:
         if change.done:  # also after an error: what was changed could not be loaded again otherwise
             record_shapes(stack.model, change.done)
-    return described.report(chosen, finished, settings)
+    return described.report(chosen, finished, told)
 
 
 class LayerChange:

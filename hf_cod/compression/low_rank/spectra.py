@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.compression.low_rank.rank_plan import RankPlan, experts_told, factorizable, least_weights
+from hf_cod.compression.low_rank.settings import WEIGHINGS
 from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch, check_batches, split_samples
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -25,13 +27,11 @@ from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 # Of matrices that no energy leaves.
 TINY = torch.finfo(torch.float64).tiny
 
-
-# By what losses of different matrices are weighed against each other, with a text.
-WEIGHINGS = ("fisher", "spectrum")
 # Samples that the loss's gradients are measured on.
 GRADIENT_SAMPLES = 16
 
 
+@renamed(path="layers_path")
 def plan_ranks(
     model: nn.Module,
     parameters: float,
@@ -39,7 +39,7 @@ def plan_ranks(
     *,
     batches: Sequence[Batch] | None = None,
     journal: str | Path | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     show_progress: bool = False,
 ) -> RankPlan:
     """Distributes a budget of parameters over all matrices by their spectra: all together lose as little as the budget
@@ -56,7 +56,7 @@ def plan_ranks(
         method: see the table; default: fisher with batches of a language model, else spectrum.
         batches: with them spectra are those of the outputs on this text (whitened), else those of the weights.
         journal: a directory: finished layers go there, and the same call goes on where it stopped.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         show_progress: show a progress bar.
 
     Raises:
@@ -68,7 +68,7 @@ def plan_ranks(
     if method == "fisher" and not batches:
         raise ValueError("batches: expected at least one for fisher, got none")
     check_batches(batches or ())
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     total = sum(sizes_of(stack))
     least = sum(least_weights(stack, index) for index in range(len(stack)))
     if not least <= parameters * total <= total:

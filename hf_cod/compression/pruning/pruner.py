@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.compression.pruning.methods import METHODS, Method, Target, check_pattern, measure_sparsity, prune_layer
+from hf_cod.compression.pruning.settings import PruneSettings
 from hf_cod.functional.sparsity import Pattern
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable, name_of
 from hf_cod.layers.devices import execution_device
@@ -24,17 +27,20 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
 
 
+@renamed(path="layers_path")
 def prune(
     model: nn.Module,
     plan: LayerAllocation | float | str,
-    method: str = "wanda",
+    method: str | None = None,
     *,
     batches: Sequence[Batch] | None = None,
     statistics: LayerStatistics | None = None,
     journal: str | Path | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
+    settings: PruneSettings | None = None,
+    **fields: Any,
 ) -> RunReport:
     """Sets weights of the layers' matrices to zero, in place; embeddings, head, norms and biases stay as they are.
 
@@ -57,21 +63,24 @@ def prune(
         model: a transformers model with plain weights. After an error in the activations, the layers before it are
             pruned, the others not.
         plan: an allocation of sparsity; one sparsity for all layers; or a pattern for all layers, such as "2:4".
-        method: see the table.
+        method: see the table; default: wanda.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
         statistics: of this model, from `collect_statistics`; for wanda, instead of batches.
         journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
             where it stopped. Files stay until you remove them.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
+        settings: how weights are chosen.
+        **fields: or fields of `PruneSettings` by name; beside `method` there is none yet.
 
     Raises:
         ValueError: an unknown method, a plan out of range or for another model, a pattern that does not divide the
             rows, batches or statistics missing, weights that cannot be pruned in place (adapters, quantized,
             offloaded, shared by two matrices), NaN or infinity in weights or activations (says where).
     """
-    stack = find_decoder_layers(model, path)
+    method = resolve(prune, PruneSettings, settings, fields, method=method).method
+    stack = find_decoder_layers(model, layers_path)
     chosen = _chosen(method, batches, statistics)
     targets = _targets(plan, stack)
     check_writable(stack)
@@ -79,7 +88,7 @@ def prune(
         check_pattern(stack, M)
     if statistics is not None:
         statistics.check(stack)
-    settings: dict[str, Any] = {"method": method, "plan": _described(plan)}
+    told: dict[str, Any] = {"method": method, "plan": _described(plan)}
     finished = _finished(journal, stack, batches, statistics, [method, [(t.sparsity, t.pattern) for t in targets]])
 
     def prune_one(index: int, sums: Sums | None) -> list[str]:
@@ -89,10 +98,10 @@ def prune(
         check_independent(stack, "prune")
         with naming_weights(stack.model):
             change_sequentially(stack, batches, chosen.recorder, prune_one, finished, "pruning", show_progress)
-        settings |= describe_batches(batches)
+        told |= describe_batches(batches)
     else:
         change_each(stack, prune_one, finished, "pruning", show_progress, statistics)
-    return _report(stack, targets, finished, settings, name)
+    return _report(stack, targets, finished, told, name)
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -108,8 +117,6 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def _chosen(method: str, batches: Sequence[Batch] | None, statistics: LayerStatistics | None) -> Method:
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     chosen = METHODS[method]
     if batches is not None and statistics is not None:
         raise ValueError("statistics: expected batches or statistics, got both")

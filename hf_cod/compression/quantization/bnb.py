@@ -7,13 +7,19 @@ from functools import cache
 from typing import Any
 
 import torch
-from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
-from bitsandbytes.functional import QuantState, get_4bit_type
-from bitsandbytes.nn import Linear4bit as StockLinear4bit  # type: ignore[attr-defined]
-from bitsandbytes.nn import Params4bit  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from hf_cod.compression.quantization.bnb_decoding import DECODED, dequantize_nf4, dequantize_scales, dynamic_code
+from hf_cod.compression.quantization.bnb_decoding import (
+    DECODED,
+    Params4bit,
+    QuantState,
+    dequantize_nf4,
+    dequantize_scales,
+    dynamic_code,
+    get_4bit_type,
+    matmul_4bit,
+)
+from hf_cod.compression.quantization.bnb_decoding import Linear4bit as StockLinear4bit
 from hf_cod.compression.quantization.format import prepared, stored_columns
 from hf_cod.compression.quantization.scales import NESTED_BLOCK, BlockScales
 

@@ -3,46 +3,27 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
-from hf_cod.functional.codebook import BITS
+from hf_cod.compression.quantization.settings import QuantizeSettings
+from hf_cod.functional.bits import BITS
 from hf_cod.layers.replacement_modules import INSTALL
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 
 METHOD = "owl_bnb"
-BLOCKS = (32, 64, 128, 256)
 # What is read while quantizing, and does not belong into config.json.
 _NOT_SAVED = ("scores", "allocation", "statistics")
 
 
 @dataclass(kw_only=True)
-class StorageSettings:
-    """How codes and scales are stored."""
-
-    block: int = field(
-        default=64, metadata={"help": "weights of a row that share a scale, 32 to 256", "choices": list(BLOCKS)}
-    )
-    double_quant: bool = field(
-        default=True, metadata={"help": "store scales in eight bits: 0.13 bits a weight instead of 0.5 at block 64"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.block not in BLOCKS:
-            raise ValueError(f"block: expected one of {', '.join(map(str, BLOCKS))}, got {self.block}")
-
-
-@register_quantization_config(METHOD)
-@dataclass(kw_only=True)
-class OwlBnbConfig(StorageSettings, QuantizationConfigMixin):
+class OwlBnbConfig(QuantizeSettings, QuantizationConfigMixin):
     """Three bits for the matrices of layers that matter less, bitsandbytes' NF4 for the others.
 
         AutoModelForCausalLM.from_pretrained(name, quantization_config=OwlBnbConfig(bits=3.5, scores=scores))
@@ -64,17 +45,9 @@ class OwlBnbConfig(StorageSettings, QuantizationConfigMixin):
         install: what a reader of config.json without this package should do.
     """
 
-    bits: float = field(
-        default=3.5,
-        metadata={
-            "help": "stored bits a weight, scales included: from 3.13, all layers in 3 bits, to 4.13, all in 4; "
-            "a plain 3 or 4 means all in that width"
-        },
-    )
     scores: Any = None
     allocation: Any = None
     statistics: Any = None
-    skip: list[str] = field(default_factory=list)
     compute_dtype: Any = None
     score: str | None = None
     modules: dict[str, int] = field(default_factory=dict)
@@ -83,7 +56,6 @@ class OwlBnbConfig(StorageSettings, QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bits(self.bits)
         if isinstance(self.scores, (str, Path)):
             self.scores = LayerScores.load(self.scores)
         if isinstance(self.allocation, (str, Path)):
@@ -121,16 +93,6 @@ class OwlBnbConfig(StorageSettings, QuantizationConfigMixin):
         if self.compute_dtype is not None:
             kept["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         return copy.deepcopy(kept)
-
-
-def check_bits(bits: float) -> None:
-    """Makes sure that `bits` can be meant; whether a model can be stored in so few is `plan.plan_bits`'s to say.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if not min(BITS) <= bits < math.inf:
-        raise ValueError(f"bits: expected 3, 4, or stored bits between them, such as 3.5, got {bits}")
 
 
 def score_of(config: OwlBnbConfig) -> str | None:

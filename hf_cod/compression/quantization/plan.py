@@ -10,11 +10,14 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_cod.compression.quantization.config import OwlBnbConfig, StorageSettings, score_of
+from hf_cod.compression.quantization.config import OwlBnbConfig, score_of
 from hf_cod.compression.quantization.format import stored_columns
 from hf_cod.compression.quantization.scales import NESTED_BLOCK
-from hf_cod.functional.codebook import BITS
-from hf_cod.layers.stack import DecoderLayers
+from hf_cod.compression.quantization.settings import StorageSettings
+from hf_cod.functional.bits import BITS
+from hf_cod.io.deprecation import renamed
+from hf_cod.io.settings import resolve
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.scoring.layer_scores import LayerScores
 
 FEW, MANY = min(BITS), max(BITS)
@@ -66,12 +69,16 @@ def quantizable(
     return layers, left
 
 
+@renamed(stack="model", storage="settings")
 def plan_bits(
-    stack: DecoderLayers,
+    model: nn.Module | DecoderLayers,
     bits: float,
-    storage: StorageSettings,
+    settings: StorageSettings | None = None,
     scores: LayerScores | None = None,
     skip: Sequence[str] = (),
+    *,
+    layers_path: str | None = None,
+    **fields: Any,
 ) -> BitPlan:
     """Four bits for the layers with the highest scores, as many as the budget of stored bits allows.
 
@@ -79,9 +86,20 @@ def plan_bits(
     four bits in some of its matrices, in the order of the model, so that what is stored meets the budget within the
     size of one matrix.
 
+    Args:
+        model: a transformers model, or its layers; it is left as it was.
+        bits: stored bits a weight, scales included; 3 or 4 gives all the same width.
+        settings: how codes and scales are stored.
+        scores: of this model, from `score_layers`.
+        skip: parts of module names that are left as they are.
+        layers_path: the stack's module name where it cannot be found.
+        **fields: or fields of `StorageSettings` by name: block, double_quant.
+
     Raises:
         ValueError: nothing to quantize, a budget that no mixture has, scores of another model.
     """
+    storage = resolve(plan_bits, StorageSettings, settings, fields)
+    stack = model if isinstance(model, DecoderLayers) else find_decoder_layers(model, layers_path)
     layers, left = quantizable(stack, storage, skip)
     sizes = {name: size for layer in layers for name, size in layer.items()}
     if not sizes:

@@ -15,7 +15,9 @@ from hf_cod.compression.quantization.config import METHOD, OwlBnbConfig, score_o
 from hf_cod.compression.quantization.plan import BitPlan, plan_by, recorded, stored_bits, what_is_lost
 from hf_cod.compression.quantization.quantizer import OwlBnbQuantizer
 from hf_cod.compression.quantization.rounding import fill, new_module, round_matrix
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import execution_device
@@ -27,15 +29,17 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.own_config import own_config
 
 
+@renamed(path="layers_path")
 def quantize(
     model: PreTrainedModel,
     config: OwlBnbConfig | None = None,
     *,
     batches: Sequence[Batch] | None = None,
     journal: str | Path | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
+    **fields: Any,
 ) -> RunReport:
     """Stores the matrices of a model's layers in three or four bits, in place; the rest stays as it is.
 
@@ -60,9 +64,10 @@ def quantize(
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
         journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
             where it stopped. Files stay until you remove them.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
+        **fields: or fields of `OwlBnbConfig` by name: bits, scores, allocation, statistics, skip, block, ...
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -72,12 +77,12 @@ def quantize(
     """
     import hf_cod.compression.quantization.bnb  # noqa: F401 - its absence is told before any work
 
-    config = config or OwlBnbConfig()
+    config = resolve(quantize, OwlBnbConfig, config, fields)
     if getattr(model, "is_quantized", False):
         raise ValueError("model: expected dense weights, got quantized ones; model.dequantize() first")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model without wrappers, got {type(model).__name__}")
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
     statistics = config.statistics
     if statistics is not None and batches is not None:
         raise ValueError("statistics: expected batches or statistics, got both")

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
-from hf_cod.compression.quantization.config import METHOD, OwlBnbConfig
+from hf_cod.compression.quantization.config import OwlBnbConfig
 from hf_cod.compression.quantization.plan import plan_by, recorded, what_is_lost
 from hf_cod.compression.quantization.rounding import new_module, round_matrix
 from hf_cod.layers.replacement_modules import ignore_signs, names_in, signs
@@ -23,7 +22,6 @@ from hf_cod.layers.stack import find_decoder_layers
 logger = logging.getLogger(__name__)
 
 
-@register_quantizer(METHOD)
 class OwlBnbQuantizer(HfQuantizer):
     """Swaps the layers' matrices for quantized ones before their tensors are loaded, and fills them while loading."""
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from hf_cod.compression.quantization.config import StorageSettings
 from hf_cod.compression.quantization.format import pack_nibbles, pack_planes, stored_columns
 from hf_cod.compression.quantization.linear import Linear3bit
+from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.functional import codebook
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_cod.compression.sparse.settings import PackSettings
 from hf_cod.layers.replacement_modules import INSTALL
 
 METHOD = "hf_cod_sparse"
 
 
-@register_quantization_config(METHOD)
 @dataclass(kw_only=True)
-class SparseConfig(QuantizationConfigMixin):
+class SparseConfig(PackSettings, QuantizationConfigMixin):
     """Sparse storage of a model's matrices, as a `quantization_config` of transformers.
 
     Given to `from_pretrained` of a dense checkpoint with many zeros, it packs while loading; a packed checkpoint
@@ -28,16 +27,12 @@ class SparseConfig(QuantizationConfigMixin):
         install: what a reader of config.json without this package should do.
     """
 
-    minimum: float = field(
-        default=0.5, metadata={"help": "pack the matrices of which at least this share is zero, 0 to 1"}
-    )
     modules: dict[str, int] = field(default_factory=dict)
     quant_method: Any = METHOD
     install: str = INSTALL
 
     def __post_init__(self) -> None:
-        if not 0 <= self.minimum <= 1:
-            raise ValueError(f"minimum: expected a share of zeros between 0 and 1, got {self.minimum}")
+        super().__post_init__()
         wrong = [name for name, count in self.modules.items() if type(count) is not int or count < 0]
         if wrong:
             raise ValueError(f"modules: expected counts of stored weights, got {self.modules[wrong[0]]} for {wrong[0]}")

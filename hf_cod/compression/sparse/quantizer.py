@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from hf_cod.compression.sparse.checkpoint import check_files
@@ -18,7 +17,6 @@ from hf_cod.layers.replacement_modules import ignore_signs, names_in, replace, s
 from hf_cod.models.own_config import own_config
 
 
-@register_quantizer(METHOD)
 class SparseQuantizer(HfQuantizer):
     """Swaps Linears for SparseLinears before their tensors are loaded, or packs them after loading a dense model."""
 

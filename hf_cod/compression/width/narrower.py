@@ -14,11 +14,15 @@ from hf_cod.analysis.statistics.input_products import MomentsRecorder
 from hf_cod.compression.width.gradients import Importance, measure_taylor
 from hf_cod.compression.width.matrices import Changes, cut, put_back, tensors_of
 from hf_cod.compression.width.methods import COMPENSATIONS, METHODS, needs_inputs
+from hf_cod.compression.width.planning import check_units, plan_of_units
+from hf_cod.compression.width.settings import NarrowSettings
 from hf_cod.compression.width.stock_config import set_stock_config
-from hf_cod.compression.width.width_plan import MULTIPLE, WidthPlan, kept_units, plan_of_allocation
+from hf_cod.compression.width.width_plan import WidthPlan, kept_units
 from hf_cod.compression.width.width_report import WidthReporter
 from hf_cod.functional import channels
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, check_batches, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -28,21 +32,23 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.units import LayerUnits, find_units
 from hf_cod.models.shapes import LowRankLinear
 from hf_cod.models.shaping import check_shapeable, record_shapes
-from hf_cod.scoring.allocation import LayerAllocation, same_share
+from hf_cod.scoring.allocation import LayerAllocation
 
 
+@renamed(path="layers_path", multiple="channel_multiple")
 def narrow(
     model: nn.Module,
     plan: LayerAllocation | WidthPlan | float,
-    method: str = "fluctuation",
-    compensation: str = "least_squares",
+    method: str | None = None,
+    compensation: str | None = None,
     *,
     batches: Sequence[Batch] | None = None,
-    multiple: int = MULTIPLE,
     journal: str | Path | None = None,
-    path: str | None = None,
+    layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
+    settings: NarrowSettings | None = None,
+    **fields: Any,
 ) -> RunReport:
     """Removes attention heads and MLP channels that matter least, in place.
 
@@ -78,15 +84,17 @@ def narrow(
             Ctrl-C) leaves the layers before it narrow and the others as they were: such a model runs and can be saved,
             but to begin again, or to go on from a journal, load it anew.
         plan: an allocation of "parameters"; widths by layer; or one share of parameters for all layers.
-        method: see the first table.
-        compensation: see the second table.
+        method: see the first table; default: fluctuation.
+        compensation: see the second table; default: least_squares.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
-        multiple: numbers of channels are rounded to one of this, as near to the budget as that allows.
         journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
             where it stopped. Files stay until you remove them.
-        path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name where it cannot be found.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
+        settings: which heads and channels go, and what makes up for them.
+        **fields: or fields of `NarrowSettings` by name: `channel_multiple`, one of which numbers of channels are
+            rounded to, as near to the budget as that allows.
 
     Raises:
         ValueError: an unknown method or compensation, a plan for another model or out of reach (says the least
@@ -95,17 +103,16 @@ def narrow(
             neither transformers nor hf_cod, NaN or infinity in gradients: the model is unchanged then. NaN or infinity
             in weights or activations (says where): see `model`.
     """
-    stack = find_decoder_layers(model, path)
-    for field, value, table in (("method", method, METHODS), ("compensation", compensation, COMPENSATIONS)):
-        if value not in table:
-            raise ValueError(f"{field}: expected one of {', '.join(table)}, got {value!r}")
+    how = resolve(narrow, NarrowSettings, settings, fields, method=method, compensation=compensation)
+    method, compensation = how.method, how.compensation
+    stack = find_decoder_layers(model, layers_path)
     sequential = needs_inputs(method, compensation)
     if (sequential or METHODS[method].gradients) and not batches:
         raise ValueError(f"batches: expected at least one for {method} with {compensation}, got none")
     check_batches(batches or ())
     _check_model(stack)
     units = [find_units(stack, index) for index in range(len(stack))]
-    chosen = _plan(stack, units, plan, multiple)
+    chosen = _plan(stack, units, plan, how.channel_multiple)
     kept = kept_units(units, chosen)
     described = WidthReporter(stack, units, name)
     work = fingerprint_of_work(journal, stack.model, batches, method, compensation, kept)
@@ -114,9 +121,9 @@ def narrow(
         taylor = measure_taylor(stack, units, batches, show_progress)
     change = LayerChange(stack, units, kept, method, compensation, taylor)
     finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
-    settings: dict[str, Any] = {"method": method, "compensation": compensation}
-    settings["plan"] = f"parameters {chosen.budget:g} by {chosen.method}"
-    settings |= describe_batches(batches) if batches and (sequential or taylor) else {}
+    told: dict[str, Any] = {"method": method, "compensation": compensation}
+    told["plan"] = f"parameters {chosen.budget:g} by {chosen.method}"
+    told |= describe_batches(batches) if batches and (sequential or taylor) else {}
     try:
         if sequential and batches:
             recorder = partial(MomentsRecorder, names=change.writers)
@@ -127,7 +134,7 @@ def narrow(
         stock = not change.done or set_stock_config(stack)
         if not stock:  # also after an error: what was changed could not be loaded again otherwise
             record_shapes(stack.model, change.done)
-    return described.report(chosen, kept, finished, settings, stock)
+    return described.report(chosen, kept, finished, told, stock)
 
 
 class LayerChange:
@@ -203,15 +210,10 @@ def _check_model(stack: DecoderLayers) -> None:
 
 
 def _plan(
-    stack: DecoderLayers, units: list[LayerUnits], plan: LayerAllocation | WidthPlan | float, multiple: int
+    stack: DecoderLayers, units: list[LayerUnits], plan: LayerAllocation | WidthPlan | float, channel_multiple: int
 ) -> WidthPlan:
-    if not any(layer.found for layer in units):
-        raise ValueError(
-            f"model: expected heads or channels of a known structure in {type(stack.model).__name__}, got none; "
-            + "; ".join(units[0].whole)
-        )
-    if isinstance(plan, WidthPlan):
-        check_sizes("plan", plan.model, plan.sizes, stack)
-        return plan
-    allocation = plan if isinstance(plan, LayerAllocation) else same_share(stack, plan)
-    return plan_of_allocation(stack, units, allocation, multiple)
+    if not isinstance(plan, WidthPlan):
+        return plan_of_units(stack, units, plan, channel_multiple)
+    check_units(stack, units)
+    check_sizes("plan", plan.model, plan.sizes, stack)
+    return plan

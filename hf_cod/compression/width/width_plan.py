@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hf_cod.compression.width.settings import check_channel_multiple
 from hf_cod.functional.widths import Layer, Widths, choose_widths
 from hf_cod.io.files import JsonFile
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import CHANNELS, HEADS, LayerUnits
 from hf_cod.scoring.allocation import LayerAllocation
-
-MULTIPLE = 32  # of channels: what matrix units of GPUs and the registers of processors like
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class WidthPlan(JsonFile):
 
 
 def plan_of_allocation(
-    stack: DecoderLayers, units: list[LayerUnits], allocation: LayerAllocation, multiple: int
+    stack: DecoderLayers, units: list[LayerUnits], allocation: LayerAllocation, channel_multiple: int
 ) -> WidthPlan:
     """Widths by which each layer keeps its share of weights, its heads and its channels alike as far as they divide.
 
@@ -51,15 +50,14 @@ def plan_of_allocation(
     if len(allocation.values) != len(stack):
         raise ValueError(f"plan: expected {len(stack)} values, one a layer, got {len(allocation.values)}")
     check_sizes("plan", allocation.model, allocation.sizes, stack)
-    if type(multiple) is not int or multiple < 1:
-        raise ValueError(f"multiple: expected a whole number above 0, got {multiple!r}")
+    check_channel_multiple(channel_multiple)
     layers = [_layer(found) for found in units]
     shares = [
-        _share_of_units(stack, index, layer, share, multiple, units[index].whole)
+        _share_of_units(stack, index, layer, share, channel_multiple, units[index].whole)
         for index, (layer, share) in enumerate(zip(layers, allocation.values, strict=True))
     ]
     some = [i for i, layer in enumerate(layers) if layer.count(layer.full)]
-    widths_of_some = choose_widths([layers[i] for i in some], [shares[i] for i in some], multiple)
+    widths_of_some = choose_widths([layers[i] for i in some], [shares[i] for i in some], channel_multiple)
     chosen = dict(zip(some, widths_of_some, strict=True))
     heads: list[int | None] = []
     channels: list[int | None] = []

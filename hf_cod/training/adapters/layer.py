@@ -47,7 +47,6 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters, self.merged_adapters = False, []
         self._active_adapter = adapter_name
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
-        _keep_unpacked(base_layer)
         self.update_layer(adapter_name, config, held)
 
     def update_layer(self, adapter_name: str, config: OwLoreConfig, held: tuple[int, int] = (0, 0)) -> None:
@@ -146,10 +145,3 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
 def shape_of(base: Any) -> tuple[int, int]:
     """(inputs, outputs)."""
     return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
-
-
-def _keep_unpacked(base: Any) -> None:
-    """Keeps bitsandbytes from repacking a 4-bit weight on the CPU, after which gradients and merges would be wrong."""
-    if hasattr(base, "support_avx512bf16_for_cpu"):
-        base.state_dict()  # undoes what a forward pass did
-        base.support_avx512bf16_for_cpu = False

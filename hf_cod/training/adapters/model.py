@@ -11,6 +11,7 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, is_linear_like
+from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.training.adapters.layer import OwLoreLinear, shape_of
 from hf_cod.training.owlore.active_layers import warn_of_untrained
 from hf_cod.training.owlore.increment import TENSORS, Increment
@@ -75,6 +76,14 @@ class OwLoreModel(BaseTuner):
         if peft_config.r > width:
             raise ValueError(f"r: expected at most {width}, the width of the layers' matrices, got {peft_config.r}")
         return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Before any adapter stands beside a matrix.
+
+        Raises:
+            ValueError: 4-bit weights that bitsandbytes has repacked in a form that cannot be undone.
+        """
+        keep_unpacked(model)
 
     def _create_and_replace(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.io.report import RunReport
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch
 from hf_cod.layers.checks import check_length, pruned_matrices
 from hf_cod.layers.fingerprints import digest_batches
@@ -47,6 +48,7 @@ def heal(
     scores: str | None = None,
     output: str | Path | None = None,
     name: str | None = None,
+    **fields: Any,
 ) -> RunReport:
     """Trains a student, in place, to say what its teacher says, so that it recovers what it lost when it was made.
 
@@ -73,12 +75,13 @@ def heal(
         output: a directory for checkpoints: the same call on the same unhealed student goes on where it stopped, and
             ends with the same bits. None: a temporary one.
         name: the student's name in the report.
+        **fields: or fields of `HealSettings` by name: method, tokens, steps, learning_rate, temperature, hidden, ...
 
     Raises:
         ValueError: a pair that does not go together, other work in `output`, too little text, bad settings.
         ImportError: adapters without peft.
     """
-    settings, sampling = settings or HealSettings(), sampling or OwLoreSettings()
+    settings, sampling = resolve(heal, HealSettings, settings, fields), sampling or OwLoreSettings()
     mine, theirs, matching = check_pair(student, teacher, settings)
     if teacher_tokenizer is not None:
         if tokenizer is None:

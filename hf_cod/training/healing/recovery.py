@@ -5,47 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_cod.io.deprecation import renamed
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import IGNORED_LABEL, Batch
+from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
+from hf_cod.training.healing.settings import RecoverySettings
 
 
-@dataclass
-class RecoverySettings:
-    """How a pruned model is trained on."""
-
-    recover: int = field(
-        default=0, metadata={"help": "training steps of LoRA after pruning; zeros stay zeros (needs peft)"}
-    )
-    recover_rank: int = field(default=8, metadata={"help": "rank of the adapters"})
-    recover_learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate of the adapters"})
-
-    def __post_init__(self) -> None:
-        for name, least in (("recover", 0), ("recover_rank", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if not 0 < self.recover_learning_rate < math.inf:
-            raise ValueError(f"recover_learning_rate: expected a number above 0, got {self.recover_learning_rate}")
-
-
+@renamed(path="layers_path")
 def recover(
     model: nn.Module,
     batches: Sequence[Batch],
-    steps: int,
+    steps: int | None = None,
     *,
-    rank: int = 8,
-    learning_rate: float = 3e-4,
-    seed: int = 0,
-    path: str | None = None,
+    layers_path: str | None = None,
     show_progress: bool = False,
+    settings: RecoverySettings | None = None,
+    **fields: Any,
 ) -> list[float]:
     """Trains PEFT's LoRA on the layers' Linears of a pruned language model and merges it in place; zeros stay zeros.
 
@@ -57,32 +42,34 @@ def recover(
     Args:
         model: a pruned model with a language modelling head; flags of training and gradients come back as they were.
         batches: dicts with input_ids, attention_mask and, for a masked language model, labels; each step takes one.
-        steps: how many.
-        rank: r.
-        learning_rate: at its peak.
-        seed: of the initial adapters and the order of the batches.
-        path: the stack's module name where it cannot be found.
+        steps: how many; default: 100.
+        layers_path: the stack's module name where it cannot be found.
         show_progress: show a progress bar.
+        settings: how it is trained.
+        **fields: or fields of `RecoverySettings` by name: rank (r), learning_rate (at its peak), seed.
 
     Returns:
         The loss at each step, before its update, in nats a token.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: no batches, or a loss that is not finite; the model is then as it was.
+        ValueError: no batches, weights that cannot be written (quantized, packed, adapted), or a loss that is not
+            finite; the model is then as it was.
     """
+    how = resolve(recover, RecoverySettings, settings, fields, steps=steps)
     if not batches:
         raise ValueError("batches: expected at least one to recover on, got none")
-    stack = find_decoder_layers(model, path)
+    stack = find_decoder_layers(model, layers_path)
+    check_writable(stack)
     device = execution_device(stack.model)
-    generator = torch.Generator().manual_seed(seed)
-    with _adapted(stack, rank, seed) as adapters, torch.enable_grad():
+    generator = torch.Generator().manual_seed(how.seed)
+    with _adapted(stack, how.rank, how.seed) as adapters, torch.enable_grad():
         trained = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmed_cosine(step, steps))
+        optimizer = torch.optim.AdamW(trained, lr=how.learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmed_cosine(step, how.steps))
         losses = []
         order: list[int] = []
-        for step in progress(range(steps), "recovery", show_progress):
+        for step in progress(range(how.steps), "recovery", show_progress):
             order = order or torch.randperm(len(batches), generator=generator).tolist()
             loss = _loss(stack.model, to_device(batches[order.pop()], device))
             if not loss.isfinite():

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from hf_cod.functional.distillation import check_mixture
+from hf_cod.functional.mixture import check_mixture
 from hf_cod.training.runs.training_settings import TrainingSettings
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -53,6 +53,23 @@ class HealSettings(TrainingSettings):
         if self.tokens is None:
             return super().total_steps
         return math.ceil(count_tokens(self.tokens) / (self.batch_size * self.sequence_length))
+
+
+@dataclass
+class RecoverySettings:
+    """How a pruned model's remaining weights are trained."""
+
+    steps: int = field(default=100, metadata={"help": "training steps of LoRA; zeros stay zeros (needs peft)"})
+    rank: int = field(default=8, metadata={"help": "rank of the adapters"})
+    learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate of the adapters"})
+    seed: int = field(default=0, metadata={"help": "seed of the initial adapters and of the order of the batches"})
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
 
 
 def count_tokens(told: str) -> int:

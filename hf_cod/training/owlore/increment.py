@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -285,7 +285,7 @@ class Increments:
     def __iter__(self) -> Iterator[Increment]:
         return (increment for layer in self._layers for increment in layer)
 
-    def settings(self, settings: OwLoreSettings, given: Mapping[str, Any]) -> OwLoreSettings:
+    def settings(self, settings: OwLoreSettings) -> OwLoreSettings:
         """The settings of the optimizer: N is trained in full rank.
 
         Raises:
@@ -294,8 +294,9 @@ class Increments:
         if not any(self):
             return settings
         for name, reason in _NOT_OURS.items():
-            if name in given and given[name] != OwLoreSettings.__dataclass_fields__[name].default:
-                raise ValueError(f"{name}: expected none beside an OwLore adapter, got {given[name]!r}; {reason}")
+            value = getattr(settings, name)
+            if value != OwLoreSettings.__dataclass_fields__[name].default:
+                raise ValueError(f"{name}: expected none beside an OwLore adapter, got {value!r}; {reason}")
         return replace(settings, rank=None)
 
     def described(self) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 
 from hf_cod.functional.randomness import generator_of
+from hf_cod.io.settings import resolve
+from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, hook_gradient, refuse_shards, release
@@ -64,7 +66,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
         betas: Adam's.
         eps: Adam's.
         weight_decay: decoupled.
-        **settings: fields of `OwLoreSettings`.
+        settings: which layers train when, and how.
+        **fields: or fields of `OwLoreSettings` by name: n_active, interval, rank, ...
 
     Raises:
         ValueError: bad settings, more layers than the model has, a rank above a layer's width, scores of another model,
@@ -81,18 +84,20 @@ class OwLoreAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        **settings: Any,
+        settings: OwLoreSettings | None = None,
+        **fields: Any,
     ) -> None:
-        self.settings = OwLoreSettings(**settings)
+        self.settings = resolve(OwLoreAdamW, OwLoreSettings, settings, fields)
         check_hyperparameters(lr, betas, eps, weight_decay)
         if self.settings.moments == "8bit":
             codebook(signed=True), codebook(signed=False)  # now, rather than in a step, if bitsandbytes is missing
         others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
         self.layers = ActiveLayers(model, others)
         self.increments = Increments(list(self.layers.stack), self.layers.layers)
-        self.settings = self.increments.settings(self.settings, settings)
+        self.settings = self.increments.settings(self.settings)
         self.sampler = make_sampler(scores, self.layers, self.settings)
         check_rank(self.settings.rank, self.layers)
+        keep_unpacked(model)
         groups: list[dict[str, Any]] = [{"params": p, "layer": i} for i, p in enumerate(self.layers.layers) if p]
         if self.layers.always:
             groups.append({"params": self.layers.always, "layer": None})

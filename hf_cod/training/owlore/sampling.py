@@ -109,7 +109,8 @@ def _check_allocation(plan: LayerAllocation, values: Tensor, n_active: int) -> N
     if not bool(((values >= 0) & (values <= 1)).all()) or abs(float(values.sum()) - n_active) > 1e-9:
         raise ValueError(
             f"scores: expected probabilities in 0..1, whose sum over layers that can train is n_active = {n_active}, "
-            f"got a sum of {float(values.sum()):g}; allocate with budget n_active / layers and parameters=[1] * layers"
+            f"got a sum of {float(values.sum()):g}; allocate with budget n_active / layers and "
+            "layer_parameters=[1] * layers"
         )
 
 

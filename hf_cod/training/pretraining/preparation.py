@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, set_seed
 
 from hf_cod.io.files import fingerprint, write_json
 from hf_cod.io.packing import PackedStream, PackedText, pack, pack_once, tokenizer_identity, train_tokenizer
-from hf_cod.io.text import TextSettings, load_rows, load_texts
+from hf_cod.io.settings import TextSettings
+from hf_cod.io.text import load_rows, load_texts
 from hf_cod.models import CodLlamaForCausalLM
 from hf_cod.training.pretraining.recipes import PretrainSettings, Recipe, model_config
 from hf_cod.training.runs.run_directory import SETTINGS, last_steps

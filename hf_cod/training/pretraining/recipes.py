@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from hf_cod.io.text import TextSettings
+from hf_cod.io.settings import TextSettings
 from hf_cod.models import CodLlamaConfig, llama_preset
 
 WARMUP_SHARE = 0.1

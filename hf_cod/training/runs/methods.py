@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from hf_cod.layers.stack import find_decoder_layers
+from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.optimizer import owlore
 from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.training_settings import DRAW_BY_SCORES, LEARNING_RATES
 
 Setup = Callable[[nn.Module, "LayerScores | None", OwLoreSettings, float, int], "tuple[nn.Module, Any]"]
 """(model, scores, settings, learning rate, LoRA's rank) -> (what trains, Trainer's optimizer_cls_and_kwargs)."""
@@ -49,6 +51,7 @@ def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lo
     names = [name for i in range(len(stack)) for name in stack.linears(i)]
     heads = list(stack.task_heads) or None  # a classifier may be new: it trains as it is
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names, modules_to_save=heads)
+    keep_unpacked(model)
     wrapped: Any = get_peft_model(model, config)
     return wrapped, None
 
@@ -87,12 +90,15 @@ def _owlore_peft(
 
 
 METHODS: dict[str, Method] = {
-    "owlore": Method(_owlore, 1e-3, needs_scores=True),
-    "lisa": Method(_lisa, 3e-4),
-    "galore": Method(_galore, 1e-3),
-    "owlore-peft": Method(_owlore_peft, 1e-3, needs_scores=True, adapters=True),
-    "lora": Method(_lora, 3e-4, adapters=True),
-    "full": Method(_full, 5e-5),
+    name: Method(setup, LEARNING_RATES[name], name in DRAW_BY_SCORES, adapters)
+    for name, setup, adapters in (
+        ("owlore", _owlore, False),
+        ("lisa", _lisa, False),
+        ("galore", _galore, False),
+        ("owlore-peft", _owlore_peft, True),
+        ("lora", _lora, True),
+        ("full", _full, False),
+    )
 }
 
 

@@ -6,11 +6,23 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hf_cod.scoring.methods import METHODS as SCORES
+from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.methods import METHODS
 
 DEFAULT_STEPS = 300
+# Method -> what trains; `methods.METHODS` has the optimizers.
+METHODS = {
+    "owlore": "a few layers at a time, drawn by their scores, with low-rank moments",
+    "lisa": "a few layers at a time, drawn alike, and embeddings and head",
+    "galore": "all layers, with low-rank moments",
+    "owlore-peft": "adapters of a few layers at a time, drawn by their scores (needs peft)",
+    "lora": "LoRA adapters of all layers (needs peft)",
+    "full": "all weights",
+}
+# Method -> a peak to begin with; the best one depends on model, task and length.
+LEARNING_RATES = {"owlore": 1e-3, "lisa": 3e-4, "galore": 1e-3, "owlore-peft": 1e-3, "lora": 3e-4, "full": 5e-5}
+# Methods that draw layers by their scores.
+DRAW_BY_SCORES = ("owlore", "owlore-peft")
 
 
 @dataclass
@@ -63,7 +75,7 @@ class TrainingSettings:
     @property
     def rate(self) -> float:
         """The peak learning rate."""
-        return METHODS[self.method].learning_rate if self.learning_rate is None else self.learning_rate
+        return LEARNING_RATES[self.method] if self.learning_rate is None else self.learning_rate
 
     @property
     def total_steps(self) -> int:
@@ -96,5 +108,5 @@ def check_scores(settings: TrainingSettings, file: str | None) -> None:
     Raises:
         ValueError: it draws none.
     """
-    if file is not None and not METHODS[settings.method].needs_scores:
+    if file is not None and settings.method not in DRAW_BY_SCORES:
         raise ValueError(f"scores: expected none with {settings.method}, which draws no layers by them, got {file!r}")

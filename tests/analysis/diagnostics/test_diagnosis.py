@@ -284,7 +284,7 @@ def test_peft_models_are_measured_with_their_adapters():
 
 def test_bad_input():
     model = build("llama")
-    with pytest.raises(ValueError, match=f"metrics: expected some of {METRICS[0]}.*, got speed"):
+    with pytest.raises(ValueError, match=f"metrics: expected some of {next(iter(METRICS))}.*, got speed"):
         diagnose(model, gpt_like(), TEXT, metrics=["speed"])
     with pytest.raises(ValueError, match="batches: expected at least one batch"):
         diagnose(model, batches=[])

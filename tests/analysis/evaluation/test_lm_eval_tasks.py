@@ -68,7 +68,7 @@ def test_packed_models_are_measured_as_they_are(task):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(torch.rand(48, 32) > 0.8)
     pack_sparse(model)
-    assert evaluate_tasks(model, gpt_like(), [task], limit=2)["counting"]["acc"] in (0, 0.5, 1)
+    assert evaluate_tasks(model, gpt_like(), [task], max_samples=2)["counting"]["acc"] in (0, 0.5, 1)
 
 
 def test_groups_of_known_tasks_find_them_and_modes_come_back(task, monkeypatch):

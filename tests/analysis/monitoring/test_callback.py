@@ -1,8 +1,5 @@
 import logging
 import random
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 from hf_cod import LayerDiagnosticsCallback, RunReport, TrainingHistory
 from hf_cod.cli.main import main
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 from tests.tiny_training import PROBE, rows, run_in_two_processes, silenced, train_by_hand
@@ -127,6 +125,7 @@ def test_gradients_scaled_for_half_precision(tmp_path, max_norm, request):
     assert [line["gradient_norm"] for line in history_of(tmp_path / "skipped")] == [[None] * 4] * 3
 
 
+@pytest.mark.process
 def test_two_processes(tmp_path):
     run_in_two_processes("ddp", tmp_path)
     seen = {path.stem: torch.load(path) for path in tmp_path.glob("*.pt")}
@@ -220,6 +219,7 @@ RECIPE = {
 }
 
 
+@pytest.mark.process
 def test_a_killed_training_resumes_to_the_same_loss_curve_and_history(tmp_path):
     step = random.Random().choice([6, 7, 8, 10, 11, 12])
     code = (
@@ -227,8 +227,7 @@ def test_a_killed_training_resumes_to_the_same_loss_curve_and_history(tmp_path):
         f"from {__name__} import *\n"
         "trained(sys.argv[1], [callback(every=3), Killed(int(sys.argv[2]))], **RECIPE)\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "killed"), str(step)]
-    died = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    died = run_fresh(code, tmp_path / "killed", step)
     assert died.returncode == 9, died.stderr
     resumed = trained(tmp_path / "killed", [callback(every=3)], resume=True, **RECIPE)
     whole = trained(tmp_path / "whole", [callback(every=3)], **RECIPE)

@@ -201,6 +201,7 @@ def test_adapters_are_what_trains():
     assert norms[0] is None and norms[2] is None and norms[1] > 0 and norms[3] > 0
 
 
+@pytest.mark.process
 def test_shards_of_fsdp2_are_measured_as_the_whole_model(tmp_path):
     run_in_two_processes("fsdp", tmp_path)
     found = torch.load(tmp_path / "fsdp.pt")

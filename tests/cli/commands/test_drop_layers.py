@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -10,6 +7,7 @@ from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.text import SampleSettings, token_batches
 from hf_cod.models import CodLlamaConfig, CodLlamaForCausalLM
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -84,6 +82,7 @@ def test_a_model_of_ours_says_how_it_loads(checkpoint, capsys):
     assert "As before, it loads where hf_cod is imported" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
     code = (
         "import sys, os\n"
@@ -98,7 +97,7 @@ def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
         "sys.exit(main(sys.argv[1:]))\n"
     )
     more = ["--layers", "2", "--no-plots", "--no-protect"]
-    killed = subprocess.run([sys.executable, "-c", code, *arguments(checkpoint, "run", *more)], check=False)
+    killed = run_fresh(code, *arguments(checkpoint, "run", *more))
     assert killed.returncode == 9
     assert len((checkpoint / "run" / "journal" / "journal.jsonl").read_text().splitlines()) == 9
     assert drop_layers(checkpoint, "run", *more) == 0

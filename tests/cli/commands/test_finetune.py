@@ -129,6 +129,7 @@ def whole(tmp_path_factory):
     return output
 
 
+@pytest.mark.process
 def test_a_killed_run_ends_as_one_that_was_not(whole, tmp_path):
     command = ["finetune", MODEL, *QUICK.split(), "--output"]
     dies_in_step_five([*command, str(tmp_path / "killed")])
@@ -153,7 +154,7 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in(whole, ctrl_c, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(OwLoreAdamW, "step", interrupted)
         assert main([*command, str(tmp_path / "stopped")]) == 130
-    assert "the same command goes on from its last checkpoint" in capsys.readouterr().err
+    assert "the same command resumes from its last checkpoint" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) == before
     assert (tmp_path / "stopped" / "checkpoint-5").is_dir()
     assert main([*command, str(tmp_path / "stopped")]) == 0

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from hf_cod import RunReport, drop, heal, perplexity
-from hf_cod.cli.commands import heal as command_of_heal
+from hf_cod.cli import samples
 from hf_cod.cli.main import main
 from hf_cod.io.models import ModelSettings, embedded_model, load_model
 from hf_cod.io.packing import pack
@@ -33,6 +33,7 @@ def student(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.process
 def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
     command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), "--hidden", "0.1", "--output"]
     assert main([*command, str(tmp_path / "whole")]) == 0
@@ -114,7 +115,7 @@ def test_each_model_is_loaded_in_its_own_revision(tmp_path, monkeypatch):
             raise ValueError("model: enough")
         return None, None
 
-    monkeypatch.setattr(command_of_heal, "load_with_tokenizer", load)
+    monkeypatch.setattr(samples, "load_with_tokenizer", load)
     more = ["--teacher-revision", "step1000", "--revision", "pruned", "--output", str(tmp_path / "out")]
     assert main(["heal", "mine/student", "--teacher", "its/teacher", *QUICK.split(), "--no-plots", *more]) == 2
     assert asked == {"mine/student": "pruned", "its/teacher": "step1000"}

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -10,6 +7,7 @@ from hf_cod.io.models import embedded_model, load_model
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.text import SampleSettings, TextSettings, load_texts, token_batches
 from hf_cod.scoring.layer_scores import LayerScores
+from tests.fresh_processes import run_fresh
 
 QUICK = ["--max-samples", "4", "--sequence-length", "64", "--batch-size", "2", "--eval-samples", "4"]
 
@@ -89,6 +87,7 @@ def test_scores_are_read_and_some_names_are_left(model, tmp_path):
     assert bits["model.layers.0.mlp.up_proj"] == 3 and report.settings["block"] == 32
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
     code = (
         "import sys, os\n"
@@ -103,7 +102,7 @@ def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
         "sys.exit(main(sys.argv[1:]))\n"
     )
     more = ["--no-plots", "--no-baseline", "--output", str(tmp_path / "run")]
-    killed = subprocess.run([sys.executable, "-c", code, "quantize", model, *QUICK, *more], check=False)
+    killed = run_fresh(code, "quantize", model, *QUICK, *more)
     assert killed.returncode == 9 and len(list((tmp_path / "run" / "journal").iterdir())) == 5
     for name in ("run", "whole"):
         assert quantize(model, tmp_path / name, "--no-plots", "--no-baseline") == 0
@@ -119,7 +118,7 @@ def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
         (["--bits", "2"], "bits: expected 3, 4, or stored bits between them, such as 3.5, got 2"),
         (["--bits", "3.1", "--no-baseline"], "stored bits a weight, scales included, got 3.1"),
         (["--score", "best"], "score: expected one of owl"),
-        (["--rounding", "up"], "invalid choice"),
+        (["--rounding", "up"], "rounding: expected one of compensated, weighted, nearest, got"),
         (["--scores", "none.json"], "scores: expected a file"),
         (["--sequence-length", "300000"], "at least one sample"),
     ],

@@ -188,7 +188,7 @@ def test_protection_that_leaves_too_few_says_so():
 def test_a_killed_search_goes_on_and_decides_the_same(stop, tmp_path, monkeypatch):
     model = build("llama", layers=6)
     batches = batches_of(model)
-    expected = plan_depth(model, 2, batches=batches, width=3)
+    expected = plan_depth(model, 2, batches=batches, search_width=3)
     add, done = Journal.add, []
 
     def dies(self, key, value):
@@ -199,14 +199,14 @@ def test_a_killed_search_goes_on_and_decides_the_same(stop, tmp_path, monkeypatc
 
     monkeypatch.setattr(Journal, "add", dies)
     with pytest.raises(KeyboardInterrupt):
-        plan_depth(model, 2, batches=batches, width=3, journal=tmp_path)
+        plan_depth(model, 2, batches=batches, search_width=3, journal=tmp_path)
     anew = []
     monkeypatch.setattr(Journal, "add", lambda self, key, value: (anew.append(key), add(self, key, value)))
-    assert plan_depth(model, 2, batches=batches, width=3, journal=tmp_path) == expected
+    assert plan_depth(model, 2, batches=batches, search_width=3, journal=tmp_path) == expected
     kept = (tmp_path / "journal.jsonl").read_text().splitlines()
     assert len(anew) == len(kept) - stop, "what was measured before is not measured again"
     monkeypatch.setattr(Journal, "add", lambda *arguments: pytest.fail("measured again"))
-    assert plan_depth(model, 2, batches=batches, width=3, journal=tmp_path) == expected
+    assert plan_depth(model, 2, batches=batches, search_width=3, journal=tmp_path) == expected
 
 
 def test_a_journal_of_another_model_is_not_taken(tmp_path):
@@ -232,7 +232,7 @@ def test_models_come_back_untouched(family):
     model = build(family).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = model.config.to_dict()
-    plan_depth(model, 1, batches=batches_of(model), protect=False, width=2)
+    plan_depth(model, 1, batches=batches_of(model), protect=False, search_width=2)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert model.config.to_dict() == config and all(module.training for module in model.modules())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
@@ -257,7 +257,7 @@ def test_bad_input():
         with pytest.raises(ValueError, match=r"n_removed: expected 1..3 of 4 layers to remove, got"):
             plan_depth(model, count, batches=batches)
     with pytest.raises(
-        ValueError, match="method: expected one of search, layer_drop, block_influence, angular, got 'x'"
+        ValueError, match="criterion: expected one of search, layer_drop, block_influence, angular, got 'x'"
     ):
         plan_depth(model, 1, "x", batches=batches)
     with pytest.raises(ValueError, match="batches: expected at least one, got none"):
@@ -270,8 +270,8 @@ def test_bad_input():
     flagged = [{**batch, "use_cache": False} for batch in batches]
     given = [plan_depth(model, 1, batches=flagged, protect=protect) for protect in (3, [3])]
     assert given[0] == given[1] and given[0].protected == [3]
-    with pytest.raises(ValueError, match="width: expected at least 1, got 0"):
-        plan_depth(model, 1, batches=batches, width=0)
+    with pytest.raises(ValueError, match="search_width: expected at least 1, got 0"):
+        plan_depth(model, 1, batches=batches, search_width=0)
     model.config.num_kv_shared_layers = 2
     with pytest.raises(ValueError, match="layers: expected layers with their own keys and values"):
         plan_depth(model, 1, batches=batches)

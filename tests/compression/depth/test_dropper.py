@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -16,6 +14,7 @@ from hf_cod.io.models import ModelSettings, load_model
 from hf_cod.io.text import SampleSettings, split_samples, token_batches
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM
 from tests.compression.depth.references import linear_map, loss_without, with_map
+from tests.fresh_processes import run_fresh
 from tests.references import without_layer
 from tests.tiny_models import batch_for, build
 
@@ -152,6 +151,7 @@ def test_measured_keeps_what_lowers_the_loss_and_nothing_else():
     assert torch.equal(outputs(again, batches[0]), outputs(unlike, batches[0]))
 
 
+@pytest.mark.process
 def test_stock_transformers_loads_the_result_in_a_fresh_process(tmp_path):
     model = build("llama_tied")
     batches = batches_of(model)
@@ -169,7 +169,7 @@ def test_stock_transformers_loads_the_result_in_a_fresh_process(tmp_path):
         "torch.save(model(ids).logits.detach(), 'logits.pt')\n"
         "assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] <= 12\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = run_fresh(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert torch.equal(torch.load(tmp_path / "logits.pt"), outputs(model, {"input_ids": torch.arange(3, 12)[None]}))
 

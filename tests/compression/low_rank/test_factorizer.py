@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -23,15 +21,17 @@ from hf_cod import (
     prune,
 )
 from hf_cod.compression.low_rank.factorizer import METHODS
+from hf_cod.compression.low_rank.settings import RANK_SHARE
 from hf_cod.functional.factorization import DAMPING
 from hf_cod.functional.factorization import factorize as whitened
 from hf_cod.functional.ranks import count, most_rank, rank_of_weights
-from hf_cod.functional.sparse_low_rank import RANK_SHARE, decompose, sizes_of_weights
+from hf_cod.functional.sparse_low_rank import decompose, sizes_of_weights
 from hf_cod.io.models import ModelSettings, load_model
 from hf_cod.io.text import SampleSettings, split_samples, token_batches
 from hf_cod.layers.finished_layers import FinishedLayers
 from hf_cod.models.shapes import LowRankLinear
 from tests import references
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import CAUSAL, OTHERS, PLAIN, batch_for, build, double, outputs, two_batches
 
 
@@ -105,6 +105,7 @@ def test_applied_saved_and_loaded_again(family, tmp_path):
     assert torch.equal(outputs(loaded, batch), outputs(again, batch))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method, dtype", [("whitened", torch.float32), ("oats", torch.bfloat16)])
 def test_a_fresh_process_and_one_without_the_package(method, dtype, tmp_path):
     model = build("llama_tied", dtype=dtype)
@@ -120,7 +121,7 @@ def test_a_fresh_process_and_one_without_the_package(method, dtype, tmp_path):
             "print(type(model).__module__)\n"
             "torch.save(model(torch.arange(3, 12)[None]).logits.detach(), 'logits.pt')\n"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        done = run_fresh(code, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.startswith("hf_cod." if not options else "transformers_modules.")
         assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
@@ -311,6 +312,7 @@ def test_sparse_parts_against_the_formula_and_as_they_are_counted(family, dtype,
     assert factors(loaded_again(model, tmp_path)).keys() == ranks.keys()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sparse_parts_are_packed_and_loaded_in_a_fresh_process(dtype, tmp_path):
     model = build("llama", hidden_size=64, intermediate_size=96, dtype=dtype)
@@ -326,7 +328,7 @@ def test_sparse_parts_are_packed_and_loaded_in_a_fresh_process(dtype, tmp_path):
         "print(type(model.model.layers[1].mlp.up_proj.sparse).__name__)\n"
         "torch.save(model(torch.arange(3, 12)[None]).logits.detach(), 'logits.pt')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = run_fresh(code, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout == "SparseLinear\n", done.stderr[-2000:]
     expected = outputs(loaded_again(model, tmp_path), {"input_ids": torch.arange(3, 12)[None]})
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)

@@ -299,7 +299,7 @@ def test_a_plan_of_another_model(caplog):
     plan = allocate(score_layers(model, method="random"), budget=0.5)
     with pytest.raises(ValueError, match=r"plan: expected those of a model with \d+ weights in layer 0, got one with"):
         prune(wide, plan, "magnitude")
-    prune(build("llama"), allocate(score_layers(model, method="random"), parameters=[1] * 4), "magnitude")
+    prune(build("llama"), allocate(score_layers(model, method="random"), layer_parameters=[1] * 4), "magnitude")
     assert not caplog.text
     prune(build("llama"), replace(plan, model="someone/else"), "magnitude")
     assert "found on someone/else, whose layers are as large" in caplog.text

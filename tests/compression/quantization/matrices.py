@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from hf_cod import OwlBnbConfig, quantize
-from hf_cod.compression.quantization import bnb
-from hf_cod.compression.quantization.config import StorageSettings
+from hf_cod.compression.quantization import bnb_decoding
 from hf_cod.compression.quantization.format import expand_planes
 from hf_cod.compression.quantization.rounding import fill, new_module, round_matrix
+from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.functional.codebook import decode
 from tests.tiny_models import build
 
@@ -29,7 +29,7 @@ def quantized(shape, bits, *, bias=True, block=64, double_quant=True, dtype=torc
 
 def naive(module):
     """W (out, in) of a module, out of its tensors by the format's description and the codebook."""
-    scales = bnb.dequantize_scales(*module.scales()).view(module.out_features, -1)
+    scales = bnb_decoding.dequantize_scales(*module.scales()).view(module.out_features, -1)
     codes = module.weight.detach()
     b = expand_planes(codes) if module.bits == 3 else codes.view(module.out_features, -1)
     nibbles = torch.stack([b >> 4, b & 15], -1).flatten(1)

@@ -3,10 +3,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_cod.compression.quantization import bnb
+from hf_cod.compression.quantization import bnb_decoding
 from hf_cod.compression.quantization.format import expand_planes, pack_nibbles, pack_planes
 from hf_cod.compression.quantization.scales import NESTED_BLOCK
-from hf_cod.functional.codebook import BITS, decode
+from hf_cod.functional.bits import BITS
+from hf_cod.functional.codebook import decode
 
 
 def codes(rows, columns, bits, seed=0):
@@ -41,28 +42,29 @@ def test_bitsandbytes_decodes_what_is_packed(rows, blocks, block, bits):
     c = codes(rows, blocks * block, bits)
     s = torch.randn(rows, blocks)
     b = expand_planes(pack_planes(c)) if bits == 3 else pack_nibbles(c)
-    assert torch.equal(bnb.dequantize_nf4(b, s, block, torch.float32), decode(c, s, bits, block))
+    assert torch.equal(bnb_decoding.dequantize_nf4(b, s, block, torch.float32), decode(c, s, bits, block))
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 3 * NESTED_BLOCK), st.integers(0, 1000))
 def test_scales_in_eight_bits(count, seed):
     s = torch.randn(count, generator=torch.Generator().manual_seed(seed)) + 0.1
-    stored = bnb.quantize_scales(s)
+    stored = bnb_decoding.quantize_scales(s)
     assert stored["absmax"].dtype == torch.uint8 and stored["offset"] == s.mean()
-    found = bnb.dequantize_scales(stored["absmax"], stored["nested_absmax"], stored["offset"])
-    code = bnb.dynamic_code(torch.device("cpu")).tolist()
+    found = bnb_decoding.dequantize_scales(stored["absmax"], stored["nested_absmax"], stored["offset"])
+    code = bnb_decoding.dynamic_code(torch.device("cpu")).tolist()
     for first in range(0, count, NESTED_BLOCK):
         here = (s - s.mean())[first : first + NESTED_BLOCK]
         scale = float(here.abs().max())
         assert stored["nested_absmax"][first // NESTED_BLOCK] == scale
         for x, y in zip(here.tolist()[:5], found[first:].tolist(), strict=False):
             expected = min((abs(value - x / scale), value) for value in code)[1] if scale else 0.0
-            assert abs(y - float(s.mean()) - x) <= abs(expected * scale - x) + 1e-5 * scale
+            # Near the middle between two codes bitsandbytes may take either.
+            assert abs(y - float(s.mean()) - x) <= abs(expected * scale - x) + 1e-4 * scale
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257])
 def test_scales_in_32_bits_are_exact(count):
     s = torch.randn(count)
-    stored = bnb.quantize_scales(s, double_quant=False)
-    assert torch.equal(bnb.dequantize_scales(stored["absmax"], None, None), s)
+    stored = bnb_decoding.quantize_scales(s, double_quant=False)
+    assert torch.equal(bnb_decoding.dequantize_scales(stored["absmax"], None, None), s)

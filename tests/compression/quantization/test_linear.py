@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_cod.compression.quantization.config import StorageSettings
 from hf_cod.compression.quantization.rounding import round_matrix
+from hf_cod.compression.quantization.settings import StorageSettings
 from tests.compression.quantization.matrices import SHAPES, naive, quantized
 
 BITS = [3, 4]

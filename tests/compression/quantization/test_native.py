@@ -1,5 +1,3 @@
-import os
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +8,7 @@ from hf_cod.compression.quantization.bnb_decoding import dequantize_scales, quan
 from hf_cod.compression.quantization.format import pack_planes
 from hf_cod.compression.quantization.native import native_kernel
 from hf_cod.functional.codebook import CODEBOOKS
+from tests.fresh_processes import run_fresh
 
 # Blocks of 32 only where runs are whole blocks; for the others also where runs end inside a block.
 SIZES = [(5, 128, 32), (3, 64, 64), (1, 320, 64), (7, 768, 64), (4, 128, 128), (3, 640, 128), (2, 1536, 256)]
@@ -94,9 +93,9 @@ def test_sizes_that_it_cannot_multiply_go_another_way():
 # What a machine without a compiler prints and computes.
 WITHOUT = """
 import torch
-from hf_cod.quantization import native, product
-from hf_cod.quantization.bnb import quantize_scales
-from hf_cod.quantization.format import pack_planes
+from hf_cod.compression.quantization import native, product
+from hf_cod.compression.quantization.bnb_decoding import quantize_scales
+from hf_cod.compression.quantization.format import pack_planes
 stored = quantize_scales(torch.ones(6, 1))
 planes = pack_planes(torch.full((6, 64), 7, dtype=torch.uint8))
 for tokens in (1, 40):
@@ -107,11 +106,11 @@ assert native._load() is None
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(native.platform.machine() != "x86_64", reason="nothing is built for this processor")
 def test_without_a_compiler_it_says_so_once_and_decodes(tmp_path):
     changes = {"HF_ASSETS_CACHE": str(tmp_path), "CXX": sys.executable, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WITHOUT]
-    done = subprocess.run(command, env={**os.environ, **changes}, capture_output=True, text=True, check=False)
+    done = run_fresh(WITHOUT, environment=changes)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no kernel for 3-bit layers") == 1
     assert "apt install g++" in done.stderr and "bitsandbytes decodes them" in done.stderr

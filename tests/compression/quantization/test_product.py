@@ -3,10 +3,10 @@ import torch
 
 from hf_cod.compression.quantization import product
 from hf_cod.compression.quantization.bnb_decoding import dequantize_scales, quantize_scales
-from hf_cod.compression.quantization.config import StorageSettings
 from hf_cod.compression.quantization.format import pack_planes
 from hf_cod.compression.quantization.linear import Linear3bit
 from hf_cod.compression.quantization.rounding import fill, new_module, round_matrix
+from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.functional.codebook import CODEBOOKS
 
 

@@ -1,7 +1,6 @@
 import copy
 import json
 import pickle
-import subprocess
 import sys
 import weakref
 
@@ -14,6 +13,7 @@ from hf_cod import LayerScores, OwlBnbConfig, collect_statistics, find_decoder_l
 from hf_cod.compression.quantization.bnb import Linear4bit
 from hf_cod.compression.quantization.linear import Linear3bit
 from tests.compression.quantization.matrices import llama, mixed
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import OTHERS, batch_for, build
 
 FAMILIES = ["llama", "llama_tied", "gpt2", "opt", "qwen2_moe", "mixtral", "bert", "bert_headless", "vit"]
@@ -48,11 +48,6 @@ def outputs(model):
 
 def stored(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, (Linear3bit, Linear4bit))}
-
-
-def fresh(script: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def equal_files(one, two):
@@ -128,16 +123,18 @@ def test_one_matrix_at_a_time_is_dense_while_loading(tmp_path, monkeypatch):
     assert len(most) == 28 and max(most) == 1
 
 
+@pytest.mark.process
 def test_a_fresh_process_computes_the_same_bit_by_bit(tmp_path):
     mixed(dtype=torch.bfloat16).save_pretrained(tmp_path, max_shard_size="20KB")
     assert len([*tmp_path.glob("model-*.safetensors")]) > 2
-    done = fresh(FRESH, tmp_path, tmp_path / "logits.pt")
+    done = run_fresh(FRESH, tmp_path, tmp_path / "logits.pt")
     assert done.returncode == 0 and "UNEXPECTED" not in done.stderr, done.stderr
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path)(torch.arange(3, 12)[None]).logits
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 
+@pytest.mark.process
 def test_without_this_package_loading_fails_and_says_what_to_install(tmp_path):
     folders = [tmp_path / "3", tmp_path / "4"]
     for folder in folders:
@@ -146,7 +143,7 @@ def test_without_this_package_loading_fails_and_says_what_to_install(tmp_path):
         model.save_pretrained(folder)
         kept = json.loads((folder / "config.json").read_text())["quantization_config"]
         assert "pip install hf_cod" in kept["install"]
-    done = fresh(WITHOUT, *folders)
+    done = run_fresh(WITHOUT, *folders)
     assert done.returncode == 0 and done.stdout.count("refused") == 2, "never random weights"
     assert "owl_bnb" in done.stderr and done.stderr.count("pip_install_hf_cod_then_import_hf_cod") >= 2
 

@@ -1,6 +1,4 @@
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +7,15 @@ import pytest
 import torch
 
 from hf_cod.compression.sparse import kernel
+from hf_cod.io import native_kernel
+from tests.fresh_processes import run_fresh
 
 # What a machine without a kernel prints, computes and keeps.
 WITHOUT = """
 import gc
 import torch
 from hf_cod import SparseLinear
-from hf_cod.sparse import kernel, product
+from hf_cod.compression.sparse import kernel, product
 linear = torch.nn.Linear(65, 37)
 linear.weight.data *= torch.rand(37, 65) > 0.7
 packed = SparseLinear.from_linear(linear)
@@ -40,16 +40,16 @@ linear = torch.nn.Linear(65, 37)
 packed = SparseLinear.from_linear(linear)
 x = torch.randn(2, 65)
 torch.testing.assert_close(packed(x), linear(x), atol=1e-5, rtol=1e-5)
-from hf_cod.sparse.kernel import load_kernel
+from hf_cod.compression.sparse.kernel import load_kernel
 assert load_kernel() is not None
 """
 
 
-def run(code: str, **changes: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+def run(code: str, **changes: str):
+    return run_fresh(code, environment={"OMP_NUM_THREADS": "1", **changes})
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("missing", ["compiler", "ninja", "cache"])
 def test_without_what_the_build_needs_it_says_so_once_and_computes_densely(missing, tmp_path):
     cache = tmp_path / "cache"
@@ -65,12 +65,38 @@ def test_without_what_the_build_needs_it_says_so_once_and_computes_densely(missi
     assert "apt install g++" in done.stderr and "pip install ninja" in done.stderr and "dense" in done.stderr
 
 
-def test_it_is_built_once_and_found_again_without_a_compiler(tmp_path):
-    first = run(WITH, HF_ASSETS_CACHE=str(tmp_path))
+# A compiler that answers as the real one does, but hands out what that one has made before.
+STAND_IN = """#!/bin/sh
+case "$*" in *" -c "* | *-shared*) ;; *) exec c++ "$@" ;; esac
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -o) out="$2" ;;
+    -MF) echo "kernel.o:" > "$2" ;;
+    -shared) shared=yes ;;
+  esac
+  shift
+done
+if [ "$shared" ]; then cp LIBRARY "$out"; else : > "$out"; fi
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in passes for g++")
+@pytest.mark.parametrize("compiler", ["stand-in", pytest.param("real", marks=pytest.mark.slow)])
+def test_it_is_built_once_and_found_again_without_a_compiler(compiler, tmp_path):
+    """What compiles for half a minute the real compiler has made of the same sources, when other tests asked for it."""
+    cache, changes = tmp_path / "cache", {}
+    if compiler == "stand-in":
+        assert kernel.load_kernel() is not None
+        made = native_kernel._cached("hf_cod_sparse", kernel._SOURCES)
+        (tmp_path / "g++").write_text(STAND_IN.replace("LIBRARY", f"'{made}'"))
+        (tmp_path / "g++").chmod(0o755)
+        changes = {"CXX": str(tmp_path / "g++")}
+    first = run(WITH, HF_ASSETS_CACHE=str(cache), **changes)
     assert first.returncode == 0 and "building the kernel" in first.stderr, first.stderr
-    again = run(WITH, HF_ASSETS_CACHE=str(tmp_path), CXX="no-such-compiler", PATH="")
+    again = run(WITH, HF_ASSETS_CACHE=str(cache), CXX="no-such-compiler", PATH="")
     assert again.returncode == 0 and "kernel" not in again.stderr, again.stderr
-    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    left = [path for path in cache.rglob("*") if path.is_file()]
     assert [path.name for path in left] == ["hf_cod_sparse.so"], "nothing but the library"
 
 

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -16,6 +14,7 @@ from transformers import (
 
 from hf_cod import SparseConfig, SparseLinear, collect_statistics, pack_sparse, score_layers
 from tests.compression.sparse.matrices import prune, sparse_model
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import batch_for, build
 
 FAMILIES = ["llama", "llama_tied", "qwen2", "opt", "mixtral", "qwen2_moe", "deepseek_v3", "gemma3"]
@@ -35,9 +34,8 @@ def logits(model, tokens: int = 9) -> torch.Tensor:
     return model(torch.arange(3, 3 + tokens)[None]).logits
 
 
-def fresh(folder, imports: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", FRESH.format(imports=imports), str(folder), str(folder / "logits.pt")]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def fresh(folder, imports: str):
+    return run_fresh(FRESH.format(imports=imports), folder, folder / "logits.pt")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,6 +59,7 @@ def test_pack_save_and_load_again(family, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), 3), few)
 
 
+@pytest.mark.process
 def test_a_fresh_process_computes_the_same_bit_by_bit(tmp_path):
     model = pack_sparse(sparse_model(dtype=torch.bfloat16))
     model.save_pretrained(tmp_path)
@@ -70,6 +69,7 @@ def test_a_fresh_process_computes_the_same_bit_by_bit(tmp_path):
     assert (tmp_path / "logits.pt").is_file()
 
 
+@pytest.mark.process
 def test_without_this_package_loading_fails_and_says_what_to_install(tmp_path):
     pack_sparse(sparse_model()).save_pretrained(tmp_path)
     done = fresh(tmp_path, "")

@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -32,6 +30,7 @@ from hf_cod.io.text import SampleSettings, split_samples, token_batches
 from hf_cod.layers.finished_layers import FinishedLayers
 from hf_cod.layers.units import find_units
 from tests import references
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import CAUSAL, MIXTURES, OTHERS, PLAIN, batch_for, build, double, outputs, two_batches
 
 # MPNet's attention, most of its weights, stays whole.
@@ -78,7 +77,7 @@ def test_every_family_against_the_formula(family):
     model = build(family, layers=3, dtype=torch.float64)
     batches = double(two_batches(model, "left"))
     intact = copy.deepcopy(model)
-    report = narrow(model, different(3, spread=SPREAD.get(family, 0.2)), batches=batches, multiple=4)
+    report = narrow(model, different(3, spread=SPREAD.get(family, 0.2)), batches=batches, channel_multiple=4)
     expected = by_hand(intact, batches, report)
     assert len(set(report.results["channels"])) > 1
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in intact.parameters())
@@ -170,9 +169,9 @@ def test_applied_saved_and_loaded_again(family, tmp_path):
         before = sum(p.numel() for p in model.parameters())
         if family in MIXTURES:
             with pytest.raises(ValueError, match=r"parameters: expected at least|known structure in GptOss"):
-                narrow(model, plan, batches=[batch], multiple=4)
+                narrow(model, plan, batches=[batch], channel_multiple=4)
             continue
-        report = narrow(model, plan, batches=[batch], multiple=4)
+        report = narrow(model, plan, batches=[batch], channel_multiple=4)
         found = report.results["parameters"]
         assert found == {"intact": before, "narrowed": sum(p.numel() for p in model.parameters())}
         assert report.results["kept"] == pytest.approx(0.65, abs=0.03)
@@ -189,6 +188,7 @@ def test_applied_saved_and_loaded_again(family, tmp_path):
         assert torch.equal(outputs(loaded, batch), outputs(again, batch))
 
 
+@pytest.mark.process
 def test_fresh_processes_with_and_without_the_package(tmp_path):
     """Layers that differ: with it, or as remote code; layers that are alike: by transformers alone."""
     hidden = tmp_path / "hidden"
@@ -200,7 +200,7 @@ def test_fresh_processes_with_and_without_the_package(tmp_path):
         ("alike", 0.6, "least_squares", [(f"sys.path.insert(0, {str(hidden)!r})", "")]),
     ):
         model = build("llama_tied")
-        narrow(model, plan, "fluctuation", compensation, batches=two_batches(model), multiple=8)
+        narrow(model, plan, "fluctuation", compensation, batches=two_batches(model), channel_multiple=8)
         model.save_pretrained(tmp_path / name)
         for start, trust in starts:
             code = (
@@ -210,7 +210,7 @@ def test_fresh_processes_with_and_without_the_package(tmp_path):
                 "torch.save(model(torch.arange(3, 12)[None]).logits.detach(), 'logits.pt')\n"
             )
             place = tmp_path / name
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=place)
+            done = run_fresh(code, cwd=place)
             assert done.returncode == 0, done.stderr[-2000:]
             where = "transformers." if name == "alike" else "transformers_modules." if trust else "hf_cod."
             assert done.stdout.startswith(where)
@@ -222,7 +222,7 @@ def test_fresh_processes_with_and_without_the_package(tmp_path):
 def test_generation_with_and_without_cache(family, attention):
     model = build(family)
     model.set_attn_implementation(attention)
-    narrow(model, different(), batches=two_batches(model, "left"), multiple=4)
+    narrow(model, different(), batches=two_batches(model, "left"), channel_multiple=4)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     cached = model.generate(**batch_for(model, "left"), **options)
     assert torch.equal(cached, model.generate(**batch_for(model, "left"), **options, use_cache=False))
@@ -235,15 +235,16 @@ def test_padding_does_not_count():
     padded, plain = build("llama", dtype=torch.float64), build("llama", dtype=torch.float64)
     batch = batch_for(padded, "left")
     rows = [ids[mask.bool()][None] for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    narrow(padded, different(), batches=[batch], multiple=4)
-    narrow(plain, different(), batches=[{"input_ids": ids} for ids in rows], multiple=4)
+    narrow(padded, different(), batches=[batch], channel_multiple=4)
+    narrow(plain, different(), batches=[{"input_ids": ids} for ids in rows], channel_multiple=4)
     for a, b in zip(padded.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # positions are rotated in float32
 
 
 def test_the_bias_is_recorded_saved_and_dropped_with_its_layer(tmp_path):
     model = build("llama")
-    assert not narrow(model, 0.6, "fluctuation", "bias", batches=two_batches(model), multiple=8).results["stock"]
+    report = narrow(model, 0.6, "fluctuation", "bias", batches=two_batches(model), channel_multiple=8)
+    assert not report.results["stock"]
     assert model.model.layers[1].mlp.down_proj.bias.any() and model.model.layers[1].self_attn.o_proj.bias.any()
     assert model.config.module_shapes["layers.1.mlp.down_proj"] == {"in_features": 32, "bias": 1}
     drop(model, [0, 2])
@@ -254,7 +255,7 @@ def test_the_bias_is_recorded_saved_and_dropped_with_its_layer(tmp_path):
 
 def test_adapters_and_device_map(tmp_path):
     model = build("llama")
-    narrow(model, different(), batches=two_batches(model), multiple=4)
+    narrow(model, different(), batches=two_batches(model), channel_multiple=4)
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="auto")
     assert isinstance(loaded, LlamaForCausalLM) and torch.equal(outputs(loaded), outputs(model))
@@ -277,7 +278,7 @@ def test_nothing_else_changes_and_the_model_is_left_as_it_was():
     model = build("gpt2").train()
     names = {n for i in range(4) for n in find_decoder_layers(model).linears(i)}
     others = {n: p.detach().clone() for n, p in model.named_parameters() if n.rpartition(".")[0] not in names}
-    narrow(model, different(), "taylor", batches=two_batches(model), multiple=4)
+    narrow(model, different(), "taylor", batches=two_batches(model), channel_multiple=4)
     found = dict(model.named_parameters())
     assert all(torch.equal(found[name], before) for name, before in others.items())
     assert all(module.training for module in model.modules()) and model.config.use_cache
@@ -288,7 +289,7 @@ def test_nothing_else_changes_and_the_model_is_left_as_it_was():
 def test_an_allocation_is_met_and_a_narrow_model_narrowed_again():
     model = build("llama", hidden_size=64, intermediate_size=192, num_attention_heads=8, num_key_value_heads=4)
     plan = different(budget=0.6, spread=0.2)
-    report = narrow(model, plan, batches=[batch_for(model)], multiple=8)
+    report = narrow(model, plan, batches=[batch_for(model)], channel_multiple=8)
     assert report.results["kept"] == pytest.approx(plan.mean, abs=0.01)
     off = [kept - share for kept, share in zip(report.layers["kept"], plan.values, strict=True)]
     assert off == pytest.approx([0] * 4, abs=0.03)
@@ -297,14 +298,14 @@ def test_an_allocation_is_met_and_a_narrow_model_narrowed_again():
     assert report.settings["plan"] == "parameters 0.6 by mine"
     heads = [layer.self_attn.q_proj.out_features // 8 for layer in model.model.layers]
     assert heads == report.results["heads"] and len(set(heads)) > 1
-    again = narrow(model, 0.8, "magnitude", "none", multiple=8)
+    again = narrow(model, 0.8, "magnitude", "none", channel_multiple=8)
     assert again.results["kept"] == pytest.approx(0.8, abs=0.05)
     assert outputs(model).isfinite().all() and "error" not in again.layers
 
 
 def test_one_layer_of_many_heads_without_groups():
     model = build("llama", layers=1, num_key_value_heads=4)
-    report = narrow(model, 0.5, batches=[batch_for(model)], multiple=8)
+    report = narrow(model, 0.5, batches=[batch_for(model)], channel_multiple=8)
     assert report.results["stock"] and model.config.num_key_value_heads == model.config.num_attention_heads == 2
     assert model.config.head_dim == 8 and model.config.intermediate_size == report.results["channels"][0]
 
@@ -329,7 +330,7 @@ def test_a_family_that_refuses_sizes_in_a_way_of_its_own(error, monkeypatch, tmp
 
     monkeypatch.setattr(LlamaModel, "__init__", refusing)
     with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else nullcontext():
-        assert not narrow(model, 0.6, "magnitude", "none", multiple=8).results["stock"]
+        assert not narrow(model, 0.6, "magnitude", "none", channel_multiple=8).results["stock"]
         model.save_pretrained(tmp_path)
         assert torch.equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path)), outputs(model))
     assert model.config.intermediate_size == 48 and model.config.num_attention_heads == 4
@@ -339,7 +340,7 @@ def test_a_family_that_refuses_sizes_in_a_way_of_its_own(error, monkeypatch, tmp
 @pytest.mark.parametrize("stop", range(5))
 def test_a_killed_run_goes_on_and_ends_in_the_same_bits(method, compensation, stop, tmp_path, monkeypatch):
     batches = two_batches(build("llama"), "left")
-    work = {"method": method, "compensation": compensation, "batches": batches, "multiple": 4}
+    work = {"method": method, "compensation": compensation, "batches": batches, "channel_multiple": 4}
     whole = build("llama")
     expected = narrow(whole, different(), **work)
     add, done = FinishedLayers.add, []
@@ -371,21 +372,21 @@ def test_after_an_error_the_model_can_be_saved_as_it_is(tmp_path):
     with torch.no_grad():
         model.model.layers[2].input_layernorm.weight[3] = torch.nan
     with pytest.raises(ValueError, match=r"first at the input of model.layers.2.self_attn.o_proj, batch 0"):
-        narrow(model, 0.5, batches=two_batches(model), multiple=8)
+        narrow(model, 0.5, batches=two_batches(model), channel_multiple=8)
     assert [layer.mlp.up_proj.out_features < 48 for layer in model.model.layers] == [True, True, False, False]
     model.save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).model.layers[1].mlp.up_proj.out_features < 48
 
 
 def test_what_has_another_structure_stays_whole_and_is_named():
-    olmo2 = narrow(build("olmo2"), 0.7, "magnitude", "none", multiple=8)
+    olmo2 = narrow(build("olmo2"), 0.7, "magnitude", "none", channel_multiple=8)
     assert olmo2.results["heads"] == [None] * 4 and "share_of_heads" not in olmo2.layers
     assert olmo2.notes == ["layers 0 to 3: attention stays whole: self_attn.q_norm.weight concerns all heads"]
-    mixture = narrow(build("qwen2_moe"), 0.9, "magnitude", "none", multiple=8)
+    mixture = narrow(build("qwen2_moe"), 0.9, "magnitude", "none", channel_multiple=8)
     assert [value is None for value in mixture.layers["share_of_channels"]] == [True, False, True, True]
     assert mixture.notes == ["layers 0, 2, 3: MLP stays whole: experts are not narrowed"]
     with pytest.raises(ValueError, match=r"in layer 0, which is one group .*; MLP stays whole: experts are not"):
-        narrow(build("qwen2_moe"), 0.1, "magnitude", "none", multiple=8)
+        narrow(build("qwen2_moe"), 0.1, "magnitude", "none", channel_multiple=8)
     with pytest.raises(
         ValueError, match=r"known structure in GptOssForCausalLM, got none; .* self_attn.sinks concerns"
     ):
@@ -406,7 +407,7 @@ def test_zeros_that_are_filled_are_told_of(compensation):
     """Of the last matrices of attention and MLP, 2 in each of 4 layers."""
     model = build("llama")
     prune(model, 0.5, "magnitude")
-    notes = narrow(model, 0.7, compensation=compensation, batches=two_batches(model), multiple=8).notes
+    notes = narrow(model, 0.7, compensation=compensation, batches=two_batches(model), channel_multiple=8).notes
     told = [note for note in notes if "lost their zeros" in note]
     filled = [] if compensation == "none" else ["8 of 28"]
     assert [note.partition(" pruned matrices")[0] for note in told] == filled
@@ -432,20 +433,23 @@ def test_bad_plans():
         (0.05, r"parameters: expected at least 0.3\d* in layer 0, which is one group of heads and 8 channels"),
     ]:
         with pytest.raises(ValueError, match=message):
-            narrow(model, plan, "magnitude", "none", multiple=8)
+            narrow(model, plan, "magnitude", "none", channel_multiple=8)
     for options, message in [
         ({"method": "best"}, "method: expected one of fluctuation, taylor, magnitude, got 'best'"),
         ({"compensation": "luck"}, "compensation: expected one of least_squares, bias, none, got 'luck'"),
         ({}, "batches: expected at least one for fluctuation with least_squares, got none"),
         ({"batches": ["some text"]}, "batches: expected dicts of tensors for the model's forward, got str"),
         ({"method": "taylor", "compensation": "none"}, "batches: expected at least one for taylor with none, got none"),
-        ({"method": "magnitude", "compensation": "none", "multiple": 0}, "multiple: expected a whole number above 0"),
+        (
+            {"method": "magnitude", "compensation": "none", "channel_multiple": 0},
+            "channel_multiple: expected a whole number above 0",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             narrow(model, 0.6, **options)
     with pytest.raises(ValueError, match="taylor: expected a loss and floating-point weights in memory, but BertModel"):
         headless = build("bert_headless")
-        narrow(headless, 0.6, "taylor", "none", batches=[batch_for(headless)], multiple=8)
+        narrow(headless, 0.6, "taylor", "none", batches=[batch_for(headless)], channel_multiple=8)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -460,12 +464,12 @@ def test_plans_of_another_model_are_refused(tmp_path, caplog):
     mine = find_decoder_layers(model).count_weights(0)
     for wrong in (plan, widths):
         with pytest.raises(ValueError, match=rf"plan: expected those of a model with {mine} weights in layer 0, got"):
-            narrow(model, wrong, "magnitude", "none", multiple=8)
+            narrow(model, wrong, "magnitude", "none", channel_multiple=8)
     assert find_decoder_layers(model).count_weights(0) == mine
     caplog.clear()
-    narrow(copy.deepcopy(other), widths, "magnitude", "none", multiple=8)
+    narrow(copy.deepcopy(other), widths, "magnitude", "none", channel_multiple=8)
     assert not caplog.messages
-    narrow(other, plan, "magnitude", "none", multiple=8)
+    narrow(other, plan, "magnitude", "none", channel_multiple=8)
     assert "plan: used on LlamaForCausalLM, but found on some/other, whose layers" in caplog.text
 
 

@@ -160,6 +160,7 @@ def test_loss_scaling_and_autocast():
     assert optimizer.steps == 10 < len(losses) and losses[-1] < losses[0] - 0.05
 
 
+@pytest.mark.process
 def test_two_processes_stay_in_step_and_train_as_one(tmp_path):
     """OwLore's adapters in float64, and LoRA's, of which DDP itself has nothing to average either."""
     run_in_two_processes("adapters", tmp_path)
@@ -290,7 +291,7 @@ def model_count(model, index):
         (3, None, {}, "scores: expected those of a model with 4 layers, got 3"),
         (4, 7, {}, "scores: expected those of a model with .* weights in layer 0, got one with 7 .tiny."),
         (4, None, {"r": 0}, "r: expected at least 1, got 0"),
-        (4, None, {"width": 2.0}, "width: expected a share between 0 and 1, got 2.0"),
+        (4, None, {"relative_spread": 2.0}, "relative_spread: expected a share between 0 and 1, got 2.0"),
     ],
 )
 def test_bad_ranks(layers, size, arguments, message):

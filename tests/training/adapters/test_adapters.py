@@ -1,8 +1,6 @@
 """OwLore adapters through PEFT's own doors: made, trained, saved, loaded, merged, exported."""
 
 import copy
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -16,6 +14,7 @@ from hf_cod import LayerScores, OwLoreAdamW, OwLoreConfig, owlore, pack_sparse
 from hf_cod.training.adapters import registry
 from hf_cod.training.owlore.increment import Increment
 from tests.compression.quantization.matrices import mixed
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import batch_for, build
 from tests.training.owlore.references import galore
 
@@ -118,12 +117,13 @@ assert "hf_cod" not in sys.modules
 
 def in_a_fresh_process(code, folder):
     torch.save(IDS, folder / "ids.pt")
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    done = run_fresh(code, folder)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "missing adapter keys" not in done.stderr
     return torch.load(folder / "logits.pt")
 
 
+@pytest.mark.process
 def test_saved_small_and_loaded_in_a_fresh_process(tmp_path):
     build("llama").save_pretrained(tmp_path / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base").train(), OwLoreConfig(r=4))
@@ -154,6 +154,7 @@ def test_a_config_makes_another_adapter_that_trains(saved, tmp_path):
     assert not torch.allclose(logits(again.eval()), logits(build("llama")), atol=1e-3)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("rank", [16, 0.9999])
 def test_exported_to_a_lora_that_loads_without_us(rank, tmp_path):
     build("llama").save_pretrained(tmp_path / "base")

@@ -2,8 +2,6 @@
 
 import copy
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -23,6 +21,7 @@ from hf_cod.training.healing.settings import count_tokens
 from hf_cod.training.healing.zeros import kept_at_zero
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import batch_for, build
 from tests.tiny_tokenizers import bert_like, gpt_like
 
@@ -162,6 +161,7 @@ def test_sparse_parts_beside_factors_keep_their_zeros(method, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(student))
 
 
+@pytest.mark.process
 def test_a_dropped_student_with_hidden_states_reloads_in_a_fresh_process(tmp_path):
     student, teacher = build("llama"), build("llama")
     drop(student, [1])
@@ -174,7 +174,7 @@ def test_a_dropped_student_with_hidden_states_reloads_in_a_fresh_process(tmp_pat
         "model = AutoModelForCausalLM.from_pretrained('.')\n"
         "torch.save(model(torch.arange(3, 12)[None]).logits.detach(), 'logits.pt')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = run_fresh(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     expected = student.eval()(torch.arange(3, 12)[None]).logits.detach()
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)

@@ -356,6 +356,7 @@ def test_fused_under_loss_scaling_is_refused(monkeypatch):
         OwLoreAdamW(model, n_active=2, rank=4, fused=True)
 
 
+@pytest.mark.process
 def test_shards_are_refused(tmp_path, monkeypatch):
     """FSDP 1 and 2, before and after the optimizer is made; DeepSpeed's flat partitions."""
     run_in_two_processes("owlore_shards", tmp_path)
@@ -375,6 +376,7 @@ def test_shards_are_refused(tmp_path, monkeypatch):
         OwLoreAdamW(build("llama"), n_active=2, rank=4)
 
 
+@pytest.mark.process
 def test_two_processes_stay_in_step_and_train_as_one(tmp_path):
     run_in_two_processes("owlore", tmp_path)
     first, second = (torch.load(tmp_path / f"owlore-{rank}.pt") for rank in range(2))
@@ -578,7 +580,7 @@ def test_what_never_trains_is_told(caplog):
 
 def test_layers_are_drawn_by_an_allocation_of_probability():
     model = build("llama")
-    plan = allocate(scored(model), "probability", budget=0.5, parameters=[1] * 4)
+    plan = allocate(scored(model), "probability", budget=0.5, layer_parameters=[1] * 4)
     optimizer = OwLoreAdamW(model, plan, n_active=2, interval=1, rank=4)
     assert optimizer.sampler.probabilities == plan.values
     train(model, optimizer, 2)

@@ -1,0 +1,31 @@
+"""What a `LayerMonitor`, and so the callback, can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_cod.io.settings import SampleSettings, layers_path_field
+
+
+@dataclass
+class MonitorSettings(SampleSettings):
+    """When and on what layers are measured during training."""
+
+    sequence_length: int = field(
+        default=128, metadata={"help": "tokens in a sample of the probe; at most what the model has positions for"}
+    )
+    max_samples: int = field(default=16, metadata={"help": "samples of the probe, where it is text or a data set"})
+    every: int = field(
+        default=100, metadata={"help": "measure after this many optimizer steps, and after the very first one"}
+    )
+    logged_layers: int = field(
+        default=12,
+        metadata={"help": "layers, evenly spaced with the first and last, that go to the log; the history holds all"},
+    )
+    layers_path: str | None = layers_path_field()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("every", 1), ("logged_layers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")

@@ -1,0 +1,57 @@
+"""Tables that say why: which layers get how many bits, and which are removed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hf_cod.compression.depth.depth_plan import DepthPlan
+from hf_cod.compression.quantization.plan import plan_bits
+from hf_cod.io.report import format_number
+from hf_cod.layers.stack import DecoderLayers
+from hf_cod.scoring.layer_scores import LayerScores
+
+
+def explain_bits(stack: DecoderLayers, settings: Any, scores: LayerScores | None) -> None:
+    """Prints who gets how many bits, and why; `settings` are those of hf-cod quantize."""
+    plan = plan_bits(stack, settings.bits, settings, scores, settings.skip)
+    values = [0.0] * len(stack) if scores is None else scores.values
+    order = sorted(range(len(stack)), key=lambda i: -values[i])
+    title = f"{plan.stored:.3f} stored bits a weight"
+    table = Table(*("layer", "score", "rank", "matrices of four bits", "of three"), title=title)
+    for index in range(len(stack)):
+        names = [name for name in stack.linears(index) if name in plan.bits]
+        four = [name.rsplit(".", 1)[-1] for name in names if plan.bits[name] == 4]
+        told = "all" if len(four) == len(names) else ", ".join(four) or "none"
+        row = (index, format_number(values[index]), order.index(index) + 1, told, len(names) - len(four))
+        table.add_row(*map(str, row))
+    console = Console()
+    console.print(table)
+    if not settings.mixed:
+        return
+    why = "by equal scores, earlier layers first" if scores is None else f"by {scores.method}, highest scores first"
+    console.print(
+        f"Four bits {why}, until {settings.bits:g} stored bits a weight are spent; the layer where they end gets them "
+        "in the matrices that still fit, in the order of the model.",
+        highlight=False,
+    )
+
+
+def explain_depth(plan: DepthPlan) -> None:
+    """Prints what each layer costs, and which go."""
+    table = Table("layer", "cost", "rank", "", title=f"{len(plan.layers)} of {len(plan.parameters)} layers")
+    known = {i: cost for i, cost in enumerate(plan.costs) if cost is not None}
+    order = sorted(known, key=lambda i: known[i])
+    for index in range(len(plan.parameters)):
+        told = "removed" if index in plan.layers else "protected" if index in plan.protected else ""
+        rank = str(order.index(index) + 1) if index in known else "-"
+        table.add_row(str(index), format_number(known.get(index)), rank, told)
+    console = Console()
+    console.print(table)
+    for name, found in plan.candidates.items():
+        layers = ", ".join(map(str, found["layers"])) or "none"
+        maps = ", with maps in their place," if found.get("maps") else ""
+        told = f"{name}: without layers {layers}{maps} the {plan.metric} is {format_number(found['loss'])}"
+        console.print(told, highlight=False)

@@ -1,0 +1,61 @@
+"""Models with their tokenizers, and samples of text to work on and to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from hf_cod.cli.settings import MeasuringSettings
+from hf_cod.io.models import load_model
+from hf_cod.io.settings import ModelSettings, TextSettings
+from hf_cod.io.text import Batch, describe_batches, load_texts, mask_tokens, split_samples
+from hf_cod.io.text import token_batches as cut_into_batches
+from hf_cod.layers.checks import check_length
+from hf_cod.layers.task import task_of
+
+
+def load_with_tokenizer(source: str, loading: ModelSettings) -> tuple[nn.Module, Any]:
+    """The model and its tokenizer.
+
+    Raises:
+        ValueError: it has none, so that there are no samples to cut; or no such model.
+    """
+    model, tokenizer = load_model(source, loading)
+    if tokenizer is None:
+        raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod in Python")
+    return model, tokenizer
+
+
+def split_text(
+    model: nn.Module, tokenizer: Any, text: TextSettings, settings: MeasuringSettings
+) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """Samples to work on and, apart from them, to measure on: of one text the earlier and the later ones.
+
+    Raises:
+        ValueError: a text that is too short for both, or samples that are too long for the model.
+    """
+    check_length(model, settings.sequence_length)
+    calibrating, measuring = settings.max_samples, settings.eval_samples
+    first: Sequence[Batch]
+    second: Sequence[Batch]
+    if settings.eval_text is not None:
+        other = load_texts(replace(text, text=settings.eval_text))
+        first = cut_into_batches(tokenizer, load_texts(text), settings)
+        second = cut_into_batches(tokenizer, other, replace(settings, max_samples=measuring))
+    else:
+        both = replace(settings, max_samples=calibrating + measuring)
+        batches = cut_into_batches(tokenizer, load_texts(text), both)
+        drawn = describe_batches(batches)["samples"]
+        if drawn < 2:
+            raise ValueError(
+                f"text: expected at least two samples of {settings.sequence_length} tokens, one to work on and one "
+                "to measure on, got one; give a longer text, --eval-text, or a shorter --sequence-length"
+            )
+        share = calibrating / (calibrating + measuring)
+        first, second = split_samples(batches, min(drawn - 1, max(1, round(drawn * share))))
+    if task_of(model) == "masked_lm":
+        return mask_tokens(tokenizer, first, settings.seed), mask_tokens(tokenizer, second, settings.seed)
+    return first, second

@@ -1,0 +1,18 @@
+"""What packing can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True)
+class PackSettings:
+    """Which matrices are packed."""
+
+    minimum: float = field(
+        default=0.5, metadata={"help": "pack the matrices of which at least this share is zero, 0 to 1"}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.minimum <= 1:
+            raise ValueError(f"minimum: expected a share of zeros between 0 and 1, got {self.minimum}")

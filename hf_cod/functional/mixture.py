@@ -1,0 +1,9 @@
+"""What the mixture of a distillation loss may be: numbers alone, so that settings check them without torch."""
+
+
+def check_mixture(temperature: float, share: float) -> None:
+    """Raises ValueError for a temperature or a share of labels out of range."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"labels: expected a share in 0..1, got {share}")

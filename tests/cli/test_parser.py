@@ -1,0 +1,148 @@
+"""Options of every command: their spelling, config files, completion; help that waits for nothing."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+import yaml
+
+from hf_cod.cli.main import COMMANDS, main
+from hf_cod.cli.parser import SettingsParser
+from hf_cod.io.report import RunReport
+from tests.tiny_models import build
+from tests.tiny_tokenizers import gpt_like
+
+QUICK = ["--sequence-length", "8", "--max-samples", "4", "--batch-size", "2", "--no-plots"]
+
+
+@dataclass
+class Options:
+    rate: float = field(default=0.5, metadata={"help": "a share, in 10 % steps"})
+    steps: int | None = None
+    names: list[str] = field(default_factory=list)
+    kind: Literal["a", "b"] = "a"
+    plots: bool = True
+    loud: bool = False
+
+
+def parse(*arguments):
+    parser = SettingsParser([Options], prog="x")
+    parser.add_argument("model")
+    return parser.parse(arguments)
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    """Of all commands, in one process; their parsers are what help, completion and config files need."""
+    code = (
+        "import sys, contextlib, io\n"
+        "from hf_cod.cli.main import COMMANDS, main\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    main([]), main(['--version']), main(['--print-completion', 'bash'])\n"
+        "    for name in COMMANDS:\n"
+        "        with contextlib.suppress(SystemExit): main([name, '--help'])\n"
+        "        with contextlib.suppress(SystemExit): main([name, '--print-config'])\n"
+        "slow = {'torch', 'transformers', 'numpy', 'accelerate', 'matplotlib'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_options_by_dashes_underscores_and_other_tools_names():
+    assert parse("m", "--rate", "1")[0] == parse("--rate=1.0", "m")[0] == Options(rate=1.0)
+    settings, rest = parse("m", "--no_plots", "--names", "a", "b", "--loud", "--steps=3")
+    assert settings == Options(steps=3, names=["a", "b"], plots=False, loud=True) and rest.model == "m"
+    with pytest.raises(ValueError, match="kind: expected one of a, b, got 'c'"):
+        parse("m", "--kind", "c")
+    with pytest.raises(SystemExit):
+        parse("m", "--rat", "1")  # no abbreviations: a new option would change what they mean
+
+
+def test_a_config_file_gives_defaults_and_the_command_line_wins(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: mine\nrate: 1\nsteps: 7\nnames: [a]\nplots: false\nloud: true\n")
+    settings, rest = parse("--config", str(file))
+    assert settings == Options(1.0, 7, ["a"], "a", False, True) and rest.model == "mine"
+    settings, rest = parse("other", "--config", str(file), "--steps", "8")
+    assert settings.steps == 8 and settings.rate == 1 and rest.model == "other"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rates: 1", "config: expected one of rate, steps, names, kind, plots, loud, model, got 'rates'"),
+        ("rate: fast", "rate: expected float, got 'fast'"),
+        ("steps: 1.5", "steps: expected int, got 1.5"),
+        ("steps: true", "steps: expected int, got True"),
+        ("plots: 1", "plots: expected true or false, got 1"),
+        ("names: a", "names: expected a list, got 'a'"),
+        ("kind: c", "kind: expected one of a, b, got 'c'"),
+        ("rate: [1]", "rate: expected one value, got"),
+        ("- 1", "config: expected names of options with their values"),
+        ("a: [", "config: expected a YAML file of options"),
+        (None, "config: expected a YAML file of options"),
+    ],
+)
+def test_bad_config_files(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse("m", "--config", str(tmp_path / "run.yaml"))
+
+
+def test_a_printed_config_is_read_back(tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        parse("--rate", "0.25", "--names", "a", "--no-plots", "--print-config")
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    assert "# a share, in 10 % steps (default: 0.5)" in shown
+    assert yaml.safe_load(shown) == {
+        "rate": 0.25, "steps": None, "names": ["a"], "kind": "a", "plots": False, "loud": False, "model": None,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(shown)
+    assert parse("m", "--config", str(tmp_path / "run.yaml"))[0] == Options(0.25, None, ["a"], "a", False, False)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_prints_a_config_that_it_reads(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([name, "--print-config"])
+    shown = capsys.readouterr().out
+    assert done.value.code == 0 and shown.startswith(f"# hf-cod {name}")
+    (tmp_path / "run.yaml").write_text(shown)
+    with pytest.raises(SystemExit) as done:
+        main([name, "--config", str(tmp_path / "run.yaml"), "--print-config"])
+    assert done.value.code == 0 and capsys.readouterr().out == shown
+
+
+def test_a_command_runs_from_a_config_quietly_and_by_other_tools_names(tmp_path, capsys):
+    build("llama").save_pretrained(tmp_path / "model")
+    gpt_like().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten " * 40)
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump({"model": str(tmp_path / "model"), "text": str(tmp_path / "text.txt"), "sparsity": 0.25})
+    )
+    arguments = ["prune", "--config", str(tmp_path / "run.yaml"), "--score", "uniform", *QUICK]
+    assert main([*arguments, "--output_dir", str(tmp_path / "out"), "--quiet"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err == ""
+    assert RunReport.load(tmp_path / "out").results["sparsity"] == pytest.approx(0.25, abs=1e-2)
+
+
+@pytest.mark.parametrize("shell, word", [("bash", "complete -o"), ("zsh", "#compdef hf-cod"), ("fish", "complete -c")])
+def test_completion_knows_commands_and_options(shell, word, capsys):
+    assert main(["--print-completion", shell]) == 0
+    shown = capsys.readouterr().out
+    assert word in shown and "drop-layers" in shown and "sequence-length" in shown
+
+
+def test_completion_of_an_unknown_shell(capsys):
+    assert main(["--print-completion", "cmd"]) == 2
+    assert "--print-completion: expected one of bash, zsh," in capsys.readouterr().err
+
+
+def test_env_names_what_a_bug_report_needs(capsys):
+    assert main(["env"]) == 0
+    shown = dict(line.removeprefix("- ").split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert shown["transformers"][0].isdigit() and "cores" in shown["cpu"] and shown["gpu"] and shown["hf_cod"]
