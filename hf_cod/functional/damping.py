@@ -31,6 +31,7 @@ def damped_cholesky(H: Tensor, damping: float) -> Tensor:
     before = diagonal.clone()
     for power in range(MORE_DAMPING + 1):
         diagonal.copy_(before + damping * 10**power * mean)
+        L: Tensor
         L, info = torch.linalg.cholesky_ex(H)
         if not info:
             return L

@@ -38,7 +38,7 @@ def gradient_basis(G: Tensor, r: int, generator: torch.Generator) -> Tensor:
         Q = torch.linalg.qr(G @ torch.linalg.qr(G.mT @ Q).Q).Q
     B = Q.mT @ G  # (..., width, k)
     directions = torch.linalg.eigh(B @ B.mT).eigenvectors.flip(-1)  # largest first
-    P = Q @ directions[..., :r]
+    P: Tensor = Q @ directions[..., :r]
     # The sign of a direction is arbitrary, and decided by rounding unless we do: its largest entry is positive.
     # Moments that go on in a new basis need it to be the same on every machine and in every process.
     return P * P.gather(-2, P.abs().argmax(-2, keepdim=True)).sign()

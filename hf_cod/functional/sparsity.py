@@ -167,7 +167,8 @@ def inverse_factor(H: Tensor, damping: float) -> Tensor:
     diagonal[~live] = diagonal[live].mean() if live.any() else torch.ones_like(diagonal[0])
     L = damped_cholesky(H.flip(0, 1), damping)
     identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    return torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
+    U: Tensor = torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
+    return U
 
 
 def _prune_block(V: Tensor, U: Tensor, dead: Tensor, count: int, pattern: Pattern | None) -> Tensor:

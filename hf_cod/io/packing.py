@@ -90,7 +90,7 @@ def pack_once(file: Path, tokenizer: Any, texts: Iterable[str], length: int) -> 
     return load_file(file)["windows"]
 
 
-class PackedText(Dataset):
+class PackedText(Dataset[dict[str, Tensor]]):
     """The windows of a whole run, one epoch behind the other, each epoch in an order of its own.
 
     Args:
@@ -120,7 +120,7 @@ class PackedText(Dataset):
         return _example(self.windows[int(self._orders[epoch][place])].long())
 
 
-class PackedStream(IterableDataset):
+class PackedStream(IterableDataset[dict[str, Tensor]]):
     """Windows of a data set that is tokenized while it is read, in the data set's own order, again and again.
 
     Bookmarks, written every few thousand windows, keep the place in the data set, so that an interrupted run finds

@@ -202,7 +202,8 @@ def _single_texts(tokenizer: Any, texts: Iterable[str], settings: SampleSettings
         raise ValueError("texts: expected at least one text that is not empty, got none")
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(settings.seed))
     chosen = [texts[i] for i in sorted(order[: settings.max_samples].tolist())]
-    return tokenizer(chosen, truncation=True, max_length=settings.sequence_length)["input_ids"]
+    ids: list[list[int]] = tokenizer(chosen, truncation=True, max_length=settings.sequence_length)["input_ids"]
+    return ids
 
 
 def _collate(tokenizer: Any, samples: list[list[int]]) -> dict[str, Tensor]:

@@ -72,7 +72,7 @@ class DecoderLayers(Sequence):
     def __len__(self) -> int:
         return len(self.module_list)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return self.module_list[index]
 
     def __iter__(self) -> Iterator[nn.Module]:

@@ -128,7 +128,8 @@ def _validated_on(told: dict[str, Any]) -> str:
 
 
 def _what(report: RunReport, name: str) -> str:
-    millions, tokens = report.results["parameters"] / 1e6, report.results["tokens"]
+    millions = report.results["parameters"] / 1e6
+    tokens: int = report.results["tokens"]
     small = " It is small and trained on little text: a specimen for measuring, not a model to write with."
     return (
         f"# {name}\n\nA Llama of {report.n_layers} layers and {millions:.1f} million parameters with norm placement "

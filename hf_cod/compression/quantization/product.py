@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,13 +142,13 @@ def _(
     return grad.new_empty(*grad.shape[:-1], planes.shape[1] * 8 // 3)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *tensors, block, _ = inputs
     ctx.save_for_backward(*tensors)
     ctx.block = block
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, *_, needs_bias = ctx.needs_input_grad
     to_x = linear_3bit_backward(grad, *ctx.saved_tensors, ctx.block) if needs_x else None
     to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -61,11 +64,13 @@ def sparse_linear_backward(grad: Tensor, mask: Tensor, values: Tensor, row_start
     return out.to(grad.dtype).view(*grad.shape[:-1], columns)
 
 
-def _kernel_for(values: Tensor):
+def _kernel_for(values: Tensor) -> Any:
     return load_kernel() if values.device.type == "cpu" else None
 
 
-def _blocks(kernel, mask: Tensor, values: Tensor, row_starts: Tensor, columns: int):
+def _blocks(
+    kernel: Any, mask: Tensor, values: Tensor, row_starts: Tensor, columns: int
+) -> Iterator[tuple[slice, Tensor]]:
     """(slice of rows, that part of the matrix) until all rows were there."""
     step = max(1, _BLOCK // max(1, columns))
     for first in range(0, len(mask), step):
@@ -93,13 +98,13 @@ def _(grad: Tensor, mask: Tensor, values: Tensor, row_starts: Tensor, columns: i
     return grad.new_empty(*grad.shape[:-1], columns)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mask, values, row_starts, _ = inputs
     ctx.save_for_backward(mask, values, row_starts)
     ctx.columns = x.shape[-1]
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     mask, values, row_starts = ctx.saved_tensors
     needs_x, *_, needs_bias = ctx.needs_input_grad
     to_x = sparse_linear_backward(grad, mask, values, row_starts, ctx.columns) if needs_x else None
