@@ -26,7 +26,7 @@ from hf_cod.io.files import Journal, fingerprint, write_json, write_text
 from hf_cod.io.models import ModelSettings, load_model
 from hf_cod.io.text import Batch, SampleSettings, TextSettings, load_texts, split_samples, token_batches
 from hf_cod.scoring.methods import SPREADS  # those of auto: each score is tried with the same ones
-from hf_cod.scoring.pruning_probe import PRUNERS
+from hf_cod.scoring.settings import PRUNERS
 
 THRESHOLDS = (3.0, 5.0, 7.0, 10.0)
 SCORES = ("uniform", "owl", "angular", "block_influence", "sensitivity", "auto")

@@ -64,14 +64,6 @@ def _coarse_pictures():
         yield
 
 
-@pytest.fixture
-def fine_pictures(monkeypatch):
-    """Pictures as users get them."""
-    from hf_cod.reporting.plots import figures
-
-    monkeypatch.setattr(figures, "DPI", 150)
-
-
 @pytest.fixture(autouse=True)
 def _nothing_is_left_behind():
     """A mode that goes on watching each operation would slow all that follows, and keep it from being compiled."""

@@ -88,6 +88,11 @@ def mark_training(run, whole):
     return lambda report, whole: report.results["curve"][0] == [1, 99.0] and len(report.results["curve"]) == 6
 
 
+# Keys of results that 0.1 used for one thing in one command and for another in the next -> what stands there since.
+RENAMED = {"bytes": {"disk_bytes"}, "size": {"memory_bytes", "layer_bytes", "layer_weights"}}
+# Runs whose later draws find new bases: those have had one sign since 0.2, so that a resumed training goes on from its
+# checkpoint, but not to the bits of 0.1.
+REDRAWN = ("finetune", "finetune-peft", "heal")
 MARKS = {"diagnose": mark_diagnose, "drop-layers": mark_drop_layers, "fit": mark_fit}
 MARKS |= dict.fromkeys(LAYER_BY_LAYER, lambda run, whole: mark_layers(run)) | dict.fromkeys(TRAININGS, mark_training)
 
@@ -104,11 +109,13 @@ def test_interrupted_runs_resume(version, name, copied):
     report = RunReport.load(run)
     if name in TRAININGS or same_libraries(version):
         assert taken(report, whole), report.notes
-    assert set(whole.layers) <= set(report.layers) and set(whole.results) <= set(report.results)
+    renamed = set().union(*(RENAMED.get(key, {key}) for key in whole.results))
+    assert set(whole.layers) <= set(report.layers) and renamed <= set(report.results)
     assert not list(run.glob("checkpoint-*")) and not (run / "journal").exists()
     if name != "diagnose":
         saved = run / "model" if name in TRAININGS else run
-        check_logits(version, f"runs/{name}", AutoModelForCausalLM.from_pretrained(saved))
+        close = 0.1 if name in REDRAWN else 1e-4
+        check_logits(version, f"runs/{name}", AutoModelForCausalLM.from_pretrained(saved), close)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -1,22 +1,17 @@
-"""The two models that the package carries, the demo on them, and the card of a run."""
+"""The two models that the package carries, the demo on them, and the cards that they are shared with."""
 
-import json
-import math
 import re
 import socket
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from matplotlib.image import imread
+from transformers import AutoModelForCausalLM
 
 from hf_cod import RunReport, fold_lns, perplexity
-from hf_cod.analysis.monitoring.history import TrainingHistory
-from hf_cod.cli.commands import demo
 from hf_cod.cli.main import main
 from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
 from hf_cod.io.text import SampleSettings, token_batches
-from hf_cod.reporting.model_card import CardSettings, model_card, release
 from tests.fresh_processes import run_fresh
 
 
@@ -49,13 +44,13 @@ def test_the_embedded_lns_model_folds_into_a_stock_llama():
 
 
 def test_demo_says_which_file_it_took_from_a_package(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "on_hub", lambda name: False)
-    monkeypatch.setattr(demo, "from_package", lambda *package: embedded_model("pre"))
+    monkeypatch.setattr("hf_cod.io.models.on_hub", lambda name: False)
+    monkeypatch.setattr("hf_cod.io.models.from_package", lambda *package: embedded_model("pre"))
     assert main(["demo", "smollm2", "--output", str(tmp_path)]) == 0
     assert embedded_model("pre") in capsys.readouterr().out.splitlines()[0]
 
 
-def test_demo_needs_no_network(tmp_path, monkeypatch, capsys, fine_pictures):
+def test_demo_needs_no_network(tmp_path, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise AssertionError("the demo went to the network")
 
@@ -63,114 +58,11 @@ def test_demo_needs_no_network(tmp_path, monkeypatch, capsys, fine_pictures):
     assert main(["demo", "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "Growth of the output variance" in shown and "Effective depth" in shown
-    assert (tmp_path / "compare.png").stat().st_size > 50_000
+    assert imread(tmp_path / "compare.png").std() > 0.05, "something is drawn"
     for placement in EMBEDDED_PLACEMENTS:
         report = RunReport.load(tmp_path / placement)
         assert len(report.layers["layer_drop"]) == 12
         assert report.results["layer_drop"]["intact"] < 150
-
-
-@pytest.fixture
-def run(tmp_path):
-    """What examples/pretrain.py leaves, from the embedded LNS model."""
-    folder = tmp_path / "run"
-    model, tokenizer = load_model(embedded_model("lns"))
-    model.float().save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    settings = {"norm_placement": "lns", "steps": 7, "batch_size": 8, "sequence_length": 256, "learning_rate": 2e-3}
-    results = {
-        "curve": [[1, 8.0], [7, 4.0]],
-        "validation": [[7, 4.5]],
-        "tokens": 3_000_000,
-        "parameters": 3_386_496,
-        "validation_perplexity": 64.8,
-        "validation_tokens": 65_536,
-        "effective_depth": {"value": 4.5, "low": 4.4, "high": 4.6, "confidence": 0.95},
-        "late_share": 0.25,
-    }
-    layers = {"variance": [1.0, 3.25]}
-    settings |= {"precision": "bf16", "seed": 0}
-    RunReport("pretrain", "tiny lns", settings, {"torch": "2"}, layers, results, ["It learned."]).save(folder)
-    history = TrainingHistory({"model": "m", "layers": 2, "settings": {}}, folder / "layer_diagnostics/history.jsonl")
-    history.start()
-    history.add({"step": 1, "variance": [1.0, 2.0], "effective_depth": 2.0})
-    history.add({"step": 7, "variance": [1.0, 3.0], "effective_depth": 1.5})
-    (tmp_path / "sources.json").write_text(
-        json.dumps(
-            {"sources": {"novel": {"package": "p", "characters": 9, "license": "public domain", "evidence": "old"}}}
-        )
-    )
-    (tmp_path / "comparison.md").write_text("| placement |\n|---|\n| lns |\n")
-    return folder
-
-
-@pytest.mark.process
-def test_a_release_loads_without_this_package_and_its_card_holds_what_the_report_knows(run, tmp_path):
-    released = tmp_path / "released"
-    options = ["--name", "me/tiny-lns", "--license", "cc-by-sa-4.0", "--sources", str(tmp_path / "sources.json")]
-    options += ["--comparison", str(tmp_path / "comparison.md")]
-    assert main(["card", str(run), str(released), *options]) == 0
-    card = ModelCard.load(released / "README.md")
-    assert card.data.license == "cc-by-sa-4.0" and card.data.pipeline_tag == "text-generation"
-    (figure,) = card.data.eval_results
-    assert (figure.metric_type, figure.metric_value) == ("perplexity", 64.8)
-    text = card.text
-    for part in ("trust_remote_code=True", "hf-cod convert stock me/tiny-lns", "public domain", "4.5 (4.4 to 4.6)"):
-        assert part in text, part
-    assert "| lns |" in text and "It learned." in text and "1, 3.25" in text
-    for picture in ("curve", "variance", "variance_by_step", "effective_depth_by_step"):
-        assert f"]({picture}.png)" in text and (released / f"{picture}.png").is_file()
-    original = AutoModelForCausalLM.from_pretrained(embedded_model("lns"))
-    code = (
-        "import sys, torch; sys.modules['hf_cod'] = None\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "assert model.dtype == torch.bfloat16\n"
-        "print(model(torch.arange(9)[None]).logits.float().sum().item())\n"
-    )
-    done = run_fresh(code, released)
-    assert done.returncode == 0, done.stderr[-2000:]
-    with torch.no_grad():
-        expected = original(torch.arange(9)[None]).logits.float().sum().item()
-    assert float(done.stdout.splitlines()[-1]) == pytest.approx(expected, rel=1e-3)
-    assert AutoTokenizer.from_pretrained(released).eos_token_id == 0
-
-
-def test_card_says_what_cannot_be_folded_and_what_diverged(run):
-    report = RunReport.load(run)
-    report.settings["norm_placement"] = "post"
-    assert "cannot be folded" in model_card(report, CardSettings(), []).text
-    report.layers.clear()
-    report.results["validation_perplexity"] = math.inf
-    report.notes.append("the layers were not measured: the run diverged")
-    assert "the run diverged" in model_card(report, CardSettings(), []).text
-
-
-def test_card_refuses(run, tmp_path):
-    with pytest.raises(ValueError, match="report: expected a directory with a report"):
-        release(tmp_path, tmp_path / "out")
-    report = RunReport.load(run)
-    with pytest.raises(ValueError, match=r"sources: expected a sources\.json"):
-        model_card(report, CardSettings(sources=str(tmp_path / "none.json")), [])
-    with pytest.raises(ValueError, match=r"comparison: expected a comparison\.md"):
-        model_card(report, CardSettings(comparison=str(tmp_path / "none.md")), [])
-    RunReport("diagnose", "m", {}, {}, {}, {}).save(tmp_path / "other")
-    with pytest.raises(ValueError, match="run: expected a run of pre-training, got one of diagnose"):
-        release(tmp_path / "other", tmp_path / "out")
-
-
-def test_a_users_files_in_the_output_stay(run, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "holiday.png").write_bytes(b"mine")
-    release(run, out)
-    card = release(run, out)  # over a card of ours
-    assert 'from_pretrained("out", trust_remote_code=True)' in card.read_text(encoding="utf-8")
-    assert (out / "holiday.png").read_bytes() == b"mine"
-    (out / "README.md").write_text("mine")
-    with pytest.raises(ValueError, match=r"output: expected no README\.md of other origin"):
-        release(run, out)
-    assert (out / "README.md").read_text() == "mine"
 
 
 @pytest.mark.process

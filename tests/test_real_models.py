@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matplotlib.image import imread
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_cod import collect_statistics, compare, diagnose, drop, perplexity, prune, score_layers, skip
@@ -56,7 +57,7 @@ def test_the_first_layers_matter_most_and_the_middle_least(pre_ln):
     assert depth["low"] < depth["value"] < depth["high"] < 25
 
 
-def test_post_ln_shows_the_opposite_trend(model, tokenizer, brown_text, pre_ln, post_ln, tmp_path, fine_pictures):
+def test_post_ln_shows_the_opposite_trend(model, tokenizer, brown_text, pre_ln, post_ln, tmp_path):
     """Post-LN: late layers turn the hidden state more and their removal costs most; Pre-LN: the early ones."""
     angles = diagnose(
         model, tokenizer, brown_text, token="all", metrics=["angular_distance"], show_progress=False, **SAMPLES
@@ -65,7 +66,7 @@ def test_post_ln_shows_the_opposite_trend(model, tokenizer, brown_text, pre_ln, 
     post, pre = post_ln.layers["layer_drop"], pre_ln.layers["layer_drop"]
     assert max(post) == post[-1] and max(pre) == pre[0]
     compare([post_ln, pre_ln]).plot(tmp_path)
-    assert (tmp_path / "compare.png").stat().st_size > 50_000
+    assert imread(tmp_path / "compare.png").std() > 0.05, "something is drawn"
 
 
 def test_without_a_layer_the_text_is_as_likely_as_after_dropping_it(model, tokenizer, brown_text, pre_ln, tmp_path):

@@ -56,8 +56,10 @@ def train_by_hand(model, steps, learning_rate: float, max_norm: float | None) ->
 def run_in_two_processes(what: str, folder: Path) -> None:
     """Runs a function of tests/distributed_training.py in two processes, as torchrun starts them."""
     code = "from tests.distributed_training import run; run()"
+    # Accelerate asks for an address; the two find each other by a file.
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     both = [
-        FreshProcess(code, what, folder, environment={"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"})
+        FreshProcess(code, what, folder, environment={**shared, "RANK": rank, "LOCAL_RANK": rank})
         for rank in ("0", "1")
     ]
     done = [process.wait() for process in both]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
-UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-
 
 def parse_bytes(text: str, field: str) -> int:
     """Bytes of "24GB" (powers of 1000), "80GiB" (of 1024) or a plain number.
@@ -13,10 +9,13 @@ def parse_bytes(text: str, field: str) -> int:
     Raises:
         ValueError: no size; begins with the name of the user's `field`.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"{field}: expected a size such as 24GB or 80GiB, got {text!r}")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** UNITS[match[2].upper()])
+    from accelerate.utils.modeling import convert_file_size_to_int  # imports torch, which --help does without
+
+    size = text.upper()  # it takes a small b for bits
+    try:
+        return int(size) if size.isdecimal() else convert_file_size_to_int(size.removesuffix("B") + "B")
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{field}: expected a size such as 24GB or 80GiB, got {text!r}") from error
 
 
 def in_gigabytes(value: float) -> str:

@@ -10,6 +10,7 @@ from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[att
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_cod.layers.modes import cache_restored, modes_restored
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stock_four_bit import without_repacking
 
@@ -53,20 +54,13 @@ def evaluation_mode(stack: DecoderLayers, *, repacking: bool = False) -> Iterato
 
     bitsandbytes' 4-bit layers repack their weights inside only with `repacking`, as they do where the model serves.
     """
-    training = [module for module in stack.model.modules() if module.training]
     config: Any = stack.config
-    use_cache = getattr(config, "use_cache", None)
-    try:
+    with modes_restored(stack.model), cache_restored(config):
         stack.model.eval()
-        if use_cache is not None:
+        if getattr(config, "use_cache", None) is not None:
             config.use_cache = False
         with nullcontext() if repacking else without_repacking(stack.model):
             yield
-    finally:
-        for module in training:
-            module.training = True
-        if use_cache is not None:
-            config.use_cache = use_cache
 
 
 def progress(items: Iterable[Item], title: str, show: bool, total: int | None = None) -> Any:

@@ -6,6 +6,7 @@ else in the package asks this file, and nobody else walks modules by name.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
-from transformers.pytorch_utils import Conv1D
 
 from hf_cod.io.deprecation import renamed
+from hf_cod.layers.orientation import is_linear, is_transposed, shape_of, turned
 from hf_cod.layers.stock_four_bit import unpacked
 
 # Components that wrappers insert into module names: torch.compile of a layer, FSDP, PEFT around a Linear.
@@ -107,7 +108,7 @@ class DecoderLayers(Sequence):
         """Name -> shape of one number an input channel: (in,) of each Linear-like module, (experts, in) of each matrix
         of a bank of experts, which is named after its parameter ("model.layers.3.mlp.experts.down_proj").
         """
-        shapes: dict[str, tuple[int, ...]] = {name: (_width(m),) for name, m in self.linears(index).items()}
+        shapes: dict[str, tuple[int, ...]] = {name: shape_of(m)[1:] for name, m in self.linears(index).items()}
         for name, bank in self.experts(index).items():
             for key, p in _expert_parameters(bank):
                 shapes[f"{name}.{key}"] = (p.shape[0], p.shape[1 if is_transposed(bank) else 2])
@@ -125,12 +126,11 @@ class DecoderLayers(Sequence):
             with align_module_device(bank):
                 found = [(key, p.detach()) for key, p in _expert_parameters(bank)]
             for key, weight in found:
-                yield f"{name}.{key}", weight.mT if is_transposed(bank) else weight
+                yield f"{name}.{key}", turned(bank, weight)
 
     def count_weights(self, index: int) -> int:
         """Weights in the matrices of layer `index`, experts included: what pruning and quantization work on."""
-        linears: list[Any] = list(self.linears(index).values())
-        plain = sum(_width(m) * (m.nf if isinstance(m, Conv1D) else m.out_features) for m in linears)
+        plain = sum(math.prod(shape_of(m)) for m in self.linears(index).values())
         return plain + sum(p.numel() for m in self.experts(index).values() for _, p in _expert_parameters(m))
 
     def norms(self, index: int) -> dict[str, nn.Module]:
@@ -210,19 +210,12 @@ def find_decoder_layers(model: nn.Module, layers_path: str | None = None) -> Dec
 
 def is_linear_like(module: nn.Module) -> bool:
     """Whether `module` is one matrix: nn.Linear, Conv1D, or a quantized module with in_features and out_features."""
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return True
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
+    return is_linear(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` normalises its input: LayerNorm, RMSNorm and each class that names itself so."""
     return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm")
-
-
-def is_transposed(bank: nn.Module) -> bool:
-    """Whether a bank of experts holds its matrices as (in, out), as transformers marks it."""
-    return bool(getattr(bank, "is_transposed", False))
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -234,10 +227,6 @@ def _expert_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 3)
 
 
-def _width(module: Any) -> int:
-    return module.nx if isinstance(module, Conv1D) else module.in_features
-
-
 def _matrix(module: Any) -> Tensor:
     """The weight (out, in) of a Linear-like module: its own tensor where it is plain, else decoded by its forward."""
     with align_module_device(module):
@@ -245,7 +234,7 @@ def _matrix(module: Any) -> Tensor:
             return module.unpack()
         weight: Any = getattr(module, "weight", None)
         if type(weight) in (nn.Parameter, Tensor) and weight.dtype in _PLAIN_DTYPES:
-            return weight.detach().mT if isinstance(module, Conv1D) else weight.detach()
+            return turned(module, weight.detach())
     with unpacked(module):
         return _decoded(module)
 
@@ -258,8 +247,9 @@ def _decoded(module: Any) -> Tensor:
         device = next(t.device for t in (*module.parameters(), *module.buffers()))
     dtypes = (getattr(module, "compute_dtype", None), getattr(getattr(module, "weight", None), "dtype", None))
     dtype = next((d for d in dtypes if d in _PLAIN_DTYPES), torch.float32)
-    offset = module(torch.zeros(1, module.in_features, device=device, dtype=dtype))
-    unit_inputs = torch.eye(module.in_features, device=device, dtype=dtype).split(_COLUMNS)
+    width = shape_of(module)[1]
+    offset = module(torch.zeros(1, width, device=device, dtype=dtype))
+    unit_inputs = torch.eye(width, device=device, dtype=dtype).split(_COLUMNS)
     return torch.cat([(module(rows) - offset).mT for rows in unit_inputs], 1)
 
 

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
+from hf_cod.layers.orientation import is_plain, shape_of
 from hf_cod.layers.stack import DecoderLayers, is_norm, walk
 
 HEADS, CHANNELS = KINDS = ("heads", "channels")
@@ -105,12 +102,11 @@ class _Layer:
 
     def plain(self, *names: str) -> bool:
         """Whether all of these are Linears or Conv1D."""
-        return all(type(self.modules.get(self.prefix + name)) in (nn.Linear, Conv1D) for name in names)
+        return all(is_plain(self.modules.get(self.prefix + name)) for name in names)
 
     def shape(self, name: str) -> tuple[int, int]:
         """(out, in) of a matrix."""
-        module: Any = self.modules[self.prefix + name]
-        return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
+        return shape_of(self.modules[self.prefix + name])
 
     def number(self, module: str, *names: str) -> int | None:
         """The first of these numbers that a module has."""

@@ -120,6 +120,7 @@ def build_shapes(base: nn.Module, shapes: Any) -> None:
             raise ValueError(
                 f"module_shapes: expected whole numbers above 0, got {wrong[0]} = {changes[wrong[0]]!r} of {name}"
             )
+        # Conv1D is the same matrix stored as (in, out); known here once more, because this file travels alone.
         if isinstance(module, (nn.Linear, Conv1D, LowRankLinear)):
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, _reshaped(module, changes, name))

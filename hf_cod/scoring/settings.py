@@ -58,7 +58,6 @@ class ScoreSettings:
         metadata={
             "help": "owl, angular, block_influence, gradient_norm, fisher, layer_drop, weight_norm, sensitivity, auto "
             "(tries several on a little text), or as baselines uniform, random or depth (earlier layers matter more)",
-            "choices": list(METHODS),
         },
     )
     threshold: float = field(

@@ -33,10 +33,10 @@ def source(version):
 
 
 @torch.no_grad()
-def check_logits(version, name, model):
+def check_logits(version, name, model, close=1e-4):
     expected = TENSORS[version]
     given = "pixel_values" if model.main_input_name == "pixel_values" else "input_ids"
-    torch.testing.assert_close(model.eval()(**{given: expected[given]}).logits, expected[name], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.eval()(**{given: expected[given]}).logits, expected[name], rtol=close, atol=close)
 
 
 def copy_to(folder, version):

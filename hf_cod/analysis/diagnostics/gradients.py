@@ -14,6 +14,7 @@ from hf_cod.analysis.evaluation.metrics import negative_log_likelihood
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import IGNORED_LABEL, Batch
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.modes import gradients_restored
 from hf_cod.layers.partial_forward import check_finite, layer_states
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -151,7 +152,7 @@ def count_predictions(batch: Batch, task: str) -> int:
 @contextmanager
 def _layer_squares(stack: DecoderLayers, read: Read | None) -> Iterator[list[Tensor]]:
     """Sums of squared gradients, one a layer, filled by each backward pass; no gradient outlives its counting."""
-    before = [(p, p.requires_grad, p.grad) for p in stack.model.parameters()]
+    before = [(p, p.grad) for p in stack.model.parameters()]
     squares: list[Tensor] = []
     handles = []
 
@@ -166,22 +167,22 @@ def _layer_squares(stack: DecoderLayers, read: Read | None) -> Iterator[list[Ten
 
         return count
 
-    try:
-        for p, _, _ in before:
-            p.requires_grad_(False)
-            p.grad = None
-        for layer in stack:
-            parameters = [p for p in layer.parameters() if p.is_floating_point()]
-            high = torch.promote_types(parameters[0].dtype, torch.float32) if parameters else torch.float32
-            square = torch.zeros((), dtype=high, device=parameters[0].device if parameters else None)
-            squares.append(square)
-            for p in parameters:
-                p.requires_grad_(True)
-                handles.append(p.register_post_accumulate_grad_hook(count_into(square)))
-        yield squares
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, required, grad in before:
-            p.requires_grad_(required)
-            p.grad = grad
+    with gradients_restored([p for p, _ in before]):
+        try:
+            for p, _ in before:
+                p.requires_grad_(False)
+                p.grad = None
+            for layer in stack:
+                parameters = [p for p in layer.parameters() if p.is_floating_point()]
+                high = torch.promote_types(parameters[0].dtype, torch.float32) if parameters else torch.float32
+                square = torch.zeros((), dtype=high, device=parameters[0].device if parameters else None)
+                squares.append(square)
+                for p in parameters:
+                    p.requires_grad_(True)
+                    handles.append(p.register_post_accumulate_grad_hook(count_into(square)))
+            yield squares
+        finally:
+            for handle in handles:
+                handle.remove()
+            for p, grad in before:
+                p.grad = grad

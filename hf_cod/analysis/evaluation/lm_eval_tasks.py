@@ -11,6 +11,7 @@ from torch import nn
 from hf_cod.analysis.evaluation.settings import TaskSettings
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
+from hf_cod.layers.modes import modes_restored
 from hf_cod.layers.stack import unwrap
 from hf_cod.layers.stock_four_bit import as_found
 
@@ -49,19 +50,15 @@ def evaluate_tasks(
         raise ImportError("tasks: lm-eval's tasks need the lm_eval package: pip install 'hf_cod[lm-eval]'") from error
     if not tasks:
         raise ValueError("tasks: expected at least one task of lm-eval, got none")
-    training = [module for module in model.modules() if module.training]
     try:
-        wrapped = HFLM(pretrained=unwrap(model), tokenizer=tokenizer, batch_size=chosen.batch_size)
         seeds = {f"{name}_seed": chosen.seed for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
         manager = _known_tasks(not all(_stands_alone(task) for task in tasks))
         options: dict[str, Any] = {"limit": chosen.max_samples, "log_samples": False, "bootstrap_iters": 0, **seeds}
-        with as_found(model):  # generation is faster repacked
+        with modes_restored(model), as_found(model):  # HFLM sets all to evaluation; generation is faster repacked
+            wrapped = HFLM(pretrained=unwrap(model), tokenizer=tokenizer, batch_size=chosen.batch_size)
             found = simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, **options)
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"tasks: expected tasks that lm-eval can load, got {list(tasks)}: {error}") from error
-    finally:
-        for module in training:  # HFLM sets all to evaluation
-            module.training = True
     return {task: _figures(values) for task, values in found["results"].items()}
 
 

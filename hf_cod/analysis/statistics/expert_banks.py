@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hf_cod.layers.stack import is_transposed
+from hf_cod.layers.orientation import is_transposed
 
 Observe = Callable[[str, int, Tensor, Tensor], None]
 """(matrix's name, expert, its inputs (n, in), the tokens (n,) that they belong to, counted over the batch)."""

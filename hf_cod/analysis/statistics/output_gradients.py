@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_cod.analysis.diagnostics.gradients import count_predictions, mean_loss, why_no_gradients
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.modes import gradients_restored
 from hf_cod.layers.running import evaluation_mode, hidden_input, progress
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.task import task_of
@@ -72,18 +73,17 @@ class _OutputSums:
     @contextmanager
     def attached(self) -> Iterator[_OutputSums]:
         """Lets gradients begin at the layers' input, and pass through no weight, while the block runs."""
-        required = [(p, p.requires_grad) for p in self._stack.model.parameters()]
+        parameters = [*self._stack.model.parameters()]
         handles = [self._stack[0].register_forward_pre_hook(_begin, with_kwargs=True)]
         handles += [m.register_forward_hook(self._hook_of(name, m)) for name, m in self._linears.items()]
         try:
-            for p, _ in required:
-                p.requires_grad_(False)
-            yield self
+            with gradients_restored(parameters):
+                for p in parameters:
+                    p.requires_grad_(False)
+                yield self
         finally:
             for handle in handles:
                 handle.remove()
-            for p, before in required:
-                p.requires_grad_(before)
 
     def weights(self, predictions: int) -> dict[str, float]:
         """c of each matrix; 0 where no token entered it."""

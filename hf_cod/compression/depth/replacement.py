@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_cod.functional.depth import wide
 from hf_cod.functional.linear_map import DAMPING, MapSums, fold
 from hf_cod.io.text import Batch
 from hf_cod.layers.checks import is_pruned
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.orientation import is_plain, turned
 from hf_cod.layers.partial_forward import State, layer_states, run_layer
 from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import DecoderLayers
@@ -134,9 +134,7 @@ def contents(matrix: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def put_in(matrix: Any, T: Tensor) -> None:
     """Folds a map into a Linear or Conv1D, in place."""
-    turned = isinstance(matrix, Conv1D)
-    W = fold(matrix.weight.mT if turned else matrix.weight, T)
-    matrix.weight.copy_(W.mT if turned else W)
+    matrix.weight.copy_(turned(matrix, fold(turned(matrix, matrix.weight), T)))
     if matrix.bias is not None:
         matrix.bias.copy_(fold(matrix.bias[:, None], T)[:, 0])
 
@@ -172,7 +170,7 @@ def added_matrix(
     if not called:
         raise ValueError(f"layer {layer} has no single matrix to fold into")
     matrix: Any = linears[called[-1]]
-    if type(matrix) not in (nn.Linear, Conv1D) or called.count(called[-1]) != 1:
+    if not is_plain(matrix) or called.count(called[-1]) != 1:
         raise ValueError(f"the last matrix of layer {layer}, {called[-1]}, is not a plain one that runs once a token")
     if is_pruned(matrix.weight):
         raise ValueError(f"a map would fill the zeros of {called[-1]} of layer {layer}, which is pruned")

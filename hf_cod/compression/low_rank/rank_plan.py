@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_cod.functional.ranks import Shape, count, most_rank, rank_of_share, rank_of_weights
 from hf_cod.functional.sparse_low_rank import sizes_of_weights
 from hf_cod.io.files import JsonFile
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
+from hf_cod.layers.orientation import is_plain, shape_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.allocation import LayerAllocation
 
@@ -49,13 +46,8 @@ def factorizable(stack: DecoderLayers, index: int) -> dict[str, Shape]:
     """Name -> (out, in) of each matrix of a layer that two factors can be smaller than: Linears and Conv1D. Banks of
     experts stay whole.
     """
-    shapes = {name: shape_of(m) for name, m in stack.linears(index).items() if type(m) in (nn.Linear, Conv1D)}
+    shapes = {name: shape_of(m) for name, m in stack.linears(index).items() if is_plain(m)}
     return {name: shape for name, shape in shapes.items() if most_rank(shape)}
-
-
-def shape_of(module: Any) -> Shape:
-    """(out, in) of a Linear or Conv1D."""
-    return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
 
 
 def least_weights(stack: DecoderLayers, index: int) -> int:

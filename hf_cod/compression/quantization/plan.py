@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_cod.compression.quantization.config import OwlBnbConfig, score_of
 from hf_cod.compression.quantization.format import stored_columns
@@ -17,6 +16,7 @@ from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.functional.bits import BITS
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
+from hf_cod.layers.orientation import is_plain, shape_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.scoring.layer_scores import LayerScores
 
@@ -60,7 +60,7 @@ def quantizable(
     for index in range(len(stack)):
         layers.append({})
         for name, module in stack.linears(index).items():
-            size, reason = _size(module), _reason(name, module, storage, skip, owners)
+            size, reason = shape_of(module), _reason(name, module, storage, skip, owners)
             if reason:
                 left[name] = reason
             else:
@@ -211,17 +211,13 @@ def _check_scores(scores: LayerScores, stack: DecoderLayers) -> None:
 
 def _reason(name: str, module: Any, storage: StorageSettings, skip: Sequence[str], owners: Counter[int]) -> str | None:
     """Why a Linear cannot be quantized, or None."""
-    out, width = _size(module)
+    out, width = shape_of(module)
     if any(part in name for part in skip):
         return "skipped"
-    if type(module) not in (nn.Linear, Conv1D):
+    if not is_plain(module):
         return f"a {type(module).__name__}, not a Linear"
     if owners[id(module.weight)] > 1:
         return "it shares its weight with another module"
     if not out * width:
         return "it has no weights"
     return None
-
-
-def _size(module: Any) -> tuple[int, int]:
-    return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.compression.quantization.config import OwlBnbConfig
 from hf_cod.compression.quantization.plan import plan_by, recorded, what_is_lost
 from hf_cod.compression.quantization.rounding import new_module, round_matrix
+from hf_cod.layers.orientation import is_linear, new_matrix
 from hf_cod.layers.replacement_modules import ignore_signs, names_in, signs
 from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.stack import find_decoder_layers
@@ -155,22 +155,14 @@ def _modules_of(model: Any, modules: dict[str, int]) -> dict[str, int]:
         raise ValueError("modules: expected the names of the quantized matrices, got none; config.json is damaged")
     places = names_in(model, modules)
     for name, place in places.items():
-        if not isinstance(model.get_submodule(place), (nn.Linear, Conv1D)):
+        if not is_linear(model.get_submodule(place)):
             raise ValueError(f"modules: expected matrices of {type(model).__name__}, got {name!r}")
     return {place: modules[name] for name, place in places.items()}
 
 
 def to_linear(module: Any, dtype: torch.dtype | None) -> nn.Module:
     """A dense Linear, or Conv1D, with the decoded weights; the bias is shared."""
-    if module.was_transposed:
-        conv: Any = Conv1D(module.out_features, 0)
-        conv.nx, conv.weight = module.in_features, nn.Parameter(module.unpack(dtype).mT.contiguous(), False)
-        conv.bias = module.bias
-        return conv.train(module.training)
-    linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(module.unpack(dtype), requires_grad=False)
-    linear.register_parameter("bias", module.bias)
-    return linear.train(module.training)
+    return new_matrix(module.unpack(dtype), module.bias, module.was_transposed).train(module.training)
 
 
 def check_stored(module: Any, name: str) -> None:

@@ -12,6 +12,7 @@ from hf_cod.compression.quantization.format import pack_nibbles, pack_planes, st
 from hf_cod.compression.quantization.linear import Linear3bit
 from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.functional import codebook
+from hf_cod.layers.orientation import is_transposed, shape_of
 
 
 def round_matrix(
@@ -80,8 +81,7 @@ def new_module(linear: Any, bits: int, storage: StorageSettings, compute_dtype: 
     """An empty module, on the meta device, to take the place of a Linear or Conv1D; its bias is theirs."""
     from hf_cod.compression.quantization.bnb import Linear4bit
 
-    transposed = not isinstance(linear, nn.Linear)  # Conv1D: (in, out)
-    rows, columns = linear.weight.shape[::-1] if transposed else linear.weight.shape
+    rows, columns = shape_of(linear)
     made: Any = (Linear3bit if bits == 3 else Linear4bit)(
         columns,
         rows,
@@ -92,7 +92,7 @@ def new_module(linear: Any, bits: int, storage: StorageSettings, compute_dtype: 
         device="meta",
     )
     made.register_parameter("bias", linear.bias)
-    made.was_transposed = transposed
+    made.was_transposed = is_transposed(linear)
     # Or transformers would initialise what it takes for a Linear's weight.
     for module in (made, made.scales):
         module._is_hf_initialized = True

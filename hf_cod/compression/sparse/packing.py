@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_cod.compression.sparse.linear import SparseLinear
+from hf_cod.layers.orientation import is_linear, is_transposed
 from hf_cod.layers.replacement_modules import replace
 from hf_cod.layers.stack import walk
 
@@ -35,7 +35,8 @@ def pack_linears(model: nn.Module, minimum: float) -> dict[str, int]:
         if zeros >= minimum:
             chosen.append(name)
     if not chosen and not any(isinstance(module, SparseLinear) for module in model.modules()):
-        others = " and Conv1D, which is not packed" if any(isinstance(m, Conv1D) for m in model.modules()) else ""
+        turned = any(is_linear(module) and is_transposed(module) for module in model.modules())
+        others = " and Conv1D, which is not packed" if turned else ""
         raise ValueError(
             f"minimum: expected a model with a Linear of which at least {minimum:.0%} is zero, got at most "
             f"{most[0]:.1%} ({most[1]}){others}; prune it first"

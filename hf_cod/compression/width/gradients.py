@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from hf_cod.analysis.diagnostics.gradients import gradient_norms
 from hf_cod.functional.channels import per_unit
 from hf_cod.io.text import Batch
+from hf_cod.layers.orientation import is_transposed
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import LayerUnits, Units
 
@@ -63,5 +63,5 @@ def _owners(stack: DecoderLayers, units: Sequence[LayerUnits]) -> dict[int, tupl
     for own in (own for layer in units for own in layer.found):
         for name, parts in (*own.readers.items(), (own.writer, 0)):
             module = stack.model.get_submodule(name)
-            owners[id(module.weight)] = own, parts, bool(parts) != isinstance(module, Conv1D)
+            owners[id(module.weight)] = own, parts, bool(parts) != is_transposed(module)
     return owners

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_cod.functional.channels import rows_of
+from hf_cod.layers.orientation import set_shape, turned
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import Units
 
@@ -33,13 +33,13 @@ def cut(stack: DecoderLayers, units: Units, kept: Tensor, W: Tensor, bias: Tenso
     tensors: dict[str, Tensor] = {}
     for name, parts in units.readers.items():
         reader: Any = stack.model.get_submodule(name)
-        old = _matrix(reader)
+        old = turned(reader, reader.weight.detach())
         rows = rows_of(kept.to(old.device), units.count, len(old), parts)
-        tensors[f"{name}.weight"] = _stored(reader, old[rows])
+        tensors[f"{name}.weight"] = turned(reader, old[rows])
         if reader.bias is not None:
             tensors[f"{name}.bias"] = reader.bias.detach()[rows]
     writer: Any = stack.model.get_submodule(units.writer)
-    tensors[f"{units.writer}.weight"] = _stored(writer, W)
+    tensors[f"{units.writer}.weight"] = turned(writer, W)
     if bias is not None:
         own = 0 if writer.bias is None else writer.bias.detach().to(bias)
         tensors[f"{units.writer}.bias"] = bias + own
@@ -67,11 +67,8 @@ def put_back(stack: DecoderLayers, units: Units, kept: int, tensors: dict[str, T
             if f"{name}.{key}" in tensors:
                 values = tensors[f"{name}.{key}"].to(device=old.device, dtype=old.dtype).contiguous()
                 setattr(module, key, nn.Parameter(values, requires_grad=old.requires_grad))
-        rows, columns = _matrix(module).shape
-        if isinstance(module, Conv1D):
-            module.nf, module.nx = rows, columns
-        else:
-            module.out_features, module.in_features = rows, columns
+        rows, columns = turned(module, module.weight).shape
+        set_shape(module, rows, columns)
         changes[name] = {"in_features": columns} if name == units.writer else {"out_features": rows}
         if module.bias is not None and not had_bias:
             changes[name]["bias"] = 1
@@ -80,13 +77,3 @@ def put_back(stack: DecoderLayers, units: Units, kept: int, tensors: dict[str, T
         for key, value in changes[name].items():
             setattr(stack.model.get_submodule(name), key, value)
     return changes
-
-
-def _matrix(module: Any) -> Tensor:
-    """(out, in)."""
-    return module.weight.detach().mT if isinstance(module, Conv1D) else module.weight.detach()
-
-
-def _stored(module: Any, W: Tensor) -> Tensor:
-    """W (out, in) as the module stores it."""
-    return W.mT if isinstance(module, Conv1D) else W

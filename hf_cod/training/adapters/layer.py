@@ -9,8 +9,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from hf_cod.layers.orientation import shape_of, turned
 from hf_cod.training.adapters.config import OwLoreConfig
 from hf_cod.training.owlore.increment import Increment
 
@@ -42,7 +42,7 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = shape_of(base_layer)
+        self.out_features, self.in_features = shape_of(base_layer)
         self.owlore_increment = nn.ModuleDict()
         self._disable_adapters, self.merged_adapters = False, []
         self._active_adapter = adapter_name
@@ -91,8 +91,7 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """D in the layout of the base's weight: (out, in), of a Conv1D (in, out)."""
-        delta = self._increment(adapter).dense()
-        return delta.mT if isinstance(self.get_base_layer(), Conv1D) else delta
+        return turned(self.get_base_layer(), self._increment(adapter).dense())
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -140,8 +139,3 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
 
     def _increments(self) -> list[Increment]:
         return [self._increment(name) for name in self.owlore_increment]
-
-
-def shape_of(base: Any) -> tuple[int, int]:
-    """(inputs, outputs)."""
-    return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)

@@ -10,9 +10,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, is_linear_like
 from hf_cod.layers.stock_four_bit import keep_unpacked
-from hf_cod.training.adapters.layer import OwLoreLinear, shape_of
+from hf_cod.training.adapters.layer import OwLoreLinear
 from hf_cod.training.owlore.active_layers import warn_of_untrained
 from hf_cod.training.owlore.increment import TENSORS, Increment
 

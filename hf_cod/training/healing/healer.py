@@ -20,6 +20,7 @@ from hf_cod.io.text import Batch
 from hf_cod.layers.checks import check_length, pruned_matrices
 from hf_cod.layers.fingerprints import digest_batches
 from hf_cod.layers.finished_layers import fingerprint_of_work
+from hf_cod.layers.modes import checkpointing_restored, gradients_restored, modes_restored
 from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.training.healing.healed import healing_report
@@ -230,22 +231,8 @@ def _take_away(trained: Any, student: Any) -> None:
 @contextmanager
 def _left_as_it_was(student: Any) -> Iterator[None]:
     """Modes and flags come back behind the block, and checkpointing ends."""
-    training = [(module, module.training) for module in student.modules()]
-    gradients = [(p, p.requires_grad) for p in student.parameters()]
-    checkpointing = _checkpoints(student)
-    try:
+    with modes_restored(student), gradients_restored(student.parameters()), checkpointing_restored(student):
         yield
-    finally:
-        if _checkpoints(student) and not checkpointing:
-            student.gradient_checkpointing_disable()
-        for module, mode in training:
-            module.training = mode
-        for parameter, flag in gradients:
-            parameter.requires_grad_(flag)
-
-
-def _checkpoints(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _perplexity(stack: DecoderLayers, windows: Tensor, settings: HealSettings) -> float:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import IGNORED_LABEL, Batch
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.modes import gradients_restored, modes_restored
 from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
@@ -37,7 +38,7 @@ def recover(
     The adapters are masked in the forward pass (`masked_adapters.py`). The price is that of full fine-tuning for the
     products with W (a gradient of its size for one matrix at a time, and the masked weights of all layers in memory
     until the backward pass), not for the optimizer's state. Banks of experts are not trained. AdamW without decay,
-    alpha = 2 r, a tenth of the steps warming up, then a cosine to zero.
+    alpha = 2 r, a tenth of the steps warming up, then a cosine to zero (transformers' schedule).
 
     Args:
         model: a pruned model with a language modelling head; flags of training and gradients come back as they were.
@@ -66,7 +67,10 @@ def recover(
     with _adapted(stack, how.rank, how.seed) as adapters, torch.enable_grad():
         trained = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=how.learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmed_cosine(step, how.steps))
+        # To zero one step behind the last, so that all of them learn.
+        schedule = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
+            optimizer, max(1, how.steps // 10), how.steps + 1, min_lr_rate=0.0
+        )
         losses = []
         order: list[int] = []
         for step in progress(range(how.steps), "recovery", show_progress):
@@ -94,26 +98,21 @@ def _adapted(stack: DecoderLayers, rank: int, seed: int) -> Iterator[list[Any]]:
             "recover: training adapters needs the peft package: pip install 'hf_cod[recovery]'"
         ) from error
     model: Any = stack.model
-    training = [(module, module.training) for module in model.modules()]
-    gradients = [(p, p.requires_grad) for p in model.parameters()]
     names = [name for index in range(len(stack)) for name in stack.linears(index)]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        wrapped: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names))
-    try:
-        adapters = lora_layers(model)
-        for adapter in adapters:
-            mask_forward(adapter)
-        model.train()
-        yield adapters
-    finally:
-        wrapped.unload()
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-        for module, mode in training:
-            module.training = mode
-        for parameter, flag in gradients:
-            parameter.requires_grad_(flag)
+    with modes_restored(model), gradients_restored(model.parameters()):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            wrapped: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names))
+        try:
+            adapters = lora_layers(model)
+            for adapter in adapters:
+                mask_forward(adapter)
+            model.train()
+            yield adapters
+        finally:
+            wrapped.unload()
+            if hasattr(model, "peft_config"):
+                del model.peft_config
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -121,8 +120,3 @@ def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
         batch = {**batch, "labels": batch["input_ids"].masked_fill(mask == 0, IGNORED_LABEL)}
     return model(**batch).loss
-
-
-def _warmed_cosine(step: int, steps: int) -> float:
-    warm = max(1, steps // 10)
-    return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_cod.layers.modes import gradients_restored
+
 
 @contextmanager
 def kept_at_zero(parameters: list[nn.Parameter]) -> Iterator[Callable[[], None]]:
@@ -34,7 +36,5 @@ def kept_at_zero(parameters: list[nn.Parameter]) -> Iterator[Callable[[], None]]
 
 def _mask_gradient(parameter: nn.Parameter, mask: Tensor) -> RemovableHandle:
     """Of a frozen parameter, too, which may train later: hooks outlast freezing, but need a gradient to be attached."""
-    trains = parameter.requires_grad
-    handle = parameter.requires_grad_(True).register_hook(lambda gradient: gradient.masked_fill(mask, 0))
-    parameter.requires_grad_(trains)
-    return handle
+    with gradients_restored([parameter]):
+        return parameter.requires_grad_(True).register_hook(lambda gradient: gradient.masked_fill(mask, 0))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback
 
+from hf_cod.layers.modes import cache_restored
 from hf_cod.layers.stack import unwrap
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
@@ -126,30 +127,25 @@ def train(
     from hf_cod.training.runs.memory import MemoryCallback
     from hf_cod.training.runs.run_directory import last_checkpoint
 
-    config: Any = unwrap(model).config
-    caches = getattr(config, "use_cache", None)
-    trainer = (make_trainer or Trainer)(
-        model=model,
-        args=_arguments(settings, seed, directory, model.device, lasting),
-        train_dataset=PackedText(windows, settings.total_steps * settings.batch_size, seed),
-        data_collator=default_data_collator,
-        optimizer_cls_and_kwargs=optimizer,
-        callbacks=[memory := MemoryCallback(beside), *callbacks],
-    )
     interrupt = SaveOnInterrupt()
-    if lasting:
-        trainer.add_callback(interrupt)
-    checkpoint = last_checkpoint(directory, TRAINER_STATE)
-    begun = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
-    start = time.perf_counter()
-    try:
-        _check_alone(trainer.args)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        memory.close()
-        interrupt.close()
-        if caches is not None:
-            config.use_cache = caches  # Trainer turns it off, and the model would be saved like that
+    with cache_restored(unwrap(model).config):  # Trainer turns it off, and the model would be saved like that
+        trainer = (make_trainer or Trainer)(
+            model=model,
+            args=_arguments(settings, seed, directory, model.device, lasting),
+            train_dataset=PackedText(windows, settings.total_steps * settings.batch_size, seed),
+            data_collator=default_data_collator,
+            optimizer_cls_and_kwargs=optimizer,
+            callbacks=[memory := MemoryCallback(beside), *callbacks, *([interrupt] if lasting else [])],
+        )
+        checkpoint = last_checkpoint(directory, TRAINER_STATE)
+        begun = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+        start = time.perf_counter()
+        try:
+            _check_alone(trainer.args)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            memory.close()
+            interrupt.close()
     if interrupt.asked and trainer.state.global_step < settings.total_steps:
         raise KeyboardInterrupt
     seconds = (time.perf_counter() - start) / max(1, settings.total_steps - begun)

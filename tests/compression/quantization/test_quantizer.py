@@ -363,7 +363,8 @@ def test_bitsandbytes_missing(tmp_path, monkeypatch):
     model = mixed(layers=1)
     model.save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.delitem(sys.modules, "hf_cod.compression.quantization.bnb")
+    for name in ("bnb", "bnb_decoding"):
+        monkeypatch.delitem(sys.modules, f"hf_cod.compression.quantization.{name}")
     for attempt in (lambda: AutoModelForCausalLM.from_pretrained(tmp_path), lambda: quantize(llama())):
         with pytest.raises(ImportError, match=r"bits: .* pip install 'hf_cod\[bitsandbytes\]'"):
             attempt()

@@ -1,0 +1,60 @@
+"""The one place that gives a model its modes and flags back: train or eval, requires_grad, KV cache, checkpointing.
+
+What a block changes comes back behind it, module by module and parameter by parameter, on an exception, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Each module is in train or eval mode again, as before the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def gradients_restored(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Each parameter requires a gradient again, or none, as before the block."""
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def cache_restored(config: Any) -> Iterator[None]:
+    """The config's `use_cache` is again what it was before the block; a config without it, or None, stays without."""
+    before = getattr(config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
+
+
+@contextmanager
+def checkpointing_restored(model: Any) -> Iterator[None]:
+    """Gradient checkpointing that the block switches on ends with it."""
+    before = _checkpoints(model)
+    try:
+        yield
+    finally:
+        if _checkpoints(model) and not before:
+            model.gradient_checkpointing_disable()
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

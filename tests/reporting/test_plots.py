@@ -1,0 +1,89 @@
+import pytest
+
+from tests.reporting.reports import report
+
+
+def test_pictures_are_written(tmp_path):
+    report().plot(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{n}.png" for n in ("overview", "angular_distance", "layer_drop", "gradient_norm", "variance")}
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_near_is_yellow_and_empty_cells_are_blank():
+    figure = report().plot()
+    image = figure.axes[0].images[0]
+    red, green, blue, _ = image.cmap(image.norm(0.0))
+    assert red > 0.9 and green > 0.8 and blue < 0.3, "distance 0 is yellow"
+    # imshow takes rows: row n - 1, column l.
+    assert image.get_array().tolist() == [[0.4, 0.1], [0.5, None]]
+    assert list(image.get_extent()) == [-0.5, 1.5, 0.5, 2.5]
+
+
+def test_a_report_of_other_measures_is_told():
+    with pytest.raises(ValueError, match="expected measures to draw, got none"):
+        report(layers={}, results={}).plot()
+
+
+def test_block_influence_alone_has_a_picture(tmp_path):
+    report(layers={"block_influence": [0.1, 0.2]}, results={}).plot(tmp_path)
+    assert (tmp_path / "block_influence.png").is_file()
+
+
+def test_a_notebook_shows_the_figure():
+    assert report().plot()._repr_png_().startswith(b"\x89PNG")
+
+
+def scored(values, method="owl", found=None, **settings):
+    settings = {"method": method, "threshold": 5.0, **settings}
+    return report(kind="score", settings=settings, layers={"score": values}, results={"score": found or {}})
+
+
+def pruned(values, mean):
+    return report(kind="prune", settings={"method": "wanda"}, layers={"sparsity": values}, results={"sparsity": mean})
+
+
+def colours(axes):
+    return [bar.get_facecolor() for bar in axes.patches]
+
+
+def test_layers_that_are_marked_are_named_below():
+    axes = scored([0.5, 0.1, 0.4, 0.2, 0.3]).plot().axes[0]
+    assert axes.get_xlabel() == "layer (dark, the largest: 0, 2, 4)"
+    dark, pale = colours(axes)[0], colours(axes)[1]
+    assert colours(axes) == [dark, pale, dark, pale, dark] and dark != pale
+    equal = pruned([0.7] * 5, 0.7).plot().axes[0]
+    assert len(set(colours(equal))) == 1 and equal.get_xlabel() == "layer"
+    assert not [text for text in axes.texts if text.get_text()], "no numbers over bars, which would read as values"
+
+
+def test_layers_are_whole_numbers():
+    results = {"angular_distance": [[0.1, 0.2, 0.3], [0.1, 0.2, None], [0.1, None, None]]}
+    few = report(layers={"gradient_norm": [1.0, 2.0, 3.0], "angular_distance": [0.1] * 3}, results=results)
+    angles, bars = few.plot().axes[:2]
+    for axis in (angles.xaxis, angles.yaxis, bars.xaxis):
+        assert all(tick == int(tick) for tick in axis.get_ticklocs())
+
+
+def test_what_a_score_is_and_what_auto_chose():
+    axes = scored([0.1, -0.2], "auto", {"chosen": "sensitivity", "spread": 0.25}).plot().axes[0]
+    assert axes.get_title() == "Score of each layer: auto, which chose sensitivity (λ = 0.25)"
+    assert axes.get_ylabel() == "growth of the loss, nats a token"
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0, 0]], "where negative scores begin"
+    given = scored([1.0, 2.0], scores="somewhere/scores.json").plot().axes[0]
+    assert given.get_title() == "Score of each layer: scores.json" and given.get_ylabel() == "score"
+    assert scored([1.0, 2.0]).plot().axes[0].get_ylabel() == "share of outliers D$^l$"
+
+
+def test_sparsity_says_what_the_dashed_line_is_and_that_nothing_is_zero():
+    axes = pruned([0.6, 0.8], 0.71).plot().axes[0]
+    assert axes.get_title() == "Sparsity of each layer by wanda (dashed: 71.0% of all weights)"
+    axes = pruned([0.0, 0.0], 0.0).plot().axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0 in every layer"] and axes.get_ylim() == (0, 1)
+    packed = report(kind="pack", settings={"minimum": 0.5}, layers={"sparsity": [0.6, 0.8]}, results={})
+    assert packed.plot().axes[0].get_title() == "Sparsity of each layer"
+
+
+def test_one_measure_is_one_picture(tmp_path):
+    scored([1.0, 2.0]).plot(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["score.png"]
