@@ -61,7 +61,7 @@ def logit_loss(
     positions = student.shape[:-1]
     keep = torch.ones(positions, dtype=torch.bool, device=student.device) if keep is None else keep
     labels = keep.new_full(positions, IGNORED, dtype=torch.long) if labels is None else labels
-    loss: Tensor = _LogitLoss.apply(
+    loss: Tensor = _LogitLoss.apply(  # type: ignore[no-untyped-call]
         student.flatten(0, -2), teacher.detach().flatten(0, -2), temperature, keep.flatten(), labels.flatten(), share
     )
     return loss

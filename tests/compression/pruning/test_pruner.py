@@ -240,7 +240,7 @@ def test_plans_of_another_kind_or_model():
 def test_what_a_method_needs():
     model = build("llama")
     statistics = collect_statistics(model, [batch_for(model)])
-    with pytest.raises(ValueError, match="method: expected one of magnitude, wanda, sparsegpt, got 'best'"):
+    with pytest.raises(ValueError, match=f"method: expected one of {', '.join(METHODS)}, got 'best'"):
         prune(model, 0.5, "best")
     for batches in (None, []):
         with pytest.raises(ValueError, match="batches: expected at least one for wanda, got none"):

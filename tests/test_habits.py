@@ -1,0 +1,66 @@
+"""What is written about the project is true of it: versions, recipes, the picture of the house, declared versions."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+
+import hf_cod
+from tests.test_imports import ROOMS
+
+ROOT = Path(__file__).parent.parent
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_one_version():
+    released = re.findall(r"^## \[(\d[\d.]*)\] - (\d{4}-\d\d-\d\d)$", CHANGELOG, re.M)
+    assert released[0][0] == hf_cod.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], str(citation["date-released"])) == released[0]
+
+
+def picture() -> dict[str, str]:
+    """Entry of `hf_cod/` in CONTRIBUTING -> what the picture says of it."""
+    block = CONTRIBUTING.split("    hf_cod/\n")[1].split("\n\n")[0]
+    lines = [line.removeprefix("    ") for line in block.splitlines()]
+    found: dict[str, str] = {}
+    for line in lines:
+        if not line.startswith("   "):
+            name, _, rest = line.strip().partition(" ")
+            found[name] = rest
+        else:
+            found[name] += f" {line.strip()}"
+    return found
+
+
+def test_the_picture_is_the_house():
+    found = picture()
+    assert [name.rstrip("/") for name in found if name not in ("__init__.py", "_registration.py", "assets/")] == ROOMS
+    for place, told in found.items():
+        assert (ROOT / "hf_cod" / place).exists(), place
+        for name in re.findall(r"\b(\w+\.py|\w+/)(?=\W|$)", told):
+            assert (ROOT / "hf_cod" / place / name).exists(), f"{place}{name}"
+
+
+def test_recipes_name_files_and_tables_that_there_are():
+    recipes = CONTRIBUTING.split("## Recipes")[1]
+    paths = set(re.findall(r"`((?:hf_cod|tests|examples)/[\w/.]+)`", recipes))
+    assert len(paths) > 15
+    for path in paths:
+        assert "NAME" in path or (ROOT / path).exists(), path
+    for path, told in re.findall(r"^\d\. `(hf_cod/[\w/]+\.py)`(.*?)(?=^\d\. |^#|\Z)", recipes, re.M | re.S):
+        if "NAME" not in path:
+            code = (ROOT / path).read_text(encoding="utf-8")
+            for table in re.findall(r"`([A-Z][A-Z_]+)`", told):
+                assert re.search(rf"^{table}\b.*= ", code, re.M), f"{path}: {table}"
+
+
+def test_every_dependency_has_a_lower_bound():
+    """`.ci/lowest` installs those versions, so each must be there to read."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *(one for extra in extras.values() for one in extra)]
+    for requirement in declared:
+        assert re.match(r"hf_cod\[|[\w.-]+>=\d", requirement), requirement
