@@ -1,12 +1,18 @@
-"""Files that survive an interruption: written aside, flushed, renamed; and a journal that a run resumes from."""
+"""Files and directories that survive an interruption: written aside, flushed, renamed; and the journal of a long run.
+
+Whatever this package writes goes through here. `models/checkpoint.py` alone does the same for itself, because models/
+imports nothing of ours.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar, cast
@@ -32,9 +38,43 @@ def write_aside(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
     return path
 
 
+@contextmanager
+def directory_aside(path: str | Path) -> Iterator[Path]:
+    """A new directory beside `path` to fill; behind the block it takes that name, once all its files are on disk.
+
+    Raises:
+        OSError: there is something of that name already.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield aside
+        sync(aside)
+        aside.chmod(0o755)  # mkdtemp makes directories that nobody else can read
+        os.rename(aside, path)
+    except BaseException:
+        shutil.rmtree(aside)
+        raise
+
+
+def sync(directory: str | Path) -> None:
+    """Returns once all files in a directory are on disk."""
+    for path in Path(directory).rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Writes `text` as UTF-8, aside and renamed."""
     return write_aside(path, lambda file: file.write(text.encode()))
+
+
+def copy_aside(source: str | Path, path: str | Path) -> Path:
+    """Copies a file's contents, aside and renamed."""
+    with Path(source).open("rb") as original:
+        return write_aside(path, lambda file: shutil.copyfileobj(original, file))
 
 
 def append_line(path: str | Path, line: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import cached_assets_path
 
-from hf_cod.io.files import fingerprint
+from hf_cod.io.files import copy_aside, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,7 @@ def _build(name: str, sources: Path, library: Path) -> None:
             is_python_module=False,
         )
         built = next(path for path in Path(folder).iterdir() if path.suffix in (".so", ".pyd", ".dll"))
-        shutil.copy(built, Path(folder) / "finished")
-        os.replace(Path(folder) / "finished", library)
+        copy_aside(built, library)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Writing a whole model directory so that it is there completely or not at all."""
+"""Writing a whole model directory so that it is there completely or not at all.
+
+`hf_cod/io/files.py` does that for the rest of the package; models/ imports nothing outside itself.
+"""
 
 import json
 import os

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cod.analysis.monitoring.history import TrainingHistory
-from hf_cod.io.files import write_text
+from hf_cod.io.files import copy_aside, write_text
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.settings import resolve
 from hf_cod.reporting.settings import CardSettings
@@ -115,7 +114,7 @@ def _draw(report: RunReport, run: Path, output: Path) -> list[str]:
             TrainingHistory.load(history).report().plot(folder)
         drawn = [name for name in PICTURES if (Path(folder) / f"{name}.png").is_file()]
         for name in drawn:
-            shutil.copyfile(Path(folder) / f"{name}.png", output / f"{name}.png")
+            copy_aside(Path(folder) / f"{name}.png", output / f"{name}.png")
     return drawn
 
 
