@@ -31,7 +31,7 @@ from hf_cod.io.report import RunReport
 from hf_cod.training.pretraining.preparation import Prepared, prepare
 from hf_cod.training.pretraining.recipes import FINAL_LEARNING_RATE_SHARE, PretrainSettings, accumulation_steps
 from hf_cod.training.pretraining.results import save_results
-from hf_cod.training.runs.run_directory import last_checkpoint
+from hf_cod.training.runs.run_directory import last_checkpoint, last_steps
 
 MARKER = "progress.json"  # written last of a checkpoint: step and history
 KEPT_CHECKPOINTS = 2
@@ -129,9 +129,8 @@ class Run:
         if self.accelerator.is_main_process:
             progress = {"step": self.step, "history": self.history}
             write_json(output / f"checkpoint-{self.step}" / MARKER, progress)
-            steps = sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-[0-9]*"))
-            for step in steps[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(output / f"checkpoint-{step}")
+            for _, folder in last_steps(output)[KEPT_CHECKPOINTS:]:
+                shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
 
 

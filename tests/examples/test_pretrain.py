@@ -274,3 +274,13 @@ def test_the_comparison_takes_each_placement_at_its_best_rate_and_skips_what_is_
     assert rows["lns"]["last layer's variance"]["mean"] == 2.5 and rows["lns"]["diverged"] == 0
     assert rows["post"]["diverged"] == 1 and rows["post"]["validation perplexity"]["spread"] is None
     assert "| lns | 0.001 | 2 of 2 | 10.5 ± 0.7071 | 2.5 ± 0.7071 | 6 ± 0 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("checkpoint-7", "which holds checkpoint-7 of another run"), ("config.json", "which holds a model")],
+)
+def test_a_directory_of_something_else_is_refused(name, told, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"output: expected a new directory, .*{told}"):
+        prepare(PretrainSettings(output=str(tmp_path)))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import AutoTokenizer, set_seed
 
-from hf_cod.io.files import fingerprint, write_json
+from hf_cod.io.files import directory_aside, fingerprint
 from hf_cod.io.packing import PackedStream, PackedText, pack, pack_once, tokenizer_identity, train_tokenizer
 from hf_cod.io.settings import TextSettings
 from hf_cod.io.text import load_rows, load_texts
 from hf_cod.models import CodLlamaForCausalLM
 from hf_cod.training.pretraining.recipes import PretrainSettings, Recipe, model_config
-from hf_cod.training.runs.run_directory import SETTINGS, last_steps
+from hf_cod.training.runs import run_directory
 
 HELD_OUT_SHARE = 0.02  # of the windows, where no text to validate on is named
 PROBE_SAMPLES = 8
@@ -145,14 +142,12 @@ def _tokenizer(recipe: Recipe, texts: TextSettings) -> Any:
     folder = _cache(f"tokenizer-{fingerprint(_source(texts), vocabulary)}")
     if not folder.is_dir():
         trained = train_tokenizer(load_texts(texts), vocabulary)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            trained.save_pretrained(Path(aside) / "whole")
-            try:
-                os.rename(Path(aside) / "whole", folder)
-            except OSError:  # another run has just made the same one
-                if not folder.is_dir():
-                    raise
+        try:
+            with directory_aside(folder) as aside:
+                trained.save_pretrained(aside)
+        except OSError:  # another run has just made the same one
+            if not folder.is_dir():
+                raise
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -183,21 +178,12 @@ def claim(settings: PretrainSettings) -> None:
     """Marks the output directory as this run's, so that no other run goes on from its checkpoints or takes its report.
 
     Raises:
-        ValueError: it holds checkpoints or the report of a run with other settings, or on a text of another size.
+        ValueError: it holds a model, or checkpoints or the report of a run with other settings or on a text of another
+            size.
     """
-    folder = Path(str(settings.output))
     told = {name: value for name, value in settings.describe().items() if name not in FREE}
-    wanted = json.loads(json.dumps({**told, "text_size": text_size(settings.recipe.text)}))
-    found = _settings_of(folder)
-    if found and (last_steps(folder) or (folder / "report.json").is_file()):
-        for name, value in wanted.items():
-            if name in found and found[name] != value:
-                raise ValueError(
-                    f"{name}: expected {found[name]!r}, with which the run in {str(folder)!r} was made, got {value!r}; "
-                    "name another --output, or remove that one"
-                )
-    if found != wanted:
-        write_json(folder / SETTINGS, wanted)
+    wanted = {**told, "text_size": text_size(settings.recipe.text)}
+    run_directory.claim(Path(str(settings.output)), wanted, finished=True)
 
 
 def text_size(text: str | None) -> list[Any]:
@@ -207,14 +193,3 @@ def text_size(text: str | None) -> list[Any]:
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return [[file.relative_to(path).as_posix(), file.stat().st_size] for file in files]
     return [path.stat().st_size] if text and path.is_file() else []
-
-
-def _settings_of(folder: Path) -> dict[str, Any]:
-    """What the directory's run was told: its own note, or its report's."""
-    for file, key in ((SETTINGS, None), ("report.json", "settings")):
-        try:
-            content = json.loads((folder / file).read_text(encoding="utf-8"))
-            return content if key is None else content[key]
-        except (OSError, ValueError, KeyError):
-            continue
-    return {}
