@@ -3,6 +3,11 @@
 The files `placements.py`, `shapes.py`, `configuration_*.py` and `modeling_*.py` are copied beside the weights of every
 saved model, flat, and loaded from there by people without this package. So they import torch, transformers and each
 other (`from .x import y`) and nothing else.
+
+Each `configuration_X.py` and its `modeling_X.py` import each other: eight circles, which stay. A model needs its
+configuration, and transformers, when it saves a configuration alone, copies the files that its relative imports name.
+So a configuration names its model's file in an import that never runs (`if TYPE_CHECKING:`); without it the code of its
+models would be missing. `configuration_shaped.py` asks its model's file, when it saves, for the heads of a family.
 """
 
 from importlib import import_module
