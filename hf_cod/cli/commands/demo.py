@@ -97,7 +97,8 @@ def _quantized(directory: Path) -> None:
 
 
 def _smollm2(output: str) -> int:
-    from hf_cod.io.models import from_package, load_model, on_hub
+    from hf_cod.io.models import load_model, on_hub
+    from hf_cod.io.packaged_files import from_package
     from hf_cod.io.text import embedded_text
 
     title, name = HUB_MODEL.split("/")[1], HUB_MODEL

