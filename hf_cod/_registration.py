@@ -50,6 +50,8 @@ class Late:
         return self.load()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copies and pickles look for
+            raise AttributeError(name)
         return getattr(self.load(), name)
 
     def load(self) -> Any:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from typing import Any
 
 from wrapt import register_post_import_hook
 
@@ -92,8 +93,13 @@ def _quieten_transformers() -> None:
 
     Takes effect when transformers is imported, which is later.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    register_post_import_hook(lambda logging: logging.disable_progress_bar(), "transformers.utils.logging")
+
+    def quieten(logging: Any) -> None:
+        if "TRANSFORMERS_VERBOSITY" not in os.environ:
+            logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    register_post_import_hook(quieten, "transformers.utils.logging")
 
 
 @contextmanager

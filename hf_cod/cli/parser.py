@@ -14,8 +14,8 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-# Spelling that other tools use -> ours.
-ALIASES = {"--output-dir": "--output"}
+# Spelling that other tools or earlier versions use -> ours.
+ALIASES = {"--output-dir": "--output", "--multiple": "--channel-multiple"}
 # Options of every command, which a config file does not hold.
 _COMMON = ("help", "config", "print_config", "quiet")
 
@@ -141,14 +141,12 @@ def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) ->
     kind, several = _kind(hint)
     if kind is bool:
         if default:
-            parser.add_argument(
-                f"--no-{name[2:]}",
-                dest=field.name,
-                action="store_false",
-                default=True,
-                help=told and f"without this option: {told}",
-            )
+            off = f"--no-{name[2:]}"
             parser.add_argument(name, dest=field.name, action="store_true", default=True, help=argparse.SUPPRESS)
+            # The last option of a name is the one whose help text config files show.
+            parser.add_argument(
+                off, dest=field.name, action="store_false", default=True, help=told and f"without this option: {told}"
+            )
         else:
             parser.add_argument(name, dest=field.name, action="store_true", default=False, help=told)
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def parse_bytes(text: str, field: str) -> int:
     """Bytes of "24GB" (powers of 1000), "80GiB" (of 1024) or a plain number.
@@ -11,9 +13,11 @@ def parse_bytes(text: str, field: str) -> int:
     """
     from accelerate.utils.modeling import convert_file_size_to_int  # imports torch, which --help does without
 
-    size = text.upper()  # it takes a small b for bits
+    size, factor = text.upper(), 1  # it takes a small b for bits, and knows no T
+    if found := re.fullmatch(r"(.+)T(I?)B?", size):
+        size, factor = f"{found[1]}G{found[2]}B", 1024 if found[2] else 1000
     try:
-        return int(size) if size.isdecimal() else convert_file_size_to_int(size.removesuffix("B") + "B")
+        return int(size) if size.isdecimal() else factor * convert_file_size_to_int(size.removesuffix("B") + "B")
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{field}: expected a size such as 24GB or 80GiB, got {text!r}") from error
 

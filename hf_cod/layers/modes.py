@@ -47,7 +47,7 @@ def cache_restored(config: Any) -> Iterator[None]:
 
 @contextmanager
 def checkpointing_restored(model: Any) -> Iterator[None]:
-    """Gradient checkpointing that the block switches on ends with it."""
+    """Gradient checkpointing that the block switches on ends with it; no block of ours switches it off."""
     before = _checkpoints(model)
     try:
         yield

@@ -45,9 +45,9 @@ def print_estimates(
     from rich import box
     from rich.console import Console
     from rich.table import Table
-    from tqdm import tqdm
 
     from hf_cod.io.models import best_device, load_config
+    from hf_cod.layers.running import progress
     from hf_cod.training.runs.memory import PARTS
     from hf_cod.training.runs.methods import METHODS
 
@@ -56,7 +56,7 @@ def print_estimates(
     room = told.bytes_of_device() or free_memory(device)
     table = Table("method", *PARTS, "total", "fits", box=box.SIMPLE_HEAD, padding=0)
     refused = []
-    for method in tqdm(METHODS, desc="estimating", leave=False, disable=None):
+    for method in progress(METHODS, "estimating", show=True):
         try:
             found = estimate(config, method, settings, sampling, loading.trust_remote_code)
         except (ImportError, ValueError) as error:  # settings that this method does not take

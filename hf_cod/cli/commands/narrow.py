@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
 from hf_cod.cli.step import Step
-from hf_cod.compression.width.settings import CHANNEL_MULTIPLE, NarrowSettings
+from hf_cod.compression.width.settings import NarrowSettings
 from hf_cod.io.settings import ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.scoring.settings import ScoreSettings
@@ -27,16 +27,14 @@ class NarrowOptions(SpeedSettings, SpreadSettings):
     compensation: str = as_in(NarrowSettings, "compensation")
     score: str = as_in(ScoreSettings, "method")
     parameters: float = field(default=0.8, metadata={"help": "share of the layers' weights to keep"})
-    multiple: int = field(default=CHANNEL_MULTIPLE, metadata={"help": "numbers of channels are multiples of this"})
+    channel_multiple: int = as_in(NarrowSettings, "channel_multiple")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        NarrowSettings(method=self.method, compensation=self.compensation)
+        NarrowSettings(self.method, self.compensation, self.channel_multiple)
         check_choice("score", self.score, SCORES)
         if not 0 < self.parameters <= 1:
             raise ValueError(f"parameters: expected a share above 0 and at most 1, got {self.parameters}")
-        if self.multiple < 1:
-            raise ValueError(f"multiple: expected a whole number above 0, got {self.multiple}")
 
 
 def make_parser() -> SettingsParser:
@@ -89,7 +87,7 @@ class Narrow(Step):
             plan,
             method=self.settings.method,
             compensation=self.settings.compensation,
-            channel_multiple=self.settings.multiple,
+            channel_multiple=self.settings.channel_multiple,
             batches=work.calibration,
             name=work.name,
             **work.options,

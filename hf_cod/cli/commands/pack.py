@@ -79,7 +79,7 @@ def describe(
     from hf_cod.layers.size import bytes_of
 
     packed = {key: m for key, m in stack.model.named_modules() if isinstance(m, SparseLinear)}
-    sizes = f"{dense_bytes / 1e6:,.1f} MB dense, {packed_bytes / 1e6:,.1f} MB packed"
+    sizes = f"Weights: {dense_bytes / 1e6:,.1f} MB dense, {packed_bytes / 1e6:,.1f} MB packed on disk"
     return RunReport(
         kind="pack",
         model=name,
@@ -92,7 +92,7 @@ def describe(
             "modules": {key: m.sparsity for key, m in packed.items()},
         },
         summary=[
-            f"{len(packed)} matrices packed. On disk: {sizes}, {format_number(packed_bytes / dense_bytes)} of it.",
+            f"{len(packed)} matrices packed. {sizes}, {format_number(packed_bytes / dense_bytes)} of it.",
         ],
     )
 

@@ -16,7 +16,7 @@ try:
     _ADVICE.setLevel(logging.ERROR)
     from bitsandbytes import matmul_4bit as matmul_4bit  # type: ignore[attr-defined]
     from bitsandbytes.functional import QuantState as QuantState
-    from bitsandbytes.functional import create_dynamic_map
+    from bitsandbytes.functional import create_dynamic_map as create_dynamic_map
     from bitsandbytes.functional import get_4bit_type as get_4bit_type
     from bitsandbytes.nn import Linear4bit as Linear4bit  # type: ignore[attr-defined]
     from bitsandbytes.nn import Params4bit as Params4bit  # type: ignore[attr-defined]

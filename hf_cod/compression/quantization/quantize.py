@@ -189,7 +189,7 @@ def _report(
         settings={"block": config.block, "double_quant": config.double_quant, "score": score_of(config), **batches},
         environment=environment(execution_device(model), next(_floating(model)).dtype),
         layers=layers,
-        results={"bits": plan.stored, "bytes": round(plan.stored * weights / 8), "modules": plan.bits},
+        results={"bits": plan.stored, "planned_bytes": round(plan.stored * weights / 8), "modules": plan.bits},
         summary=[
             f"{weights:,} weights of the layers' matrices are stored in {plan.stored:.3f} bits each, scales included."
         ],

@@ -20,7 +20,7 @@ def codebook(signed: bool) -> tuple[float, ...]:
         ImportError: bitsandbytes is missing.
     """
     try:
-        from bitsandbytes.functional import create_dynamic_map
+        from hf_cod.compression.quantization.bnb_decoding import create_dynamic_map
     except ImportError as error:
         raise ImportError("moments: 8bit needs the bitsandbytes package: pip install 'hf_cod[bitsandbytes]'") from error
     return tuple(create_dynamic_map(signed=signed).tolist())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback
 
@@ -178,7 +179,7 @@ def _arguments(settings: TrainingSettings, seed: int, directory: Path, device: t
         save_total_limit=2,
         logging_steps=settings.log_every,
         report_to="none",
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=are_progress_bars_disabled() or not sys.stderr.isatty(),
         use_cpu=device.type == "cpu",
         **checkpointing,
     )
