@@ -1,4 +1,4 @@
-import importlib.util
+import subprocess
 
 import pytest
 
@@ -13,7 +13,8 @@ def test_a_package_that_does_not_exist():
 
 
 def test_an_environment_without_pip(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    lacking = subprocess.CompletedProcess([], 1, "", "python: No module named pip")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: lacking)
     with pytest.raises(
         ValueError, match=r"expected pip to download .* got an environment without it; python -m ensure"
     ):
