@@ -43,14 +43,14 @@ class Late:
 
     def __init__(self, module: str, name: str) -> None:
         self._module, self._name = module, name
+        self.__name__ = name  # what transformers' tables of processors go by
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """An instance of the class."""
         return self.load()(*args, **kwargs)
 
-    def from_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As the class reads a config file."""
-        return self.load().from_dict(*args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.load(), name)
 
     def load(self) -> Any:
         """The class."""

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hf_cod.cli.findings import closing
+from hf_cod.cli.closing import closing
 from hf_cod.cli.output import JOURNAL, check_output, finish, require_plots, results_of
 from hf_cod.cli.parser import default_directory
 from hf_cod.cli.samples import split_text
@@ -111,11 +111,12 @@ def run(
         **({} if work.scores is None else {"score": work.scores.settings}),
     }
     told = {**asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
+    given = {} if scores_file is None or work.scores is None else {"score": work.scores.method}
     found = {} if work.scores is None else {"score": work.scores.values}
     remarks = [] if work.scores is None else work.scores.remarks
     report = replace(
         report,
-        settings={**told, "scores": scores_file, **step.told(plan)},
+        settings={**told, "scores": scores_file, **given, **step.told(plan)},
         layers={**report.layers, **layers, **found},
         results=results,
     )

@@ -24,7 +24,7 @@ def explain_bits(stack: DecoderLayers, settings: Any, scores: LayerScores | None
     for index in range(len(stack)):
         names = [name for name in stack.linears(index) if name in plan.bits]
         four = [name.rsplit(".", 1)[-1] for name in names if plan.bits[name] == 4]
-        told = "all" if len(four) == len(names) else ", ".join(four) or "none"
+        told = "all" if four and len(four) == len(names) else ", ".join(four) or "none"
         row = (index, format_number(values[index]), order.index(index) + 1, told, len(names) - len(four))
         table.add_row(*map(str, row))
     console = Console()

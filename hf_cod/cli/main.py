@@ -30,11 +30,11 @@ COMMANDS = {
     "heal": ("heal", "train a pruned, factorized, narrowed or shortened model to say what the original says"),
     "finetune": ("finetune", "train a model on, a few layers at a time"),
     "compare": ("compare", "put several diagnosed runs side by side"),
-    "card": ("card", "a pre-trained model with its model card, ready to share"),
-    "convert": ("convert", "LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
-    "env": ("env", "versions and hardware, to paste into a bug report"),
+    "card": ("card", "write a pre-trained model with its model card, ready to share"),
+    "convert": ("convert", "convert LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
+    "env": ("env", "print versions and hardware, to paste into a bug report"),
 }
-# Commands that keep a journal: stopped, the same command resumes.
+# Commands that keep a journal or checkpoints: stopped, the same command resumes.
 RESUMABLE = (
     "demo",
     "diagnose",
@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quieten_transformers()
     command = importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[arguments[0]][0]}")
     try:
-        with _quiet() if "--quiet" in arguments else nullcontext():
+        asked = {"--help", "-h", "--print-config", "--print_config"}.intersection(arguments)
+        with _quiet() if "--quiet" in arguments and not asked else nullcontext():
             return command.main(arguments[1:])
     except (ValueError, ImportError) as error:
         print(f"hf-cod {arguments[0]}: error: {error}", file=sys.stderr)
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _quieten_transformers() -> None:
     """Its loading reports and bars would bury our one line of error; a verbosity that the user has chosen stays.
 
-    As soon as it is imported, which is later.
+    Takes effect when transformers is imported, which is later.
     """
 
     def quieten(logging: Any) -> None:
@@ -104,14 +105,20 @@ def _quieten_transformers() -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """`--quiet`: no tables and no progress bars, ours or other libraries'; errors are still printed."""
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars  # type: ignore[attr-defined]
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
+    shown_before = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
             yield
     finally:
-        enable_progress_bars()
+        if shown_before:
+            enable_progress_bars()
 
 
 def _overview() -> str:

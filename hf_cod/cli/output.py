@@ -10,6 +10,8 @@ import re
 import shutil
 from pathlib import Path
 
+from hf_cod.io.files import sync
+
 JOURNAL = "journal"
 _RESULT = "result"
 # What a journal holds: a layer as FinishedLayers writes it, or one that an interruption cut; and lines of a Journal.
@@ -31,10 +33,11 @@ def check_output(directory: Path, model: str) -> None:
     inside = {path.name for path in directory.iterdir()}
     journal = directory / JOURNAL
     ours = journal.is_dir() and all(p.name == _RESULT or _KEPT.fullmatch(p.name) for p in journal.iterdir())
-    if inside - ({JOURNAL} if ours else set()):
+    foreign = inside - ({JOURNAL} if ours else set())
+    if foreign:
         raise ValueError(
             f"output: expected a new directory, an empty one, or that of an interrupted run, got {str(directory)!r}, "
-            f"which holds {min(inside)}"
+            f"which holds {min(foreign)}"
         )
 
 
@@ -50,10 +53,7 @@ def finish(directory: Path, results: Path) -> None:
 
     The directory itself stays: it may be a link, a mount point, or the one that somebody stands in.
     """
-    for path in results.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    sync(results)
     for path in sorted(results.iterdir()):
         os.replace(path, directory / path.name)
     shutil.rmtree(directory / JOURNAL)

@@ -99,7 +99,7 @@ class SettingsParser(argparse.ArgumentParser):
             raise ValueError(f"config: expected names of options with their values, got {content!r} in {str(path)!r}")
         options = self._options()
         for key, value in content.items():
-            name = str(key).replace("-", "_")
+            name = _spelled(f"--{key}")[2:].replace("-", "_")
             if name not in options:
                 raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}")
             self.set_defaults(**{name: _converted(options[name], value, str(key))})
@@ -186,7 +186,7 @@ def _converted(action: argparse.Action, value: Any, key: str) -> Any:
     Raises:
         ValueError: it is of another type, or none of the choices.
     """
-    if value is None:
+    if value is None and action.default is None:
         return None
     if action.nargs == 0:
         if not isinstance(value, bool):

@@ -15,6 +15,7 @@ from hf_cod.scoring.settings import AllocationSettings, ScoreSettings
 class MeasuringSettings(SampleSettings):
     """On which samples the work is done, and on which what comes of it is measured."""
 
+    max_samples: int = field(default=32, metadata={"help": "samples to work on; more text is drawn from by seed"})
     eval_text: str | None = field(
         default=None, metadata={"help": "text to measure perplexity on; default: other samples of the same text"}
     )

@@ -78,7 +78,7 @@ def run(
     directory: Path,
 ) -> RunReport:
     """Loads both models, heals the student, saves it, and measures how fast both are, side by side."""
-    from hf_cod.cli.findings import describe_speed
+    from hf_cod.cli.closing import describe_speed
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts

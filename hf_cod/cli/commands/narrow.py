@@ -1,4 +1,4 @@
-"""hf-cod narrow MODEL: fewer attention heads and MLP channels, more of them in layers that matter more."""
+"""hf-cod narrow MODEL: attention heads and MLP channels removed, more of them in layers that matter less."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
 from hf_cod.cli.step import Step
 from hf_cod.compression.width.settings import CHANNEL_MULTIPLE, NarrowSettings
-from hf_cod.io.settings import ModelSettings, TextSettings, as_in
+from hf_cod.io.settings import ModelSettings, TextSettings, as_in, check_choice
+from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.scoring.settings import ScoreSettings
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class NarrowOptions(SpeedSettings, SpreadSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         NarrowSettings(method=self.method, compensation=self.compensation)
-        ScoreSettings(method=self.score)
+        check_choice("score", self.score, SCORES)
         if not 0 < self.parameters <= 1:
             raise ValueError(f"parameters: expected a share above 0 and at most 1, got {self.parameters}")
         if self.multiple < 1:

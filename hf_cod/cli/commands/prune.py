@@ -6,13 +6,15 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpreadSettings
 from hf_cod.cli.step import Step
 from hf_cod.compression.pruning.settings import PruneSettings
-from hf_cod.io.settings import ModelSettings, TextSettings, as_in
+from hf_cod.io.settings import ModelSettings, TextSettings, as_in, check_choice
+from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.scoring.settings import PRUNERS, ScoreSettings
 from hf_cod.training.healing.settings import RecoverySettings
 
@@ -42,7 +44,7 @@ class PruneOptions(SpreadSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         PruneSettings(method=self.method)
-        ScoreSettings(method=self.score)
+        check_choice("score", self.score, SCORES)
         if self.sparsity is not None and not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity: expected a share in 0..1, got {self.sparsity}")
         if self.fixed and (self.sparsity is not None or self.spread is not None):
@@ -124,6 +126,8 @@ def main(arguments: Sequence[str]) -> int:
     loading, text, settings, recovery, files, rest = make_parser().parse(arguments)
     if settings.fixed and files.scores is not None:
         raise ValueError(f"scores: expected none beside pattern {settings.fixed}, got {files.scores!r}")
+    if recovery.recover and find_spec("peft") is None:
+        raise ImportError("recover: LoRA needs the peft package: pip install 'hf_cod[recovery]'")
     from hf_cod.cli.compression import compress
 
     return compress(Prune(settings, recovery), rest.model, loading, text, files)

@@ -13,6 +13,7 @@ from hf_cod.compression.quantization.settings import QuantizeSettings, StorageSe
 from hf_cod.functional.bits import BITS
 from hf_cod.io.settings import ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import CODEBOOK, ScoreSettings
+from hf_cod.scoring.settings import METHODS as SCORES
 
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
@@ -50,7 +51,7 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
         CompressionSettings.__post_init__(self)
         StorageSettings.__post_init__(self)
         check_bits(self.bits)
-        ScoreSettings(method=self.score)
+        check_choice("score", self.score, SCORES)
         check_choice("rounding", self.rounding, ROUNDINGS)
 
     @property

@@ -1,8 +1,4 @@
-"""How each measure of a report is drawn: one panel a measure.
-
-Colours: viridis (readable by colour-blind people and in grey print) and one dark blue; what matters is also said by
-position or text, never by colour alone. Yellow means near, as in the paper's Figure 2.
-"""
+"""How each measure of a report is drawn: one panel a measure."""
 
 from __future__ import annotations
 
@@ -14,11 +10,9 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from hf_cod.io.report import RunReport, format_number, standing_out
+from hf_cod.reporting.plots.colours import INK, NEAR_IS_YELLOW, PALE
 from hf_cod.reporting.plots.training_panels import LOG_RATIO, TRAINING_PANELS
 
-NEAR_IS_YELLOW = "viridis_r"
-INK = "#26456e"
-PALE = "#9fb4cc"
 BY_STEP = "_by_step"
 INFLUENCE = "1 - cos(x$^l$, x$^{l+1}$)"
 GRADIENT = "‖∂L/∂θ$_l$‖"

@@ -8,12 +8,13 @@ from itertools import pairwise
 from typing import Any
 
 from hf_cod.io.report import RunReport
+from hf_cod.reporting.plots.colours import FAR_IS_YELLOW, INK, NEAR_IS_YELLOW
 
 # Above this ratio between the largest and the least value a linear scale of colours shows only the largest.
 LOG_RATIO = 50
 
 
-def heat_map(measure: str, title: str, label: str, colours: str = "viridis") -> Callable[[Any, RunReport], None]:
+def heat_map(measure: str, title: str, label: str, colours: str = FAR_IS_YELLOW) -> Callable[[Any, RunReport], None]:
     """A panel with a column for each measured step, as wide as its share of the training, and a row for each layer."""
 
     def draw(axes: Any, report: RunReport) -> None:
@@ -40,7 +41,7 @@ def effective_depth(axes: Any, report: RunReport) -> None:
     """Effective depth by step, and the depth that it cannot exceed."""
     history = report.results["history"]
     values = [math.nan if value is None else value for value in history["effective_depth"]]
-    axes.plot(history["step"], values, color="#26456e", marker="o", markersize=3)
+    axes.plot(history["step"], values, color=INK, marker="o", markersize=3)
     axes.axhline(report.n_layers, color="black", linestyle="--", linewidth=1, label=f"all {report.n_layers} layers")
     axes.legend(loc="best", frameon=False)
     axes.set(xlabel="step", ylabel="layers", title="Effective depth", ylim=(0, 1.05 * report.n_layers))
@@ -59,7 +60,7 @@ TRAINING_PANELS: dict[str, Callable[..., None]] = {
     "effective_depth": effective_depth,
     # Reversed colours: yellow means near, as in all pictures of angles.
     "angular_distance": heat_map(
-        "angular_distance", "Angular distance to the next layer", "d(x$^l$, x$^{l+1}$), yellow: near", "viridis_r"
+        "angular_distance", "Angular distance to the next layer", "d(x$^l$, x$^{l+1}$), yellow: near", NEAR_IS_YELLOW
     ),
     "gradient_norm": heat_map("gradient_norm", "Gradient norm", "‖∂L/∂θ$_l$‖"),
     "variance": heat_map("variance", "Output variance", "variance"),

@@ -34,7 +34,7 @@ def _megabytes(size: int) -> str:
 
 
 def _perplexity(results: dict[str, Any], made: str) -> list[str]:
-    """ "uniform" (all layers alike) and "recovered" are told where they were measured."""
+    """Beside what was made, all layers alike ("uniform") and "recovered", where those were measured."""
     figures = results["perplexity"]
     found = {name: format_number(value) for name, value in figures.items() if value is not None}
     if not found:
