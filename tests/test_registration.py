@@ -37,10 +37,8 @@ def test_the_tables_name_what_there_is():
     "first",
     [
         "import hf_cod.models.configuration_cod_llama",
-        "import hf_cod.models.own_config",
         "from hf_cod import OwLoreConfig",
         "import hf_cod; from transformers import LlamaForCausalLM",
-        "from transformers import AutoModel; import hf_cod",
     ],
 )
 def test_whichever_is_imported_first(first):
