@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has its own core
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests import real_models
 from tests.tiny_models import DEFAULT_FAMILIES, FAMILIES, MIXTURES
@@ -47,6 +48,11 @@ def default_of(families: list[str]) -> set[str]:
     if mixtures and not default.intersection(MIXTURES):
         default.add(mixtures[0])
     return default or {families[0]}
+
+
+# A busy machine says nothing of what is tested: neither how long an example took nor how long it took to draw one.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)
