@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -30,5 +31,8 @@ def print_completion(arguments: Sequence[str], commands: Mapping[str, tuple[str,
     for name, (module, text) in commands.items():
         made = importlib.import_module(f"hf_cod.cli.commands.{module}").make_parser()
         choices.add_parser(name, help=text, parents=[made], add_help=False, conflict_handler="resolve")
-    print(shtab.complete(parser, arguments[0]))
+    try:
+        print(shtab.complete(parser, arguments[0]), flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

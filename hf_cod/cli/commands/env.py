@@ -7,10 +7,10 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from hf_cod._version import __version__
 from hf_cod.cli.parser import SettingsParser
 
 PACKAGES = (
-    "hf_cod",
     "torch",
     "transformers",
     "accelerate",
@@ -49,7 +49,7 @@ def environment() -> dict[str, str]:
     import psutil
     import torch
 
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found = {"hf_cod": __version__, "python": platform.python_version(), "platform": platform.platform()}
     found |= {name: _version(name) for name in PACKAGES}
     found["cpu"] = (
         f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
