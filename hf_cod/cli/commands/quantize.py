@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Way of rounding -> what it looks at.
 ROUNDINGS = {
-    "compensated": "errors are made up for by what is still to be rounded (GPTQ)",
+    "compensated": "error compensation by the weights not yet rounded (GPTQ)",
     "weighted": "scales by what errors do to outputs",
     "nearest": "without a look at the text, and far worse at 3 bits",
 }

