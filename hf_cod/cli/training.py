@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from hf_cod.cli.recorded import card_outputs
 from hf_cod.cli.terminal import print_report
 from hf_cod.io.report import RunReport
 from hf_cod.training.runs.run_directory import last_steps
@@ -15,6 +16,7 @@ def tell(report: RunReport, directory: Path, plots: bool) -> None:
     if plots:
         report.plot(directory)
     report.save(directory)
+    card_outputs(directory, report)
     print_report(report)
     for name in ("model", "adapter"):
         if (directory / name).is_dir():
