@@ -7,7 +7,7 @@ import re
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 # An underscore inside a word is no emphasis, and a bracket that no parenthesis or bracket follows is no link.
 _MARKUP = re.compile(r"[\\`*|]|~~|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|!(?=\[)")
-_BLOCK = re.compile(r"^(?:([#+=-])|(\d+)([.)])(?=\s|$))")
+_BLOCK = re.compile(r"^(?:([#+-](?=[#\s])|[=-](?=[=\s-]+$))|(\d+)([.)])(?=\s|$))")
 
 
 def escaped(text: object) -> str:
