@@ -589,7 +589,7 @@ def test_an_unknown_option_shows_the_usage(capsys):
     with pytest.raises(SystemExit) as done:
         main(["diagnose", "x", "--max-sample-s", "3"])
     assert done.value.code == 2
-    assert "unrecognized arguments: --max-sample-s" in capsys.readouterr().err
+    assert "unrecognized arguments: --max-sample-s 3; did you mean --max-samples?" in capsys.readouterr().err
 
 
 def test_options_have_one_spelling(capsys):
