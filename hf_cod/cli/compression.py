@@ -55,7 +55,7 @@ def compress(
         print(f"\nnothing was made; what was measured is kept in {directory.resolve()}")
         return 0
     if files.plots:
-        report.plot(results)
+        report.plot(results, files.plot_format)
     report.save(results)
     finish(directory, results)
     print_report(report)
