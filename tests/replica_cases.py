@@ -65,7 +65,7 @@ def by_hand(model, settings: dict | None):
     else:
         optimizer = OwLoreAdamW(model, lr=1e-2, interval=2, **settings)
         replica = DistributedDataParallel(model)
-    for seed in range(5):
+    for seed in range(3):  # draws twice
         step(replica, optimizer, seed)
 
 
@@ -73,7 +73,7 @@ def by_trainer(model, settings: dict | None, folder: Path):
     """Trains by Trainer."""
     arguments = TrainingArguments(
         str(folder),
-        max_steps=5,
+        max_steps=3,
         per_device_train_batch_size=2,
         use_cpu=True,
         save_strategy="no",

@@ -17,7 +17,7 @@ from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[att
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback
 
-from hf_cod.layers.modes import cache_restored
+from hf_cod.layers.modes import cache_restored, one_thread
 from hf_cod.layers.replicas import processes
 from hf_cod.layers.stack import unwrap
 from hf_cod.scoring.layer_scores import LayerScores
@@ -142,7 +142,8 @@ def train(
     from hf_cod.training.runs.run_directory import last_checkpoint
 
     interrupt = SaveOnInterrupt()
-    with cache_restored(unwrap(model).config):  # Trainer turns it off, and the model would be saved like that
+    # Trainer turns the cache off, and the model would be saved like that.
+    with one_thread(model), cache_restored(unwrap(model).config):
         trainer = (make_trainer or Trainer)(
             model=model,
             args=_arguments(settings, seed, directory, model.device, lasting),
