@@ -1,4 +1,4 @@
-"""Arguments that have a new name: the old one is taken for one release, with a warning."""
+"""Arguments and attributes that have a new name: the old one is taken for one release, with a warning."""
 
 from __future__ import annotations
 
@@ -29,6 +29,35 @@ def renamed(**names: str) -> Callable[[Decorated], Decorated]:
     return decorate
 
 
+class OldAttribute:
+    """In the body of a class: an attribute by its old name, which is read with a warning.
+
+    Args:
+        new: its new name.
+    """
+
+    def __init__(self, new: str) -> None:
+        self.new = new
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.title, self.old = owner.__name__, name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        warn_renamed(self.title, self.old, self.new)
+        return getattr(instance, self.new)
+
+
+def warn_renamed(title: str, old: str, new: str) -> None:
+    """Warns whoever called the function that calls this: what `title` has is called otherwise now."""
+    warnings.warn(
+        f"{title}: {old} is now called {new}; the old name goes with the next release",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+
+
 def _taking(function: Callable[..., Any], names: dict[str, str], title: str) -> Callable[..., Any]:
     @functools.wraps(function)
     def with_old_names(*arguments: Any, **options: Any) -> Any:
@@ -36,11 +65,7 @@ def _taking(function: Callable[..., Any], names: dict[str, str], title: str) -> 
             new = names[old]
             if new in options:
                 raise ValueError(f"{old}: expected {new} alone, which is its new name, got both")
-            warnings.warn(
-                f"{title}: {old} is now called {new}; the old name goes with the next release",
-                DeprecationWarning,
-                stacklevel=2,
-            )
+            warn_renamed(title, old, new)
             options[new] = options.pop(old)
         return function(*arguments, **options)
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -98,10 +98,12 @@ class JsonFile:
     Attributes:
         FIELD: what errors call such a file.
         FORMAT: the version that is written, and the only one that is read.
+        RENAMED: name of an entry in earlier files -> its name now.
     """
 
     FIELD: ClassVar[str]
     FORMAT: ClassVar[int] = 1
+    RENAMED: ClassVar[Mapping[str, str]] = {}
 
     def save(self, path: str | Path) -> Path:
         """Writes a JSON file; returns its path."""
@@ -122,6 +124,7 @@ class JsonFile:
             raise ValueError(f"{what}, got {str(path)!r}: {error}") from error
         if version != cls.FORMAT:
             raise ValueError(f"{cls.FIELD}: expected format {cls.FORMAT}, got {version} in {str(path)!r}")
+        content = {cls.RENAMED.get(name, name): value for name, value in content.items()}
         entries = fields(cast(Any, cls))
         names = [entry.name for entry in entries]
         # Earlier files lack what came later; it has a default then.

@@ -13,10 +13,12 @@ import hf_cod
 from hf_cod import (
     AllocationSettings,
     Applying,
+    DepthPlan,
     DepthSettings,
     DiagnoseSettings,
     FactorizeSettings,
     LayerMonitor,
+    LayerStatistics,
     NarrowSettings,
     OwLoreAdamW,
     OwLoreSettings,
@@ -199,7 +201,7 @@ def test_old_names_are_taken_with_a_warning():
     model = build("llama")
     with pytest.warns(DeprecationWarning, match="find_decoder_layers: path is now called layers_path") as caught:
         found = find_decoder_layers(model, path="model.layers")
-    assert found.path == "model.layers" and caught[0].filename == __file__
+    assert found.layers_path == "model.layers" and caught[0].filename == __file__
     with pytest.raises(ValueError, match="path: expected layers_path alone, which is its new name, got both"):
         find_decoder_layers(model, path="model.layers", layers_path="model.layers")
     with pytest.warns(DeprecationWarning, match="skip: path"), skip(model, 0, path="model.layers"):
@@ -214,9 +216,16 @@ def test_old_names_are_taken_with_a_warning():
     with pytest.warns(DeprecationWarning, match="lora_ranks: width is now called relative_spread"):
         assert lora_ranks(model, scores, width=0.0) == lora_ranks(model, scores, relative_spread=0.0)
     with pytest.warns(DeprecationWarning, match="plan_depth: method is now called criterion"):
-        assert plan_depth(model, 1, method="angular", batches=[batch_for(model)]).method == "angular"
+        assert plan_depth(model, 1, method="angular", batches=[batch_for(model)]).criterion == "angular"
     with pytest.warns(DeprecationWarning, match="plan_bits: stack is now called model"):
         assert plan_bits(stack=find_decoder_layers(model), bits=3) == plan_bits(model, 3)
+    with pytest.warns(DeprecationWarning, match="DecoderLayers: path is now called layers_path") as caught:
+        assert found.path == "model.layers"
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="LayerStatistics: path is now called layers_path"):
+        assert LayerStatistics("m", path="a.b", squares={}, tokens={}).layers_path == "a.b"
+    with pytest.warns(DeprecationWarning, match="DepthPlan: method is now called criterion"):
+        assert DepthPlan("m", "angular", [1], [1, 1]).method == "angular"
     with pytest.warns(DeprecationWarning, match="drop: path"):
         assert drop(model, 1, path="model.layers") == [0, 2, 3]
 
@@ -224,7 +233,7 @@ def test_old_names_are_taken_with_a_warning():
 def test_new_names_do_not_warn_and_signatures_show_them():
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)
-        assert find_decoder_layers(build("llama"), layers_path="model.layers").path == "model.layers"
+        assert find_decoder_layers(build("llama"), layers_path="model.layers").layers_path == "model.layers"
     assert [*inspect.signature(find_decoder_layers).parameters] == ["model", "layers_path"]
     assert "layers_path" in inspect.signature(Applying).parameters
 
@@ -242,7 +251,7 @@ def test_no_public_argument_has_a_name_that_means_two_things():
     files = {"TrainingHistory"}  # whose path is that of a file
     for name in set(hf_cod.__all__) - files:
         thing = getattr(hf_cod, name)
-        if not callable(thing) or (is_dataclass(thing) and name.endswith(("Statistics", "Layers"))):
+        if not callable(thing):
             continue
         assert not old & set(inspect.signature(thing).parameters), name
         if is_dataclass(thing):

@@ -139,7 +139,7 @@ class DropLayers(Step):
 
     def told(self, plan: DepthPlan) -> dict[str, Any]:
         """What decided."""
-        return {"criterion": plan.method, "plan": self.plan_file}
+        return {"criterion": plan.criterion, "plan": self.plan_file}
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
         """What it takes to load a model that is no stock one: fewer layers change nothing of that."""

@@ -89,7 +89,7 @@ def drop_layers(
     return RunReport(
         kind="drop-layers",
         model=name or name_of(stack),
-        settings={"criterion": plan.method, "replacement": replacement, **describe_batches(batches or [])},
+        settings={"criterion": plan.criterion, "replacement": replacement, **describe_batches(batches or [])},
         environment=environment(device, dtype),
         layers={
             **({"cost": plan.costs} if plan.costs else {}),
@@ -98,7 +98,7 @@ def drop_layers(
         },
         results={
             "removed": plan.layers,
-            "criterion": plan.method,
+            "criterion": plan.criterion,
             "protected": plan.protected,
             "candidates": plan.candidates,
             "parameters": {"intact": before, "dropped": after},
@@ -132,7 +132,7 @@ def _other_replacement(plan: DepthPlan, replacement: str) -> list[str]:
 
 def _summary(plan: DepthPlan, before: int, after: int, replacements: list[dict[str, Any]]) -> list[str]:
     removed = ", ".join(map(str, plan.layers))
-    why = "as asked for" if plan.method == GIVEN else f"chosen by {_words(plan.method)}"
+    why = "as asked for" if plan.criterion == GIVEN else f"chosen by {_words(plan.criterion)}"
     if plan.chosen:
         why += f", which compared candidates and took what {' and '.join(map(_words, plan.chosen))} found"
     found = [

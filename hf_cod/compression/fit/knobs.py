@@ -163,7 +163,7 @@ def _check_depth(stack: DecoderLayers) -> None:
     if len(stack) < 3:
         raise ValueError(f"layers: expected at least 3, of which a third may go, got {len(stack)}")
     check_independent(stack, "layers")
-    check_drop(stack.model, len(stack) - 1, stack.path)  # all others keep their numbers
+    check_drop(stack.model, len(stack) - 1, stack.layers_path)  # all others keep their numbers
 
 
 def _check_plain(stack: DecoderLayers) -> None:

@@ -47,7 +47,7 @@ def lora_ranks(
     if r < 1:
         raise ValueError(f"r: expected at least 1, got {r}")
     ranks = _ranks(scores, r, relative_spread)
-    names = [rf"{re.escape(stack.path)}\.{index}\..*" for index in range(len(stack))]
+    names = [rf"{re.escape(stack.layers_path)}\.{index}\..*" for index in range(len(stack))]
     return {
         "r": r,
         "lora_alpha": 2 * r,

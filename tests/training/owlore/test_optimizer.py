@@ -121,7 +121,7 @@ def test_learns_and_leaves_the_rest_alone(family):
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.05
-    active = optimizer.layers.stack.path + f".{optimizer.active[0]}."
+    active = optimizer.layers.stack.layers_path + f".{optimizer.active[0]}."
     norm = {id(p) for p in optimizer.layers.always}
     for name, p in model.named_parameters():
         if id(p) in norm:
