@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-cod: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
         return 2
     _quieten_transformers()
+    warnings.filterwarnings("default", "option: ", DeprecationWarning)  # for who types them, not for who imports us
     command = importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[arguments[0]][0]}")
     try:
         asked = {"--help", "-h", "--print-config", "--print_config"}.intersection(arguments)

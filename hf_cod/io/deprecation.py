@@ -1,10 +1,10 @@
-"""Arguments and attributes that have a new name: the old one is taken for one release, with a warning."""
+"""Arguments, attributes and values that have a new name: the old one is taken for one release, with a warning."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -49,12 +49,27 @@ class OldAttribute:
         return getattr(instance, self.new)
 
 
-def warn_renamed(title: str, old: str, new: str) -> None:
-    """Warns whoever called the function that calls this: what `title` has is called otherwise now."""
+def current_value(title: str, value: Any, names: Mapping[str, str], above: int = 0) -> Any:
+    """A value by its name of today, with a warning where an old one was given.
+
+    Args:
+        title: the argument, for the message.
+        value: what was given.
+        names: old name -> new one.
+        above: calls between the function that calls this and the one that is warned, such as a decorator's.
+    """
+    if not isinstance(value, str) or value not in names:
+        return value
+    warn_renamed(title, value, names[value], above + 1)
+    return names[value]
+
+
+def warn_renamed(title: str, old: str, new: str, above: int = 0) -> None:
+    """Warns whoever called the function that calls this, `above` calls further up, that a thing has a new name."""
     warnings.warn(
         f"{title}: {old} is now called {new}; the old name goes with the next release",
         DeprecationWarning,
-        stacklevel=3,
+        stacklevel=3 + above,
     )
 
 

@@ -17,12 +17,16 @@ from hf_cod import (
     DepthSettings,
     DiagnoseSettings,
     FactorizeSettings,
+    FitPlan,
+    LayerAllocation,
     LayerMonitor,
+    LayerScores,
     LayerStatistics,
     NarrowSettings,
     OwLoreAdamW,
     OwLoreSettings,
     PruneSettings,
+    RankPlan,
     SampleSettings,
     ScoreSettings,
     StorageSettings,
@@ -37,6 +41,7 @@ from hf_cod import (
     plan_bits,
     plan_depth,
     plan_fit,
+    plan_ranks,
     plan_width,
     prune,
     score_layers,
@@ -183,9 +188,9 @@ def test_widths_are_planned_as_narrow_plans_them():
     narrow(planned, plan, "magnitude", "none")
     assert same(weights(planned), weights(model))
     scores = score_layers(build("llama"), method="depth")
-    allocated = plan_width(build("llama"), allocate(scores, "parameters", 0.6, 0.2), 8)
+    allocated = plan_width(build("llama"), allocate(scores, "parameter_share", 0.6, 0.2), 8)
     assert allocated.method == "depth" and allocated.channels[0] > allocated.channels[-1]
-    with pytest.raises(ValueError, match="plan: expected an allocation of parameters, got one of rank"):
+    with pytest.raises(ValueError, match="plan: expected an allocation of parameter_share, got one of rank"):
         plan_width(build("llama"), allocate(scores, "rank", 0.6))
     with pytest.raises(ValueError, match="channel_multiple: expected a whole number above 0, got 0"):
         plan_width(build("llama"), 0.6, 0)
@@ -213,6 +218,12 @@ def test_old_names_are_taken_with_a_warning():
     scores = score_layers(model, method="depth")
     with pytest.warns(DeprecationWarning, match="allocate: parameters is now called layer_parameters"):
         assert allocate(scores, parameters=[1] * 4).parameters == [1] * 4
+    for call in (
+        lambda share: plan_ranks(model, **{share: 0.8}),
+        lambda share: plan_width(model, channel_multiple=8, **{share: 0.8}),
+    ):
+        with pytest.warns(DeprecationWarning, match="plan_.*: parameters is now called parameter_share"):
+            assert call("parameters") == call("parameter_share")
     with pytest.warns(DeprecationWarning, match="lora_ranks: width is now called relative_spread"):
         assert lora_ranks(model, scores, width=0.0) == lora_ranks(model, scores, relative_spread=0.0)
     with pytest.warns(DeprecationWarning, match="plan_depth: method is now called criterion"):
@@ -228,6 +239,30 @@ def test_old_names_are_taken_with_a_warning():
         assert DepthPlan("m", "angular", [1], [1, 1]).method == "angular"
     with pytest.warns(DeprecationWarning, match="drop: path"):
         assert drop(model, 1, path="model.layers") == [0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda kind: allocate(LayerScores("m", "depth", [2.0, 1.0], [1, 1]), kind, 0.8),
+        lambda kind: AllocationSettings(kind),
+        lambda kind: LayerAllocation(kind, 0.8, [0.7, 0.9], [1, 1], "depth"),
+        lambda kind: RankPlan(kind, 0.8, {}, "mine"),
+        lambda kind: FitPlan(kind, 0.8, {}, 1.0, 1.0, {}, {}, [], []),
+    ],
+    ids=["allocate", "AllocationSettings", "LayerAllocation", "RankPlan", "FitPlan"],
+)
+def test_a_share_of_parameters_is_called_so_and_its_old_kind_is_taken(make, tmp_path):
+    with pytest.warns(DeprecationWarning, match="kind: parameters is now called parameter_share") as caught:
+        old = make("parameters")
+    assert old.kind == "parameter_share" and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        assert make("parameter_share") == old
+        if hasattr(old, "save"):  # an earlier file is nobody's mistake
+            earlier = tmp_path / "earlier.json"
+            earlier.write_text(old.save(tmp_path / "now.json").read_text().replace("parameter_share", "parameters"))
+            assert type(old).load(earlier) == type(old).load(tmp_path / "now.json") == old
 
 
 def test_new_names_do_not_warn_and_signatures_show_them():

@@ -131,7 +131,7 @@ def _depth(model: Any, count: float, how: Applying) -> None:
 
 def _width(model: Any, share: float, how: Applying) -> None:
     scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.layers_path)
-    plan = allocate(scores, "parameters", 1 - share, min(SPREAD, share))
+    plan = allocate(scores, "parameter_share", 1 - share, min(SPREAD, share))
     narrow(model, plan, **how.options())
 
 
@@ -256,7 +256,7 @@ def chosen_knobs(knobs: Sequence[str] | None, kind: str) -> list[str]:
     if unknown:
         raise ValueError(f"knobs: expected some of {', '.join(KNOBS)}, got {unknown[0]!r}")
     chosen = [knob for knob in KNOBS if knobs is None or knob in knobs]
-    if kind == "parameters":
+    if kind == "parameter_share":
         chosen = [knob for knob in chosen if KNOBS[knob].structural]
     if not chosen:
         fewer = ", ".join(knob for knob in KNOBS if KNOBS[knob].structural)

@@ -31,10 +31,10 @@ TINY = torch.finfo(torch.float64).tiny
 GRADIENT_SAMPLES = 16
 
 
-@renamed(path="layers_path")
+@renamed(path="layers_path", parameters="parameter_share")
 def plan_ranks(
     model: nn.Module,
-    parameters: float,
+    parameter_share: float,
     method: str | None = None,
     *,
     batches: Sequence[Batch] | None = None,
@@ -52,7 +52,7 @@ def plan_ranks(
 
     Args:
         model: a transformers model with plain weights; it is left as it was.
-        parameters: share of the weights of the layers' matrices to keep, in 0..1.
+        parameter_share: share of the weights of the layers' matrices to keep, in 0..1.
         method: see the table; default: fisher with batches of a language model, else spectrum.
         batches: with them spectra are those of the outputs on this text (whitened), else those of the weights.
         journal: a directory: finished layers go there, and the same call goes on where it stopped.
@@ -71,10 +71,10 @@ def plan_ranks(
     stack = find_decoder_layers(model, layers_path)
     total = sum(sizes_of(stack))
     least = sum(least_weights(stack, index) for index in range(len(stack)))
-    if not least <= parameters * total <= total:
+    if not least <= parameter_share * total <= total:
         raise ValueError(
-            f"parameters: expected a share in {math.ceil(1e4 * least / total) / 1e4:g}..1 (the least is rank 1 "
-            f"wherever that saves{experts_told(stack)}), got {parameters}"
+            f"parameter_share: expected a share in {math.ceil(1e4 * least / total) / 1e4:g}..1 (the least is rank 1 "
+            f"wherever that saves{experts_told(stack)}), got {parameter_share}"
         )
     shapes = {name: shape for index in range(len(stack)) for name, shape in factorizable(stack, index).items()}
     fixed = total - sum(m * n for m, n in shapes.values())
@@ -86,9 +86,9 @@ def plan_ranks(
         weights = measure_loss_weights(stack, few, show_progress=show_progress)
     spectra = _spectra(stack, batches, journal, show_progress)
     lost = [weights[name] * spectra[name] / max(float(spectra[name].sum()), TINY) for name in shapes]
-    found = ranks_of_spectra(list(shapes.values()), lost, int(parameters * total) - fixed)
+    found = ranks_of_spectra(list(shapes.values()), lost, int(parameter_share * total) - fixed)
     ranks = {name: rank for name, rank in zip(shapes, found, strict=True) if rank is not None}
-    return RankPlan("parameters", parameters, ranks, method, model=name_of(stack), sizes=sizes_of(stack))
+    return RankPlan("parameter_share", parameter_share, ranks, method, model=name_of(stack), sizes=sizes_of(stack))
 
 
 @torch.no_grad()
