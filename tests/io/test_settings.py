@@ -16,28 +16,37 @@ from hf_cod import (
     DepthPlan,
     DepthSettings,
     DiagnoseSettings,
+    DropLayersSettings,
     FactorizeSettings,
     FitPlan,
     LayerAllocation,
     LayerMonitor,
+    LayerSampler,
     LayerScores,
     LayerStatistics,
+    LoraRankSettings,
     NarrowSettings,
     OwLoreAdamW,
     OwLoreSettings,
+    PackSettings,
     PruneSettings,
     RankPlan,
+    RankSettings,
+    SamplerSettings,
     SampleSettings,
     ScoreSettings,
     StorageSettings,
+    WidthSettings,
     allocate,
     diagnose,
     drop,
+    drop_layers,
     factorize,
     find_decoder_layers,
     lora_ranks,
     narrow,
     owlore,
+    pack_sparse,
     plan_bits,
     plan_depth,
     plan_fit,
@@ -176,6 +185,50 @@ def test_an_object_and_fields_plan_and_change_alike():
         changed = build("llama")
         found.append(factorize(changed, 0.5, **given).results)
     assert found[0] == found[1]
+
+
+def packed(**given):
+    model = build("llama")
+    prune(model, 0.5, "magnitude")
+    return pack_sparse(model, **given).hf_quantizer.quantization_config.minimum
+
+
+@pytest.mark.parametrize(
+    "call, settings, told",
+    [
+        (
+            lambda model, **given: plan_ranks(model, 0.8, batches=[batch_for(model)], **given),
+            RankSettings("spectrum"),
+            lambda plan: plan.method == "spectrum",
+        ),
+        (
+            lambda model, **given: plan_width(model, 0.7, **given),
+            WidthSettings(4),
+            lambda plan: any(number % 32 for number in plan.channels),
+        ),
+        (
+            lambda model, **given: lora_ranks(model, score_layers(model, method="depth"), **given),
+            LoraRankSettings(4, 0.25),
+            lambda ranks: sorted(ranks["rank_pattern"].values()) == [3, 4, 4, 5],
+        ),
+        (
+            lambda model, **given: LayerSampler([2.0, 1.0, 1.0, 1.0], **given).draw(0),
+            SamplerSettings(2, seed=3),
+            lambda drawn: len(drawn) == 2,
+        ),
+        (
+            lambda model, **given: drop_layers(build("llama"), 1, batches=[batch_for(model)], **given).settings,
+            DropLayersSettings("linear"),
+            lambda settings: settings["replacement"] == "linear",
+        ),
+        (lambda model, **given: packed(**given), PackSettings(minimum=0.25), lambda minimum: minimum == 0.25),
+    ],
+    ids=["plan_ranks", "plan_width", "lora_ranks", "LayerSampler", "drop_layers", "pack_sparse"],
+)
+def test_an_object_and_fields_do_alike_where_there_are_few(call, settings, told):
+    model = build("llama")
+    found = call(model, settings=settings)
+    assert told(found) and found == call(model, **asdict(settings))
 
 
 def test_widths_are_planned_as_narrow_plans_them():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.compression.low_rank.rank_plan import RankPlan, experts_told, factorizable, least_weights
-from hf_cod.compression.low_rank.settings import WEIGHINGS
+from hf_cod.compression.low_rank.settings import RankSettings
 from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, check_batches, split_samples
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -41,6 +43,8 @@ def plan_ranks(
     journal: str | Path | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,
+    settings: RankSettings | None = None,
+    **fields: Any,
 ) -> RankPlan:
     """Distributes a budget of parameters over all matrices by their spectra: all together lose as little as the budget
     allows (`functional.ranks.ranks_of_spectra`).
@@ -58,13 +62,14 @@ def plan_ranks(
         journal: a directory: finished layers go there, and the same call goes on where it stopped.
         layers_path: the stack's module name where it cannot be found.
         show_progress: show a progress bar.
+        settings: what decides which matrix gets which rank.
+        **fields: or fields of `RankSettings` by name; beside `method` there is none yet.
 
     Raises:
         ValueError: an unknown method, fisher without a loss, a budget out of reach (says the least possible), or
             weights or activations that are not finite.
     """
-    if method not in (None, *WEIGHINGS):
-        raise ValueError(f"method: expected one of {', '.join(WEIGHINGS)}, got {method!r}")
+    method = resolve(plan_ranks, RankSettings, settings, fields, method=method).method
     if method == "fisher" and not batches:
         raise ValueError("batches: expected at least one for fisher, got none")
     check_batches(batches or ())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from hf_cod.compression.width.settings import CHANNEL_MULTIPLE
+from hf_cod.compression.width.settings import WidthSettings
 from hf_cod.compression.width.width_plan import WidthPlan, plan_of_allocation
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.settings import resolve
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.units import LayerUnits, find_units
 from hf_cod.scoring.allocation import LayerAllocation, same_share
@@ -18,9 +20,11 @@ from hf_cod.scoring.allocation import LayerAllocation, same_share
 def plan_width(
     model: nn.Module,
     parameter_share: LayerAllocation | float,
-    channel_multiple: int = CHANNEL_MULTIPLE,
+    channel_multiple: int | None = None,
     *,
     layers_path: str | None = None,
+    settings: WidthSettings | None = None,
+    **fields: Any,
 ) -> WidthPlan:
     """Decides how many attention heads and MLP channels each layer keeps; the model is left as it was.
 
@@ -31,16 +35,20 @@ def plan_width(
         model: a transformers model.
         parameter_share: share of the weights of the layers' matrices to keep, in 0..1; or an allocation of it, by
             which each layer keeps its own.
-        channel_multiple: numbers of channels are rounded to one of this, as near to the budget as that allows.
+        channel_multiple: numbers of channels are rounded to one of this, as near to the budget as that allows; default:
+            32.
         layers_path: the stack's module name where it cannot be found.
+        settings: to what numbers of channels are rounded.
+        **fields: or fields of `WidthSettings` by name; beside `channel_multiple` there is none yet.
 
     Raises:
         ValueError: no heads or channels of a known structure, a share out of reach (says the least possible), an
             allocation of something else or for another model.
     """
+    how = resolve(plan_width, WidthSettings, settings, fields, channel_multiple=channel_multiple)
     stack = find_decoder_layers(model, layers_path)
     units = [find_units(stack, index) for index in range(len(stack))]
-    return plan_of_units(stack, units, parameter_share, channel_multiple)
+    return plan_of_units(stack, units, parameter_share, how.channel_multiple)
 
 
 def plan_of_units(
