@@ -99,14 +99,26 @@ def run(
     perplexity[step.trained or made] = work.perplexity()
     memory[made] = bytes_of(work.model)
     speed |= work.speed(made)
+    disk = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    measured = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
+    return _complete(report, step, work, plan, measured, text, scores_file)
+
+
+def _complete(
+    report: RunReport,
+    step: Step,
+    work: Work,
+    plan: Any,
+    measured: dict[str, Any],
+    text: TextSettings,
+    scores_file: str | None,
+) -> RunReport:
+    """A step's report, with what was measured before and after it, and what the user chose."""
     layers, counted = step.measure(work.stack)
     results = {
         **report.results,
         **counted,
-        "perplexity": perplexity,
-        "memory_bytes": memory,
-        "disk_bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
-        "speed": speed,
+        **measured,
         "evaluation": describe_batches(work.evaluation),
         **({} if work.scores is None else {"score": work.scores.settings}),
     }
@@ -120,7 +132,7 @@ def run(
         layers={**report.layers, **layers, **found},
         results=results,
     )
-    return replace(report, summary=[*step.sentences(report, work.model), *closing(results, made), *remarks])
+    return replace(report, summary=[*step.sentences(report, work.model), *closing(results, step.done), *remarks])
 
 
 def _save(directory: Path, work: Work, files: dict[str, Any]) -> None:

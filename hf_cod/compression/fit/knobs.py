@@ -98,7 +98,7 @@ class Knob:
 
 
 def _shares(*percent: int) -> Callable[[nn.Module, str | None], list[float]]:
-    return lambda model, path: [share / 100 for share in percent]
+    return lambda model, layers_path: [share / 100 for share in percent]
 
 
 def _left_by_depth(stack: DecoderLayers, count: float) -> float:
@@ -192,7 +192,7 @@ def _check_bits(stack: DecoderLayers) -> None:
 # Knob -> what it does. Order matters: what removes structure comes before what stores the rest in fewer bits.
 KNOBS: dict[str, Knob] = {
     "depth": Knob(
-        lambda model, path: [float(n) for n in range(1, 1 + len(find_decoder_layers(model, path)) // 3)],
+        lambda model, layers_path: [float(n) for n in range(1, 1 + len(find_decoder_layers(model, layers_path)) // 3)],
         3,
         _depth,
         _check_depth,
@@ -225,7 +225,7 @@ KNOBS: dict[str, Knob] = {
         structural=False,
     ),
     "bits": Knob(
-        lambda model, path: [4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4, 3.3, 3.2, 3.1, 3.0],
+        lambda model, layers_path: [4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4, 3.3, 3.2, 3.1, 3.0],
         3,
         _bits,
         _check_bits,

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, is_initialized
-from torch import Tensor, nn
+from torch import nn
 
 from hf_cod.functional.randomness import generator_of
 from hf_cod.io.settings import resolve
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, hook_gradient, refuse_shards, release
+from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, refuse_shards, release
 from hf_cod.training.owlore.eight_bit import codebook
-from hf_cod.training.owlore.increment import Increments
 from hf_cod.training.owlore.moments import adam_direction, apply_direction, is_projected, refresh_basis
 from hf_cod.training.owlore.sampling import check_hyperparameters, check_rank, make_sampler
 from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.owlore.trained_increments import Increments
+from hf_cod.training.owlore.update_in_backward import UpdateInBackward
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +105,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self.steps, self._failures = 0, 0
         self._numbers = {p: number for number, (p, _) in enumerate(self._parameters())}
         self._shapes = self.increments.shapes(self._numbers)
-        self._fused = UpdateInBackward(self, self._numbers) if self.settings.fused else None
+        self._fused = UpdateInBackward(self.update, self._numbers) if self.settings.fused else None
         self._step_supports_amp_scaling = self.settings.fused  # GradScaler then calls `step`, which can say why not
         self.layers.end_at_lowest()
         self._activate()
@@ -281,51 +280,3 @@ def owlore(
     Trainer hands its own learning rate, decay and betas to optimizers that it knows alone, so they are given here.
     """
     return OwLoreFactory, {"scores": scores, "lr": lr, **arguments}
-
-
-class UpdateInBackward:
-    """Lets an optimizer update each weight as soon as its gradient is whole; nothing once the optimizer is gone.
-
-    Args:
-        optimizer: whose `update` is called.
-        parameters: what it trains.
-
-    Raises:
-        ValueError: in a backward pass: a second one in a step, several processes, gradients that are not finite; under
-            loss scaling, here if accelerate knows of it, else in the first step.
-    """
-
-    def __init__(self, optimizer: OwLoreAdamW, parameters: Iterable[nn.Parameter]) -> None:
-        if is_initialized() and AcceleratorState().mixed_precision == "fp16":
-            raise ValueError(f"fused: {_SCALED}")
-        self._optimizer = weakref.ref(optimizer)
-        self._updated: set[Tensor] = set()
-        for parameter in parameters:
-            hook_gradient(parameter, self)
-
-    @torch.no_grad()
-    def __call__(self, parameter: nn.Parameter) -> None:
-        """The hook."""
-        optimizer = self._optimizer()
-        if optimizer is None:
-            return
-        if parameter in self._updated:
-            raise ValueError("fused: expected one backward pass a step, got more; accumulation needs fused=False")
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError("fused: expected one process, got several; set fused=False")
-        if not bool(torch.isfinite(parameter.grad).all()):  # type: ignore[arg-type]
-            raise ValueError(
-                "gradients: expected finite numbers, got NaN or infinity; set fused=False to skip such steps"
-            )
-        optimizer.update(parameter)
-        parameter.grad = None
-        self._updated.add(parameter)
-
-    def end_step(self, scaled: bool) -> None:
-        """What is left to do in `step`; `scaled`: a GradScaler called for it."""
-        if scaled:
-            raise ValueError(f"fused: {_SCALED}; the weights have moved once by a scaled gradient")
-        self._updated.clear()
-
-
-_SCALED = "expected no loss scaling, got a GradScaler; train in bfloat16, or set fused=False"
