@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 
+from hf_cod.layers.replicas import processes
 from hf_cod.training.owlore.active_layers import hook_gradient
 
 _SCALED = "expected no loss scaling, got a GradScaler; train in bfloat16, or set fused=False"
@@ -42,7 +43,7 @@ class UpdateInBackward:
             return
         if parameter in self._updated:
             raise ValueError("fused: expected one backward pass a step, got more; accumulation needs fused=False")
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if processes() > 1:
             raise ValueError("fused: expected one process, got several; set fused=False")
         if not bool(torch.isfinite(parameter.grad).all()):  # type: ignore[arg-type]
             raise ValueError(
