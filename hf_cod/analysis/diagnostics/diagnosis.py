@@ -54,9 +54,10 @@ def diagnose(
     The report's `layers` hold, one value a layer: `angular_distance` (to the next layer, d(x^l, x^(l+1)), in [0, 1]),
     `block_influence`, `variance`, `mean`, `max_abs` and `added_share` of the layer's output, `gradient_norm` and
     `layer_drop` (the metric with that layer removed less the metric of the intact model). Its `results` hold
-    `angular_distance` (L x L, [l][n - 1], None where l + n > L), `effective_depth` (value, low, high, confidence),
-    `late_share` (how much of the summed angular distances the late half of the layers makes: below 1/2 where deep
-    layers turn the hidden state less) and `layer_drop` (metric, lower_is_better, intact, without: one value a layer).
+    `angular_distance` (L x L, entry n - 1 of row l, None where l + n > L), `effective_depth` (value, low, high,
+    confidence), `late_share` (how much of the summed angular distances the late half of the layers makes: below 1/2
+    where deep layers turn the hidden state less) and `layer_drop` (metric, lower_is_better, intact, without: one value
+    a layer).
     The formulas stand at `functional.depth`, `measure_layer_drop` and `measure_gradient_norm`.
 
     Args:

@@ -87,7 +87,7 @@ def pack_sparse(model: PreTrainedModel, minimum: float = 0.5) -> PreTrainedModel
     Args:
         model: a transformers model in float32 or bfloat16 (other dtypes are stored, but not faster), without adapters.
         minimum: share of zeros from which on packing pays. Storage shrinks from 1/16 on in bfloat16; for time, see
-            README.
+            docs/benchmarks/speed.md.
 
     Returns:
         The same model.
