@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     if files.plots:
         require_plots()
     report = run(rest.model, loading, text, settings, sampling, files.scores, directory)
-    tell(report, directory, files.plots)
+    tell(report, directory, files)
     return 0
 
 

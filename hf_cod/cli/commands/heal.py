@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     if files.plots:
         require_plots()
     report = run(rest.student, loading, text, source, settings, sampling, files.scores, directory)
-    tell(report, directory, files.plots)
+    tell(report, directory, files)
     return 0
 
 
