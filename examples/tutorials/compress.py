@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     # --8<-- [end:samples]
 
     # --8<-- [start:fit]
-    plan = plan_fit(load, "parameters", a.share, calibration, tuning, knobs=["width", "rank"], verify=1)
+    plan = plan_fit(load, "parameter_share", a.share, calibration, tuning, knobs=["width", "rank"], verify=1)
     print(plan.steps)
     model = load()
     found = {"intact": perplexity(model, report_on)}

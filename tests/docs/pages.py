@@ -46,7 +46,7 @@ def rows(text: str) -> list[list[str]]:
 
 
 def snippets(page: str) -> list[str]:
-    """Python of a page: its blocks, and the cells of README's table. What a tutorial takes from its script is left out."""
+    """Python of a page: its blocks, and the cells of README's table; without what a tutorial takes from its script."""
     text = read(page)
     found = [block for block in blocks(text, "python") if "--8<--" not in block]
     if page == "README.md":

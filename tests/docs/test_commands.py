@@ -33,7 +33,7 @@ ADDED = {"heal": {"--steps": "2"}, "finetune": {"--steps": "2"}, "fit": {"--knob
 # Why a command is parsed and not run here.
 NOT_RUN = {
     "demo": "takes a minute; tests/test_pair.py runs it",
-    "card": "needs a pre-training run; tests/reporting/test_model_card.py runs it",
+    "card hf-cod-pretrain": "needs a pre-training run; tests/reporting/test_model_card.py runs it",
     "convert authors": "needs a checkpoint of the authors; tests/models runs it",
 }
 CASES = [page for page in NAMES if commands(page)]

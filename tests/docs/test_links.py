@@ -6,6 +6,7 @@ import re
 import pytest
 import yaml
 
+import hf_cod
 from hf_cod.cli.main import COMMANDS
 from tests.docs.pages import DOCS, NAMES, README, ROOT, read
 
@@ -56,11 +57,8 @@ def test_the_site_needs_no_network():
 
 def test_the_pages_of_the_api_are_those_of_the_generator():
     tree = ast.parse((DOCS / "generate.py").read_text(encoding="utf-8"))
-    (rooms,) = (
-        ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "ROOMS"
-    )
-    import hf_cod
-
+    assigned = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+    rooms = ast.literal_eval(assigned["ROOMS"])
     assert {home.partition(".")[0] for home in hf_cod._HOMES.values()} == rooms.keys()
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert set(re.findall(r"reference/api/(\w+)\.md", nav)) == {*rooms, "index"}
