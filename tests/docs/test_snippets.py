@@ -85,7 +85,7 @@ def small(code):
     quick = "steps=2, batch_size=2, micro_batch_size=2, sequence_length=16, eval_samples=2"
     for there, here in (
         ('tokens="2M", hidden=0.1', quick),
-        ("tokenizer=tokenizer, steps=2)", f"tokenizer=tokenizer, {quick})"),
+        ('method="lora")', f'method="lora", {quick})'),
         ('SFTConfig("sft"', 'SFTConfig("sft", use_cpu=True, bf16=False'),
     ):
         code = code.replace(there, here)
