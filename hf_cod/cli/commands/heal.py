@@ -53,9 +53,11 @@ def main(arguments: Sequence[str]) -> int:
     loading, text, source, settings, sampling, files, rest = make_parser().parse(arguments)
     from hf_cod.cli.training import tell
     from hf_cod.training.runs.run_directory import claim
+    from hf_cod.training.runs.trainer import check_one_process
 
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
+    check_one_process()
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
     del told["speed"]  # with or without, it is the same training
