@@ -49,7 +49,7 @@ def described(parser: SettingsParser) -> Iterator[str]:
     description = parser.description or ""
     yield description if "\n" not in description else f"```text\n{description}\n```"
     yield "\n| argument or option | default | meaning |\n|---|---|---|"
-    for action in parser._actions:
+    for action in sorted(parser._actions, key=lambda action: bool(action.option_strings)):
         if action.dest not in ("help", "config", "print_config", "quiet") and action.help is not argparse.SUPPRESS:
             yield option_row(action)
 

@@ -23,7 +23,7 @@ from hf_cod import (
     split_samples,
     token_batches,
 )
-from hf_cod.io.models import embedded_model
+from hf_cod.io.models import best_device, embedded_model
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     # --8<-- [start:samples]
     def load() -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(a.model)
+        return AutoModelForCausalLM.from_pretrained(a.model).to(best_device())
 
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     texts = list(load_texts(text=a.text))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from hf_cod import SampleSettings, load_texts, owlore, perplexity, score_layers, split_samples, token_batches
-from hf_cod.io.models import embedded_model
+from hf_cod.io.models import best_device, embedded_model
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     a = parser.parse_args(arguments)
 
     # --8<-- [start:data]
-    model = AutoModelForCausalLM.from_pretrained(a.model)
+    model = AutoModelForCausalLM.from_pretrained(a.model).to(best_device())
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     settings = SampleSettings(max_samples=a.samples, sequence_length=a.length, batch_size=4)
     batches = token_batches(tokenizer, load_texts(text=a.text), settings)
@@ -48,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             warmup_steps=max(1, a.steps // 10),
             save_strategy="no",
             report_to=[],
-            use_cpu=True,  # remove this line on a GPU
         ),
         train_dataset=rows,
         optimizer_cls_and_kwargs=owlore(scores, n_active=3, interval=10, rank=32, lr=1e-3),

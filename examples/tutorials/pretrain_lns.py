@@ -70,7 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             warmup_steps=max(1, a.steps // 10),
             save_strategy="no",
             report_to=[],
-            use_cpu=True,  # remove this line on a GPU
         )
         watch = LayerDiagnosticsCallback(every=20, probe=held_out)
         Trainer(model, arguments_of_trainer, train_dataset=rows, callbacks=[watch]).train()
@@ -88,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         # --8<-- [end:compare]
 
     # --8<-- [start:fold]
-    model.save_pretrained(f"{a.output}/lns")
+    model.cpu().save_pretrained(f"{a.output}/lns")
     stock = fold_lns(f"{a.output}/lns", f"{a.output}/as-llama")  # an ordinary Llama
     ids = held_out[0]["input_ids"]
     with torch.no_grad():

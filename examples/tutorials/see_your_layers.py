@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cod import SampleSettings, compare, diagnose, load_texts, perplexity, skip, token_batches
-from hf_cod.io.models import embedded_model
+from hf_cod.io.models import best_device, embedded_model
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     a = parser.parse_args(arguments)
 
     # --8<-- [start:measure]
-    model = AutoModelForCausalLM.from_pretrained(a.model)
+    model = AutoModelForCausalLM.from_pretrained(a.model).to(best_device())
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     texts = list(load_texts(text=a.text))
     samples = {"max_samples": a.samples, "sequence_length": a.length}
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     # --8<-- [end:skip]
 
     # --8<-- [start:compare]
-    other = AutoModelForCausalLM.from_pretrained(a.other)
+    other = AutoModelForCausalLM.from_pretrained(a.other).to(best_device())
     second = diagnose(other, AutoTokenizer.from_pretrained(a.other), texts, **samples)
     comparison = compare([report, second], labels=["first", "second"])
     print(comparison.to_markdown(picture=False))
