@@ -17,6 +17,7 @@ from typing import Any
 from hf_cod.cli.closing import closing
 from hf_cod.cli.output import JOURNAL, check_output, finish, require_plots, results_of
 from hf_cod.cli.parser import default_directory
+from hf_cod.cli.recorded import card_outputs
 from hf_cod.cli.samples import split_text
 from hf_cod.cli.settings import ResultsOutput
 from hf_cod.cli.step import Step
@@ -57,6 +58,7 @@ def compress(
     if files.plots:
         report.plot(results, files.plot_format)
     report.save(results)
+    card_outputs(results, report, directory.resolve().name)
     finish(directory, results)
     print_report(report)
     print(f"\nwritten to {directory.resolve()}")
@@ -110,7 +112,7 @@ def run(
         "evaluation": describe_batches(work.evaluation),
         **({} if work.scores is None else {"score": work.scores.settings}),
     }
-    told = {**asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
+    told = {"model": source, **asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
     given = {} if scores_file is None or work.scores is None else {"score": work.scores.method}
     scored = {} if work.scores is None else {"score": work.scores.values}
     remarks = [] if work.scores is None else work.scores.remarks

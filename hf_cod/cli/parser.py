@@ -127,6 +127,20 @@ class SettingsParser(argparse.ArgumentParser):
             if value is not None:
                 _make_optional(options[name])
 
+    def words(self, values: Mapping[str, Any]) -> list[str]:
+        """The arguments that give these values, positional ones first, options where they differ from their default."""
+        positional: list[str] = []
+        options: list[str] = []
+        for name, action in self._options().items():
+            value = values.get(name)
+            if value is None or value == [] or value == action.default:
+                continue
+            several = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
+            if action.option_strings:
+                options.append(action.option_strings[0])
+            (options if action.option_strings else positional).extend(map(str, several))
+        return [*positional, *options]
+
     def _as_config(self, found: argparse.Namespace) -> str:
         """The options as YAML, each after its help text."""
         lines = [f"# {self.prog}"]

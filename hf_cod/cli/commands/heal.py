@@ -122,7 +122,7 @@ def run(
     results = {**report.results, "speed": speed}
     return replace(
         report,
-        settings={"teacher": source.teacher, **asdict(text), **report.settings},
+        settings={"student": student, "teacher": source.teacher, **asdict(text), **report.settings},
         results=results,
         summary=[*report.summary, *describe_speed(results, "healed", "teacher")],
     )
