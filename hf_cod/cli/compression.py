@@ -101,14 +101,26 @@ def run(
     perplexity[step.trained or made] = work.perplexity()
     memory[made] = bytes_of(work.model)
     speed |= work.speed(made)
+    disk = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    measured = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
+    return _complete(report, step, work, plan, measured, text, scores_file)
+
+
+def _complete(
+    report: RunReport,
+    step: Step,
+    work: Work,
+    plan: Any,
+    measured: dict[str, Any],
+    text: TextSettings,
+    scores_file: str | None,
+) -> RunReport:
+    """A step's report, with what was measured before and after it, and what the user chose."""
     layers, counted = step.measure(work.stack)
     results = {
         **report.results,
         **counted,
-        "perplexity": perplexity,
-        "memory_bytes": memory,
-        "disk_bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
-        "speed": speed,
+        **measured,
         "evaluation": describe_batches(work.evaluation),
         **({} if work.scores is None else {"score": work.scores.settings}),
     }
@@ -122,7 +134,7 @@ def run(
         layers={**report.layers, **layers, **scored},
         results=results,
     )
-    found = [*step.sentences(report, work.model), *closing(results, made), *remarks, *step.last_words()]
+    found = [*step.sentences(report, work.model), *closing(results, step.done), *remarks, *step.last_words()]
     return replace(report, summary=found)
 
 

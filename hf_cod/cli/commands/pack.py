@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     model: Any = load_model(rest.model, loading)[0]
     stack = find_decoder_layers(model, settings.layers_path)  # before anything is written
     dense_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
-    pack_sparse(model, settings.minimum)
+    pack_sparse(model, settings=settings)
     save_aside(model, directory, Path(rest.model) if Path(rest.model).is_dir() else rest.model)
     packed_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     told = {"model": rest.model, "minimum": settings.minimum}
