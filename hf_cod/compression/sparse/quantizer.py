@@ -95,7 +95,7 @@ def pack_sparse(
     Args:
         model: a transformers model in float32 or bfloat16 (other dtypes are stored, but not faster), without adapters.
         minimum: share of zeros from which on packing pays; default: 0.5. Storage shrinks from 1/16 on in bfloat16; for
-            time, see README.
+            time, see docs/benchmarks/speed.md.
         settings: which matrices are packed.
         **fields: or fields of `PackSettings` by name; beside `minimum` there is none yet.
 

@@ -288,7 +288,7 @@ def test_bad_options(more, message, capsys, tmp_path):
 def test_the_plan_against_all_combinations_on_a_small_grid(texts):
     """How far adding up costs leads: what is chosen is within a hundredth of a nat of the best of all twelve.
 
-    The figures of README; run with -s to see them.
+    The figures of docs/benchmarks/compression.md; run with -s to see them.
     """
     levels = {"rank": [None, 0.1, 0.25], "bits": [None, 4.0, 3.5, 3.0]}
     budget = 3.4
