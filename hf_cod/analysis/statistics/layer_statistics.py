@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_input
 from hf_cod.functional.depth import wide
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.files import write_aside
+from hf_cod.io.tensors import save_tensors
 from hf_cod.io.text import Batch
 from hf_cod.layers.checks import name_of, warn_of_other_name
 from hf_cod.layers.devices import execution_device, to_device
@@ -104,7 +103,7 @@ class LayerStatistics:
         tensors = {f"squares/{name}": tensor for name, tensor in self.squares.items()}
         tensors |= {f"tokens/{name}": tensor for name, tensor in self.tokens.items()}
         metadata = {"format": FORMAT_VERSION, "model": self.model, "path": self.path}
-        return write_aside(path, lambda file: file.write(save(tensors, metadata)))
+        return save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> LayerStatistics:

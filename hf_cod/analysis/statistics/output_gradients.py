@@ -103,7 +103,11 @@ class _OutputSums:
             self._channels[name] = y.shape[-1]
             total[0] += (_squares(y) * real).sum().cpu()
             total[2] += real.sum().cpu()
-            output.register_hook(lambda gradient: total[1].add_(_squares(gradient).sum().cpu()) and None)
+
+            def add(gradient: Tensor) -> None:  # returns nothing: what a hook returns takes the gradient's place
+                total[1] += _squares(gradient).sum().cpu()
+
+            output.register_hook(add)
 
         return read
 
