@@ -17,6 +17,7 @@ from typing import Any
 from hf_cod.cli.closing import closing
 from hf_cod.cli.output import JOURNAL, check_output, finish, require_plots, results_of
 from hf_cod.cli.parser import default_directory
+from hf_cod.cli.recorded import card_outputs
 from hf_cod.cli.samples import split_text
 from hf_cod.cli.settings import ResultsOutput
 from hf_cod.cli.step import Step
@@ -55,8 +56,9 @@ def compress(
         print(f"\nnothing was made; what was measured is kept in {directory.resolve()}")
         return 0
     if files.plots:
-        report.plot(results)
+        report.plot(results, files.plot_format)
     report.save(results)
+    card_outputs(results, report, directory.resolve().name)
     finish(directory, results)
     print_report(report)
     print(f"\nwritten to {directory.resolve()}")
@@ -110,17 +112,18 @@ def run(
         "evaluation": describe_batches(work.evaluation),
         **({} if work.scores is None else {"score": work.scores.settings}),
     }
-    told = {**asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
+    told = {"model": source, **asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
     given = {} if scores_file is None or work.scores is None else {"score": work.scores.method}
-    found = {} if work.scores is None else {"score": work.scores.values}
+    scored = {} if work.scores is None else {"score": work.scores.values}
     remarks = [] if work.scores is None else work.scores.remarks
     report = replace(
         report,
         settings={**told, "scores": scores_file, **given, **step.told(plan)},
-        layers={**report.layers, **layers, **found},
+        layers={**report.layers, **layers, **scored},
         results=results,
     )
-    return replace(report, summary=[*step.sentences(report, work.model), *closing(results, made), *remarks])
+    found = [*step.sentences(report, work.model), *closing(results, made), *remarks, *step.last_words()]
+    return replace(report, summary=found)
 
 
 def _save(directory: Path, work: Work, files: dict[str, Any]) -> None:

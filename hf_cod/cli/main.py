@@ -14,6 +14,8 @@ from typing import Any
 
 from wrapt import register_post_import_hook
 
+from hf_cod.cli.messages import warnings_shown
+
 # Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
 COMMANDS = {
     "demo": ("demo", "measure a small real model and show what its layers do"),
@@ -75,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[arguments[0]][0]}")
     try:
         asked = {"--help", "-h", "--print-config", "--print_config"}.intersection(arguments)
-        with _quiet() if "--quiet" in arguments and not asked else nullcontext():
+        quiet = _quiet() if "--quiet" in arguments and not asked else nullcontext()
+        with quiet, warnings_shown(arguments[0]):
             return command.main(arguments[1:])
     except (ValueError, ImportError) as error:
         print(f"hf-cod {arguments[0]}: error: {error}", file=sys.stderr)
@@ -91,13 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _quieten_transformers() -> None:
     """Its loading reports and bars would bury our one line of error; a verbosity that the user has chosen stays.
 
-    Takes effect when transformers is imported, which is later.
+    Takes effect when transformers is imported, which is later. Its own switch for bars would turn off the Hub's, too,
+    by which ours go.
     """
 
     def quieten(logging: Any) -> None:
         if "TRANSFORMERS_VERBOSITY" not in os.environ:
             logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        logging.set_tqdm_hook(lambda _, args, more: logging.EmptyTqdm(*args, **more))
 
     register_post_import_hook(quieten, "transformers.utils.logging")
 

@@ -168,12 +168,12 @@ class Fit(Step):
 def print_plan(plan: FitPlan, with_notes: bool) -> None:
     """What was measured, what was chosen, and the trade-off; a report repeats the notes."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
+    from hf_cod.cli.terminal import make_console
     from hf_cod.compression.fit.knobs import describe_steps
 
-    console = Console()
+    console = make_console()
     if not plan.steps:
         console.print(f"• {_told_plan(plan)}", highlight=False)
         return

@@ -53,9 +53,11 @@ def main(arguments: Sequence[str]) -> int:
     loading, text, source, settings, sampling, files, rest = make_parser().parse(arguments)
     from hf_cod.cli.training import tell
     from hf_cod.training.runs.run_directory import claim
+    from hf_cod.training.runs.trainer import check_one_process
 
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
+    check_one_process()
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
     del told["speed"]  # with or without, it is the same training
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     if files.plots:
         require_plots()
     report = run(rest.student, loading, text, source, settings, sampling, files.scores, directory)
-    tell(report, directory, files.plots)
+    tell(report, directory, files)
     return 0
 
 
@@ -120,7 +122,7 @@ def run(
     results = {**report.results, "speed": speed}
     return replace(
         report,
-        settings={"teacher": source.teacher, **asdict(text), **report.settings},
+        settings={"student": student, "teacher": source.teacher, **asdict(text), **report.settings},
         results=results,
         summary=[*report.summary, *describe_speed(results, "healed", "teacher")],
     )

@@ -15,6 +15,7 @@ from hf_cod.compression.sparse.linear import SparseLinear
 from hf_cod.compression.sparse.packing import pack_linears
 from hf_cod.layers.replacement_modules import ignore_signs, names_in, replace, signs
 from hf_cod.models.own_config import own_config
+from hf_cod.models.stored_config import mark_stored, unmark_stored
 
 
 class SparseQuantizer(HfQuantizer):
@@ -23,6 +24,7 @@ class SparseQuantizer(HfQuantizer):
     quantization_config: SparseConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        mark_stored(model)
         if not self.pre_quantized:
             return
         recorded = self.quantization_config.modules
@@ -42,6 +44,7 @@ class SparseQuantizer(HfQuantizer):
         ignore_signs(model, emptied, self._emptied())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        mark_stored(model)
         if not self.pre_quantized:
             self.quantization_config.modules = pack_linears(model, self.quantization_config.minimum)
             return
@@ -59,6 +62,7 @@ class SparseQuantizer(HfQuantizer):
         for name, module in [*model.named_modules()]:
             if isinstance(module, SparseLinear):
                 replace(model, name, module.to_linear())
+        unmark_stored(model)
         model.config._is_quantized = False
         return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # save_pretrained makes it a string
 
