@@ -108,7 +108,9 @@ TESTED_BY = {
     "training/healing/test_recovery.py": "training/healing/masked_adapters.py",
     "training/owlore/test_optimizer.py": (
         "training/owlore/active_layers.py training/owlore/eight_bit.py training/owlore/increment.py "
-        "training/owlore/moments.py training/owlore/settings.py"
+        "training/owlore/moments.py training/owlore/optimizer_state.py training/owlore/settings.py "
+        "training/owlore/trained_increments.py training/owlore/trainer_arguments.py "
+        "training/owlore/update_in_backward.py"
     ),
 }
 ELSEWHERE = {module: test for test, modules in TESTED_BY.items() for module in modules.split()}
