@@ -43,8 +43,7 @@ TESTED_BY = {
         "compression/low_rank/rank_plan.py compression/low_rank/settings.py compression/low_rank/spectra.py"
     ),
     "compression/pruning/test_pruner.py": (
-        "compression/pruning/methods.py compression/pruning/settings.py layers/checks.py "
-        "layers/fingerprints.py layers/finished_layers.py"
+        "compression/pruning/methods.py compression/pruning/settings.py layers/checks.py layers/fingerprints.py"
     ),
     "compression/quantization/test_format.py": (
         "compression/quantization/bnb_decoding.py compression/quantization/scales.py functional/bits.py"
