@@ -17,14 +17,14 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 # Spelling that other tools or earlier versions use -> ours.
 ALIASES = {"--output-dir": "--output", "--multiple": "--channel-multiple"}
 # Options of every command, which a config file does not hold.
-_COMMON = ("help", "config", "print_config", "quiet")
+_COMMON = ("help", "config", "print_config", "quiet", "debug")
 
 
 class SettingsParser(argparse.ArgumentParser):
     """A parser of dataclasses: one option for each field, by dashes (underscores are read, too).
 
     Every command also takes `--config FILE` (YAML, option names as keys; the command line wins), `--print-config`
-    (prints such a file and exits) and `--quiet`.
+    (prints such a file and exits), `--quiet` and `--debug`.
 
     Args:
         settings: dataclasses; a field's metadata hold "help" and, optionally, "choices" and "nargs".
@@ -43,6 +43,7 @@ class SettingsParser(argparse.ArgumentParser):
         common.add_argument("--config", metavar="FILE", help="YAML file of options; the command line takes precedence")
         common.add_argument("--print-config", action="store_true", help="print all options as such a file, and exit")
         common.add_argument("--quiet", action="store_true", help="print errors only: no progress bars, no tables")
+        common.add_argument("--debug", action="store_true", help="print the traceback of an error, too")
 
     def error(self, message: str) -> NoReturn:
         """An option of several values takes all words after it, the model's name, too."""

@@ -88,7 +88,7 @@ class TrainingOutput:
     output: str | None = field(
         default=None,
         metadata={
-            "help": "directory for checkpoints, report and, in OUTPUT/model, the model; default: hf-cod-COMMAND-MODEL"
+            "help": "directory for model and report, and for checkpoints of the training; default: hf-cod-COMMAND-MODEL"
         },
     )
     plots: bool = as_in(ResultsOutput, "plots")

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hf_cod.cli.terminal import print_report
+from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
-from hf_cod.training.runs.run_directory import last_steps
+from hf_cod.training.runs.run_directory import check_claim, claim, half_checkpoints, last_steps
 
 
-def tell(report: RunReport, directory: Path, plots: bool) -> None:
-    """Draws, saves and prints the report, says where the model is, and clears the checkpoints, which are done with."""
-    if plots:
-        report.plot(directory)
-    report.save(directory)
+def train_into(
+    directory: Path, told: dict[str, Any], source: str, plots: bool, run: Callable[[OutputDirectory], RunReport]
+) -> None:
+    """Trains in a directory that is this run's, unless a killed run had all but finished there; prints the report.
+
+    Args:
+        directory: the run's.
+        told: what tells the run from others, as JSON has it.
+        source: the model's directory or name.
+        plots: whether pictures are drawn.
+        run: trains, and writes the model to the results of the directory.
+    """
+    with OutputDirectory(
+        directory, told, check=lambda path: check_claim(path, told), source=source, half=half_checkpoints
+    ) as output:
+        if output.completed:
+            report = RunReport.load(directory)
+        else:
+            claim(directory, told)
+            report = run(output)
+            finish(report, output, plots)
     print_report(report)
-    for name in ("model", "adapter"):
-        if (directory / name).is_dir():
-            print(f"\n{name} written to {(directory / name).resolve()}")
-    for _, checkpoint in last_steps(directory):
-        shutil.rmtree(checkpoint)
+    for what, name in (("model", "config.json"), ("adapter", "adapter/adapter_config.json")):
+        if (directory / name).is_file():
+            print(f"\n{what} written to {(directory / name).resolve().parent}")
+
+
+def finish(report: RunReport, output: OutputDirectory, plots: bool) -> None:
+    """Draws and saves the report beside the model, moves all into its place, and removes the checkpoints."""
+    if plots:
+        report.plot(output.results)
+    report.save(output.results)
+    output.finish([path.name for _, path in last_steps(output.path)])

@@ -195,7 +195,7 @@ def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
     arguments = ["prune", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
     killed = run_fresh(code, *arguments, "--output", checkpoint / "run")
     assert killed.returncode == 9
-    kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").iterdir()}
+    kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").glob("*.safetensors")}
     assert len(kept) == 6, "four layers pruned alike, two of the plan"
     assert prune(checkpoint, "run", "--no-plots") == 0 and prune(checkpoint, "whole", "--no-plots") == 0
     weights = [(checkpoint / name / "model.safetensors").read_bytes() for name in ("run", "whole")]
@@ -381,7 +381,7 @@ def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
     arguments.append("--no-baseline")
     killed = run_fresh(code, *arguments, "--output", checkpoint / "run")
     assert killed.returncode == 9
-    kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").iterdir()}
+    kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").glob("*.safetensors")}
     assert len(kept) == 6, "four layers' spectra, two factorized"
     assert factorize(checkpoint, "run", "--no-plots", "--no-baseline") == 0
     assert factorize(checkpoint, "whole", "--no-plots", "--no-baseline") == 0
@@ -479,7 +479,7 @@ def test_pack_takes_its_output_by_place_or_by_option(checkpoint, capsys):
     assert main(["pack", sparse, "--minimum", "0.6", packed]) == 2
     assert main(["pack", sparse, str(checkpoint / "a"), "--output", str(checkpoint / "b")]) == 2
     shown = capsys.readouterr().err
-    assert "output: expected a path that does not exist yet" in shown and "output: expected one directory" in shown
+    assert "output: expected a new directory, an empty one" in shown and "output: expected one directory" in shown
 
 
 def test_compare_puts_two_runs_in_one_picture(checkpoint, capsys):
@@ -643,4 +643,4 @@ def test_convert_to_lns_and_back_gives_equal_logits(checkpoint, capsys):
     assert main(["convert", "stock", lns, back]) == 2
     assert main(["convert", "authors", stock, str(checkpoint / "x")]) == 2
     shown = capsys.readouterr().err
-    assert "output: expected a path that does not exist yet" in shown and "give --norm-type" in shown
+    assert "output: expected a new directory, an empty one" in shown and "give --norm-type" in shown

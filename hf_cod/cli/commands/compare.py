@@ -27,14 +27,17 @@ def main(arguments: Sequence[str]) -> int:
     (chosen,) = make_parser().parse(arguments)
     from hf_cod.cli.terminal import print_comparison
     from hf_cod.io.files import write_text
+    from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
     from hf_cod.reporting.comparison import compare
 
     comparison = compare([RunReport.load(run) for run in chosen.runs], chosen.labels)
     directory = Path(chosen.output)
-    if not chosen.no_plots:
-        comparison.plot(directory)
-    write_text(directory / "compare.md", comparison.to_markdown(picture=not chosen.no_plots))
+    with OutputDirectory(directory) as output:
+        if not chosen.no_plots:
+            comparison.plot(output.results)
+        write_text(output.results / "compare.md", comparison.to_markdown(picture=not chosen.no_plots))
+        output.finish()
     print_comparison(comparison)
     print(f"written to {directory.resolve()}")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.training_settings import check_fused, check_scores
 
 if TYPE_CHECKING:
+    from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
 
 
@@ -51,19 +53,17 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, source, settings, sampling, files, rest = make_parser().parse(arguments)
-    from hf_cod.cli.training import tell
-    from hf_cod.training.runs.run_directory import claim
+    from hf_cod.cli.training import train_into
 
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
     del told["speed"]  # with or without, it is the same training
-    claim(directory, {"student": rest.student, **told})
     if files.plots:
         require_plots()
-    report = run(rest.student, loading, text, source, settings, sampling, files.scores, directory)
-    tell(report, directory, files.plots)
+    work = partial(run, rest.student, loading, text, source, settings, sampling, files.scores)
+    train_into(directory, {"student": rest.student, **told}, rest.student, files.plots, work)
     return 0
 
 
@@ -75,19 +75,21 @@ def run(
     settings: HealSettings,
     sampling: OwLoreSettings,
     scores_file: str | None,
-    directory: Path,
+    output: OutputDirectory,
 ) -> RunReport:
     """Loads both models, heals the student, saves it, and measures how fast both are, side by side."""
     from hf_cod.cli.closing import describe_speed
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
+    from hf_cod.layers.size import bytes_of
     from hf_cod.layers.speed import speeds_of
     from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.training.healing.healer import heal
     from hf_cod.training.healing.pair import check_tokenizers
 
     model, tokenizer = load_with_tokenizer(student, loading)
+    output.require(bytes_of(model))
     its_loading = replace(loading, dtype=source.teacher_dtype, revision=source.teacher_revision)
     try:
         teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading)
@@ -107,11 +109,11 @@ def run(
         held_out=held_out,
         sampling=sampling,
         scores=scores_file,
-        output=directory,
+        output=output.path,
         name=model_title(student),
     )
-    model.save_pretrained(directory / "model")  # type: ignore[operator]  # a model of transformers
-    tokenizer.save_pretrained(directory / "model")
+    model.save_pretrained(output.results)  # type: ignore[operator]  # a model of transformers
+    tokenizer.save_pretrained(output.results)
     prompt = [{"input_ids": pack(tokenizer, load_texts(text), settings.sequence_length, most=1).long()}]
     speed = {}
     if source.speed:
