@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, fields
@@ -82,6 +83,20 @@ def sync(directory: str | Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def follow_umask(directory: str | Path) -> None:
+    """Gives all files in a directory the mode that a new one gets: safetensors writes for their owner alone.
+
+    The umask itself cannot be read without changing it for other threads.
+    """
+    new = _beside(Path(directory) / "mode", ".")
+    os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    for path in Path(directory).rglob("*"):
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
 
 
 def sync_names(directory: str | Path) -> None:

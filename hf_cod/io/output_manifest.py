@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hf_cod.io.files import sync, sync_names, write_json
+from hf_cod.io.files import follow_umask, sync, sync_names, write_json
 
 JOURNAL = "journal"  # in an output directory: what an interrupted command left to resume from
 MANIFEST, RESULTS = "manifest.json", "result"  # in the journal
@@ -43,6 +43,7 @@ class Manifest:
     def of_results(cls, directory: Path, run: Any, spent: Sequence[str]) -> Manifest:
         """Writes the manifest of all files in the results' directory, once they are on disk."""
         results = directory / JOURNAL / RESULTS
+        follow_umask(results)
         sync(results)
         found = sorted(path for path in results.rglob("*") if path.is_file())
         made = cls(run, {path.relative_to(results).as_posix(): path.stat().st_size for path in found}, list(spent))

@@ -117,7 +117,9 @@ def save_aside(model: PreTrainedModel, output: Path, companions_from: str | Path
         model.save_pretrained(partial)
         for name, found in companions.items():
             shutil.copyfile(found, partial / name)
+        mode = (partial / "config.json").stat().st_mode
         for path in partial.iterdir():
+            path.chmod(mode)  # safetensors writes for the owner alone, whatever the umask is
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         partial.rename(output)
