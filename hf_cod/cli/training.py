@@ -11,6 +11,13 @@ from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.training.runs.run_directory import check_claim, claim, half_checkpoints, last_steps
 
+# What is said to be written -> a file that shows where it is.
+_WRITTEN = (
+    ("model", "config.json"),
+    ("adapter", "adapter_config.json"),
+    ("adapter", "adapter/adapter_config.json"),
+)
+
 
 def train_into(
     directory: Path, told: dict[str, Any], source: str, plots: bool, run: Callable[[OutputDirectory], RunReport]
@@ -34,7 +41,7 @@ def train_into(
             report = run(output)
             finish(report, output, plots)
     print_report(report)
-    for what, name in (("model", "config.json"), ("adapter", "adapter/adapter_config.json")):
+    for what, name in _WRITTEN:
         if (directory / name).is_file():
             print(f"\n{what} written to {(directory / name).resolve().parent}")
 

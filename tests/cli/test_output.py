@@ -15,6 +15,7 @@ from hf_cod.cli.commands import env
 from hf_cod.cli.main import main
 from hf_cod.io import directory_lock
 from hf_cod.io.output_directory import OutputDirectory
+from tests.fresh_processes import run_fresh
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -219,6 +220,25 @@ def test_killed_while_it_finishes_the_same_command_completes_it(name, command, t
         found = {str(path.relative_to(state)): path.read_bytes() for path in state.rglob("*") if path.is_file()}
         assert found == made
     assert main(command("narrow", out)) == 2, "that of another run"
+
+
+@pytest.mark.process
+def test_a_process_that_dies_while_it_finishes(command, tmp_path):
+    code = (
+        "import os, sys\n"
+        "replace = os.replace\n"
+        "def dies(source, target):\n"
+        "    replace(source, target)\n"
+        "    if str(target).endswith('model.safetensors'): os._exit(9)\n"
+        "os.replace = dies\n"
+        "from hf_cod.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    assert run_fresh(code, *command("prune", tmp_path / "out")).returncode == 9
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"journal", "model.safetensors"} <= names and "config.json" not in names
+    assert main(command("prune", tmp_path / "out")) == 0
+    check_done("prune", tmp_path / "out")
 
 
 @pytest.mark.parametrize("mask", [0o077, 0o022])

@@ -150,11 +150,13 @@ def _expected(
 
 
 def _saved(trained: Any, tokenizer: Any, adapters: bool, results: Path) -> Any:
-    """Saves adapters, and the model that they make together with their base where that is not quantized."""
-    if adapters:
+    """Saves what was trained: of adapters also the model that they make together with their base.
+
+    A quantized base takes none up. Its adapters are saved in the model's place, as Trainer does; transformers loads
+    them with the base that they name.
+    """
+    if adapters and not getattr(trained.get_base_model(), "is_quantized", False):
         trained.save_pretrained(results / "adapter")
-        if getattr(trained.get_base_model(), "is_quantized", False):
-            return trained
         trained = trained.merge_and_unload()
     trained.save_pretrained(results)
     tokenizer.save_pretrained(results)

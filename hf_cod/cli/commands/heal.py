@@ -89,13 +89,13 @@ def run(
     from hf_cod.training.healing.pair import check_tokenizers
 
     model, tokenizer = load_with_tokenizer(student, loading)
-    output.require(bytes_of(model))
     its_loading = replace(loading, dtype=source.teacher_dtype, revision=source.teacher_revision)
     try:
         teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading)
     except ValueError as error:
         raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from error
     check_tokenizers(tokenizer, its_tokenizer)
+    output.require(bytes_of(model))
     held_out = None
     if source.eval_text is not None:
         texts = load_texts(replace(text, text=source.eval_text))

@@ -289,3 +289,7 @@ def test_zeros_are_told_of_and_packed_weights_refused_before_anything_trains(tmp
     assert "84 matrices have zeros, which training fills" in caplog.text + capsys.readouterr().err
     assert main(["finetune", str(tmp_path / "packed"), *short, "--output", str(tmp_path / "b")]) == 2
     assert "expected one with adapters (owlore-peft, lora)" in capsys.readouterr().err
+    adapted = [*short, "--method", "lora", "--output", str(tmp_path / "b")]
+    assert main(["finetune", str(tmp_path / "packed"), *adapted]) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert any("lora_A" in name for name, _ in loaded.named_modules()) and loaded.is_quantized

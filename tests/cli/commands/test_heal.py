@@ -94,9 +94,9 @@ def test_another_tokenizer_is_refused(student, tmp_path, capsys):
 
 
 def test_the_directory_of_either_model_is_refused(student, capsys):
-    for directory in (student, TEACHER):
+    for directory, message in ((student, "another directory than the model's"), (TEACHER, "which holds a model")):
         assert main(["heal", student, "--teacher", TEACHER, *QUICK.split(), "--no-plots", "--output", directory]) == 2
-        assert "which holds a model" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_scores_are_for_methods_that_draw_layers(student, tmp_path, capsys):
