@@ -17,8 +17,9 @@ from typing import Any
 from hf_cod.cli.closing import closing
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import default_directory
+from hf_cod.cli.recorded import card_outputs
 from hf_cod.cli.samples import split_text
-from hf_cod.cli.settings import ResultsOutput
+from hf_cod.cli.settings import PlotSettings, ResultsOutput
 from hf_cod.cli.step import Step
 from hf_cod.cli.terminal import print_report
 from hf_cod.cli.work import Work
@@ -58,17 +59,18 @@ def compress(
             print(f"\nnothing was made; what was measured is kept in {directory.resolve()}")
             return 0
         if not output.completed:
-            save_results(report, output, files.plots)
+            save_results(report, output, files)
     print_report(report)
     print(f"\nwritten to {directory.resolve()}")
     return 0
 
 
-def save_results(report: RunReport, output: OutputDirectory, plots: bool) -> None:
+def save_results(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
     """Draws and saves the report beside the model, and moves all of it into its place; the journal is done with."""
-    if plots:
-        report.plot(output.results)
+    if pictures.plots:
+        report.plot(output.results, pictures.plot_format)
     report.save(output.results)
+    card_outputs(output.results, report, output.path.resolve().name)
     output.finish(output.journaled())
 
 
@@ -108,28 +110,41 @@ def run(
     perplexity[step.trained or made] = work.perplexity()
     memory[made] = bytes_of(work.model)
     speed |= work.speed(made)
+    disk = sum(path.stat().st_size for path in output.results.glob("*.safetensors"))
+    measured = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
+    return _complete(report, step, work, plan, measured, text, scores_file)
+
+
+def _complete(
+    report: RunReport,
+    step: Step,
+    work: Work,
+    plan: Any,
+    measured: dict[str, Any],
+    text: TextSettings,
+    scores_file: str | None,
+) -> RunReport:
+    """A step's report, with what was measured before and after it, and what the user chose."""
     layers, counted = step.measure(work.stack)
     results = {
         **report.results,
         **counted,
-        "perplexity": perplexity,
-        "memory_bytes": memory,
-        "disk_bytes": sum(path.stat().st_size for path in output.results.glob("*.safetensors")),
-        "speed": speed,
+        **measured,
         "evaluation": describe_batches(work.evaluation),
         **({} if work.scores is None else {"score": work.scores.settings}),
     }
-    told = {**asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
+    told = {"model": work.source, **asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
     given = {} if scores_file is None or work.scores is None else {"score": work.scores.method}
-    found = {} if work.scores is None else {"score": work.scores.values}
+    scored = {} if work.scores is None else {"score": work.scores.values}
     remarks = [] if work.scores is None else work.scores.remarks
     report = replace(
         report,
         settings={**told, "scores": scores_file, **given, **step.told(plan)},
-        layers={**report.layers, **layers, **found},
+        layers={**report.layers, **layers, **scored},
         results=results,
     )
-    return replace(report, summary=[*step.sentences(report, work.model), *closing(results, made), *remarks])
+    found = [*step.sentences(report, work.model), *closing(results, step.done), *remarks, *step.last_words()]
+    return replace(report, summary=found)
 
 
 def _save(directory: Path, work: Work, files: dict[str, Any]) -> None:

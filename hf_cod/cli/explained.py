@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from hf_cod.cli.terminal import make_console
 from hf_cod.compression.depth.depth_plan import DepthPlan
 from hf_cod.compression.quantization.plan import plan_bits
 from hf_cod.io.report import format_number
@@ -27,7 +27,7 @@ def explain_bits(stack: DecoderLayers, settings: Any, scores: LayerScores | None
         told = "all" if four and len(four) == len(names) else ", ".join(four) or "none"
         row = (index, format_number(values[index]), order.index(index) + 1, told, len(names) - len(four))
         table.add_row(*map(str, row))
-    console = Console()
+    console = make_console()
     console.print(table)
     if not settings.mixed:
         return
@@ -48,7 +48,7 @@ def explain_depth(plan: DepthPlan) -> None:
         told = "removed" if index in plan.layers else "protected" if index in plan.protected else ""
         rank = str(order.index(index) + 1) if index in known else "-"
         table.add_row(str(index), format_number(known.get(index)), rank, told)
-    console = Console()
+    console = make_console()
     console.print(table)
     for name, found in plan.candidates.items():
         layers = ", ".join(map(str, found["layers"])) or "none"

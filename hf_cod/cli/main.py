@@ -15,6 +15,8 @@ from typing import Any
 
 from wrapt import register_post_import_hook
 
+from hf_cod.cli.messages import warnings_shown
+
 # Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
 COMMANDS = {
     "demo": ("demo", "measure a small real model and show what its layers do"),
@@ -81,7 +83,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     command = importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[name][0]}")
     try:
         asked = {"--help", "-h", "--print-config", "--print_config"}.intersection(arguments)
-        with _quiet() if "--quiet" in arguments and not asked else nullcontext():
+        quiet = _quiet() if "--quiet" in arguments and not asked else nullcontext()
+        with quiet, warnings_shown(name):
             return command.main(arguments)
     except KeyboardInterrupt:
         resume = "; the same command resumes" if name in RESUMABLE else ""
@@ -113,13 +116,14 @@ def _status_of(error: Exception) -> int | None:
 def _quieten_transformers() -> None:
     """Its loading reports and bars would bury our one line of error; a verbosity that the user has chosen stays.
 
-    Takes effect when transformers is imported, which is later.
+    Takes effect when transformers is imported, which is later. Its own switch for bars would turn off the Hub's, too,
+    by which ours go.
     """
 
     def quieten(logging: Any) -> None:
         if "TRANSFORMERS_VERBOSITY" not in os.environ:
             logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        logging.set_tqdm_hook(lambda _, args, more: logging.EmptyTqdm(*args, **more))
 
     register_post_import_hook(quieten, "transformers.utils.logging")
 

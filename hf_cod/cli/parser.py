@@ -1,21 +1,27 @@
 """Options from dataclasses: argparse, with one help text a field, where it is defined, and settings from a file.
 
-Imports the standard library alone: `hf-cod COMMAND --help` waits for nothing.
+Imports the standard library, and what imports no more than that: `hf-cod COMMAND --help` waits for nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-# Spelling that other tools or earlier versions use -> ours.
-ALIASES = {"--output-dir": "--output", "--multiple": "--channel-multiple"}
+from hf_cod.io.deprecation import warn_renamed
+
+# Spelling that other tools use -> ours.
+ALIASES = {"--output-dir": "--output"}
+# Option of an earlier version -> its name now; taken for one release, with a warning.
+RENAMED = {"--multiple": "--channel-multiple", "--parameters": "--parameter-share"}
 # Options of every command, which a config file does not hold.
 _COMMON = ("help", "config", "print_config", "quiet", "debug")
 
@@ -42,7 +48,9 @@ class SettingsParser(argparse.ArgumentParser):
         common = self.add_argument_group("common options")
         common.add_argument("--config", metavar="FILE", help="YAML file of options; the command line takes precedence")
         common.add_argument("--print-config", action="store_true", help="print all options as such a file, and exit")
-        common.add_argument("--quiet", action="store_true", help="print errors only: no progress bars, no tables")
+        common.add_argument(
+            "--quiet", action="store_true", help="print warnings and errors only: no progress bars, no tables"
+        )
         common.add_argument("--debug", action="store_true", help="print the traceback of an error, too")
 
     def error(self, message: str) -> NoReturn:
@@ -52,6 +60,9 @@ class SettingsParser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """One object for each dataclass, then the namespace of all arguments; options may stand between the others.
+
+        A value that begins with ~ is a path in a home directory, also in a config file and behind `--output=`, where no
+        shell expands it.
 
         Raises:
             ValueError: a setting out of its range, or a config file with unknown or wrong entries.
@@ -63,14 +74,20 @@ class SettingsParser(argparse.ArgumentParser):
         early.add_argument("--print-config", action="store_true")
         known, _ = early.parse_known_args(spelled)
         if known.config is not None:
-            self._read(Path(known.config))
+            self._read(Path(_in_home(known.config)))
         if known.print_config:
             for action in self._options().values():
                 _make_optional(action)
-        found = self.parse_intermixed_args(spelled)
+        found, unknown = self.parse_known_intermixed_args(spelled)
+        if unknown:
+            near = [option for word in unknown if (option := self._near(word))]
+            told = f"; did you mean {', '.join(near)}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{told}")
         if known.print_config:
             print(self._as_config(found))
             self.exit()
+        for name, value in vars(found).items():
+            setattr(found, name, _in_home(value))
         made = [each(**{f.name: getattr(found, f.name) for f in fields(each) if f.init}) for each in self._settings]
         return *made, found
 
@@ -87,6 +104,12 @@ class SettingsParser(argparse.ArgumentParser):
         """Name in a config file -> option or positional argument."""
         return {action.dest: action for action in self._actions if action.dest not in _COMMON}
 
+    def _near(self, word: str) -> str | None:
+        """The option that an unknown one was probably meant to be, if there is one."""
+        names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        near = get_close_matches(f"--{word.lstrip('-').partition('=')[0]}", names, 1) if word.startswith("-") else []
+        return near[0] if near else None
+
     def _read(self, path: Path) -> None:
         """Takes a file's values for defaults."""
         import yaml
@@ -102,10 +125,26 @@ class SettingsParser(argparse.ArgumentParser):
         for key, value in content.items():
             name = _spelled(f"--{key}")[2:].replace("-", "_")
             if name not in options:
-                raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}")
+                near = get_close_matches(name, options, 1)
+                told = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}{told}")
             self.set_defaults(**{name: _converted(options[name], value, str(key))})
             if value is not None:
                 _make_optional(options[name])
+
+    def words(self, values: Mapping[str, Any]) -> list[str]:
+        """The arguments that give these values, positional ones first, options where they differ from their default."""
+        positional: list[str] = []
+        options: list[str] = []
+        for name, action in self._options().items():
+            value = values.get(name)
+            if value is None or value == [] or value == action.default:
+                continue
+            several = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
+            if action.option_strings:
+                options.append(action.option_strings[0])
+            (options if action.option_strings else positional).extend(map(str, several))
+        return [*positional, *options]
 
     def _as_config(self, found: argparse.Namespace) -> str:
         """The options as YAML, each after its help text."""
@@ -124,12 +163,22 @@ def _make_optional(action: argparse.Action) -> None:
         action.nargs = "*" if action.nargs == "+" else "?"
 
 
+def _in_home(value: Any) -> Any:
+    """A value, or each of a list, with the home directory in the place of ~: nothing but a path begins so."""
+    if isinstance(value, list):
+        return [_in_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def _spelled(argument: str) -> str:
     """An option in our spelling: `--learning_rate=1` is `--learning-rate=1`."""
     if not argument.startswith("--") or argument == "--":
         return argument
     name, equals, value = argument.partition("=")
     name = name.replace("_", "-")
+    if name in RENAMED:
+        warn_renamed("option", name, RENAMED[name])
+        name = RENAMED[name]
     return ALIASES.get(name, name) + equals + value
 
 

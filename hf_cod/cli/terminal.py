@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hf_cod.io.report import RunReport, format_number
@@ -11,17 +15,28 @@ from hf_cod.reporting.comparison import Comparison
 
 # Measures that only report.md shows: with them the table would not fit 80 columns.
 ONLY_ON_THE_PAGE = ("mean", "max_abs")
+# Columns where there is no terminal: of a file or a pipe no line is wrapped and no cell cut.
+UNLIMITED = 100_000
+
+
+def make_console() -> Console:
+    """Of standard output: as wide as the terminal, or unlimited where there is none; by NO_COLOR without any styles."""
+    width = None if sys.stdout.isatty() else UNLIMITED
+    return Console(width=width, color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 def print_report(report: RunReport) -> None:
     """Prints the per-layer table, then the findings and notes."""
-    console = Console()
+    console = make_console()
     layers = {name: values for name, values in report.layers.items() if name not in ONLY_ON_THE_PAGE}
     table = Table(
-        title=f"{report.kind}: {report.model}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=escape(f"{report.kind}: {report.model}"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for name in ("layer", *layers):
-        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+        table.add_column(escape(name.replace("_", "\n")), justify="right", no_wrap=True)
     for i in range(report.n_layers):
         table.add_row(str(i), *[format_number(values[i]) for values in layers.values()])
     if layers:
@@ -34,10 +49,10 @@ def print_report(report: RunReport) -> None:
 
 def print_comparison(comparison: Comparison) -> None:
     """Prints the table of several runs, then what sets them apart."""
-    console = Console()
-    table = Table(*comparison.columns)
+    console = make_console()
+    table = Table(*map(escape, comparison.columns))
     for row in comparison.rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
     for sentence in comparison.verdict:
         console.print(f"• {sentence}", highlight=False, markup=False)

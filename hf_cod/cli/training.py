@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_cod.cli.recorded import card_outputs
+from hf_cod.cli.settings import PlotSettings
 from hf_cod.cli.terminal import print_report
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
@@ -20,7 +22,11 @@ _WRITTEN = (
 
 
 def train_into(
-    directory: Path, told: dict[str, Any], source: str, plots: bool, run: Callable[[OutputDirectory], RunReport]
+    directory: Path,
+    told: dict[str, Any],
+    source: str,
+    pictures: PlotSettings,
+    run: Callable[[OutputDirectory], RunReport],
 ) -> None:
     """Trains in a directory that is this run's, unless a killed run had all but finished there; prints the report.
 
@@ -28,7 +34,7 @@ def train_into(
         directory: the run's.
         told: what tells the run from others, as JSON has it.
         source: the model's directory or name.
-        plots: whether pictures are drawn.
+        pictures: whether they are drawn, and as what.
         run: trains, and writes the model to the results of the directory.
     """
     with OutputDirectory(
@@ -39,16 +45,17 @@ def train_into(
         else:
             claim(directory, told)
             report = run(output)
-            finish(report, output, plots)
+            finish(report, output, pictures)
     print_report(report)
     for what, name in _WRITTEN:
         if (directory / name).is_file():
             print(f"\n{what} written to {(directory / name).resolve().parent}")
 
 
-def finish(report: RunReport, output: OutputDirectory, plots: bool) -> None:
+def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
     """Draws and saves the report beside the model, moves all into its place, and removes the checkpoints."""
-    if plots:
-        report.plot(output.results)
+    if pictures.plots:
+        report.plot(output.results, pictures.plot_format)
     report.save(output.results)
+    card_outputs(output.results, report, output.path.resolve().name)
     output.finish([path.name for _, path in last_steps(output.path)])

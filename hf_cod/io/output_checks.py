@@ -15,7 +15,7 @@ LOCK = "lock"  # in the journal
 # What a journal holds: a layer as FinishedLayers writes it, or one that an interruption cut; and lines of a Journal.
 _KEPT = re.compile(r"\.?[0-9a-f]{16}-\d{5}\.safetensors(\..*)?|\.?\w+\.jsonl(\..*)?")
 # Temporary files of ours: a dot, a name that we write, a dot, and eight signs.
-_LEFT = re.compile(r"\.[\w-]+\.(json|jsonl|md|png|safetensors)\.[a-z0-9_]{8}")
+_LEFT = re.compile(r"\.[\w-]+\.(json|jsonl|md|pdf|png|safetensors|svg)\.[a-z0-9_]{8}")
 _OF_MODELS = (".json", ".safetensors", ".jinja", ".txt", ".model", ".py")
 _HOUR = 3600.0
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_cod.functional.depth import late_share
+from hf_cod.io.markdown import escaped
 from hf_cod.io.report import RunReport, format_number
 
 
@@ -31,24 +32,24 @@ class Comparison:
     rows: list[list[str]]
     verdict: list[str] = field(default_factory=list)
 
-    def plot(self, directory: str | Path | None = None) -> Any:
-        """One figure with a column for each run; written as compare.png into `directory`.
+    def plot(self, directory: str | Path | None = None, plot_format: str = "png") -> Any:
+        """One figure with a column for each run; written as compare.png (or pdf, svg) into `directory`.
 
         Raises:
             ImportError: matplotlib is missing; the message says how to add it.
         """
         from hf_cod.reporting import plots  # needs matplotlib
 
-        return plots.plot_comparison(self.reports, self.labels, directory)
+        return plots.plot_comparison(self.reports, self.labels, directory, plot_format)
 
-    def to_markdown(self, picture: bool = True) -> str:
-        """The summary table as a page."""
-        lines = ["# compare: " + " / ".join(self.labels), ""]
-        if picture:
-            lines += ["![comparison](compare.png)", ""]
-        lines += ["| " + " | ".join(self.columns) + " |", "|---" * len(self.columns) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
-        lines += ["", *[f"- {sentence}" for sentence in self.verdict]]
+    def to_markdown(self, picture: str | None = "compare.png") -> str:
+        """The summary table as a page, which shows a picture of that name beside it."""
+        lines = ["# compare: " + " / ".join(map(escaped, self.labels)), ""]
+        if picture is not None:
+            lines += [f"![comparison]({picture})", ""]
+        lines += ["| " + " | ".join(map(escaped, self.columns)) + " |", "|---" * len(self.columns) + "|"]
+        lines += ["| " + " | ".join(map(escaped, row)) + " |" for row in self.rows]
+        lines += ["", *[f"- {escaped(sentence)}" for sentence in self.verdict]]
         return "\n".join(lines).rstrip() + "\n"
 
 

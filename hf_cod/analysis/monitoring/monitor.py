@@ -198,7 +198,9 @@ class LayerMonitor:
     def _measure(self, batches: Sequence[Batch]) -> Any:
         model = self.stack.model
         with _own_randomness(model), _eagerly(), _gathered(self._shards):
-            return measure_forward(model, batches, ["angular_distance", "output_variance"], layers_path=self.stack.path)
+            return measure_forward(
+                model, batches, ["angular_distance", "output_variance"], layers_path=self.stack.layers_path
+            )
 
     def _forward(self) -> dict[str, Any]:
         try:
@@ -207,12 +209,14 @@ class LayerMonitor:
             return {"failure": str(error)}
         steps = depth.adjacent(measures.distances).mean(0)  # (L,)
         variance = measures.output_variance()
-        return {
+        found = {
             **{name: variance[name] for name in ("variance", "max_abs", "added_share")},
             "angular_distance": steps.tolist(),
-            "effective_depth": float(depth.effective_depth(steps)),
-            "late_share": float(depth.late_share(steps)),
         }
+        if bool((steps <= measures.idle_below()).all()):  # what is left is rounding
+            return found
+        shares = {"effective_depth": depth.effective_depth(steps), "late_share": depth.late_share(steps)}
+        return found | {name: float(share) for name, share in shares.items()}
 
 
 @contextmanager

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_cod.cli.parser import SettingsParser
+from hf_cod.cli.settings import PlotSettings
 
 
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
+        [PlotSettings],
         prog="hf-cod compare",
         description="Puts several runs of hf-cod diagnose side by side: Pre-LN against Post-LN, a base model against "
         "its fine-tuned form.",
@@ -18,13 +20,12 @@ def make_parser() -> SettingsParser:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a diagnosed run, or its report.json")
     parser.add_argument("--labels", nargs="+", help="a name for each run; default: the models' names")
     parser.add_argument("--output", default="hf-cod-compare", help="directory for compare.md and compare.png")
-    parser.add_argument("--no-plots", action="store_true", help="draw no picture (which needs matplotlib)")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
-    (chosen,) = make_parser().parse(arguments)
+    pictures, chosen = make_parser().parse(arguments)
     from hf_cod.cli.terminal import print_comparison
     from hf_cod.io.files import write_text
     from hf_cod.io.output_directory import OutputDirectory
@@ -33,10 +34,11 @@ def main(arguments: Sequence[str]) -> int:
 
     comparison = compare([RunReport.load(run) for run in chosen.runs], chosen.labels)
     directory = Path(chosen.output)
+    picture = f"compare.{pictures.plot_format}" if pictures.plots else None
     with OutputDirectory(directory) as output:
-        if not chosen.no_plots:
-            comparison.plot(output.results)
-        write_text(output.results / "compare.md", comparison.to_markdown(picture=not chosen.no_plots))
+        if picture is not None:
+            comparison.plot(output.results, pictures.plot_format)
+        write_text(output.results / "compare.md", comparison.to_markdown(picture))
         output.finish()
     print_comparison(comparison)
     print(f"written to {directory.resolve()}")

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.parser import SettingsParser
+from hf_cod.cli.parser import SettingsParser, model_title
 from hf_cod.models.authors import AUTHORS_NORM_TYPES
+
+if TYPE_CHECKING:
+    from hf_cod.io.report import RunReport
+
+# What to do -> its result, in words.
+RESULTS = {
+    "stock": "A stock checkpoint with the logits of the model with LayerNorm Scaling.",
+    "lns": "LayerNorm Scaling with the logits of the stock model, to train it further.",
+    "authors": "A checkpoint of the papers' authors as a model of hf_cod.",
+}
 
 
 def make_parser() -> SettingsParser:
@@ -39,6 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     (chosen,) = make_parser().parse(arguments)
     if chosen.to == "authors" and chosen.norm_type is None:
         raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got none; give --norm-type")
+    from hf_cod.cli.recorded import card_outputs
     from hf_cod.io.output_checks import check_unused
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.layers.size import bytes_of
@@ -59,6 +70,24 @@ def main(arguments: Sequence[str]) -> int:
         output.require(bytes_of(model))
         model.save_pretrained(output.results)
         copy_companions(chosen.source, output.results)
+        report = _report(model, chosen)
+        report.save(output.results)
+        card_outputs(output.results, report, output.path.resolve().name)
         output.finish()
     print(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {chosen.output}")
     return 0
+
+
+def _report(model: Any, chosen: Any) -> RunReport:
+    from hf_cod.io.report import RunReport, environment
+
+    settings = {name: getattr(chosen, name) for name in ("to", "source", "norm_type", "post_layers")}
+    return RunReport(
+        kind="convert",
+        model=model_title(chosen.source),
+        settings=settings,
+        environment=environment(dtype=model.dtype),
+        layers={},
+        results={"parameters": model.num_parameters()},
+        summary=[RESULTS[chosen.to]],
+    )

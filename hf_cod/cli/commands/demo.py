@@ -10,6 +10,7 @@ from hf_cod.cli.commands.diagnose import finish, run
 from hf_cod.cli.commands.quantize import Quantize, QuantizeOptions
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser
+from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.settings import ModelSettings, TextSettings
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _quantized(directory: Path) -> None:
     with OutputDirectory(directory) as output:
         report = compression.run(step, model, ModelSettings(), text, output)
         assert report is not None
-        compression.save_results(report, output, plots=True)
+        compression.save_results(report, output, PlotSettings())
     for line in report.summary:
         print(f"• {line}")
 
@@ -114,5 +115,5 @@ def _smollm2(output: OutputDirectory) -> int:
     print(f"measuring {title}: {name}")  # what other commands take as MODEL
     model, tokenizer = load_model(name, ModelSettings(dtype="float32"))
     report, status = run(model, tokenizer, embedded_text(), DiagnoseSettings(max_samples=8), output.path, title)
-    finish(report, output, plots=True)
+    finish(report, output, PlotSettings())
     return status

@@ -46,18 +46,20 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, sampling, asked, files, rest = make_parser().parse(arguments)
     from hf_cod.cli.training import train_into
+    from hf_cod.training.runs.trainer import check_one_process
 
     if asked.estimate:
         print_estimates(rest.model, loading, settings, sampling, asked)
         return 0
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
+    check_one_process()
     directory = Path(files.output or default_directory("finetune", rest.model))
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
     if files.plots:
         require_plots()
     work = partial(run, rest.model, loading, text, settings, sampling, files.scores)
-    train_into(directory, told, rest.model, files.plots, work)
+    train_into(directory, told, rest.model, files, work)
     return 0
 
 

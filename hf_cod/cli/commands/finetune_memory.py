@@ -43,9 +43,9 @@ def print_estimates(
 ) -> None:
     """A table of all methods, and which of them fit."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
+    from hf_cod.cli.terminal import make_console
     from hf_cod.io.models import best_device, load_config
     from hf_cod.layers.running import progress
     from hf_cod.training.runs.memory import PARTS
@@ -64,7 +64,7 @@ def print_estimates(
             continue
         cells = [in_gigabytes(value) for value in (*found.parts().values(), found.total)]
         table.add_row(method, *cells, "yes" if found.total <= room else "no")
-    console = Console()
+    console = make_console()
     console.print(table)
     where = told.device_memory or f"{in_gigabytes(room)} GB free on {device}"
     console.print(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
@@ -54,16 +54,18 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, source, settings, sampling, files, rest = make_parser().parse(arguments)
     from hf_cod.cli.training import train_into
+    from hf_cod.training.runs.trainer import check_one_process
 
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
+    check_one_process()
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
     del told["speed"]  # with or without, it is the same training
     if files.plots:
         require_plots()
     work = partial(run, rest.student, loading, text, source, settings, sampling, files.scores)
-    train_into(directory, {"student": rest.student, **told}, rest.student, files.plots, work)
+    train_into(directory, {"student": rest.student, **told}, rest.student, files, work)
     return 0
 
 
@@ -86,43 +88,50 @@ def run(
     from hf_cod.layers.speed import speeds_of
     from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.training.healing.healer import heal
-    from hf_cod.training.healing.pair import check_tokenizers
 
     model, tokenizer = load_with_tokenizer(student, loading)
+    teacher = load_teacher(source, loading, tokenizer)
+    output.require(bytes_of(model))
+    held_out = None
+    if source.eval_text is not None:
+        texts = load_texts(replace(text, text=source.eval_text))
+        held_out = pack(tokenizer, texts, settings.sequence_length, most=settings.eval_samples)
+    told: dict[str, Any] = {
+        "sampling": sampling,
+        "scores": scores_file,
+        "output": output.path,
+        "name": model_title(student),
+    }
+    report = heal(model, teacher, load_texts(text), settings, tokenizer=tokenizer, held_out=held_out, **told)
+    model.save_pretrained(output.results)  # type: ignore[operator]  # a model of transformers
+    tokenizer.save_pretrained(output.results)
+    speed = {}
+    if source.speed:
+        stacks = {"teacher": find_decoder_layers(teacher), "healed": find_decoder_layers(model)}
+        prompt = pack(tokenizer, load_texts(text), settings.sequence_length, most=1).long()
+        speed = speeds_of(stacks, [{"input_ids": prompt}])
+    results = {**report.results, "speed": speed}
+    return replace(
+        report,
+        settings={"student": student, "teacher": source.teacher, **asdict(text), **report.settings},
+        results=results,
+        summary=[*report.summary, *describe_speed(results, "healed", "teacher")],
+    )
+
+
+def load_teacher(source: TeacherSettings, loading: ModelSettings, tokenizer: Any) -> Any:
+    """The teacher, whose tokenizer must be the student's.
+
+    Raises:
+        ValueError: it cannot be loaded, or has another tokenizer.
+    """
+    from hf_cod.cli.samples import load_with_tokenizer
+    from hf_cod.training.healing.pair import check_tokenizers
+
     its_loading = replace(loading, dtype=source.teacher_dtype, revision=source.teacher_revision)
     try:
         teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading)
     except ValueError as error:
         raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from error
     check_tokenizers(tokenizer, its_tokenizer)
-    output.require(bytes_of(model))
-    held_out = None
-    if source.eval_text is not None:
-        texts = load_texts(replace(text, text=source.eval_text))
-        held_out = pack(tokenizer, texts, settings.sequence_length, most=settings.eval_samples)
-    report = heal(
-        model,
-        teacher,
-        load_texts(text),
-        settings,
-        tokenizer=tokenizer,
-        held_out=held_out,
-        sampling=sampling,
-        scores=scores_file,
-        output=output.path,
-        name=model_title(student),
-    )
-    model.save_pretrained(output.results)  # type: ignore[operator]  # a model of transformers
-    tokenizer.save_pretrained(output.results)
-    prompt = [{"input_ids": pack(tokenizer, load_texts(text), settings.sequence_length, most=1).long()}]
-    speed = {}
-    if source.speed:
-        stacks = {"teacher": find_decoder_layers(teacher), "healed": find_decoder_layers(model)}
-        speed = speeds_of(stacks, prompt)
-    results = {**report.results, "speed": speed}
-    return replace(
-        report,
-        settings={"teacher": source.teacher, **asdict(text), **report.settings},
-        results=results,
-        summary=[*report.summary, *describe_speed(results, "healed", "teacher")],
-    )
+    return teacher

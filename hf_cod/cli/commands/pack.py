@@ -70,6 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(source: str, loading: ModelSettings, settings: PackOptions, output: OutputDirectory) -> RunReport:
     """Packs a model and writes it, with the report, to the results of `output`."""
+    from hf_cod.cli.recorded import card_outputs
     from hf_cod.compression.sparse.quantizer import pack_sparse
     from hf_cod.io.models import load_model
     from hf_cod.layers.size import bytes_of
@@ -79,13 +80,15 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
     model: Any = load_model(source, loading)[0]
     stack = find_decoder_layers(model, settings.layers_path)
     dense_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
-    pack_sparse(model, settings.minimum)
+    pack_sparse(model, settings=settings)
     output.require(bytes_of(model))
     model.save_pretrained(output.results)
     copy_companions(Path(source) if Path(source).is_dir() else source, output.results)
     packed_bytes = sum(path.stat().st_size for path in output.results.glob("*.safetensors"))
-    report = describe(stack, model_title(source), {"minimum": settings.minimum}, dense_bytes, packed_bytes)
+    told = {"model": source, "minimum": settings.minimum}
+    report = describe(stack, model_title(source), told, dense_bytes, packed_bytes)
     report.save(output.results)
+    card_outputs(output.results, report, output.path.resolve().name)
     return report
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
+from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.settings import ModelSettings, SampleSettings, TextSettings
 from hf_cod.scoring.settings import ScoreSettings
 
@@ -34,7 +35,7 @@ class ScoreOptions(SampleSettings, ScoreSettings):
 
 
 @dataclass
-class ScoreOutput:
+class ScoreOutput(PlotSettings):
     """Where statistics come from, and where results go."""
 
     statistics: str | None = field(
@@ -48,7 +49,6 @@ class ScoreOutput:
         default=None,
         metadata={"help": "directory for statistics, scores, report and picture; default: hf-cod-score-MODEL"},
     )
-    plots: bool = field(default=True, metadata={"help": "draw the picture (needs matplotlib)"})
 
 
 def make_parser() -> SettingsParser:
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
             batches = mask_tokens(tokenizer, batches, settings.seed)
         report = run(model, batches, settings, output.statistics, directory, model_title(rest.model))
         if output.plots:
-            report.plot(place.results)
+            report.plot(place.results, output.plot_format)
         report.save(place.results)
         place.finish(beside=[STATISTICS, SCORES])
     print_report(report)

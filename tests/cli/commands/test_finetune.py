@@ -14,6 +14,7 @@ from hf_cod import LayerScores, RunReport, pack_sparse, perplexity, prune, score
 from hf_cod.cli.commands import finetune
 from hf_cod.cli.commands.finetune_memory import EstimateSettings
 from hf_cod.cli.main import main
+from hf_cod.cli.settings import PlotSettings
 from hf_cod.cli.sizes import in_gigabytes
 from hf_cod.cli.training import finish
 from hf_cod.io.models import ModelSettings, embedded_model, load_model
@@ -273,7 +274,7 @@ def test_only_checkpoints_are_cleared_away(tmp_path):
     (tmp_path / "checkpoint-3.zip").write_text("")
     (tmp_path / "checkpoint-4").write_text("")
     with OutputDirectory(tmp_path) as output:
-        finish(RunReport("finetune", "mine", {}, {}, {}, {}), output, plots=False)
+        finish(RunReport("finetune", "mine", {}, {}, {}, {}), output, PlotSettings(plots=False))
     assert {path.name for path in tmp_path.glob("check*")} == {"checkpoint-2-kept", "checkpoint-3.zip", "checkpoint-4"}
 
 
