@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.cli.closing import closing
-from hf_cod.cli.output import JOURNAL, check_output, finish, require_plots, results_of
+from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import default_directory
 from hf_cod.cli.recorded import card_outputs
 from hf_cod.cli.samples import split_text
-from hf_cod.cli.settings import ResultsOutput
+from hf_cod.cli.settings import PlotSettings, ResultsOutput
 from hf_cod.cli.step import Step
 from hf_cod.cli.terminal import print_report
 from hf_cod.cli.work import Work
+from hf_cod.io.output_checks import check_unused
+from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.io.text import describe_batches
@@ -47,22 +49,29 @@ def compress(
         The exit status.
     """
     directory = Path(files.output or default_directory(step.command, source))
-    check_output(directory, source)
     if files.plots:
         require_plots()
-    results = results_of(directory)
-    report = run(step, source, loading, text, directory / JOURNAL, results, getattr(files, "scores", None))
-    if report is None:
-        print(f"\nnothing was made; what was measured is kept in {directory.resolve()}")
-        return 0
-    if files.plots:
-        report.plot(results, files.plot_format)
-    report.save(results)
-    card_outputs(results, report, directory.resolve().name)
-    finish(directory, results)
+    scores = getattr(files, "scores", None)
+    told = [step.command, source, asdict(loading), asdict(text), step.identity(), scores]
+    with OutputDirectory(directory, told, check=check_unused, source=source) as output:
+        report = RunReport.load(directory) if output.completed else run(step, source, loading, text, output, scores)
+        if report is None:
+            print(f"\nnothing was made; what was measured is kept in {directory.resolve()}")
+            return 0
+        if not output.completed:
+            save_results(report, output, files)
     print_report(report)
     print(f"\nwritten to {directory.resolve()}")
     return 0
+
+
+def save_results(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
+    """Draws and saves the report beside the model, and moves all of it into its place; the journal is done with."""
+    if pictures.plots:
+        report.plot(output.results, pictures.plot_format)
+    report.save(output.results)
+    card_outputs(output.results, report, output.path.resolve().name)
+    output.finish(output.journaled())
 
 
 def run(
@@ -70,16 +79,16 @@ def run(
     source: str,
     loading: ModelSettings,
     text: TextSettings,
-    journal: Path,
-    output: Path,
+    output: OutputDirectory,
     scores_file: str | None = None,
 ) -> RunReport | None:
-    """The pipeline itself; a directory for a journal, one for the model and what it followed.
+    """The pipeline itself; the model and what it followed go to the results of `output`.
 
     Returns:
         The report of it, which is not saved yet; None where the step's plan is to do nothing.
     """
-    work = Work(source, loading, step.settings, journal, scores_file)
+    work = Work(source, loading, step.settings, output.journal, scores_file)
+    output.require(int(step.disk_share() * bytes_of(work.model)))
     step.check(work)
     work.calibration, work.evaluation = split_text(work.model, work.tokenizer, text, step.samples())
     perplexity, memory = {"intact": work.perplexity()}, {"intact": bytes_of(work.model)}
@@ -96,12 +105,12 @@ def run(
     if step.trained is not None:
         perplexity[made] = work.perplexity()
         step.train(work)
-    _save(output, work, step.files(plan))
-    work.reload(output)
+    _save(output.results, work, step.files(plan))
+    work.reload(output.results)
     perplexity[step.trained or made] = work.perplexity()
     memory[made] = bytes_of(work.model)
     speed |= work.speed(made)
-    disk = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    disk = sum(path.stat().st_size for path in output.results.glob("*.safetensors"))
     measured = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
     return _complete(report, step, work, plan, measured, text, scores_file)
 

@@ -23,14 +23,14 @@ ALIASES = {"--output-dir": "--output"}
 # Option of an earlier version -> its name now; taken for one release, with a warning.
 RENAMED = {"--multiple": "--channel-multiple", "--parameters": "--parameter-share"}
 # Options of every command, which a config file does not hold.
-_COMMON = ("help", "config", "print_config", "quiet")
+_COMMON = ("help", "config", "print_config", "quiet", "debug")
 
 
 class SettingsParser(argparse.ArgumentParser):
     """A parser of dataclasses: one option for each field, by dashes (underscores are read, too).
 
     Every command also takes `--config FILE` (YAML, option names as keys; the command line wins), `--print-config`
-    (prints such a file and exits) and `--quiet`.
+    (prints such a file and exits), `--quiet` and `--debug`.
 
     Args:
         settings: dataclasses; a field's metadata hold "help" and, optionally, "choices" and "nargs".
@@ -51,6 +51,7 @@ class SettingsParser(argparse.ArgumentParser):
         common.add_argument(
             "--quiet", action="store_true", help="print warnings and errors only: no progress bars, no tables"
         )
+        common.add_argument("--debug", action="store_true", help="print the traceback of an error, too")
 
     def error(self, message: str) -> NoReturn:
         """An option of several values takes all words after it, the model's name, too."""

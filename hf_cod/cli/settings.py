@@ -100,6 +100,6 @@ class TrainingOutput(PlotSettings):
     output: str | None = field(
         default=None,
         metadata={
-            "help": "directory for checkpoints, report and, in OUTPUT/model, the model; default: hf-cod-COMMAND-MODEL"
+            "help": "directory for model and report, and for checkpoints of the training; default: hf-cod-COMMAND-MODEL"
         },
     )

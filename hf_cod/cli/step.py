@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -37,6 +38,14 @@ class Step(ABC):
         Raises:
             ValueError: says why.
         """
+
+    def identity(self) -> Any:
+        """What tells a run from others of the same command on the same model and text, JSON-like."""
+        return asdict(self.settings)
+
+    def disk_share(self) -> float:
+        """What is written is at least this share of the model's bytes: so much must be free before the work begins."""
+        return 0.1
 
     @abstractmethod
     def plan(self, work: Work) -> Any:

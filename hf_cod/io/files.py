@@ -1,7 +1,7 @@
 """Files and directories that survive an interruption: written aside, flushed, renamed; and the journal of a long run.
 
-Whatever this package writes goes through here. `models/checkpoint.py` alone does the same for itself, because models/
-imports nothing of ours.
+Whatever this package writes goes through here, and a command's results through `output_directory.py`.
+`models/checkpoint.py` alone does the same for itself, because models/ imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar, cast
@@ -21,22 +22,29 @@ from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 logger = logging.getLogger(__name__)
 
 Kept = TypeVar("Kept", bound="JsonFile")
+_BINARY = getattr(os, "O_BINARY", 0)  # of Windows, where text is the default
 
 
 def write_aside(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
-    """Calls `write(file)` on a temporary binary file beside `path`, which takes that name only once it is on disk."""
+    """Calls `write(file)` on a temporary binary file beside `path`, which takes that name only once it is on disk.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    aside = _beside(path, ".")
     try:
-        with os.fdopen(handle, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not by tempfile, whose files their owner alone may read: here the umask decides.
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666), "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes files that only their owner reads
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
+        os.replace(aside, path)
+    except BaseException as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        _name(error, path, aside)
         raise
     return path
 
@@ -50,15 +58,26 @@ def directory_aside(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    aside = _beside(path, "-")
+    aside.mkdir()
     try:
         yield aside
         sync(aside)
-        aside.chmod(0o755)  # mkdtemp makes directories that nobody else can read
         os.rename(aside, path)
     except BaseException:
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _beside(path: Path, joint: str) -> Path:
+    """A name that nobody has, beside `path`."""
+    return path.with_name(f".{path.name}{joint}{secrets.token_hex(4)}")
+
+
+def _name(error: BaseException, path: Path, aside: Path | None = None) -> None:
+    """Adds the path to an error of a write, which names no file by itself, or the temporary one."""
+    if isinstance(error, OSError) and error.filename in (None, str(aside)) and error.errno is not None:
+        error.filename = str(path)
 
 
 def sync(directory: str | Path) -> None:
@@ -67,6 +86,30 @@ def sync(directory: str | Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def follow_umask(directory: str | Path) -> None:
+    """Gives all files in a directory the mode that a new one gets: safetensors writes for their owner alone.
+
+    The umask itself cannot be read without changing it for other threads.
+    """
+    new = _beside(Path(directory) / "mode", ".")
+    os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    for path in Path(directory).rglob("*"):
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
+
+
+def sync_names(directory: str | Path) -> None:
+    """Returns once the names in a directory are on disk, where the system can do that."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -83,11 +126,15 @@ def copy_aside(source: str | Path, path: str | Path) -> Path:
 def append_line(path: str | Path, line: str) -> None:
     """Adds one line to a file, which is made if need be; it is on disk when this returns."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        _name(error, path)
+        raise
 
 
 def write_json(path: str | Path, value: Any) -> Path:

@@ -17,6 +17,7 @@ from hf_cod.analysis.monitoring.history import TrainingHistory
 from hf_cod.io.files import copy_aside, write_text
 from hf_cod.io.loading import load_exactly
 from hf_cod.io.markdown import escaped
+from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.settings import resolve
 from hf_cod.reporting.result_card import TAG
@@ -42,7 +43,7 @@ def release(run: str | Path, output: str | Path, settings: CardSettings | None =
     The weights are rounded to bfloat16. The card is README.md, its pictures lie beside it.
 
     Args:
-        run: output directory of examples/pretrain.py: model/, report.json, layer_diagnostics/.
+        run: output directory of examples/pretrain.py: the model, report.json, layer_diagnostics/.
         output: directory to write.
         settings: what the report does not know.
         **fields: or fields of `CardSettings` by name: name, license, sources, language, where, comparison.
@@ -64,11 +65,16 @@ def release(run: str | Path, output: str | Path, settings: CardSettings | None =
     readme = output / "README.md"
     if readme.is_file() and TAG not in readme.read_text(encoding="utf-8"):
         raise ValueError(f"output: expected no README.md of other origin, got one in {str(output)!r}; name another")
-    model = load_exactly(AutoModelForCausalLM, run / "model", dtype=torch.bfloat16)
-    model.save_pretrained(output)
-    AutoTokenizer.from_pretrained(run / "model").save_pretrained(output)
-    pictures = _draw(report, run, output)
-    return write_text(readme, str(model_card(report, settings, pictures)))
+    # Until 0.2 the model had a directory of its own.
+    trained = run if (run / "config.json").is_file() else run / "model"
+    with OutputDirectory(output, source=str(trained)) as directory:
+        model = load_exactly(AutoModelForCausalLM, trained, dtype=torch.bfloat16)
+        model.save_pretrained(directory.results)
+        AutoTokenizer.from_pretrained(trained).save_pretrained(directory.results)
+        pictures = _draw(report, run, directory.results)
+        write_text(directory.results / readme.name, str(model_card(report, settings, pictures)))
+        directory.finish()
+    return readme
 
 
 def model_card(report: RunReport, settings: CardSettings, pictures: list[str]) -> ModelCard:
@@ -146,7 +152,7 @@ def _use(report: RunReport, name: str, where: str | None) -> str:
         *([where, ""] if where else []),
         "The directory carries its own code, so nothing but transformers is needed:\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, trust_remote_code=True)",
+        f"model = load_exactly(AutoModelForCausalLM, {json.dumps(name)}, trust_remote_code=True)",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n```\n",
         "Where hf_cod is installed (and imported) it loads without `trust_remote_code`; "
         f"`hf-cod diagnose {shlex.quote(name)}` measures its layers.",

@@ -107,6 +107,10 @@ class DropLayers(Step):
         super().__init__(settings)
         self.plan_file = plan_file
 
+    def identity(self) -> Any:
+        """The plan that is given among it."""
+        return [super().identity(), self.plan_file]
+
     def plan(self, work: Work) -> DepthPlan:
         """Which layers go."""
         from hf_cod.compression.depth.criteria import plan_depth

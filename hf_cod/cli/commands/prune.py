@@ -142,6 +142,14 @@ class Prune(Step):
         super().__init__(settings)
         self.recovery = recovery
 
+    def identity(self) -> Any:
+        """Recovery among it."""
+        return [super().identity(), asdict(self.recovery)]
+
+    def disk_share(self) -> float:
+        """Zeros are stored as other weights are."""
+        return 1.0
+
     def check(self, work: Work) -> None:
         """Weights that cannot be written, and rows that are not whole groups."""
         from hf_cod.compression.pruning.methods import check_pattern

@@ -77,23 +77,26 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"statistics: expected none beside the method {settings.method}, which reads none, {got}")
     from hf_cod.cli.terminal import print_report
     from hf_cod.io.models import load_model
+    from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts, mask_tokens
     from hf_cod.io.text import token_batches as cut_into_batches
     from hf_cod.layers.checks import check_length
     from hf_cod.layers.task import task_of
 
     directory = Path(output.output or default_directory("score", rest.model))
-    model, tokenizer = load_model(rest.model, loading)
-    if tokenizer is None:
-        raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
-    check_length(model, settings.sequence_length)
-    batches = cut_into_batches(tokenizer, load_texts(text), settings)
-    if task_of(model) == "masked_lm":
-        batches = mask_tokens(tokenizer, batches, settings.seed)
-    report = run(model, batches, settings, output.statistics, directory, model_title(rest.model))
-    if output.plots:
-        report.plot(directory, output.plot_format)
-    report.save(directory)
+    with OutputDirectory(directory, source=rest.model) as place:
+        model, tokenizer = load_model(rest.model, loading)
+        if tokenizer is None:
+            raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
+        check_length(model, settings.sequence_length)
+        batches = cut_into_batches(tokenizer, load_texts(text), settings)
+        if task_of(model) == "masked_lm":
+            batches = mask_tokens(tokenizer, batches, settings.seed)
+        report = run(model, batches, settings, output.statistics, directory, model_title(rest.model))
+        if output.plots:
+            report.plot(place.results, output.plot_format)
+        report.save(place.results)
+        place.finish(beside=[STATISTICS, SCORES])
     print_report(report)
     print(f"\nwritten to {directory.resolve()}")
     return 0

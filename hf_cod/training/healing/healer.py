@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
+from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch
@@ -30,7 +31,7 @@ from hf_cod.training.healing.settings import HealSettings
 from hf_cod.training.healing.zeros import kept_at_zero
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
-from hf_cod.training.runs.run_directory import claim
+from hf_cod.training.runs.run_directory import claim, half_checkpoints
 from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, split_windows, train
 from hf_cod.training.runs.training_settings import check_scores
 
@@ -101,8 +102,7 @@ def heal(
         settings.hidden,
         matching.layers if matching else (),
     )
-    with tempfile.TemporaryDirectory() as aside, evaluation_mode(theirs):
-        directory = Path(output or aside)
+    with evaluation_mode(theirs), _directory(output) as directory:
         claim(directory, _work(directory, student, teacher, windows, settings, sampling))
         found = {"teacher": _perplexity(theirs, held_out, settings), "before": _perplexity(mine, held_out, settings)}
         chosen = scores_to_draw_by(student, windows, settings, scores, directory)
@@ -113,6 +113,17 @@ def heal(
     layers |= {} if training.trained is None else {"trained": training.trained}
     layers |= {} if matching is None else {"teacher_layer": matching.layers}
     return healing_report(mine, theirs, training, settings, sampling, found, layers, matching, name)
+
+
+@contextmanager
+def _directory(output: str | Path | None) -> Iterator[Path]:
+    """A directory for a training, which nothing else writes to meanwhile: a temporary one where none is named."""
+    if output is None:
+        with tempfile.TemporaryDirectory() as aside:
+            yield Path(aside)
+    else:
+        with OutputDirectory(output, half=half_checkpoints) as directory:
+            yield directory.path
 
 
 def _windows(

@@ -1,4 +1,7 @@
-"""A run's directory: whose it is, and its newest checkpoint."""
+"""What is particular to a training's directory: whose run it is, and its newest checkpoint.
+
+All else that is true of the directories of commands is in `io/output_directory.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.io.files import write_json
+from hf_cod.io.output_checks import check_place
 
 CHECKPOINT = "checkpoint-"
 SETTINGS, SCORES_FILE, REPORT = "settings.json", "scores.json", "report.json"
+MARKERS = ("trainer_state.json", "progress.json")  # written last of a checkpoint, by Trainer and by our own loop
 _EXPECTED = "output: expected a new directory, or that of an interrupted run"
 
 
@@ -30,6 +35,13 @@ def last_checkpoint(directory: str | Path, marker: str) -> Path | None:
     return None
 
 
+def half_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints of a run that lack what is written last: those that were being written when the run ended."""
+    if not _noted(directory / SETTINGS):
+        return []
+    return [path for _, path in last_steps(directory) if not any((path / marker).exists() for marker in MARKERS)]
+
+
 def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) -> None:
     """Makes the directory this run's; what was noted of it before stays noted.
 
@@ -45,6 +57,20 @@ def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) ->
         ValueError: it is that of another run, of a finished one, or of a model; it holds checkpoints that are not this
             run's, or anything else that goes by their name; or it is a file.
     """
+    changed = check_claim(directory, wanted, finished=finished)
+    if changed:
+        (directory / SCORES_FILE).unlink(missing_ok=True)
+    noted, wanted = _noted(directory / SETTINGS), json.loads(json.dumps(wanted))
+    if {**noted, **wanted} != noted:
+        write_json(directory / SETTINGS, {**noted, **wanted})
+
+
+def check_claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) -> list[str]:
+    """Makes sure that `claim` may make the directory this run's; returns the names of settings that it would change.
+
+    Raises:
+        ValueError: as `claim`.
+    """
     _check_free(directory, finished)
     wanted = json.loads(json.dumps(wanted))
     noted = _noted(directory / SETTINGS)
@@ -57,22 +83,20 @@ def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) ->
             f"{name}: expected {found[name]!r}, with which the run in {str(directory)!r} began, got {wanted[name]!r}; "
             "name another --output"
         )
-    if changed:
-        (directory / SCORES_FILE).unlink(missing_ok=True)
-    if {**noted, **wanted} != noted:
-        write_json(directory / SETTINGS, {**noted, **wanted})
+    return changed
 
 
 def _check_free(directory: Path, finished: bool) -> None:
-    """Makes sure that there is no file of this name, and neither a model nor, unless it may be finished, a report."""
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output: expected a directory, got the file {str(directory)!r}")
-    if (directory / "config.json").exists():
+    """Makes sure that there is neither a model nor, unless it may be finished, a report."""
+    check_place(directory)
+    reported, model = (directory / REPORT).exists(), (directory / "config.json").exists()
+    if reported and not finished:
+        # Until 0.2 trainings wrote their model into a directory of its own.
+        earlier = directory / "model"
+        where = earlier if earlier.is_dir() and not model else directory
+        raise ValueError(f"{_EXPECTED}, got {str(directory)!r}, whose run is finished (its model is in {str(where)!r})")
+    if model and not (reported and (directory / SETTINGS).exists()):
         raise ValueError(f"{_EXPECTED}, got {str(directory)!r}, which holds a model")
-    if not finished and (directory / REPORT).exists():
-        raise ValueError(
-            f"{_EXPECTED}, got {str(directory)!r}, whose run is finished (its model is in {str(directory / 'model')!r})"
-        )
 
 
 def _check_held(directory: Path, known: bool) -> list[str]:
