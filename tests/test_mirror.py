@@ -27,7 +27,7 @@ TESTED_BY = {
     ),
     "cli/commands/test_heal.py": "cli/__init__.py cli/samples.py",
     "cli/commands/test_quantize.py": "cli/explained.py",
-    "cli/test_compression.py": "cli/closing.py cli/output.py cli/settings.py cli/step.py cli/work.py",
+    "cli/test_compression.py": "cli/closing.py cli/settings.py cli/step.py cli/work.py",
     "cli/test_parser.py": "cli/completion.py",
     "cli/test_terminal.py": "cli/messages.py",
     "compression/depth/test_criteria.py": (
@@ -111,6 +111,7 @@ TESTED_BY = {
         "training/owlore/trained_increments.py training/owlore/trainer_arguments.py "
         "training/owlore/update_in_backward.py"
     ),
+    "io/test_output_directory.py": "io/output_manifest.py io/output_checks.py io/directory_lock.py",
 }
 ELSEWHERE = {module: test for test, modules in TESTED_BY.items() for module in modules.split()}
 

@@ -152,7 +152,7 @@ def _use(report: RunReport, name: str, where: str | None) -> str:
         *([where, ""] if where else []),
         "The directory carries its own code, so nothing but transformers is needed:\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
-        f"model = load_exactly(AutoModelForCausalLM, {json.dumps(name)}, trust_remote_code=True)",
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, trust_remote_code=True)",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n```\n",
         "Where hf_cod is installed (and imported) it loads without `trust_remote_code`; "
         f"`hf-cod diagnose {shlex.quote(name)}` measures its layers.",

@@ -134,7 +134,7 @@ def fill(output):
         write_text(output.results / name, name)
 
 
-IN_THE_MOVES = 7  # four files are written, then the manifest, then one is moved
+IN_THE_MOVES = 9  # two probes, four files and the manifest are written, then one is moved
 
 
 class Killed(BaseException):
