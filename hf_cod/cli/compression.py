@@ -22,6 +22,7 @@ from hf_cod.cli.settings import ResultsOutput
 from hf_cod.cli.step import Step
 from hf_cod.cli.terminal import print_report
 from hf_cod.cli.work import Work
+from hf_cod.io.display import say
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.io.text import describe_batches
@@ -52,14 +53,14 @@ def compress(
     results = results_of(directory)
     report = run(step, source, loading, text, directory / JOURNAL, results, getattr(files, "scores", None))
     if report is None:
-        print(f"\nnothing was made; what was measured is kept in {directory.resolve()}")
+        say(f"\nnothing was made; what was measured is kept in {directory.resolve()}")
         return 0
     if files.plots:
         report.plot(results)
     report.save(results)
     finish(directory, results)
     print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    say(f"\nwritten to {directory.resolve()}")
     return 0
 
 

@@ -6,6 +6,7 @@ Neither this nor `--help` of a command imports torch or transformers: commands i
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 from wrapt import register_post_import_hook
+
+from hf_cod.io.display import HarmlessFormatter, one_line
 
 # Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
 COMMANDS = {
@@ -75,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[arguments[0]][0]}")
     try:
         asked = {"--help", "-h", "--print-config", "--print_config"}.intersection(arguments)
-        with _quiet() if "--quiet" in arguments and not asked else nullcontext():
+        with _harmless_warnings(), _quiet() if "--quiet" in arguments and not asked else nullcontext():
             return command.main(arguments[1:])
     except (ValueError, ImportError) as error:
-        print(f"hf-cod {arguments[0]}: error: {error}", file=sys.stderr)
+        print(f"hf-cod {arguments[0]}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resume = "; the same command resumes" if arguments[0] in RESUMABLE else ""
@@ -100,6 +103,19 @@ def _quieten_transformers() -> None:
         logging.disable_progress_bar()
 
     register_post_import_hook(quieten, "transformers.utils.logging")
+
+
+@contextmanager
+def _harmless_warnings() -> Iterator[None]:
+    """Warnings that nobody has configured logging for go to the terminal, with names of other people's in them."""
+    last = logging.lastResort
+    assert last is not None
+    before = last.formatter
+    last.setFormatter(HarmlessFormatter())
+    try:
+        yield
+    finally:
+        last.setFormatter(before)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Reports as tables in the terminal."""
+"""Reports as tables in the terminal, and whatever else names models and files there.
+
+Such names come from strangers: they are shown as they are, control characters as escapes, and rich's markup is text.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hf_cod.io.display import terminal_text
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.reporting.comparison import Comparison
 
@@ -13,31 +17,39 @@ from hf_cod.reporting.comparison import Comparison
 ONLY_ON_THE_PAGE = ("mean", "max_abs")
 
 
+def console() -> Console:
+    """A console that takes markup and names of emoji for the text that they are."""
+    return Console(markup=False, emoji=False)
+
+
 def print_report(report: RunReport) -> None:
     """Prints the per-layer table, then the findings and notes."""
-    console = Console()
+    shown = console()
     layers = {name: values for name, values in report.layers.items() if name not in ONLY_ON_THE_PAGE}
     table = Table(
-        title=f"{report.kind}: {report.model}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=terminal_text(f"{report.kind}: {report.model}"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for name in ("layer", *layers):
-        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+        table.add_column(terminal_text(name).replace("_", "\n"), justify="right", no_wrap=True)
     for i in range(report.n_layers):
         table.add_row(str(i), *[format_number(values[i]) for values in layers.values()])
     if layers:
-        console.print(table)
+        shown.print(table)
     for line in report.summary:
-        console.print(f"• {line}", highlight=False, markup=False)
+        shown.print(f"• {terminal_text(line)}", highlight=False)
     for note in report.notes:
-        console.print(f"note: {note}", style="dim", highlight=False, markup=False)
+        shown.print(f"note: {terminal_text(note)}", style="dim", highlight=False)
 
 
 def print_comparison(comparison: Comparison) -> None:
     """Prints the table of several runs, then what sets them apart."""
-    console = Console()
-    table = Table(*comparison.columns)
+    shown = console()
+    table = Table(*map(terminal_text, comparison.columns))
     for row in comparison.rows:
-        table.add_row(*row)
-    console.print(table)
+        table.add_row(*map(terminal_text, row))
+    shown.print(table)
     for sentence in comparison.verdict:
-        console.print(f"• {sentence}", highlight=False, markup=False)
+        shown.print(f"• {terminal_text(sentence)}", highlight=False)

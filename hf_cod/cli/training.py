@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from hf_cod.cli.terminal import print_report
+from hf_cod.io.display import say
 from hf_cod.io.report import RunReport
 from hf_cod.training.runs.run_directory import last_steps
 
@@ -18,6 +19,6 @@ def tell(report: RunReport, directory: Path, plots: bool) -> None:
     print_report(report)
     for name in ("model", "adapter"):
         if (directory / name).is_dir():
-            print(f"\n{name} written to {(directory / name).resolve()}")
+            say(f"\n{name} written to {(directory / name).resolve()}")
     for _, checkpoint in last_steps(directory):
         shutil.rmtree(checkpoint)

@@ -13,9 +13,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar, cast
+
+from hf_cod.io.reading import naming_file, parse_json, read_json, read_text, take_format
+from hf_cod.io.schema import brief, check_value, read_record
 
 Kept = TypeVar("Kept", bound="JsonFile")
 
@@ -109,26 +112,23 @@ class JsonFile:
 
     @classmethod
     def load(cls: type[Kept], path: str | Path) -> Kept:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote; what earlier files lack has a default.
 
         Raises:
-            ValueError: no such file, of another format, or with other entries.
+            ValueError: no such file, of another format, or with entries that the fields do not allow (`schema.py`).
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = content.pop("format")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"{cls.FIELD}: expected a file of hf_cod's {cls.FIELD}"
-            raise ValueError(f"{what}, got {str(path)!r}: {error}") from error
-        if version != cls.FORMAT:
-            raise ValueError(f"{cls.FIELD}: expected format {cls.FORMAT}, got {version} in {str(path)!r}")
-        entries = fields(cast(Any, cls))
-        names = [entry.name for entry in entries]
-        # Earlier files lack what came later; it has a default then.
-        needed = {entry.name for entry in entries if entry.default is MISSING and entry.default_factory is MISSING}
-        if not needed <= set(content) <= set(names):
-            raise ValueError(f"{cls.FIELD}: expected {', '.join(names)}, got {', '.join(content)} in {str(path)!r}")
-        return cls(**content)
+        content = read_json(path, cls.FIELD)
+        with naming_file(path):
+            read = read_record(cls, take_format(content, cls.FORMAT, cls.FIELD), cls.FIELD)
+            read.check_read()
+        return read
+
+    def check_read(self) -> None:
+        """Makes sure of what the types of the fields cannot tell; called on what was read.
+
+        Raises:
+            ValueError: "field: expected ..., got ...".
+        """
 
 
 def looks_local(name: str) -> bool:
@@ -161,12 +161,14 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         whole = []
-        lines = path.read_text(encoding="utf-8").split("\n")
-        for line in lines:
+        lines = read_text(path, "journal").split("\n")
+        for number, line in enumerate(lines, 1):
             try:
-                work, key, value = json.loads(line)
+                entry = parse_json(line, "journal", nan=True)
             except ValueError:  # the empty tail, or a line that the interruption cut
                 continue
+            with naming_file(path):
+                work, key, value = check_value(entry, tuple[str, str, Any], f"journal line {number}")
             whole.append(line)
             if work == self.work:
                 self.entries[key] = value
@@ -182,6 +184,15 @@ class Journal:
     def get(self, key: str) -> Any:
         """The result, or None where it is not known."""
         return self.entries.get(key)
+
+    def result(self, key: str, kind: Any) -> Any:
+        """The result, of which an annotation says what it has to be, as `schema.check_value` understands it.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with naming_file(self.path or "memory"):
+            return check_value(self.entries[key], kind, f"journal {brief(key)}", {"nan": True})
 
     def add(self, key: str, value: Any) -> None:
         """Records one result; it is on disk when this returns."""

@@ -90,7 +90,7 @@ def _key(batch: int, layer: int) -> str:
 
 
 def _value(journal: Journal, metric: Metric, n_batches: int, layer: int) -> float:
-    rows = [row for number in range(n_batches) for row in journal[_key(number, layer)]]
+    rows = [row for number in range(n_batches) for row in journal.result(_key(number, layer), list[Any])]
     try:
         return metric.value(rows)
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_
 from hf_cod.functional.depth import wide
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.files import write_aside
+from hf_cod.io.reading import naming_file, open_tensors
+from hf_cod.io.schema import brief, is_path
 from hf_cod.io.text import Batch
 from hf_cod.layers.checks import name_of, warn_of_other_name
 from hf_cod.layers.devices import execution_device, to_device
@@ -111,20 +114,22 @@ class LayerStatistics:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: no such file, or not one of ours.
+            ValueError: no such file, one that is not ours, or sums and counts that no text gives: negative, not finite,
+                of another type, or without each other.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"statistics: expected a file of statistics, got {str(path)!r}: {error}") from error
-        if metadata.get("format") != FORMAT_VERSION or "path" not in metadata:
-            raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {metadata} in {str(path)!r}")
+        with open_tensors(path, "statistics", "a file of statistics") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT_VERSION or not {"path", "model"} <= set(metadata):
+            got = brief(metadata.get("format"))
+            raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {got} in {str(path)!r}")
         kinds: dict[str, dict[str, Tensor]] = {"squares": {}, "tokens": {}}
-        for key, tensor in tensors.items():
-            kind, name = key.split("/", 1)
-            kinds[kind][name] = tensor
+        with naming_file(path):
+            for key, tensor in load_tensors(Path(path).read_bytes()).items():  # faster than one by one from a map
+                kind, _, name = key.partition("/")
+                if kind not in kinds or not name or is_path(name):
+                    raise ValueError(f"statistics: expected squares/NAME and tokens/NAME, got {brief(key)}")
+                kinds[kind][name] = tensor
+            _check_read(**kinds)
         return cls(metadata["model"], metadata["path"], **kinds)
 
 
@@ -240,3 +245,29 @@ def _check_same(
                 f"{field}: expected those of {wanted}, with {name} {expected.get(name, 'absent')}, got those of "
                 f"{given}, with {name} {got.get(name, 'absent')}"
             )
+
+
+def _check_read(squares: dict[str, Tensor], tokens: dict[str, Tensor]) -> None:
+    """Makes sure that these can be sums of squares, and counts of tokens."""
+    odd = set(squares) ^ set(tokens)
+    if odd or not squares:
+        raise ValueError(
+            f"statistics: expected squares and tokens of each matrix, got {brief(min(odd, default=None))} of one"
+        )
+    for name, sums in squares.items():
+        count = tokens[name]
+        if sums.dtype != torch.float64 or sums.dim() not in (1, 2) or not sums.numel():
+            raise ValueError(f"squares/{name}: expected float64 of one or two dimensions, got {_described(sums)}")
+        if count.dtype != torch.int64 or count.shape != sums.shape[:-1]:
+            raise ValueError(
+                f"tokens/{name}: expected int64 of shape {tuple(sums.shape[:-1])}, got {_described(count)}"
+            )
+        values = sums.numpy()
+        if not (values.min() >= 0 and values.max() < math.inf):  # NaN is neither
+            raise ValueError(f"squares/{name}: expected finite sums of squares, got {values.min()} to {values.max()}")
+        if count.numpy().min() < 0:
+            raise ValueError(f"tokens/{name}: expected counts, got {int(count.min())}")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_cod.cli.parser import SettingsParser
+from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
@@ -36,5 +37,5 @@ def main(arguments: Sequence[str]) -> int:
         comparison.plot(directory)
     write_text(directory / "compare.md", comparison.to_markdown(picture=not chosen.no_plots))
     print_comparison(comparison)
-    print(f"written to {directory.resolve()}")
+    say(f"written to {directory.resolve()}")
     return 0

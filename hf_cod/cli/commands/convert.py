@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_cod.cli.parser import SettingsParser
+from hf_cod.io.display import say
 from hf_cod.models.authors import AUTHORS_NORM_TYPES
 
 
@@ -49,5 +50,5 @@ def main(arguments: Sequence[str]) -> int:
         ),
     }
     model = conversions[chosen.to]()
-    print(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {chosen.output}")
+    say(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {chosen.output}")
     return 0

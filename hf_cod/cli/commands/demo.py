@@ -11,6 +11,7 @@ from hf_cod.cli.commands.diagnose import finish, run
 from hf_cod.cli.commands.quantize import Quantize, QuantizeOptions
 from hf_cod.cli.output import JOURNAL, require_plots
 from hf_cod.cli.parser import SettingsParser
+from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, TextSettings
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -68,7 +69,7 @@ def _pair(output: Path) -> int:
     write_text(output / "compare.md", comparison.to_markdown())
     print_comparison(comparison)
     _quantized(output / "quantized")
-    print(f"\nwritten to {output.resolve()}; the figures are compare.png and quantized/overview.png")
+    say(f"\nwritten to {output.resolve()}; the figures are compare.png and quantized/overview.png")
     return 0
 
 
@@ -80,7 +81,7 @@ def _quantized(directory: Path) -> None:
     try:
         import hf_cod.compression.quantization.bnb  # noqa: F401
     except ImportError as error:
-        print(f"\nnot quantized: {error}")
+        say(f"\nnot quantized: {error}")
         return
     print("\nquantizing pre")
     step = Quantize(QuantizeOptions(max_samples=8, eval_samples=16))
@@ -93,7 +94,7 @@ def _quantized(directory: Path) -> None:
     report.save(directory)
     shutil.rmtree(journal)
     for line in report.summary:
-        print(f"• {line}")
+        say(f"• {line}")
 
 
 def _smollm2(output: str) -> int:
@@ -104,7 +105,7 @@ def _smollm2(output: str) -> int:
     title, name = HUB_MODEL.split("/")[1], HUB_MODEL
     if not on_hub(HUB_MODEL):
         title, name = f"{title} (4-bit GGUF, dequantized)", str(from_package(*PACKAGED_MODEL))
-    print(f"measuring {title}: {name}")  # what other commands take as MODEL
+    say(f"measuring {title}: {name}")  # what other commands take as MODEL
     model, tokenizer = load_model(name, ModelSettings(dtype="float32"))
     report, status = run(model, tokenizer, embedded_text(), DiagnoseSettings(max_samples=8), output, title)
     finish(report, output, plots=True)

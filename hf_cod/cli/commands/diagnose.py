@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
+from hf_cod.io.display import one_line, say
 from hf_cod.io.settings import ModelSettings, TextSettings
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def run(
     except MeasurementError as error:
         if not error.report.layers:
             raise
-        print(f"hf-cod: error: {error}; what was measured before is kept", file=sys.stderr)
+        print(f"hf-cod: error: {one_line(error)}; what was measured before is kept", file=sys.stderr)
         return error.report, 1
 
 
@@ -81,4 +82,4 @@ def finish(report: RunReport, directory: str | Path, plots: bool) -> None:
     if plots:
         report.plot(directory)
     report.save(directory)  # once more, for report.md to show the pictures
-    print(f"\nwritten to {Path(directory).resolve()}")
+    say(f"\nwritten to {Path(directory).resolve()}")

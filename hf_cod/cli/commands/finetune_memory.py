@@ -43,9 +43,10 @@ def print_estimates(
 ) -> None:
     """A table of all methods, and which of them fit."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
+    from hf_cod.cli.terminal import console
+    from hf_cod.io.display import terminal_text
     from hf_cod.io.models import best_device, load_config
     from hf_cod.layers.running import progress
     from hf_cod.training.runs.memory import PARTS
@@ -64,17 +65,17 @@ def print_estimates(
             continue
         cells = [in_gigabytes(value) for value in (*found.parts().values(), found.total)]
         table.add_row(method, *cells, "yes" if found.total <= room else "no")
-    console = Console()
-    console.print(table)
+    shown = console()
+    shown.print(table)
     where = told.device_memory or f"{in_gigabytes(room)} GB free on {device}"
-    console.print(
+    shown.print(
         f"GB (10^9 bytes) at the peak of a step of {settings.micro_batch_size} x {settings.sequence_length} tokens, "
         f"checkpointing {'on' if settings.checkpointing else 'off'}; to fit: {where}. Not counted: what kernels need "
         "inside themselves, and the device's own context.",
         highlight=False,
     )
     for reason in refused:
-        console.print(f"not estimated, {reason}", style="dim", highlight=False, markup=False)
+        shown.print(f"not estimated, {terminal_text(reason)}", style="dim", highlight=False)
 
 
 def estimate(

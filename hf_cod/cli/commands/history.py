@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_cod.cli.parser import SettingsParser
+from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
@@ -36,5 +37,5 @@ def main(arguments: Sequence[str]) -> int:
         report.plot(directory)
     report.save(directory)
     print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    say(f"\nwritten to {directory.resolve()}")
     return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.compression.sparse.settings import PackSettings
+from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, as_in
 from hf_cod.scoring.settings import ScoreSettings
 
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     report = describe(stack, model_title(rest.model), {"minimum": settings.minimum}, dense_bytes, packed_bytes)
     report.save(directory)
     print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    say(f"\nwritten to {directory.resolve()}")
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
+from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, SampleSettings, TextSettings
 from hf_cod.scoring.settings import ScoreSettings
 
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
         report.plot(directory)
     report.save(directory)
     print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    say(f"\nwritten to {directory.resolve()}")
     return 0
 
 
