@@ -44,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, sampling, asked, files, rest = make_parser().parse(arguments)
     from hf_cod.cli.training import tell
+    from hf_cod.scoring.layer_scores import LayerScores
     from hf_cod.training.runs.run_directory import claim
 
     if asked.estimate:
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     check_scores(settings, files.scores)
     directory = Path(files.output or default_directory("finetune", rest.model))
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
+    if files.scores is not None:
+        LayerScores.load(files.scores)  # or nothing is written
     claim(directory, told)
     if files.plots:
         require_plots()

@@ -109,7 +109,7 @@ def run(
     from hf_cod.io.text import describe_batches
     from hf_cod.layers.devices import execution_device
     from hf_cod.layers.fingerprints import Journals
-    from hf_cod.layers.stack import unwrap
+    from hf_cod.layers.stack import find_decoder_layers, unwrap
     from hf_cod.scoring.methods import score_layers
 
     base: Any = unwrap(model)
@@ -126,6 +126,8 @@ def run(
     file, journal = directory / STATISTICS, journals.of("statistics", settings.layers_path)
     kept = None if earlier else _kept(file, journal)
     statistics = LayerStatistics.load(earlier) if earlier else kept
+    if earlier and statistics is not None:
+        statistics.check(find_decoder_layers(base, settings.layers_path))
     report.keep_earlier(directory, (SCORES,) if kept else (STATISTICS, SCORES))
     if statistics is None:
         statistics = collect_statistics(model, batches, layers_path=settings.layers_path, name=name, show_progress=True)
