@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
@@ -122,7 +122,7 @@ def _entries(kind: Any, content: Any, field: str, extra: bool) -> dict[str, Any]
         raise _wrong(field, "named entries", content)
     entries = {entry.name: entry for entry in fields(kind) if entry.init}
     needed = {name for name, e in entries.items() if e.default is MISSING and e.default_factory is MISSING}
-    _check_keys(content, set(entries), set() if extra else set(content) - set(entries), needed, field)
+    _check_keys(content, entries, needed, field, extra)
     hints = _hints(kind)
     found = {
         name: check_value(content[name], hints[name], name, entry.metadata)
@@ -133,12 +133,12 @@ def _entries(kind: Any, content: Any, field: str, extra: bool) -> dict[str, Any]
     return found
 
 
-def _check_keys(content: dict[str, Any], known: set[str], unknown: set[str], needed: set[str], field: str) -> None:
-    if unknown:
-        raise ValueError(f"{field}: expected {', '.join(sorted(known))}, got {brief(min(unknown))}")
-    missing = sorted(needed - set(content))
-    if missing:
-        raise ValueError(f"{missing[0]}: expected a value, got none")
+def _check_keys(content: dict[str, Any], known: Iterable[str], needed: set[str], field: str, extra: bool) -> None:
+    unknown = [] if extra else [name for name in content if name not in known]
+    missing = [name for name in known if name in needed and name not in content]
+    if unknown or missing:
+        got = brief(unknown[0]) if unknown else f"no {missing[0]}"
+        raise ValueError(f"{field}: expected {', '.join(known)}, got {got}")
 
 
 def _check_lengths(told: Mapping[str, Mapping[str, Any]], found: Mapping[str, Any]) -> None:
@@ -170,12 +170,7 @@ def _nested(value: Any, kind: Any, name: str, metadata: Mapping[str, Any]) -> An
     if not isinstance(value, dict):
         raise _wrong(name, "named entries", value)
     hints = _hints(kind)
-    for key in hints:
-        if key not in value and key in kind.__required_keys__:
-            raise ValueError(f"{name}: expected {', '.join(hints)}, got no {key}")
-    unknown = [key for key in value if key not in hints]
-    if unknown:
-        raise ValueError(f"{name}: expected {', '.join(hints)}, got {brief(unknown[0])}")
+    _check_keys(value, hints, set(kind.__required_keys__), name, extra=False)
     return {key: check_value(item, hints[key], f"{name}.{key}", metadata) for key, item in value.items()}
 
 

@@ -254,7 +254,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(folder):
     path = folder / "large.json"
     with path.open("wb") as file:
         file.truncate(1 << 40)  # takes no room on disk
-    with pytest.raises(ValueError, match="scores: expected at most .* bytes, got"):
+    with pytest.raises(ValueError, match=r"scores: expected at most .* bytes, got"):
         LayerScores.load(path)
 
 
