@@ -162,7 +162,7 @@ def test_save_and_load(tmp_path):
     for name, message in [
         ("plan", "expected model, method, .*, got 'kind'"),
         ("old", "format 1, got 0"),
-        ("list", "expected a file"),
+        ("list", "expected named entries"),
         ("none", "expected a file"),
     ]:
         with pytest.raises(ValueError, match=f"scores: .*{message}"):
