@@ -33,8 +33,8 @@ from hf_cod.training.pretraining.results import unigram_perplexity
 FIGURES = {
     "validation perplexity": lambda report: report.results["validation_perplexity"],
     "last layer's variance": lambda report: report.layers["variance"][-1],
-    "effective depth": lambda report: report.results["effective_depth"]["value"],
-    "late half's share of angles": lambda report: report.results["late_share"],
+    "effective depth": lambda report: report.results.get("effective_depth", {}).get("value", float("nan")),
+    "late half's share of angles": lambda report: report.results.get("late_share", float("nan")),
 }
 
 

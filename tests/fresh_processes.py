@@ -86,6 +86,7 @@ def _run(job: dict) -> None:
 def _read_environment_again() -> None:
     """What the server's imports took from the environment once and for all."""
     import torch
+    from huggingface_hub import constants
     from huggingface_hub.utils import _cache_assets
     from transformers import dynamic_module_utils
 
@@ -93,5 +94,8 @@ def _read_environment_again() -> None:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if "HF_ASSETS_CACHE" in os.environ:
         _cache_assets.HF_ASSETS_CACHE = os.environ["HF_ASSETS_CACHE"]
+    if "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ:
+        disabled = constants._is_true(os.environ["HF_HUB_DISABLE_PROGRESS_BARS"])
+        sys.modules["huggingface_hub.utils.tqdm"].HF_HUB_DISABLE_PROGRESS_BARS = disabled
     if "HF_MODULES_CACHE" in os.environ:
         dynamic_module_utils.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"]

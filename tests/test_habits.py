@@ -44,6 +44,17 @@ def test_the_picture_is_the_house():
             assert (ROOT / "hf_cod" / place / name).exists(), f"{place}{name}"
 
 
+def test_every_folder_is_in_the_picture():
+    """The rooms, and the folders in each of them: a new one needs its words there."""
+    found = picture()
+    rooms = {path.name for path in (ROOT / "hf_cod").iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert rooms == set(ROOMS)
+    for room in rooms:
+        folders = {path.parent.name for path in (ROOT / "hf_cod" / room).glob("*/*.py")}
+        named = {name for name in re.findall(r"\b(\w+)/", found[f"{room}/"])}
+        assert folders == named, f"{room}: {folders ^ named}"
+
+
 def test_recipes_name_files_and_tables_that_there_are():
     recipes = CONTRIBUTING.split("## Recipes")[1]
     paths = set(re.findall(r"`((?:hf_cod|tests|examples)/[\w/.]+)`", recipes))

@@ -56,7 +56,7 @@ def compress(
         say(f"\nnothing was made; what was measured is kept in {directory.resolve()}")
         return 0
     if files.plots:
-        report.plot(results)
+        report.plot(results, files.plot_format)
     report.save(results)
     finish(directory, results)
     print_report(report)
@@ -113,15 +113,16 @@ def run(
     }
     told = {**asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
     given = {} if scores_file is None or work.scores is None else {"score": work.scores.method}
-    found = {} if work.scores is None else {"score": work.scores.values}
+    scored = {} if work.scores is None else {"score": work.scores.values}
     remarks = [] if work.scores is None else work.scores.remarks
     report = replace(
         report,
         settings={**told, "scores": scores_file, **given, **step.told(plan)},
-        layers={**report.layers, **layers, **found},
+        layers={**report.layers, **layers, **scored},
         results=results,
     )
-    return replace(report, summary=[*step.sentences(report, work.model), *closing(results, made), *remarks])
+    found = [*step.sentences(report, work.model), *closing(results, made), *remarks, *step.last_words()]
+    return replace(report, summary=found)
 
 
 def _save(directory: Path, work: Work, files: dict[str, Any]) -> None:

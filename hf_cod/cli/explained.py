@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from hf_cod.cli.terminal import console
+from hf_cod.cli.terminal import make_console
 from hf_cod.compression.depth.depth_plan import DepthPlan
 from hf_cod.compression.quantization.plan import plan_bits
 from hf_cod.io.display import terminal_text
@@ -28,8 +28,8 @@ def explain_bits(stack: DecoderLayers, settings: Any, scores: LayerScores | None
         told = "all" if four and len(four) == len(names) else ", ".join(four) or "none"
         row = (index, format_number(values[index]), order.index(index) + 1, told, len(names) - len(four))
         table.add_row(*map(terminal_text, row))
-    shown = console()
-    shown.print(table)
+    console = make_console()
+    console.print(table)
     if not settings.mixed:
         return
     why = (
@@ -37,7 +37,7 @@ def explain_bits(stack: DecoderLayers, settings: Any, scores: LayerScores | None
         if scores is None
         else f"by {terminal_text(scores.method)}, highest scores first"
     )
-    shown.print(
+    console.print(
         f"Four bits {why}, until {settings.bits:g} stored bits a weight are spent; the layer where they end gets them "
         "in the matrices that still fit, in the order of the model.",
         highlight=False,
@@ -53,10 +53,10 @@ def explain_depth(plan: DepthPlan) -> None:
         told = "removed" if index in plan.layers else "protected" if index in plan.protected else ""
         rank = str(order.index(index) + 1) if index in known else "-"
         table.add_row(str(index), format_number(known.get(index)), rank, told)
-    shown = console()
-    shown.print(table)
+    console = make_console()
+    console.print(table)
     for name, found in plan.candidates.items():
         layers = ", ".join(map(str, found["layers"])) or "none"
         maps = ", with maps in their place," if found.get("maps") else ""
         told = f"{name}: without layers {layers}{maps} the {plan.metric} is {format_number(found['loss'])}"
-        shown.print(terminal_text(told), highlight=False)
+        console.print(terminal_text(told), highlight=False)

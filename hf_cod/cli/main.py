@@ -6,7 +6,6 @@ Neither this nor `--help` of a command imports torch or transformers: commands i
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,8 @@ from typing import Any
 
 from wrapt import register_post_import_hook
 
-from hf_cod.io.display import HarmlessFormatter, one_line
+from hf_cod.cli.messages import warnings_shown
+from hf_cod.io.display import one_line
 
 # Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
 COMMANDS = {
@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[arguments[0]][0]}")
     try:
         asked = {"--help", "-h", "--print-config", "--print_config"}.intersection(arguments)
-        with _harmless_warnings(), _quiet() if "--quiet" in arguments and not asked else nullcontext():
+        quiet = _quiet() if "--quiet" in arguments and not asked else nullcontext()
+        with quiet, warnings_shown(arguments[0]):
             return command.main(arguments[1:])
     except (ValueError, ImportError) as error:
         print(f"hf-cod {arguments[0]}: error: {one_line(error)}", file=sys.stderr)
@@ -94,28 +95,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _quieten_transformers() -> None:
     """Its loading reports and bars would bury our one line of error; a verbosity that the user has chosen stays.
 
-    Takes effect when transformers is imported, which is later.
+    Takes effect when transformers is imported, which is later. Its own switch for bars would turn off the Hub's, too,
+    by which ours go.
     """
 
     def quieten(logging: Any) -> None:
         if "TRANSFORMERS_VERBOSITY" not in os.environ:
             logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        logging.set_tqdm_hook(lambda _, args, more: logging.EmptyTqdm(*args, **more))
 
     register_post_import_hook(quieten, "transformers.utils.logging")
-
-
-@contextmanager
-def _harmless_warnings() -> Iterator[None]:
-    """Warnings that nobody has configured logging for go to the terminal, with names of other people's in them."""
-    last = logging.lastResort
-    assert last is not None
-    before = last.formatter
-    last.setFormatter(HarmlessFormatter())
-    try:
-        yield
-    finally:
-        last.setFormatter(before)
 
 
 @contextmanager

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -42,7 +44,9 @@ class SettingsParser(argparse.ArgumentParser):
         common = self.add_argument_group("common options")
         common.add_argument("--config", metavar="FILE", help="YAML file of options; the command line takes precedence")
         common.add_argument("--print-config", action="store_true", help="print all options as such a file, and exit")
-        common.add_argument("--quiet", action="store_true", help="print errors only: no progress bars, no tables")
+        common.add_argument(
+            "--quiet", action="store_true", help="print warnings and errors only: no progress bars, no tables"
+        )
 
     def error(self, message: str) -> NoReturn:
         """An option of several values takes all words after it, the model's name, too."""
@@ -51,6 +55,9 @@ class SettingsParser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """One object for each dataclass, then the namespace of all arguments; options may stand between the others.
+
+        A value that begins with ~ is a path in a home directory, also in a config file and behind `--output=`, where no
+        shell expands it.
 
         Raises:
             ValueError: a setting out of its range, or a config file with unknown or wrong entries.
@@ -62,14 +69,20 @@ class SettingsParser(argparse.ArgumentParser):
         early.add_argument("--print-config", action="store_true")
         known, _ = early.parse_known_args(spelled)
         if known.config is not None:
-            self._read(Path(known.config))
+            self._read(Path(_in_home(known.config)))
         if known.print_config:
             for action in self._options().values():
                 _make_optional(action)
-        found = self.parse_intermixed_args(spelled)
+        found, unknown = self.parse_known_intermixed_args(spelled)
+        if unknown:
+            near = [option for word in unknown if (option := self._near(word))]
+            told = f"; did you mean {', '.join(near)}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{told}")
         if known.print_config:
             print(self._as_config(found))
             self.exit()
+        for name, value in vars(found).items():
+            setattr(found, name, _in_home(value))
         made = [each(**{f.name: getattr(found, f.name) for f in fields(each) if f.init}) for each in self._settings]
         return *made, found
 
@@ -86,6 +99,12 @@ class SettingsParser(argparse.ArgumentParser):
         """Name in a config file -> option or positional argument."""
         return {action.dest: action for action in self._actions if action.dest not in _COMMON}
 
+    def _near(self, word: str) -> str | None:
+        """The option that an unknown one was probably meant to be, if there is one."""
+        names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        near = get_close_matches(f"--{word.lstrip('-').partition('=')[0]}", names, 1) if word.startswith("-") else []
+        return near[0] if near else None
+
     def _read(self, path: Path) -> None:
         """Takes a file's values for defaults."""
         import yaml
@@ -101,7 +120,9 @@ class SettingsParser(argparse.ArgumentParser):
         for key, value in content.items():
             name = _spelled(f"--{key}")[2:].replace("-", "_")
             if name not in options:
-                raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}")
+                near = get_close_matches(name, options, 1)
+                told = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}{told}")
             self.set_defaults(**{name: _converted(options[name], value, str(key))})
             if value is not None:
                 _make_optional(options[name])
@@ -121,6 +142,13 @@ def _make_optional(action: argparse.Action) -> None:
     action.required = False
     if not action.option_strings:
         action.nargs = "*" if action.nargs == "+" else "?"
+
+
+def _in_home(value: Any) -> Any:
+    """A value, or each of a list, with the home directory in the place of ~: nothing but a path begins so."""
+    if isinstance(value, list):
+        return [_in_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _spelled(argument: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hf_cod.io.settings import SampleSettings, as_in
+from hf_cod.io.settings import PLOT_FORMATS, SampleSettings, as_in, check_choice
 from hf_cod.scoring.settings import AllocationSettings, ScoreSettings
 
 
@@ -63,14 +63,26 @@ class SpreadSettings(CompressionSettings):
 
 
 @dataclass
-class ResultsOutput:
+class PlotSettings:
+    """Whether pictures are drawn, and as what."""
+
+    plots: bool = field(default=True, metadata={"help": "draw the pictures (requires matplotlib)"})
+    plot_format: str = field(
+        default=PLOT_FORMATS[0], metadata={"help": "file format of the pictures", "choices": PLOT_FORMATS}
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("plot_format", self.plot_format, PLOT_FORMATS)
+
+
+@dataclass
+class ResultsOutput(PlotSettings):
     """Where results go."""
 
     output: str | None = field(
         default=None,
         metadata={"help": "new directory for model, report and pictures; default: hf-cod-COMMAND-MODEL"},
     )
-    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
 
 
 @dataclass
@@ -81,7 +93,7 @@ class CompressionOutput(ResultsOutput):
 
 
 @dataclass
-class TrainingOutput:
+class TrainingOutput(PlotSettings):
     """What is read beside the model, and where results of a training go."""
 
     scores: str | None = as_in(CompressionOutput, "scores")
@@ -91,4 +103,3 @@ class TrainingOutput:
             "help": "directory for checkpoints, report and, in OUTPUT/model, the model; default: hf-cod-COMMAND-MODEL"
         },
     )
-    plots: bool = as_in(ResultsOutput, "plots")

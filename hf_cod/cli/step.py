@@ -73,3 +73,7 @@ class Step(ABC):
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
         """Findings of this step: the function's own, or others in their place; `saved` is the model that was saved."""
         return report.summary
+
+    def last_words(self) -> list[str]:
+        """What a user must know to load the model: printed last."""
+        return []

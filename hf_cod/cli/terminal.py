@@ -5,6 +5,9 @@ Such names come from strangers: they are shown as they are, control characters a
 
 from __future__ import annotations
 
+import os
+import sys
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,16 +18,22 @@ from hf_cod.reporting.comparison import Comparison
 
 # Measures that only report.md shows: with them the table would not fit 80 columns.
 ONLY_ON_THE_PAGE = ("mean", "max_abs")
+# Columns where there is no terminal: of a file or a pipe no line is wrapped and no cell cut.
+UNLIMITED = 100_000
 
 
-def console() -> Console:
-    """A console that takes markup and names of emoji for the text that they are."""
-    return Console(markup=False, emoji=False)
+def make_console() -> Console:
+    """Of standard output: as wide as the terminal, or unlimited where there is none; by NO_COLOR without any styles.
+
+    Markup and names of emoji are the text that they are.
+    """
+    width = None if sys.stdout.isatty() else UNLIMITED
+    return Console(width=width, color_system=None if os.environ.get("NO_COLOR") else "auto", markup=False, emoji=False)
 
 
 def print_report(report: RunReport) -> None:
     """Prints the per-layer table, then the findings and notes."""
-    shown = console()
+    console = make_console()
     layers = {name: values for name, values in report.layers.items() if name not in ONLY_ON_THE_PAGE}
     table = Table(
         title=terminal_text(f"{report.kind}: {report.model}"),
@@ -37,19 +46,19 @@ def print_report(report: RunReport) -> None:
     for i in range(report.n_layers):
         table.add_row(str(i), *[format_number(values[i]) for values in layers.values()])
     if layers:
-        shown.print(table)
+        console.print(table)
     for line in report.summary:
-        shown.print(f"• {terminal_text(line)}", highlight=False)
+        console.print(f"• {terminal_text(line)}", highlight=False)
     for note in report.notes:
-        shown.print(f"note: {terminal_text(note)}", style="dim", highlight=False)
+        console.print(f"note: {terminal_text(note)}", style="dim", highlight=False)
 
 
 def print_comparison(comparison: Comparison) -> None:
     """Prints the table of several runs, then what sets them apart."""
-    shown = console()
+    console = make_console()
     table = Table(*map(terminal_text, comparison.columns))
     for row in comparison.rows:
         table.add_row(*map(terminal_text, row))
-    shown.print(table)
+    console.print(table)
     for sentence in comparison.verdict:
-        shown.print(f"• {terminal_text(sentence)}", highlight=False)
+        console.print(f"• {terminal_text(sentence)}", highlight=False)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from hf_cod.cli.settings import PlotSettings
 from hf_cod.cli.terminal import print_report
 from hf_cod.io.display import say
 from hf_cod.io.report import RunReport
 from hf_cod.training.runs.run_directory import last_steps
 
 
-def tell(report: RunReport, directory: Path, plots: bool) -> None:
+def tell(report: RunReport, directory: Path, pictures: PlotSettings) -> None:
     """Draws, saves and prints the report, says where the model is, and clears the checkpoints, which are done with."""
-    if plots:
-        report.plot(directory)
+    if pictures.plots:
+        report.plot(directory, pictures.plot_format)
     report.save(directory)
     print_report(report)
     for name in ("model", "adapter"):

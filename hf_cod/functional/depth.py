@@ -116,6 +116,18 @@ def effective_depth(contributions: Tensor) -> Tensor:
     return w.sum(-1).square() / w.square().sum(-1)
 
 
+def angular_resolution(dtype: torch.dtype) -> float:
+    """The largest angular distance that rounding to a dtype can cause: of smaller ones nothing is known.
+
+    Rounding changes each entry of x by at most the share u = eps / 2 of it, so that ||dx|| <= u ||x|| and x turns by at
+    most arcsin(u) / pi. Not below 3e-8, what `angular_distances` gives for equal vectors.
+
+    Args:
+        dtype: of the hidden states, a floating point type.
+    """
+    return max(math.asin(torch.finfo(dtype).eps / 2) / math.pi, 3e-8)
+
+
 def late_share(contributions: Tensor) -> Tensor:
     """Share of all contributions that the late half of the layers makes; the middle one of an odd number counts half.
 
@@ -140,15 +152,18 @@ def bootstrap_interval(
     confidence: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
-) -> tuple[float, float]:
+) -> tuple[Tensor, Tensor]:
     """Percentile bootstrap interval (Efron 1979) of `statistic(mean over samples)`.
 
     Args:
         samples: (S, ...), one entry a sample.
-        statistic: maps (draws, ...) means to (draws,) values.
+        statistic: maps (draws, ...) means to (draws, ...) values.
         confidence: probability mass between the two ends.
         draws: how many times the samples are drawn with replacement.
         seed: of the draws.
+
+    Returns:
+        Its two ends, of the shape of one value.
     """
     S = samples.shape[0]
     generator = torch.Generator().manual_seed(seed)
@@ -158,8 +173,8 @@ def bootstrap_interval(
     )
     means = (weights @ samples.flatten(1) / S).unflatten(1, samples.shape[1:])  # (draws, ...)
     tail = (1 - confidence) / 2
-    low, high = torch.quantile(statistic(means), torch.tensor([tail, 1 - tail], dtype=samples.dtype))
-    return float(low), float(high)
+    low, high = torch.quantile(statistic(means), torch.tensor([tail, 1 - tail], dtype=samples.dtype), dim=0)
+    return low, high
 
 
 def spearman(a: Tensor, b: Tensor) -> float:

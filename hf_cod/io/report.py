@@ -20,12 +20,15 @@ from hf_cod._version import __version__
 from hf_cod.io.files import write_json, write_text
 from hf_cod.io.reading import naming_file, read_json, take_format
 from hf_cod.io.schema import check_value, read_record
+from hf_cod.io.settings import PLOT_FORMATS
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 # Draws reports. By name, because pictures stand in a later room, which reads this one.
 PICTURES = "hf_cod.reporting.plots"
+# Values within this share of the largest are alike: none of them stands out.
+ALIKE = 0.01
 
 
 def environment(device: Any = None, dtype: Any = None) -> dict[str, str]:
@@ -109,7 +112,7 @@ class RunReport:
         number = 1 + max((int(name) for name in taken if name.isdecimal()), default=0)
         target = directory / f"earlier-{number}"
         target.mkdir()
-        for name in ("report.json", "report.md", *others, *(path.name for path in directory.glob("*.png"))):
+        for name in ("report.json", "report.md", *others, *(path.name for path in _pictures_in(directory))):
             if (directory / name).is_file():
                 (directory / name).replace(target / name)
         logger.warning("%s held a report of %s with other settings: moved to %s", directory, earlier.model, target)
@@ -140,18 +143,22 @@ class RunReport:
             if len(values) != self.n_layers:
                 raise ValueError(f"layers[{name!r}]: expected {self.n_layers} values, got {len(values)}")
 
-    def plot(self, directory: str | Path | None = None) -> Any:
+    def plot(self, directory: str | Path | None = None, plot_format: str = "png") -> Any:
         """Draws the report: returns the overview as a matplotlib figure and, given a directory, writes all pictures.
+
+        Args:
+            directory: where pictures are written.
+            plot_format: png, pdf or svg.
 
         Raises:
             ImportError: matplotlib is missing; the message says how to add it.
         """
-        return import_module(PICTURES).plot_report(self, directory)
+        return import_module(PICTURES).plot_report(self, directory, plot_format)
 
     def to_markdown(self, directory: str | Path | None = None) -> str:
         """The report as a page; shows the pictures that lie in `directory`."""
         parts = [f"# {self.kind}: {self.model}", "", *[f"- {line}" for line in self.summary], ""]
-        pictures = sorted(Path(directory).glob("*.png")) if directory else []
+        pictures = _pictures_in(Path(directory)) if directory else []
         parts += [f"![{picture.stem.replace('_', ' ')}]({picture.name})\n" for picture in pictures]
         if self.layers:
             names = list(self.layers)
@@ -167,6 +174,10 @@ class RunReport:
         return "\n".join(parts)
 
 
+def _pictures_in(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("*") if path.suffix[1:] in PLOT_FORMATS)
+
+
 def format_number(value: float | None) -> str:
     """A figure for people: four significant digits (all of them before the point), a dash for what was not measured."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -179,9 +190,12 @@ def format_number(value: float | None) -> str:
 def standing_out(values: Sequence[float | None], count: int, least: bool = False) -> list[int]:
     """At most `count` layers with the largest (or least) finite values, the farthest first.
 
-    A layer whose figure reads like that of one left out is left out, too: which of them to name would be arbitrary.
+    A layer whose figure reads like that of one left out is left out, too: which of them to name would be arbitrary. Of
+    values that are all alike, within `ALIKE`, none is named.
     """
     known = {i: value for i, value in enumerate(values) if value is not None and math.isfinite(value)}
+    if known and max(known.values()) - min(known.values()) <= ALIKE * max(map(abs, known.values())):
+        return []
     order = sorted(known, key=lambda i: known[i] if least else -known[i])
     next_figure = [format_number(known[i]) for i in order[count : count + 1]]
     return [i for i in order[:count] if format_number(known[i]) not in next_figure]

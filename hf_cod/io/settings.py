@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -81,7 +81,7 @@ def layers_path_field() -> Any:
     )
 
 
-def check_choice(name: str, value: Any, table: Mapping[str, Any]) -> None:
+def check_choice(name: str, value: Any, table: Collection[str]) -> None:
     """Makes sure that a value is one of a table's names.
 
     Raises:
@@ -89,6 +89,10 @@ def check_choice(name: str, value: Any, table: Mapping[str, Any]) -> None:
     """
     if value not in table:
         raise ValueError(f"{name}: expected one of {', '.join(table)}, got {value!r}")
+
+
+# File formats of pictures: dots, and two that print sharply at any size.
+PLOT_FORMATS = ("png", "pdf", "svg")
 
 
 @dataclass

@@ -55,21 +55,21 @@ class Comparison:
     rows: list[list[str]]
     verdict: list[str] = field(default_factory=list)
 
-    def plot(self, directory: str | Path | None = None) -> Any:
-        """One figure with a column for each run; written as compare.png into `directory`.
+    def plot(self, directory: str | Path | None = None, plot_format: str = "png") -> Any:
+        """One figure with a column for each run; written as compare.png (or pdf, svg) into `directory`.
 
         Raises:
             ImportError: matplotlib is missing; the message says how to add it.
         """
         from hf_cod.reporting import plots  # needs matplotlib
 
-        return plots.plot_comparison(self.reports, self.labels, directory)
+        return plots.plot_comparison(self.reports, self.labels, directory, plot_format)
 
-    def to_markdown(self, picture: bool = True) -> str:
-        """The summary table as a page."""
+    def to_markdown(self, picture: str | None = "compare.png") -> str:
+        """The summary table as a page, which shows a picture of that name beside it."""
         lines = ["# compare: " + " / ".join(self.labels), ""]
-        if picture:
-            lines += ["![comparison](compare.png)", ""]
+        if picture is not None:
+            lines += [f"![comparison]({picture})", ""]
         lines += ["| " + " | ".join(self.columns) + " |", "|---" * len(self.columns) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         lines += ["", *[f"- {sentence}" for sentence in self.verdict]]

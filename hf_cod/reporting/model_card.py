@@ -162,13 +162,14 @@ def _results(report: RunReport, pictures: list[str]) -> str:
     found = report.results
     rows = [("validation perplexity (float32)", format_number(found["validation_perplexity"]))]
     if report.layers:
-        depth = found["effective_depth"]
-        interval = f" ({depth['low']:.1f} to {depth['high']:.1f})" if depth["low"] is not None else ""
-        rows += [
-            ("output variance of the first and last layer", _ends(report.layers["variance"])),
-            ("effective depth, 95 % interval", f"{depth['value']:.1f}{interval} of {report.n_layers} layers"),
-            ("late half's share of all angular distance", format_number(found["late_share"])),
-        ]
+        depth = found.get("effective_depth")
+        rows.append(("output variance of the first and last layer", _ends(report.layers["variance"])))
+        if depth is not None:  # none where no layer turns the hidden state
+            interval = f" ({depth['low']:.1f} to {depth['high']:.1f})" if depth["low"] is not None else ""
+            rows += [
+                ("effective depth, 95 % interval", f"{depth['value']:.1f}{interval} of {report.n_layers} layers"),
+                ("late half's share of all angular distance", format_number(found["late_share"])),
+            ]
     lines = ["## What its layers do\n", "| figure | value |\n|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
     lines += ["", f"Measured on {found['validation_tokens']:,} held-out tokens (layers on the first of them).", ""]

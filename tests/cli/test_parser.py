@@ -11,6 +11,7 @@ import yaml
 from hf_cod.cli.main import COMMANDS, main
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.report import RunReport
+from hf_cod.scoring.methods import score_layers
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -59,6 +60,46 @@ def test_options_by_dashes_underscores_and_other_tools_names():
         parse("m", "--rat", "1")  # no abbreviations: a new option would change what they mean
 
 
+def test_home_is_meant_by_a_tilde_wherever_a_path_is_given(tmp_path, monkeypatch):
+    """Also where no shell expands it: behind an equals sign and in a config file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("names: [~/b, c~]\n")
+    settings, rest = parse("~/m", "--config", "~/run.yaml")
+    assert settings.names == [f"{tmp_path}/b", "c~"] and rest.model == f"{tmp_path}/m"
+    assert parse("m", "--config=~/run.yaml", "--names=~/d")[0].names == [f"{tmp_path}/d"]
+
+
+def test_paths_of_a_command_in_a_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = build("llama")
+    model.save_pretrained(tmp_path / "model")
+    gpt_like().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten " * 40)
+    score_layers(model, method="random", seed=3).save(tmp_path / "scores.json")
+    paths = ["~/model", "--text=~/text.txt", "--eval-text=~/text.txt", "--scores=~/scores.json", "--output=~/out"]
+    assert main(["prune", *paths, *QUICK, "--no-baseline", "--quiet"]) == 0
+    report = RunReport.load(tmp_path / "out")
+    assert report.settings["score"] == "random" and report.settings["scores"] == str(tmp_path / "scores.json")
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (["--stepps", "3"], "unrecognized arguments: --stepps 3; did you mean --steps?"),
+        (["--rates=1", "--nmaes", "a"], "--rates=1 --nmaes a; did you mean --rate, --names?"),
+        (["--no-plot"], "unrecognized arguments: --no-plot; did you mean --no-plots?"),
+        (["--xyzzy"], "unrecognized arguments: --xyzzy\n"),
+        (["n"], "unrecognized arguments: n\n"),
+    ],
+)
+def test_an_unknown_option_brings_the_nearest_one(given, told, capsys):
+    with pytest.raises(SystemExit) as done:
+        parse("m", *given)
+    assert done.value.code == 2 and told in capsys.readouterr().err
+
+
 def test_a_config_file_gives_defaults_and_the_command_line_wins(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: mine\nrate: 1\nsteps: 7\nnames: [a]\nplots: false\nloud: true\n")
@@ -71,7 +112,10 @@ def test_a_config_file_gives_defaults_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("rates: 1", "config: expected one of rate, steps, names, kind, plots, loud, model, got 'rates'"),
+        (
+            "rates: 1",
+            "config: expected one of rate, steps, .*, model, got 'rates' in .*; did you mean rate\\?",
+        ),
         ("rate: fast", "rate: expected float, got 'fast'"),
         ("steps: 1.5", "steps: expected int, got 1.5"),
         ("steps: true", "steps: expected int, got True"),

@@ -1,5 +1,8 @@
+import math
+
 import pytest
 
+from hf_cod.reporting.comparison import compare
 from tests.reporting.reports import report
 
 
@@ -87,3 +90,49 @@ def test_sparsity_says_what_the_dashed_line_is_and_that_nothing_is_zero():
 def test_one_measure_is_one_picture(tmp_path):
     scored([1.0, 2.0]).plot(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["score.png"]
+
+
+@pytest.mark.parametrize(("plot_format", "begins"), [("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_other_formats(plot_format, begins, tmp_path):
+    found = report(layers={"variance": [1.0, 2.0]}, results={})
+    found.plot(tmp_path, plot_format)
+    compare([found, found]).plot(tmp_path, plot_format)
+    assert {path.name for path in tmp_path.iterdir()} == {f"variance.{plot_format}", f"compare.{plot_format}"}
+    assert all(path.read_bytes().startswith(begins) for path in tmp_path.iterdir())
+    assert f"(variance.{plot_format})" in found.to_markdown(tmp_path)
+    with pytest.raises(ValueError, match="plot_format: expected one of png, pdf, svg, got 'gif'"):
+        found.plot(tmp_path, "gif")
+
+
+def test_compared_runs_share_a_scale():
+    left, right = compare([report(layers={"variance": [1.0, high]}, results={}) for high in (113.0, 16.0)]).plot().axes
+    assert left.get_ylim() == right.get_ylim() and left.get_yscale() == right.get_yscale() == "log"
+    drop = report().results["layer_drop"]
+    other = {"metric": "accuracy", "lower_is_better": False, "intact": 0.5, "without": [0.1, 0.2]}
+    runs = [report(layers={"layer_drop": [1.0, 2.0]}, results={"layer_drop": found}) for found in (drop, other)]
+    left, right = compare(runs).plot().axes
+    assert left.get_ylim()[1] > 15 and right.get_ylim()[1] < 1, "perplexity and accuracy are different quantities"
+
+
+def test_intervals_are_drawn_and_explained():
+    ends = [[0.1, 0.3], [0.2, math.inf]]
+    found = report(layers={"block_influence": [0.2, 0.4]}, results={"intervals": {"block_influence": ends}})
+    axes = found.plot().axes[0]
+    assert axes.collections[0].get_segments()[0].tolist() == [[0, 0.1], [0, 0.3]]
+    assert "95 % intervals" in axes.get_xlabel()
+
+
+def test_layers_that_are_alike_are_not_marked():
+    alike = scored([0.5000, 0.5010, 0.5020, 0.5030, 0.5040]).plot().axes[0]
+    assert len(set(colours(alike))) == 1 and alike.get_xlabel() == "layer"
+
+
+def test_the_trade_off_marks_the_plan_that_was_chosen():
+    tried = [{"steps": {"bits": level}, "loss": level, "left": level / 10} for level in (3.0, 4.0)]
+    tried.append({"steps": {"bits": 4.0, "rank": 0.1}, "loss": 2.5, "left": 0.3})
+    plan = {"steps": tried[2]["steps"], "tried": tried, "curve": [[0.3, 2.0, {}], [0.9, 1.0, {}]], "intact_loss": 0.5}
+    axes = report(kind="fit", layers={}, results={"plan": plan}).plot().axes[0]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["lowest expected loss", "one method, measured", "chosen plan", "intact model"]
+    (star,) = [line for line in axes.lines if line.get_marker() == "*"]
+    assert (list(star.get_xdata()), list(star.get_ydata())) == ([0.3], [2.5])

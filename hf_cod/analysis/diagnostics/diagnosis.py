@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from hf_cod.analysis.diagnostics.findings import summarize
 from hf_cod.analysis.diagnostics.forward_pass import ForwardMeasures, measure_forward
 from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm, why_no_gradients
-from hf_cod.analysis.diagnostics.layer_drop import measure_layer_drop
+from hf_cod.analysis.diagnostics.intervals import CONFIDENCE, LEAST_SAMPLES, drop_ends, ends_of
+from hf_cod.analysis.diagnostics.layer_drop import keys_of, measure_layer_drop
 from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, METRICS, DiagnoseSettings
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.functional import depth
+from hf_cod.io.files import Journal
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, describe_batches, mask_tokens, token_batches
@@ -24,8 +26,6 @@ from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
 from hf_cod.layers.task import MASKED_LM_SUFFIXES, task_of
-
-CONFIDENCE = 0.95
 
 
 class ForwardResults(TypedDict):
@@ -63,7 +63,10 @@ def diagnose(
     `layer_drop` (the metric with that layer removed less the metric of the intact model). Its `results` hold
     `angular_distance` (L x L, [l][n - 1], None where l + n > L), `effective_depth` (value, low, high, confidence),
     `late_share` (how much of the summed angular distances the late half of the layers makes: below 1/2 where deep
-    layers turn the hidden state less) and `layer_drop` (metric, lower_is_better, intact, without: one value a layer).
+    layers turn the hidden state less), `idle_below` (the angular distance that rounding alone can cause; where no layer
+    turns the state further, effective depth and late share are left out), `layer_drop` (metric, lower_is_better,
+    intact, without: one value a layer) and `intervals` (measure -> [low, high] of each layer, 95 % percentile bootstrap
+    over samples, of `layer_drop` those of `without`). Fewer than 8 samples give no interval.
     The formulas stand at `functional.depth`, `measure_layer_drop` and `measure_gradient_norm`.
 
     Args:
@@ -186,14 +189,15 @@ def _measure(
         found = journal.result("forward", ForwardResults)
         report.layers.update(found["layers"])
         report.results.update(found["results"])
+        report.results["intervals"] = dict(found["results"].get("intervals", {}))
     if "gradient_norm" in wanted:
         journal = journals.of("gradient_norm")
         if "gradient_norm" not in journal:
             journal.add("gradient_norm", measure_gradient_norm(model, batches, **options))
         report.layers["gradient_norm"] = journal.result("gradient_norm", list[float | None])
     if "layer_drop" in wanted:
-        resumed = journals.of("layer_drop", metric.identity) if metric.identity else None
-        intact, without = measure_layer_drop(model, batches, metric, resumed, **options)
+        journal = journals.of("layer_drop", metric.identity) if metric.identity else Journal(None, "")
+        intact, without = measure_layer_drop(model, batches, metric, journal, **options)
         report.layers["layer_drop"] = [value - intact for value in without]
         report.results["layer_drop"] = {
             "metric": metric.name,
@@ -201,6 +205,8 @@ def _measure(
             "intact": intact,
             "without": without,
         }
+        ends = drop_ends(journal, [keys_of(layer, len(batches)) for layer in range(len(without))], metric, chosen.seed)
+        _keep_intervals(report.results, layer_drop=ends)
 
 
 def _forward_results(measures: ForwardMeasures, metrics: Sequence[str], seed: int) -> ForwardResults:
@@ -210,19 +216,28 @@ def _forward_results(measures: ForwardMeasures, metrics: Sequence[str], seed: in
         matrix = measures.angular_distance()
         results["angular_distance"] = [[None if v != v else v for v in row] for row in matrix.tolist()]
         layers["angular_distance"] = matrix[:, 0].tolist()
-        results.update(_depth_figures(depth.adjacent(measures.distances), seed))
+        turns = depth.adjacent(measures.distances)  # (S, L)
+        results["idle_below"] = measures.idle_below()
+        if max(layers["angular_distance"]) > results["idle_below"]:
+            results.update(_depth_figures(turns, seed))
+        _keep_intervals(results, angular_distance=ends_of(turns, seed))
     if "block_influence" in metrics:
         layers["block_influence"] = measures.influence.double().mean(0).tolist()
+        _keep_intervals(results, block_influence=ends_of(measures.influence, seed))
     if "output_variance" in metrics:
         layers.update(measures.output_variance())
     return {"layers": layers, "results": results}
 
 
+def _keep_intervals(results: dict[str, Any], **ends: Any) -> None:
+    results.setdefault("intervals", {}).update({name: pairs for name, pairs in ends.items() if pairs is not None})
+
+
 def _depth_figures(steps: Tensor, seed: int) -> dict[str, Any]:
     """Effective depth and late share from each sample's distances (S, L) between neighbouring layers."""
     low, high = None, None
-    if len(steps) > 1:
-        low, high = depth.bootstrap_interval(steps, depth.effective_depth, confidence=CONFIDENCE, seed=seed)
+    if len(steps) >= LEAST_SAMPLES:
+        low, high = map(float, depth.bootstrap_interval(steps, depth.effective_depth, confidence=CONFIDENCE, seed=seed))
     mean = steps.mean(0)
     value = float(depth.effective_depth(mean))
     return {

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
+from hf_cod.analysis.diagnostics.intervals import LEAST_SAMPLES
 from hf_cod.functional.depth import late_share
 from hf_cod.io.report import RunReport, format_number
-
-# A percentile bootstrap from fewer samples than this covers clearly less than it says.
-FEW_SAMPLES = 8
 
 
 def summarize(report: RunReport) -> list[str]:
@@ -18,6 +16,7 @@ def summarize(report: RunReport) -> list[str]:
     sentences = []
     if "effective_depth" in report.results:
         sentences += [_effective_depth(report), _late_share(report.results["late_share"])]
+    sentences += _idle_layers(report)
     if "layer_drop" in report.layers:
         sentences.append(_layer_drop(report))
     if "gradient_norm" in report.layers:
@@ -26,20 +25,37 @@ def summarize(report: RunReport) -> list[str]:
     if "variance" in report.layers:
         variance = report.layers["variance"]
         sentences.append(
-            f"Output variance is {format_number(variance[0])} behind the first layer and "
-            f"{format_number(variance[-1])} behind the last."
+            f"Output variance is {format_number(variance[0])} after the first layer and "
+            f"{format_number(variance[-1])} after the last."
         )
     return sentences
 
 
 def _effective_depth(report: RunReport) -> str:
     found: dict[str, Any] = report.results["effective_depth"]
-    interval = "one sample, so no interval"
+    interval = f"no interval from fewer than {LEAST_SAMPLES} samples"
     if found["low"] is not None:
         interval = f"{found['confidence']:.0%} interval {found['low']:.1f} to {found['high']:.1f}"
-        if report.settings.get("samples", FEW_SAMPLES) < FEW_SAMPLES:
-            interval += f", too narrow as a rule from only {report.settings['samples']} samples"
     return f"Effective depth {found['value']:.1f} of {report.n_layers} layers ({interval})."
+
+
+def _idle_layers(report: RunReport) -> list[str]:
+    """Layers that turn the hidden state by no more than rounding can, where there are any."""
+    resolution = report.results.get("idle_below", -1)  # earlier reports lack it
+    idle = [i for i, angle in enumerate(report.layers.get("angular_distance", [])) if angle <= resolution]
+    precision = "the hidden state by more than the precision of its dtype"
+    if not idle:
+        return []
+    if len(idle) == report.n_layers:
+        return [f"No layer turns {precision}, so there is no effective depth."]
+    return [f"{len(idle)} of {report.n_layers} layers do not turn {precision}: {_runs(idle)}."]
+
+
+def _runs(layers: list[int]) -> str:
+    """Layer numbers in ascending order, such as "3 to 6, 9"."""
+    starts = [i for i in layers if i - 1 not in layers]
+    ends = [i for i in layers if i + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _late_share(share: float) -> str:

@@ -33,16 +33,22 @@ class ForwardMeasures:
         influence: (S, L), block influence of each layer. Empty if not asked for.
         outputs: (L + 1, 4), `depth.moments` of the stack's input and of each layer's output, over all samples' tokens.
         updates: (L, 4), `depth.moments` of what each layer changes: its output less its input.
+        dtype: of the hidden states; of several the least precise.
     """
 
     distances: Tensor
     influence: Tensor
     outputs: Tensor
     updates: Tensor
+    dtype: torch.dtype
 
     def angular_distance(self) -> Tensor:
         """(L, L): mean distance d(x^l, x^(l+n)) at [l, n - 1], NaN where l + n > L."""
         return depth.by_layer_and_step(self.distances.mean(0))
+
+    def idle_below(self) -> float:
+        """The angular distance that rounding alone can cause: a layer that turns the state less does nothing."""
+        return depth.angular_resolution(self.dtype)
 
     def output_variance(self) -> dict[str, list[float]]:
         """For each layer's output over all tokens and channels: variance (population), mean, max_abs; and added_share,
@@ -117,6 +123,7 @@ class ForwardRecorder:
         self._influence: list[Tensor] = []
         self._outputs = torch.zeros(len(stack) + 1, 4, dtype=torch.float64)
         self._updates = torch.zeros(len(stack), 4, dtype=torch.float64)
+        self._dtype = torch.float32
         self._mask: Tensor | None = None
 
     @contextmanager
@@ -165,6 +172,7 @@ class ForwardRecorder:
             torch.cat(self._influence) if self._influence else torch.empty(0, L),
             self._outputs,
             self._updates,
+            self._dtype,
         )
 
     def _hook_of(self, index: int) -> Any:
@@ -188,6 +196,7 @@ class ForwardRecorder:
         return read
 
     def _keep(self, x: Tensor) -> None:
+        self._dtype = max(self._dtype, x.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         if "angular_distance" in self.metrics:
             self._states.append(x if self.token == "all" else self._at_token(x))
         if "output_variance" in self.metrics:

@@ -89,8 +89,13 @@ def _key(batch: int, layer: int) -> str:
     return f"drop {batch} {layer}"
 
 
+def keys_of(layer: int, n_batches: int) -> list[str]:
+    """Where a journal of `measure_layer_drop` keeps the rows of a removed layer; of the intact model, layer -1."""
+    return [_key(number, layer) for number in range(n_batches)]
+
+
 def _value(journal: Journal, metric: Metric, n_batches: int, layer: int) -> float:
-    rows = [row for number in range(n_batches) for row in journal.result(_key(number, layer), list[Any])]
+    rows = [row for key in keys_of(layer, n_batches) for row in journal.result(key, list[Any])]
     try:
         return metric.value(rows)
     except Exception as error:

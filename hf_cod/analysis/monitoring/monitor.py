@@ -207,12 +207,14 @@ class LayerMonitor:
             return {"failure": str(error)}
         steps = depth.adjacent(measures.distances).mean(0)  # (L,)
         variance = measures.output_variance()
-        return {
+        found = {
             **{name: variance[name] for name in ("variance", "max_abs", "added_share")},
             "angular_distance": steps.tolist(),
-            "effective_depth": float(depth.effective_depth(steps)),
-            "late_share": float(depth.late_share(steps)),
         }
+        if bool((steps <= measures.idle_below()).all()):  # what is left is rounding
+            return found
+        shares = {"effective_depth": depth.effective_depth(steps), "late_share": depth.late_share(steps)}
+        return found | {name: float(share) for name, share in shares.items()}
 
 
 @contextmanager

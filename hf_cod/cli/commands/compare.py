@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_cod.cli.parser import SettingsParser
+from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
+        [PlotSettings],
         prog="hf-cod compare",
         description="Puts several runs of hf-cod diagnose side by side: Pre-LN against Post-LN, a base model against "
         "its fine-tuned form.",
@@ -19,13 +21,12 @@ def make_parser() -> SettingsParser:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a diagnosed run, or its report.json")
     parser.add_argument("--labels", nargs="+", help="a name for each run; default: the models' names")
     parser.add_argument("--output", default="hf-cod-compare", help="directory for compare.md and compare.png")
-    parser.add_argument("--no-plots", action="store_true", help="draw no picture (which needs matplotlib)")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
-    (chosen,) = make_parser().parse(arguments)
+    pictures, chosen = make_parser().parse(arguments)
     from hf_cod.cli.terminal import print_comparison
     from hf_cod.io.files import write_text
     from hf_cod.io.report import RunReport
@@ -33,9 +34,10 @@ def main(arguments: Sequence[str]) -> int:
 
     comparison = compare([RunReport.load(run) for run in chosen.runs], chosen.labels)
     directory = Path(chosen.output)
-    if not chosen.no_plots:
-        comparison.plot(directory)
-    write_text(directory / "compare.md", comparison.to_markdown(picture=not chosen.no_plots))
+    picture = f"compare.{pictures.plot_format}" if pictures.plots else None
+    if picture is not None:
+        comparison.plot(directory, pictures.plot_format)
+    write_text(directory / "compare.md", comparison.to_markdown(picture))
     print_comparison(comparison)
     say(f"written to {directory.resolve()}")
     return 0

@@ -11,6 +11,7 @@ from hf_cod.cli.commands.diagnose import finish, run
 from hf_cod.cli.commands.quantize import Quantize, QuantizeOptions
 from hf_cod.cli.output import JOURNAL, require_plots
 from hf_cod.cli.parser import SettingsParser
+from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, TextSettings
 
@@ -108,5 +109,5 @@ def _smollm2(output: str) -> int:
     say(f"measuring {title}: {name}")  # what other commands take as MODEL
     model, tokenizer = load_model(name, ModelSettings(dtype="float32"))
     report, status = run(model, tokenizer, embedded_text(), DiagnoseSettings(max_samples=8), output, title)
-    finish(report, output, plots=True)
+    finish(report, output, PlotSettings())
     return status

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
+from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import one_line, say
 from hf_cod.io.settings import ModelSettings, TextSettings
 
@@ -19,14 +20,13 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class OutputSettings:
+class OutputSettings(PlotSettings):
     """Where results go."""
 
     output: str | None = field(
         default=None,
         metadata={"help": "directory for report.json, report.md and pictures; default: hf-cod-diagnose-MODEL"},
     )
-    plots: bool = field(default=True, metadata={"help": "draw the pictures (needs matplotlib)"})
 
 
 def make_parser() -> SettingsParser:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.diagnose in Python")
     report, status = run(model, tokenizer, texts, settings, directory, model_title(rest.model))
-    finish(report, directory, output.plots)
+    finish(report, directory, output)
     return status
 
 
@@ -74,12 +74,12 @@ def run(
         return error.report, 1
 
 
-def finish(report: RunReport, directory: str | Path, plots: bool) -> None:
+def finish(report: RunReport, directory: str | Path, pictures: PlotSettings) -> None:
     """Prints, draws and saves a report."""
     from hf_cod.cli.terminal import print_report
 
     print_report(report)
-    if plots:
-        report.plot(directory)
+    if pictures.plots:
+        report.plot(directory, pictures.plot_format)
     report.save(directory)  # once more, for report.md to show the pictures
     say(f"\nwritten to {Path(directory).resolve()}")

@@ -46,12 +46,14 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.cli.training import tell
     from hf_cod.scoring.layer_scores import LayerScores
     from hf_cod.training.runs.run_directory import claim
+    from hf_cod.training.runs.trainer import check_one_process
 
     if asked.estimate:
         print_estimates(rest.model, loading, settings, sampling, asked)
         return 0
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
+    check_one_process()
     directory = Path(files.output or default_directory("finetune", rest.model))
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
     if files.scores is not None:
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     if files.plots:
         require_plots()
     report = run(rest.model, loading, text, settings, sampling, files.scores, directory)
-    tell(report, directory, files.plots)
+    tell(report, directory, files)
     return 0
 
 

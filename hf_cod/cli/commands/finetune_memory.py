@@ -45,7 +45,7 @@ def print_estimates(
     from rich import box
     from rich.table import Table
 
-    from hf_cod.cli.terminal import console
+    from hf_cod.cli.terminal import make_console
     from hf_cod.io.display import terminal_text
     from hf_cod.io.models import best_device, load_config
     from hf_cod.layers.running import progress
@@ -65,17 +65,17 @@ def print_estimates(
             continue
         cells = [in_gigabytes(value) for value in (*found.parts().values(), found.total)]
         table.add_row(method, *cells, "yes" if found.total <= room else "no")
-    shown = console()
-    shown.print(table)
+    console = make_console()
+    console.print(table)
     where = told.device_memory or f"{in_gigabytes(room)} GB free on {device}"
-    shown.print(
+    console.print(
         f"GB (10^9 bytes) at the peak of a step of {settings.micro_batch_size} x {settings.sequence_length} tokens, "
         f"checkpointing {'on' if settings.checkpointing else 'off'}; to fit: {where}. Not counted: what kernels need "
         "inside themselves, and the device's own context.",
         highlight=False,
     )
     for reason in refused:
-        shown.print(f"not estimated, {terminal_text(reason)}", style="dim", highlight=False)
+        console.print(f"not estimated, {terminal_text(reason)}", style="dim", highlight=False)
 
 
 def estimate(

@@ -170,26 +170,26 @@ def print_plan(plan: FitPlan, with_notes: bool) -> None:
     from rich import box
     from rich.table import Table
 
-    from hf_cod.cli.terminal import console
+    from hf_cod.cli.terminal import make_console
     from hf_cod.compression.fit.knobs import describe_steps
     from hf_cod.io.display import terminal_text
 
-    shown = console()
+    console = make_console()
     if not plan.steps:
-        shown.print(f"• {_told_plan(plan)}", highlight=False)
+        console.print(f"• {_told_plan(plan)}", highlight=False)
         return
     tried = Table("tried", "layers left", "loss expected", "measured", box=box.SIMPLE_HEAD)
     for row in sorted(plan.tried, key=lambda row: row["loss"]):
         tried.add_row(
             describe_steps(row["steps"]), f"{row['left']:.1%}", f"{row['expected']:.3f}", f"{row['loss']:.3f}"
         )
-    shown.print(tried)
+    console.print(tried)
     curve = Table("layers left", "least loss expected", "by", box=box.SIMPLE_HEAD)
     for left, loss, steps in plan.curve[1::2]:
         curve.add_row(f"{left:.0%}", f"{loss:.3f}", describe_steps(steps))
-    shown.print(curve)
+    console.print(curve)
     for line in (_told_plan(plan), *(plan.notes if with_notes else ())):
-        shown.print(f"• {terminal_text(line)}", highlight=False)
+        console.print(f"• {terminal_text(line)}", highlight=False)
 
 
 def _split(batches: Sequence[Any], settings: FitOptions) -> tuple[list[Any], list[Any]]:

@@ -54,9 +54,11 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.cli.training import tell
     from hf_cod.scoring.layer_scores import LayerScores
     from hf_cod.training.runs.run_directory import claim
+    from hf_cod.training.runs.trainer import check_one_process
 
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
+    check_one_process()
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
     del told["speed"]  # with or without, it is the same training
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     if files.plots:
         require_plots()
     report = run(rest.student, loading, text, source, settings, sampling, files.scores, directory)
-    tell(report, directory, files.plots)
+    tell(report, directory, files)
     return 0
 
 

@@ -6,25 +6,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_cod.cli.parser import SettingsParser
+from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
+        [PlotSettings],
         prog="hf-cod history",
         description="Draws what LayerDiagnosticsCallback or LayerMonitor measured, also of a training that still runs: "
         "heat maps of layer and step, and effective depth. The table shows the last measured step.",
     )
     parser.add_argument("run", help="history.jsonl, its directory, or the output directory of the training")
     parser.add_argument("--output", help="directory for report and pictures; default: that of the history")
-    parser.add_argument("--no-plots", action="store_true", help="draw no pictures (which need matplotlib)")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
-    (chosen,) = make_parser().parse(arguments)
+    pictures, chosen = make_parser().parse(arguments)
     from hf_cod.analysis.monitoring.history import TrainingHistory
     from hf_cod.cli.terminal import print_report
 
@@ -33,8 +34,8 @@ def main(arguments: Sequence[str]) -> int:
     report = history.report()
     directory = Path(chosen.output) if chosen.output else history.path.parent
     report.keep_earlier(directory)
-    if not chosen.no_plots:
-        report.plot(directory)
+    if pictures.plots:
+        report.plot(directory, pictures.plot_format)
     report.save(directory)
     print_report(report)
     say(f"\nwritten to {directory.resolve()}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser
@@ -18,6 +18,7 @@ from hf_cod.scoring.settings import METHODS as SCORES
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
+    from hf_cod.scoring.allocation import LayerAllocation
 
 # Way of rounding -> what it looks at.
 ROUNDINGS = {
@@ -83,34 +84,39 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class Quantize(Step):
-    """Three and four bits, by the scores of layers; a plan is the bits a weight."""
+    """Three and four bits, by the scores of layers; a plan is the bits of each layer, a baseline those of all."""
 
     command, done = "quantize", "quantized"
 
-    def plan(self, work: Work) -> float:
-        """The bits, once layers are scored that are to differ; equal ones need no scores."""
-        if self.settings.mixed:
-            tried = self.settings.score in ("sensitivity", "auto")
-            work.score(self.settings.score, **({"pruner": CODEBOOK, "target": self.settings.bits} if tried else {}))
-        if self.settings.explain:
+    def plan(self, work: Work) -> LayerAllocation:
+        """Bits, once layers are scored that are to differ; equal ones need no scores."""
+        from hf_cod.compression.quantization.plan import as_allocation, plan_bits
+
+        chosen = self.settings
+        if chosen.mixed:
+            tried = chosen.score in ("sensitivity", "auto")
+            work.score(chosen.score, **({"pruner": CODEBOOK, "target": chosen.bits} if tried else {}))
+        if chosen.explain:
             from hf_cod.cli.explained import explain_bits
 
-            explain_bits(work.stack, self.settings, work.scores)
-        return self.settings.bits
+            explain_bits(work.stack, chosen, work.scores)
+        scores = work.scores if chosen.mixed else None
+        plan = plan_bits(work.stack, chosen.bits, self._storage(), scores, chosen.skip)
+        return as_allocation(work.stack, plan, self._storage(), scores.method if scores else "uniform")
 
-    def baselines(self, work: Work, plan: float) -> dict[str, Any]:
+    def baselines(self, work: Work, plan: LayerAllocation) -> dict[str, Any]:
         """All layers in three bits, and all in four."""
         return {"three": 3.0, "four": 4.0} if self.settings.baseline and self.settings.mixed else {}
 
-    def apply(self, work: Work, plan: float) -> RunReport:
+    def apply(self, work: Work, plan: LayerAllocation | float) -> RunReport:
         """Quantizes in place, by the way of rounding that was asked for."""
         from hf_cod.analysis.statistics.layer_statistics import collect_statistics
         from hf_cod.compression.quantization.config import OwlBnbConfig
         from hf_cod.compression.quantization.quantize import quantize
 
         path, more = self.settings.layers_path, dict[str, Any](name=work.name)
-        storage = {f.name: getattr(self.settings, f.name) for f in fields(StorageSettings)}
-        config = OwlBnbConfig(bits=plan, scores=work.scores, skip=self.settings.skip, **storage)
+        bits: dict[str, Any] = {"bits": plan} if isinstance(plan, float) else {"allocation": plan}
+        config = OwlBnbConfig(skip=self.settings.skip, **bits, **asdict(self._storage()))
         if self.settings.rounding == "weighted":
             statistics = collect_statistics(work.model, work.calibration, layers_path=path, show_progress=True)
             config.statistics = statistics
@@ -118,12 +124,23 @@ class Quantize(Step):
             more["batches"] = work.calibration
         return quantize(work.model, config, **more, **work.options)
 
+    def _storage(self) -> StorageSettings:
+        return StorageSettings(**{f.name: getattr(self.settings, f.name) for f in fields(StorageSettings)})
+
+    def files(self, plan: LayerAllocation) -> dict[str, Any]:
+        """The bits of each layer."""
+        return {"allocation.json": plan}
+
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
-        """Where the mixture lies between its ends, and how to load it."""
+        """Where the mixture lies between its ends."""
         from hf_cod.io.report import format_number
 
         found, ends = report.results["perplexity"], []
         if found.get("three") is not None:
             three, four = (format_number(found[name]) for name in ("three", "four"))
             ends.append(f"Perplexity with all layers in 3 bits: {three}; in 4 bits: {four}.")
-        return [*report.summary, *ends, "To load it, import hf_cod before from_pretrained."]
+        return [*report.summary, *ends]
+
+    def last_words(self) -> list[str]:
+        """How to load it."""
+        return ["To load it, import hf_cod before from_pretrained."]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
+from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, SampleSettings, TextSettings
 from hf_cod.scoring.settings import ScoreSettings
@@ -35,7 +36,7 @@ class ScoreOptions(SampleSettings, ScoreSettings):
 
 
 @dataclass
-class ScoreOutput:
+class ScoreOutput(PlotSettings):
     """Where statistics come from, and where results go."""
 
     statistics: str | None = field(
@@ -49,7 +50,6 @@ class ScoreOutput:
         default=None,
         metadata={"help": "directory for statistics, scores, report and picture; default: hf-cod-score-MODEL"},
     )
-    plots: bool = field(default=True, metadata={"help": "draw the picture (needs matplotlib)"})
 
 
 def make_parser() -> SettingsParser:
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
         batches = mask_tokens(tokenizer, batches, settings.seed)
     report = run(model, batches, settings, output.statistics, directory, model_title(rest.model))
     if output.plots:
-        report.plot(directory)
+        report.plot(directory, output.plot_format)
     report.save(directory)
     print_report(report)
     say(f"\nwritten to {directory.resolve()}")

@@ -36,7 +36,8 @@ class OwlBnbConfig(QuantizeSettings, QuantizationConfigMixin):
         bits: stored bits a weight, scales included, over all quantized matrices; 3 or 4 gives all the same width.
         scores: LayerScores or their file, which decide who gets four bits; None: earlier layers before later ones,
             which is what the Curse of Depth says of models that nobody measured, and worse than a measured score.
-        allocation: LayerAllocation of bits or its file: 3 or 4 for each layer, instead of bits and scores.
+        allocation: LayerAllocation of bits or its file: 3 or 4 for each layer, or between them for one of both widths,
+            instead of bits and scores.
         statistics: LayerStatistics or their file; with them scales are searched by what errors do to the outputs.
         skip: parts of module names that are left as they are.
         compute_dtype: torch.dtype or its name that inputs and decoded weights are multiplied in; None: the input's.

@@ -16,8 +16,10 @@ from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.functional.bits import BITS
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
+from hf_cod.layers.checks import check_sizes, name_of, sizes_of
 from hf_cod.layers.orientation import is_plain, shape_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 
 FEW, MANY = min(BITS), max(BITS)
@@ -44,7 +46,7 @@ class BitPlan:
 
 def stored_bits(size: tuple[int, int], bits: int, storage: StorageSettings) -> int:
     """Bits that a matrix (out, in) takes in a file: codes, scales, the scales' scales."""
-    weights = size[0] * stored_columns(size[1], storage.block)
+    weights = _codes(size, storage)
     count = weights // storage.block
     nested = (count + NESTED_BLOCK - 1) // NESTED_BLOCK
     return weights * bits + (8 * count + 32 * (nested + 1) if storage.double_quant else 32 * count)
@@ -146,8 +148,51 @@ def plan_by(stack: DecoderLayers, config: OwlBnbConfig) -> BitPlan:
             f"allocation: expected bits of {len(stack)} layers, got {kind} of {len(values)}; hf_cod.allocate(scores, "
             '"bits", ...) makes one'
         )
+    check_sizes("allocation", config.allocation.model, config.allocation.sizes, stack)
     layers, _ = quantizable(stack, config, config.skip)
-    return plan_of(stack, {n: v for v, names in zip(values, layers, strict=True) for n in names}, config)
+    bits = {n: v for value, sizes in zip(values, layers, strict=True) for n, v in _within(sizes, value, config).items()}
+    return plan_of(stack, bits, config)
+
+
+def as_allocation(
+    stack: DecoderLayers, plan: BitPlan, storage: StorageSettings, method: str = "uniform"
+) -> LayerAllocation:
+    """The bits of each layer, to keep and to use again as `OwlBnbConfig.allocation`: the mean over its matrices, so
+    that a layer of both widths lies between them.
+
+    Args:
+        stack: the layers, whose matrices are still dense.
+        plan: for them.
+        storage: how it is stored.
+        method: the score that decided.
+    """
+    values, parameters = [], []
+    for index in range(len(stack)):
+        names = [name for name in stack.linears(index) if name in plan.bits]
+        codes = {name: _codes(plan.sizes[name], storage) for name in names}
+        spent = sum(plan.bits[name] * codes[name] for name in names)
+        values.append(spent / sum(codes.values()) if names else float(FEW))
+        parameters.append(sum(plan.sizes[name][0] * plan.sizes[name][1] for name in names))
+    mean = sum(v * n for v, n in zip(values, parameters, strict=True)) / sum(parameters)
+    return LayerAllocation("bits", mean, values, parameters, method, model=name_of(stack), sizes=sizes_of(stack))
+
+
+def _within(sizes: Mapping[str, tuple[int, int]], value: float, storage: StorageSettings) -> dict[str, float]:
+    """Bits of each matrix by its layer's: between 3 and 4, four for those that fit, in the order of the model."""
+    if not FEW < value < MANY:
+        return dict.fromkeys(sizes, value)
+    codes = {name: _codes(size, storage) for name, size in sizes.items()}
+    left = (value - FEW) * sum(codes.values()) + 0.5  # of a code, for rounding
+    found: dict[str, float] = {}
+    for name, count in codes.items():
+        found[name] = MANY if count <= left else FEW
+        left -= count if found[name] == MANY else 0
+    return found
+
+
+def _codes(size: tuple[int, int], storage: StorageSettings) -> int:
+    """How many a matrix (out, in) is stored in: what it takes to give it one bit more."""
+    return size[0] * stored_columns(size[1], storage.block)
 
 
 def recorded(config: OwlBnbConfig, plan: BitPlan) -> OwlBnbConfig:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from hf_cod.io.files import write_aside
 from hf_cod.io.report import RunReport
-from hf_cod.reporting.plots.panels import BY_STEP, OVERVIEW, PANELS, angular_distance
+from hf_cod.io.settings import PLOT_FORMATS, check_choice
+from hf_cod.reporting.plots.panels import BY_STEP, OVERVIEW, PANELS, angular_distance, log_if_wide
 
 DPI = 150
 
@@ -20,11 +23,16 @@ class Picture(Figure):
     """A figure that shows itself in a notebook without pyplot."""
 
     def _repr_png_(self) -> bytes:
-        return _png(self)
+        return _drawn(self, "png")
 
 
-def plot_report(report: RunReport, directory: str | Path | None = None) -> Figure:
-    """Draws what a report holds; writes a picture a panel and, if there are several, overview.png into `directory`."""
+def plot_report(report: RunReport, directory: str | Path | None = None, plot_format: str = "png") -> Figure:
+    """Draws what a report holds; writes a picture a panel and, if there are several, an overview into `directory`.
+
+    Raises:
+        ValueError: the report holds nothing to draw, or the format is none of `PLOT_FORMATS`.
+    """
+    check_choice("plot_format", plot_format, PLOT_FORMATS)
     there = [name for name in PANELS if _has(report, name)]
     panels = [PANELS[name] for name in OVERVIEW if name in there] or [PANELS[name] for name in there]
     if not panels:
@@ -38,18 +46,28 @@ def plot_report(report: RunReport, directory: str | Path | None = None) -> Figur
         axes.set_axis_off()
     figure.suptitle(_title(report))
     if directory is not None and len(there) == 1:
-        _save(figure, Path(directory) / f"{there[0]}.png")
+        _save(figure, Path(directory) / f"{there[0]}.{plot_format}")
     elif directory is not None:
-        _save(figure, Path(directory) / "overview.png")
+        _save(figure, Path(directory) / f"overview.{plot_format}")
         for name in there:
             single = Figure(figsize=(6.2, 4.4), layout="constrained")
             PANELS[name](single.subplots(), report)
-            _save(single, Path(directory) / f"{name}.png")
+            single.suptitle(_shorten(report.model))
+            _save(single, Path(directory) / f"{name}.{plot_format}")
     return figure
 
 
-def plot_comparison(reports: Sequence[RunReport], labels: Sequence[str], directory: str | Path | None = None) -> Figure:
-    """A column for each run, a row for each measure that any of them holds; writes compare.png if given a directory."""
+def plot_comparison(
+    reports: Sequence[RunReport], labels: Sequence[str], directory: str | Path | None = None, plot_format: str = "png"
+) -> Figure:
+    """A column for each run, a row for each measure that any of them holds, all of a row on the same scale.
+
+    Writes "compare" into a directory if given one.
+
+    Raises:
+        ValueError: no report holds anything to draw, or the format is none of `PLOT_FORMATS`.
+    """
+    check_choice("plot_format", plot_format, PLOT_FORMATS)
     drawn = [name for name in PANELS if any(_has(report, name) for report in reports)]
     names = [name for name in OVERVIEW if name in drawn] or drawn
     if not names:
@@ -72,9 +90,24 @@ def plot_comparison(reports: Sequence[RunReport], labels: Sequence[str], directo
                 PANELS[name](axes, report)
             if name == names[0]:
                 axes.set_title(f"{_shorten(label)}\n{axes.get_title()}")
+        _share_scale(row)
     if directory is not None:
-        _save(figure, Path(directory) / "compare.png")
+        _save(figure, Path(directory) / f"compare.{plot_format}")
     return figure
+
+
+def _share_scale(row: Iterable[Axes]) -> None:
+    """Draws bars of one quantity, which their labels name, on one scale, so that their heights compare."""
+    drawn = [axes for axes in row if axes.patches]
+    for label in {axes.get_ylabel() for axes in drawn}:
+        alike = [axes for axes in drawn if axes.get_ylabel() == label]
+        heights = [bar.get_height() for axes in alike for bar in axes.patches if isinstance(bar, Rectangle)]
+        for axes in alike:
+            axes.set_yscale("linear")
+            log_if_wide(axes, heights)
+        ends = [end for axes in alike for end in axes.get_ylim()]
+        for axes in alike:
+            axes.set_ylim(min(ends), max(ends))
 
 
 def _has(report: RunReport, name: str) -> bool:
@@ -102,11 +135,11 @@ def _shorten(name: str) -> str:
     return name if len(name) <= 48 else "..." + name[-45:]
 
 
-def _png(figure: Any) -> bytes:
+def _drawn(figure: Any, plot_format: str) -> bytes:
     picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=DPI)
+    figure.savefig(picture, format=plot_format, dpi=DPI)
     return picture.getvalue()
 
 
 def _save(figure: Any, path: Path) -> None:
-    write_aside(path, lambda file: file.write(_png(figure)))
+    write_aside(path, lambda file: file.write(_drawn(figure, path.suffix[1:])))

@@ -58,8 +58,8 @@ def _layer_drop(axes: Axes, report: RunReport) -> None:
     drop = report.results["layer_drop"]
     values = _numbers(drop["without"])
     metric = drop["metric"].replace("_", " ")
-    _log_if_wide(axes, values)
-    _bars(axes, values, least=not drop["lower_is_better"])
+    log_if_wide(axes, values)
+    _bars(axes, values, least=not drop["lower_is_better"], intervals=_intervals(report, "layer_drop"))
     title = f"{metric.capitalize()} without each single layer"
     (intact,) = _numbers([drop["intact"]])
     if math.isfinite(intact) and drop["metric"] != "output_angle":  # an intact model's output turns by 0
@@ -71,11 +71,17 @@ def _layer_drop(axes: Axes, report: RunReport) -> None:
 def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunReport], None]:
     def draw(axes: Axes, report: RunReport) -> None:
         values = _numbers(report.layers[measure])
-        _log_if_wide(axes, values)
-        _bars(axes, values)
+        log_if_wide(axes, values)
+        _bars(axes, values, intervals=_intervals(report, measure))
         axes.set(ylabel=label, title=title)
 
     return draw
+
+
+def _intervals(report: RunReport, measure: str) -> list[list[float]]:
+    """[low, high] of each layer over samples; empty where the report holds none."""
+    found: list[list[float]] = report.results.get("intervals", {}).get(measure, [])
+    return found
 
 
 def _score(axes: Axes, report: RunReport) -> None:
@@ -91,7 +97,7 @@ def _score(axes: Axes, report: RunReport) -> None:
         title += f", which chose {found['chosen']}" + (f" (λ = {found['spread']:g})" if "spread" in found else "")
         label = SCORE_LABELS.get(found["chosen"], "score")
     values = _numbers(report.layers["score"])
-    _log_if_wide(axes, values)
+    log_if_wide(axes, values)
     _bars(axes, values)
     axes.set(ylabel=label, title=title)
 
@@ -115,7 +121,7 @@ def _healed(axes: Axes, report: RunReport) -> None:
     axes.bar(names, values, color=[PALE, INK, PALE])
     for place, value in enumerate(values):
         axes.text(place, value, format_number(value), ha="center", va="bottom")
-    _log_if_wide(axes, values)
+    log_if_wide(axes, values)
     share = report.results["recovered"]
     back = "" if share is None else f": {share:.0%} of the lost log-perplexity recovered"
     axes.set(ylabel="perplexity", title=f"Healing{back}")
@@ -159,42 +165,63 @@ def _removed(axes: Axes, report: RunReport) -> None:
     measured = "cost" in report.layers
     values = _numbers(report.layers["cost" if measured else "removed"])
     removed, criterion = report.results["removed"], report.results["criterion"]
-    _log_if_wide(axes, values)
+    log_if_wide(axes, values)
     axes.bar(range(len(values)), values, color=[INK if i in removed else PALE for i in range(len(values))])
     _finish_bars(axes, values, f"layer (dark, removed: {', '.join(map(str, removed))})")
     axes.set(ylabel=COST_LABELS.get(criterion, "removed"), title=f"Removed layers: {criterion.replace('_', ' ')}")
 
 
 def _trade_off(axes: Axes, report: RunReport) -> None:
-    """The least loss that is expected with each share of the layers left, and what was measured."""
+    """Loss by share of weights kept: the lowest expected, what was measured, and the plan that was chosen."""
     plan = report.results["plan"]
     if plan["curve"]:  # none of a model that meets the budget as it is
         left, loss, _ = zip(*plan["curve"], strict=True)
-        axes.plot(left, loss, color=PALE, label="least expected")
-        axes.legend(frameon=False)
+        axes.plot(left, loss, color=PALE, label="lowest expected loss")
     for row in plan["tried"]:
-        single = len(row["steps"]) == 1
-        axes.plot(row["left"], row["loss"], marker="o" if single else "D", color=PALE if single else INK)
-        name = "+".join(row["steps"]) or "intact"
+        label, style = _mark_of(row["steps"], plan["steps"])
+        seen = label in axes.get_legend_handles_labels()[1]
+        axes.plot(row["left"], row["loss"], linestyle="none", label=None if seen else label, **style)
+        name = " + ".join(row["steps"]) or "intact"
         axes.annotate(name, (row["left"], row["loss"]), xytext=(4, 4), textcoords="offset points")
-    axes.axhline(plan["intact_loss"], color="black", linestyle="--", linewidth=1)
+    axes.axhline(plan["intact_loss"], color="black", linestyle="--", linewidth=1, label="intact model")
+    axes.legend(frameon=False)
     axes.set(
-        xlabel="share of the layers that is left",
+        xlabel="share of the layers' weights (or bits) that is kept",
         ylabel="loss in nats a token",
-        title="Trade-off (dashed: intact; marks: measured)",
+        title="Trade-off between size and loss",
     )
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _mark_of(steps: dict[str, float], chosen: dict[str, float]) -> tuple[str, dict[str, Any]]:
+    """Label and style of a combination that was measured."""
+    if steps == chosen:
+        return "chosen plan", {"marker": "*", "markersize": 14, "color": INK}
+    if len(steps) == 1:
+        return "one method, measured", {"marker": "o", "color": PALE}
+    return "several methods, measured", {"marker": "D", "color": INK}
 
 
 def _numbers(values: list[Any]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-def _bars(axes: Axes, values: list[float], least: bool = False) -> None:
-    """Bars with the three largest (or least) layers in dark and named below, to be found without counting."""
+def _finite(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.nan
+
+
+def _bars(axes: Axes, values: list[float], least: bool = False, intervals: list[list[float]] | None = None) -> None:
+    """Bars with the three largest (or least) layers in dark and named below, to be found without counting.
+
+    An interval of each layer, where there is one, is a thin line from its low to its high end.
+    """
     marked = sorted(standing_out(values, 3, least)) if len(values) > 3 else []
     axes.bar(range(len(values)), values, color=[INK if i in marked else PALE for i in range(len(values))])
     named = f" (dark, the {'least' if least else 'largest'}: {', '.join(map(str, marked))})" if marked else ""
+    if intervals:
+        low, high = zip(*([_finite(end) for end in ends] for ends in intervals), strict=True)
+        axes.vlines(range(len(values)), low, high, colors="black", linewidth=0.8)
+        named += "\nthin lines: 95 % intervals over samples"
     _finish_bars(axes, values, f"layer{named}")
 
 
@@ -215,7 +242,8 @@ def _whole_numbers(*directions: Any) -> None:
         axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
-def _log_if_wide(axes: Axes, values: list[float]) -> None:
+def log_if_wide(axes: Axes, values: list[float]) -> None:
+    """Makes the scale logarithmic where the largest of positive values is `LOG_RATIO` times the least."""
     values = [value for value in values if math.isfinite(value)]
     if values and min(values) > 0 and max(values) / min(values) > LOG_RATIO:
         axes.set_yscale("log")

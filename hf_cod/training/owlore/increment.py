@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from hf_cod.functional.low_rank import gradient_basis, lift, project, truncate
 from hf_cod.functional.randomness import generator_of
+from hf_cod.layers.replicas import average
 from hf_cod.training.owlore.settings import OwLoreSettings
 
 TENSORS = ("N", "P", "A", "B", "lost")
@@ -156,8 +157,8 @@ class Increment(nn.Module):
         will see.
         """
         G = grad.flatten(0, -2).mT @ x.flatten(0, -2).to(grad.dtype)
-        if not self.has_basis and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            torch.distributed.all_reduce(G.div_(torch.distributed.get_world_size()))
+        if not self.has_basis:
+            average(G)
         largest = G.abs().amax()
         if not bool(largest.isfinite()):
             return self.N.new_full(self.shape, float("nan"))

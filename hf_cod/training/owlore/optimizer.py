@@ -15,6 +15,14 @@ from torch import Tensor, nn
 
 from hf_cod.functional.randomness import generator_of
 from hf_cod.io.settings import resolve
+from hf_cod.layers.replicas import (
+    broadcast_weights,
+    digest_bits,
+    digest_structure,
+    digest_weights,
+    processes,
+    together,
+)
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
@@ -54,8 +62,9 @@ class OwLoreAdamW(torch.optim.Optimizer):
     (`OwLoreConfig`) have a rank of their own: their gradients are projected ones already, found by the first gradient
     after each draw, and what was learnt is folded at the next draw.
 
-    The gradients of layers are averaged over processes here, because DDP leaves the layers alone. A step whose
-    gradients are not finite changes nothing and says so; ten of them in a row raise.
+    The gradients of layers are averaged over processes here, because DDP leaves the layers alone. So all processes make
+    the optimizer, with the same settings and scores, before DDP wraps the model; each gets the weights of the first. A
+    step whose gradients are not finite changes nothing and says so; ten of them in a row raise.
 
     Args:
         model: a transformers model on its device, before it is wrapped. What is frozen already stays so, but for what
@@ -71,7 +80,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: bad settings, more layers than the model has, a rank above a layer's width, scores of another model,
-            sharded parameters; in `step`: gradients that are not finite too often.
+            sharded parameters, a model that DDP has wrapped already, processes that differ; in `step`: gradients that
+            are not finite too often.
         ImportError: 8-bit moments without bitsandbytes.
     """
 
@@ -87,8 +97,27 @@ class OwLoreAdamW(torch.optim.Optimizer):
         settings: OwLoreSettings | None = None,
         **fields: Any,
     ) -> None:
-        self.settings = resolve(OwLoreAdamW, OwLoreSettings, settings, fields)
-        check_hyperparameters(lr, betas, eps, weight_decay)
+        common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        try:
+            with together("make an OwLoreAdamW") as alike:
+                self._make(model, scores, resolve(OwLoreAdamW, OwLoreSettings, settings, fields), common)
+                alike |= {**asdict(self.settings), **common, **self.increments.described()}
+                alike |= {"scores": self.sampler.probabilities, "model": digest_structure(model)}
+            broadcast_weights(model)
+        except Exception:
+            if hasattr(self, "layers"):
+                self.release()
+            raise
+
+    def _make(
+        self,
+        model: nn.Module,
+        scores: LayerScores | LayerAllocation | None,
+        settings: OwLoreSettings,
+        common: dict[str, Any],
+    ) -> None:
+        self.settings = settings
+        check_hyperparameters(**common)
         if self.settings.moments == "8bit":
             codebook(signed=True), codebook(signed=False)  # now, rather than in a step, if bitsandbytes is missing
         others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
@@ -101,9 +130,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
         groups: list[dict[str, Any]] = [{"params": p, "layer": i} for i, p in enumerate(self.layers.layers) if p]
         if self.layers.always:
             groups.append({"params": self.layers.always, "layer": None})
-        common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "scale": self.settings.scale}
-        super().__init__(groups, common)
-        self.steps, self._failures = 0, 0
+        super().__init__(groups, {**common, "scale": self.settings.scale})
+        self.steps, self._failures, self._compared = 0, 0, False
         self._numbers = {p: number for number, (p, _) in enumerate(self._parameters())}
         self._shapes = self.increments.shapes(self._numbers)
         self._fused = UpdateInBackward(self, self._numbers) if self.settings.fused else None
@@ -128,6 +156,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._compare()
         if self._fused is not None:
             self._fused.end_step(scaled=hasattr(self, "found_inf"))
         elif self._finite():
@@ -160,8 +189,15 @@ class OwLoreAdamW(torch.optim.Optimizer):
         """Takes up what `state_dict` gave, in the precision that it has, and activates the layers of that step.
 
         Raises:
-            ValueError: it is of another optimizer, of other settings or of another model.
+            ValueError: it is of another optimizer, of other settings or of another model, or processes differ.
         """
+        with together("load the state of an OwLoreAdamW") as alike:
+            self._load(state_dict)
+            moments = (tensor for state in self.state.values() for tensor in state.values())
+            alike |= {"steps": self.steps, "state_dict": digest_bits(moments)}
+        self._compared = False
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict.get(KEY)
         if saved is None:
             raise ValueError(f"state_dict: expected one of OwLoreAdamW, got one without {KEY!r}")
@@ -185,6 +221,20 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self.state = defaultdict(dict, {p: {k: v.clone() for k, v in s.items()} for p, s in states.items() if s})
         self.steps = int(saved["steps"])
         self._activate()
+
+    def _compare(self) -> None:
+        """Before the first update, makes sure that weights and gradients are the same on all processes.
+
+        Weights may have been loaded since the optimizer was made, and what trains at all times is averaged by DDP.
+        """
+        if self._compared or processes() == 1:
+            return
+        with together("make a step of OwLoreAdamW") as alike:
+            rates = [group["lr"] for group in self.param_groups]
+            gradients = digest_bits(p.grad for p, _ in self._trained() if p.grad is not None)
+            weights = digest_weights(self.layers.model)
+            alike |= {"steps": self.steps, "lr": rates, "model's weights": weights, "gradients": gradients}
+        self._compared = True
 
     def _described(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as plain numbers and strings."""
@@ -311,7 +361,7 @@ class UpdateInBackward:
             return
         if parameter in self._updated:
             raise ValueError("fused: expected one backward pass a step, got more; accumulation needs fused=False")
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if processes() > 1:
             raise ValueError("fused: expected one process, got several; set fused=False")
         if not bool(torch.isfinite(parameter.grad).all()):  # type: ignore[arg-type]
             raise ValueError(

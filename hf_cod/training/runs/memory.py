@@ -132,8 +132,19 @@ def train_steps(
         optimizer.zero_grad()
 
 
-def count_memory(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], **how: Any) -> Memory:
-    """Trains for two steps and counts; `how` are arguments of `train_steps`."""
+def count_memory(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    *,
+    accumulation: int = 1,
+    max_grad_norm: float = 1.0,
+) -> Memory:
+    """Trains for two steps and counts; see `train_steps` for the arguments.
+
+    Of accumulated forward passes the first two show everything: the second finds the gradients of the first. And only
+    the second step needs them, which finds the optimizer's state besides.
+    """
     config: Any = getattr(model, "config", None)
     counter = LiveStorages(getattr(config, "vocab_size", None))
     counter.add([*model.parameters(), *model.buffers()], "weights")
@@ -144,7 +155,10 @@ def count_memory(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict
         counter.phase = phase
 
     with gradients_counted(model, counter), counter:
-        train_steps(model, optimizer, batch, entered=entered, **how)
+        for passes in (1, min(accumulation, 2)):
+            train_steps(
+                model, optimizer, batch, steps=1, accumulation=passes, max_grad_norm=max_grad_norm, entered=entered
+            )
     return counter.memory()
 
 

@@ -31,7 +31,7 @@ def test_every_family_gives_a_whole_report(family):
         batch["labels"] = torch.tensor([0, 1, 2])
     if family in ("bert", "mpnet"):
         batch["labels"] = batch["input_ids"].masked_fill(torch.rand(3, 9) > 0.5, -100)
-    report = diagnose(model, batches=[batch], show_progress=False)
+    report = diagnose(model, batches=[batch] * 3, show_progress=False)
     headless = family in ("bert_headless", "dinov2")
     assert ("gradient_norm" in report.layers) != headless
     assert bool(report.notes) == headless
@@ -209,10 +209,29 @@ def test_a_column_of_a_data_set():
     assert diagnose(build("llama"), gpt_like(), column, **QUICK).settings["samples"] == 4
 
 
-def test_one_sample_has_no_interval():
-    report = diagnose(build("llama"), gpt_like(), TEXT, **{**QUICK, "max_samples": 1})
-    assert report.results["effective_depth"]["low"] is None
-    assert "one sample, so no interval" in report.summary[0]
+def test_few_samples_give_no_interval():
+    texts = "one two three four five " * 16
+    options = {"sequence_length": 8, "drop_metric": "perplexity", "show_progress": False}
+    few = diagnose(build("llama"), gpt_like(), texts, max_samples=7, **options)
+    assert few.results["effective_depth"]["low"] is None and few.results["intervals"] == {}
+    assert "no interval from fewer than 8 samples" in few.summary[0]
+    enough = diagnose(build("llama"), gpt_like(), texts, max_samples=8, **options)
+    assert enough.results["effective_depth"]["low"] < enough.results["effective_depth"]["high"]
+
+
+@pytest.mark.parametrize(("dtype", "turn"), [(torch.float32, 1e-9), (torch.bfloat16, 1e-4)])
+def test_layers_that_do_nothing_have_no_effective_depth(dtype, turn):
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.mul_(0)
+        layer.mlp.down_proj.weight.data.mul_(turn)
+    idle = diagnose(model.to(dtype), gpt_like(), TEXT, **QUICK)
+    assert "effective_depth" not in idle.results and "late_share" not in idle.results
+    assert any("No layer turns the hidden state by more than the precision" in line for line in idle.summary)
+    model.model.layers[2].mlp.down_proj.weight.data.normal_()
+    one = diagnose(model, gpt_like(), TEXT, **QUICK)
+    assert one.results["effective_depth"]["value"] < 1.2
+    assert any("3 of 4 layers" in line and "0 to 1, 3." in line for line in one.summary)
 
 
 def test_a_failing_metric_keeps_what_was_measured(tmp_path):
@@ -235,9 +254,9 @@ def test_one_layer():
 def test_few_samples_are_remarked():
     texts = "one two three four five " * 8
     few = diagnose(build("llama"), gpt_like(), texts, sequence_length=8, max_samples=50, show_progress=False)
-    assert few.notes == ["the text holds 5 samples, less than 50"] and "from only 5 samples" in few.summary[0]
+    assert few.notes == ["the text holds 5 samples, less than 50"] and "no interval" in few.summary[0]
     many = diagnose(build("llama"), gpt_like(), texts * 4, sequence_length=8, max_samples=9, show_progress=False)
-    assert many.notes == [] and "only" not in many.summary[0]
+    assert many.notes == [] and "95% interval" in many.summary[0]
 
 
 def test_findings_say_when_a_removal_helps_and_when_nothing_can_be_seen():

@@ -14,6 +14,7 @@ from hf_cod import LayerScores, RunReport, pack_sparse, perplexity, prune, score
 from hf_cod.cli.commands import finetune
 from hf_cod.cli.commands.finetune_memory import EstimateSettings
 from hf_cod.cli.main import main
+from hf_cod.cli.settings import PlotSettings
 from hf_cod.cli.sizes import in_gigabytes
 from hf_cod.cli.training import tell
 from hf_cod.io.models import ModelSettings, embedded_model, load_model
@@ -271,7 +272,7 @@ def test_only_checkpoints_are_cleared_away(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-3.zip").write_text("")
     (tmp_path / "checkpoint-4").write_text("")
-    tell(RunReport("finetune", "mine", {}, {}, {}, {}), tmp_path, plots=False)
+    tell(RunReport("finetune", "mine", {}, {}, {}, {}), tmp_path, PlotSettings(plots=False))
     assert {path.name for path in tmp_path.glob("check*")} == {"checkpoint-2-kept", "checkpoint-3.zip", "checkpoint-4"}
 
 

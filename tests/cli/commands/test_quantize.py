@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from hf_cod import find_decoder_layers, perplexity
+import hf_cod
+from hf_cod import LayerAllocation, OwlBnbConfig, find_decoder_layers, perplexity
 from hf_cod.cli.main import main
 from hf_cod.io.models import embedded_model, load_model
 from hf_cod.io.report import RunReport, format_number
@@ -27,6 +30,7 @@ def test_what_is_written_loads_and_its_report_is_true(model, tmp_path, capsys):
     assert {
         "model.safetensors",
         "scores.json",
+        "allocation.json",
         "report.md",
         "bits.png",
         "error.png",
@@ -56,8 +60,27 @@ def test_what_is_written_loads_and_its_report_is_true(model, tmp_path, capsys):
     }
     memory = report.results["memory_bytes"]
     assert memory["quantized"] < memory["intact"]
+    assert report.summary[-1] == "To load it, import hf_cod before from_pretrained."
     assert quantize(model, tmp_path / "out") == 2
     assert "output: expected a new directory" in capsys.readouterr().err
+
+
+def test_the_allocation_that_is_written_serves_again(model, tmp_path):
+    """The layer in which the budget ends has matrices of both widths."""
+    more = ["--score", "random", "--rounding", "nearest", "--no-baseline", "--no-plots", "--skip", "k_proj"]
+    assert quantize(model, tmp_path / "out", *more) == 0
+    file = tmp_path / "out" / "allocation.json"
+    plan, report = LayerAllocation.load(file), RunReport.load(tmp_path / "out")
+    assert (plan.kind, plan.method) == ("bits", "random") and plan.parameters == report.layers["parameters"]
+    between = [value for value in plan.values if value not in (3, 4)]
+    assert len(between) == 1 and 3 < between[0] < 4 and plan.budget == pytest.approx(plan.mean)
+    intact = load_model(model)[0]
+    again = hf_cod.quantize(intact, OwlBnbConfig(allocation=file, skip=["k_proj"]))
+    assert again.results["modules"] == report.results["modules"]
+    saved = load_model(str(tmp_path / "out"))[0].state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in intact.state_dict().items())
+    with pytest.raises(ValueError, match="allocation: expected those of a model with"):
+        hf_cod.quantize(load_model(model)[0], OwlBnbConfig(allocation=replace(plan, sizes=[7] * 12)))
 
 
 @pytest.mark.parametrize("rounding", ["weighted", "nearest"])
@@ -66,6 +89,7 @@ def test_one_width_by_each_rounding(model, tmp_path, rounding):
     report = RunReport.load(tmp_path / "out")
     assert set(report.results["modules"].values()) == {3} and "score" not in report.layers
     assert set(report.results["perplexity"]) == {"intact", "quantized"}
+    assert LayerAllocation.load(tmp_path / "out" / "allocation.json").values == [3.0] * 12
 
 
 def test_scores_are_read_and_some_names_are_left(model, tmp_path):

@@ -1,18 +1,14 @@
 """A training resumes from the newest checkpoint that is whole and its own, and says which it left out, and why."""
 
-import json
 import pickle
-import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from hf_cod.training.runs.run_directory import last_checkpoint
-from tests.earlier_files.read import FILES
+from tests.training.runs.checkpoints import MARKER, whole_checkpoint
 
-MARKER = "trainer_state.json"
-SOURCE = FILES / "0.1" / "runs" / "finetune" / "checkpoint-2"
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors")
 
 
@@ -29,10 +25,7 @@ class Evil:
 @pytest.fixture
 def run(tmp_path):
     for step in (2, 4):
-        folder = tmp_path / f"checkpoint-{step}"
-        shutil.copytree(SOURCE, folder)
-        state = json.loads((folder / MARKER).read_text())
-        (folder / MARKER).write_text(json.dumps({**state, "global_step": step}))
+        whole_checkpoint(tmp_path, step)
     return tmp_path
 
 

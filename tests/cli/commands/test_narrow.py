@@ -1,0 +1,54 @@
+"""hf-cod narrow on a tiny model: what is written and refused."""
+
+import pytest
+
+from hf_cod import perplexity
+from hf_cod.io.models import load_model
+from hf_cod.io.report import RunReport, format_number
+from hf_cod.io.text import SampleSettings, token_batches
+from tests.cli.runs import TEXT, narrow
+
+
+@pytest.mark.parametrize("score", ["angular", "uniform"])
+def test_narrow_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys, score):
+    source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
+    more = ["--score", score, "--parameters", "0.6", "--eval-samples", "5"]
+    more += ["--spread", "0.2"] if score == "angular" else []
+    assert narrow(checkpoint, "out", *more) == 0
+    names = {path.name for path in (checkpoint / "out").iterdir()}
+    pictures = {"kept.png", "share_of_heads.png", "share_of_channels.png", "error.png", "score.png"}
+    assert {"model.safetensors", "scores.json", "allocation.json", "report.md", *pictures} <= names
+    assert ("modeling_shaped.py" in names) == (score == "angular")
+    assert "journal" not in names and {p.name: p.read_bytes() for p in (checkpoint / "model").iterdir()} == source
+    page = (checkpoint / "out" / "report.md").read_text()
+    assert "| layer | kept | share of heads | share of channels |" in page
+    report, shown = RunReport.load(checkpoint / "out"), capsys.readouterr().out
+    assert report.results["stock"] == (score == "uniform")
+    assert ("transformers loads it without this package" in shown) == (score == "uniform")
+    model, tokenizer = load_model(str(checkpoint / "out"))
+    assert sum(p.numel() for p in model.parameters()) == report.results["parameters"]["narrowed"]
+    found = report.results["perplexity"]
+    assert ("uniform" in found) == (score == "angular")
+    assert f"from {format_number(found['intact'])} to {format_number(found['narrowed'])}" in shown
+    assert [*report.results["speed"]] == ["intact", "narrowed"] and "Tokens a second: " in shown
+    drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
+    assert perplexity(model, drawn[4:]) == pytest.approx(found["narrowed"], rel=1e-5), "the later samples"
+    assert narrow(checkpoint, "out") == 2
+    assert "output: expected a new directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--parameters", "0.05"], "parameters: expected at least 0."),
+        (["--parameters", "1.5"], "parameters: expected a share above 0 and at most 1, got 1.5"),
+        (["--method", "luck"], "method: expected one of fluctuation, taylor, magnitude, got 'luck'"),
+        (["--compensation", "luck"], "compensation: expected one of least_squares, bias, none, got 'luck'"),
+        (["--score", "spectrum"], "score: expected one of"),
+        (["--multiple", "0"], "channel_multiple: expected a whole number above 0, got 0"),
+    ],
+)
+def test_narrow_with_bad_input(checkpoint, capsys, arguments, message):
+    assert narrow(checkpoint, "out", "--score", "uniform", *arguments) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown

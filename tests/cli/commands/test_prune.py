@@ -1,0 +1,165 @@
+"""hf-cod prune on a tiny model: what is written, resumed and refused."""
+
+import pytest
+
+from hf_cod import LayerAllocation, find_decoder_layers, perplexity
+from hf_cod.cli.main import main
+from hf_cod.io.models import load_model
+from hf_cod.io.report import RunReport, format_number
+from hf_cod.io.text import SampleSettings, token_batches
+from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.scoring.methods import score_layers
+from tests.cli.runs import QUICK, TEXT, prune
+from tests.fresh_processes import run_fresh
+
+
+def test_prune_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys):
+    source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
+    assert prune(checkpoint, "out", "--sparsity", "0.7", "--spread", "0.1", "--eval-samples", "5") == 0
+    names = {path.name for path in (checkpoint / "out").iterdir()}
+    assert {"model.safetensors", "scores.json", "allocation.json", "report.md", "sparsity.png", "score.png"} <= names
+    assert "journal" not in names and {p.name: p.read_bytes() for p in (checkpoint / "model").iterdir()} == source
+    report, shown = RunReport.load(checkpoint / "out"), capsys.readouterr().out
+    model, tokenizer = load_model(str(checkpoint / "out"))
+    stack = find_decoder_layers(model)
+    zeros = [sum(int((W == 0).sum()) for _, W in stack.matrices(i)) for i in range(4)]
+    assert report.layers["sparsity"] == [n / stack.count_weights(0) for n in zeros]
+    assert sum(zeros) / 4 / stack.count_weights(0) == pytest.approx(0.7, abs=1e-3)
+    assert max(report.layers["sparsity"]) <= 0.8 + 1e-3 and min(report.layers["sparsity"]) >= 0.6 - 1e-3
+    found = report.results["perplexity"]
+    assert f"from {format_number(found['intact'])} to {format_number(found['pruned'])} (all layers alike:" in shown
+    drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
+    assert perplexity(model, drawn[4:]) == pytest.approx(found["pruned"], rel=1e-5), "the later samples"
+    assert report.settings["samples"] == 4 and report.results["evaluation"]["samples"] == 5
+    assert prune(checkpoint, "out") == 2
+    assert "output: expected a new directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pattern, kept", [("2:4", {4}), ("N:8", {2, 3, 4, 5, 6})])
+def test_prune_by_pattern_and_by_earlier_scores(checkpoint, pattern, kept):
+    sizes = score_layers(load_model(str(checkpoint / "model"))[0], method="uniform").parameters
+    LayerScores("m", "mine", [1.0, 2.0, 3.0, 4.0], sizes).save(checkpoint / "scores.json")
+    more = [] if pattern == "2:4" else ["--spread", "0.25", "--scores", str(checkpoint / "scores.json")]
+    assert prune(checkpoint, "out", "--pattern", pattern, "--method", "magnitude", "--no-baseline", *more) == 0
+    stack = find_decoder_layers(load_model(str(checkpoint / "out"))[0])
+    for i in range(4):
+        counts = {int(n) for _, W in stack.matrices(i) for n in (W != 0).view(-1, 8).sum(-1).unique()}
+        assert len(counts) == 1 and counts <= kept
+    assert "uniform" not in RunReport.load(checkpoint / "out").results["perplexity"]
+
+
+def test_auto_says_what_it_chose(checkpoint, capsys):
+    arguments = ["score", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
+    assert main([*arguments, "--method", "auto", "--target", "0.6", "--output", str(checkpoint / "scored")]) == 0
+    scores = LayerScores.load(checkpoint / "scored" / "scores.json")
+    assert scores.settings["target"] == 0.6 and scores.remarks[0] in capsys.readouterr().out
+    assert prune(checkpoint, "out", "--score", "auto", "--sparsity", "0.6", "--no-plots") == 0
+    assert "auto chose" in capsys.readouterr().out
+    plan = LayerAllocation.load(checkpoint / "out" / "allocation.json")
+    width = LayerScores.load(checkpoint / "out" / "scores.json").settings["spread"]
+    assert max(abs(value - 0.6) for value in plan.values) <= width + 1e-9
+
+
+def test_prune_and_recover(checkpoint, capsys):
+    more = ["--score", "uniform", "--recover", "20", "--recover-learning-rate", "0.01", "--no-plots"]
+    assert prune(checkpoint, "out", *more) == 0
+    report = RunReport.load(checkpoint / "out")
+    found = report.results["perplexity"]
+    assert found["recovered"] < found["pruned"] and report.results["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert "by recovery to" in capsys.readouterr().out
+    assert prune(checkpoint, "other", "--recover", "-1") == 2
+
+
+@pytest.mark.process
+def test_a_killed_pruning_goes_on_where_it_stopped(checkpoint):
+    code = (
+        "import sys, os\n"
+        "from hf_cod.layers.sequential import FinishedLayers\n"
+        "add, count = FinishedLayers.add, [0]\n"
+        "def dies(self, index, unseen):\n"
+        "    add(self, index, unseen)\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 6: os._exit(9)\n"
+        "FinishedLayers.add = dies\n"
+        "from hf_cod.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["prune", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
+    killed = run_fresh(code, *arguments, "--output", checkpoint / "run")
+    assert killed.returncode == 9
+    kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").iterdir()}
+    assert len(kept) == 6, "four layers pruned alike, two of the plan"
+    assert prune(checkpoint, "run", "--no-plots") == 0 and prune(checkpoint, "whole", "--no-plots") == 0
+    weights = [(checkpoint / name / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
+    resumed, whole = (RunReport.load(checkpoint / name) for name in ("run", "whole"))
+    assert resumed.layers == whole.layers and resumed.results == whole.results
+
+
+def test_prune_never_writes_into_a_directory_of_something_else(checkpoint, capsys):
+    for name, file in (("model2", "model.safetensors"), ("notes/journal", "2024.txt"), ("mixed/journal", "a/b")):
+        path = checkpoint / name / file
+        path.parent.mkdir(parents=True)
+        path.write_text("precious")
+        assert prune(checkpoint, name.split("/")[0]) == 2
+        assert "output: expected a new directory, an empty one" in capsys.readouterr().err
+        assert path.read_text() == "precious" and [p for p in path.parent.iterdir()] == [path]
+    (checkpoint / "empty").mkdir()
+    assert prune(checkpoint, "empty", "--score", "uniform", "--no-plots") == 0
+    assert {p.name for p in checkpoint.iterdir() if p.name.startswith(".")} == set(), "nothing is left beside it"
+
+
+def test_prune_that_fails_at_the_end_leaves_no_half_model(checkpoint, monkeypatch):
+    monkeypatch.setattr(RunReport, "save", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prune(checkpoint, "out", "--score", "uniform", "--no-plots")
+    assert [path.name for path in (checkpoint / "out").iterdir()] == ["journal"]
+    monkeypatch.undo()
+    assert prune(checkpoint, "out", "--score", "uniform", "--no-plots") == 0
+    assert "journal" not in {path.name for path in (checkpoint / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--sparsity", "0.7", "--spread", "0.5"], "spread: expected 0..0.3"),
+        (["--pattern", "N:5"], "pattern: expected rows of a multiple of 5"),
+        (["--pattern", "N:1"], "group: expected at least 2"),
+        (["--pattern", "N:8", "--sparsity", "0.9"], "budget: expected sparsity in 0..0.875"),
+        (["--scores", "other.json"], "scores: expected those of a model with"),
+        (["--scores", "none.json"], "scores: expected a file"),
+    ],
+)
+def test_prune_fails_before_anything_is_measured(checkpoint, capsys, monkeypatch, arguments, message):
+    def never(*args, **kwargs):
+        raise AssertionError("measured already")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", never)
+    monkeypatch.chdir(checkpoint)
+    LayerScores("m", "mine", [1.0, 2.0, 3.0, 4.0], [7] * 4).save("other.json")
+    assert prune(checkpoint, "out", *arguments) == 2
+    assert message in capsys.readouterr().err and not (checkpoint / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--method", "best"], "method: expected one of magnitude, wanda, sparsegpt"),
+        (["--score", "best"], "score: expected one of owl"),
+        (["--sparsity", "1.2"], "sparsity: expected a share in 0..1, got 1.2"),
+        (["--sparsity", "0.9", "--spread", "0.2"], "spread: expected 0..0.1"),
+        (["--pattern", "2:5"], "pattern: expected rows of a multiple of 5"),
+        (["--pattern", "2of4"], "pattern: expected N:M"),
+        (["--pattern", "2:4", "--sparsity", "0.7"], "pattern: expected 2:4 without sparsity"),
+        (["--sequence-length", "300"], "text: expected at least two samples of 300 tokens"),
+        (["--sequence-length", "3000"], "at least one sample of 3000 tokens"),
+        (["--eval-samples", "0"], "eval_samples: expected at least 1"),
+        (["--scores", "none.json"], "scores: expected a file"),
+    ],
+)
+def test_prune_with_bad_input(checkpoint, capsys, arguments, message):
+    assert prune(checkpoint, "out", *arguments) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+    assert main(["prune", str(checkpoint / "model"), "--output", str(checkpoint / "model")]) == 2
+    assert "output: expected another directory than the model's" in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""hf-cod score: statistics and scores, and what of them is kept."""
+
+import re
+
+import pytest
+
+from hf_cod.analysis.statistics import layer_statistics
+from hf_cod.cli.main import main
+from hf_cod.io.report import RunReport
+from hf_cod.scoring import methods
+from hf_cod.scoring.layer_scores import LayerScores
+from tests.cli.runs import QUICK
+from tests.tiny_models import build
+
+
+def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
+    text, first, second = (str(checkpoint / name) for name in ("text.txt", "first", "second"))
+    arguments = ["score", str(checkpoint / "model"), "--text", text, *QUICK]
+    assert main([*arguments, "--threshold", "3", "--output", first]) == 0
+    names = {path.name for path in (checkpoint / "first").iterdir()}
+    files = {"statistics.safetensors", "scores.json", "report.json", "report.md", "score.png"}
+    assert files <= names and "overview.png" not in names
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"By owl, layers \d \(.*\), \d \(.*\) matter most, layers .* matter least", " ".join(shown.split())
+    )
+    scores = LayerScores.load(checkpoint / "first" / "scores.json")
+    assert RunReport.load(first).layers["score"] == scores.values and scores.settings["threshold"] == 3
+    earlier = str(checkpoint / "first" / "statistics.safetensors")
+    more = ["--statistics", earlier, "--threshold", "3", "--no-plots", "--output", second]
+    assert main([*arguments, *more]) == 0
+    assert LayerScores.load(checkpoint / "second" / "scores.json") == scores
+    assert main([*arguments, "--method", "angular", "--output", second]) == 0
+    assert (checkpoint / "second" / "earlier-1" / "scores.json").is_file()
+    assert main([*arguments, "--method", "best"]) == 2
+    assert main([*arguments, "--statistics", text]) == 2
+    shown = capsys.readouterr().err
+    assert "method: expected one of owl" in shown and "statistics: expected a file" in shown
+
+
+@pytest.mark.parametrize(
+    "layers, method, found",
+    [
+        (1, "owl", r"By owl, no layer stands out\."),
+        (3, "owl", r"By owl, layer (\d) \(.*\) matters most, layer (?!\1)\d \(.*\) matters least\."),
+        (
+            5,
+            "random",
+            r"By random, layers (\d) .*, (\d) .* matter most, layers (?!\1|\2)\d .*, (?!\1|\2)\d .* matter least",
+        ),
+        (4, "uniform", r"By uniform, no layer stands out\."),
+    ],
+)
+def test_no_layer_matters_both_most_and_least(checkpoint, layers, method, found):
+    build("llama", layers).save_pretrained(checkpoint / "model")
+    arguments = ["score", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
+    assert main([*arguments, "--method", method, "--output", str(checkpoint / "out")]) == 0
+    assert re.match(found, RunReport.load(checkpoint / "out").summary[0])
+
+
+def test_score_takes_the_statistics_that_are_there(checkpoint, monkeypatch):
+    """Those of an interrupted run, and those of another score; never those of other samples or a changed file."""
+    counted, collect = [], layer_statistics.collect_statistics
+    monkeypatch.setattr(layer_statistics, "collect_statistics", lambda *a, **k: counted.append(1) or collect(*a, **k))
+    out = checkpoint / "out"
+    arguments = ["score", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), "--output", str(out)]
+    arguments += [*QUICK, "--no-plots"]
+    with monkeypatch.context() as patch:
+        patch.setattr(methods, "score_layers", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(arguments)
+    assert main(arguments) == 0 and len(counted) == 1
+    first = RunReport.load(out).layers["score"]
+    assert main([*arguments, "--threshold", "3"]) == 0 and len(counted) == 1
+    assert RunReport.load(out / "earlier-1").layers["score"] == first != RunReport.load(out).layers["score"]
+    assert main([*arguments, "--threshold", "3", "--seed", "1"]) == 0 and len(counted) == 2
+    assert main(arguments) == 0 and len(counted) == 3, "the file holds other samples' statistics now"

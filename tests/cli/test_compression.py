@@ -1,0 +1,152 @@
+"""The one pipeline, by a step of our own: what is called on which model, and what is reported and saved."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from hf_cod import LayerScores, find_decoder_layers, perplexity
+from hf_cod.cli.compression import compress
+from hf_cod.cli.settings import CompressionOutput, CompressionSettings
+from hf_cod.cli.step import Step
+from hf_cod.io.files import JsonFile
+from hf_cod.io.models import load_model
+from hf_cod.io.report import RunReport, environment
+from hf_cod.io.settings import ModelSettings, TextSettings
+from hf_cod.io.text import SampleSettings, token_batches
+from tests.tiny_models import build
+from tests.tiny_tokenizers import gpt_like
+
+TEXT = "one two three four five six seven eight nine ten " * 40
+
+
+@dataclass(frozen=True)
+class Factor(JsonFile):
+    FIELD = "factor"
+
+    factor: float
+
+
+class Scaled(Step):
+    """Multiplies the matrices of the layers that matter most, and notes on which norms of weights it was called."""
+
+    command, done = "scale", "scaled"
+
+    def __init__(self, settings, factor=0.5, refused=False):
+        super().__init__(settings)
+        self.factor, self.refused, self.calls = factor, refused, []
+
+    def norm(self, work):
+        return float(sum(W.norm() for i in range(4) for _, W in work.stack.matrices(i)))
+
+    def check(self, work):
+        if self.refused:
+            raise ValueError("model: expected another one")
+
+    def plan(self, work):
+        self.calls.append(("plan", self.norm(work)))
+        work.score("random")
+        return None if self.factor == 1 else Factor(self.factor)
+
+    def baselines(self, work, plan):
+        return {"uniform": Factor(0.25)}
+
+    def apply(self, work, plan):
+        self.calls.append((plan.factor, self.norm(work)))
+        with torch.no_grad():
+            for index in range(4):
+                for _, W in work.stack.matrices(index):
+                    W.mul_(plan.factor)
+        return RunReport("scale", work.name, {}, environment(), {}, {"factor": plan.factor}, ["Scaled."])
+
+    def files(self, plan):
+        return {"factor.json": plan}
+
+    def measure(self, saved):
+        norms = [float(sum(W.norm() for _, W in saved.matrices(i))) for i in range(4)]
+        return {"norm": norms}, {"norms": sum(norms)}
+
+    def told(self, plan):
+        return {"by": "tests"}
+
+    def last_words(self):
+        return ["To load it, do nothing."]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build("llama").save_pretrained(tmp_path / "model")
+    gpt_like().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def run(folder, step_of=Scaled, scores=None, **more):
+    settings = CompressionSettings(sequence_length=8, max_samples=4, eval_samples=5, batch_size=1)
+    step, text = step_of(settings, **more), TextSettings(text=str(folder / "text.txt"))
+    files = CompressionOutput(output=str(folder / "out"), plots=False, scores=scores)
+    return step, compress(step, str(folder / "model"), ModelSettings(), text, files)
+
+
+def test_what_is_saved_is_what_is_reported(folder, capsys):
+    step, status = run(folder)
+    assert status == 0
+    intact = step.calls[0][1]
+    assert [(name, pytest.approx(norm)) for name, norm in step.calls] == [
+        ("plan", intact),
+        (0.25, intact),
+        (0.5, intact),
+    ], "each on the intact model"
+    report, out = RunReport.load(folder / "out"), folder / "out"
+    model, tokenizer = load_model(str(out))
+    assert {path.name for path in out.iterdir()} >= {"model.safetensors", "scores.json", "factor.json", "report.md"}
+    assert not (out / "journal").exists() and Factor.load(out / "factor.json") == Factor(0.5)
+    assert sum(report.layers["norm"]) == report.results["norms"] == pytest.approx(intact / 2)
+    drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
+    found = report.results["perplexity"]
+    assert list(found) == ["intact", "uniform", "scaled"] and len(set(found.values())) == 3
+    assert found["scaled"] == pytest.approx(perplexity(model, drawn[4:]), rel=1e-5), "on samples not worked on"
+    first = load_model(str(folder / "model"))[0]
+    assert found["intact"] == pytest.approx(perplexity(first, drawn[4:]), rel=1e-5)
+
+
+def test_report_keys_and_the_order_of_its_sentences(folder, capsys):
+    run(folder)
+    report = RunReport.load(folder / "out")
+    weights = (folder / "out" / "model.safetensors").stat().st_size
+    assert report.results["disk_bytes"] == weights and report.results["factor"] == 0.5
+    assert set(report.results["memory_bytes"]) == {"intact", "scaled"} and report.results["speed"] == {}
+    assert report.results["evaluation"]["samples"] == 5 and report.settings["samples"] == 4
+    scores = LayerScores.load(folder / "out" / "scores.json")
+    assert report.layers["score"] == scores.values and report.results["score"] == scores.settings
+    assert report.settings["by"] == "tests" and report.settings["scores"] is None
+    begins = [line.partition(" ")[0] for line in report.summary]
+    assert (begins[0], begins[1], begins[2], begins[-1]) == ("Scaled.", "The", "Perplexity", "To")
+    shown = capsys.readouterr().out.splitlines()
+    assert [f"• {line}" for line in report.summary] == [line for line in shown if line.startswith("• ")]
+    assert shown[-1] == f"written to {(folder / 'out').resolve()}"
+
+
+def test_given_scores_are_used(folder):
+    sizes = [find_decoder_layers(build("llama")).count_weights(index) for index in range(4)]
+    file = LayerScores("model", "mine", [4.0, 3.0, 2.0, 1.0], sizes).save(folder / "given.json")
+    run(folder, scores=str(file))
+    report = RunReport.load(folder / "out")
+    assert report.layers["score"] == [4.0, 3.0, 2.0, 1.0] and report.settings["score"] == "mine"
+    assert LayerScores.load(folder / "out" / "scores.json").method == "mine"
+
+
+def test_a_plan_to_do_nothing_writes_no_model(folder, capsys):
+    step, status = run(folder, factor=1)
+    assert status == 0 and [name for name, _ in step.calls] == ["plan"]
+    assert "nothing was made" in capsys.readouterr().out and not (folder / "out" / "model.safetensors").exists()
+
+
+def test_a_model_that_a_step_refuses_is_not_measured(folder, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("measured already")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", never)
+    with pytest.raises(ValueError, match="model: expected another one"):
+        run(folder, refused=True)
+    assert not (folder / "out").exists()

@@ -1,0 +1,29 @@
+"""Where inputs go."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from hf_cod.layers.devices import execution_device, to_device
+
+
+def test_the_first_weight_that_has_a_device():
+    model = nn.Sequential(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2))
+    assert execution_device(model) == torch.device("cpu")
+    with pytest.raises(ValueError, match="model: expected weights, got a model on the meta device"):
+        execution_device(model[:1])
+
+
+def test_a_hook_of_offloaded_weights_decides():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0]._hf_hook = SimpleNamespace(execution_device="meta")
+    assert execution_device(model) == torch.device("meta")
+
+
+def test_tensors_of_a_batch_move_and_flags_stay():
+    batch = {"input_ids": torch.ones(1, 2), "use_cache": False, "labels": None}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["input_ids"].device.type == "meta" and moved["use_cache"] is False and moved["labels"] is None
+    assert batch["input_ids"].device.type == "cpu"

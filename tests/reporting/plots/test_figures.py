@@ -1,0 +1,42 @@
+"""Which pictures a report has, and how several reports share one."""
+
+import pytest
+from matplotlib.colors import to_hex
+
+from hf_cod.reporting.plots import plot_comparison, plot_report
+from hf_cod.reporting.plots.colours import INK
+from hf_cod.reporting.plots.panels import PANELS
+from tests.reporting.reports import report
+
+
+def scored(*values):
+    settings = {"method": "owl", "threshold": 5.0}
+    return report(kind="score", settings=settings, layers={"score": [*values]}, results={"score": {}})
+
+
+def test_one_measure_is_one_picture_by_its_name(tmp_path):
+    plot_report(scored(1.0, 2.0), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["score.png"]
+
+
+def test_a_panel_for_each_measure_in_two_columns(tmp_path):
+    figure = plot_report(report(), tmp_path)
+    assert len({round(axes.get_position().x0, 1) for axes in figure.axes[:4] if axes.axison}) >= 2
+    for name in report().layers:
+        assert name in PANELS and (tmp_path / f"{name}.png").is_file()
+
+
+def test_heights_are_the_measure_and_the_largest_are_dark():
+    axes = plot_report(scored(0.5, 0.1, 0.4, 0.2, 0.3)).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == [0.5, 0.1, 0.4, 0.2, 0.3]
+    assert [to_hex(bar.get_facecolor()) == INK for bar in axes.patches] == [True, False, True, False, True]
+
+
+def test_what_a_run_did_not_measure_is_said_in_its_place(tmp_path):
+    other = report(layers={"gradient_norm": [1.0, 2.0]}, results={})
+    figure = plot_comparison([report(), other], ["left", "right"], tmp_path)
+    told = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert "layer drop: not measured" in told and "gradient norm: not measured" not in told
+    assert figure.axes[0].get_title().startswith("left\n") and (tmp_path / "compare.png").is_file()
+    with pytest.raises(ValueError, match="runs: expected measures to draw, got none"):
+        plot_comparison([report(layers={}, results={})], ["a"])

@@ -1,0 +1,203 @@
+"""`tests/` mirrors the rooms: each module has the test file of its name, or one table says which file tests it."""
+
+import ast
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from hf_cod.cli.main import COMMANDS
+from tests.test_imports import CIRCLES_OF_MODELS, MODULES, ROOT, imports_of
+
+TESTS = Path(__file__).parent
+# Test file -> the modules that it tests beside the one of its name, through a public door. A new module needs a test
+# file of its own name; it comes here only if that would test the same again.
+TESTED_BY = {
+    "analysis/diagnostics/test_diagnosis.py": "analysis/diagnostics/findings.py analysis/diagnostics/settings.py",
+    "analysis/diagnostics/test_forward_pass.py": "layers/running.py",
+    "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
+    "analysis/evaluation/test_metrics.py": "analysis/evaluation/choice.py layers/task.py",
+    "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",
+    "analysis/statistics/test_layer_statistics.py": "analysis/statistics/matrix_inputs.py",
+    "cli/commands/test_finetune.py": (
+        "cli/commands/finetune_memory.py cli/sizes.py cli/training.py training/runs/estimate.py "
+        "training/runs/memory.py training/runs/methods.py training/runs/trainer.py "
+        "training/runs/training_settings.py"
+    ),
+    "cli/commands/test_heal.py": "cli/__init__.py cli/samples.py",
+    "cli/commands/test_quantize.py": "cli/explained.py",
+    "cli/test_compression.py": "cli/closing.py cli/output.py cli/settings.py cli/step.py cli/work.py",
+    "cli/test_parser.py": "cli/completion.py",
+    "cli/test_terminal.py": "cli/messages.py",
+    "compression/depth/test_criteria.py": (
+        "compression/depth/depth_plan.py compression/depth/maps.py compression/depth/protection.py "
+        "compression/depth/removal_probe.py compression/depth/search.py"
+    ),
+    "compression/depth/test_dropper.py": "compression/depth/replacement.py",
+    "compression/fit/test_planning.py": (
+        "cli/commands/fit.py compression/fit/budget.py compression/fit/fit_plan.py compression/fit/knobs.py "
+        "compression/fit/settings.py compression/fit/trials.py layers/size.py"
+    ),
+    "compression/low_rank/test_factorizer.py": (
+        "compression/low_rank/rank_plan.py compression/low_rank/settings.py compression/low_rank/spectra.py"
+    ),
+    "compression/pruning/test_pruner.py": (
+        "compression/pruning/methods.py compression/pruning/settings.py layers/checks.py "
+        "layers/fingerprints.py layers/finished_layers.py"
+    ),
+    "compression/quantization/test_format.py": (
+        "compression/quantization/bnb_decoding.py compression/quantization/scales.py functional/bits.py"
+    ),
+    "compression/quantization/test_linear.py": (
+        "compression/quantization/rounding.py compression/quantization/settings.py"
+    ),
+    "compression/quantization/test_native.py": "compression/quantization/bnb.py",
+    "compression/quantization/test_plan.py": "compression/quantization/config.py",
+    "compression/quantization/test_product.py": "compression/quantization/codes.py",
+    "compression/quantization/test_quantize.py": "layers/sequential.py",
+    "compression/sparse/test_linear.py": "compression/sparse/product.py",
+    "compression/sparse/test_quantizer.py": (
+        "compression/sparse/checkpoint.py compression/sparse/config.py compression/sparse/packing.py "
+        "compression/sparse/settings.py layers/replacement_modules.py"
+    ),
+    "compression/width/test_narrower.py": (
+        "analysis/statistics/input_products.py compression/width/gradients.py compression/width/matrices.py "
+        "compression/width/methods.py compression/width/planning.py compression/width/settings.py "
+        "compression/width/stock_config.py compression/width/width_plan.py compression/width/width_report.py"
+    ),
+    "examples/test_pretrain.py": "training/pretraining/preparation.py",
+    "functional/test_low_rank.py": "functional/randomness.py",
+    "io/test_settings.py": "compression/depth/settings.py io/deprecation.py",
+    "layers/test_modes.py": "layers/partial_forward.py",
+    "layers/test_removal.py": "layers/units.py",
+    "models/test_authors_checkpoints.py": "models/__init__.py models/authors.py",
+    "models/test_convert_files.py": "models/checkpoint.py",
+    "models/test_loading.py": (
+        "models/configuration_cod_llama.py models/configuration_cod_mistral.py "
+        "models/configuration_cod_olmo.py models/configuration_cod_olmo2.py models/configuration_cod_qwen2.py "
+        "models/configuration_cod_qwen3.py models/configuration_cod_vit.py models/configuration_shaped.py "
+        "models/families.py models/modeling_cod_llama.py models/modeling_cod_mistral.py "
+        "models/modeling_cod_olmo.py models/modeling_cod_olmo2.py models/modeling_cod_qwen2.py "
+        "models/modeling_cod_qwen3.py models/modeling_cod_vit.py models/modeling_shaped.py"
+    ),
+    "models/test_placements.py": "models/configuration_cod.py models/modeling_cod.py",
+    "models/test_shapes.py": "models/shaping.py",
+    "models/test_training.py": "models/presets.py",
+    "reporting/plots/test_figures.py": (
+        "reporting/plots/__init__.py reporting/plots/colours.py reporting/plots/panels.py "
+        "reporting/plots/training_panels.py"
+    ),
+    "reporting/test_model_card.py": "cli/commands/card.py reporting/settings.py",
+    "scoring/test_allocation.py": "scoring/layer_scores.py",
+    "scoring/test_methods.py": "scoring/settings.py",
+    "test_habits.py": "_version.py",
+    "test_module.py": "__main__.py",
+    "test_pair.py": "cli/commands/demo.py",
+    "test_public_api.py": "__init__.py",
+    "training/adapters/test_adapter_training.py": "training/adapters/config.py training/owlore/lora_ranks.py",
+    "training/adapters/test_adapters.py": (
+        "training/adapters/__init__.py training/adapters/model.py training/adapters/registry.py"
+    ),
+    "training/healing/test_healer.py": (
+        "training/healing/distillation_trainer.py training/healing/healed.py training/healing/objective.py "
+        "training/healing/pair.py training/healing/settings.py training/healing/zeros.py"
+    ),
+    "training/healing/test_recovery.py": "training/healing/masked_adapters.py",
+    "training/owlore/test_optimizer.py": (
+        "training/owlore/active_layers.py training/owlore/eight_bit.py training/owlore/increment.py "
+        "training/owlore/moments.py training/owlore/settings.py"
+    ),
+}
+ELSEWHERE = {module: test for test, modules in TESTED_BY.items() for module in modules.split()}
+
+
+def has_code(path: Path) -> bool:
+    """Whether there is more in the file than a docstring."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return any(not isinstance(node, ast.Expr) for node in body)
+
+
+TO_TEST = {path.relative_to(ROOT).as_posix(): name for name, path in MODULES.items() if has_code(path)}
+
+
+def mirror(module: str) -> str:
+    """`layers/stack.py` -> `layers/test_stack.py`."""
+    path = Path(module)
+    return (path.parent / f"test_{path.stem.lstrip('_')}.py").as_posix()
+
+
+def public_names(path: Path) -> set[str]:
+    """Functions, classes and constants that a module defines."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in found if name == "__version__" or not name.startswith("_")}
+
+
+DEFINED = {name: public_names(path) for name, path in MODULES.items()}
+DEFINITIONS = Counter(each for names in DEFINED.values() for each in names)
+
+
+# What runs a command by its name.
+RUNNERS = {"hf_cod.cli.main", "tests.terminals.run_on_terminal"}
+# Front doors import all that there is, and say nothing of what a test is about.
+IMPORTS = {name: set(imports_of(path)) for name, path in MODULES.items() if name not in ("hf_cod", "hf_cod.models")}
+
+
+@cache
+def words_of(test: str) -> tuple[set[str], set[str]]:
+    """What a test file imports or asks a module for, and its strings."""
+    names, strings = set(), set()
+    for node in ast.walk(ast.parse((TESTS / test).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{a.name}" for a in node.names), *(a.name for a in node.names)}
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            strings.add(node.value)
+    return names, strings
+
+
+def is_used(name: str, test: str) -> bool:
+    """Whether a test file imports a module, names what that module alone defines, or runs it as a command."""
+    names, strings = words_of(test)
+    own = {each for each in DEFINED[name] if DEFINITIONS[each] == 1}
+    commands = {one for one, (module, _) in COMMANDS.items() if name == f"hf_cod.cli.commands.{module}"}
+    runs = (RUNNERS & names and commands & strings) or {f"tests.cli.runs.{one}" for one in commands} & names
+    if name == "hf_cod.__main__":
+        return "run_module" in names and "hf_cod" in strings
+    in_code = any(name in string for string in strings)  # that a process of its own runs
+    return name in names or in_code or bool(own & names) or bool(runs)
+
+
+@cache
+def doors_of(name: str) -> set[str]:
+    """The module, and those that import it, or the other half of its pair: a test goes through the public door."""
+    halves = {name}.union(*(pair for pair in CIRCLES_OF_MODELS if name in pair))
+    return {name} | {other for other, imports in IMPORTS.items() if halves & imports}
+
+
+@pytest.mark.parametrize("module", TO_TEST)
+def test_every_module_is_tested(module):
+    test = ELSEWHERE.get(module, mirror(module))
+    assert (TESTS / test).is_file(), f"{module} needs {mirror(module)}, or a place in TESTED_BY"
+    assert any(is_used(door, test) for door in doors_of(TO_TEST[module])), f"{test} does not use {module}"
+
+
+def test_the_table_has_no_stale_lines():
+    listed = [module for modules in TESTED_BY.values() for module in modules.split()]
+    assert len(listed) == len(set(listed)), [module for module, count in Counter(listed).items() if count > 1]
+    assert not set(listed) - TO_TEST.keys(), "modules that are no more"
+    assert not [module for module in listed if (TESTS / mirror(module)).is_file()], "they have a test file by now"
+
+
+def test_a_test_file_that_has_nothing_to_do_with_a_module_is_seen():
+    assert not any(is_used(door, "functional/test_ranks.py") for door in doors_of("hf_cod.layers.orientation"))
+    assert not any(is_used(door, "cli/commands/test_env.py") for door in doors_of("hf_cod.cli.commands.prune"))
+    assert is_used("hf_cod.cli.commands.prune", "cli/commands/test_prune.py")

@@ -1,0 +1,99 @@
+"""A run's directory: resumed by the same run, refused to others, and never one that holds something else."""
+
+import json
+
+import pytest
+
+from hf_cod.training.runs.run_directory import claim, last_checkpoint, last_steps
+from tests.training.runs.checkpoints import MARKER, whole_checkpoint
+
+WANTED = {"model": "m", "rate": 0.5}
+
+
+def checkpoint(folder, step, marker="{}"):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    if marker is not None:
+        (path / MARKER).write_text(marker)
+    return path
+
+
+def test_the_newest_whole_checkpoint(tmp_path):
+    assert last_checkpoint(tmp_path, MARKER) is None
+    whole = [whole_checkpoint(tmp_path, step) for step in (9, 10)]
+    checkpoint(tmp_path, 11, marker='{"half')
+    checkpoint(tmp_path, 12, marker=None)
+    (tmp_path / "checkpoint-13").write_text("a file")
+    checkpoint(tmp_path, "14-best")
+    assert [step for step, _ in last_steps(tmp_path)] == [12, 11, 10, 9]
+    assert last_checkpoint(tmp_path, MARKER) == whole[1]
+
+
+def test_the_same_run_resumes_and_another_one_is_refused(tmp_path):
+    claim(tmp_path / "run", WANTED)
+    noted = (tmp_path / "run" / "settings.json").read_text()
+    checkpoint(tmp_path / "run", 3)
+    claim(tmp_path / "run", dict(reversed(WANTED.items())))
+    with pytest.raises(ValueError, match=r"rate: expected 0\.5, with which the run in .* began, got 0\.7"):
+        claim(tmp_path / "run", {**WANTED, "rate": 0.7})
+    assert (tmp_path / "run" / "settings.json").read_text() == noted and json.loads(noted) == WANTED
+
+
+def test_before_its_first_checkpoint_a_run_has_left_nothing(tmp_path):
+    claim(tmp_path, WANTED)
+    (tmp_path / "scores.json").write_text("{}")
+    claim(tmp_path, WANTED)
+    assert (tmp_path / "scores.json").exists()
+    claim(tmp_path, {**WANTED, "rate": 0.7})
+    assert json.loads((tmp_path / "settings.json").read_text())["rate"] == 0.7
+    assert not (tmp_path / "scores.json").exists(), "they are those of other settings"
+
+
+def test_a_finished_run(tmp_path):
+    claim(tmp_path, WANTED)
+    (tmp_path / "report.json").write_text(json.dumps({"settings": WANTED}))
+    with pytest.raises(ValueError, match="whose run is finished"):
+        claim(tmp_path, WANTED)
+    claim(tmp_path, WANTED, finished=True)
+    with pytest.raises(ValueError, match=r"rate: expected 0\.5"):
+        claim(tmp_path, {**WANTED, "rate": 0.7}, finished=True)
+
+
+def test_what_an_earlier_version_reported_is_known(tmp_path):
+    """It noted no settings; of those that its report lacks any value will do."""
+    (tmp_path / "report.json").write_text(json.dumps({"settings": {"model": "m"}}))
+    checkpoint(tmp_path, 3)
+    with pytest.raises(ValueError, match="model: expected 'm'"):
+        claim(tmp_path, {"model": "other", "rate": 1}, finished=True)
+    claim(tmp_path, WANTED, finished=True)
+
+
+@pytest.mark.parametrize(
+    "prepare, message",
+    [
+        (lambda d: (d / "config.json").write_text("{}"), "which holds a model"),
+        (lambda d: checkpoint(d, 3), "which holds checkpoint-3 of another run"),
+        (
+            lambda d: (d / "settings.json").write_text("[1]"),
+            r"settings: expected named entries, got \[1\] in .*settings\.json",
+        ),
+        (lambda d: (d / "settings.json").write_text("{"), r"settings: expected JSON, got .* in .*settings\.json"),
+    ],
+)
+def test_directories_of_something_else(tmp_path, prepare, message):
+    prepare(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        claim(tmp_path, WANTED)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_what_is_only_named_like_a_checkpoint_and_a_file(tmp_path):
+    claim(tmp_path / "run", WANTED)
+    checkpoint(tmp_path / "run", "final")
+    with pytest.raises(ValueError, match=r"expected no checkpoint-\* in .* but checkpoints, got checkpoint-final"):
+        claim(tmp_path / "run", WANTED)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ValueError, match="expected a directory, got the file"):
+        claim(tmp_path / "file", WANTED)
+    assert (tmp_path / "file").read_text() == "precious"
