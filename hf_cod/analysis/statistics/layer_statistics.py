@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
@@ -31,6 +31,8 @@ from hf_cod.layers.task import model_inputs
 FORMAT_VERSION = "1"
 # Numbers that are squared at a time: 4 MiB of memory, and enough work for all threads.
 CHUNK = 1 << 20
+# The bits of float64's infinity.
+INFINITY = 0x7FF0_0000_0000_0000
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,13 +125,15 @@ class LayerStatistics:
             got = brief(metadata.get("format"))
             raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {got} in {str(path)!r}")
         kinds: dict[str, dict[str, Tensor]] = {"squares": {}, "tokens": {}}
+        raw = Path(path).read_bytes()
         with naming_file(path):
-            for key, tensor in load_tensors(Path(path).read_bytes()).items():  # faster than one by one from a map
+            for key, tensor in load_tensors(raw).items():  # faster than one by one from a map
                 kind, _, name = key.partition("/")
                 if kind not in kinds or not name or is_path(name):
                     raise ValueError(f"statistics: expected squares/NAME and tokens/NAME, got {brief(key)}")
                 kinds[kind][name] = tensor
-            _check_read(**kinds)
+            _check_shapes(**kinds)
+            _check_values(raw, **kinds)
         return cls(metadata["model"], metadata["path"], **kinds)
 
 
@@ -247,26 +251,38 @@ def _check_same(
             )
 
 
-def _check_read(squares: dict[str, Tensor], tokens: dict[str, Tensor]) -> None:
-    """Makes sure that these can be sums of squares, and counts of tokens."""
-    odd = set(squares) ^ set(tokens)
+def _check_shapes(squares: dict[str, Tensor], tokens: dict[str, Tensor]) -> None:
+    """Makes sure that each matrix has sums of squares and a count of tokens."""
+    odd = squares.keys() ^ tokens.keys()
     if odd or not squares:
         raise ValueError(
             f"statistics: expected squares and tokens of each matrix, got {brief(min(odd, default=None))} of one"
         )
     for name, sums in squares.items():
         count = tokens[name]
-        if sums.dtype != torch.float64 or sums.dim() not in (1, 2) or not sums.numel():
+        if sums.dtype is not torch.float64 or sums.dim() not in (1, 2) or not sums.numel():
             raise ValueError(f"squares/{name}: expected float64 of one or two dimensions, got {_described(sums)}")
-        if count.dtype != torch.int64 or count.shape != sums.shape[:-1]:
+        if count.dtype is not torch.int64 or count.shape != sums.shape[:-1]:
             raise ValueError(
                 f"tokens/{name}: expected int64 of shape {tuple(sums.shape[:-1])}, got {_described(count)}"
             )
-        values = sums.numpy()
-        if not (values.min() >= 0 and values.max() < math.inf):  # NaN is neither
-            raise ValueError(f"squares/{name}: expected finite sums of squares, got {values.min()} to {values.max()}")
-        if count.numpy().min() < 0:
-            raise ValueError(f"tokens/{name}: expected counts, got {int(count.min())}")
+
+
+def _check_values(raw: bytes, squares: dict[str, Tensor], tokens: dict[str, Tensor]) -> None:
+    """Makes sure that sums are finite and nothing is negative: at once, of the file's bytes, or it would take as long
+    as to read them.
+
+    Taken for integers, floats have the same sign, and those that are finite are less than infinity.
+    """
+    header = int.from_bytes(raw[:8], "little")
+    bits = np.frombuffer(raw, "<i8", offset=8 + header)
+    if bits.min() >= 0 and bits.max() < INFINITY:
+        return
+    for kind, tensors in (("squares", squares), ("tokens", tokens)):
+        for name, tensor in tensors.items():
+            if not (tensor.isfinite() & (tensor >= 0)).all():
+                what = "finite sums of squares" if kind == "squares" else "counts"
+                raise ValueError(f"{kind}/{name}: expected {what}, got {tensor.min()} to {tensor.max()}")
 
 
 def _described(tensor: Tensor) -> str:
