@@ -43,8 +43,7 @@ TESTED_BY = {
         "compression/low_rank/rank_plan.py compression/low_rank/settings.py compression/low_rank/spectra.py"
     ),
     "compression/pruning/test_pruner.py": (
-        "compression/pruning/methods.py compression/pruning/settings.py layers/checks.py "
-        "layers/fingerprints.py layers/finished_layers.py"
+        "compression/pruning/methods.py compression/pruning/settings.py layers/checks.py layers/fingerprints.py"
     ),
     "compression/quantization/test_format.py": (
         "compression/quantization/bnb_decoding.py compression/quantization/scales.py functional/bits.py"
@@ -95,6 +94,7 @@ TESTED_BY = {
     "test_module.py": "__main__.py",
     "test_pair.py": "cli/commands/demo.py",
     "test_public_api.py": "__init__.py",
+    "test_recipients.py": "cli/recorded.py reporting/result_card.py",
     "training/adapters/test_adapter_training.py": "training/adapters/config.py training/owlore/lora_ranks.py",
     "training/adapters/test_adapters.py": (
         "training/adapters/__init__.py training/adapters/model.py training/adapters/registry.py"
@@ -106,7 +106,9 @@ TESTED_BY = {
     "training/healing/test_recovery.py": "training/healing/masked_adapters.py",
     "training/owlore/test_optimizer.py": (
         "training/owlore/active_layers.py training/owlore/eight_bit.py training/owlore/increment.py "
-        "training/owlore/moments.py training/owlore/settings.py"
+        "training/owlore/moments.py training/owlore/optimizer_state.py training/owlore/settings.py "
+        "training/owlore/trained_increments.py training/owlore/trainer_arguments.py "
+        "training/owlore/update_in_backward.py"
     ),
 }
 ELSEWHERE = {module: test for test, modules in TESTED_BY.items() for module in modules.split()}

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 
-from hf_cod.io.reading import naming_file, parse_json, read_json, read_text, take_format
+from hf_cod.io.reading import naming_file, parse_json, read_json, take_format
 from hf_cod.io.schema import brief, check_value, read_record
+
+logger = logging.getLogger(__name__)
 
 Kept = TypeVar("Kept", bound="JsonFile")
 
@@ -101,10 +104,14 @@ class JsonFile:
     Attributes:
         FIELD: what errors call such a file.
         FORMAT: the version that is written, and the only one that is read.
+        RENAMED: name of an entry in earlier files -> its name now.
+        RENAMED_VALUES: name of an entry -> its values in earlier files -> what they are called now.
     """
 
     FIELD: ClassVar[str]
     FORMAT: ClassVar[int] = 1
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    RENAMED_VALUES: ClassVar[Mapping[str, Mapping[Any, Any]]] = {}
 
     def save(self, path: str | Path) -> Path:
         """Writes a JSON file; returns its path."""
@@ -119,7 +126,13 @@ class JsonFile:
         """
         content = read_json(path, cls.FIELD)
         with naming_file(path):
-            read = read_record(cls, take_format(content, cls.FORMAT, cls.FIELD), cls.FIELD)
+            entries = take_format(content, cls.FORMAT, cls.FIELD)
+            old = {name: new for name, new in cls.RENAMED.items() if new not in entries}
+            entries = {old.get(name, name): value for name, value in entries.items()}
+            for name, values in cls.RENAMED_VALUES.items():
+                if isinstance(entries.get(name), str):
+                    entries[name] = values.get(entries[name], entries[name])
+            read = read_record(cls, entries, cls.FIELD)
             read.check_read()
         return read
 
@@ -144,8 +157,10 @@ def fingerprint(*parts: Any) -> str:
 class Journal:
     """Results of a long run, one JSON line each, so that an interrupted run goes on where it stopped.
 
-    Each line names the work that it belongs to. Lines of other work in the same file are kept, but not read; a line
-    that was cut off in the middle of writing is dropped. Without a path the journal lives in memory alone.
+    Each line names the work that it belongs to, and ends with a checksum. Lines of other work in the same file are
+    kept, but not read; a line that was cut off in the middle of writing is dropped, and so is a damaged one, which a
+    warning says. Lines of earlier versions, which have no checksum, are taken as they are. Without a path the journal
+    lives in memory alone.
 
     Args:
         path: the file, or None.
@@ -161,15 +176,16 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         whole = []
-        lines = read_text(path, "journal").split("\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                entry = parse_json(line, "journal", nan=True)
-            except ValueError:  # the empty tail, or a line that the interruption cut
-                continue
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(lines):
             with naming_file(path):
-                work, key, value = check_value(entry, tuple[str, str, Any], f"journal line {number}")
+                record = _record_of(line)
+            if record is None:
+                if number < len(lines) - 1:  # else the empty tail, or a line that the interruption cut
+                    logger.warning("a line of %s is damaged: what it held is done again", path)
+                continue
             whole.append(line)
+            work, key, value = record
             if work == self.work:
                 self.entries[key] = value
         if [*whole, ""] != lines:
@@ -199,4 +215,26 @@ class Journal:
         self.entries[key] = value
         if self.path is None:
             return
-        append_line(self.path, json.dumps([self.work, key, value]))
+        record = json.dumps([self.work, key, value])
+        append_line(self.path, f'{record[:-1]}, "{_checksum(record)}"]')
+
+
+def _record_of(line: str) -> tuple[str, str, Any] | None:
+    """(work, key, value) of a journal's line; None of a damaged one."""
+    try:
+        record = parse_json(line, "journal", nan=True)
+    except ValueError:
+        return None
+    if isinstance(record, dict):  # no journal has such lines, and nobody else's file is written anew
+        raise ValueError(f"journal: expected [work, key, result] in each line, got {brief(record)}")
+    if not isinstance(record, list) or not all(isinstance(entry, str) for entry in record[:2]):
+        return None
+    if len(record) == 4:
+        end = f', "{record[3]}"]'
+        if not line.endswith(end) or _checksum(f"{line[: -len(end)]}]") != record[3]:
+            return None
+    return (record[0], record[1], record[2]) if len(record) in (3, 4) else None
+
+
+def _checksum(record: str) -> str:
+    return hashlib.sha256(record.encode()).hexdigest()[:16]

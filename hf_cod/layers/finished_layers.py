@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from hf_cod.io.files import fingerprint, write_aside
+from hf_cod.io.files import fingerprint
 from hf_cod.io.reading import naming_file, open_tensors, parse_json
 from hf_cod.io.schema import check_value
+from hf_cod.io.tensors import is_whole, save_tensors
 from hf_cod.io.text import Batch
 from hf_cod.layers.fingerprints import Journals
+
+logger = logging.getLogger(__name__)
+
+_NOTE = "note"
 
 
 class LayerNote(TypedDict):
@@ -37,6 +42,9 @@ Note = None | list[str] | LayerNote
 class FinishedLayers:
     """The layers that are done, with what is to be said of each.
 
+    A file whose checksum is wrong is removed, which a warning says, and its layer is not done; files of earlier
+    versions, which have none, are taken as they are.
+
     Args:
         directory: where the files are, or None to keep nothing on disk.
         work: fingerprint of model, batches and settings: files of other work are not read.
@@ -54,11 +62,11 @@ class FinishedLayers:
         self._directory = None if directory is None else Path(directory)
         self._work = work
         self._tensors_of, self._put_back = tensors_of, put_back
+        self._whole: set[int] = set()  # files that were found and checked
         self.notes: dict[int, Any] = {}
 
     def __contains__(self, index: int) -> bool:
-        path = self._path(index)
-        return index in self.notes or (path is not None and path.is_file())
+        return index in self.notes or index in self._whole or self._find(index)
 
     @torch.no_grad()
     def restore(self, index: int) -> None:
@@ -67,7 +75,7 @@ class FinishedLayers:
         if path is None or index in self.notes:
             return
         with open_tensors(path, "journal", f"a finished layer {index} (delete it to begin that layer again)") as file:
-            note = (file.metadata() or {}).get("note", "")
+            note = (file.metadata() or {}).get(_NOTE, "")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         with naming_file(path):
             told = check_value(parse_json(note, "journal note", nan=True), Note, "journal note", {"nan": True})
@@ -83,7 +91,19 @@ class FinishedLayers:
         path = self._path(index)
         if path is not None:
             tensors = {name: tensor.contiguous() for name, tensor in self._tensors_of(index).items()}
-            write_aside(path, lambda file: file.write(save(tensors, {"note": json.dumps(note)})))
+            save_tensors(path, tensors, {_NOTE: json.dumps(note)}, checked=True)
+
+    def _find(self, index: int) -> bool:
+        """Looks for the file of a layer; a damaged one is removed."""
+        path = self._path(index)
+        if path is None or not path.is_file():
+            return False
+        if not is_whole(path, {_NOTE}):
+            logger.warning("%s is damaged: layer %d is done again", path, index)
+            path.unlink()
+            return False
+        self._whole.add(index)
+        return True
 
     def _path(self, index: int) -> Path | None:
         return None if self._directory is None else self._directory / f"{self._work}-{index:05d}.safetensors"

@@ -113,10 +113,10 @@ def build_shapes(base: nn.Module, shapes: Any) -> None:
         ValueError: "module_shapes: expected ..., got ..."; names the module.
     """
     if shapes is not None and not isinstance(shapes, dict):
-        raise ValueError(f"module_shapes: expected names and sizes of modules, got {shapes!r:.60}")
+        raise ValueError(f"module_shapes: expected sizes by name of module, got {shapes!r:.60}")
     for name, changes in (shapes or {}).items():
-        if not isinstance(name, str) or not isinstance(changes, dict):
-            raise ValueError(f"module_shapes: expected sizes of {name!r:.60}, got {changes!r:.60}")
+        if not isinstance(name, str) or not isinstance(changes, dict) or not changes:
+            raise ValueError(f"module_shapes: expected sizes of {name!s:.60}, got {changes!r:.60}")
         try:
             module = base.get_submodule(name)
         except AttributeError:

@@ -7,20 +7,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_cod.functional import budget as budgets
-from hf_cod.io.deprecation import renamed
+from hf_cod.io.deprecation import current_value, renamed
 from hf_cod.io.files import JsonFile
 from hf_cod.io.schema import brief, limits
 from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.settings import DEFAULT_SPREAD, AllocationSettings, Kind
+from hf_cod.scoring.settings import DEFAULT_SPREAD, OLD_KINDS, AllocationSettings, Kind
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ DEFAULT_BITS = (3.0, 4.0)
 MOST_BITS = 64
 MOST_GROUP = 1 << 20
 # Kind -> whether a layer that matters more gets a smaller value.
-FALLING = {"sparsity": True, "bits": False, "rank": False, "parameters": False, "probability": False}
+FALLING = {"sparsity": True, "bits": False, "rank": False, "parameter_share": False, "probability": False}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LayerAllocation(JsonFile):
 
     Attributes:
         kind: "sparsity" (share of zeros), "bits" (of a weight), "rank" (share of the full rank that is kept),
-            "parameters" (share of the weights that is kept) or "probability" (that a layer is drawn).
+            "parameter_share" (share of the weights that is kept) or "probability" (that a layer is drawn).
         budget: what the mean of the values was to be.
         values: one a layer, from layer 0 on.
         parameters: the weight of each layer in that mean.
@@ -49,6 +49,7 @@ class LayerAllocation(JsonFile):
     """
 
     FIELD = "allocation"
+    RENAMED_VALUES: ClassVar[dict[str, dict[str, str]]] = {"kind": OLD_KINDS}
 
     kind: str = field(metadata=limits(choices=tuple(FALLING)))
     budget: float = field(metadata=limits(least=0))
@@ -79,6 +80,9 @@ class LayerAllocation(JsonFile):
             if abs(zeros - round(zeros)) > 1e-6 or round(zeros) == group:
                 raise ValueError(f"values[{layer}]: expected n / {group} with n < {group}, got {value}")
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=1))
+
     @property
     def mean(self) -> float:
         """The mean of the values weighted by parameters: the budget, or for discrete values as near as they allow."""
@@ -106,7 +110,7 @@ def same_share(stack: DecoderLayers, share: float) -> LayerAllocation:
         raise ValueError(f"plan: expected a share of parameters in 0..1, got {share}")
     sizes = sizes_of(stack)
     return LayerAllocation(
-        "parameters", share, [float(share)] * len(sizes), sizes, "uniform", model=name_of(stack), sizes=sizes
+        "parameter_share", share, [float(share)] * len(sizes), sizes, "uniform", model=name_of(stack), sizes=sizes
     )
 
 
@@ -145,6 +149,7 @@ def allocate(
     Raises:
         ValueError: a budget, spread, group or choice out of range.
     """
+    kind = current_value("kind", kind, OLD_KINDS, above=1)
     chosen = resolve(allocate, AllocationSettings, settings, fields, kind=kind, budget=budget, spread=spread)
     mean, lam, group, rule = chosen.budget, chosen.spread, chosen.group, chosen.rule
     weights = _weights(scores, layer_parameters)

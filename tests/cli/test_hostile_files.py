@@ -26,7 +26,7 @@ def models(tmp_path_factory):
         gpt_like().save_pretrained(folder / name)
     build("llama").save_pretrained(folder / "model")
     model = build("llama")
-    factorize(model, RankPlan("parameters", 0.9, {"model.layers.0.mlp.up_proj": 3}, "given"), "plain")
+    factorize(model, RankPlan("parameter_share", 0.9, {"model.layers.0.mlp.up_proj": 3}, "given"), "plain")
     model.save_pretrained(folder / "factorized")
     model = build("llama")
     for layer in model.model.layers:

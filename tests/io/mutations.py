@@ -46,7 +46,7 @@ RECORDS = {
         ["note"],
     ),
     "width_plan": WidthPlan(0.7, [2, None], [16, 32], "given", "m", [10, 20]),
-    "rank_plan": RankPlan("parameters", 0.7, {"model.layers.0.mlp.up_proj": 3}, "fisher", {}, "m", [10, 20]),
+    "rank_plan": RankPlan("parameter_share", 0.7, {"model.layers.0.mlp.up_proj": 3}, "fisher", {}, "m", [10, 20]),
 }
 
 

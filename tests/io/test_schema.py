@@ -71,7 +71,7 @@ def test_module_shapes(examples):
     """Built without memory for weights, as from_pretrained does: so a rank of terabytes would show here, too."""
     model = build("llama")
     names = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
-    factorize(model, RankPlan("parameters", 0.9, dict.fromkeys(names, 3), "given"), "plain")
+    factorize(model, RankPlan("parameter_share", 0.9, dict.fromkeys(names, 3), "given"), "plain")
     config, most = model.config, sum(p.numel() for p in build("llama").parameters())
 
     @settings(max_examples=examples)

@@ -24,6 +24,7 @@ from hf_cod.io.text import Batch, describe_batches, mask_tokens, token_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import Journals
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
 from hf_cod.layers.task import MASKED_LM_SUFFIXES, task_of
 
@@ -61,12 +62,12 @@ def diagnose(
     The report's `layers` hold, one value a layer: `angular_distance` (to the next layer, d(x^l, x^(l+1)), in [0, 1]),
     `block_influence`, `variance`, `mean`, `max_abs` and `added_share` of the layer's output, `gradient_norm` and
     `layer_drop` (the metric with that layer removed less the metric of the intact model). Its `results` hold
-    `angular_distance` (L x L, [l][n - 1], None where l + n > L), `effective_depth` (value, low, high, confidence),
-    `late_share` (how much of the summed angular distances the late half of the layers makes: below 1/2 where deep
-    layers turn the hidden state less), `idle_below` (the angular distance that rounding alone can cause; where no layer
-    turns the state further, effective depth and late share are left out), `layer_drop` (metric, lower_is_better,
-    intact, without: one value a layer) and `intervals` (measure -> [low, high] of each layer, 95 % percentile bootstrap
-    over samples, of `layer_drop` those of `without`). Fewer than 8 samples give no interval.
+    `angular_distance` (L x L, entry n - 1 of row l, None where l + n > L), `effective_depth` (value, low, high,
+    confidence), `late_share` (how much of the summed angular distances the late half of the layers makes: below 1/2
+    where deep layers turn the hidden state less), `idle_below` (the angular distance that rounding alone can cause;
+    where no layer turns the state further, effective depth and late share are left out), `layer_drop` (metric,
+    lower_is_better, intact, without: one value a layer) and `intervals` (measure -> [low, high] of each layer, 95 %
+    percentile bootstrap over samples, of `layer_drop` those of `without`). Fewer than 8 samples give no interval.
     The formulas stand at `functional.depth`, `measure_layer_drop` and `measure_gradient_norm`.
 
     Args:
@@ -92,6 +93,7 @@ def diagnose(
     stack = find_decoder_layers(model, chosen.layers_path)
     batches = _prepared(model, tokenizer, texts, batches, chosen)
     task = task_of(model, batches)
+    check_inputs(stack.model, batches)
     metric = find_metric(chosen.drop_metric if drop_metric is None else drop_metric, task)
     weights = next(stack.model.parameters())
     report = RunReport(

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_input
 from hf_cod.functional.depth import wide
-from hf_cod.io.deprecation import renamed
-from hf_cod.io.files import write_aside
+from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.io.reading import naming_file, open_tensors
 from hf_cod.io.schema import brief, is_path
+from hf_cod.io.tensors import save_tensors
 from hf_cod.io.text import Batch
 from hf_cod.layers.checks import name_of, warn_of_other_name
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.inputs import InputCheck
 from hf_cod.layers.running import evaluation_mode, naming_weights, progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import model_inputs
@@ -35,22 +35,25 @@ CHUNK = 1 << 20
 INFINITY = 0x7FF0_0000_0000_0000
 
 
+@renamed(path="layers_path")
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
     """Sums over all tokens that entered each matrix of a model's layers.
 
     Attributes:
         model: the model's name.
-        path: module name of the stack of layers.
+        layers_path: module name of the stack of layers.
         squares: matrix's name -> sum over tokens of x_j^2, float64 (in,), so that ||X_j||_2 is its square root;
             (experts, in) for a matrix of a bank of experts, where each expert's sum is over the tokens routed to it.
         tokens: matrix's name -> how many tokens entered it, int64, () or (experts,).
     """
 
     model: str
-    path: str
+    layers_path: str
     squares: dict[str, Tensor]
     tokens: dict[str, Tensor]
+
+    path = OldAttribute("layers_path")
 
     @property
     def unseen(self) -> dict[str, list[int]]:
@@ -81,15 +84,15 @@ class LayerStatistics:
             raise ValueError("parts: expected at least one, got none")
         first = parts[0]
         for part in parts[1:]:
-            if (part.model, part.path) != (first.model, first.path):
+            if (part.model, part.layers_path) != (first.model, first.layers_path):
                 raise ValueError(
-                    f"parts: expected those of one model, got those of {first.model} ({first.path}) and {part.model} "
-                    f"({part.path}); collect_statistics(..., name=...) gives both one name"
+                    f"parts: expected those of one model, got those of {first.model} ({first.layers_path}) and "
+                    f"{part.model} ({part.layers_path}); collect_statistics(..., name=...) gives both one name"
                 )
             _check_same(_shapes(first), _shapes(part), "parts", first.model, part.model)
         return cls(
             first.model,
-            first.path,
+            first.layers_path,
             {name: torch.stack([part.squares[name] for part in parts]).sum(0) for name in first.squares},
             {name: torch.stack([part.tokens[name] for part in parts]).sum(0) for name in first.tokens},
         )
@@ -108,8 +111,8 @@ class LayerStatistics:
         """Writes a safetensors file, aside and renamed; returns its path."""
         tensors = {f"squares/{name}": tensor for name, tensor in self.squares.items()}
         tensors |= {f"tokens/{name}": tensor for name, tensor in self.tokens.items()}
-        metadata = {"format": FORMAT_VERSION, "model": self.model, "path": self.path}
-        return write_aside(path, lambda file: file.write(save(tensors, metadata)))
+        metadata = {"format": FORMAT_VERSION, "model": self.model, "layers_path": self.layers_path}
+        return save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> LayerStatistics:
@@ -121,7 +124,8 @@ class LayerStatistics:
         """
         with open_tensors(path, "statistics", "a file of statistics") as file:
             metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT_VERSION or not {"path", "model"} <= set(metadata):
+        layers_path = metadata.get("layers_path", metadata.get("path"))  # as 0.1 called it
+        if metadata.get("format") != FORMAT_VERSION or layers_path is None or "model" not in metadata:
             got = brief(metadata.get("format"))
             raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {got} in {str(path)!r}")
         kinds: dict[str, dict[str, Tensor]] = {"squares": {}, "tokens": {}}
@@ -134,7 +138,7 @@ class LayerStatistics:
                 kinds[kind][name] = tensor
             _check_shapes(**kinds)
             _check_values(raw, **kinds)
-        return cls(metadata["model"], metadata["path"], **kinds)
+        return cls(metadata["model"], layers_path, **kinds)
 
 
 @renamed(path="layers_path")
@@ -160,12 +164,13 @@ def collect_statistics(
             that two layers share, a mixture of experts that cannot be observed.
     """
     stack = find_decoder_layers(model, layers_path)
-    recorder = StatisticsRecorder(stack)
+    recorder, checked = StatisticsRecorder(stack), InputCheck(stack.model)
     trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
     device = execution_device(stack.model)
     seen = 0
     with torch.no_grad(), naming_weights(stack.model), evaluation_mode(stack), recorder.attached():
         for number, batch in enumerate(progress(batches, "statistics", show_progress)):
+            checked.check(batch, number)  # one by one: they may come from a stream
             inputs = model_inputs(to_device(batch, device))
             recorder.start(inputs.get("attention_mask"))
             trunk(**inputs)
@@ -174,7 +179,7 @@ def collect_statistics(
     if not seen:
         raise ValueError("batches: expected at least one, got none")
     found = name or name_of(stack)
-    return LayerStatistics(found, stack.path, recorder.squares, recorder.tokens)
+    return LayerStatistics(found, stack.layers_path, recorder.squares, recorder.tokens)
 
 
 class StatisticsRecorder:

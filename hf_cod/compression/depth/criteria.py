@@ -22,9 +22,10 @@ from hf_cod.compression.depth.search import LayerSearch
 from hf_cod.compression.depth.settings import DepthSettings
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, check_batches, describe_batches, split_samples
+from hf_cod.io.text import Batch, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.fingerprints import Journals
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.removal import check_drop
 from hf_cod.layers.running import progress
@@ -89,9 +90,7 @@ def plan_depth(
     stack = find_decoder_layers(model, layers_path)
     check_count(n_removed, len(stack), "n_removed")
     check_independent(stack, "layers")
-    if not batches:
-        raise ValueError("batches: expected at least one, got none")
-    check_batches(batches)
+    check_inputs(stack.model, batches)
     forward = measure_forward(model, batches, layers_path=layers_path, show_progress=show_progress)
     protected = _protected(stack, how.protect, forward)
     journals = Journals(journal, stack.model, batches)
@@ -102,7 +101,7 @@ def plan_depth(
     metric = request.metric.name
     return DepthPlan(
         model=name_of(stack),
-        method=how.criterion,
+        criterion=how.criterion,
         layers=found.layers,
         parameters=sizes_of(stack),
         costs=found.costs,
@@ -134,7 +133,7 @@ class _Request:
 
     def probe(self, part: str, batches: Sequence[Batch]) -> RemovalProbe:
         """Measures on a part of the batches."""
-        journal = self.journals.of("removals", part, self.stack.path)
+        journal = self.journals.of("removals", part, self.stack.layers_path)
         return RemovalProbe(self.stack, self.metric, batches, journal, self.show_progress)
 
     def least(self, costs: Sequence[float | None]) -> list[int]:
@@ -217,7 +216,7 @@ def _losses_with_maps(
     """The loss without the layers of each candidate, with maps in their place, which are taken back, and how many."""
     stack, journal = (
         request.stack,
-        request.journals.of("losses with maps", request.settings.replacement, request.stack.path),
+        request.journals.of("losses with maps", request.settings.replacement, request.stack.layers_path),
     )
     for layers in progress(candidates, "choice with maps", request.show_progress):
         if str(layers) in journal:
@@ -239,7 +238,7 @@ def _choose(request: _Request, told: dict[str, dict[str, Any]], costs: list[floa
     # Of equal ones the last: exchanges go before what they began with.
     for name in sorted(reversed(candidates), key=lambda name: told[name]["loss"]):
         try:
-            check_drop(request.stack.model, candidates[name], request.stack.path)
+            check_drop(request.stack.model, candidates[name], request.stack.layers_path)
             return _Found(candidates[name], costs, told)
         except ValueError as error:
             refused = refused or error

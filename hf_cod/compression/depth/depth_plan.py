@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
+from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.io.files import JsonFile
 from hf_cod.io.schema import check_value, limits
 from hf_cod.layers.checks import check_sizes
@@ -22,13 +23,14 @@ class Candidate(TypedDict):
     maps: int
 
 
+@renamed(method="criterion")
 @dataclass(frozen=True)
 class DepthPlan(JsonFile):
     """The layers that a model can do without.
 
     Attributes:
         model: the model's name.
-        method: which of `CRITERIA` found them, or "given".
+        criterion: which of `CRITERIA` found them, or "given".
         layers: the layers that go, in ascending order, counted from 0.
         parameters: weights in the matrices of each of the model's layers.
         costs: what the criterion measured of each layer (None where it could not be removed so); empty where nothing
@@ -44,9 +46,10 @@ class DepthPlan(JsonFile):
     """
 
     FIELD = "depth_plan"
+    RENAMED: ClassVar[dict[str, str]] = {"method": "criterion"}
 
     model: str
-    method: str
+    criterion: str
     layers: list[int] = field(metadata=limits(least=0))
     parameters: list[int] = field(metadata=limits(least=0))
     costs: list[float | None] = field(default_factory=list)
@@ -55,6 +58,8 @@ class DepthPlan(JsonFile):
     protection: str = field(default="", metadata=limits(choices=("", GIVEN, MASSIVE)))
     replacement: str = "none"
     metric: str = "loss"
+
+    method = OldAttribute("criterion")
 
     def __post_init__(self) -> None:
         depth = len(self.parameters)

@@ -18,10 +18,11 @@ from hf_cod.functional.ranks import count
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, check_batches, describe_batches
+from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.shapes import SPARSE, LowRankLinear
@@ -73,8 +74,8 @@ def factorize(
         model: a transformers model with plain weights. What ends the work on the way (NaN or infinity, want of memory,
             Ctrl-C) leaves the layers before it factorized and the others whole: such a model runs and can be saved, but
             to begin again, or to go on from a journal, load it anew.
-        plan: an allocation of "parameters" or "rank"; ranks by matrix; or one share of parameters for all layers. For
-            oats, ranks by matrix come with their `nonzeros`, and no allocation is one of "rank".
+        plan: an allocation of "parameter_share" or "rank"; ranks by matrix; or one share of parameters for all layers.
+            For oats, ranks by matrix come with their `nonzeros`, and no allocation is one of "rank".
         method: see the table; default: whitened.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
         journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
@@ -97,7 +98,8 @@ def factorize(
     stack = find_decoder_layers(model, layers_path)
     if METHODS[method] and not batches:
         raise ValueError(f"batches: expected at least one for {method}, got none")
-    check_batches(batches or ())
+    if batches:
+        check_inputs(stack.model, batches)
     _check_model(stack)
     chosen = _plan(stack, plan, how.rank_share if method == "oats" else None)
     check_ranks(stack, chosen)
@@ -257,7 +259,7 @@ def _plan(stack: DecoderLayers, plan: LayerAllocation | RankPlan | float, rank_s
         if bool(plan.nonzeros) != (rank_share is not None):
             wanted, got = ("no nonzeros", "some") if plan.nonzeros else ("nonzeros beside its ranks for oats", "none")
             raise ValueError(
-                f"plan: expected {wanted}, got {got}; oats takes one share, or an allocation of parameters"
+                f"plan: expected {wanted}, got {got}; oats takes one share, or an allocation of parameter_share"
             )
         return plan
     allocation = plan if isinstance(plan, LayerAllocation) else same_share(stack, plan)

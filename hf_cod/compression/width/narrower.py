@@ -23,9 +23,10 @@ from hf_cod.functional import channels
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, check_batches, describe_batches
+from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -83,7 +84,7 @@ def narrow(
         model: a transformers model with plain weights. What ends the work on the way (NaN or infinity, want of memory,
             Ctrl-C) leaves the layers before it narrow and the others as they were: such a model runs and can be saved,
             but to begin again, or to go on from a journal, load it anew.
-        plan: an allocation of "parameters"; widths by layer; or one share of parameters for all layers.
+        plan: an allocation of "parameter_share"; widths by layer; or one share of parameters for all layers.
         method: see the first table; default: fluctuation.
         compensation: see the second table; default: least_squares.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
@@ -109,7 +110,8 @@ def narrow(
     sequential = needs_inputs(method, compensation)
     if (sequential or METHODS[method].gradients) and not batches:
         raise ValueError(f"batches: expected at least one for {method} with {compensation}, got none")
-    check_batches(batches or ())
+    if batches:
+        check_inputs(stack.model, batches)
     _check_model(stack)
     units = [find_units(stack, index) for index in range(len(stack))]
     chosen = _plan(stack, units, plan, how.channel_multiple)
@@ -122,7 +124,7 @@ def narrow(
     change = LayerChange(stack, units, kept, method, compensation, taylor)
     finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
     told: dict[str, Any] = {"method": method, "compensation": compensation}
-    told["plan"] = f"parameters {chosen.budget:g} by {chosen.method}"
+    told["plan"] = f"parameter_share {chosen.budget:g} by {chosen.method}"
     told |= describe_batches(batches) if batches and (sequential or taylor) else {}
     try:
         if sequential and batches:
