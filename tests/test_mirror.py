@@ -55,7 +55,6 @@ TESTED_BY = {
     "compression/quantization/test_plan.py": "compression/quantization/config.py",
     "compression/quantization/test_product.py": "compression/quantization/codes.py",
     "compression/quantization/test_quantize.py": "layers/sequential.py",
-    "compression/sparse/test_kernel.py": "io/native_kernel.py",
     "compression/sparse/test_linear.py": "compression/sparse/product.py",
     "compression/sparse/test_quantizer.py": (
         "compression/sparse/checkpoint.py compression/sparse/config.py compression/sparse/packing.py "

@@ -23,6 +23,7 @@ from hf_cod.cli.settings import PlotSettings, ResultsOutput
 from hf_cod.cli.step import Step
 from hf_cod.cli.terminal import print_report
 from hf_cod.cli.work import Work
+from hf_cod.io.display import say
 from hf_cod.io.output_checks import check_unused
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
@@ -56,12 +57,12 @@ def compress(
     with OutputDirectory(directory, told, check=check_unused, source=source) as output:
         report = RunReport.load(directory) if output.completed else run(step, source, loading, text, output, scores)
         if report is None:
-            print(f"\nnothing was made; what was measured is kept in {directory.resolve()}")
+            say(f"\nnothing was made; what was measured is kept in {directory.resolve()}")
             return 0
         if not output.completed:
             save_results(report, output, files)
     print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    say(f"\nwritten to {directory.resolve()}")
     return 0
 
 

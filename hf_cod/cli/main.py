@@ -16,6 +16,7 @@ from typing import Any
 from wrapt import register_post_import_hook
 
 from hf_cod.cli.messages import warnings_shown
+from hf_cod.io.display import one_line
 
 # Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
 COMMANDS = {
@@ -98,9 +99,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
             raise
         if "--debug" in arguments:
             traceback.print_exc()
-        said = str(error).strip() or type(error).__name__
-        told = said if status == 2 else said.splitlines()[0]
-        print(f"hf-cod {name}: error: {told}", file=sys.stderr)
+        print(f"hf-cod {name}: error: {one_line(error)}", file=sys.stderr)
         return status
 
 

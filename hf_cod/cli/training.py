@@ -9,6 +9,7 @@ from typing import Any
 from hf_cod.cli.recorded import card_outputs
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.cli.terminal import print_report
+from hf_cod.io.display import say
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.training.runs.run_directory import check_claim, claim, half_checkpoints, last_steps
@@ -49,7 +50,7 @@ def train_into(
     print_report(report)
     for what, name in _WRITTEN:
         if (directory / name).is_file():
-            print(f"\n{what} written to {(directory / name).resolve().parent}")
+            say(f"\n{what} written to {(directory / name).resolve().parent}")
 
 
 def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:

@@ -15,9 +15,12 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar, cast
+
+from hf_cod.io.reading import naming_file, parse_json, read_json, take_format
+from hf_cod.io.schema import brief, check_value, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -163,30 +166,29 @@ class JsonFile:
 
     @classmethod
     def load(cls: type[Kept], path: str | Path) -> Kept:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote; what earlier files lack has a default.
 
         Raises:
-            ValueError: no such file, of another format, or with other entries.
+            ValueError: no such file, of another format, or with entries that the fields do not allow (`schema.py`).
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = content.pop("format")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"{cls.FIELD}: expected a file of hf_cod's {cls.FIELD}"
-            raise ValueError(f"{what}, got {str(path)!r}: {error}") from error
-        if version != cls.FORMAT:
-            raise ValueError(f"{cls.FIELD}: expected format {cls.FORMAT}, got {version} in {str(path)!r}")
-        content = {cls.RENAMED.get(name, name): value for name, value in content.items()}
-        for name, values in cls.RENAMED_VALUES.items():
-            if content.get(name) in values:
-                content[name] = values[content[name]]
-        entries = fields(cast(Any, cls))
-        names = [entry.name for entry in entries]
-        # Earlier files lack what came later; it has a default then.
-        needed = {entry.name for entry in entries if entry.default is MISSING and entry.default_factory is MISSING}
-        if not needed <= set(content) <= set(names):
-            raise ValueError(f"{cls.FIELD}: expected {', '.join(names)}, got {', '.join(content)} in {str(path)!r}")
-        return cls(**content)
+        content = read_json(path, cls.FIELD)
+        with naming_file(path):
+            entries = take_format(content, cls.FORMAT, cls.FIELD)
+            old = {name: new for name, new in cls.RENAMED.items() if new not in entries}
+            entries = {old.get(name, name): value for name, value in entries.items()}
+            for name, values in cls.RENAMED_VALUES.items():
+                if isinstance(entries.get(name), str):
+                    entries[name] = values.get(entries[name], entries[name])
+            read = read_record(cls, entries, cls.FIELD)
+            read.check_read()
+        return read
+
+    def check_read(self) -> None:
+        """Makes sure of what the types of the fields cannot tell; called on what was read.
+
+        Raises:
+            ValueError: "field: expected ..., got ...".
+        """
 
 
 def looks_local(name: str) -> bool:
@@ -223,7 +225,8 @@ class Journal:
         whole = []
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         for number, line in enumerate(lines):
-            record = _record_of(line)
+            with naming_file(path):
+                record = _record_of(line)
             if record is None:
                 if number < len(lines) - 1:  # else the empty tail, or a line that the interruption cut
                     logger.warning("a line of %s is damaged: what it held is done again", path)
@@ -245,6 +248,15 @@ class Journal:
         """The result, or None where it is not known."""
         return self.entries.get(key)
 
+    def result(self, key: str, kind: Any) -> Any:
+        """The result, of which an annotation says what it has to be, as `schema.check_value` understands it.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with naming_file(self.path or "memory"):
+            return check_value(self.entries[key], kind, f"journal {brief(key)}", {"nan": True})
+
     def add(self, key: str, value: Any) -> None:
         """Records one result; it is on disk when this returns."""
         self.entries[key] = value
@@ -257,9 +269,11 @@ class Journal:
 def _record_of(line: str) -> tuple[str, str, Any] | None:
     """(work, key, value) of a journal's line; None of a damaged one."""
     try:
-        record = json.loads(line)
+        record = parse_json(line, "journal", nan=True)
     except ValueError:
         return None
+    if isinstance(record, dict):  # no journal has such lines, and nobody else's file is written anew
+        raise ValueError(f"journal: expected [work, key, result] in each line, got {brief(record)}")
     if not isinstance(record, list) or not all(isinstance(entry, str) for entry in record[:2]):
         return None
     if len(record) == 4:

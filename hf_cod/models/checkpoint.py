@@ -92,10 +92,17 @@ def _find(source: str | Path, names: Iterable[str]) -> dict[str, str]:
 
 def _own_code(config: str) -> set[str]:
     """The files whose classes a config's auto_map names; of "owner/name--module.Class" the code stays where it is."""
-    auto_map = json.loads(Path(config).read_text(encoding="utf-8")).get("auto_map", {})
-    values = [value if isinstance(value, list) else [value] for value in auto_map.values()]
+    try:
+        auto_map = json.loads(Path(config).read_text(encoding="utf-8")).get("auto_map", {})
+        values = [value if isinstance(value, list) else [value] for value in auto_map.values()]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"auto_map: expected classes by name, got {config!r}: {error}") from error
     names = [name for value in values for name in value if name is not None]
-    return {f"{name.split('.')[0]}.py" for name in names if "--" not in name}
+    modules = {str(name).split(".")[0] for name in names if "--" not in str(name)}
+    paths = sorted(name for name in modules if not name.isidentifier())
+    if paths:  # what is copied by this name must not leave the directory
+        raise ValueError(f"auto_map: expected modules beside the file, got {paths[0]!r} in {config!r}")
+    return {f"{name}.py" for name in modules}
 
 
 def save_aside(model: PreTrainedModel, output: Path, companions_from: str | Path | None = None) -> None:

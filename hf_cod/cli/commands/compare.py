@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
+from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
@@ -41,5 +42,5 @@ def main(arguments: Sequence[str]) -> int:
         write_text(output.results / "compare.md", comparison.to_markdown(picture))
         output.finish()
     print_comparison(comparison)
-    print(f"written to {directory.resolve()}")
+    say(f"written to {directory.resolve()}")
     return 0

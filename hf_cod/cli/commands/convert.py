@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser, model_title
+from hf_cod.io.display import say
 from hf_cod.models.authors import AUTHORS_NORM_TYPES
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     told = ["convert", chosen.to, chosen.source, chosen.norm_type, chosen.post_layers]
     with OutputDirectory(chosen.output, told, check=check_unused, source=chosen.source) as output:
         if output.completed:
-            print(f"written to {chosen.output}")
+            say(f"written to {chosen.output}")
             return 0
         model = conversions[chosen.to]()
         output.require(bytes_of(model))
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         report.save(output.results)
         card_outputs(output.results, report, output.path.resolve().name)
         output.finish()
-    print(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {chosen.output}")
+    say(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {chosen.output}")
     return 0
 
 

@@ -11,6 +11,7 @@ from hf_cod.cli.commands.quantize import Quantize, QuantizeOptions
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
+from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, TextSettings
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _pair(directory: OutputDirectory) -> int:
     text = (EMBEDDED / "held_out.txt").read_text(encoding="utf-8")
     reports, output = [], directory.path
     for placement in EMBEDDED_PLACEMENTS:
-        print(f"measuring {placement}")
+        say(f"measuring {placement}")
         model, tokenizer = load_model(embedded_model(placement), ModelSettings(dtype="float32"))
         settings = DiagnoseSettings(max_samples=16, batch_size=8, token="all")
         report, status = run(model, tokenizer, text, settings, output / placement, placement)
@@ -77,7 +78,7 @@ def _pair(directory: OutputDirectory) -> int:
     print_comparison(comparison)
     _quantized(output / "quantized")
     directory.finish(beside=[f"{placement}/report.json" for placement in EMBEDDED_PLACEMENTS])
-    print(f"\nwritten to {output.resolve()}; the figures are compare.png and quantized/overview.png")
+    say(f"\nwritten to {output.resolve()}; the figures are compare.png and quantized/overview.png")
     return 0
 
 
@@ -90,9 +91,9 @@ def _quantized(directory: Path) -> None:
     try:
         import hf_cod.compression.quantization.bnb  # noqa: F401
     except ImportError as error:
-        print(f"\nnot quantized: {error}")
+        say(f"\nnot quantized: {error}")
         return
-    print("\nquantizing pre")
+    say("\nquantizing pre")
     step = Quantize(QuantizeOptions(max_samples=8, eval_samples=16))
     text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
     model = embedded_model(EMBEDDED_PLACEMENTS[0])
@@ -101,7 +102,7 @@ def _quantized(directory: Path) -> None:
         assert report is not None
         compression.save_results(report, output, PlotSettings())
     for line in report.summary:
-        print(f"• {line}")
+        say(f"• {line}")
 
 
 def _smollm2(output: OutputDirectory) -> int:
@@ -112,7 +113,7 @@ def _smollm2(output: OutputDirectory) -> int:
     title, name = HUB_MODEL.split("/")[1], HUB_MODEL
     if not on_hub(HUB_MODEL):
         title, name = f"{title} (4-bit GGUF, dequantized)", str(from_package(*PACKAGED_MODEL))
-    print(f"measuring {title}: {name}")  # what other commands take as MODEL
+    say(f"measuring {title}: {name}")  # what other commands take as MODEL
     model, tokenizer = load_model(name, ModelSettings(dtype="float32"))
     report, status = run(model, tokenizer, embedded_text(), DiagnoseSettings(max_samples=8), output.path, title)
     finish(report, output, PlotSettings())

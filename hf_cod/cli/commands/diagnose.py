@@ -12,6 +12,7 @@ from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
+from hf_cod.io.display import one_line, say
 from hf_cod.io.settings import ModelSettings, TextSettings
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def run(
     except MeasurementError as error:
         if not error.report.layers:
             raise
-        print(f"hf-cod: error: {error}; what was measured before is kept", file=sys.stderr)
+        print(f"hf-cod: error: {one_line(error)}; what was measured before is kept", file=sys.stderr)
         return error.report, 1
 
 
@@ -87,4 +88,4 @@ def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -
     report.save(output.results)  # once more, for report.md to show the pictures
     output.finish()
     print_report(report)
-    print(f"\nwritten to {output.path.resolve()}")
+    say(f"\nwritten to {output.path.resolve()}")

@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, sampling, asked, files, rest = make_parser().parse(arguments)
     from hf_cod.cli.training import train_into
+    from hf_cod.scoring.layer_scores import LayerScores
     from hf_cod.training.runs.trainer import check_one_process
 
     if asked.estimate:
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     check_one_process()
     directory = Path(files.output or default_directory("finetune", rest.model))
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
+    if files.scores is not None:
+        LayerScores.load(files.scores)  # or nothing is written
     if files.plots:
         require_plots()
     work = partial(run, rest.model, loading, text, settings, sampling, files.scores)

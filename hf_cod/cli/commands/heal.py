@@ -54,6 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, source, settings, sampling, files, rest = make_parser().parse(arguments)
     from hf_cod.cli.training import train_into
+    from hf_cod.scoring.layer_scores import LayerScores
     from hf_cod.training.runs.trainer import check_one_process
 
     check_fused(settings, sampling)
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
     del told["speed"]  # with or without, it is the same training
+    if files.scores is not None:
+        LayerScores.load(files.scores)  # or nothing is written
     if files.plots:
         require_plots()
     work = partial(run, rest.student, loading, text, source, settings, sampling, files.scores)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
+from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
@@ -40,5 +41,5 @@ def main(arguments: Sequence[str]) -> int:
         report.save(output.results)
         output.finish()
     print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    say(f"\nwritten to {directory.resolve()}")
     return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.compression.sparse.settings import PackSettings
+from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, as_in
 from hf_cod.scoring.settings import ScoreSettings
 
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
             report = run(rest.model, loading, settings, output)
             output.finish()
     print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    say(f"\nwritten to {directory.resolve()}")
     return 0
 
 

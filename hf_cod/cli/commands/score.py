@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
+from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, SampleSettings, TextSettings
 from hf_cod.scoring.settings import USE_STATISTICS, ScoreSettings
 
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         report.save(place.results)
         place.finish(beside=[STATISTICS, SCORES])
     print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    say(f"\nwritten to {directory.resolve()}")
     return 0
 
 
@@ -119,7 +120,7 @@ def run(
     from hf_cod.io.text import describe_batches
     from hf_cod.layers.devices import execution_device
     from hf_cod.layers.fingerprints import Journals
-    from hf_cod.layers.stack import unwrap
+    from hf_cod.layers.stack import find_decoder_layers, unwrap
     from hf_cod.scoring.methods import score_layers
 
     base: Any = unwrap(model)
@@ -136,6 +137,8 @@ def run(
     file, journal = directory / STATISTICS, journals.of("statistics", settings.layers_path)
     kept = None if earlier else _kept(file, journal)
     statistics = LayerStatistics.load(earlier) if earlier else kept
+    if earlier and statistics is not None:
+        statistics.check(find_decoder_layers(base, settings.layers_path))
     report.keep_earlier(directory, (SCORES,) if kept else (STATISTICS, SCORES))
     if statistics is None:
         statistics = collect_statistics(model, batches, layers_path=settings.layers_path, name=name, show_progress=True)

@@ -6,11 +6,17 @@ All else that is true of the directories of commands is in `io/output_directory.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from hf_cod.io.files import write_json
 from hf_cod.io.output_checks import check_place
+from hf_cod.io.reading import naming_file, read_json
+from hf_cod.io.schema import check_value
+from hf_cod.training.runs.checkpoint_files import newest_whole
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint-"
 SETTINGS, SCORES_FILE, REPORT = "settings.json", "scores.json", "report.json"
@@ -25,14 +31,19 @@ def last_steps(directory: str | Path) -> list[tuple[int, Path]]:
 
 
 def last_checkpoint(directory: str | Path, marker: str) -> Path | None:
-    """The newest whole checkpoint: the one with the highest step whose `marker`, which is written last, can be read."""
-    for _, path in last_steps(directory):
-        try:
-            json.loads((path / marker).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # the process died while it wrote this one
-        return path
-    return None
+    """The newest checkpoint that a training can go on from; warns of those that are newer and damaged.
+
+    Args:
+        directory: the run's.
+        marker: the file that is written last: where it is missing, the process died while it wrote the checkpoint.
+    """
+    written = [(step, path) for step, path in last_steps(directory) if (path / marker).is_file()]
+    damaged: list[tuple[Path, str]] = []
+    found = newest_whole(written, marker, lambda path, why: damaged.append((path, why)))
+    for path, why in damaged:
+        resumed = "the training begins anew" if found is None else f"the training resumes from {found.name}"
+        logger.warning("%s is damaged (%s): %s", path, why, resumed)
+    return found
 
 
 def half_checkpoints(directory: Path) -> list[Path]:
@@ -113,17 +124,15 @@ def _check_held(directory: Path, known: bool) -> list[str]:
 def _reported(directory: Path) -> dict[str, Any]:
     """The settings that a report tells; empty if there is none that can be read."""
     try:
-        return json.loads((directory / REPORT).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return check_value(read_json(directory / REPORT, "report")["settings"], dict[str, Any], "settings")
+    except (ValueError, KeyError, TypeError):
         return {}
 
 
 def _noted(note: Path) -> dict[str, Any]:
     """What a run has noted of itself; empty if none has."""
-    try:
-        found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"output: expected the settings of a run in {str(note)!r}, got something else")
-    return found
+    if not note.is_file():
+        return {}
+    found = read_json(note, "settings")
+    with naming_file(note):
+        return check_value(found, dict[str, Any], "settings")

@@ -277,8 +277,8 @@ def test_a_directory_of_another_run_is_refused(tmp_path, capsys):
         ("checkpoint-500/trainer_state.json", "{}", "which holds checkpoint-500 of another run"),
         ("checkpoint-best/model.safetensors", "", "which holds checkpoint-best of another run"),
         ("config.json", "{}", "which holds a model"),
-        ("settings.json", "steps = 5", "settings.json', got something else"),
-        ("settings.json", "[5]", "settings.json', got something else"),
+        ("settings.json", "steps = 5", "settings: expected JSON, got"),
+        ("settings.json", "[5]", "settings: expected named entries, got [5]"),
     ],
 )
 def test_a_directory_of_something_else_is_refused_and_left_alone(made, content, message, tmp_path, capsys):
