@@ -124,7 +124,7 @@ def _complete(
         "evaluation": describe_batches(work.evaluation),
         **({} if work.scores is None else {"score": work.scores.settings}),
     }
-    told = {"model": source, **asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
+    told = {"model": work.source, **asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
     given = {} if scores_file is None or work.scores is None else {"score": work.scores.method}
     scored = {} if work.scores is None else {"score": work.scores.values}
     remarks = [] if work.scores is None else work.scores.remarks
