@@ -28,7 +28,7 @@ def say(text: object) -> None:
 
 def one_line(text: object) -> str:
     """As `terminal_text`, with the lines of a longer message joined by a space."""
-    said = str(text).strip() or type(text).__name__
+    said = type(text).__name__ if isinstance(text, Exception) and not str(text) else str(text)
     return terminal_text(" ".join(said.split("\n")))
 
 
