@@ -159,7 +159,7 @@ def allocate(
     D = torch.tensor(scores.values, dtype=torch.float64)
     if chosen.kind == "bits":
         if lam is not None or rule != "bounded":
-            raise ValueError("spread: expected none and the rule bounded for bits, which are spread over the choices")
+            raise ValueError("spread: expected none for bits, which are spread over the choices, and the rule bounded")
         assert choices is not None
         values = budgets.spread(D, weights, mean, choices[0], choices[-1], falling=False)
     else:

@@ -443,7 +443,7 @@ def test_plans_of_another_model_are_refused(tmp_path, caplog):
     assert RankPlan.load(whole.save(tmp_path / "plan.json")) == whole and whole.sizes == sizes
     assert not caplog.messages
     factorize(other, allocate(scores, "parameter_share", 0.5), "plain")
-    assert "plan: used on LlamaForCausalLM, but found on some/other, whose layers" in caplog.text
+    assert "plan: used on LlamaForCausalLM, but computed for some/other, which has layers" in caplog.text
 
 
 def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
