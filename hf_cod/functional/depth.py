@@ -102,7 +102,7 @@ def effective_depth(contributions: Tensor) -> Tensor:
 
     The participation ratio of the layers' contributions, that is the Hill number of order 2 of their shares p_l (Hill
     1973, "Diversity and evenness"). w_l is what layer l contributes, here its mean angular distance d(x^l, x^(l+1)).
-    It is L if all layers rotate the hidden state by the same angle, 1 if a single layer contributes, and k if k layers
+    It is L if all layers turn the hidden state by the same angle, 1 if a single layer contributes, and k if k layers
     contribute equally and the others contribute nothing.
 
     Args:

@@ -454,7 +454,7 @@ def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
     factorize(twice, 0.5, "plain")
     adapted = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["up_proj"]))
     for model, message in [
-        (shared, r"one matrix each, got model.layers.1.mlp.up_proj.weight"),
+        (shared, r"a separate weight for each matrix, got model.layers.1.mlp.up_proj.weight"),
         (broken, "weights: expected finite numbers, got NaN or infinity in model.layers.3.mlp.up_proj"),
         (twice, r"model: expected whole matrices, got factors in model.layers.0.self_attn.q_proj"),
         (adapted, r"got an adapter at model.layers.0.mlp.up_proj; merge_and_unload it first"),

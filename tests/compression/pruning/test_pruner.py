@@ -265,7 +265,10 @@ def test_weights_that_cannot_be_pruned_are_refused_before_anything_changes():
     offloaded = build("llama")
     cpu_offload(offloaded, torch.device("cpu"))
     for model, message in [
-        (shared, r"one matrix each, got model.layers.1.mlp.up_proj.weight, which is model.layers.3.mlp.up_proj.weight"),
+        (
+            shared,
+            r"a separate weight for each matrix, got model.layers.1.mlp.up_proj.weight, which is shared with model.layers.3.mlp.up_proj.weight",
+        ),
         (
             tied,
             r"got model.layers.2.self_attn.k_proj.weight, which is shared with model.layers.2.self_attn.v_proj.weight",

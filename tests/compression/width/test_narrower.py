@@ -387,9 +387,7 @@ def test_what_has_another_structure_stays_whole_and_is_named():
     assert mixture.notes == ["layers 0, 2, 3: MLP is not narrowed: experts are not supported"]
     with pytest.raises(ValueError, match=r"in layer 0, which is one group .*; MLP is not narrowed: experts are not"):
         narrow(build("qwen2_moe"), 0.1, "magnitude", "none", channel_multiple=8)
-    with pytest.raises(
-        ValueError, match=r"known structure in GptOssForCausalLM, got none; .* self_attn.sinks concerns"
-    ):
+    with pytest.raises(ValueError, match=r"known structure in GptOssForCausalLM, got none; .* self_attn.sinks applies"):
         narrow(build("gpt_oss"), 0.9, "magnitude", "none")
 
 
@@ -484,7 +482,7 @@ def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
     factorize(factors, 0.5, "plain")
     adapted = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["up_proj"]))
     for model, message in [
-        (shared, r"one matrix each, got model.layers.1.mlp.up_proj.weight"),
+        (shared, r"a separate weight for each matrix, got model.layers.1.mlp.up_proj.weight"),
         (broken, "weights: expected finite numbers, got NaN or infinity in model.layers.3.mlp.up_proj"),
         (factors, r"model: expected whole matrices, got factors in model.layers.0.self_attn.q_proj"),
         (adapted, r"got an adapter at model.layers.0.mlp.up_proj; merge_and_unload it first"),
