@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cod.analysis.monitoring.history import TrainingHistory
 from hf_cod.io.files import copy_aside, write_text
+from hf_cod.io.loading import load_exactly
 from hf_cod.io.markdown import escaped
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport, format_number
@@ -67,7 +68,7 @@ def release(run: str | Path, output: str | Path, settings: CardSettings | None =
     # Until 0.2 the model had a directory of its own.
     trained = run if (run / "config.json").is_file() else run / "model"
     with OutputDirectory(output, source=str(trained)) as directory:
-        model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16)
+        model = load_exactly(AutoModelForCausalLM, trained, dtype=torch.bfloat16)
         model.save_pretrained(directory.results)
         AutoTokenizer.from_pretrained(trained).save_pretrained(directory.results)
         pictures = _draw(report, run, directory.results)

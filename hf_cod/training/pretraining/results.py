@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_cod.analysis.diagnostics.diagnosis import diagnose
 from hf_cod.analysis.evaluation.choice import perplexity
+from hf_cod.io.loading import load_exactly
 from hf_cod.io.report import RunReport, environment, format_number
 from hf_cod.training.pretraining.preparation import Prepared, as_batches
 from hf_cod.training.pretraining.recipes import PretrainSettings
@@ -48,7 +49,7 @@ def save_results(
         output = stack.push(prepared.output)
         bare.save_pretrained(output.results, state_dict=weights)
         prepared.tokenizer.save_pretrained(output.results)
-        whole = AutoModelForCausalLM.from_pretrained(output.results, dtype=torch.float32).to(accelerator.device)
+        whole = load_exactly(AutoModelForCausalLM, output.results, dtype=torch.float32).to(accelerator.device)
         report = training_report(settings, prepared, whole, history)
         report.save(output.results)
         output.finish()
