@@ -22,8 +22,7 @@ TESTED_BY = {
     "analysis/statistics/test_layer_statistics.py": "analysis/statistics/matrix_inputs.py",
     "cli/commands/test_finetune.py": (
         "cli/commands/finetune_memory.py cli/sizes.py cli/training.py training/runs/estimate.py "
-        "training/runs/memory.py training/runs/methods.py training/runs/trainer.py "
-        "training/runs/training_settings.py"
+        "training/runs/memory.py training/runs/methods.py training/runs/trainer.py"
     ),
     "cli/commands/test_heal.py": "cli/__init__.py cli/samples.py",
     "cli/commands/test_quantize.py": "cli/explained.py",

@@ -41,6 +41,16 @@ def check_output(directory: Path, model: str) -> None:
         )
 
 
+def check_directory(directory: Path) -> None:
+    """Makes sure that results can go there.
+
+    Raises:
+        ValueError: it is a file.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"output: expected a directory, got the file {str(directory)!r}")
+
+
 def results_of(directory: Path) -> Path:
     """Where results are written until `finish`: inside the journal. What an interrupted run left there goes."""
     results = directory / JOURNAL / _RESULT

@@ -18,6 +18,8 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 # Spelling that other tools or earlier versions use -> ours.
 ALIASES = {"--output-dir": "--output", "--multiple": "--channel-multiple"}
+# Type of an option's value -> what an error calls it.
+_TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}
 # Options of every command, which a config file does not hold.
 _COMMON = ("help", "config", "print_config", "quiet")
 
@@ -94,6 +96,19 @@ class SettingsParser(argparse.ArgumentParser):
         """
         if action.choices is not None and value not in action.choices:
             raise ValueError(f"{action.dest}: expected one of {', '.join(map(str, action.choices))}, got {value!r}")
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """As a setting's own check says it.
+
+        Raises:
+            ValueError: no number, where one is expected.
+        """
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError as error:
+            if action.type not in _TYPES:
+                raise
+            raise ValueError(f"{action.dest}: expected {_TYPES[action.type]}, got {text!r}") from error
 
     def _options(self) -> dict[str, argparse.Action]:
         """Name in a config file -> option or positional argument."""

@@ -29,6 +29,21 @@ def load_with_tokenizer(source: str, loading: ModelSettings) -> tuple[nn.Module,
     return model, tokenizer
 
 
+def check_texts(text: TextSettings, eval_text: str | None) -> None:
+    """Makes sure that there are the texts that were named, before a model is loaded.
+
+    Raises:
+        ValueError: there is no such text; says which.
+    """
+    load_texts(text)
+    if eval_text is None:
+        return
+    try:
+        load_texts(replace(text, text=eval_text))
+    except ValueError as error:
+        raise ValueError(f"eval_{error}" if str(error).startswith("text") else str(error)) from error
+
+
 def split_text(
     model: nn.Module, tokenizer: Any, text: TextSettings, settings: MeasuringSettings
 ) -> tuple[Sequence[Batch], Sequence[Batch]]:

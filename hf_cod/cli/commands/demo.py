@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.commands.diagnose import finish, run
@@ -13,6 +14,9 @@ from hf_cod.cli.output import JOURNAL, require_plots
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.settings import ModelSettings, TextSettings
+
+if TYPE_CHECKING:
+    from hf_cod.io.report import RunReport
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model (4-bit GGUF) out of a package, for machines that reach a package index but not the Hub.
@@ -68,9 +72,43 @@ def _pair(output: Path) -> int:
     comparison.plot(output)
     write_text(output / "compare.md", comparison.to_markdown())
     print_comparison(comparison)
+    print("\nWhat this shows:")
+    for line in explain(reports):
+        print(f"• {line}")
     _quantized(output / "quantized")
     print(f"\nwritten to {output.resolve()}; the figures are compare.png and quantized/overview.png")
     return 0
+
+
+def explain(reports: Sequence[RunReport]) -> list[str]:
+    """What a newcomer sees in the table of the pair, and what it does not show."""
+    from hf_cod.io.report import format_number
+
+    pre, _lns = reports
+    depth = pre.n_layers
+    lines = [
+        f"Effective depth is the number of equal layers that would turn the hidden state as these {depth} do: {depth} "
+        "if all turn it equally far, 1 if a single layer does everything."
+    ]
+    if all(report.layers.get("variance") for report in reports):
+        first, second = (format_number(report.layers["variance"][-1]) for report in reports)
+        lines.append(
+            f"LayerNorm Scaling (lns) holds the variance of the hidden state: {second} after the last layer, {first} "
+            "without it (pre). Where the variance grows with depth, each further layer adds less to it: that is the "
+            "Curse of Depth."
+        )
+    found = [report.results.get("layer_drop") for report in reports]
+    if all(found):
+        first, second = (format_number(each["intact"]) for each in found if each)
+        lines.append(
+            f"In perplexity the two differ little ({first} pre, {second} lns): they have {depth} layers and 3.4 "
+            "million parameters and were trained once each on 10 million tokens, too little to rank the placements."
+        )
+    lines.append(
+        "The paper (arXiv 2502.05795) reports lower perplexity with LayerNorm Scaling for models of 130 million to 1 "
+        "billion parameters; this package has not repeated that."
+    )
+    return lines
 
 
 def _quantized(directory: Path) -> None:

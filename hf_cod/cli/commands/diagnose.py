@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
-from hf_cod.cli.output import require_plots
+from hf_cod.cli.output import check_directory, require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.settings import ModelSettings, TextSettings
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.io.text import load_texts
 
     directory = output.output or default_directory("diagnose", rest.model)
+    check_directory(Path(directory))
     texts = load_texts(text)
     if output.plots:
         require_plots()

@@ -15,7 +15,7 @@ from hf_cod.cli.settings import TrainingOutput
 from hf_cod.cli.sizes import in_gigabytes
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.training_settings import TrainingSettings, check_fused, check_scores
+from hf_cod.training.runs.training_settings import TrainingSettings, check_fused, check_scores, for_samples
 
 if TYPE_CHECKING:
     from hf_cod.io.report import RunReport
@@ -43,7 +43,10 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, sampling, asked, files, rest = make_parser().parse(arguments)
+    from hf_cod.cli.samples import check_texts
     from hf_cod.cli.training import tell
+    from hf_cod.scoring.layer_scores import LayerScores
+    from hf_cod.training.runs.methods import check_method
     from hf_cod.training.runs.run_directory import claim
 
     if asked.estimate:
@@ -51,8 +54,14 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
+    check_method(settings.method, sampling)
+    check_texts(text, None)
+    if files.scores is not None:
+        LayerScores.load(files.scores)
     directory = Path(files.output or default_directory("finetune", rest.model))
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
+    if settings.follows_samples:
+        del told["steps"]
     claim(directory, told)
     if files.plots:
         require_plots()
@@ -77,6 +86,7 @@ def run(
     from hf_cod.io.text import load_texts
     from hf_cod.layers.checks import check_length
     from hf_cod.training.runs.methods import METHODS
+    from hf_cod.training.runs.run_directory import begun_steps, claim
     from hf_cod.training.runs.trainer import scores_to_draw_by, split_windows, train
 
     model, tokenizer = load_model(source, loading)
@@ -86,6 +96,8 @@ def run(
     _check_weights(model, settings.method)
     windows = pack(tokenizer, load_texts(text), settings.sequence_length)
     train_windows, held_out = split_windows(windows, settings)
+    settings = for_samples(settings, len(train_windows), begun_steps(directory))
+    claim(directory, {"steps": settings.total_steps})
     batches: list[Batch] = [{"input_ids": part} for part in held_out.split(settings.micro_batch_size)]
     before = held_out_perplexity(model, batches)
     scores = scores_to_draw_by(model, train_windows, settings, scores_file, directory)

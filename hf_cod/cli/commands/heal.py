@@ -51,14 +51,23 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, source, settings, sampling, files, rest = make_parser().parse(arguments)
+    from hf_cod.cli.samples import check_texts
     from hf_cod.cli.training import tell
+    from hf_cod.scoring.layer_scores import LayerScores
+    from hf_cod.training.runs.methods import check_method
     from hf_cod.training.runs.run_directory import claim
 
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
+    check_method(settings.method, sampling)
+    check_texts(text, source.eval_text)
+    if files.scores is not None:
+        LayerScores.load(files.scores)
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
     del told["speed"]  # with or without, it is the same training
+    if settings.follows_samples:
+        del told["steps"]
     claim(directory, {"student": rest.student, **told})
     if files.plots:
         require_plots()

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_cod.cli.output import check_directory, require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.settings import ModelSettings, SampleSettings, TextSettings
@@ -67,6 +68,7 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, output, rest = make_parser().parse(arguments)
+    from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
     from hf_cod.cli.terminal import print_report
     from hf_cod.io.models import load_model
     from hf_cod.io.text import load_texts, mask_tokens
@@ -75,11 +77,17 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.layers.task import task_of
 
     directory = Path(output.output or default_directory("score", rest.model))
+    check_directory(directory)
+    texts = load_texts(text)
+    if output.plots:
+        require_plots()
+    if output.statistics is not None:
+        LayerStatistics.load(output.statistics)
     model, tokenizer = load_model(rest.model, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
     check_length(model, settings.sequence_length)
-    batches = cut_into_batches(tokenizer, load_texts(text), settings)
+    batches = cut_into_batches(tokenizer, texts, settings)
     if task_of(model) == "masked_lm":
         batches = mask_tokens(tokenizer, batches, settings.seed)
     report = run(model, batches, settings, output.statistics, directory, model_title(rest.model))

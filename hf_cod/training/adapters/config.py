@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from hf_cod.io.settings import Default
 from hf_cod.training.adapters.registry import peft_type
 
 
@@ -28,7 +29,10 @@ class OwLoreConfig(PeftConfig):
         ValueError: a rank below 1.
     """
 
-    r: int = field(default=128, metadata={"help": "rank of what trains now"})
+    r: int = field(
+        default=Default(128),
+        metadata={"help": "rank of what trains now; the default at most the width of the layers' matrices"},
+    )
     max_rank: int | None = field(
         default=None, metadata={"help": "bound of the rank of what was learnt before; None: twice r"}
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -268,6 +268,22 @@ _NOT_OURS = {
 }
 
 
+def check_beside_adapters(settings: OwLoreSettings, but: Collection[str] = ()) -> None:
+    """Makes sure that settings leave to OwLore adapters what those decide.
+
+    Args:
+        settings: of the optimizer.
+        but: names of settings that the caller takes for the adapters.
+
+    Raises:
+        ValueError: they were given something else than the default.
+    """
+    for name, reason in _NOT_OURS.items():
+        value = getattr(settings, name)
+        if name not in but and value != OwLoreSettings.__dataclass_fields__[name].default:
+            raise ValueError(f"{name}: expected none beside an OwLore adapter, got {value!r}; {reason}")
+
+
 class Increments:
     """The increments of OwLore adapters whose N an optimizer holds; none where the model has no such adapters.
 
@@ -293,10 +309,7 @@ class Increments:
         """
         if not any(self):
             return settings
-        for name, reason in _NOT_OURS.items():
-            value = getattr(settings, name)
-            if value != OwLoreSettings.__dataclass_fields__[name].default:
-                raise ValueError(f"{name}: expected none beside an OwLore adapter, got {value!r}; {reason}")
+        check_beside_adapters(settings)
         return replace(settings, rank=None)
 
     def described(self) -> dict[str, Any]:

@@ -63,6 +63,11 @@ def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) ->
         write_json(directory / SETTINGS, {**noted, **wanted})
 
 
+def begun_steps(directory: Path) -> int | None:
+    """The steps that an interrupted run was to make, which a run that goes on with its checkpoints makes, too."""
+    return _noted(directory / SETTINGS).get("steps") if last_steps(directory) else None
+
+
 def _check_free(directory: Path, finished: bool) -> None:
     """Makes sure that there is no file of this name, and neither a model nor, unless it may be finished, a report."""
     if directory.exists() and not directory.is_dir():

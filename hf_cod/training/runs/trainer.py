@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -24,6 +25,8 @@ from hf_cod.training.owlore.optimizer import OwLoreAdamW
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.run_directory import SCORES_FILE
 from hf_cod.training.runs.training_settings import TrainingSettings
+
+logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
 SCORED_SAMPLES = 16
@@ -49,6 +52,8 @@ class Training:
 def split_windows(windows: Tensor, settings: TrainingSettings) -> tuple[Tensor, Tensor]:
     """Windows to train on and, from the text's end, to measure on.
 
+    Warns where most are held out.
+
     Raises:
         ValueError: too few for both.
     """
@@ -57,7 +62,16 @@ def split_windows(windows: Tensor, settings: TrainingSettings) -> tuple[Tensor, 
             f"text: expected more than the {settings.eval_samples} windows of {settings.sequence_length} tokens that "
             f"are held out, got {len(windows)}; give a longer text, or fewer --eval-samples"
         )
-    return windows[: -settings.eval_samples].long(), windows[-settings.eval_samples :].long()
+    left = len(windows) - settings.eval_samples
+    if left < settings.eval_samples:
+        logger.warning(
+            "eval_samples: %d of %d samples are held out, and only %d are trained on; fewer --eval-samples or a longer "
+            "text gives more",
+            settings.eval_samples,
+            len(windows),
+            left,
+        )
+    return windows[:left].long(), windows[left:].long()
 
 
 def scores_to_draw_by(
