@@ -15,7 +15,6 @@ TESTS = Path(__file__).parent
 # file of its own name; it comes here only if that would test the same again.
 TESTED_BY = {
     "analysis/diagnostics/test_diagnosis.py": "analysis/diagnostics/findings.py analysis/diagnostics/settings.py",
-    "analysis/diagnostics/test_forward_pass.py": "layers/running.py",
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
     "analysis/evaluation/test_metrics.py": "analysis/evaluation/choice.py layers/task.py",
     "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",

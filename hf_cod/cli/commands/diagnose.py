@@ -45,13 +45,15 @@ def main(arguments: Sequence[str]) -> int:
     loading, text, settings, output, rest = make_parser().parse(arguments)
     from hf_cod.io.models import load_model
     from hf_cod.io.text import load_texts
+    from hf_cod.layers.running import busy
 
     directory = output.output or default_directory("diagnose", rest.model)
     check_directory(Path(directory))
     texts = load_texts(text)
     if output.plots:
         require_plots()
-    model, tokenizer = load_model(rest.model, loading)
+    with busy(f"loading {model_title(rest.model)}"):
+        model, tokenizer = load_model(rest.model, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.diagnose in Python")
     report, status = run(model, tokenizer, texts, settings, directory, model_title(rest.model))

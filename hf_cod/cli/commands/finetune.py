@@ -85,11 +85,13 @@ def run(
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
     from hf_cod.layers.checks import check_length
+    from hf_cod.layers.running import busy, progress
     from hf_cod.training.runs.methods import METHODS
     from hf_cod.training.runs.run_directory import begun_steps, claim
     from hf_cod.training.runs.trainer import scores_to_draw_by, split_windows, train
 
-    model, tokenizer = load_model(source, loading)
+    with busy(f"loading {model_title(source)}"):
+        model, tokenizer = load_model(source, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod.owlore with Trainer")
     check_length(model, settings.sequence_length)
@@ -99,7 +101,7 @@ def run(
     settings = for_samples(settings, len(train_windows), begun_steps(directory))
     claim(directory, {"steps": settings.total_steps})
     batches: list[Batch] = [{"input_ids": part} for part in held_out.split(settings.micro_batch_size)]
-    before = held_out_perplexity(model, batches)
+    before = held_out_perplexity(model, progress(batches, "perplexity", show=True))
     scores = scores_to_draw_by(model, train_windows, settings, scores_file, directory)
     chosen = METHODS[settings.method]
     trained: Any
@@ -108,7 +110,7 @@ def run(
     training = train(trained, optimizer, train_windows, settings, sampling.seed, directory)
     lost = _lost_energy(trained)
     whole = _saved(trained, tokenizer, chosen.adapters, directory)
-    after = held_out_perplexity(whole, batches)
+    after = held_out_perplexity(whole, progress(batches, "perplexity", show=True))
     told = {"model": source, **asdict(text), **settings.resolved(), **asdict(sampling)}
     if scores is not None:
         told |= {"score": scores.method, "scores": scores_file}

@@ -50,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.cli.terminal import print_report
     from hf_cod.compression.sparse.quantizer import pack_sparse
     from hf_cod.io.models import load_model
+    from hf_cod.layers.running import busy
     from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.models.checkpoint import check_new, save_aside
 
@@ -57,10 +58,12 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"output: expected one directory, got {rest.directory!r} and {settings.output!r}")
     directory = Path(rest.directory or settings.output or default_directory("pack", rest.model))
     check_new(directory)
-    model: Any = load_model(rest.model, loading)[0]
+    with busy(f"loading {model_title(rest.model)}"):
+        model: Any = load_model(rest.model, loading)[0]
     stack = find_decoder_layers(model, settings.layers_path)  # before anything is written
     dense_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
-    pack_sparse(model, settings.minimum)
+    with busy("packing"):
+        pack_sparse(model, settings.minimum)
     save_aside(model, directory, Path(rest.model) if Path(rest.model).is_dir() else rest.model)
     packed_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     report = describe(stack, model_title(rest.model), {"minimum": settings.minimum}, dense_bytes, packed_bytes)

@@ -74,6 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.io.text import load_texts, mask_tokens
     from hf_cod.io.text import token_batches as cut_into_batches
     from hf_cod.layers.checks import check_length
+    from hf_cod.layers.running import busy
     from hf_cod.layers.task import task_of
 
     directory = Path(output.output or default_directory("score", rest.model))
@@ -83,7 +84,8 @@ def main(arguments: Sequence[str]) -> int:
         require_plots()
     if output.statistics is not None:
         LayerStatistics.load(output.statistics)
-    model, tokenizer = load_model(rest.model, loading)
+    with busy(f"loading {model_title(rest.model)}"):
+        model, tokenizer = load_model(rest.model, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
     check_length(model, settings.sequence_length)
