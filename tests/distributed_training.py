@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_cod import LayerDiagnosticsCallback, LayerMonitor, OwLoreAdamW, OwLoreConfig
+from tests.replica_cases import differences, ends, fails, pretraining, stays_away, weights
 from tests.tiny_models import batch_for, build
 from tests.tiny_training import PROBE, rows, silenced
 
@@ -171,5 +172,6 @@ def run() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    {"ddp": ddp, "fsdp": fsdp, "owlore": owlore, "owlore_shards": owlore_shards, "adapters": adapters}[what](folder)
+    known = (ddp, fsdp, owlore, owlore_shards, adapters, weights, differences, pretraining, fails, ends, stays_away)
+    {function.__name__: function for function in known}[what](folder)
     dist.destroy_process_group()

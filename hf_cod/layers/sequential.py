@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.finished_layers import FinishedLayers
+from hf_cod.layers.modes import one_thread
 from hf_cod.layers.partial_forward import State, run_layer
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers
@@ -110,11 +111,12 @@ def change_each(
     sums: Sums | None = None,
 ) -> None:
     """Changes layer after layer without running any: by its weights alone, or by `sums` of the intact model."""
-    for index in progress(range(len(stack)), title, show_progress):
-        if index in finished:
-            finished.restore(index)
-        else:
-            finished.add(index, change_layer(index, sums))
+    with one_thread(stack.model):
+        for index in progress(range(len(stack)), title, show_progress):
+            if index in finished:
+                finished.restore(index)
+            else:
+                finished.add(index, change_layer(index, sums))
 
 
 def _last_unfinished(stack: DecoderLayers, finished: FinishedLayers) -> int:

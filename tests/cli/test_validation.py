@@ -50,7 +50,7 @@ BAD = {
         ["threshold", "passes", "learning_rate", "recover_learning_rate", "scale", "temperature"], POSITIVE
     ),
     **dict.fromkeys(["floor", "minimum", "labels"], SHARE),
-    **{key: ["0", *SHARE] for key in ["parameters", "rank_share"]},
+    **{key: ["0", *SHARE] for key in ["parameter_share", "rank_share"]},
     **{
         key: ["x"]
         for key in [
@@ -98,13 +98,13 @@ BAD = {
 TOGETHER = {
     "prune model --pattern 2:4 --sparsity 0.5": "pattern: expected 2:4 without sparsity",
     "prune model --sparsity 0.9 --spread 0.2": "spread: expected 0..0.1",
-    "narrow model --parameters 0.9 --spread 0.2": "spread: expected",
-    "factorize model --score angular --parameters 0.9 --spread 0.2": "spread: expected",
-    "factorize model --rank 0.5 --parameters 0.5": "rank: expected no parameters beside it",
+    "narrow model --parameter-share 0.9 --spread 0.2": "spread: expected",
+    "factorize model --score angular --parameter-share 0.9 --spread 0.2": "spread: expected",
+    "factorize model --rank 0.5 --parameter-share 0.5": "rank: expected no parameter_share beside it",
     "factorize model --method plain --score fisher": "score: expected spectrum",
     "quantize model --bits 3.3 --block 32 --no-double-quant": "bits: expected 3, 4, or stored bits",
-    "drop-layers model --layers 2 --parameters 0.5": "layers: expected no parameters beside it",
-    "fit model": "budget: expected one of --memory, --parameters and --bits, got none",
+    "drop-layers model --layers 2 --parameter-share 0.5": "layers: expected no parameter_share beside it",
+    "fit model": "budget: expected one of --memory, --parameter-share and --bits, got none",
     "heal model --teacher model --tokens 2M --steps 3": "tokens: expected none beside steps",
     "finetune model --batch-size 6 --micro-batch-size 4": "micro_batch_size: expected batch_size 6 to be a multiple",
     "finetune model --save-every 10 --log-every 4": "save_every: expected a multiple of log_every",
@@ -165,7 +165,7 @@ def test_each_option_is_in_the_tables():
 @pytest.mark.parametrize("command, option, name, value", CASES)
 def test_bad_values(no_model, capsys, command, option, name, value):
     positional = list(POSITIONAL.get(command, ["model"]))
-    if command == "fit" and name not in ("memory", "parameters", "bits"):
+    if command == "fit" and name not in ("memory", "parameter_share", "bits"):
         positional += ["--bits", "3.3"]
     if option in positional:
         del positional[positional.index(option) :][:2]

@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.scoring.layer_scores import LayerScores
     from hf_cod.training.runs.methods import check_method
     from hf_cod.training.runs.run_directory import claim
+    from hf_cod.training.runs.trainer import check_one_process
 
     if asked.estimate:
         print_estimates(rest.model, loading, settings, sampling, asked)
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     check_texts(text, None)
     if files.scores is not None:
         LayerScores.load(files.scores)
+    check_one_process()
     directory = Path(files.output or default_directory("finetune", rest.model))
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
     if settings.follows_samples:

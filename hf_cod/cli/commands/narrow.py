@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_cod.scoring.allocation import LayerAllocation
     from hf_cod.scoring.layer_scores import LayerScores
 
-# The cheapest score that never lost to all layers alike in README's figures: owl lost at 40 % fewer parameters, angular
+# The cheapest score that never lost to all layers alike where measured: owl lost at 40 % fewer parameters, angular
 # at 60 %.
 DEFAULT_SCORE = "auto"
 WITHOUT_LOSS = "angular"  # the best of those that need no loss, up to 40 %
@@ -38,7 +38,7 @@ class NarrowOptions(SpeedSettings, SpreadSettings):
             f"{WITHOUT_LOSS} for a model whose loss cannot be measured, or owl beside --threshold or --per-module"
         },
     )
-    parameters: float = field(default=0.8, metadata={"help": "share of the layers' weights to keep"})
+    parameter_share: float = field(default=0.8, metadata={"help": "share of the layers' weights to keep"})
     channel_multiple: int = as_in(NarrowSettings, "channel_multiple")
 
     def __post_init__(self) -> None:
@@ -48,8 +48,8 @@ class NarrowOptions(SpeedSettings, SpreadSettings):
             self.score = "owl"
         if self.score is not None:
             check_choice("score", self.score, SCORES)
-        if not 0 < self.parameters <= 1:
-            raise ValueError(f"parameters: expected a share above 0 and at most 1, got {self.parameters}")
+        if not 0 < self.parameter_share <= 1:
+            raise ValueError(f"parameter_share: expected a share above 0 and at most 1, got {self.parameter_share}")
         if self.spread is not None:
             from hf_cod.scoring.layer_scores import LayerScores
 
@@ -59,7 +59,7 @@ class NarrowOptions(SpeedSettings, SpreadSettings):
         """The share of its weights that each layer keeps."""
         from hf_cod.scoring.allocation import allocate
 
-        return allocate(scores, "parameters", self.parameters, self.spread)
+        return allocate(scores, "parameter_share", self.parameter_share, self.spread)
 
 
 def make_parser() -> SettingsParser:
@@ -91,7 +91,7 @@ class Narrow(Step):
 
     def plan(self, work: Work) -> Any:
         """The share of its weights that each layer keeps."""
-        share = self.settings.parameters
+        share = self.settings.parameter_share
         # What sensitivity and auto try is sparsity: the nearest that they know.
         tried = {"target": 1 - share} if share < 1 else {}
         scores = work.score(self.settings.score or _default_score(work), **tried)

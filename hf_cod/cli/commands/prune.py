@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hf_cod.scoring.layer_scores import LayerScores
 
 DEFAULT_SPARSITY = 0.5
-# The cheapest score that beat all layers alike in each cell of README's table (3 methods x 50, 60, 70 %); owl lost one.
+# The cheapest score that beat all layers alike in each cell of the table (3 methods x 50, 60, 70 %); owl lost one.
 DEFAULT_SCORE = "angular"
 
 

@@ -27,7 +27,7 @@ ROUNDINGS = {
     "nearest": "without a look at the text, and far worse at 3 bits",
 }
 
-# By README's table, against earlier layers first, which is what layers that are all alike get: with compensation owl is
+# Against earlier layers first, which layers that are all alike get, in the table of mixtures: with compensation owl is
 # the best of all scores (61.3 against 64.0); to the nearest it lost (91.3 against 89.2), and angular is the best.
 DEFAULT_SCORE, BY_VALUE = "owl", "angular"
 # More than any whole block takes: four bits, and a scale of 32 bits for each 32 weights. What a model's shapes allow is

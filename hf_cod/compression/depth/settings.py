@@ -53,3 +53,21 @@ class DepthSettings:
         check_choice("replacement", self.replacement, REPLACEMENTS)
         if self.search_width < 1:
             raise ValueError(f"search_width: expected at least 1, got {self.search_width}")
+
+
+@dataclass
+class DropLayersSettings:
+    """What stands in the place of layers that go."""
+
+    replacement: str | None = field(
+        default=None,
+        metadata={
+            "help": f"what stands in the place of layers: {', '.join(REPLACEMENTS)}; default: what the plan's "
+            "candidates were compared with, of layers none",
+            "choices": list(REPLACEMENTS),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.replacement is not None:
+            check_choice("replacement", self.replacement, REPLACEMENTS)

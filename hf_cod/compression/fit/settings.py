@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 # What a budget counts -> what its number means.
 KINDS = {
     "memory": "bytes of the whole model",
-    "parameters": "share of the weights of the layers' matrices",
+    "parameter_share": "share of the weights of the layers' matrices",
     "bits": "stored bits for each weight that those have",
 }
 # Knob -> what it does, in the order in which knobs are applied.

@@ -40,3 +40,21 @@ class FactorizeSettings:
         check_choice("method", self.method, METHODS)
         if not 0 < self.rank_share < 1:
             raise ValueError(f"rank_share: expected a share between 0 and 1, got {self.rank_share}")
+
+
+@dataclass
+class RankSettings:
+    """What decides which matrix gets which rank."""
+
+    method: str | None = field(
+        default=None,
+        metadata={
+            "help": f"what is summed up over matrices: {', '.join(WEIGHINGS)}; default: fisher with text of a language "
+            "model, else spectrum",
+            "choices": list(WEIGHINGS),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.method is not None:
+            check_choice("method", self.method, WEIGHINGS)

@@ -1,4 +1,4 @@
-"""What packing can be told."""
+"""What `pack_sparse` can be told."""
 
 from __future__ import annotations
 

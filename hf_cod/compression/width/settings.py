@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hf_cod.io.settings import check_choice
+from hf_cod.io.settings import as_in, check_choice
 
 # Method -> which heads and channels stay; `narrow` has more.
 METHODS = {
@@ -19,6 +19,18 @@ COMPENSATIONS = {
     "none": "nothing; needs no text",
 }
 CHANNEL_MULTIPLE = 32  # what matrix units of GPUs and the registers of processors like
+
+
+@dataclass
+class WidthSettings:
+    """To what numbers of channels are rounded."""
+
+    channel_multiple: int = field(
+        default=CHANNEL_MULTIPLE, metadata={"help": "numbers of channels are multiples of this"}
+    )
+
+    def __post_init__(self) -> None:
+        check_channel_multiple(self.channel_multiple)
 
 
 @dataclass
@@ -40,9 +52,7 @@ class NarrowSettings:
             "choices": list(COMPENSATIONS),
         },
     )
-    channel_multiple: int = field(
-        default=CHANNEL_MULTIPLE, metadata={"help": "numbers of channels are multiples of this"}
-    )
+    channel_multiple: int = as_in(WidthSettings, "channel_multiple")
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)

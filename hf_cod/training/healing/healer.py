@@ -32,7 +32,7 @@ from hf_cod.training.healing.zeros import kept_at_zero
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.run_directory import begun_steps, claim
-from hf_cod.training.runs.trainer import Training, scores_to_draw_by, split_windows, train
+from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, split_windows, train
 from hf_cod.training.runs.training_settings import check_scores, for_samples
 
 
@@ -79,10 +79,12 @@ def heal(
         **fields: or fields of `HealSettings` by name: method, tokens, steps, learning_rate, temperature, hidden, ...
 
     Raises:
-        ValueError: a pair that does not go together, other work in `output`, too little text, bad settings.
+        ValueError: a pair that does not go together, other work in `output`, too little text, bad settings,
+            several processes.
         ImportError: adapters without peft.
     """
     settings, sampling = resolve(heal, HealSettings, settings, fields), sampling or OwLoreSettings()
+    check_one_process()
     mine, theirs, matching = check_pair(student, teacher, settings)
     if teacher_tokenizer is not None:
         if tokenizer is None:
@@ -238,4 +240,4 @@ def _left_as_it_was(student: Any) -> Iterator[None]:
 
 def _perplexity(stack: DecoderLayers, windows: Tensor, settings: HealSettings) -> float:
     batches: list[Batch] = [{"input_ids": part} for part in windows.split(settings.micro_batch_size)]
-    return held_out_perplexity(stack.model, batches, stack.path)
+    return held_out_perplexity(stack.model, batches, stack.layers_path)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hf_cod.layers.replicas import average, processes, refuse_wrapped
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.training.owlore.increment import Increment
 
@@ -38,7 +39,7 @@ class ActiveLayers:
     one froze and nobody has touched since counts as trainable (`release`).
 
     Args:
-        model: a transformers model, wrapped or not.
+        model: a transformers model, inside PEFT or not.
         others: names of what trains at all times beside the layers: "norm" (behind the last layer), "embeddings"
             (input and output). Heads of a task always train (a classifier may be new, and is small), and so does
             what PEFT's `modules_to_save` names.
@@ -48,12 +49,13 @@ class ActiveLayers:
         always: parameters that train at all times.
 
     Raises:
-        ValueError: no layers found, or sharded parameters (FSDP, DeepSpeed).
+        ValueError: no layers found, sharded parameters (FSDP, DeepSpeed), or DistributedDataParallel around them.
     """
 
     def __init__(self, model: nn.Module, others: Sequence[str] = ("norm",)) -> None:
         self.model, self.stack = model, find_decoder_layers(model)
         refuse_shards(model)
+        refuse_wrapped(model, [p for layer in self.stack for p in layer.parameters()])
         release(model)
         self._names = {name: p for name, p in self.stack.model.named_parameters() if p.requires_grad}
         seen: set[int] = set()
@@ -124,7 +126,7 @@ class ActiveLayers:
             if isinstance(module, Increment):  # its buffers change their shapes, on all processes alike
                 names.extend(f"{name}.{key}" for key, _ in module.named_buffers())
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
-        if _processes() > 1 and not self.always:
+        if processes() > 1 and not self.always:
             # DDP refuses a model of which it has nothing to average; this has no part in the loss.
             self.model.register_parameter(ANCHOR, nn.Parameter(torch.zeros((), device=_device(self.model))))
 
@@ -181,13 +183,8 @@ def release(model: nn.Module) -> None:
 
 def _average(parameter: nn.Parameter) -> None:
     """The mean of a gradient over all processes; of one that holds several micro-batches too, whatever came before."""
-    if _processes() > 1:
-        assert parameter.grad is not None
-        torch.distributed.all_reduce(parameter.grad.div_(_processes()))
-
-
-def _processes() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    assert parameter.grad is not None
+    average(parameter.grad)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import logging
-import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, is_initialized
-from torch import Tensor, nn
+from torch import nn
 
 from hf_cod.functional.randomness import generator_of
 from hf_cod.io.settings import resolve
+from hf_cod.layers.replicas import (
+    broadcast_weights,
+    digest_bits,
+    digest_structure,
+    digest_weights,
+    processes,
+    together,
+)
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, hook_gradient, refuse_shards, release
+from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, refuse_shards, release
 from hf_cod.training.owlore.eight_bit import codebook
-from hf_cod.training.owlore.increment import Increments
 from hf_cod.training.owlore.moments import adam_direction, apply_direction, is_projected, refresh_basis
+from hf_cod.training.owlore.optimizer_state import KEY, check_state, states_of
 from hf_cod.training.owlore.sampling import check_hyperparameters, check_rank, fitted, make_sampler
 from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.owlore.trained_increments import Increments
+from hf_cod.training.owlore.update_in_backward import UpdateInBackward
 
 logger = logging.getLogger(__name__)
 
 # Steps in a row without finite gradients, after which a training is beyond help.
 PATIENCE = 10
-KEY = "owlore"
 _BASIS, _ROUNDING = 1, 2  # what a generator is for
 
 
@@ -54,8 +60,9 @@ class OwLoreAdamW(torch.optim.Optimizer):
     (`OwLoreConfig`) have a rank of their own: their gradients are projected ones already, found by the first gradient
     after each draw, and what was learnt is folded at the next draw.
 
-    The gradients of layers are averaged over processes here, because DDP leaves the layers alone. A step whose
-    gradients are not finite changes nothing and says so; ten of them in a row raise.
+    The gradients of layers are averaged over processes here, because DDP leaves the layers alone. So all processes make
+    the optimizer, with the same settings and scores, before DDP wraps the model; each gets the weights of the first. A
+    step whose gradients are not finite changes nothing and says so; ten of them in a row raise.
 
     Args:
         model: a transformers model on its device, before it is wrapped. What is frozen already stays so, but for what
@@ -71,7 +78,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: bad settings, more layers than the model has, a rank above a layer's width, scores of another model,
-            sharded parameters; in `step`: gradients that are not finite too often.
+            sharded parameters, a model that DDP has wrapped already, processes that differ; in `step`: gradients that
+            are not finite too often.
         ImportError: 8-bit moments without bitsandbytes.
     """
 
@@ -87,8 +95,27 @@ class OwLoreAdamW(torch.optim.Optimizer):
         settings: OwLoreSettings | None = None,
         **fields: Any,
     ) -> None:
-        self.settings = resolve(OwLoreAdamW, OwLoreSettings, settings, fields)
-        check_hyperparameters(lr, betas, eps, weight_decay)
+        common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        try:
+            with together("make an OwLoreAdamW") as alike:
+                self._make(model, scores, resolve(OwLoreAdamW, OwLoreSettings, settings, fields), common)
+                alike |= {**asdict(self.settings), **common, **self.increments.described()}
+                alike |= {"scores": self.sampler.probabilities, "model": digest_structure(model)}
+            broadcast_weights(model)
+        except Exception:
+            if hasattr(self, "layers"):
+                self.release()
+            raise
+
+    def _make(
+        self,
+        model: nn.Module,
+        scores: LayerScores | LayerAllocation | None,
+        settings: OwLoreSettings,
+        common: dict[str, Any],
+    ) -> None:
+        self.settings = settings
+        check_hyperparameters(**common)
         if self.settings.moments == "8bit":
             codebook(signed=True), codebook(signed=False)  # now, rather than in a step, if bitsandbytes is missing
         others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
@@ -101,12 +128,11 @@ class OwLoreAdamW(torch.optim.Optimizer):
         groups: list[dict[str, Any]] = [{"params": p, "layer": i} for i, p in enumerate(self.layers.layers) if p]
         if self.layers.always:
             groups.append({"params": self.layers.always, "layer": None})
-        common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "scale": self.settings.scale}
-        super().__init__(groups, common)
-        self.steps, self._failures = 0, 0
+        super().__init__(groups, {**common, "scale": self.settings.scale})
+        self.steps, self._failures, self._compared = 0, 0, False
         self._numbers = {p: number for number, (p, _) in enumerate(self._parameters())}
         self._shapes = self.increments.shapes(self._numbers)
-        self._fused = UpdateInBackward(self, self._numbers) if self.settings.fused else None
+        self._fused = UpdateInBackward(self.update, self._numbers) if self.settings.fused else None
         self._step_supports_amp_scaling = self.settings.fused  # GradScaler then calls `step`, which can say why not
         self.layers.end_at_lowest()
         self._activate()
@@ -128,6 +154,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._compare()
         if self._fused is not None:
             self._fused.end_step(scaled=hasattr(self, "found_inf"))
         elif self._finite():
@@ -160,31 +187,36 @@ class OwLoreAdamW(torch.optim.Optimizer):
         """Takes up what `state_dict` gave, in the precision that it has, and activates the layers of that step.
 
         Raises:
-            ValueError: it is of another optimizer, of other settings or of another model.
+            ValueError: it is of another optimizer, of other settings or of another model, or processes differ.
         """
-        saved = state_dict.get(KEY)
-        if saved is None:
-            raise ValueError(f"state_dict: expected one of OwLoreAdamW, got one without {KEY!r}")
-        for name, value in self._described().items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"{name}: expected {saved.get(name)!r} as in the checkpoint, got {value!r}; resume with the same "
-                    "settings, or start anew"
-                )
-        groups = self.param_groups, state_dict["param_groups"]
-        counts = [[len(group["params"]) for group in side] for side in groups]
-        if counts[0] != counts[1]:
-            raise ValueError(f"state_dict: expected groups of {counts[0]} parameters, got {counts[1]}")
-        for own_shape, shape in zip(self._shapes.values(), saved["shapes"], strict=True):
-            if own_shape != shape:
-                raise ValueError(f"model: expected a parameter of {shape} as in the checkpoint, got one of {own_shape}")
-        for group, other in zip(*groups, strict=True):
+        with together("load the state of an OwLoreAdamW") as alike:
+            self._load(state_dict)
+            moments = (tensor for state in self.state.values() for tensor in state.values())
+            alike |= {"steps": self.steps, "state_dict": digest_bits(moments)}
+        self._compared = False
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        shapes = [*self._shapes.values()]
+        saved = check_state(state_dict, self._described(), self.param_groups, shapes)
+        for group, other in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in other.items() if key != "params"})
-        own, theirs = ([p for group in side for p in group["params"]] for side in groups)
-        states = {p: state_dict["state"].get(key, {}) for p, key in zip(own, theirs, strict=True)}
-        self.state = defaultdict(dict, {p: {k: v.clone() for k, v in s.items()} for p, s in states.items() if s})
+        self.state = states_of(state_dict, self.param_groups)
         self.steps = int(saved["steps"])
         self._activate()
+
+    def _compare(self) -> None:
+        """Before the first update, makes sure that weights and gradients are the same on all processes.
+
+        Weights may have been loaded since the optimizer was made, and what trains at all times is averaged by DDP.
+        """
+        if self._compared or processes() == 1:
+            return
+        with together("make a step of OwLoreAdamW") as alike:
+            rates = [group["lr"] for group in self.param_groups]
+            gradients = digest_bits(p.grad for p, _ in self._trained() if p.grad is not None)
+            weights = digest_weights(self.layers.model)
+            alike |= {"steps": self.steps, "lr": rates, "model's weights": weights, "gradients": gradients}
+        self._compared = True
 
     def _described(self) -> dict[str, Any]:
         """What must be the same when a run is resumed, as plain numbers and strings."""
@@ -263,69 +295,3 @@ class OwLoreAdamW(torch.optim.Optimizer):
             )
         logger.warning(f"step {self.steps}: gradients are not finite, nothing is updated")
         return False
-
-
-class OwLoreFactory:
-    """Makes an OwLoreAdamW of the model that Trainer trains; see `owlore`."""
-
-    def __call__(self, model: nn.Module, **arguments: Any) -> OwLoreAdamW:
-        """What Trainer calls."""
-        return OwLoreAdamW(model, **arguments)
-
-
-def owlore(
-    scores: LayerScores | LayerAllocation | None = None, *, lr: float = 3e-4, **arguments: Any
-) -> tuple[type, dict[str, Any]]:
-    """What Trainer and TRL's trainers take as `optimizer_cls_and_kwargs`; the arguments are those of `OwLoreAdamW`.
-
-    Trainer hands its own learning rate, decay and betas to optimizers that it knows alone, so they are given here.
-    """
-    return OwLoreFactory, {"scores": scores, "lr": lr, **arguments}
-
-
-class UpdateInBackward:
-    """Lets an optimizer update each weight as soon as its gradient is whole; nothing once the optimizer is gone.
-
-    Args:
-        optimizer: whose `update` is called.
-        parameters: what it trains.
-
-    Raises:
-        ValueError: in a backward pass: a second one in a step, several processes, gradients that are not finite; under
-            loss scaling, here if accelerate knows of it, else in the first step.
-    """
-
-    def __init__(self, optimizer: OwLoreAdamW, parameters: Iterable[nn.Parameter]) -> None:
-        if is_initialized() and AcceleratorState().mixed_precision == "fp16":
-            raise ValueError(f"fused: {_SCALED}")
-        self._optimizer = weakref.ref(optimizer)
-        self._updated: set[Tensor] = set()
-        for parameter in parameters:
-            hook_gradient(parameter, self)
-
-    @torch.no_grad()
-    def __call__(self, parameter: nn.Parameter) -> None:
-        """The hook."""
-        optimizer = self._optimizer()
-        if optimizer is None:
-            return
-        if parameter in self._updated:
-            raise ValueError("fused: expected one backward pass a step, got more; accumulation needs fused=False")
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError("fused: expected one process, got several; set fused=False")
-        if not bool(torch.isfinite(parameter.grad).all()):  # type: ignore[arg-type]
-            raise ValueError(
-                "gradients: expected finite numbers, got NaN or infinity; set fused=False to skip such steps"
-            )
-        optimizer.update(parameter)
-        parameter.grad = None
-        self._updated.add(parameter)
-
-    def end_step(self, scaled: bool) -> None:
-        """What is left to do in `step`; `scaled`: a GradScaler called for it."""
-        if scaled:
-            raise ValueError(f"fused: {_SCALED}; the weights have moved once by a scaled gradient")
-        self._updated.clear()
-
-
-_SCALED = "expected no loss scaling, got a GradScaler; train in bfloat16, or set fused=False"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from hf_cod.io.files import directory_aside, fingerprint
 from hf_cod.io.packing import PackedStream, PackedText, pack, pack_once, tokenizer_identity, train_tokenizer
 from hf_cod.io.settings import TextSettings
 from hf_cod.io.text import load_rows, load_texts
+from hf_cod.layers.replicas import together
 from hf_cod.models import CodLlamaForCausalLM
 from hf_cod.training.pretraining.recipes import PretrainSettings, Recipe, model_config
 from hf_cod.training.runs import run_directory
 
 HELD_OUT_SHARE = 0.02  # of the windows, where no text to validate on is named
 PROBE_SAMPLES = 8
+TEXT_LIMIT = 600.0  # seconds to wait for another process that reads what the first one has tokenized, or streams
 # What may differ when a run goes on: it decides when something is written, or memory and speed, not what is learnt.
 FREE = ("output", "micro_batch_size", "compile", "save_every", "evaluate_every", "diagnose_every", "log_every")
 
@@ -63,11 +66,14 @@ def prepare(settings: PretrainSettings) -> Prepared:
     the whole text, windows that are held out included.
 
     Raises:
-        ValueError: no such text, column or tokenizer, too little text, or an output directory of another run.
+        ValueError: no such text, column or tokenizer, too little text, an output directory of another run, or processes
+            that differ in settings or text.
     """
-    recipe = settings.recipe
+    recipe, state = settings.recipe, PartialState()
     texts = _text_settings(settings, recipe)
-    with PartialState().main_process_first():
+    with together("prepare a run") as alike:
+        alike |= settings.describe()
+    with together("prepare the text", TEXT_LIMIT) as alike, _main_process_first(state):
         claim(settings)
         tokenizer = _tokenizer(recipe, texts)
         if recipe.stream:
@@ -81,9 +87,23 @@ def prepare(settings: PretrainSettings) -> Prepared:
             held_out = None if settings.validation_text else _held_out(len(windows), settings.validation_samples)
             kept = windows if held_out is None else windows[: len(windows) - held_out]
             train = PackedText(kept, recipe.steps * recipe.batch_size, settings.seed)
+            alike["text"] = len(windows)
         validation = windows[len(windows) - held_out :] if held_out else _validation(settings, recipe, texts, tokenizer)
+        alike |= {"tokenizer": tokenizer_identity(tokenizer), "validation_text": len(validation)}
     model = build_model(recipe, settings.norm_placement, settings.seed, tokenizer)
     return Prepared(tokenizer, model, train, PackedText(validation, len(validation), seed=0))
+
+
+@contextmanager
+def _main_process_first(state: PartialState) -> Iterator[None]:
+    """As accelerate's, but that the others do not wait on when the first process fails."""
+    if not state.is_main_process:
+        state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if state.is_main_process:
+            state.wait_for_everyone()
 
 
 def build_model(recipe: Recipe, norm_placement: str, seed: int, tokenizer: Any) -> CodLlamaForCausalLM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -17,7 +18,8 @@ from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[att
 from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from hf_cod.layers.modes import cache_restored
+from hf_cod.layers.modes import cache_restored, one_thread
+from hf_cod.layers.replicas import processes
 from hf_cod.layers.stack import unwrap
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
@@ -48,6 +50,17 @@ class Training:
     seconds: float
     memory: int | None
     trained: list[int] | None
+
+
+def check_one_process() -> None:
+    """Before anything is written, refuses a launcher's second process, which would do the same in the same directory.
+
+    Raises:
+        ValueError: this is one of several processes.
+    """
+    count = max(processes(), int(os.environ.get("WORLD_SIZE") or 1))
+    if count > 1:
+        raise ValueError(_alone(count, "processes; start one"))
 
 
 def split_windows(windows: Tensor, settings: TrainingSettings) -> tuple[Tensor, Tensor]:
@@ -144,7 +157,8 @@ def train(
     from hf_cod.training.runs.run_directory import last_checkpoint
 
     interrupt = SaveOnInterrupt()
-    with cache_restored(unwrap(model).config):  # Trainer turns it off, and the model would be saved like that
+    # Trainer turns the cache off, and the model would be saved like that.
+    with one_thread(model), cache_restored(unwrap(model).config):
         trainer = (make_trainer or Trainer)(
             model=model,
             args=_arguments(settings, seed, directory, model.device, lasting),
@@ -213,10 +227,14 @@ def _check_alone(arguments: Any) -> None:
         (arguments.n_gpu, "GPUs; name one in CUDA_VISIBLE_DEVICES"),
     ):
         if count > 1:
-            raise ValueError(
-                f"device: expected one process and one GPU, or a model spread over several (auto), got {count} {what}, "
-                "or use hf_cod.owlore with a Trainer of your own"
-            )
+            raise ValueError(_alone(count, what))
+
+
+def _alone(count: int, what: str) -> str:
+    return (
+        f"device: expected one process and one GPU, or a model spread over several (auto), got {count} {what}, "
+        "or use hf_cod.owlore with a Trainer of your own"
+    )
 
 
 def _steps_of_layers(optimizer: OwLoreAdamW, steps: int) -> list[int]:
