@@ -49,7 +49,7 @@ BAD = {
     **dict.fromkeys(
         ["threshold", "passes", "learning_rate", "recover_learning_rate", "scale", "temperature"], POSITIVE
     ),
-    **dict.fromkeys(["floor", "minimum", "labels"], SHARE),
+    **dict.fromkeys(["floor", "minimum", "heal labels"], SHARE),
     **{key: ["0", *SHARE] for key in ["parameter_share", "rank_share"]},
     **{
         key: ["x"]

@@ -571,6 +571,7 @@ def test_defaults_are_lowered_to_what_the_model_has(caplog, tmp_path):
     for given, message in (({"n_active": 5}, "n_active: expected between"), ({"rank": 128}, "rank: expected at most")):
         with pytest.raises(ValueError, match=message):
             OwLoreAdamW(model, **given)
+    caplog.clear()
     assert OwLoreAdamW(model, n_active=2, rank=8).settings.rank == 8 and "instead" not in caplog.text
 
 
