@@ -74,7 +74,7 @@ def progress(items: Iterable[Item], title: str, show: bool, total: int | None = 
 
 @contextmanager
 def busy(title: str, show: bool = True) -> Iterator[None]:
-    """A bar, as `progress` shows it, while the block does one thing that takes a while."""
+    """Shows a progress bar (see `progress`) while the block runs."""
     bar = iter(progress((None,), title, show))
     next(bar)
     try:
