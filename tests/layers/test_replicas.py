@@ -23,7 +23,7 @@ REFUSED = {
     "scores": "scores: expected the same on all processes, got [",
     "r": "r: expected the same on all processes, got 4 on rank 0 and 5 on rank 1",
     "frozen": "model: expected the same on all processes",
-    "in DDP": "model: expected one that is not yet in DistributedDataParallel, got one that is; make",
+    "in DDP": "model: expected one that is not yet in DistributedDataParallel, got one that is; create",
     "inside of DDP": "model: expected one that is not yet in DistributedDataParallel",
     "weights loaded later": "model's weights: expected the same on all processes",
     "rate changed later": "lr: expected the same on all processes",

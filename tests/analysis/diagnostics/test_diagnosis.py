@@ -275,7 +275,7 @@ def test_findings_say_when_a_removal_helps_and_when_nothing_can_be_seen():
     assert "It is better without one of 1 of the layers than with all." in summarize(report)[0]
     nothing = {"layer_drop": {**drop, "intact": 0.0, "without": [0.0, 0.0, 0.0]}}
     report = RunReport("diagnose", "m", {}, {}, {"layer_drop": [0.0, 0.0, 0.0]}, nothing)
-    assert summarize(report) == ["The intact model's accuracy is 0, so that no removal can show what a layer is worth."]
+    assert summarize(report) == ["The intact model's accuracy is 0, so the removal of a layer cannot lower it."]
 
 
 def test_one_metric_by_name():

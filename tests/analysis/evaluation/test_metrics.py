@@ -81,7 +81,7 @@ def test_an_evaluate_module_counts_as_our_accuracy(tmp_path):
     "metric, task, message",
     [
         ("perplexity", "classes", "expected a language model for perplexity"),
-        ("accuracy", "regression", "labels that are classes"),
+        ("accuracy", "regression", "expected class labels for accuracy"),
         ("loss", "causal_lm", "expected a regression or multi-label head for loss"),
         ("perplexity", "headless", "output_angle or a callable"),
         ("no_such_metric", "causal_lm", "evaluate module, got 'no_such_metric'"),
