@@ -75,9 +75,9 @@ if TYPE_CHECKING:
     from hf_cod.training.healing.settings import RecoverySettings as RecoverySettings
     from hf_cod.training.owlore.lora_ranks import lora_ranks as lora_ranks
     from hf_cod.training.owlore.optimizer import OwLoreAdamW as OwLoreAdamW
-    from hf_cod.training.owlore.optimizer import owlore as owlore
     from hf_cod.training.owlore.sampling import LayerSampler as LayerSampler
     from hf_cod.training.owlore.settings import OwLoreSettings as OwLoreSettings
+    from hf_cod.training.owlore.trainer_factory import owlore as owlore
 
 # Public name -> the module that defines it, imported when the name is first used: the command line's help and
 # `import hf_cod` wait neither for torch nor for transformers.
@@ -137,7 +137,7 @@ _HOMES = {
     "load_texts": "io.text",
     "lora_ranks": "training.owlore.lora_ranks",
     "narrow": "compression.width.narrower",
-    "owlore": "training.owlore.optimizer",
+    "owlore": "training.owlore.trainer_factory",
     "pack_sparse": "compression.sparse.quantizer",
     "perplexity": "analysis.evaluation.choice",
     "plan_bits": "compression.quantization.plan",

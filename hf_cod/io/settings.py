@@ -19,8 +19,9 @@ import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
+
+from hf_cod.io.arguments import checked, unknown_name
 
 Settings = TypeVar("Settings")
 
@@ -53,9 +54,7 @@ def resolve(
     if unknown is not None:
         own = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
         names = [*known, *(name for name in own if name not in known)]
-        near = get_close_matches(unknown, names, 1)
-        told = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{function.__name__}: expected one of {', '.join(names)}, got {unknown!r}{told}")
+        raise ValueError(unknown_name(function.__name__, unknown, names))
     values = {**{name: value for name, value in chosen.items() if value is not None}, **given}
     if settings is None:
         return kind(**values)
@@ -95,6 +94,7 @@ def check_choice(name: str, value: Any, table: Collection[str]) -> None:
 PLOT_FORMATS = ("png", "pdf", "svg")
 
 
+@checked
 @dataclass
 class ModelSettings:
     """How a model is loaded."""
@@ -117,6 +117,15 @@ class ModelSettings:
             _check_device(str(self.device))
 
 
+class ModelFields(TypedDict, total=False):
+    """Fields of `ModelSettings` that `load_model` takes by name."""
+
+    dtype: str
+    device: str | None
+    trust_remote_code: bool
+    revision: str
+
+
 def _check_device(device: str) -> None:
     import torch  # a device that was named is about to be used
 
@@ -126,6 +135,7 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device: expected cpu, cuda, mps or auto as this machine has them, got {device!r}") from error
 
 
+@checked
 @dataclass
 class TextSettings:
     """Which text a model is measured on, and how it is cut into samples."""
@@ -139,6 +149,16 @@ class TextSettings:
     text_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
 
 
+class TextFields(TypedDict, total=False):
+    """Fields of `TextSettings` that `load_texts` takes by name."""
+
+    text: str | None
+    text_column: str
+    text_split: str
+    text_config: str | None
+
+
+@checked
 @dataclass
 class SampleSettings:
     """How text becomes samples."""
@@ -156,3 +176,13 @@ class SampleSettings:
         for name, least in (("sequence_length", 2), ("max_samples", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+class SampleFields(TypedDict, total=False):
+    """Fields of `SampleSettings` that `token_batches` takes by name."""
+
+    sequence_length: int
+    max_samples: int
+    batch_size: int
+    pack: bool
+    seed: int

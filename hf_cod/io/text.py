@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import looks_local
-from hf_cod.io.settings import SampleSettings, TextSettings, resolve
+from hf_cod.io.settings import SampleFields, SampleSettings, TextFields, TextSettings, resolve
 
 Batch = Mapping[str, Tensor]
 """What a model's forward takes: input_ids (S, T), attention_mask (S, T), labels where the task has some, ..."""
@@ -31,7 +32,8 @@ def embedded_text() -> str:
     return (Path(__file__).parent.parent / "assets" / "persuasion.txt").read_text(encoding="utf-8")
 
 
-def load_texts(settings: TextSettings | None = None, **fields: Any) -> Iterable[str]:
+@checked
+def load_texts(settings: TextSettings | None = None, **fields: Unpack[TextFields]) -> Iterable[str]:
     """Texts from a local file or, by `datasets`, from any data set; the embedded novel if none is named.
 
     Args:
@@ -89,8 +91,9 @@ def load_rows(settings: TextSettings) -> Any:
     return rows
 
 
+@checked
 def token_batches(
-    tokenizer: Any, texts: str | Iterable[str], settings: SampleSettings | None = None, **fields: Any
+    tokenizer: Any, texts: str | Iterable[str], settings: SampleSettings | None = None, **fields: Unpack[SampleFields]
 ) -> list[dict[str, Tensor]]:
     """Cuts texts into seeded batches of token ids.
 
@@ -237,6 +240,7 @@ def check_batches(batches: Iterable[Any]) -> None:
             )
 
 
+@checked
 def split_samples(batches: Sequence[Batch], first: int) -> tuple[list[Batch], list[Batch]]:
     """The first so many samples, and the rest; the batch between them is cut in two."""
     before: list[Batch] = []

@@ -7,19 +7,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from hf_cod.functional import budget as budgets
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.files import JsonFile
 from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.settings import DEFAULT_SPREAD, AllocationSettings, Kind
+from hf_cod.scoring.settings import DEFAULT_SPREAD, AllocationFields, AllocationSettings, Kind
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ DEFAULT_BITS = (3.0, 4.0)
 FALLING = {"sparsity": True, "bits": False, "rank": False, "parameters": False, "probability": False}
 
 
+@checked
 @dataclass(frozen=True)
 class LayerAllocation(JsonFile):
     """What each layer gets.
@@ -87,6 +89,7 @@ def same_share(stack: DecoderLayers, share: float) -> LayerAllocation:
 
 
 @renamed(parameters="layer_parameters")
+@checked
 def allocate(
     scores: LayerScores,
     kind: Kind | None = None,
@@ -95,7 +98,7 @@ def allocate(
     *,
     layer_parameters: Sequence[int] | None = None,
     settings: AllocationSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[AllocationFields],
 ) -> LayerAllocation:
     """Distributes a budget over layers: those that matter more are pruned less, or get more bits, rank, probability.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict
 
 from hf_cod.functional.bits import BITS, SCALE_BITS
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import check_choice, layers_path_field
 
 # Score -> what a layer gets a high one for; `score_layers` has the formulas.
@@ -49,6 +50,7 @@ RULES: dict[str, str] = {
 DEFAULT_SPREAD = 0.08  # OWL (arXiv 2310.05175), lambda
 
 
+@checked
 @dataclass
 class ScoreSettings:
     """How layers are scored."""
@@ -94,6 +96,18 @@ class ScoreSettings:
             raise ValueError(f"target: expected {what} between {low:.4g} and {high:.4g}, got {self.target}")
 
 
+class ScoreFields(TypedDict, total=False):
+    """Fields of `ScoreSettings` that `score_layers` takes by name."""
+
+    threshold: float
+    per_module: bool
+    target: float
+    pruner: str
+    seed: int
+    layers_path: str | None
+
+
+@checked
 @dataclass
 class AllocationSettings:
     """How a budget is distributed over layers; `allocate` checks it against the scores."""
@@ -117,3 +131,11 @@ class AllocationSettings:
                 raise ValueError(f"{name}: expected a number, got {number!r}")
         check_choice("kind", self.kind, KINDS)
         check_choice("rule", self.rule, RULES)
+
+
+class AllocationFields(TypedDict, total=False):
+    """Fields of `AllocationSettings` that `allocate` takes by name."""
+
+    choices: Sequence[float] | None
+    group: int | None
+    rule: str

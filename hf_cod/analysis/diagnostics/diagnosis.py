@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
@@ -14,9 +14,10 @@ from hf_cod.analysis.diagnostics.forward_pass import ForwardMeasures, measure_fo
 from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm, why_no_gradients
 from hf_cod.analysis.diagnostics.intervals import CONFIDENCE, LEAST_SAMPLES, drop_ends, ends_of
 from hf_cod.analysis.diagnostics.layer_drop import keys_of, measure_layer_drop
-from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, METRICS, DiagnoseSettings
+from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, METRICS, DiagnoseFields, DiagnoseSettings
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.functional import depth
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import Journal
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
@@ -36,6 +37,7 @@ class MeasurementError(ValueError):
         self.report = report
 
 
+@checked
 def diagnose(
     model: nn.Module,
     tokenizer: Any = None,
@@ -47,7 +49,7 @@ def diagnose(
     name: str | None = None,
     show_progress: bool = True,
     settings: DiagnoseSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[DiagnoseFields],
 ) -> RunReport:
     """Measures what each layer of a model does.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.analysis.monitoring.health import find_trouble
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import append_line, write_text
 from hf_cod.io.report import RunReport, environment, format_number
 
@@ -33,6 +34,7 @@ class TrainingHistory:
         lines: the measured steps, in order.
     """
 
+    @checked
     def __init__(self, header: dict[str, Any], path: str | Path | None = None) -> None:
         self.header = {"format": FORMAT_VERSION, **header}
         self.path = None if path is None else Path(path)

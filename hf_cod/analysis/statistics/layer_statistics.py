@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_input
 from hf_cod.functional.depth import wide
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.files import write_aside
 from hf_cod.io.text import Batch
@@ -129,6 +130,7 @@ class LayerStatistics:
 
 
 @renamed(path="layers_path")
+@checked
 def collect_statistics(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -10,6 +10,7 @@ from torch import nn
 from hf_cod.compression.depth.depth_plan import GIVEN, MASSIVE, DepthPlan
 from hf_cod.compression.depth.maps import NO_MAPS, Maps
 from hf_cod.compression.depth.settings import REPLACEMENTS
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import check_choice
@@ -24,6 +25,7 @@ CHOICE_SHARE = 1 / 4
 
 
 @renamed(path="layers_path")
+@checked
 def drop_layers(
     model: nn.Module,
     plan: DepthPlan | Sequence[int] | int,

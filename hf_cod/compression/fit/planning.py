@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from hf_cod.compression.fit.budget import Budget, check_budget
 from hf_cod.compression.fit.fit_plan import FitPlan
 from hf_cod.compression.fit.knobs import EXCLUSIVE, FAILURES, KNOBS, chosen_knobs, describe_steps, left_out
-from hf_cod.compression.fit.settings import FitSettings
+from hf_cod.compression.fit.settings import FitFields, FitSettings
 from hf_cod.compression.fit.trials import Steps, Trial, Trials
 from hf_cod.functional.combination import Combination, best_combinations, filled, rising
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.files import fingerprint
 from hf_cod.io.settings import resolve
@@ -33,6 +34,7 @@ CURVE = tuple(share / 100 for share in range(95, 5, -5))
 
 
 @renamed(path="layers_path")
+@checked
 def plan_fit(
     make: Callable[[], nn.Module],
     kind: str,
@@ -44,7 +46,7 @@ def plan_fit(
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: FitSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[FitFields],
 ) -> FitPlan:
     """Finds how to make a model meet a budget.
 

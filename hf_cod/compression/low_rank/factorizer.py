@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.compression.low_rank.rank_plan import RankPlan, check_ranks, factorizable, plan_of_allocation
-from hf_cod.compression.low_rank.settings import FactorizeSettings
+from hf_cod.compression.low_rank.settings import FactorizeFields, FactorizeSettings
 from hf_cod.functional import factorization, sparse_low_rank
 from hf_cod.functional.ranks import count
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
@@ -37,6 +38,7 @@ _OF_ZEROS = (
 
 
 @renamed(path="layers_path")
+@checked
 def factorize(
     model: nn.Module,
     plan: LayerAllocation | RankPlan | float,
@@ -48,7 +50,7 @@ def factorize(
     name: str | None = None,
     show_progress: bool = False,
     settings: FactorizeSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[FactorizeFields],
 ) -> RunReport:
     """Replaces matrices of the layers by products of two thin ones, in place, where these have fewer weights.
 

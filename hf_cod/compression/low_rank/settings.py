@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import check_choice
 
 # Method -> what the product of two thin matrices is nearest to; `factorize` has the formulas.
@@ -20,6 +22,7 @@ WEIGHINGS = {
 RANK_SHARE = 0.25  # kappa of arXiv 2409.13652
 
 
+@checked
 @dataclass
 class FactorizeSettings:
     """How matrices become products."""
@@ -40,3 +43,9 @@ class FactorizeSettings:
         check_choice("method", self.method, METHODS)
         if not 0 < self.rank_share < 1:
             raise ValueError(f"rank_share: expected a share between 0 and 1, got {self.rank_share}")
+
+
+class FactorizeFields(TypedDict, total=False):
+    """Fields of `FactorizeSettings` that `factorize` takes by name."""
+
+    rank_share: float

@@ -15,6 +15,7 @@ from hf_cod.compression.low_rank.rank_plan import RankPlan, experts_told, factor
 from hf_cod.compression.low_rank.settings import WEIGHINGS
 from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch, check_batches, split_samples
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
@@ -32,6 +33,7 @@ GRADIENT_SAMPLES = 16
 
 
 @renamed(path="layers_path")
+@checked
 def plan_ranks(
     model: nn.Module,
     parameters: float,

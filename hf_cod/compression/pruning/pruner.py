@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.compression.pruning.methods import METHODS, Method, Target, check_pattern, measure_sparsity, prune_layer
-from hf_cod.compression.pruning.settings import PruneSettings
+from hf_cod.compression.pruning.settings import PruneFields, PruneSettings
 from hf_cod.functional.sparsity import Pattern
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
@@ -28,6 +29,7 @@ from hf_cod.scoring.allocation import LayerAllocation
 
 
 @renamed(path="layers_path")
+@checked
 def prune(
     model: nn.Module,
     plan: LayerAllocation | float | str,
@@ -40,7 +42,7 @@ def prune(
     name: str | None = None,
     show_progress: bool = False,
     settings: PruneSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[PruneFields],
 ) -> RunReport:
     """Sets weights of the layers' matrices to zero, in place; embeddings, head, norms and biases stay as they are.
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
-from hf_cod.compression.quantization.config import METHOD, OwlBnbConfig, score_of
+from hf_cod.compression.quantization.config import METHOD, OwlBnbConfig, QuantizeFields, score_of
 from hf_cod.compression.quantization.plan import BitPlan, plan_by, recorded, stored_bits, what_is_lost
 from hf_cod.compression.quantization.quantizer import OwlBnbQuantizer
 from hf_cod.compression.quantization.rounding import fill, new_module, round_matrix
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
@@ -30,6 +31,7 @@ from hf_cod.models.own_config import own_config
 
 
 @renamed(path="layers_path")
+@checked
 def quantize(
     model: PreTrainedModel,
     config: OwlBnbConfig | None = None,
@@ -39,7 +41,7 @@ def quantize(
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
-    **fields: Any,
+    **fields: Unpack[QuantizeFields],
 ) -> RunReport:
     """Stores the matrices of a model's layers in three or four bits, in place; the rest stays as it is.
 

@@ -13,6 +13,7 @@ from hf_cod.compression.sparse.checkpoint import check_files
 from hf_cod.compression.sparse.config import METHOD, SparseConfig
 from hf_cod.compression.sparse.linear import SparseLinear
 from hf_cod.compression.sparse.packing import pack_linears
+from hf_cod.io.arguments import checked
 from hf_cod.layers.replacement_modules import ignore_signs, names_in, replace, signs
 from hf_cod.models.own_config import own_config
 
@@ -77,6 +78,7 @@ class SparseQuantizer(HfQuantizer):
         return True
 
 
+@checked
 def pack_sparse(model: PreTrainedModel, minimum: float = 0.5) -> PreTrainedModel:
     """Stores a model's sparse matrices without their zeros, in place; small batches run faster on CPUs with AVX2.
 

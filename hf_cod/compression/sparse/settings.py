@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hf_cod.io.arguments import checked
 
+
+@checked
 @dataclass(kw_only=True)
 class PackSettings:
     """Which matrices are packed."""

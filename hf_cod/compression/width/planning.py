@@ -8,11 +8,13 @@ from torch import nn
 
 from hf_cod.compression.width.settings import CHANNEL_MULTIPLE
 from hf_cod.compression.width.width_plan import WidthPlan, plan_of_allocation
+from hf_cod.io.arguments import checked
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.units import LayerUnits, find_units
 from hf_cod.scoring.allocation import LayerAllocation, same_share
 
 
+@checked
 def plan_width(
     model: nn.Module,
     parameters: LayerAllocation | float,

@@ -7,9 +7,11 @@ from typing import Any
 
 from peft import PeftConfig
 
+from hf_cod.io.arguments import checked
 from hf_cod.training.adapters.registry import peft_type
 
 
+@checked
 @dataclass
 class OwLoreConfig(PeftConfig):
     """An adapter that `OwLoreAdamW` trains, a few layers at a time (Li et al. 2024, arXiv 2405.18380).

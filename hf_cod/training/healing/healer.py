@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
+from hf_cod.io.arguments import checked
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch
@@ -27,7 +28,7 @@ from hf_cod.training.healing.healed import healing_report
 from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
 from hf_cod.training.healing.objective import Objective
 from hf_cod.training.healing.pair import check_pair, check_tokenizers
-from hf_cod.training.healing.settings import HealSettings
+from hf_cod.training.healing.settings import HealFields, HealSettings
 from hf_cod.training.healing.zeros import kept_at_zero
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
@@ -36,6 +37,7 @@ from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_
 from hf_cod.training.runs.training_settings import check_scores
 
 
+@checked
 def heal(
     student: nn.Module,
     teacher: nn.Module,
@@ -49,7 +51,7 @@ def heal(
     scores: str | None = None,
     output: str | Path | None = None,
     name: str | None = None,
-    **fields: Any,
+    **fields: Unpack[HealFields],
 ) -> RunReport:
     """Trains a student, in place, to say what its teacher says, so that it recovers what it lost when it was made.
 

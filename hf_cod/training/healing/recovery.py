@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import IGNORED_LABEL, Batch
@@ -19,10 +20,11 @@ from hf_cod.layers.modes import gradients_restored, modes_restored
 from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
-from hf_cod.training.healing.settings import RecoverySettings
+from hf_cod.training.healing.settings import RecoveryFields, RecoverySettings
 
 
 @renamed(path="layers_path")
+@checked
 def recover(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -31,7 +33,7 @@ def recover(
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: RecoverySettings | None = None,
-    **fields: Any,
+    **fields: Unpack[RecoveryFields],
 ) -> list[float]:
     """Trains PEFT's LoRA on the layers' Linears of a pruned language model and merges it in place; zeros stay zeros.
 

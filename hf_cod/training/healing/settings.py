@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from hf_cod.functional.mixture import check_mixture
+from hf_cod.io.arguments import checked
 from hf_cod.training.runs.training_settings import TrainingSettings
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
+@checked
 @dataclass
 class HealSettings(TrainingSettings):
     """How a student learns from its teacher."""
@@ -55,6 +58,32 @@ class HealSettings(TrainingSettings):
         return math.ceil(count_tokens(self.tokens) / (self.batch_size * self.sequence_length))
 
 
+class HealFields(TypedDict, total=False):
+    """Fields of `HealSettings` that `heal` takes by name."""
+
+    method: str
+    score: str
+    threshold: float
+    learning_rate: float | None
+    steps: int | None
+    batch_size: int
+    micro_batch_size: int
+    sequence_length: int
+    eval_samples: int
+    max_grad_norm: float
+    checkpointing: bool
+    bf16: bool
+    lora_rank: int
+    save_every: int
+    log_every: int
+    tokens: str | None
+    temperature: float
+    labels: float
+    hidden: float
+    teacher_layers: list[int] | None
+
+
+@checked
 @dataclass
 class RecoverySettings:
     """How a pruned model's remaining weights are trained."""
@@ -70,6 +99,14 @@ class RecoverySettings:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
+
+
+class RecoveryFields(TypedDict, total=False):
+    """Fields of `RecoverySettings` that `recover` takes by name."""
+
+    rank: int
+    learning_rate: float
+    seed: int
 
 
 def count_tokens(told: str) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_cod.functional.budget import round_to, spread
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
@@ -19,6 +20,7 @@ DEFAULT_SPREAD = 0.5
 
 
 @renamed(width="relative_spread")
+@checked
 def lora_ranks(
     model: nn.Module, scores: LayerScores | LayerAllocation, r: int = 16, relative_spread: float = DEFAULT_SPREAD
 ) -> dict[str, Any]:

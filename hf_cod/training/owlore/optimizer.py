@@ -7,13 +7,14 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor, nn
 
 from hf_cod.functional.randomness import generator_of
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import resolve
 from hf_cod.layers.replicas import (
     broadcast_weights,
@@ -31,7 +32,7 @@ from hf_cod.training.owlore.eight_bit import codebook
 from hf_cod.training.owlore.increment import Increments
 from hf_cod.training.owlore.moments import adam_direction, apply_direction, is_projected, refresh_basis
 from hf_cod.training.owlore.sampling import check_hyperparameters, check_rank, make_sampler
-from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.owlore.settings import DEFAULT_LR, OwLoreFields, OwLoreSettings
 
 logger = logging.getLogger(__name__)
 
@@ -85,17 +86,18 @@ class OwLoreAdamW(torch.optim.Optimizer):
         ImportError: 8-bit moments without bitsandbytes.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         scores: LayerScores | LayerAllocation | None = None,
         *,
-        lr: float = 3e-4,
+        lr: float = DEFAULT_LR,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         settings: OwLoreSettings | None = None,
-        **fields: Any,
+        **fields: Unpack[OwLoreFields],
     ) -> None:
         common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         try:
@@ -313,24 +315,6 @@ class OwLoreAdamW(torch.optim.Optimizer):
             )
         logger.warning(f"step {self.steps}: gradients are not finite, nothing is updated")
         return False
-
-
-class OwLoreFactory:
-    """Makes an OwLoreAdamW of the model that Trainer trains; see `owlore`."""
-
-    def __call__(self, model: nn.Module, **arguments: Any) -> OwLoreAdamW:
-        """What Trainer calls."""
-        return OwLoreAdamW(model, **arguments)
-
-
-def owlore(
-    scores: LayerScores | LayerAllocation | None = None, *, lr: float = 3e-4, **arguments: Any
-) -> tuple[type, dict[str, Any]]:
-    """What Trainer and TRL's trainers take as `optimizer_cls_and_kwargs`; the arguments are those of `OwLoreAdamW`.
-
-    Trainer hands its own learning rate, decay and betas to optimizers that it knows alone, so they are given here.
-    """
-    return OwLoreFactory, {"scores": scores, "lr": lr, **arguments}
 
 
 class UpdateInBackward:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_cod.functional.randomness import generator_of
+from hf_cod.io.arguments import checked
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.allocation import LayerAllocation
@@ -46,6 +47,7 @@ class LayerSampler:
             something else or of another sum.
     """
 
+    @checked
     def __init__(
         self,
         scores: LayerScores | LayerAllocation | Sequence[float],

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
+
+from hf_cod.io.arguments import checked
 
 DEFAULT_FLOOR = 0.2
+DEFAULT_LR = 3e-4
 DESELECTED = ("drop", "keep", "offload")
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTS = ("float32", "8bit")
 
 
+@checked
 @dataclass
 class OwLoreSettings:
     """Which layers train when, and how.
@@ -69,3 +74,19 @@ class OwLoreSettings:
         for name, allowed in (("deselected", DESELECTED), ("rounding", ROUNDINGS), ("moments", MOMENTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+
+class OwLoreFields(TypedDict, total=False):
+    """Fields of `OwLoreSettings` that `OwLoreAdamW` takes by name."""
+
+    n_active: int
+    interval: int
+    rank: int | None
+    scale: float
+    floor: float
+    deselected: str
+    train_embeddings: bool
+    moments: str
+    rounding: str
+    fused: bool
+    seed: int
