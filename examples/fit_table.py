@@ -22,7 +22,7 @@ from hf_cod.io.files import Journal, fingerprint, write_json, write_text
 from hf_cod.io.models import ModelSettings, load_model
 from hf_cod.layers.size import size_of
 
-BUDGETS = ("parameters=0.8", "bits=3.5", "bits=3.2")
+BUDGETS = ("parameter_share=0.8", "bits=3.5", "bits=3.2")
 
 
 class Bench:

@@ -63,7 +63,7 @@ class Bench:
         if (score, threshold) not in self.found:
             options = {} if threshold is None else {"threshold": threshold}
             self.found[score, threshold] = score_layers(self.model, method=score, batches=self.calibration, **options)
-        return allocate(self.found[score, threshold], "parameters", kept, spread)
+        return allocate(self.found[score, threshold], "parameter_share", kept, spread)
 
     def make(self, method: str, plan: LayerAllocation | RankPlan) -> tuple[Any, list[float]]:
         """The factorized model, and the shares of parameters and of rank that it keeps."""

@@ -50,7 +50,7 @@ class Bench:
         key = (score, *options.values())
         if key not in self.found:
             self.found[key] = score_layers(self.model, method=score, batches=self.calibration, **options)
-        return allocate(self.found[key], "parameters", kept, spread)
+        return allocate(self.found[key], "parameter_share", kept, spread)
 
     def make(self, method: str, plan: LayerAllocation) -> tuple[Any, list[float]]:
         """The narrowed model, and the share of parameters that it keeps."""

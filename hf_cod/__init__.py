@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_cod.compression.depth.depth_plan import DepthPlan as DepthPlan
     from hf_cod.compression.depth.dropper import drop_layers as drop_layers
     from hf_cod.compression.depth.settings import DepthSettings as DepthSettings
+    from hf_cod.compression.depth.settings import DropLayersSettings as DropLayersSettings
     from hf_cod.compression.fit.fit_plan import FitPlan as FitPlan
     from hf_cod.compression.fit.knobs import Applying as Applying
     from hf_cod.compression.fit.planning import plan_fit as plan_fit
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from hf_cod.compression.low_rank.factorizer import factorize as factorize
     from hf_cod.compression.low_rank.rank_plan import RankPlan as RankPlan
     from hf_cod.compression.low_rank.settings import FactorizeSettings as FactorizeSettings
+    from hf_cod.compression.low_rank.settings import RankSettings as RankSettings
     from hf_cod.compression.low_rank.spectra import plan_ranks as plan_ranks
     from hf_cod.compression.pruning.pruner import prune as prune
     from hf_cod.compression.pruning.settings import PruneSettings as PruneSettings
@@ -42,9 +44,11 @@ if TYPE_CHECKING:
     from hf_cod.compression.sparse.config import SparseConfig as SparseConfig
     from hf_cod.compression.sparse.linear import SparseLinear as SparseLinear
     from hf_cod.compression.sparse.quantizer import pack_sparse as pack_sparse
+    from hf_cod.compression.sparse.settings import PackSettings as PackSettings
     from hf_cod.compression.width.narrower import narrow as narrow
     from hf_cod.compression.width.planning import plan_width as plan_width
     from hf_cod.compression.width.settings import NarrowSettings as NarrowSettings
+    from hf_cod.compression.width.settings import WidthSettings as WidthSettings
     from hf_cod.compression.width.width_plan import WidthPlan as WidthPlan
     from hf_cod.io.report import RunReport as RunReport
     from hf_cod.io.settings import SampleSettings as SampleSettings
@@ -76,8 +80,10 @@ if TYPE_CHECKING:
     from hf_cod.training.owlore.lora_ranks import lora_ranks as lora_ranks
     from hf_cod.training.owlore.optimizer import OwLoreAdamW as OwLoreAdamW
     from hf_cod.training.owlore.sampling import LayerSampler as LayerSampler
+    from hf_cod.training.owlore.settings import LoraRankSettings as LoraRankSettings
     from hf_cod.training.owlore.settings import OwLoreSettings as OwLoreSettings
-    from hf_cod.training.owlore.trainer_factory import owlore as owlore
+    from hf_cod.training.owlore.settings import SamplerSettings as SamplerSettings
+    from hf_cod.training.owlore.trainer_arguments import owlore as owlore
 
 # Public name -> the module that defines it, imported when the name is first used: the command line's help and
 # `import hf_cod` wait neither for torch nor for transformers.
@@ -90,6 +96,7 @@ _HOMES = {
     "DepthPlan": "compression.depth.depth_plan",
     "DepthSettings": "compression.depth.settings",
     "DiagnoseSettings": "analysis.diagnostics.settings",
+    "DropLayersSettings": "compression.depth.settings",
     "FactorizeSettings": "compression.low_rank.settings",
     "FitPlan": "compression.fit.fit_plan",
     "FitSettings": "compression.fit.settings",
@@ -100,6 +107,7 @@ _HOMES = {
     "LayerSampler": "training.owlore.sampling",
     "LayerScores": "scoring.layer_scores",
     "LayerStatistics": "analysis.statistics.layer_statistics",
+    "LoraRankSettings": "training.owlore.settings",
     "MeasurementError": "analysis.diagnostics.diagnosis",
     "MonitorSettings": "analysis.monitoring.settings",
     "NarrowSettings": "compression.width.settings",
@@ -107,11 +115,14 @@ _HOMES = {
     "OwLoreConfig": "training.adapters",
     "OwLoreSettings": "training.owlore.settings",
     "OwlBnbConfig": "compression.quantization.config",
+    "PackSettings": "compression.sparse.settings",
     "PruneSettings": "compression.pruning.settings",
     "RankPlan": "compression.low_rank.rank_plan",
+    "RankSettings": "compression.low_rank.settings",
     "RecoverySettings": "training.healing.settings",
     "RunReport": "io.report",
     "SampleSettings": "io.settings",
+    "SamplerSettings": "training.owlore.settings",
     "ScoreSettings": "scoring.settings",
     "SparseConfig": "compression.sparse.config",
     "SparseLinear": "compression.sparse.linear",
@@ -120,6 +131,7 @@ _HOMES = {
     "TextSettings": "io.settings",
     "TrainingHistory": "analysis.monitoring.history",
     "WidthPlan": "compression.width.width_plan",
+    "WidthSettings": "compression.width.settings",
     "allocate": "scoring.allocation",
     "apply_steps": "compression.fit.trials",
     "collect_statistics": "analysis.statistics.layer_statistics",
@@ -137,7 +149,7 @@ _HOMES = {
     "load_texts": "io.text",
     "lora_ranks": "training.owlore.lora_ranks",
     "narrow": "compression.width.narrower",
-    "owlore": "training.owlore.trainer_factory",
+    "owlore": "training.owlore.trainer_arguments",
     "pack_sparse": "compression.sparse.quantizer",
     "perplexity": "analysis.evaluation.choice",
     "plan_bits": "compression.quantization.plan",

@@ -1,4 +1,4 @@
-"""When transformers learns of our models and formats: as soon as it has the tables that they stand in.
+"""When transformers and PEFT learn of our models and formats: as soon as they have the tables that those stand in.
 
 So `import hf_cod` waits neither for torch nor for transformers, whichever comes first. Nothing of ours is imported
 before it is used: our modules import transformers, which may be in the middle of its own import.
@@ -10,6 +10,9 @@ from typing import Any
 
 from wrapt import register_post_import_hook
 
+# What a reader without this package reads in the first line of the error: transformers and PEFT quote a type that they
+# do not know. It stands in the files of weights and adapters that only this package reads.
+REQUIRES = "requires hf_cod: pip install hf_cod, then import hf_cod"
 # Model type -> its configuration.
 CONFIGS = {
     "cod_llama": ("hf_cod.models.configuration_cod_llama", "CodLlamaConfig"),
@@ -20,6 +23,7 @@ CONFIGS = {
     "cod_qwen3": ("hf_cod.models.configuration_cod_qwen3", "CodQwen3Config"),
     "cod_vit": ("hf_cod.models.configuration_cod_vit", "CodViTConfig"),
     "cod_shaped": ("hf_cod.models.configuration_shaped", "ShapedConfig"),
+    REQUIRES: ("hf_cod.models.stored_config", "StoredConfig"),
 }
 # Quantization method, as config.json names it -> its configuration and its quantizer.
 FORMATS = {
@@ -32,10 +36,12 @@ FORMATS = {
         ("hf_cod.compression.sparse.quantizer", "SparseQuantizer"),
     ),
 }
+# PEFT's type, as adapter_config.json names it (the first as 0.1 wrote it) -> its configuration.
+ADAPTERS = dict.fromkeys(("OWLORE", REQUIRES), ("hf_cod.training.adapters.config", "OwLoreConfig"))
 
 
 class Late:
-    """Stands in a table of transformers for a class of ours, which is imported when it is called.
+    """Stands in a table of transformers or PEFT for a class of ours, which is imported when it is called.
 
     Args:
         module, name: of the class.
@@ -70,7 +76,19 @@ def _add_formats(auto: ModuleType) -> None:
         auto.AUTO_QUANTIZER_MAPPING[method] = Late(*quantizer)
 
 
+def _add_adapters(mapping: ModuleType) -> None:
+    for peft_type, config in ADAPTERS.items():
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = Late(*config)
+
+
+def _silence_readers_that_know_us(configuration: ModuleType) -> None:
+    """A class of a family reads such a file without AutoConfig, and warns of a type that is not its own."""
+    configuration.logger.addFilter(lambda record: REQUIRES not in record.getMessage())
+
+
 def register_with_transformers() -> None:
-    """Now, or when transformers is imported."""
+    """With transformers and PEFT: now, or when they are imported."""
+    register_post_import_hook(_silence_readers_that_know_us, "transformers.configuration_utils")
     register_post_import_hook(_add_models, "transformers.models.auto.configuration_auto")
     register_post_import_hook(_add_formats, "transformers.quantizers.auto")
+    register_post_import_hook(_add_adapters, "peft.mapping")

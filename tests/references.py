@@ -105,8 +105,9 @@ def outlier_ratio(matrices, M):
 def linear_inputs(model, batches, index):
     """Name -> (weight (out, in), inputs (tokens, in)) of each plain Linear or Conv1D of a layer, without padding."""
     found, handles = {}, []
+    layer = f"{find_decoder_layers(model).layers_path}.{index}."
     for name, module in model.named_modules():
-        if name.startswith(f"{find_decoder_layers(model).path}.{index}.") and isinstance(module, (nn.Linear, Conv1D)):
+        if name.startswith(layer) and isinstance(module, (nn.Linear, Conv1D)):
             W = module.weight.detach()
             found[name] = (W.T if isinstance(module, Conv1D) else W, [])
             keep = lambda m, args, rows=found[name][1]: rows.append(args[0].detach())  # noqa: E731

@@ -105,18 +105,21 @@ APPLIED = {
     "sparsity": prune,
     "pattern": prune,
     "rank": lambda model, plan: factorize(model, plan, "plain"),
-    "parameters": lambda model, plan: factorize(model, plan, "plain"),
+    "parameter_share": lambda model, plan: factorize(model, plan, "plain"),
     "bits": lambda model, plan: quantize(model, OwlBnbConfig(allocation=plan)),
     "probability": lambda model, plan: OwLoreAdamW(model, plan, n_active=2, rank=4),
 }
-BUDGETS = {"sparsity": 0.6, "pattern": 0.5, "rank": 0.6, "parameters": 0.7, "bits": 3.5, "probability": 0.5}
+APPLIED["parameters"] = APPLIED["parameter_share"]  # as version 0.1 called it
+BUDGETS = {"sparsity": 0.6, "pattern": 0.5, "rank": 0.6, "parameter_share": 0.7, "bits": 3.5, "probability": 0.5}
+BUDGETS["parameters"] = BUDGETS["parameter_share"]
 
 
 @pytest.mark.parametrize("version, file", cases(lambda version: files(version, "allocations")))
 def test_allocations(version, file):
     name = file.removesuffix(".json")
     plan = LayerAllocation.load(FILES / version / "allocations" / file)
-    assert plan.kind == {"pattern": "sparsity"}.get(name, name) and plan.group == (8 if name == "pattern" else None)
+    assert plan.kind == {"pattern": "sparsity", "parameters": "parameter_share"}.get(name, name)
+    assert plan.group == (8 if name == "pattern" else None)
     assert plan.mean == pytest.approx(BUDGETS[name], abs=0.03) and len(set(plan.values)) > 1
     model = source(version)
     options = {"method": "magnitude"} if APPLIED[name] is prune else {}

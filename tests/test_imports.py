@@ -49,6 +49,7 @@ BY_NAME = {
     "models/families.py": "the modeling files, which take seconds to import",
     "models/__init__.py": "all of models, when a name is first used",
     "cli/main.py": "the command that was called",
+    "cli/recorded.py": "the command that a report is of, for its options",
     "cli/completion.py": "all commands, for their options",
     "io/native_kernel.py": "the kernel that it has built",
 }

@@ -96,6 +96,7 @@ TESTED_BY = {
     "test_module.py": "__main__.py",
     "test_pair.py": "cli/commands/demo.py",
     "test_public_api.py": "__init__.py",
+    "test_recipients.py": "cli/recorded.py reporting/result_card.py",
     "training/adapters/test_adapter_training.py": "training/adapters/config.py training/owlore/lora_ranks.py",
     "training/adapters/test_adapters.py": (
         "training/adapters/__init__.py training/adapters/model.py training/adapters/registry.py"

@@ -1,11 +1,51 @@
 import ast
 import inspect
+import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
 import hf_cod
 import hf_cod.models
+
+# Function -> the dataclass of its options, and its other arguments: what it works on and what it reports to.
+OPTIONS = {
+    "LayerDiagnosticsCallback": ("MonitorSettings", "probe output_dir watch"),
+    "LayerMonitor": ("MonitorSettings", "model probe tokenizer history step last"),
+    "LayerSampler": ("SamplerSettings", "scores layers"),
+    "OwLoreAdamW": ("OwLoreSettings", "model scores lr betas eps weight_decay"),
+    "allocate": ("AllocationSettings", "scores layer_parameters"),
+    "apply_steps": ("Applying", "model steps"),
+    "diagnose": ("DiagnoseSettings", "model tokenizer texts batches output name show_progress"),
+    "drop_layers": ("DropLayersSettings", "model plan batches layers_path name"),
+    "evaluate_tasks": ("TaskSettings", "model tokenizer tasks"),
+    "factorize": ("FactorizeSettings", "model plan batches journal layers_path name show_progress"),
+    "heal": (
+        "HealSettings",
+        "student teacher data tokenizer teacher_tokenizer held_out sampling scores output name",
+    ),
+    "load_texts": ("TextSettings", ""),
+    "lora_ranks": ("LoraRankSettings", "model scores"),
+    "narrow": ("NarrowSettings", "model plan batches journal layers_path name show_progress"),
+    "pack_sparse": ("PackSettings", "model"),
+    "plan_bits": ("StorageSettings", "model bits scores skip layers_path"),
+    "plan_depth": ("DepthSettings", "model n_removed batches journal layers_path show_progress"),
+    "plan_fit": ("FitSettings", "make kind budget calibration tuning journal layers_path show_progress"),
+    "plan_ranks": ("RankSettings", "model parameter_share batches journal layers_path show_progress"),
+    "plan_width": ("WidthSettings", "model parameter_share layers_path"),
+    "prune": ("PruneSettings", "model plan batches statistics journal layers_path name show_progress"),
+    "quantize": ("OwlBnbConfig", "model batches journal layers_path name show_progress"),
+    "recover": ("RecoverySettings", "model batches layers_path show_progress"),
+    "score_layers": ("ScoreSettings", "model statistics batches show_progress"),
+    "token_batches": ("SampleSettings", "tokenizer texts"),
+}
+# These take what they work on alone; `llama_preset` and `owlore` hand fields on, `SparseLinear` is a module.
+WITHOUT = (
+    "MeasurementError SparseLinear TrainingHistory collect_statistics compare drop find_decoder_layers fold_lns "
+    "from_authors llama_preset owlore perplexity skip split_samples to_lns"
+)
+OTHER_NAMES = {"quantize": "config", "apply_steps": "how"}
 
 
 def test_every_public_name_is_there_and_documented():
@@ -34,3 +74,32 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = hf_cod.prun
     with pytest.raises(AttributeError, match=r"module 'hf_cod\.models' has no attribute 'CodGpt'"):
         _ = hf_cod.models.CodGpt
+
+
+def test_every_public_function_has_its_place_in_the_table_of_options():
+    found = {n for n in hf_cod.__all__ if callable(getattr(hf_cod, n)) and not is_dataclass(getattr(hf_cod, n))}
+    assert found == OPTIONS.keys() | set(WITHOUT.split())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_functions_take_their_options_as_one_dataclass_or_its_fields(name):
+    function, (title, own) = getattr(hf_cod, name), OPTIONS[name]
+    kind, parameters = getattr(hf_cod, title), inspect.signature(function).parameters
+    options = [field.name for field in fields(kind) if field.init]
+    given = OTHER_NAMES.get(name, "settings")
+    assert re.search(rf"\b{title}\b", parameters[given].annotation) and parameters[given].default is None
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values()), "an editor must see the fields by name"
+    assert parameters.keys() <= {*own.split(), given, *options}, "an option that is no field of the dataclass"
+    missing = {n: None for n, p in parameters.items() if p.default is p.empty}
+    with pytest.raises(ValueError) as raised:
+        function(**missing, zzz=1)
+    said = re.fullmatch(rf"{name}: expected one of (.*), got 'zzz'", str(raised.value))
+    assert said and said[1].split(", ")[: len(options)] == options, "the keywords are not those of the dataclass"
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - OTHER_NAMES.keys()))
+def test_options_stand_in_the_settings_of_their_folder(name):
+    """Which import neither torch nor transformers (tests/io/test_settings.py)."""
+    kind = getattr(hf_cod, OPTIONS[name][0])
+    assert kind.__module__.rpartition(".")[2].endswith("settings")
+    assert all(field.metadata.get("help") for field in fields(kind) if field.init)

@@ -4,13 +4,16 @@ import subprocess
 import sys
 
 import pytest
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from hf_cod._registration import CONFIGS, FORMATS, Late
+from hf_cod._registration import ADAPTERS, CONFIGS, FORMATS, REQUIRES, Late
 from hf_cod.compression.quantization.config import METHOD as BITS
 from hf_cod.compression.sparse.config import METHOD as SPARSE
 from hf_cod.models import FAMILIES
+from hf_cod.models.stored_config import StoredConfig
+from hf_cod.training.adapters.registry import NAME
 
 CHECK = """
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,9 +24,12 @@ assert type(AutoModelForCausalLM.from_config(config)).__name__ == "CodLlamaForCa
 
 
 def test_the_tables_name_what_there_is():
-    assert CONFIGS.keys() == {"cod_shaped", *(family.model_type for family in FAMILIES)}
+    assert CONFIGS.keys() == {"cod_shaped", REQUIRES, *(family.model_type for family in FAMILIES)}
     for model_type, place in CONFIGS.items():
         assert Late(*place).load().model_type == model_type and model_type in CONFIG_MAPPING
+    assert ADAPTERS.keys() == {NAME, REQUIRES} and StoredConfig.model_type == REQUIRES
+    for peft_type, place in ADAPTERS.items():
+        assert PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] is Late(*place).load()
     assert FORMATS.keys() == {BITS, SPARSE}
     for method, (config, quantizer) in FORMATS.items():
         assert Late(*config).load()().quant_method == method

@@ -51,7 +51,7 @@ def weights_passed(model: Any) -> tuple[int, int]:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each model and part of generating."""
-    models = smaller(load(args), args.parameters)
+    models = smaller(load(args), args.parameter_share)
     prompt = torch.arange(3, 3 + args.prompt)[None]
     stacks = {name: find_decoder_layers(model) for name, model in models.items()}
     speeds = measure_speed(stacks, prompt, args.rounds, args.new_tokens)
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--model", help="Hub id or directory; default: random weights")
     parser.add_argument("--layers", type=int, default=8, help="of the model of random weights")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--parameters", type=float, default=0.6, help="share of the layers' weights that is kept")
+    parser.add_argument("--parameter-share", type=float, default=0.6, help="share of the layers' weights that is kept")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens generated in a round")
     parser.add_argument("--rounds", type=int, default=9)

@@ -17,6 +17,7 @@ from typing import Any
 from hf_cod.cli.closing import closing
 from hf_cod.cli.output import JOURNAL, check_output, finish, require_plots, results_of
 from hf_cod.cli.parser import default_directory
+from hf_cod.cli.recorded import card_outputs
 from hf_cod.cli.samples import split_text
 from hf_cod.cli.settings import ResultsOutput
 from hf_cod.cli.step import Step
@@ -57,6 +58,7 @@ def compress(
     if files.plots:
         report.plot(results, files.plot_format)
     report.save(results)
+    card_outputs(results, report, directory.resolve().name)
     finish(directory, results)
     print_report(report)
     print(f"\nwritten to {directory.resolve()}")
@@ -99,18 +101,30 @@ def run(
     perplexity[step.trained or made] = work.perplexity()
     memory[made] = bytes_of(work.model)
     speed |= work.speed(made)
+    disk = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    measured = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
+    return _complete(report, step, work, plan, measured, text, scores_file)
+
+
+def _complete(
+    report: RunReport,
+    step: Step,
+    work: Work,
+    plan: Any,
+    measured: dict[str, Any],
+    text: TextSettings,
+    scores_file: str | None,
+) -> RunReport:
+    """A step's report, with what was measured before and after it, and what the user chose."""
     layers, counted = step.measure(work.stack)
     results = {
         **report.results,
         **counted,
-        "perplexity": perplexity,
-        "memory_bytes": memory,
-        "disk_bytes": sum(path.stat().st_size for path in output.glob("*.safetensors")),
-        "speed": speed,
+        **measured,
         "evaluation": describe_batches(work.evaluation),
         **({} if work.scores is None else {"score": work.scores.settings}),
     }
-    told = {**asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
+    told = {"model": work.source, **asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
     given = {} if scores_file is None or work.scores is None else {"score": work.scores.method}
     scored = {} if work.scores is None else {"score": work.scores.values}
     remarks = [] if work.scores is None else work.scores.remarks
@@ -120,7 +134,7 @@ def run(
         layers={**report.layers, **layers, **scored},
         results=results,
     )
-    found = [*step.sentences(report, work.model), *closing(results, made), *remarks, *step.last_words()]
+    found = [*step.sentences(report, work.model), *closing(results, step.done), *remarks, *step.last_words()]
     return replace(report, summary=found)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 # Logs that scores, a plan or statistics are of a model of another name: once for the scores, again for a plan of them.
 _OTHER_MODELS = "hf_cod.layers.checks"
@@ -16,7 +18,8 @@ _OTHER_MODELS = "hf_cod.layers.checks"
 def warnings_shown(command: str) -> Iterator[None]:
     """Prints what this package logs as warnings within the block, as `hf-cod COMMAND: warning: ...`.
 
-    One of Python's warnings says nothing to a user: PEFT asks transformers by an older name.
+    So it does with old names of options, a warning of Python's. Another one of those says nothing to a user: PEFT asks
+    transformers by an older name.
     """
     logger, handler = logging.getLogger("hf_cod"), _AboveBars(logging.WARNING)
     handler.setFormatter(logging.Formatter(f"hf-cod {command}: warning: %(message)s"))
@@ -24,9 +27,19 @@ def warnings_shown(command: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("always", "option: ", DeprecationWarning)
+            warnings.showwarning = partial(_show, warnings.showwarning, logger)
             yield
     finally:
         logger.removeHandler(handler)
+
+
+def _show(others: Callable[..., None], logger: logging.Logger, message: Any, category: Any, *where: Any) -> None:
+    """Shows one of Python's warnings."""
+    if str(message).startswith("option: "):
+        logger.warning(str(message))
+    else:
+        others(message, category, *where)
 
 
 class _AboveBars(logging.Handler):

@@ -1,6 +1,6 @@
 """Options from dataclasses: argparse, with one help text a field, where it is defined, and settings from a file.
 
-Imports the standard library alone: `hf-cod COMMAND --help` waits for nothing.
+Imports the standard library, and what imports no more than that: `hf-cod COMMAND --help` waits for nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-# Spelling that other tools or earlier versions use -> ours.
-ALIASES = {"--output-dir": "--output", "--multiple": "--channel-multiple"}
+from hf_cod.io.deprecation import warn_renamed
+
+# Spelling that other tools use -> ours.
+ALIASES = {"--output-dir": "--output"}
+# Option of an earlier version -> its name now; taken for one release, with a warning.
+RENAMED = {"--multiple": "--channel-multiple", "--parameters": "--parameter-share"}
 # Options of every command, which a config file does not hold.
 _COMMON = ("help", "config", "print_config", "quiet")
 
@@ -127,6 +131,20 @@ class SettingsParser(argparse.ArgumentParser):
             if value is not None:
                 _make_optional(options[name])
 
+    def words(self, values: Mapping[str, Any]) -> list[str]:
+        """The arguments that give these values, positional ones first, options where they differ from their default."""
+        positional: list[str] = []
+        options: list[str] = []
+        for name, action in self._options().items():
+            value = values.get(name)
+            if value is None or value == [] or value == action.default:
+                continue
+            several = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
+            if action.option_strings:
+                options.append(action.option_strings[0])
+            (options if action.option_strings else positional).extend(map(str, several))
+        return [*positional, *options]
+
     def _as_config(self, found: argparse.Namespace) -> str:
         """The options as YAML, each after its help text."""
         lines = [f"# {self.prog}"]
@@ -157,6 +175,9 @@ def _spelled(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     name = name.replace("_", "-")
+    if name in RENAMED:
+        warn_renamed("option", name, RENAMED[name])
+        name = RENAMED[name]
     return ALIASES.get(name, name) + equals + value
 
 

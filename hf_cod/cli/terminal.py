@@ -7,6 +7,7 @@ import sys
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hf_cod.io.report import RunReport, format_number
@@ -29,10 +30,13 @@ def print_report(report: RunReport) -> None:
     console = make_console()
     layers = {name: values for name, values in report.layers.items() if name not in ONLY_ON_THE_PAGE}
     table = Table(
-        title=f"{report.kind}: {report.model}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=escape(f"{report.kind}: {report.model}"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for name in ("layer", *layers):
-        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+        table.add_column(escape(name.replace("_", "\n")), justify="right", no_wrap=True)
     for i in range(report.n_layers):
         table.add_row(str(i), *[format_number(values[i]) for values in layers.values()])
     if layers:
@@ -46,9 +50,9 @@ def print_report(report: RunReport) -> None:
 def print_comparison(comparison: Comparison) -> None:
     """Prints the table of several runs, then what sets them apart."""
     console = make_console()
-    table = Table(*comparison.columns)
+    table = Table(*map(escape, comparison.columns))
     for row in comparison.rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
     for sentence in comparison.verdict:
         console.print(f"• {sentence}", highlight=False, markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from hf_cod.cli.recorded import card_outputs
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.cli.terminal import print_report
 from hf_cod.io.report import RunReport
@@ -16,6 +17,7 @@ def tell(report: RunReport, directory: Path, pictures: PlotSettings) -> None:
     if pictures.plots:
         report.plot(directory, pictures.plot_format)
     report.save(directory)
+    card_outputs(directory, report)
     print_report(report)
     for name in ("model", "adapter"):
         if (directory / name).is_dir():

@@ -24,6 +24,7 @@ class Work:
     """One model that is being compressed; memory never holds two.
 
     Attributes:
+        source: where the intact model comes from: Hub id, directory or GGUF file.
         model: the model as it is now; any class of transformers.
         tokenizer: its tokenizer.
         calibration, evaluation: samples to work on, and others to measure on.
@@ -40,7 +41,7 @@ class Work:
         self, source: str, loading: ModelSettings, settings: Any, journal: Path, scores_file: str | None = None
     ) -> None:
         self.scores = None if scores_file is None else LayerScores.load(scores_file)
-        self._source, self._loading, self.settings = source, loading, settings
+        self.source, self._loading, self.settings = source, loading, settings
         self.model, self.tokenizer = load_with_tokenizer(source, loading)
         self.name = model_title(source)
         self.options: dict[str, Any] = {
@@ -63,7 +64,7 @@ class Work:
 
     def load(self) -> Any:
         """The intact model, loaded anew."""
-        return load_model(self._source, self._loading)[0]
+        return load_model(self.source, self._loading)[0]
 
     def reload(self, directory: Path) -> None:
         """Loads what was saved in the place of what was changed."""

@@ -59,6 +59,7 @@ def checked(thing: Decorated) -> Decorated:
 
 def _checking(function: Callable[..., Any], title: str, owner: type | None) -> Callable[..., Any]:
     signature = _opened(function)
+    names = list(dict.fromkeys([*_options(function), *signature.parameters]))
 
     @functools.cache
     def hints() -> dict[str, Any]:
@@ -72,7 +73,7 @@ def _checking(function: Callable[..., Any], title: str, owner: type | None) -> C
 
     @functools.wraps(function)
     def with_checks(*arguments: Any, **options: Any) -> Any:
-        check_names(title, options, signature)
+        check_names(title, options, signature, names)
         try:
             bound = signature.bind(*arguments, **options).arguments
         except TypeError:  # one is missing, or given twice: Python's own words are the best
@@ -97,7 +98,7 @@ def _opened(function: Callable[..., Any]) -> inspect.Signature:
     if get_origin(annotation) is not Unpack:
         return signature
     named = [p for p in signature.parameters.values() if p is not rest]
-    defaults = next((_defaults(_evaluated(function, p.annotation)) for p in named if p.name in HOLDERS), {})
+    defaults = {f.name: f.default for f in _options(function).values() if f.default is not MISSING}
     more = [
         inspect.Parameter(
             name, rest.KEYWORD_ONLY, default=defaults.get(name), annotation=getattr(hint, "__forward_arg__", hint)
@@ -111,15 +112,17 @@ def _evaluated(function: Callable[..., Any], annotation: Any) -> Any:
     return eval(annotation, getattr(function, "__globals__", {})) if isinstance(annotation, str) else annotation
 
 
-def _defaults(hint: Any) -> dict[str, Any]:
-    """Field -> default of the dataclass that an annotation names."""
-    kind = next((part for part in _parts(hint) if is_dataclass(part)), None)
-    found = fields(kind) if kind is not None else ()
-    return {f.name: f.default for f in found if f.default is not MISSING}
+def _options(function: Callable[..., Any]) -> dict[str, Any]:
+    """The fields of the dataclass that a function takes its settings as; none where it takes no such object."""
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in HOLDERS:
+            kinds = [part for part in _parts(_evaluated(function, parameter.annotation)) if is_dataclass(part)]
+            return {f.name: f for kind in kinds for f in fields(kind) if f.init}
+    return {}
 
 
-def check_names(title: str, given: Iterable[str], signature: inspect.Signature) -> None:
-    """Makes sure that a function has arguments of all those names.
+def check_names(title: str, given: Iterable[str], signature: inspect.Signature, names: Sequence[str]) -> None:
+    """Makes sure that a function has arguments of all those names; errors list them in the order of `names`.
 
     Raises:
         ValueError: it lacks one; says which there are, and the nearest.
@@ -129,7 +132,7 @@ def check_names(title: str, given: Iterable[str], signature: inspect.Signature) 
         return
     unknown = next((name for name in given if name not in parameters), None)
     if unknown is not None:
-        raise ValueError(unknown_name(title, unknown, [name for name in parameters if name != "self"]))
+        raise ValueError(unknown_name(title, unknown, [name for name in names if name != "self"]))
 
 
 def unknown_name(title: str, unknown: str, names: Collection[str]) -> str:
@@ -161,7 +164,7 @@ def matches(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(matches(value, part) for part in inner)
     if origin is Literal:
-        return isinstance(value, tuple({type(one) for one in inner})) and value in inner
+        return isinstance(value, tuple({type(one) for one in inner}))  # the function's own table says which there are
     kind = origin or hint
     if not isinstance(kind, type):
         return kind is not None or value is None  # Any, a TypeVar

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -98,10 +98,14 @@ class JsonFile:
     Attributes:
         FIELD: what errors call such a file.
         FORMAT: the version that is written, and the only one that is read.
+        RENAMED: name of an entry in earlier files -> its name now.
+        RENAMED_VALUES: name of an entry -> its values in earlier files -> what they are called now.
     """
 
     FIELD: ClassVar[str]
     FORMAT: ClassVar[int] = 1
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    RENAMED_VALUES: ClassVar[Mapping[str, Mapping[Any, Any]]] = {}
 
     def save(self, path: str | Path) -> Path:
         """Writes a JSON file; returns its path."""
@@ -122,6 +126,10 @@ class JsonFile:
             raise ValueError(f"{what}, got {str(path)!r}: {error}") from error
         if version != cls.FORMAT:
             raise ValueError(f"{cls.FIELD}: expected format {cls.FORMAT}, got {version} in {str(path)!r}")
+        content = {cls.RENAMED.get(name, name): value for name, value in content.items()}
+        for name, values in cls.RENAMED_VALUES.items():
+            if content.get(name) in values:
+                content[name] = values[content[name]]
         entries = fields(cast(Any, cls))
         names = [entry.name for entry in entries]
         # Earlier files lack what came later; it has a default then.

@@ -18,6 +18,7 @@ import transformers
 
 from hf_cod._version import __version__
 from hf_cod.io.files import write_json, write_text
+from hf_cod.io.markdown import escaped
 from hf_cod.io.settings import PLOT_FORMATS
 
 logger = logging.getLogger(__name__)
@@ -150,21 +151,21 @@ class RunReport:
         return import_module(PICTURES).plot_report(self, directory, plot_format)
 
     def to_markdown(self, directory: str | Path | None = None) -> str:
-        """The report as a page; shows the pictures that lie in `directory`."""
-        parts = [f"# {self.kind}: {self.model}", "", *[f"- {line}" for line in self.summary], ""]
+        """The report as a page; shows the pictures that lie in `directory`. What others wrote is escaped."""
+        parts = [f"# {self.kind}: {escaped(self.model)}", "", *[f"- {escaped(line)}" for line in self.summary], ""]
         pictures = _pictures_in(Path(directory)) if directory else []
         parts += [f"![{picture.stem.replace('_', ' ')}]({picture.name})\n" for picture in pictures]
         if self.layers:
             names = list(self.layers)
-            parts += ["| layer | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+            parts += ["| layer | " + " | ".join(escaped(name.replace("_", " ")) for name in names) + " |"]
             parts += ["|---:" * (len(names) + 1) + "|"]
             for i in range(self.n_layers):
                 parts.append(f"| {i} | " + " | ".join(format_number(self.layers[n][i]) for n in names) + " |")
             parts.append("")
         if self.notes:
-            parts += ["Notes:", "", *[f"- {note}" for note in self.notes], ""]
-        parts += ["Settings: " + ", ".join(f"{k} = {v}" for k, v in self.settings.items()) + ".", ""]
-        parts += ["Made with " + ", ".join(f"{k} {v}" for k, v in self.environment.items()) + ".", ""]
+            parts += ["Notes:", "", *[f"- {escaped(note)}" for note in self.notes], ""]
+        parts += ["Settings: " + ", ".join(escaped(f"{k} = {v}") for k, v in self.settings.items()) + ".", ""]
+        parts += ["Made with " + ", ".join(escaped(f"{k} {v}") for k, v in self.environment.items()) + ".", ""]
         return "\n".join(parts)
 
 

@@ -7,10 +7,12 @@ The rule, the same for every public function that has options:
   what a field may be is checked in `__post_init__`.
 - The function takes that dataclass as `settings`, or its fields as keywords, or both: then the keywords replace what
   the object says. A field that is the function's main choice (`method`, say) may be given by position, too.
-- What it works on and what it reports to (model, plan, batches, journal, layers_path, name, show_progress, ...) are
-  arguments of their own.
-- Where the only option is that main choice, the dataclass may be missing: `plan_ranks`, `plan_width`, `drop_layers`,
-  `pack_sparse`.
+- What it works on, the budget that it meets and what it reports to (model, plan, batches, parameter_share, journal,
+  layers_path, name, show_progress, ...) are arguments of their own.
+- Two have another name for `settings`: `quantize` takes transformers' `config`, and `apply_steps`, whose dataclass
+  holds what its steps work on, takes `how`. `owlore` hands all on to `OwLoreAdamW`.
+
+`tests/test_public_api.py` has the table of functions with their dataclasses, and checks it.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def check_writable(stack: DecoderLayers) -> None:
         adapter = next((n for n, m in stack[index].named_modules() if hasattr(m, "base_layer")), None)
         if adapter is not None:
             raise ValueError(
-                f"model: expected plain weights, got an adapter at {stack.path}.{index}.{adapter}; merge_and_unload it "
-                "first, or prune the model below it"
+                f"model: expected plain weights, got an adapter at {stack.layers_path}.{index}.{adapter}; "
+                "merge_and_unload it first, or prune the model below it"
             )
         for name, weight in _parameters(stack, index):
             _check_plain(name, weight)

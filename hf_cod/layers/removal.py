@@ -115,7 +115,7 @@ def check_drop(model: nn.Module, layers: int | Iterable[int], layers_path: str |
 
 def _drop(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
     if stack.config is None:
-        raise ValueError(f"model: expected a config that counts the layers of {stack.path}, got none; use skip")
+        raise ValueError(f"model: expected a config that counts the layers of {stack.layers_path}, got none; use skip")
     if getattr(stack.config, "is_encoder_decoder", False):
         raise ValueError(f"model: expected one stack of layers, got an encoder-decoder ({type(stack.model).__name__})")
     if getattr(stack.config, "num_kv_shared_layers", 0):
@@ -187,7 +187,8 @@ def _mend_config(config: Any, kept: list[int], changes: _Changes) -> None:
 def _renumbered(shapes: dict[str, Any], stack: DecoderLayers, kept: list[int]) -> dict[str, Any]:
     """The record of our shaped models for the kept layers; its names are those inside the base model."""
     model: Any = stack.model
-    path = stack.path if model.base_model is model else stack.path.removeprefix(f"{model.base_model_prefix}.")
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    path = stack.layers_path.removeprefix(prefix)
     found = {}
     for name, sizes in shapes.items():
         match = re.match(rf"({re.escape(path)}\.)(\d+)(\..+)", name)
@@ -204,7 +205,7 @@ def _check_config_builds(stack: DecoderLayers) -> None:
     with torch.device("meta"):
         # By way of a dictionary, as a reload does: what the config derives from its fields is derived anew.
         built: Any = type(stack.model)(type(config).from_dict(copy.deepcopy(config.to_dict())))
-        rebuilt = find_decoder_layers(built, stack.path)
+        rebuilt = find_decoder_layers(built, stack.layers_path)
     for index, (mine, anew) in enumerate(zip(stack, rebuilt, strict=True)):
         difference = first_difference(dict(walk(mine, "layer")), dict(walk(anew, "layer")))
         if difference:

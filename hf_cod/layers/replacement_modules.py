@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 INSTALL = "pip install hf_cod, then import hf_cod before from_pretrained"
-# Written beside the weights and never read. Without this package transformers warns of an unknown method, reports the
-# tensors that it has no place for, and goes on with random weights where nothing else is wrong: so the report says what
-# is missing, and weights of another shape than the model's make it an error.
+# Written beside the weights and never read. Without this package AutoConfig refuses the file (`stored_config.py`), but
+# a class of a family does not ask it: that warns of the type, reports the tensors that it has no place for, and goes on
+# with random weights where nothing else is wrong. So the report says what is missing, and weights of another shape than
+# the model's make it an error.
 _SIGN = "this_checkpoint_needs_pip_install_hf_cod_then_import_hf_cod"
 
 

@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.deprecation import renamed
+from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.layers.orientation import is_linear, is_transposed, shape_of, turned
 from hf_cod.layers.stock_four_bit import unpacked
 
@@ -54,21 +54,24 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+@renamed(path="layers_path")
 @dataclass(frozen=True)
 class DecoderLayers(Sequence):
     """The stack of layers of one model; `stack[i]` is layer i, `len(stack)` the depth.
 
     Attributes:
         model: the unwrapped transformers model.
-        path: the stack's name inside `model`, such as "model.layers" or "transformer.h".
+        layers_path: the stack's name inside `model`, such as "model.layers" or "transformer.h".
         module_list: the `nn.ModuleList` that the model's forward walks.
         config: the text or vision config whose `num_hidden_layers` counts these layers; None if there is none.
     """
 
     model: nn.Module
-    path: str
+    layers_path: str
     module_list: nn.ModuleList
     config: Any
+
+    path = OldAttribute("layers_path")
 
     def __len__(self) -> int:
         return len(self.module_list)
@@ -87,7 +90,7 @@ class DecoderLayers(Sequence):
         prefix = getattr(self.model, "base_model_prefix", "") or "model"
         wrappers = rf"(?:(?:module|base_model|model|{re.escape(prefix)})\.)*?"
         bare = _WRAPPER_COMPONENTS.sub("", name).lstrip(".")
-        match = re.match(rf"{wrappers}{re.escape(self.path)}\.(\d+)(?:\.|$)", bare)
+        match = re.match(rf"{wrappers}{re.escape(self.layers_path)}\.(\d+)(?:\.|$)", bare)
         return int(match[1]) if match else None
 
     def linears(self, index: int) -> dict[str, nn.Module]:
@@ -151,7 +154,7 @@ class DecoderLayers(Sequence):
     @property
     def final_norm(self) -> nn.Module | None:
         """The norm behind the last layer: a direct child of one of the stack's ancestors. None for Post-LN models."""
-        parts = self.path.split(".")
+        parts = self.layers_path.split(".")
         for depth in range(len(parts) - 1, -1, -1):
             ancestor = self.model.get_submodule(".".join(parts[:depth]))
             norms = [child for child in ancestor.children() if is_norm(child)]
@@ -169,7 +172,7 @@ class DecoderLayers(Sequence):
         return {name: m for name, m in heads.items() if all(inner is not self.head for inner in m.modules())}
 
     def _modules_of(self, index: int) -> Iterator[tuple[str, nn.Module]]:
-        return walk(self.module_list[index], f"{self.path}.{index}")
+        return walk(self.module_list[index], f"{self.layers_path}.{index}")
 
 
 @renamed(path="layers_path")
@@ -191,14 +194,11 @@ def find_decoder_layers(model: nn.Module, layers_path: str | None = None) -> Dec
         raise ValueError(f"model: expected a loaded model, got {model!r}; load it by from_pretrained of an Auto class")
     base = unwrap(model)
     lists = {name: m for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    if layers_path is not None:
-        if layers_path not in lists:
-            raise ValueError(
-                f"layers_path: expected the name of a module list, got {layers_path!r}; {_describe(lists)}"
-            )
-        return DecoderLayers(base, layers_path, lists[layers_path], _config_of(base, layers_path, lists[layers_path]))
+    if layers_path is not None and layers_path not in lists:
+        raise ValueError(f"layers_path: expected the name of a module list, got {layers_path!r}; {_describe(lists)}")
     depth = getattr(_text_config(base), "num_hidden_layers", None)
-    found = [name for name, m in lists.items() if len(m) == depth and not _inside_another(name, lists)]
+    fitting = [name for name, m in lists.items() if len(m) == depth and not _inside_another(name, lists)]
+    found = fitting if layers_path is None else [layers_path]
     if len(found) > 1 and hasattr(base, "get_decoder"):
         inside = {id(m) for m in base.get_decoder().modules()}  # type: ignore[operator]
         found = [name for name in found if id(lists[name]) in inside]

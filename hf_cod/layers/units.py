@@ -96,7 +96,7 @@ class _Layer:
     """The modules of a layer, by names inside it."""
 
     def __init__(self, stack: DecoderLayers, index: int) -> None:
-        self.prefix = f"{stack.path}.{index}."
+        self.prefix = f"{stack.layers_path}.{index}."
         self.modules = dict(walk(stack[index], self.prefix[:-1]))
         self.has_experts = bool(stack.experts(index))
 

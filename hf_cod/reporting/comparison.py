@@ -11,6 +11,7 @@ import torch
 
 from hf_cod.functional.depth import late_share
 from hf_cod.io.arguments import checked
+from hf_cod.io.markdown import escaped
 from hf_cod.io.report import RunReport, format_number
 
 
@@ -44,12 +45,12 @@ class Comparison:
 
     def to_markdown(self, picture: str | None = "compare.png") -> str:
         """The summary table as a page, which shows a picture of that name beside it."""
-        lines = ["# compare: " + " / ".join(self.labels), ""]
+        lines = ["# compare: " + " / ".join(map(escaped, self.labels)), ""]
         if picture is not None:
             lines += [f"![comparison]({picture})", ""]
-        lines += ["| " + " | ".join(self.columns) + " |", "|---" * len(self.columns) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
-        lines += ["", *[f"- {sentence}" for sentence in self.verdict]]
+        lines += ["| " + " | ".join(map(escaped, self.columns)) + " |", "|---" * len(self.columns) + "|"]
+        lines += ["| " + " | ".join(map(escaped, row)) + " |" for row in self.rows]
+        lines += ["", *[f"- {escaped(sentence)}" for sentence in self.verdict]]
         return "\n".join(lines).rstrip() + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cod.analysis.monitoring.history import TrainingHistory
 from hf_cod.io.files import copy_aside, write_text
+from hf_cod.io.markdown import escaped
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.settings import resolve
+from hf_cod.reporting.result_card import TAG
 from hf_cod.reporting.settings import CardFields, CardSettings
 
-TAG = "curse-of-depth"
 PAPER = "https://arxiv.org/abs/2502.05795"
 PICTURES = {
     "curve": "Loss by step.",
@@ -133,8 +135,8 @@ def _what(report: RunReport, name: str) -> str:
     tokens: int = report.results["tokens"]
     small = " It is small and trained on little text: a specimen for measuring, not a model to write with."
     return (
-        f"# {name}\n\nA Llama of {report.n_layers} layers and {millions:.1f} million parameters with norm placement "
-        f"`{report.settings['norm_placement']}`, trained from scratch on "
+        f"# {escaped(name)}\n\nA Llama of {report.n_layers} layers and {millions:.1f} million parameters with "
+        f"norm placement `{report.settings['norm_placement']}`, trained from scratch on "
         f"{tokens / 1e6:.3g} million tokens." + small * (tokens < LITTLE_TEXT)
     )
 
@@ -145,15 +147,15 @@ def _use(report: RunReport, name: str, where: str | None) -> str:
         *([where, ""] if where else []),
         "The directory carries its own code, so nothing but transformers is needed:\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n',
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, trust_remote_code=True)",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n```\n",
         "Where hf_cod is installed (and imported) it loads without `trust_remote_code`; "
-        f"`hf-cod diagnose {name}` measures its layers.",
+        f"`hf-cod diagnose {shlex.quote(name)}` measures its layers.",
     ]
     if report.settings["norm_placement"] in FOLDABLE:
         lines.append(
             "\nAs a stock Llama with equal logits, for vLLM, llama.cpp and everything else that knows Llama:\n\n"
-            f"```sh\nhf-cod convert stock {name} as-llama\n```"
+            f"```sh\nhf-cod convert stock {shlex.quote(name)} as-llama\n```"
         )
     else:
         lines.append("\nThis placement cannot be folded into a stock Llama: its norms act on the residual stream.")
@@ -175,7 +177,7 @@ def _results(report: RunReport, pictures: list[str]) -> str:
     lines = ["## What its layers do\n", "| figure | value |\n|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
     lines += ["", f"Measured on {found['validation_tokens']:,} held-out tokens (layers on the first of them).", ""]
-    lines += [f"- {sentence}" for sentence in [*report.summary, *report.notes]]
+    lines += [f"- {escaped(sentence)}" for sentence in [*report.summary, *report.notes]]
     lines += [f"\n![{PICTURES[name]}]({name}.png)" for name in pictures]
     return "\n".join(lines)
 
@@ -188,7 +190,7 @@ def _training(report: RunReport) -> str:
     told = report.settings
     text = Path(told["text"]).name if told.get("text") else "an embedded novel"
     return (
-        f"## Training\n\nText: {text}. "
+        f"## Training\n\nText: {escaped(text)}. "
         f"{told['steps']} steps of {told['batch_size']} sequences of {told['sequence_length']} tokens; Adam without "
         f"weight decay or clipping, learning rate {told['learning_rate']:g} after a warm-up over a tenth of the steps, "
         f"cosine to a tenth; {told['precision']}; seed {told['seed']}. The weights were rounded to bfloat16 "
@@ -208,7 +210,7 @@ def _texts(path: str) -> str:
     ]
     for name, source in sources.items():
         facts = [source["package"], f"{source['characters']:,}", source["license"], source["evidence"]]
-        lines.append(f"| {name} | " + " | ".join(facts) + " |")
+        lines.append("| " + " | ".join(map(escaped, (name, *facts))) + " |")
     return "\n".join(lines)
 
 

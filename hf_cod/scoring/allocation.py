@@ -7,26 +7,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from hf_cod.functional import budget as budgets
 from hf_cod.io.arguments import checked
-from hf_cod.io.deprecation import renamed
+from hf_cod.io.deprecation import current_value, renamed
 from hf_cod.io.files import JsonFile
 from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.settings import DEFAULT_SPREAD, AllocationFields, AllocationSettings, Kind
+from hf_cod.scoring.settings import DEFAULT_SPREAD, OLD_KINDS, AllocationFields, AllocationSettings, Kind
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BITS = (3.0, 4.0)
 # Kind -> whether a layer that matters more gets a smaller value.
-FALLING = {"sparsity": True, "bits": False, "rank": False, "parameters": False, "probability": False}
+FALLING = {"sparsity": True, "bits": False, "rank": False, "parameter_share": False, "probability": False}
 
 
 @checked
@@ -36,7 +36,7 @@ class LayerAllocation(JsonFile):
 
     Attributes:
         kind: "sparsity" (share of zeros), "bits" (of a weight), "rank" (share of the full rank that is kept),
-            "parameters" (share of the weights that is kept) or "probability" (that a layer is drawn).
+            "parameter_share" (share of the weights that is kept) or "probability" (that a layer is drawn).
         budget: what the mean of the values was to be.
         values: one a layer, from layer 0 on.
         parameters: the weight of each layer in that mean.
@@ -47,6 +47,7 @@ class LayerAllocation(JsonFile):
     """
 
     FIELD = "allocation"
+    RENAMED_VALUES: ClassVar[dict[str, dict[str, str]]] = {"kind": OLD_KINDS}
 
     kind: str
     budget: float
@@ -56,6 +57,9 @@ class LayerAllocation(JsonFile):
     group: int | None = None
     model: str = ""
     sizes: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=2))
 
     @property
     def mean(self) -> float:
@@ -84,7 +88,7 @@ def same_share(stack: DecoderLayers, share: float) -> LayerAllocation:
         raise ValueError(f"plan: expected a share of parameters in 0..1, got {share}")
     sizes = sizes_of(stack)
     return LayerAllocation(
-        "parameters", share, [float(share)] * len(sizes), sizes, "uniform", model=name_of(stack), sizes=sizes
+        "parameter_share", share, [float(share)] * len(sizes), sizes, "uniform", model=name_of(stack), sizes=sizes
     )
 
 
@@ -124,6 +128,7 @@ def allocate(
     Raises:
         ValueError: a budget, spread, group or choice out of range.
     """
+    kind = current_value("kind", kind, OLD_KINDS, above=2)
     chosen = resolve(allocate, AllocationSettings, settings, fields, kind=kind, budget=budget, spread=spread)
     mean, lam, group, rule = chosen.budget, chosen.spread, chosen.group, chosen.rule
     weights = _weights(scores, layer_parameters)

@@ -9,6 +9,7 @@ from typing import Literal, TypedDict
 
 from hf_cod.functional.bits import BITS, SCALE_BITS
 from hf_cod.io.arguments import checked
+from hf_cod.io.deprecation import current_value
 from hf_cod.io.settings import check_choice, layers_path_field
 
 # Score -> what a layer gets a high one for; `score_layers` has the formulas.
@@ -33,15 +34,17 @@ PRUNERS = {
     "magnitude": "zeros by |W_ij|, within a matrix",
     CODEBOOK: "rounding to 3 or 4 bits",
 }
-Kind = Literal["sparsity", "bits", "rank", "parameters", "probability"]
+Kind = Literal["sparsity", "bits", "rank", "parameter_share", "probability"]
 # What a budget counts -> what its number means.
 KINDS: dict[str, str] = {
     "sparsity": "share of zeros",
     "bits": "bits of a weight",
     "rank": "share of the full rank that is kept",
-    "parameters": "share of the weights that is kept",
+    "parameter_share": "share of the weights that is kept",
     "probability": "probability that a layer is drawn",
 }
+# As version 0.1 called them -> as they are called.
+OLD_KINDS = {"parameters": "parameter_share"}
 Rule = Literal["bounded", "authors"]
 RULES: dict[str, str] = {
     "bounded": "values stay within the spread, and their weighted mean is the budget",
@@ -126,6 +129,7 @@ class AllocationSettings:
     rule: str = field(default="bounded", metadata={"help": "how scores become values", "choices": list(RULES)})
 
     def __post_init__(self) -> None:
+        self.kind = current_value("kind", self.kind, OLD_KINDS, above=2)
         for name, number in (("budget", self.budget), ("spread", self.spread)):
             if isinstance(number, bool) or not isinstance(number, (int, float, type(None))):
                 raise ValueError(f"{name}: expected a number, got {number!r}")

@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 import yaml
 
+from hf_cod.cli.commands import narrow
 from hf_cod.cli.main import COMMANDS, main
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.report import RunReport
@@ -58,6 +59,24 @@ def test_options_by_dashes_underscores_and_other_tools_names():
         parse("m", "--kind", "c")
     with pytest.raises(SystemExit):
         parse("m", "--rat", "1")  # no abbreviations: a new option would change what they mean
+
+
+def test_options_of_an_earlier_version_are_taken_with_a_warning(tmp_path):
+    """On the command line and in a file; `hf-cod` shows the warning, which Python hides."""
+    told = "--parameters is now called --parameter-share"
+    file = tmp_path / "run.yaml"
+    file.write_text("parameters: 0.6\n")
+    for arguments in (["m", "--parameters", "0.6"], ["m", "--parameters=0.6"], ["m", "--config", str(file)]):
+        with pytest.warns(DeprecationWarning, match=told):
+            *_, found = narrow.make_parser().parse(arguments)
+        assert found.parameter_share == 0.6
+    with pytest.warns(DeprecationWarning, match="--multiple is now called --channel-multiple"):
+        assert narrow.make_parser().parse(["m", "--multiple", "8"])[-1].channel_multiple == 8
+    shown = subprocess.run(
+        [sys.executable, "-m", "hf_cod", "narrow", "m", "--parameters", "1.5"], capture_output=True, text=True
+    )
+    assert shown.returncode == 2 and f"hf-cod narrow: warning: option: {told}" in shown.stderr
+    assert "parameter_share: expected a share above 0 and at most 1, got 1.5" in shown.stderr
 
 
 def test_home_is_meant_by_a_tilde_wherever_a_path_is_given(tmp_path, monkeypatch):

@@ -27,9 +27,10 @@ RUNS = {
     "diagnose": (f"diagnose {SOURCE} {SAMPLES}", 7),
     "prune": (f"prune {SOURCE} {MEASURED} --method sparsegpt --sparsity 0.6 --scores {SCORES} --no-baseline", 2),
     "quantize": (f"quantize {WIDE} {MEASURED} --bits 3.8 --block 32 --no-baseline", 2),
-    "factorize": (f"factorize {SOURCE} {MEASURED} --parameters 0.7 --no-baseline --no-speed", 6),
+    "factorize": (f"factorize {SOURCE} {MEASURED} --parameter-share 0.7 --no-baseline --no-speed", 6),
     "narrow": (
-        f"narrow {SOURCE} {MEASURED} --parameters 0.7 --multiple 8 --scores {SCORES} --no-baseline --no-speed",
+        f"narrow {SOURCE} {MEASURED} --parameter-share 0.7 --channel-multiple 8 --scores {SCORES} --no-baseline "
+        "--no-speed",
         2,
     ),
     "drop-layers": (f"drop-layers {SOURCE} {MEASURED} --layers 2 --no-protect --no-speed", 9),

@@ -100,7 +100,8 @@ def _scores() -> dict[str, Any]:
         scores.save(f"scores/{method}.json")
         found[method] = scores.values
     owl = score_layers(model, statistics, method="owl", threshold=3.0)
-    for kind, budget in (("sparsity", 0.6), ("bits", 3.5), ("rank", 0.6), ("parameters", 0.7), ("probability", 0.5)):
+    budgets = {"sparsity": 0.6, "bits": 3.5, "rank": 0.6, "parameter_share": 0.7, "probability": 0.5}
+    for kind, budget in budgets.items():
         allocate(owl, kind, budget).save(f"allocations/{kind}.json")
     allocate(owl, "sparsity", 0.5, group=8).save("allocations/pattern.json")
     return found

@@ -13,28 +13,44 @@ import hf_cod
 from hf_cod import (
     AllocationSettings,
     Applying,
+    DepthPlan,
     DepthSettings,
     DiagnoseSettings,
+    DropLayersSettings,
     FactorizeSettings,
+    FitPlan,
+    LayerAllocation,
     LayerMonitor,
+    LayerSampler,
+    LayerScores,
+    LayerStatistics,
+    LoraRankSettings,
     NarrowSettings,
     OwLoreAdamW,
     OwLoreSettings,
+    PackSettings,
     PruneSettings,
+    RankPlan,
+    RankSettings,
+    SamplerSettings,
     SampleSettings,
     ScoreSettings,
     StorageSettings,
+    WidthSettings,
     allocate,
     diagnose,
     drop,
+    drop_layers,
     factorize,
     find_decoder_layers,
     lora_ranks,
     narrow,
     owlore,
+    pack_sparse,
     plan_bits,
     plan_depth,
     plan_fit,
+    plan_ranks,
     plan_width,
     prune,
     score_layers,
@@ -96,7 +112,7 @@ def test_settings_of_a_subclass_keep_what_they_have_beside():
     [
         (
             lambda model: prune(model, 0.5, metod="wanda"),
-            "prune: expected one of .*, method, .*, got 'metod'; did you mean method",
+            "prune: expected one of method, .*, got 'metod'; did you mean method",
         ),
         (lambda model: prune(model, 0.5, "magnitude", bathces=[]), "prune: .* got 'bathces'; did you mean batches"),
         (lambda model: prune(model, 0.5, settings="wanda"), "settings: expected PruneSettings or None, got 'wanda'"),
@@ -171,6 +187,50 @@ def test_an_object_and_fields_plan_and_change_alike():
     assert found[0] == found[1]
 
 
+def packed(**given):
+    model = build("llama")
+    prune(model, 0.5, "magnitude")
+    return pack_sparse(model, **given).hf_quantizer.quantization_config.minimum
+
+
+@pytest.mark.parametrize(
+    "call, settings, told",
+    [
+        (
+            lambda model, **given: plan_ranks(model, 0.8, batches=[batch_for(model)], **given),
+            RankSettings("spectrum"),
+            lambda plan: plan.method == "spectrum",
+        ),
+        (
+            lambda model, **given: plan_width(model, 0.7, **given),
+            WidthSettings(4),
+            lambda plan: any(number % 32 for number in plan.channels),
+        ),
+        (
+            lambda model, **given: lora_ranks(model, score_layers(model, method="depth"), **given),
+            LoraRankSettings(4, 0.25),
+            lambda ranks: sorted(ranks["rank_pattern"].values()) == [3, 4, 4, 5],
+        ),
+        (
+            lambda model, **given: LayerSampler([2.0, 1.0, 1.0, 1.0], **given).draw(0),
+            SamplerSettings(2, seed=3),
+            lambda drawn: len(drawn) == 2,
+        ),
+        (
+            lambda model, **given: drop_layers(build("llama"), 1, batches=[batch_for(model)], **given).settings,
+            DropLayersSettings("linear"),
+            lambda settings: settings["replacement"] == "linear",
+        ),
+        (lambda model, **given: packed(**given), PackSettings(minimum=0.25), lambda minimum: minimum == 0.25),
+    ],
+    ids=["plan_ranks", "plan_width", "lora_ranks", "LayerSampler", "drop_layers", "pack_sparse"],
+)
+def test_an_object_and_fields_do_alike_where_there_are_few(call, settings, told):
+    model = build("llama")
+    found = call(model, settings=settings)
+    assert told(found) and found == call(model, **asdict(settings))
+
+
 def test_widths_are_planned_as_narrow_plans_them():
     planned, model = build("llama"), build("llama")
     plan = plan_width(planned, 0.6, channel_multiple=8)
@@ -181,9 +241,9 @@ def test_widths_are_planned_as_narrow_plans_them():
     narrow(planned, plan, "magnitude", "none")
     assert same(weights(planned), weights(model))
     scores = score_layers(build("llama"), method="depth")
-    allocated = plan_width(build("llama"), allocate(scores, "parameters", 0.6, 0.2), 8)
+    allocated = plan_width(build("llama"), allocate(scores, "parameter_share", 0.6, 0.2), 8)
     assert allocated.method == "depth" and allocated.channels[0] > allocated.channels[-1]
-    with pytest.raises(ValueError, match="plan: expected an allocation of parameters, got one of rank"):
+    with pytest.raises(ValueError, match="plan: expected an allocation of parameter_share, got one of rank"):
         plan_width(build("llama"), allocate(scores, "rank", 0.6))
     with pytest.raises(ValueError, match="channel_multiple: expected a whole number above 0, got 0"):
         plan_width(build("llama"), 0.6, 0)
@@ -199,7 +259,7 @@ def test_old_names_are_taken_with_a_warning():
     model = build("llama")
     with pytest.warns(DeprecationWarning, match="find_decoder_layers: path is now called layers_path") as caught:
         found = find_decoder_layers(model, path="model.layers")
-    assert found.path == "model.layers" and caught[0].filename == __file__
+    assert found.layers_path == "model.layers" and caught[0].filename == __file__
     with pytest.raises(ValueError, match="path: expected layers_path alone, which is its new name, got both"):
         find_decoder_layers(model, path="model.layers", layers_path="model.layers")
     with pytest.warns(DeprecationWarning, match="skip: path"), skip(model, 0, path="model.layers"):
@@ -211,20 +271,57 @@ def test_old_names_are_taken_with_a_warning():
     scores = score_layers(model, method="depth")
     with pytest.warns(DeprecationWarning, match="allocate: parameters is now called layer_parameters"):
         assert allocate(scores, parameters=[1] * 4).parameters == [1] * 4
+    for call in (
+        lambda share: plan_ranks(model, **{share: 0.8}),
+        lambda share: plan_width(model, channel_multiple=8, **{share: 0.8}),
+    ):
+        with pytest.warns(DeprecationWarning, match="plan_.*: parameters is now called parameter_share"):
+            assert call("parameters") == call("parameter_share")
     with pytest.warns(DeprecationWarning, match="lora_ranks: width is now called relative_spread"):
         assert lora_ranks(model, scores, width=0.0) == lora_ranks(model, scores, relative_spread=0.0)
     with pytest.warns(DeprecationWarning, match="plan_depth: method is now called criterion"):
-        assert plan_depth(model, 1, method="angular", batches=[batch_for(model)]).method == "angular"
+        assert plan_depth(model, 1, method="angular", batches=[batch_for(model)]).criterion == "angular"
     with pytest.warns(DeprecationWarning, match="plan_bits: stack is now called model"):
         assert plan_bits(stack=find_decoder_layers(model), bits=3) == plan_bits(model, 3)
+    with pytest.warns(DeprecationWarning, match="DecoderLayers: path is now called layers_path") as caught:
+        assert found.path == "model.layers"
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="LayerStatistics: path is now called layers_path"):
+        assert LayerStatistics("m", path="a.b", squares={}, tokens={}).layers_path == "a.b"
+    with pytest.warns(DeprecationWarning, match="DepthPlan: method is now called criterion"):
+        assert DepthPlan("m", "angular", [1], [1, 1]).method == "angular"
     with pytest.warns(DeprecationWarning, match="drop: path"):
         assert drop(model, 1, path="model.layers") == [0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda kind: allocate(LayerScores("m", "depth", [2.0, 1.0], [1, 1]), kind, 0.8),
+        lambda kind: AllocationSettings(kind),
+        lambda kind: LayerAllocation(kind, 0.8, [0.7, 0.9], [1, 1], "depth"),
+        lambda kind: RankPlan(kind, 0.8, {}, "mine"),
+        lambda kind: FitPlan(kind, 0.8, {}, 1.0, 1.0, {}, {}, [], []),
+    ],
+    ids=["allocate", "AllocationSettings", "LayerAllocation", "RankPlan", "FitPlan"],
+)
+def test_a_share_of_parameters_is_called_so_and_its_old_kind_is_taken(make, tmp_path):
+    with pytest.warns(DeprecationWarning, match="kind: parameters is now called parameter_share") as caught:
+        old = make("parameters")
+    assert old.kind == "parameter_share" and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        assert make("parameter_share") == old
+        if hasattr(old, "save"):  # an earlier file is nobody's mistake
+            earlier = tmp_path / "earlier.json"
+            earlier.write_text(old.save(tmp_path / "now.json").read_text().replace("parameter_share", "parameters"))
+            assert type(old).load(earlier) == type(old).load(tmp_path / "now.json") == old
 
 
 def test_new_names_do_not_warn_and_signatures_show_them():
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)
-        assert find_decoder_layers(build("llama"), layers_path="model.layers").path == "model.layers"
+        assert find_decoder_layers(build("llama"), layers_path="model.layers").layers_path == "model.layers"
     assert [*inspect.signature(find_decoder_layers).parameters] == ["model", "layers_path"]
     assert "layers_path" in inspect.signature(Applying).parameters
 
@@ -242,7 +339,7 @@ def test_no_public_argument_has_a_name_that_means_two_things():
     files = {"TrainingHistory"}  # whose path is that of a file
     for name in set(hf_cod.__all__) - files:
         thing = getattr(hf_cod, name)
-        if not callable(thing) or (is_dataclass(thing) and name.endswith(("Statistics", "Layers"))):
+        if not callable(thing):
             continue
         assert not old & set(inspect.signature(thing).parameters), name
         if is_dataclass(thing):

@@ -14,7 +14,7 @@ def test_finds_the_stack_and_what_is_inside(family):
     model = build(family)
     stack = find_decoder_layers(model)
     assert len(stack) == 4
-    assert stack.path == PATHS.get(family, stack.path)
+    assert stack.layers_path == PATHS.get(family, stack.layers_path)
     named = dict(model.named_parameters())
     owned = {name for name in named if stack.index_of(name) is not None}
     assert {id(named[name]) for name in owned} == {id(p) for layer in stack for p in layer.parameters()}

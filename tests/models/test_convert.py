@@ -255,7 +255,7 @@ def test_smollm2_to_lns_and_back_keeps_its_perplexity(smollm2, brown_text, tmp_p
 
 @pytest.mark.slow
 def test_smollm2_in_bfloat16_moves_by_less_than_bfloat16_itself(smollm2, brown_text):
-    """The figures of README; run with -s to see them."""
+    """The figures of docs/benchmarks/pretraining.md; run with -s to see them."""
     batch = AutoTokenizer.from_pretrained(smollm2)(brown_text, return_tensors="pt").input_ids[:, :128]
     with torch.no_grad():
         exact = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)(batch).logits

@@ -6,7 +6,7 @@ import torch
 from hf_cod import LayerAllocation, OwlBnbConfig, drop, drop_layers, factorize, narrow, pack_sparse, prune, quantize
 from tests.tiny_models import build, outputs, two_batches
 
-UNEQUAL = LayerAllocation("parameters", 0.6, [0.4, 0.8, 0.4, 0.8], [1] * 4, "mine")
+UNEQUAL = LayerAllocation("parameter_share", 0.6, [0.4, 0.8, 0.4, 0.8], [1] * 4, "mine")
 
 
 def packs(model):

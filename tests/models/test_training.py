@@ -100,9 +100,9 @@ def test_presets_take_fields_and_name_themselves():
         llama_preset("3B")
 
 
-def test_the_snippet_of_readme_runs_and_its_model_too():
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    snippet = re.search(r"## Cure it.*?```python\n(.*?)```", text, re.S).group(1)
+def test_the_snippet_of_the_docs_runs_and_its_model_too():
+    text = (Path(__file__).parents[2] / "docs/concepts/placements.md").read_text(encoding="utf-8")
+    snippet = re.search(r"```python\n(.*?)```", text, re.S).group(1)
     names: dict = {}
     with torch.device("meta"):  # the first model is large
         exec(snippet, names)

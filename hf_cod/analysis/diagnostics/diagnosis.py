@@ -56,12 +56,12 @@ def diagnose(
     The report's `layers` hold, one value a layer: `angular_distance` (to the next layer, d(x^l, x^(l+1)), in [0, 1]),
     `block_influence`, `variance`, `mean`, `max_abs` and `added_share` of the layer's output, `gradient_norm` and
     `layer_drop` (the metric with that layer removed less the metric of the intact model). Its `results` hold
-    `angular_distance` (L x L, [l][n - 1], None where l + n > L), `effective_depth` (value, low, high, confidence),
-    `late_share` (how much of the summed angular distances the late half of the layers makes: below 1/2 where deep
-    layers turn the hidden state less), `idle_below` (the angular distance that rounding alone can cause; where no layer
-    turns the state further, effective depth and late share are left out), `layer_drop` (metric, lower_is_better,
-    intact, without: one value a layer) and `intervals` (measure -> [low, high] of each layer, 95 % percentile bootstrap
-    over samples, of `layer_drop` those of `without`). Fewer than 8 samples give no interval.
+    `angular_distance` (L x L, entry n - 1 of row l, None where l + n > L), `effective_depth` (value, low, high,
+    confidence), `late_share` (how much of the summed angular distances the late half of the layers makes: below 1/2
+    where deep layers turn the hidden state less), `idle_below` (the angular distance that rounding alone can cause;
+    where no layer turns the state further, effective depth and late share are left out), `layer_drop` (metric,
+    lower_is_better, intact, without: one value a layer) and `intervals` (measure -> [low, high] of each layer, 95 %
+    percentile bootstrap over samples, of `layer_drop` those of `without`). Fewer than 8 samples give no interval.
     The formulas stand at `functional.depth`, `measure_layer_drop` and `measure_gradient_norm`.
 
     Args:

@@ -200,7 +200,9 @@ class LayerMonitor:
     def _measure(self, batches: Sequence[Batch]) -> Any:
         model = self.stack.model
         with _own_randomness(model), _eagerly(), _gathered(self._shards):
-            return measure_forward(model, batches, ["angular_distance", "output_variance"], layers_path=self.stack.path)
+            return measure_forward(
+                model, batches, ["angular_distance", "output_variance"], layers_path=self.stack.layers_path
+            )
 
     def _forward(self) -> dict[str, Any]:
         try:

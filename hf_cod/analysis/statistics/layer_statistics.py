@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_input
 from hf_cod.functional.depth import wide
 from hf_cod.io.arguments import checked
-from hf_cod.io.deprecation import renamed
+from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.io.files import write_aside
 from hf_cod.io.text import Batch
 from hf_cod.layers.checks import name_of, warn_of_other_name
@@ -31,22 +31,25 @@ FORMAT_VERSION = "1"
 CHUNK = 1 << 20
 
 
+@renamed(path="layers_path")
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
     """Sums over all tokens that entered each matrix of a model's layers.
 
     Attributes:
         model: the model's name.
-        path: module name of the stack of layers.
+        layers_path: module name of the stack of layers.
         squares: matrix's name -> sum over tokens of x_j^2, float64 (in,), so that ||X_j||_2 is its square root;
             (experts, in) for a matrix of a bank of experts, where each expert's sum is over the tokens routed to it.
         tokens: matrix's name -> how many tokens entered it, int64, () or (experts,).
     """
 
     model: str
-    path: str
+    layers_path: str
     squares: dict[str, Tensor]
     tokens: dict[str, Tensor]
+
+    path = OldAttribute("layers_path")
 
     @property
     def unseen(self) -> dict[str, list[int]]:
@@ -77,15 +80,15 @@ class LayerStatistics:
             raise ValueError("parts: expected at least one, got none")
         first = parts[0]
         for part in parts[1:]:
-            if (part.model, part.path) != (first.model, first.path):
+            if (part.model, part.layers_path) != (first.model, first.layers_path):
                 raise ValueError(
-                    f"parts: expected those of one model, got those of {first.model} ({first.path}) and {part.model} "
-                    f"({part.path}); collect_statistics(..., name=...) gives both one name"
+                    f"parts: expected those of one model, got those of {first.model} ({first.layers_path}) and "
+                    f"{part.model} ({part.layers_path}); collect_statistics(..., name=...) gives both one name"
                 )
             _check_same(_shapes(first), _shapes(part), "parts", first.model, part.model)
         return cls(
             first.model,
-            first.path,
+            first.layers_path,
             {name: torch.stack([part.squares[name] for part in parts]).sum(0) for name in first.squares},
             {name: torch.stack([part.tokens[name] for part in parts]).sum(0) for name in first.tokens},
         )
@@ -104,7 +107,7 @@ class LayerStatistics:
         """Writes a safetensors file, aside and renamed; returns its path."""
         tensors = {f"squares/{name}": tensor for name, tensor in self.squares.items()}
         tensors |= {f"tokens/{name}": tensor for name, tensor in self.tokens.items()}
-        metadata = {"format": FORMAT_VERSION, "model": self.model, "path": self.path}
+        metadata = {"format": FORMAT_VERSION, "model": self.model, "layers_path": self.layers_path}
         return write_aside(path, lambda file: file.write(save(tensors, metadata)))
 
     @classmethod
@@ -120,13 +123,14 @@ class LayerStatistics:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         except (OSError, SafetensorError) as error:
             raise ValueError(f"statistics: expected a file of statistics, got {str(path)!r}: {error}") from error
-        if metadata.get("format") != FORMAT_VERSION or "path" not in metadata:
+        layers_path = metadata.get("layers_path", metadata.get("path"))  # as 0.1 called it
+        if metadata.get("format") != FORMAT_VERSION or layers_path is None:
             raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {metadata} in {str(path)!r}")
         kinds: dict[str, dict[str, Tensor]] = {"squares": {}, "tokens": {}}
         for key, tensor in tensors.items():
             kind, name = key.split("/", 1)
             kinds[kind][name] = tensor
-        return cls(metadata["model"], metadata["path"], **kinds)
+        return cls(metadata["model"], layers_path, **kinds)
 
 
 @renamed(path="layers_path")
@@ -167,7 +171,7 @@ def collect_statistics(
     if not seen:
         raise ValueError("batches: expected at least one, got none")
     found = name or name_of(stack)
-    return LayerStatistics(found, stack.path, recorder.squares, recorder.tokens)
+    return LayerStatistics(found, stack.layers_path, recorder.squares, recorder.tokens)
 
 
 class StatisticsRecorder:

@@ -1,13 +1,17 @@
-"""hf-cod card RUN: a pre-trained model with its model card, ready to share."""
+"""hf-cod card DIRECTORY: the model card of what a command made, or of a pre-trained model, ready to share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.reporting.settings import CardSettings
+
+if TYPE_CHECKING:
+    from hf_cod.io.report import RunReport
 
 
 def make_parser() -> SettingsParser:
@@ -15,21 +19,49 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [CardSettings],
         prog="hf-cod card",
-        description="Writes a model that examples/pretrain.py trained, in bfloat16 with the code that loads it, and a "
-        "model card with figures and pictures from the run's own report.",
+        description="Writes the model card (README.md) of a directory that prune, factorize, narrow, drop-layers, "
+        "pack, quantize, fit, heal, finetune or convert wrote, into that directory. Of a model that "
+        "examples/pretrain.py trained, writes a copy in bfloat16 with the code that loads it, and its card with "
+        "figures and pictures, into OUTPUT.",
     )
-    parser.add_argument("run", help="output directory of examples/pretrain.py")
-    parser.add_argument("output", help="directory to write; upload it to the Hub as it is")
+    parser.add_argument("directory", help="output directory of a command, or of examples/pretrain.py")
+    parser.add_argument(
+        "output", nargs="?", help="of examples/pretrain.py: directory to write; upload it to the Hub as it is"
+    )
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     settings, rest = make_parser().parse(arguments)
+    from hf_cod.reporting.result_card import report_of
+
+    report, name = report_of(rest.directory)
+    if report.kind == "pretrain" and rest.output is None:
+        raise ValueError(f"output: expected a directory for the model of {rest.directory!r}, got none")
+    if rest.output is not None:
+        return _release(rest.directory, rest.output, settings)
+    return _card(Path(rest.directory), report, name, settings)
+
+
+def _card(directory: Path, report: RunReport, name: str, settings: CardSettings) -> int:
+    from hf_cod.cli.recorded import card_outputs
+    from hf_cod.reporting.result_card import check_cards
+
+    for field in ("sources", "comparison", "where"):
+        if getattr(settings, field) is not None:
+            raise ValueError(f"{field}: expected none for a run of {report.kind}, got {getattr(settings, field)!r}")
+    check_cards(directory)
+    for card in card_outputs(directory, report, name, settings):
+        print(f"written to {card.resolve()}")
+    return 0
+
+
+def _release(run: str, output: str, settings: CardSettings) -> int:
     from hf_cod.reporting.model_card import release
 
     require_plots()
-    card = release(rest.run, rest.output, settings)
-    size = sum(path.stat().st_size for path in Path(rest.output).glob("*.safetensors"))
+    card = release(run, output, settings)
+    size = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
     print(f"written to {card.resolve()}; weights {size / 2**20:.1f} MiB")
     return 0

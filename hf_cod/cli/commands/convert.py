@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.parser import SettingsParser
+from hf_cod.cli.parser import SettingsParser, model_title
 from hf_cod.models.authors import AUTHORS_NORM_TYPES
+
+if TYPE_CHECKING:
+    from hf_cod.io.report import RunReport
+
+# What to do -> its result, in words.
+RESULTS = {
+    "stock": "A stock checkpoint with the logits of the model with LayerNorm Scaling.",
+    "lns": "LayerNorm Scaling with the logits of the stock model, to train it further.",
+    "authors": "A checkpoint of the papers' authors as a model of hf_cod.",
+}
 
 
 def make_parser() -> SettingsParser:
@@ -39,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     (chosen,) = make_parser().parse(arguments)
     if chosen.to == "authors" and chosen.norm_type is None:
         raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got none; give --norm-type")
+    from hf_cod.cli.recorded import card_outputs
     from hf_cod.models import fold_lns, from_authors, to_lns
 
     conversions: dict[str, Callable[[], Any]] = {
@@ -49,5 +61,23 @@ def main(arguments: Sequence[str]) -> int:
         ),
     }
     model = conversions[chosen.to]()
+    report = _report(model, chosen)
+    report.save(chosen.output)
+    card_outputs(Path(chosen.output), report)
     print(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {chosen.output}")
     return 0
+
+
+def _report(model: Any, chosen: Any) -> RunReport:
+    from hf_cod.io.report import RunReport, environment
+
+    settings = {name: getattr(chosen, name) for name in ("to", "source", "norm_type", "post_layers")}
+    return RunReport(
+        kind="convert",
+        model=model_title(chosen.source),
+        settings=settings,
+        environment=environment(dtype=model.dtype),
+        layers={},
+        results={"parameters": model.num_parameters()},
+        summary=[RESULTS[chosen.to]],
+    )

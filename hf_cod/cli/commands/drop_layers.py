@@ -18,19 +18,17 @@ if TYPE_CHECKING:
     from hf_cod.compression.depth.depth_plan import DepthPlan
     from hf_cod.io.report import RunReport
 
-DEFAULT_PARAMETERS = 0.8
+DEFAULT_SHARE = 0.8
 
 
 @dataclass
 class DropLayersOptions(SpeedSettings, MeasuringSettings):
     """Which layers are removed, and on which samples that is decided."""
 
-    layers: int | None = field(default=None, metadata={"help": "how many layers to remove; default: by parameters"})
-    parameters: float | None = field(
+    layers: int | None = field(default=None, metadata={"help": "layers to remove; default: by parameter_share"})
+    parameter_share: float | None = field(
         default=None,
-        metadata={
-            "help": f"share of the layers' weights to keep, layers counted as equal; default: {DEFAULT_PARAMETERS}"
-        },
+        metadata={"help": f"share of the layers' weights to keep, layers counted as equal; default: {DEFAULT_SHARE}"},
     )
     criterion: str = as_in(DepthSettings, "criterion")
     replacement: str = as_in(DepthSettings, "replacement", default="measured")
@@ -40,10 +38,10 @@ class DropLayersOptions(SpeedSettings, MeasuringSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         DepthSettings(criterion=self.criterion, replacement=self.replacement)
-        if self.layers is not None and self.parameters is not None:
-            raise ValueError("layers: expected no parameters beside it, which would say how many, too")
-        if self.parameters is not None and not 0 < self.parameters < 1:
-            raise ValueError(f"parameters: expected a share between 0 and 1, got {self.parameters}")
+        if self.layers is not None and self.parameter_share is not None:
+            raise ValueError("layers: expected no parameter_share beside it, which would say how many, too")
+        if self.parameter_share is not None and not 0 < self.parameter_share < 1:
+            raise ValueError(f"parameter_share: expected a share between 0 and 1, got {self.parameter_share}")
 
     def check_beside_plan(self) -> None:
         """Makes sure that nothing was asked for that a plan has decided already.
@@ -51,7 +49,7 @@ class DropLayersOptions(SpeedSettings, MeasuringSettings):
         Raises:
             ValueError: how many layers, a criterion, or protection.
         """
-        decided = ("layers", "parameters", "criterion", "protect")
+        decided = ("layers", "parameter_share", "criterion", "protect")
         given = [f.name for f in fields(self) if f.name in decided and getattr(self, f.name) != f.default]
         if given:
             raise ValueError(f"plan: expected no {given[0]} beside it, which the plan has decided")
@@ -60,11 +58,11 @@ class DropLayersOptions(SpeedSettings, MeasuringSettings):
         """How many of `depth` layers go: the fewest that leave no more than the share of parameters."""
         if self.layers is not None:
             return self.layers
-        share = DEFAULT_PARAMETERS if self.parameters is None else self.parameters
+        share = DEFAULT_SHARE if self.parameter_share is None else self.parameter_share
         removed = math.ceil((1 - share) * depth - 1e-9)
         if removed >= depth:
             raise ValueError(
-                f"parameters: expected at least {1 / depth:.3g}, which leaves one of {depth} layers, got {share}"
+                f"parameter_share: expected at least {1 / depth:.3g}, which leaves one of {depth} layers, got {share}"
             )
         return removed
 
@@ -139,7 +137,7 @@ class DropLayers(Step):
 
     def told(self, plan: DepthPlan) -> dict[str, Any]:
         """What decided."""
-        return {"criterion": plan.method, "plan": self.plan_file}
+        return {"criterion": plan.criterion, "plan": self.plan_file}
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
         """What it takes to load a model that is no stock one: fewer layers change nothing of that."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_cod.scoring.allocation import LayerAllocation
     from hf_cod.scoring.layer_scores import LayerScores
 
-DEFAULT_PARAMETERS = 0.8
+DEFAULT_SHARE = 0.8
 # These give each matrix a rank, all others each layer a share.
 FISHER, SPECTRUM = OF_MATRICES = tuple(WEIGHINGS)
 # These try plans of sparsity, which say little of ranks.
@@ -43,9 +43,9 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
             "alone, uniform"
         },
     )
-    parameters: float | None = field(
+    parameter_share: float | None = field(
         default=None,
-        metadata={"help": f"share of the layers' weights to keep; default: {DEFAULT_PARAMETERS}, or what rank makes"},
+        metadata={"help": f"share of the layers' weights to keep; default: {DEFAULT_SHARE}, or what rank makes"},
     )
     rank: float | None = field(
         default=None,
@@ -63,7 +63,7 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
             self.score = "uniform"
         if self.score not in (None, *CHOICES):
             raise ValueError(f"score: expected one of {', '.join(CHOICES)}, got {self.score!r}")
-        for name in ("parameters", "rank"):
+        for name in ("parameter_share", "rank"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name}: expected a share above 0 and at most 1, got {share}")
@@ -71,16 +71,16 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
             raise ValueError(f"rank_share: expected method oats beside it, got {self.method}")
         if self.method == "oats" and (self.rank is not None or self.score in OF_MATRICES):
             got = self.score if self.rank is None else "rank"
-            raise ValueError(f"method: expected parameters and a score of layers for oats, got {got}")
+            raise ValueError(f"method: expected parameter_share and a score of layers for oats, got {got}")
         if self.method == "plain" and self.score == FISHER:
             raise ValueError(f"score: expected {SPECTRUM} or a score of layers for plain, got {FISHER}")
-        if self.rank is not None and self.parameters is not None:
-            raise ValueError("rank: expected no parameters beside it, got both")
+        if self.rank is not None and self.parameter_share is not None:
+            raise ValueError("rank: expected no parameter_share beside it, got both")
 
     @property
     def budget(self) -> float:
         """The share of parameters to keep, where that and not the rank is given."""
-        return DEFAULT_PARAMETERS if self.parameters is None else self.parameters
+        return DEFAULT_SHARE if self.parameter_share is None else self.parameter_share
 
     def check_scores(self, scores_file: str | None) -> None:
         """Makes sure that a rank and a spread have scores of layers to follow, from a file if not by name.
@@ -98,7 +98,7 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
 
         if self.rank is not None:
             return allocate(scores, "rank", self.rank, self.spread)
-        return allocate(scores, "parameters", self.budget, self.spread)
+        return allocate(scores, "parameter_share", self.budget, self.spread)
 
 
 def make_parser() -> SettingsParser:

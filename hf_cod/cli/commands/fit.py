@@ -1,4 +1,4 @@
-"""hf-cod fit MODEL --memory 4GB | --parameters 0.6 | --bits 3.2: the best combination of methods within a budget."""
+"""hf-cod fit MODEL --memory 4GB | --parameter-share 0.6 | --bits 3.2: the best combination within a budget."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FitOptions(SpeedSettings, MeasuringSettings):
     memory: str | None = field(
         default=None, metadata={"help": "budget: the whole model in memory, such as 4GB or 600MiB"}
     )
-    parameters: float | None = field(
+    parameter_share: float | None = field(
         default=None, metadata={"help": "budget: share of the weights of the layers' matrices; dense ones remain"}
     )
     bits: float | None = field(
@@ -40,10 +40,10 @@ class FitOptions(SpeedSettings, MeasuringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in ("memory", "parameters", "bits") if getattr(self, name) is not None]
+        given = [name for name in ("memory", "parameter_share", "bits") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"budget: expected one of --memory, --parameters and --bits, got {' and '.join(given) or 'none'}"
+                f"budget: expected one of --memory, --parameter-share and --bits, got {' and '.join(given) or 'none'}"
             )
         if self.tuning_samples < 1:
             raise ValueError(f"tuning_samples: expected at least 1, got {self.tuning_samples}")
@@ -55,8 +55,8 @@ class FitOptions(SpeedSettings, MeasuringSettings):
         """Kind and value."""
         if self.memory is not None:
             return "memory", parse_bytes(self.memory, "memory")
-        if self.parameters is not None:
-            return "parameters", self.parameters
+        if self.parameter_share is not None:
+            return "parameter_share", self.parameter_share
         assert self.bits is not None
         return "bits", self.bits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
@@ -87,42 +87,49 @@ def run(
     from hf_cod.layers.speed import speeds_of
     from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.training.healing.healer import heal
-    from hf_cod.training.healing.pair import check_tokenizers
 
     model, tokenizer = load_with_tokenizer(student, loading)
+    teacher = load_teacher(source, loading, tokenizer)
+    held_out = None
+    if source.eval_text is not None:
+        texts = load_texts(replace(text, text=source.eval_text))
+        held_out = pack(tokenizer, texts, settings.sequence_length, most=settings.eval_samples)
+    told: dict[str, Any] = {
+        "sampling": sampling,
+        "scores": scores_file,
+        "output": directory,
+        "name": model_title(student),
+    }
+    report = heal(model, teacher, load_texts(text), settings, tokenizer=tokenizer, held_out=held_out, **told)
+    model.save_pretrained(directory / "model")  # type: ignore[operator]  # a model of transformers
+    tokenizer.save_pretrained(directory / "model")
+    speed = {}
+    if source.speed:
+        stacks = {"teacher": find_decoder_layers(teacher), "healed": find_decoder_layers(model)}
+        prompt = pack(tokenizer, load_texts(text), settings.sequence_length, most=1).long()
+        speed = speeds_of(stacks, [{"input_ids": prompt}])
+    results = {**report.results, "speed": speed}
+    return replace(
+        report,
+        settings={"student": student, "teacher": source.teacher, **asdict(text), **report.settings},
+        results=results,
+        summary=[*report.summary, *describe_speed(results, "healed", "teacher")],
+    )
+
+
+def load_teacher(source: TeacherSettings, loading: ModelSettings, tokenizer: Any) -> Any:
+    """The teacher, whose tokenizer must be the student's.
+
+    Raises:
+        ValueError: it cannot be loaded, or has another tokenizer.
+    """
+    from hf_cod.cli.samples import load_with_tokenizer
+    from hf_cod.training.healing.pair import check_tokenizers
+
     its_loading = replace(loading, dtype=source.teacher_dtype, revision=source.teacher_revision)
     try:
         teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading)
     except ValueError as error:
         raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from error
     check_tokenizers(tokenizer, its_tokenizer)
-    held_out = None
-    if source.eval_text is not None:
-        texts = load_texts(replace(text, text=source.eval_text))
-        held_out = pack(tokenizer, texts, settings.sequence_length, most=settings.eval_samples)
-    report = heal(
-        model,
-        teacher,
-        load_texts(text),
-        settings,
-        tokenizer=tokenizer,
-        held_out=held_out,
-        sampling=sampling,
-        scores=scores_file,
-        output=directory,
-        name=model_title(student),
-    )
-    model.save_pretrained(directory / "model")  # type: ignore[operator]  # a model of transformers
-    tokenizer.save_pretrained(directory / "model")
-    prompt = [{"input_ids": pack(tokenizer, load_texts(text), settings.sequence_length, most=1).long()}]
-    speed = {}
-    if source.speed:
-        stacks = {"teacher": find_decoder_layers(teacher), "healed": find_decoder_layers(model)}
-        speed = speeds_of(stacks, prompt)
-    results = {**report.results, "speed": speed}
-    return replace(
-        report,
-        settings={"teacher": source.teacher, **asdict(text), **report.settings},
-        results=results,
-        summary=[*report.summary, *describe_speed(results, "healed", "teacher")],
-    )
+    return teacher

@@ -26,15 +26,15 @@ class NarrowOptions(SpeedSettings, SpreadSettings):
     method: str = as_in(NarrowSettings, "method")
     compensation: str = as_in(NarrowSettings, "compensation")
     score: str = as_in(ScoreSettings, "method")
-    parameters: float = field(default=0.8, metadata={"help": "share of the layers' weights to keep"})
+    parameter_share: float = field(default=0.8, metadata={"help": "share of the layers' weights to keep"})
     channel_multiple: int = as_in(NarrowSettings, "channel_multiple")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         NarrowSettings(self.method, self.compensation, self.channel_multiple)
         check_choice("score", self.score, SCORES)
-        if not 0 < self.parameters <= 1:
-            raise ValueError(f"parameters: expected a share above 0 and at most 1, got {self.parameters}")
+        if not 0 < self.parameter_share <= 1:
+            raise ValueError(f"parameter_share: expected a share above 0 and at most 1, got {self.parameter_share}")
 
 
 def make_parser() -> SettingsParser:
@@ -68,15 +68,15 @@ class Narrow(Step):
         """The share of its weights that each layer keeps."""
         from hf_cod.scoring.allocation import allocate
 
-        share = self.settings.parameters
+        share = self.settings.parameter_share
         # What sensitivity and auto try is sparsity: the nearest that they know.
         scores = work.score(self.settings.score, **({"target": 1 - share} if share < 1 else {}))
-        return allocate(scores, "parameters", share, self.settings.spread)
+        return allocate(scores, "parameter_share", share, self.settings.spread)
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
         """All layers alike."""
         wanted = self.settings.baseline and work.scores is not None and work.scores.method != "uniform"
-        return {"uniform": self.settings.parameters} if wanted else {}
+        return {"uniform": self.settings.parameter_share} if wanted else {}
 
     def apply(self, work: Work, plan: Any) -> RunReport:
         """Narrows."""

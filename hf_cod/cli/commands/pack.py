@@ -47,6 +47,7 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, settings, rest = make_parser().parse(arguments)
+    from hf_cod.cli.recorded import card_outputs
     from hf_cod.cli.terminal import print_report
     from hf_cod.compression.sparse.quantizer import pack_sparse
     from hf_cod.io.models import load_model
@@ -60,11 +61,13 @@ def main(arguments: Sequence[str]) -> int:
     model: Any = load_model(rest.model, loading)[0]
     stack = find_decoder_layers(model, settings.layers_path)  # before anything is written
     dense_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
-    pack_sparse(model, settings.minimum)
+    pack_sparse(model, settings=settings)
     save_aside(model, directory, Path(rest.model) if Path(rest.model).is_dir() else rest.model)
     packed_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    report = describe(stack, model_title(rest.model), {"minimum": settings.minimum}, dense_bytes, packed_bytes)
+    told = {"model": rest.model, "minimum": settings.minimum}
+    report = describe(stack, model_title(rest.model), told, dense_bytes, packed_bytes)
     report.save(directory)
+    card_outputs(directory, report)
     print_report(report)
     print(f"\nwritten to {directory.resolve()}")
     return 0

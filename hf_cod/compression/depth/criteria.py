@@ -104,7 +104,7 @@ def plan_depth(
     metric = request.metric.name
     return DepthPlan(
         model=name_of(stack),
-        method=how.criterion,
+        criterion=how.criterion,
         layers=found.layers,
         parameters=sizes_of(stack),
         costs=found.costs,
@@ -136,7 +136,7 @@ class _Request:
 
     def probe(self, part: str, batches: Sequence[Batch]) -> RemovalProbe:
         """Measures on a part of the batches."""
-        journal = self.journals.of("removals", part, self.stack.path)
+        journal = self.journals.of("removals", part, self.stack.layers_path)
         return RemovalProbe(self.stack, self.metric, batches, journal, self.show_progress)
 
     def least(self, costs: Sequence[float | None]) -> list[int]:
@@ -219,7 +219,7 @@ def _losses_with_maps(
     """The loss without the layers of each candidate, with maps in their place, which are taken back, and how many."""
     stack, journal = (
         request.stack,
-        request.journals.of("losses with maps", request.settings.replacement, request.stack.path),
+        request.journals.of("losses with maps", request.settings.replacement, request.stack.layers_path),
     )
     for layers in progress(candidates, "choice with maps", request.show_progress):
         if str(layers) in journal:
@@ -241,7 +241,7 @@ def _choose(request: _Request, told: dict[str, dict[str, Any]], costs: list[floa
     # Of equal ones the last: exchanges go before what they began with.
     for name in sorted(reversed(candidates), key=lambda name: told[name]["loss"]):
         try:
-            check_drop(request.stack.model, candidates[name], request.stack.path)
+            check_drop(request.stack.model, candidates[name], request.stack.layers_path)
             return _Found(candidates[name], costs, told)
         except ValueError as error:
             refused = refused or error

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.io.files import JsonFile
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.stack import DecoderLayers
@@ -13,13 +14,14 @@ GIVEN = "given"  # layers that somebody named
 MASSIVE = "massive"  # layers where massive activations arise
 
 
+@renamed(method="criterion")
 @dataclass(frozen=True)
 class DepthPlan(JsonFile):
     """The layers that a model can do without.
 
     Attributes:
         model: the model's name.
-        method: which of `CRITERIA` found them, or "given".
+        criterion: which of `CRITERIA` found them, or "given".
         layers: the layers that go, in ascending order, counted from 0.
         parameters: weights in the matrices of each of the model's layers.
         costs: what the criterion measured of each layer (None where it could not be removed so); empty where nothing
@@ -35,9 +37,10 @@ class DepthPlan(JsonFile):
     """
 
     FIELD = "depth_plan"
+    RENAMED: ClassVar[dict[str, str]] = {"method": "criterion"}
 
     model: str
-    method: str
+    criterion: str
     layers: list[int]
     parameters: list[int]
     costs: list[float | None] = field(default_factory=list)
@@ -46,6 +49,8 @@ class DepthPlan(JsonFile):
     protection: str = ""
     replacement: str = "none"
     metric: str = "loss"
+
+    method = OldAttribute("criterion")
 
     def __post_init__(self) -> None:
         depth = len(self.parameters)

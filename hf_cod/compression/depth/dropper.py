@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from hf_cod.compression.depth.depth_plan import GIVEN, MASSIVE, DepthPlan
 from hf_cod.compression.depth.maps import NO_MAPS, Maps
-from hf_cod.compression.depth.settings import REPLACEMENTS
+from hf_cod.compression.depth.settings import REPLACEMENTS, DropLayersFields, DropLayersSettings
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
-from hf_cod.io.settings import check_choice
+from hf_cod.io.settings import check_choice, resolve
 from hf_cod.io.text import Batch, check_batches, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, other_name, sizes_of
 from hf_cod.layers.devices import execution_device
@@ -34,6 +34,8 @@ def drop_layers(
     batches: Sequence[Batch] | None = None,
     layers_path: str | None = None,
     name: str | None = None,
+    settings: DropLayersSettings | None = None,
+    **fields: Unpack[DropLayersFields],
 ) -> RunReport:
     """Removes layers for good, as `drop` does: what is left is a stock checkpoint.
 
@@ -60,55 +62,80 @@ def drop_layers(
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
         layers_path: the stack's module name where it cannot be found.
         name: the model's name in the report; default: where it was loaded from.
+        settings: what stands in the place of layers.
+        **fields: or fields of `DropLayersSettings` by name; beside `replacement` there is none yet.
 
     Raises:
         ValueError: a plan for another model, no such layers, none left, batches missing; what `drop` raises. After
             these, and whatever else ends the work on the way, the model is unchanged.
     """
+    chosen = resolve(drop_layers, DropLayersSettings, settings, fields, replacement=replacement).replacement
     stack = find_decoder_layers(model, layers_path)
-    sizes = sizes_of(stack)
+    described = DropReporter(stack, name)
     if not isinstance(plan, DepthPlan):
-        plan = DepthPlan(name_of(stack), GIVEN, [plan] if isinstance(plan, int) else sorted(plan), sizes)
-    replacement = plan.replacement if replacement is None else replacement
-    check_choice("replacement", replacement, REPLACEMENTS)
-    if replacement != "none" and not batches:
+        plan = DepthPlan(name_of(stack), GIVEN, [plan] if isinstance(plan, int) else sorted(plan), described.sizes)
+    chosen = plan.replacement if chosen is None else chosen
+    check_choice("replacement", chosen, REPLACEMENTS)
+    if chosen != "none" and not batches:
         raise ValueError(
-            f"batches: expected at least one for the replacement {replacement}, got none; replacement='none' needs none"
+            f"batches: expected at least one for the replacement {chosen}, got none; replacement='none' needs none"
         )
     plan.check(stack)
     check_drop(model, plan.layers, layers_path)
-    before = sum(p.numel() for p in stack.model.parameters())
     maps = Maps()
-    device, dtype = execution_device(stack.model), next(stack.model.parameters()).dtype
     try:
-        if batches and replacement != "none":
-            _put_maps(stack, plan.layers, batches, replacement == "measured", maps)
+        if batches and chosen != "none":
+            _put_maps(stack, plan.layers, batches, chosen == "measured", maps)
         drop(model, plan.layers, layers_path)
     except BaseException:
         maps.take_back()
         raise
-    after = sum(p.numel() for p in stack.model.parameters())
-    return RunReport(
-        kind="drop-layers",
-        model=name or name_of(stack),
-        settings={"criterion": plan.method, "replacement": replacement, **describe_batches(batches or [])},
-        environment=environment(device, dtype),
-        layers={
-            **({"cost": plan.costs} if plan.costs else {}),
-            "removed": [int(index in plan.layers) for index in range(len(sizes))],
-            "parameters": sizes,
-        },
-        results={
-            "removed": plan.layers,
-            "criterion": plan.method,
-            "protected": plan.protected,
-            "candidates": plan.candidates,
-            "parameters": {"intact": before, "dropped": after},
-            "replacements": maps.replacements,
-        },
-        summary=_summary(plan, before, after, maps.replacements),
-        notes=[*other_name("plan", plan.model, stack), *_other_replacement(plan, replacement), *maps.notes],
-    )
+    return described.report(plan, chosen, batches or [], maps)
+
+
+class DropReporter:
+    """Looks at a model before layers are dropped, and reports what became of it.
+
+    Args:
+        stack: the layers.
+        name: the model's name, or None.
+    """
+
+    def __init__(self, stack: DecoderLayers, name: str | None) -> None:
+        self.stack = stack
+        self.name = name or name_of(stack)
+        self.sizes = sizes_of(stack)
+        self.parameters = _count(stack.model)
+        self.environment = environment(execution_device(stack.model), next(stack.model.parameters()).dtype)
+
+    def report(self, plan: DepthPlan, replacement: str, batches: Sequence[Batch], maps: Maps) -> RunReport:
+        """Counts what is left."""
+        left = _count(self.stack.model)
+        return RunReport(
+            kind="drop-layers",
+            model=self.name,
+            settings={"criterion": plan.criterion, "replacement": replacement, **describe_batches(batches)},
+            environment=self.environment,
+            layers={
+                **({"cost": plan.costs} if plan.costs else {}),
+                "removed": [int(index in plan.layers) for index in range(len(self.sizes))],
+                "parameters": self.sizes,
+            },
+            results={
+                "removed": plan.layers,
+                "criterion": plan.criterion,
+                "protected": plan.protected,
+                "candidates": plan.candidates,
+                "parameters": {"intact": self.parameters, "dropped": left},
+                "replacements": maps.replacements,
+            },
+            summary=_summary(plan, self.parameters, left, maps.replacements),
+            notes=[*other_name("plan", plan.model, self.stack), *_other_replacement(plan, replacement), *maps.notes],
+        )
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _put_maps(stack: DecoderLayers, removed: list[int], batches: Sequence[Batch], measured: bool, maps: Maps) -> None:
@@ -134,7 +161,7 @@ def _other_replacement(plan: DepthPlan, replacement: str) -> list[str]:
 
 def _summary(plan: DepthPlan, before: int, after: int, replacements: list[dict[str, Any]]) -> list[str]:
     removed = ", ".join(map(str, plan.layers))
-    why = "as asked for" if plan.method == GIVEN else f"chosen by {_words(plan.method)}"
+    why = "as asked for" if plan.criterion == GIVEN else f"chosen by {_words(plan.criterion)}"
     if plan.chosen:
         why += f", which compared candidates and took what {' and '.join(map(_words, plan.chosen))} found"
     found = [

@@ -64,3 +64,26 @@ class DepthFields(TypedDict, total=False):
     replacement: str
     protect: bool | int | Iterable[int]
     search_width: int
+
+
+@checked
+@dataclass
+class DropLayersSettings:
+    """What stands in the place of layers that go."""
+
+    replacement: str | None = field(
+        default=None,
+        metadata={
+            "help": f"what stands in the place of layers: {', '.join(REPLACEMENTS)}; default: what the plan's "
+            "candidates were compared with, of layers none",
+            "choices": list(REPLACEMENTS),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.replacement is not None:
+            check_choice("replacement", self.replacement, REPLACEMENTS)
+
+
+class DropLayersFields(TypedDict, total=False):
+    """Fields of `DropLayersSettings` that `drop_layers` takes by name; there are no others yet."""

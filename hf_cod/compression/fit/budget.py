@@ -20,8 +20,8 @@ def check_budget(kind: str, value: float) -> None:
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if kind == "parameters" and not 0 < value <= 1:
-        raise ValueError(f"parameters: expected a share between 0 and 1, got {value}")
+    if kind == "parameter_share" and not 0 < value <= 1:
+        raise ValueError(f"parameter_share: expected a share between 0 and 1, got {value}")
     if not 0 < value < math.inf:
         raise ValueError(f"{kind}: expected a finite number above 0, got {value}")
 
@@ -44,7 +44,7 @@ class Budget:
     def most(self) -> float:
         """The largest share of the layers within the budget."""
         size = self.intact
-        if self.kind == "parameters":
+        if self.kind == "parameter_share":
             return self.value
         if self.kind == "bits":
             return self.value * size.layer_weights / 8 / size.layer_bytes
@@ -52,7 +52,7 @@ class Budget:
 
     def left(self, size: ModelSize) -> float:
         """The share of the layers that is left, in what the budget counts."""
-        if self.kind == "parameters":
+        if self.kind == "parameter_share":
             return size.layer_weights / self.intact.layer_weights
         return size.layer_bytes / self.intact.layer_bytes
 
@@ -86,7 +86,7 @@ class Budget:
     def _in_unit(self, left: float) -> float:
         """The budget that a share of the layers is."""
         size = self.intact
-        if self.kind == "parameters":
+        if self.kind == "parameter_share":
             return left
         if self.kind == "bits":
             return left * size.layer_bytes * 8 / size.layer_weights

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from hf_cod.io.deprecation import current_value
 from hf_cod.io.files import JsonFile
+from hf_cod.scoring.settings import OLD_KINDS
 
 
 @dataclass(frozen=True)
@@ -13,8 +15,8 @@ class FitPlan(JsonFile):
     """What is done to a model.
 
     Attributes:
-        kind: what the budget counts: "memory" (bytes of the whole model), "parameters" (share of the weights of the
-            layers' matrices) or "bits" (stored bits for each weight that those had).
+        kind: what the budget counts: "memory" (bytes of the whole model), "parameter_share" (of the weights of
+            the layers' matrices) or "bits" (stored bits for each weight that those had).
         budget: the most that is allowed.
         steps: knob -> level, in the order of application; empty where the model meets the budget as it is.
         loss: nats a token with these steps, on the samples that the plan was chosen on.
@@ -28,6 +30,7 @@ class FitPlan(JsonFile):
     """
 
     FIELD = "fit_plan"
+    RENAMED_VALUES: ClassVar[dict[str, dict[str, str]]] = {"kind": OLD_KINDS}
 
     kind: str
     budget: float
@@ -39,3 +42,6 @@ class FitPlan(JsonFile):
     tried: list[dict[str, Any]]
     curve: list[list[Any]]
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=1))

@@ -110,7 +110,7 @@ class Knob:
 
 
 def _shares(*percent: int) -> Callable[[nn.Module, str | None], list[float]]:
-    return lambda model, path: [share / 100 for share in percent]
+    return lambda model, layers_path: [share / 100 for share in percent]
 
 
 def _left_by_depth(stack: DecoderLayers, count: float) -> float:
@@ -143,7 +143,7 @@ def _depth(model: Any, count: float, how: Applying) -> None:
 
 def _width(model: Any, share: float, how: Applying) -> None:
     scores = score_layers(model, method=SCORE, batches=how.batches, layers_path=how.layers_path)
-    plan = allocate(scores, "parameters", 1 - share, min(SPREAD, share))
+    plan = allocate(scores, "parameter_share", 1 - share, min(SPREAD, share))
     narrow(model, plan, **how.options())
 
 
@@ -175,7 +175,7 @@ def _check_depth(stack: DecoderLayers) -> None:
     if len(stack) < 3:
         raise ValueError(f"layers: expected at least 3, of which a third may go, got {len(stack)}")
     check_independent(stack, "layers")
-    check_drop(stack.model, len(stack) - 1, stack.path)  # all others keep their numbers
+    check_drop(stack.model, len(stack) - 1, stack.layers_path)  # all others keep their numbers
 
 
 def _check_plain(stack: DecoderLayers) -> None:
@@ -204,7 +204,7 @@ def _check_bits(stack: DecoderLayers) -> None:
 # Knob -> what it does. Order matters: what removes structure comes before what stores the rest in fewer bits.
 KNOBS: dict[str, Knob] = {
     "depth": Knob(
-        lambda model, path: [float(n) for n in range(1, 1 + len(find_decoder_layers(model, path)) // 3)],
+        lambda model, layers_path: [float(n) for n in range(1, 1 + len(find_decoder_layers(model, layers_path)) // 3)],
         3,
         _depth,
         _check_depth,
@@ -237,7 +237,7 @@ KNOBS: dict[str, Knob] = {
         structural=False,
     ),
     "bits": Knob(
-        lambda model, path: [4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4, 3.3, 3.2, 3.1, 3.0],
+        lambda model, layers_path: [4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4, 3.3, 3.2, 3.1, 3.0],
         3,
         _bits,
         _check_bits,
@@ -268,7 +268,7 @@ def chosen_knobs(knobs: Sequence[str] | None, kind: str) -> list[str]:
     if unknown:
         raise ValueError(f"knobs: expected some of {', '.join(KNOBS)}, got {unknown[0]!r}")
     chosen = [knob for knob in KNOBS if knobs is None or knob in knobs]
-    if kind == "parameters":
+    if kind == "parameter_share":
         chosen = [knob for knob in chosen if KNOBS[knob].structural]
     if not chosen:
         fewer = ", ".join(knob for knob in KNOBS if KNOBS[knob].structural)

@@ -16,7 +16,7 @@ from hf_cod.compression.fit.settings import FitFields, FitSettings
 from hf_cod.compression.fit.trials import Steps, Trial, Trials
 from hf_cod.functional.combination import Combination, best_combinations, filled, rising
 from hf_cod.io.arguments import checked
-from hf_cod.io.deprecation import renamed
+from hf_cod.io.deprecation import current_value, renamed
 from hf_cod.io.files import fingerprint
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, check_batches
@@ -24,6 +24,7 @@ from hf_cod.layers.fingerprints import Journals, digest_batches
 from hf_cod.layers.running import progress
 from hf_cod.layers.size import size_of
 from hf_cod.layers.stack import find_decoder_layers
+from hf_cod.scoring.settings import OLD_KINDS
 
 # How far below what its knobs promise a model may come out, as a share: whole ranks, heads and channels are rounded.
 ROUNDING = 0.95
@@ -62,7 +63,7 @@ def plan_fit(
 
     Args:
         make: gives a fresh copy of the intact model at each call (a function that loads it); one at a time is alive.
-        kind: "memory" (bytes of the whole model), "parameters" (share of the weights of the layers' matrices, 0 to 1)
+        kind: "memory" (bytes of the whole model), "parameter_share" (of the weights of the layers' matrices, 0 to 1)
             or "bits" (stored bits for each of those weights).
         budget: the most that is allowed, in that unit.
         calibration: dicts for the model's forward, which methods calibrate on.
@@ -83,7 +84,7 @@ def plan_fit(
         ImportError: a named knob needs a package that is not installed; before anything is measured.
     """
     how = resolve(plan_fit, FitSettings, settings, fields)
-    knobs = how.knobs
+    knobs, kind = how.knobs, current_value("kind", kind, OLD_KINDS, above=2)
     check_budget(kind, budget)
     if isinstance(make, nn.Module):
         raise ValueError(f"make: expected a function that loads the model, got a model ({type(make).__name__})")

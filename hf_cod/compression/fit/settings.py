@@ -11,7 +11,7 @@ from hf_cod.io.arguments import checked
 # What a budget counts -> what its number means.
 KINDS = {
     "memory": "bytes of the whole model",
-    "parameters": "share of the weights of the layers' matrices",
+    "parameter_share": "share of the weights of the layers' matrices",
     "bits": "stored bits for each weight that those have",
 }
 # Knob -> what it does, in the order in which knobs are applied.

@@ -75,8 +75,8 @@ def factorize(
         model: a transformers model with plain weights. What ends the work on the way (NaN or infinity, want of memory,
             Ctrl-C) leaves the layers before it factorized and the others whole: such a model runs and can be saved, but
             to begin again, or to go on from a journal, load it anew.
-        plan: an allocation of "parameters" or "rank"; ranks by matrix; or one share of parameters for all layers. For
-            oats, ranks by matrix come with their `nonzeros`, and no allocation is one of "rank".
+        plan: an allocation of "parameter_share" or "rank"; ranks by matrix; or one share of parameters for all layers.
+            For oats, ranks by matrix come with their `nonzeros`, and no allocation is one of "rank".
         method: see the table; default: whitened.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
         journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
@@ -259,7 +259,7 @@ def _plan(stack: DecoderLayers, plan: LayerAllocation | RankPlan | float, rank_s
         if bool(plan.nonzeros) != (rank_share is not None):
             wanted, got = ("no nonzeros", "some") if plan.nonzeros else ("nonzeros beside its ranks for oats", "none")
             raise ValueError(
-                f"plan: expected {wanted}, got {got}; oats takes one share, or an allocation of parameters"
+                f"plan: expected {wanted}, got {got}; oats takes one share, or an allocation of parameter_share"
             )
         return plan
     allocation = plan if isinstance(plan, LayerAllocation) else same_share(stack, plan)

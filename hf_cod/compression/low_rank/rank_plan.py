@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from hf_cod.functional.ranks import Shape, count, most_rank, rank_of_share, rank_of_weights
 from hf_cod.functional.sparse_low_rank import sizes_of_weights
+from hf_cod.io.deprecation import current_value
 from hf_cod.io.files import JsonFile
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
 from hf_cod.layers.orientation import is_plain, shape_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.allocation import LayerAllocation
+from hf_cod.scoring.settings import OLD_KINDS
 
-KINDS = ("parameters", "rank")
+KINDS = ("parameter_share", "rank")
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,8 @@ class RankPlan(JsonFile):
     """What each matrix gets.
 
     Attributes:
-        kind: what the budget counts: "parameters" (weights that the layers' matrices keep) or "rank" (mean share of
-            full rank, weighted by parameters, had all matrices been cut to it).
+        kind: what the budget counts: "parameter_share" (of the weights of the layers' matrices, that is kept) or
+            "rank" (mean share of full rank, weighted by parameters, had all matrices been cut to it).
         budget: the share that was to be kept.
         ranks: name -> rank of each matrix that is factorized; all others stay whole.
         method: which score or spectrum they follow.
@@ -32,6 +35,7 @@ class RankPlan(JsonFile):
     """
 
     FIELD = "rank_plan"
+    RENAMED_VALUES: ClassVar[dict[str, dict[str, str]]] = {"kind": OLD_KINDS}
 
     kind: str
     budget: float
@@ -40,6 +44,9 @@ class RankPlan(JsonFile):
     nonzeros: dict[str, int] = field(default_factory=dict)
     model: str = ""
     sizes: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=1))
 
 
 def factorizable(stack: DecoderLayers, index: int) -> dict[str, Shape]:
@@ -66,9 +73,9 @@ def plan_of_allocation(stack: DecoderLayers, allocation: LayerAllocation, rank_s
 
     Args:
         stack: the layers.
-        allocation: of "parameters" or "rank".
+        allocation: of "parameter_share" or "rank".
         rank_share: of the weights that a matrix keeps, the part that its factors have; the rest is sparse, and the
-            allocation one of "parameters". None: all of them.
+            allocation one of "parameter_share". None: all of them.
 
     Raises:
         ValueError: an allocation of another kind or for another model; a share out of reach (says the least possible).
@@ -85,7 +92,7 @@ def plan_of_allocation(stack: DecoderLayers, allocation: LayerAllocation, rank_s
         if not 0 <= share <= 1 or math.isnan(share):
             raise ValueError(f"plan: expected shares in 0..1, got {share} in layer {index}")
         rank_of = rank_of_share
-        if allocation.kind == "parameters":
+        if allocation.kind == "parameter_share":
             share, rank_of = _share_of_matrices(stack, index, share), rank_of_weights
         if rank_share is not None:
             sizes = {n: sizes_of_weights(shape, share, rank_share) for n, shape in factorizable(stack, index).items()}
@@ -104,8 +111,8 @@ def _share_of_matrices(stack: DecoderLayers, index: int, share: float) -> float:
     # Shares that follow from a sum are off by rounding errors.
     if share * total < least - 1e-6 * total:
         raise ValueError(
-            f"parameters: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index}, which is rank 1 "
-            f"wherever that saves{experts_told(stack)}, got {share:.4g}"
+            f"parameter_share: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index}, which is "
+            f"rank 1 wherever that saves{experts_told(stack)}, got {share:.4g}"
         )
     flexible = sum(count(shape, None) for shape in factorizable(stack, index).values())
     return 1.0 if not flexible else 1 - (1 - share) * total / flexible

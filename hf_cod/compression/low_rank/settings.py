@@ -49,3 +49,26 @@ class FactorizeFields(TypedDict, total=False):
     """Fields of `FactorizeSettings` that `factorize` takes by name."""
 
     rank_share: float
+
+
+@checked
+@dataclass
+class RankSettings:
+    """What decides which matrix gets which rank."""
+
+    method: str | None = field(
+        default=None,
+        metadata={
+            "help": f"what is summed up over matrices: {', '.join(WEIGHINGS)}; default: fisher with text of a language "
+            "model, else spectrum",
+            "choices": list(WEIGHINGS),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.method is not None:
+            check_choice("method", self.method, WEIGHINGS)
+
+
+class RankFields(TypedDict, total=False):
+    """Fields of `RankSettings` that `plan_ranks` takes by name; there are no others yet."""

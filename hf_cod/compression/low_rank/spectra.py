@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.compression.low_rank.rank_plan import RankPlan, experts_told, factorizable, least_weights
-from hf_cod.compression.low_rank.settings import WEIGHINGS
+from hf_cod.compression.low_rank.settings import RankFields, RankSettings
 from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, check_batches, split_samples
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -32,17 +34,19 @@ TINY = torch.finfo(torch.float64).tiny
 GRADIENT_SAMPLES = 16
 
 
-@renamed(path="layers_path")
+@renamed(path="layers_path", parameters="parameter_share")
 @checked
 def plan_ranks(
     model: nn.Module,
-    parameters: float,
+    parameter_share: float,
     method: str | None = None,
     *,
     batches: Sequence[Batch] | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,
+    settings: RankSettings | None = None,
+    **fields: Unpack[RankFields],
 ) -> RankPlan:
     """Distributes a budget of parameters over all matrices by their spectra: all together lose as little as the budget
     allows (`functional.ranks.ranks_of_spectra`).
@@ -54,29 +58,30 @@ def plan_ranks(
 
     Args:
         model: a transformers model with plain weights; it is left as it was.
-        parameters: share of the weights of the layers' matrices to keep, in 0..1.
+        parameter_share: share of the weights of the layers' matrices to keep, in 0..1.
         method: see the table; default: fisher with batches of a language model, else spectrum.
         batches: with them spectra are those of the outputs on this text (whitened), else those of the weights.
         journal: a directory: finished layers go there, and the same call goes on where it stopped.
         layers_path: the stack's module name where it cannot be found.
         show_progress: show a progress bar.
+        settings: what decides which matrix gets which rank.
+        **fields: or fields of `RankSettings` by name; beside `method` there is none yet.
 
     Raises:
         ValueError: an unknown method, fisher without a loss, a budget out of reach (says the least possible), or
             weights or activations that are not finite.
     """
-    if method not in (None, *WEIGHINGS):
-        raise ValueError(f"method: expected one of {', '.join(WEIGHINGS)}, got {method!r}")
+    method = resolve(plan_ranks, RankSettings, settings, fields, method=method).method
     if method == "fisher" and not batches:
         raise ValueError("batches: expected at least one for fisher, got none")
     check_batches(batches or ())
     stack = find_decoder_layers(model, layers_path)
     total = sum(sizes_of(stack))
     least = sum(least_weights(stack, index) for index in range(len(stack)))
-    if not least <= parameters * total <= total:
+    if not least <= parameter_share * total <= total:
         raise ValueError(
-            f"parameters: expected a share in {math.ceil(1e4 * least / total) / 1e4:g}..1 (the least is rank 1 "
-            f"wherever that saves{experts_told(stack)}), got {parameters}"
+            f"parameter_share: expected a share in {math.ceil(1e4 * least / total) / 1e4:g}..1 (the least is rank 1 "
+            f"wherever that saves{experts_told(stack)}), got {parameter_share}"
         )
     shapes = {name: shape for index in range(len(stack)) for name, shape in factorizable(stack, index).items()}
     fixed = total - sum(m * n for m, n in shapes.values())
@@ -88,9 +93,9 @@ def plan_ranks(
         weights = measure_loss_weights(stack, few, show_progress=show_progress)
     spectra = _spectra(stack, batches, journal, show_progress)
     lost = [weights[name] * spectra[name] / max(float(spectra[name].sum()), TINY) for name in shapes]
-    found = ranks_of_spectra(list(shapes.values()), lost, int(parameters * total) - fixed)
+    found = ranks_of_spectra(list(shapes.values()), lost, int(parameter_share * total) - fixed)
     ranks = {name: rank for name, rank in zip(shapes, found, strict=True) if rank is not None}
-    return RankPlan("parameters", parameters, ranks, method, model=name_of(stack), sizes=sizes_of(stack))
+    return RankPlan("parameter_share", parameter_share, ranks, method, model=name_of(stack), sizes=sizes_of(stack))
 
 
 @torch.no_grad()

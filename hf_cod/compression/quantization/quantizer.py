@@ -18,6 +18,7 @@ from hf_cod.layers.orientation import is_linear, new_matrix
 from hf_cod.layers.replacement_modules import ignore_signs, names_in, signs
 from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.stack import find_decoder_layers
+from hf_cod.models.stored_config import mark_stored, unmark_stored
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class OwlBnbQuantizer(HfQuantizer):
         import hf_cod.compression.quantization.bnb  # noqa: F401
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        mark_stored(model)
         if self.pre_quantized:
             self.quantization_config.modules = _modules_of(model, self.quantization_config.modules)
             ignore_signs(model)
@@ -79,6 +81,7 @@ class OwlBnbQuantizer(HfQuantizer):
             if module.bits == 4:
                 module.bind()
         self.statistics = None
+        mark_stored(model)
         model.is_loaded_in_4bit = True  # what PEFT and accelerate know quantized layers by
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -95,6 +98,7 @@ class OwlBnbQuantizer(HfQuantizer):
         for name, module in [*model.named_modules()]:
             if is_quantized(module):
                 replace_module(model, name, to_linear(module, dtype))
+        unmark_stored(model)
         model.config._is_quantized = False
         model.is_loaded_in_4bit = False
         return model.to(dtype)

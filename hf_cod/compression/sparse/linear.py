@@ -19,10 +19,12 @@ class SparseLinear(nn.Linear):
     and on other devices than the CPU, a dense copy is kept and used.
 
     Args:
-        in_features, out_features: columns and rows of W.
+        in_features: columns of W.
+        out_features: rows of W.
         bias: whether there is a b.
         nonzeros: how many weights are stored.
-        device, dtype: of the tensors, which are not initialised.
+        device: of the tensors, which are not initialised.
+        dtype: of W.
     """
 
     mask: Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,12 @@ from hf_cod.compression.sparse.checkpoint import check_files
 from hf_cod.compression.sparse.config import METHOD, SparseConfig
 from hf_cod.compression.sparse.linear import SparseLinear
 from hf_cod.compression.sparse.packing import pack_linears
+from hf_cod.compression.sparse.settings import PackFields, PackSettings
 from hf_cod.io.arguments import checked
+from hf_cod.io.settings import resolve
 from hf_cod.layers.replacement_modules import ignore_signs, names_in, replace, signs
 from hf_cod.models.own_config import own_config
+from hf_cod.models.stored_config import mark_stored, unmark_stored
 
 
 class SparseQuantizer(HfQuantizer):
@@ -24,6 +27,7 @@ class SparseQuantizer(HfQuantizer):
     quantization_config: SparseConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        mark_stored(model)
         if not self.pre_quantized:
             return
         recorded = self.quantization_config.modules
@@ -43,6 +47,7 @@ class SparseQuantizer(HfQuantizer):
         ignore_signs(model, emptied, self._emptied())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        mark_stored(model)
         if not self.pre_quantized:
             self.quantization_config.modules = pack_linears(model, self.quantization_config.minimum)
             return
@@ -60,6 +65,7 @@ class SparseQuantizer(HfQuantizer):
         for name, module in [*model.named_modules()]:
             if isinstance(module, SparseLinear):
                 replace(model, name, module.to_linear())
+        unmark_stored(model)
         model.config._is_quantized = False
         return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # save_pretrained makes it a string
 
@@ -79,7 +85,13 @@ class SparseQuantizer(HfQuantizer):
 
 
 @checked
-def pack_sparse(model: PreTrainedModel, minimum: float = 0.5) -> PreTrainedModel:
+def pack_sparse(
+    model: PreTrainedModel,
+    minimum: float | None = None,
+    *,
+    settings: PackSettings | None = None,
+    **fields: Unpack[PackFields],
+) -> PreTrainedModel:
     """Stores a model's sparse matrices without their zeros, in place; small batches run faster on CPUs with AVX2.
 
     Linears of which at least `minimum` is zero become `SparseLinear`. Left dense are Conv1D (GPT-2), banks of experts,
@@ -88,8 +100,10 @@ def pack_sparse(model: PreTrainedModel, minimum: float = 0.5) -> PreTrainedModel
 
     Args:
         model: a transformers model in float32 or bfloat16 (other dtypes are stored, but not faster), without adapters.
-        minimum: share of zeros from which on packing pays. Storage shrinks from 1/16 on in bfloat16; for time, see
-            README.
+        minimum: share of zeros from which on packing pays; default: 0.5. Storage shrinks from 1/16 on in bfloat16; for
+            time, see docs/benchmarks/speed.md.
+        settings: which matrices are packed.
+        **fields: or fields of `PackSettings` by name; beside `minimum` there is none yet.
 
     Returns:
         The same model.
@@ -98,13 +112,14 @@ def pack_sparse(model: PreTrainedModel, minimum: float = 0.5) -> PreTrainedModel
         ValueError: nothing is sparse enough; the model is quantized, offloaded or has adapters; a weight that is NaN
             or infinite (says where).
     """
+    least = resolve(pack_sparse, PackSettings, settings, fields, minimum=minimum).minimum
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model without wrappers, got {type(model).__name__}")
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, SparseQuantizer):
         raise ValueError(f"model: expected plain weights, got quantized ones ({type(quantizer).__name__})")
-    config = quantizer.quantization_config if quantizer else SparseConfig(minimum=minimum)
-    config.modules = {**config.modules, **pack_linears(model, SparseConfig(minimum=minimum).minimum)}
+    config = quantizer.quantization_config if quantizer else SparseConfig(minimum=least)
+    config.modules = {**config.modules, **pack_linears(model, least)}
     quantizer = quantizer or SparseQuantizer(config, pre_quantized=True)
     # What from_pretrained sets, so that saving, PEFT and Trainer know the model for what it is.
     loaded: Any = model

@@ -85,7 +85,7 @@ def narrow(
         model: a transformers model with plain weights. What ends the work on the way (NaN or infinity, want of memory,
             Ctrl-C) leaves the layers before it narrow and the others as they were: such a model runs and can be saved,
             but to begin again, or to go on from a journal, load it anew.
-        plan: an allocation of "parameters"; widths by layer; or one share of parameters for all layers.
+        plan: an allocation of "parameter_share"; widths by layer; or one share of parameters for all layers.
         method: see the first table; default: fluctuation.
         compensation: see the second table; default: least_squares.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
@@ -124,7 +124,7 @@ def narrow(
     change = LayerChange(stack, units, kept, method, compensation, taylor)
     finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
     told: dict[str, Any] = {"method": method, "compensation": compensation}
-    told["plan"] = f"parameters {chosen.budget:g} by {chosen.method}"
+    told["plan"] = f"parameter_share {chosen.budget:g} by {chosen.method}"
     told |= describe_batches(batches) if batches and (sequential or taylor) else {}
     try:
         if sequential and batches:

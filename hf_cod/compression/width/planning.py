@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 from torch import nn
 
-from hf_cod.compression.width.settings import CHANNEL_MULTIPLE
+from hf_cod.compression.width.settings import WidthFields, WidthSettings
 from hf_cod.compression.width.width_plan import WidthPlan, plan_of_allocation
 from hf_cod.io.arguments import checked
+from hf_cod.io.deprecation import renamed
+from hf_cod.io.settings import resolve
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.units import LayerUnits, find_units
 from hf_cod.scoring.allocation import LayerAllocation, same_share
 
 
+@renamed(parameters="parameter_share")
 @checked
 def plan_width(
     model: nn.Module,
-    parameters: LayerAllocation | float,
-    channel_multiple: int = CHANNEL_MULTIPLE,
+    parameter_share: LayerAllocation | float,
+    channel_multiple: int | None = None,
     *,
     layers_path: str | None = None,
+    settings: WidthSettings | None = None,
+    **fields: Unpack[WidthFields],
 ) -> WidthPlan:
     """Decides how many attention heads and MLP channels each layer keeps; the model is left as it was.
 
@@ -29,26 +35,30 @@ def plan_width(
 
     Args:
         model: a transformers model.
-        parameters: share of the weights of the layers' matrices to keep, in 0..1; or an allocation of "parameters", by
+        parameter_share: share of the weights of the layers' matrices to keep, in 0..1; or an allocation of it, by
             which each layer keeps its own.
-        channel_multiple: numbers of channels are rounded to one of this, as near to the budget as that allows.
+        channel_multiple: numbers of channels are rounded to one of this, as near to the budget as that allows; default:
+            32.
         layers_path: the stack's module name where it cannot be found.
+        settings: to what numbers of channels are rounded.
+        **fields: or fields of `WidthSettings` by name; beside `channel_multiple` there is none yet.
 
     Raises:
         ValueError: no heads or channels of a known structure, a share out of reach (says the least possible), an
             allocation of something else or for another model.
     """
+    how = resolve(plan_width, WidthSettings, settings, fields, channel_multiple=channel_multiple)
     stack = find_decoder_layers(model, layers_path)
     units = [find_units(stack, index) for index in range(len(stack))]
-    return plan_of_units(stack, units, parameters, channel_multiple)
+    return plan_of_units(stack, units, parameter_share, how.channel_multiple)
 
 
 def plan_of_units(
-    stack: DecoderLayers, units: Sequence[LayerUnits], parameters: LayerAllocation | float, channel_multiple: int
+    stack: DecoderLayers, units: Sequence[LayerUnits], parameter_share: LayerAllocation | float, channel_multiple: int
 ) -> WidthPlan:
     """The same, of units that were found before."""
     check_units(stack, units)
-    allocation = parameters if isinstance(parameters, LayerAllocation) else same_share(stack, parameters)
+    allocation = parameter_share if isinstance(parameter_share, LayerAllocation) else same_share(stack, parameter_share)
     return plan_of_allocation(stack, list(units), allocation, channel_multiple)
 
 

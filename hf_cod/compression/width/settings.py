@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import check_choice
+from hf_cod.io.settings import as_in, check_choice
 
 # Method -> which heads and channels stay; `narrow` has more.
 METHODS = {
@@ -21,6 +21,23 @@ COMPENSATIONS = {
     "none": "nothing; needs no text",
 }
 CHANNEL_MULTIPLE = 32  # what matrix units of GPUs and the registers of processors like
+
+
+@checked
+@dataclass
+class WidthSettings:
+    """To what numbers of channels are rounded."""
+
+    channel_multiple: int = field(
+        default=CHANNEL_MULTIPLE, metadata={"help": "numbers of channels are multiples of this"}
+    )
+
+    def __post_init__(self) -> None:
+        check_channel_multiple(self.channel_multiple)
+
+
+class WidthFields(TypedDict, total=False):
+    """Fields of `WidthSettings` that `plan_width` takes by name; there are no others yet."""
 
 
 @checked
@@ -43,9 +60,7 @@ class NarrowSettings:
             "choices": list(COMPENSATIONS),
         },
     )
-    channel_multiple: int = field(
-        default=CHANNEL_MULTIPLE, metadata={"help": "numbers of channels are multiples of this"}
-    )
+    channel_multiple: int = as_in(WidthSettings, "channel_multiple")
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)

@@ -35,7 +35,7 @@ def set_stock_config(stack: DecoderLayers) -> bool:
     if isinstance(model, ShapedModel) or fields is None:
         return False
     own_config(model)
-    stack = find_decoder_layers(model, stack.path)
+    stack = find_decoder_layers(model, stack.layers_path)
     before = dict(vars(stack.config))
     said = False
     try:

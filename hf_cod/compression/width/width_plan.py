@@ -45,8 +45,8 @@ def plan_of_allocation(
     Raises:
         ValueError: an allocation of another kind or for another model; a share out of reach (says the least possible).
     """
-    if allocation.kind != "parameters":
-        raise ValueError(f"plan: expected an allocation of parameters, got one of {allocation.kind}")
+    if allocation.kind != "parameter_share":
+        raise ValueError(f"plan: expected an allocation of parameter_share, got one of {allocation.kind}")
     if len(allocation.values) != len(stack):
         raise ValueError(f"plan: expected {len(stack)} values, one a layer, got {len(allocation.values)}")
     check_sizes("plan", allocation.model, allocation.sizes, stack)
@@ -118,8 +118,8 @@ def _share_of_units(
     # Shares that follow from a sum are off by rounding errors.
     if share * total < least - 1e-6 * total:
         raise ValueError(
-            f"parameters: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index}, which is one "
-            f"group of heads and {multiple} channels where it can lose any, got {share:.4g}"
+            f"parameter_share: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index}, which is "
+            f"one group of heads and {multiple} channels where it can lose any, got {share:.4g}"
             + "".join(f"; {why}" for why in whole)
         )
     return 1.0 if not own else 1 - (1 - share) * total / own

@@ -15,6 +15,12 @@ from hf_cod.layers.finished_layers import FinishedLayers
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import KINDS, LayerUnits
 
+STOCK = "The model is a stock one: transformers loads it without this package."
+NOT_STOCK = (
+    "Its layers differ from what its family's config can say: it loads where hf_cod is imported, and with "
+    "trust_remote_code without it."
+)
+
 
 class WidthReporter:
     """Looks at a model before it is narrowed, and reports what became of it.
@@ -44,23 +50,13 @@ class WidthReporter:
         left = sizes_of(self.stack)
         share = sum(left) / sum(self.sizes)
         notes = [finished.notes[index] for index in range(len(self.stack))]
-        errors = [sum(note["errors"]) / len(note["errors"]) if note["errors"] else None for note in notes]
-        shares = {kind: [_share(own, kind, less) for own, less in zip(self.units, kept, strict=True)] for kind in KINDS}
+        unseen = [matrix for note in notes for matrix in note["unseen"]]
         return RunReport(
             kind="narrow",
             model=self.name,
             settings=settings,
             environment=environment(execution_device(self.stack.model), next(self.stack.model.parameters()).dtype),
-            layers={
-                "kept": [after / before for after, before in zip(left, self.sizes, strict=True)],
-                **{
-                    f"share_of_{kind}": values
-                    for kind, values in shares.items()
-                    if any(value is not None for value in values)
-                },
-                **({"error": errors} if any(value is not None for value in errors) else {}),
-                "parameters": self.sizes,
-            },
+            layers=self._layers(kept, left, [note["errors"] for note in notes]),
             results={
                 "kept": share,
                 "parameters": {"intact": self.parameters, "narrowed": _count(self.stack.model.parameters())},
@@ -71,21 +67,29 @@ class WidthReporter:
             summary=[
                 f"{share:.2%} of {sum(self.sizes):,} weights in the layers' matrices are kept, where {plan.budget:.2%} "
                 "were asked for.",
-                "The model is a stock one: transformers loads it without this package."
-                if stock
-                else "Its layers differ from what its family's config can say: it loads where hf_cod is imported, and "
-                "with trust_remote_code without it.",
+                STOCK if stock else NOT_STOCK,
             ],
             notes=[
                 *_told_whole(self.units),
-                *(
-                    f"no token entered {matrix}: narrowed by its weights alone"
-                    for note in notes
-                    for matrix in note["unseen"]
-                ),
+                *(f"no token entered {matrix}: narrowed by its weights alone" for matrix in unseen),
                 *self._filled(),
             ],
         )
+
+    def _layers(
+        self, kept: Sequence[dict[str, int]], left: Sequence[int], errors: Sequence[Sequence[float]]
+    ) -> dict[str, list[Any]]:
+        """One value a layer; a measure that no layer has is left out."""
+        found: dict[str, list[Any]] = {
+            f"share_of_{kind}": [_share(own, kind, less) for own, less in zip(self.units, kept, strict=True)]
+            for kind in KINDS
+        }
+        found["error"] = [sum(each) / len(each) if each else None for each in errors]
+        return {
+            "kept": [after / before for after, before in zip(left, self.sizes, strict=True)],
+            **{name: values for name, values in found.items() if any(value is not None for value in values)},
+            "parameters": self.sizes,
+        }
 
     def _filled(self) -> list[str]:
         """Whether zeros of pruned matrices were filled."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from hf_cod.io.arguments import checked
+from hf_cod.io.files import write_text
+from hf_cod.models.stored_config import REQUIRES
 from hf_cod.training.adapters.registry import peft_type
 
 
@@ -24,7 +29,7 @@ class OwLoreConfig(PeftConfig):
     smallest singular values and told by `model.lost_energy()`. W itself is not written, so it may be quantized; weight
     decay acts on N alone.
 
-    `from hf_cod import OwLoreConfig` lets PEFT load such an adapter in a process that has not made one.
+    `import hf_cod` lets PEFT load such an adapter in a process that has not made one.
 
     Raises:
         ValueError: a rank below 1.
@@ -61,6 +66,12 @@ class OwLoreConfig(PeftConfig):
             setattr(self, name, set(names) if isinstance(names, list) else names)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; `held` is in the file alone: the config may make a new adapter, which holds nothing."""
+        """As PEFT's, whose type is in the file what a reader without this package has to do.
+
+        `held` is in the file alone: the config may make a new adapter, which holds nothing.
+        """
         super().save_pretrained(save_directory, **kwargs)
         self.held = {}
+        path = Path(save_directory) / CONFIG_NAME
+        written = json.loads(path.read_text(encoding="utf-8"))
+        write_text(path, json.dumps({**written, "peft_type": REQUIRES}, indent=2, sort_keys=True))

@@ -114,7 +114,7 @@ class OwLoreModel(BaseTuner):
         stack: DecoderLayers = find_decoder_layers(self.model)
         if stack.index_of(name) is None or not is_linear_like(target):
             raise ValueError(
-                f"target_modules: expected matrices of the layers in {stack.path}, got {name} "
+                f"target_modules: expected matrices of the layers in {stack.layers_path}, got {name} "
                 f"({type(target).__name__}); what else is to train goes into modules_to_save"
             )
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from peft.utils.peft_types import PeftType, register_peft_method
 
+from hf_cod.models.stored_config import REQUIRES
+
 NAME = "OWLORE"
 
 
@@ -33,10 +35,13 @@ def peft_type() -> Any:
 
 def register(config: type, model: type) -> None:
     """Makes get_peft_model, PeftModel.from_pretrained and AutoPeftModel know OwLore; a second call does nothing."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-    if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    configs: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+    if peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
+        configs.pop(NAME, None)  # what stood for it until it was needed
         register_peft_method(name=NAME.lower(), config_cls=config, model_cls=model)
+        configs[REQUIRES] = config  # as files name it
 
 
 _REFUSAL = (

@@ -48,7 +48,7 @@ def healing_report(
         f"Perplexity goes from {written['before']} to {written['after']} (teacher {written['teacher']}) on samples "
         f"held out, after {tokens:,} tokens by {settings.method} (learning rate {settings.rate:g}){back}."
     ]
-    sizes = {"teacher": size_of(teacher.model, teacher.path), "healed": size_of(stack.model, stack.path)}
+    sizes = {"teacher": size_of(teacher.model, teacher.layers_path), "healed": size_of(stack.model, stack.layers_path)}
     summary.append(_told_size(sizes, bool(pruned_matrices(stack))))
     if training.memory is not None:
         summary.append(f"A step needed {training.memory / 1e9:.2f} GB of memory at its peak, the teacher included.")

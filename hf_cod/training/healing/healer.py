@@ -241,4 +241,4 @@ def _left_as_it_was(student: Any) -> Iterator[None]:
 
 def _perplexity(stack: DecoderLayers, windows: Tensor, settings: HealSettings) -> float:
     batches: list[Batch] = [{"input_ids": part} for part in windows.split(settings.micro_batch_size)]
-    return held_out_perplexity(stack.model, batches, stack.path)
+    return held_out_perplexity(stack.model, batches, stack.layers_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -11,18 +11,24 @@ from torch import nn
 from hf_cod.functional.budget import round_to, spread
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.settings import resolve
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.sampling import check_model
-
-DEFAULT_SPREAD = 0.5
+from hf_cod.training.owlore.settings import LoraRankFields, LoraRankSettings
 
 
 @renamed(width="relative_spread")
 @checked
 def lora_ranks(
-    model: nn.Module, scores: LayerScores | LayerAllocation, r: int = 16, relative_spread: float = DEFAULT_SPREAD
+    model: nn.Module,
+    scores: LayerScores | LayerAllocation,
+    r: int | None = None,
+    relative_spread: float | None = None,
+    *,
+    settings: LoraRankSettings | None = None,
+    **fields: Unpack[LoraRankFields],
 ) -> dict[str, Any]:
     """What PEFT's LoraConfig takes to give layers that matter more a higher rank, at the cost of a uniform one.
 
@@ -35,8 +41,10 @@ def lora_ranks(
     Args:
         model: the model that the adapters are for, wrapped or not.
         scores: `LayerScores` of this model, or a `LayerAllocation` of kind "rank".
-        r: mean rank.
-        relative_spread: half the width of the interval, as a share of r; scores only.
+        r: mean rank; default: 16.
+        relative_spread: half the width of the interval, as a share of r; scores only; default: 0.5.
+        settings: how ranks follow scores.
+        **fields: or fields of `LoraRankSettings` by name; there are no others yet.
 
     Returns:
         r, lora_alpha, rank_pattern, alpha_pattern: keyword arguments of LoraConfig.
@@ -44,15 +52,14 @@ def lora_ranks(
     Raises:
         ValueError: scores of another model, an allocation of something else, a rank or spread out of range.
     """
+    how = resolve(lora_ranks, LoraRankSettings, settings, fields, r=r, relative_spread=relative_spread)
     stack = find_decoder_layers(model)
     check_model(scores, stack)
-    if r < 1:
-        raise ValueError(f"r: expected at least 1, got {r}")
-    ranks = _ranks(scores, r, relative_spread)
-    names = [rf"{re.escape(stack.path)}\.{index}\..*" for index in range(len(stack))]
+    ranks = _ranks(scores, how.r, how.relative_spread)
+    names = [rf"{re.escape(stack.layers_path)}\.{index}\..*" for index in range(len(stack))]
     return {
-        "r": r,
-        "lora_alpha": 2 * r,
+        "r": how.r,
+        "lora_alpha": 2 * how.r,
         "rank_pattern": dict(zip(names, ranks, strict=True)),
         "alpha_pattern": {name: 2 * rank for name, rank in zip(names, ranks, strict=True)},
     }
@@ -65,8 +72,6 @@ def _ranks(scores: LayerScores | LayerAllocation, r: int, relative_spread: float
             raise ValueError(f"scores: expected an allocation of rank above 0, got one of {scores.kind}")
         wanted = r * values / values.mean()
     else:
-        if not 0 <= relative_spread <= 1:
-            raise ValueError(f"relative_spread: expected a share between 0 and 1, got {relative_spread}")
         ends = (1 - relative_spread) * r, (1 + relative_spread) * r
         wanted = spread(values, alike, r, *ends, falling=False)
     choices = [float(n) for n in range(1, int(wanted.max()) + 2)]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, Unpack
 
 import torch
-from accelerate.state import AcceleratorState, is_initialized
-from torch import Tensor, nn
+from torch import nn
 
 from hf_cod.functional.randomness import generator_of
 from hf_cod.io.arguments import checked
@@ -27,18 +24,19 @@ from hf_cod.layers.replicas import (
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, hook_gradient, refuse_shards, release
+from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, refuse_shards, release
 from hf_cod.training.owlore.eight_bit import codebook
-from hf_cod.training.owlore.increment import Increments
 from hf_cod.training.owlore.moments import adam_direction, apply_direction, is_projected, refresh_basis
+from hf_cod.training.owlore.optimizer_state import KEY, check_state, states_of
 from hf_cod.training.owlore.sampling import check_hyperparameters, check_rank, make_sampler
 from hf_cod.training.owlore.settings import DEFAULT_LR, OwLoreFields, OwLoreSettings
+from hf_cod.training.owlore.trained_increments import Increments
+from hf_cod.training.owlore.update_in_backward import UpdateInBackward
 
 logger = logging.getLogger(__name__)
 
 # Steps in a row without finite gradients, after which a training is beyond help.
 PATIENCE = 10
-KEY = "owlore"
 _BASIS, _ROUNDING = 1, 2  # what a generator is for
 
 
@@ -136,7 +134,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self.steps, self._failures, self._compared = 0, 0, False
         self._numbers = {p: number for number, (p, _) in enumerate(self._parameters())}
         self._shapes = self.increments.shapes(self._numbers)
-        self._fused = UpdateInBackward(self, self._numbers) if self.settings.fused else None
+        self._fused = UpdateInBackward(self.update, self._numbers) if self.settings.fused else None
         self._step_supports_amp_scaling = self.settings.fused  # GradScaler then calls `step`, which can say why not
         self.layers.end_at_lowest()
         self._activate()
@@ -200,27 +198,11 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self._compared = False
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        saved = state_dict.get(KEY)
-        if saved is None:
-            raise ValueError(f"state_dict: expected one of OwLoreAdamW, got one without {KEY!r}")
-        for name, value in self._described().items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"{name}: expected {saved.get(name)!r} as in the checkpoint, got {value!r}; resume with the same "
-                    "settings, or start anew"
-                )
-        groups = self.param_groups, state_dict["param_groups"]
-        counts = [[len(group["params"]) for group in side] for side in groups]
-        if counts[0] != counts[1]:
-            raise ValueError(f"state_dict: expected groups of {counts[0]} parameters, got {counts[1]}")
-        for own_shape, shape in zip(self._shapes.values(), saved["shapes"], strict=True):
-            if own_shape != shape:
-                raise ValueError(f"model: expected a parameter of {shape} as in the checkpoint, got one of {own_shape}")
-        for group, other in zip(*groups, strict=True):
+        shapes = [*self._shapes.values()]
+        saved = check_state(state_dict, self._described(), self.param_groups, shapes)
+        for group, other in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in other.items() if key != "params"})
-        own, theirs = ([p for group in side for p in group["params"]] for side in groups)
-        states = {p: state_dict["state"].get(key, {}) for p, key in zip(own, theirs, strict=True)}
-        self.state = defaultdict(dict, {p: {k: v.clone() for k, v in s.items()} for p, s in states.items() if s})
+        self.state = states_of(state_dict, self.param_groups)
         self.steps = int(saved["steps"])
         self._activate()
 
@@ -315,51 +297,3 @@ class OwLoreAdamW(torch.optim.Optimizer):
             )
         logger.warning(f"step {self.steps}: gradients are not finite, nothing is updated")
         return False
-
-
-class UpdateInBackward:
-    """Lets an optimizer update each weight as soon as its gradient is whole; nothing once the optimizer is gone.
-
-    Args:
-        optimizer: whose `update` is called.
-        parameters: what it trains.
-
-    Raises:
-        ValueError: in a backward pass: a second one in a step, several processes, gradients that are not finite; under
-            loss scaling, here if accelerate knows of it, else in the first step.
-    """
-
-    def __init__(self, optimizer: OwLoreAdamW, parameters: Iterable[nn.Parameter]) -> None:
-        if is_initialized() and AcceleratorState().mixed_precision == "fp16":
-            raise ValueError(f"fused: {_SCALED}")
-        self._optimizer = weakref.ref(optimizer)
-        self._updated: set[Tensor] = set()
-        for parameter in parameters:
-            hook_gradient(parameter, self)
-
-    @torch.no_grad()
-    def __call__(self, parameter: nn.Parameter) -> None:
-        """The hook."""
-        optimizer = self._optimizer()
-        if optimizer is None:
-            return
-        if parameter in self._updated:
-            raise ValueError("fused: expected one backward pass a step, got more; accumulation needs fused=False")
-        if processes() > 1:
-            raise ValueError("fused: expected one process, got several; set fused=False")
-        if not bool(torch.isfinite(parameter.grad).all()):  # type: ignore[arg-type]
-            raise ValueError(
-                "gradients: expected finite numbers, got NaN or infinity; set fused=False to skip such steps"
-            )
-        optimizer.update(parameter)
-        parameter.grad = None
-        self._updated.add(parameter)
-
-    def end_step(self, scaled: bool) -> None:
-        """What is left to do in `step`; `scaled`: a GradScaler called for it."""
-        if scaled:
-            raise ValueError(f"fused: {_SCALED}; the weights have moved once by a scaled gradient")
-        self._updated.clear()
-
-
-_SCALED = "expected no loss scaling, got a GradScaler; train in bfloat16, or set fused=False"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from hf_cod.functional.randomness import generator_of
 from hf_cod.io.arguments import checked
+from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.active_layers import ActiveLayers
-from hf_cod.training.owlore.settings import DEFAULT_FLOOR, OwLoreSettings
+from hf_cod.training.owlore.settings import OwLoreSettings, SamplerFields, SamplerSettings
 
 
 class LayerSampler:
@@ -34,10 +36,12 @@ class LayerSampler:
 
     Args:
         scores: `LayerScores`, a `LayerAllocation` of "probability", or one number of at least 0 a layer.
-        n_active: layers of a draw, gamma.
-        seed: of all draws.
-        floor: f in [0, 1], the share of probability that all layers have alike; 1 is uniform.
+        n_active: layers of a draw, gamma; default: 5.
+        seed: of all draws; default: 0.
+        floor: f in [0, 1], the share of probability that all layers have alike; 1 is uniform; default: 0.2.
         layers: those that can be drawn, L; None: all.
+        settings: how layers are drawn.
+        **fields: or fields of `SamplerSettings` by name; there are no others yet.
 
     Attributes:
         probabilities: one a layer: p, whose sum is 1; of an allocation its values.
@@ -51,28 +55,30 @@ class LayerSampler:
     def __init__(
         self,
         scores: LayerScores | LayerAllocation | Sequence[float],
-        n_active: int,
-        seed: int = 0,
-        floor: float = DEFAULT_FLOOR,
+        n_active: int | None = None,
+        seed: int | None = None,
+        floor: float | None = None,
         layers: Sequence[int] | None = None,
+        *,
+        settings: SamplerSettings | None = None,
+        **fields: Unpack[SamplerFields],
     ) -> None:
+        how = resolve(LayerSampler, SamplerSettings, settings, fields, n_active=n_active, seed=seed, floor=floor)
         given = scores.values if isinstance(scores, (LayerScores, LayerAllocation)) else scores
         values = torch.tensor(list(given), dtype=torch.float64)
         possible = torch.zeros(len(values), dtype=torch.bool)
         possible[list(range(len(values)) if layers is None else layers)] = True
-        if not 1 <= n_active <= int(possible.sum()):
+        if not 1 <= how.n_active <= int(possible.sum()):
             whole = f"the model's {len(values)}" if possible.all() else f"the {int(possible.sum())} trainable"
-            raise ValueError(f"n_active: expected between 1 and {whole} layers, got {n_active}")
-        if not 0 <= floor <= 1:
-            raise ValueError(f"floor: expected a share between 0 and 1, got {floor}")
+            raise ValueError(f"n_active: expected between 1 and {whole} layers, got {how.n_active}")
         values = values.where(possible, 0.0)
-        self.n_active, self.seed = n_active, seed
+        self.n_active, self.seed = how.n_active, how.seed
         self._exact = isinstance(scores, LayerAllocation)
         if isinstance(scores, LayerAllocation):
-            _check_allocation(scores, values, n_active)
+            _check_allocation(scores, values, how.n_active)
             self.probabilities: list[float] = values.tolist()
         else:
-            self.probabilities = _probabilities(values, possible, n_active, floor)
+            self.probabilities = _probabilities(values, possible, how.n_active, how.floor)
 
     def draw(self, number: int) -> list[int]:
         """The layers of draw `number`, counted from 0, in rising order."""
@@ -142,7 +148,7 @@ def make_sampler(
         check_model(scores, layers.stack)
     trainable = [index for index, parameters in enumerate(layers.layers) if parameters]
     values = [1.0] * len(layers.layers) if scores is None else scores
-    return LayerSampler(values, settings.n_active, settings.seed, settings.floor, trainable)
+    return LayerSampler(values, settings.n_active, settings.seed, settings.floor, layers=trainable)
 
 
 def check_rank(rank: int | None, layers: ActiveLayers) -> None:

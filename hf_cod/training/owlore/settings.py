@@ -1,4 +1,4 @@
-"""What OwLore can be told; the help texts feed the command line."""
+"""What `OwLoreAdamW`, `LayerSampler` and `lora_ranks` can be told; the help texts feed the command line."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from hf_cod.io.arguments import checked
+from hf_cod.io.settings import as_in
 
 DEFAULT_FLOOR = 0.2
 DEFAULT_LR = 3e-4
+DEFAULT_SPREAD = 0.5
 DESELECTED = ("drop", "keep", "offload")
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTS = ("float32", "8bit")
@@ -90,3 +92,42 @@ class OwLoreFields(TypedDict, total=False):
     rounding: str
     fused: bool
     seed: int
+
+
+@checked
+@dataclass
+class SamplerSettings:
+    """How layers are drawn; how many there are decides what `n_active` may be."""
+
+    n_active: int = as_in(OwLoreSettings, "n_active")
+    seed: int = as_in(OwLoreSettings, "seed")
+    floor: float = as_in(OwLoreSettings, "floor")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor: expected a share between 0 and 1, got {self.floor}")
+
+
+class SamplerFields(TypedDict, total=False):
+    """Fields of `SamplerSettings` that `LayerSampler` takes by name; there are no others yet."""
+
+
+@checked
+@dataclass
+class LoraRankSettings:
+    """How ranks of adapters follow scores."""
+
+    r: int = field(default=16, metadata={"help": "mean rank"})
+    relative_spread: float = field(
+        default=DEFAULT_SPREAD, metadata={"help": "half the width of the interval of ranks, as a share of r"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"r: expected at least 1, got {self.r}")
+        if not 0 <= self.relative_spread <= 1:
+            raise ValueError(f"relative_spread: expected a share between 0 and 1, got {self.relative_spread}")
+
+
+class LoraRankFields(TypedDict, total=False):
+    """Fields of `LoraRankSettings` that `lora_ranks` takes by name; there are no others yet."""

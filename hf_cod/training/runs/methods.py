@@ -13,7 +13,7 @@ from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.owlore.trainer_factory import owlore
+from hf_cod.training.owlore.trainer_arguments import owlore
 from hf_cod.training.runs.training_settings import DRAW_BY_SCORES, LEARNING_RATES
 
 Setup = Callable[[nn.Module, "LayerScores | None", OwLoreSettings, float, int], "tuple[nn.Module, Any]"]

@@ -91,7 +91,7 @@ def test_parts_merge_to_the_whole_and_survive_a_file(family, tmp_path):
     parts = [collect_statistics(model, [batch], name="mine") for batch in batches]
     merged = LayerStatistics.merge([LayerStatistics.load(p.save(tmp_path / f"{i}")) for i, p in enumerate(parts)])
     assert_same(merged, whole, rtol=1e-12)
-    assert (merged.model, merged.path) == ("mine", "model.layers")
+    assert (merged.model, merged.layers_path) == ("mine", "model.layers")
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])

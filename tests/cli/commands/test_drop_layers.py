@@ -34,7 +34,7 @@ def drop_layers(folder, output, *more):
 
 def test_what_is_written_is_a_stock_model_and_its_report_is_true(checkpoint, capsys):
     source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
-    assert drop_layers(checkpoint, "out", "--parameters", "0.5", "--explain", "--no-protect") == 0
+    assert drop_layers(checkpoint, "out", "--parameter-share", "0.5", "--explain", "--no-protect") == 0
     names = {path.name for path in (checkpoint / "out").iterdir()}
     assert {"model.safetensors", "depth_plan.json", "report.md", "removed.png"} <= names
     assert "journal" not in names and not any(name.endswith(".py") for name in names)
@@ -111,9 +111,12 @@ def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
     [
         (["--layers", "0"], "n_removed: expected 1..3 of 4 layers to remove, got 0"),
         (["--layers", "4"], "n_removed: expected 1..3 of 4 layers to remove, got 4"),
-        (["--layers", "1", "--parameters", "0.5"], "layers: expected no parameters beside it"),
-        (["--parameters", "0.1"], "parameters: expected at least 0.25, which leaves one of 4 layers, got 0.1"),
-        (["--parameters", "1"], "parameters: expected a share between 0 and 1, got 1.0"),
+        (["--layers", "1", "--parameter-share", "0.5"], "layers: expected no parameter_share beside it"),
+        (
+            ["--parameter-share", "0.1"],
+            "parameter_share: expected at least 0.25, which leaves one of 4 layers, got 0.1",
+        ),
+        (["--parameter-share", "1"], "parameter_share: expected a share between 0 and 1, got 1.0"),
         (["--criterion", "best"], "criterion: expected one of search, layer_drop"),
         (["--replacement", "best"], "replacement: expected one of none, linear, measured"),
         (["--plan", "none.json"], "depth_plan: expected a file"),

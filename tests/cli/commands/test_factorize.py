@@ -16,7 +16,7 @@ from tests.tiny_models import build
 @pytest.mark.parametrize("score", ["spectrum", "angular"])
 def test_factorize_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys, score):
     source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
-    assert factorize(checkpoint, "out", "--score", score, "--parameters", "0.6", "--eval-samples", "5") == 0
+    assert factorize(checkpoint, "out", "--score", score, "--parameter-share", "0.6", "--eval-samples", "5") == 0
     names = {path.name for path in (checkpoint / "out").iterdir()}
     plan = "rank_plan.json" if score == "spectrum" else "allocation.json"
     assert {"model.safetensors", "modeling_shaped.py", plan, "report.md", "kept.png", "error.png"} <= names
@@ -50,7 +50,7 @@ def test_factorize_by_rank_and_earlier_scores(checkpoint):
     assert report.layers["score"] == [1.0, 2.0, 3.0, 4.0] and report.layers["rank"] == sorted(report.layers["rank"])
     assert "uniform" not in report.results["perplexity"] and report.settings["score"] == "mine"
     assert report.results["speed"] == {} and not any("second" in line for line in report.summary)
-    assert factorize(checkpoint, "spread", *given, "--parameters", "0.6", "--spread", "0.15") == 0
+    assert factorize(checkpoint, "spread", *given, "--parameter-share", "0.6", "--spread", "0.15") == 0
     report = RunReport.load(checkpoint / "spread")
     assert report.layers["kept"] == sorted(report.layers["kept"]) and len(set(report.layers["kept"])) > 2
 
@@ -74,7 +74,7 @@ def test_factorize_follows_spectra_where_there_is_no_loss(checkpoint):
 
 
 def test_factorize_by_oats_writes_a_model_that_packs(checkpoint, capsys):
-    more = ["--method", "oats", "--parameters", "0.6", "--no-plots"]
+    more = ["--method", "oats", "--parameter-share", "0.6", "--no-plots"]
     assert factorize(checkpoint, "out", *more) == 0
     report = RunReport.load(checkpoint / "out")
     assert report.settings["score"] == "uniform" and 0.55 < report.results["kept"] <= 0.6
@@ -113,13 +113,19 @@ def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--parameters", "0.001"], "parameters: expected a share in 0."),
-        (["--parameters", "1.5"], "parameters: expected a share above 0 and at most 1, got 1.5"),
+        (["--parameter-share", "0.001"], "parameter_share: expected a share in 0."),
+        (["--parameter-share", "1.5"], "parameter_share: expected a share above 0 and at most 1, got 1.5"),
         (["--rank", "0.5"], "rank: expected a score of layers beside it, got none"),
         (["--rank", "0.5", "--score", "spectrum"], "rank: expected a score of layers beside it, got spectrum"),
-        (["--rank", "0.5", "--score", "owl", "--parameters", "0.5"], "rank: expected no parameters beside it"),
+        (
+            ["--rank", "0.5", "--score", "owl", "--parameter-share", "0.5"],
+            "rank: expected no parameter_share beside it",
+        ),
         (["--score", "fisher", "--method", "plain"], "score: expected spectrum or a score of layers for plain, got"),
-        (["--method", "oats", "--rank", "0.5"], "method: expected parameters and a score of layers for oats, got rank"),
+        (
+            ["--method", "oats", "--rank", "0.5"],
+            "method: expected parameter_share and a score of layers for oats, got rank",
+        ),
         (["--method", "oats", "--score", "fisher"], "and a score of layers for oats, got fisher"),
         (["--method", "oats", "--rank-share", "1"], "rank_share: expected a share between 0 and 1, got 1.0"),
         (["--rank", "2", "--score", "owl"], "rank: expected a share above 0 and at most 1, got 2.0"),

@@ -12,7 +12,7 @@ from tests.cli.runs import TEXT, narrow
 @pytest.mark.parametrize("score", ["angular", "uniform"])
 def test_narrow_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys, score):
     source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
-    more = ["--score", score, "--parameters", "0.6", "--eval-samples", "5"]
+    more = ["--score", score, "--parameter-share", "0.6", "--eval-samples", "5"]
     more += ["--spread", "0.2"] if score == "angular" else []
     assert narrow(checkpoint, "out", *more) == 0
     names = {path.name for path in (checkpoint / "out").iterdir()}
@@ -40,8 +40,8 @@ def test_narrow_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys,
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--parameters", "0.05"], "parameters: expected at least 0."),
-        (["--parameters", "1.5"], "parameters: expected a share above 0 and at most 1, got 1.5"),
+        (["--parameter-share", "0.05"], "parameter_share: expected at least 0."),
+        (["--parameter-share", "1.5"], "parameter_share: expected a share above 0 and at most 1, got 1.5"),
         (["--method", "luck"], "method: expected one of fluctuation, taylor, magnitude, got 'luck'"),
         (["--compensation", "luck"], "compensation: expected one of least_squares, bias, none, got 'luck'"),
         (["--score", "spectrum"], "score: expected one of"),

@@ -77,7 +77,7 @@ def test_the_search_finds_the_best_removal_of_all():
     unseen = {name: loss_without(model, found["layers"], batches[2:]) for name, found in told.items()}
     assert {name: found["loss"] for name, found in told.items()} == pytest.approx(unseen, abs=1e-5)
     chosen = min((n for n in told if n != "intact"), key=unseen.get)
-    assert plan.layers == told[chosen]["layers"] and plan.method == "search"
+    assert plan.layers == told[chosen]["layers"] and plan.criterion == "search"
 
 
 @pytest.mark.parametrize("replacement", ["linear", "measured"])

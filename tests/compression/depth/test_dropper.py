@@ -40,7 +40,7 @@ def outputs(model, batch):
 
 
 def path_of(model, layer, name):
-    return f"{find_decoder_layers(model).path}.{layer}.{name}"
+    return f"{find_decoder_layers(model).layers_path}.{layer}.{name}"
 
 
 @pytest.mark.parametrize("family", ADDED)

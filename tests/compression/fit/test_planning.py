@@ -51,8 +51,8 @@ def trials(tmp_path_factory):
 @pytest.mark.parametrize(
     "kind, knobs, budget",
     [
-        ("parameters", ["rank"], 0.8),
-        ("parameters", ["depth", "width"], 0.7),
+        ("parameter_share", ["rank"], 0.8),
+        ("parameter_share", ["depth", "width"], 0.7),
         ("bits", ["rank", "bits"], 3.4),
         ("memory", ["rank", "sparsity"], None),
     ],
@@ -65,7 +65,7 @@ def test_plans_meet_their_budget_and_are_the_best_of_what_was_measured(kind, kno
     apply_steps(model, plan.steps, Applying(texts[0]))
     size = size_of(model)
     used = {
-        "parameters": size.layer_weights / intact.layer_weights,
+        "parameter_share": size.layer_weights / intact.layer_weights,
         "bits": 8 * size.layer_bytes / intact.layer_weights,
         "memory": size.bytes,
     }[kind]
@@ -127,7 +127,7 @@ def test_what_the_model_cannot_do_is_left_out_and_told(texts, monkeypatch):
         "sparsity alone does not meet the budget",  # at 10%, where it works
     ]
     with pytest.raises(ValueError, match=r"plan: not at 2\.0"):
-        plan_fit(make, "parameters", 0.8, *texts, knobs=["depth"])
+        plan_fit(make, "parameter_share", 0.8, *texts, knobs=["depth"])
     monkeypatch.setattr(hf_cod.compression.fit.trials, "apply_steps", None)  # nothing is measured before it is told
     with pytest.raises(ImportError, match="bnb"):
         plan_fit(make, "bits", 13.5, *texts, knobs=["rank", "bits"])
@@ -165,7 +165,7 @@ def test_models_of_failed_trials_are_not_kept(texts, monkeypatch):
     monkeypatch.setitem(KNOBS, "width", replace(KNOBS["width"], apply=fails))
     for knob, level in {"depth": 1.0, "rank": 0.1}.items():
         monkeypatch.setitem(KNOBS, knob, replace(KNOBS[knob], levels=lambda *_, level=level: [level]))
-    plan = plan_fit(making, "parameters", 0.91, *texts, verify=0)
+    plan = plan_fit(making, "parameter_share", 0.91, *texts, verify=0)
     assert plan.notes[0] == "width is left out: out of memory"
     assert len(alive) == 7 and max(alive) == 0  # the intact one twice, width at three levels, the others at one
 
@@ -182,7 +182,7 @@ def test_trials_share_what_is_measured_before_anything_changes(texts, tmp_path, 
     monkeypatch.setattr(Journal, "add", noted)
     for knob, levels in {"rank": [0.2, 0.3], "depth": [1.0, 2.0]}.items():
         monkeypatch.setitem(KNOBS, knob, replace(KNOBS[knob], levels=lambda *_, levels=levels: levels))
-    plan_fit(make, "parameters", 0.8, *texts, knobs=["depth", "rank"], verify=0, journal=tmp_path)
+    plan_fit(make, "parameter_share", 0.8, *texts, knobs=["depth", "rank"], verify=0, journal=tmp_path)
     assert any(key.startswith("without ") for _, key in found)
     assert len(found) == len(set(found)), "nothing is measured twice"
 
@@ -192,35 +192,35 @@ def test_no_single_method_is_lost(texts, tmp_path, monkeypatch):
     for knob, found in {"rank": [0.2, 0.4], "depth": [1.0]}.items():
         monkeypatch.setitem(KNOBS, knob, replace(KNOBS[knob], levels=lambda *_, found=found: found))
     options = {"knobs": ["depth", "rank"], "verify": 0, "journal": tmp_path}
-    plan = plan_fit(make, "parameters", 0.82, *texts, **options)
+    plan = plan_fit(make, "parameter_share", 0.82, *texts, **options)
     assert all(left < 0.82 for left in plan.alone["rank"]["left"])
     assert plan.loss == min(plan.alone["rank"]["losses"]) and [*plan.steps] == ["rank"]
     assert plan.notes == ["depth alone does not meet the budget"]
     monkeypatch.setattr(hf_cod.compression.fit.planning, "TIGHTENINGS", 0)  # as if each choice had missed the budget
-    assert plan_fit(make, "parameters", 0.82, *texts, **options) == plan
+    assert plan_fit(make, "parameter_share", 0.82, *texts, **options) == plan
 
 
 def test_what_was_measured_is_not_measured_again(texts, trials, tmp_path, monkeypatch):
-    first = plan_fit(make, "parameters", 0.8, *texts, knobs=["rank"], journal=trials)
+    first = plan_fit(make, "parameter_share", 0.8, *texts, knobs=["rank"], journal=trials)
     monkeypatch.setattr(hf_cod.compression.fit.trials, "apply_steps", None)
-    assert plan_fit(make, "parameters", 0.8, *texts, knobs=["rank"], journal=trials) == first
+    assert plan_fit(make, "parameter_share", 0.8, *texts, knobs=["rank"], journal=trials) == first
     assert FitPlan.load(first.save(tmp_path / "plan.json")) == first
     with pytest.raises(TypeError):  # another budget needs other trials
-        plan_fit(make, "parameters", 0.62, *texts, knobs=["rank"], journal=trials)
+        plan_fit(make, "parameter_share", 0.62, *texts, knobs=["rank"], journal=trials)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("size", 0.5), "kind: expected one of memory, parameters, bits, got 'size'"),
+        (("size", 0.5), "kind: expected one of memory, parameter_share, bits, got 'size'"),
         (
-            ("parameters", 0.45),
-            r"parameters: expected at least 0\.5, the least that rank can reach, got 0\.45",
+            ("parameter_share", 0.45),
+            r"parameter_share: expected at least 0\.5, the least that rank can reach, got 0\.45",
         ),
         # Two thirds of the layers, three fifths of each by width, half of that by rank, 3.127 bits a weight; and norms
         (("bits", 0.5, None), r"bits: expected at least 0\.62\d*, the least that depth, width, rank, sparsity, bits"),
         (("bits", 8.0, ["rnk"]), "knobs: expected some of .*, got 'rnk'"),
-        (("parameters", 0.5, ["bits"]), r"knobs: expected at least one .* fewer \(depth, width, rank\), got bits"),
+        (("parameter_share", 0.5, ["bits"]), r"knobs: expected at least one .* fewer \(depth, width, rank\), got bits"),
         (("memory", 1e4, None), r"memory: expected at least [\d.]+MB, the least .*, got 0\.01MB"),
     ],
 )
@@ -240,7 +240,7 @@ def test_a_budget_out_of_reach_says_what_was_left_out(texts, monkeypatch):
 
 def test_bad_arguments(texts):
     for kind, budget, message in (
-        ("parameters", 60, "parameters: expected a share between 0 and 1, got 60"),
+        ("parameter_share", 60, "parameter_share: expected a share between 0 and 1, got 60"),
         ("bits", math.nan, "bits: expected a finite number above 0, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -273,10 +273,10 @@ def test_the_command_shows_the_plan_and_then_runs_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     "more, message",
     [
-        ([], "budget: expected one of --memory, --parameters and --bits, got none"),
-        (["--bits", "3.5", "--parameters", "0.5"], "budget: .*got parameters and bits"),
+        ([], "budget: expected one of --memory, --parameter-share and --bits, got none"),
+        (["--bits", "3.5", "--parameter-share", "0.5"], "budget: .*got parameter_share and bits"),
         (["--memory", "much"], "memory: expected a size such as 24GB or 80GiB, got 'much'"),
-        (["--parameters", "1.5"], "parameters: expected a share between 0 and 1, got 1.5"),
+        (["--parameter-share", "1.5"], "parameter_share: expected a share between 0 and 1, got 1.5"),
     ],
 )
 def test_bad_options(more, message, capsys, tmp_path):
@@ -288,7 +288,7 @@ def test_bad_options(more, message, capsys, tmp_path):
 def test_the_plan_against_all_combinations_on_a_small_grid(texts):
     """How far adding up costs leads: what is chosen is within a hundredth of a nat of the best of all twelve.
 
-    The figures of README; run with -s to see them.
+    The figures of docs/benchmarks/compression.md; run with -s to see them.
     """
     levels = {"rank": [None, 0.1, 0.25], "bits": [None, 4.0, 3.5, 3.0]}
     budget = 3.4

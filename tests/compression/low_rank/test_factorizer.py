@@ -139,14 +139,14 @@ def test_nothing_else_changes_and_the_model_is_left_as_it_was():
     assert not any(isinstance(m, Conv1D) for m in factors(model).values())
 
 
-@pytest.mark.parametrize("kind", ["parameters", "rank"])
+@pytest.mark.parametrize("kind", ["parameter_share", "rank"])
 def test_an_allocation_is_met_layer_by_layer(kind):
     model = build("llama", hidden_size=64, intermediate_size=96)
     stack = find_decoder_layers(model)
     scores = LayerScores("m", "mine", [3.0, 1.0, 2.0, 2.5], [stack.count_weights(0)] * 4)
     plan = allocate(scores, kind, 0.4, 0.1)
     report = factorize(model, plan, batches=[batch_for(model)])
-    found = report.layers["kept" if kind == "parameters" else "rank"]
+    found = report.layers["kept" if kind == "parameter_share" else "rank"]
     assert [value - share for value, share in zip(found, plan.values, strict=True)] == pytest.approx([0] * 4, abs=0.05)
     assert all(value <= share + 1e-9 for value, share in zip(found, plan.values, strict=True))
     assert report.settings["plan"] == f"{kind} 0.4 by mine"
@@ -165,11 +165,11 @@ def test_kept_is_what_is_counted_in_the_model():
 def test_equal_scores_and_a_single_layer():
     model = build("llama", layers=1)
     scores = LayerScores("m", "mine", [2.0], [find_decoder_layers(model).count_weights(0)])
-    report = factorize(model, allocate(scores, "parameters", 0.7), batches=[batch_for(model)])
+    report = factorize(model, allocate(scores, "parameter_share", 0.7), batches=[batch_for(model)])
     assert report.layers["kept"][0] <= 0.7
     one, two = build("llama"), build("llama")
     scores = LayerScores("m", "mine", [2.0] * 4, [find_decoder_layers(one).count_weights(0)] * 4)
-    factorize(one, allocate(scores, "parameters", 0.7), batches=[batch_for(one)])
+    factorize(one, allocate(scores, "parameter_share", 0.7), batches=[batch_for(one)])
     factorize(two, 0.7, batches=[batch_for(two)])
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
@@ -338,7 +338,7 @@ def test_a_matrix_without_a_sparse_part_and_bad_plans_of_them(tmp_path):
     """A share of which the factors take all: what is left for the sparse part is nothing."""
     name, other = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"
     model = build("llama")
-    plan = RankPlan("parameters", 0.5, {name: 5, other: 5}, "mine", {name: 0, other: 48})
+    plan = RankPlan("parameter_share", 0.5, {name: 5, other: 5}, "mine", {name: 0, other: 48})
     assert RankPlan.load(plan.save(tmp_path / "plan.json")) == plan
     factorize(model, plan, "oats", batches=two_batches(model))
     assert factors(model)[name].sparse is None and int(factors(model)[other].sparse.weight.count_nonzero()) == 48
@@ -354,10 +354,10 @@ def test_a_matrix_without_a_sparse_part_and_bad_plans_of_them(tmp_path):
         ({name: 5, other: 5}, "oats", f"nonzeros: expected matrices that have a rank, got '{other}'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            factorize(model, RankPlan("parameters", 0.5, {name: 5}, "mine", nonzeros), method, batches=batches)
+            factorize(model, RankPlan("parameter_share", 0.5, {name: 5}, "mine", nonzeros), method, batches=batches)
     sizes = [find_decoder_layers(model).count_weights(0)] * 4
     allocation = LayerAllocation("rank", 0.5, [0.5] * 4, sizes, "x")
-    with pytest.raises(ValueError, match="plan: expected an allocation of parameters, got one of rank"):
+    with pytest.raises(ValueError, match="plan: expected an allocation of parameter_share, got one of rank"):
         factorize(model, allocation, "oats", batches=batches)
     for share in (0, 1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="rank_share: expected a share between 0 and 1, got"):
@@ -373,7 +373,7 @@ def test_experts_stay_whole_and_are_counted():
     report = factorize(model, 0.9, batches=two_batches(model))
     assert all(torch.equal(a, b) for a, b in zip(banks, (p for p in model.parameters() if p.dim() == 3), strict=True))
     assert report.results["kept"] <= 0.9
-    with pytest.raises(ValueError, match=r"parameters: expected at least 0.\d+ in layer \d, which is rank 1 wherever"):
+    with pytest.raises(ValueError, match=r"parameter_share: expected at least 0.\d+ in layer \d, which is rank 1 "):
         factorize(build("mixtral"), 0.5, batches=two_batches(model))
 
 
@@ -382,12 +382,12 @@ def test_budgets_out_of_reach_say_the_least():
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
     least = sum(count(s, 1) for s in shapes) / sum(count(s, None) for s in shapes)
     for call in (lambda: factorize(model, 0.01, "plain"), lambda: plan_ranks(model, 0.01)):
-        with pytest.raises(ValueError, match=r"parameters: expected .*0\.\d+") as raised:
+        with pytest.raises(ValueError, match=r"parameter_share: expected .*0\.\d+") as raised:
             call()
         assert f"{least:.3f}"[:-1] in str(raised.value) and "rank 1" in str(raised.value)
     with pytest.raises(ValueError, match=r"plan: expected a share of parameters in 0..1, got 1.5"):
         factorize(model, 1.5, "plain")
-    with pytest.raises(ValueError, match=r"parameters: expected a share in .*, got nan"):
+    with pytest.raises(ValueError, match=r"parameter_share: expected a share in .*, got nan"):
         plan_ranks(model, float("nan"))
 
 
@@ -402,9 +402,9 @@ def test_bad_plans():
         ({}, "plan: expected ranks at which"),
     ]:
         with pytest.raises(ValueError, match=message):
-            factorize(model, RankPlan("parameters", 0.5, ranks, "mine"), "plain")
+            factorize(model, RankPlan("parameter_share", 0.5, ranks, "mine"), "plain")
     for plan, message in [
-        (LayerAllocation("bits", 3, [3.0] * 4, [1] * 4, "x"), "allocation of parameters or rank, got one of bits"),
+        (LayerAllocation("bits", 3, [3.0] * 4, [1] * 4, "x"), "allocation of parameter_share or rank, got one of bits"),
         (LayerAllocation("rank", 0.5, [0.5] * 3, [1] * 3, "x"), "plan: expected 4 values, one a layer, got 3"),
         (LayerAllocation("rank", 0.5, [0.5, 1.2, 0.1, 0], [1] * 4, "x"), "got 1.2 in layer 1"),
     ]:
@@ -434,7 +434,7 @@ def test_plans_of_another_model_are_refused(tmp_path, caplog):
     message = (
         f"plan: expected those of a model with {find_decoder_layers(model).count_weights(0)} weights in layer 0, got"
     )
-    for plan in (allocate(scores, "parameters", 0.5), allocate(scores, "rank", 0.3), whole):
+    for plan in (allocate(scores, "parameter_share", 0.5), allocate(scores, "rank", 0.3), whole):
         with pytest.raises(ValueError, match=rf"{message} one with {sizes[0]} \(.*\)"):
             factorize(model, plan, "plain")
     assert not factors(model)
@@ -442,7 +442,7 @@ def test_plans_of_another_model_are_refused(tmp_path, caplog):
         factorize(build("llama", layers=3), plan_ranks(model, 0.5), "plain")
     assert RankPlan.load(whole.save(tmp_path / "plan.json")) == whole and whole.sizes == sizes
     assert not caplog.messages
-    factorize(other, allocate(scores, "parameters", 0.5), "plain")
+    factorize(other, allocate(scores, "parameter_share", 0.5), "plain")
     assert "plan: used on LlamaForCausalLM, but found on some/other, whose layers" in caplog.text
 
 

@@ -28,12 +28,13 @@ with torch.no_grad():
 # A fresh process that does not know this package, and fails at each of two models.
 WITHOUT = """
 import sys
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 for folder in sys.argv[1:]:
-    try:
-        AutoModelForCausalLM.from_pretrained(folder)
-    except RuntimeError:
-        print("refused", folder)
+    for reader in (AutoModelForCausalLM, LlamaForCausalLM):
+        try:
+            reader.from_pretrained(folder, trust_remote_code=True)
+        except (ValueError, RuntimeError) as error:
+            print("refused", str(error).splitlines()[0])
 """
 
 
@@ -144,8 +145,9 @@ def test_without_this_package_loading_fails_and_says_what_to_install(tmp_path):
         kept = json.loads((folder / "config.json").read_text())["quantization_config"]
         assert "pip install hf_cod" in kept["install"]
     done = run_fresh(WITHOUT, *folders)
-    assert done.returncode == 0 and done.stdout.count("refused") == 2, "never random weights"
-    assert "owl_bnb" in done.stderr and done.stderr.count("pip_install_hf_cod_then_import_hf_cod") >= 2
+    assert done.returncode == 0 and done.stdout.count("refused") == 4, "never random weights"
+    assert done.stdout.count("requires hf_cod: pip install hf_cod, then import hf_cod") == 2
+    assert done.stderr.count("pip_install_hf_cod_then_import_hf_cod") >= 2  # a class of a family asks for no type
 
 
 @pytest.mark.parametrize("bits, most", [(3, 3.13), (4, 4.13)])

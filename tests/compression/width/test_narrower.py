@@ -42,7 +42,7 @@ STOCK = ["llama", "llama_tied", "qwen2", "qwen3", "mistral", "olmo", "olmo2", "g
 def different(layers=4, budget=0.65, spread=0.2):
     """A plan by which layers differ, of no model in particular."""
     scores = LayerScores("m", "mine", [3.0, 1.0, 2.0, 2.5][:layers], [1] * layers)
-    return replace(allocate(scores, "parameters", budget, spread), sizes=None)
+    return replace(allocate(scores, "parameter_share", budget, spread), sizes=None)
 
 
 def by_hand(model, batches, report):
@@ -168,7 +168,7 @@ def test_applied_saved_and_loaded_again(family, tmp_path):
         batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch_for(model).items()}
         before = sum(p.numel() for p in model.parameters())
         if family in MIXTURES:
-            with pytest.raises(ValueError, match=r"parameters: expected at least|known structure in GptOss"):
+            with pytest.raises(ValueError, match=r"parameter_share: expected at least|known structure in GptOss"):
                 narrow(model, plan, batches=[batch], channel_multiple=4)
             continue
         report = narrow(model, plan, batches=[batch], channel_multiple=4)
@@ -295,7 +295,7 @@ def test_an_allocation_is_met_and_a_narrow_model_narrowed_again():
     assert off == pytest.approx([0] * 4, abs=0.03)
     left = sum(p.numel() for p in model.model.layers[2].parameters() if p.dim() == 2)
     assert left == report.layers["kept"][2] * report.layers["parameters"][2]
-    assert report.settings["plan"] == "parameters 0.6 by mine"
+    assert report.settings["plan"] == "parameter_share 0.6 by mine"
     heads = [layer.self_attn.q_proj.out_features // 8 for layer in model.model.layers]
     assert heads == report.results["heads"] and len(set(heads)) > 1
     again = narrow(model, 0.8, "magnitude", "none", channel_multiple=8)
@@ -426,11 +426,14 @@ def test_bad_plans():
         (WidthPlan(0.5, [4] * 4, [48, 0, 48, 48], "x"), r"channels: expected 1..48 in layer 1, got 0"),
         (WidthPlan(0.5, [4] * 3, full, "x"), "heads: expected 4 numbers, one a layer, got 3"),
         (WidthPlan(0.5, [4] * 4, full, "x"), "plan: expected fewer heads or channels than the model has, got all"),
-        (LayerAllocation("rank", 0.5, [0.5] * 4, [1] * 4, "x"), "plan: expected an allocation of parameters, got"),
-        (LayerAllocation("parameters", 0.5, [0.5] * 3, [1] * 3, "x"), "plan: expected 4 values, one a layer, got 3"),
-        (LayerAllocation("parameters", 0.5, [0.5, 1.2, 0, 0], [1] * 4, "x"), "got 1.2 in layer 1"),
+        (LayerAllocation("rank", 0.5, [0.5] * 4, [1] * 4, "x"), "plan: expected an allocation of parameter_share"),
+        (
+            LayerAllocation("parameter_share", 0.5, [0.5] * 3, [1] * 3, "x"),
+            "plan: expected 4 values, one a layer, got 3",
+        ),
+        (LayerAllocation("parameter_share", 0.5, [0.5, 1.2, 0, 0], [1] * 4, "x"), "got 1.2 in layer 1"),
         (1.5, r"plan: expected a share of parameters in 0..1, got 1.5"),
-        (0.05, r"parameters: expected at least 0.3\d* in layer 0, which is one group of heads and 8 channels"),
+        (0.05, r"parameter_share: expected at least 0.3\d* in layer 0, which is one group of heads and 8 channels"),
     ]:
         with pytest.raises(ValueError, match=message):
             narrow(model, plan, "magnitude", "none", channel_multiple=8)
@@ -458,7 +461,7 @@ def test_plans_of_another_model_are_refused(tmp_path, caplog):
     model, other = build("llama"), build("llama", intermediate_size=64)
     stack = find_decoder_layers(other)
     scores = LayerScores("some/other", "mine", [1.0, 2.0, 3.0, 4.0], [stack.count_weights(0)] * 4)
-    plan = allocate(scores, "parameters", 0.6)
+    plan = allocate(scores, "parameter_share", 0.6)
     widths = plan_of_allocation(stack, [find_units(stack, index) for index in range(4)], plan, 8)
     assert WidthPlan.load(widths.save(tmp_path / "plan.json")) == widths
     mine = find_decoder_layers(model).count_weights(0)

@@ -52,7 +52,7 @@ def factorized():
     names = [
         f"model.layers.{i}.{name}" for i in (0, 2) for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
     ]
-    factorize(model, RankPlan("parameters", 0.8, dict.fromkeys(names, 8), "mine"), "plain")
+    factorize(model, RankPlan("parameter_share", 0.8, dict.fromkeys(names, 8), "mine"), "plain")
     return model
 
 

@@ -121,7 +121,7 @@ def test_learns_and_leaves_the_rest_alone(family):
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.05
-    active = optimizer.layers.stack.path + f".{optimizer.active[0]}."
+    active = optimizer.layers.stack.layers_path + f".{optimizer.active[0]}."
     norm = {id(p) for p in optimizer.layers.always}
     for name, p in model.named_parameters():
         if id(p) in norm:
@@ -348,9 +348,9 @@ def test_fused_under_loss_scaling_is_refused(monkeypatch):
     scaler.unscale_(optimizer)
     with pytest.raises(ValueError, match="fused: expected no loss scaling, got a GradScaler; train in bfloat16"):
         scaler.step(optimizer)
-    monkeypatch.setattr("hf_cod.training.owlore.optimizer.is_initialized", lambda: True)
+    monkeypatch.setattr("hf_cod.training.owlore.update_in_backward.is_initialized", lambda: True)
     monkeypatch.setattr(
-        "hf_cod.training.owlore.optimizer.AcceleratorState", lambda: SimpleNamespace(mixed_precision="fp16")
+        "hf_cod.training.owlore.update_in_backward.AcceleratorState", lambda: SimpleNamespace(mixed_precision="fp16")
     )
     with pytest.raises(ValueError, match="fused: expected no loss scaling"):
         OwLoreAdamW(model, n_active=2, rank=4, fused=True)

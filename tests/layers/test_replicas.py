@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_cod.cli.main import main
+from hf_cod.layers.replicas import digest_structure, digest_weights
 from hf_cod.training.healing.healer import heal
 from hf_cod.training.runs.methods import METHODS
 from tests.replica_cases import METHODS as CASES
@@ -112,3 +113,12 @@ def test_heal_is_refused_in_several_processes_before_it_writes(tmp_path, monkeyp
     with pytest.raises(ValueError, match="device: expected one process"):
         heal(build("llama"), build("llama"), torch.zeros(4, 8, dtype=torch.long), output=output)
     assert not output.exists()
+
+
+def test_one_bit_of_a_weight_and_what_trains_tell_models_apart():
+    model = build("llama")
+    weights, structure = digest_weights(model), digest_structure(model)
+    model.model.layers[1].mlp.up_proj.weight.data.view(torch.int32)[3, 5] ^= 1
+    assert digest_weights(model) != weights and digest_structure(model) == structure
+    model.lm_head.requires_grad_(False)
+    assert digest_structure(model) != structure

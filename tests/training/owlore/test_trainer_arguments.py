@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 from hf_cod import OwLoreSettings, owlore
 from tests.tiny_models import batch_for, build
 
-LOGGER = "hf_cod.training.owlore.trainer_factory"
+LOGGER = "hf_cod.training.owlore.trainer_arguments"
 
 
 class Samples(Dataset):

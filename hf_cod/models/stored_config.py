@@ -1,0 +1,97 @@
+"""The configuration of a model whose weights are stored in a form of this package, and what its file tells a reader.
+
+Transformers passes over a `quant_method` that it does not know, and reports tensors of wrong shapes later. A
+`model_type` that it does not know it refuses at once, and quotes it. So config.json of such a model has `REQUIRES` for
+its model type, and the family's own beside it; a model in memory has the family's own.
+"""
+
+# Classes are hashable, whatever mypy makes of their instances' __hash__.
+# mypy: disable-error-code="arg-type"
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+REQUIRES = "requires hf_cod: pip install hf_cod, then import hf_cod"
+FAMILY_TYPE = "hf_cod_model_type"
+
+
+class StoredConfig(PreTrainedConfig):
+    """What AutoConfig knows: it reads a file into the configuration of the family that the file names."""
+
+    model_type = REQUIRES
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config with these contents.
+
+        Raises:
+            ValueError: a family that this transformers does not know.
+        """
+        contents = {name: value for name, value in config_dict.items() if name != FAMILY_TYPE}
+        family = str(config_dict.get(FAMILY_TYPE))
+        if family not in CONFIG_MAPPING or family == REQUIRES:
+            raise ValueError(f"{FAMILY_TYPE}: expected a model type of transformers, got {family!r}; upgrade it?")
+        return CONFIG_MAPPING[family].from_dict({**contents, "model_type": family}, **kwargs)
+
+
+class _Stored:
+    """Mixin before the configuration class of a family."""
+
+    family: Any
+    # Code beside the weights, which transformers could run without this package, could not read them.
+    _auto_class = None
+
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
+        """Writes config.json."""
+        written = json.loads(self.to_json_string(use_diff))  # type: ignore[attr-defined]
+        written.pop("auto_map", None)
+        written |= {FAMILY_TYPE: written["model_type"], "model_type": REQUIRES}
+        text = json.dumps(written, indent=2, sort_keys=True) + "\n"
+        Path(json_file_path).write_text(text, encoding="utf-8")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (self.family,), self.__dict__
+
+
+def mark_stored(model: Any) -> None:
+    """Lets the model be saved with a config.json that says what a reader needs. A second call does nothing."""
+    config = model.config
+    if isinstance(config, _Stored):
+        return
+    family = type(config)
+    for name in ("model_type", FAMILY_TYPE):  # what the file said, where no Auto class has read it
+        config.__dict__.pop(name, None)
+    config.__class__ = _stored_class(family)
+
+
+def unmark_stored(model: Any) -> bool:
+    """Takes that back; returns whether there was something to take back."""
+    config = model.config
+    if not isinstance(config, _Stored):
+        return False
+    config.__class__ = config.family
+    return True
+
+
+@cache
+def _stored_class(family: Any) -> Any:
+    """The class beside that of a family; Auto classes find stock models by its name, and it has the family's."""
+    contents = {
+        "__module__": family.__module__,
+        "__qualname__": family.__qualname__,
+        "__doc__": family.__doc__,
+        "__init__": family.__init__,
+        "family": family,
+        "model_type": family.model_type,
+    }
+    return type(family.__name__, (_Stored, family), contents)
+
+
+def _empty(family: Any) -> Any:
+    """For copies and pickles."""
+    made = _stored_class(family)
+    return made.__new__(made)

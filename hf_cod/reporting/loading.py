@@ -1,0 +1,182 @@
+"""How the contents of a directory are loaded: the lines of Python, and what must be installed for them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+from hf_cod.io.files import looks_local
+from hf_cod.io.markdown import escaped
+from hf_cod.models.stored_config import REQUIRES
+
+# Auto class -> (its table of class names in transformers, pipeline_tag of the Hub); the first that knows a class.
+AUTO_CLASSES = {
+    "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "text-generation"),
+    "AutoModelForMaskedLM": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "fill-mask"),
+    "AutoModelForImageTextToText": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "image-text-to-text"),
+    "AutoModelForSequenceClassification": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "text-classification"),
+    "AutoModelForTokenClassification": ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "token-classification"),
+    "AutoModelForQuestionAnswering": ("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "question-answering"),
+    "AutoModelForMultipleChoice": ("MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES", "multiple-choice"),
+    "AutoModelForImageClassification": ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "image-classification"),
+    "AutoModel": ("MODEL_MAPPING_NAMES", "feature-extraction"),
+}
+# Quantization method -> the extra of hf_cod that its weights need.
+EXTRAS = {"owl_bnb": "bitsandbytes", "hf_cod_sparse": None}
+OWLORE = "OWLORE"  # as 0.1 named it
+OWN_PREFIXES = ("Shaped", "Cod")
+# File -> what reads it, the first that is there.
+PROCESSORS = {
+    "processor_config.json": ("processor", "AutoProcessor"),
+    "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
+    "preprocessor_config.json": ("processor", "AutoImageProcessor"),
+}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model or an adapter is loaded.
+
+    Attributes:
+        python: the lines.
+        install: the line of the shell.
+        remarks: sentences about it.
+        library: library_name of the Hub.
+        pipeline_tag: of the Hub.
+        base: what an adapter stands on, as its config names it.
+    """
+
+    python: str
+    install: str
+    remarks: list[str]
+    library: str
+    pipeline_tag: str
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a checkpoint's config asks of its reader: hf_cod with extras, code that lies beside it, an Auto class."""
+
+    ours: bool
+    extras: tuple[str, ...]
+    code: bool
+    auto: str
+
+
+def loading_of(directory: str | Path, name: str) -> Loading:
+    """How the model or adapter in a directory is loaded by a name.
+
+    Args:
+        directory: with a config.json or an adapter_config.json.
+        name: Hub id or path that the lines shall hold.
+    """
+    directory = Path(directory)
+    if (directory / "adapter_config.json").is_file():
+        return _adapter(_read(directory / "adapter_config.json"), name)
+    needs = _needs(_read(directory / "config.json"))
+    found = next(((kind, auto) for file, (kind, auto) in PROCESSORS.items() if (directory / file).is_file()), None)
+    lines = [*_imports(needs, found), "", _load("model", needs, name)]
+    if found is not None:
+        lines.append(f"{found[0]} = {found[1]}.from_pretrained({json.dumps(name)})")
+    return Loading("\n".join(lines), _install(needs), _remarks(needs), "transformers", AUTO_CLASSES[needs.auto][1])
+
+
+def public_name(source: str) -> str:
+    """A Hub id as it is; of a path the last part, since the rest concerns nobody else."""
+    path = Path(source).expanduser()
+    return path.name or path.resolve().name if path.exists() or looks_local(source) else source
+
+
+def hub_id(source: str) -> str | None:
+    """The Hub id that this is; None for a path."""
+    if not source or Path(source).expanduser().exists() or looks_local(source) or source.endswith(".gguf"):
+        return None
+    try:
+        validate_repo_id(source)
+    except ValueError:
+        return None
+    return source
+
+
+def _adapter(config: dict[str, Any], name: str) -> Loading:
+    base = str(config.get("base_model_name_or_path") or "")
+    beneath = _needs(_config_of(base), (config.get("auto_mapping") or {}).get("base_model_class"))
+    needs = beneath
+    if config.get("peft_type") in (REQUIRES, OWLORE):
+        needs = replace(beneath, ours=True, extras=(*beneath.extras, "recovery"))
+    words = not AUTO_CLASSES[needs.auto][1].startswith("image-class")
+    lines = [*_imports(needs, ("tokenizer", "AutoTokenizer") if words else None, "from peft import PeftModel"), ""]
+    lines.append(_load("base", needs, public_name(base)))
+    lines.append(f"model = PeftModel.from_pretrained(base, {json.dumps(name)})")
+    if words:
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(public_name(base))})")
+    beside = f"It is an adapter: it needs the weights of {escaped(public_name(base))}, too."
+    remarks = [beside, *_remarks(needs)]
+    return Loading("\n".join(lines), _install(needs, "peft"), remarks, "peft", AUTO_CLASSES[needs.auto][1], base)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def _config_of(base: str) -> dict[str, Any]:
+    """The config of an adapter's base, if it is at hand."""
+    try:
+        return PreTrainedConfig.get_config_dict(base, local_files_only=True)[0]
+    except (OSError, ValueError):
+        return {}
+
+
+def _needs(config: dict[str, Any], architecture: str | None = None) -> _Needs:
+    method = str((config.get("quantization_config") or {}).get("quant_method"))
+    named = (config.get("architectures") or [architecture or ""])[0]
+    extra = EXTRAS.get(method)
+    ours = method in EXTRAS
+    return _Needs(ours, (extra,) if extra else (), "auto_map" in config and not ours, _auto_class(named))
+
+
+def _auto_class(architecture: str) -> str:
+    """The Auto class that finds a class of transformers, or one of ours, by its name."""
+    names = {architecture, *(architecture.removeprefix(prefix) for prefix in OWN_PREFIXES)}
+    for auto, (table, _) in AUTO_CLASSES.items():
+        for known in getattr(modeling_auto, table).values():
+            if names & set(known if isinstance(known, tuple) else (known,)):
+                return auto
+    return "AutoModelForCausalLM"
+
+
+def _imports(needs: _Needs, processor: tuple[str, str] | None, *others: str) -> list[str]:
+    classes = [needs.auto, *([] if processor is None else [processor[1]])]
+    ours = ["import hf_cod  # before from_pretrained: makes its formats known"] if needs.ours else []
+    return [*ours, *others, f"from transformers import {', '.join(classes)}"]
+
+
+def _load(variable: str, needs: _Needs, name: str) -> str:
+    code = ", trust_remote_code=True" if needs.code else ""
+    return f"{variable} = {needs.auto}.from_pretrained({json.dumps(name)}{code})"
+
+
+def _install(needs: _Needs, *others: str) -> str:
+    if needs.ours:
+        extras = f"[{','.join(needs.extras)}]" if needs.extras else ""
+        return shlex.join(["pip", "install", f"hf_cod{extras}", *(each for each in others if not extras)])
+    return shlex.join(["pip", "install", "torch", "transformers", *others])
+
+
+def _remarks(needs: _Needs) -> list[str]:
+    if needs.ours:
+        return ["Only hf_cod reads it; without hf_cod, loading fails with an error that says so."]
+    if needs.code:
+        return [
+            "The directory carries the code of its modules, which `trust_remote_code=True` runs. Where hf_cod is "
+            "installed, `import hf_cod` before loading does instead."
+        ]
+    return ["It is a stock checkpoint: hf_cod is not needed."]

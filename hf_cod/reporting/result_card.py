@@ -1,0 +1,205 @@
+"""The model card of what a command made: README.md, from the run's own report and the files beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_cod.io.files import write_text
+from hf_cod.io.markdown import escaped
+from hf_cod.io.report import RunReport, format_number
+from hf_cod.reporting.loading import Loading, hub_id, loading_of, public_name
+from hf_cod.reporting.settings import CardSettings
+
+TAG = "curse-of-depth"
+CARD = "README.md"
+# Where in its directory a run may have put what can be loaded.
+PLACES = (".", "model", "adapter")
+MARKS = ("config.json", "adapter_config.json")
+# Setting -> what it names: the model that a run began with.
+SOURCES = ("model", "student", "source")
+WHAT = {
+    "prune": "with weights set to zero",
+    "factorize": "whose matrices are products of two thin ones",
+    "narrow": "with fewer attention heads and MLP channels",
+    "drop-layers": "with fewer layers",
+    "pack": "stored without its zeros",
+    "quantize": "in three and four bits a weight",
+    "fit": "compressed to a budget",
+    "heal": "trained to recover what compression cost",
+    "finetune": "fine-tuned on text",
+    "convert": "converted",
+}
+TEMPLATE = "[More Information Needed]"  # in the card that PEFT writes
+# What replaces the weights themselves, in the words of the Hub.
+QUANTIZED = "quantized"
+
+
+def write_cards(
+    directory: str | Path,
+    report: RunReport,
+    name: str | None = None,
+    command: str | None = None,
+    settings: CardSettings | None = None,
+) -> list[Path]:
+    """Writes a card beside each model and adapter in a run's directory, over one that is there.
+
+    Args:
+        directory: where they are being written, or have been: itself, `model` or `adapter` in it.
+        report: the run's.
+        name: what the directory will be called; default: as it is called now.
+        command: the line of the shell that makes it again.
+        settings: a name for the Hub, licence and language.
+
+    Returns:
+        The cards.
+    """
+    directory, settings = Path(directory), settings or CardSettings()
+    name = name or directory.resolve().name
+    written: list[Path] = []
+    for place in places(directory):
+        inside = place.relative_to(directory).as_posix()
+        called = name if inside == "." else f"{name}/{inside}"
+        if settings.name:
+            called = f"{settings.name}-{inside}" if written else settings.name
+        card = result_card(place, report, called, command, settings)
+        written.append(write_text(place / CARD, str(card)))
+    return written
+
+
+def places(directory: str | Path) -> list[Path]:
+    """The directories in a run's directory, itself first, that hold a model or an adapter."""
+    found = [Path(directory) / place for place in PLACES]
+    return [place for place in found if any((place / mark).is_file() for mark in MARKS)]
+
+
+def report_of(directory: str | Path) -> tuple[RunReport, str]:
+    """The report of the run that wrote a directory, and what to call the directory.
+
+    Raises:
+        ValueError: neither it nor, if it is `model` or `adapter` of a run, the one above it has a report.
+    """
+    directory = Path(directory)
+    whole = directory.resolve()
+    if whole.name in PLACES and not (directory / "report.json").is_file() and (whole.parent / "report.json").is_file():
+        return RunReport.load(whole.parent), f"{whole.parent.name}/{whole.name}"
+    return RunReport.load(directory), whole.name
+
+
+def check_cards(directory: str | Path) -> None:
+    """Makes sure that `write_cards` has something to describe, and writes over no text of the user's.
+
+    Raises:
+        ValueError: no model there, or a README.md that is neither a card of ours nor PEFT's template.
+    """
+    found = places(directory)
+    if not found:
+        raise ValueError(f"directory: expected one with a model or an adapter, got {str(directory)!r}")
+    for readme in (place / CARD for place in found):
+        text = readme.read_text(encoding="utf-8") if readme.is_file() else TAG
+        if TAG not in text and TEMPLATE not in text:
+            raise ValueError(f"directory: expected no README.md of other origin, got {str(readme)!r}; move it away")
+
+
+def result_card(
+    directory: Path, report: RunReport, name: str, command: str | None, settings: CardSettings | None = None
+) -> ModelCard:
+    """The card of what lies in one directory."""
+    settings, loading = settings or CardSettings(), loading_of(directory, name)
+    parts = [
+        f"# {escaped(name)}",
+        _what(report, loading),
+        _use(loading),
+        _made(report, command),
+        _figures(report),
+        *_pictures(directory),
+    ]
+    header = f"---\n{_metadata(directory, report, loading, settings).to_yaml()}\n---\n\n"
+    return ModelCard(header + "\n\n".join(part for part in parts if part) + "\n", ignore_metadata_errors=True)
+
+
+def source_of(report: RunReport) -> str:
+    """The model that a run began with, as the user named it."""
+    return next((str(report.settings[key]) for key in SOURCES if report.settings.get(key)), report.model)
+
+
+def _metadata(directory: Path, report: RunReport, loading: Loading, settings: CardSettings) -> ModelCardData:
+    candidates = [loading.base, source_of(report), report.settings.get("teacher")]
+    base = next((found for found in (hub_id(str(each)) for each in candidates if each) if found), None)
+    kind = QUANTIZED if "hf_cod" in loading.install and loading.base is None else None
+    more: dict[str, Any] = {} if base is None else {"base_model": base}
+    if base is not None and (kind or loading.base is not None):
+        more["base_model_relation"] = kind or "adapter"
+    return ModelCardData(
+        language=settings.language,
+        license=settings.license if settings.license != "other" else None,
+        library_name=loading.library,
+        pipeline_tag=loading.pipeline_tag,
+        tags=["hf_cod", TAG, report.kind],
+        **more,
+    )
+
+
+def _what(report: RunReport, loading: Loading) -> str:
+    source, base = source_of(report), hub_id(source_of(report))
+    shown = escaped(public_name(source))
+    shown = f"[{shown}](https://huggingface.co/{base})" if base else shown
+    what = WHAT.get(report.kind, f"after {report.kind}")
+    return f"{'An adapter for ' if loading.base is not None else ''}{shown}, {what} by hf_cod."
+
+
+def _use(loading: Loading) -> str:
+    lines = ["## Load it\n", "```sh", loading.install, "```\n", "```python", loading.python, "```\n", *loading.remarks]
+    return "\n".join(lines)
+
+
+def _made(report: RunReport, command: str | None) -> str:
+    lines = ["## How it was made\n"]
+    if command is not None:
+        lines += ["```sh", command, "```\n"]
+    rows = [(name, value) for name, value in report.settings.items() if value not in (None, [], {})]
+    lines += ["| setting | value |\n|---|---|"]
+    lines += [f"| {escaped(name)} | {_shown(value)} |" for name, value in rows]
+    versions = ", ".join(escaped(f"{key} {value}") for key, value in report.environment.items())
+    return "\n".join([*lines, f"\nMade with {versions}."])
+
+
+def public_value(value: Any) -> Any:
+    """A setting without the paths of this machine."""
+    if isinstance(value, (list, tuple)):
+        return [public_value(each) for each in value]
+    return public_name(value) if isinstance(value, str) else value
+
+
+def _shown(value: Any) -> str:
+    found = public_value(value)
+    return escaped(", ".join(map(str, found)) if isinstance(found, list) else found)
+
+
+def _figures(report: RunReport) -> str:
+    rows = [*_numbers(report.results)]
+    lines = ["## Figures\n", *[f"- {escaped(line)}" for line in report.summary]]
+    if rows:
+        lines += ["\n| figure | value |\n|---|---|", *[f"| {escaped(name)} | {value} |" for name, value in rows]]
+    if report.notes:
+        lines += ["\nNotes:\n", *[f"- {escaped(note)}" for note in report.notes]]
+    return "\n".join(lines)
+
+
+def _numbers(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, value) of what is one number, or one for each of a few models; what is longer is in report.json."""
+    for name, value in results.items():
+        shown, found = name.replace("_", " "), value if isinstance(value, dict) else {"": value}
+        if name not in ("modules", "score", "evaluation", "plan"):
+            for part, number in found.items():
+                if isinstance(number, (int, float)) and not isinstance(number, bool):
+                    figure = f"{number:,}" if isinstance(number, int) else format_number(number)
+                    yield f"{shown}, {part}" if part else shown, figure
+
+
+def _pictures(directory: Path) -> list[str]:
+    drawn = sorted(path for path in directory.iterdir() if path.suffix in (".png", ".svg"))
+    return ["\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in drawn)] if drawn else []

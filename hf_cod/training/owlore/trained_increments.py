@@ -1,0 +1,85 @@
+"""Increments: those of a model's OwLore adapters that an optimizer trains, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from hf_cod.training.owlore.increment import Increment
+from hf_cod.training.owlore.settings import OwLoreSettings
+
+# What an adapter decides itself, or what means nothing for one.
+_NOT_OURS = {
+    "rank": "leave it to OwLoreConfig(r=...)",
+    "scale": "an adapter's gradient takes none; set lr",
+    "train_embeddings": "name them in OwLoreConfig(modules_to_save=...)",
+    "deselected": "the moments of an increment that is folded belong to no basis any more",
+}
+
+
+class Increments:
+    """The increments of OwLore adapters whose N an optimizer holds; none where the model has no such adapters.
+
+    Args:
+        layers: the model's layers.
+        trained: of each layer the parameters that are trained.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], trained: Sequence[Sequence[nn.Parameter]]) -> None:
+        self._layers: list[list[Increment]] = []
+        for layer, parameters in zip(layers, trained, strict=True):
+            ours = {id(p) for p in parameters}
+            self._layers.append([m for m in layer.modules() if isinstance(m, Increment) and id(m.N) in ours])
+
+    def __iter__(self) -> Iterator[Increment]:
+        return (increment for layer in self._layers for increment in layer)
+
+    def settings(self, settings: OwLoreSettings) -> OwLoreSettings:
+        """The settings of the optimizer: N is trained in full rank.
+
+        Raises:
+            ValueError: settings were given that an adapter decides itself.
+        """
+        if not any(self):
+            return settings
+        for name, reason in _NOT_OURS.items():
+            value = getattr(settings, name)
+            if value != OwLoreSettings.__dataclass_fields__[name].default:
+                raise ValueError(f"{name}: expected none beside an OwLore adapter, got {value!r}; {reason}")
+        return replace(settings, rank=None)
+
+    def described(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed."""
+        found = [*self]
+        if not found:
+            return {}
+        return {"r": max(m.rank for m in found), "max_rank": max(m.max_rank for m in found)}
+
+    def shapes(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, list[int]]:
+        """Parameter -> shape; of an N the one that it has while it trains."""
+        known = {increment.N: increment.shape for increment in self}
+        return {p: list(known.get(p, p.shape)) for p in parameters}
+
+    def begin(self, active: Sequence[int], seed: int, draw: int) -> None:
+        """Lets the increments of these layers train, and the others rest."""
+        number = 0
+        for index, layer in enumerate(self._layers):
+            for increment in layer:
+                if index in active:
+                    increment.begin(seed, draw, number)
+                else:
+                    increment.rest()
+                number += 1
+
+    def settle(self) -> None:
+        """To be called behind each step."""
+        for increment in self:
+            increment.settle()
+
+    def fold(self) -> None:
+        """Ends the interval: what was learnt joins what was learnt before."""
+        for increment in self:
+            increment.fold()

@@ -1,0 +1,116 @@
+"""Python of README and the pages: it compiles, the names of hf_cod in it exist, and it runs on tiny models."""
+
+import ast
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+import hf_cod
+from tests.docs.pages import NAMES, ROOT, read, snippets
+from tests.docs.tiny import TEXT, model, save_models
+
+CASES = [(page, number) for page in NAMES for number in range(len(snippets(page)))]
+# What is compiled and not run here, and why.
+NOT_RUN = {
+    "me/my-model": "needs the Hub",
+    "hf-cod-quantize-my-model": "needs a directory of a command; CI runs the lines of a card",
+    "arc_easy": "needs the Hub; tests/analysis/evaluation runs evaluate_tasks",
+    '"cod_qwen3"': "large; tests/models/test_training.py runs it",
+}
+
+
+@pytest.mark.parametrize("page, number", CASES)
+def test_it_compiles_and_its_names_exist(page, number):
+    tree = ast.parse(snippets(page)[number], page)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "hf_cod":
+            assert {alias.name for alias in node.names} <= hf_cod._HOMES.keys(), page
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hf_cod":
+            assert hasattr(hf_cod, node.attr), f"{page}: {node.attr}"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def measured(models):
+    """What readers have from a page before: samples, statistics, scores, reports."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "stock")
+    settings = hf_cod.SampleSettings(sequence_length=16, max_samples=32, batch_size=8)
+    batches = hf_cod.token_batches(tokenizer, TEXT, settings)
+    statistics = hf_cod.collect_statistics(model(), batches[:1])
+    reports = [
+        hf_cod.diagnose(model(), batches=batches[:1], show_progress=False, metrics=["angular_distance"], name=name)
+        for name in ("first", "second")
+    ]
+    return {
+        "batches": batches,
+        "more_batches": batches[:1],
+        "statistics": statistics,
+        "scores": hf_cod.score_layers(model(), statistics, method="owl", threshold=2.0),
+        "first": reports[0],
+        "second": reports[1],
+    }
+
+
+def names(models, measured, folder):
+    """What the pages take as given."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "stock")
+    tokenizer.pad_token = tokenizer.eos_token
+    ids = [row for batch in measured["batches"] for row in batch["input_ids"]]
+    return {
+        **measured,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "Trainer": Trainer,
+        "args": TrainingArguments(str(folder / "run"), max_steps=2, report_to=[], use_cpu=True, save_strategy="no"),
+        "data": [{"input_ids": row, "labels": row} for row in ids],
+        "dataset": Dataset.from_list([{"text": TEXT[:100]} for _ in range(16)]),
+        "inputs": {"input_ids": ids[0][None, :5]},
+        "load": model,
+        "model": model(),
+        "name": str(models / "stock"),
+        "student": model(),
+        "teacher": model(),
+        "texts": [TEXT] * 4,
+        "tokenizer": tokenizer,
+    }
+
+
+def small(code):
+    """The steps and tokens of a page that takes minutes, as few."""
+    quick = "steps=2, batch_size=2, micro_batch_size=2, sequence_length=16, eval_samples=2"
+    for there, here in (
+        ('tokens="2M", hidden=0.1', quick),
+        ('method="lora")', f'method="lora", {quick})'),
+        ('SFTConfig("sft"', 'SFTConfig("sft", use_cpu=True, bf16=False'),
+    ):
+        code = code.replace(there, here)
+    return code
+
+
+@pytest.mark.parametrize("page, number", CASES)
+def test_it_runs(page, number, models, measured, tmp_path, monkeypatch):
+    code = snippets(page)[number]
+    if any(part in code for part in NOT_RUN):
+        return
+    monkeypatch.chdir(tmp_path)
+    given = names(models, measured, tmp_path)
+    if "llama_preset" in code:
+        with torch.device("meta"):  # the paper's size
+            exec(code, given)
+    else:
+        exec(small(code), given)
+
+
+def test_scripts_of_tutorials_are_where_their_pages_take_them_from():
+    """mkdocs stops where a file or a section is missing; this says so without it."""
+    taken = [found for page in NAMES for found in re.findall(r'--8<-- "(.*?):(\w+)"', read(page))]
+    assert len(taken) > 10
+    for file, section in taken:
+        script = (ROOT / file).read_text(encoding="utf-8")
+        assert script.count(f"[start:{section}]") == script.count(f"[end:{section}]") == 1, (file, section)

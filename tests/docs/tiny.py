@@ -1,0 +1,35 @@
+"""Tiny models and texts, in the place of those that the pages name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.tiny_models import build
+from tests.tiny_tokenizers import gpt_like
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT = "one two three four five six seven eight nine ten a three one four one five nine two six five three five " * 60
+
+
+def model():
+    """Rows of whole blocks, so that three and four bits save something."""
+    return build("llama", 4, max_position_embeddings=512, **SIZES)
+
+
+def save_models(folder: Path) -> Path:
+    """`stock`, a Llama, and `lns`, the same with LayerNorm Scaling."""
+    model().save_pretrained(folder / "stock")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("cod_llama", norm_placement="lns", num_hidden_layers=3, vocab_size=99, **SIZES)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "lns")
+    for name in ("stock", "lns"):
+        gpt_like().save_pretrained(folder / name)
+    return folder
+
+
+def write_texts(folder: Path) -> None:
+    for name in ("my.txt", "other.txt"):
+        (folder / name).write_text(TEXT)

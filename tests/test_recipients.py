@@ -1,0 +1,172 @@
+"""Who is sent what a command wrote: the card beside it loads it, and without hf_cod the error says what it requires."""
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+
+from hf_cod.cli.main import COMMANDS, main
+from hf_cod.io.models import load_model
+from hf_cod.io.report import RunReport
+from tests.earlier_files import checkpoints
+from tests.fresh_processes import run_fresh
+
+SAMPLES = ["--max-samples", "4", "--sequence-length", "16", "--batch-size", "2", "--eval-samples", "4", "--no-plots"]
+STEPS = ["--steps", "4", "--sequence-length", "16", "--micro-batch-size", "2", "--eval-samples", "4", "--no-plots"]
+STEPS += ["--n-active", "1", "--rank", "4"]
+# Directory -> the command that writes it, and where in it the card lies; {} is the folder of all.
+MADE = {
+    "pruned": (["prune", "{}/base", *SAMPLES, "--score", "uniform", "--sparsity", "0.6"], "."),
+    "factorized": (["factorize", "{}/base", *SAMPLES, "--score", "uniform"], "."),
+    "narrowed": (["narrow", "{}/base", *SAMPLES, "--score", "uniform"], "."),
+    "shortened": (["drop-layers", "{}/base", *SAMPLES, "--layers", "1"], "."),
+    "replaced": (["drop-layers", "{}/base", *SAMPLES, "--layers", "1", "--replacement", "linear"], "."),
+    "quantized": (["quantize", "{}/base", *SAMPLES, "--bits", "3"], "."),
+    "fitted": (
+        ["fit", "{}/base", *SAMPLES, "--bits", "7", "--knobs", "bits", "--tuning-samples", "2", "--no-speed"],
+        ".",
+    ),
+    "packed": (["pack", "{}/pruned"], "."),
+    "healed": (["heal", "{}/pruned", "--teacher", "{}/base", *STEPS, "--no-speed"], "model"),
+    "full": (["finetune", "{}/base", *STEPS, "--method", "full"], "model"),
+    "lora": (["finetune", "{}/base", *STEPS, "--method", "lora"], "adapter"),
+    "owlore": (
+        ["finetune", "{}/base", *STEPS, "--method", "owlore-peft", "--rank", "4", "--score", "uniform"],
+        "adapter",
+    ),
+    "on-quantized": (["finetune", "{}/quantized", *STEPS, "--method", "lora"], "adapter"),
+    "lns": (["convert", "lns", "{}/base", "{}/lns"], "."),
+    "stock": (["convert", "stock", "{}/lns", "{}/stock"], "."),
+}
+ONLY_HERE = ("quantized", "fitted", "packed", "owlore", "on-quantized")
+ANSWER = """
+import torch
+with torch.no_grad():
+    torch.save(model.eval()(torch.arange(3, 12)[None]).logits, "logits.pt")
+print(len(tokenizer("the dog ran").input_ids))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small model, and beside it what commands make of it once a test asks for it."""
+    folder = tmp_path_factory.mktemp("made")
+    model = checkpoints.model_of("llama", **checkpoints.WIDE_SIZES, **checkpoints.TEXT_SIZES)
+    model.save_pretrained(folder / "base")
+    checkpoints.tokenizer().save_pretrained(folder / "base")
+    (folder / "text.txt").write_text(checkpoints.text())
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / "hf_cod.py").write_text("raise ImportError('hidden by a test')")
+    return folder
+
+
+def place(folder, name):
+    """Where the card is of what a command has made."""
+    words, inside = MADE[name]
+    if not (folder / name).exists():
+        for other in MADE:
+            if f"{{}}/{other}" in words and other != name:
+                place(folder, other)
+        arguments = [word.format(folder) for word in words]
+        if words[0] not in ("convert", "pack"):
+            arguments += ["--text", str(folder / "text.txt")]
+        if words[0] != "convert":
+            arguments += ["--output", str(folder / name)]
+        assert main(arguments) == 0
+    return folder / name / inside
+
+
+def lines_of(card: Path) -> str:
+    (found,) = re.findall(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.S)
+    return found
+
+
+@torch.no_grad()
+def expected(folder, name):
+    directory = place(folder, name)
+    if not (directory / "adapter_config.json").is_file():
+        return load_model(str(directory))[0](torch.arange(3, 12)[None]).logits
+    base = load_model(MADE[name][0][1].format(folder))[0]
+    return PeftModel.from_pretrained(base, directory).eval()(torch.arange(3, 12)[None]).logits
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", MADE)
+def test_the_lines_of_a_card_load_what_it_is_about(name, folder):
+    lines = lines_of(place(folder, name) / "README.md")
+    assert ("import hf_cod" in lines) == (name in ONLY_HERE)
+    hidden = [] if name in ONLY_HERE else [folder / "hidden"]
+    cache = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = run_fresh(lines + ANSWER, cwd=folder, paths=hidden, environment=cache)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(torch.load(folder / "logits.pt"), expected(folder, name))
+    assert done.stdout.split()[-1] == "3"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", ONLY_HERE)
+def test_without_hf_cod_the_first_line_says_what_is_required(name, folder):
+    lines = lines_of(place(folder, name) / "README.md").replace("import hf_cod", "import json")
+    options = {"cwd": folder, "paths": [folder / "hidden"], "environment": {"HF_HUB_OFFLINE": "1"}}
+    for code in (lines, lines.replace('")', '", trust_remote_code=True)')):
+        if "peft" in code and code != lines:
+            continue  # PEFT knows no remote code
+        done = run_fresh(code, **options)
+        assert done.returncode != 0
+        (error,) = re.findall(r"^(?:ValueError|KeyError): .*", done.stderr, re.M)[-1:]
+        assert "requires hf_cod: pip install hf_cod" in error
+    assert "delete the quantization_config" not in done.stderr
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_card_says_how_it_was_made(name, folder):
+    card = ModelCard.load(place(folder, name) / "README.md")
+    command = MADE[name][0][0]
+    assert {"hf_cod", command} <= set(card.data.tags) and card.data.pipeline_tag == "text-generation"
+    assert card.data.library_name == ("peft" if MADE[name][1] == "adapter" else "transformers")
+    assert card.data.base_model is None, "a directory is no Hub id"
+    assert f"hf-cod {command} " in card.text and str(folder.parent) not in card.content
+    assert "pip install" in card.text and RunReport.load(folder / name).summary[0].split()[0] in card.text
+
+
+@pytest.mark.parametrize("name", ["pruned", "narrowed", "shortened", "quantized", "fitted"])
+def test_the_command_of_a_card_has_the_settings_of_the_run(name, folder):
+    (command,) = re.findall(r"```sh\n(hf-cod .*?)\n```", (place(folder, name) / "README.md").read_text())
+    words = shlex.split(command)[1:]
+    assert words[1] == "base" and words[words.index("--text") + 1] == "text.txt"
+    module = import_module(f"hf_cod.cli.commands.{COMMANDS[words[0]][0]}")
+    given = [*MADE[name][0][1:], "--text", "text.txt"]
+    *settings, _, _ = module.make_parser().parse(words[1:])  # all but where results go, and the words as they were
+    assert settings == list(module.make_parser().parse(given)[: len(settings)])
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_card_takes_each_of_them(name, folder):
+    readme = place(folder, name) / "README.md"
+    before = readme.read_text()
+    readme.unlink()
+    assert main(["card", str(folder / name)]) == 0
+    assert readme.read_text() == before
+    assert main(["card", str(readme.parent), "--name", "me/it", "--license", "mit"]) == 0
+    card = ModelCard.load(readme)
+    assert card.data.license == "mit" and re.search(r'from_pretrained\((base, )?"me/it"', card.text)
+    readme.write_text(before)
+
+
+def test_card_refuses(folder, tmp_path, capsys):
+    RunReport("diagnose", "m", {}, {}, {}, {}).save(tmp_path / "other")
+    assert main(["card", str(tmp_path / "other")]) == 2
+    assert "directory: expected one with a model or an adapter" in capsys.readouterr().err
+    readme = place(folder, "pruned") / "README.md"
+    before = readme.read_text()
+    readme.write_text("mine")
+    assert main(["card", str(folder / "pruned")]) == 2
+    assert "README.md of other origin" in capsys.readouterr().err and readme.read_text() == "mine"
+    readme.write_text(before)
+    assert main(["card", str(folder / "pruned"), "--sources", "x"]) == 2
+    assert "sources: expected none for a run of prune" in capsys.readouterr().err
