@@ -43,8 +43,7 @@ TESTED_BY = {
         "compression/low_rank/rank_plan.py compression/low_rank/settings.py compression/low_rank/spectra.py"
     ),
     "compression/pruning/test_pruner.py": (
-        "compression/pruning/methods.py compression/pruning/settings.py layers/checks.py "
-        "layers/fingerprints.py layers/finished_layers.py"
+        "compression/pruning/methods.py compression/pruning/settings.py layers/checks.py layers/fingerprints.py"
     ),
     "compression/quantization/test_format.py": (
         "compression/quantization/bnb_decoding.py compression/quantization/scales.py functional/bits.py"
@@ -108,7 +107,9 @@ TESTED_BY = {
     "training/healing/test_recovery.py": "training/healing/masked_adapters.py",
     "training/owlore/test_optimizer.py": (
         "training/owlore/active_layers.py training/owlore/eight_bit.py training/owlore/increment.py "
-        "training/owlore/moments.py training/owlore/settings.py"
+        "training/owlore/moments.py training/owlore/optimizer_state.py training/owlore/settings.py "
+        "training/owlore/trained_increments.py "
+        "training/owlore/update_in_backward.py"
     ),
 }
 ELSEWHERE = {module: test for test, modules in TESTED_BY.items() for module in modules.split()}

@@ -28,6 +28,7 @@ class Work:
         model: the model as it is now; any class of transformers.
         tokenizer: its tokenizer.
         calibration, evaluation: samples to work on, and others to measure on.
+        source: Hub id, directory or GGUF file that it was loaded from.
         scores: of the layers, given or found; None as long as there are none.
         options: keyword arguments that every method takes: journal, layers_path, show_progress.
         name: what reports call the model.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar, cast
+
+logger = logging.getLogger(__name__)
 
 Kept = TypeVar("Kept", bound="JsonFile")
 
@@ -152,8 +155,10 @@ def fingerprint(*parts: Any) -> str:
 class Journal:
     """Results of a long run, one JSON line each, so that an interrupted run goes on where it stopped.
 
-    Each line names the work that it belongs to. Lines of other work in the same file are kept, but not read; a line
-    that was cut off in the middle of writing is dropped. Without a path the journal lives in memory alone.
+    Each line names the work that it belongs to, and ends with a checksum. Lines of other work in the same file are
+    kept, but not read; a line that was cut off in the middle of writing is dropped, and so is a damaged one, which a
+    warning says. Lines of earlier versions, which have no checksum, are taken as they are. Without a path the journal
+    lives in memory alone.
 
     Args:
         path: the file, or None.
@@ -169,13 +174,15 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         whole = []
-        lines = path.read_text(encoding="utf-8").split("\n")
-        for line in lines:
-            try:
-                work, key, value = json.loads(line)
-            except ValueError:  # the empty tail, or a line that the interruption cut
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(lines):
+            record = _record_of(line)
+            if record is None:
+                if number < len(lines) - 1:  # else the empty tail, or a line that the interruption cut
+                    logger.warning("a line of %s is damaged: what it held is done again", path)
                 continue
             whole.append(line)
+            work, key, value = record
             if work == self.work:
                 self.entries[key] = value
         if [*whole, ""] != lines:
@@ -196,4 +203,24 @@ class Journal:
         self.entries[key] = value
         if self.path is None:
             return
-        append_line(self.path, json.dumps([self.work, key, value]))
+        record = json.dumps([self.work, key, value])
+        append_line(self.path, f'{record[:-1]}, "{_checksum(record)}"]')
+
+
+def _record_of(line: str) -> tuple[str, str, Any] | None:
+    """(work, key, value) of a journal's line; None of a damaged one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, list) or not all(isinstance(entry, str) for entry in record[:2]):
+        return None
+    if len(record) == 4:
+        end = f', "{record[3]}"]'
+        if not line.endswith(end) or _checksum(f"{line[: -len(end)]}]") != record[3]:
+            return None
+    return (record[0], record[1], record[2]) if len(record) in (3, 4) else None
+
+
+def _checksum(record: str) -> str:
+    return hashlib.sha256(record.encode()).hexdigest()[:16]

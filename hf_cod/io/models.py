@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import torch
 import transformers
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_cod.io.files import looks_local
+from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
 from hf_cod.io.settings import ModelFields, ModelSettings, resolve
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ def load_model(
         The model and the tokenizer; None for a model without one.
 
     Raises:
-        ValueError: no such model, or one that cannot be read; says why.
+        ValueError: no such model, or one that cannot be read; says why. Weights that are missing, unexpected or of
+            another shape (`loading.check_loaded`).
         ImportError: a GGUF file without the gguf package.
     """
     settings = resolve(load_model, ModelSettings, settings, fields)
@@ -136,6 +138,8 @@ def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:
+    if str(error).startswith("model: expected"):
+        return ValueError(str(error).replace(", got", f", got in {name!r}", 1))
     return ValueError(
         f"model: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {name!r}: {error}"
     )
@@ -152,14 +156,14 @@ def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
     named = (getattr(config, "architectures", None) or ["ForCausalLM"])[0]
     auto = next((name for suffix, name in HEADS.items() if named.endswith(suffix)), "AutoModel")
     model_class = getattr(transformers, named, getattr(transformers, auto))
-    model, info = cast(Any, model_class).from_pretrained(source, output_loading_info=True, **options)
-    prefix = getattr(model, "base_model_prefix", "")
-    head = [key for key in model.state_dict() if prefix and not key.startswith(prefix + ".")]
+    model, info = read(model_class, source, **options)
+    head = [key for key in model.state_dict() if in_head(model, key)]
     missing = [key for key in head if key in info["missing_keys"]]
     # Most of the head: a tied matrix is never missing, and a lone missing bias does not make a head useless.
-    if len(missing) > len(head) / 2 and model.base_model is not model:
+    if len(missing) > len(head) / 2:
         logger.warning("the checkpoint has no weights for the head of %s: loaded without it", named)
-        return AutoModel.from_pretrained(source, **options)
+        return load_exactly(AutoModel, source, **options)
+    check_loaded(model, info)
     return model
 
 

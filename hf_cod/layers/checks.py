@@ -135,18 +135,24 @@ def warn_of_other_name(field: str, model: str, stack: DecoderLayers) -> None:
 _TABLES = ("wpe", "embed_positions", "position_embeddings")
 
 
+def learnt_positions(model: nn.Module) -> tuple[int, str] | None:
+    """(How many positions a model has learnt, the name of their table); None where there is no limit."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES:
+            # OPT's table has two rows in front of the first position, RoBERTa's those up to its padding.
+            offset = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - offset, name
+    return None
+
+
 def check_length(model: nn.Module, length: int) -> None:
     """Makes sure that samples of `length` tokens fit a model whose positions are learnt.
 
     Raises:
         ValueError: they are longer than its table of positions; says how long they may be.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES:
-            # OPT's table has two rows in front of the first position, RoBERTa's those up to its padding.
-            offset = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
-            if length > module.num_embeddings - offset:
-                raise ValueError(
-                    f"sequence_length: expected at most {module.num_embeddings - offset} tokens, for which {name} has "
-                    f"positions, got {length}"
-                )
+    found = learnt_positions(model)
+    if found is not None and length > found[0]:
+        raise ValueError(
+            f"sequence_length: expected at most {found[0]} tokens, for which {found[1]} has positions, got {length}"
+        )

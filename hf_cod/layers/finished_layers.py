@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from hf_cod.io.files import fingerprint, write_aside
+from hf_cod.io.files import fingerprint
+from hf_cod.io.tensors import is_whole, save_tensors
 from hf_cod.io.text import Batch
 from hf_cod.layers.fingerprints import Journals
+
+logger = logging.getLogger(__name__)
+
+_NOTE = "note"
 
 
 class FinishedLayers:
     """The layers that are done, with what is to be said of each.
+
+    A file whose checksum is wrong is removed, which a warning says, and its layer is not done; files of earlier
+    versions, which have none, are taken as they are.
 
     Args:
         directory: where the files are, or None to keep nothing on disk.
@@ -37,11 +45,11 @@ class FinishedLayers:
         self._directory = None if directory is None else Path(directory)
         self._work = work
         self._tensors_of, self._put_back = tensors_of, put_back
+        self._whole: set[int] = set()  # files that were found and checked
         self.notes: dict[int, Any] = {}
 
     def __contains__(self, index: int) -> bool:
-        path = self._path(index)
-        return index in self.notes or (path is not None and path.is_file())
+        return index in self.notes or index in self._whole or self._find(index)
 
     @torch.no_grad()
     def restore(self, index: int) -> None:
@@ -51,7 +59,7 @@ class FinishedLayers:
             return
         with safe_open(path, "pt") as file:
             self._put_back(index, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
-            self.notes[index] = json.loads(file.metadata()["note"])
+            self.notes[index] = json.loads(file.metadata()[_NOTE])
 
     def add(self, index: int, note: Any) -> None:
         """Records that a layer is done, with a JSON-like note; it is on disk when this returns."""
@@ -59,7 +67,19 @@ class FinishedLayers:
         path = self._path(index)
         if path is not None:
             tensors = {name: tensor.contiguous() for name, tensor in self._tensors_of(index).items()}
-            write_aside(path, lambda file: file.write(save(tensors, {"note": json.dumps(note)})))
+            save_tensors(path, tensors, {_NOTE: json.dumps(note)}, checked=True)
+
+    def _find(self, index: int) -> bool:
+        """Looks for the file of a layer; a damaged one is removed."""
+        path = self._path(index)
+        if path is None or not path.is_file():
+            return False
+        if not is_whole(path, {_NOTE}):
+            logger.warning("%s is damaged: layer %d is done again", path, index)
+            path.unlink()
+            return False
+        self._whole.add(index)
+        return True
 
     def _path(self, index: int) -> Path | None:
         return None if self._directory is None else self._directory / f"{self._work}-{index:05d}.safetensors"

@@ -215,6 +215,10 @@ def _check_config_builds(stack: DecoderLayers) -> None:
             )
 
 
+# Of a module: how it is run now, which no config says.
+_MODES = ("training", "gradient_checkpointing")
+
+
 def first_difference(mine: Mapping[str, nn.Module], anew: Mapping[str, nn.Module]) -> str | None:
     """The first module, weight or plain setting in which two layers differ; adapters do not count."""
     for name in [*anew, *mine]:
@@ -232,6 +236,6 @@ def _description(module: nn.Module) -> dict[str, Any]:
     settings = {
         key: value
         for key, value in vars(module).items()
-        if isinstance(value, (int, float, str)) and key != "training" and not key.startswith("_")
+        if isinstance(value, (int, float, str)) and key not in _MODES and not key.startswith("_")
     }
     return {**settings, **weights}

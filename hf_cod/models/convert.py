@@ -248,7 +248,8 @@ def _rebuild(model: PreTrainedModel, model_class: Any, config: PreTrainedConfig)
 
 def _load_exactly(model_class: Any, source: Any, **kwargs: Any) -> Any:
     """`from_pretrained`, but every weight must find its place."""
-    model, info = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that these are listed, too
+    model, info = model_class.from_pretrained(source, **told, **kwargs)
     # Buffers that old versions of transformers saved; they are computed now.
     unexpected = {name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")}
     wrong = sorted(info["missing_keys"]) + sorted(unexpected) + sorted(map(str, info["mismatched_keys"]))

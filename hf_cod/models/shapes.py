@@ -110,7 +110,11 @@ def build_shapes(base: nn.Module, shapes: Any) -> None:
     Raises:
         ValueError: "module_shapes: expected ..., got ..."; names the module.
     """
+    if not isinstance(shapes or {}, dict):
+        raise ValueError(f"module_shapes: expected sizes by name of module, got {shapes!r}")
     for name, changes in (shapes or {}).items():
+        if not isinstance(changes, dict) or not changes:
+            raise ValueError(f"module_shapes: expected sizes of {name}, got {changes!r}")
         try:
             module = base.get_submodule(name)
         except AttributeError:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cod.analysis.monitoring.history import TrainingHistory
 from hf_cod.io.files import copy_aside, write_text
+from hf_cod.io.loading import load_exactly
 from hf_cod.io.markdown import escaped
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.settings import resolve
@@ -65,7 +66,7 @@ def release(
     readme = output / "README.md"
     if readme.is_file() and TAG not in readme.read_text(encoding="utf-8"):
         raise ValueError(f"output: expected no README.md of other origin, got one in {str(output)!r}; name another")
-    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.bfloat16)
+    model = load_exactly(AutoModelForCausalLM, run / "model", dtype=torch.bfloat16)
     model.save_pretrained(output)
     AutoTokenizer.from_pretrained(run / "model").save_pretrained(output)
     pictures = _draw(report, run, output)

@@ -24,6 +24,8 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, check_batches, split_samples
 from hf_cod.layers.checks import name_of, sizes_of
+from hf_cod.layers.devices import execution_device
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import naming_weights
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import task_of
@@ -85,6 +87,10 @@ def score_layers(
     if method in NEED_BATCHES and not batches:
         raise ValueError(f"batches: expected at least one for the method {method}, got none")
     check_batches(batches or ())
+    if batches:
+        check_inputs(stack.model, batches)
+    if method not in NEED_NO_WEIGHTS:
+        execution_device(stack.model)  # refuses a model without weights
     sizes = sizes_of(stack)
     with naming_weights(stack.model):
         values = METHODS[method](request)
@@ -262,6 +268,7 @@ METHODS: dict[str, Callable[[_Request], list[float]]] = {
     "random": _random,
 }
 NEED_BATCHES = ("angular", "block_influence", "gradient_norm", "fisher", "layer_drop", "sensitivity", "auto")
+NEED_NO_WEIGHTS = ("uniform", "depth", "random")
 # Method -> the settings that it depends on.
 SETTINGS_OF = {
     "owl": ("threshold", "per_module"),

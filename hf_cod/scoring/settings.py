@@ -50,6 +50,7 @@ RULES: dict[str, str] = {
     "bounded": "values stay within the spread, and their weighted mean is the budget",
     "authors": "OWL's released formula, which keeps neither",
 }
+USE_STATISTICS = ("owl", "sensitivity", "auto")  # of METHODS
 DEFAULT_SPREAD = 0.08  # OWL (arXiv 2310.05175), lambda
 
 

@@ -25,6 +25,7 @@ from hf_cod.io.text import Batch, describe_batches, mask_tokens, token_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import Journals
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
 from hf_cod.layers.task import MASKED_LM_SUFFIXES, task_of
 
@@ -87,6 +88,7 @@ def diagnose(
     stack = find_decoder_layers(model, chosen.layers_path)
     batches = _prepared(model, tokenizer, texts, batches, chosen)
     task = task_of(model, batches)
+    check_inputs(stack.model, batches)
     metric = find_metric(chosen.drop_metric if drop_metric is None else drop_metric, task)
     weights = next(stack.model.parameters())
     report = RunReport(

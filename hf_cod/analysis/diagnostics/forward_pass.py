@@ -15,6 +15,7 @@ from hf_cod.functional import depth
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import NonFiniteError, evaluation_mode, hidden_input, hidden_output, progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import model_inputs
@@ -96,6 +97,7 @@ def measure_forward(
     if token not in ("last", "first", "all"):
         raise ValueError(f"token: expected 'last', 'first' or 'all', got {token!r}")
     stack = find_decoder_layers(model, layers_path)
+    check_inputs(stack.model, batches)
     recorder = ForwardRecorder(stack, metrics, token)
     trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
     device = execution_device(stack.model)

@@ -14,6 +14,7 @@ from hf_cod.analysis.evaluation.metrics import negative_log_likelihood
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import IGNORED_LABEL, Batch
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import gradients_restored
 from hf_cod.layers.partial_forward import check_finite, layer_states
 from hf_cod.layers.running import evaluation_mode, progress
@@ -68,6 +69,7 @@ def gradient_norms(
     reason = why_no_gradients(stack, task)
     if reason:
         raise ValueError(f"{field}: expected a loss and floating-point weights in memory, but {reason}")
+    check_inputs(stack.model, batches)
     device = execution_device(stack.model)
     measured = False
     with torch.inference_mode(False), evaluation_mode(stack), _layer_squares(stack, read) as squares:

@@ -13,6 +13,7 @@ from hf_cod.io.deprecation import renamed
 from hf_cod.io.files import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import check_finite, check_independent, layer_states, running_only
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -53,6 +54,7 @@ def measure_layer_drop(
     """
     stack = find_decoder_layers(model, layers_path)
     check_independent(stack, "layer_drop")
+    check_inputs(stack.model, batches)
     journal = Journal(None, "") if journal is None else journal
     device = execution_device(stack.model)
     bar = progress(range(len(batches) * (len(stack) + 1)), "layer drop", show_progress)

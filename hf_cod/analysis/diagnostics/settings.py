@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.settings import SampleFields, SampleSettings, check_choice, layers_path_field

@@ -21,6 +21,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import find_decoder_layers, unwrap
 from hf_cod.layers.stock_four_bit import without_repacking
@@ -85,11 +86,11 @@ def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
     float64.
 
     Raises:
-        ValueError: the model is not a language model.
+        ValueError: the model is not a language model, or it needs labels where the batches have none.
     """
-    task = task_of(model)
-    metric = find_metric("perplexity", task)
     base, device = unwrap(model), execution_device(model)
+    metric = find_metric("perplexity", task_of(model, batches))
+    check_inputs(base, batches)
     rows = []
     with torch.no_grad(), without_repacking(base):
         for batch in (to_device(batch, device) for batch in batches):

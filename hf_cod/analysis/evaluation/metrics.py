@@ -94,7 +94,7 @@ class Perplexity:
         """Perplexity; infinite where it exceeds the range of floats."""
         loss, tokens = (sum(column) for column in zip(*rows, strict=True))
         if not tokens:
-            raise ValueError("expected at least one token to predict, got none; give longer samples")
+            raise ValueError("batches: expected at least one token to predict, got none; give longer samples")
         try:
             return math.exp(loss / tokens)
         except OverflowError:

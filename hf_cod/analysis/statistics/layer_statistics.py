@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_input
 from hf_cod.functional.depth import wide
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
-from hf_cod.io.files import write_aside
+from hf_cod.io.tensors import save_tensors
 from hf_cod.io.text import Batch
 from hf_cod.layers.checks import name_of, warn_of_other_name
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.inputs import InputCheck
 from hf_cod.layers.running import evaluation_mode, naming_weights, progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import model_inputs
@@ -108,7 +108,7 @@ class LayerStatistics:
         tensors = {f"squares/{name}": tensor for name, tensor in self.squares.items()}
         tensors |= {f"tokens/{name}": tensor for name, tensor in self.tokens.items()}
         metadata = {"format": FORMAT_VERSION, "model": self.model, "layers_path": self.layers_path}
-        return write_aside(path, lambda file: file.write(save(tensors, metadata)))
+        return save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> LayerStatistics:
@@ -157,12 +157,13 @@ def collect_statistics(
             that two layers share, a mixture of experts that cannot be observed.
     """
     stack = find_decoder_layers(model, layers_path)
-    recorder = StatisticsRecorder(stack)
+    recorder, checked = StatisticsRecorder(stack), InputCheck(stack.model)
     trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
     device = execution_device(stack.model)
     seen = 0
     with torch.no_grad(), naming_weights(stack.model), evaluation_mode(stack), recorder.attached():
         for number, batch in enumerate(progress(batches, "statistics", show_progress)):
+            checked.check(batch, number)  # one by one: they may come from a stream
             inputs = model_inputs(to_device(batch, device))
             recorder.start(inputs.get("attention_mask"))
             trunk(**inputs)

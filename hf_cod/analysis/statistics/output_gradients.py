@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_cod.analysis.diagnostics.gradients import count_predictions, mean_loss, why_no_gradients
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import gradients_restored
 from hf_cod.layers.running import evaluation_mode, hidden_input, progress
 from hf_cod.layers.stack import DecoderLayers
@@ -44,6 +45,7 @@ def measure_loss_weights(
     reason = why_no_gradients(stack, task)
     if reason:
         raise ValueError(f"batches: expected a loss and floating-point weights in memory, but {reason}")
+    check_inputs(stack.model, batches)
     device = execution_device(stack.model)
     predictions = 0
     with torch.inference_mode(False), evaluation_mode(stack), _OutputSums(stack).attached() as sums:
@@ -103,7 +105,11 @@ class _OutputSums:
             self._channels[name] = y.shape[-1]
             total[0] += (_squares(y) * real).sum().cpu()
             total[2] += real.sum().cpu()
-            output.register_hook(lambda gradient: total[1].add_(_squares(gradient).sum().cpu()) and None)
+
+            def add(gradient: Tensor) -> None:  # returns nothing: what a hook returns takes the gradient's place
+                total[1] += _squares(gradient).sum().cpu()
+
+            output.register_hook(add)
 
         return read
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.settings import ModelSettings, SampleSettings, TextSettings
-from hf_cod.scoring.settings import ScoreSettings
+from hf_cod.scoring.settings import USE_STATISTICS, ScoreSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +32,11 @@ class ScoreOptions(SampleSettings, ScoreSettings):
     def __post_init__(self) -> None:
         SampleSettings.__post_init__(self)
         ScoreSettings.__post_init__(self)
+
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether the method reads statistics: it is owl, or tries plans by Wanda."""
+        return self.method in USE_STATISTICS and not (self.method == "sensitivity" and self.pruner == "magnitude")
 
 
 @dataclass
@@ -67,6 +72,9 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, output, rest = make_parser().parse(arguments)
+    if output.statistics is not None and not settings.uses_statistics:
+        got = f"got {output.statistics!r}"
+        raise ValueError(f"statistics: expected none beside the method {settings.method}, which reads none, {got}")
     from hf_cod.cli.terminal import print_report
     from hf_cod.io.models import load_model
     from hf_cod.io.text import load_texts, mask_tokens

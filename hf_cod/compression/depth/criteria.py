@@ -23,9 +23,10 @@ from hf_cod.compression.depth.settings import DepthFields, DepthSettings
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, check_batches, describe_batches, split_samples
+from hf_cod.io.text import Batch, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.fingerprints import Journals
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.removal import check_drop
 from hf_cod.layers.running import progress
@@ -91,9 +92,7 @@ def plan_depth(
     stack = find_decoder_layers(model, layers_path)
     check_count(n_removed, len(stack), "n_removed")
     check_independent(stack, "layers")
-    if not batches:
-        raise ValueError("batches: expected at least one, got none")
-    check_batches(batches)
+    check_inputs(stack.model, batches)
     forward = measure_forward(model, batches, layers_path=layers_path, show_progress=show_progress)
     protected = _protected(stack, how.protect, forward)
     journals = Journals(journal, stack.model, batches)

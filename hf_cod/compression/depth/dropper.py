@@ -14,9 +14,10 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import check_choice, resolve
-from hf_cod.io.text import Batch, check_batches, describe_batches, split_samples
+from hf_cod.io.text import Batch, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, other_name, sizes_of
 from hf_cod.layers.devices import execution_device
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.removal import check_drop, drop
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 
@@ -80,6 +81,8 @@ def drop_layers(
         raise ValueError(
             f"batches: expected at least one for the replacement {chosen}, got none; replacement='none' needs none"
         )
+    if batches:
+        check_inputs(stack.model, batches)
     plan.check(stack)
     check_drop(model, plan.layers, layers_path)
     maps = Maps()
@@ -140,7 +143,6 @@ def _count(model: nn.Module) -> int:
 
 def _put_maps(stack: DecoderLayers, removed: list[int], batches: Sequence[Batch], measured: bool, maps: Maps) -> None:
     """Fits maps to the samples; of measured ones to three quarters of them, and the last one decides."""
-    check_batches(batches)
     if not measured:
         maps.put(stack, removed, batches)
         return

@@ -21,6 +21,7 @@ from hf_cod.io.files import fingerprint
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, check_batches
 from hf_cod.layers.fingerprints import Journals, digest_batches
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import progress
 from hf_cod.layers.size import size_of
 from hf_cod.layers.stack import find_decoder_layers
@@ -95,6 +96,8 @@ def plan_fit(
     chosen = chosen_knobs(knobs, kind)
     intact = make()
     stack = find_decoder_layers(intact, layers_path)
+    for name, batches in (("calibration", calibration), ("tuning", tuning)):
+        check_inputs(stack.model, batches, name)
     notes = left_out(chosen, stack, knobs is not None)
     levels = {knob: KNOBS[knob].levels(intact, layers_path) for knob in chosen if knob not in notes}
     target = Budget(kind, budget, size_of(intact, layers_path))

@@ -19,10 +19,11 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, check_batches, describe_batches
+from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.shapes import SPARSE, LowRankLinear
@@ -99,7 +100,8 @@ def factorize(
     stack = find_decoder_layers(model, layers_path)
     if METHODS[method] and not batches:
         raise ValueError(f"batches: expected at least one for {method}, got none")
-    check_batches(batches or ())
+    if batches:
+        check_inputs(stack.model, batches)
     _check_model(stack)
     chosen = _plan(stack, plan, how.rank_share if method == "oats" else None)
     check_ranks(stack, chosen)

@@ -19,9 +19,10 @@ from hf_cod.functional.ranks import ranks_of_spectra
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, check_batches, split_samples
+from hf_cod.io.text import Batch, split_samples
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.sequential import Sums, measure_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -74,8 +75,9 @@ def plan_ranks(
     method = resolve(plan_ranks, RankSettings, settings, fields, method=method).method
     if method == "fisher" and not batches:
         raise ValueError("batches: expected at least one for fisher, got none")
-    check_batches(batches or ())
     stack = find_decoder_layers(model, layers_path)
+    if batches:
+        check_inputs(stack.model, batches)
     total = sum(sizes_of(stack))
     least = sum(least_weights(stack, index) for index in range(len(stack)))
     if not least <= parameter_share * total <= total:

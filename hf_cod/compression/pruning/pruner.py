@@ -21,6 +21,7 @@ from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.running import naming_weights
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
@@ -84,6 +85,8 @@ def prune(
     method = resolve(prune, PruneSettings, settings, fields, method=method).method
     stack = find_decoder_layers(model, layers_path)
     chosen = _chosen(method, batches, statistics)
+    if batches is not None:
+        check_inputs(stack.model, batches)
     targets = _targets(plan, stack)
     check_writable(stack)
     for M in {target.pattern[1] for target in targets if target.pattern is not None}:

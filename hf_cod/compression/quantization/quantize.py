@@ -23,6 +23,7 @@ from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
@@ -90,6 +91,8 @@ def quantize(
         raise ValueError("statistics: expected batches or statistics, got both")
     if statistics is not None:
         statistics.check(stack)
+    if batches is not None:
+        check_inputs(stack.model, batches)
     check_writable(stack)
     plan = plan_by(stack, config)
     change = _LayerChange(stack, plan, config)

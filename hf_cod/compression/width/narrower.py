@@ -24,9 +24,10 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, check_batches, describe_batches
+from hf_cod.io.text import Batch, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -111,7 +112,8 @@ def narrow(
     sequential = needs_inputs(method, compensation)
     if (sequential or METHODS[method].gradients) and not batches:
         raise ValueError(f"batches: expected at least one for {method} with {compensation}, got none")
-    check_batches(batches or ())
+    if batches:
+        check_inputs(stack.model, batches)
     _check_model(stack)
     units = [find_units(stack, index) for index in range(len(stack))]
     chosen = _plan(stack, units, plan, how.channel_multiple)

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
 
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
@@ -180,9 +179,7 @@ def _train(
     how = METHODS[settings.method]
     zeros = pruned_matrices(objective.student)
     with _left_as_it_was(student), kept_at_zero([] if how.adapters else zeros) as set_back:
-        with torch.random.fork_rng():
-            torch.manual_seed(sampling.seed)  # of new adapters
-            trained, optimizer = how.setup(student, scores, sampling, settings.rate, settings.lora_rank)
+        trained, optimizer = how.setup(student, scores, sampling, settings.rate, settings.lora_rank)
         masked = _mask(student, zeros) if how.adapters else []
         try:
             training = train(

@@ -16,9 +16,11 @@ from hf_cod.io.settings import resolve
 from hf_cod.io.text import IGNORED_LABEL, Batch
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import gradients_restored, modes_restored
 from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
 from hf_cod.training.healing.settings import RecoveryFields, RecoverySettings
 
@@ -63,6 +65,11 @@ def recover(
     if not batches:
         raise ValueError("batches: expected at least one to recover on, got none")
     stack = find_decoder_layers(model, layers_path)
+    check_inputs(stack.model, batches)
+    task = task_of(stack.model, batches)
+    if task not in LANGUAGE_MODELS:
+        why = "batches without labels" if task == "unlabelled" else type(stack.model).__name__
+        raise ValueError(f"recover: expected a language model, and labels for a masked one, got {why}")
     check_writable(stack)
     device = execution_device(stack.model)
     generator = torch.Generator().manual_seed(how.seed)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_cod.analysis.diagnostics.diagnosis import diagnose
 from hf_cod.analysis.evaluation.choice import perplexity
+from hf_cod.io.loading import load_exactly
 from hf_cod.io.report import RunReport, environment, format_number
 from hf_cod.training.pretraining.preparation import Prepared, as_batches
 from hf_cod.training.pretraining.recipes import PretrainSettings
@@ -46,7 +47,7 @@ def save_results(
     bare.config.use_cache = True
     bare.save_pretrained(output / "model", state_dict=weights)
     prepared.tokenizer.save_pretrained(output / "model")
-    whole = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32).to(accelerator.device)
+    whole = load_exactly(AutoModelForCausalLM, output / "model", dtype=torch.float32).to(accelerator.device)
     report = training_report(settings, prepared, whole, history)
     report.save(output)
     return report

@@ -43,7 +43,7 @@ def _full(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lo
 
 def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int) -> tuple[nn.Module, Any]:
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
     except ImportError as error:
         raise ImportError("method: lora needs the peft package: pip install 'hf_cod[recovery]'") from error
     stack = find_decoder_layers(model)
@@ -52,8 +52,7 @@ def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lo
     heads = list(stack.task_heads) or None  # a classifier may be new: it trains as it is
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names, modules_to_save=heads)
     keep_unpacked(model)
-    wrapped: Any = get_peft_model(model, config)
-    return wrapped, None
+    return _adapted(model, config, settings.seed), None
 
 
 def _galore(
@@ -81,12 +80,23 @@ def _owlore_peft(
 
     if settings.rank is None:
         raise ValueError("rank: expected at least 1 for owlore-peft, whose adapters are of low rank, got none")
-    from peft import get_peft_model
-
     heads = list(find_decoder_layers(model).task_heads) or None  # a classifier may be new: it trains as it is
-    wrapped: Any = get_peft_model(model, OwLoreConfig(r=settings.rank, modules_to_save=heads))
+    wrapped = _adapted(model, OwLoreConfig(r=settings.rank, modules_to_save=heads), settings.seed)
     others = {key: value for key, value in asdict(settings).items() if key != "rank"}
     return wrapped, owlore(scores, lr=lr, **others)
+
+
+def _adapted(model: nn.Module, config: Any, seed: int) -> Any:
+    """The model with new adapters, which a seed alone decides, and a config that is saved in one order."""
+    from peft import get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wrapped: Any = get_peft_model(model, config)
+    for used in wrapped.peft_config.values():
+        if isinstance(used.target_modules, set):  # whose order differs from process to process
+            used.target_modules = sorted(used.target_modules)
+    return wrapped
 
 
 METHODS: dict[str, Method] = {

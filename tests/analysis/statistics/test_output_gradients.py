@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from hf_cod import find_decoder_layers, perplexity
+from hf_cod import find_decoder_layers, perplexity, plan_ranks, score_layers
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.io.models import ModelSettings, load_model
 from hf_cod.io.text import SampleSettings, token_batches
-from tests.tiny_models import batch_for, build
+from tests.tiny_models import batch_for, build, two_batches
+from tests.tiny_training import silenced
 
 
 def by_hand(model, batches):
@@ -60,6 +61,32 @@ def test_against_autograd(family, padding):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     expected = by_hand(model.requires_grad_(True), batches)
     assert found == pytest.approx(expected, rel=1e-9) and min(found.values()) > 0
+
+
+def test_outputs_whose_gradient_is_zero():
+    """A block that adds nothing yet: no gradient reaches what stands before its last matrices."""
+    model = silenced(build("llama"), 1)
+    batches = [batch_for(model)]
+    found = measure_loss_weights(find_decoder_layers(model), batches)
+    dead = [name for name, cost in found.items() if cost == 0]
+    assert sorted(dead) == sorted(name for name in found if ".layers.1." in name)
+    assert found == pytest.approx(by_hand(model.requires_grad_(True), batches), rel=1e-4)
+
+
+def test_scores_and_ranks_of_a_model_with_a_silent_block():
+    model = silenced(build("llama"), 1)
+    batches = two_batches(model)
+    fisher = score_layers(model, method="fisher", batches=batches).values
+    assert fisher[1] == min(fisher) and math.isfinite(fisher[1])
+    assert score_layers(model, method="auto", batches=batches).settings["chosen"]
+    ranks = plan_ranks(model, 0.6, batches=batches).ranks
+    assert all(ranks[name] == 1 for name in ranks if ".layers.1." in name)
+
+
+def test_two_tokens():
+    model = build("llama")
+    found = measure_loss_weights(find_decoder_layers(model), [{"input_ids": torch.tensor([[3, 4]])}])
+    assert all(math.isfinite(cost) for cost in found.values())
 
 
 def test_bfloat16_and_one_layer():

@@ -1,5 +1,6 @@
 """hf-cod finetune on the embedded LNS model and novel."""
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -62,6 +63,27 @@ def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
     assert (output / ("overview.png" if report.layers else "curve.png")).is_file()
     with pytest.raises(ValueError, match="output: expected a new directory"):
         finetune.main([MODEL, "--method", method, *QUICK.split(), "--output", str(output)])
+
+
+@pytest.mark.parametrize("method", [name for name, how in METHODS.items() if how.adapters])
+def test_new_adapters_follow_the_seed_alone(method, tmp_path):
+    """Not what the process drew before; and torch's own generator is left as it was."""
+
+    def drawn(seed, before):
+        torch.manual_seed(before)
+        model = build("llama")
+        torch.manual_seed(before)
+        expected = torch.get_rng_state()
+        trained, _ = METHODS[method].setup(model, None, OwLoreSettings(seed=seed, rank=4), 1e-3, 4)
+        assert torch.equal(torch.get_rng_state(), expected)
+        trained.save_pretrained(tmp_path)
+        return [(tmp_path / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
+
+    assert drawn(1, before=5) == drawn(1, before=6)
+    names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert names == sorted(names) and len(names) > 1
+    if method == "lora":  # OwLore's adapters begin without a basis
+        assert drawn(1, before=5) != drawn(2, before=5)
 
 
 def test_estimates_say_what_fits(capsys, tmp_path):

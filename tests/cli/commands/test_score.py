@@ -34,8 +34,11 @@ def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
     assert (checkpoint / "second" / "earlier-1" / "scores.json").is_file()
     assert main([*arguments, "--method", "best"]) == 2
     assert main([*arguments, "--statistics", text]) == 2
+    assert main([*arguments, "--statistics", earlier, "--method", "angular", "--output", f"{second}-3"]) == 2
     shown = capsys.readouterr().err
     assert "method: expected one of owl" in shown and "statistics: expected a file" in shown
+    assert "statistics: expected none beside the method angular, which reads none, got" in shown
+    assert not (checkpoint / "second-3").exists(), "what nobody checked is not copied"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""Checks of batches before a model runs on them: what would end in an IndexError, or in NaN without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_cod.io.text import IGNORED_LABEL, Batch, check_batches
+from hf_cod.layers.checks import learnt_positions
+from hf_cod.layers.task import CAUSAL_LM_SUFFIXES, LABELS, MASKED_LM_SUFFIXES
+
+# What stands in the place of a model's main input, and what tells an encoder-decoder where its decoder begins.
+_EMBEDDED = ("inputs_embeds", "encoder_outputs")
+_DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
+# Encoder-decoders that make the decoder's tokens of the encoder's.
+_SHIFT_THEIR_OWN = ("bart", "bigbird_pegasus", "led", "mbart", "mvp", "plbart")
+_TENSORS = ("input_ids", "attention_mask", "pixel_values", "decoder_input_ids", *LABELS)
+
+
+class InputCheck:
+    """Checks batches for one model; costs the least and the largest token id of each batch.
+
+    Args:
+        model: a transformers model without wrappers.
+        field: what errors call the batches.
+    """
+
+    def __init__(self, model: nn.Module, field: str = "batches") -> None:
+        self._field, self._model = field, model
+        self._name = type(model).__name__
+        self._needed = _needed(model)
+        self._tokens = _count_tokens(model)
+        self._positions = learnt_positions(model)
+
+    def check(self, batch: Any, number: int) -> None:
+        """Makes sure that the model can run on a batch.
+
+        Raises:
+            ValueError: a batch without what the model reads, without samples or tokens; something else than tensors;
+                tokens or labels outside the vocabulary; more tokens than learnt positions; a mask of another shape, or
+                one that hides a whole sample.
+        """
+        where = f"of batch {number}"
+        check_batches([batch])
+        batch = {name: value for name, value in batch.items() if value is not None}
+        self._check_names(batch, where)
+        for name in (name for name in _TENSORS if name in batch):
+            if not isinstance(batch[name], Tensor):
+                found = type(batch[name]).__name__
+                raise ValueError(f"{self._field}: expected tensors, got {found} as {name!r} {where}; use torch.tensor")
+            if not batch[name].numel():
+                what = f"{name} {tuple(batch[name].shape)}"
+                raise ValueError(f"{self._field}: expected at least one sample and one token, got {what} {where}")
+        for name in ("input_ids", "decoder_input_ids"):
+            if name in batch:
+                self._check_ids(name, batch[name], where, "pixel_values" in batch)
+        if "input_ids" in batch:
+            self._check_beside(batch, where)
+
+    def _check_names(self, batch: Batch, where: str) -> None:
+        missing = [names for names in self._needed if not any(name in batch for name in names)]
+        if missing:
+            expected = " and ".join(names[0] for names in missing)
+            found = ", ".join(map(str, batch)) or "nothing"
+            raise ValueError(f"{self._field}: expected {expected} for {self._name}, got {found} {where}")
+
+    def _check_ids(self, name: str, ids: Tensor, where: str, with_images: bool) -> None:
+        if ids.is_floating_point() or ids.dim() < 2:
+            found = f"{ids.dtype} {tuple(ids.shape)}"
+            raise ValueError(f"{name}: expected whole numbers (samples, tokens), got {found} {where}")
+        least, most = (int(value) for value in ids.aminmax())
+        # Of images some models have placeholders outside of the vocabulary.
+        if self._tokens is not None and not with_images and (least < 0 or most >= self._tokens):
+            wrong = least if least < 0 else most
+            known = f"token ids from 0 to {self._tokens - 1}, which {self._name} has embeddings for"
+            raise ValueError(f"{name}: expected {known}, got {wrong} {where}")
+
+    def _check_beside(self, batch: Batch, where: str) -> None:
+        shape, mask = tuple(batch["input_ids"].shape), batch.get("attention_mask")
+        if self._positions is not None and "position_ids" not in batch and shape[-1] > self._positions[0]:
+            most, table = self._positions
+            raise ValueError(
+                f"{self._field}: expected at most {most} tokens a sample, for which {table} has positions, got "
+                f"{shape[-1]} {where}"
+            )
+        if mask is not None and mask.dim() == 2 == len(shape):
+            if tuple(mask.shape) != shape:
+                raise ValueError(f"attention_mask: expected {shape}, as input_ids, got {tuple(mask.shape)} {where}")
+            empty = (mask != 0).sum(-1) == 0
+            if bool(empty.any()):
+                sample = int(empty.nonzero()[0])
+                raise ValueError(
+                    f"attention_mask: expected a token that is not padding in each sample, got none in sample {sample} "
+                    f"{where}"
+                )
+        if "labels" in batch and self._name.endswith((*CAUSAL_LM_SUFFIXES, *MASKED_LM_SUFFIXES)):
+            self._check_labels(batch["labels"], shape, where)
+
+    def _check_labels(self, labels: Tensor, shape: tuple[int, ...], where: str) -> None:
+        if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
+            return  # those of the decoder
+        if tuple(labels.shape) != shape or labels.is_floating_point():
+            found = f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(f"labels: expected token ids {shape}, as input_ids, got {found} {where}")
+        known = labels[labels != IGNORED_LABEL]
+        if self._tokens is None or not known.numel():
+            return
+        least, most = (int(value) for value in known.aminmax())
+        if least < 0 or most >= self._tokens:
+            wrong = least if least < 0 else most
+            raise ValueError(
+                f"labels: expected token ids from 0 to {self._tokens - 1}, or {IGNORED_LABEL} for none, got {wrong} "
+                f"{where}"
+            )
+
+
+def check_inputs(model: nn.Module, batches: Iterable[Any], field: str = "batches") -> None:
+    """Makes sure that there are batches, and that the model can run on each; see `InputCheck.check`.
+
+    Raises:
+        ValueError: it cannot; says on which, and why.
+    """
+    check_batches(batches)
+    if isinstance(batches, Mapping):
+        raise ValueError(f"{field}: expected a list of dicts of tensors, got one dict; put it in a list")
+    if not isinstance(batches, Sequence):
+        batches = list(batches)
+    if not len(batches):
+        raise ValueError(f"{field}: expected at least one, got none")
+    inputs = InputCheck(model, field)
+    for number, batch in enumerate(batches):
+        inputs.check(batch, number)
+
+
+def _needed(model: Any) -> list[tuple[str, ...]]:
+    """What a batch must have: one name of each."""
+    main = getattr(model, "main_input_name", None)
+    if main is None:
+        return []
+    if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):  # two towers, such as CLIP's
+        return [("input_ids",), ("pixel_values",)]
+    config = model.config
+    needed: list[tuple[str, ...]] = [(main, *_EMBEDDED)]
+    if getattr(config, "is_encoder_decoder", False) and config.model_type not in _SHIFT_THEIR_OWN:
+        needed.append(_DECODER)
+    return needed
+
+
+def _count_tokens(model: Any) -> int | None:
+    """How many tokens a model has embeddings of; None where it has none, or where that cannot be told."""
+    try:
+        count = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):  # transformers' way to say that this architecture has none
+        return None
+    return count if isinstance(count, int) else None

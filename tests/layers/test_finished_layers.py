@@ -1,0 +1,111 @@
+"""Journals that were damaged: each record is checked, and what is wrong is done again."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_cod import collect_statistics, find_decoder_layers, plan_depth, prune
+from hf_cod.io.files import Journal
+from hf_cod.io.tensors import is_whole, save_tensors
+from tests.tiny_models import build, two_batches
+
+
+def flipped(content, place):
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def places(content, count):
+    """Places of bytes all over a file, its beginning and its end among them."""
+    return [*range(0, len(content) - 1, max(1, len(content) // count)), len(content) - 1]
+
+
+def weights_of(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+@pytest.fixture
+def pruned(tmp_path):
+    """A finished journal of pruning, and what it led to."""
+    model = build("llama")
+    prune(model, 0.5, batches=two_batches(model), journal=tmp_path / "journal")
+    return tmp_path / "journal", weights_of(model)
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_a_flipped_byte_of_a_finished_layer(layer, pruned, caplog):
+    journal, expected = pruned
+    file = sorted(journal.iterdir())[layer]
+    content = file.read_bytes()
+    for place in places(content, 20):
+        file.write_bytes(flipped(content, place))
+        caplog.clear()
+        model = build("llama")
+        with caplog.at_level(logging.WARNING):
+            prune(model, 0.5, batches=two_batches(model), journal=journal)
+        assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items()), place
+        told = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
+        # Behind the header's end stand spaces, which hold nothing.
+        assert told == [f"{file} is damaged: layer {layer} is done again"] or content[place] == ord(" ")
+
+
+def test_a_finished_layer_of_an_earlier_version_is_taken(pruned):
+    """Without a checksum; only its length tells."""
+    journal, _ = pruned
+    file = sorted(journal.iterdir())[1]
+    tensors = {name: torch.full_like(tensor, 7.0) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"note": "[]"})
+    model = build("llama")
+    prune(model, 0.5, batches=two_batches(model), journal=journal)
+    assert (find_decoder_layers(model)[1].mlp.up_proj.weight == 7).all()
+    file.write_bytes(file.read_bytes()[:-4])
+    model = build("llama")
+    prune(model, 0.5, batches=two_batches(model), journal=journal)
+    assert not (find_decoder_layers(model)[1].mlp.up_proj.weight == 7).any()
+
+
+def test_any_flipped_byte_of_a_small_file_is_seen(tmp_path):
+    file = tmp_path / "file.safetensors"
+    save_tensors(file, {"a": torch.arange(5.0), "b": torch.ones(2, 3)}, {"note": '{"x": "é"}'}, checked=True)
+    content = file.read_bytes()
+    assert is_whole(file, {"note"}) and load_file(file).keys() == {"a", "b"}
+    for place in range(len(content)):
+        file.write_bytes(flipped(content, place))
+        assert not is_whole(file, {"note"}) or content[place] == ord(" "), place
+    for length in range(0, len(content), 7):
+        file.write_bytes(content[:length])
+        assert not is_whole(file, {"note"}), length
+
+
+def test_flipped_bytes_of_a_journal_of_lines(tmp_path, caplog):
+    model = build("llama")
+    options = {"batches": two_batches(model), "journal": tmp_path}
+    plan = plan_depth(model, 1, "layer_drop", **options)
+    file = tmp_path / "journal.jsonl"
+    content = file.read_bytes()
+    for place in places(content[:-1], 40):
+        file.write_bytes(flipped(content, place))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert plan_depth(model, 1, "layer_drop", **options) == plan
+        told = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
+        assert told and set(told) == {f"a line of {file} is damaged: what it held is done again"}
+        assert sorted(file.read_bytes().splitlines()) == sorted(content.splitlines())
+
+
+def test_lines_of_an_earlier_version_are_taken_and_others_are_not(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, "work").add("new", 1.5)
+    whole = path.read_text()
+    old, damaged = json.dumps(["work", "old", {"a": [1]}]), whole.replace("1.5", "1.6")
+    path.write_text(f'{old}\n{damaged}5\n{{}}\n["work", 3, 4]\n["work", "key"]\n{whole.rstrip()}')
+    assert Journal(path, "work").entries == {"old": {"a": [1]}, "new": 1.5}
+    assert path.read_text() == f"{old}\n{whole}"
+
+
+def test_statistics_are_the_same_bytes_each_time(tmp_path):
+    model = build("llama")
+    files = [collect_statistics(model, two_batches(model)).save(tmp_path / str(n)).read_bytes() for n in range(8)]
+    assert len(set(files)) == 1

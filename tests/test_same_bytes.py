@@ -1,0 +1,61 @@
+"""Every command twice, in processes that hash and draw differently: the same bytes in every file but times."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.all_commands import RUNS
+
+# Keys of a report's results, and words in its sentences, of what differs from run to run.
+TIMES = {"created", "seconds_a_step", "memory"}
+OF_TIMES = re.compile(r"created|seconds|s a step|GB of memory|tokens/s")
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    if isinstance(value, list):
+        return [without_times(item) for item in value if not (isinstance(item, str) and OF_TIMES.search(item))]
+    return value
+
+
+def contents(file):
+    """What must be the same of a file."""
+    if file.name == "report.json":
+        return json.dumps(without_times(json.loads(file.read_text(encoding="utf-8"))))  # in the order of the file
+    if file.name == "report.md":
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if not OF_TIMES.search(line)]
+    return file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The directories of both runs, each under its own parent, so that no path tells them apart."""
+    root, processes = Path(__file__).parent.parent, {}
+    for seed in ("1", "2"):
+        folder = tmp_path_factory.mktemp("commands") / "here"
+        folder.mkdir()
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root), "TRANSFORMERS_VERBOSITY": "error"}
+        command = [sys.executable, "-m", "tests.all_commands", seed]
+        log = (folder.parent / "log").open("w")
+        processes[folder] = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    for folder, process in processes.items():
+        assert process.wait(3000) == 0, (folder.parent / "log").read_text()[-3000:]
+    return list(processes)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("name", RUNS)
+def test_a_command_writes_the_same_bytes_twice(name, runs):
+    first, second = (
+        sorted(path.relative_to(run) for path in (run / name).rglob("*") if path.is_file()) for run in runs
+    )
+    assert first == second and first
+    wrong = [str(file) for file in first if contents(runs[0] / file) != contents(runs[1] / file)]
+    assert not wrong
