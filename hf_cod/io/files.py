@@ -126,7 +126,7 @@ class JsonFile:
             version = content.pop("format")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{cls.FIELD}: expected a file of hf_cod's {cls.FIELD}"
-            raise ValueError(f"{what}, got {str(path)!r}: {error}") from error
+            raise ValueError(f"{what}, got {str(path)!r}: {reason(error)}") from error
         if version != cls.FORMAT:
             raise ValueError(f"{cls.FIELD}: expected format {cls.FORMAT}, got {version} in {str(path)!r}")
         content = {cls.RENAMED.get(name, name): value for name, value in content.items()}
@@ -140,6 +140,21 @@ class JsonFile:
         if not needed <= set(content) <= set(names):
             raise ValueError(f"{cls.FIELD}: expected {', '.join(names)}, got {', '.join(content)} in {str(path)!r}")
         return cls(**content)
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read, in words; an error of the operating system without its number."""
+    return str(error.strerror or error).lower() if isinstance(error, OSError) else str(error)
+
+
+def check_file(field: str, path: str | Path) -> None:
+    """Makes sure that a file of that name can be written or read.
+
+    Raises:
+        ValueError: a directory has it.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{field}: expected a file, got the directory {str(path)!r}")
 
 
 def looks_local(name: str) -> bool:
@@ -169,6 +184,8 @@ class Journal:
         self.path = Path(path) if path is not None else None
         self.work = work
         self.entries: dict[str, Any] = {}
+        if self.path is not None:
+            check_file("journal", self.path)
         if self.path is not None and self.path.exists():
             self._read(self.path)
 

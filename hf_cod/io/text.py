@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from hf_cod.io.arguments import checked
+from hf_cod.io.arguments import checked, shown
 from hf_cod.io.files import looks_local
 from hf_cod.io.settings import SampleFields, SampleSettings, TextFields, TextSettings, resolve
 
@@ -93,7 +93,10 @@ def load_rows(settings: TextSettings) -> Any:
 
 @checked
 def token_batches(
-    tokenizer: Any, texts: str | Iterable[str], settings: SampleSettings | None = None, **fields: Unpack[SampleFields]
+    tokenizer: Tokenizer,
+    texts: str | Iterable[str],
+    settings: SampleSettings | None = None,
+    **fields: Unpack[SampleFields],
 ) -> list[dict[str, Tensor]]:
     """Cuts texts into seeded batches of token ids.
 
@@ -224,7 +227,20 @@ def _collate(tokenizer: Any, samples: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-def check_batches(batches: Iterable[Any]) -> None:
+def check_tokenizer(tokenizer: Any) -> None:
+    """Makes sure that a tokenizer is one, and neither its name nor the model.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not callable(tokenizer) or hasattr(tokenizer, "forward"):
+        raise ValueError(
+            f"tokenizer: expected a transformers tokenizer, got {shown(tokenizer)}; AutoTokenizer.from_pretrained "
+            "loads it"
+        )
+
+
+def check_batches(batches: Any) -> None:
     """Makes sure that batches are what a model's forward takes, and not the texts themselves.
 
     Raises:
@@ -232,6 +248,8 @@ def check_batches(batches: Iterable[Any]) -> None:
     """
     if isinstance(batches, Iterator):
         raise ValueError(f"batches: expected a list, which is read several times, got {type(batches).__name__}")
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"batches: expected a list of dicts of tensors, got {shown(batches)}")
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise ValueError(
@@ -240,8 +258,13 @@ def check_batches(batches: Iterable[Any]) -> None:
             )
 
 
+# Arguments that have these annotations are checked so (`io/arguments.py`).
+Tokenizer = Annotated[Any, check_tokenizer]
+Batches = Annotated[Sequence[Batch], check_batches]
+
+
 @checked
-def split_samples(batches: Sequence[Batch], first: int) -> tuple[list[Batch], list[Batch]]:
+def split_samples(batches: Batches, first: int) -> tuple[list[Batch], list[Batch]]:
     """The first so many samples, and the rest; the batch between them is cut in two."""
     before: list[Batch] = []
     behind: list[Batch] = []

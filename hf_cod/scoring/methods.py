@@ -22,7 +22,7 @@ from hf_cod.functional import budget, outliers
 from hf_cod.functional.bits import BITS, SCALE_BITS
 from hf_cod.io.arguments import checked
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, check_batches, split_samples
+from hf_cod.io.text import Batch, Batches, check_batches, split_samples
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.inputs import check_inputs
@@ -40,7 +40,7 @@ def score_layers(
     statistics: LayerStatistics | None = None,
     method: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     show_progress: bool = False,
     settings: ScoreSettings | None = None,
     **fields: Unpack[ScoreFields],

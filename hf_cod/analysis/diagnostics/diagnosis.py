@@ -21,7 +21,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.files import Journal
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches, mask_tokens, token_batches
+from hf_cod.io.text import Batch, Batches, Tokenizer, describe_batches, mask_tokens, token_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import Journals
@@ -41,10 +41,10 @@ class MeasurementError(ValueError):
 @checked
 def diagnose(
     model: nn.Module,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
     texts: str | Iterable[str] | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     drop_metric: Any = None,
     output: str | Path | None = None,
     name: str | None = None,

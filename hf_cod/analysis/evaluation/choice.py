@@ -19,7 +19,7 @@ from hf_cod.analysis.evaluation.metrics import (
 )
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.text import Batch
+from hf_cod.io.text import Batch, Batches
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import evaluation_mode
@@ -81,7 +81,7 @@ def find_metric(metric: Any, task: str) -> Metric:
 
 
 @checked
-def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
+def perplexity(model: nn.Module, batches: Batches) -> float:
     """Perplexity of a language model on batches of any device, in its present mode and dtype; losses are summed in
     float64.
 

@@ -12,6 +12,7 @@ from hf_cod.analysis.evaluation.settings import TaskFields, TaskSettings
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
+from hf_cod.io.text import Tokenizer
 from hf_cod.layers.modes import modes_restored
 from hf_cod.layers.stack import unwrap
 from hf_cod.layers.stock_four_bit import as_found
@@ -21,7 +22,7 @@ from hf_cod.layers.stock_four_bit import as_found
 @checked
 def evaluate_tasks(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     tasks: Sequence[str | dict[str, Any]],
     *,
     settings: TaskSettings | None = None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_cod.analysis.monitoring.health import find_trouble
 from hf_cod.io.arguments import checked
-from hf_cod.io.files import append_line, write_text
+from hf_cod.io.files import append_line, check_file, reason, write_text
 from hf_cod.io.report import RunReport, environment, format_number
 
 FORMAT_VERSION = 1
@@ -38,6 +38,8 @@ class TrainingHistory:
     def __init__(self, header: dict[str, Any], path: str | Path | None = None) -> None:
         self.header = {"format": FORMAT_VERSION, **header}
         self.path = None if path is None else Path(path)
+        if self.path is not None:
+            check_file("history", self.path)
         self.lines: list[dict[str, Any]] = []
 
     @classmethod
@@ -55,7 +57,9 @@ class TrainingHistory:
             if any("step" not in line for line in lines):
                 raise ValueError("a line without a step")
         except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"history: expected a training history of hf_cod, got {str(file)!r}: {error}") from error
+            raise ValueError(
+                f"history: expected a training history of hf_cod, got {str(file)!r}: {reason(error)}"
+            ) from error
         if version != FORMAT_VERSION:
             raise ValueError(f"history: expected format {FORMAT_VERSION}, got {version} in {str(file)!r}")
         history = cls(header, file)

@@ -24,7 +24,7 @@ from hf_cod.functional import depth
 from hf_cod.io.arguments import checked
 from hf_cod.io.files import fingerprint
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batch, Tokenizer, describe_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import digest_batches
@@ -85,7 +85,7 @@ class LayerMonitor:
         model: nn.Module,
         probe: Any = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer = None,
         history: str | Path | None = None,
         step: int = 0,
         last: int | None = None,

@@ -23,7 +23,7 @@ from hf_cod.compression.depth.settings import DepthFields, DepthSettings
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches, split_samples
+from hf_cod.io.text import Batch, Batches, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.inputs import check_inputs
@@ -44,7 +44,7 @@ def plan_depth(
     n_removed: int,
     criterion: str | None = None,
     *,
-    batches: Sequence[Batch],
+    batches: Batches,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,

@@ -14,7 +14,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import check_choice, resolve
-from hf_cod.io.text import Batch, describe_batches, split_samples
+from hf_cod.io.text import Batch, Batches, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, other_name, sizes_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.inputs import check_inputs
@@ -32,7 +32,7 @@ def drop_layers(
     plan: DepthPlan | Sequence[int] | int,
     replacement: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     settings: DropLayersSettings | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Unpack
@@ -19,7 +19,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value, renamed
 from hf_cod.io.files import fingerprint
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, check_batches
+from hf_cod.io.text import Batches, check_batches
 from hf_cod.layers.fingerprints import Journals, digest_batches
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import progress
@@ -41,8 +41,8 @@ def plan_fit(
     make: Callable[[], nn.Module],
     kind: str,
     budget: float,
-    calibration: Sequence[Batch],
-    tuning: Sequence[Batch],
+    calibration: Batches,
+    tuning: Batches,
     *,
     journal: str | Path | None = None,
     layers_path: str | None = None,

@@ -19,7 +19,7 @@ from hf_cod.functional.ranks import ranks_of_spectra
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, split_samples
+from hf_cod.io.text import Batch, Batches, split_samples
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
@@ -42,7 +42,7 @@ def plan_ranks(
     parameter_share: float,
     method: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,

@@ -17,7 +17,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batch, Batches, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -36,7 +36,7 @@ def prune(
     plan: LayerAllocation | float | str,
     method: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     statistics: LayerStatistics | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -19,7 +19,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batches, describe_batches
 from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -37,7 +37,7 @@ def quantize(
     model: PreTrainedModel,
     config: OwlBnbConfig | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,

@@ -24,7 +24,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batches, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
@@ -45,7 +45,7 @@ def narrow(
     method: str | None = None,
     compensation: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,

@@ -16,7 +16,7 @@ from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.io.arguments import checked
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch
+from hf_cod.io.text import Batch, Tokenizer
 from hf_cod.layers.checks import check_length, pruned_matrices
 from hf_cod.layers.fingerprints import digest_batches
 from hf_cod.layers.finished_layers import fingerprint_of_work
@@ -43,8 +43,8 @@ def heal(
     data: Tensor | str | Iterable[str],
     settings: HealSettings | None = None,
     *,
-    tokenizer: Any = None,
-    teacher_tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
+    teacher_tokenizer: Tokenizer = None,
     held_out: Tensor | None = None,
     sampling: OwLoreSettings | None = None,
     scores: str | None = None,

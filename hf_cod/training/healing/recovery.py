@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Unpack
 
@@ -13,7 +13,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import IGNORED_LABEL, Batch
+from hf_cod.io.text import IGNORED_LABEL, Batches
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
@@ -29,7 +29,7 @@ from hf_cod.training.healing.settings import RecoveryFields, RecoverySettings
 @checked
 def recover(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Batches,
     steps: int | None = None,
     *,
     layers_path: str | None = None,
