@@ -65,11 +65,15 @@ def _checking(function: Callable[..., Any], title: str, owner: type | None) -> C
     def hints() -> dict[str, Any]:
         found = get_type_hints(owner if owner is not None else function, include_extras=True)
         opened = [get_args(hint)[0] for hint in found.values() if get_origin(hint) is Unpack]
-        return {**found, **{name: hint for fields_ in opened for name, hint in get_type_hints(fields_).items()}}
+        return {
+            **found,
+            **{name: hint for fields_ in opened for name, hint in get_type_hints(fields_, include_extras=True).items()},
+        }
 
     @functools.cache
     def alone() -> set[str]:
-        return {f.name for f in fields(owner) if f.metadata.get("alone")} if owner is not None else set()
+        found = _options(function).values() if owner is None else fields(owner)
+        return {f.name for f in found if f.metadata.get("alone")}
 
     @functools.wraps(function)
     def with_checks(*arguments: Any, **options: Any) -> Any:
@@ -196,6 +200,8 @@ def _collection(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
             return False
     elif not isinstance(value, kind) and not hasattr(value, "__getitem__"):
         return False
+    if not issubclass(kind, Collection):
+        return True  # what is read one by one is checked so
     plain = isinstance(value, (list, tuple, set, frozenset, range)) and len(inner) == 1
     return not plain or all(matches(one, inner[0]) for one in value)
 

@@ -118,8 +118,6 @@ def token_batches(
     """
     settings = resolve(token_batches, SampleSettings, settings, fields)
     texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, Iterable):
-        raise ValueError(f"texts: expected strings, got {type(texts).__name__}; read the file and pass what it holds")
     samples = _windows(tokenizer, texts, settings) if settings.pack else _single_texts(tokenizer, texts, settings)
     starts = range(0, len(samples), settings.batch_size)
     return [_collate(tokenizer, samples[start : start + settings.batch_size]) for start in starts]
@@ -240,6 +238,31 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
+def check_texts(texts: Any) -> None:
+    """Makes sure that texts can be read one by one, and are no file's name.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"texts: expected strings, got {type(texts).__name__}; read the file and pass what it holds")
+
+
+def check_stream(batches: Any) -> None:
+    """Makes sure that batches can be read one by one; what they are is checked when they come.
+
+    Raises:
+        ValueError: something else, such as one batch.
+    """
+    if isinstance(batches, Mapping):
+        raise ValueError("batches: expected a list of dicts of tensors, got one dict; put it in a list")
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches: expected a list of dicts of tensors, got {shown(batches)}; of texts, "
+            "hf_cod.token_batches(tokenizer, texts) makes them"
+        )
+
+
 def check_batches(batches: Any) -> None:
     """Makes sure that batches are what a model's forward takes, and not the texts themselves.
 
@@ -248,8 +271,7 @@ def check_batches(batches: Any) -> None:
     """
     if isinstance(batches, Iterator):
         raise ValueError(f"batches: expected a list, which is read several times, got {type(batches).__name__}")
-    if not isinstance(batches, Iterable):
-        raise ValueError(f"batches: expected a list of dicts of tensors, got {shown(batches)}")
+    check_stream(batches)
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise ValueError(
@@ -260,7 +282,9 @@ def check_batches(batches: Any) -> None:
 
 # Arguments that have these annotations are checked so (`io/arguments.py`).
 Tokenizer = Annotated[Any, check_tokenizer]
+Texts = Annotated[str | Iterable[str], check_texts]
 Batches = Annotated[Sequence[Batch], check_batches]
+BatchStream = Annotated[Iterable[Batch], check_stream]
 
 
 @checked

@@ -92,8 +92,8 @@ MISTAKES = {
     "student": ("gpt2", "expected a loaded model, got 'gpt2'; load it by from_pretrained"),
     "teacher": (Path("gpt2"), r"expected a loaded model, got PosixPath\('gpt2'\); load it by from_pretrained"),
     "tokenizer": (nn.Linear(1, 1), "expected a transformers tokenizer, got Linear; AutoTokenizer.from_pretrained"),
-    "texts": (3, "expected a string.*a list of strings.*, got 3"),
-    "batches": (["a text"], r"expected (dicts of tensors for the model's forward|a list of dicts), got "),
+    "texts": (3, "expected strings, got int; read the file"),
+    "batches": ("a text", r"expected (dicts of tensors for the model's forward|a list of dicts of tensors), got "),
     "statistics": ("statistics.safetensors", "expected LayerStatistics or None, got 'statistics.safetensors'"),
     "settings": ({"seed": 1}, r"expected \w+Settings or None, got dict"),
     "config": (3.5, "expected OwlBnbConfig or None, got 3.5"),
@@ -112,6 +112,7 @@ MISTAKES = {
 # Names that mean something else there: a file is as good as what it holds; records name their model and settings.
 OTHERWISE = {
     ("OwlBnbConfig", "statistics"),
+    ("quantize", "statistics"),
     ("LayerScores", "model"),
     ("LayerScores", "settings"),
     ("LayerAllocation", "model"),

@@ -21,7 +21,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.files import Journal
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, Batches, Tokenizer, describe_batches, mask_tokens, token_batches
+from hf_cod.io.text import Batch, BatchStream, Texts, Tokenizer, describe_batches, mask_tokens, token_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import Journals
@@ -42,9 +42,9 @@ class MeasurementError(ValueError):
 def diagnose(
     model: nn.Module,
     tokenizer: Tokenizer = None,
-    texts: str | Iterable[str] | None = None,
+    texts: Texts | None = None,
     *,
-    batches: Batches | None = None,
+    batches: BatchStream | None = None,
     drop_metric: Any = None,
     output: str | Path | None = None,
     name: str | None = None,
@@ -120,11 +120,9 @@ def diagnose(
 
 
 def _prepared(
-    model: nn.Module, tokenizer: Any, texts: Any, batches: Sequence[Batch] | None, chosen: DiagnoseSettings
+    model: nn.Module, tokenizer: Any, texts: Any, batches: Iterable[Batch] | None, chosen: DiagnoseSettings
 ) -> list[Batch]:
     """The batches to measure on, checked."""
-    if isinstance(batches, Mapping):
-        raise ValueError("batches: expected a list of dicts of tensors, got one dict; put it in a list")
     if batches is not None:
         return _checked_batches(batches)
     if tokenizer is None or texts is None:
@@ -138,7 +136,7 @@ def _prepared(
     return [*(mask_tokens(tokenizer, cut, chosen.seed) if masked else cut)]
 
 
-def _checked_batches(batches: Sequence[Any]) -> list[Batch]:
+def _checked_batches(batches: Iterable[Any]) -> list[Batch]:
     made: list[Batch] = []
     for number, batch in enumerate(batches):
         if not isinstance(batch, Mapping):

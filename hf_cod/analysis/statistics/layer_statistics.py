@@ -18,7 +18,7 @@ from hf_cod.functional.depth import wide
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.io.tensors import save_tensors
-from hf_cod.io.text import Batch
+from hf_cod.io.text import BatchStream
 from hf_cod.layers.checks import name_of, warn_of_other_name
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import InputCheck
@@ -137,7 +137,7 @@ class LayerStatistics:
 @checked
 def collect_statistics(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: BatchStream,
     *,
     layers_path: str | None = None,
     name: str | None = None,

@@ -22,7 +22,7 @@ from hf_cod.compression.width.narrower import narrow
 from hf_cod.functional.bits import BITS
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.text import Batch
+from hf_cod.io.text import Batches
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.removal import check_drop
@@ -54,7 +54,7 @@ class Applying:
             the journal.
     """
 
-    batches: Sequence[Batch]
+    batches: Batches
     journal: Path | None = None
     layers_path: str | None = None
     show_progress: bool = False
@@ -77,7 +77,7 @@ class Applying:
 class ApplyingFields(TypedDict, total=False):
     """Fields of `Applying` that `apply_steps` takes by name."""
 
-    batches: Sequence[Batch]
+    batches: Batches
     journal: Path | None
     layers_path: str | None
     show_progress: bool
