@@ -94,7 +94,7 @@ def load_rows(settings: TextSettings) -> Any:
 @checked
 def token_batches(
     tokenizer: Tokenizer,
-    texts: str | Iterable[str],
+    texts: Texts,
     settings: SampleSettings | None = None,
     **fields: Unpack[SampleFields],
 ) -> list[dict[str, Tensor]]:
