@@ -6,7 +6,7 @@
 
 Presets hold the settings of "The Curse of Depth in Large Language Models" (arXiv 2502.05795); any of them can be
 changed. The same command goes on where an interrupted run stopped, and ends with the same weights. In --output it
-leaves checkpoints, model/ (which loads with trust_remote_code alone) and report.json.
+leaves checkpoints, the model (which loads with trust_remote_code alone) and report.json.
 """
 
 from __future__ import annotations

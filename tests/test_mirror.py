@@ -15,19 +15,17 @@ TESTS = Path(__file__).parent
 # file of its own name; it comes here only if that would test the same again.
 TESTED_BY = {
     "analysis/diagnostics/test_diagnosis.py": "analysis/diagnostics/findings.py analysis/diagnostics/settings.py",
-    "analysis/diagnostics/test_forward_pass.py": "layers/running.py",
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
     "analysis/evaluation/test_metrics.py": "analysis/evaluation/choice.py layers/task.py",
     "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",
     "analysis/statistics/test_layer_statistics.py": "analysis/statistics/matrix_inputs.py",
     "cli/commands/test_finetune.py": (
         "cli/commands/finetune_memory.py cli/sizes.py cli/training.py training/runs/estimate.py "
-        "training/runs/memory.py training/runs/methods.py training/runs/trainer.py "
-        "training/runs/training_settings.py"
+        "training/runs/memory.py training/runs/methods.py training/runs/trainer.py"
     ),
     "cli/commands/test_heal.py": "cli/__init__.py cli/samples.py",
     "cli/commands/test_quantize.py": "cli/explained.py",
-    "cli/test_compression.py": "cli/closing.py cli/output.py cli/settings.py cli/step.py cli/work.py",
+    "cli/test_compression.py": "cli/closing.py cli/settings.py cli/step.py cli/work.py",
     "cli/test_parser.py": "cli/completion.py",
     "cli/test_terminal.py": "cli/messages.py",
     "compression/depth/test_criteria.py": (
@@ -55,7 +53,6 @@ TESTED_BY = {
     "compression/quantization/test_plan.py": "compression/quantization/config.py",
     "compression/quantization/test_product.py": "compression/quantization/codes.py",
     "compression/quantization/test_quantize.py": "layers/sequential.py",
-    "compression/sparse/test_kernel.py": "io/native_kernel.py",
     "compression/sparse/test_linear.py": "compression/sparse/product.py",
     "compression/sparse/test_quantizer.py": (
         "compression/sparse/checkpoint.py compression/sparse/config.py compression/sparse/packing.py "
@@ -111,6 +108,7 @@ TESTED_BY = {
         "training/owlore/trained_increments.py "
         "training/owlore/update_in_backward.py"
     ),
+    "io/test_output_directory.py": "io/output_manifest.py io/output_checks.py io/directory_lock.py",
 }
 ELSEWHERE = {module: test for test, modules in TESTED_BY.items() for module in modules.split()}
 

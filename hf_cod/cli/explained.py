@@ -9,6 +9,7 @@ from rich.table import Table
 from hf_cod.cli.terminal import make_console
 from hf_cod.compression.depth.depth_plan import DepthPlan
 from hf_cod.compression.quantization.plan import plan_bits
+from hf_cod.io.display import terminal_text
 from hf_cod.io.report import format_number
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.layer_scores import LayerScores
@@ -26,12 +27,16 @@ def explain_bits(stack: DecoderLayers, settings: Any, scores: LayerScores | None
         four = [name.rsplit(".", 1)[-1] for name in names if plan.bits[name] == 4]
         told = "all" if four and len(four) == len(names) else ", ".join(four) or "none"
         row = (index, format_number(values[index]), order.index(index) + 1, told, len(names) - len(four))
-        table.add_row(*map(str, row))
+        table.add_row(*map(terminal_text, row))
     console = make_console()
     console.print(table)
     if not settings.mixed:
         return
-    why = "by equal scores, earlier layers first" if scores is None else f"by {scores.method}, highest scores first"
+    why = (
+        "by equal scores, earlier layers first"
+        if scores is None
+        else f"by {terminal_text(scores.method)}, highest scores first"
+    )
     console.print(
         f"Four bits {why}, until {settings.bits:g} stored bits a weight are spent; the layer where they end gets them "
         "in the matrices that still fit, in the order of the model.",
@@ -54,4 +59,4 @@ def explain_depth(plan: DepthPlan) -> None:
         layers = ", ".join(map(str, found["layers"])) or "none"
         maps = ", with maps in their place," if found.get("maps") else ""
         told = f"{name}: without layers {layers}{maps} the {plan.metric} is {format_number(found['loss'])}"
-        console.print(told, highlight=False)
+        console.print(terminal_text(told), highlight=False)

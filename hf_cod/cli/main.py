@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from wrapt import register_post_import_hook
 
 from hf_cod.cli.messages import warnings_shown
+from hf_cod.io.display import one_line
 
 # Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
 COMMANDS = {
@@ -73,22 +75,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"hf-cod: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
         return 2
+    return _run(arguments[0], arguments[1:])
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    """Runs a command; what it fails with is one line, and with `--debug` a traceback before it."""
     _quieten_transformers()
-    command = importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[arguments[0]][0]}")
+    command = importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[name][0]}")
     try:
         asked = {"--help", "-h", "--print-config", "--print_config"}.intersection(arguments)
         quiet = _quiet() if "--quiet" in arguments and not asked else nullcontext()
-        with quiet, warnings_shown(arguments[0]):
-            return command.main(arguments[1:])
-    except (ValueError, ImportError) as error:
-        print(f"hf-cod {arguments[0]}: error: {error}", file=sys.stderr)
-        return 2
+        with quiet, warnings_shown(name):
+            return command.main(arguments)
     except KeyboardInterrupt:
-        resume = "; the same command resumes" if arguments[0] in RESUMABLE else ""
-        if arguments[0] in FROM_CHECKPOINTS:
+        resume = "; the same command resumes" if name in RESUMABLE else ""
+        if name in FROM_CHECKPOINTS:
             resume = "; the same command resumes from its last checkpoint"
-        print(f"hf-cod {arguments[0]}: stopped{resume}", file=sys.stderr)
+        print(f"hf-cod {name}: stopped{resume}", file=sys.stderr)
         return 130
+    except Exception as error:
+        status = _status_of(error)
+        if status is None:  # a mistake of ours, which its traceback shows
+            raise
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(f"hf-cod {name}: error: {one_line(error)}", file=sys.stderr)
+        return status
+
+
+def _status_of(error: Exception) -> int | None:
+    """2 for bad input, 1 for what failed in the work: files, devices, memory; None for other errors."""
+    if isinstance(error, ValueError | ImportError):
+        return 2
+    # SafetensorError by its name: nothing may have imported safetensors.
+    failed = isinstance(error, OSError | RuntimeError | MemoryError) or type(error).__name__ == "SafetensorError"
+    return 1 if failed else None
 
 
 def _quieten_transformers() -> None:

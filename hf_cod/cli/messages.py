@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from hf_cod.io.display import HarmlessFormatter
+
 # Logs that scores, a plan or statistics are of a model of another name: once for the scores, again for a plan of them.
 _OTHER_MODELS = "hf_cod.layers.checks"
 
@@ -22,7 +24,7 @@ def warnings_shown(command: str) -> Iterator[None]:
     transformers by an older name.
     """
     logger, handler = logging.getLogger("hf_cod"), _AboveBars(logging.WARNING)
-    handler.setFormatter(logging.Formatter(f"hf-cod {command}: warning: %(message)s"))
+    handler.setFormatter(HarmlessFormatter(f"hf-cod {command}: warning: %(message)s"))
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings():

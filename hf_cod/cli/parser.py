@@ -22,15 +22,17 @@ from hf_cod.io.deprecation import warn_renamed
 ALIASES = {"--output-dir": "--output"}
 # Option of an earlier version -> its name now; taken for one release, with a warning.
 RENAMED = {"--multiple": "--channel-multiple", "--parameters": "--parameter-share"}
+# Type of an option's value -> what an error calls it.
+_TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}
 # Options of every command, which a config file does not hold.
-_COMMON = ("help", "config", "print_config", "quiet")
+_COMMON = ("help", "config", "print_config", "quiet", "debug")
 
 
 class SettingsParser(argparse.ArgumentParser):
     """A parser of dataclasses: one option for each field, by dashes (underscores are read, too).
 
     Every command also takes `--config FILE` (YAML, option names as keys; the command line wins), `--print-config`
-    (prints such a file and exits) and `--quiet`.
+    (prints such a file and exits), `--quiet` and `--debug`.
 
     Args:
         settings: dataclasses; a field's metadata hold "help" and, optionally, "choices" and "nargs".
@@ -51,6 +53,7 @@ class SettingsParser(argparse.ArgumentParser):
         common.add_argument(
             "--quiet", action="store_true", help="print warnings and errors only: no progress bars, no tables"
         )
+        common.add_argument("--debug", action="store_true", help="print the traceback of an error, too")
 
     def error(self, message: str) -> NoReturn:
         """An option of several values takes all words after it, the model's name, too."""
@@ -98,6 +101,19 @@ class SettingsParser(argparse.ArgumentParser):
         """
         if action.choices is not None and value not in action.choices:
             raise ValueError(f"{action.dest}: expected one of {', '.join(map(str, action.choices))}, got {value!r}")
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """As a setting's own check says it.
+
+        Raises:
+            ValueError: no number, where one is expected.
+        """
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError as error:
+            if action.type not in _TYPES:
+                raise
+            raise ValueError(f"{action.dest}: expected {_TYPES[action.type]}, got {text!r}") from error
 
     def _options(self) -> dict[str, argparse.Action]:
         """Name in a config file -> option or positional argument."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -38,12 +39,22 @@ class Step(ABC):
             ValueError: says why.
         """
 
+    def identity(self) -> Any:
+        """What tells a run from others of the same command on the same model and text, JSON-like."""
+        return asdict(self.settings)
+
+    def disk_share(self) -> float:
+        """What is written is at least this share of the model's bytes: so much must be free before the work begins."""
+        return 0.1
+
     @abstractmethod
     def plan(self, work: Work) -> Any:
         """Decides on the intact model what is done to it; None where nothing is to be done."""
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
-        """Name -> another plan, whose perplexity is measured for comparison."""
+        """Name -> another plan, whose perplexity is measured for comparison; "uniform" treats all layers alike, and is
+        what is done instead where a score does harm, unless `settings.force` says otherwise.
+        """
         return {}
 
     @abstractmethod

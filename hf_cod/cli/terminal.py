@@ -1,4 +1,7 @@
-"""Reports as tables in the terminal."""
+"""Reports as tables in the terminal, and whatever else names models and files there.
+
+Such names come from strangers: they are shown as they are, control characters as escapes, and rich's markup is text.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ import sys
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from hf_cod.io.display import terminal_text
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.reporting.comparison import Comparison
 
@@ -20,9 +23,12 @@ UNLIMITED = 100_000
 
 
 def make_console() -> Console:
-    """Of standard output: as wide as the terminal, or unlimited where there is none; by NO_COLOR without any styles."""
+    """Of standard output: as wide as the terminal, or unlimited where there is none; by NO_COLOR without any styles.
+
+    Markup and names of emoji are the text that they are.
+    """
     width = None if sys.stdout.isatty() else UNLIMITED
-    return Console(width=width, color_system=None if os.environ.get("NO_COLOR") else "auto")
+    return Console(width=width, color_system=None if os.environ.get("NO_COLOR") else "auto", markup=False, emoji=False)
 
 
 def print_report(report: RunReport) -> None:
@@ -30,29 +36,29 @@ def print_report(report: RunReport) -> None:
     console = make_console()
     layers = {name: values for name, values in report.layers.items() if name not in ONLY_ON_THE_PAGE}
     table = Table(
-        title=escape(f"{report.kind}: {report.model}"),
+        title=terminal_text(f"{report.kind}: {report.model}"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     for name in ("layer", *layers):
-        table.add_column(escape(name.replace("_", "\n")), justify="right", no_wrap=True)
+        table.add_column(terminal_text(name).replace("_", "\n"), justify="right", no_wrap=True)
     for i in range(report.n_layers):
         table.add_row(str(i), *[format_number(values[i]) for values in layers.values()])
     if layers:
         console.print(table)
     for line in report.summary:
-        console.print(f"• {line}", highlight=False, markup=False)
+        console.print(f"• {terminal_text(line)}", highlight=False)
     for note in report.notes:
-        console.print(f"note: {note}", style="dim", highlight=False, markup=False)
+        console.print(f"note: {terminal_text(note)}", style="dim", highlight=False)
 
 
 def print_comparison(comparison: Comparison) -> None:
     """Prints the table of several runs, then what sets them apart."""
     console = make_console()
-    table = Table(*map(escape, comparison.columns))
+    table = Table(*map(terminal_text, comparison.columns))
     for row in comparison.rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(terminal_text, row))
     console.print(table)
     for sentence in comparison.verdict:
-        console.print(f"• {sentence}", highlight=False, markup=False)
+        console.print(f"• {terminal_text(sentence)}", highlight=False)

@@ -1,7 +1,7 @@
 """Files and directories that survive an interruption: written aside, flushed, renamed; and the journal of a long run.
 
-Whatever this package writes goes through here. `models/checkpoint.py` alone does the same for itself, because models/
-imports nothing of ours.
+Whatever this package writes goes through here, and a command's results through `output_directory.py`.
+`models/checkpoint.py` alone does the same for itself, because models/ imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -10,33 +10,44 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import MISSING, asdict, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar, cast
+
+from hf_cod.io.reading import naming_file, parse_json, read_json, take_format
+from hf_cod.io.schema import brief, check_value, read_record
 
 logger = logging.getLogger(__name__)
 
 Kept = TypeVar("Kept", bound="JsonFile")
+_BINARY = getattr(os, "O_BINARY", 0)  # of Windows, where text is the default
 
 
 def write_aside(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
-    """Calls `write(file)` on a temporary binary file beside `path`, which takes that name only once it is on disk."""
+    """Calls `write(file)` on a temporary binary file beside `path`, which takes that name only once it is on disk.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    aside = _beside(path, ".")
     try:
-        with os.fdopen(handle, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not by tempfile, whose files their owner alone may read: here the umask decides.
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666), "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes files that only their owner reads
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
+        os.replace(aside, path)
+    except BaseException as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        _name(error, path, aside)
         raise
     return path
 
@@ -50,15 +61,26 @@ def directory_aside(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    aside = _beside(path, "-")
+    aside.mkdir()
     try:
         yield aside
         sync(aside)
-        aside.chmod(0o755)  # mkdtemp makes directories that nobody else can read
         os.rename(aside, path)
     except BaseException:
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _beside(path: Path, joint: str) -> Path:
+    """A name that nobody has, beside `path`."""
+    return path.with_name(f".{path.name}{joint}{secrets.token_hex(4)}")
+
+
+def _name(error: BaseException, path: Path, aside: Path | None = None) -> None:
+    """Adds the path to an error of a write, which names no file by itself, or the temporary one."""
+    if isinstance(error, OSError) and error.filename in (None, str(aside)) and error.errno is not None:
+        error.filename = str(path)
 
 
 def sync(directory: str | Path) -> None:
@@ -67,6 +89,30 @@ def sync(directory: str | Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def follow_umask(directory: str | Path) -> None:
+    """Gives all files in a directory the mode that a new one gets: safetensors writes for their owner alone.
+
+    The umask itself cannot be read without changing it for other threads.
+    """
+    new = _beside(Path(directory) / "mode", ".")
+    os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    for path in Path(directory).rglob("*"):
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
+
+
+def sync_names(directory: str | Path) -> None:
+    """Returns once the names in a directory are on disk, where the system can do that."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -83,11 +129,15 @@ def copy_aside(source: str | Path, path: str | Path) -> Path:
 def append_line(path: str | Path, line: str) -> None:
     """Adds one line to a file, which is made if need be; it is on disk when this returns."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        _name(error, path)
+        raise
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -116,30 +166,29 @@ class JsonFile:
 
     @classmethod
     def load(cls: type[Kept], path: str | Path) -> Kept:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote; what earlier files lack has a default.
 
         Raises:
-            ValueError: no such file, of another format, or with other entries.
+            ValueError: no such file, of another format, or with entries that the fields do not allow (`schema.py`).
         """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = content.pop("format")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"{cls.FIELD}: expected a file of hf_cod's {cls.FIELD}"
-            raise ValueError(f"{what}, got {str(path)!r}: {reason(error)}") from error
-        if version != cls.FORMAT:
-            raise ValueError(f"{cls.FIELD}: expected format {cls.FORMAT}, got {version} in {str(path)!r}")
-        content = {cls.RENAMED.get(name, name): value for name, value in content.items()}
-        for name, values in cls.RENAMED_VALUES.items():
-            if content.get(name) in values:
-                content[name] = values[content[name]]
-        entries = fields(cast(Any, cls))
-        names = [entry.name for entry in entries]
-        # Earlier files lack what came later; it has a default then.
-        needed = {entry.name for entry in entries if entry.default is MISSING and entry.default_factory is MISSING}
-        if not needed <= set(content) <= set(names):
-            raise ValueError(f"{cls.FIELD}: expected {', '.join(names)}, got {', '.join(content)} in {str(path)!r}")
-        return cls(**content)
+        content = read_json(path, cls.FIELD)
+        with naming_file(path):
+            entries = take_format(content, cls.FORMAT, cls.FIELD)
+            old = {name: new for name, new in cls.RENAMED.items() if new not in entries}
+            entries = {old.get(name, name): value for name, value in entries.items()}
+            for name, values in cls.RENAMED_VALUES.items():
+                if isinstance(entries.get(name), str):
+                    entries[name] = values.get(entries[name], entries[name])
+            read = read_record(cls, entries, cls.FIELD)
+            read.check_read()
+        return read
+
+    def check_read(self) -> None:
+        """Makes sure of what the types of the fields cannot tell; called on what was read.
+
+        Raises:
+            ValueError: "field: expected ..., got ...".
+        """
 
 
 def reason(error: Exception) -> str:
@@ -193,7 +242,8 @@ class Journal:
         whole = []
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         for number, line in enumerate(lines):
-            record = _record_of(line)
+            with naming_file(path):
+                record = _record_of(line)
             if record is None:
                 if number < len(lines) - 1:  # else the empty tail, or a line that the interruption cut
                     logger.warning("a line of %s is damaged: what it held is done again", path)
@@ -215,6 +265,15 @@ class Journal:
         """The result, or None where it is not known."""
         return self.entries.get(key)
 
+    def result(self, key: str, kind: Any) -> Any:
+        """The result, of which an annotation says what it has to be, as `schema.check_value` understands it.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with naming_file(self.path or "memory"):
+            return check_value(self.entries[key], kind, f"journal {brief(key)}", {"nan": True})
+
     def add(self, key: str, value: Any) -> None:
         """Records one result; it is on disk when this returns."""
         self.entries[key] = value
@@ -227,9 +286,11 @@ class Journal:
 def _record_of(line: str) -> tuple[str, str, Any] | None:
     """(work, key, value) of a journal's line; None of a damaged one."""
     try:
-        record = json.loads(line)
+        record = parse_json(line, "journal", nan=True)
     except ValueError:
         return None
+    if isinstance(record, dict):  # no journal has such lines, and nobody else's file is written anew
+        raise ValueError(f"journal: expected [work, key, result] in each line, got {brief(record)}")
     if not isinstance(record, list) or not all(isinstance(entry, str) for entry in record[:2]):
         return None
     if len(record) == 4:

@@ -1,4 +1,8 @@
-"""Compiled kernels: built on first use, kept in Hugging Face's cache, done without where they cannot be built."""
+"""Compiled kernels: built on first use, kept in Hugging Face's cache, done without where they cannot be built.
+
+A library is code, and whoever can put one where it is looked for runs it as us. So it is loaded from directories that
+nobody else can change alone; where the cache is not like that, it is built for this process and kept nowhere.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -37,7 +42,16 @@ def load_native(name: str, sources: Path, layers: str, without: str) -> Any:
     """
     try:
         library = _cached(name, sources)
-        if not _loaded(library):
+        if who := others_can_change(library):
+            logger.warning(
+                "%s: others can change it; the kernel of %s is built for this process alone (half a minute or so). Set "
+                "HF_ASSETS_CACHE to a directory of your own",
+                who,
+                layers,
+            )
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as private:
+                _build(name, sources, Path(private) / library.name)
+        elif not _loaded(library):
             logger.warning("building the kernel of %s, once: half a minute or so", layers)
             _build(name, sources, library)
     except Exception as error:  # whatever a compiler, a linker or a read-only disk may come up with
@@ -64,11 +78,53 @@ def _loaded(library: Path) -> bool:
     return True
 
 
+def others_can_change(library: Path) -> Path | None:
+    """The library, or a directory on the way to it, that another user could exchange or write to; None: there is none.
+
+    The library and its directory must be ours and writable by nobody else, and those above ours or the system's. A
+    group that is ours alone, as Linux gives to each user, and sticky directories such as /tmp do no harm.
+    """
+    if not hasattr(os, "getuid"):  # Windows keeps the cache in the user's own profile
+        return None
+    ours, folder = os.getuid(), library.parent
+    # Where root's files look like nobody's, as in a container without privileges, they are the system's all the same.
+    system = (ours, 0, os.stat("/").st_uid)
+    for path in dict.fromkeys((*folder.parents, *folder.resolve().parents)):
+        found = path.stat()
+        if found.st_uid not in system or (_open_to_others(found) and not found.st_mode & stat.S_ISVTX):
+            return path
+    for path, is_kind in ((folder, stat.S_ISDIR), (library, stat.S_ISREG)):
+        if os.path.lexists(path):
+            found = path.lstat()
+            if found.st_uid != ours or not is_kind(found.st_mode) or _open_to_others(found):
+                return path
+    return None
+
+
+def _open_to_others(found: os.stat_result) -> bool:
+    return bool(found.st_mode & (stat.S_IWOTH | (0 if _own_group(found.st_gid) else stat.S_IWGRP)))
+
+
+def _own_group(group: int) -> bool:
+    """Whether a group is that of this user alone."""
+    import grp
+    import pwd
+
+    try:
+        found, user = grp.getgrgid(group), pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return found.gr_name == user.pw_name and set(found.gr_mem) <= {user.pw_name}
+
+
 def _cached(name: str, sources: Path) -> Path:
-    """Where the library of these sources, this torch and this kind of machine lies."""
+    """Where the library of these sources, this torch and this kind of machine lies; the directory is ours alone."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(sources.iterdir())]
     key = fingerprint(texts, torch.__version__, platform.machine(), sys.platform)
-    return cached_assets_path(library_name="hf_cod", namespace="kernels", subfolder=key) / f"{name}.so"
+    folder = cached_assets_path(library_name="hf_cod", namespace="kernels", subfolder=key)
+    if hasattr(os, "getuid") and folder.stat().st_uid == os.getuid():
+        folder.chmod(0o700)
+    return folder / f"{name}.so"
 
 
 def _build(name: str, sources: Path, library: Path) -> None:

@@ -186,10 +186,10 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         raise ValueError(f"text: expected rows to stream, again and again, got none behind window {index}")
 
     def _nearest_bookmark(self, first: int) -> tuple[int, list[int]]:
-        places = [int(place) for place in self.journal.entries if int(place) <= first]
+        places = [int(place) for place in self.journal.entries if place.isdecimal() and int(place) <= first]
         if not places:
             return 0, []
-        state, held = self.journal[str(max(places))]
+        state, held = self.journal.result(str(max(places)), tuple[dict[str, Any], list[int]])
         self.rows.load_state_dict(state)
         return max(places), list(held)
 

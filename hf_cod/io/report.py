@@ -19,6 +19,8 @@ import transformers
 from hf_cod._version import __version__
 from hf_cod.io.files import write_json, write_text
 from hf_cod.io.markdown import escaped
+from hf_cod.io.reading import naming_file, read_json, take_format
+from hf_cod.io.schema import check_value, read_record
 from hf_cod.io.settings import PLOT_FORMATS
 
 logger = logging.getLogger(__name__)
@@ -122,21 +124,25 @@ class RunReport:
         """Reads a report from its directory or from the JSON file itself.
 
         Raises:
-            ValueError: no report there, or one of another format.
+            ValueError: no report there, one of another format, or with entries that a report does not have.
         """
         path = Path(path)
         file = path / "report.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"report: expected a directory with a report.json, or such a file, got {str(path)!r}")
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            version = content.pop("format")
-            report = cls(**{key: _restored(value) for key, value in content.items()})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"report: expected a report of hf_cod, got {str(file)!r}") from error
-        if version != FORMAT_VERSION:
-            raise ValueError(f"report: expected format {FORMAT_VERSION}, got {version} in {str(file)!r}")
+        content = read_json(file, "report")
+        with naming_file(file):
+            entries = take_format(content, FORMAT_VERSION, "report")
+            report = read_record(cls, {key: _restored(value) for key, value in entries.items()}, "report")
+            report._check_read()
         return report
+
+    def _check_read(self) -> None:
+        """Makes sure that each measure has one value for each layer."""
+        for name, values in self.layers.items():
+            check_value(values, list[float | None], f"layers[{name!r}]", {"nan": True})
+            if len(values) != self.n_layers:
+                raise ValueError(f"layers[{name!r}]: expected {self.n_layers} values, got {len(values)}")
 
     def plot(self, directory: str | Path | None = None, plot_format: str = "png") -> Any:
         """Draws the report: returns the overview as a matplotlib figure and, given a directory, writes all pictures.

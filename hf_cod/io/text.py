@@ -25,6 +25,7 @@ MASKED_SHARE = 0.15  # BERT (arXiv 1810.04805), section 3.1
 IGNORED_LABEL = -100  # transformers' and torch's mark for positions without a label
 # A stream is read until it has given this many times the tokens needed, so that windows are a choice, not a prefix.
 STREAM_SURPLUS = 4
+CHUNK = 1 << 20  # bytes that are looked through at a time
 
 
 def embedded_text() -> str:
@@ -45,6 +46,7 @@ def load_texts(settings: TextSettings | None = None, **fields: Unpack[TextFields
         ImportError: the source needs `datasets`, which is not installed.
     """
     settings = resolve(load_texts, TextSettings, settings, fields)
+    settings.check_source()
     source = settings.text
     if source is None:
         return [embedded_text()]
@@ -54,6 +56,7 @@ def load_texts(settings: TextSettings | None = None, **fields: Unpack[TextFields
     if not path.exists() and (path.suffix in KNOWN_ENDINGS or looks_local(source)):
         raise ValueError(f"text: expected a text file or a data set's name, got {source!r}, which does not exist")
     if path.is_file() and path.suffix in PLAIN_TEXT:
+        _check_no_nul(path)
         try:
             return [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
@@ -81,6 +84,8 @@ def load_rows(settings: TextSettings) -> Any:
         raise ImportError(f"text: reading {source!r} needs the datasets package: pip install 'hf_cod[data]'") from error
     try:
         if path.is_file() and path.suffix in FILE_READERS:
+            if path.suffix != ".parquet":
+                _check_no_nul(path)
             rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=str(path), split="train")
         else:
             rows = datasets.load_dataset(source, settings.text_config, split=settings.text_split, streaming=True)
@@ -89,6 +94,18 @@ def load_rows(settings: TextSettings) -> Any:
     if rows.column_names is not None and settings.text_column not in rows.column_names:
         raise ValueError(f"text_column: expected one of {', '.join(rows.column_names)}, got {settings.text_column!r}")
     return rows
+
+
+def _check_no_nul(path: Path) -> None:
+    """Makes sure that a text file holds text: readers cut a line short at NUL, or take it for a letter."""
+    with path.open("rb") as file:
+        for number, chunk in enumerate(iter(lambda: file.read(CHUNK), b"")):
+            place = chunk.find(b"\0")
+            if place >= 0:
+                raise ValueError(
+                    f"text: expected text, got a NUL byte at {number * CHUNK + place} in {str(path)!r}, which is a "
+                    "binary file or not in UTF-8"
+                )
 
 
 @checked

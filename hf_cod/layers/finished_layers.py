@@ -6,13 +6,14 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from hf_cod.io.files import fingerprint
+from hf_cod.io.reading import naming_file, open_tensors, parse_json
+from hf_cod.io.schema import check_value
 from hf_cod.io.tensors import is_whole, save_tensors
 from hf_cod.io.text import Batch
 from hf_cod.layers.fingerprints import Journals
@@ -20,6 +21,22 @@ from hf_cod.layers.fingerprints import Journals
 logger = logging.getLogger(__name__)
 
 _NOTE = "note"
+
+
+class LayerNote(TypedDict):
+    """What is to be said of a layer.
+
+    Attributes:
+        errors: of its matrices.
+        unseen: matrices that no token entered.
+    """
+
+    errors: dict[str, float] | list[float]
+    unseen: list[str]
+
+
+Note = None | list[str] | LayerNote
+"""A layer's note: of pruning the unseen matrices, of what is only measured none."""
 
 
 class FinishedLayers:
@@ -59,9 +76,16 @@ class FinishedLayers:
         path = self._path(index)
         if path is None or index in self.notes:
             return
-        with safe_open(path, "pt") as file:
-            self._put_back(index, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
-            self.notes[index] = json.loads(file.metadata()[_NOTE])
+        with open_tensors(path, "journal", f"a finished layer {index} (delete it to begin that layer again)") as file:
+            note = (file.metadata() or {}).get(_NOTE, "")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        with naming_file(path):
+            told = check_value(parse_json(note, "journal note", nan=True), Note, "journal note", {"nan": True})
+            try:
+                self._put_back(index, tensors)
+            except (KeyError, RuntimeError, IndexError, TypeError, AttributeError) as error:
+                raise ValueError(f"journal: expected the tensors of layer {index}, got others: {error}") from error
+        self.notes[index] = told
 
     def add(self, index: int, note: Any) -> None:
         """Records that a layer is done, with a JSON-like note; it is on disk when this returns."""

@@ -1,12 +1,13 @@
 """Writing a whole model directory so that it is there completely or not at all.
 
-`hf_cod/io/files.py` does that for the rest of the package; models/ imports nothing outside itself.
+`hf_cod/io/output_directory.py` does that for commands. What is here serves the functions of `convert.py`, because
+models/ imports nothing of ours outside itself.
 """
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -62,6 +63,16 @@ def find_companions(source: str | Path) -> dict[str, str]:
     return {**found, **_find(source, sorted({module for config in configs for module in _own_code(config)}))}
 
 
+def copy_companions(source: str | Path, directory: Path) -> None:
+    """Copies the files that `find_companions` finds into a directory.
+
+    Raises:
+        ValueError: If the Hub did not answer.
+    """
+    for name, found in find_companions(source).items():
+        shutil.copyfile(found, directory / name)
+
+
 def _find(source: str | Path, names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
@@ -81,10 +92,17 @@ def _find(source: str | Path, names: Iterable[str]) -> dict[str, str]:
 
 def _own_code(config: str) -> set[str]:
     """The files whose classes a config's auto_map names; of "owner/name--module.Class" the code stays where it is."""
-    auto_map = json.loads(Path(config).read_text(encoding="utf-8")).get("auto_map", {})
-    values = [value if isinstance(value, list) else [value] for value in auto_map.values()]
+    try:
+        auto_map = json.loads(Path(config).read_text(encoding="utf-8")).get("auto_map", {})
+        values = [value if isinstance(value, list) else [value] for value in auto_map.values()]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"auto_map: expected classes by name, got {config!r}: {error}") from error
     names = [name for value in values for name in value if name is not None]
-    return {f"{name.split('.')[0]}.py" for name in names if "--" not in name}
+    modules = {str(name).split(".")[0] for name in names if "--" not in str(name)}
+    paths = sorted(name for name in modules if not name.isidentifier())
+    if paths:  # what is copied by this name must not leave the directory
+        raise ValueError(f"auto_map: expected modules beside the file, got {paths[0]!r} in {config!r}")
+    return {f"{name}.py" for name in modules}
 
 
 def save_aside(model: PreTrainedModel, output: Path, companions_from: str | Path | None = None) -> None:
@@ -100,17 +118,18 @@ def save_aside(model: PreTrainedModel, output: Path, companions_from: str | Path
     """
     check_new(output)
     companions = {} if companions_from is None else find_companions(companions_from)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    partial = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
+    partial.mkdir(parents=True)  # not by tempfile, whose directories their owner alone may enter
     try:
         model.save_pretrained(partial)
         for name, found in companions.items():
             shutil.copyfile(found, partial / name)
+        mode = (partial / "config.json").stat().st_mode
         for path in partial.iterdir():
+            path.chmod(mode)  # safetensors writes for the owner alone, whatever the umask is
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        partial.chmod(0o755)  # mkdtemp makes directories that nobody else can read
         partial.rename(output)
     except BaseException:
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         raise

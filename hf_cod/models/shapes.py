@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+# Of the numbers that a module computes with: more than any has.
+MOST = 1 << 24
 SIZES = ("in_features", "out_features", "rank")
 # 1: there is one
 BIAS, SPARSE = FLAGS = ("bias", "sparse")
@@ -110,11 +112,11 @@ def build_shapes(base: nn.Module, shapes: Any) -> None:
     Raises:
         ValueError: "module_shapes: expected ..., got ..."; names the module.
     """
-    if not isinstance(shapes or {}, dict):
-        raise ValueError(f"module_shapes: expected sizes by name of module, got {shapes!r}")
+    if shapes is not None and not isinstance(shapes, dict):
+        raise ValueError(f"module_shapes: expected sizes by name of module, got {shapes!r:.60}")
     for name, changes in (shapes or {}).items():
-        if not isinstance(changes, dict) or not changes:
-            raise ValueError(f"module_shapes: expected sizes of {name}, got {changes!r}")
+        if not isinstance(name, str) or not isinstance(changes, dict) or not changes:
+            raise ValueError(f"module_shapes: expected sizes of {name!s:.60}, got {changes!r:.60}")
         try:
             module = base.get_submodule(name)
         except AttributeError:
@@ -174,6 +176,7 @@ def _reshaped(module: Any, changes: dict[str, int], name: str) -> nn.Module:
     bias = bool(sizes.get(BIAS))
     like = next(module.parameters())
     options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    _check_size(own, sizes, name)
     if rank is not None:
         if rank > min(columns, rows):
             raise ValueError(f"module_shapes: expected a rank of {name} up to {min(columns, rows)}, got {rank}")
@@ -185,8 +188,20 @@ def _reshaped(module: Any, changes: dict[str, int], name: str) -> nn.Module:
     return nn.Linear(columns, rows, bias, **options)
 
 
+def _check_size(own: dict[str, int], sizes: dict[str, int], name: str) -> None:
+    """Before anything is allocated: modules may be narrower than the config's sizes make them, and not wider."""
+    for key in ("in_features", "out_features"):
+        if sizes[key] > own[key]:
+            raise ValueError(f"module_shapes: expected {key} of {name} up to {own[key]}, got {sizes[key]}")
+    for key in FLAGS:
+        if sizes.get(key, 1) != 1:
+            raise ValueError(f"module_shapes: expected 1 for {key} of {name}, got {sizes[key]}")
+
+
 def _set_numbers(module: nn.Module, changes: dict[str, int], name: str) -> None:
     for key, value in changes.items():
         if type(getattr(module, key, None)) is not int:
             raise ValueError(f"module_shapes: expected numbers that {type(module).__name__} {name} has, got {key!r}")
+        if value > MOST:
+            raise ValueError(f"module_shapes: expected {key} of {name} up to {MOST}, got {value}")
         setattr(module, key, value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -13,6 +13,30 @@ from hf_cod.functional.depth import late_share
 from hf_cod.io.arguments import checked
 from hf_cod.io.markdown import escaped
 from hf_cod.io.report import RunReport, format_number
+from hf_cod.io.schema import check_value
+
+
+class _Interval(TypedDict):
+    value: float | None
+    low: float | None
+    high: float | None
+    confidence: float
+
+
+class _Drop(TypedDict):
+    metric: str
+    lower_is_better: bool
+    intact: float | None
+    without: list[float | None]
+
+
+# What is read in the results of a report.
+_READ: dict[str, Any] = {
+    "angular_distance": list[list[float | None]],
+    "effective_depth": _Interval,
+    "late_share": float,
+    "layer_drop": _Drop,
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,11 @@ def compare(reports: Sequence[RunReport], labels: Sequence[str] | None = None) -
     for report in reports:
         if report.kind != "diagnose":
             raise ValueError(f"runs: expected reports of diagnose, got one of {report.kind} ({report.model})")
+        for name, kind in _READ.items():
+            check_value(report.results.get(name), kind | None, f"results[{name!r}] of {report.model}", {"nan": True})
+        rows = report.results.get("angular_distance") or []
+        if any(len(row) != len(rows) for row in rows):
+            raise ValueError(f"results['angular_distance'] of {report.model}: expected as many columns as rows")
     names = [report.model for report in reports] if labels is None else list(labels)
     if len(names) != len(reports):
         raise ValueError(f"labels: expected {len(reports)}, one for each run, got {len(names)}")
@@ -116,7 +145,7 @@ VERDICTS = {
 
 def _effective_depth(report: RunReport) -> str:
     found = report.results.get("effective_depth")
-    if not found:
+    if not found or found["value"] is None:
         return "-"
     interval = f" ({found['low']:.1f} to {found['high']:.1f})" if found["low"] is not None else ""
     return f"{found['value']:.1f}{interval}"
@@ -125,7 +154,9 @@ def _effective_depth(report: RunReport) -> str:
 def _late_share(measure: str) -> Any:
     def share(report: RunReport) -> str:
         values = report.layers.get(measure)
-        return format_number(float(late_share(torch.tensor(values)))) if values else "-"
+        if not values or any(value is None or value != value for value in values):
+            return "-"
+        return format_number(float(late_share(torch.tensor(values))))
 
     return share
 

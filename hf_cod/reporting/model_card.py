@@ -17,6 +17,7 @@ from hf_cod.analysis.monitoring.history import TrainingHistory
 from hf_cod.io.files import copy_aside, write_text
 from hf_cod.io.loading import load_exactly
 from hf_cod.io.markdown import escaped
+from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.settings import resolve
 from hf_cod.reporting.result_card import TAG
@@ -44,7 +45,7 @@ def release(
     The weights are rounded to bfloat16. The card is README.md, its pictures lie beside it.
 
     Args:
-        run: output directory of examples/pretrain.py: model/, report.json, layer_diagnostics/.
+        run: output directory of examples/pretrain.py: the model, report.json, layer_diagnostics/.
         output: directory to write.
         settings: what the report does not know.
         **fields: or fields of `CardSettings` by name: name, license, sources, language, where, comparison.
@@ -66,11 +67,16 @@ def release(
     readme = output / "README.md"
     if readme.is_file() and TAG not in readme.read_text(encoding="utf-8"):
         raise ValueError(f"output: expected no README.md of other origin, got one in {str(output)!r}; name another")
-    model = load_exactly(AutoModelForCausalLM, run / "model", dtype=torch.bfloat16)
-    model.save_pretrained(output)
-    AutoTokenizer.from_pretrained(run / "model").save_pretrained(output)
-    pictures = _draw(report, run, output)
-    return write_text(readme, str(model_card(report, settings, pictures)))
+    # Until 0.2 the model had a directory of its own.
+    trained = run if (run / "config.json").is_file() else run / "model"
+    with OutputDirectory(output, source=str(trained)) as directory:
+        model = load_exactly(AutoModelForCausalLM, trained, dtype=torch.bfloat16)
+        model.save_pretrained(directory.results)
+        AutoTokenizer.from_pretrained(trained).save_pretrained(directory.results)
+        pictures = _draw(report, run, directory.results)
+        write_text(directory.results / readme.name, str(model_card(report, settings, pictures)))
+        directory.finish()
+    return readme
 
 
 def model_card(report: RunReport, settings: CardSettings, pictures: list[str]) -> ModelCard:

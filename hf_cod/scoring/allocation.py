@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar, Unpack
 
@@ -16,6 +16,7 @@ from hf_cod.functional import budget as budgets
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value, renamed
 from hf_cod.io.files import JsonFile
+from hf_cod.io.schema import brief, limits
 from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.stack import DecoderLayers
@@ -25,6 +26,9 @@ from hf_cod.scoring.settings import DEFAULT_SPREAD, OLD_KINDS, AllocationFields,
 logger = logging.getLogger(__name__)
 
 DEFAULT_BITS = (3.0, 4.0)
+# Of a file: more than any model has.
+MOST_BITS = 64
+MOST_GROUP = 1 << 20
 # Kind -> whether a layer that matters more gets a smaller value.
 FALLING = {"sparsity": True, "bits": False, "rank": False, "parameter_share": False, "probability": False}
 
@@ -49,14 +53,34 @@ class LayerAllocation(JsonFile):
     FIELD = "allocation"
     RENAMED_VALUES: ClassVar[dict[str, dict[str, str]]] = {"kind": OLD_KINDS}
 
-    kind: str
-    budget: float
-    values: list[float]
-    parameters: list[int]
+    kind: str = field(metadata=limits(choices=tuple(FALLING)))
+    budget: float = field(metadata=limits(least=0))
+    values: list[float] = field(metadata=limits(least=0))
+    parameters: list[int] = field(metadata=limits(least=0, one_for_each="values"))
     method: str
-    group: int | None = None
+    group: int | None = field(default=None, metadata=limits(least=2, most=MOST_GROUP))
     model: str = ""
-    sizes: list[int] | None = None
+    sizes: list[int] | None = field(default=None, metadata=limits(least=0, one_for_each="values"))
+
+    def check_read(self) -> None:
+        """Makes sure that values are shares where they mean shares, and of N:M sparsity multiples of 1 / M."""
+        if not self.values or not sum(self.parameters):
+            raise ValueError(f"parameters: expected weights of at least one layer, got {brief(self.parameters)}")
+        most = MOST_BITS if self.kind == "bits" else 1
+        for layer, value in enumerate((*self.values, self.budget)):
+            if value > most + 1e-9:  # means are off by rounding errors
+                name = f"values[{layer}]" if layer < len(self.values) else "budget"
+                raise ValueError(f"{name}: expected {self.kind} in 0..{most}, got {value}")
+        if self.group is not None:
+            self._check_group(self.group)
+
+    def _check_group(self, group: int) -> None:
+        if self.kind != "sparsity":
+            raise ValueError(f"group: expected none for {self.kind}, got {group}")
+        for layer, value in enumerate(self.values):
+            zeros = value * group
+            if abs(zeros - round(zeros)) > 1e-6 or round(zeros) == group:
+                raise ValueError(f"values[{layer}]: expected n / {group} with n < {group}, got {value}")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=2))

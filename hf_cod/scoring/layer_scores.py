@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.files import JsonFile
+from hf_cod.io.schema import check_value, limits
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.stack import DecoderLayers
 
@@ -29,8 +30,8 @@ class LayerScores(JsonFile):
 
     model: str
     method: str
-    values: list[float]
-    parameters: list[int]
+    values: list[float] = field(metadata=limits(one_for_each="parameters"))
+    parameters: list[int] = field(metadata=limits(least=0))
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -41,6 +42,12 @@ class LayerScores(JsonFile):
         wrong = [i for i, value in enumerate(self.values) if not math.isfinite(value)]
         if wrong:
             raise ValueError(f"values: expected finite scores, got {self.values[wrong[0]]} in layer {wrong[0]}")
+
+    def check_read(self) -> None:
+        """Makes sure that what others read in the settings is of its type."""
+        for name, kind in (("spread", float), ("target", float), ("chosen", str)):
+            if name in self.settings:
+                check_value(self.settings[name], kind | None, f"settings[{name!r}]")
 
     @property
     def remarks(self) -> list[str]:

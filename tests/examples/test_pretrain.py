@@ -82,7 +82,7 @@ def dies(name, step, *more):
 def found(output):
     """Report, weights and history of the layers."""
     history = (output / "layer_diagnostics" / "history.jsonl").read_text().splitlines()
-    return RunReport.load(output), load_file(output / "model" / "model.safetensors"), [json.loads(x) for x in history]
+    return RunReport.load(output), load_file(output / "model.safetensors"), [json.loads(x) for x in history]
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_schedule_is_warm_up_and_cosine_to_a_tenth(tmp_path, text):
 @pytest.mark.parametrize("name", BOTH)
 def test_the_saved_model_loads_and_generates(name, tmp_path, text):
     report, _, _ = run(name, tmp_path / "run", *text, "--steps", "2")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.norm_placement == "mix" and model.config.use_cache
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
     assert len(report.layers["variance"]) == 12 and report.results["validation_tokens"] == 4 * 16
@@ -235,7 +235,7 @@ def test_shards_train_as_one_and_resume(name, tmp_path, text, monkeypatch):
     for ours, theirs in zip(sharded_history[1:], history[1:], strict=True):
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
         assert ours["variance"] == pytest.approx(theirs["variance"], rel=1e-3)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model").config.norm_placement == "mix"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "two").config.norm_placement == "mix"
 
 
 def test_the_comparison_takes_each_placement_at_its_best_rate_and_skips_what_is_done(tmp_path, monkeypatch, capsys):

@@ -65,13 +65,13 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "record: expected a file of hf_cod's record, got"),
-        ("{", "record: expected a file of hf_cod's record, got"),
-        ("[1]", "record: expected a file of hf_cod's record, got"),
-        ('{"name": "a"}', "record: expected a file of hf_cod's record, got .*: 'format'"),
+        (None, "record: expected a file, got No such file"),
+        ("{", "record: expected JSON, got"),
+        ("[1]", r"record: expected named entries, got \[1\] in"),
+        ('{"name": "a"}', "record: expected format 1, got none in"),
         ('{"format": 2, "name": "a"}', "record: expected format 1, got 2"),
-        ('{"format": 1}', "record: expected name, values, got  in"),
-        ('{"format": 1, "name": "a", "other": 1}', "record: expected name, values, got name, other in"),
+        ('{"format": 1}', "record: expected name, values, got no name in"),
+        ('{"format": 1, "name": "a", "other": 1}', "record: expected name, values, got 'other' in"),
     ],
 )
 def test_what_is_no_record(tmp_path, content, message):

@@ -301,7 +301,9 @@ def test_old_names_are_taken_with_a_warning():
         lambda kind: AllocationSettings(kind),
         lambda kind: LayerAllocation(kind, 0.8, [0.7, 0.9], [1, 1], "depth"),
         lambda kind: RankPlan(kind, 0.8, {}, "mine"),
-        lambda kind: FitPlan(kind, 0.8, {}, 1.0, 1.0, {}, {}, [], []),
+        lambda kind: FitPlan(
+            kind, 0.8, {}, 1.0, 1.0, dict.fromkeys(("bytes", "layer_bytes", "layer_weights"), 9), {}, [], []
+        ),
     ],
     ids=["allocate", "AllocationSettings", "LayerAllocation", "RankPlan", "FitPlan"],
 )

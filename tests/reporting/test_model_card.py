@@ -21,8 +21,8 @@ def run(tmp_path):
     """What examples/pretrain.py leaves, from the embedded LNS model."""
     folder = tmp_path / "run"
     model, tokenizer = load_model(embedded_model("lns"))
-    model.float().save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    model.float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     settings = {"norm_placement": "lns", "steps": 7, "batch_size": 8, "sequence_length": 256, "learning_rate": 2e-3}
     results = {
         "curve": [[1, 8.0], [7, 4.0]],

@@ -160,9 +160,9 @@ def test_save_and_load(tmp_path):
     (tmp_path / "list.json").write_text("[1]")
     allocate(scores).save(tmp_path / "plan.json")
     for name, message in [
-        ("plan", "expected model, method, .*, got kind"),
+        ("plan", "expected model, method, .*, got 'kind'"),
         ("old", "format 1, got 0"),
-        ("list", "expected a file"),
+        ("list", "expected named entries"),
         ("none", "expected a file"),
     ]:
         with pytest.raises(ValueError, match=f"scores: .*{message}"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
@@ -28,6 +28,13 @@ from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
 from hf_cod.layers.task import MASKED_LM_SUFFIXES, task_of
+
+
+class ForwardResults(TypedDict):
+    """What the forward pass measured, as a journal keeps it."""
+
+    layers: dict[str, list[float | None]]
+    results: dict[str, Any]
 
 
 class MeasurementError(ValueError):
@@ -181,7 +188,7 @@ def _measure(
         if "forward" not in journal:
             measures = measure_forward(model, batches, forward, chosen.token, **options)
             journal.add("forward", _forward_results(measures, forward, chosen.seed))
-        found = journal["forward"]
+        found = journal.result("forward", ForwardResults)
         report.layers.update(found["layers"])
         report.results.update(found["results"])
         report.results["intervals"] = dict(found["results"].get("intervals", {}))
@@ -189,7 +196,7 @@ def _measure(
         journal = journals.of("gradient_norm")
         if "gradient_norm" not in journal:
             journal.add("gradient_norm", measure_gradient_norm(model, batches, **options))
-        report.layers["gradient_norm"] = journal["gradient_norm"]
+        report.layers["gradient_norm"] = journal.result("gradient_norm", list[float | None])
     if "layer_drop" in wanted:
         journal = journals.of("layer_drop", metric.identity) if metric.identity else Journal(None, "")
         intact, without = measure_layer_drop(model, batches, metric, journal, **options)
@@ -204,7 +211,7 @@ def _measure(
         _keep_intervals(report.results, layer_drop=ends)
 
 
-def _forward_results(measures: ForwardMeasures, metrics: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
+def _forward_results(measures: ForwardMeasures, metrics: Sequence[str], seed: int) -> ForwardResults:
     layers: dict[str, Any] = {}
     results: dict[str, Any] = {}
     if "angular_distance" in metrics:

@@ -97,7 +97,7 @@ def keys_of(layer: int, n_batches: int) -> list[str]:
 
 
 def _value(journal: Journal, metric: Metric, n_batches: int, layer: int) -> float:
-    rows = [row for key in keys_of(layer, n_batches) for row in journal[key]]
+    rows = [row for key in keys_of(layer, n_batches) for row in journal.result(key, list[Any])]
     try:
         return metric.value(rows)
     except Exception as error:

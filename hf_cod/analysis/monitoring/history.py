@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_cod.analysis.monitoring.health import find_trouble
 from hf_cod.io.arguments import checked
-from hf_cod.io.files import append_line, check_file, reason, write_text
+from hf_cod.io.files import append_line, check_file, write_text
+from hf_cod.io.reading import naming_file, read_json_lines, take_format
 from hf_cod.io.report import RunReport, environment, format_number
+from hf_cod.io.schema import brief, check_value, limits, read_record
 
 FORMAT_VERSION = 1
 FILE_NAME = "history.jsonl"
+MOST_LAYERS = 100_000
 # Measures with one value a layer, and those with one value a step.
 PER_LAYER = ("gradient_norm", "variance", "max_abs", "added_share", "angular_distance")
 PER_STEP = ("effective_depth", "late_share", "clip_factor")
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What the first line has to say; the monitor's and the caller's own entries may stand beside."""
+
+    model: str
+    layers: int = field(metadata=limits(least=1, most=MOST_LAYERS))
+    settings: dict[str, Any]
+    probe: str | None = None
 
 
 class TrainingHistory:
@@ -47,23 +61,21 @@ class TrainingHistory:
         """Reads a history from its file or the directory that holds it; a last line that was cut off is left out.
 
         Raises:
-            ValueError: no history there, or one of another format.
+            ValueError: no history there, one of another format, or lines that hold something else.
         """
         file = _file_of(Path(path))
-        try:
-            whole = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
-            header, lines = whole[0], whole[1:]
-            version = header.pop("format")
-            if any("step" not in line for line in lines):
-                raise ValueError("a line without a step")
-        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"history: expected a training history of hf_cod, got {str(file)!r}: {reason(error)}"
-            ) from error
-        if version != FORMAT_VERSION:
-            raise ValueError(f"history: expected format {FORMAT_VERSION}, got {version} in {str(file)!r}")
+        if not file.is_file():
+            raise ValueError(f"history: expected a training history of hf_cod, got {str(file)!r}, which does not exist")
+        whole = read_json_lines(file, "history")
+        with naming_file(file):
+            if not whole:
+                raise ValueError("history: expected a training history of hf_cod, got no whole line")
+            header = take_format(whole[0], FORMAT_VERSION, "history")
+            layers = read_record(_Header, header, "history line 1", extra=True).layers
+            for number, line in enumerate(whole[1:], 2):
+                _check_line(line, layers, f"history line {number}")
         history = cls(header, file)
-        history.lines = lines
+        history.lines = whole[1:]
         return history
 
     def start(self, step: int = 0) -> None:
@@ -140,6 +152,21 @@ class TrainingHistory:
             summary=_summary(columns, self.header["layers"]),
             notes=list(trouble.values()),
         )
+
+
+def _check_line(line: Any, layers: int, name: str) -> None:
+    """Makes sure that a measured step has its number, and numbers or nothing where measures stand."""
+    check_value(line, dict[str, Any], name)
+    if "step" not in line:
+        raise ValueError(f"{name}: expected a step, got none")
+    check_value(line["step"], int, f"{name} step", limits(least=0))
+    for measure in PER_STEP:
+        check_value(line.get(measure), float | None, f"{name} {measure}")
+    check_value(line.get("failure"), str | None, f"{name} failure")
+    for measure in PER_LAYER:
+        values = check_value(line.get(measure), list[float | None] | None, f"{name} {measure}")
+        if values and len(values) != layers:
+            raise ValueError(f"{name} {measure}: expected {layers} values, got {brief(values)}")
 
 
 def _summary(columns: dict[str, list[Any]], layers: int) -> list[str]:

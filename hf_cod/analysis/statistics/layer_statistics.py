@@ -9,14 +9,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_input
 from hf_cod.functional.depth import wide
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
+from hf_cod.io.reading import naming_file, open_tensors
+from hf_cod.io.schema import brief, is_path
 from hf_cod.io.tensors import save_tensors
 from hf_cod.io.text import BatchStream
 from hf_cod.layers.checks import name_of, warn_of_other_name
@@ -29,6 +32,8 @@ from hf_cod.layers.task import model_inputs
 FORMAT_VERSION = "1"
 # Numbers that are squared at a time: 4 MiB of memory, and enough work for all threads.
 CHUNK = 1 << 20
+# The bits of float64's infinity.
+INFINITY = 0x7FF0_0000_0000_0000
 
 
 @renamed(path="layers_path")
@@ -115,21 +120,25 @@ class LayerStatistics:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: no such file, or not one of ours.
+            ValueError: no such file, one that is not ours, or sums and counts that no text gives: negative, not finite,
+                of another type, or without each other.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"statistics: expected a file of statistics, got {str(path)!r}: {error}") from error
+        with open_tensors(path, "statistics", "a file of statistics") as file:
+            metadata = file.metadata() or {}
         layers_path = metadata.get("layers_path", metadata.get("path"))  # as 0.1 called it
-        if metadata.get("format") != FORMAT_VERSION or layers_path is None:
-            raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {metadata} in {str(path)!r}")
+        if metadata.get("format") != FORMAT_VERSION or layers_path is None or "model" not in metadata:
+            got = brief(metadata.get("format"))
+            raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {got} in {str(path)!r}")
         kinds: dict[str, dict[str, Tensor]] = {"squares": {}, "tokens": {}}
-        for key, tensor in tensors.items():
-            kind, name = key.split("/", 1)
-            kinds[kind][name] = tensor
+        raw = Path(path).read_bytes()
+        with naming_file(path):
+            for key, tensor in load_tensors(raw).items():  # faster than one by one from a map
+                kind, _, name = key.partition("/")
+                if kind not in kinds or not name or is_path(name):
+                    raise ValueError(f"statistics: expected squares/NAME and tokens/NAME, got {brief(key)}")
+                kinds[kind][name] = tensor
+            _check_shapes(**kinds)
+            _check_values(raw, **kinds)
         return cls(metadata["model"], layers_path, **kinds)
 
 
@@ -247,3 +256,41 @@ def _check_same(
                 f"{field}: expected those of {wanted}, with {name} {expected.get(name, 'absent')}, got those of "
                 f"{given}, with {name} {got.get(name, 'absent')}"
             )
+
+
+def _check_shapes(squares: dict[str, Tensor], tokens: dict[str, Tensor]) -> None:
+    """Makes sure that each matrix has sums of squares and a count of tokens."""
+    odd = squares.keys() ^ tokens.keys()
+    if odd or not squares:
+        raise ValueError(
+            f"statistics: expected squares and tokens of each matrix, got {brief(min(odd, default=None))} of one"
+        )
+    for name, sums in squares.items():
+        count = tokens[name]
+        if sums.dtype is not torch.float64 or sums.dim() not in (1, 2) or not sums.numel():
+            raise ValueError(f"squares/{name}: expected float64 of one or two dimensions, got {_described(sums)}")
+        if count.dtype is not torch.int64 or count.shape != sums.shape[:-1]:
+            raise ValueError(
+                f"tokens/{name}: expected int64 of shape {tuple(sums.shape[:-1])}, got {_described(count)}"
+            )
+
+
+def _check_values(raw: bytes, squares: dict[str, Tensor], tokens: dict[str, Tensor]) -> None:
+    """Makes sure that sums are finite and nothing is negative: at once, of the file's bytes, or it would take as long
+    as to read them.
+
+    Taken for integers, floats have the same sign, and those that are finite are less than infinity.
+    """
+    header = int.from_bytes(raw[:8], "little")
+    bits = np.frombuffer(raw, "<i8", offset=8 + header)
+    if bits.min() >= 0 and bits.max() < INFINITY:
+        return
+    for kind, tensors in (("squares", squares), ("tokens", tokens)):
+        for name, tensor in tensors.items():
+            if not (tensor.isfinite() & (tensor >= 0)).all():
+                what = "finite sums of squares" if kind == "squares" else "counts"
+                raise ValueError(f"{kind}/{name}: expected {what}, got {tensor.min()} to {tensor.max()}")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

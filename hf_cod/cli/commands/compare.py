@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
+from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
@@ -28,15 +29,18 @@ def main(arguments: Sequence[str]) -> int:
     pictures, chosen = make_parser().parse(arguments)
     from hf_cod.cli.terminal import print_comparison
     from hf_cod.io.files import write_text
+    from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
     from hf_cod.reporting.comparison import compare
 
     comparison = compare([RunReport.load(run) for run in chosen.runs], chosen.labels)
     directory = Path(chosen.output)
     picture = f"compare.{pictures.plot_format}" if pictures.plots else None
-    if picture is not None:
-        comparison.plot(directory, pictures.plot_format)
-    write_text(directory / "compare.md", comparison.to_markdown(picture))
+    with OutputDirectory(directory) as output:
+        if picture is not None:
+            comparison.plot(output.results, pictures.plot_format)
+        write_text(output.results / "compare.md", comparison.to_markdown(picture))
+        output.finish()
     print_comparison(comparison)
-    print(f"written to {directory.resolve()}")
+    say(f"written to {directory.resolve()}")
     return 0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser, model_title
+from hf_cod.io.display import say
 from hf_cod.models.authors import AUTHORS_NORM_TYPES
 
 if TYPE_CHECKING:
@@ -51,20 +51,31 @@ def main(arguments: Sequence[str]) -> int:
     if chosen.to == "authors" and chosen.norm_type is None:
         raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got none; give --norm-type")
     from hf_cod.cli.recorded import card_outputs
+    from hf_cod.io.output_checks import check_unused
+    from hf_cod.io.output_directory import OutputDirectory
+    from hf_cod.layers.size import bytes_of
     from hf_cod.models import fold_lns, from_authors, to_lns
+    from hf_cod.models.checkpoint import copy_companions
 
     conversions: dict[str, Callable[[], Any]] = {
-        "stock": lambda: fold_lns(chosen.source, chosen.output),
-        "lns": lambda: to_lns(chosen.source, chosen.output),
-        "authors": lambda: from_authors(
-            chosen.source, chosen.norm_type, post_layers=chosen.post_layers, output=chosen.output
-        ),
+        "stock": lambda: fold_lns(chosen.source),
+        "lns": lambda: to_lns(chosen.source),
+        "authors": lambda: from_authors(chosen.source, chosen.norm_type, post_layers=chosen.post_layers),
     }
-    model = conversions[chosen.to]()
-    report = _report(model, chosen)
-    report.save(chosen.output)
-    card_outputs(Path(chosen.output), report)
-    print(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {chosen.output}")
+    told = ["convert", chosen.to, chosen.source, chosen.norm_type, chosen.post_layers]
+    with OutputDirectory(chosen.output, told, check=check_unused, source=chosen.source) as output:
+        if output.completed:
+            say(f"written to {chosen.output}")
+            return 0
+        model = conversions[chosen.to]()
+        output.require(bytes_of(model))
+        model.save_pretrained(output.results)
+        copy_companions(chosen.source, output.results)
+        report = _report(model, chosen)
+        report.save(output.results)
+        card_outputs(output.results, report, output.path.resolve().name)
+        output.finish()
+    say(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {chosen.output}")
     return 0
 
 

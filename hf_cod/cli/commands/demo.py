@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.commands.diagnose import finish, run
 from hf_cod.cli.commands.quantize import Quantize, QuantizeOptions
-from hf_cod.cli.output import JOURNAL, require_plots
+from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
+from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, TextSettings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hf_cod.io.output_directory import OutputDirectory
+    from hf_cod.io.report import RunReport
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model (4-bit GGUF) out of a package, for machines that reach a package index but not the Hub.
@@ -42,20 +48,23 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     (chosen,) = make_parser().parse(arguments)
+    from hf_cod.io.output_directory import OutputDirectory
+
     require_plots()
-    return _pair(Path(chosen.output)) if chosen.model == "pair" else _smollm2(chosen.output)
+    with OutputDirectory(chosen.output) as output:
+        return _pair(output) if chosen.model == "pair" else _smollm2(output)
 
 
-def _pair(output: Path) -> int:
+def _pair(directory: OutputDirectory) -> int:
     from hf_cod.cli.terminal import print_comparison
     from hf_cod.io.files import write_text
     from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
     from hf_cod.reporting.comparison import compare
 
     text = (EMBEDDED / "held_out.txt").read_text(encoding="utf-8")
-    reports = []
+    reports, output = [], directory.path
     for placement in EMBEDDED_PLACEMENTS:
-        print(f"measuring {placement}")
+        say(f"measuring {placement}")
         model, tokenizer = load_model(embedded_model(placement), ModelSettings(dtype="float32"))
         settings = DiagnoseSettings(max_samples=16, batch_size=8, token="all")
         report, status = run(model, tokenizer, text, settings, output / placement, placement)
@@ -65,39 +74,73 @@ def _pair(output: Path) -> int:
         report.save(output / placement)
         reports.append(report)
     comparison = compare(reports)
-    comparison.plot(output)
-    write_text(output / "compare.md", comparison.to_markdown())
+    comparison.plot(directory.results)
+    write_text(directory.results / "compare.md", comparison.to_markdown())
     print_comparison(comparison)
+    say("\nWhat this shows:")
+    for line in explain(reports):
+        say(f"• {line}")
     _quantized(output / "quantized")
-    print(f"\nwritten to {output.resolve()}; the figures are compare.png and quantized/overview.png")
+    directory.finish(beside=[f"{placement}/report.json" for placement in EMBEDDED_PLACEMENTS])
+    say(f"\nwritten to {output.resolve()}; the figures are compare.png and quantized/overview.png")
     return 0
+
+
+def explain(reports: Sequence[RunReport]) -> list[str]:
+    """What a newcomer sees in the table of the pair, and what it does not show."""
+    from hf_cod.io.report import format_number
+
+    pre, _lns = reports
+    depth = pre.n_layers
+    lines = [
+        f"Effective depth is the number of equal layers that would turn the hidden state as these {depth} do: {depth} "
+        "if all turn it equally far, 1 if a single layer does everything."
+    ]
+    if all(report.layers.get("variance") for report in reports):
+        first, second = (format_number(report.layers["variance"][-1]) for report in reports)
+        lines.append(
+            f"LayerNorm Scaling (lns) holds the variance of the hidden state: {second} after the last layer, {first} "
+            "without it (pre). Where the variance grows with depth, each further layer adds less to it: that is the "
+            "Curse of Depth."
+        )
+    found = [report.results.get("layer_drop") for report in reports]
+    if all(found):
+        first, second = (format_number(each["intact"]) for each in found if each)
+        lines.append(
+            f"In perplexity the two differ little ({first} pre, {second} lns): they have {depth} layers and 3.4 "
+            "million parameters and were trained once each on 10 million tokens, too little to rank the placements."
+        )
+    lines.append(
+        "The paper (arXiv 2502.05795) reports lower perplexity with LayerNorm Scaling for models of 130 million to 1 "
+        "billion parameters; this package has not repeated that."
+    )
+    return lines
 
 
 def _quantized(directory: Path) -> None:
     """Stores the Pre-LN model in three and four bits, and tells what that costs."""
     from hf_cod.cli import compression
     from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model
+    from hf_cod.io.output_directory import OutputDirectory
 
     try:
         import hf_cod.compression.quantization.bnb  # noqa: F401
     except ImportError as error:
-        print(f"\nnot quantized: {error}")
+        say(f"\nnot quantized: {error}")
         return
-    print("\nquantizing pre")
+    say("\nquantizing pre")
     step = Quantize(QuantizeOptions(max_samples=8, eval_samples=16))
     text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
     model = embedded_model(EMBEDDED_PLACEMENTS[0])
-    journal = directory / JOURNAL
-    report = compression.run(step, model, ModelSettings(), text, journal, directory)
-    assert report is not None
-    report.plot(directory)
-    report.save(directory)
-    shutil.rmtree(journal)
+    with OutputDirectory(directory) as output:
+        report = compression.run(step, model, ModelSettings(), text, output)
+        assert report is not None
+        compression.save_results(report, output, PlotSettings())
     for line in report.summary:
-        print(f"• {line}")
+        say(f"• {line}")
 
 
-def _smollm2(output: str) -> int:
+def _smollm2(output: OutputDirectory) -> int:
     from hf_cod.io.models import load_model, on_hub
     from hf_cod.io.packaged_files import from_package
     from hf_cod.io.text import embedded_text
@@ -105,8 +148,8 @@ def _smollm2(output: str) -> int:
     title, name = HUB_MODEL.split("/")[1], HUB_MODEL
     if not on_hub(HUB_MODEL):
         title, name = f"{title} (4-bit GGUF, dequantized)", str(from_package(*PACKAGED_MODEL))
-    print(f"measuring {title}: {name}")  # what other commands take as MODEL
+    say(f"measuring {title}: {name}")  # what other commands take as MODEL
     model, tokenizer = load_model(name, ModelSettings(dtype="float32"))
-    report, status = run(model, tokenizer, embedded_text(), DiagnoseSettings(max_samples=8), output, title)
+    report, status = run(model, tokenizer, embedded_text(), DiagnoseSettings(max_samples=8), output.path, title)
     finish(report, output, PlotSettings())
     return status

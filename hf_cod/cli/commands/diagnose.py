@@ -12,9 +12,11 @@ from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
+from hf_cod.io.display import one_line, say
 from hf_cod.io.settings import ModelSettings, TextSettings
 
 if TYPE_CHECKING:
+    from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
 
 
@@ -44,17 +46,23 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, output, rest = make_parser().parse(arguments)
     from hf_cod.io.models import load_model
+    from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts
+    from hf_cod.layers.running import busy
 
-    directory = output.output or default_directory("diagnose", rest.model)
     texts = load_texts(text)
     if output.plots:
         require_plots()
-    model, tokenizer = load_model(rest.model, loading)
-    if tokenizer is None:
-        raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.diagnose in Python")
-    report, status = run(model, tokenizer, texts, settings, directory, model_title(rest.model))
-    finish(report, directory, output)
+    path = output.output or default_directory("diagnose", rest.model)
+    with OutputDirectory(path, source=rest.model) as directory:
+        with busy(f"loading {model_title(rest.model)}"):
+            model, tokenizer = load_model(rest.model, loading)
+        if tokenizer is None:
+            raise ValueError(
+                f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.diagnose in Python"
+            )
+        report, status = run(model, tokenizer, texts, settings, directory.path, model_title(rest.model))
+        finish(report, directory, output)
     return status
 
 
@@ -69,16 +77,17 @@ def run(
     except MeasurementError as error:
         if not error.report.layers:
             raise
-        print(f"hf-cod: error: {error}; what was measured before is kept", file=sys.stderr)
+        print(f"hf-cod: error: {one_line(error)}; what was measured before is kept", file=sys.stderr)
         return error.report, 1
 
 
-def finish(report: RunReport, directory: str | Path, pictures: PlotSettings) -> None:
-    """Prints, draws and saves a report."""
+def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
+    """Draws, saves and prints a report."""
     from hf_cod.cli.terminal import print_report
 
-    print_report(report)
     if pictures.plots:
-        report.plot(directory, pictures.plot_format)
-    report.save(directory)  # once more, for report.md to show the pictures
-    print(f"\nwritten to {Path(directory).resolve()}")
+        report.plot(output.results, pictures.plot_format)
+    report.save(output.results)  # once more, for report.md to show the pictures
+    output.finish()
+    print_report(report)
+    say(f"\nwritten to {output.path.resolve()}")

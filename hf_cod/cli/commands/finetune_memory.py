@@ -46,6 +46,7 @@ def print_estimates(
     from rich.table import Table
 
     from hf_cod.cli.terminal import make_console
+    from hf_cod.io.display import terminal_text
     from hf_cod.io.models import best_device, load_config
     from hf_cod.layers.running import progress
     from hf_cod.training.runs.memory import PARTS
@@ -74,7 +75,7 @@ def print_estimates(
         highlight=False,
     )
     for reason in refused:
-        console.print(f"not estimated, {reason}", style="dim", highlight=False, markup=False)
+        console.print(f"not estimated, {terminal_text(reason)}", style="dim", highlight=False)
 
 
 def estimate(

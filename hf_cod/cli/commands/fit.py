@@ -172,6 +172,7 @@ def print_plan(plan: FitPlan, with_notes: bool) -> None:
 
     from hf_cod.cli.terminal import make_console
     from hf_cod.compression.fit.knobs import describe_steps
+    from hf_cod.io.display import terminal_text
 
     console = make_console()
     if not plan.steps:
@@ -188,7 +189,7 @@ def print_plan(plan: FitPlan, with_notes: bool) -> None:
         curve.add_row(f"{left:.0%}", f"{loss:.3f}", describe_steps(steps))
     console.print(curve)
     for line in (_told_plan(plan), *(plan.notes if with_notes else ())):
-        console.print(f"• {line}", highlight=False)
+        console.print(f"• {terminal_text(line)}", highlight=False)
 
 
 def _split(batches: Sequence[Any], settings: FitOptions) -> tuple[list[Any], list[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.training_settings import check_fused, check_scores
 
 if TYPE_CHECKING:
+    from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
 
 
@@ -51,21 +53,28 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, source, settings, sampling, files, rest = make_parser().parse(arguments)
-    from hf_cod.cli.training import tell
-    from hf_cod.training.runs.run_directory import claim
+    from hf_cod.cli.samples import check_texts
+    from hf_cod.cli.training import train_into
+    from hf_cod.scoring.layer_scores import LayerScores
+    from hf_cod.training.runs.methods import check_method
     from hf_cod.training.runs.trainer import check_one_process
 
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
+    check_method(settings.method, sampling)
+    check_texts(text, source.eval_text)
+    if files.scores is not None:
+        LayerScores.load(files.scores)
     check_one_process()
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
     del told["speed"]  # with or without, it is the same training
-    claim(directory, {"student": rest.student, **told})
+    if settings.follows_samples:
+        del told["steps"]
     if files.plots:
         require_plots()
-    report = run(rest.student, loading, text, source, settings, sampling, files.scores, directory)
-    tell(report, directory, files)
+    work = partial(run, rest.student, loading, text, source, settings, sampling, files.scores)
+    train_into(directory, {"student": rest.student, **told}, rest.student, files, work)
     return 0
 
 
@@ -77,19 +86,21 @@ def run(
     settings: HealSettings,
     sampling: OwLoreSettings,
     scores_file: str | None,
-    directory: Path,
+    output: OutputDirectory,
 ) -> RunReport:
     """Loads both models, heals the student, saves it, and measures how fast both are, side by side."""
     from hf_cod.cli.closing import describe_speed
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
+    from hf_cod.layers.size import bytes_of
     from hf_cod.layers.speed import speeds_of
     from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.training.healing.healer import heal
 
     model, tokenizer = load_with_tokenizer(student, loading)
     teacher = load_teacher(source, loading, tokenizer)
+    output.require(bytes_of(model))
     held_out = None
     if source.eval_text is not None:
         texts = load_texts(replace(text, text=source.eval_text))
@@ -97,12 +108,12 @@ def run(
     told: dict[str, Any] = {
         "sampling": sampling,
         "scores": scores_file,
-        "output": directory,
+        "output": output.path,
         "name": model_title(student),
     }
     report = heal(model, teacher, load_texts(text), settings, tokenizer=tokenizer, held_out=held_out, **told)
-    model.save_pretrained(directory / "model")  # type: ignore[operator]  # a model of transformers
-    tokenizer.save_pretrained(directory / "model")
+    model.save_pretrained(output.results)  # type: ignore[operator]  # a model of transformers
+    tokenizer.save_pretrained(output.results)
     speed = {}
     if source.speed:
         stacks = {"teacher": find_decoder_layers(teacher), "healed": find_decoder_layers(model)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
+from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
@@ -27,15 +28,18 @@ def main(arguments: Sequence[str]) -> int:
     pictures, chosen = make_parser().parse(arguments)
     from hf_cod.analysis.monitoring.history import TrainingHistory
     from hf_cod.cli.terminal import print_report
+    from hf_cod.io.output_directory import OutputDirectory
 
     history = TrainingHistory.load(chosen.run)
     assert history.path is not None
     report = history.report()
     directory = Path(chosen.output) if chosen.output else history.path.parent
-    report.keep_earlier(directory)
-    if pictures.plots:
-        report.plot(directory, pictures.plot_format)
-    report.save(directory)
+    with OutputDirectory(directory) as output:
+        report.keep_earlier(directory)
+        if pictures.plots:
+            report.plot(output.results, pictures.plot_format)
+        report.save(output.results)
+        output.finish()
     print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    say(f"\nwritten to {directory.resolve()}")
     return 0

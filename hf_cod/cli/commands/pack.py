@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.compression.sparse.settings import PackSettings
+from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, as_in
 from hf_cod.scoring.settings import ScoreSettings
 
 if TYPE_CHECKING:
+    from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
     from hf_cod.layers.stack import DecoderLayers
 
@@ -47,30 +49,51 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, settings, rest = make_parser().parse(arguments)
-    from hf_cod.cli.recorded import card_outputs
     from hf_cod.cli.terminal import print_report
-    from hf_cod.compression.sparse.quantizer import pack_sparse
-    from hf_cod.io.models import load_model
-    from hf_cod.layers.stack import find_decoder_layers
-    from hf_cod.models.checkpoint import check_new, save_aside
+    from hf_cod.io.output_checks import check_unused
+    from hf_cod.io.output_directory import OutputDirectory
+    from hf_cod.io.report import RunReport
 
     if rest.directory is not None and settings.output is not None:
         raise ValueError(f"output: expected one directory, got {rest.directory!r} and {settings.output!r}")
     directory = Path(rest.directory or settings.output or default_directory("pack", rest.model))
-    check_new(directory)
-    model: Any = load_model(rest.model, loading)[0]
-    stack = find_decoder_layers(model, settings.layers_path)  # before anything is written
-    dense_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
-    pack_sparse(model, settings=settings)
-    save_aside(model, directory, Path(rest.model) if Path(rest.model).is_dir() else rest.model)
-    packed_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    told = {"model": rest.model, "minimum": settings.minimum}
-    report = describe(stack, model_title(rest.model), told, dense_bytes, packed_bytes)
-    report.save(directory)
-    card_outputs(directory, report)
+    told = ["pack", rest.model, asdict(loading), settings.minimum, settings.layers_path]
+    with OutputDirectory(directory, told, check=check_unused, source=rest.model) as output:
+        if output.completed:
+            report = RunReport.load(directory)
+        else:
+            report = run(rest.model, loading, settings, output)
+            output.finish()
     print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    say(f"\nwritten to {directory.resolve()}")
     return 0
+
+
+def run(source: str, loading: ModelSettings, settings: PackOptions, output: OutputDirectory) -> RunReport:
+    """Packs a model and writes it, with the report, to the results of `output`."""
+    from hf_cod.cli.recorded import card_outputs
+    from hf_cod.compression.sparse.quantizer import pack_sparse
+    from hf_cod.io.models import load_model
+    from hf_cod.layers.running import busy
+    from hf_cod.layers.size import bytes_of
+    from hf_cod.layers.stack import find_decoder_layers
+    from hf_cod.models.checkpoint import copy_companions
+
+    with busy(f"loading {model_title(source)}"):
+        model: Any = load_model(source, loading)[0]
+    stack = find_decoder_layers(model, settings.layers_path)
+    dense_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
+    with busy("packing"):
+        pack_sparse(model, settings=settings)
+    output.require(bytes_of(model))
+    model.save_pretrained(output.results)
+    copy_companions(Path(source) if Path(source).is_dir() else source, output.results)
+    packed_bytes = sum(path.stat().st_size for path in output.results.glob("*.safetensors"))
+    told = {"model": source, "minimum": settings.minimum}
+    report = describe(stack, model_title(source), told, dense_bytes, packed_bytes)
+    report.save(output.results)
+    card_outputs(output.results, report, output.path.resolve().name)
+    return report
 
 
 def describe(

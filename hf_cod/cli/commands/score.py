@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
+from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, SampleSettings, TextSettings
 from hf_cod.scoring.settings import USE_STATISTICS, ScoreSettings
 
@@ -75,27 +77,38 @@ def main(arguments: Sequence[str]) -> int:
     if output.statistics is not None and not settings.uses_statistics:
         got = f"got {output.statistics!r}"
         raise ValueError(f"statistics: expected none beside the method {settings.method}, which reads none, {got}")
+    from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
     from hf_cod.cli.terminal import print_report
     from hf_cod.io.models import load_model
+    from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts, mask_tokens
     from hf_cod.io.text import token_batches as cut_into_batches
     from hf_cod.layers.checks import check_length
+    from hf_cod.layers.running import busy
     from hf_cod.layers.task import task_of
 
     directory = Path(output.output or default_directory("score", rest.model))
-    model, tokenizer = load_model(rest.model, loading)
-    if tokenizer is None:
-        raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
-    check_length(model, settings.sequence_length)
-    batches = cut_into_batches(tokenizer, load_texts(text), settings)
-    if task_of(model) == "masked_lm":
-        batches = mask_tokens(tokenizer, batches, settings.seed)
-    report = run(model, batches, settings, output.statistics, directory, model_title(rest.model))
+    texts = load_texts(text)
     if output.plots:
-        report.plot(directory, output.plot_format)
-    report.save(directory)
+        require_plots()
+    if output.statistics is not None:
+        LayerStatistics.load(output.statistics)
+    with OutputDirectory(directory, source=rest.model) as place:
+        with busy(f"loading {model_title(rest.model)}"):
+            model, tokenizer = load_model(rest.model, loading)
+        if tokenizer is None:
+            raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
+        check_length(model, settings.sequence_length)
+        batches = cut_into_batches(tokenizer, texts, settings)
+        if task_of(model) == "masked_lm":
+            batches = mask_tokens(tokenizer, batches, settings.seed)
+        report = run(model, batches, settings, output.statistics, directory, model_title(rest.model))
+        if output.plots:
+            report.plot(place.results, output.plot_format)
+        report.save(place.results)
+        place.finish(beside=[STATISTICS, SCORES])
     print_report(report)
-    print(f"\nwritten to {directory.resolve()}")
+    say(f"\nwritten to {directory.resolve()}")
     return 0
 
 
@@ -116,7 +129,7 @@ def run(
     from hf_cod.io.text import describe_batches
     from hf_cod.layers.devices import execution_device
     from hf_cod.layers.fingerprints import Journals
-    from hf_cod.layers.stack import unwrap
+    from hf_cod.layers.stack import find_decoder_layers, unwrap
     from hf_cod.scoring.methods import score_layers
 
     base: Any = unwrap(model)
@@ -133,6 +146,8 @@ def run(
     file, journal = directory / STATISTICS, journals.of("statistics", settings.layers_path)
     kept = None if earlier else _kept(file, journal)
     statistics = LayerStatistics.load(earlier) if earlier else kept
+    if earlier and statistics is not None:
+        statistics.check(find_decoder_layers(base, settings.layers_path))
     report.keep_earlier(directory, (SCORES,) if kept else (STATISTICS, SCORES))
     if statistics is None:
         statistics = collect_statistics(model, batches, layers_path=settings.layers_path, name=name, show_progress=True)

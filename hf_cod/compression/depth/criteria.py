@@ -230,7 +230,7 @@ def _losses_with_maps(
         finally:
             maps.take_back()
         journal.add(str(layers), [loss, sum(entry["used"] for entry in maps.replacements)])
-    return [(loss, count) for loss, count in (journal[str(layers)] for layers in candidates)]
+    return [(loss, count) for loss, count in (journal.result(str(layers), tuple[float, int]) for layers in candidates)]
 
 
 def _choose(request: _Request, told: dict[str, dict[str, Any]], costs: list[float | None]) -> _Found:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.io.files import JsonFile
+from hf_cod.io.schema import check_value, limits
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.stack import DecoderLayers
 
 GIVEN = "given"  # layers that somebody named
 MASSIVE = "massive"  # layers where massive activations arise
+
+
+class Candidate(TypedDict):
+    """What a search found, and what it costs."""
+
+    layers: list[int]
+    loss: float
+    maps: int
 
 
 @renamed(method="criterion")
@@ -41,12 +50,12 @@ class DepthPlan(JsonFile):
 
     model: str
     criterion: str
-    layers: list[int]
-    parameters: list[int]
+    layers: list[int] = field(metadata=limits(least=0))
+    parameters: list[int] = field(metadata=limits(least=0))
     costs: list[float | None] = field(default_factory=list)
-    protected: list[int] = field(default_factory=list)
+    protected: list[int] = field(default_factory=list, metadata=limits(least=0))
     candidates: dict[str, dict[str, Any]] = field(default_factory=dict)
-    protection: str = ""
+    protection: str = field(default="", metadata=limits(choices=("", GIVEN, MASSIVE)))
     replacement: str = "none"
     metric: str = "loss"
 
@@ -57,6 +66,16 @@ class DepthPlan(JsonFile):
         check_count(len(self.layers), depth, "layers")
         if self.layers != sorted({i for i in self.layers if 0 <= i < depth}):
             raise ValueError(f"layers: expected indices from 0 to {depth - 1} in ascending order, got {self.layers}")
+
+    def check_read(self) -> None:
+        """Makes sure that costs, protected layers and candidates are of these layers."""
+        depth = len(self.parameters)
+        if len(self.costs) not in (0, depth):
+            raise ValueError(f"costs: expected one for each of {depth} layers, or none, got {len(self.costs)}")
+        check_value(self.candidates, dict[str, Candidate], "candidates")
+        named = {f"candidates[{name!r}].layers": found["layers"] for name, found in self.candidates.items()}
+        for name, layers in {"protected": self.protected, **named}.items():
+            check_value(layers, list[int], name, limits(least=0, most=depth - 1))
 
     @property
     def kept(self) -> list[int]:

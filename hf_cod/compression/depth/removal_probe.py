@@ -96,8 +96,12 @@ class RemovalProbe:
             with running_only(stack, range(layer, layer), state):
                 yield removed, stack.model(**inputs)
 
+    def _rows(self, batch: int, removed: Removed) -> list[Any]:
+        found: list[Any] = self._journal.result(_key(batch, removed), list[Any])
+        return found
+
     def _loss(self, removed: Removed) -> float:
-        rows = [row for number in range(len(self._batches)) for row in self._journal[_key(number, removed)]]
+        rows = [row for number in range(len(self._batches)) for row in self._rows(number, removed)]
         loss = as_loss(self._metric, self._metric.value(rows))
         if math.isnan(loss):
             raise ValueError(f"model: expected a loss, got NaN without layers {', '.join(map(str, removed))}")

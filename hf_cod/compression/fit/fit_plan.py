@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
+from hf_cod.compression.fit.settings import KINDS
 from hf_cod.io.deprecation import current_value
 from hf_cod.io.files import JsonFile
+from hf_cod.io.schema import brief, check_value, limits
 from hf_cod.scoring.settings import OLD_KINDS
+
+
+class _Size(TypedDict):
+    bytes: int
+    layer_bytes: int
+    layer_weights: int
+
+
+class _Alone(TypedDict):
+    levels: list[float]
+    losses: list[float]
+    left: list[float]
+
+
+class _Tried(TypedDict):
+    steps: dict[str, float]
+    expected: float
+    loss: float
+    left: float
+
+
+_Point = tuple[float, float, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -32,12 +56,12 @@ class FitPlan(JsonFile):
     FIELD = "fit_plan"
     RENAMED_VALUES: ClassVar[dict[str, dict[str, str]]] = {"kind": OLD_KINDS}
 
-    kind: str
-    budget: float
-    steps: dict[str, float]
+    kind: str = field(metadata=limits(choices=KINDS))
+    budget: float = field(metadata=limits(least=0))
+    steps: dict[str, float] = field(metadata=limits(least=0))
     loss: float
     intact_loss: float
-    size: dict[str, int]
+    size: dict[str, int] = field(metadata=limits(least=0))
     alone: dict[str, dict[str, list[float]]]
     tried: list[dict[str, Any]]
     curve: list[list[Any]]
@@ -45,3 +69,13 @@ class FitPlan(JsonFile):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=1))
+
+    def check_read(self) -> None:
+        """Makes sure that what was measured has its entries, as many losses as levels."""
+        check_value(self.size, _Size, "size")
+        check_value(self.alone, dict[str, _Alone], "alone")
+        check_value(self.tried, list[_Tried], "tried")
+        check_value(self.curve, list[_Point], "curve")
+        for knob, found in self.alone.items():
+            if not len(found["levels"]) == len(found["losses"]) == len(found["left"]):
+                raise ValueError(f"alone[{knob!r}]: expected as many losses and left as levels, got {brief(found)}")

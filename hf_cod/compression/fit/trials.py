@@ -77,8 +77,8 @@ class Trials:
             if not math.isfinite(loss):
                 raise ValueError(f"loss: expected a finite one, got {loss} with {steps}")
             self._journal.add(key, [loss, asdict(size_of(model, self._how.layers_path))])
-        loss, size = self._journal[key]
-        return Trial(steps, loss, ModelSize(**size))
+        loss, size = self._journal.result(key, tuple[float, ModelSize])
+        return Trial(steps, loss, size)
 
 
 @checked

@@ -10,6 +10,7 @@ from hf_cod.functional.ranks import Shape, count, most_rank, rank_of_share, rank
 from hf_cod.functional.sparse_low_rank import sizes_of_weights
 from hf_cod.io.deprecation import current_value
 from hf_cod.io.files import JsonFile
+from hf_cod.io.schema import limits
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
 from hf_cod.layers.orientation import is_plain, shape_of
 from hf_cod.layers.stack import DecoderLayers
@@ -37,13 +38,13 @@ class RankPlan(JsonFile):
     FIELD = "rank_plan"
     RENAMED_VALUES: ClassVar[dict[str, dict[str, str]]] = {"kind": OLD_KINDS}
 
-    kind: str
-    budget: float
-    ranks: dict[str, int]
+    kind: str = field(metadata=limits(choices=KINDS))
+    budget: float = field(metadata=limits(least=0, most=1))
+    ranks: dict[str, int] = field(metadata=limits(least=1))
     method: str
-    nonzeros: dict[str, int] = field(default_factory=dict)
+    nonzeros: dict[str, int] = field(default_factory=dict, metadata=limits(least=0))
     model: str = ""
-    sizes: list[int] | None = None
+    sizes: list[int] | None = field(default=None, metadata=limits(least=0))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=1))

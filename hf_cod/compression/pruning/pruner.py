@@ -172,6 +172,8 @@ def _finished(
 
     def put_back(index: int, tensors: dict[str, Tensor]) -> None:
         for name, W in stack.matrices(index):
+            if tensors[name].shape != W.shape:
+                raise ValueError(f"{name}: expected shape {tuple(W.shape)}, got {tuple(tensors[name].shape)}")
             W.copy_(tensors[name])
 
     return FinishedLayers(journal, work, lambda index: dict(stack.matrices(index)), put_back)

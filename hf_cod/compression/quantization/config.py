@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.compression.quantization.settings import QuantizeSettings, StorageFields
 from hf_cod.functional.bits import BITS
 from hf_cod.io.arguments import checked
+from hf_cod.io.schema import brief, check_fields, check_known
 from hf_cod.layers.replacement_modules import INSTALL
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
@@ -58,6 +59,8 @@ class OwlBnbConfig(QuantizeSettings, QuantizationConfigMixin):
     install: str = INSTALL
 
     def __post_init__(self) -> None:
+        self.compute_dtype = _compute_dtype(self.compute_dtype)
+        check_fields(self)
         super().__post_init__()
         if isinstance(self.scores, (str, Path)):
             self.scores = LayerScores.load(self.scores)
@@ -65,11 +68,6 @@ class OwlBnbConfig(QuantizeSettings, QuantizationConfigMixin):
             self.allocation = LayerAllocation.load(self.allocation)
         if isinstance(self.statistics, (str, Path)):
             self.statistics = LayerStatistics.load(self.statistics)
-        if isinstance(self.compute_dtype, str):
-            found = getattr(torch, self.compute_dtype.removeprefix("torch."), None)
-            if not isinstance(found, torch.dtype):
-                raise ValueError(f"compute_dtype: expected the name of a dtype, got {self.compute_dtype!r}")
-            self.compute_dtype = found
         wrong = {name: bits for name, bits in self.modules.items() if bits not in BITS}
         if wrong:
             raise ValueError(f"modules: expected {' or '.join(map(str, BITS))} bits each, got {wrong}")
@@ -81,13 +79,7 @@ class OwlBnbConfig(QuantizeSettings, QuantizationConfigMixin):
         Raises:
             ValueError: an entry that this version does not know.
         """
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(config_dict) - known)
-        if unknown:
-            raise ValueError(
-                f"quantization_config: expected {', '.join(sorted(known))}, got {', '.join(unknown)}; "
-                "pip install -U hf_cod"
-            )
+        check_known(cls, config_dict, "quantization_config", "pip install -U hf_cod")
         return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +103,20 @@ class QuantizeFields(StorageFields, total=False):
     score: str | None
     modules: dict[str, int]
     install: str
+
+
+def _compute_dtype(given: Any) -> torch.dtype | None:
+    """The dtype that a name means.
+
+    Raises:
+        ValueError: no such dtype, or one without fractions.
+    """
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if found is None and given is None:
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise ValueError(f"compute_dtype: expected the name of a dtype such as bfloat16 or float32, got {brief(given)}")
+    return found
 
 
 def score_of(config: OwlBnbConfig) -> str | None:

@@ -9,6 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_cod.compression.sparse.settings import PackSettings
 from hf_cod.io.arguments import checked
+from hf_cod.io.schema import check_fields, check_known, limits
 from hf_cod.layers.replacement_modules import INSTALL
 
 METHOD = "hf_cod_sparse"
@@ -29,12 +30,20 @@ class SparseConfig(PackSettings, QuantizationConfigMixin):
         install: what a reader of config.json without this package should do.
     """
 
-    modules: dict[str, int] = field(default_factory=dict)
+    modules: dict[str, int] = field(default_factory=dict, metadata=limits(least=0))
     quant_method: Any = METHOD
     install: str = INSTALL
 
     def __post_init__(self) -> None:
+        check_fields(self)
         super().__post_init__()
-        wrong = [name for name, count in self.modules.items() if type(count) is not int or count < 0]
-        if wrong:
-            raise ValueError(f"modules: expected counts of stored weights, got {self.modules[wrong[0]]} for {wrong[0]}")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Reads what `to_dict` made.
+
+        Raises:
+            ValueError: an entry that this version does not know.
+        """
+        check_known(cls, config_dict, "quantization_config", "pip install -U hf_cod")
+        return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)

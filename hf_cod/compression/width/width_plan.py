@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hf_cod.compression.width.settings import check_channel_multiple
 from hf_cod.functional.widths import Layer, Widths, choose_widths
 from hf_cod.io.files import JsonFile
+from hf_cod.io.schema import limits
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import CHANNELS, HEADS, LayerUnits
@@ -29,12 +30,12 @@ class WidthPlan(JsonFile):
 
     FIELD = "width_plan"
 
-    budget: float
-    heads: list[int | None]
-    channels: list[int | None]
+    budget: float = field(metadata=limits(least=0, most=1))
+    heads: list[int | None] = field(metadata=limits(least=0))
+    channels: list[int | None] = field(metadata=limits(least=0, one_for_each="heads"))
     method: str
     model: str = ""
-    sizes: list[int] | None = None
+    sizes: list[int] | None = field(default=None, metadata=limits(least=0, one_for_each="heads"))
 
 
 def plan_of_allocation(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.io.arguments import checked
+from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, Tokenizer
@@ -31,9 +32,9 @@ from hf_cod.training.healing.settings import HealFields, HealSettings
 from hf_cod.training.healing.zeros import kept_at_zero
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
-from hf_cod.training.runs.run_directory import claim
+from hf_cod.training.runs.run_directory import begun_steps, claim, half_checkpoints
 from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, split_windows, train
-from hf_cod.training.runs.training_settings import check_scores
+from hf_cod.training.runs.training_settings import check_scores, for_samples
 
 
 @checked
@@ -95,6 +96,7 @@ def heal(
     for stack in (mine, theirs):
         check_length(stack.model, settings.sequence_length)
     windows, held_out = _windows(data, tokenizer, held_out, settings, int(mine.config.vocab_size))
+    settings = for_samples(settings, len(windows), begun_steps(Path(output)) if output else None)
     objective = Objective(
         mine,
         theirs,
@@ -103,8 +105,7 @@ def heal(
         settings.hidden,
         matching.layers if matching else (),
     )
-    with tempfile.TemporaryDirectory() as aside, evaluation_mode(theirs):
-        directory = Path(output or aside)
+    with evaluation_mode(theirs), _directory(output) as directory:
         claim(directory, _work(directory, student, teacher, windows, settings, sampling))
         found = {"teacher": _perplexity(theirs, held_out, settings), "before": _perplexity(mine, held_out, settings)}
         chosen = scores_to_draw_by(student, windows, settings, scores, directory)
@@ -115,6 +116,17 @@ def heal(
     layers |= {} if training.trained is None else {"trained": training.trained}
     layers |= {} if matching is None else {"teacher_layer": matching.layers}
     return healing_report(mine, theirs, training, settings, sampling, found, layers, matching, name)
+
+
+@contextmanager
+def _directory(output: str | Path | None) -> Iterator[Path]:
+    """A directory for a training, which nothing else writes to meanwhile: a temporary one where none is named."""
+    if output is None:
+        with tempfile.TemporaryDirectory() as aside:
+            yield Path(aside)
+    else:
+        with OutputDirectory(output, half=half_checkpoints) as directory:
+            yield directory.path
 
 
 def _windows(

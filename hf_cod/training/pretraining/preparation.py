@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import AutoTokenizer, set_seed
 
 from hf_cod.io.files import directory_aside, fingerprint
+from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.packing import PackedStream, PackedText, pack, pack_once, tokenizer_identity, train_tokenizer
 from hf_cod.io.settings import TextSettings
 from hf_cod.io.text import load_rows, load_texts
@@ -41,12 +42,14 @@ class Prepared:
         model: a freshly initialised model, float32.
         train: window i of the run, as input_ids and labels: `PackedText`, or `PackedStream` for streamed text.
         validation: windows that are never trained on.
+        output: the run's directory, locked on the main process; None on others.
     """
 
     tokenizer: Any
     model: CodLlamaForCausalLM
     train: Dataset
     validation: Dataset
+    output: OutputDirectory | None = None
 
     @property
     def probe(self) -> list[dict[str, Tensor]]:
@@ -73,7 +76,8 @@ def prepare(settings: PretrainSettings) -> Prepared:
     texts = _text_settings(settings, recipe)
     with together("prepare a run") as alike:
         alike |= settings.describe()
-    with together("prepare the text", TEXT_LIMIT) as alike, _main_process_first(state):
+    with ExitStack() as stack, together("prepare the text", TEXT_LIMIT) as alike, _main_process_first(state):
+        output = stack.enter_context(_directory(settings)) if state.is_main_process else None
         claim(settings)
         tokenizer = _tokenizer(recipe, texts)
         if recipe.stream:
@@ -90,8 +94,9 @@ def prepare(settings: PretrainSettings) -> Prepared:
             alike["text"] = len(windows)
         validation = windows[len(windows) - held_out :] if held_out else _validation(settings, recipe, texts, tokenizer)
         alike |= {"tokenizer": tokenizer_identity(tokenizer), "validation_text": len(validation)}
+        stack.pop_all()  # the directory is this run's until its results are saved
     model = build_model(recipe, settings.norm_placement, settings.seed, tokenizer)
-    return Prepared(tokenizer, model, train, PackedText(validation, len(validation), seed=0))
+    return Prepared(tokenizer, model, train, PackedText(validation, len(validation), seed=0), output)
 
 
 @contextmanager
@@ -201,9 +206,22 @@ def claim(settings: PretrainSettings) -> None:
         ValueError: it holds a model, or checkpoints or the report of a run with other settings or on a text of another
             size.
     """
+    run_directory.claim(Path(str(settings.output)), _identity(settings), finished=True)
+
+
+def _directory(settings: PretrainSettings) -> OutputDirectory:
+    wanted = _identity(settings)
+    return OutputDirectory(
+        str(settings.output),
+        check=lambda path: run_directory.check_claim(path, wanted, finished=True),
+        half=run_directory.half_checkpoints,
+    )
+
+
+def _identity(settings: PretrainSettings) -> dict[str, Any]:
+    """What tells a run from others."""
     told = {name: value for name, value in settings.describe().items() if name not in FREE}
-    wanted = {**told, "text_size": text_size(settings.recipe.text)}
-    run_directory.claim(Path(str(settings.output)), wanted, finished=True)
+    return {**told, "text_size": text_size(settings.recipe.text)}
 
 
 def text_size(text: str | None) -> list[Any]:

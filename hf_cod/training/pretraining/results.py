@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ MEASURES = ["angular_distance", "block_influence", "output_variance", "layer_dro
 def save_results(
     accelerator: Any, model: Any, settings: PretrainSettings, prepared: Prepared, history: list[dict[str, float]]
 ) -> RunReport | None:
-    """Writes the trained model to model/ in `settings.output`, ready to generate, and the report beside it.
+    """Writes the trained model to `settings.output`, ready to generate, and the report beside it.
 
     Call it on all processes, because shards (FSDP2) gather.
 
@@ -43,13 +43,16 @@ def save_results(
     weights = accelerator.get_state_dict(bare)
     if not accelerator.is_main_process:
         return None
-    output = Path(str(settings.output))
     bare.config.use_cache = True
-    bare.save_pretrained(output / "model", state_dict=weights)
-    prepared.tokenizer.save_pretrained(output / "model")
-    whole = load_exactly(AutoModelForCausalLM, output / "model", dtype=torch.float32).to(accelerator.device)
-    report = training_report(settings, prepared, whole, history)
-    report.save(output)
+    assert prepared.output is not None
+    with ExitStack() as stack:
+        output = stack.push(prepared.output)
+        bare.save_pretrained(output.results, state_dict=weights)
+        prepared.tokenizer.save_pretrained(output.results)
+        whole = load_exactly(AutoModelForCausalLM, output.results, dtype=torch.float32).to(accelerator.device)
+        report = training_report(settings, prepared, whole, history)
+        report.save(output.results)
+        output.finish()
     return report
 
 

@@ -1,15 +1,26 @@
-"""A run's directory: whose it is, and its newest checkpoint."""
+"""What is particular to a training's directory: whose run it is, and its newest checkpoint.
+
+All else that is true of the directories of commands is in `io/output_directory.py`.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from hf_cod.io.files import write_json
+from hf_cod.io.output_checks import check_place
+from hf_cod.io.reading import naming_file, read_json
+from hf_cod.io.schema import check_value
+from hf_cod.training.runs.checkpoint_files import newest_whole
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint-"
 SETTINGS, SCORES_FILE, REPORT = "settings.json", "scores.json", "report.json"
+MARKERS = ("trainer_state.json", "progress.json")  # written last of a checkpoint, by Trainer and by our own loop
 _EXPECTED = "output: expected a new directory, or that of an interrupted run"
 
 
@@ -20,14 +31,26 @@ def last_steps(directory: str | Path) -> list[tuple[int, Path]]:
 
 
 def last_checkpoint(directory: str | Path, marker: str) -> Path | None:
-    """The newest whole checkpoint: the one with the highest step whose `marker`, which is written last, can be read."""
-    for _, path in last_steps(directory):
-        try:
-            json.loads((path / marker).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # the process died while it wrote this one
-        return path
-    return None
+    """The newest checkpoint that a training can go on from; warns of those that are newer and damaged.
+
+    Args:
+        directory: the run's.
+        marker: the file that is written last: where it is missing, the process died while it wrote the checkpoint.
+    """
+    written = [(step, path) for step, path in last_steps(directory) if (path / marker).is_file()]
+    damaged: list[tuple[Path, str]] = []
+    found = newest_whole(written, marker, lambda path, why: damaged.append((path, why)))
+    for path, why in damaged:
+        resumed = "the training begins anew" if found is None else f"the training resumes from {found.name}"
+        logger.warning("%s is damaged (%s): %s", path, why, resumed)
+    return found
+
+
+def half_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints of a run that lack what is written last: those that were being written when the run ended."""
+    if not _noted(directory / SETTINGS):
+        return []
+    return [path for _, path in last_steps(directory) if not any((path / marker).exists() for marker in MARKERS)]
 
 
 def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) -> None:
@@ -45,6 +68,20 @@ def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) ->
         ValueError: it is that of another run, of a finished one, or of a model; it holds checkpoints that are not this
             run's, or anything else that goes by their name; or it is a file.
     """
+    changed = check_claim(directory, wanted, finished=finished)
+    if changed:
+        (directory / SCORES_FILE).unlink(missing_ok=True)
+    noted, wanted = _noted(directory / SETTINGS), json.loads(json.dumps(wanted))
+    if {**noted, **wanted} != noted:
+        write_json(directory / SETTINGS, {**noted, **wanted})
+
+
+def check_claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) -> list[str]:
+    """Makes sure that `claim` may make the directory this run's; returns the names of settings that it would change.
+
+    Raises:
+        ValueError: as `claim`.
+    """
     _check_free(directory, finished)
     wanted = json.loads(json.dumps(wanted))
     noted = _noted(directory / SETTINGS)
@@ -57,22 +94,25 @@ def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) ->
             f"{name}: expected {found[name]!r}, with which the run in {str(directory)!r} began, got {wanted[name]!r}; "
             "name another --output"
         )
-    if changed:
-        (directory / SCORES_FILE).unlink(missing_ok=True)
-    if {**noted, **wanted} != noted:
-        write_json(directory / SETTINGS, {**noted, **wanted})
+    return changed
+
+
+def begun_steps(directory: Path) -> int | None:
+    """The steps that an interrupted run was to make, which a run that goes on with its checkpoints makes, too."""
+    return _noted(directory / SETTINGS).get("steps") if last_steps(directory) else None
 
 
 def _check_free(directory: Path, finished: bool) -> None:
-    """Makes sure that there is no file of this name, and neither a model nor, unless it may be finished, a report."""
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output: expected a directory, got the file {str(directory)!r}")
-    if (directory / "config.json").exists():
+    """Makes sure that there is neither a model nor, unless it may be finished, a report."""
+    check_place(directory)
+    reported, model = (directory / REPORT).exists(), (directory / "config.json").exists()
+    if reported and not finished:
+        # Until 0.2 trainings wrote their model into a directory of its own.
+        earlier = directory / "model"
+        where = earlier if earlier.is_dir() and not model else directory
+        raise ValueError(f"{_EXPECTED}, got {str(directory)!r}, whose run is finished (its model is in {str(where)!r})")
+    if model and not (reported and (directory / SETTINGS).exists()):
         raise ValueError(f"{_EXPECTED}, got {str(directory)!r}, which holds a model")
-    if not finished and (directory / REPORT).exists():
-        raise ValueError(
-            f"{_EXPECTED}, got {str(directory)!r}, whose run is finished (its model is in {str(directory / 'model')!r})"
-        )
 
 
 def _check_held(directory: Path, known: bool) -> list[str]:
@@ -89,17 +129,15 @@ def _check_held(directory: Path, known: bool) -> list[str]:
 def _reported(directory: Path) -> dict[str, Any]:
     """The settings that a report tells; empty if there is none that can be read."""
     try:
-        return json.loads((directory / REPORT).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return check_value(read_json(directory / REPORT, "report")["settings"], dict[str, Any], "settings")
+    except (ValueError, KeyError, TypeError):
         return {}
 
 
 def _noted(note: Path) -> dict[str, Any]:
     """What a run has noted of itself; empty if none has."""
-    try:
-        found = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"output: expected the settings of a run in {str(note)!r}, got something else")
-    return found
+    if not note.is_file():
+        return {}
+    found = read_json(note, "settings")
+    with naming_file(note):
+        return check_value(found, dict[str, Any], "settings")

@@ -102,7 +102,7 @@ def test_columns_of_a_heat_map_end_half_way_between_steps(tmp_path):
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "h.jsonl").write_text(content)
     for path in ("h.jsonl", "none"):
-        with pytest.raises(ValueError, match="history: expected a training history of hf_cod, got"):
+        with pytest.raises(ValueError, match=r"history.*: expected"):
             TrainingHistory.load(tmp_path / path)
 
 

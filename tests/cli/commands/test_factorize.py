@@ -16,7 +16,8 @@ from tests.tiny_models import build
 @pytest.mark.parametrize("score", ["spectrum", "angular"])
 def test_factorize_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys, score):
     source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
-    assert factorize(checkpoint, "out", "--score", score, "--parameter-share", "0.6", "--eval-samples", "5") == 0
+    more = ["--score", score, "--parameter-share", "0.6", "--eval-samples", "5", "--force"]
+    assert factorize(checkpoint, "out", *more) == 0
     names = {path.name for path in (checkpoint / "out").iterdir()}
     plan = "rank_plan.json" if score == "spectrum" else "allocation.json"
     assert {"model.safetensors", "modeling_shaped.py", plan, "report.md", "kept.png", "error.png"} <= names
@@ -102,7 +103,7 @@ def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
     arguments.append("--no-baseline")
     killed = run_fresh(code, *arguments, "--output", checkpoint / "run")
     assert killed.returncode == 9
-    kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").iterdir()}
+    kept = {path.name: path.stat().st_mtime_ns for path in (checkpoint / "run" / "journal").glob("*.safetensors")}
     assert len(kept) == 6, "four layers' spectra, two factorized"
     assert factorize(checkpoint, "run", "--no-plots", "--no-baseline") == 0
     assert factorize(checkpoint, "whole", "--no-plots", "--no-baseline") == 0

@@ -17,8 +17,9 @@ from hf_cod.cli.commands.finetune_memory import EstimateSettings
 from hf_cod.cli.main import main
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.cli.sizes import in_gigabytes
-from hf_cod.cli.training import tell
+from hf_cod.cli.training import finish
 from hf_cod.io.models import ModelSettings, embedded_model, load_model
+from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.packing import pack
 from hf_cod.io.text import embedded_text
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
@@ -44,8 +45,8 @@ def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
     found = report.results["perplexity"]
     assert found["after"] < found["before"]
     assert [step for step, _ in report.results["curve"]] == [2, 4, 6, 8, 10]
-    model = AutoModelForCausalLM.from_pretrained(output / "model")
-    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
     held_out = pack(tokenizer, [embedded_text()], 64)[-8:].long()
     again = perplexity(model, [{"input_ids": part} for part in held_out.split(4)])
     assert again == pytest.approx(found["after"], rel=1e-4)
@@ -157,7 +158,7 @@ def test_a_killed_run_ends_as_one_that_was_not(whole, tmp_path):
     command = ["finetune", MODEL, *QUICK.split(), "--output"]
     dies_in_step_five([*command, str(tmp_path / "killed")])
     assert main([*command, str(tmp_path / "killed")]) == 0
-    weights, resumed = (load_file(run / "model" / "model.safetensors") for run in (whole, tmp_path / "killed"))
+    weights, resumed = (load_file(run / "model.safetensors") for run in (whole, tmp_path / "killed"))
     for name, value in weights.items():
         assert torch.equal(resumed[name], value), name
     reports = [RunReport.load(run) for run in (whole, tmp_path / "killed")]
@@ -181,7 +182,7 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in(whole, ctrl_c, tmp_path
     assert signal.getsignal(signal.SIGINT) == before
     assert (tmp_path / "stopped" / "checkpoint-5").is_dir()
     assert main([*command, str(tmp_path / "stopped")]) == 0
-    weights, resumed = (load_file(run / "model" / "model.safetensors") for run in (whole, tmp_path / "stopped"))
+    weights, resumed = (load_file(run / "model.safetensors") for run in (whole, tmp_path / "stopped"))
     for name, value in weights.items():
         assert torch.equal(resumed[name], value), name
     assert not list(tmp_path.glob("*/checkpoint-*"))  # nobody needs them any more
@@ -276,8 +277,8 @@ def test_a_directory_of_another_run_is_refused(tmp_path, capsys):
         ("checkpoint-500/trainer_state.json", "{}", "which holds checkpoint-500 of another run"),
         ("checkpoint-best/model.safetensors", "", "which holds checkpoint-best of another run"),
         ("config.json", "{}", "which holds a model"),
-        ("settings.json", "steps = 5", "settings.json', got something else"),
-        ("settings.json", "[5]", "settings.json', got something else"),
+        ("settings.json", "steps = 5", "settings: expected JSON, got"),
+        ("settings.json", "[5]", "settings: expected named entries, got [5]"),
     ],
 )
 def test_a_directory_of_something_else_is_refused_and_left_alone(made, content, message, tmp_path, capsys):
@@ -294,7 +295,8 @@ def test_only_checkpoints_are_cleared_away(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-3.zip").write_text("")
     (tmp_path / "checkpoint-4").write_text("")
-    tell(RunReport("finetune", "mine", {}, {}, {}, {}), tmp_path, PlotSettings(plots=False))
+    with OutputDirectory(tmp_path) as output:
+        finish(RunReport("finetune", "mine", {}, {}, {}, {}), output, PlotSettings(plots=False))
     assert {path.name for path in tmp_path.glob("check*")} == {"checkpoint-2-kept", "checkpoint-3.zip", "checkpoint-4"}
 
 
@@ -310,3 +312,7 @@ def test_zeros_are_told_of_and_packed_weights_refused_before_anything_trains(tmp
     assert "84 matrices have zeros, which training fills" in caplog.text + capsys.readouterr().err
     assert main(["finetune", str(tmp_path / "packed"), *short, "--output", str(tmp_path / "b")]) == 2
     assert "expected one with adapters (owlore-peft, lora)" in capsys.readouterr().err
+    adapted = [*short, "--method", "lora", "--output", str(tmp_path / "b")]
+    assert main(["finetune", str(tmp_path / "packed"), *adapted]) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert any("lora_A" in name for name, _ in loaded.named_modules()) and loaded.is_quantized

@@ -21,4 +21,4 @@ def test_pack_takes_its_output_by_place_or_by_option(checkpoint, capsys):
     assert main(["pack", sparse, "--minimum", "0.6", packed]) == 2
     assert main(["pack", sparse, str(checkpoint / "a"), "--output", str(checkpoint / "b")]) == 2
     shown = capsys.readouterr().err
-    assert "output: expected a path that does not exist yet" in shown and "output: expected one directory" in shown
+    assert "output: expected a new directory, an empty one" in shown and "output: expected one directory" in shown

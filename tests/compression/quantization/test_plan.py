@@ -62,7 +62,7 @@ def test_one_layer():
 
 @pytest.mark.parametrize("bits", [2.9, 0, -1, float("nan"), float("inf")])
 def test_bits_that_cannot_be_meant(bits):
-    with pytest.raises(ValueError, match="bits: expected 3, 4, or stored bits between them"):
+    with pytest.raises(ValueError, match=r"bits: expected (3, 4, or stored bits between them|a finite number)"):
         OwlBnbConfig(bits=bits)
 
 
@@ -115,7 +115,9 @@ def test_a_plan_by_name():
 def test_settings():
     with pytest.raises(ValueError, match="block: expected one of 32, 64, 128, 256, got 48"):
         OwlBnbConfig(block=48)
-    with pytest.raises(ValueError, match="compute_dtype: expected the name of a dtype, got 'bf17'"):
+    with pytest.raises(
+        ValueError, match="compute_dtype: expected the name of a dtype such as bfloat16 or float32, got 'bf17'"
+    ):
         OwlBnbConfig(compute_dtype="bf17")
     with pytest.raises(ValueError, match="statistics: expected a file of statistics, got 'nowhere'"):
         OwlBnbConfig(statistics="nowhere")

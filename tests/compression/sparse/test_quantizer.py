@@ -256,8 +256,14 @@ def record(folder, change) -> None:
         (lambda f: record(f, lambda modules: modules.pop(NAME)), rf"{NAME}: expected .* one in files, none in config"),
         (lambda f: record(f, lambda modules: modules.clear()), "modules: expected the names of packed matrices"),
         (lambda f: record(f, lambda modules: modules.update({NAME: 7})), rf"{NAME}: expected 7 values as config"),
-        (lambda f: record(f, lambda modules: modules.update({NAME: -1})), "modules: expected counts .* got -1 for"),
-        (lambda f: record(f, lambda modules: modules.update({NAME: "x"})), "modules: expected counts .* got x for"),
+        (
+            lambda f: record(f, lambda modules: modules.update({NAME: -1})),
+            "modules.*: expected a whole number of at least 0, got -1",
+        ),
+        (
+            lambda f: record(f, lambda modules: modules.update({NAME: "x"})),
+            "modules.*: expected a whole number of at least 0, got 'x'",
+        ),
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}], ids=["", "mismatched"])

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from hf_cod.training.runs.run_directory import claim, last_checkpoint, last_steps
+from tests.training.runs.checkpoints import MARKER, whole_checkpoint
 
-MARKER = "state.json"
 WANTED = {"model": "m", "rate": 0.5}
 
 
@@ -20,7 +20,7 @@ def checkpoint(folder, step, marker="{}"):
 
 def test_the_newest_whole_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path, MARKER) is None
-    whole = [checkpoint(tmp_path, step) for step in (9, 10)]
+    whole = [whole_checkpoint(tmp_path, step) for step in (9, 10)]
     checkpoint(tmp_path, 11, marker='{"half')
     checkpoint(tmp_path, 12, marker=None)
     (tmp_path / "checkpoint-13").write_text("a file")
@@ -73,8 +73,11 @@ def test_what_an_earlier_version_reported_is_known(tmp_path):
     [
         (lambda d: (d / "config.json").write_text("{}"), "which holds a model"),
         (lambda d: checkpoint(d, 3), "which holds checkpoint-3 of another run"),
-        (lambda d: (d / "settings.json").write_text("[1]"), "expected the settings of a run"),
-        (lambda d: (d / "settings.json").write_text("{"), "expected the settings of a run"),
+        (
+            lambda d: (d / "settings.json").write_text("[1]"),
+            r"settings: expected named entries, got .1. in ",
+        ),
+        (lambda d: (d / "settings.json").write_text("{"), r"settings: expected JSON, got .* in .*settings\.json"),
     ],
 )
 def test_directories_of_something_else(tmp_path, prepare, message):

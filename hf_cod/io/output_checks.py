@@ -1,0 +1,140 @@
+"""What is checked of an output directory before any work begins, and what killed runs left in one."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+from hf_cod.io.output_manifest import JOURNAL, MANIFEST, RESULTS
+
+LOCK = "lock"  # in the journal
+# What a journal holds: a layer as FinishedLayers writes it, or one that an interruption cut; and lines of a Journal.
+_KEPT = re.compile(r"\.?[0-9a-f]{16}-\d{5}\.safetensors(\..*)?|\.?\w+\.jsonl(\..*)?")
+# Temporary files of ours: a dot, a name that we write, a dot, and eight signs.
+_LEFT = re.compile(r"\.[\w-]+\.(json|jsonl|md|pdf|png|safetensors|svg)\.[a-z0-9_]{8}")
+_OF_MODELS = (".json", ".safetensors", ".jinja", ".txt", ".model", ".py")
+_HOUR = 3600.0
+
+
+def check_place(directory: Path, source: str | None = None) -> None:
+    """Makes sure that a directory can be there: it is one, or there is nothing of its name.
+
+    Raises:
+        ValueError: it is a file, a link to nothing, or the model's own directory.
+    """
+    try:
+        if source is not None and directory.resolve() == Path(source).expanduser().resolve():
+            raise ValueError(f"output: expected another directory than the model's, got {str(directory)!r}")
+        there, reached = os.path.lexists(directory), directory.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte
+        if str(error).startswith("output:"):
+            raise
+        raise ValueError(f"output: expected the path of a directory, got {str(directory)!r}: {error}") from error
+    if there and not reached:
+        raise ValueError(f"output: expected a directory, got {str(directory)!r}, a link to what does not exist")
+    if there and not directory.is_dir():
+        raise ValueError(f"output: expected a directory, got the file {str(directory)!r}")
+
+
+def check_unused(directory: Path) -> None:
+    """Makes sure that nothing else is in the directory: it is new, empty, or holds the journal of an interrupted run.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not directory.is_dir():
+        return
+    inside = {path.name for path in directory.iterdir() if not _LEFT.fullmatch(path.name)}
+    foreign = inside - ({JOURNAL} if _is_ours(directory / JOURNAL) else set())
+    if foreign:
+        raise ValueError(
+            f"output: expected a new directory, an empty one, or that of an interrupted run, got {str(directory)!r}, "
+            f"which holds {min(foreign)}"
+        )
+
+
+def _is_ours(journal: Path) -> bool:
+    ours = (RESULTS, MANIFEST, LOCK)
+    return journal.is_dir() and all(
+        path.name in ours or _KEPT.fullmatch(path.name) or _LEFT.fullmatch(path.name) for path in journal.iterdir()
+    )
+
+
+def make_writable(directory: Path) -> list[Path]:
+    """Makes the journal's directory and proves that a file can be written there.
+
+    Returns:
+        The directories that this made, the innermost first.
+
+    Raises:
+        ValueError: that cannot be done; says why. Nothing is left behind.
+    """
+    journal = directory / JOURNAL
+    made: list[Path] = []
+    try:
+        for path in reversed([journal, *journal.parents]):
+            if not path.is_dir():
+                path.mkdir()
+                made.insert(0, path)
+        probe = journal / f".{'probe':_<48}.json.{secrets.token_hex(4)}"  # as long as the names of results
+        try:
+            with probe.open("xb") as file:
+                file.write(b"\0")
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        remove_empty(made)
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ValueError(f"output: expected a directory that can be written, got {str(directory)!r}: {why}") from error
+    return made
+
+
+def remove_empty(directories: list[Path]) -> None:
+    """Removes those that are empty, in this order."""
+    for path in directories:
+        try:
+            path.rmdir()
+        except OSError:
+            return
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Makes sure that a file system has room.
+
+    Raises:
+        ValueError: it has less than `needed` bytes.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise ValueError(
+            f"output: expected at least {needed / 1e6:,.1f} MB free for the results in {str(directory)!r}, got "
+            f"{free / 1e6:,.1f} MB"
+        )
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Temporary files of killed runs in a directory and its journal, and the directories that they left beside it."""
+    found = [path for path in (directory, directory / JOURNAL) if path.is_dir()]
+    files = [path for folder in found for path in folder.iterdir() if _LEFT.fullmatch(path.name) and path.is_file()]
+    beside = re.compile(rf"\.{re.escape(directory.name)}-[a-z0-9_]{{8}}")
+    try:
+        near = [path for path in directory.parent.iterdir() if beside.fullmatch(path.name) and _is_old_model(path)]
+    except OSError:  # a parent that may be entered, but not listed
+        near = []
+    return [*files, *near]
+
+
+def _is_old_model(path: Path) -> bool:
+    """Whether this holds files of a checkpoint alone, an hour old: a younger one may still be written."""
+    if not path.is_dir() or path.is_symlink():
+        return False
+    inside = list(path.iterdir())
+    known = all(p.is_file() and p.suffix in _OF_MODELS for p in inside)
+    newest = max((p.stat().st_mtime for p in (path, *inside)), default=0.0)
+    return known and time.time() - newest > _HOUR

@@ -1,0 +1,122 @@
+"""The manifest of a command's results: what is about to take its place in the output directory, with sizes.
+
+It is written once all results are on disk, inside the journal, and goes when all are in their place. So what a killed
+command had left to move is known, and moved by the next start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hf_cod.io.files import follow_umask, sync, sync_names, write_json
+
+JOURNAL = "journal"  # in an output directory: what an interrupted command left to resume from
+MANIFEST, RESULTS = "manifest.json", "result"  # in the journal
+# What tells others that the rest is there comes last: a report says that a run is finished, a config that there is a
+# model.
+_LAST = ("report.md", "report.json", "adapter_config.json", "config.json")
+_SPENT = re.compile(rf"checkpoint-\d+|{JOURNAL}/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a command promises.
+
+    Attributes:
+        run: what tells the command from others, JSON-like.
+        files: name of a file in the output directory -> bytes.
+        spent: names of checkpoints there, and of files in the journal, that nobody needs once that is done.
+    """
+
+    run: Any
+    files: dict[str, int]
+    spent: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of_results(cls, directory: Path, run: Any, spent: Sequence[str]) -> Manifest:
+        """Writes the manifest of all files in the results' directory, once they are on disk."""
+        results = directory / JOURNAL / RESULTS
+        follow_umask(results)
+        sync(results)
+        found = sorted(path for path in results.rglob("*") if path.is_file())
+        made = cls(run, {path.relative_to(results).as_posix(): path.stat().st_size for path in found}, list(spent))
+        content = {"format": 1, "run": run, "files": made.files, "spent": made.spent}
+        write_json(directory / JOURNAL / MANIFEST, content)
+        return made
+
+    @classmethod
+    def of(cls, directory: Path) -> Manifest | None:
+        """The manifest that a killed command left; None where there is none.
+
+        Raises:
+            ValueError: it is none of ours.
+        """
+        file = directory / JOURNAL / MANIFEST
+        if not file.is_file():
+            return None
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            found = cls(content["run"], content["files"], content["spent"])
+            known = content["format"] == 1 and _is_list(found.files, found.spent)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"output: expected a manifest of hf_cod, got {str(file)!r}: {error}") from error
+        if not known:
+            raise ValueError(f"output: expected a manifest of hf_cod, got {str(file)!r}")
+        return found
+
+    def complete(self, directory: Path) -> list[str]:
+        """Moves what is not yet in its place; returns the names of files that are missing or of another size."""
+        results = directory / JOURNAL / RESULTS
+        for name in self._order():
+            if (results / name).is_file():
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(results / name, directory / name)
+        sync_names(directory)
+        return [name for name in self._order() if not self._is_there(directory, name)]
+
+    def close(self, directory: Path) -> None:
+        """Removes what is spent, then the manifest."""
+        for name in self.spent:
+            remove(directory / name)
+        shutil.rmtree(directory / JOURNAL / RESULTS, ignore_errors=True)
+        (directory / JOURNAL / MANIFEST).unlink()
+
+    def withdraw(self, directory: Path) -> None:
+        """Takes back what was moved, where the rest is lost: the command begins anew, or resumes from its journal."""
+        for name in self._order():
+            if self._is_there(directory, name):
+                (directory / name).unlink()
+        (directory / JOURNAL / MANIFEST).unlink()
+
+    def _order(self) -> list[str]:
+        return sorted(self.files, key=lambda name: (_LAST.index(name) if name in _LAST else -1, name))
+
+    def _is_there(self, directory: Path, name: str) -> bool:
+        return (directory / name).is_file() and (directory / name).stat().st_size == self.files[name]
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_list(files: Any, spent: Any) -> bool:
+    """Whether these are sizes of files inside a directory, and names of checkpoints."""
+    return (
+        all(
+            isinstance(name, str) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+            for name in files
+        )
+        and all(isinstance(size, int) for size in files.values())
+        and all(map(_SPENT.fullmatch, spent))
+    )

@@ -1,0 +1,171 @@
+"""The door through which files come in: JSON, lines of JSON, and safetensors, each checked before it is used.
+
+Whatever a file holds, what comes out is plain data or a ValueError "field: expected ..., got ... in 'file'". What the
+data means is checked by `schema.py` and by whoever reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_cod.io.schema import brief
+
+# Far beyond any file of ours; a larger one is no such file, and reading it would only fill the memory.
+MOST_BYTES = 1 << 30
+# Any count, seed or size of ours fits; longer numbers cost time that grows with the square of their digits.
+MOST_DIGITS = 20
+# Deeper than any value of ours; whoever walks through it stays within the stack.
+MOST_DEPTH = 60
+
+
+def read_json(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: no such file, one that is too large, no strict JSON in UTF-8 (NaN, numbers beyond floating point and
+            names that stand twice are not), or nested without end.
+    """
+    with naming_file(path):
+        return parse_json(_read_text(Path(path), field, most), field)
+
+
+def read_json_lines(path: str | Path, field: str, most: int = MOST_BYTES, nan: bool = False) -> list[Any]:
+    """What each line of a file holds; a last line without a line end was cut off, and is left out.
+
+    Raises:
+        ValueError: as `read_json`; says which line.
+    """
+    with naming_file(path):
+        lines = _read_text(Path(path), field, most).split("\n")[:-1]
+        return [parse_json(line, f"{field} line {number}", nan) for number, line in enumerate(lines, 1)]
+
+
+def parse_json(text: str, field: str, nan: bool = False) -> Any:
+    """What strict JSON says, with or without NaN and infinity.
+
+    Raises:
+        ValueError: it is none.
+    """
+
+    def constant(name: str) -> float:
+        if nan:
+            return float(name)
+        raise ValueError(f"{field}: expected finite numbers, got {name}")
+
+    def number(digits: str) -> float:
+        found = float(digits)
+        if not math.isfinite(found):
+            raise ValueError(f"{field}: expected finite numbers, got {digits[:MOST_DIGITS]}")
+        return found
+
+    def whole(digits: str) -> int:
+        if len(digits) > MOST_DIGITS:
+            raise ValueError(f"{field}: expected numbers of at most {MOST_DIGITS} digits, got {len(digits)}")
+        return int(digits)
+
+    def entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{field}: expected each name once, got {brief(twice)} twice")
+        return found
+
+    try:
+        found = json.loads(
+            text, parse_constant=constant, parse_float=number, parse_int=whole, object_pairs_hook=entries
+        )
+        if "\\ud" in text.lower():
+            json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (json.JSONDecodeError, RecursionError, UnicodeEncodeError) as error:
+        raise ValueError(f"{field}: expected JSON, got {error}") from error
+    if text.count("[") + text.count("{") > MOST_DEPTH and _depth(found) > MOST_DEPTH:
+        raise ValueError(f"{field}: expected at most {MOST_DEPTH} lists inside one another, got more")
+    return found
+
+
+def _depth(value: Any) -> int:
+    """How many lists and dicts stand inside one another."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, list | dict)]:
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        depth += 1
+    return depth
+
+
+@contextmanager
+def naming_file(path: str | Path) -> Iterator[None]:
+    """Adds the file's name to errors about what it holds."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} in {str(path)!r}") from error
+
+
+def take_format(content: Any, expected: int, field: str) -> dict[str, Any]:
+    """A file's entries without its format.
+
+    Raises:
+        ValueError: no named entries, or another format.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{field}: expected named entries, got {brief(content)}")
+    entries = dict(content)
+    version = entries.pop("format", None)
+    if type(version) is not int or version != expected:
+        raise ValueError(f"{field}: expected format {expected}, got {'none' if version is None else brief(version)}")
+    return entries
+
+
+@contextmanager
+def open_tensors(path: str | Path, field: str, what: str) -> Iterator[Any]:
+    """A safetensors file, opened by `safetensors.safe_open`; its own check of the header is before any allocation.
+
+    Args:
+        path: the file.
+        field: what errors begin with.
+        what: what it should be, as errors say.
+
+    Raises:
+        ValueError: it cannot be opened or read, or breaks off.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{field}: expected {what}, got {str(path)!r}: {error}") from error
+
+
+def read_text(path: str | Path, field: str, most: int = MOST_BYTES) -> str:
+    """What a text file of ours holds.
+
+    Raises:
+        ValueError: no such file, one that is too large, or not in UTF-8; names the file.
+    """
+    with naming_file(path):
+        return _read_text(Path(path), field, most)
+
+
+def _read_text(path: Path, field: str, most: int) -> str:
+    try:
+        if path.is_dir():
+            raise ValueError(f"{field}: expected a file, got a directory")
+        size = path.stat().st_size
+        if size > most:
+            raise ValueError(f"{field}: expected at most {most:,} bytes, got {size:,}")
+        with path.open("rb") as file:
+            raw = file.read(most + 1)  # what is no file (a pipe, a device) tells no size
+        if len(raw) > most:
+            raise ValueError(f"{field}: expected at most {most:,} bytes, got more")
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{field}: expected text in UTF-8, got {error}") from error
+    except OSError as error:
+        raise ValueError(f"{field}: expected a file, got {error.strerror or error}") from error

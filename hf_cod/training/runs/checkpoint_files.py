@@ -1,0 +1,99 @@
+"""Whether a training can go on from a checkpoint: whether the files that Trainer reads are there, whole and its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hf_cod.io.reading import open_tensors, read_json
+from hf_cod.io.schema import check_value
+
+# File of Trainer's -> the entries that it reads in it.
+STATES = {
+    "optimizer.pt": ("state", "param_groups"),
+    "scheduler.pt": ("last_epoch",),
+    "rng_state*.pth": ("python", "numpy", "cpu"),  # one for each process
+}
+WEIGHTS = "*.safetensors"
+
+Contents = dict[str, tuple[str, tuple[int, ...]]]
+"""Name -> (dtype, shape) of each tensor."""
+
+
+def contents(checkpoint: Path, marker: str, step: int) -> Contents:
+    """What a checkpoint's weights are, once all that Trainer reads beside them is found to be whole.
+
+    Tensors are mapped, not read: a large checkpoint costs no more than a small one.
+
+    Args:
+        checkpoint: its folder.
+        marker: name of the file that is written last, Trainer's own state.
+        step: the step of the training that it should be of.
+
+    Raises:
+        ValueError: a file that is missing, breaks off, or holds something else; names it.
+    """
+    state = check_value(read_json(checkpoint / marker, marker), dict[str, Any], marker)
+    if state.get("global_step") != step:
+        raise ValueError(f"{marker}: expected step {step}, got {state.get('global_step')}")
+    sharded = any(path.is_dir() for path in checkpoint.iterdir())  # FSDP and DeepSpeed keep theirs in folders
+    for pattern, entries in STATES.items():
+        for path in _files(checkpoint, pattern, sharded):
+            _check_state(path, entries)
+    weights = _files(checkpoint, WEIGHTS, sharded)
+    found: Contents = {}
+    for path in weights:
+        with open_tensors(path, path.name, "whole weights") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                part = file.get_slice(key)
+                found[key] = (part.get_dtype(), tuple(part.get_shape()))
+    return found
+
+
+def newest_whole(checkpoints: list[tuple[int, Path]], marker: str, skipped: Callable[[Path, str], None]) -> Path | None:
+    """The first of these that a training can go on from.
+
+    Weights with other tensors than those of the next whole one are another model's.
+
+    Args:
+        checkpoints: (step, folder), the newest first.
+        marker: see `contents`.
+        skipped: called with each one before it and why it was not taken.
+    """
+    taken: tuple[Path, Contents] | None = None
+    for step, path in checkpoints:
+        try:
+            found = contents(path, marker, step)
+        except ValueError as error:
+            if taken is None:
+                skipped(path, str(error))
+            continue
+        if taken is None:
+            taken = path, found
+            continue
+        if found == taken[1]:
+            break
+        skipped(taken[0], f"weights: expected the tensors of {path.name}, got those of another model")
+        taken = path, found
+    return None if taken is None else taken[0]
+
+
+def _files(checkpoint: Path, pattern: str, sharded: bool) -> list[Path]:
+    found = sorted(checkpoint.glob(pattern))
+    if not found and not sharded:
+        raise ValueError(f"{pattern}: expected a file, got none")
+    return found
+
+
+def _check_state(path: Path, entries: tuple[str, ...]) -> None:
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
+    try:
+        with safe_globals():
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # whatever a damaged archive, or a pickle that would run code, may come up with
+        raise ValueError(f"{path.name}: expected a state of torch, got {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not set(entries) <= set(state):
+        raise ValueError(f"{path.name}: expected {', '.join(entries)}, got something else")

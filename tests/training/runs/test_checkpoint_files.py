@@ -1,0 +1,100 @@
+"""A training resumes from the newest checkpoint that is whole and its own, and says which it left out, and why."""
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_cod.training.runs.run_directory import last_checkpoint
+from tests.training.runs.checkpoints import MARKER, whole_checkpoint
+
+STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors")
+
+
+class Evil:
+    """What a pickle may carry: it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in (2, 4):
+        whole_checkpoint(tmp_path, step)
+    return tmp_path
+
+
+def test_the_newest_is_taken(run, caplog):
+    assert last_checkpoint(run, MARKER) == run / "checkpoint-4" and not caplog.records
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES = {
+    "cut": cut,
+    "empty": lambda path: path.write_bytes(b""),
+    "foreign": lambda path: path.write_bytes(b"something else" * 100),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", STATES)
+def test_a_damaged_file_gives_way_to_the_checkpoint_before(name, damage, run, caplog):
+    DAMAGES[damage](run / "checkpoint-4" / name)
+    assert last_checkpoint(run, MARKER) == run / "checkpoint-2"
+    (line,) = caplog.messages
+    assert "checkpoint-4 is damaged" in line and "resumes from checkpoint-2" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("name", STATES[:3])
+@pytest.mark.parametrize("what", ["evil", "other"])
+def test_states_that_are_not_ours(name, what, run, caplog, tmp_path):
+    written = tmp_path / "written"
+    torch.save(Evil(written) if what == "evil" else {"other": torch.zeros(3)}, run / "checkpoint-4" / name)
+    assert last_checkpoint(run, MARKER) == run / "checkpoint-2" and len(caplog.messages) == 1
+    (run / "checkpoint-4" / name).write_bytes(pickle.dumps(Evil(written)))
+    assert last_checkpoint(run, MARKER) == run / "checkpoint-2" and not written.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("model.norm.weight"),
+        lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}),
+        lambda tensors: tensors.update({"extra": torch.ones(3)}),
+    ],
+    ids=["missing", "shape", "extra"],
+)
+def test_weights_of_another_model(change, run, caplog):
+    path = run / "checkpoint-4" / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+    assert last_checkpoint(run, MARKER) == run / "checkpoint-2"
+    assert "of another model" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"global_step": 2}', "{"])
+def test_a_state_of_the_trainer_that_is_not_of_that_step(content, run, caplog):
+    (run / "checkpoint-4" / MARKER).write_text(content)
+    assert last_checkpoint(run, MARKER) == run / "checkpoint-2" and len(caplog.messages) == 1
+
+
+def test_a_checkpoint_without_its_last_file_is_left_out_in_silence(run, caplog):
+    (run / "checkpoint-4" / MARKER).unlink()
+    assert last_checkpoint(run, MARKER) == run / "checkpoint-2" and not caplog.messages
+
+
+def test_with_none_that_is_whole_the_training_begins_anew_and_says_so(run, caplog):
+    for step in (2, 4):
+        cut(run / f"checkpoint-{step}" / "optimizer.pt")
+    assert last_checkpoint(run, MARKER) is None
+    assert len(caplog.messages) == 2 and all("begins anew" in line for line in caplog.messages)
