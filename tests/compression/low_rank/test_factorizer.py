@@ -443,7 +443,7 @@ def test_plans_of_another_model_are_refused(tmp_path, caplog):
     assert RankPlan.load(whole.save(tmp_path / "plan.json")) == whole and whole.sizes == sizes
     assert not caplog.messages
     factorize(other, allocate(scores, "parameter_share", 0.5), "plain")
-    assert "plan: used on LlamaForCausalLM, but found on some/other, whose layers" in caplog.text
+    assert "plan: used on LlamaForCausalLM, but computed for some/other, which has layers" in caplog.text
 
 
 def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
@@ -454,7 +454,7 @@ def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
     factorize(twice, 0.5, "plain")
     adapted = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["up_proj"]))
     for model, message in [
-        (shared, r"one matrix each, got model.layers.1.mlp.up_proj.weight"),
+        (shared, r"a separate weight for each matrix, got model.layers.1.mlp.up_proj.weight"),
         (broken, "weights: expected finite numbers, got NaN or infinity in model.layers.3.mlp.up_proj"),
         (twice, r"model: expected whole matrices, got factors in model.layers.0.self_attn.q_proj"),
         (adapted, r"got an adapter at model.layers.0.mlp.up_proj; merge_and_unload it first"),
