@@ -52,7 +52,7 @@ def quantize(
 
     With batches, layers are quantized one after another; the calibration inputs of a layer are the outputs of the
     quantized layers before it. In addition to the model, memory holds one layer's sums and the hidden states of the
-    batches (on the CPU). The storage format and the speed do not depend on what was given. `save_pretrained` writes the
+    batches (on the CPU). All three cases have the same storage format and speed. `save_pretrained` writes the
     quantized model, `from_pretrained` reads it where hf_cod is imported, and `model.dequantize()` makes it dense again.
 
     The report's `layers` hold `bits` (stored, scales included), `error` (share of the outputs' energy that is lost by

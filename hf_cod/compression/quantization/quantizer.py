@@ -73,7 +73,7 @@ class OwlBnbQuantizer(HfQuantizer):
             if not self.pre_quantized and any(p.device.type == "meta" for p in module.parameters()):
                 raise ValueError(
                     f"device_map: expected no quantized layer on disk, got {name} there; quantize in memory "
-                    "(device_map='cpu'), save, and load what was saved with the rest on disk"
+                    "(device_map='cpu'), save, and load the saved model with layers on disk"
                 )
             if loaded:
                 check_stored(module, name)
