@@ -21,8 +21,9 @@ import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
+
+from hf_cod.io.arguments import checked, unknown_name
 
 Settings = TypeVar("Settings")
 
@@ -55,9 +56,7 @@ def resolve(
     if unknown is not None:
         own = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
         names = [*known, *(name for name in own if name not in known)]
-        near = get_close_matches(unknown, names, 1)
-        told = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{function.__name__}: expected one of {', '.join(names)}, got {unknown!r}{told}")
+        raise ValueError(unknown_name(function.__name__, unknown, names))
     values = {**{name: value for name, value in chosen.items() if value is not None}, **given}
     if settings is None:
         return kind(**values)
@@ -74,6 +73,19 @@ def as_in(settings: type, name: str, **other: Any) -> Any:
     if not other:
         other = {"default": found.default, "default_factory": found.default_factory}
     return field(**other, metadata=found.metadata)
+
+
+class Default(int):
+    """A default that a small model lowers, with a note; the same number, when a user gives it, is refused there."""
+
+
+def following(text: str) -> Any:
+    """A field that `__post_init__` fills, from other settings, where the user gave none.
+
+    Args:
+        text: its help, which says from which.
+    """
+    return field(default=None, metadata={"help": text})
 
 
 def layers_path_field() -> Any:
@@ -97,6 +109,7 @@ def check_choice(name: str, value: Any, table: Collection[str]) -> None:
 PLOT_FORMATS = ("png", "pdf", "svg")
 
 
+@checked
 @dataclass
 class ModelSettings:
     """How a model is loaded."""
@@ -119,6 +132,15 @@ class ModelSettings:
             _check_device(str(self.device))
 
 
+class ModelFields(TypedDict, total=False):
+    """Fields of `ModelSettings` that `load_model` takes by name."""
+
+    dtype: str
+    device: str | None
+    trust_remote_code: bool
+    revision: str
+
+
 def _check_device(device: str) -> None:
     import torch  # a device that was named is about to be used
 
@@ -128,6 +150,7 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device: expected cpu, cuda, mps or auto as this machine has them, got {device!r}") from error
 
 
+@checked
 @dataclass
 class TextSettings:
     """Which text a model is measured on, and how it is cut into samples."""
@@ -140,7 +163,27 @@ class TextSettings:
     text_split: str = field(default="train", metadata={"help": "split of the data set"})
     text_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
 
+    def check_source(self) -> None:
+        """Makes sure that what says how a data set is read has one to read.
 
+        Raises:
+            ValueError: it has none.
+        """
+        for name in ("text_column", "text_split", "text_config"):
+            if self.text is None and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name}: expected a text beside it, got none")
+
+
+class TextFields(TypedDict, total=False):
+    """Fields of `TextSettings` that `load_texts` takes by name."""
+
+    text: str | None
+    text_column: str
+    text_split: str
+    text_config: str | None
+
+
+@checked
 @dataclass
 class SampleSettings:
     """How text becomes samples."""
@@ -158,3 +201,13 @@ class SampleSettings:
         for name, least in (("sequence_length", 2), ("max_samples", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+class SampleFields(TypedDict, total=False):
+    """Fields of `SampleSettings` that `token_batches` takes by name."""
+
+    sequence_length: int
+    max_samples: int
+    batch_size: int
+    pack: bool
+    seed: int

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
+
+from hf_cod.io.arguments import checked
 
 # Kind of a budget -> its unit.
 KINDS = {
@@ -21,6 +24,7 @@ KNOBS = {
 }
 
 
+@checked
 @dataclass
 class FitSettings:
     """The knobs to choose from, and the number of combinations to measure."""
@@ -43,3 +47,10 @@ class FitSettings:
             raise ValueError(f"knobs: expected some of {', '.join(KNOBS)}, got {unknown[0]!r}")
         if self.verify < 0:
             raise ValueError(f"verify: expected at least 0, got {self.verify}")
+
+
+class FitFields(TypedDict, total=False):
+    """Fields of `FitSettings` that `plan_fit` takes by name."""
+
+    knobs: Sequence[str] | None
+    verify: int

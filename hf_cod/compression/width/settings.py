@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import as_in, check_choice
 
 # Method -> which heads and channels are kept; `narrow` has the details.
@@ -21,6 +23,7 @@ COMPENSATIONS = {
 CHANNEL_MULTIPLE = 32  # fits the matrix units of GPUs and the vector registers of CPUs
 
 
+@checked
 @dataclass
 class WidthSettings:
     """The rounding of numbers of channels."""
@@ -33,6 +36,11 @@ class WidthSettings:
         check_channel_multiple(self.channel_multiple)
 
 
+class WidthFields(TypedDict, total=False):
+    """Fields of `WidthSettings` that `plan_width` takes by name; there are no others yet."""
+
+
+@checked
 @dataclass
 class NarrowSettings:
     """How heads and channels are selected, and the error compensation."""
@@ -58,6 +66,12 @@ class NarrowSettings:
         check_choice("method", self.method, METHODS)
         check_choice("compensation", self.compensation, COMPENSATIONS)
         check_channel_multiple(self.channel_multiple)
+
+
+class NarrowFields(TypedDict, total=False):
+    """Fields of `NarrowSettings` that `narrow` takes by name."""
+
+    channel_multiple: int
 
 
 def check_channel_multiple(value: int) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import write_text
+from hf_cod.io.settings import Default
 from hf_cod.models.stored_config import REQUIRES
 from hf_cod.training.adapters.registry import peft_type
 
 
+@checked
 @dataclass
 class OwLoreConfig(PeftConfig):
     """An adapter that `OwLoreAdamW` trains, a few layers at a time (Li et al. 2024, arXiv 2405.18380).
@@ -33,7 +36,10 @@ class OwLoreConfig(PeftConfig):
         ValueError: a rank below 1.
     """
 
-    r: int = field(default=128, metadata={"help": "rank of what trains now"})
+    r: int = field(
+        default=Default(128),
+        metadata={"help": "rank of what trains now; the default at most the width of the layers' matrices"},
+    )
     max_rank: int | None = field(
         default=None, metadata={"help": "bound of the rank of what was learnt before; None: twice r"}
     )
