@@ -247,7 +247,7 @@ def test_what_a_method_needs():
             prune(model, 0.5, batches=batches)
     with pytest.raises(ValueError, match="expected batches or statistics, got both"):
         prune(model, 0.5, batches=[batch_for(model)], statistics=statistics)
-    with pytest.raises(ValueError, match="expected batches for sparsegpt, which needs more than sums of squares"):
+    with pytest.raises(ValueError, match="expected batches for sparsegpt, got statistics, which hold sums of squares"):
         prune(model, 0.5, "sparsegpt", statistics=statistics)
     with pytest.raises(ValueError, match="statistics: expected those of LlamaForCausalLM"):
         prune(build("llama", intermediate_size=64), 0.5, statistics=statistics)
