@@ -26,8 +26,8 @@ from hf_cod.training.pretraining.recipes import PretrainSettings
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 # The package carries the weights without the code that the Hub would need: this writes both.
-WHERE = """The weights are part of the package hf_cod. This writes them, with the code that loads them, into a
-directory, which can go to the Hub as it is:
+WHERE = """The weights are part of the package hf_cod. These lines write them, with the code that loads them, into a
+directory that can be uploaded to the Hub:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
