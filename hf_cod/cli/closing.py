@@ -17,6 +17,25 @@ def closing(results: dict[str, Any], made: str) -> list[str]:
     return [_size(results, made), *_perplexity(results, made), *describe_speed(results, made)]
 
 
+def does_harm(alike: float | None, by_score: float | None) -> bool:
+    """Whether all layers alike have a lower perplexity than a plan by a score; what is written alike is no harm."""
+    if alike is None or by_score is None:
+        return False
+    return alike < by_score and format_number(alike) != format_number(by_score)
+
+
+def harm_notes(fallback: dict[str, Any]) -> list[str]:
+    """What became of a score that did harm: results["fallback"] of a report of `compression.run`, or nothing."""
+    if not fallback:
+        return []
+    by_score, alike = (format_number(fallback[name]) for name in ("perplexity", "alike"))
+    return [
+        f"score {fallback['score']} did harm: perplexity {by_score} against {alike} with all layers alike; all layers "
+        "were treated alike. --force keeps the score. This was decided on the samples that are reported on, so the "
+        "perplexity is the smaller of two."
+    ]
+
+
 def _size(results: dict[str, Any], made: str) -> str:
     memory, counted = results["memory_bytes"], ""
     if "parameters" in results:
@@ -40,14 +59,15 @@ def _perplexity(results: dict[str, Any], made: str) -> list[str]:
     if not found:
         return []
     compared = f" (all layers alike: {found['uniform']})" if "uniform" in found else ""
+    if "fallback" in results:
+        compared = ""  # it is what was made
     if "recovered" in found:
         compared += f" and by recovery to {found['recovered']}"
     sentences = [
         f"Perplexity goes from {found['intact']} to {found[made]}{compared}, measured on "
         f"{results['evaluation']['samples']} samples that were not seen before."
     ]
-    # What looks alike in the sentence above is no harm.
-    if "uniform" in found and found["uniform"] != found[made] and figures["uniform"] < figures[made]:
+    if "fallback" not in results and does_harm(figures.get("uniform"), figures[made]):
         sentences.append("So on these samples this score does harm: --score uniform treats all layers alike.")
     return sentences
 

@@ -5,7 +5,7 @@ Load, split the text, measure, plan, apply, save, reload, measure, report.
 A command brings its settings and a `Step`. Report keys mean the same for every command: of `results`, "perplexity",
 "memory_bytes" and "speed" hold "intact", what the step made of it and, for perplexity, what it is compared with;
 "disk_bytes" is the size of the saved weights, "evaluation" the samples that perplexity was measured on, "score" what
-the layers were scored with.
+the layers were scored with, "fallback", where that score did harm, the perplexities that were compared.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hf_cod.cli.closing import closing
+from hf_cod.cli.closing import closing, does_harm, harm_notes
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import default_directory
 from hf_cod.cli.recorded import card_outputs
-from hf_cod.cli.samples import split_text
+from hf_cod.cli.samples import check_texts, split_text
 from hf_cod.cli.settings import PlotSettings, ResultsOutput
 from hf_cod.cli.step import Step
 from hf_cod.cli.terminal import print_report
@@ -52,6 +52,7 @@ def compress(
     directory = Path(files.output or default_directory(step.command, source))
     if files.plots:
         require_plots()
+    check_texts(text, step.samples().eval_text)
     scores = getattr(files, "scores", None)
     told = [step.command, source, asdict(loading), asdict(text), step.identity(), scores]
     with OutputDirectory(directory, told, check=check_unused, source=source) as output:
@@ -97,12 +98,17 @@ def run(
     plan = step.plan(work)
     if plan is None:
         return None
-    for name, other in step.baselines(work, plan).items():
+    baselines = step.baselines(work, plan)
+    for name, other in baselines.items():
         step.apply(work, other)
         perplexity[name] = work.perplexity()
         work.renew()
-    report = step.apply(work, plan)
-    made = step.done
+    report, made = step.apply(work, plan), step.done
+    fallback = _harm(step, work, plan, perplexity.get("uniform"))
+    if fallback:
+        plan = baselines["uniform"]
+        work.renew()
+        report = step.apply(work, plan)
     if step.trained is not None:
         perplexity[made] = work.perplexity()
         step.train(work)
@@ -113,6 +119,8 @@ def run(
     speed |= work.speed(made)
     disk = sum(path.stat().st_size for path in output.results.glob("*.safetensors"))
     measured = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
+    if fallback:
+        measured["fallback"] = fallback
     return _complete(report, step, work, plan, measured, text, scores_file)
 
 
@@ -137,15 +145,30 @@ def _complete(
     told = {"model": work.source, **asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
     given = {} if scores_file is None or work.scores is None else {"score": work.scores.method}
     scored = {} if work.scores is None else {"score": work.scores.values}
+    fallback = measured.get("fallback", {})
+    decided = {"score": fallback["score"]} if fallback else {}
     remarks = [] if work.scores is None else work.scores.remarks
     report = replace(
         report,
-        settings={**told, "scores": scores_file, **given, **step.told(plan)},
+        settings={**told, "scores": scores_file, **given, **step.told(plan), **decided},
         layers={**report.layers, **layers, **scored},
         results=results,
     )
     found = [*step.sentences(report, work.model), *closing(results, step.done), *remarks, *step.last_words()]
-    return replace(report, summary=found)
+    return replace(report, summary=found, notes=[*report.notes, *harm_notes(fallback)])
+
+
+def _harm(step: Step, work: Work, plan: Any, alike: float | None) -> dict[str, Any]:
+    """What a score did worse than all layers alike, by their perplexity and that of the model as it is now; empty where
+    it did no harm, nothing was compared, or the user keeps it.
+    """
+    if alike is None or step.settings.force:
+        return {}
+    by_score = work.perplexity()
+    if not does_harm(alike, by_score):
+        return {}
+    score = getattr(plan, "method", None) or (work.scores.method if work.scores else "")
+    return {"score": score, "perplexity": by_score, "alike": alike}
 
 
 def _save(directory: Path, work: Work, files: dict[str, Any]) -> None:

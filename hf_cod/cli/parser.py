@@ -22,6 +22,8 @@ from hf_cod.io.deprecation import warn_renamed
 ALIASES = {"--output-dir": "--output"}
 # Option of an earlier version -> its name now; taken for one release, with a warning.
 RENAMED = {"--multiple": "--channel-multiple", "--parameters": "--parameter-share"}
+# Type of an option's value -> what an error calls it.
+_TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}
 # Options of every command, which a config file does not hold.
 _COMMON = ("help", "config", "print_config", "quiet", "debug")
 
@@ -99,6 +101,19 @@ class SettingsParser(argparse.ArgumentParser):
         """
         if action.choices is not None and value not in action.choices:
             raise ValueError(f"{action.dest}: expected one of {', '.join(map(str, action.choices))}, got {value!r}")
+
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """As a setting's own check says it.
+
+        Raises:
+            ValueError: no number, where one is expected.
+        """
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError as error:
+            if action.type not in _TYPES:
+                raise
+            raise ValueError(f"{action.dest}: expected {_TYPES[action.type]}, got {text!r}") from error
 
     def _options(self) -> dict[str, argparse.Action]:
         """Name in a config file -> option or positional argument."""

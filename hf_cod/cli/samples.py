@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from hf_cod.cli.parser import model_title
 from hf_cod.cli.settings import MeasuringSettings
 from hf_cod.io.models import load_model
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.io.text import Batch, describe_batches, load_texts, mask_tokens, split_samples
 from hf_cod.io.text import token_batches as cut_into_batches
 from hf_cod.layers.checks import check_length
+from hf_cod.layers.running import busy
 from hf_cod.layers.task import task_of
 
 
@@ -23,10 +25,26 @@ def load_with_tokenizer(source: str, loading: ModelSettings) -> tuple[nn.Module,
     Raises:
         ValueError: it has none, so that there are no samples to cut; or no such model.
     """
-    model, tokenizer = load_model(source, loading)
+    with busy(f"loading {model_title(source)}"):
+        model, tokenizer = load_model(source, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod in Python")
     return model, tokenizer
+
+
+def check_texts(text: TextSettings, eval_text: str | None) -> None:
+    """Makes sure that there are the texts that were named, before a model is loaded.
+
+    Raises:
+        ValueError: there is no such text; says which.
+    """
+    load_texts(text)
+    if eval_text is None:
+        return
+    try:
+        load_texts(replace(text, text=eval_text))
+    except ValueError as error:
+        raise ValueError(f"eval_{error}" if str(error).startswith("text") else str(error)) from error
 
 
 def split_text(

@@ -54,12 +54,28 @@ class CompressionSettings(MeasuringSettings):
         super().__post_init__()
         ScoreSettings(threshold=self.threshold)
 
+    @property
+    def of_owl(self) -> bool:
+        """Whether a setting was changed that the score owl alone has: where no score was named, that one is meant."""
+        return self.per_module or self.threshold != ScoreSettings().threshold
+
 
 @dataclass
 class SpreadSettings(CompressionSettings):
     """The same, for budgets of which each layer may get more or less."""
 
     spread: float | None = as_in(AllocationSettings, "spread")
+    force: bool = field(
+        default=False,
+        metadata={
+            "help": "keep the score where the perplexity of all layers alike is lower; default: all layers are then "
+            "treated alike. With --no-baseline there is nothing to compare, and the score is always kept"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        AllocationSettings(spread=self.spread)
 
 
 @dataclass

@@ -52,7 +52,9 @@ class Step(ABC):
         """Decides on the intact model what is done to it; None where nothing is to be done."""
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
-        """Name -> another plan, whose perplexity is measured for comparison."""
+        """Name -> another plan, whose perplexity is measured for comparison; "uniform" treats all layers alike, and is
+        what is done instead where a score does harm, unless `settings.force` says otherwise.
+        """
         return {}
 
     @abstractmethod

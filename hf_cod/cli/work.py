@@ -13,6 +13,7 @@ from hf_cod.cli.samples import load_with_tokenizer
 from hf_cod.io.models import load_model
 from hf_cod.io.settings import ModelSettings
 from hf_cod.io.text import Batch
+from hf_cod.layers.running import busy, progress
 from hf_cod.layers.speed import Speeds, speeds_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
@@ -65,12 +66,14 @@ class Work:
 
     def load(self) -> Any:
         """The intact model, loaded anew."""
-        return load_model(self.source, self._loading)[0]
+        with busy(f"loading {self.name}"):
+            return load_model(self.source, self._loading)[0]
 
     def reload(self, directory: Path) -> None:
         """Loads what was saved in the place of what was changed."""
         self.model = None
-        self.model = load_model(str(directory), replace(self._loading, revision="main"))[0]
+        with busy("loading what was saved"):
+            self.model = load_model(str(directory), replace(self._loading, revision="main"))[0]
 
     def score(self, method: str, **chosen: Any) -> LayerScores:
         """The scores that were given, or those that are found by a method, with the command's settings of it."""
@@ -84,7 +87,8 @@ class Work:
         """On the samples to measure on; None for a model that is no language model."""
         if task_of(self.model) not in LANGUAGE_MODELS:
             return None
-        return held_out_perplexity(self.model, self.evaluation, self.settings.layers_path)
+        batches = progress(self.evaluation, "perplexity", show=True)
+        return held_out_perplexity(self.model, batches, self.settings.layers_path)
 
     def speed(self, name: str) -> Speeds:
         """Of the model as it is now, under that name; empty where it is not asked for.
@@ -94,4 +98,5 @@ class Work:
         """
         if not getattr(self.settings, "speed", False):
             return {}
-        return speeds_of({name: self.stack}, self.evaluation)
+        with busy("measuring speed"):
+            return speeds_of({name: self.stack}, self.evaluation)

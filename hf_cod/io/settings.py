@@ -75,6 +75,19 @@ def as_in(settings: type, name: str, **other: Any) -> Any:
     return field(**other, metadata=found.metadata)
 
 
+class Default(int):
+    """A default that a small model lowers, with a note; the same number, when a user gives it, is refused there."""
+
+
+def following(text: str) -> Any:
+    """A field that `__post_init__` fills, from other settings, where the user gave none.
+
+    Args:
+        text: its help, which says from which.
+    """
+    return field(default=None, metadata={"help": text})
+
+
 def layers_path_field() -> Any:
     """The field `layers_path`, for settings of functions that look up the layers of a model."""
     return field(
@@ -138,6 +151,16 @@ class TextSettings:
     text_column: str = field(default="text", metadata={"help": "column of the dataset that holds the text"})
     text_split: str = field(default="train", metadata={"help": "split of the dataset"})
     text_config: str | None = field(default=None, metadata={"help": "configuration of the dataset"})
+
+    def check_source(self) -> None:
+        """Makes sure that what says how a data set is read has one to read.
+
+        Raises:
+            ValueError: it has none.
+        """
+        for name in ("text_column", "text_split", "text_config"):
+            if self.text is None and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name}: expected a text beside it, got none")
 
 
 @dataclass

@@ -45,6 +45,7 @@ def load_texts(settings: TextSettings | None = None, **fields: Any) -> Iterable[
         ImportError: the source requires `datasets`, which is not installed.
     """
     settings = resolve(load_texts, TextSettings, settings, fields)
+    settings.check_source()
     source = settings.text
     if source is None:
         return [embedded_text()]

@@ -71,6 +71,17 @@ def progress(items: Iterable[Item], title: str, show: bool, total: int | None = 
     return tqdm(items, desc=title, disable=None if wanted else True, leave=False, total=total)
 
 
+@contextmanager
+def busy(title: str, show: bool = True) -> Iterator[None]:
+    """A bar, as `progress` shows it, while the block does one thing that takes a while."""
+    bar = iter(progress((None,), title, show))
+    next(bar)
+    try:
+        yield
+    finally:
+        next(bar, None)
+
+
 def hidden_input(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     """The hidden state that a layer was called with."""
     return args[0] if args else kwargs["hidden_states"]

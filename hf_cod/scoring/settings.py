@@ -120,5 +120,7 @@ class AllocationSettings:
         for name, number in (("budget", self.budget), ("spread", self.spread)):
             if isinstance(number, bool) or not isinstance(number, (int, float, type(None))):
                 raise ValueError(f"{name}: expected a number, got {number!r}")
+        if self.spread is not None and not 0 <= self.spread < math.inf:
+            raise ValueError(f"spread: expected a finite number of at least 0, got {self.spread}")
         check_choice("kind", self.kind, KINDS)
         check_choice("rule", self.rule, RULES)

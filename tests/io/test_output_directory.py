@@ -134,7 +134,7 @@ def fill(output):
         write_text(output.results / name, name)
 
 
-IN_THE_MOVES = 9  # two probes, four files and the manifest are written, then one is moved
+IN_THE_MOVES = 9  # after a probe, four files, a look at the umask, the manifest, and the move of a first file
 
 
 class Killed(BaseException):
@@ -201,6 +201,7 @@ def test_another_run_does_not_complete_it(tmp_path, monkeypatch):
             output.finish()
 
     assert killed_at(monkeypatch, IN_THE_MOVES, work)
+    assert (tmp_path / "out" / "journal" / "manifest.json").is_file()
     before = tree(tmp_path / "out")
     with pytest.raises(ValueError, match="where another run was killed while it finished"):
         OutputDirectory(tmp_path / "out", ["two"]).__enter__()
@@ -216,6 +217,7 @@ def test_results_that_are_lost_before_they_are_completed_are_made_again(tmp_path
             output.finish()
 
     assert killed_at(monkeypatch, IN_THE_MOVES, work)
+    assert (tmp_path / "out" / "journal" / "manifest.json").is_file()
     shutil.rmtree(tmp_path / "out" / "journal" / "result")
     with OutputDirectory(tmp_path / "out", ["one"], check=check_unused) as output:
         assert not output.completed

@@ -60,6 +60,8 @@ class TrainingHistory:
             ValueError: no history there, one of another format, or lines that hold something else.
         """
         file = _file_of(Path(path))
+        if not file.is_file():
+            raise ValueError(f"history: expected a training history of hf_cod, got {str(file)!r}, which does not exist")
         whole = read_json_lines(file, "history")
         with naming_file(file):
             if not whole:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hf_cod.io.output_directory import OutputDirectory
+    from hf_cod.io.report import RunReport
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # The same model (4-bit GGUF) out of a package, for machines that reach a package index but not the Hub.
@@ -76,10 +77,44 @@ def _pair(directory: OutputDirectory) -> int:
     comparison.plot(directory.results)
     write_text(directory.results / "compare.md", comparison.to_markdown())
     print_comparison(comparison)
+    say("\nWhat this shows:")
+    for line in explain(reports):
+        say(f"• {line}")
     _quantized(output / "quantized")
     directory.finish(beside=[f"{placement}/report.json" for placement in EMBEDDED_PLACEMENTS])
     say(f"\nwritten to {output.resolve()}; the figures are compare.png and quantized/overview.png")
     return 0
+
+
+def explain(reports: Sequence[RunReport]) -> list[str]:
+    """What a newcomer sees in the table of the pair, and what it does not show."""
+    from hf_cod.io.report import format_number
+
+    pre, _lns = reports
+    depth = pre.n_layers
+    lines = [
+        f"Effective depth is the number of equal layers that would turn the hidden state as these {depth} do: {depth} "
+        "if all turn it equally far, 1 if a single layer does everything."
+    ]
+    if all(report.layers.get("variance") for report in reports):
+        first, second = (format_number(report.layers["variance"][-1]) for report in reports)
+        lines.append(
+            f"LayerNorm Scaling (lns) holds the variance of the hidden state: {second} after the last layer, {first} "
+            "without it (pre). Where the variance grows with depth, each further layer adds less to it: that is the "
+            "Curse of Depth."
+        )
+    found = [report.results.get("layer_drop") for report in reports]
+    if all(found):
+        first, second = (format_number(each["intact"]) for each in found if each)
+        lines.append(
+            f"In perplexity the two differ little ({first} pre, {second} lns): they have {depth} layers and 3.4 "
+            "million parameters and were trained once each on 10 million tokens, too little to rank the placements."
+        )
+    lines.append(
+        "The paper (arXiv 2502.05795) reports lower perplexity with LayerNorm Scaling for models of 130 million to 1 "
+        "billion parameters; this package has not repeated that."
+    )
+    return lines
 
 
 def _quantized(directory: Path) -> None:

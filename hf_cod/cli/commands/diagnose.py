@@ -48,13 +48,15 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.io.models import load_model
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts
+    from hf_cod.layers.running import busy
 
     texts = load_texts(text)
     if output.plots:
         require_plots()
     path = output.output or default_directory("diagnose", rest.model)
     with OutputDirectory(path, source=rest.model) as directory:
-        model, tokenizer = load_model(rest.model, loading)
+        with busy(f"loading {model_title(rest.model)}"):
+            model, tokenizer = load_model(rest.model, loading)
         if tokenizer is None:
             raise ValueError(
                 f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.diagnose in Python"

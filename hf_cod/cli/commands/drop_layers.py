@@ -40,6 +40,8 @@ class DropLayersOptions(SpeedSettings, MeasuringSettings):
         DepthSettings(criterion=self.criterion, replacement=self.replacement)
         if self.layers is not None and self.parameter_share is not None:
             raise ValueError("layers: expected no parameter_share beside it, which would say how many, too")
+        if self.layers is not None and self.layers < 1:
+            raise ValueError(f"layers: expected at least 1 layer to remove, got {self.layers}")
         if self.parameter_share is not None and not 0 < self.parameter_share < 1:
             raise ValueError(f"parameter_share: expected a share between 0 and 1, got {self.parameter_share}")
 
@@ -92,7 +94,10 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, files, rest = make_parser().parse(arguments)
     if files.plan is not None:
+        from hf_cod.compression.depth.depth_plan import DepthPlan
+
         settings.check_beside_plan()
+        DepthPlan.load(files.plan)  # what cannot be read is said before the model is loaded
     from hf_cod.cli.compression import compress
 
     return compress(DropLayers(settings, files.plan), rest.model, loading, text, files)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hf_cod.scoring.layer_scores import LayerScores
 
 DEFAULT_SHARE = 0.8
+# fisher, the default, is the best in each column of the table of ranks, by far; it costs one backward pass.
 # These give each matrix a rank, all others each layer a share.
 FISHER, SPECTRUM = OF_MATRICES = tuple(WEIGHINGS)
 # These try plans of sparsity, which say little of ranks.
@@ -83,14 +84,19 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
         return DEFAULT_SHARE if self.parameter_share is None else self.parameter_share
 
     def check_scores(self, scores_file: str | None) -> None:
-        """Makes sure that a rank and a spread have scores of layers to follow, from a file if not by name.
+        """Makes sure that a rank and a spread have scores of layers to follow, from a file if not by name, and that
+        the spread has room beside the budget.
 
         Raises:
-            ValueError: they have none.
+            ValueError: they have none, or it has none.
         """
         given = next((name for name in ("rank", "spread") if getattr(self, name) is not None), None)
         if given is not None and scores_file is None and self.score in (None, *OF_MATRICES):
             raise ValueError(f"{given}: expected a score of layers beside it, got {self.score or 'none'}")
+        if self.spread is not None:
+            from hf_cod.scoring.layer_scores import LayerScores
+
+            self.allocate(LayerScores("", "uniform", [1.0], [1]))  # budget and spread go together
 
     def allocate(self, scores: LayerScores) -> LayerAllocation:
         """The share of its rank, or of its weights, that each layer keeps."""

@@ -16,7 +16,7 @@ from hf_cod.cli.settings import TrainingOutput
 from hf_cod.cli.sizes import in_gigabytes
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.training_settings import TrainingSettings, check_fused, check_scores
+from hf_cod.training.runs.training_settings import TrainingSettings, check_fused, check_scores, for_samples
 
 if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
@@ -45,8 +45,10 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, sampling, asked, files, rest = make_parser().parse(arguments)
+    from hf_cod.cli.samples import check_texts
     from hf_cod.cli.training import train_into
     from hf_cod.scoring.layer_scores import LayerScores
+    from hf_cod.training.runs.methods import check_method
     from hf_cod.training.runs.trainer import check_one_process
 
     if asked.estimate:
@@ -54,11 +56,15 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
+    check_method(settings.method, sampling)
+    check_texts(text, None)
+    if files.scores is not None:
+        LayerScores.load(files.scores)
     check_one_process()
     directory = Path(files.output or default_directory("finetune", rest.model))
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
-    if files.scores is not None:
-        LayerScores.load(files.scores)  # or nothing is written
+    if settings.follows_samples:
+        del told["steps"]
     if files.plots:
         require_plots()
     work = partial(run, rest.model, loading, text, settings, sampling, files.scores)
@@ -81,11 +87,14 @@ def run(
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
     from hf_cod.layers.checks import check_length
+    from hf_cod.layers.running import busy, progress
     from hf_cod.layers.size import bytes_of
     from hf_cod.training.runs.methods import METHODS
+    from hf_cod.training.runs.run_directory import begun_steps, claim
     from hf_cod.training.runs.trainer import scores_to_draw_by, split_windows, train
 
-    model, tokenizer = load_model(source, loading)
+    with busy(f"loading {model_title(source)}"):
+        model, tokenizer = load_model(source, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod.owlore with Trainer")
     check_length(model, settings.sequence_length)
@@ -94,8 +103,10 @@ def run(
     output.require(0 if getattr(model, "is_quantized", False) else bytes_of(model))
     windows = pack(tokenizer, load_texts(text), settings.sequence_length)
     train_windows, held_out = split_windows(windows, settings)
+    settings = for_samples(settings, len(train_windows), begun_steps(output.path))
+    claim(output.path, {"steps": settings.total_steps})
     batches: list[Batch] = [{"input_ids": part} for part in held_out.split(settings.micro_batch_size)]
-    before = held_out_perplexity(model, batches)
+    before = held_out_perplexity(model, progress(batches, "perplexity", show=True))
     scores = scores_to_draw_by(model, train_windows, settings, scores_file, output.path)
     chosen = METHODS[settings.method]
     trained: Any
@@ -104,7 +115,7 @@ def run(
     training = train(trained, optimizer, train_windows, settings, sampling.seed, output.path)
     lost = _lost_energy(trained)
     whole = _saved(trained, tokenizer, chosen.adapters, output.results)
-    after = held_out_perplexity(whole, batches)
+    after = held_out_perplexity(whole, progress(batches, "perplexity", show=True))
     told = {"model": source, **asdict(text), **settings.resolved(), **asdict(sampling)}
     if scores is not None:
         told |= {"score": scores.method, "scores": scores_file}

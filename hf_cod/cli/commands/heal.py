@@ -53,18 +53,24 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, source, settings, sampling, files, rest = make_parser().parse(arguments)
+    from hf_cod.cli.samples import check_texts
     from hf_cod.cli.training import train_into
     from hf_cod.scoring.layer_scores import LayerScores
+    from hf_cod.training.runs.methods import check_method
     from hf_cod.training.runs.trainer import check_one_process
 
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
+    check_method(settings.method, sampling)
+    check_texts(text, source.eval_text)
+    if files.scores is not None:
+        LayerScores.load(files.scores)
     check_one_process()
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
     del told["speed"]  # with or without, it is the same training
-    if files.scores is not None:
-        LayerScores.load(files.scores)  # or nothing is written
+    if settings.follows_samples:
+        del told["steps"]
     if files.plots:
         require_plots()
     work = partial(run, rest.student, loading, text, source, settings, sampling, files.scores)

@@ -74,14 +74,17 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
     from hf_cod.cli.recorded import card_outputs
     from hf_cod.compression.sparse.quantizer import pack_sparse
     from hf_cod.io.models import load_model
+    from hf_cod.layers.running import busy
     from hf_cod.layers.size import bytes_of
     from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.models.checkpoint import copy_companions
 
-    model: Any = load_model(source, loading)[0]
+    with busy(f"loading {model_title(source)}"):
+        model: Any = load_model(source, loading)[0]
     stack = find_decoder_layers(model, settings.layers_path)
     dense_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
-    pack_sparse(model, settings=settings)
+    with busy("packing"):
+        pack_sparse(model, settings=settings)
     output.require(bytes_of(model))
     model.save_pretrained(output.results)
     copy_companions(Path(source) if Path(source).is_dir() else source, output.results)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
@@ -76,21 +77,29 @@ def main(arguments: Sequence[str]) -> int:
     if output.statistics is not None and not settings.uses_statistics:
         got = f"got {output.statistics!r}"
         raise ValueError(f"statistics: expected none beside the method {settings.method}, which reads none, {got}")
+    from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
     from hf_cod.cli.terminal import print_report
     from hf_cod.io.models import load_model
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts, mask_tokens
     from hf_cod.io.text import token_batches as cut_into_batches
     from hf_cod.layers.checks import check_length
+    from hf_cod.layers.running import busy
     from hf_cod.layers.task import task_of
 
     directory = Path(output.output or default_directory("score", rest.model))
+    texts = load_texts(text)
+    if output.plots:
+        require_plots()
+    if output.statistics is not None:
+        LayerStatistics.load(output.statistics)
     with OutputDirectory(directory, source=rest.model) as place:
-        model, tokenizer = load_model(rest.model, loading)
+        with busy(f"loading {model_title(rest.model)}"):
+            model, tokenizer = load_model(rest.model, loading)
         if tokenizer is None:
             raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
         check_length(model, settings.sequence_length)
-        batches = cut_into_batches(tokenizer, load_texts(text), settings)
+        batches = cut_into_batches(tokenizer, texts, settings)
         if task_of(model) == "masked_lm":
             batches = mask_tokens(tokenizer, batches, settings.seed)
         report = run(model, batches, settings, output.statistics, directory, model_title(rest.model))

@@ -11,6 +11,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from hf_cod.io.files import write_text
+from hf_cod.io.settings import Default
 from hf_cod.models.stored_config import REQUIRES
 from hf_cod.training.adapters.registry import peft_type
 
@@ -33,7 +34,10 @@ class OwLoreConfig(PeftConfig):
         ValueError: a rank below 1.
     """
 
-    r: int = field(default=128, metadata={"help": "rank of what trains now"})
+    r: int = field(
+        default=Default(128),
+        metadata={"help": "rank of what trains now; the default at most the width of the layers' matrices"},
+    )
     max_rank: int | None = field(
         default=None, metadata={"help": "bound of the rank of what was learnt before; None: twice r"}
     )

@@ -31,9 +31,9 @@ from hf_cod.training.healing.settings import HealSettings
 from hf_cod.training.healing.zeros import kept_at_zero
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
-from hf_cod.training.runs.run_directory import claim, half_checkpoints
+from hf_cod.training.runs.run_directory import begun_steps, claim, half_checkpoints
 from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, split_windows, train
-from hf_cod.training.runs.training_settings import check_scores
+from hf_cod.training.runs.training_settings import check_scores, for_samples
 
 
 def heal(
@@ -94,6 +94,7 @@ def heal(
     for stack in (mine, theirs):
         check_length(stack.model, settings.sequence_length)
     windows, held_out = _windows(data, tokenizer, held_out, settings, int(mine.config.vocab_size))
+    settings = for_samples(settings, len(windows), begun_steps(Path(output)) if output else None)
     objective = Objective(
         mine,
         theirs,

@@ -45,7 +45,7 @@ def recover(
     Args:
         model: a pruned model with a language modelling head; flags of training and gradients come back as they were.
         batches: dicts with input_ids, attention_mask and, for a masked language model, labels; each step takes one.
-        steps: how many; default: 100.
+        steps: how many; default: 100, or as many as 20 passes over the batches take.
         layers_path: the stack's module name where it cannot be found.
         show_progress: show a progress bar.
         settings: how it is trained.
@@ -70,17 +70,17 @@ def recover(
         raise ValueError(f"recover: expected a language model, and labels for a masked one, got {why}")
     check_writable(stack)
     device = execution_device(stack.model)
-    generator = torch.Generator().manual_seed(how.seed)
+    generator, steps = torch.Generator().manual_seed(how.seed), how.steps_on(len(batches))
     with _adapted(stack, how.rank, how.seed) as adapters, torch.enable_grad():
         trained = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=how.learning_rate, weight_decay=0.0)
         # To zero one step behind the last, so that all of them learn.
         schedule = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
-            optimizer, max(1, how.steps // 10), how.steps + 1, min_lr_rate=0.0
+            optimizer, max(1, steps // 10), steps + 1, min_lr_rate=0.0
         )
         losses = []
         order: list[int] = []
-        for step in progress(range(how.steps), "recovery", show_progress):
+        for step in progress(range(steps), "recovery", show_progress):
             order = order or torch.randperm(len(batches), generator=generator).tolist()
             loss = _loss(stack.model, to_device(batches[order.pop()], device))
             if not loss.isfinite():

@@ -27,7 +27,7 @@ from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, refuse_s
 from hf_cod.training.owlore.eight_bit import codebook
 from hf_cod.training.owlore.moments import adam_direction, apply_direction, is_projected, refresh_basis
 from hf_cod.training.owlore.optimizer_state import KEY, check_state, states_of
-from hf_cod.training.owlore.sampling import check_hyperparameters, check_rank, make_sampler
+from hf_cod.training.owlore.sampling import check_hyperparameters, check_rank, fitted, make_sampler
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.owlore.trained_increments import Increments
 from hf_cod.training.owlore.update_in_backward import UpdateInBackward
@@ -121,7 +121,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
         self.layers = ActiveLayers(model, others)
         self.increments = Increments(list(self.layers.stack), self.layers.layers)
-        self.settings = self.increments.settings(self.settings)
+        self.settings = fitted(self.increments.settings(self.settings), self.layers)
         self.sampler = make_sampler(scores, self.layers, self.settings)
         check_rank(self.settings.rank, self.layers)
         keep_unpacked(model)

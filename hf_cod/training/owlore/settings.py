@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hf_cod.io.settings import as_in
+from hf_cod.io.settings import Default, as_in
 
 DEFAULT_FLOOR = 0.2
 DEFAULT_SPREAD = 0.5
@@ -20,11 +20,16 @@ class OwLoreSettings:
     Defaults are the paper's for LLaMA2-7B (arXiv 2405.18380, appendix A), but for the floor.
     """
 
-    n_active: int = field(default=5, metadata={"help": "layers that train at a time, gamma"})
+    n_active: int = field(
+        default=Default(5), metadata={"help": "layers that train at a time, gamma; the default at most all of them"}
+    )
     interval: int = field(default=50, metadata={"help": "optimizer steps until other layers are drawn, K"})
     rank: int | None = field(
-        default=128,
-        metadata={"help": "rank that gradients of matrices are projected to (GaLore); 0 or None: full rank"},
+        default=Default(128),
+        metadata={
+            "help": "rank that gradients of matrices are projected to (GaLore), the default at most their width; 0 or "
+            "None: full rank"
+        },
     )
     scale: float = field(default=1.0, metadata={"help": "factor of projected updates, GaLore's alpha"})
     floor: float = field(
@@ -69,6 +74,8 @@ class OwLoreSettings:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale: expected a finite number above 0, got {self.scale}")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor: expected a share between 0 and 1, got {self.floor}")
         for name, allowed in (("deselected", DESELECTED), ("rounding", ROUNDINGS), ("moments", MOMENTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
 
+from hf_cod.io.settings import following
 from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.training.owlore.settings import OwLoreSettings
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_STEPS = 300
+# Passes over the samples: how many the default number of steps makes at most, as many as transformers' Trainer makes;
+# and from how many on a number that a user gave is worth a warning, because a model learns its samples by heart.
+DEFAULT_PASSES, MANY_PASSES = 3.0, 20
+# Samples in a step and in a forward pass, steps between checkpoints and between logged losses, where neither is given.
+BATCH, MICRO_BATCH, SAVE_EVERY, LOG_EVERY = 16, 4, 100, 10
 # Method -> what trains; `methods.METHODS` has the optimizers.
 METHODS = {
     "owlore": "a few layers at a time, drawn by their scores, with low-rank moments",
@@ -35,9 +44,19 @@ class TrainingSettings:
     learning_rate: float | None = field(
         default=None, metadata={"help": "peak, after a warm-up over a tenth of the steps; default: the method's"}
     )
-    steps: int | None = field(default=None, metadata={"help": f"optimizer steps (default: {DEFAULT_STEPS})"})
-    batch_size: int = field(default=16, metadata={"help": "samples in an optimizer step"})
-    micro_batch_size: int = field(default=4, metadata={"help": "samples in a forward pass"})
+    steps: int | None = field(
+        default=None,
+        metadata={"help": f"optimizer steps; default: {DEFAULT_STEPS}, or as many as --passes over the samples take"},
+    )
+    passes: float = field(
+        default=DEFAULT_PASSES, metadata={"help": "without --steps: most passes over the samples of the text"}
+    )
+    batch_size: int = following(
+        f"samples in an optimizer step; default: {BATCH}, or the next multiple of --micro-batch-size"
+    )
+    micro_batch_size: int = following(
+        f"samples in a forward pass; default: {MICRO_BATCH}, or the largest number below it that divides --batch-size"
+    )
     sequence_length: int = field(default=256, metadata={"help": "tokens in a sample"})
     eval_samples: int = field(default=32, metadata={"help": "samples, of the text's end, to measure perplexity on"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0: not at all"})
@@ -46,8 +65,13 @@ class TrainingSettings:
     )
     bf16: bool = field(default=False, metadata={"help": "train under bfloat16 autocast"})
     lora_rank: int = field(default=16, metadata={"help": "lora: its rank"})
-    save_every: int = field(default=100, metadata={"help": "steps between checkpoints; a killed run goes on from one"})
-    log_every: int = field(default=10, metadata={"help": "steps between logged losses"})
+    save_every: int = following(
+        f"steps between checkpoints, from which a killed run resumes; default: {SAVE_EVERY}, or the last multiple of "
+        "--log-every before it"
+    )
+    log_every: int = following(
+        f"steps between logged losses; default: {LOG_EVERY}, or the largest number below it that divides --save-every"
+    )
 
     def __post_init__(self) -> None:
         for name, valid in (("method", METHODS), ("score", SCORES)):
@@ -58,6 +82,11 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        self._follow()
+        if not 0 < self.passes < math.inf:
+            raise ValueError(f"passes: expected a number above 0, got {self.passes}")
+        if not 0 < self.threshold < math.inf:
+            raise ValueError(f"threshold: expected a finite number above 0, got {self.threshold}")
         if not 0 < self.rate < math.inf:
             raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
         if not 0 <= self.max_grad_norm < math.inf:
@@ -72,6 +101,18 @@ class TrainingSettings:
                 f"save_every: expected a multiple of log_every ({self.log_every}), got {self.save_every}; set both"
             )
 
+    def _follow(self) -> None:
+        """Gives what the user left out a value that goes with what was given."""
+        if self.batch_size is None:
+            micro = self.micro_batch_size or MICRO_BATCH
+            self.batch_size = micro * math.ceil(BATCH / micro)
+        if self.micro_batch_size is None:
+            self.micro_batch_size = _largest_divisor(self.batch_size, MICRO_BATCH)
+        if self.log_every is None:
+            self.log_every = LOG_EVERY if self.save_every is None else _largest_divisor(self.save_every, LOG_EVERY)
+        if self.save_every is None:
+            self.save_every = self.log_every * max(1, SAVE_EVERY // self.log_every)
+
     @property
     def rate(self) -> float:
         """The peak learning rate."""
@@ -83,8 +124,60 @@ class TrainingSettings:
         return DEFAULT_STEPS if self.steps is None else self.steps
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting, with what stands for a default."""
-        return {**asdict(self), "learning_rate": self.rate, "steps": self.total_steps}
+        """Every setting, with what stands for a default; passes only say how many steps there are."""
+        told = {**asdict(self), "learning_rate": self.rate, "steps": self.total_steps}
+        del told["passes"]
+        return told
+
+    @property
+    def follows_samples(self) -> bool:
+        """Whether the number of steps is not known before that of the samples."""
+        return self.steps is None
+
+
+Trained = TypeVar("Trained", bound=TrainingSettings)
+
+
+def for_samples(settings: Trained, samples: int, begun: int | None = None) -> Trained:
+    """The settings with a number of steps that suits so many samples to train on; warns where that is few for them.
+
+    Args:
+        settings: what the user asked for.
+        samples: windows to train on.
+        begun: the steps that an interrupted run, which goes on, was to make.
+    """
+    if settings.follows_samples:
+        most = max(1, math.ceil(settings.passes * samples / settings.batch_size))
+        steps = begun or min(DEFAULT_STEPS, most)
+        if steps < DEFAULT_STEPS:
+            logger.warning(
+                "steps: %d instead of the default %d: %g passes over the %d samples to train on; --passes or --steps "
+                "asks for more",
+                steps,
+                DEFAULT_STEPS,
+                round(steps * settings.batch_size / samples, 1),
+                samples,
+            )
+        return replace(settings, steps=steps)
+    warn_of_passes(settings.total_steps, settings.total_steps * settings.batch_size / samples, samples)
+    return settings
+
+
+def warn_of_passes(steps: int, passes: float, samples: int) -> None:
+    """Says before a training that it will pass over its few samples many times."""
+    if passes > MANY_PASSES:
+        logger.warning(
+            "steps: %d are %d passes over the %d samples to train on, which the model learns by heart; fewer steps or "
+            "a longer text avoid that",
+            steps,
+            round(passes),
+            samples,
+        )
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest number up to `most` that divides another one."""
+    return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)
 
 
 def check_fused(settings: TrainingSettings, sampling: OwLoreSettings) -> None:

@@ -16,7 +16,8 @@ from tests.tiny_models import build
 @pytest.mark.parametrize("score", ["spectrum", "angular"])
 def test_factorize_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys, score):
     source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
-    assert factorize(checkpoint, "out", "--score", score, "--parameter-share", "0.6", "--eval-samples", "5") == 0
+    more = ["--score", score, "--parameter-share", "0.6", "--eval-samples", "5", "--force"]
+    assert factorize(checkpoint, "out", *more) == 0
     names = {path.name for path in (checkpoint / "out").iterdir()}
     plan = "rank_plan.json" if score == "spectrum" else "allocation.json"
     assert {"model.safetensors", "modeling_shaped.py", plan, "report.md", "kept.png", "error.png"} <= names

@@ -3,6 +3,7 @@
 import pytest
 
 from hf_cod import LayerAllocation, find_decoder_layers, perplexity
+from hf_cod.cli.commands.prune import PruneOptions
 from hf_cod.cli.main import main
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number
@@ -15,7 +16,8 @@ from tests.fresh_processes import run_fresh
 
 def test_prune_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys):
     source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
-    assert prune(checkpoint, "out", "--sparsity", "0.7", "--spread", "0.1", "--eval-samples", "5") == 0
+    more = ["--sparsity", "0.7", "--spread", "0.1", "--eval-samples", "5", "--force"]
+    assert prune(checkpoint, "out", *more) == 0
     names = {path.name for path in (checkpoint / "out").iterdir()}
     assert {"model.safetensors", "scores.json", "allocation.json", "report.md", "sparsity.png", "score.png"} <= names
     assert "journal" not in names and {p.name: p.read_bytes() for p in (checkpoint / "model").iterdir()} == source
@@ -163,3 +165,33 @@ def test_prune_with_bad_input(checkpoint, capsys, arguments, message):
     assert message in shown and "Traceback" not in shown
     assert main(["prune", str(checkpoint / "model"), "--output", str(checkpoint / "model")]) == 2
     assert "output: expected another directory than the model's" in capsys.readouterr().err
+
+
+def test_the_default_score_is_the_one_that_never_lost(checkpoint):
+    """angular; the settings of owl mean owl, and what is named is taken."""
+    assert PruneOptions().score == "angular" and PruneOptions(score="fisher").score == "fisher"
+    assert PruneOptions(threshold=7.0).score == "owl" and PruneOptions(per_module=True).score == "owl"
+    assert prune(checkpoint, "out", "--no-baseline", "--no-plots") == 0
+    assert RunReport.load(checkpoint / "out").settings["score"] == "angular"
+    assert LayerScores.load(checkpoint / "out" / "scores.json").method == "angular"
+
+
+def test_a_score_that_does_harm_gives_way(checkpoint, capsys):
+    """Scores that spare the layer that matters least: of the two plans the better one is written."""
+    sizes = score_layers(load_model(str(checkpoint / "model"))[0], method="uniform").parameters
+    found = {}
+    for name, values in (("rising", [1.0, 2.0, 3.0, 4.0]), ("falling", [4.0, 3.0, 2.0, 1.0])):
+        LayerScores("m", name, values, sizes).save(checkpoint / "scores.json")
+        given = ["--scores", str(checkpoint / "scores.json"), "--spread", "0.2", "--no-plots"]
+        assert prune(checkpoint, f"{name}-forced", *given, "--force") == 0
+        assert prune(checkpoint, name, *given) == 0
+        shown = capsys.readouterr().out
+        forced, report = (RunReport.load(checkpoint / f"{name}{end}") for end in ("-forced", ""))
+        by_score, alike = (forced.results["perplexity"][key] for key in ("pruned", "uniform"))
+        assert report.results["perplexity"]["pruned"] == pytest.approx(min(by_score, alike), rel=1e-4)
+        plan = LayerAllocation.load(checkpoint / name / "allocation.json")
+        harmful = by_score > alike
+        assert plan.method == ("uniform" if harmful else name) and (max(plan.values) == min(plan.values)) == harmful
+        assert (f"score {name} did harm" in shown) == harmful == ("fallback" in report.results)
+        found[name] = harmful
+    assert True in found.values(), "else nothing was seen here"

@@ -5,6 +5,7 @@ import torch
 
 import hf_cod
 from hf_cod import LayerAllocation, OwlBnbConfig, find_decoder_layers, perplexity
+from hf_cod.cli.commands.quantize import QuantizeOptions
 from hf_cod.cli.main import main
 from hf_cod.io.models import embedded_model, load_model
 from hf_cod.io.report import RunReport, format_number
@@ -154,3 +155,15 @@ def test_bad_input(model, tmp_path, capsys, arguments, message):
         status = stop.code
     shown = capsys.readouterr().err
     assert status == 2 and message in shown and "Traceback" not in shown
+
+
+def test_the_default_score_follows_the_rounding():
+    found = {name: QuantizeOptions(rounding=name).score for name in ("compensated", "weighted", "nearest")}
+    assert found == {"compensated": "owl", "weighted": "angular", "nearest": "angular"}
+    assert QuantizeOptions(rounding="nearest", threshold=7.0).score == "owl"
+
+
+def test_bits_that_no_mixture_has_are_refused_before_anything_is_measured(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", lambda *a, **k: pytest.fail("measured already"))
+    assert quantize(model, tmp_path / "out", "--bits", "4.6") == 2
+    assert "bits: expected 3, 4, or 3.2" in capsys.readouterr().err and not (tmp_path / "out").exists()
