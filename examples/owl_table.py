@@ -194,7 +194,7 @@ def main() -> None:
             scores = bench.scores(score, threshold, S, pruner)
             figure = bench.measure(method, scores, S, spread)
             journal.add(key, [figure, scores.settings.get("spread", spread), scores.settings.get("chosen", threshold)])
-        found, spread, threshold = journal[key]  # of auto, what it chose stands for the threshold
+        found, spread, threshold = journal[key]  # for auto, its choice is stored as the threshold
         named = {"method": method, "score": score, "sparsity": S, "threshold": threshold, "spread": spread}
         rows.append({**named, "perplexity": found})
         print(*named.values(), f"{found:.1f}", flush=True)

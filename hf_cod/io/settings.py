@@ -76,14 +76,14 @@ def as_in(settings: type, name: str, **other: Any) -> Any:
 
 
 class Default(int):
-    """A default that a small model lowers, with a note; the same number, when a user gives it, is refused there."""
+    """A default that is lowered for small models, with a note; the same number is refused if a user sets it."""
 
 
 def following(text: str) -> Any:
-    """A field that `__post_init__` fills, from other settings, where the user gave none.
+    """A field that `__post_init__` sets from other settings if the user does not set it.
 
     Args:
-        text: its help, which says from which.
+        text: the help text, which names the other settings.
     """
     return field(default=None, metadata={"help": text})
 
@@ -153,14 +153,14 @@ class TextSettings:
     text_config: str | None = field(default=None, metadata={"help": "configuration of the dataset"})
 
     def check_source(self) -> None:
-        """Makes sure that what says how a data set is read has one to read.
+        """Checks that column, split and configuration are set only together with `text`.
 
         Raises:
-            ValueError: it has none.
+            ValueError: one of them is set without `text`.
         """
         for name in ("text_column", "text_split", "text_config"):
             if self.text is None and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"{name}: expected a text beside it, got none")
+                raise ValueError(f"{name}: expected also text, the file or dataset that it applies to, got none")
 
 
 @dataclass

@@ -96,7 +96,7 @@ BAD = {
 }
 # Options that depend on one another: a whole command -> its error.
 TOGETHER = {
-    "prune model --pattern 2:4 --sparsity 0.5": "pattern: expected 2:4 without sparsity",
+    "prune model --pattern 2:4 --sparsity 0.5": "pattern: expected no sparsity or spread with 2:4",
     "prune model --sparsity 0.9 --spread 0.2": "spread: expected 0..0.1",
     "narrow model --parameter-share 0.9 --spread 0.2": "spread: expected",
     "factorize model --score angular --parameter-share 0.9 --spread 0.2": "spread: expected",

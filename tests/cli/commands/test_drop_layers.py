@@ -79,7 +79,7 @@ def test_a_model_of_ours_says_how_it_loads(checkpoint, capsys):
         checkpoint / "model"
     )
     assert drop_layers(checkpoint, "out", "--layers", "1", "--criterion", "angular", "--no-plots", "--no-speed") == 0
-    assert "As before, it loads where hf_cod is imported" in capsys.readouterr().out
+    assert "As before, it loads if hf_cod is imported" in capsys.readouterr().out
 
 
 @pytest.mark.process

@@ -152,7 +152,7 @@ def test_prune_fails_before_anything_is_measured(checkpoint, capsys, monkeypatch
         (["--sparsity", "0.9", "--spread", "0.2"], "spread: expected 0..0.1"),
         (["--pattern", "2:5"], "pattern: expected rows of a multiple of 5"),
         (["--pattern", "2of4"], "pattern: expected N:M"),
-        (["--pattern", "2:4", "--sparsity", "0.7"], "pattern: expected 2:4 without sparsity"),
+        (["--pattern", "2:4", "--sparsity", "0.7"], "pattern: expected no sparsity or spread with 2:4"),
         (["--sequence-length", "300"], "text: expected at least two samples of 300 tokens"),
         (["--sequence-length", "3000"], "at least one sample of 3000 tokens"),
         (["--eval-samples", "0"], "eval_samples: expected at least 1"),
