@@ -194,6 +194,21 @@ class JsonFile:
         """
 
 
+def reason(error: Exception) -> str:
+    """Why a file could not be read, in words; an error of the operating system without its number."""
+    return str(error.strerror or error).lower() if isinstance(error, OSError) else str(error)
+
+
+def check_file(field: str, path: str | Path) -> None:
+    """Makes sure that a file of that name can be written or read.
+
+    Raises:
+        ValueError: a directory has it.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{field}: expected a file, got the directory {str(path)!r}")
+
+
 def looks_local(name: str) -> bool:
     """Whether a name can only be a path: a Hub id has at most one slash and starts with neither ".", "/" nor "~"."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
@@ -220,6 +235,8 @@ class Journal:
         self.path = Path(path) if path is not None else None
         self.work = work
         self.entries: dict[str, Any] = {}
+        if self.path is not None:
+            check_file("journal", self.path)
         if self.path is not None and self.path.exists():
             self._read(self.path)
 

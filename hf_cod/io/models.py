@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import transformers
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_cod.io.files import looks_local
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
-from hf_cod.io.settings import ModelSettings, resolve
+from hf_cod.io.settings import ModelFields, ModelSettings, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,9 @@ EMBEDDED_PLACEMENTS = ("pre", "lns")
 HUB_TIMEOUT = 5.0  # seconds
 
 
-def load_model(name: str, settings: ModelSettings | None = None, **fields: Any) -> tuple[nn.Module, Any]:
+def load_model(
+    name: str, settings: ModelSettings | None = None, **fields: Unpack[ModelFields]
+) -> tuple[nn.Module, Any]:
     """Loads a model in eval mode, with the head of its checkpoint, and its tokenizer.
 
     If config.json names a class with a head but the checkpoint has no weights for it (as with sentence embedders), the
@@ -64,7 +66,7 @@ def load_model(name: str, settings: ModelSettings | None = None, **fields: Any) 
     return model.eval(), _load_tokenizer(source, options)
 
 
-def load_config(name: str, settings: ModelSettings | None = None, **fields: Any) -> Any:
+def load_config(name: str, settings: ModelSettings | None = None, **fields: Unpack[ModelFields]) -> Any:
     """The config of a model, without its weights; with the dtype of `settings` unless that is "auto".
 
     Raises:

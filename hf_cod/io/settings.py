@@ -21,8 +21,9 @@ import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
+
+from hf_cod.io.arguments import checked, unknown_name
 
 Settings = TypeVar("Settings")
 
@@ -56,9 +57,7 @@ def resolve(
     if unknown is not None:
         own = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
         names = [*known, *(name for name in own if name not in known)]
-        near = get_close_matches(unknown, names, 1)
-        told = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{function.__name__}: expected one of {', '.join(names)}, got {unknown!r}{told}")
+        raise ValueError(unknown_name(function.__name__, unknown, names))
     values = {**{name: value for name, value in chosen.items() if value is not None}, **given}
     if settings is None:
         return kind(**values)
@@ -109,6 +108,7 @@ def check_choice(name: str, value: Any, table: Collection[str]) -> None:
 PLOT_FORMATS = ("png", "pdf", "svg")
 
 
+@checked
 @dataclass
 class ModelSettings:
     """Settings of model loading."""
@@ -131,6 +131,15 @@ class ModelSettings:
             _check_device(str(self.device))
 
 
+class ModelFields(TypedDict, total=False):
+    """Fields of `ModelSettings` that `load_model` takes by name."""
+
+    dtype: str
+    device: str | None
+    trust_remote_code: bool
+    revision: str
+
+
 def _check_device(device: str) -> None:
     import torch  # only here, so that --help does not import it
 
@@ -140,6 +149,7 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device: expected cpu, cuda, mps or auto as this machine has them, got {device!r}") from error
 
 
+@checked
 @dataclass
 class TextSettings:
     """Settings of the text source."""
@@ -163,6 +173,16 @@ class TextSettings:
                 raise ValueError(f"{name}: expected also text, the file or dataset that it applies to, got none")
 
 
+class TextFields(TypedDict, total=False):
+    """Fields of `TextSettings` that `load_texts` takes by name."""
+
+    text: str | None
+    text_column: str
+    text_split: str
+    text_config: str | None
+
+
+@checked
 @dataclass
 class SampleSettings:
     """Settings of sampling: how text is cut into token batches."""
@@ -184,3 +204,13 @@ class SampleSettings:
         for name, least in (("sequence_length", 2), ("max_samples", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+class SampleFields(TypedDict, total=False):
+    """Fields of `SampleSettings` that `token_batches` takes by name."""
+
+    sequence_length: int
+    max_samples: int
+    batch_size: int
+    pack: bool
+    seed: int

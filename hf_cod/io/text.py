@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
+from hf_cod.io.arguments import checked, shown
 from hf_cod.io.files import looks_local
-from hf_cod.io.settings import SampleSettings, TextSettings, resolve
+from hf_cod.io.settings import SampleFields, SampleSettings, TextFields, TextSettings, resolve
 
 Batch = Mapping[str, Tensor]
 """Arguments of a model's forward: input_ids (S, T), attention_mask (S, T), labels if the task has labels, ..."""
@@ -32,7 +33,8 @@ def embedded_text() -> str:
     return (Path(__file__).parent.parent / "assets" / "persuasion.txt").read_text(encoding="utf-8")
 
 
-def load_texts(settings: TextSettings | None = None, **fields: Any) -> Iterable[str]:
+@checked
+def load_texts(settings: TextSettings | None = None, **fields: Unpack[TextFields]) -> Iterable[str]:
     """Loads texts from a local file or, with `datasets`, from a dataset; default: the embedded novel.
 
     Args:
@@ -107,8 +109,12 @@ def _check_no_nul(path: Path) -> None:
                 )
 
 
+@checked
 def token_batches(
-    tokenizer: Any, texts: str | Iterable[str], settings: SampleSettings | None = None, **fields: Any
+    tokenizer: Tokenizer,
+    texts: Texts,
+    settings: SampleSettings | None = None,
+    **fields: Unpack[SampleFields],
 ) -> list[dict[str, Tensor]]:
     """Cuts texts into seeded batches of token ids.
 
@@ -132,8 +138,6 @@ def token_batches(
     """
     settings = resolve(token_batches, SampleSettings, settings, fields)
     texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, Iterable):
-        raise ValueError(f"texts: expected strings, got {type(texts).__name__}; read the file and pass its text")
     samples = _windows(tokenizer, texts, settings) if settings.pack else _single_texts(tokenizer, texts, settings)
     starts = range(0, len(samples), settings.batch_size)
     return [_collate(tokenizer, samples[start : start + settings.batch_size]) for start in starts]
@@ -244,7 +248,45 @@ def _collate(tokenizer: Any, samples: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-def check_batches(batches: Iterable[Any]) -> None:
+def check_tokenizer(tokenizer: Any) -> None:
+    """Checks that a tokenizer is one, and not its name or the model.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not callable(tokenizer) or hasattr(tokenizer, "forward"):
+        raise ValueError(
+            f"tokenizer: expected a transformers tokenizer, got {shown(tokenizer)}; AutoTokenizer.from_pretrained "
+            "loads it"
+        )
+
+
+def check_texts(texts: Any) -> None:
+    """Checks that texts are iterable, and not a path.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"texts: expected strings, got {type(texts).__name__}; read the file and pass its text")
+
+
+def check_stream(batches: Any) -> None:
+    """Checks that batches are iterable; each batch is checked when it is read.
+
+    Raises:
+        ValueError: they are something else, such as a single batch.
+    """
+    if isinstance(batches, Mapping):
+        raise ValueError("batches: expected a list of dicts of tensors, got one dict; put it in a list")
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches: expected a list of dicts of tensors, got {shown(batches)}; hf_cod.token_batches(tokenizer, "
+            "texts) makes them from texts"
+        )
+
+
+def check_batches(batches: Any) -> None:
     """Checks that batches are a list of arguments for a model's forward.
 
     Raises:
@@ -253,6 +295,7 @@ def check_batches(batches: Iterable[Any]) -> None:
     """
     if isinstance(batches, Iterator):
         raise ValueError(f"batches: expected a list, which is read several times, got {type(batches).__name__}")
+    check_stream(batches)
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise ValueError(
@@ -261,7 +304,15 @@ def check_batches(batches: Iterable[Any]) -> None:
             )
 
 
-def split_samples(batches: Sequence[Batch], first: int) -> tuple[list[Batch], list[Batch]]:
+# Arguments with these annotations are checked at the call (`io/arguments.py`).
+Tokenizer = Annotated[Any, check_tokenizer]
+Texts = Annotated[str | Iterable[str], check_texts]
+Batches = Annotated[Sequence[Batch], check_batches]
+BatchStream = Annotated[Iterable[Batch], check_stream]
+
+
+@checked
+def split_samples(batches: Batches, first: int) -> tuple[list[Batch], list[Batch]]:
     """Splits batches into the first `first` samples and the rest; a batch across the boundary is cut in two."""
     before: list[Batch] = []
     behind: list[Batch] = []

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import torch
 
 from hf_cod.functional.depth import late_share
+from hf_cod.io.arguments import checked
 from hf_cod.io.markdown import escaped
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.schema import check_value
@@ -77,6 +78,7 @@ class Comparison:
         return "\n".join(lines).rstrip() + "\n"
 
 
+@checked
 def compare(reports: Sequence[RunReport], labels: Sequence[str] | None = None) -> Comparison:
     """Compares reports of `diagnose`.
 

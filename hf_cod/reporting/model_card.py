@@ -7,7 +7,7 @@ import shlex
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -21,7 +21,7 @@ from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.settings import resolve
 from hf_cod.reporting.result_card import TAG
-from hf_cod.reporting.settings import CardSettings
+from hf_cod.reporting.settings import CardFields, CardSettings
 
 PAPER = "https://arxiv.org/abs/2502.05795"
 PICTURES = {
@@ -37,7 +37,9 @@ LITTLE_TEXT = 1e9  # tokens
 FOLDABLE = ("pre", "lns", "scaled_init")
 
 
-def release(run: str | Path, output: str | Path, settings: CardSettings | None = None, **fields: Any) -> Path:
+def release(
+    run: str | Path, output: str | Path, settings: CardSettings | None = None, **fields: Unpack[CardFields]
+) -> Path:
     """Writes a pre-trained model and its card into a directory that can be uploaded to the Hub.
 
     The weights are rounded to bfloat16. The card is README.md; its plots are saved next to it.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
+
+from hf_cod.io.arguments import checked
 
 
+@checked
 @dataclass
 class CardSettings:
     """Entries of a model card that the run's report does not contain."""
@@ -21,3 +25,14 @@ class CardSettings:
     comparison: str | None = field(
         default=None, metadata={"help": "comparison.md of examples/compare_placements.py, to include in the card"}
     )
+
+
+class CardFields(TypedDict, total=False):
+    """Fields of `CardSettings` that `release` takes by name."""
+
+    name: str
+    license: str
+    sources: str | None
+    language: str | None
+    where: str | None
+    comparison: str | None

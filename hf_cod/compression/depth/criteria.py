@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -19,10 +19,11 @@ from hf_cod.compression.depth.maps import Maps
 from hf_cod.compression.depth.protection import massive_layers, removable
 from hf_cod.compression.depth.removal_probe import RemovalProbe
 from hf_cod.compression.depth.search import LayerSearch
-from hf_cod.compression.depth.settings import DepthSettings
+from hf_cod.compression.depth.settings import DepthFields, DepthSettings
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches, split_samples
+from hf_cod.io.text import Batch, Batches, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.inputs import check_inputs
@@ -37,17 +38,18 @@ CHOICE_SHARE = 1 / 3
 
 
 @renamed(path="layers_path", method="criterion", width="search_width")
+@checked
 def plan_depth(
     model: nn.Module,
     n_removed: int,
     criterion: str | None = None,
     *,
-    batches: Sequence[Batch],
+    batches: Batches,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: DepthSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[DepthFields],
 ) -> DepthPlan:
     """Decides which layers to remove. The model is left as it was.
 

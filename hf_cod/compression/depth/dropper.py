@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from hf_cod.compression.depth.depth_plan import GIVEN, MASSIVE, DepthPlan
 from hf_cod.compression.depth.maps import NO_MAPS, Maps
-from hf_cod.compression.depth.settings import REPLACEMENTS, DropLayersSettings
+from hf_cod.compression.depth.settings import REPLACEMENTS, DropLayersFields, DropLayersSettings
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import check_choice, resolve
-from hf_cod.io.text import Batch, describe_batches, split_samples
+from hf_cod.io.text import Batch, Batches, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, other_name, sizes_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.inputs import check_inputs
@@ -25,16 +26,17 @@ CHOICE_SHARE = 1 / 4
 
 
 @renamed(path="layers_path")
+@checked
 def drop_layers(
     model: nn.Module,
     plan: DepthPlan | Sequence[int] | int,
     replacement: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     settings: DropLayersSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[DropLayersFields],
 ) -> RunReport:
     """Removes layers for good, as `drop` does: what is left is a stock checkpoint.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypedDict
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import check_choice
 
 # Criterion -> which layers go; `plan_depth` has more.
@@ -24,6 +26,7 @@ REPLACEMENTS = {
 SEARCH_WIDTH = 8
 
 
+@checked
 @dataclass
 class DepthSettings:
     """Which layers go, and by what the choices are compared."""
@@ -55,6 +58,15 @@ class DepthSettings:
             raise ValueError(f"search_width: expected at least 1, got {self.search_width}")
 
 
+class DepthFields(TypedDict, total=False):
+    """Fields of `DepthSettings` that `plan_depth` takes by name."""
+
+    replacement: str
+    protect: bool | int | Iterable[int]
+    search_width: int
+
+
+@checked
 @dataclass
 class DropLayersSettings:
     """What stands in the place of layers that go."""
@@ -71,3 +83,7 @@ class DropLayersSettings:
     def __post_init__(self) -> None:
         if self.replacement is not None:
             check_choice("replacement", self.replacement, REPLACEMENTS)
+
+
+class DropLayersFields(TypedDict, total=False):
+    """Fields of `DropLayersSettings` that `drop_layers` takes by name; there are no others yet."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
@@ -20,8 +20,9 @@ from hf_cod.compression.quantization.quantize import quantize
 from hf_cod.compression.sparse.quantizer import pack_sparse
 from hf_cod.compression.width.narrower import narrow
 from hf_cod.functional.bits import BITS
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.text import Batch
+from hf_cod.io.text import Batches
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.removal import check_drop
@@ -39,6 +40,7 @@ SCALES = 0.127
 
 
 @renamed(path="layers_path")
+@checked
 @dataclass(frozen=True)
 class Applying:
     """What the application of a knob needs.
@@ -52,7 +54,7 @@ class Applying:
             the journal.
     """
 
-    batches: Sequence[Batch]
+    batches: Batches
     journal: Path | None = None
     layers_path: str | None = None
     show_progress: bool = False
@@ -70,6 +72,16 @@ class Applying:
     def measuring(self) -> dict[str, Any]:
         """As those take them that measure."""
         return self.options() | {"journal": self.measured or self.journal}
+
+
+class ApplyingFields(TypedDict, total=False):
+    """Fields of `Applying` that `apply_steps` takes by name."""
+
+    batches: Batches
+    journal: Path | None
+    layers_path: str | None
+    show_progress: bool
+    measured: Path | None
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from hf_cod.compression.fit.budget import Budget, check_budget
 from hf_cod.compression.fit.fit_plan import FitPlan
 from hf_cod.compression.fit.knobs import EXCLUSIVE, FAILURES, KNOBS, chosen_knobs, describe_steps, left_out
-from hf_cod.compression.fit.settings import FitSettings
+from hf_cod.compression.fit.settings import FitFields, FitSettings
 from hf_cod.compression.fit.trials import Steps, Trial, Trials
 from hf_cod.functional.combination import Combination, best_combinations, filled, rising
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value, renamed
 from hf_cod.io.files import fingerprint
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, check_batches
+from hf_cod.io.text import Batches, check_batches
 from hf_cod.layers.fingerprints import Journals, digest_batches
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import progress
@@ -35,18 +36,19 @@ CURVE = tuple(share / 100 for share in range(95, 5, -5))
 
 
 @renamed(path="layers_path")
+@checked
 def plan_fit(
     make: Callable[[], nn.Module],
     kind: str,
     budget: float,
-    calibration: Sequence[Batch],
-    tuning: Sequence[Batch],
+    calibration: Batches,
+    tuning: Batches,
     *,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: FitSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[FitFields],
 ) -> FitPlan:
     """Finds how to make a model meet a budget.
 
@@ -83,7 +85,7 @@ def plan_fit(
         ImportError: a named knob needs a package that is not installed; before anything is measured.
     """
     how = resolve(plan_fit, FitSettings, settings, fields)
-    knobs, kind = how.knobs, current_value("kind", kind, OLD_KINDS, above=1)
+    knobs, kind = how.knobs, current_value("kind", kind, OLD_KINDS, above=2)
     check_budget(kind, budget)
     if isinstance(make, nn.Module):
         raise ValueError(f"make: expected a function that loads the model, got a model ({type(make).__name__})")

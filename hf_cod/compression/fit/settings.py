@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
+
+from hf_cod.io.arguments import checked
 
 # What a budget counts -> what its number means.
 KINDS = {
@@ -21,6 +24,7 @@ KNOBS = {
 }
 
 
+@checked
 @dataclass
 class FitSettings:
     """What a plan chooses from, and how well it is checked."""
@@ -39,3 +43,10 @@ class FitSettings:
             raise ValueError(f"knobs: expected some of {', '.join(KNOBS)}, got {unknown[0]!r}")
         if self.verify < 0:
             raise ValueError(f"verify: expected at least 0, got {self.verify}")
+
+
+class FitFields(TypedDict, total=False):
+    """Fields of `FitSettings` that `plan_fit` takes by name."""
+
+    knobs: Sequence[str] | None
+    verify: int

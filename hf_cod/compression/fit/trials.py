@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from torch import nn
 
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
-from hf_cod.compression.fit.knobs import KNOBS, Applying
+from hf_cod.compression.fit.knobs import KNOBS, Applying, ApplyingFields
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import Journal
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch
@@ -80,7 +81,8 @@ class Trials:
         return Trial(steps, loss, size)
 
 
-def apply_steps(model: nn.Module, steps: Steps, how: Applying | None = None, **fields: Any) -> None:
+@checked
+def apply_steps(model: nn.Module, steps: Steps, how: Applying | None = None, **fields: Unpack[ApplyingFields]) -> None:
     """Applies each step in place, in the order of `KNOBS`.
 
     Args:

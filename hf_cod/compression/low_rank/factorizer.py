@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.compression.low_rank.rank_plan import RankPlan, check_ranks, factorizable, plan_of_allocation
-from hf_cod.compression.low_rank.settings import FactorizeSettings
+from hf_cod.compression.low_rank.settings import FactorizeFields, FactorizeSettings
 from hf_cod.functional import factorization, sparse_low_rank
 from hf_cod.functional.ranks import count
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batches, describe_batches
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -38,18 +38,19 @@ _OF_ZEROS = (
 
 
 @renamed(path="layers_path")
+@checked
 def factorize(
     model: nn.Module,
     plan: LayerAllocation | RankPlan | float,
     method: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
     settings: FactorizeSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[FactorizeFields],
 ) -> RunReport:
     """Replaces matrices of the layers by products of two thin ones, in place, where these have fewer weights.
 

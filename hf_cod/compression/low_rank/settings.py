@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import check_choice
 
 # Method -> what the product of two thin matrices is nearest to; `factorize` has the formulas.
@@ -20,6 +22,7 @@ WEIGHINGS = {
 RANK_SHARE = 0.25  # kappa of arXiv 2409.13652
 
 
+@checked
 @dataclass
 class FactorizeSettings:
     """How matrices become products."""
@@ -42,6 +45,13 @@ class FactorizeSettings:
             raise ValueError(f"rank_share: expected a share between 0 and 1, got {self.rank_share}")
 
 
+class FactorizeFields(TypedDict, total=False):
+    """Fields of `FactorizeSettings` that `factorize` takes by name."""
+
+    rank_share: float
+
+
+@checked
 @dataclass
 class RankSettings:
     """What decides which matrix gets which rank."""
@@ -58,3 +68,7 @@ class RankSettings:
     def __post_init__(self) -> None:
         if self.method is not None:
             check_choice("method", self.method, WEIGHINGS)
+
+
+class RankFields(TypedDict, total=False):
+    """Fields of `RankSettings` that `plan_ranks` takes by name; there are no others yet."""

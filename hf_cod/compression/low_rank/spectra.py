@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.compression.low_rank.rank_plan import RankPlan, experts_told, factorizable, least_weights
-from hf_cod.compression.low_rank.settings import RankSettings
+from hf_cod.compression.low_rank.settings import RankFields, RankSettings
 from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, split_samples
+from hf_cod.io.text import Batch, Batches, split_samples
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
@@ -35,17 +36,18 @@ GRADIENT_SAMPLES = 16
 
 
 @renamed(path="layers_path", parameters="parameter_share")
+@checked
 def plan_ranks(
     model: nn.Module,
     parameter_share: float,
     method: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: RankSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[RankFields],
 ) -> RankPlan:
     """Distributes a budget of parameters over all matrices by their spectra: all together lose as little as the budget
     allows (`functional.ranks.ranks_of_spectra`).

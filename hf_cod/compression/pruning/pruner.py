@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.compression.pruning.methods import METHODS, Method, Target, check_pattern, measure_sparsity, prune_layer
-from hf_cod.compression.pruning.settings import PruneSettings
+from hf_cod.compression.pruning.settings import PruneFields, PruneSettings
 from hf_cod.functional.sparsity import Pattern
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batch, Batches, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -29,19 +30,20 @@ from hf_cod.scoring.allocation import LayerAllocation
 
 
 @renamed(path="layers_path")
+@checked
 def prune(
     model: nn.Module,
     plan: LayerAllocation | float | str,
     method: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     statistics: LayerStatistics | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
     settings: PruneSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[PruneFields],
 ) -> RunReport:
     """Sets weights of the layers' matrices to zero, in place; embeddings, head, norms and biases stay as they are.
 

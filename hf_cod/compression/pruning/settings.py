@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import check_choice
 
 # Method -> which weights go; `prune` has the formulas.
@@ -14,6 +16,7 @@ METHODS = {
 }
 
 
+@checked
 @dataclass
 class PruneSettings:
     """How weights are chosen that become zero."""
@@ -25,3 +28,7 @@ class PruneSettings:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
+
+
+class PruneFields(TypedDict, total=False):
+    """Fields of `PruneSettings` that `prune` takes by name."""

@@ -11,8 +11,9 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
-from hf_cod.compression.quantization.settings import QuantizeSettings
+from hf_cod.compression.quantization.settings import QuantizeSettings, StorageFields
 from hf_cod.functional.bits import BITS
+from hf_cod.io.arguments import checked
 from hf_cod.io.schema import brief, check_fields, check_known
 from hf_cod.layers.replacement_modules import INSTALL
 from hf_cod.scoring.allocation import LayerAllocation
@@ -23,6 +24,7 @@ METHOD = "owl_bnb"
 _NOT_SAVED = ("scores", "allocation", "statistics")
 
 
+@checked
 @dataclass(kw_only=True)
 class OwlBnbConfig(QuantizeSettings, QuantizationConfigMixin):
     """Three bits for the matrices of layers that matter less, bitsandbytes' NF4 for the others.
@@ -86,6 +88,21 @@ class OwlBnbConfig(QuantizeSettings, QuantizationConfigMixin):
         if self.compute_dtype is not None:
             kept["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         return copy.deepcopy(kept)
+
+
+class QuantizeFields(StorageFields, total=False):
+    """Fields of `OwlBnbConfig` that `quantize` takes by name."""
+
+    quant_method: Any
+    bits: float
+    skip: list[str]
+    scores: Any
+    allocation: Any
+    statistics: Any
+    compute_dtype: Any
+    score: str | None
+    modules: dict[str, int]
+    install: str
 
 
 def _compute_dtype(given: Any) -> torch.dtype | None:

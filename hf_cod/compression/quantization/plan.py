@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from hf_cod.compression.quantization.config import OwlBnbConfig, score_of
 from hf_cod.compression.quantization.format import stored_columns
 from hf_cod.compression.quantization.scales import NESTED_BLOCK
-from hf_cod.compression.quantization.settings import StorageSettings
+from hf_cod.compression.quantization.settings import StorageFields, StorageSettings
 from hf_cod.functional.bits import BITS
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
@@ -72,6 +73,7 @@ def quantizable(
 
 
 @renamed(stack="model", storage="settings")
+@checked
 def plan_bits(
     model: nn.Module | DecoderLayers,
     bits: float,
@@ -80,7 +82,7 @@ def plan_bits(
     skip: Sequence[str] = (),
     *,
     layers_path: str | None = None,
-    **fields: Any,
+    **fields: Unpack[StorageFields],
 ) -> BitPlan:
     """Four bits for the layers with the highest scores, as many as the budget of stored bits allows.
 

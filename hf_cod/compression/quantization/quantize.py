@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
-from hf_cod.compression.quantization.config import METHOD, OwlBnbConfig, score_of
+from hf_cod.compression.quantization.config import METHOD, OwlBnbConfig, QuantizeFields, score_of
 from hf_cod.compression.quantization.plan import BitPlan, plan_by, recorded, stored_bits, what_is_lost
 from hf_cod.compression.quantization.quantizer import OwlBnbQuantizer
 from hf_cod.compression.quantization.rounding import fill, new_module, round_matrix
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batches, describe_batches
 from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -31,16 +32,17 @@ from hf_cod.models.own_config import own_config
 
 
 @renamed(path="layers_path")
+@checked
 def quantize(
     model: PreTrainedModel,
     config: OwlBnbConfig | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
-    **fields: Any,
+    **fields: Unpack[QuantizeFields],
 ) -> RunReport:
     """Stores the matrices of a model's layers in three or four bits, in place; the rest stays as it is.
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from hf_cod.functional.bits import BITS
+from hf_cod.io.arguments import checked
 
 BLOCKS = (32, 64, 128, 256)
 
 
+@checked
 @dataclass(kw_only=True)
 class StorageSettings:
     """How codes and scales are stored."""
@@ -26,6 +29,14 @@ class StorageSettings:
             raise ValueError(f"block: expected one of {', '.join(map(str, BLOCKS))}, got {self.block}")
 
 
+class StorageFields(TypedDict, total=False):
+    """Fields of `StorageSettings` that `plan_bits` takes by name."""
+
+    block: int
+    double_quant: bool
+
+
+@checked
 @dataclass(kw_only=True)
 class QuantizeSettings(StorageSettings):
     """How many bits, which matrices, and how they are stored."""

@@ -8,12 +8,14 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_cod.compression.sparse.settings import PackSettings
+from hf_cod.io.arguments import checked
 from hf_cod.io.schema import check_fields, check_known, limits
 from hf_cod.layers.replacement_modules import INSTALL
 
 METHOD = "hf_cod_sparse"
 
 
+@checked
 @dataclass(kw_only=True)
 class SparseConfig(PackSettings, QuantizationConfigMixin):
     """Sparse storage of a model's matrices, as a `quantization_config` of transformers.

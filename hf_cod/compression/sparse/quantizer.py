@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from hf_cod.compression.sparse.checkpoint import check_files
 from hf_cod.compression.sparse.config import METHOD, SparseConfig
 from hf_cod.compression.sparse.linear import SparseLinear
 from hf_cod.compression.sparse.packing import pack_linears
-from hf_cod.compression.sparse.settings import PackSettings
+from hf_cod.compression.sparse.settings import PackFields, PackSettings
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import resolve
 from hf_cod.layers.replacement_modules import ignore_signs, names_in, replace, signs
 from hf_cod.models.own_config import own_config
@@ -83,8 +84,13 @@ class SparseQuantizer(HfQuantizer):
         return True
 
 
+@checked
 def pack_sparse(
-    model: PreTrainedModel, minimum: float | None = None, *, settings: PackSettings | None = None, **fields: Any
+    model: PreTrainedModel,
+    minimum: float | None = None,
+    *,
+    settings: PackSettings | None = None,
+    **fields: Unpack[PackFields],
 ) -> PreTrainedModel:
     """Stores a model's sparse matrices without their zeros, in place; small batches run faster on CPUs with AVX2.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,16 @@ from hf_cod.compression.width.gradients import Importance, measure_taylor
 from hf_cod.compression.width.matrices import Changes, cut, put_back, tensors_of
 from hf_cod.compression.width.methods import COMPENSATIONS, METHODS, needs_inputs
 from hf_cod.compression.width.planning import check_units, plan_of_units
-from hf_cod.compression.width.settings import NarrowSettings
+from hf_cod.compression.width.settings import NarrowFields, NarrowSettings
 from hf_cod.compression.width.stock_config import set_stock_config
 from hf_cod.compression.width.width_plan import WidthPlan, kept_units
 from hf_cod.compression.width.width_report import WidthReporter
 from hf_cod.functional import channels
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batches, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
@@ -37,19 +38,20 @@ from hf_cod.scoring.allocation import LayerAllocation
 
 
 @renamed(path="layers_path", multiple="channel_multiple")
+@checked
 def narrow(
     model: nn.Module,
     plan: LayerAllocation | WidthPlan | float,
     method: str | None = None,
     compensation: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
     settings: NarrowSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[NarrowFields],
 ) -> RunReport:
     """Removes attention heads and MLP channels that matter least, in place.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from torch import nn
 
-from hf_cod.compression.width.settings import WidthSettings
+from hf_cod.compression.width.settings import WidthFields, WidthSettings
 from hf_cod.compression.width.width_plan import WidthPlan, plan_of_allocation
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -17,6 +18,7 @@ from hf_cod.scoring.allocation import LayerAllocation, same_share
 
 
 @renamed(parameters="parameter_share")
+@checked
 def plan_width(
     model: nn.Module,
     parameter_share: LayerAllocation | float,
@@ -24,7 +26,7 @@ def plan_width(
     *,
     layers_path: str | None = None,
     settings: WidthSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[WidthFields],
 ) -> WidthPlan:
     """Decides how many attention heads and MLP channels each layer keeps; the model is left as it was.
 

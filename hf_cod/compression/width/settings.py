@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import as_in, check_choice
 
 # Method -> which heads and channels stay; `narrow` has more.
@@ -21,6 +23,7 @@ COMPENSATIONS = {
 CHANNEL_MULTIPLE = 32  # what matrix units of GPUs and the registers of processors like
 
 
+@checked
 @dataclass
 class WidthSettings:
     """To what numbers of channels are rounded."""
@@ -33,6 +36,11 @@ class WidthSettings:
         check_channel_multiple(self.channel_multiple)
 
 
+class WidthFields(TypedDict, total=False):
+    """Fields of `WidthSettings` that `plan_width` takes by name; there are no others yet."""
+
+
+@checked
 @dataclass
 class NarrowSettings:
     """Which heads and channels go, and what makes up for them."""
@@ -58,6 +66,12 @@ class NarrowSettings:
         check_choice("method", self.method, METHODS)
         check_choice("compensation", self.compensation, COMPENSATIONS)
         check_channel_multiple(self.channel_multiple)
+
+
+class NarrowFields(TypedDict, total=False):
+    """Fields of `NarrowSettings` that `narrow` takes by name."""
+
+    channel_multiple: int
 
 
 def check_channel_multiple(value: int) -> None:

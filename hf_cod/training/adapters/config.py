@@ -10,12 +10,14 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import write_text
 from hf_cod.io.settings import Default
 from hf_cod.models.stored_config import REQUIRES
 from hf_cod.training.adapters.registry import peft_type
 
 
+@checked
 @dataclass
 class OwLoreConfig(PeftConfig):
     """An adapter that `OwLoreAdamW` trains, a few layers at a time (Li et al. 2024, arXiv 2405.18380).

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import IGNORED_LABEL, Batch
+from hf_cod.io.text import IGNORED_LABEL, Batches
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
@@ -21,19 +22,20 @@ from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
-from hf_cod.training.healing.settings import RecoverySettings
+from hf_cod.training.healing.settings import RecoveryFields, RecoverySettings
 
 
 @renamed(path="layers_path")
+@checked
 def recover(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Batches,
     steps: int | None = None,
     *,
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: RecoverySettings | None = None,
-    **fields: Any,
+    **fields: Unpack[RecoveryFields],
 ) -> list[float]:
     """Trains PEFT's LoRA on the layers' Linears of a pruned language model and merges it in place; zeros stay zeros.
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from hf_cod.functional.mixture import check_mixture
+from hf_cod.io.arguments import checked
 from hf_cod.training.runs.training_settings import MANY_PASSES, TrainingSettings, warn_of_passes
 
 RECOVERY_STEPS = 100
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
+@checked
 @dataclass
 class HealSettings(TrainingSettings):
     """How a student learns from its teacher."""
@@ -61,6 +64,33 @@ class HealSettings(TrainingSettings):
         return self.tokens is None and super().follows_samples
 
 
+class HealFields(TypedDict, total=False):
+    """Fields of `HealSettings` that `heal` takes by name."""
+
+    method: str
+    score: str
+    threshold: float
+    learning_rate: float | None
+    steps: int | None
+    batch_size: int
+    micro_batch_size: int
+    sequence_length: int
+    eval_samples: int
+    max_grad_norm: float
+    checkpointing: bool
+    bf16: bool
+    lora_rank: int
+    save_every: int
+    log_every: int
+    passes: float
+    tokens: str | None
+    temperature: float
+    labels: float
+    hidden: float
+    teacher_layers: list[int] | None
+
+
+@checked
 @dataclass
 class RecoverySettings:
     """How a pruned model's remaining weights are trained."""
@@ -90,6 +120,14 @@ class RecoverySettings:
             return min(RECOVERY_STEPS, MANY_PASSES * batches)
         warn_of_passes(self.steps, self.steps / batches, batches)
         return self.steps
+
+
+class RecoveryFields(TypedDict, total=False):
+    """Fields of `RecoverySettings` that `recover` takes by name."""
+
+    rank: int
+    learning_rate: float
+    seed: int
 
 
 def count_tokens(told: str) -> int:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from hf_cod.functional.randomness import generator_of
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import Default, resolve
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.active_layers import ActiveLayers
-from hf_cod.training.owlore.settings import OwLoreSettings, SamplerSettings
+from hf_cod.training.owlore.settings import OwLoreSettings, SamplerFields, SamplerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class LayerSampler:
             something else or of another sum.
     """
 
+    @checked
     def __init__(
         self,
         scores: LayerScores | LayerAllocation | Sequence[float],
@@ -63,7 +65,7 @@ class LayerSampler:
         layers: Sequence[int] | None = None,
         *,
         settings: SamplerSettings | None = None,
-        **fields: Any,
+        **fields: Unpack[SamplerFields],
     ) -> None:
         how = resolve(LayerSampler, SamplerSettings, settings, fields, n_active=n_active, seed=seed, floor=floor)
         given = scores.values if isinstance(scores, (LayerScores, LayerAllocation)) else scores

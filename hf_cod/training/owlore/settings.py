@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import Default, as_in
 
 DEFAULT_FLOOR = 0.2
+DEFAULT_LR = 3e-4
 DEFAULT_SPREAD = 0.5
 DESELECTED = ("drop", "keep", "offload")
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTS = ("float32", "8bit")
 
 
+@checked
 @dataclass
 class OwLoreSettings:
     """Which layers train when, and how.
@@ -81,6 +85,23 @@ class OwLoreSettings:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
+class OwLoreFields(TypedDict, total=False):
+    """Fields of `OwLoreSettings` that `OwLoreAdamW` takes by name."""
+
+    n_active: int
+    interval: int
+    rank: int | None
+    scale: float
+    floor: float
+    deselected: str
+    train_embeddings: bool
+    moments: str
+    rounding: str
+    fused: bool
+    seed: int
+
+
+@checked
 @dataclass
 class SamplerSettings:
     """How layers are drawn; how many there are decides what `n_active` may be."""
@@ -94,6 +115,11 @@ class SamplerSettings:
             raise ValueError(f"floor: expected a share between 0 and 1, got {self.floor}")
 
 
+class SamplerFields(TypedDict, total=False):
+    """Fields of `SamplerSettings` that `LayerSampler` takes by name; there are no others yet."""
+
+
+@checked
 @dataclass
 class LoraRankSettings:
     """How ranks of adapters follow scores."""
@@ -108,3 +134,7 @@ class LoraRankSettings:
             raise ValueError(f"r: expected at least 1, got {self.r}")
         if not 0 <= self.relative_spread <= 1:
             raise ValueError(f"relative_spread: expected a share between 0 and 1, got {self.relative_spread}")
+
+
+class LoraRankFields(TypedDict, total=False):
+    """Fields of `LoraRankSettings` that `lora_ranks` takes by name; there are no others yet."""

@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import following
 from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.training.owlore.settings import OwLoreSettings
@@ -34,6 +35,7 @@ LEARNING_RATES = {"owlore": 1e-3, "lisa": 3e-4, "galore": 1e-3, "owlore-peft": 1
 DRAW_BY_SCORES = ("owlore", "owlore-peft")
 
 
+@checked
 @dataclass
 class TrainingSettings:
     """How a model is trained on."""

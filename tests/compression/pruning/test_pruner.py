@@ -211,7 +211,7 @@ def test_other_work_in_the_same_journal_is_not_taken(tmp_path):
 
 @pytest.mark.parametrize("plan", [-0.1, 1.5, float("nan"), True, None, [0.5]])
 def test_sparsity_out_of_range(plan):
-    with pytest.raises(ValueError, match=r"plan: expected a sparsity in 0..1, .*got"):
+    with pytest.raises(ValueError, match=r"plan: expected (a sparsity in 0..1|LayerAllocation, a number or a string)"):
         prune(build("llama"), plan, "magnitude")
 
 
