@@ -260,7 +260,7 @@ def test_old_names_are_taken_with_a_warning():
     with pytest.warns(DeprecationWarning, match="find_decoder_layers: path is now called layers_path") as caught:
         found = find_decoder_layers(model, path="model.layers")
     assert found.layers_path == "model.layers" and caught[0].filename == __file__
-    with pytest.raises(ValueError, match="path: expected layers_path alone, which is its new name, got both"):
+    with pytest.raises(ValueError, match="path: expected only the new name layers_path, got both names"):
         find_decoder_layers(model, path="model.layers", layers_path="model.layers")
     with pytest.warns(DeprecationWarning, match="skip: path"), skip(model, 0, path="model.layers"):
         pass
