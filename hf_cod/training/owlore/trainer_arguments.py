@@ -1,4 +1,4 @@
-"""`owlore`: OwLoreAdamW as Trainer and TRL's trainers take an optimizer."""
+"""`owlore`: OwLoreAdamW in the form in which Trainer and TRL's trainers take an optimizer."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from hf_cod.training.owlore.optimizer import OwLoreAdamW
 
 
 class OwLoreFactory:
-    """Makes an OwLoreAdamW of the model that Trainer trains; see `owlore`."""
+    """Creates an OwLoreAdamW for the model that Trainer trains; see `owlore`."""
 
     def __call__(self, model: nn.Module, **arguments: Any) -> OwLoreAdamW:
-        """What Trainer calls."""
+        """Creates the optimizer; called by Trainer."""
         return OwLoreAdamW(model, **arguments)
 
 
 def owlore(
     scores: LayerScores | LayerAllocation | None = None, *, lr: float = 3e-4, **arguments: Any
 ) -> tuple[type, dict[str, Any]]:
-    """What Trainer and TRL's trainers take as `optimizer_cls_and_kwargs`; the arguments are those of `OwLoreAdamW`.
+    """The argument `optimizer_cls_and_kwargs` of Trainer and TRL's trainers; takes the arguments of `OwLoreAdamW`.
 
-    Trainer hands its own learning rate, decay and betas to optimizers that it knows alone, so they are given here.
+    Set learning rate, weight decay and betas here: Trainer passes its own values to its built-in optimizers only.
     """
     return OwLoreFactory, {"scores": scores, "lr": lr, **arguments}
