@@ -1,4 +1,4 @@
-"""How a model is trained on, whichever method trains it; the help texts feed the command line."""
+"""Settings of training that all methods share; the help texts feed the command line."""
 
 from __future__ import annotations
 
@@ -10,43 +10,50 @@ from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.training.owlore.settings import OwLoreSettings
 
 DEFAULT_STEPS = 300
-# Method -> what trains; `methods.METHODS` has the optimizers.
+# Method -> parameters that train; `methods.METHODS` has the optimizers.
 METHODS = {
-    "owlore": "a few layers at a time, drawn by their scores, with low-rank moments",
-    "lisa": "a few layers at a time, drawn alike, and embeddings and head",
+    "owlore": "a few layers at a time, sampled by their scores, with low-rank moments",
+    "lisa": "a few layers at a time, sampled uniformly, and embeddings and head",
     "galore": "all layers, with low-rank moments",
-    "owlore-peft": "adapters of a few layers at a time, drawn by their scores (needs peft)",
-    "lora": "LoRA adapters of all layers (needs peft)",
+    "owlore-peft": "adapters of a few layers at a time, sampled by their scores (requires peft)",
+    "lora": "LoRA adapters of all layers (requires peft)",
     "full": "all weights",
 }
-# Method -> a peak to begin with; the best one depends on model, task and length.
+# Method -> default peak learning rate; the best one depends on model, task and length.
 LEARNING_RATES = {"owlore": 1e-3, "lisa": 3e-4, "galore": 1e-3, "owlore-peft": 1e-3, "lora": 3e-4, "full": 5e-5}
-# Methods that draw layers by their scores.
+# Methods that sample layers by their scores.
 DRAW_BY_SCORES = ("owlore", "owlore-peft")
 
 
 @dataclass
 class TrainingSettings:
-    """How a model is trained on."""
+    """Training by one of the methods in `METHODS`."""
 
-    method: str = field(default="owlore", metadata={"help": "what trains", "choices": list(METHODS)})
-    score: str = field(default="owl", metadata={"help": "owlore: the score that layers are drawn by"})
-    threshold: float = field(default=13.0, metadata={"help": "owlore: M of the score owl (paper: 13)"})
+    method: str = field(default="owlore", metadata={"help": "fine-tuning method", "choices": list(METHODS)})
+    score: str = field(default="owl", metadata={"help": "owlore: score by which layers are sampled"})
+    threshold: float = field(
+        default=13.0, metadata={"help": "owlore: outlier threshold M of the score owl (paper: 13)"}
+    )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "peak, after a warm-up over a tenth of the steps; default: the method's"}
+        default=None,
+        metadata={"help": "peak learning rate, after a warm-up over a tenth of the steps; default: the method's"},
     )
     steps: int | None = field(default=None, metadata={"help": f"optimizer steps (default: {DEFAULT_STEPS})"})
     batch_size: int = field(default=16, metadata={"help": "samples in an optimizer step"})
     micro_batch_size: int = field(default=4, metadata={"help": "samples in a forward pass"})
     sequence_length: int = field(default=256, metadata={"help": "tokens in a sample"})
-    eval_samples: int = field(default=32, metadata={"help": "samples, of the text's end, to measure perplexity on"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0: not at all"})
+    eval_samples: int = field(
+        default=32, metadata={"help": "held-out samples from the end of the text, to measure perplexity on"}
+    )
+    max_grad_norm: float = field(default=1.0, metadata={"help": "norm that gradients are clipped to; 0: no clipping"})
     checkpointing: bool = field(
         default=False, metadata={"help": "compute activations again in the backward pass: less memory, more time"}
     )
     bf16: bool = field(default=False, metadata={"help": "train under bfloat16 autocast"})
-    lora_rank: int = field(default=16, metadata={"help": "lora: its rank"})
-    save_every: int = field(default=100, metadata={"help": "steps between checkpoints; a killed run goes on from one"})
+    lora_rank: int = field(default=16, metadata={"help": "lora: rank of the adapters"})
+    save_every: int = field(
+        default=100, metadata={"help": "steps between checkpoints; an interrupted run resumes from the last one"}
+    )
     log_every: int = field(default=10, metadata={"help": "steps between logged losses"})
 
     def __post_init__(self) -> None:
@@ -79,34 +86,36 @@ class TrainingSettings:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps in all."""
+        """Number of optimizer steps."""
         return DEFAULT_STEPS if self.steps is None else self.steps
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting, with what stands for a default."""
+        """All settings, with defaults filled in."""
         return {**asdict(self), "learning_rate": self.rate, "steps": self.total_steps}
 
 
 def check_fused(settings: TrainingSettings, sampling: OwLoreSettings) -> None:
-    """Makes sure that an update inside the backward pass can do what the settings ask for.
+    """Checks that the settings are possible with `fused`, the update inside the backward pass.
 
     Raises:
-        ValueError: accumulation or clipping, for which whole gradients would have to wait.
+        ValueError: accumulation or clipping, which require all gradients at the end of the backward pass.
     """
     if sampling.fused and settings.batch_size != settings.micro_batch_size:
         raise ValueError(
-            f"fused: expected a micro_batch_size of {settings.batch_size}, the batch_size, beside it, got "
-            f"{settings.micro_batch_size}"
+            f"fused: expected micro_batch_size equal to batch_size, {settings.batch_size}, got "
+            f"{settings.micro_batch_size}; set them to the same value, or set fused to false"
         )
     if sampling.fused and settings.max_grad_norm:
-        raise ValueError(f"fused: expected a max_grad_norm of 0 beside it, got {settings.max_grad_norm:g}")
+        raise ValueError(f"fused: expected max_grad_norm 0, got {settings.max_grad_norm:g}")
 
 
 def check_scores(settings: TrainingSettings, file: str | None) -> None:
-    """Makes sure that scores are given to a method alone that draws layers by them.
+    """Checks that scores are only given to a method that samples layers by them.
 
     Raises:
-        ValueError: it draws none.
+        ValueError: the method does not sample layers by scores.
     """
     if file is not None and settings.method not in DRAW_BY_SCORES:
-        raise ValueError(f"scores: expected none with {settings.method}, which draws no layers by them, got {file!r}")
+        raise ValueError(
+            f"scores: expected none with {settings.method}, which does not sample layers by scores, got {file!r}"
+        )

@@ -207,9 +207,9 @@ def test_an_interrupted_run_ends_in_the_same_bits(method, tmp_path, monkeypatch)
     for (name, a), b in zip(resumed.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert report.results["curve"] == expected.results["curve"] and report.layers == expected.layers
-    with pytest.raises(ValueError, match=r"temperature: expected 1.0, with which the run in .* began, got 2.0"):
+    with pytest.raises(ValueError, match=r"temperature: expected 1.0, as in the run in .*, got 2.0"):
         healed(make(), teacher, method, tmp_path / "killed", temperature=2.0, **often)
-    with pytest.raises(ValueError, match=r"student's weights: expected '.*', with which the run in"):
+    with pytest.raises(ValueError, match=r"student's weights: expected '.*', as in the run in"):
         healed(resumed, teacher, method, tmp_path / "killed", **often)
 
 
