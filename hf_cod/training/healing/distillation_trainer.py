@@ -34,7 +34,7 @@ class DistillationTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective's loss."""
-        assert not return_outputs, "only training asks for the loss"
+        assert not return_outputs, "called for training only"
         return self.objective(model, inputs)
 
 

@@ -45,13 +45,13 @@ def healing_report(
     back = "" if share is None else f": {share:.1%} of the lost log-perplexity is recovered"
     written = {key: format_number(value) for key, value in found.items()}
     summary = [
-        f"Perplexity on held-out samples: {written['before']} before, {written['after']} after {tokens:,} tokens by "
-        f"{settings.method} (learning rate {settings.rate:g}), teacher {written['teacher']}{back}."
+        f"Perplexity goes from {written['before']} to {written['after']} (teacher {written['teacher']}) on held-out "
+        f"samples, after {tokens:,} tokens by {settings.method} (learning rate {settings.rate:g}){back}."
     ]
     sizes = {"teacher": size_of(teacher.model, teacher.layers_path), "healed": size_of(stack.model, stack.layers_path)}
     summary.append(_told_size(sizes, bool(pruned_matrices(stack))))
     if training.memory is not None:
-        summary.append(f"Peak memory of a step: {training.memory / 1e9:.2f} GB, including the teacher.")
+        summary.append(f"A step needed {training.memory / 1e9:.2f} GB of memory at its peak, including the teacher.")
     results = {
         "curve": training.curve,
         "perplexity": found,

@@ -85,7 +85,9 @@ def recover(
             order = order or torch.randperm(len(batches), generator=generator).tolist()
             loss = _loss(stack.model, to_device(batches[order.pop()], device))
             if not loss.isfinite():
-                raise ValueError(f"recover: expected a finite loss, got {loss.item()} at step {step}; lower the rate")
+                raise ValueError(
+                    f"recover: expected a finite loss, got {loss.item()} at step {step}; lower learning_rate"
+                )
             loss.backward()
             optimizer.step()
             schedule.step()

@@ -46,12 +46,16 @@ class OwLoreSettings:
     )
     moments: str = field(
         default="float32",
-        metadata={"help": "format of Adam's moments; 8bit requires bitsandbytes", "choices": list(MOMENTS)},
+        metadata={
+            "help": "format of Adam's moments: float32 or 8bit (requires bitsandbytes)",
+            "choices": list(MOMENTS),
+        },
     )
     rounding: str = field(
         default="stochastic",
         metadata={
-            "help": "rounding of updated bfloat16 weights; nearest loses updates below 1/512 of a weight",
+            "help": "rounding of updated bfloat16 weights: stochastic or nearest, which loses updates below 1/512 of a "
+            "weight",
             "choices": list(ROUNDINGS),
         },
     )

@@ -100,9 +100,15 @@ class PretrainSettings(TextSettings):
         default=None,
         metadata={"help": "text file (.txt, .jsonl, .csv, .parquet) or dataset name; default: the preset's"},
     )
-    preset: str = field(default="tiny", metadata={"help": "recipe of the run", "choices": list(RECIPES)})
+    preset: str = field(
+        default="tiny", metadata={"help": f"recipe of the run: {', '.join(RECIPES)}", "choices": list(RECIPES)}
+    )
     norm_placement: str = field(
-        default="lns", metadata={"help": "norm placement of the model", "choices": list(VALID_PLACEMENTS)}
+        default="lns",
+        metadata={
+            "help": f"norm placement of the model: {', '.join(VALID_PLACEMENTS)}",
+            "choices": list(VALID_PLACEMENTS),
+        },
     )
     learning_rate: float | None = field(default=None, metadata={"help": "peak learning rate; default: the preset's"})
     steps: int | None = field(default=None, metadata={"help": "optimizer steps; default: the preset's"})
@@ -127,7 +133,8 @@ class PretrainSettings(TextSettings):
         metadata={"help": "tokenize --text during training, for texts that are too large to be tokenized first"},
     )
     precision: str = field(
-        default="bf16", metadata={"help": "bf16: autocast over float32 weights", "choices": list(PRECISIONS)}
+        default="bf16",
+        metadata={"help": "bf16 (autocast over float32 weights) or float32", "choices": list(PRECISIONS)},
     )
     compile: bool = field(
         default=False,

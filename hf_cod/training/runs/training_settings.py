@@ -29,7 +29,9 @@ DRAW_BY_SCORES = ("owlore", "owlore-peft")
 class TrainingSettings:
     """Training by one of the methods in `METHODS`."""
 
-    method: str = field(default="owlore", metadata={"help": "fine-tuning method", "choices": list(METHODS)})
+    method: str = field(
+        default="owlore", metadata={"help": f"fine-tuning method: {', '.join(METHODS)}", "choices": list(METHODS)}
+    )
     score: str = field(default="owl", metadata={"help": "owlore: score by which layers are sampled"})
     threshold: float = field(
         default=13.0, metadata={"help": "owlore: outlier threshold M of the score owl (paper: 13)"}
