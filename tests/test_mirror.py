@@ -105,7 +105,7 @@ TESTED_BY = {
     "training/owlore/test_optimizer.py": (
         "training/owlore/active_layers.py training/owlore/eight_bit.py training/owlore/increment.py "
         "training/owlore/moments.py training/owlore/optimizer_state.py training/owlore/settings.py "
-        "training/owlore/trained_increments.py training/owlore/trainer_arguments.py "
+        "training/owlore/trained_increments.py "
         "training/owlore/update_in_backward.py"
     ),
     "io/test_output_directory.py": "io/output_manifest.py io/output_checks.py io/directory_lock.py",

@@ -2,10 +2,10 @@
 
 Load, split the text, measure, plan, apply, save, reload, measure, report.
 
-A command brings its settings and a `Step`. Report keys mean the same for every command: of `results`, "perplexity",
-"memory_bytes" and "speed" hold "intact", what the step made of it and, for perplexity, what it is compared with;
-"disk_bytes" is the size of the saved weights, "evaluation" the samples that perplexity was measured on, "score" what
-the layers were scored with, "fallback", where that score did harm, the perplexities that were compared.
+A command provides its settings and a `Step`. Report keys have the same meaning for all commands. In `results`,
+"perplexity", "memory_bytes" and "speed" have values for "intact" and for the result of the step; "perplexity" also for
+the baselines. "disk_bytes" is the size of the saved weights, "evaluation" describes the samples for perplexity, "score"
+has the settings of the scores. "fallback" has the compared perplexities if the uniform plan replaced that by score.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def compress(
     text: TextSettings,
     files: ResultsOutput,
 ) -> int:
-    """Runs a step on a model, into a directory that is complete afterwards or not there.
+    """Runs a step on a model and writes the results to a directory, completely or not at all.
 
     Args:
-        step: the command's.
+        step: the step of the command.
         source: Hub id, directory or GGUF file.
-        loading, text, files: how the model is loaded, which text it is measured on, and where results go.
+        loading, text, files: settings of model loading, of the text, and of the output.
 
     Returns:
         The exit status.
@@ -58,7 +58,7 @@ def compress(
     with OutputDirectory(directory, told, check=check_unused, source=source) as output:
         report = RunReport.load(directory) if output.completed else run(step, source, loading, text, output, scores)
         if report is None:
-            say(f"\nnothing was made; what was measured is kept in {directory.resolve()}")
+            say(f"\nno model was written; measurements are kept in {directory.resolve()}")
             return 0
         if not output.completed:
             save_results(report, output, files)
@@ -68,7 +68,7 @@ def compress(
 
 
 def save_results(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
-    """Draws and saves the report beside the model, and moves all of it into its place; the journal is done with."""
+    """Plots and saves the report next to the model, moves all results to their final places, removes the journal."""
     if pictures.plots:
         report.plot(output.results, pictures.plot_format)
     report.save(output.results)
@@ -84,10 +84,10 @@ def run(
     output: OutputDirectory,
     scores_file: str | None = None,
 ) -> RunReport | None:
-    """The pipeline itself; the model and what it followed go to the results of `output`.
+    """Runs the pipeline; saves the model, its scores and the files of the step in the results of `output`.
 
     Returns:
-        The report of it, which is not saved yet; None where the step's plan is to do nothing.
+        The report, which is not saved yet; None if the step has no plan to apply.
     """
     work = Work(source, loading, step.settings, output.journal, scores_file)
     output.require(int(step.disk_share() * bytes_of(work.model)))
@@ -133,7 +133,7 @@ def _complete(
     text: TextSettings,
     scores_file: str | None,
 ) -> RunReport:
-    """A step's report, with what was measured before and after it, and what the user chose."""
+    """Adds measurements before and after the step, and the settings, to the report of a step."""
     layers, counted = step.measure(work.stack)
     results = {
         **report.results,
@@ -159,8 +159,9 @@ def _complete(
 
 
 def _harm(step: Step, work: Work, plan: Any, alike: float | None) -> dict[str, Any]:
-    """What a score did worse than all layers alike, by their perplexity and that of the model as it is now; empty where
-    it did no harm, nothing was compared, or the user keeps it.
+    """Score and perplexities of the current model and the uniform plan, if the uniform plan is better.
+
+    Empty if it is not better, if it was not measured, or with `force`.
     """
     if alike is None or step.settings.force:
         return {}
@@ -172,7 +173,7 @@ def _harm(step: Step, work: Work, plan: Any, alike: float | None) -> dict[str, A
 
 
 def _save(directory: Path, work: Work, files: dict[str, Any]) -> None:
-    """What a command made, beside what it followed."""
+    """Saves model, tokenizer, scores and the files of the step."""
     work.model.save_pretrained(directory)
     work.tokenizer.save_pretrained(directory)
     if work.scores is not None:

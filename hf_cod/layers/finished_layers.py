@@ -60,6 +60,8 @@ class FinishedLayers:
         put_back: Callable[[int, dict[str, Tensor]], None],
     ) -> None:
         self._directory = None if directory is None else Path(directory)
+        if self._directory is not None and self._directory.is_file():
+            raise ValueError(f"journal: expected a directory, got the file {str(directory)!r}")
         self._work = work
         self._tensors_of, self._put_back = tensors_of, put_back
         self._whole: set[int] = set()  # files that were found and checked

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
 from hf_cod.models.own_config import own_config
@@ -42,6 +43,7 @@ NOT_PER_LAYER_FIELDS = (
 
 
 @renamed(path="layers_path")
+@checked
 @contextmanager
 def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None = None) -> Iterator[None]:
     """Runs the block with `layers` removed. At its end model and config are restored, also on an exception.
@@ -66,6 +68,7 @@ def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
 
 
 @renamed(path="layers_path")
+@checked
 def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None = None) -> list[int]:
     """Removes `layers` from the model permanently; generate, save_pretrained and from_pretrained work on the result.
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.layers.orientation import is_linear, is_transposed, shape_of, turned
 from hf_cod.layers.stock_four_bit import unpacked
@@ -175,6 +176,7 @@ class DecoderLayers(Sequence):
 
 
 @renamed(path="layers_path")
+@checked
 def find_decoder_layers(model: nn.Module, layers_path: str | None = None) -> DecoderLayers:
     """Finds the stack of layers of a transformers model, wrapped or not.
 

@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from hf_cod.functional import budget as budgets
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value, renamed
 from hf_cod.io.files import JsonFile
 from hf_cod.io.schema import brief, limits
@@ -20,7 +21,7 @@ from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.settings import DEFAULT_SPREAD, OLD_KINDS, AllocationSettings, Kind
+from hf_cod.scoring.settings import DEFAULT_SPREAD, OLD_KINDS, AllocationFields, AllocationSettings, Kind
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ MOST_GROUP = 1 << 20
 FALLING = {"sparsity": True, "bits": False, "rank": False, "parameter_share": False, "probability": False}
 
 
+@checked
 @dataclass(frozen=True)
 class LayerAllocation(JsonFile):
     """One value per layer, and the budget that the values meet.
@@ -82,7 +84,7 @@ class LayerAllocation(JsonFile):
                 raise ValueError(f"values[{layer}]: expected n / {group} with n < {group}, got {value}")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=1))
+        object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=2))
 
     @property
     def mean(self) -> float:
@@ -116,6 +118,7 @@ def same_share(stack: DecoderLayers, share: float) -> LayerAllocation:
 
 
 @renamed(parameters="layer_parameters")
+@checked
 def allocate(
     scores: LayerScores,
     kind: Kind | None = None,
@@ -124,7 +127,7 @@ def allocate(
     *,
     layer_parameters: Sequence[int] | None = None,
     settings: AllocationSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[AllocationFields],
 ) -> LayerAllocation:
     """Distributes a budget over layers: layers that matter more are pruned less, or get more bits, rank, probability.
 
@@ -150,7 +153,7 @@ def allocate(
     Raises:
         ValueError: a budget, spread, group or choice out of range.
     """
-    kind = current_value("kind", kind, OLD_KINDS, above=1)
+    kind = current_value("kind", kind, OLD_KINDS, above=2)
     chosen = resolve(allocate, AllocationSettings, settings, fields, kind=kind, budget=budget, spread=spread)
     mean, lam, group, rule = chosen.budget, chosen.spread, chosen.group, chosen.rule
     weights = _weights(scores, layer_parameters)

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import JsonFile
 from hf_cod.io.schema import check_value, limits
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.stack import DecoderLayers
 
 
+@checked
 @dataclass(frozen=True)
 class LayerScores(JsonFile):
     """How much each layer of a model matters.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.functional import budget, outliers
 from hf_cod.functional.bits import BITS, SCALE_BITS
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, check_batches, split_samples
+from hf_cod.io.text import Batch, Batches, check_batches, split_samples
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.inputs import check_inputs
@@ -30,18 +31,19 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import task_of
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.pruning_probe import PruningProbe
-from hf_cod.scoring.settings import CODEBOOK, ScoreSettings
+from hf_cod.scoring.settings import CODEBOOK, ScoreFields, ScoreSettings
 
 
+@checked
 def score_layers(
     model: nn.Module,
     statistics: LayerStatistics | None = None,
     method: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     show_progress: bool = False,
     settings: ScoreSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[ScoreFields],
 ) -> LayerScores:
     """Scores each layer of a model.
 

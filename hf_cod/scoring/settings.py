@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict
 
 from hf_cod.functional.bits import BITS, SCALE_BITS
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value
 from hf_cod.io.settings import check_choice, layers_path_field
 
@@ -53,6 +54,7 @@ USE_STATISTICS = ("owl", "sensitivity", "auto")  # of METHODS
 DEFAULT_SPREAD = 0.08  # OWL (arXiv 2310.05175), lambda
 
 
+@checked
 @dataclass
 class ScoreSettings:
     """How layers are scored."""
@@ -98,6 +100,18 @@ class ScoreSettings:
             raise ValueError(f"target: expected {what} between {low:.4g} and {high:.4g}, got {self.target}")
 
 
+class ScoreFields(TypedDict, total=False):
+    """Fields of `ScoreSettings` that `score_layers` takes by name."""
+
+    threshold: float
+    per_module: bool
+    target: float
+    pruner: str
+    seed: int
+    layers_path: str | None
+
+
+@checked
 @dataclass
 class AllocationSettings:
     """How a budget is distributed over layers; `allocate` checks it against the scores."""
@@ -119,7 +133,7 @@ class AllocationSettings:
     rule: str = field(default="bounded", metadata={"help": "how scores become values", "choices": list(RULES)})
 
     def __post_init__(self) -> None:
-        self.kind = current_value("kind", self.kind, OLD_KINDS, above=1)
+        self.kind = current_value("kind", self.kind, OLD_KINDS, above=2)
         for name, number in (("budget", self.budget), ("spread", self.spread)):
             if isinstance(number, bool) or not isinstance(number, (int, float, type(None))):
                 raise ValueError(f"{name}: expected a number, got {number!r}")
@@ -127,3 +141,11 @@ class AllocationSettings:
             raise ValueError(f"spread: expected a finite number of at least 0, got {self.spread}")
         check_choice("kind", self.kind, KINDS)
         check_choice("rule", self.rule, RULES)
+
+
+class AllocationFields(TypedDict, total=False):
+    """Fields of `AllocationSettings` that `allocate` takes by name."""
+
+    choices: Sequence[float] | None
+    group: int | None
+    rule: str

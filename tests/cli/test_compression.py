@@ -131,7 +131,9 @@ def test_report_keys_and_the_order_of_its_sentences(folder, capsys):
 def test_a_score_that_does_harm_gives_way_to_all_layers_alike(folder, capsys):
     forced = run(folder)[0]
     harmful = RunReport.load(folder / "out").results["perplexity"]
-    assert harmful["scaled"] > harmful["uniform"] and "does harm" in capsys.readouterr().out
+    assert (
+        harmful["scaled"] > harmful["uniform"] and "the score is worse than a uniform plan" in capsys.readouterr().out
+    )
     shutil.rmtree(folder / "out")
     step, status = run(folder, force=False)
     assert status == 0 and step.calls == [*forced.calls, (0.25, step.calls[0][1])], "on the intact model again"
@@ -143,10 +145,10 @@ def test_a_score_that_does_harm_gives_way_to_all_layers_alike(folder, capsys):
     assert Factor.load(folder / "out" / "factor.json") == Factor(0.25)
     (note,) = report.notes
     by_score, alike = (format_number(fallback[name]) for name in ("perplexity", "alike"))
-    assert note.startswith(f"score random did harm: perplexity {by_score} against {alike} with all layers alike")
-    assert "--force keeps the score" in note and "the smaller of two" in note
+    assert note.startswith(f"score random had a higher perplexity ({by_score}) than a uniform plan ({alike})")
+    assert "--force keeps the score" in note and "the lower of the two" in note
     shown = capsys.readouterr().out
-    assert f"note: {note}" in shown and "does harm" not in shown
+    assert f"note: {note}" in shown and "the score is worse" not in shown
     assert note in (folder / "out" / "report.md").read_text(encoding="utf-8")
 
 
@@ -168,7 +170,7 @@ def test_given_scores_are_used(folder):
 def test_a_plan_to_do_nothing_writes_no_model(folder, capsys):
     step, status = run(folder, factor=1)
     assert status == 0 and [name for name, _ in step.calls] == ["plan"]
-    assert "nothing was made" in capsys.readouterr().out and not (folder / "out" / "model.safetensors").exists()
+    assert "no model was written" in capsys.readouterr().out and not (folder / "out" / "model.safetensors").exists()
 
 
 def test_a_model_that_a_step_refuses_is_not_measured(folder, monkeypatch):

@@ -96,14 +96,14 @@ BAD = {
 }
 # Options that depend on one another: a whole command -> its error.
 TOGETHER = {
-    "prune model --pattern 2:4 --sparsity 0.5": "pattern: expected 2:4 without sparsity",
+    "prune model --pattern 2:4 --sparsity 0.5": "pattern: expected no sparsity or spread with 2:4",
     "prune model --sparsity 0.9 --spread 0.2": "spread: expected 0..0.1",
     "narrow model --parameter-share 0.9 --spread 0.2": "spread: expected",
     "factorize model --score angular --parameter-share 0.9 --spread 0.2": "spread: expected",
-    "factorize model --rank 0.5 --parameter-share 0.5": "rank: expected no parameter_share beside it",
+    "factorize model --rank 0.5 --parameter-share 0.5": "rank: expected either rank or parameter_share",
     "factorize model --method plain --score fisher": "score: expected spectrum",
     "quantize model --bits 3.3 --block 32 --no-double-quant": "bits: expected 3, 4, or stored bits",
-    "drop-layers model --layers 2 --parameter-share 0.5": "layers: expected no parameter_share beside it",
+    "drop-layers model --layers 2 --parameter-share 0.5": "layers: expected either layers or parameter_share",
     "fit model": "budget: expected one of --memory, --parameter-share and --bits, got none",
     "heal model --teacher model --tokens 2M --steps 3": "tokens: expected none beside steps",
     "finetune model --batch-size 6 --micro-batch-size 4": "micro_batch_size: expected batch_size 6 to be a multiple",

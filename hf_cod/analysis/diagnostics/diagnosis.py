@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
@@ -14,13 +14,14 @@ from hf_cod.analysis.diagnostics.forward_pass import ForwardMeasures, measure_fo
 from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm, why_no_gradients
 from hf_cod.analysis.diagnostics.intervals import CONFIDENCE, LEAST_SAMPLES, drop_ends, ends_of
 from hf_cod.analysis.diagnostics.layer_drop import keys_of, measure_layer_drop
-from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, METRICS, DiagnoseSettings
+from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, METRICS, DiagnoseFields, DiagnoseSettings
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.functional import depth
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import Journal
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches, mask_tokens, token_batches
+from hf_cod.io.text import Batch, BatchStream, Texts, Tokenizer, describe_batches, mask_tokens, token_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import Journals
@@ -44,18 +45,19 @@ class MeasurementError(ValueError):
         self.report = report
 
 
+@checked
 def diagnose(
     model: nn.Module,
-    tokenizer: Any = None,
-    texts: str | Iterable[str] | None = None,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: BatchStream | None = None,
     drop_metric: Any = None,
     output: str | Path | None = None,
     name: str | None = None,
     show_progress: bool = True,
     settings: DiagnoseSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[DiagnoseFields],
 ) -> RunReport:
     """Measures the contribution of each layer of a model.
 
@@ -132,11 +134,9 @@ def diagnose(
 
 
 def _prepared(
-    model: nn.Module, tokenizer: Any, texts: Any, batches: Sequence[Batch] | None, chosen: DiagnoseSettings
+    model: nn.Module, tokenizer: Any, texts: Any, batches: Iterable[Batch] | None, chosen: DiagnoseSettings
 ) -> list[Batch]:
     """The batches to measure on, after checks."""
-    if isinstance(batches, Mapping):
-        raise ValueError("batches: expected a list of dicts of tensors, got one dict; put it in a list")
     if batches is not None:
         return _checked_batches(batches)
     if tokenizer is None or texts is None:
@@ -150,7 +150,7 @@ def _prepared(
     return [*(mask_tokens(tokenizer, cut, chosen.seed) if masked else cut)]
 
 
-def _checked_batches(batches: Sequence[Any]) -> list[Batch]:
+def _checked_batches(batches: Iterable[Any]) -> list[Batch]:
     made: list[Batch] = []
     for number, batch in enumerate(batches):
         if not isinstance(batch, Mapping):

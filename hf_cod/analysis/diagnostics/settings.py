@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hf_cod.io.settings import SampleSettings, layers_path_field
+from hf_cod.io.arguments import checked
+from hf_cod.io.settings import SampleFields, SampleSettings, layers_path_field
 
 Token = Literal["last", "first", "all"]
 # Measure -> its description for a layer; the first three come from one forward pass.
@@ -19,12 +20,17 @@ METRICS = {
 FORWARD_METRICS = tuple(METRICS)[:3]
 
 
+@checked
 @dataclass
 class DiagnoseSettings(SampleSettings):
     """Measures of `diagnose` and their settings."""
 
     metrics: list[str] | None = field(
-        default=None, metadata={"help": f"any of {', '.join(METRICS)}; default: all that the model supports"}
+        default=None,
+        metadata={
+            "help": f"any of {', '.join(METRICS)}; default: all that the model supports",
+            "alone": True,
+        },
     )
     drop_metric: str | None = field(
         default=None,
@@ -47,3 +53,11 @@ class DiagnoseSettings(SampleSettings):
         unknown = set(self.metrics or ()) - set(METRICS)
         if unknown:
             raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
+
+
+class DiagnoseFields(SampleFields, total=False):
+    """Fields of `DiagnoseSettings` that `diagnose` takes by name."""
+
+    metrics: list[str] | None
+    token: Token
+    layers_path: str | None

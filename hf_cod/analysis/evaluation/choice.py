@@ -17,8 +17,9 @@ from hf_cod.analysis.evaluation.metrics import (
     Perplexity,
     SampleScore,
 )
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.text import Batch
+from hf_cod.io.text import Batch, Batches
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import evaluation_mode
@@ -80,7 +81,8 @@ def find_metric(metric: Any, task: str) -> Metric:
     raise ValueError(f"metric: expected a name, an evaluate module or a callable, got {metric!r}")
 
 
-def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
+@checked
+def perplexity(model: nn.Module, batches: Batches) -> float:
     """Perplexity of a language model on batches of any device, in its current mode and dtype. Losses are summed in
     float64.
 

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
-from hf_cod.analysis.evaluation.settings import TaskSettings
+from hf_cod.analysis.evaluation.settings import TaskFields, TaskSettings
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
+from hf_cod.io.text import Tokenizer
 from hf_cod.layers.modes import modes_restored
 from hf_cod.layers.stack import unwrap
 from hf_cod.layers.stock_four_bit import as_found
 
 
 @renamed(limit="max_samples")
+@checked
 def evaluate_tasks(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     tasks: Sequence[str | dict[str, Any]],
     *,
     settings: TaskSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[TaskFields],
 ) -> dict[str, dict[str, float]]:
     """Runs tasks of lm-eval (`arc_easy`, `hellaswag`, `wikitext`, ...) on a causal language model in memory.
 

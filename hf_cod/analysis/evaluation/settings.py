@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
+
+from hf_cod.io.arguments import checked
 
 
+@checked
 @dataclass
 class TaskSettings:
     """How benchmarks are run."""
@@ -18,3 +22,11 @@ class TaskSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+class TaskFields(TypedDict, total=False):
+    """Fields of `TaskSettings` that `evaluate_tasks` takes by name."""
+
+    max_samples: int | None
+    batch_size: int
+    seed: int

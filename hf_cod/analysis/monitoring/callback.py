@@ -6,14 +6,15 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from hf_cod.analysis.monitoring.history import FILE_NAME
 from hf_cod.analysis.monitoring.monitor import LayerMonitor
-from hf_cod.analysis.monitoring.settings import MonitorSettings
+from hf_cod.analysis.monitoring.settings import CallbackFields, MonitorSettings
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import resolve
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class LayerDiagnosticsCallback(TrainerCallback):
         ValueError: bad settings; at the start of training: bad probe, no layers found, DeepSpeed or FSDP1.
     """
 
+    @checked
     def __init__(
         self,
         every: int | None = None,
@@ -66,7 +68,7 @@ class LayerDiagnosticsCallback(TrainerCallback):
         *,
         watch: Literal["warn", "stop"] | None = "warn",
         settings: MonitorSettings | None = None,
-        **fields: Any,
+        **fields: Unpack[CallbackFields],
     ) -> None:
         if watch not in ("warn", "stop", None):
             raise ValueError(f"watch: expected 'warn', 'stop' or None, got {watch!r}")

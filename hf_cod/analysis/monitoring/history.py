@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.analysis.monitoring.health import find_trouble
-from hf_cod.io.files import append_line, write_text
+from hf_cod.io.arguments import checked
+from hf_cod.io.files import append_line, check_file, write_text
 from hf_cod.io.reading import naming_file, read_json_lines, take_format
 from hf_cod.io.report import RunReport, environment, format_number
 from hf_cod.io.schema import brief, check_value, limits, read_record
@@ -47,9 +48,12 @@ class TrainingHistory:
         lines: the measured steps, in order.
     """
 
+    @checked
     def __init__(self, header: dict[str, Any], path: str | Path | None = None) -> None:
         self.header = {"format": FORMAT_VERSION, **header}
         self.path = None if path is None else Path(path)
+        if self.path is not None:
+            check_file("history", self.path)
         self.lines: list[dict[str, Any]] = []
 
     @classmethod

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -19,11 +19,12 @@ from hf_cod.analysis.diagnostics.gradients import read_gradient_norms
 from hf_cod.analysis.monitoring.health import find_trouble
 from hf_cod.analysis.monitoring.history import TrainingHistory
 from hf_cod.analysis.monitoring.probe import probe_batches
-from hf_cod.analysis.monitoring.settings import MonitorSettings
+from hf_cod.analysis.monitoring.settings import MonitorFields, MonitorSettings
 from hf_cod.functional import depth
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import fingerprint
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batch, Tokenizer, describe_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import digest_batches
@@ -80,17 +81,18 @@ class LayerMonitor:
             read (FSDP1, DeepSpeed).
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         probe: Any = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer = None,
         history: str | Path | None = None,
         step: int = 0,
         last: int | None = None,
         settings: MonitorSettings | None = None,
-        **fields: Any,
+        **fields: Unpack[MonitorFields],
     ) -> None:
         self.settings, self.last = resolve(LayerMonitor, MonitorSettings, settings, fields), last
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hf_cod.io.settings import SampleSettings, layers_path_field
+from hf_cod.io.arguments import checked
+from hf_cod.io.settings import SampleFields, SampleSettings, layers_path_field
 
 
+@checked
 @dataclass
 class MonitorSettings(SampleSettings):
     """Steps and samples at which layers are measured during training."""
@@ -29,3 +31,16 @@ class MonitorSettings(SampleSettings):
         for name, least in (("every", 1), ("logged_layers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+class CallbackFields(SampleFields, total=False):
+    """Fields of `MonitorSettings` that `LayerDiagnosticsCallback` takes by name."""
+
+    logged_layers: int
+    layers_path: str | None
+
+
+class MonitorFields(CallbackFields, total=False):
+    """Fields of `MonitorSettings` that `LayerMonitor` takes by name."""
+
+    every: int

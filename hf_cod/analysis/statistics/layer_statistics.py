@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_input
 from hf_cod.functional.depth import wide
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.io.reading import naming_file, open_tensors
 from hf_cod.io.schema import brief, is_path
 from hf_cod.io.tensors import save_tensors
-from hf_cod.io.text import Batch
+from hf_cod.io.text import BatchStream
 from hf_cod.layers.checks import name_of, warn_of_other_name
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import InputCheck
@@ -142,9 +143,10 @@ class LayerStatistics:
 
 
 @renamed(path="layers_path")
+@checked
 def collect_statistics(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: BatchStream,
     *,
     layers_path: str | None = None,
     name: str | None = None,

@@ -1,29 +1,34 @@
-"""What `OwLoreAdamW`, `LayerSampler` and `lora_ranks` can be told; the help texts feed the command line."""
+"""Settings of `OwLoreAdamW`, `LayerSampler` and `lora_ranks`; the help texts feed the command line."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import Default, as_in
 
 DEFAULT_FLOOR = 0.2
+DEFAULT_LR = 3e-4
 DEFAULT_SPREAD = 0.5
 DESELECTED = ("drop", "keep", "offload")
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTS = ("float32", "8bit")
 
 
+@checked
 @dataclass
 class OwLoreSettings:
-    """Which layers train when, and how.
+    """Sampling of layers and low-rank training of them.
 
-    Defaults are the paper's for LLaMA2-7B (arXiv 2405.18380, appendix A), but for the floor.
+    Defaults are the paper's for LLaMA2-7B (arXiv 2405.18380, appendix A), except for the floor.
     """
 
     n_active: int = field(
-        default=Default(5), metadata={"help": "layers that train at a time, gamma; the default at most all of them"}
+        default=Default(5),
+        metadata={"help": "layers that train at a time, gamma; the default is lowered to the number of layers"},
     )
-    interval: int = field(default=50, metadata={"help": "optimizer steps until other layers are drawn, K"})
+    interval: int = field(default=50, metadata={"help": "optimizer steps between samplings of layers, K"})
     rank: int | None = field(
         default=Default(128),
         metadata={
@@ -34,37 +39,44 @@ class OwLoreSettings:
     scale: float = field(default=1.0, metadata={"help": "factor of projected updates, GaLore's alpha"})
     floor: float = field(
         default=DEFAULT_FLOOR,
-        metadata={"help": "share of the probability that all layers have alike, so that each one is drawn; 1 is LISA"},
+        metadata={
+            "help": "share of the sampling probability that is uniform over layers, so that every layer is sampled; "
+            "1 is LISA"
+        },
     )
     deselected: str = field(
         default="drop",
         metadata={
-            "help": "what becomes of the optimizer state of layers that are not drawn again",
+            "help": "drop, keep or offload (to the CPU) the optimizer state of layers that are no longer sampled",
             "choices": list(DESELECTED),
         },
     )
     train_embeddings: bool = field(
-        default=False, metadata={"help": "also train embeddings and head, in full rank, at all times (as LISA does)"}
+        default=False, metadata={"help": "also train embeddings and head, in full rank, in every step (as LISA does)"}
     )
     moments: str = field(
         default="float32",
-        metadata={"help": "how Adam's moments are kept; 8bit needs bitsandbytes", "choices": list(MOMENTS)},
+        metadata={
+            "help": "format of Adam's moments: float32 or 8bit (requires bitsandbytes)",
+            "choices": list(MOMENTS),
+        },
     )
     rounding: str = field(
         default="stochastic",
         metadata={
-            "help": "how bfloat16 weights take an update; to nearest loses those below 1/512 of a weight",
+            "help": "rounding of updated bfloat16 weights: stochastic or nearest, which loses updates below 1/512 of a "
+            "weight",
             "choices": list(ROUNDINGS),
         },
     )
     fused: bool = field(
         default=False,
         metadata={
-            "help": "update each weight inside the backward pass and free its gradient at once; without accumulation, "
-            "clipping (set max_grad_norm to 0), loss scaling and several processes"
+            "help": "update each weight inside the backward pass and free its gradient at once; not with accumulation, "
+            "clipping (set max_grad_norm to 0), loss scaling or several processes"
         },
     )
-    seed: int = field(default=0, metadata={"help": "of the draws"})
+    seed: int = field(default=0, metadata={"help": "seed of the sampling of layers"})
 
     def __post_init__(self) -> None:
         self.rank = self.rank or None
@@ -81,9 +93,26 @@ class OwLoreSettings:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
+class OwLoreFields(TypedDict, total=False):
+    """Fields of `OwLoreSettings` that `OwLoreAdamW` takes by name."""
+
+    n_active: int
+    interval: int
+    rank: int | None
+    scale: float
+    floor: float
+    deselected: str
+    train_embeddings: bool
+    moments: str
+    rounding: str
+    fused: bool
+    seed: int
+
+
+@checked
 @dataclass
 class SamplerSettings:
-    """How layers are drawn; how many there are decides what `n_active` may be."""
+    """Sampling of layers; the number of layers limits `n_active`."""
 
     n_active: int = as_in(OwLoreSettings, "n_active")
     seed: int = as_in(OwLoreSettings, "seed")
@@ -94,9 +123,14 @@ class SamplerSettings:
             raise ValueError(f"floor: expected a share between 0 and 1, got {self.floor}")
 
 
+class SamplerFields(TypedDict, total=False):
+    """Fields of `SamplerSettings` that `LayerSampler` takes by name; there are no others yet."""
+
+
+@checked
 @dataclass
 class LoraRankSettings:
-    """How ranks of adapters follow scores."""
+    """Ranks of adapters by scores."""
 
     r: int = field(default=16, metadata={"help": "mean rank"})
     relative_spread: float = field(
@@ -108,3 +142,7 @@ class LoraRankSettings:
             raise ValueError(f"r: expected at least 1, got {self.r}")
         if not 0 <= self.relative_spread <= 1:
             raise ValueError(f"relative_spread: expected a share between 0 and 1, got {self.relative_spread}")
+
+
+class LoraRankFields(TypedDict, total=False):
+    """Fields of `LoraRankSettings` that `lora_ranks` takes by name; there are no others yet."""

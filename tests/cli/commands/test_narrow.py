@@ -31,7 +31,7 @@ def test_narrow_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys,
     found = report.results["perplexity"]
     assert ("uniform" in found) == (score == "angular")
     assert f"from {format_number(found['intact'])} to {format_number(found['narrowed'])}" in shown
-    assert [*report.results["speed"]] == ["intact", "narrowed"] and "Tokens a second: " in shown
+    assert [*report.results["speed"]] == ["intact", "narrowed"] and "Tokens per second: " in shown
     drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
     assert perplexity(model, drawn[4:]) == pytest.approx(found["narrowed"], rel=1e-5), "the later samples"
     assert narrow(checkpoint, "out") == 2

@@ -40,7 +40,7 @@ def test_what_is_written_loads_and_its_report_is_true(model, tmp_path, capsys):
     saved, tokenizer = load_model(str(tmp_path / "out"))
     bits = saved.config.quantization_config.modules
     assert set(bits.values()) == {3, 4} and bits == report.results["modules"]
-    assert "Four bits by owl, highest scores first" in shown and "stored bits a weight" in shown
+    assert "Four bits are assigned by owl, highest scores first" in shown and "stored bits per weight" in shown
     stack = find_decoder_layers(saved)
     order = sorted(range(len(stack)), key=lambda i: -report.layers["score"][i])
     fours = [sum(bits[name] == 4 for name in stack.linears(i)) for i in order]

@@ -211,7 +211,7 @@ def test_other_work_in_the_same_journal_is_not_taken(tmp_path):
 
 @pytest.mark.parametrize("plan", [-0.1, 1.5, float("nan"), True, None, [0.5]])
 def test_sparsity_out_of_range(plan):
-    with pytest.raises(ValueError, match=r"plan: expected a sparsity in 0..1, .*got"):
+    with pytest.raises(ValueError, match=r"plan: expected (a sparsity in 0..1|LayerAllocation, a number or a string)"):
         prune(build("llama"), plan, "magnitude")
 
 
@@ -247,7 +247,7 @@ def test_what_a_method_needs():
             prune(model, 0.5, batches=batches)
     with pytest.raises(ValueError, match="expected batches or statistics, got both"):
         prune(model, 0.5, batches=[batch_for(model)], statistics=statistics)
-    with pytest.raises(ValueError, match="expected batches for sparsegpt, which needs more than sums of squares"):
+    with pytest.raises(ValueError, match="expected batches for sparsegpt, got statistics, which hold sums of squares"):
         prune(model, 0.5, "sparsegpt", statistics=statistics)
     with pytest.raises(ValueError, match="statistics: expected those of LlamaForCausalLM"):
         prune(build("llama", intermediate_size=64), 0.5, statistics=statistics)

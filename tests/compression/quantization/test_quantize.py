@@ -71,7 +71,7 @@ def test_matrices_that_no_token_enters_are_noted():
     layer = model.model.layers[1].mlp
     layer.spare = torch.nn.Linear(32, 48)
     report = quantize(model, OwlBnbConfig(bits=3), batches=[batch_for(model)])
-    assert "no token entered model.layers.1.mlp.spare: rounded to the nearest" in report.notes
+    assert "no token entered model.layers.1.mlp.spare: rounded to nearest" in report.notes
     assert "model.layers.1.mlp.spare" in stored(model)
 
 

@@ -385,7 +385,7 @@ def test_what_has_another_structure_stays_whole_and_is_named():
     mixture = narrow(build("qwen2_moe"), 0.9, "magnitude", "none", channel_multiple=8)
     assert [value is None for value in mixture.layers["share_of_channels"]] == [True, False, True, True]
     assert mixture.notes == ["layers 0, 2, 3: MLP is not narrowed: experts are not supported"]
-    with pytest.raises(ValueError, match=r"in layer 0, which is one group .*; MLP is not narrowed: experts are not"):
+    with pytest.raises(ValueError, match=r"in layer 0 \(one group .*; MLP is not narrowed: experts are not"):
         narrow(build("qwen2_moe"), 0.1, "magnitude", "none", channel_multiple=8)
     with pytest.raises(ValueError, match=r"known structure in GptOssForCausalLM, got none; .* self_attn.sinks applies"):
         narrow(build("gpt_oss"), 0.9, "magnitude", "none")
@@ -431,7 +431,7 @@ def test_bad_plans():
         ),
         (LayerAllocation("parameter_share", 0.5, [0.5, 1.2, 0, 0], [1] * 4, "x"), "got 1.2 in layer 1"),
         (1.5, r"plan: expected a share of parameters in 0..1, got 1.5"),
-        (0.05, r"parameter_share: expected at least 0.3\d* in layer 0, which is one group of heads and 8 channels"),
+        (0.05, r"parameter_share: expected at least 0.3\d* in layer 0 \(one group of heads and 8 channels"),
     ]:
         with pytest.raises(ValueError, match=message):
             narrow(model, plan, "magnitude", "none", channel_multiple=8)
@@ -484,7 +484,7 @@ def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
     for model, message in [
         (shared, r"a separate weight for each matrix, got model.layers.1.mlp.up_proj.weight"),
         (broken, "weights: expected finite numbers, got NaN or infinity in model.layers.3.mlp.up_proj"),
-        (factors, r"model: expected whole matrices, got factors in model.layers.0.self_attn.q_proj"),
+        (factors, r"model: expected dense matrices, got factors in model.layers.0.self_attn.q_proj"),
         (adapted, r"got an adapter at model.layers.0.mlp.up_proj; merge_and_unload it first"),
     ]:
         before = [p.detach().clone() for p in model.parameters()]
