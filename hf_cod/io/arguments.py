@@ -168,9 +168,8 @@ def matches(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(matches(value, part) for part in inner)
     if origin is Literal:
-        return isinstance(
-            value, tuple({type(one) for one in inner})
-        )  # allowed values are checked by the function's own table
+        # The type only: allowed values are checked by the function's own table.
+        return isinstance(value, tuple({type(one) for one in inner}))
     kind = origin or hint
     if not isinstance(kind, type):
         return kind is not None or value is None  # Any, a TypeVar
