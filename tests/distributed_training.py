@@ -132,7 +132,7 @@ def owlore_shards(folder: Path) -> None:
             model(**batch, labels=batch["input_ids"]).loss.backward()
             optimizer.step()
         except ValueError as error:
-            if "model: expected whole parameters, got sharded ones" in str(error):
+            if "model: expected unsharded parameters, got sharded ones" in str(error):
                 refused.append(name)
     torch.save(refused, folder / f"shards-{dist.get_rank()}.pt")
 

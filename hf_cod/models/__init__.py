@@ -1,13 +1,14 @@
-"""Models whose norms stand where you want them: a configuration field instead of a fork.
+"""Models with a choice of norm placement, set by a configuration field.
 
-The files `placements.py`, `shapes.py`, `configuration_*.py` and `modeling_*.py` are copied beside the weights of every
-saved model, flat, and loaded from there by people without this package. So they import torch, transformers and each
-other (`from .x import y`) and nothing else.
+The files `placements.py`, `shapes.py`, `configuration_*.py` and `modeling_*.py` are copied next to the weights of every
+saved model, into one folder, and loaded from there by users without this package. Therefore they import only torch,
+transformers and each other (`from .x import y`).
 
-Each `configuration_X.py` and its `modeling_X.py` import each other: eight circles, which stay. A model needs its
-configuration, and transformers, when it saves a configuration alone, copies the files that its relative imports name.
-So a configuration names its model's file in an import that never runs (`if TYPE_CHECKING:`); without it the code of its
-models would be missing. `configuration_shaped.py` asks its model's file, when it saves, for the heads of a family.
+Each `configuration_X.py` and its `modeling_X.py` import each other. These eight import cycles are required: a model
+file imports its configuration, and when transformers saves a configuration alone, it copies the files that its relative
+imports name. So a configuration names its model file in an import that never runs (`if TYPE_CHECKING:`); without it the
+saved code would lack the models. `configuration_shaped.py` imports the heads of a family from its model file when it
+saves.
 """
 
 from importlib import import_module

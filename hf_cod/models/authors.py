@@ -1,8 +1,8 @@
-"""What the code released with the papers calls its placements."""
+"""Names of the norm placements in the code released with the papers."""
 
 from typing import Any
 
-# NORM_TYPE of the code released with the papers -> our fields.
+# NORM_TYPE of the code released with the papers -> fields of `NormPlacementConfig`.
 AUTHORS_NORM_TYPES: dict[str, dict[str, Any]] = {
     "pre": {"norm_placement": "pre"},
     "scale_pre": {"norm_placement": "scaled_init"},

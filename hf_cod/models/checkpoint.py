@@ -1,7 +1,7 @@
-"""Writing a whole model directory so that it is there completely or not at all.
+"""Atomic writing of a model directory: it exists completely or not at all.
 
-`hf_cod/io/output_directory.py` does that for commands. What is here serves the functions of `convert.py`, because
-models/ imports nothing of ours outside itself.
+`hf_cod/io/output_directory.py` does this for commands. This file serves the functions of `convert.py`, because
+models/ imports no other folder of this package.
 """
 
 import json
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-# What stands beside the weights and goes with them through a conversion.
+# Files next to the weights that a conversion copies.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -36,7 +36,7 @@ COMPANIONS = (
 
 
 def check_new(output: str | Path | None) -> None:
-    """Raise ValueError if there is something at `output` already.
+    """Raise ValueError if `output` exists.
 
     Raises:
         ValueError: "output: expected ..., got ...".
@@ -46,17 +46,17 @@ def check_new(output: str | Path | None) -> None:
 
 
 def is_reading_error(error: Exception) -> bool:
-    """Whether an exception tells of a file or a repository that cannot be read, and not of a mistake in our code."""
-    # Errors of the network's library reach us as they are, and we do not import that.
+    """Whether an exception means that a file or a repository cannot be read, and not a bug in this package."""
+    # Errors of the HTTP library are not wrapped by huggingface_hub; they are recognised without importing it.
     of_network = type(error).__module__.startswith(("httpx", "httpcore"))
     return of_network or isinstance(error, OSError | SafetensorError)
 
 
 def find_companions(source: str | Path) -> dict[str, str]:
-    """Name -> path of the tokenizer and processor files of a directory or a repository of the Hub, own code included.
+    """Name -> path of the tokenizer and processor files of a directory or a Hub repository, including custom code.
 
     Raises:
-        ValueError: If the Hub did not answer: without its tokenizer a model would look complete and not be.
+        ValueError: If the Hub did not answer; the model would be saved without its tokenizer.
     """
     found = _find(source, COMPANIONS)
     configs = [found[name] for name in ("tokenizer_config.json", "processor_config.json") if name in found]
@@ -82,8 +82,8 @@ def _find(source: str | Path, names: Iterable[str]) -> dict[str, str]:
             if not is_reading_error(error):
                 raise
             raise ValueError(
-                f"source: expected {name} of {str(source)!r}, or to hear that there is none, got no answer: {error}; "
-                "nothing was written; what is downloaded is kept, so run it again"
+                f"source: expected an answer from the Hub for {name} of {str(source)!r}, got an error: {error}; "
+                "nothing was written, and downloaded files are kept; run it again"
             ) from error
         if path is not None:  # None where there is no such file
             found[name] = path
@@ -91,22 +91,22 @@ def _find(source: str | Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def _own_code(config: str) -> set[str]:
-    """The files whose classes a config's auto_map names; of "owner/name--module.Class" the code stays where it is."""
+    """The code files that a config's auto_map names, except in other repositories ("owner/name--module.Class")."""
     try:
         auto_map = json.loads(Path(config).read_text(encoding="utf-8")).get("auto_map", {})
         values = [value if isinstance(value, list) else [value] for value in auto_map.values()]
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"auto_map: expected classes by name, got {config!r}: {error}") from error
+        raise ValueError(f"auto_map: expected class names in {config!r}, got other contents: {error}") from error
     names = [name for value in values for name in value if name is not None]
     modules = {str(name).split(".")[0] for name in names if "--" not in str(name)}
     paths = sorted(name for name in modules if not name.isidentifier())
-    if paths:  # what is copied by this name must not leave the directory
-        raise ValueError(f"auto_map: expected modules beside the file, got {paths[0]!r} in {config!r}")
+    if paths:  # copied files must not be written outside the directory
+        raise ValueError(f"auto_map: expected modules in the same directory, got {paths[0]!r} in {config!r}")
     return {f"{name}.py" for name in modules}
 
 
 def save_aside(model: PreTrainedModel, output: Path, companions_from: str | Path | None = None) -> None:
-    """Save a model under a temporary name beside `output`, bring it to the disk and give it its name.
+    """Save a model under a temporary name next to `output`, sync it to the disk and rename it.
 
     Args:
         model: The model to save.
@@ -119,14 +119,14 @@ def save_aside(model: PreTrainedModel, output: Path, companions_from: str | Path
     check_new(output)
     companions = {} if companions_from is None else find_companions(companions_from)
     partial = output.with_name(f".{output.name}-{secrets.token_hex(4)}")
-    partial.mkdir(parents=True)  # not by tempfile, whose directories their owner alone may enter
+    partial.mkdir(parents=True)  # not by tempfile, whose directories only their owner can read
     try:
         model.save_pretrained(partial)
         for name, found in companions.items():
             shutil.copyfile(found, partial / name)
         mode = (partial / "config.json").stat().st_mode
         for path in partial.iterdir():
-            path.chmod(mode)  # safetensors writes for the owner alone, whatever the umask is
+            path.chmod(mode)  # safetensors writes files that only their owner can read, whatever the umask is
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         partial.rename(output)

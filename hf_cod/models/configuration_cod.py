@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 from .placements import PLACEMENTS
 
-# Raised whenever the mathematics or the file format of the model code changes. It is stored in every config, because
-# an installed package wins over the code in a model repository without a word.
+# Increased whenever the mathematics or the file format of the model code changes. It is stored in every config, because
+# an installed package silently takes precedence over the code in a model repository.
 CODE_VERSION = 1
 
-# True while a saved config is read: advice on training comes too late then.
+# True while a saved config is read, when advice on training is too late.
 _READING: ContextVar[bool] = ContextVar("_READING", default=False)
 
 TEXT_HEADS = {
@@ -31,28 +31,28 @@ class NormPlacementConfig:
     """Mixin for configurations: place it before the configuration class of the base family.
 
     Args:
-        norm_placement: Where the norms stand; a name from the table `PLACEMENTS` in `placements.py`.
+        norm_placement: The norm placement; a name from the table `PLACEMENTS` in `placements.py`.
         post_ln_fraction: alpha of Mix-LN, the share of layers (from the first) with Post-LN.
-        scaled_residual_init: Draw the output projections with std / sqrt(2 N), as `scaled_init` does, under another
-            placement. Not with `deepnorm`, which brings its own initialisation; a warning with `lns`.
-        deepnorm_alpha: Residual gain of DeepNorm instead of (2 N)^(1/4).
-        deepnorm_beta: Gain of DeepNorm's initialisation instead of (8 N)^(-1/4).
-        layer_depths: Where layers were removed or repeated after training: the place (from 0) that each layer had.
-            Written by `save_pretrained`; no need to set it.
-        original_num_hidden_layers: The number of layers that `layer_depths` counts in.
+        scaled_residual_init: Initialise the output projections with std / sqrt(2 N), as `scaled_init` does, in another
+            placement. An error with `deepnorm`, which has its own initialisation; a warning with `lns`.
+        deepnorm_alpha: Residual gain of DeepNorm; None: (2 N)^(1/4).
+        deepnorm_beta: Gain of DeepNorm's initialisation; None: (8 N)^(-1/4).
+        layer_depths: The original index (from 0) of each layer, if layers were removed or repeated after training.
+            Set by `save_pretrained`.
+        original_num_hidden_layers: The original number of layers, with `layer_depths`. Set by `save_pretrained`.
         module_shapes: Modules with shapes of their own, as `shapes.py` describes them.
         cod_code_version: Version of the model code that wrote the config.
 
     Raises:
-        ValueError: For an unknown placement, one that the family cannot have, a number out of its range or a value
-            of another type.
+        ValueError: For an unknown placement, one that the family does not support, a number out of range or a value of
+            another type.
     """
 
     # The placement of the base family's own checkpoints.
     stock_placement: ClassVar[str] = "pre"
 
-    # `Any`, because the type check of transformers would be first and its error is no ValueError that says what is
-    # valid; `check_placement` checks types, too.
+    # `Any`, because the type check of transformers would run first, and its error is no ValueError that names the valid
+    # values; `check_placement` checks types, too.
     norm_placement: Any = "lns"
     post_ln_fraction: Any = 0.25
     scaled_residual_init: Any = False
@@ -75,8 +75,8 @@ class NormPlacementConfig:
         """The config with these contents, as transformers calls it for a config.json.
 
         Raises:
-            ValueError: For a checkpoint of another model type that does not say where its norms stand: the default
-                would change its function without a word.
+            ValueError: For a checkpoint of another model type without `norm_placement`, whose function the default
+                would change silently.
         """
         model_type = config_dict.get("model_type", cls.model_type)  # type: ignore[attr-defined]
         silent = "norm_placement" not in {**config_dict, **kwargs}
@@ -84,7 +84,7 @@ class NormPlacementConfig:
         if model_type != cls.model_type and silent and default != cls.stock_placement:  # type: ignore[attr-defined]
             raise ValueError(
                 f"norm_placement: expected one of {', '.join(cls.valid_placements())} in the config, got none for "
-                f"model_type {model_type!r}; a stock checkpoint: use hf_cod.to_lns, or pass "
+                f"model_type {model_type!r}; for a stock checkpoint use hf_cod.to_lns, or pass "
                 f"norm_placement={cls.stock_placement!r}"
             )
         token = _READING.set(True)
@@ -94,10 +94,10 @@ class NormPlacementConfig:
             _READING.reset(token)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save config.json as transformers does, with all that a stranger needs to build models from it.
+        """Save config.json as transformers does, and the files required to build models without this package.
 
-        That is: the files of the model code (copied by transformers) and an `auto_map` for every head. Saving a model
-        comes through here, too.
+        These are the files of the model code (copied by transformers) and an `auto_map` for every head. Saving a model
+        calls this method, too.
         """
         self.auto_map = self.remote_code_map()
         self.cod_code_version = CODE_VERSION
@@ -105,7 +105,7 @@ class NormPlacementConfig:
 
     @classmethod
     def remote_code_map(cls) -> dict[str, str]:
-        """The `auto_map` of a saved model: every Auto class and the file and class that serves it."""
+        """The `auto_map` of a saved model: every Auto class and the file and class that it loads."""
         config_file = cls.__module__.rsplit(".", 1)[-1]
         modeling_file = config_file.replace("configuration_", "modeling_")
         name = cls.__name__.removesuffix("Config")
@@ -114,28 +114,29 @@ class NormPlacementConfig:
 
     @classmethod
     def valid_placements(cls) -> tuple[str, ...]:
-        """The placements that the family can have."""
+        """The placements that the family supports."""
         return tuple(PLACEMENTS)
 
     @classmethod
     def auto_heads(cls) -> dict[str, str]:
-        """Auto class -> ending of the model class's name."""
+        """Auto class -> suffix of the model class's name."""
         return TEXT_HEADS
 
 
 @cache
 def _register_models(config: str) -> None:
-    """Teach the Auto classes the models of a configuration, before its first instance: nobody looks for them without
-    one, and they take seconds to import. Beside the weights, where `auto_map` names them, there is nothing to do.
+    """Register the models of a configuration with the Auto classes, before its first instance.
+
+    Not earlier, because importing the models takes seconds. In a model repository `auto_map` names them instead.
     """
     if __package__ == "hf_cod.models":
         import_module(f"{__package__}.families").register(config)
 
 
 def check_placement(config: Any) -> None:
-    """Raise ValueError if a field of `NormPlacementConfig` is out of its range.
+    """Raise ValueError if a field of `NormPlacementConfig` is out of range.
 
-    Called again when a model is built, because fields of a config may be set after it was made.
+    Called again when a model is built, because fields of a config may be set after its construction.
 
     Raises:
         ValueError: "field: expected ..., got ...".
@@ -143,14 +144,14 @@ def check_placement(config: Any) -> None:
     valid = config.valid_placements()
     if config.norm_placement not in valid:
         known = config.norm_placement in tuple(PLACEMENTS)
-        why = f", which {type(config).__name__} cannot have" if known else ""
+        why = f", which {type(config).__name__} does not support" if known else ""
         raise ValueError(f"norm_placement: expected one of {', '.join(valid)}; got {config.norm_placement!r}{why}")
     if not (_is_number(config.post_ln_fraction) and 0.0 <= config.post_ln_fraction <= 1.0):
         raise ValueError(f"post_ln_fraction: expected a number from 0 to 1, got {config.post_ln_fraction!r}")
     for field in ("deepnorm_alpha", "deepnorm_beta"):
         gain = getattr(config, field)
         if gain is not None and not (_is_number(gain) and gain > 0.0):
-            raise ValueError(f"{field}: expected a number above 0 or None for the paper's formula, got {gain!r}")
+            raise ValueError(f"{field}: expected a number above 0, or None for the paper's formula, got {gain!r}")
     if not isinstance(config.scaled_residual_init, bool):
         raise ValueError(f"scaled_residual_init: expected True or False, got {config.scaled_residual_init!r}")
     if config.scaled_residual_init and config.norm_placement == "deepnorm":
@@ -170,7 +171,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_heads(config: Any) -> None:
-    # Qwen2 and Qwen3 have 32 unless told, whatever num_attention_heads is, and their attention fails far from here.
+    # The default of Qwen2 and Qwen3 is 32, whatever num_attention_heads is; without this check their attention fails.
     heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if groups is not None and (groups < 1 or heads % groups):
         raise ValueError(f"num_key_value_heads: expected a divisor of num_attention_heads, {heads}, got {groups}")
@@ -198,21 +199,21 @@ def _check_depths(config: Any) -> None:
 
 
 def warn_about_placement(config: Any) -> None:
-    """Warn of settings that are valid but rarely wanted."""
+    """Warn about settings that are valid but rarely intended."""
     if config.norm_placement == "lns" and config.scaled_residual_init and not _READING.get():
         _warn("scaled_residual_init weakens LayerNorm Scaling; its authors recommend the plain normal initialisation")
     if config.cod_code_version != CODE_VERSION:
         newer = config.cod_code_version > CODE_VERSION
-        mend = "upgrade with  pip install -U hf_cod" if newer else "install the hf_cod of that time"
+        mend = "upgrade with  pip install -U hf_cod" if newer else "install the earlier version of hf_cod"
         _warn(
-            f"this model was saved by version {config.cod_code_version} of the model code, and version {CODE_VERSION} "
-            f"is loading it, which may compute another function: {mend}, or load it with trust_remote_code=True in a "
-            "process that does not import hf_cod: there the code beside the weights is used"
+            f"this model was saved by version {config.cod_code_version} of the model code, and the installed version "
+            f"{CODE_VERSION} may compute another function: {mend}, or load it with trust_remote_code=True in a process "
+            "that does not import hf_cod, which then uses the code next to the weights"
         )
 
 
 def _warn(message: str) -> None:
-    """Warn at the user's line: the first outside this package and the libraries that build configs for it."""
+    """Warn at the user's line: the first one outside this package and the libraries that build configs."""
     inner = {__name__.split(".")[0], "transformers", "huggingface_hub"}
     frame, level = inspect.currentframe(), 1
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in inner:

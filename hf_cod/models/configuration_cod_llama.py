@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @strict
 class CodLlamaConfig(NormPlacementConfig, LlamaConfig):
-    """Llama, with its norms where `norm_placement` puts them."""
+    """Llama with a choice of `norm_placement`."""
 
     model_type = "cod_llama"
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @strict
 class CodMistralConfig(NormPlacementConfig, MistralConfig):
-    """Mistral, with its norms where `norm_placement` puts them."""
+    """Mistral with a choice of `norm_placement`."""
 
     model_type = "cod_mistral"
 

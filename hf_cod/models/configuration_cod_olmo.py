@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @strict
 class CodOlmoConfig(NormPlacementConfig, OlmoConfig):
-    """OLMo (the first), with its norms where `norm_placement` puts them. Its norms have no weights."""
+    """OLMo (version 1) with a choice of `norm_placement`. Its norms have no weights."""
 
     model_type = "cod_olmo"
 

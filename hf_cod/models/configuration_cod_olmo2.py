@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @strict
 class CodOlmo2Config(NormPlacementConfig, Olmo2Config):
-    """OLMo 2, whose norms stand on the outputs of the sublayers (`reordered`), if wanted on both sides (`sandwich`).
+    """OLMo 2, with norms on the outputs of the sublayers (`reordered`) or on inputs and outputs (`sandwich`).
 
-    The other placements are refused: a stock OLMo 2 checkpoint has norms of the same names as Llama, and would load
-    into them without a word and with another meaning."""
+    The other placements are not supported: the norms of a stock OLMo 2 checkpoint have the same names as those of
+    Llama, so it would silently load into another placement and compute another function."""
 
     model_type = "cod_olmo2"
 
@@ -27,7 +27,7 @@ class CodOlmo2Config(NormPlacementConfig, Olmo2Config):
 
     @classmethod
     def valid_placements(cls) -> tuple[str, ...]:
-        """The placements that the family can have."""
+        """The placements that the family supports."""
         return ("reordered", "sandwich")
 
 

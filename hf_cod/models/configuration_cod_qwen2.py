@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @strict
 class CodQwen2Config(NormPlacementConfig, Qwen2Config):
-    """Qwen2 or Qwen2.5, with its norms where `norm_placement` puts them."""
+    """Qwen2 or Qwen2.5 with a choice of `norm_placement`."""
 
     model_type = "cod_qwen2"
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @strict
 class CodQwen3Config(NormPlacementConfig, Qwen3Config):
-    """Qwen3, with its norms where `norm_placement` puts them.
+    """Qwen3 with a choice of `norm_placement`.
 
-    The norms on queries and keys stay as they are. They undo the factor of LayerNorm Scaling on queries and keys, so
-    only the values and the MLP feel it."""
+    The norms on queries and keys do not change. They cancel the factor of LayerNorm Scaling on queries and keys, so it
+    affects only the values and the MLP."""
 
     model_type = "cod_qwen3"
 

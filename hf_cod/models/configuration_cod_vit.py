@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @strict
 class CodViTConfig(NormPlacementConfig, ViTConfig):
-    """ViT, with its norms where `norm_placement` puts them."""
+    """ViT with a choice of `norm_placement`."""
 
     model_type = "cod_vit"
 
     @classmethod
     def auto_heads(cls) -> dict[str, str]:
-        """Auto class -> ending of the model class's name."""
+        """Auto class -> suffix of the model class's name."""
         return {"AutoModel": "Model", "AutoModelForImageClassification": "ForImageClassification"}
 
 

@@ -1,11 +1,11 @@
 """Configuration of any model of transformers whose modules have shapes of their own.
 
-One model type, "cod_shaped", serves every family: the file names the family in `base_model_type`, and reading it gives
-an instance of the family's own configuration class with two more fields. These classes are made when they are needed,
-because a table of some four hundred families, alike in all but a name, could only be copied out of transformers.
+One model type, "cod_shaped", serves every family: the file names the family in `base_model_type`, and loading it gives
+an instance of a subclass of the family's configuration class with two more fields. These classes are created on demand,
+because there are some four hundred families in transformers.
 """
 
-# Classes are hashable, whatever mypy makes of their instances' __hash__.
+# Classes are hashable, although mypy infers otherwise from their instances' __hash__.
 # mypy: disable-error-code="arg-type"
 from dataclasses import dataclass
 from functools import cache
@@ -40,7 +40,7 @@ class ShapedFields:
 
 
 class ShapedConfig(PreTrainedConfig):
-    """What AutoConfig knows: it reads a file into the configuration of the family that the file names."""
+    """Registered with AutoConfig: loads a file as the configuration of the family that the file names."""
 
     model_type = MODEL_TYPE
 
@@ -49,17 +49,20 @@ class ShapedConfig(PreTrainedConfig):
         """The config with these contents.
 
         Raises:
-            ValueError: a family that this transformers does not know.
+            ValueError: a family that the installed version of transformers does not have.
         """
         family = str(config_dict.get("base_model_type"))
         if family not in CONFIG_MAPPING:
-            raise ValueError(f"base_model_type: expected a model type of transformers, got {family!r}; upgrade it?")
+            raise ValueError(
+                f"base_model_type: expected a model type of transformers, got {family!r}; upgrade transformers if a "
+                "later version has it"
+            )
         return shaped_config(CONFIG_MAPPING[family]).from_dict(config_dict, **kwargs)
 
 
 @cache
 def shaped_config(base: Any) -> Any:
-    """The configuration class beside that of a family, known to the Auto classes from here on."""
+    """The configuration class with shapes for a family's configuration class; the first call registers its models."""
     from .modeling_shaped import heads_of
 
     contents = {
@@ -68,7 +71,7 @@ def shaped_config(base: Any) -> Any:
         "model_type": MODEL_TYPE,
         "base_config": base,
         "_auto_class": "AutoConfig",
-        # Plans of families split matrices by name, which factors do not have.
+        # Parallel plans of families split matrices by name; factors have other names.
         "base_model_tp_plan": None,
         "base_model_pp_plan": None,
     }
@@ -79,7 +82,7 @@ def shaped_config(base: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """The class of that name, for pickle and for whoever imports it."""
+    """The class of that name, for pickle and for imports."""
     base: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if not isinstance(base, type) or not issubclass(base, PreTrainedConfig):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
-"""Checkpoints between LayerNorm Scaling and stock transformers, and from the code released with the papers.
+"""Conversion of checkpoints: LayerNorm Scaling to stock transformers and back, and from the papers' released code.
 
-Symbols: l the layer counted from 1, gamma the weight of a norm. An LNS layer reads gamma x_hat / sqrt(l), so a stock
-layer with gamma' = gamma / sqrt(l) computes the same function, and the other way round. The function is the same,
-training is not: the gradient of gamma in an LNS layer is 1 / sqrt(l) of that of gamma'.
+Symbols: l the layer counted from 1, gamma the weight of a norm. The norms of an LNS layer give gamma x_hat / sqrt(l),
+so a stock layer with gamma' = gamma / sqrt(l) computes the same function, and vice versa. Training differs: the
+gradient of gamma in an LNS layer is 1 / sqrt(l) of that of gamma'.
 """
 
 import copy
@@ -28,8 +28,8 @@ from .modeling_cod_llama import CodLlamaForCausalLM
 Source = PreTrainedModel | str | Path
 
 _ON_THE_SUM = (
-    "its norm acts on the sum x + F(x): it rescales the residual stream by a factor that depends on the input, and a "
-    "stock model has no operation for that"
+    "its norm acts on the sum x + F(x) and rescales the residual stream by a factor that depends on the input, for "
+    "which a stock model has no operation"
 )
 WHY_NOT_FOLDABLE = {
     "post": _ON_THE_SUM,
@@ -43,17 +43,19 @@ WHY_NOT_FOLDABLE = {
 def fold_lns(source: Source, output: str | Path | None = None) -> PreTrainedModel:
     """Turn an LNS model into a stock model with the same function, for tools that know stock models only.
 
-    1 / sqrt(l) goes into the weights of the norms of layer l; where norms have no weights (OLMo), into the Linears
-    that read them. Models with `pre` or `scaled_init`, and OLMo 2 with `reordered`, are stock models already and change
-    their class. In bfloat16 the logits differ by the rounding of the weights. The new model is on the CPU.
+    The weights of the norms of layer l are multiplied by 1 / sqrt(l); if norms have no weights (OLMo), those of the
+    Linears after them are. Models with `pre` or `scaled_init`, and OLMo 2 with `reordered`, compute the stock function
+    already; only their class changes. In bfloat16 the logits differ by the rounding of the weights. The new model is on
+    the CPU.
 
     Args:
-        source: A model of this package, or the directory or Hub id of one; a model is left as it is.
-        output: Also write the stock model to this new directory, with the tokenizer of a source that is no model.
+        source: A model of this package, or the directory or Hub id of one; a model is left unchanged.
+        output: Also write the stock model to this new directory; if `source` is a directory or Hub id, with its
+            tokenizer.
 
     Raises:
-        ValueError: If there is no such source, the placement has no stock equal, a layer is none of ours, transformers
-            lacks the head, the weights are quantized, offloaded or have adapters, or `output` exists.
+        ValueError: If there is no such source, the placement has no stock equivalent, a layer is not of this package,
+            transformers lacks the head, the weights are quantized, offloaded or have adapters, or `output` exists.
     """
     check_new(output)
     model, family = _load(source, "ours")
@@ -75,16 +77,17 @@ def fold_lns(source: Source, output: str | Path | None = None) -> PreTrainedMode
 def to_lns(source: Source, output: str | Path | None = None) -> PreTrainedModel:
     """Turn a stock model into an LNS model with the same function, to continue its training with LNS.
 
-    sqrt(l) goes into the weights of the norms of layer l, so that it undoes the factor of LNS. In bfloat16 the logits
-    differ by the rounding of the weights. The new model is on the CPU.
+    The weights of the norms of layer l are multiplied by sqrt(l), which cancels the factor of LNS. In bfloat16 the
+    logits differ by the rounding of the weights. The new model is on the CPU.
 
     Args:
-        source: A model of a base family of this package, or the directory or Hub id of one; a model is left as it is.
-        output: Also write the LNS model to this new directory, with the tokenizer of a source that is no model.
+        source: A model of a base family of this package, or the directory or Hub id of one; a model is left unchanged.
+        output: Also write the LNS model to this new directory; if `source` is a directory or Hub id, with its
+            tokenizer.
 
     Raises:
-        ValueError: If there is no such source, the family is unknown or cannot have `lns`, the head is unknown, the
-            weights are quantized, offloaded or have adapters, or `output` exists.
+        ValueError: If there is no such source, the family is unknown or does not support `lns`, the head is unknown,
+            the weights are quantized, offloaded or have adapters, or `output` exists.
     """
     check_new(output)
     model, family = _load(source, "stock")
@@ -105,19 +108,19 @@ def from_authors(
 ) -> CodLlamaForCausalLM:
     """Load a checkpoint of the code released with Mix-LN or the Curse of Depth as a model of this package.
 
-    The checkpoint does not say its NORM_TYPE. pre, scale_pre and lns have the same weights, and so have post and
-    deeppost: a wrong one among them loads without complaint and computes another function.
+    The checkpoint does not contain its NORM_TYPE. pre, scale_pre and lns have the same weights, and so have post and
+    deeppost: a wrong one among them loads without an error and computes another function.
 
     Args:
         source: Directory or Hub id of the checkpoint, or its state dict.
-        norm_type: The NORM_TYPE that it was trained with, in any case: a name from `AUTHORS_NORM_TYPES`.
-        config: Contents of its config.json; needed with a state dict.
-        post_layers: The POST_NUM that it was trained with; for post_pre and scale_post_pre, which need it.
-        output: Also write the model to this new directory, with the tokenizer of a source that is no state dict.
+        norm_type: The NORM_TYPE that it was trained with, upper or lower case: a name from `AUTHORS_NORM_TYPES`.
+        config: Contents of its config.json; required with a state dict.
+        post_layers: The POST_NUM that it was trained with; required for post_pre and scale_post_pre, else None.
+        output: Also write the model to this new directory; if `source` is a directory or Hub id, with its tokenizer.
 
     Raises:
         ValueError: For an unknown NORM_TYPE, a missing source, `config` or `post_layers`, a `post_layers` that the
-            NORM_TYPE has no use for, weights that do not fit, or an `output` that exists.
+            NORM_TYPE does not use, weights that do not fit, or an `output` that exists.
     """
     check_new(output)
     if norm_type.lower() not in AUTHORS_NORM_TYPES:
@@ -135,13 +138,13 @@ def from_authors(
     else:
         with _found(source):
             model = _load_exactly(CodLlamaForCausalLM, source, config=model_config, key_mapping={r"^module\.": ""})
-    # From a directory transformers takes it out of config.json, -1 and all.
+    # From a directory, transformers reads it from config.json, including the invalid -1.
     model.generation_config.pad_token_id = model_config.pad_token_id
     return _finish(model, source, output)
 
 
 def _authors_fields(config: dict[str, Any], placement: dict[str, Any], post_layers: int | None) -> dict[str, Any]:
-    """Fields of our config from their config.json, with its `max_sequence_length` and its pad token -1 translated."""
+    """Fields of CodLlamaConfig from the authors' config.json; translates `max_sequence_length` and the pad token -1."""
     fields = {**config, **placement}
     for name in ("model_type", "architectures", "auto_map", "transformers_version"):
         fields.pop(name, None)
@@ -163,7 +166,7 @@ def _authors_fields(config: dict[str, Any], placement: dict[str, Any], post_laye
 
 def _load(source: Source, whose: str) -> tuple[PreTrainedModel, Family]:
     """The model, loaded unless `source` is one, and its family; `whose` is "ours" or "stock"."""
-    source = getattr(source, "_orig_mod", source)  # what torch.compile has wrapped
+    source = getattr(source, "_orig_mod", source)  # the model inside torch.compile's wrapper
     if isinstance(source, nn.Module):
         config = _check_model(source).config
     else:
@@ -194,13 +197,13 @@ def _check_model(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"source: expected a model of transformers, got {type(model).__name__}")
     if any(weight.is_meta for weight in model.parameters()):
-        raise ValueError("source: expected weights in memory, got some that are offloaded or on the meta device")
+        raise ValueError("source: expected all weights in memory, got some that are offloaded or on the meta device")
     return model
 
 
 @contextmanager
 def _found(source: Any) -> Iterator[None]:
-    """Turn the errors of transformers for a missing, unreachable or damaged checkpoint into ours."""
+    """Turn the errors of transformers for a missing, unreachable or damaged checkpoint into ValueError."""
     try:
         yield
     except Exception as error:
@@ -212,7 +215,7 @@ def _found(source: Any) -> Iterator[None]:
 
 
 def _config_dict(source: str | Path) -> dict[str, Any]:
-    """The contents of config.json; transformers has no complaint about a directory without one."""
+    """The contents of config.json; raises if there is none, which transformers does not."""
     config = PreTrainedConfig.get_config_dict(source)[0]
     if not config:
         raise FileNotFoundError(f"{source} has no config.json")
@@ -220,7 +223,7 @@ def _config_dict(source: str | Path) -> dict[str, Any]:
 
 
 def _stock_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """All fields of the config but ours and those that name its class."""
+    """All fields of the config, except those of this package and those that name its class."""
     ours = {field.name for field in dataclasses.fields(NormPlacementConfig)}
     names = ours | {"model_type", "architectures", "auto_map", "transformers_version"}
     return {name: value for name, value in config.to_dict().items() if name not in names}
@@ -235,7 +238,7 @@ def _rebuild(model: PreTrainedModel, model_class: Any, config: PreTrainedConfig)
         new + name.removeprefix(old) if name.startswith(old) else name: weight.detach().to("cpu", copy=True)
         for name, weight in model.state_dict().items()
     }
-    # Loading casts all weights to one dtype: the widest, so that going back to each weight's own loses nothing.
+    # Loading casts all weights to one dtype: the widest, so that casting back to each weight's own dtype is exact.
     widest = functools.reduce(torch.promote_types, (weight.dtype for weight in state.values()), model.dtype)
     rebuilt = _load_exactly(model_class, None, config=config, state_dict=state, dtype=widest)
     for name, parameter in rebuilt.named_parameters():
@@ -247,14 +250,16 @@ def _rebuild(model: PreTrainedModel, model_class: Any, config: PreTrainedConfig)
 
 
 def _load_exactly(model_class: Any, source: Any, **kwargs: Any) -> Any:
-    """`from_pretrained`, but every weight must find its place."""
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that these are listed, too
+    """`from_pretrained`, but raises unless names and shapes of all weights match."""
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that mismatched sizes are listed, too
     model, info = model_class.from_pretrained(source, **told, **kwargs)
-    # Buffers that old versions of transformers saved; they are computed now.
+    # Buffers that old versions of transformers saved, and that are computed now, are ignored.
     unexpected = {name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")}
     wrong = sorted(info["missing_keys"]) + sorted(unexpected) + sorted(map(str, info["mismatched_keys"]))
     if wrong:
-        raise ValueError(f"source: expected exactly the weights of the model, got missing, unknown or misfit {wrong}")
+        raise ValueError(
+            f"source: expected exactly the weights of the model, got missing, unknown or mismatched {wrong}"
+        )
     return model
 
 
@@ -264,13 +269,13 @@ def _scales(model: Any) -> list[float]:
 
 @torch.no_grad()
 def _scale_norms(model: PreTrainedModel, family: Family, factors: list[float]) -> None:
-    """Multiply what the norms before the sublayers of layer l give by `factors[l]`: in the weights, rounded once."""
+    """Multiply the outputs of the norms before layer l's sublayers by `factors[l]`: in the weights, rounded once."""
     for layer, factor in zip(model.base_model.layers, factors, strict=True):  # type: ignore[arg-type]
         if factor == 1.0:
             continue
         for name in family.absorbers:
             module = layer.get_submodule(name)
-            # A Linear has its factor on the input, so its bias stays; a norm has it on the output, bias and all.
+            # The factor is on the input of a Linear, so its bias is not scaled; it is on the output of a norm.
             weights = [module.weight] if isinstance(module, nn.Linear) else list(module.parameters())
             for weight in weights:
                 weight.copy_(weight.double() * factor)

@@ -1,4 +1,4 @@
-"""The table of base families: each of our classes beside the class of transformers that has the same parameters."""
+"""Table of base families: classes of this package and the classes of transformers with the same parameters."""
 
 import importlib
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ class Family:
     """One base family.
 
     Args:
-        config: Our configuration class; its `auto_heads` name our model classes.
+        config: The configuration class of this package; its `auto_heads` name the model classes.
         stock_config: The configuration class of transformers.
-        absorbers: Modules of a layer whose weights can take over a factor on the outputs of the norms before the
-            sublayers: those norms, or where these have no weights, the Linears that read them.
-        foldable: The placements whose function a stock model of the family has.
+        absorbers: Modules of a layer whose weights can absorb a factor on the outputs of the norms before the
+            sublayers: these norms, or, if they have no weights, the Linears after them.
+        foldable: The placements that a stock model of the family can represent.
     """
 
     config: Any
@@ -40,14 +40,14 @@ class Family:
 
     @property
     def model_type(self) -> str:
-        """The `model_type` of our configuration."""
+        """The `model_type` of the configuration class of this package."""
         return self.config.model_type
 
     @cached_property
     def models(self) -> dict[Any, "type[PreTrainedModel]"]:
-        """Auto class -> our model class, as in the `auto_map` of a saved model: that table is the only one.
+        """Auto class -> model class of this package, from the `auto_map` of a saved model.
 
-        The class of transformers has the same name without "Cod"; a few do not exist.
+        The corresponding class of transformers has the same name without "Cod"; a few do not exist.
         """
         named = {auto: name.split(".") for auto, name in self.config.remote_code_map().items() if auto != "AutoConfig"}
         return {
@@ -56,11 +56,11 @@ class Family:
         }
 
     def stock_class(self, name: str) -> "type[PreTrainedModel] | None":
-        """The class of transformers beside our class `name`, or None where transformers has none."""
+        """The class of transformers for the class `name` of this package, or None if transformers has none."""
         return getattr(transformers, name.removeprefix("Cod"), None)
 
     def our_class(self, name: str) -> "type[PreTrainedModel] | None":
-        """Our class beside the class `name` of transformers, or None where we have none."""
+        """The class of this package for the class `name` of transformers, or None if this package has none."""
         ours = {model.__name__: model for model in self.models.values()}
         return ours.get(f"Cod{name}")
 
@@ -81,10 +81,10 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def register(config: str | None = None) -> None:
-    """Teach the Auto classes of transformers our model types; calling it again changes nothing.
+    """Register the model types of this package with the Auto classes of transformers; a second call changes nothing.
 
     Args:
-        config: name of a configuration class, whose models alone are registered; None: all of them.
+        config: name of a configuration class, to register its models only; None: all of them.
     """
     for family in FAMILIES:
         if config in (None, family.config.__name__):

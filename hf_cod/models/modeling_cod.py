@@ -1,11 +1,11 @@
-"""What the models of all families share: a layer with a norm placement, a stack of such layers, and the heads.
+"""Common parts of the models of all families: a layer with a norm placement, a stack of such layers, and the heads.
 
-Everything here is a mixin that stands before a class of transformers, whose attention, MLP, norm, rotary embedding,
-masks, caches and forward methods stay in use. Constructors are our own, because those of transformers name their
-layer class in the code.
+Every class here is a mixin before a class of transformers, whose attention, MLP, norm, rotary embedding, masks, caches
+and forward methods stay in use. Only constructors are replaced, because those of transformers name their layer class in
+the code.
 """
 
-# What a mixin uses of the class after it, mypy cannot see.
+# mypy does not see the attributes that a mixin uses of the class after it.
 # mypy: disable-error-code="misc, arg-type, assignment, attr-defined, call-arg"
 from typing import Any, ClassVar
 
@@ -29,11 +29,11 @@ class PlacedLayer:
 
     placement: NormPlacement
     build_norm: ClassVar[Any]  # static method of each family: config -> a new norm over the hidden size
-    # Where the family's own checkpoints call a norm otherwise: our name -> its name.
+    # Name of a norm in the placements -> its name in the family's own checkpoints, if it differs.
     norm_names: ClassVar[dict[str, str]] = {}
 
     def place_norms(self, config: Any, layer: int) -> None:
-        """Give the layer its placement, exactly the norms of it, and the standard deviations to start with."""
+        """Set the layer's placement, build exactly its norms, and set the standard deviations of initialisation."""
         self.placement = PLACEMENTS[config.norm_placement](config, layer)
         # The layer of the family comes with the norms of its own placement.
         needed = [self.norm_names.get(name, name) for name in self.placement.norms]
@@ -63,7 +63,7 @@ class PlacedDecoderLayer(PlacedLayer):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """Residual stream (batch, tokens, hidden) in and out; the rest goes to the attention as it is."""
+        """Residual stream (batch, tokens, hidden) in and out; other arguments are passed to the attention."""
 
         def attention(x: torch.Tensor) -> torch.Tensor:
             return self.self_attn(hidden_states=x, attention_mask=attention_mask, **kwargs)[0]
@@ -75,8 +75,8 @@ def placements_of(model: Any) -> list[NormPlacement]:
     """The norm placement of each layer.
 
     Raises:
-        ValueError: If a layer has none, or one of another name than the config says: saved like that, the model
-            would come back as another function.
+        ValueError: If a layer has none, or another one than the config: the saved model would compute another function
+            after loading.
     """
     placements, named = [], model.config.norm_placement
     for layer in model.base_model.layers:
@@ -107,19 +107,19 @@ class PlacedPreTrainedModel(ShapedModel):
             init.zeros_(module.bias)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does, with all that a stranger needs to load the model.
+        """Save as transformers does, with everything that is required to load the model without this package.
 
-        That is: what the config brings, and the depths of the layers if some were removed.
+        These are the files that the config saves, and the depths of the layers if some were removed.
 
         Raises:
-            ValueError: If there are layers without a norm placement, with another one than the config says, or from
-                models of different depth.
+            ValueError: If there are layers without a norm placement, with another one than the config, or from models
+                of different depth.
         """
         self._record_depths()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _record_depths(self) -> None:
-        """Write to the config what the layers know: the truth lives in them, whoever removed some."""
+        """Write the depths of the layers to the config; the layers are up to date, whichever code removed some."""
         placements = placements_of(self)
         depths = [placement.depth for placement in placements]
         totals = sorted({placement.n_layers for placement in placements})
@@ -168,7 +168,7 @@ class CausalLMHead:
 
 
 class SequenceClassificationHead(GenericForSequenceClassification):
-    """Mixin for sequence classification; the constructor of transformers asks AutoModel, which knows no remote code."""
+    """Mixin for sequence classification; the constructor of transformers uses AutoModel, which loads no remote code."""
 
     model_class: ClassVar[Any]
 

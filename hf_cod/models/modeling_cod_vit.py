@@ -1,6 +1,6 @@
 """Models of the Vision Transformer with a choice of norm placement; `configuration_cod_vit.py` names the choices."""
 
-# Mixins that narrow what classes of transformers declare.
+# Mixins narrow types that classes of transformers declare.
 # mypy: disable-error-code="misc"
 from typing import Any, ClassVar
 
@@ -23,10 +23,10 @@ from .modeling_cod import PlacedLayer, PlacedPreTrainedModel
 
 
 class CodViTLayer(PlacedLayer, ViTLayer):
-    """One layer: ViT's attention and MLP, joined by the placement of the config.
+    """One layer: ViT's attention and MLP, with the norm placement of the config.
 
     ViT checkpoints call the norms before the sublayers `layernorm_before` and `layernorm_after`; so does this layer.
-    The placements know them by the names of Llama, which are properties here.
+    The placements use the names of Llama, which are properties here.
     """
 
     norm_names: ClassVar[dict[str, str]] = {
@@ -50,13 +50,13 @@ class CodViTLayer(PlacedLayer, ViTLayer):
 
     @property
     def post_attention_layernorm(self) -> nn.Module:
-        """The norm before the MLP, or on the attention's output: see the placement."""
+        """The norm before the MLP, or on the attention's output, depending on the placement."""
         return self.layernorm_after
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """Residual stream (batch, patches + 1, hidden) in and out; the rest goes to the attention as it is."""
+        """Residual stream (batch, patches + 1, hidden) in and out; other arguments are passed to the attention."""
 
         def attention(x: torch.Tensor) -> torch.Tensor:
             return self.dropout(self.attention(x, attention_mask, **kwargs)[0])
@@ -68,7 +68,7 @@ class CodViTLayer(PlacedLayer, ViTLayer):
 
 
 class CodViTPreTrainedModel(PlacedPreTrainedModel, ViTPreTrainedModel):
-    """Initialisation, saving and the properties that transformers looks up by class."""
+    """Initialisation, saving, and class attributes that transformers reads."""
 
     config: CodViTConfig
     _no_split_modules: ClassVar[list[str]] = ["ViTEmbeddings", "CodViTLayer"]

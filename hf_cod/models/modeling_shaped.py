@@ -1,9 +1,9 @@
 """Models of any family of transformers whose modules have shapes of their own; `shapes.py` builds them.
 
-The classes are made when they are needed; `configuration_shaped.py` says why.
+The classes are created on demand; `configuration_shaped.py` gives the reason.
 """
 
-# Classes are hashable, whatever mypy makes of their instances' __hash__.
+# Classes are hashable, although mypy infers otherwise from their instances' __hash__.
 # mypy: disable-error-code="arg-type"
 from functools import cache
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .configuration_shaped import PREFIX, shaped_config
 from .shapes import ShapedModel
 
-# The Auto classes through which such a model can be loaded, as far as its family has the head.
+# The Auto classes that can load such a model, as far as its family has the head.
 AUTO_CLASSES = (
     "AutoModel",
     "AutoModelForCausalLM",
@@ -31,11 +31,11 @@ AUTO_CLASSES = (
 
 @cache
 def shaped_model(base: Any, config_class: Any) -> Any:
-    """The model class beside one of transformers.
+    """The model class with shapes for a class of transformers.
 
     Args:
         base: the class of transformers.
-        config_class: what `shaped_config` made of its configuration class.
+        config_class: result of `shaped_config` for its configuration class.
     """
     contents = {
         "__module__": __name__,
@@ -47,7 +47,7 @@ def shaped_model(base: Any, config_class: Any) -> Any:
 
 
 def heads_of(config_class: Any) -> dict[str, Any]:
-    """Auto class -> the model class that a configuration class of `shaped_config` has there."""
+    """Auto class -> the model class that it loads for a configuration class of `shaped_config`."""
     heads: dict[str, Any] = {}
     for name, base in stock_heads(config_class.base_config):
         heads.setdefault(name, shaped_model(base, config_class))
@@ -55,7 +55,7 @@ def heads_of(config_class: Any) -> dict[str, Any]:
 
 
 def stock_heads(config_class: Any) -> list[tuple[str, Any]]:
-    """(Auto class, model class) of each head that a configuration class of transformers has there."""
+    """(Auto class, model class) of each head of a configuration class of transformers."""
     heads = []
     for name in AUTO_CLASSES:
         found = getattr(transformers, name)._model_mapping.get(config_class, None)
@@ -64,7 +64,7 @@ def stock_heads(config_class: Any) -> list[tuple[str, Any]]:
 
 
 def __getattr__(name: str) -> Any:
-    """The class of that name: an `auto_map` names classes, and pickle does."""
+    """The class of that name, for `auto_map` and pickle."""
     base: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if not isinstance(base, type) or not issubclass(base, PreTrainedModel):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

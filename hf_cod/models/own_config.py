@@ -1,4 +1,4 @@
-"""Models that were built from one config object share it: what is written into it for one of them holds for all."""
+"""Copies a model's configs, because models that were built from the same config object share it."""
 
 import copy
 from typing import Any
@@ -8,11 +8,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def own_config(model: nn.Module) -> None:
-    """Gives a model, wrapped or not, copies of its configs, before something is written into one of them.
+    """Replaces the configs of a model, wrapped or not, by copies, before a config is changed.
 
-    All its modules share the copies as they shared what these are copied from; settings of quantized storage, which its
-    quantizer holds, too, stay the same object. A model without a head keeps what it has: it may be part of one with a
-    head, which is saved with the config that both share.
+    Modules that shared a config share its copy. `quantization_config` is not copied, because the model's quantizer
+    holds the same object. A model without a head keeps its configs: it may be part of a model with a head, which is
+    saved with the config that both share.
     """
     whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if whole is not None and whole.base_model is whole:

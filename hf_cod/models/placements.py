@@ -1,10 +1,10 @@
-"""Where the norms of a transformer layer stand: one small class for each placement, and the table of all of them.
+"""Norm placements of a transformer layer: one small class for each placement, and the table of all of them.
 
 Symbols: x the residual stream (batch, tokens, hidden), F a sublayer (attention or MLP), LN the norm of the family
 (RMSNorm or LayerNorm), l the layer counted from 1 as papers do, N the number of layers, W a weight matrix.
 The names of the norms are those of Llama checkpoints and of the authors' checkpoints.
 
-This file travels to the Hub with every saved model, so it imports nothing but torch.
+This file is saved with every model and uploaded to the Hub, so it imports only torch.
 """
 
 import math
@@ -21,7 +21,7 @@ PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 OUTPUT_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 SANDWICH_NORMS = ("input_layernorm", "pre_feedforward_layernorm", *OUTPUT_NORMS)
 
-# The last names of the Linears of a layer, by the part that they play in initialisation.
+# The last parts of the names of a layer's Linears, by their role in initialisation.
 RESIDUAL_PROJECTIONS = ("o_proj", "down_proj", "fc2")
 QUERY_AND_KEY = ("q_proj", "k_proj")
 
@@ -29,8 +29,8 @@ QUERY_AND_KEY = ("q_proj", "k_proj")
 def layer_depth(config: Any, layer: int) -> tuple[int, int]:
     """The index (from 0) and the number of layers that the formulas use for a layer.
 
-    Both differ from the layer's place in the stack only where layers were removed or repeated after training:
-    then the config lists the old places in `layer_depths` and their number in `original_num_hidden_layers`.
+    Both differ from the layer's index in the stack only if layers were removed or repeated after training: then the
+    config lists the original indices in `layer_depths` and the original number in `original_num_hidden_layers`.
     """
     depth = layer if config.layer_depths is None else config.layer_depths[layer]
     n_layers = config.original_num_hidden_layers
@@ -38,10 +38,10 @@ def layer_depth(config: Any, layer: int) -> tuple[int, int]:
 
 
 class NormPlacement(ABC):
-    """How one layer joins its norms, its two sublayers and its residual stream.
+    """The order in which one layer applies its norms, its two sublayers and the residual addition.
 
-    Each layer holds its own object. Numbers that depend on the depth are Python floats on it: never buffers, which
-    initialisation from the meta device erases and casts to bfloat16 round.
+    Each layer holds its own object. Numbers that depend on the depth are Python floats on it, not buffers:
+    initialisation from the meta device erases buffers, and casts to bfloat16 round them.
     """
 
     norms: ClassVar[tuple[str, ...]]
@@ -58,7 +58,7 @@ class NormPlacement(ABC):
         """The output of the layer for the residual stream `x`, (batch, tokens, hidden) in and out."""
 
     def initial_std(self, name: str, linear: nn.Linear, std: float) -> float:
-        """Standard deviation of the normal distribution that the weight of the Linear `name` is drawn from."""
+        """Standard deviation of the normal distribution that initialises the weight of the Linear `name`."""
         if self.scaled_residual_init and name in RESIDUAL_PROJECTIONS:
             return std / math.sqrt(2 * self.n_layers)
         return std
@@ -82,7 +82,7 @@ class PreNorm(NormPlacement):
 
 
 class ScaledInit(PreNorm):
-    """Pre-LN whose residual projections start smaller: std(W_o) = std(W_down) = std / sqrt(2 N).
+    """Pre-LN with smaller initial residual projections: std(W_o) = std(W_down) = std / sqrt(2 N).
 
     Radford et al. 2019 (GPT-2), section 2.3 (2 N residual additions), and Groeneveld et al. 2024 (OLMo,
     arXiv 2402.00838). The function of the layer is that of Pre-LN.
@@ -108,7 +108,7 @@ class LayerNormScaling(NormPlacement):
 
     def forward(self, layer: Any, x: torch.Tensor, attention: Sublayer, mlp: Sublayer) -> torch.Tensor:
         """See the class."""
-        # The factor stands here and not inside the norm: libraries that swap norm classes for kernels would drop it.
+        # The factor is here and not inside the norm, because libraries that replace norms by kernels would drop it.
         x = x + attention(layer.input_layernorm(x) * self.scale)
         return x + mlp(layer.post_attention_layernorm(x) * self.scale)
 
@@ -117,7 +117,7 @@ class PostNorm(NormPlacement):
     """Post-LN: x <- LN(x + F(x)).
 
     Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), section 3.1. The final norm of the base model
-    stays after the last layer, on a stream that this layer has normalised already; the paper's equations have none.
+    is kept after the last layer, although its input is normalised already; the paper's equations have no final norm.
     """
 
     norms = OUTPUT_NORMS
@@ -136,7 +136,7 @@ class DeepNorm(NormPlacement):
     with gain beta for values, attention output and MLP, and gain 1 for queries and keys.
     `deepnorm_alpha` and `deepnorm_beta` of the config replace the formulas: the code released with the Curse of
     Depth uses alpha = sqrt(8) and beta = (8 N)^(+1/4) at any depth.
-    The final norm of the base model stays after the last layer; the paper's equations have none.
+    The final norm of the base model is kept after the last layer; the paper's equations have no final norm.
     """
 
     norms = OUTPUT_NORMS
@@ -178,7 +178,7 @@ class ReorderedNorm(NormPlacement):
     """Reordered norm of OLMo 2: x <- x + LN(F(x)).
 
     OLMo team 2024, "2 OLMo 2 Furious" (arXiv 2501.00656), paragraph "Reordered norm". The names of the norms are
-    those of Post-LN, the mathematics is not: here the norm stays inside the residual branch.
+    those of Post-LN, but the norm is inside the residual branch.
     """
 
     norms = OUTPUT_NORMS
@@ -190,7 +190,7 @@ class ReorderedNorm(NormPlacement):
 
 
 def n_post_layers(fraction: float, n_layers: int) -> int:
-    """ceil(alpha N), the number of Post-LN layers of Mix-LN; immune to rounding, so that alpha = k / N gives k."""
+    """ceil(alpha N), the number of Post-LN layers of Mix-LN; tolerates rounding, so that alpha = k / N gives k."""
     return math.ceil(fraction * n_layers - 1e-9)
 
 

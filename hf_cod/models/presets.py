@@ -1,8 +1,8 @@
 """The Llama sizes that the papers on Mix-LN and LayerNorm Scaling train from scratch.
 
-With the authors' settings of training (C4, sequences of 256 tokens, batches of 512 sequences, Adam without weight
-decay, cosine schedule to 10 %): learning rate 1e-3 for 130M and 250M, 5e-4 for 350M and 1B; 20, 40, 60 and 100
-thousand steps with 2, 4, 6 and 1 thousand of them for warm-up.
+The authors' training settings: C4, sequences of 256 tokens, batches of 512 sequences, Adam without weight decay, cosine
+schedule to 10 %; learning rate 1e-3 for 130M and 250M, 5e-4 for 350M and 1B; 20, 40, 60 and 100 thousand steps, of
+which 2, 4, 6 and 1 thousand are warm-up.
 """
 
 from typing import Any
@@ -20,15 +20,15 @@ LLAMA_PRESETS: dict[str, tuple[int, int, int, int, int]] = {
 
 
 def llama_preset(size: str, norm_placement: str = "lns", **fields: Any) -> CodLlamaConfig:
-    """The configuration of one of the papers' Llama models, with 32,000 tokens in the vocabulary.
+    """The configuration of one of the papers' Llama models, with a vocabulary of 32,000 tokens.
 
     Args:
         size: "130M", "250M", "350M", "1B" or "7B".
-        norm_placement: Where the norms stand.
-        **fields: Further fields of `CodLlamaConfig`; they win over the preset.
+        norm_placement: The norm placement.
+        **fields: Further fields of `CodLlamaConfig`; they override the preset.
 
     Raises:
-        ValueError: For an unknown size, or a bad field.
+        ValueError: For an unknown size, or an invalid field.
     """
     if size not in LLAMA_PRESETS:
         raise ValueError(f"size: expected one of {', '.join(LLAMA_PRESETS)}; got {size!r}")

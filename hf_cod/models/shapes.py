@@ -1,7 +1,7 @@
-"""Modules whose shapes a config's sizes do not tell: low rank, fewer heads, narrower MLPs, another in each layer.
+"""Modules with shapes that a config's sizes do not describe: low rank, fewer heads, narrower MLPs, by layer.
 
-A config records them in one field, `module_shapes`, and the model's own constructor builds them. Name (inside the base
-model, so that it holds with every head) -> what differs from the module that the sizes give:
+A config records them in one field, `module_shapes`, and the model's constructor builds them. Name of a module (relative
+to the base model, so that it is valid with every head) -> its differences from the sizes in the config:
 
     {"layers.3.mlp.up_proj": {"rank": 64},                      # W = expand reduce
      "layers.3.mlp.gate_proj": {"rank": 64, "sparse": 1},       # W = expand reduce + sparse
@@ -9,10 +9,11 @@ model, so that it holds with every head) -> what differs from the module that th
      "layers.3.self_attn": {"num_key_value_groups": 1},         # ... and a number that the attention computes with
      "layers.3.mlp.down_proj": {"in_features": 96, "bias": 1}}  # a bias where the family has none
 
-Why in the constructor, and not through the plug-in point of quantizers, which could exchange modules as well: that has
-one place, and bits or packed zeros on top of such a model need it; Trainer and PEFT take what it loads for quantized
-and refuse to train it; and no model repository can bring a quantizer as remote code. Why not under the stock model
-type: without this code a stock class would find no place for the factors, and go on with random weights.
+Modules are built in the constructor and not by a quantizer of transformers, which could replace modules, too, because
+(1) a model has one quantizer, which quantization or sparse storage of such a model requires; (2) Trainer and PEFT treat
+a model with a quantizer as quantized and do not train it; (3) a model repository cannot contain a quantizer as remote
+code. The stock model type is not used, because without this code a stock class would ignore the factors and continue
+with random weights.
 """
 
 from typing import Any
@@ -21,26 +22,28 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Of the numbers that a module computes with: more than any has.
+# Upper limit of the numbers that a module computes with.
 MOST = 1 << 24
 SIZES = ("in_features", "out_features", "rank")
-# 1: there is one
+# Value 1: the module has the part.
 BIAS, SPARSE = FLAGS = ("bias", "sparse")
 
 
 class LowRankLinear(nn.Module):
-    """y = B (A x) + b: a Linear whose matrix W = B A is kept as `reduce` A (rank, in) and `expand` B (out, rank); or
-    y = B (A x) + S x + b, with `sparse` S (out, in), most of which is zero.
+    """A Linear with a factorized matrix W = B A, and optionally a sparse part S.
 
-    All are ordinary Linears, so that whatever works on Linears (adapters, quantization, pruning, statistics, storage
-    without zeros) works on them. To PEFT, name those or "all-linear", not the module that holds them.
+        y = B (A x) + b,  or  y = B (A x) + S x + b
+
+    `reduce` holds A (rank, in), `expand` B (out, rank) and b, `sparse` S (out, in), most of which is zero. All are
+    ordinary Linears, so everything that works on Linears (adapters, quantization, pruning, statistics, sparse storage)
+    works on them. In PEFT's `target_modules`, name them or use "all-linear"; do not name this module.
 
     Args:
         in_features, out_features: columns and rows of W.
         rank: at least 1, at most the smaller of them.
-        bias: whether there is a b; it stands in `expand`.
-        sparse: whether there is an S.
-        device, dtype: of the tensors.
+        bias: whether there is a bias b, in `expand`.
+        sparse: whether there is a sparse part S.
+        device, dtype: device and dtype of the tensors.
 
     Raises:
         ValueError: a rank out of range.
@@ -75,7 +78,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W (out, in), made for the reader: a new tensor, in which nothing should be written."""
+        """W (out, in), computed on each access; writing to it has no effect on the module."""
         product = self.expand.weight @ self.reduce.weight
         return product if self.sparse is None else product + self.sparse.weight
 
@@ -86,28 +89,28 @@ class LowRankLinear(nn.Module):
 
 
 class ShapedModel:
-    """Mixin for model classes, before a class of transformers: builds what the config's `module_shapes` says."""
+    """Mixin for model classes, before a class of transformers: builds the modules in the config's `module_shapes`."""
 
     config: Any
     base_model: Any
 
     def post_init(self) -> None:
-        """Builds the modules; at the end of every constructor, before weights are initialised or loaded."""
+        """Builds the modules; called at the end of every constructor, before weights are initialised or loaded."""
         build_shapes(self.base_model, self.config.module_shapes)
         super().post_init()  # type: ignore[misc]  # a class of transformers follows in the MRO
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Saves as transformers does, once the config tells the ranks that the model has.
+        """Saves as transformers does, after a check that the config records the model's ranks.
 
         Raises:
-            ValueError: it does not, so that the model could not be loaded again.
+            ValueError: the config does not record them, so the saved model could not be loaded.
         """
         check_recorded(self.base_model, self.config.module_shapes)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # as above
 
 
 def build_shapes(base: nn.Module, shapes: Any) -> None:
-    """Gives modules of a base model the shapes that are recorded; what has its shape already stays as it is.
+    """Builds modules of a base model in the recorded shapes; modules with that shape already are left unchanged.
 
     Raises:
         ValueError: "module_shapes: expected ..., got ..."; names the module.
@@ -126,7 +129,7 @@ def build_shapes(base: nn.Module, shapes: Any) -> None:
             raise ValueError(
                 f"module_shapes: expected whole numbers above 0, got {wrong[0]} = {changes[wrong[0]]!r} of {name}"
             )
-        # Conv1D is the same matrix stored as (in, out); known here once more, because this file travels alone.
+        # Conv1D stores the same matrix as (in, out); handled here, too, because this file is saved without the package.
         if isinstance(module, (nn.Linear, Conv1D, LowRankLinear)):
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, _reshaped(module, changes, name))
@@ -135,7 +138,7 @@ def build_shapes(base: nn.Module, shapes: Any) -> None:
 
 
 def recorded_sizes(module: nn.Module) -> dict[str, int]:
-    """in_features, out_features, of a LowRankLinear its rank, and a 1 for a sparse part and for a bias."""
+    """in_features, out_features, the rank of a LowRankLinear, and 1 for a sparse part and for a bias."""
     if isinstance(module, LowRankLinear):
         sizes = dict(zip(SIZES, (module.reduce.in_features, module.expand.out_features, module.rank), strict=True))
         sizes |= {} if module.sparse is None else {SPARSE: 1}
@@ -148,10 +151,10 @@ def recorded_sizes(module: nn.Module) -> dict[str, int]:
 
 
 def check_recorded(base: nn.Module, shapes: Any) -> None:
-    """Makes sure that the record tells each LowRankLinear of a base model, its rank, and its sparse part.
+    """Checks that `shapes` records each LowRankLinear of a base model with its rank and its sparse part.
 
     Raises:
-        ValueError: one is told wrongly or not at all.
+        ValueError: a module is recorded wrongly or not at all.
     """
     for name, module in base.named_modules():
         if isinstance(module, LowRankLinear):
@@ -164,7 +167,7 @@ def check_recorded(base: nn.Module, shapes: Any) -> None:
 
 
 def _reshaped(module: Any, changes: dict[str, int], name: str) -> nn.Module:
-    """A matrix of the recorded sizes, with new weights where these differ from the module's own."""
+    """A module of the recorded sizes, with new weights if these sizes differ from the module's own."""
     unknown = [key for key in changes if key not in (*SIZES, *FLAGS)]
     if unknown:
         raise ValueError(f"module_shapes: expected {', '.join((*SIZES, *FLAGS))} of {name}, got {unknown[0]!r}")
@@ -182,14 +185,14 @@ def _reshaped(module: Any, changes: dict[str, int], name: str) -> nn.Module:
             raise ValueError(f"module_shapes: expected a rank of {name} up to {min(columns, rows)}, got {rank}")
         return LowRankLinear(columns, rows, rank, bias, bool(sizes.get(SPARSE)), **options)
     if SPARSE in sizes:
-        raise ValueError(f"module_shapes: expected a rank beside the sparse part of {name}, got none")
+        raise ValueError(f"module_shapes: expected a rank with the sparse part of {name}, got none")
     if isinstance(module, Conv1D):
         return Conv1D(rows, columns).to(**options)
     return nn.Linear(columns, rows, bias, **options)
 
 
 def _check_size(own: dict[str, int], sizes: dict[str, int], name: str) -> None:
-    """Before anything is allocated: modules may be narrower than the config's sizes make them, and not wider."""
+    """Checks, before memory is allocated, that a module is not wider than by the config's sizes."""
     for key in ("in_features", "out_features"):
         if sizes[key] > own[key]:
             raise ValueError(f"module_shapes: expected {key} of {name} up to {own[key]}, got {sizes[key]}")

@@ -1,6 +1,6 @@
-"""A model in memory whose modules were exchanged becomes one that is saved and loaded as it is."""
+"""Records the shapes of replaced modules in a model's config and class, so that it can be saved and loaded."""
 
-# Classes are hashable, whatever mypy makes of their instances' __hash__.
+# Classes are hashable, although mypy infers otherwise from their instances' __hash__.
 # mypy: disable-error-code="arg-type"
 from typing import Any
 
@@ -14,16 +14,16 @@ from .shapes import ShapedModel, build_shapes
 
 
 def check_shapeable(model: Any) -> None:
-    """Makes sure that `record_shapes` will find the classes that it needs.
+    """Checks that `record_shapes` supports a model's class.
 
     Raises:
-        ValueError: no model of transformers itself or of this package, or one that no Auto class would load.
+        ValueError: a class that is not of transformers or of this package, or one that no Auto class loads.
     """
     name = type(model).__name__
     family = getattr(getattr(model, "config", None), "model_type", None)
     stock = getattr(transformers, name, None) is type(model) and family in CONFIG_MAPPING
     if not (stock or isinstance(model, ShapedModel)):
-        raise ValueError(f"model: expected a class of transformers or hf_cod, got {name}, which could not be saved")
+        raise ValueError(f"model: expected a class of transformers or hf_cod, got {name}, which cannot be saved")
     if stock:
         known = {head.__name__ for _, head in stock_heads(type(model.config))}
         if name not in known:
@@ -31,17 +31,17 @@ def check_shapeable(model: Any) -> None:
 
 
 def record_shapes(model: Any, changes: dict[str, dict[str, int]]) -> None:
-    """Gives a model its new shapes, where it has not got them yet, and a class that builds them again from its config.
+    """Builds new shapes in a model, unless it has them already, and gives it a class that builds them from its config.
 
-    `isinstance(model, LlamaForCausalLM)` stays true. Weights that exist are kept; those of modules that are built here
-    are not initialised.
+    `isinstance(model, LlamaForCausalLM)` stays true. Existing weights are kept; the weights of modules that are built
+    here are not initialised.
 
     Args:
         model: see `check_shapeable`.
-        changes: module's name in the model -> what changes, as in `shapes.py`.
+        changes: name of a module in the model -> its changes, as in `shapes.py`.
 
     Raises:
-        ValueError: a module outside the base model (a head), or a shape that it cannot have.
+        ValueError: a module outside the base model (a head), or a shape that the module cannot have.
     """
     check_shapeable(model)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
@@ -55,8 +55,8 @@ def record_shapes(model: Any, changes: dict[str, dict[str, int]]) -> None:
     if not isinstance(model, ShapedModel):
         config.base_model_type = config.model_type
         config.__class__ = shaped_config(family)
-        config.model_type = MODEL_TYPE  # a config that was read from a file has one of its own
+        config.model_type = MODEL_TYPE  # on the instance, because a config from a file has the attribute, too
         model.__class__ = shaped_model(base, type(config))
-        model._weight_conversions = None  # files then name weights as the model does
+        model._weight_conversions = None  # files then use the model's names of weights
     known = getattr(config, "module_shapes", None) or {}
     config.module_shapes = {**known, **{name: {**known.get(name, {}), **sizes} for name, sizes in shapes.items()}}

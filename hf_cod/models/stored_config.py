@@ -1,11 +1,11 @@
-"""The configuration of a model whose weights are stored in a form of this package, and what its file tells a reader.
+"""The configuration of a model whose weights are stored in a format of this package.
 
-Transformers passes over a `quant_method` that it does not know, and reports tensors of wrong shapes later. A
-`model_type` that it does not know it refuses at once, and quotes it. So config.json of such a model has `REQUIRES` for
-its model type, and the family's own beside it; a model in memory has the family's own.
+Transformers ignores an unknown `quant_method`, and fails later with tensors of wrong shapes. It rejects an unknown
+`model_type` at once, and quotes it. Therefore config.json of such a model has `REQUIRES` as its model type, and the
+family's own model type in another field; a model in memory has the family's own.
 """
 
-# Classes are hashable, whatever mypy makes of their instances' __hash__.
+# Classes are hashable, although mypy infers otherwise from their instances' __hash__.
 # mypy: disable-error-code="arg-type"
 import json
 from functools import cache
@@ -20,7 +20,7 @@ FAMILY_TYPE = "hf_cod_model_type"
 
 
 class StoredConfig(PreTrainedConfig):
-    """What AutoConfig knows: it reads a file into the configuration of the family that the file names."""
+    """Registered with AutoConfig: loads a file as the configuration of the family that the file names."""
 
     model_type = REQUIRES
 
@@ -29,12 +29,15 @@ class StoredConfig(PreTrainedConfig):
         """The config with these contents.
 
         Raises:
-            ValueError: a family that this transformers does not know.
+            ValueError: a family that the installed version of transformers does not have.
         """
         contents = {name: value for name, value in config_dict.items() if name != FAMILY_TYPE}
         family = str(config_dict.get(FAMILY_TYPE))
         if family not in CONFIG_MAPPING or family == REQUIRES:
-            raise ValueError(f"{FAMILY_TYPE}: expected a model type of transformers, got {family!r}; upgrade it?")
+            raise ValueError(
+                f"{FAMILY_TYPE}: expected a model type of transformers, got {family!r}; upgrade transformers if a "
+                "later version has it"
+            )
         return CONFIG_MAPPING[family].from_dict({**contents, "model_type": family}, **kwargs)
 
 
@@ -42,7 +45,7 @@ class _Stored:
     """Mixin before the configuration class of a family."""
 
     family: Any
-    # Code beside the weights, which transformers could run without this package, could not read them.
+    # No remote code: it would run without this package, which is required to read the weights.
     _auto_class = None
 
     def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
@@ -58,18 +61,18 @@ class _Stored:
 
 
 def mark_stored(model: Any) -> None:
-    """Lets the model be saved with a config.json that says what a reader needs. A second call does nothing."""
+    """Makes the model's config.json state that loading requires this package. A second call does nothing."""
     config = model.config
     if isinstance(config, _Stored):
         return
     family = type(config)
-    for name in ("model_type", FAMILY_TYPE):  # what the file said, where no Auto class has read it
+    for name in ("model_type", FAMILY_TYPE):  # entries of the file, if the config was not loaded by an Auto class
         config.__dict__.pop(name, None)
     config.__class__ = _stored_class(family)
 
 
 def unmark_stored(model: Any) -> bool:
-    """Takes that back; returns whether there was something to take back."""
+    """Undoes `mark_stored`; returns whether the model was marked."""
     config = model.config
     if not isinstance(config, _Stored):
         return False
@@ -79,7 +82,7 @@ def unmark_stored(model: Any) -> bool:
 
 @cache
 def _stored_class(family: Any) -> Any:
-    """The class beside that of a family; Auto classes find stock models by its name, and it has the family's."""
+    """The stored variant of a family's class; it has the same name, by which Auto classes find stock models."""
     contents = {
         "__module__": family.__module__,
         "__qualname__": family.__qualname__,
@@ -92,6 +95,6 @@ def _stored_class(family: Any) -> Any:
 
 
 def _empty(family: Any) -> Any:
-    """For copies and pickles."""
+    """An empty instance, for copy and pickle."""
     made = _stored_class(family)
     return made.__new__(made)

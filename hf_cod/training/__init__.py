@@ -1,1 +1,1 @@
-"""What trains: OwLore, its adapters, runs of Trainer, healing, pre-training."""
+"""Training: OwLore, OwLore adapters, Trainer runs, healing, pre-training."""

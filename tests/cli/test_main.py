@@ -55,7 +55,7 @@ def test_samples_longer_than_the_positions_of_a_model(tmp_path, capsys, command,
     model, text, out = (str(tmp_path / name) for name in ("model", "text.txt", "out"))
     more = [*more, str(shutil.copytree(model, tmp_path / "teacher"))] if more else []
     assert main([command, model, *more, "--text", text, "--sequence-length", "65", "--output", out]) == 2
-    assert "sequence_length: expected at most 64 tokens, for which transformer.wpe has positions, got 65" in (
+    assert "sequence_length: expected at most 64 tokens, the learned positions of transformer.wpe, got 65" in (
         capsys.readouterr().err
     )
 

@@ -208,7 +208,7 @@ def test_adapters_are_refused():
 def test_offloaded_weights_and_foreign_modules_are_refused():
     with torch.device("meta"):
         empty = LlamaForCausalLM(LlamaConfig(**TEXT))
-    with pytest.raises(ValueError, match="source: expected weights in memory, got some that are offloaded"):
+    with pytest.raises(ValueError, match="source: expected all weights in memory, got some that are offloaded"):
         to_lns(empty)
     with pytest.raises(ValueError, match="source: expected a model of transformers, got Linear"):
         fold_lns(torch.nn.Linear(2, 2))

@@ -229,13 +229,17 @@ def test_no_advice_on_training_for_a_finished_checkpoint(tmp_path, recwarn):
     assert not [warning for warning in recwarn if "weakens" in str(warning.message)]
 
 
-@pytest.mark.parametrize(("version", "mend"), [(99, "upgrade with  pip install -U hf_cod"), (0, "hf_cod of that time")])
+@pytest.mark.parametrize(
+    ("version", "mend"), [(99, "upgrade with  pip install -U hf_cod"), (0, "install the earlier version of hf_cod")]
+)
 @pytest.mark.parametrize("trust", [False, True])
 def test_warning_for_a_model_of_other_code(version, mend, trust, tmp_path):
     tiny_model("cod_llama", "lns").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "cod_code_version": version}))
-    with pytest.warns(UserWarning, match=f"saved by version {version} of the model code, and version 1 .*{mend}"):
+    with pytest.warns(
+        UserWarning, match=f"saved by version {version} of the model code, and the installed version 1 .*{mend}"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)
 
 

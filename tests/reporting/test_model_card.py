@@ -88,7 +88,7 @@ def test_card_says_what_cannot_be_folded_and_what_diverged(run):
     assert "cannot be converted to a stock Llama" in model_card(report, CardSettings(), []).text
     report.layers.clear()
     report.results["validation_perplexity"] = math.inf
-    report.notes.append("the layers were not measured: the run diverged")
+    report.notes.append("the run diverged; layers were not measured")
     assert "the run diverged" in model_card(report, CardSettings(), []).text
 
 

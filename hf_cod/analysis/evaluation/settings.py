@@ -1,4 +1,4 @@
-"""What `evaluate_tasks` can be told."""
+"""Settings of `evaluate_tasks`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hf_cod.io.arguments import checked
 class TaskSettings:
     """How benchmarks are run."""
 
-    max_samples: int | None = field(default=None, metadata={"help": "samples of each task, at most; default: all"})
-    batch_size: int = field(default=8, metadata={"help": "samples in one forward pass"})
-    seed: int = field(default=0, metadata={"help": "seed of the choice of few-shot examples"})
+    max_samples: int | None = field(default=None, metadata={"help": "maximum number of samples per task; default: all"})
+    batch_size: int = field(default=8, metadata={"help": "samples per forward pass"})
+    seed: int = field(default=0, metadata={"help": "seed for the choice of few-shot examples"})
 
     def __post_init__(self) -> None:
         for name in ("max_samples", "batch_size"):

@@ -1,4 +1,4 @@
-"""What `pack_sparse` can be told."""
+"""Settings of `pack_sparse`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class PackSettings:
     """Which matrices are packed."""
 
     minimum: float = field(
-        default=0.5, metadata={"help": "pack the matrices of which at least this share is zero, 0 to 1"}
+        default=0.5, metadata={"help": "pack the matrices in which at least this share of the weights is zero, 0 to 1"}
     )
 
     def __post_init__(self) -> None:

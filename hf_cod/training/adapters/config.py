@@ -1,4 +1,4 @@
-"""OwLoreConfig: what PEFT's get_peft_model makes OwLore adapters from."""
+"""OwLoreConfig: the PEFT configuration of OwLore adapters."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from hf_cod.training.adapters.registry import peft_type
 @checked
 @dataclass
 class OwLoreConfig(PeftConfig):
-    """An adapter that `OwLoreAdamW` trains, a few layers at a time (Li et al. 2024, arXiv 2405.18380).
+    """Configuration of an adapter that `OwLoreAdamW` trains, a few layers at a time (Li et al. 2024, arXiv 2405.18380).
 
         model = get_peft_model(model, OwLoreConfig(r=128))
         Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=owlore(scores, n_active=5, lr=1e-3))
 
-    Each matrix W gets D = B A + lift(N, P) (`Increment`): while a layer trains, N learns in the fixed basis P of its
-    gradient; at the next draw that joins B A, a product of rank `max_rank` at most. What does not fit is cut off at the
-    smallest singular values and told by `model.lost_energy()`. W itself is not written, so it may be quantized; weight
-    decay acts on N alone.
+    Each matrix W gets the increment D = B A + lift(N, P) (`Increment`). While a layer trains, N is trained in the fixed
+    basis P of its gradient. When layers are sampled again, lift(N, P) is folded into B A, whose rank is at most
+    `max_rank`: the smallest singular values beyond it are cut off, and `model.lost_energy()` reports their share. W is
+    not written, so it may be quantized. Weight decay applies to N only.
 
-    `import hf_cod` lets PEFT load such an adapter in a process that has not made one.
+    PEFT can load such an adapter in any process after `import hf_cod`.
 
     Raises:
         ValueError: a rank below 1.
@@ -38,24 +38,29 @@ class OwLoreConfig(PeftConfig):
 
     r: int = field(
         default=Default(128),
-        metadata={"help": "rank of what trains now; the default at most the width of the layers' matrices"},
+        metadata={
+            "help": "rank of the update that currently trains; the default is lowered to the width of the matrices"
+        },
     )
     max_rank: int | None = field(
-        default=None, metadata={"help": "bound of the rank of what was learnt before; None: twice r"}
+        default=None, metadata={"help": "maximum rank of the folded earlier updates; None: twice r"}
     )
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={"help": "names of matrices, as in LoRA; None: all of the layers, but for banks of experts"},
+        metadata={"help": "names of matrices, as in LoRA; None: all matrices of the layers, except banks of experts"},
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names of matrices to leave out"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names of matrices to exclude"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layers; None: all"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of layers"})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "modules beside the layers that train and are saved whole, such as a head"}
+        default=None,
+        metadata={
+            "help": "modules outside the layers that train in full and are saved with the adapter, such as a head"
+        },
     )
     held: dict[str, tuple[int, int]] = field(
         default_factory=dict,
-        metadata={"help": "of a saved adapter the columns of P and B of each matrix; stands in its file alone"},
+        metadata={"help": "for each matrix of a saved adapter, the columns of P and B; set in saved files only"},
     )
 
     def __post_init__(self) -> None:
@@ -70,9 +75,9 @@ class OwLoreConfig(PeftConfig):
             setattr(self, name, set(names) if isinstance(names, list) else names)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's, whose type is in the file what a reader without this package has to do.
+        """As PEFT's method; the file's `peft_type` names the import that loading requires, for users who lack it.
 
-        `held` is in the file alone: the config may make a new adapter, which holds nothing.
+        `held` is written to the file only and then cleared, because the config may also create a new, empty adapter.
         """
         super().save_pretrained(save_directory, **kwargs)
         self.held = {}

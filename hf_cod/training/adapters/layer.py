@@ -1,4 +1,4 @@
-"""OwLoreLinear: a matrix, of any kind, with the increments of one or more adapters beside it."""
+"""OwLoreLinear: a linear module of any kind with the increments of one or more adapters."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from hf_cod.training.owlore.increment import Increment
 class OwLoreLinear(nn.Module, BaseTunerLayer):
     """y = base(x) + x D^T, with D the sum of the active adapters' increments.
 
-    The base is called and, but in `merge`, neither read nor written: nn.Linear, Conv1D, bitsandbytes' and whatever else
-    has in_features and out_features.
+    The base is only called; its weight is read and written by `merge` alone. It may be nn.Linear, Conv1D, a module of
+    bitsandbytes, or any other module with in_features and out_features.
 
     Args:
-        base_layer: the matrix.
-        adapter_name: of the first adapter.
-        config: its settings.
+        base_layer: the linear module.
+        adapter_name: name of the first adapter.
+        config: settings of the first adapter.
         held: see `Increment`.
-        **quantization: what PEFT's quantization backends want to know.
+        **quantization: arguments of PEFT's quantization backends.
     """
 
     adapter_layer_names = ("owlore_increment",)
@@ -50,7 +50,7 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config, held)
 
     def update_layer(self, adapter_name: str, config: OwLoreConfig, held: tuple[int, int] = (0, 0)) -> None:
-        """Adds an adapter, whose increment is 0; a matrix narrower than `r` gets as much as it has."""
+        """Adds an adapter with an increment of 0; its rank is at most the smaller dimension of the matrix."""
         base = self.get_base_layer()
         _, dtype = self._get_base_layer_device_and_dtype(base)
         plain = dtype if dtype is not None and dtype.is_floating_point else torch.float32
@@ -68,7 +68,7 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's, but that layers which an optimizer lets rest go on resting."""
+        """As PEFT's method, except that layers which the optimizer has frozen stay frozen."""
         super().set_adapter(adapter_names, inference_mode)
         for increment in self._increments():
             if increment.resting:
@@ -90,15 +90,15 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """D in the layout of the base's weight: (out, in), of a Conv1D (in, out)."""
+        """D in the layout of the base's weight: (out, in), for a Conv1D (in, out)."""
         return turned(self.get_base_layer(), self._increment(adapter).dense())
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds the adapters' increments to the base's weight, which is decoded and coded again where it is quantized.
+        """Adds the adapters' increments to the base's weight; a quantized weight is dequantized and quantized again.
 
         Raises:
-            ValueError: a base whose weight cannot be written; with `safe_merge` a sum that is not finite.
+            ValueError: the base's weight cannot be written; with `safe_merge`, the sum is not finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.owlore_increment:
@@ -107,14 +107,14 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes them away again, up to rounding."""
+        """Subtracts the merged increments, up to rounding."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             self._add(-self.get_delta_weight(self.merged_adapters.pop()), False)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: `peft.tuners.lora.save_as_lora` makes a LoRA of it that loads without this package."""
+        """True: `peft.tuners.lora.save_as_lora` converts it to a LoRA adapter that loads without this package."""
         return True
 
     def _add(self, delta: Tensor, safe: bool) -> None:
@@ -124,7 +124,7 @@ class OwLoreLinear(nn.Module, BaseTunerLayer):
         if not (plain if backend is None else backend.supports_merge):
             raise ValueError(
                 f"merge: expected a weight that can be written, got {type(base).__name__}; export the adapter by "
-                "peft.tuners.lora.save_as_lora, or decode the model first"
+                "peft.tuners.lora.save_as_lora, or dequantize the model first"
             )
         weight = self.get_base_weight()
         total = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""OwLoreModel: a model whose layers' matrices have OwLore adapters."""
+"""OwLoreModel: a model with OwLore adapters on the matrices of its layers."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from hf_cod.training.owlore.increment import TENSORS, Increment
 
 logger = logging.getLogger(__name__)
 
-_WRAPPER = "base_model.model."  # how names of what is inside a PeftModel begin
+_WRAPPER = "base_model.model."  # prefix of module names inside a PeftModel
 
 
 class OwLoreModel(BaseTuner):
-    """What `get_peft_model` puts around a model; see `OwLoreConfig`."""
+    """The wrapper that `get_peft_model` puts around a model; see `OwLoreConfig`."""
 
     prefix = "owlore_"
     tuner_layer_cls = OwLoreLinear
 
     def lost_energy(self, adapter_name: str | None = None) -> dict[str, float]:
-        """Of each matrix the share of the squares of what it learnt that folding cut off (`Increment`).
+        """For each matrix, the share of its update's squared norm that folding cut off (`Increment.lost_energy`).
 
         Args:
-            adapter_name: None: the active one, of several the first.
+            adapter_name: an adapter; None: the first active one.
 
         Raises:
             ValueError: no adapter of that name.
@@ -48,7 +48,7 @@ class OwLoreModel(BaseTuner):
     def _get_adapter_state_dict(  # type: ignore[override]
         cls, model: Any, config: Any, adapter_name: str, **rest: Any
     ) -> dict[str, Tensor]:
-        """As PEFT's; notes the shapes in the config, which is saved next, for loaders that ask for them first."""
+        """As PEFT's method; also stores the shapes in the config, which is saved next, for loaders that check them."""
         held = {name: (m.P.shape[1], len(m.A)) for name, m in _increments(model, adapter_name)}
         config.held = {name.removeprefix(_WRAPPER): ranks for name, ranks in held.items() if any(ranks)}
         return super()._get_adapter_state_dict(model, config, adapter_name, **rest)
@@ -57,7 +57,7 @@ class OwLoreModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT's, which asks the model for its keys; of tensors that are empty now a model's state has none."""
+        """As PEFT's method, but with keys for empty tensors, too, which are missing in the model's state dict."""
         keys = {}
         for name, _ in _increments(model, adapter_name):
             for tensor in TENSORS:
@@ -66,15 +66,15 @@ class OwLoreModel(BaseTuner):
         return {keys.get(key, key): value for key, value in state_dict.items()}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
-        """Targets all matrices of the layers where none are named.
+        """Targets all matrices of the layers if `target_modules` is None.
 
         Raises:
-            ValueError: a rank above the width of the widest one.
+            ValueError: a rank above the width of the widest matrix.
         """
         stack = find_decoder_layers(self.model)
         found = {name: module for index in range(len(stack)) for name, module in stack.linears(index).items()}
         if peft_config.target_modules is None:
-            peft_config.target_modules = set(found)  # PEFT shortens them to suffixes that others do not have
+            peft_config.target_modules = set(found)  # PEFT shortens the names to unique suffixes
             inside = {id(p) for module in found.values() for p in module.parameters()}
             warn_of_untrained(stack, [p for p in self.model.parameters() if id(p) in inside])
         width = max(min(shape_of(module)) for module in found.values())
@@ -89,10 +89,10 @@ class OwLoreModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Before any adapter stands beside a matrix.
+        """Called before any adapter is added; keeps 4-bit weights in their unpacked form.
 
         Raises:
-            ValueError: 4-bit weights that bitsandbytes has repacked in a form that cannot be undone.
+            ValueError: bitsandbytes has repacked 4-bit weights into a form that cannot be undone.
         """
         keep_unpacked(model)
 
@@ -117,7 +117,7 @@ class OwLoreModel(BaseTuner):
         self._replace_module(parent, target_name, new, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As PEFT's, which asks the base for a weight; our layer is on its base's device already."""
+        """Replaces PEFT's method, which reads the base's weight; the new module is on its base's device already."""
         setattr(parent, child_name, new_module)
 
     def _check_target(self, target: nn.Module, name: str) -> None:
@@ -125,12 +125,12 @@ class OwLoreModel(BaseTuner):
         if stack.index_of(name) is None or not is_linear_like(target):
             raise ValueError(
                 f"target_modules: expected matrices of the layers in {stack.layers_path}, got {name} "
-                f"({type(target).__name__}); what else is to train goes into modules_to_save"
+                f"({type(target).__name__}); name other modules that are to train in modules_to_save"
             )
 
 
 def _increments(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Increment]]:
-    """(name of the matrix, its increment) of each matrix that the adapter has."""
+    """Yields (name of the matrix, its increment) for each matrix of the adapter."""
     for name, module in model.named_modules():
         if isinstance(module, OwLoreLinear) and adapter_name in module.owlore_increment:
             yield name, module.owlore_increment[adapter_name]  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The hook into PEFT's registry, whose list of methods is an enum and closed: the one place that reaches into it."""
+"""Registration with PEFT, whose list of methods is a closed enum; the only file that accesses its internals."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ NAME = "OWLORE"
 
 
 def peft_type() -> Any:
-    """PeftType.OWLORE, which is added to the enum on the first call.
+    """PeftType.OWLORE; the first call adds it to the enum.
 
     Raises:
-        ImportError: PEFT's enum is made in another way than this knows.
+        ImportError: PEFT's enum is implemented in an unknown way.
     """
     if NAME in PeftType.__members__:
         return PeftType[NAME]
@@ -34,17 +34,17 @@ def peft_type() -> Any:
 
 
 def register(config: type, model: type) -> None:
-    """Makes get_peft_model, PeftModel.from_pretrained and AutoPeftModel know OwLore; a second call does nothing."""
+    """Registers OwLore for get_peft_model, PeftModel.from_pretrained and AutoPeftModel; a second call does nothing."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     configs: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
     if peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
-        configs.pop(NAME, None)  # what stood for it until it was needed
+        configs.pop(NAME, None)  # the lazy placeholder
         register_peft_method(name=NAME.lower(), config_cls=config, model_cls=model)
-        configs[REQUIRES] = config  # as files name it
+        configs[REQUIRES] = config  # the type that saved files contain
 
 
 _REFUSAL = (
-    "peft: expected a version that a method can be added to, such as 0.21, got another; OwLoreAdamW trains models "
-    "without it"
+    "peft: expected a version whose list of methods can be extended, such as 0.21, got another; install it, or train "
+    "without adapters by OwLoreAdamW, which does not require peft"
 )

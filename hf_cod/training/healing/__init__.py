@@ -1,1 +1,1 @@
-"""A smaller model learns from the one that it came from: what it lost is recovered, what it saved stays saved."""
+"""Healing: distillation of the original model into its compressed version, which stays compressed."""

@@ -1,6 +1,6 @@
-"""Trainer with a teacher.
+"""Trainer for distillation.
 
-Not imported with the package, because transformers' Trainer takes longer to import than all of ours.
+Imported only where it is used, because importing transformers' Trainer takes longer than importing this package.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from hf_cod.training.healing.objective import Objective
 
 
 class DistillationTrainer(Trainer):
-    """Minimizes an `Objective`. Its loss is a mean over the tokens of a micro-batch, of which all have as many.
+    """Minimizes an `Objective`, a mean over the tokens of a micro-batch; all micro-batches have the same size.
 
     Args:
-        objective: what is minimized.
-        **options: Trainer's.
+        objective: the loss.
+        **options: arguments of Trainer.
     """
 
     objective: Objective
@@ -28,22 +28,22 @@ class DistillationTrainer(Trainer):
     def __init__(self, objective: Objective, **options: Any) -> None:
         super().__init__(**options)
         self.objective = objective
-        self.model_accepts_loss_kwargs = False  # what versions without the line above go by
+        self.model_accepts_loss_kwargs = False  # for versions without loss_is_scaled_for_ga
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective's loss."""
-        assert not return_outputs, "only training asks for the loss"
+        assert not return_outputs, "called for training only"
         return self.objective(model, inputs)
 
 
 class AfterEachStep(TrainerCallback):
-    """Calls a function behind each update, before the step is logged or saved."""
+    """Calls a function after each update, before the step is logged or saved."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self.function = function
 
     def on_optimizer_step(self, *args: Any, **about: Any) -> None:
-        """Now."""
+        """Calls the function."""
         self.function()

@@ -1,4 +1,4 @@
-"""What came of healing, as a report."""
+"""The report of healing."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from hf_cod.training.runs.trainer import Training
 
 
 def recovered_share(teacher: float, before: float, after: float) -> float | None:
-    """Of the log-perplexity that was lost the share that came back: (ln before - ln after) / (ln before - ln teacher).
+    """Recovered share of the lost log-perplexity: (ln before - ln after) / (ln before - ln teacher).
 
-    Above 1 the student is better than its teacher on this text, below 0 worse than it was. None where nothing was lost,
-    or a perplexity is not finite.
+    Above 1, the student is better than the teacher on this text; below 0, it is worse than before. None if no
+    log-perplexity was lost, or if a perplexity is not finite.
     """
     if not all(map(math.isfinite, (teacher, before, after))) or before <= teacher:
         return None
@@ -39,19 +39,19 @@ def healing_report(
     matching: Matching | None,
     name: str | None,
 ) -> RunReport:
-    """What `heal` returns; the perplexities in `found` are those of "teacher", "before" and "after"."""
+    """The report that `heal` returns; `found` holds the perplexities "teacher", "before" and "after"."""
     tokens = settings.total_steps * settings.batch_size * settings.sequence_length
     share = recovered_share(**found)
     back = "" if share is None else f": {share:.1%} of the lost log-perplexity is recovered"
     written = {key: format_number(value) for key, value in found.items()}
     summary = [
-        f"Perplexity goes from {written['before']} to {written['after']} (teacher {written['teacher']}) on samples "
-        f"held out, after {tokens:,} tokens by {settings.method} (learning rate {settings.rate:g}){back}."
+        f"Perplexity goes from {written['before']} to {written['after']} (teacher {written['teacher']}) on held-out "
+        f"samples, after {tokens:,} tokens by {settings.method} (learning rate {settings.rate:g}){back}."
     ]
     sizes = {"teacher": size_of(teacher.model, teacher.layers_path), "healed": size_of(stack.model, stack.layers_path)}
     summary.append(_told_size(sizes, bool(pruned_matrices(stack))))
     if training.memory is not None:
-        summary.append(f"A step needed {training.memory / 1e9:.2f} GB of memory at its peak, the teacher included.")
+        summary.append(f"A step needed {training.memory / 1e9:.2f} GB of memory at its peak, including the teacher.")
     results = {
         "curve": training.curve,
         "perplexity": found,
@@ -76,8 +76,8 @@ def healing_report(
 def _told_size(sizes: dict[str, ModelSize], zeros: bool) -> str:
     mine, its = sizes["healed"], sizes["teacher"]
     share = mine.layer_weights / its.layer_weights
-    told = ", zeros included" if zeros else ""
+    told = ", including zeros" if zeros else ""
     return (
-        f"The student's layers have {mine.layer_weights:,} weights{told}, {share:.1%} of the teacher's; it takes "
-        f"{mine.bytes / 1e6:,.1f} MB in memory, the teacher {its.bytes / 1e6:,.1f} MB."
+        f"The student's layers have {mine.layer_weights:,} weights{told}, {share:.1%} of the teacher's; the student "
+        f"takes {mine.bytes / 1e6:,.1f} MB in memory, the teacher {its.bytes / 1e6:,.1f} MB."
     )

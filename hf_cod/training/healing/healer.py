@@ -1,4 +1,4 @@
-"""`heal`: a student learns from its teacher on text."""
+"""`heal`: distillation of a teacher into a compressed student."""
 
 from __future__ import annotations
 
@@ -53,35 +53,35 @@ def heal(
     name: str | None = None,
     **fields: Unpack[HealFields],
 ) -> RunReport:
-    """Trains a student, in place, to say what its teacher says, so that it recovers what it lost when it was made.
+    """Trains a compressed student in place to predict what its teacher predicts, to recover lost quality.
 
-    Minitron (arXiv 2407.14679) heals by distillation alone; the loss is `functional.distillation.logit_loss`, and with
-    `settings.hidden` `hidden_loss` beside it, mean over layers. What saved stays saved: zeros of pruned matrices (at
-    least 1 % of a matrix) stay exactly 0, factors keep their ranks, narrow layers their widths. The teacher is only
-    read.
+    As in Minitron (arXiv 2407.14679), the default loss is distillation alone: `functional.distillation.logit_loss`.
+    `settings.hidden` adds `hidden_loss`, mean over layers. The compression is preserved: zeros of pruned matrices (of
+    at least 1 % of a matrix) stay exactly 0, factors keep their ranks, and narrow layers keep their widths. The teacher
+    is not changed.
 
     The report's `results` hold `curve` (step, loss), `perplexity` of "teacher", "before" and "after", `recovered` (the
-    share of the lost log-perplexity; None where none was lost), `size` of "teacher" and "healed" (`ModelSize`),
-    `tokens`, `seconds_a_step` and `memory` (bytes at the peak of a step, teacher included; None of less than two
-    steps); its `layers` `trained` (steps), `score` and `teacher_layer`, where there are some.
+    recovered share of the lost log-perplexity; None if none was lost), `size` of "teacher" and "healed" (`ModelSize`),
+    `tokens`, `seconds_a_step` and `memory` (peak bytes of a step, including the teacher; None after less than two
+    steps). Its `layers` hold `trained` (steps), `score` and `teacher_layer`, as far as they apply.
 
     Args:
         student: a causal language model with weights in floating point.
         teacher: a causal language model with the same vocabulary; of any dtype, quantized or not, on any device.
-        data: windows of token ids (N, T), or texts, which `tokenizer` makes windows of.
-        settings: how; default: `HealSettings()`.
-        tokenizer: the student's, for texts.
+        data: windows of token ids (N, T), or texts, which `tokenizer` converts to windows.
+        settings: `HealSettings`, instead of single fields; default: `HealSettings()`.
+        tokenizer: the student's tokenizer, for texts.
         teacher_tokenizer: if given, it is compared with the student's.
         held_out: windows to measure perplexity on (N, T); default: the last `settings.eval_samples` of the data.
-        sampling: of methods that draw layers.
-        scores: a file of `LayerScores` to draw by, instead of scoring the student.
-        output: a directory for checkpoints: the same call on the same unhealed student goes on where it stopped, and
-            ends with the same bits. None: a temporary one.
+        sampling: settings of methods that sample layers.
+        scores: a file of `LayerScores` to sample layers by, instead of scoring the student.
+        output: directory for checkpoints: the same call with the same unhealed student resumes an interrupted run, and
+            ends with the same bits. None: a temporary directory.
         name: the student's name in the report.
-        **fields: or fields of `HealSettings` by name: method, tokens, steps, learning_rate, temperature, hidden, ...
+        **fields: fields of `HealSettings` by name: method, tokens, steps, learning_rate, temperature, hidden, ...
 
     Raises:
-        ValueError: a pair that does not go together, other work in `output`, too little text, bad settings,
+        ValueError: a student and a teacher that do not match, other work in `output`, too little text, bad settings,
             several processes.
         ImportError: adapters without peft.
     """
@@ -90,7 +90,7 @@ def heal(
     mine, theirs, matching = check_pair(student, teacher, settings)
     if teacher_tokenizer is not None:
         if tokenizer is None:
-            raise ValueError("tokenizer: expected the student's beside teacher_tokenizer, got none")
+            raise ValueError("tokenizer: expected the student's tokenizer with teacher_tokenizer, got none")
         check_tokenizers(tokenizer, teacher_tokenizer)
     check_scores(settings, scores)
     for stack in (mine, theirs):
@@ -120,7 +120,7 @@ def heal(
 
 @contextmanager
 def _directory(output: str | Path | None) -> Iterator[Path]:
-    """A directory for a training, which nothing else writes to meanwhile: a temporary one where none is named."""
+    """A directory for the run, locked against other writers; a temporary one if `output` is None."""
     if output is None:
         with tempfile.TemporaryDirectory() as aside:
             yield Path(aside)
@@ -135,7 +135,7 @@ def _windows(
     """Windows to train on, and to measure on."""
     if not isinstance(data, Tensor):
         if tokenizer is None:
-            raise ValueError("tokenizer: expected the student's to make windows of texts, got none")
+            raise ValueError("tokenizer: expected the student's tokenizer for texts, got none")
         from hf_cod.io.packing import pack
 
         data = pack(tokenizer, [data] if isinstance(data, str) else data, settings.sequence_length)
@@ -147,10 +147,10 @@ def _windows(
 
 
 def _check_windows(field: str, windows: Tensor, length: int, vocabulary: int) -> None:
-    """Makes sure that these are windows of the student's tokens, before anything is measured on them."""
+    """Checks shape, dtype and token ids of windows before they are used."""
     if windows.dim() != 2 or windows.shape[1] != length or windows.is_floating_point() or not len(windows):
         raise ValueError(
-            f"{field}: expected token ids (windows, {length}), as settings.sequence_length says, and at least one "
+            f"{field}: expected token ids of shape (windows, {length}), by settings.sequence_length, with at least one "
             f"window, got {windows.dtype} {tuple(windows.shape)}"
         )
     least, most = int(windows.min()), int(windows.max())
@@ -166,7 +166,7 @@ def _work(
     settings: HealSettings,
     sampling: OwLoreSettings,
 ) -> dict[str, Any]:
-    """What tells this run from another one."""
+    """The identity of this run: settings, models and text."""
     return {
         **settings.resolved(),
         **asdict(sampling),
@@ -215,7 +215,7 @@ def _train(
 
 
 def _mask(student: nn.Module, zeros: Sequence[Tensor]) -> list[Any]:
-    """The adapters whose matrices have zeros, which from here on compute with these."""
+    """The adapters on matrices with zeros; their forward pass is masked from here on."""
     with_zeros = {id(p) for p in zeros}
     if not with_zeros:
         return []
@@ -226,7 +226,7 @@ def _mask(student: nn.Module, zeros: Sequence[Tensor]) -> list[Any]:
 
 
 def _merge(trained: Any, masked: Sequence[Any]) -> None:
-    """Adds what all adapters learnt to the weights."""
+    """Merges all adapters into the weights."""
     special = {id(adapter) for adapter in masked}
     for module in trained.modules():
         if id(module) in special:
@@ -243,7 +243,7 @@ def _take_away(trained: Any, student: Any) -> None:
 
 @contextmanager
 def _left_as_it_was(student: Any) -> Iterator[None]:
-    """Modes and flags come back behind the block, and checkpointing ends."""
+    """Restores modes, gradient flags and checkpointing after the block."""
     with modes_restored(student), gradients_restored(student.parameters()), checkpointing_restored(student):
         yield
 

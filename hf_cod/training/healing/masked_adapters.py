@@ -1,10 +1,10 @@
-"""LoRA beside a matrix with zeros, which stay zeros.
+"""LoRA on a matrix with zeros that stay 0.
 
     y = x (W + m * (alpha / r) B A)^T,   m = 1 where W is not zero        (* elementwise)
 
-The mask m stands inside the forward pass (as in SPP, arXiv 2405.16057, and LoRS, arXiv 2501.08582), so that what was
-trained is what is merged. LoRA's own forward pass without m, masked only when it merges, would lose the part of B A
-that falls on zeros: at 70 % sparsity most of it, and the rest was trained to work together with that part.
+The mask m is part of the forward pass (as in SPP, arXiv 2405.16057, and LoRS, arXiv 2501.08582), so the merged weight
+is the trained one. With LoRA's own forward pass and a mask at the merge only, the part of B A at the positions of zeros
+would be lost: at 70 % sparsity that is most of it, and the rest was trained together with that part.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def lora_layers(model: nn.Module) -> list[Any]:
 
 
 def mask_forward(adapter: Any) -> None:
-    """Lets a LoRA layer compute the y above."""
+    """Replaces a LoRA layer's forward pass by the formula at the top of this file."""
     base = adapter.get_base_layer()
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

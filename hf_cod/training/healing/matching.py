@@ -1,4 +1,4 @@
-"""Which layer of the teacher each layer of the student came from."""
+"""Matches each layer of the student to a layer of the teacher."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from hf_cod.layers.stack import DecoderLayers
 
-# Numbers of a weight that are compared.
+# Number of elements per weight that are compared.
 SAMPLE = 4096
 
 
 @dataclass(frozen=True)
 class Matching:
-    """Where the student's layers come from.
+    """The teacher's layer for each layer of the student.
 
     Attributes:
-        layers: for each layer of the student the teacher's.
-        how: in words, how that was found.
+        layers: for each layer of the student, the index of the teacher's layer.
+        how: how the layers were matched, in words.
     """
 
     layers: list[int]
@@ -30,20 +30,25 @@ class Matching:
 
 
 def match_layers(student: DecoderLayers, teacher: DecoderLayers, told: Sequence[int] | None = None) -> Matching:
-    """Finds where the student's layers come from.
+    """Matches each layer of the student to a layer of the teacher.
 
-    What was told counts first, then the config of our own models, which keeps the old numbers of layers. Else weights
-    tell: pruning, factorizing and narrowing leave norms as they are, and matrices near what they were, so that the
-    teacher's layer with the nearest weights is the one. If these are not in rising order, the student's layers are
-    spread evenly over the teacher's, the last one to the last one.
+    The first of these that applies is used:
+
+    1. `told`.
+    2. Both models have the same number of layers: one to one.
+    3. The student's config: models of this package record the original indices of their layers.
+    4. The nearest weights: pruning, factorizing and narrowing keep norms and change matrices little, so the teacher's
+       layer with the nearest weights is taken, if the result is in ascending order.
+    5. Even spread: the student's layers are spread evenly over the teacher's, the last one matched to the last one.
 
     Args:
-        student: its layers.
-        teacher: its layers, as many or more.
-        told: for each layer of the student the teacher's, or None.
+        student: the student's layers.
+        teacher: the teacher's layers, at least as many.
+        told: for each layer of the student, the index of the teacher's layer, or None.
 
     Raises:
-        ValueError: a student with more layers than the teacher; told layers that do not exist, or not in rising order.
+        ValueError: a student with more layers than the teacher; indices in `told` that do not exist, or that are not in
+            ascending order.
     """
     mine, theirs = len(student), len(teacher)
     if mine > theirs:
@@ -51,33 +56,33 @@ def match_layers(student: DecoderLayers, teacher: DecoderLayers, told: Sequence[
     if told is not None:
         if len(told) != mine or not _rising(told) or not 0 <= told[0] <= told[-1] < theirs:
             raise ValueError(
-                f"teacher_layers: expected {mine} of the teacher's layers 0..{theirs - 1} in rising order, got "
+                f"teacher_layers: expected {mine} of the teacher's layers 0..{theirs - 1} in ascending order, got "
                 f"{list(told)}"
             )
-        return Matching(list(told), "as told")
+        return Matching(list(told), "as set by teacher_layers")
     if mine == theirs:
-        return Matching(list(range(mine)), "both have as many layers")
+        return Matching(list(range(mine)), "one to one, because both models have the same number of layers")
     recorded = _recorded(student, theirs)
     if recorded is not None:
-        return Matching(recorded, "as the student's config tells")
+        return Matching(recorded, "by the student's config")
     nearest = _nearest(student, teacher)
     if nearest is not None:
         return Matching(nearest, "by nearest weights")
     even = [round((index + 1) * theirs / mine) - 1 for index in range(mine)]
     return Matching(
-        even, "spread evenly by depth, because neither config nor weights tell; --teacher-layers names them"
+        even, "evenly by depth, because neither config nor weights determine them; set them with --teacher-layers"
     )
 
 
 def _recorded(student: DecoderLayers, depth: int) -> list[int] | None:
-    """The old numbers of the layers, which our own models keep."""
+    """The original indices of the layers, which the configs of this package's own models record; else None."""
     config: Any = student.config
     depths = getattr(config, "layer_depths", None)
     return list(depths) if depths and getattr(config, "original_num_hidden_layers", None) == depth else None
 
 
 def _nearest(student: DecoderLayers, teacher: DecoderLayers) -> list[int] | None:
-    """For each layer of the student the teacher's that is nearest; None if these are not in rising order."""
+    """For each layer of the student, the teacher's nearest layer; None if these are not in ascending order."""
     theirs = [_samples(layer) for layer in teacher]
     found = []
     for layer in student:
@@ -88,7 +93,7 @@ def _nearest(student: DecoderLayers, teacher: DecoderLayers) -> list[int] | None
 
 
 def _samples(layer: torch.nn.Module) -> dict[str, Tensor]:
-    """Name and shape -> the first numbers of each weight in floating point."""
+    """Name and shape -> the first elements of each floating-point weight."""
     return {
         f"{name} {tuple(p.shape)}": p.detach().flatten()[:SAMPLE].float().cpu()
         for name, p in layer.named_parameters()
@@ -97,7 +102,7 @@ def _samples(layer: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Mean over the weights that both have of ||a - b||^2 / (||a||^2 + ||b||^2)."""
+    """||a - b||^2 / (||a||^2 + ||b||^2), mean over the weights that both have."""
     shared = [(a, other[key]) for key, a in one.items() if key in other]
     shares = [float((a - b).square().sum() / (a.square().sum() + b.square().sum()).clamp(min=1e-30)) for a, b in shared]
     return sum(shares) / len(shares) if shares else 1.0

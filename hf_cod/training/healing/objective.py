@@ -1,4 +1,4 @@
-"""What a student minimizes: what it says otherwise than its teacher."""
+"""The loss of healing: the difference between the predictions of student and teacher."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from hf_cod.layers.task import model_inputs, targets
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a batch: `logit_loss`, and with a weight `hidden_loss`, mean over the matched layers.
+    """The loss of a batch: `logit_loss` + `hidden` * `hidden_loss`, the latter mean over the matched layers.
 
     Attributes:
-        student: its layers; inside whatever wraps it.
-        teacher: its layers.
-        temperature, labels: of the logits' loss.
-        hidden: weight of the hidden states' loss.
-        teacher_layers: for each layer of the student the teacher's; empty without that weight.
+        student: the student's layers, without the student's wrappers.
+        teacher: the teacher's layers.
+        temperature, labels: settings of `logit_loss`.
+        hidden: weight of `hidden_loss`.
+        teacher_layers: for each layer of the student, the teacher's layer; empty if `hidden` is 0.
     """
 
     student: DecoderLayers
@@ -38,11 +38,11 @@ class Objective:
     teacher_layers: Sequence[int] = ()
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss, in nats a token, plus the weighted share of squares.
+        """The loss: nats per token, plus the weighted relative squared error of the hidden states.
 
         Args:
-            model: the student, as it is called.
-            batch: input_ids (S, T), attention_mask (S, T), labels (S, T) where they are not the inputs.
+            model: the student, wrapped or not.
+            batch: input_ids (S, T), attention_mask (S, T), labels (S, T) if they differ from the inputs.
         """
         with self._states(self.student, range(len(self.teacher_layers))) as mine:
             logits = model(**model_inputs(batch)).logits
@@ -53,7 +53,7 @@ class Objective:
         loss = logit_loss(logits, wanted, self.temperature, keep, labels, self.labels)
         if self.hidden:
             errors = []
-            for x, y in zip(mine, theirs, strict=True):  # each layer on the device that it is on
+            for x, y in zip(mine, theirs, strict=True):  # each layer on its own device
                 kept = None if keep is None else keep.to(x.device)
                 errors.append(hidden_loss(x, y.to(x.device), kept).to(loss.device))
             loss = loss + self.hidden * torch.stack(errors).mean()
@@ -70,7 +70,7 @@ class Objective:
 
     @contextmanager
     def _states(self, stack: DecoderLayers, layers: Sequence[int]) -> Iterator[list[Tensor]]:
-        """What leaves these layers, in their order, of the forward pass inside the block."""
+        """The hidden states after these layers, in their order, of the forward pass inside the block."""
         found: list[Tensor] = []
 
         def note(module: nn.Module, args: Any, output: Any) -> None:

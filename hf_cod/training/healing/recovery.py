@@ -1,4 +1,4 @@
-"""A pruned model's remaining weights are trained on by low-rank adapters, which then merge without filling a zero."""
+"""Trains low-rank adapters on a pruned model and merges them without filling a zero."""
 
 from __future__ import annotations
 
@@ -39,27 +39,28 @@ def recover(
 ) -> list[float]:
     """Trains PEFT's LoRA on the layers' Linears of a pruned language model and merges it in place; zeros stay zeros.
 
-    The adapters are masked in the forward pass (`masked_adapters.py`). The price is that of full fine-tuning for the
-    products with W (a gradient of its size for one matrix at a time, and the masked weights of all layers in memory
-    until the backward pass), not for the optimizer's state. Banks of experts are not trained. AdamW without decay,
-    alpha = 2 r, a tenth of the steps warming up, then a cosine to zero (transformers' schedule).
+    The adapters are masked in the forward pass (`masked_adapters.py`). Products with W cost as much as in full
+    fine-tuning (a gradient of W's size for one matrix at a time, and the masked weights of all layers in memory until
+    the backward pass); the optimizer's state does not. Banks of experts are not trained. The optimizer is AdamW without
+    weight decay, alpha = 2 r; the learning rate warms up over a tenth of the steps, then follows a cosine to zero
+    (transformers' schedule).
 
     Args:
-        model: a pruned model with a language modelling head; flags of training and gradients come back as they were.
+        model: a pruned model with a language modelling head; train mode and gradient flags are restored afterwards.
         batches: dicts with input_ids, attention_mask and, for a masked language model, labels; each step takes one.
-        steps: how many; default: 100, or as many as 20 passes over the batches take.
-        layers_path: the stack's module name where it cannot be found.
+        steps: number of steps; default: 100, or fewer if 20 passes over the batches take fewer.
+        layers_path: module name of the layer stack, if it cannot be found.
         show_progress: show a progress bar.
-        settings: how it is trained.
-        **fields: or fields of `RecoverySettings` by name: rank (r), learning_rate (at its peak), seed.
+        settings: `RecoverySettings`, instead of single fields.
+        **fields: fields of `RecoverySettings` by name: rank (r), learning_rate (peak), seed.
 
     Returns:
-        The loss at each step, before its update, in nats a token.
+        The loss of each step, before its update, in nats per token.
 
     Raises:
         ImportError: peft is not installed.
         ValueError: no batches, weights that cannot be written (quantized, packed, adapted), or a loss that is not
-            finite; the model is then as it was.
+            finite; the model is then unchanged.
     """
     how = resolve(recover, RecoverySettings, settings, fields, steps=steps)
     if not batches:
@@ -76,7 +77,7 @@ def recover(
     with _adapted(stack, how.rank, how.seed) as adapters, torch.enable_grad():
         trained = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=how.learning_rate, weight_decay=0.0)
-        # To zero one step behind the last, so that all of them learn.
+        # Reaches zero one step after the last, so that the last step trains, too.
         schedule = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
             optimizer, max(1, steps // 10), steps + 1, min_lr_rate=0.0
         )
@@ -86,7 +87,9 @@ def recover(
             order = order or torch.randperm(len(batches), generator=generator).tolist()
             loss = _loss(stack.model, to_device(batches[order.pop()], device))
             if not loss.isfinite():
-                raise ValueError(f"recover: expected a finite loss, got {loss.item()} at step {step}; lower the rate")
+                raise ValueError(
+                    f"recover: expected a finite loss, got {loss.item()} at step {step}; lower learning_rate"
+                )
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -99,12 +102,12 @@ def recover(
 
 @contextmanager
 def _adapted(stack: DecoderLayers, rank: int, seed: int) -> Iterator[list[Any]]:
-    """PEFT's LoRA layers around all Linears of the layers, with our forward; taken away at the end."""
+    """Adds PEFT's LoRA layers with a masked forward pass to all Linears of the layers; removes them after the block."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError(
-            "recover: training adapters needs the peft package: pip install 'hf_cod[recovery]'"
+            "recover: training adapters requires the peft package: pip install 'hf_cod[recovery]'"
         ) from error
     model: Any = stack.model
     names = [name for index in range(len(stack)) for name in stack.linears(index)]

@@ -1,4 +1,4 @@
-"""What healing can be told; the help texts feed the command line."""
+"""Settings of healing; the help texts feed the command line."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 @checked
 @dataclass
 class HealSettings(TrainingSettings):
-    """How a student learns from its teacher."""
+    """Distillation of a teacher into a student."""
 
     tokens: str | None = field(
-        default=None, metadata={"help": "tokens to heal on, such as 2M, instead of steps; the text may repeat"}
+        default=None,
+        metadata={"help": "number of training tokens, such as 2M, instead of steps; the text repeats if it is shorter"},
     )
-    temperature: float = field(default=1.0, metadata={"help": "T, which softens the predictions of both models"})
+    temperature: float = field(
+        default=1.0, metadata={"help": "temperature T of the predictions of student and teacher"}
+    )
     labels: float = field(
-        default=0.0, metadata={"help": "share of the loss that is the text's own next token, instead of the teacher's"}
+        default=0.0,
+        metadata={"help": "weight of the cross-entropy of the text's next tokens; the distillation loss has the rest"},
     )
     hidden: float = field(
         default=0.0,
-        metadata={"help": "weight of the error of the hidden states behind matched layers, beside the logits"},
+        metadata={"help": "weight of the error of hidden states after matched layers, added to the loss of the logits"},
     )
     teacher_layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "with --hidden: for each layer of the student the teacher's, from 0; default: found by the "
-            "weights, or spread evenly"
+            "help": "with --hidden: for each layer of the student, the matching layer of the teacher, from 0; default: "
+            "matched by config or weights, or spread evenly"
         },
     )
 
@@ -44,16 +48,16 @@ class HealSettings(TrainingSettings):
         if self.tokens is not None:
             count_tokens(self.tokens)
             if self.steps is not None:
-                raise ValueError(f"tokens: expected none beside steps, got {self.tokens!r} and {self.steps}")
+                raise ValueError(f"tokens: expected none with steps, got {self.tokens!r} and {self.steps}")
         check_mixture(self.temperature, self.labels)
         if not 0 <= self.hidden < math.inf:
             raise ValueError(f"hidden: expected a weight of at least 0, got {self.hidden}")
         if self.teacher_layers is not None and not self.hidden:
-            raise ValueError("teacher_layers: expected a weight of hidden above 0 beside them, got 0")
+            raise ValueError("teacher_layers: expected hidden above 0 with them, got 0")
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps in all: those that were named, or as many as the tokens take."""
+        """Number of optimizer steps: `steps`, or as many as `tokens` requires."""
         if self.tokens is None:
             return super().total_steps
         return math.ceil(count_tokens(self.tokens) / (self.batch_size * self.sequence_length))
@@ -93,13 +97,13 @@ class HealFields(TypedDict, total=False):
 @checked
 @dataclass
 class RecoverySettings:
-    """How a pruned model's remaining weights are trained."""
+    """LoRA training of a pruned model."""
 
     steps: int | None = field(
         default=None,
         metadata={
-            "help": "training steps of LoRA, each on one batch; zeros stay zeros (needs peft); default: "
-            f"{RECOVERY_STEPS}, or as many as {MANY_PASSES} passes over the batches take"
+            "help": "training steps of LoRA, each on one batch; zeros stay zeros (requires peft); default: "
+            f"{RECOVERY_STEPS}, or fewer if {MANY_PASSES} passes over the batches take fewer"
         },
     )
     rank: int = field(default=8, metadata={"help": "rank of the adapters"})
@@ -131,10 +135,10 @@ class RecoveryFields(TypedDict, total=False):
 
 
 def count_tokens(told: str) -> int:
-    """Tokens that "2M", "500k" or "300000" mean.
+    """The number of tokens in a text such as "2M", "500k" or "300000".
 
     Raises:
-        ValueError: anything else, or none.
+        ValueError: the text is no such number, or the number is below 1.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(told).strip().lower())
     found = int(float(match[1]) * UNITS[match[2]]) if match else 0

@@ -1,4 +1,4 @@
-"""Zeros of a pruned student that stay zeros while its own weights train."""
+"""Keeps the zeros of a pruned student at 0 while its weights train."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from hf_cod.layers.modes import gradients_restored
 
 @contextmanager
 def kept_at_zero(parameters: list[nn.Parameter]) -> Iterator[Callable[[], None]]:
-    """Inside the block gradients of entries that are 0 now are 0; what it gives, called behind a step, sets them back.
+    """Masks gradients inside the block; yields a function that resets the zeros and must be called after each step.
 
-    Either alone would not do: without the former zeros would take part in projections and in the norm that gradients
-    are clipped to, without the latter an update out of a low-rank space would fill them. A byte is held for each entry.
+    Entries that are 0 at the start have a gradient of 0 inside the block. Both parts are required: without the masked
+    gradients, zeros would contribute to projections and to the clipped norm; without the reset, an update from a
+    low-rank space would fill them. The masks take one byte per entry.
     """
     zeros = [p.detach() == 0 for p in parameters]
 
@@ -35,6 +36,6 @@ def kept_at_zero(parameters: list[nn.Parameter]) -> Iterator[Callable[[], None]]
 
 
 def _mask_gradient(parameter: nn.Parameter, mask: Tensor) -> RemovableHandle:
-    """Of a frozen parameter, too, which may train later: hooks outlast freezing, but need a gradient to be attached."""
+    """Attaches the hook to a frozen parameter, too, which may train later; attaching requires `requires_grad`."""
     with gradients_restored([parameter]):
         return parameter.requires_grad_(True).register_hook(lambda gradient: gradient.masked_fill(mask, 0))

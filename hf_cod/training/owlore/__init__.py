@@ -1,1 +1,1 @@
-"""Fine-tuning a few sampled layers at a time, their gradients in low rank: OwLore, LISA and GaLore."""
+"""Fine-tuning of a few sampled layers at a time, with low-rank gradients: OwLore, LISA and GaLore."""

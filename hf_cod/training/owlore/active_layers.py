@@ -1,4 +1,4 @@
-"""ActiveLayers: the layers that train now; all others are frozen."""
+"""ActiveLayers: the layers that currently train; all others are frozen."""
 
 from __future__ import annotations
 
@@ -24,32 +24,33 @@ from hf_cod.training.owlore.increment import Increment
 logger = logging.getLogger(__name__)
 
 ANCHOR = "owlore_ddp_anchor"
-# Share of a model's weights that is worth a warning when it never trains (position embeddings are less).
+# A warning is logged if at least this share of a model's weights never trains (position embeddings are less).
 SHARE_TOLD = 0.01
-# Attribute of a model: of each parameter that an optimizer found trainable, whether it trains now.
+# Attribute of a model: for each parameter that an optimizer found trainable, whether it currently trains.
 TRAINS = "_owlore_trains"
-# Forward hooks of transformers and of PEFT that make the embeddings' output require a gradient.
+# Forward hooks of transformers and PEFT that make the embeddings' output require a gradient.
 _INPUT_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 class ActiveLayers:
-    """Which parameters belong to which layer, and which of them may train.
+    """The trainable parameters of each layer, and the layers that currently train.
 
-    Only what requires a gradient when this is made ever trains; what the caller froze stays frozen. What an earlier
-    one froze and nobody has touched since counts as trainable (`release`).
+    Only parameters that require a gradient at construction ever train; parameters that the caller froze stay frozen.
+    Parameters that an earlier instance froze count as trainable if they were not changed since (`release`).
 
     Args:
-        model: a transformers model, inside PEFT or not.
-        others: names of what trains at all times beside the layers: "norm" (behind the last layer), "embeddings"
-            (input and output). Heads of a task always train (a classifier may be new, and is small), and so does
-            what PEFT's `modules_to_save` names.
+        model: a transformers model, wrapped by PEFT or not.
+        others: names of modules that always train, in addition to the layers: "norm" (the norm after the last layer),
+            "embeddings" (input and output). Task heads always train (a classifier may be new, and is small), and so do
+            the modules in PEFT's `modules_to_save`.
 
     Attributes:
-        layers: of each layer its parameters; one that two layers share belongs to the first.
-        always: parameters that train at all times.
+        layers: for each layer, its parameters; a parameter that two layers share belongs to the first.
+        always: parameters that always train.
 
     Raises:
-        ValueError: no layers found, sharded parameters (FSDP, DeepSpeed), or DistributedDataParallel around them.
+        ValueError: no layers found, sharded parameters (FSDP, DeepSpeed), or a model wrapped by
+            DistributedDataParallel.
     """
 
     def __init__(self, model: nn.Module, others: Sequence[str] = ("norm",)) -> None:
@@ -64,7 +65,7 @@ class ActiveLayers:
         for module in (*_around(self.stack, others), *_saved_with_adapters(model)):
             self.always.extend(_trainable(module, seen))
         if not any(self.layers):
-            raise ValueError("model: expected layers that can be trained, got frozen or quantized ones; unfreeze them")
+            raise ValueError("model: expected trainable layers, got frozen or quantized ones; unfreeze them")
         if not _has_adapters(model):
             warn_of_untrained(self.stack, [p for parameters in (*self.layers, self.always) for p in parameters])
         kept = {id(p) for parameters in (*self.layers, self.always) for p in parameters}
@@ -76,13 +77,13 @@ class ActiveLayers:
 
     @property
     def other_adapters(self) -> bool:
-        """Whether something in the layers is trained by adapters that are not OwLore's, such as LoRA's."""
+        """Whether the layers have trainable adapters of another kind than OwLore, such as LoRA."""
         ours = {id(p) for parameters in self.layers for p in parameters}
         adapted = (m for layer in self.stack for m in layer.modules() if hasattr(m, "base_layer"))
         return any(id(p) in ours for m in adapted if not hasattr(m, "owlore_increment") for p in m.parameters())
 
     def activate(self, layers: Sequence[int]) -> None:
-        """Lets these layers train; freezes the others and frees their gradients."""
+        """Unfreezes these layers; freezes the others and frees their gradients."""
         self.active = [*layers]
         for index, parameters in enumerate(self.layers):
             for parameter in parameters:
@@ -92,10 +93,11 @@ class ActiveLayers:
         setattr(self.stack.model, TRAINS, {name: p.requires_grad for name, p in self._names.items()})
 
     def end_at_lowest(self) -> None:
-        """Lets the backward pass end at the lowest active layer under activation checkpointing, too.
+        """Ends the backward pass at the lowest active layer, also under activation checkpointing.
 
-        transformers then makes the embeddings' output require a gradient, which checkpoints of the reentrant kind need,
-        and which takes the backward pass through every layer. Where they are of the other kind, that is undone.
+        With activation checkpointing, transformers makes the embeddings' output require a gradient. Reentrant
+        checkpoints need this, but it extends the backward pass through every layer. For non-reentrant checkpoints it
+        is undone here.
         """
         base: Any = self.stack.model
         checkpoint = getattr(self.stack[0], "_gradient_checkpointing_func", None)
@@ -105,17 +107,19 @@ class ActiveLayers:
         found = [key for key, hook in hooks.items() if getattr(hook, "__name__", "") in _INPUT_HOOKS]
         if getattr(base, "_require_grads_hooks", None):
             base.disable_input_require_grads()
-        for key in found:  # it forgets those of all calls but the last; TRL and PEFT call for them, too
+        for key in found:  # the call above removes the hooks of the last enable call only; TRL and PEFT enable, too
             hooks.pop(key, None)
         if found:
-            logger.info("the embeddings' output needs no gradient: the backward pass ends at the lowest active layer")
+            logger.info(
+                "the embeddings' output does not require a gradient: the backward pass ends at the lowest active layer"
+            )
 
     def _leave_to_us(self) -> None:
-        """Tells DistributedDataParallel to leave the layers alone, before it wraps the model.
+        """Excludes the layers from DistributedDataParallel, before it wraps the model.
 
-        It fixes what it averages when it wraps, with room for every gradient, and stops at a layer that is frozen
-        later. So gradients of layers are averaged by hooks, each when it is whole and before anyone clips it; what is
-        trained at all times stays with DDP.
+        DDP fixes the parameters that it averages when it wraps a model, allocates buckets for all of their gradients,
+        and fails at a layer that is frozen later. Therefore hooks average the gradients of layers, each one as soon as
+        it is complete and before clipping; DDP averages the parameters that always train.
         """
         ours = {id(p) for parameters in self.layers for p in parameters}
         for parameters in self.layers:
@@ -123,24 +127,24 @@ class ActiveLayers:
                 hook_gradient(parameter, _average)
         names = [name for name, p in self.model.named_parameters(remove_duplicate=False) if id(p) in ours]
         for name, module in self.model.named_modules():
-            if isinstance(module, Increment):  # its buffers change their shapes, on all processes alike
+            if isinstance(module, Increment):  # the shapes of its buffers change, in the same way on all processes
                 names.extend(f"{name}.{key}" for key, _ in module.named_buffers())
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
         if processes() > 1 and not self.always:
-            # DDP refuses a model of which it has nothing to average; this has no part in the loss.
+            # DDP rejects a model without parameters to average; this parameter is not part of the loss.
             self.model.register_parameter(ANCHOR, nn.Parameter(torch.zeros((), device=_device(self.model))))
 
 
 def warn_of_untrained(stack: DecoderLayers, trained: Sequence[Tensor]) -> None:
-    """Warns where matrices never train that are neither embeddings nor head, such as those of an encoder, or experts.
+    """Warns about matrices outside of embeddings and head that never train, such as those of an encoder, or experts.
 
     Args:
         stack: the layers.
-        trained: what trains in its turn.
+        trained: the parameters that train at some time.
     """
     known = {id(p) for p in trained}
     known.update(id(p) for m in (stack.embeddings, stack.head) if m is not None for p in m.parameters())
-    # What a user froze is meant; what is quantized was never asked.
+    # Parameters that the user froze are skipped, since that is intended; quantized ones are counted.
     matrices = {
         n: p for n, p in stack.model.named_parameters() if p.ndim > 1 and (p.requires_grad or not p.is_floating_point())
     }
@@ -157,9 +161,9 @@ def warn_of_untrained(stack: DecoderLayers, trained: Sequence[Tensor]) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """Lets train again what an earlier optimizer froze in this model, and takes its hooks away.
+    """Unfreezes the parameters that an earlier optimizer froze in this model, and removes its hooks.
 
-    Where somebody has changed since what trains (PEFT, which puts on another adapter), that holds.
+    If `requires_grad` was changed since (for example by PEFT, when it adds another adapter), the change is kept.
     """
     base: Any = find_decoder_layers(model).model
     unhook_gradients(base.parameters())
@@ -171,8 +175,8 @@ def release(model: nn.Module) -> None:
             parameter.requires_grad_(True)
     elif any(now.values()) and not all(now.values()):
         logger.warning(
-            "model: what trains was changed since an earlier OwLoreAdamW froze layers; what is frozen stays so: call "
-            "its release() before you freeze or unfreeze parameters"
+            "model: requires_grad was changed after an earlier OwLoreAdamW froze layers; frozen parameters stay "
+            "frozen; call release() of that optimizer before you freeze or unfreeze parameters"
         )
     for module in base.modules():
         for name, increment in getattr(module, "owlore_increment", {}).items():
@@ -182,7 +186,7 @@ def release(model: nn.Module) -> None:
 
 
 def _average(parameter: nn.Parameter) -> None:
-    """The mean of a gradient over all processes; of one that holds several micro-batches too, whatever came before."""
+    """Averages a gradient over all processes. An accumulated gradient's earlier part is the same on all already."""
     assert parameter.grad is not None
     average(parameter.grad)
 
@@ -192,14 +196,14 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _trainable(module: nn.Module, seen: set[int]) -> list[nn.Parameter]:
-    """Parameters that require a gradient and were not seen before."""
+    """The module's parameters that require a gradient and are not in `seen`, to which they are added."""
     found = [p for p in module.parameters() if p.requires_grad and id(p) not in seen]
     seen.update(id(p) for p in found)
     return found
 
 
 def _around(stack: DecoderLayers, others: Sequence[str]) -> list[nn.Module]:
-    """Heads of a task, and the modules around the layers that `others` names, where the model has them."""
+    """Task heads, and the modules around the layers that `others` names, as far as the model has them."""
     modules = [*stack.task_heads.values()] + ([stack.final_norm] if "norm" in others else [])
     if "embeddings" in others:
         modules += [stack.embeddings, stack.head]
@@ -211,21 +215,21 @@ def _has_adapters(model: nn.Module) -> bool:
 
 
 def _saved_with_adapters(model: nn.Module) -> list[nn.Module]:
-    """The modules that PEFT trains and saves whole beside an adapter, such as a classifier's head."""
+    """The modules that PEFT trains and saves in full together with an adapter, such as a classification head."""
     return [m for m in model.modules() if isinstance(getattr(m, "modules_to_save", None), nn.ModuleDict)]
 
 
-_HANDLES: Any = WeakIdKeyDictionary()  # parameter -> handle of our hook on it
+_HANDLES: Any = WeakIdKeyDictionary()  # parameter -> handle of the hook that this package registered on it
 
 
 def hook_gradient(parameter: nn.Parameter, hook: Callable[[Any], None]) -> None:
-    """Calls `hook` with the parameter whenever a backward pass has its gradient; an earlier hook of ours goes."""
+    """Calls `hook` with the parameter once its gradient is accumulated; replaces an earlier hook of this package."""
     unhook_gradients([parameter])
     _HANDLES[parameter] = parameter.register_post_accumulate_grad_hook(hook)
 
 
 def unhook_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Takes our hooks away."""
+    """Removes the hooks of `hook_gradient`."""
     for parameter in parameters:
         handle = _HANDLES.pop(parameter, None)
         if handle is not None:
@@ -234,16 +238,16 @@ def unhook_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 _SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 SHARDED = (
-    "model: expected whole parameters, got sharded ones (FSDP, DeepSpeed of any stage); train replicas (DDP) instead, "
-    "for which a few active layers leave room"
+    "model: expected unsharded parameters, got sharded ones (FSDP, or DeepSpeed of any stage); train replicas (DDP) "
+    "instead, whose memory few active layers reduce"
 )
 
 
 def refuse_shards(model: nn.Module) -> None:
-    """Raises where parameters are shards, or will be.
+    """Raises if parameters are sharded, or will be.
 
     Raises:
-        ValueError: FSDP 1 or 2, DeepSpeed, or accelerate is about to shard what it prepares.
+        ValueError: FSDP 1 or 2, DeepSpeed, or accelerate is configured to shard the models that it prepares.
     """
     planned = is_initialized() and AcceleratorState().distributed_type in _SHARDING
     wrapped = any(isinstance(m, FullyShardedDataParallel) for m in model.modules())

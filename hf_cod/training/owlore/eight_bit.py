@@ -1,4 +1,4 @@
-"""Moments in 8 bits, by bitsandbytes' blockwise quantization; the only file of this room that imports it."""
+"""8-bit moments by bitsandbytes' blockwise quantization; the only file of this folder that imports bitsandbytes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# Numbers that share a scale, and the least size of a tensor that is worth it (Dettmers et al. 2021, arXiv 2110.02861).
+# Values that share a scale, and the smallest tensor that is quantized (Dettmers et al. 2021, arXiv 2110.02861).
 BLOCK = 256
 LEAST = 4096
 
 
 @lru_cache
 def codebook(signed: bool) -> tuple[float, ...]:
-    """The 256 numbers in [-1, 1] or [0, 1] that a code can mean, dense near 0.
+    """The 256 values of the codes, in [-1, 1] (signed) or [0, 1], dense near 0.
 
     Raises:
         ImportError: bitsandbytes is missing.
@@ -22,15 +22,17 @@ def codebook(signed: bool) -> tuple[float, ...]:
     try:
         from hf_cod.compression.quantization.bnb_decoding import create_dynamic_map
     except ImportError as error:
-        raise ImportError("moments: 8bit needs the bitsandbytes package: pip install 'hf_cod[bitsandbytes]'") from error
+        raise ImportError(
+            "moments: 8bit requires the bitsandbytes package: pip install 'hf_cod[bitsandbytes]'"
+        ) from error
     return tuple(create_dynamic_map(signed=signed).tolist())
 
 
 def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """float32 values as codes and scales.
+    """Quantizes float32 values to codes and scales.
 
     Returns:
-        uint8 of the values' shape; float32 (blocks,), the largest magnitude of each.
+        uint8 codes in the values' shape; float32 scales (blocks,), the largest magnitude of each block.
     """
     code = torch.tensor(codebook(signed), device=values.device)
     codes, scales = torch.ops.bitsandbytes.quantize_blockwise(values.float().contiguous(), code, BLOCK)
@@ -38,6 +40,6 @@ def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    """The values that `encode` coded, up to rounding; float32."""
+    """The values that `encode` quantized, up to rounding; float32."""
     code = torch.tensor(codebook(signed), device=codes.device)
     return torch.ops.bitsandbytes.dequantize_blockwise(codes, scales, code, BLOCK, torch.float32)

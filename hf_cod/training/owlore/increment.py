@@ -1,4 +1,4 @@
-"""Increment: what one adapter adds to a matrix that itself is never written."""
+"""Increment: the update that one adapter adds to a frozen matrix."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ TENSORS = ("N", "P", "A", "B", "lost")
 
 
 class Increment(nn.Module):
-    """D = B A + lift(N, P), added to a frozen matrix W (m, n): what was learnt before, and what is being learnt.
+    """D = B A + lift(N, P), added to a frozen matrix W (m, n). B A is the folded update, lift(N, P) the current one.
 
-    While P stands still, N trained from 0 by Adam makes W + lift(N, P) what GaLore (arXiv 2403.03507, algorithm 2)
-    makes of W, because the gradient of N is GaLore's projected gradient R. P comes from the first gradient of W after
-    `begin`: it is computed for one matrix at a time inside the backward pass, from the matrix's input and the gradient
-    of its output, so that no base weight is read and nothing of W's size is kept. `fold` moves lift(N, P) into B A,
-    whose rank is bounded by `max_rank`: beyond it the smallest singular values are cut off, and their squares summed up
-    in `lost`.
+    While the basis P is fixed and Adam trains N from 0, W + lift(N, P) equals the W that GaLore (arXiv 2403.03507,
+    algorithm 2) trains, because the gradient of N is GaLore's projected gradient R. P is computed from the first
+    gradient of W after `begin`. That gradient is formed for one matrix at a time inside the backward pass, from the
+    matrix's input and the gradient of its output, so no base weight is read and no tensor of W's size is kept. `fold`
+    moves lift(N, P) into B A, whose rank is bounded by `max_rank`: the smallest singular values beyond it are cut off,
+    and the sum of their squares is added to `lost`.
 
-    At rest N takes no memory, and P, A, B have no columns or rows until they are needed; so has what is saved.
+    While its layer does not train, N takes no memory. P, A and B have no columns or rows until they are needed, in
+    saved files, too.
 
     Args:
         in_features: n.
         out_features: m.
-        rank: of N and P, at most min(m, n).
-        max_rank: of B A.
-        held: columns of P and of B, for tensors of these shapes to be loaded.
-        device: of all tensors.
-        dtype: of all tensors; it stays where a model is converted to a narrower one.
+        rank: rank of N and P, at most min(m, n).
+        max_rank: maximum rank of B A.
+        held: numbers of columns of P and of B, allocated so that tensors of these shapes can be loaded.
+        device: device of all tensors.
+        dtype: dtype of all tensors; kept if the model is converted to a narrower dtype.
     """
 
     P: Tensor
@@ -65,18 +66,18 @@ class Increment(nn.Module):
         self.register_buffer("B", torch.zeros(out_features, learnt, device=device, dtype=dtype))
         self.register_buffer("lost", torch.zeros((), device=device))
         self.counts: tuple[int, ...] | None = None  # seed of the next basis; set by the optimizer that trains this
-        self.resting = False  # whether an optimizer lets other layers train now
-        self.searching = False  # whether the next gradient gives the basis
+        self.resting = False  # whether the optimizer currently trains other layers
+        self.searching = False  # whether the basis is computed from the next gradient
 
     @property
     def has_basis(self) -> bool:
-        """Whether there is something in N."""
+        """Whether P is set, so that N contributes to D."""
         return self.P.shape[1] > 0
 
     @torch.no_grad()
     def begin(self, *counts: int) -> None:
-        """Lets N train: the next gradient gives its basis, unless it has one (of a run that is resumed)."""
-        if self.has_basis and not bool(self.P.any()):  # room that was held for numbers, which nobody loaded
+        """Starts training N. The next gradient determines its basis, unless a resumed run has one already."""
+        if self.has_basis and not bool(self.P.any()):  # allocated for values that were not loaded
             self.P = self.P[:, :0].clone()
         self.counts, self.resting, self.searching = counts, False, not self.has_basis
         if self.searching:
@@ -84,22 +85,22 @@ class Increment(nn.Module):
 
     @torch.no_grad()
     def rest(self) -> None:
-        """Lets N stand still. Where it is 0 its memory is freed; its shape, once a graph has seen it, must stay."""
+        """Stops training N. If N is 0, its memory is freed; its shape is kept, because compiled graphs depend on it."""
         self.counts, self.resting, self.searching = None, True, False
         self._free()
 
     def release(self) -> None:
-        """Ends what the optimizer wanted that trained this: another one may begin."""
+        """Removes the state that an optimizer set, so that another optimizer can train this increment."""
         self.counts, self.resting, self.searching = None, False, False
         self.requires_grad_(True)
 
     def settle(self) -> None:
-        """Ends the search, behind the step whose gradient gave the basis."""
+        """Ends the search for a basis, after the step whose gradient determined it."""
         self.searching = self.searching and not self.has_basis
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Moves lift(N, P) into B A; the sum stays what it was, but for what `lost` counts."""
+        """Moves lift(N, P) into B A; D does not change, except for the part that is added to `lost`."""
         if not self.has_basis:
             return
         B, A = (self.N, self.P.mT) if self.tall else (self.P, self.N)
@@ -111,7 +112,7 @@ class Increment(nn.Module):
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Gives B A its largest rank, of zeros, where it has less: to find out what that takes."""
+        """Pads B A with zeros to its maximum rank, to measure the memory that it takes."""
         missing = self.max_rank - len(self.A)
         self.A = torch.cat([self.A, self.A.new_zeros(missing, self.A.shape[1])], 0)
         self.B = torch.cat([self.B, self.B.new_zeros(len(self.B), missing)], 1)
@@ -122,7 +123,7 @@ class Increment(nn.Module):
         return delta + lift(self.N, self.P, self.tall) if self.has_basis else delta
 
     def lost_energy(self) -> float:
-        """The squares that folds cut off, as a share of those and the squares that are there."""
+        """lost / (lost + ||B A||^2): the share of the squared norm that folds cut off."""
         kept = float((self.B.mT.double() @ self.B.double() * (self.A.double() @ self.A.mT.double())).sum())
         return float(self.lost) / (float(self.lost) + kept) if float(self.lost) else 0.0
 
@@ -137,8 +138,8 @@ class Increment(nn.Module):
             return y + _product(x, A, B, y.dtype)
         if self.training and torch.is_grad_enabled() and self.N.requires_grad and self.counts is None:
             raise ValueError(
-                "optimizer: expected OwLoreAdamW, without which an OwLore adapter does not train; pass "
-                "optimizer_cls_and_kwargs=owlore(...) to the trainer, or make an OwLoreAdamW of the adapted model"
+                "optimizer: expected OwLoreAdamW, which OwLore adapters require, got another optimizer or none; pass "
+                "optimizer_cls_and_kwargs=owlore(...) to the trainer, or create an OwLoreAdamW for the adapted model"
             )
         return y
 
@@ -147,11 +148,11 @@ class Increment(nn.Module):
         return _FirstGradient.apply(y, x, self.N, self)
 
     def project_first(self, grad: Tensor, x: Tensor) -> Tensor:
-        """The gradient of N from that of y and from x; finds the basis where there is none.
+        """The gradient of N, from the gradient of y and from x; computes the basis if there is none.
 
-        Processes search together, by the mean of their gradients. One that is 0 gives no basis: the search goes on. Nor
-        does one that is not finite: that of N is then NaN, which whoever looks for it (loss scaling, `OwLoreAdamW`)
-        will see.
+        All processes compute the same basis, from the mean of their gradients. A gradient of 0 determines no basis; the
+        next gradient is tried. Nor does a gradient that is not finite: the gradient of N is then NaN, which loss
+        scaling and `OwLoreAdamW` detect.
         """
         G = grad.flatten(0, -2).mT @ x.flatten(0, -2).to(grad.dtype)
         if not self.has_basis:
@@ -161,7 +162,7 @@ class Increment(nn.Module):
             return self.N.new_full(self.shape, float("nan"))
         if not bool(largest > 0):
             return self.N.new_zeros(self.shape)
-        G.div_(largest)  # the squares of a scaled loss's gradient may overflow, those of a small one vanish
+        G.div_(largest)  # squares of large gradients (loss scaling) may overflow, squares of small ones underflow
         if not self.has_basis:
             assert self.counts is not None
             self.P = gradient_basis(G, self.rank, generator_of(*self.counts)).to(self.P.dtype)
@@ -179,11 +180,11 @@ class Increment(nn.Module):
 
         super()._apply(precise, recurse)
         if not self.searching:
-            self._free()  # a tensor that is moved has memory for each number
+            self._free()  # moving an expanded tensor allocates memory for each element
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Only what has numbers: accelerate takes all tensors without any for one, and writes that one."""
+        """Saves tensors with elements only: accelerate takes all empty tensors for one shared tensor."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         empty = [] if self.has_basis else ["N", "P"]
         for name in empty if len(self.A) else [*empty, "A", "B"]:
@@ -199,7 +200,7 @@ class Increment(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes what was saved, and its ranks; what was not saved is empty."""
+        """Loads the saved tensors with their ranks; tensors that were not saved are empty."""
         if f"{prefix}lost" not in state_dict:
             missing_keys.append(f"{prefix}lost")
             return
@@ -221,7 +222,7 @@ class Increment(nn.Module):
             self._free()
 
     def _check(self, found: dict[str, Tensor], prefix: str) -> None:
-        """Raises where tensors are of another rank or of another matrix."""
+        """Raises ValueError if tensors are of another rank or of another matrix."""
         rank = found["P"].shape[1]
         if rank not in (0, self.rank):
             raise ValueError(f"r: expected {rank} as in the saved adapter, got {self.rank} ({prefix.rstrip('.')})")
@@ -237,7 +238,7 @@ class Increment(nn.Module):
 
 
 class _FirstGradient(torch.autograd.Function):
-    """Passes y on; gives N the gradient that it will have once there is a basis."""
+    """Returns y unchanged; computes the gradient of N in the backward pass, in the basis that is found there."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, N: Tensor, increment: Increment) -> Tensor:
@@ -253,5 +254,5 @@ class _FirstGradient(torch.autograd.Function):
 
 
 def _product(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-    """x A^T B^T in a dtype, into which the factors are cast, not the larger x where it has it already."""
+    """x A^T B^T in `dtype`. The factors are cast to it, and so is x, unless it has it already."""
     return linear(linear(x.to(dtype), A.to(dtype)), B.to(dtype)).to(dtype)

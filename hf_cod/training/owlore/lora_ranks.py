@@ -30,27 +30,27 @@ def lora_ranks(
     settings: LoraRankSettings | None = None,
     **fields: Unpack[LoraRankFields],
 ) -> dict[str, Any]:
-    """What PEFT's LoraConfig takes to give layers that matter more a higher rank, at the cost of a uniform one.
+    """Keyword arguments of PEFT's LoraConfig: layers with higher scores get a higher rank, with the same mean rank.
 
         config = LoraConfig(**lora_ranks(model, scores, r=16), target_modules="all-linear")      # use_dora=True, too
 
-    Scores are followed linearly within r -+ relative_spread r; of an allocation of "rank" layer l gets r x_l / mean(x).
-    Ranks are whole and at least 1, and their mean over layers is r (up to half a rank in all). alpha
-    grows with the rank, so that alpha / rank is 2 everywhere.
+    Ranks are linear in the scores, between (1 - relative_spread) r and (1 + relative_spread) r. With an allocation x of
+    kind "rank", layer l gets r x_l / mean(x). Ranks are integers of at least 1, and their mean over layers is r (their
+    sum is exact up to half a rank). alpha is proportional to the rank: alpha / rank is 2 in every layer.
 
     Args:
         model: the model that the adapters are for, wrapped or not.
         scores: `LayerScores` of this model, or a `LayerAllocation` of kind "rank".
         r: mean rank; default: 16.
-        relative_spread: half the width of the interval, as a share of r; scores only; default: 0.5.
-        settings: how ranks follow scores.
-        **fields: or fields of `LoraRankSettings` by name; there are no others yet.
+        relative_spread: half the width of the interval of ranks, as a share of r; scores only; default: 0.5.
+        settings: `LoraRankSettings`, instead of single fields.
+        **fields: fields of `LoraRankSettings` by name; all of them are arguments above.
 
     Returns:
         r, lora_alpha, rank_pattern, alpha_pattern: keyword arguments of LoraConfig.
 
     Raises:
-        ValueError: scores of another model, an allocation of something else, a rank or spread out of range.
+        ValueError: scores of another model, an allocation of another kind, a rank or spread out of range.
     """
     how = resolve(lora_ranks, LoraRankSettings, settings, fields, r=r, relative_spread=relative_spread)
     stack = find_decoder_layers(model)

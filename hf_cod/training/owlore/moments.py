@@ -1,4 +1,4 @@
-"""AdamW of one parameter, in the full space or in the low-rank space of its gradient."""
+"""AdamW for one parameter, in full rank or in the low-rank space of its gradient."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from hf_cod.functional.low_rank import change_basis, gradient_basis, is_tall, li
 from hf_cod.functional.rounding import round_stochastically
 from hf_cod.training.owlore import eight_bit
 
-# Numbers of a weight that are updated at a time: what bounds the memory of an update.
+# Elements of a weight that are updated at a time; bounds the memory of an update.
 CHUNK = 1 << 22
 
 
 def is_projected(parameter: Tensor, rank: int | None) -> bool:
-    """Whether a parameter is a matrix (or a bank of them) that `rank` is less than."""
+    """Whether a parameter is a matrix (or a bank of matrices) whose smaller dimension exceeds `rank`."""
     return rank is not None and parameter.ndim >= 2 and min(parameter.shape[-2:]) > rank
 
 
 def refresh_basis(state: dict[str, Tensor], grad: Tensor, rank: int, draw: int, generator: torch.Generator) -> None:
-    """Finds for a new draw the basis of this gradient's leading directions; moments that there are go on in it.
+    """Computes the basis of this gradient's leading directions once per sampling round; existing moments are kept.
 
-    Of a layer that trained until now they go on as they are, as GaLore defines it (arXiv 2403.03507, algorithm 2).
-    Those of a layer that comes back after a while are turned into the new basis. A gradient of 0, as of an expert that
-    no token went to, says nothing: until the next one that is not, such a matrix has the basis that it had, or none.
+    If the layer also trained in the previous round, its moments are kept without a change, as in GaLore (arXiv
+    2403.03507, algorithm 2). If it was not sampled for a while, its moments are rotated into the new basis. A gradient
+    of 0 (such as that of an expert without tokens) determines no basis: the matrix keeps its previous basis, or has
+    none, until its gradient is not 0.
 
-    `state["draw"]` is the draw that each basis is of: () of a matrix, (experts,) of a bank of them.
+    `state["draw"]` is the number of the sampling round of each basis: shape () for a matrix, (experts,) for a bank.
     """
     last = state.get("draw", torch.full(grad.shape[:-2], -2))  # never
     if not bool((last != draw).any()):
@@ -58,26 +59,26 @@ def refresh_basis(state: dict[str, Tensor], grad: Tensor, rank: int, draw: int, 
 def adam_direction(
     state: dict[str, Tensor], grad: Tensor, betas: tuple[float, float], eps: float, eight_bits: bool = False
 ) -> Tensor:
-    """Adam's step, without learning rate and decay; moments are float32 whatever the gradient's dtype.
+    """Adam's update direction, without learning rate and weight decay; moments are float32 for every gradient dtype.
 
-        N = m^ / (sqrt(v^) + eps),  of R = project(G) where there is a basis
+        N = m^ / (sqrt(v^) + eps),  for R = project(G) if there is a basis, else for G
 
-    With `eight_bits` those of at least `eight_bit.LEAST` numbers are kept as codes between two steps: of the mean, and
-    of the root of the second moment, which has half its orders of magnitude.
+    With `eight_bits`, moments of at least `eight_bit.LEAST` elements are stored as 8-bit codes between steps: the mean,
+    and the square root of the second moment, which spans half as many orders of magnitude.
 
     Returns:
-        In R's shape where there is a basis, else in G's.
+        N, in R's shape if there is a basis, else in G's.
     """
     R = project(grad, state["basis"]) if "basis" in state else grad.to(_moment_dtype(grad))
     if "exp_avg" not in state:
         state["step"] = torch.zeros((), dtype=torch.float64)
         if eight_bits and R.numel() >= eight_bit.LEAST:
-            state["exp_avg_scale"] = state["exp_avg_sq_scale"] = torch.zeros(())  # of codes that come
+            state["exp_avg_scale"] = state["exp_avg_sq_scale"] = torch.zeros(())  # marks the moments as coded
         _keep(state, torch.zeros_like(R), torch.zeros_like(R))
     state["step"] += 1
     step, (beta1, beta2) = state["step"].item(), betas
     mean, square = _moments(state)
-    R = R.to(mean.dtype)  # codes are of float32
+    R = R.to(mean.dtype)  # decoded moments are float32
     mean.lerp_(R, 1 - beta1)
     square.mul_(beta2).addcmul_(R, R, value=1 - beta2)
     _keep(state, mean, square)
@@ -89,14 +90,14 @@ def adam_direction(
 def apply_direction(
     parameter: Tensor, N: Tensor, basis: Tensor | None, group: dict[str, Any], generator: torch.Generator | None
 ) -> None:
-    """W <- (1 - lr decay) W - lr scale lift(N), a few rows at a time in N's precision.
+    """W <- (1 - lr decay) W - lr scale lift(N), computed a few rows at a time in N's precision.
 
     Args:
         parameter: W.
-        N: of `adam_direction`.
-        basis: of a projected parameter; `scale` counts for these alone.
+        N: result of `adam_direction`.
+        basis: basis of a projected parameter, or None; `scale` is applied to projected parameters only.
         group: lr, weight_decay, scale.
-        generator: rounds bfloat16 weights stochastically; None rounds to nearest.
+        generator: for stochastic rounding of bfloat16 weights; None rounds to nearest.
     """
     factor = group["lr"] * (1.0 if basis is None else group["scale"])
     for rows, delta in _rows(parameter, N, basis):
@@ -108,7 +109,7 @@ def apply_direction(
 
 
 def _rows(parameter: Tensor, N: Tensor, basis: Tensor | None) -> Iterator[tuple[Any, Tensor]]:
-    """(rows, their part of the lifted direction) of the whole parameter."""
+    """Yields (rows, the lifted direction of these rows) over the full parameter."""
     if parameter.ndim == 0:
         yield ..., N
         return
@@ -125,7 +126,7 @@ def _rows(parameter: Tensor, N: Tensor, basis: Tensor | None) -> Iterator[tuple[
 
 
 def _moments(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and second moment; the state's own tensors, unless they are coded."""
+    """Mean and second moment: the state's own tensors, or decoded copies of 8-bit ones."""
     if "exp_avg_scale" not in state:
         return state["exp_avg"], state["exp_avg_sq"]
     mean = eight_bit.decode(state["exp_avg"], state["exp_avg_scale"], signed=True)
@@ -133,7 +134,7 @@ def _moments(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _keep(state: dict[str, Tensor], mean: Tensor, square: Tensor) -> None:
-    """What `_moments` gives from now on."""
+    """Stores both moments in the state, in 8 bits if they are coded."""
     if "exp_avg_scale" not in state:
         state["exp_avg"], state["exp_avg_sq"] = mean, square
         return

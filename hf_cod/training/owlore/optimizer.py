@@ -1,4 +1,4 @@
-"""OwLoreAdamW: few layers at a time, drawn by their outliers, with low-rank moments."""
+"""OwLoreAdamW: trains a few layers at a time, sampled by their scores, with low-rank moments."""
 
 from __future__ import annotations
 
@@ -35,52 +35,53 @@ from hf_cod.training.owlore.update_in_backward import UpdateInBackward
 
 logger = logging.getLogger(__name__)
 
-# Steps in a row without finite gradients, after which a training is beyond help.
+# Consecutive steps with gradients that are not finite, after which training is aborted.
 PATIENCE = 10
-_BASIS, _ROUNDING = 1, 2  # what a generator is for
+_BASIS, _ROUNDING = 1, 2  # purpose of a generator, part of its seed
 
 
 class OwLoreAdamW(torch.optim.Optimizer):
     """AdamW that trains `n_active` layers at a time, each matrix in the low-rank space of its gradient.
 
-    OwLore (Li et al. 2024, arXiv 2405.18380, algorithm 1; later OWS): every `interval` steps layers are drawn
-    without replacement, with probability proportional to their scores (`LayerSampler`); the others are frozen, so that
-    they need neither gradients nor moments, and the backward pass ends at the lowest layer that trains. Gradients of
-    matrices are projected (GaLore, arXiv 2403.03507) on the leading directions of the first one after each draw.
-    `scores=None` with `rank=None` is LISA (arXiv 2403.17919); with all layers active it is GaLore.
+    OwLore (Li et al. 2024, arXiv 2405.18380, algorithm 1; later OWS): every `interval` steps (a sampling round) layers
+    are sampled without replacement, with probability proportional to their scores (`LayerSampler`). The other layers
+    are frozen: they need neither gradients nor moments, and the backward pass ends at the lowest active layer. The
+    gradient of a matrix is projected (GaLore, arXiv 2403.03507) on the leading directions of its first gradient in each
+    round. `scores=None` with `rank=None` is LISA (arXiv 2403.17919); with all layers active it is GaLore.
 
-        optimizer = OwLoreAdamW(model, scores, lr=3e-4)                             # in a loop of your own
+        optimizer = OwLoreAdamW(model, scores, lr=3e-4)                             # in a custom training loop
         Trainer(model, args, optimizer_cls_and_kwargs=owlore(scores, lr=3e-4))      # in Trainer and TRL
 
-    Unlike the authors' code: layers change inside `step`, and a resumed run goes on with the layers that it had;
-    moments are float32 under bfloat16 weights; the state of layers that are left is dropped (or kept, or offloaded); a
-    layer that comes back gets a fresh basis; no layer has probability 0 (`floor`). Embeddings and head are frozen by
-    default, the norm behind the last layer always trains, in full rank.
+    Differences from the authors' code: layers are sampled inside `step`, and a resumed run continues with the same
+    layers; moments are float32 for bfloat16 weights; the optimizer state of layers that are no longer sampled is
+    dropped (or kept, or offloaded); a layer that is sampled again gets a new basis; no layer has probability 0
+    (`floor`). Embeddings and head are frozen by default. The norm after the last layer always trains, in full rank.
 
-    Of a model with PEFT adapters only those train, a few layers' at a time. LoRA's need `rank=None`; OwLore's
-    (`OwLoreConfig`) have a rank of their own: their gradients are projected ones already, found by the first gradient
-    after each draw, and what was learnt is folded at the next draw.
+    In a model with PEFT adapters only the adapters train, those of a few layers at a time. LoRA adapters require
+    `rank=None`. OwLore adapters (`OwLoreConfig`) have a rank of their own: their gradients are projected gradients
+    already, in a basis from the first gradient of each round, and their update is folded at the end of the round.
 
-    The gradients of layers are averaged over processes here, because DDP leaves the layers alone. So all processes make
-    the optimizer, with the same settings and scores, before DDP wraps the model; each gets the weights of the first. A
-    step whose gradients are not finite changes nothing and says so; ten of them in a row raise.
+    This optimizer averages the gradients of layers over processes, because the layers are excluded from DDP. Therefore
+    all processes must create it with the same settings and scores, before DDP wraps the model; each process gets the
+    weights of the first. A step with gradients that are not finite updates nothing and logs a warning; ten such steps
+    in a row raise an error.
 
     Args:
-        model: a transformers model on its device, before it is wrapped. What is frozen already stays so, but for what
-            an earlier OwLoreAdamW of it froze.
-        scores: `LayerScores` of this model, or a `LayerAllocation` of "probability"; None: all layers alike. Layers in
-            which nothing can train are not drawn.
+        model: a transformers model on its device, before it is wrapped. Frozen parameters stay frozen, except for those
+            that an earlier OwLoreAdamW of this model froze.
+        scores: `LayerScores` of this model, or a `LayerAllocation` of "probability"; None: the same probability for all
+            layers. Layers without trainable parameters are not sampled.
         lr: learning rate.
-        betas: Adam's.
-        eps: Adam's.
-        weight_decay: decoupled.
-        settings: which layers train when, and how.
-        **fields: or fields of `OwLoreSettings` by name: n_active, interval, rank, ...
+        betas: Adam's betas.
+        eps: Adam's epsilon.
+        weight_decay: decoupled weight decay.
+        settings: `OwLoreSettings`, instead of single fields.
+        **fields: fields of `OwLoreSettings` by name: n_active, interval, rank, ...
 
     Raises:
         ValueError: bad settings, more layers than the model has, a rank above a layer's width, scores of another model,
-            sharded parameters, a model that DDP has wrapped already, processes that differ; in `step`: gradients that
-            are not finite too often.
+            sharded parameters, a model that DDP has wrapped already, processes that differ; in `step`: ten steps in a
+            row with gradients that are not finite.
         ImportError: 8-bit moments without bitsandbytes.
     """
 
@@ -135,23 +136,23 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self._numbers = {p: number for number, (p, _) in enumerate(self._parameters())}
         self._shapes = self.increments.shapes(self._numbers)
         self._fused = UpdateInBackward(self.update, self._numbers) if self.settings.fused else None
-        self._step_supports_amp_scaling = self.settings.fused  # GradScaler then calls `step`, which can say why not
+        self._step_supports_amp_scaling = self.settings.fused  # GradScaler then calls `step`, which raises the error
         self.layers.end_at_lowest()
         self._activate()
 
     @property
     def draw(self) -> int:
-        """Number of the present draw of layers, from 0."""
+        """Number of the current sampling round, from 0."""
         return self.steps // self.settings.interval
 
     @property
     def active(self) -> list[int]:
-        """The layers that train now."""
+        """The layers that currently train."""
         return self.layers.active
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates what trains, and draws other layers when it is time."""
+        """Updates the active layers; after each `interval` steps, samples new ones."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -171,14 +172,14 @@ class OwLoreAdamW(torch.optim.Optimizer):
         return loss
 
     def release(self) -> None:
-        """Lets train again what this froze, and takes its hooks away; this optimizer is of no use any more.
+        """Unfreezes the parameters that this optimizer froze and removes its hooks; it cannot be used afterwards.
 
-        Another OwLoreAdamW of the same model does so by itself.
+        A new OwLoreAdamW of the same model does this automatically.
         """
         release(self.layers.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments, bases and the number of steps: all that an exact resume needs."""
+        """Moments, bases and the number of steps: everything that an exact resume requires."""
         return {
             **super().state_dict(),
             KEY: {"steps": self.steps, "shapes": [*self._shapes.values()], **self._described()},
@@ -186,10 +187,10 @@ class OwLoreAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave, in the precision that it has, and activates the layers of that step.
+        """Loads the result of `state_dict`, in its own precision, and activates the layers of its step.
 
         Raises:
-            ValueError: it is of another optimizer, of other settings or of another model, or processes differ.
+            ValueError: the state is of another optimizer, of other settings or of another model, or processes differ.
         """
         with together("load the state of an OwLoreAdamW") as alike:
             self._load(state_dict)
@@ -207,9 +208,9 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self._activate()
 
     def _compare(self) -> None:
-        """Before the first update, makes sure that weights and gradients are the same on all processes.
+        """Before the first update, checks that weights and gradients are the same on all processes.
 
-        Weights may have been loaded since the optimizer was made, and what trains at all times is averaged by DDP.
+        Weights may have been loaded since the optimizer was created, and DDP averages the parameters that always train.
         """
         if self._compared or processes() == 1:
             return
@@ -221,7 +222,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self._compared = True
 
     def _described(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed, as plain numbers and strings."""
+        """The settings that must be the same when a run is resumed, as plain numbers and strings."""
         free = ("fused", "deselected")
         settings = {k: v for k, v in asdict(self.settings).items() if k not in free}
         probabilities = [round(p, 12) for p in self.sampler.probabilities]
@@ -233,25 +234,25 @@ class OwLoreAdamW(torch.optim.Optimizer):
                 yield parameter, group
 
     def _trained(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:
-        """What trains now and has a gradient.
+        """The active parameters that have a gradient.
 
         Raises:
-            ValueError: no layer has one, or parameters are not what they were.
+            ValueError: no layer has a gradient, or shapes of parameters have changed.
         """
         active = [(p, g) for p, g in self._parameters() if g["layer"] is None or g["layer"] in self.active]
         found = [(p, group) for p, group in active if p.grad is not None]
         if not any(group["layer"] is not None for _, group in found):
             refuse_shards(self.layers.model)
             raise ValueError(
-                "gradients: expected those of layers that train, got none; call backward before step, on the model "
-                "that the optimizer was made of"
+                "gradients: expected gradients of active layers, got none; call backward before step, on the model "
+                "that the optimizer was created for"
             )
         if any(self._shapes.get(p) != list(p.shape) for p, _ in found):
             raise ValueError(SHARDED)
         return found
 
     def _activate(self) -> None:
-        """Lets the layers of the present draw train, and sees to the state of the others."""
+        """Activates the layers of the current sampling round; drops, keeps or offloads the state of the others."""
         self.layers.activate(self.sampler.draw(self.draw))
         self.increments.begin(self.active, self.settings.seed, self.draw)
         if self.settings.deselected == "keep":
@@ -265,14 +266,14 @@ class OwLoreAdamW(torch.optim.Optimizer):
                 self.state[parameter] = {k: v.cpu() for k, v in self.state[parameter].items()}
 
     def update(self, parameter: nn.Parameter) -> None:
-        """AdamW of one parameter by its gradient: what the backward pass calls with `fused`."""
+        """Updates one parameter by its gradient; with `fused`, the backward pass calls this."""
         self._update(parameter, next(g for g in self.param_groups if any(p is parameter for p in g["params"])))
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         grad, state, number = parameter.grad, self.state[parameter], self._numbers[parameter]
         assert grad is not None
         for key in state.keys() - {"step", "draw"}:
-            state[key] = state[key].to(parameter.device)  # it may have been offloaded
+            state[key] = state[key].to(parameter.device)  # the state may have been offloaded
         rank, seed = self.settings.rank, self.settings.seed
         if group["layer"] is not None and is_projected(parameter, rank):
             refresh_basis(state, grad, rank or 0, self.draw, generator_of(seed, self.draw, number, _BASIS))
@@ -283,7 +284,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         apply_direction(parameter, N, state.get("basis"), group, generator)
 
     def _finite(self) -> bool:
-        """Whether all gradients are finite; counts and tells the steps where they are not."""
+        """Whether all gradients are finite; counts the steps where they are not, and logs a warning."""
         grads = [p.grad for p, _ in self._trained() if p.grad is not None]
         norms = torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(grads, ord=float("inf"))])
         if bool(norms.isfinite().all()):
@@ -292,8 +293,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
         self._failures += 1
         if self._failures >= PATIENCE:
             raise ValueError(
-                f"gradients: expected finite numbers, got NaN or infinity in {PATIENCE} steps one after another; lower "
-                "the learning rate"
+                f"gradients: expected finite numbers, got NaN or infinity in {PATIENCE} consecutive steps; lower the "
+                "learning rate"
             )
-        logger.warning(f"step {self.steps}: gradients are not finite, nothing is updated")
+        logger.warning(f"step {self.steps}: gradients are not finite; the update is skipped")
         return False

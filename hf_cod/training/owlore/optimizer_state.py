@@ -1,4 +1,4 @@
-"""What an optimizer's state_dict must be, to resume from, and the moments in it."""
+"""Checks of an optimizer's state_dict before a run resumes from it, and its moments."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ KEY = "owlore"
 def check_state(
     state_dict: dict[str, Any], described: dict[str, Any], groups: list[dict[str, Any]], shapes: Sequence[list[int]]
 ) -> dict[str, Any]:
-    """Makes sure that an optimizer can resume from this.
+    """Checks that an optimizer can resume from this state.
 
     Args:
-        state_dict: what was saved.
-        described: what must be the same when a run is resumed.
+        state_dict: the saved state.
+        described: settings that must be the same when a run is resumed.
         groups: the optimizer's parameter groups.
-        shapes: of its parameters while they train.
+        shapes: shapes of its parameters while they train.
 
     Returns:
-        What OwLoreAdamW saved beside what every optimizer saves.
+        The entries that OwLoreAdamW saved in addition to those of every optimizer.
 
     Raises:
-        ValueError: it is of another optimizer, of other settings or of another model.
+        ValueError: the state is of another optimizer, of other settings or of another model.
     """
     saved = state_dict.get(KEY)
     if saved is None:
@@ -35,7 +35,7 @@ def check_state(
         if saved.get(name) != value:
             raise ValueError(
                 f"{name}: expected {saved.get(name)!r} as in the checkpoint, got {value!r}; resume with the same "
-                "settings, or start anew"
+                "settings, or start a new run"
             )
     counts = [[len(group["params"]) for group in side] for side in (groups, state_dict["param_groups"])]
     if counts[0] != counts[1]:
@@ -47,7 +47,7 @@ def check_state(
 
 
 def states_of(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> defaultdict[Tensor, Any]:
-    """Parameter of the groups -> its moments and bases in a state_dict, as copies."""
+    """Parameter of the groups -> copies of its moments and bases in a state_dict."""
     own, theirs = ([p for group in side for p in group["params"]] for side in (groups, state_dict["param_groups"]))
     states = {p: state_dict["state"].get(key, {}) for p, key in zip(own, theirs, strict=True)}
     return defaultdict(dict, {p: {k: v.clone() for k, v in s.items()} for p, s in states.items() if s})

@@ -1,4 +1,4 @@
-"""LayerSampler: which layers train now."""
+"""LayerSampler: samples the layers that train."""
 
 from __future__ import annotations
 
@@ -24,35 +24,37 @@ logger = logging.getLogger(__name__)
 
 
 class LayerSampler:
-    """Draws layers without replacement, with probability proportional to their scores.
+    """Samples layers without replacement, with probability proportional to their scores.
 
         p_l = (1 - f) s_l / sum_k s_k + f / L
 
-    OwLore (arXiv 2405.18380), section 3.2, with s the OWL outlier ratio and f = 0; uniform scores make it LISA (Pan et
-    al. 2024, arXiv 2403.17919). The floor f is ours: without it a layer without outliers never trains, and with the
-    scores that the authors ship and 5 of 32 layers about 9 layers are expected untrained after 10 draws.
+    OwLore (arXiv 2405.18380), section 3.2, with s the OWL outlier ratio and f = 0. Uniform scores give LISA (Pan et
+    al. 2024, arXiv 2403.17919). The floor f is an addition of this package: without it a layer without outliers never
+    trains, and with the scores that the authors published and 5 of 32 layers, about 9 layers are expected to be
+    untrained after 10 sampling rounds.
 
-    An allocation of "probability" is taken as it stands: each layer is in a draw with exactly its probability, by
-    systematic sampling in random order (Madow 1949). There is no floor then, and the sum must be `n_active`.
+    A `LayerAllocation` of "probability" is used without a floor: each layer is sampled with exactly its probability, by
+    systematic sampling in random order (Madow 1949). The sum of the probabilities must be `n_active`.
 
-    A draw depends on (seed, number of the draw) alone: processes agree without talking, and a resumed run needs
-    nothing but the number.
+    The sampled layers depend on the seed and the number of the round only. All processes sample the same layers without
+    communication, and a resumed run requires only the number.
 
     Args:
-        scores: `LayerScores`, a `LayerAllocation` of "probability", or one number of at least 0 a layer.
-        n_active: layers of a draw, gamma; default: 5.
-        seed: of all draws; default: 0.
-        floor: f in [0, 1], the share of probability that all layers have alike; 1 is uniform; default: 0.2.
-        layers: those that can be drawn, L; None: all.
-        settings: how layers are drawn.
-        **fields: or fields of `SamplerSettings` by name; there are no others yet.
+        scores: `LayerScores`, a `LayerAllocation` of "probability", or one number of at least 0 per layer.
+        n_active: number of sampled layers, gamma; default: 5.
+        seed: seed of all sampling rounds; default: 0.
+        floor: f in [0, 1], the share of the probability that is spread uniformly over layers; 1 is uniform sampling;
+            default: 0.2.
+        layers: layers that can be sampled, L in number; None: all.
+        settings: `SamplerSettings`, instead of single fields.
+        **fields: fields of `SamplerSettings` by name; all of them are arguments above.
 
     Attributes:
-        probabilities: one a layer: p, whose sum is 1; of an allocation its values.
+        probabilities: one per layer: p, whose sum is 1; for an allocation, its values.
 
     Raises:
-        ValueError: a negative or infinite score, more layers than there are, a floor outside [0, 1], an allocation of
-            something else or of another sum.
+        ValueError: a negative or infinite score, more layers than can be sampled, a floor outside [0, 1], an allocation
+            of another kind or with another sum.
     """
 
     @checked
@@ -85,14 +87,14 @@ class LayerSampler:
             self.probabilities = _probabilities(values, possible, how.n_active, how.floor)
 
     def draw(self, number: int) -> list[int]:
-        """The layers of draw `number`, counted from 0, in rising order."""
+        """The layers of sampling round `number`, counted from 0, in ascending order."""
         p, generator = torch.tensor(self.probabilities, dtype=torch.float64), generator_of(self.seed, number)
         if not self._exact:
             return sorted(torch.multinomial(p, self.n_active, replacement=False, generator=generator).tolist())
         order = torch.randperm(len(p), generator=generator)
-        # Layers lie side by side, each as long as its probability; one mark in each unit of length, all at one place.
+        # Each layer is an interval as long as its probability; marks at distance 1, with one random offset, select.
         ends = p[order].cumsum(0)
-        ends[-1] = self.n_active  # but for rounding it is
+        ends[-1] = self.n_active  # exact despite rounding
         marks = torch.arange(self.n_active) + torch.rand((), generator=generator, dtype=torch.float64)
         return sorted(order[torch.searchsorted(ends, marks, right=True)].tolist())
 
@@ -102,15 +104,15 @@ def _probabilities(values: Tensor, possible: Tensor, n_active: int, floor: float
     if wrong:
         raise ValueError(
             f"scores: expected finite numbers of at least 0, got {values[wrong[0]]:g} in layer {wrong[0]}; "
-            "shift them, or take scores of another method"
+            "shift them, or use scores of another method"
         )
     total, L = values.sum(), int(possible.sum())
-    shares = values / total if total > 0 else possible / L  # all 0: nothing is known of them
+    shares = values / total if total > 0 else possible / L  # all scores 0: uniform
     p = (1 - floor) * shares + floor / L * possible
     drawn = int((p > 0).sum())
     if drawn < n_active:
         raise ValueError(
-            f"floor: expected above 0 to draw {n_active} layers, got {floor:g}, with {drawn} scores above 0"
+            f"floor: expected above 0 to sample {n_active} layers, got {floor:g} with {drawn} scores above 0"
         )
     return p.tolist()
 
@@ -120,17 +122,17 @@ def _check_allocation(plan: LayerAllocation, values: Tensor, n_active: int) -> N
         raise ValueError(f"scores: expected scores, or an allocation of probability, got one of {plan.kind}")
     if not bool(((values >= 0) & (values <= 1)).all()) or abs(float(values.sum()) - n_active) > 1e-9:
         raise ValueError(
-            f"scores: expected probabilities in 0..1, whose sum over layers that can train is n_active = {n_active}, "
+            f"scores: expected probabilities in 0..1, whose sum over trainable layers is n_active = {n_active}, "
             f"got a sum of {float(values.sum()):g}; allocate with budget n_active / layers and "
             "layer_parameters=[1] * layers"
         )
 
 
 def check_model(scores: LayerScores | LayerAllocation, stack: DecoderLayers) -> None:
-    """Makes sure that they are of that model, as far as its sizes tell; warns where only its name is another.
+    """Checks by the layers' sizes that scores are of this model; warns if only the model's name differs.
 
     Raises:
-        ValueError: neither of both, another number of layers, or layers of other sizes.
+        ValueError: neither scores nor an allocation, another number of layers, or layers of other sizes.
     """
     if not isinstance(scores, (LayerScores, LayerAllocation)):
         raise ValueError(f"scores: expected LayerScores, a LayerAllocation or None, got {type(scores).__name__}")
@@ -143,10 +145,10 @@ def check_model(scores: LayerScores | LayerAllocation, stack: DecoderLayers) -> 
 def make_sampler(
     scores: LayerScores | LayerAllocation | None, layers: ActiveLayers, settings: OwLoreSettings
 ) -> LayerSampler:
-    """A sampler of the layers that have something to train.
+    """A sampler of the layers that have trainable parameters.
 
     Raises:
-        ValueError: scores of another model, or more layers at a time than there are.
+        ValueError: scores of another model, or `n_active` above the number of these layers.
     """
     if scores is not None:
         check_model(scores, layers.stack)
@@ -181,18 +183,16 @@ def _widths(layers: ActiveLayers) -> list[int]:
 
 
 def check_rank(rank: int | None, layers: ActiveLayers) -> None:
-    """Raises ValueError where a rank does not fit what trains."""
+    """Raises ValueError if a rank does not fit the trainable parameters."""
     if rank is not None and layers.other_adapters:
-        raise ValueError(
-            f"rank: expected None beside LoRA adapters, whose matrices are of low rank already, got {rank}"
-        )
+        raise ValueError(f"rank: expected None with LoRA adapters, whose matrices are of low rank already, got {rank}")
     widths = _widths(layers)
     if rank is not None and widths and rank > max(widths):
         raise ValueError(f"rank: expected at most {max(widths)}, the width of the layers' matrices, got {rank}")
 
 
 def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Raises ValueError where one is out of range."""
+    """Raises ValueError if a hyperparameter is out of range."""
     numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
     for name, value in numbers.items():
         if not value >= 0:

@@ -1,4 +1,4 @@
-"""What `OwLoreAdamW`, `LayerSampler` and `lora_ranks` can be told; the help texts feed the command line."""
+"""Settings of `OwLoreAdamW`, `LayerSampler` and `lora_ranks`; the help texts feed the command line."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ MOMENTS = ("float32", "8bit")
 @checked
 @dataclass
 class OwLoreSettings:
-    """Which layers train when, and how.
+    """Sampling of layers and low-rank training of them.
 
-    Defaults are the paper's for LLaMA2-7B (arXiv 2405.18380, appendix A), but for the floor.
+    Defaults are the paper's for LLaMA2-7B (arXiv 2405.18380, appendix A), except for the floor.
     """
 
     n_active: int = field(
-        default=Default(5), metadata={"help": "layers that train at a time, gamma; the default at most all of them"}
+        default=Default(5),
+        metadata={"help": "layers that train at a time, gamma; the default is lowered to the number of layers"},
     )
-    interval: int = field(default=50, metadata={"help": "optimizer steps until other layers are drawn, K"})
+    interval: int = field(default=50, metadata={"help": "optimizer steps between samplings of layers, K"})
     rank: int | None = field(
         default=Default(128),
         metadata={
@@ -38,37 +39,44 @@ class OwLoreSettings:
     scale: float = field(default=1.0, metadata={"help": "factor of projected updates, GaLore's alpha"})
     floor: float = field(
         default=DEFAULT_FLOOR,
-        metadata={"help": "share of the probability that all layers have alike, so that each one is drawn; 1 is LISA"},
+        metadata={
+            "help": "share of the sampling probability that is uniform over layers, so that every layer is sampled; "
+            "1 is LISA"
+        },
     )
     deselected: str = field(
         default="drop",
         metadata={
-            "help": "what becomes of the optimizer state of layers that are not drawn again",
+            "help": "drop, keep or offload (to the CPU) the optimizer state of layers that are no longer sampled",
             "choices": list(DESELECTED),
         },
     )
     train_embeddings: bool = field(
-        default=False, metadata={"help": "also train embeddings and head, in full rank, at all times (as LISA does)"}
+        default=False, metadata={"help": "also train embeddings and head, in full rank, in every step (as LISA does)"}
     )
     moments: str = field(
         default="float32",
-        metadata={"help": "how Adam's moments are kept; 8bit needs bitsandbytes", "choices": list(MOMENTS)},
+        metadata={
+            "help": "format of Adam's moments: float32 or 8bit (requires bitsandbytes)",
+            "choices": list(MOMENTS),
+        },
     )
     rounding: str = field(
         default="stochastic",
         metadata={
-            "help": "how bfloat16 weights take an update; to nearest loses those below 1/512 of a weight",
+            "help": "rounding of updated bfloat16 weights: stochastic or nearest, which loses updates below 1/512 of a "
+            "weight",
             "choices": list(ROUNDINGS),
         },
     )
     fused: bool = field(
         default=False,
         metadata={
-            "help": "update each weight inside the backward pass and free its gradient at once; without accumulation, "
-            "clipping (set max_grad_norm to 0), loss scaling and several processes"
+            "help": "update each weight inside the backward pass and free its gradient at once; not with accumulation, "
+            "clipping (set max_grad_norm to 0), loss scaling or several processes"
         },
     )
-    seed: int = field(default=0, metadata={"help": "of the draws"})
+    seed: int = field(default=0, metadata={"help": "seed of the sampling of layers"})
 
     def __post_init__(self) -> None:
         self.rank = self.rank or None
@@ -104,7 +112,7 @@ class OwLoreFields(TypedDict, total=False):
 @checked
 @dataclass
 class SamplerSettings:
-    """How layers are drawn; how many there are decides what `n_active` may be."""
+    """Sampling of layers; the number of layers limits `n_active`."""
 
     n_active: int = as_in(OwLoreSettings, "n_active")
     seed: int = as_in(OwLoreSettings, "seed")
@@ -122,7 +130,7 @@ class SamplerFields(TypedDict, total=False):
 @checked
 @dataclass
 class LoraRankSettings:
-    """How ranks of adapters follow scores."""
+    """Ranks of adapters by scores."""
 
     r: int = field(default=16, metadata={"help": "mean rank"})
     relative_spread: float = field(

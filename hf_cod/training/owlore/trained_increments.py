@@ -1,4 +1,4 @@
-"""Increments: those of a model's OwLore adapters that an optimizer trains, layer by layer."""
+"""Increments: the increments of a model's OwLore adapters that an optimizer trains, by layer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 from hf_cod.training.owlore.increment import Increment
 from hf_cod.training.owlore.settings import OwLoreSettings
 
-# What an adapter decides itself, or what means nothing for one.
+# Settings that an adapter has itself, or that do not apply to adapters.
 _NOT_OURS = {
-    "rank": "leave it to OwLoreConfig(r=...)",
-    "scale": "an adapter's gradient takes none; set lr",
+    "rank": "set OwLoreConfig(r=...)",
+    "scale": "updates of adapters are not scaled; set lr",
     "train_embeddings": "name them in OwLoreConfig(modules_to_save=...)",
-    "deselected": "the moments of an increment that is folded belong to no basis any more",
+    "deselected": "moments are always dropped when an increment is folded, because its basis is gone",
 }
 
 
@@ -37,11 +37,11 @@ def check_beside_adapters(settings: OwLoreSettings, but: Collection[str] = ()) -
 
 
 class Increments:
-    """The increments of OwLore adapters whose N an optimizer holds; none where the model has no such adapters.
+    """The increments of OwLore adapters whose N an optimizer trains; empty if the model has no such adapters.
 
     Args:
         layers: the model's layers.
-        trained: of each layer the parameters that are trained.
+        trained: for each layer, the parameters that are trained.
     """
 
     def __init__(self, layers: Sequence[nn.Module], trained: Sequence[Sequence[nn.Parameter]]) -> None:
@@ -54,10 +54,10 @@ class Increments:
         return (increment for layer in self._layers for increment in layer)
 
     def settings(self, settings: OwLoreSettings) -> OwLoreSettings:
-        """The settings of the optimizer: N is trained in full rank.
+        """The settings of the optimizer, with rank None if there are adapters, whose N is trained in full rank.
 
         Raises:
-            ValueError: settings were given that an adapter decides itself.
+            ValueError: settings that an adapter has itself, or that do not apply to adapters.
         """
         if not any(self):
             return settings
@@ -65,19 +65,19 @@ class Increments:
         return replace(settings, rank=None)
 
     def described(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed."""
+        """The settings of adapters that must be the same when a run is resumed."""
         found = [*self]
         if not found:
             return {}
         return {"r": max(m.rank for m in found), "max_rank": max(m.max_rank for m in found)}
 
     def shapes(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, list[int]]:
-        """Parameter -> shape; of an N the one that it has while it trains."""
+        """Parameter -> shape; for an N, its shape while it trains."""
         known = {increment.N: increment.shape for increment in self}
         return {p: list(known.get(p, p.shape)) for p in parameters}
 
     def begin(self, active: Sequence[int], seed: int, draw: int) -> None:
-        """Lets the increments of these layers train, and the others rest."""
+        """Starts training the increments of these layers, and stops training the others."""
         number = 0
         for index, layer in enumerate(self._layers):
             for increment in layer:
@@ -88,11 +88,11 @@ class Increments:
                 number += 1
 
     def settle(self) -> None:
-        """To be called behind each step."""
+        """Must be called after each step."""
         for increment in self:
             increment.settle()
 
     def fold(self) -> None:
-        """Ends the interval: what was learnt joins what was learnt before."""
+        """Ends a sampling round: folds the update of each increment into its B A."""
         for increment in self:
             increment.fold()

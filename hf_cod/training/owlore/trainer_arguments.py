@@ -1,4 +1,4 @@
-"""`owlore`: how Trainer and TRL's trainers make an OwLoreAdamW."""
+"""`owlore`: OwLoreAdamW in the form in which Trainer and TRL's trainers take an optimizer."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ DEFAULTS = {"lr": DEFAULT_LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay"
 
 
 class OwLoreFactory:
-    """Makes an OwLoreAdamW of the model that Trainer trains; see `owlore`."""
+    """Creates an OwLoreAdamW for the model that Trainer trains; see `owlore`."""
 
     def __call__(self, model: nn.Module, **arguments: Any) -> OwLoreAdamW:
-        """What Trainer calls."""
+        """Creates the optimizer; called by Trainer."""
         args = _arguments_of_trainer()
         return OwLoreAdamW(model, **(arguments if args is None else _completed(arguments, args)))
 
@@ -49,13 +49,13 @@ def owlore(
     settings: OwLoreSettings | None = None,
     **given: Unpack[OwLoreFields],
 ) -> tuple[type, dict[str, Any]]:
-    """What Trainer and TRL's trainers take as `optimizer_cls_and_kwargs`.
+    """The argument `optimizer_cls_and_kwargs` of Trainer and TRL's trainers; takes the arguments of `OwLoreAdamW`.
 
         Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=owlore(scores, n_active=5, lr=1e-3))
 
-    What is not given here is taken from the trainer's arguments: `lr` from `learning_rate` where that is not the
-    default of its class, `betas` from `adam_beta1` and `adam_beta2`, `eps` from `adam_epsilon`, `weight_decay`. What is
-    given here is used; a line of the log says so where the trainer's arguments were set to something else.
+    Arguments that are not given here are taken from the trainer's: `lr` from `learning_rate` if that is not the default
+    of its class, `betas` from `adam_beta1` and `adam_beta2`, `eps` from `adam_epsilon`, and `weight_decay`. If both set
+    a value, the one given here is used, and a log line says so.
 
     Args:
         scores: see `OwLoreAdamW`.
@@ -63,11 +63,11 @@ def owlore(
         betas: Adam's; default: the trainer's.
         eps: Adam's; default: the trainer's.
         weight_decay: decoupled; default: the trainer's.
-        settings: which layers train when, and how.
-        **given: or fields of `OwLoreSettings` by name: n_active, interval, rank, ...
+        settings: `OwLoreSettings`, instead of single fields.
+        **given: fields of `OwLoreSettings` by name: n_active, interval, rank, ...
 
     Raises:
-        ValueError: an unknown name, or a value that `OwLoreAdamW` does not take whatever the model.
+        ValueError: an unknown name, or a value that `OwLoreAdamW` refuses for any model.
     """
     how = resolve(owlore, OwLoreSettings, settings, given)
     common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}

@@ -1,4 +1,4 @@
-"""UpdateInBackward: weights that are updated inside the backward pass, so that their gradients are freed at once."""
+"""UpdateInBackward: updates weights inside the backward pass, so that their gradients are freed at once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ _SCALED = "expected no loss scaling, got a GradScaler; train in bfloat16, or set
 
 
 class UpdateInBackward:
-    """Lets an optimizer update each weight as soon as its gradient is whole; nothing once the optimizer is gone.
+    """Calls an optimizer's update for each weight as soon as its gradient is complete.
+
+    The hooks do nothing after the optimizer is deleted.
 
     Args:
         update: the optimizer's method that updates one weight by its gradient.
-        parameters: what the optimizer trains.
+        parameters: the parameters that the optimizer trains.
 
     Raises:
-        ValueError: in a backward pass: a second one in a step, several processes, gradients that are not finite; under
-            loss scaling, here if accelerate knows of it, else in the first step.
+        ValueError: loss scaling: here if accelerate has fp16 configured, else in the first step. In a backward pass:
+            a second backward pass in one step, several processes, gradients that are not finite.
     """
 
     def __init__(self, update: Callable[[nn.Parameter], None], parameters: Iterable[nn.Parameter]) -> None:
@@ -37,12 +39,14 @@ class UpdateInBackward:
 
     @torch.no_grad()
     def __call__(self, parameter: nn.Parameter) -> None:
-        """The hook."""
+        """The hook: updates the parameter and frees its gradient."""
         update = self._update()
         if update is None:
             return
         if parameter in self._updated:
-            raise ValueError("fused: expected one backward pass a step, got more; accumulation needs fused=False")
+            raise ValueError(
+                "fused: expected one backward pass per step, got more; set fused=False for gradient accumulation"
+            )
         if processes() > 1:
             raise ValueError("fused: expected one process, got several; set fused=False")
         if not bool(torch.isfinite(parameter.grad).all()):  # type: ignore[arg-type]
@@ -54,7 +58,7 @@ class UpdateInBackward:
         self._updated.add(parameter)
 
     def end_step(self, scaled: bool) -> None:
-        """What is left to do in `step`; `scaled`: a GradScaler called for it."""
+        """Completes a step, in `step`; `scaled`: a GradScaler called `step`."""
         if scaled:
-            raise ValueError(f"fused: {_SCALED}; the weights have moved once by a scaled gradient")
+            raise ValueError(f"fused: {_SCALED}; the weights were updated once by a scaled gradient")
         self._updated.clear()

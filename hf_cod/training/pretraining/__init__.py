@@ -1,4 +1,4 @@
-"""Pre-training from scratch: recipes, packed text, and what a training loop starts from.
+"""Pre-training from scratch: recipes, and the tokenizer, packed text and model for a training loop.
 
-The loops themselves are examples/pretrain.py (Trainer) and examples/pretrain_accelerate.py.
+The training loops are examples/pretrain.py (Trainer) and examples/pretrain_accelerate.py.
 """

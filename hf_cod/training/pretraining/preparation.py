@@ -1,4 +1,4 @@
-"""From settings to what a training loop needs: tokenizer, model, packed text."""
+"""Prepares a training loop from settings: tokenizer, model, packed text."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from hf_cod.models import CodLlamaForCausalLM
 from hf_cod.training.pretraining.recipes import PretrainSettings, Recipe, model_config
 from hf_cod.training.runs import run_directory
 
-HELD_OUT_SHARE = 0.02  # of the windows, where no text to validate on is named
+HELD_OUT_SHARE = 0.02  # share of the windows, if no validation text is set
 PROBE_SAMPLES = 8
-TEXT_LIMIT = 600.0  # seconds to wait for another process that reads what the first one has tokenized, or streams
-# What may differ when a run goes on: it decides when something is written, or memory and speed, not what is learnt.
+TEXT_LIMIT = 600.0  # seconds to wait for another process that reads the tokenized text, or streams
+# Settings that may differ when a run is resumed: they affect output, memory and speed, not the trained model.
 FREE = ("output", "micro_batch_size", "compile", "save_every", "evaluate_every", "diagnose_every", "log_every")
 
 
 @dataclass
 class Prepared:
-    """What a training loop needs.
+    """Tokenizer, model, datasets and directory for a training loop.
 
     Attributes:
         tokenizer: the tokenizer of model and text.
-        model: a freshly initialised model, float32.
-        train: window i of the run, as input_ids and labels: `PackedText`, or `PackedStream` for streamed text.
-        validation: windows that are never trained on.
-        output: the run's directory, locked on the main process; None on others.
+        model: a newly initialised model, float32.
+        train: the run's windows as input_ids and labels: `PackedText`, or `PackedStream` for streamed text.
+        validation: held-out windows.
+        output: the run's directory, locked, on the main process; None on others.
     """
 
     tokenizer: Any
@@ -53,7 +53,7 @@ class Prepared:
 
     @property
     def probe(self) -> list[dict[str, Tensor]]:
-        """The few validation windows that the layers are watched on."""
+        """The first validation windows, for diagnostics of the layers during training."""
         return as_batches(Subset(self.validation, range(min(PROBE_SAMPLES, len(self.validation)))), PROBE_SAMPLES)  # type: ignore[arg-type]
 
     @property
@@ -63,10 +63,10 @@ class Prepared:
 
 
 def prepare(settings: PretrainSettings) -> Prepared:
-    """Gets or trains the tokenizer, tokenizes and packs the text (once, then from a cache), builds the model.
+    """Loads or trains the tokenizer, tokenizes and packs the text (cached), and builds the model.
 
-    Called on every process; the first one does the work that goes into the cache. A tokenizer that is trained here sees
-    the whole text, windows that are held out included.
+    Must be called on every process; the first process fills the cache. A tokenizer that is trained here is trained on
+    the full text, including held-out windows.
 
     Raises:
         ValueError: no such text, column or tokenizer, too little text, an output directory of another run, or processes
@@ -94,14 +94,14 @@ def prepare(settings: PretrainSettings) -> Prepared:
             alike["text"] = len(windows)
         validation = windows[len(windows) - held_out :] if held_out else _validation(settings, recipe, texts, tokenizer)
         alike |= {"tokenizer": tokenizer_identity(tokenizer), "validation_text": len(validation)}
-        stack.pop_all()  # the directory is this run's until its results are saved
+        stack.pop_all()  # the directory stays locked until the results are saved
     model = build_model(recipe, settings.norm_placement, settings.seed, tokenizer)
     return Prepared(tokenizer, model, train, PackedText(validation, len(validation), seed=0), output)
 
 
 @contextmanager
 def _main_process_first(state: PartialState) -> Iterator[None]:
-    """As accelerate's, but that the others do not wait on when the first process fails."""
+    """As accelerate's function of this name, except that the other processes continue if the first one fails."""
     if not state.is_main_process:
         state.wait_for_everyone()
     try:
@@ -112,14 +112,14 @@ def _main_process_first(state: PartialState) -> Iterator[None]:
 
 
 def build_model(recipe: Recipe, norm_placement: str, seed: int, tokenizer: Any) -> CodLlamaForCausalLM:
-    """A freshly initialised model; the same seed gives every placement the same weights before its own scaling.
+    """A newly initialised model; with the same seed, all placements have the same weights before their own scaling.
 
     Raises:
-        ValueError: the tokenizer has ids that the model's embedding lacks.
+        ValueError: the tokenizer has ids above the size of the model's embedding.
     """
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = model_config(recipe, norm_placement, use_cache=False, pad_token_id=tokenizer.pad_token_id, **special)
-    # T5's last hundred ids mark blanks to be filled in; plain text never has them, and the papers' models neither.
+    # T5's last hundred ids are sentinel tokens; plain text has none, and the papers' models have no embedding for them.
     highest = max(
         (i for token, i in tokenizer.get_vocab().items() if not re.match(r"<extra_id_\d+>", token)), default=0
     )
@@ -142,7 +142,7 @@ def _text_settings(settings: PretrainSettings, recipe: Recipe) -> TextSettings:
 
 
 def _source(texts: TextSettings) -> list[Any]:
-    """What tells one text from another; local files also by their sizes and times."""
+    """The identity of a text: its settings; for local files also sizes and modification times."""
     path = Path(texts.text or "")
     local: list[Any] = []
     if texts.text and path.exists():
@@ -170,7 +170,7 @@ def _tokenizer(recipe: Recipe, texts: TextSettings) -> Any:
         try:
             with directory_aside(folder) as aside:
                 trained.save_pretrained(aside)
-        except OSError:  # another run has just made the same one
+        except OSError:  # another run has just created the same folder
             if not folder.is_dir():
                 raise
     return AutoTokenizer.from_pretrained(folder)
@@ -178,7 +178,9 @@ def _tokenizer(recipe: Recipe, texts: TextSettings) -> Any:
 
 def _held_out(windows: int, most: int) -> int:
     if windows < 2:
-        raise ValueError(f"text: expected at least two windows, one of them to validate on, got {windows}")
+        raise ValueError(
+            f"text: expected at least two windows, one of them for validation, got {windows}; use a longer text"
+        )
     return min(most, max(1, round(HELD_OUT_SHARE * windows)))
 
 
@@ -189,22 +191,22 @@ def _validation(settings: PretrainSettings, recipe: Recipe, texts: TextSettings,
     elif recipe.validation_split is not None:
         source = load_texts(replace(texts, text_split=recipe.validation_split))
     else:
-        raise ValueError("validation_text: expected a text to validate on beside streamed text, got none")
+        raise ValueError("validation_text: expected a validation text with streamed text, got none")
     return pack(tokenizer, source, recipe.sequence_length, most=settings.validation_samples)
 
 
 def as_batches(dataset: Dataset, batch_size: int) -> list[dict[str, Tensor]]:
-    """A data set's windows as batches of input_ids (S, T), for `perplexity` and `diagnose`."""
+    """A dataset's windows as batches of input_ids (S, T), for `perplexity` and `diagnose`."""
     ids = torch.stack([dataset[i]["input_ids"] for i in range(len(dataset))])  # type: ignore[arg-type]
     return [{"input_ids": part} for part in ids.split(batch_size)]
 
 
 def claim(settings: PretrainSettings) -> None:
-    """Marks the output directory as this run's, so that no other run goes on from its checkpoints or takes its report.
+    """Marks the output directory as this run's, so that no other run resumes from its checkpoints or uses its report.
 
     Raises:
-        ValueError: it holds a model, or checkpoints or the report of a run with other settings or on a text of another
-            size.
+        ValueError: the directory holds a model, or checkpoints or the report of a run with other settings or with a
+            text of another size.
     """
     run_directory.claim(Path(str(settings.output)), _identity(settings), finished=True)
 
@@ -219,13 +221,13 @@ def _directory(settings: PretrainSettings) -> OutputDirectory:
 
 
 def _identity(settings: PretrainSettings) -> dict[str, Any]:
-    """What tells a run from others."""
+    """The identity of a run: its settings, and the size of its text."""
     told = {name: value for name, value in settings.describe().items() if name not in FREE}
     return {**told, "text_size": text_size(settings.recipe.text)}
 
 
 def text_size(text: str | None) -> list[Any]:
-    """Bytes of a local text; of a directory those of each file, by name. Empty for a data set of the Hub."""
+    """Bytes of a local text; for a directory, names and bytes of its files. Empty for a dataset of the Hub."""
     path = Path(text or "")
     if text and path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())

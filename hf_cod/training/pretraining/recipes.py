@@ -1,4 +1,4 @@
-"""Recipes of pre-training: the papers' settings by model size, one for a laptop, and what a run may change of them."""
+"""Recipes of pre-training: the papers' settings by model size, one for a laptop, and settings that override them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ PRECISIONS = ("bf16", "float32")
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what a model learns, but for its norm placement and its seed.
+    """All settings that determine the trained model, except norm placement and seed.
 
     Attributes:
         size: size of `llama_preset`.
-        learning_rate: the schedule's peak, after the warm-up.
+        learning_rate: peak learning rate, after the warm-up.
         steps: optimizer steps.
         batch_size: sequences in one optimizer step, over all processes.
-        micro_batch_size: sequences in one forward pass of one process; decides memory and speed, not the result.
+        micro_batch_size: sequences in one forward pass of one process; affects memory and speed, not the result.
         sequence_length: tokens in a sequence.
-        tokenizer: Hub id or directory; None to train a byte-pair encoding on the text itself.
-        text: data set, file or None for the embedded novel.
-        text_config: configuration of the data set.
-        validation_split: split of the data set to validate on; None to hold out a share of the text.
-        stream: whether text is tokenized while training, because there is too much to do it first.
-        model_fields: fields of the model's configuration that differ from the size's.
+        tokenizer: Hub id or directory; None to train a byte-pair encoding on the text.
+        text: dataset or file; None for the embedded novel.
+        text_config: configuration of the dataset.
+        validation_split: split of the dataset for validation; None to hold out a share of the text.
+        stream: whether text is tokenized during training, for texts that are too large to be tokenized first.
+        model_fields: fields of the model's configuration that differ from those of `size`.
     """
 
     size: str
@@ -48,12 +48,12 @@ class Recipe:
 
     @property
     def warmup_steps(self) -> int:
-        """A tenth of the steps, as in the paper (the authors' script for 1B warms up for a hundredth)."""
+        """A tenth of the steps, as in the paper (the authors' script for 1B uses a hundredth)."""
         return max(1, round(WARMUP_SHARE * self.steps))
 
     @property
     def tokens(self) -> int:
-        """Tokens seen in training."""
+        """Number of training tokens."""
         return self.steps * self.batch_size * self.sequence_length
 
 
@@ -63,14 +63,14 @@ _LAPTOP_MODEL: tuple[tuple[str, Any], ...] = (
     ("num_hidden_layers", 12),
     ("num_attention_heads", 2),  # heads of 64 channels, as in the 130M model
     ("max_position_embeddings", 256),
-    ("vocab_size", 4096),  # as many as let the layers, not the embeddings, hold most of the parameters
+    ("vocab_size", 4096),  # small, so that the layers, not the embeddings, hold most of the parameters
     ("attn_implementation", "eager"),  # on a CPU, at 256 tokens, a third faster than PyTorch's fused attention
 )
 
 # Sun et al. 2025 (arXiv 2502.05795), section 5 and the authors' scripts: Adam without weight decay or clipping, cosine
-# to a tenth. Where we deviate: text is packed (theirs is cut and padded at 256 tokens), weights and optimizer stay in
-# float32 under bf16 autocast (theirs are bf16 throughout, which loses updates below 1/256 of a weight), and the
-# peak of "tiny", which no paper has, was searched for.
+# to a tenth. Differences: text is packed (theirs is truncated and padded at 256 tokens); weights and optimizer are
+# float32 under bf16 autocast (theirs are bf16 throughout, which loses updates below 1/256 of a weight); the peak
+# learning rate of "tiny", which is in no paper, was found by search.
 RECIPES: dict[str, Recipe] = {
     "tiny": Recipe(
         size="130M",
@@ -94,15 +94,21 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass
 class PretrainSettings(TextSettings):
-    """A run of pre-training: a recipe, what differs from it, and where results go."""
+    """A run of pre-training: a recipe, settings that override it, and the output directory."""
 
     text: str | None = field(
         default=None,
-        metadata={"help": "text file (.txt, .jsonl, .csv, .parquet) or data set name; default: the preset's"},
+        metadata={"help": "text file (.txt, .jsonl, .csv, .parquet) or dataset name; default: the preset's"},
     )
-    preset: str = field(default="tiny", metadata={"help": "recipe to follow", "choices": list(RECIPES)})
+    preset: str = field(
+        default="tiny", metadata={"help": f"recipe of the run: {', '.join(RECIPES)}", "choices": list(RECIPES)}
+    )
     norm_placement: str = field(
-        default="lns", metadata={"help": "where the norms stand", "choices": list(VALID_PLACEMENTS)}
+        default="lns",
+        metadata={
+            "help": f"norm placement of the model: {', '.join(VALID_PLACEMENTS)}",
+            "choices": list(VALID_PLACEMENTS),
+        },
     )
     learning_rate: float | None = field(default=None, metadata={"help": "peak learning rate; default: the preset's"})
     steps: int | None = field(default=None, metadata={"help": "optimizer steps; default: the preset's"})
@@ -115,24 +121,32 @@ class PretrainSettings(TextSettings):
     sequence_length: int | None = field(default=None, metadata={"help": "tokens in a sequence; default: the preset's"})
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": "Hub id or directory; default: the preset's, which for tiny is trained on the text"},
+        metadata={"help": "Hub id or directory; default: the preset's; the preset tiny trains one on the text"},
     )
     validation_text: str | None = field(
-        default=None, metadata={"help": "text to validate on; default: the data set's split, or a held-out share"}
+        default=None,
+        metadata={"help": "validation text; default: the dataset's validation split, or a held-out share of the text"},
     )
-    validation_samples: int = field(default=256, metadata={"help": "sequences to validate on, at most"})
+    validation_samples: int = field(default=256, metadata={"help": "maximum number of validation sequences"})
     stream: bool = field(
-        default=False, metadata={"help": "tokenize --text while training, because there is too much to do it first"}
+        default=False,
+        metadata={"help": "tokenize --text during training, for texts that are too large to be tokenized first"},
     )
     precision: str = field(
-        default="bf16", metadata={"help": "bf16: autocast over float32 weights", "choices": list(PRECISIONS)}
+        default="bf16",
+        metadata={"help": "bf16 (autocast over float32 weights) or float32", "choices": list(PRECISIONS)},
     )
-    compile: bool = field(default=False, metadata={"help": "torch.compile: worth its minute in runs of some minutes"})
+    compile: bool = field(
+        default=False,
+        metadata={"help": "use torch.compile; compiling takes about a minute, which pays off after some minutes"},
+    )
     seed: int = field(default=0, metadata={"help": "seed of the weights and of the order of the text"})
     output: str | None = field(
         default=None, metadata={"help": "directory for checkpoints, model and report; default: hf-cod-pretrain-..."}
     )
-    save_every: int = field(default=200, metadata={"help": "steps between checkpoints; a killed run goes on from one"})
+    save_every: int = field(
+        default=200, metadata={"help": "steps between checkpoints; an interrupted run resumes from the last one"}
+    )
     evaluate_every: int = field(default=200, metadata={"help": "steps between validations"})
     diagnose_every: int = field(default=100, metadata={"help": "steps between measurements of the layers"})
     log_every: int = field(default=10, metadata={"help": "steps between logged losses"})
@@ -146,18 +160,18 @@ class PretrainSettings(TextSettings):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.stream and self.text is None and not RECIPES[self.preset].stream:
-            raise ValueError(f"stream: expected a --text to stream, got none with the preset {self.preset}")
+            raise ValueError(f"stream: expected --text with the preset {self.preset}, got none")
         if self.save_every % self.log_every:
             raise ValueError(
-                f"save_every: expected a multiple of log_every ({self.log_every}), so that no loss is lost between a "
-                f"checkpoint and the log, got {self.save_every}"
+                f"save_every: expected a multiple of log_every ({self.log_every}), so that a checkpoint includes all "
+                f"losses up to its step, got {self.save_every}; set both"
             )
         if self.output is None:
             self.output = f"hf-cod-pretrain-{self.preset}-{self.norm_placement}-seed{self.seed}"
 
     @property
     def recipe(self) -> Recipe:
-        """The preset with what this run changes of it."""
+        """The preset's recipe with the settings of this run that override it."""
         recipe = RECIPES[self.preset]
         named = ("learning_rate", "steps", "batch_size", "micro_batch_size", "sequence_length", "tokenizer")
         changed = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
@@ -171,7 +185,7 @@ class PretrainSettings(TextSettings):
         return replace(recipe, **changed)
 
     def describe(self) -> dict[str, Any]:
-        """Every setting of the run, the recipe's filled in."""
+        """All settings of the run, with those of the recipe filled in."""
         recipe = {name: value for name, value in asdict(self.recipe).items() if name != "model_fields"}
         return {**asdict(self), **recipe}
 
@@ -180,18 +194,18 @@ def model_config(recipe: Recipe, norm_placement: str, **fields: Any) -> CodLlama
     """The configuration of a recipe's model.
 
     Args:
-        recipe: which model.
-        norm_placement: where its norms stand.
-        **fields: further fields of the configuration; they win over the recipe's.
+        recipe: the recipe.
+        norm_placement: the model's norm placement.
+        **fields: further fields of the configuration; they override the recipe's.
     """
     return llama_preset(recipe.size, norm_placement, **{**dict(recipe.model_fields), **fields})
 
 
 def accumulation_steps(recipe: Recipe, processes: int) -> int:
-    """Forward passes of each process that make one optimizer step.
+    """Forward passes of each process per optimizer step.
 
     Raises:
-        ValueError: the batch cannot be divided evenly.
+        ValueError: batch_size is not a multiple of micro_batch_size times processes.
     """
     together = recipe.micro_batch_size * processes
     if recipe.batch_size % together:

@@ -1,4 +1,4 @@
-"""What a run of pre-training leaves: the model, and what was found, as a RunReport."""
+"""Results of a pre-training run: the model, and a RunReport."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from hf_cod.io.report import RunReport, environment, format_number
 from hf_cod.training.pretraining.preparation import Prepared, as_batches
 from hf_cod.training.pretraining.recipes import PretrainSettings
 
-DIAGNOSED_SAMPLES = 32  # validation windows that the layers are measured on
+DIAGNOSED_SAMPLES = 32  # validation windows for the diagnostics of layers
 MEASURES = ["angular_distance", "block_influence", "output_variance", "layer_drop"]
 
 
 def save_results(
     accelerator: Any, model: Any, settings: PretrainSettings, prepared: Prepared, history: list[dict[str, float]]
 ) -> RunReport | None:
-    """Writes the trained model to `settings.output`, ready to generate, and the report beside it.
+    """Writes the trained model, with the cache enabled for generation, and the report to `settings.output`.
 
-    Call it on all processes, because shards (FSDP2) gather.
+    Must be called on all processes, because shards (FSDP2) are gathered.
 
     Args:
-        accelerator: accelerate's, which prepared the model.
+        accelerator: the Accelerator that prepared the model.
         model: the trained model, wrapped or not.
-        settings: the run's.
-        prepared: its text.
+        settings: settings of the run.
+        prepared: text and tokenizer of the run.
         history: see `training_report`.
 
     Returns:
@@ -57,12 +57,12 @@ def save_results(
 
 
 def unigram_perplexity(train: Tensor, validation: Tensor, vocabulary: int) -> float:
-    """What a model reaches that knows how frequent each token is, and nothing else.
+    """Perplexity of a unigram model, which predicts each token by its frequency: a baseline.
 
         exp( -mean_i log p(t_i) ),  p(t) = (n_t + 1) / sum_u (n_u + 1)
 
     Args:
-        train: windows of token ids to count, (N, T).
+        train: windows of token ids to count tokens in, (N, T).
         validation: windows to predict, (M, T).
         vocabulary: number of tokens.
     """
@@ -73,17 +73,17 @@ def unigram_perplexity(train: Tensor, validation: Tensor, vocabulary: int) -> fl
 def training_report(
     settings: PretrainSettings, prepared: Prepared, model: Any, history: list[dict[str, float]]
 ) -> RunReport:
-    """Measures a trained model on the validation text, in float32, and reports the run.
+    """Measures a trained model on the validation text, in float32, and returns the report of the run.
 
     The report's `layers` are those of `diagnose` (without gradient norms). Its `results` hold `curve` (training loss
-    by step), `validation` (validation loss by step, under the run's precision), `tokens`, `parameters`,
+    by step), `validation` (validation loss by step, in the run's precision), `tokens`, `parameters`,
     `validation_perplexity`, `validation_tokens`, `effective_depth`, `late_share`, `angular_distance` and `layer_drop`.
 
     Args:
-        settings: the run's.
-        prepared: its text.
+        settings: settings of the run.
+        prepared: text and tokenizer of the run.
         model: the trained model.
-        history: dicts with step and loss or eval_loss, as the Trainer logs them.
+        history: dicts with step and loss or eval_loss, as Trainer logs them.
     """
     recipe, model = settings.recipe, model.float()
     batches = as_batches(prepared.validation, recipe.micro_batch_size)
@@ -109,7 +109,7 @@ def training_report(
         ],
     )
     if not math.isfinite(value):
-        report.notes.append("the layers were not measured: the run diverged")
+        report.notes.append("the run diverged; layers were not measured")
         return report
     few = as_batches(Subset(prepared.validation, range(min(DIAGNOSED_SAMPLES, len(prepared.validation)))), 8)  # type: ignore[arg-type]
     found = diagnose(model, batches=few, metrics=MEASURES, token="all", show_progress=False)

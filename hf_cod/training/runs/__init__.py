@@ -1,1 +1,1 @@
-"""One run of training: methods, Trainer, memory and its estimate, and whose directory it is."""
+"""Training runs: methods, Trainer, memory and its estimate, and the run's directory."""

@@ -1,4 +1,4 @@
-"""Whether a training can go on from a checkpoint: whether the files that Trainer reads are there, whole and its own."""
+"""Checks whether a run can resume from a checkpoint: all files that Trainer reads exist, complete and of this run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from hf_cod.io.reading import open_tensors, read_json
 from hf_cod.io.schema import check_value
 
-# File of Trainer's -> the entries that it reads in it.
+# File of a Trainer checkpoint -> the entries that Trainer reads from it.
 STATES = {
     "optimizer.pt": ("state", "param_groups"),
     "scheduler.pt": ("last_epoch",),
-    "rng_state*.pth": ("python", "numpy", "cpu"),  # one for each process
+    "rng_state*.pth": ("python", "numpy", "cpu"),  # one file per process
 }
 WEIGHTS = "*.safetensors"
 
@@ -22,22 +22,22 @@ Contents = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def contents(checkpoint: Path, marker: str, step: int) -> Contents:
-    """What a checkpoint's weights are, once all that Trainer reads beside them is found to be whole.
+    """Checks the files of a checkpoint that Trainer reads, and returns dtypes and shapes of its weights.
 
-    Tensors are mapped, not read: a large checkpoint costs no more than a small one.
+    Tensors are memory-mapped, not read, so a large checkpoint takes no longer than a small one.
 
     Args:
-        checkpoint: its folder.
+        checkpoint: the checkpoint's folder.
         marker: name of the file that is written last, Trainer's own state.
-        step: the step of the training that it should be of.
+        step: the expected step of the checkpoint.
 
     Raises:
-        ValueError: a file that is missing, breaks off, or holds something else; names it.
+        ValueError: a file is missing, truncated, or has other contents; the error names the file.
     """
     state = check_value(read_json(checkpoint / marker, marker), dict[str, Any], marker)
     if state.get("global_step") != step:
         raise ValueError(f"{marker}: expected step {step}, got {state.get('global_step')}")
-    sharded = any(path.is_dir() for path in checkpoint.iterdir())  # FSDP and DeepSpeed keep theirs in folders
+    sharded = any(path.is_dir() for path in checkpoint.iterdir())  # FSDP and DeepSpeed write folders
     for pattern, entries in STATES.items():
         for path in _files(checkpoint, pattern, sharded):
             _check_state(path, entries)
@@ -52,14 +52,14 @@ def contents(checkpoint: Path, marker: str, step: int) -> Contents:
 
 
 def newest_whole(checkpoints: list[tuple[int, Path]], marker: str, skipped: Callable[[Path, str], None]) -> Path | None:
-    """The first of these that a training can go on from.
+    """The newest complete checkpoint, from which a run can resume.
 
-    Weights with other tensors than those of the next whole one are another model's.
+    A checkpoint whose tensors differ from those of the next older complete one counts as that of another model.
 
     Args:
         checkpoints: (step, folder), the newest first.
         marker: see `contents`.
-        skipped: called with each one before it and why it was not taken.
+        skipped: called with each newer checkpoint and the reason why it is skipped.
     """
     taken: tuple[Path, Contents] | None = None
     for step, path in checkpoints:
@@ -93,7 +93,7 @@ def _check_state(path: Path, entries: tuple[str, ...]) -> None:
     try:
         with safe_globals():
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # whatever a damaged archive, or a pickle that would run code, may come up with
-        raise ValueError(f"{path.name}: expected a state of torch, got {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged archive, or a pickle that would run code, may raise anything
+        raise ValueError(f"{path.name}: expected a torch state file, got {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or not set(entries) <= set(state):
-        raise ValueError(f"{path.name}: expected {', '.join(entries)}, got something else")
+        raise ValueError(f"{path.name}: expected the entries {', '.join(entries)}, got other contents")

@@ -1,4 +1,4 @@
-"""What a fine-tuning will need in memory, found by running it on tensors without contents."""
+"""Estimates the peak memory of fine-tuning by running two steps on fake tensors, which have no contents."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ def estimate_memory(
 ) -> Memory:
     """Peak memory of two training steps of a causal language model, by part.
 
-    Each operation of model, method and optimizer runs on fake tensors, which have a size and no contents: what is
-    counted is what the same code does in a real training. What kernels need inside themselves, the allocator's
-    fragmentation and the device's own context are not seen.
+    Each operation of model, method and optimizer runs on fake tensors, which have a size and no contents, so the same
+    code is counted as in real training. Not included: workspace inside kernels, fragmentation of the allocator, and the
+    device's own context.
 
-    Of methods that draw layers the worst draw is taken: the first layer, which takes the backward pass through the
-    whole model, and the last ones, whose gradients wait longest. OwLore's adapters count with the largest rank of what
-    they learnt before.
+    For methods that sample layers, the estimate is that of the worst sample: the first layer, which extends the
+    backward pass through the full model, and the last layers, whose gradients are held longest. OwLore adapters count
+    with the maximum rank of their folded updates.
 
     Args:
         config: the model's config.
         method: a name of `METHODS`.
-        settings: of methods that draw layers or project gradients.
+        settings: settings of methods that sample layers or project gradients.
         batch_size: samples in a forward pass.
         sequence_length: tokens in a sample.
-        dtype: of the weights.
-        checkpointing: activations of a layer are computed again in the backward pass.
-        autocast: forward in bfloat16 by autocast.
+        dtype: dtype of the weights.
+        checkpointing: compute the activations of a layer again in the backward pass.
+        autocast: run the forward pass under bfloat16 autocast.
         accumulation: forward passes in an optimizer step.
-        max_grad_norm: gradients are clipped to it; 0: not at all.
-        lora_rank: of the method lora.
+        max_grad_norm: norm that gradients are clipped to; 0: no clipping.
+        lora_rank: rank of the method lora.
         trust_remote_code: whether a model's own code may run.
     """
     with torch.device("meta"):
@@ -78,16 +78,16 @@ def estimate_memory(
 
 
 class WorstDraw(LayerSampler):
-    """Always draws the layers that need most memory: the first one and the last ones."""
+    """Always samples the layers that take most memory: the first one and the last ones."""
 
     def draw(self, number: int) -> list[int]:
-        """The same, whatever the number."""
+        """The same layers for every number."""
         possible = [index for index, p in enumerate(self.probabilities) if p > 0]
         return [possible[0], *possible[len(possible) - self.n_active + 1 :]]
 
 
 def take_worst_draw(optimizer: torch.optim.Optimizer) -> None:
-    """Lets an optimizer that draws layers train those that need most memory; others stay as they are."""
+    """Makes an OwLoreAdamW train the layers that take most memory; other optimizers are left unchanged."""
     if isinstance(optimizer, OwLoreAdamW):
         sampler = optimizer.sampler
         optimizer.sampler = WorstDraw(sampler.probabilities, sampler.n_active, sampler.seed, floor=0.0)
@@ -95,14 +95,14 @@ def take_worst_draw(optimizer: torch.optim.Optimizer) -> None:
 
 
 def fill_adapters(model: nn.Module) -> None:
-    """Lets OwLore's adapters be as large as they will be late in a training; what they compute stays as it is."""
+    """Pads OwLore adapters to their maximum size, reached late in training; their outputs do not change."""
     for module in model.modules():
         if isinstance(module, Increment):
             module.fill()
 
 
 def _state_of_all(optimizer: OwLoreAdamW) -> int:
-    """Bytes of the state once every layer was drawn, as if layers were alike."""
+    """Bytes of the optimizer state once every layer was sampled, assuming layers of the same size."""
     found = {True: 0, False: 0}
     for group in optimizer.param_groups:
         states = [value for p in group["params"] for value in optimizer.state.get(p, {}).values()]
@@ -111,7 +111,7 @@ def _state_of_all(optimizer: OwLoreAdamW) -> int:
 
 
 def _make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
-    """Replaces meta tensors by fake ones of the CPU, whose operations are a real device's: fused attention, too."""
+    """Replaces meta tensors by fake CPU tensors, which use the kernels of a real device, such as fused attention."""
     made: dict[int, Tensor] = {}
 
     def of(tensor: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
 
 
 def _parameter(tensor: Tensor, requires_grad: bool, made: dict[int, Tensor], key: int) -> nn.Parameter:
-    """A parameter once, however many modules share it."""
+    """One parameter for all modules that share it."""
     if not isinstance(tensor, nn.Parameter):
         made[key] = nn.Parameter(tensor, requires_grad=requires_grad)
     parameter = made[key]

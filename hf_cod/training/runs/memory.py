@@ -1,4 +1,4 @@
-"""The memory that a training step takes, by what it is for: counted from the storages that are alive."""
+"""Memory of a training step by part, counted from live storages."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ PARTS = ("weights", "gradients", "optimizer state", "activations", "logits", "up
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the moment when a training step needs most, by part.
+    """Bytes at the peak of a training step, by part.
 
     Attributes:
-        weights: parameters and buffers of the model, adapters included.
-        gradients: of the parameters that train.
+        weights: parameters and buffers of the model, including adapters.
+        gradients: gradients of the trainable parameters.
         optimizer_state: moments and bases.
-        activations: what forward and backward pass hold between and inside layers, inputs included.
-        logits: what has the vocabulary as its last dimension, in each copy.
-        update: what clipping, projection and update need for themselves.
+        activations: tensors of the forward and backward pass between and inside layers, including inputs.
+        logits: tensors whose last dimension is the vocabulary, every copy.
+        update: temporary tensors of clipping, projection and update.
     """
 
     weights: int
@@ -40,7 +40,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """Sum of all parts."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
@@ -49,13 +49,13 @@ class Memory:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts each storage from the operation that makes it until nothing refers to it any more.
+    """Counts each storage from the operation that creates it until it is freed.
 
-    What an operation needs inside itself is not seen. On fake tensors nothing is computed: sizes are all there is, and
-    questions for a number are answered by 1.
+    Temporary memory inside an operation is not counted. On fake tensors nothing is computed: they have a size only, and
+    reading a value from one (`.item()`) gives 1.
 
     Args:
-        vocabulary: a last dimension of this size makes a tensor one of logits.
+        vocabulary: size of the last dimension by which a tensor counts as logits.
     """
 
     def __init__(self, vocabulary: int | None = None) -> None:
@@ -66,7 +66,7 @@ class LiveStorages(TorchDispatchMode):
         self._parts: dict[int, tuple[str, int]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation and takes note of what it made."""
+        """Runs the operation and counts the storages of its results."""
         if function is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
             return 1
         if function is torch.ops.aten._grouped_mm.default and _is_fake(args[0]):
@@ -77,7 +77,7 @@ class LiveStorages(TorchDispatchMode):
         return result
 
     def add(self, tensors: Iterable[Tensor], part: str | None = None) -> None:
-        """Counts storages that are not counted yet; with `part`, those that are change to it."""
+        """Counts new storages; with `part`, storages that are counted already are moved to that part."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -90,11 +90,11 @@ class LiveStorages(TorchDispatchMode):
                 self.now[known[0]] -= known[1]
             self._parts[key] = (part or self._part_of(tensor), storage.nbytes())
             self.now[self._parts[key][0]] += storage.nbytes()
-        if self.now.total() >= self.peak.total():  # of equal peaks the last one, which knows the optimizer's state
+        if self.now.total() >= self.peak.total():  # of equal peaks the last one, which includes the optimizer's state
             self.peak = self.now.copy()
 
     def memory(self) -> Memory:
-        """What was alive at the peak."""
+        """Bytes by part at the peak."""
         return Memory(**{name.replace(" ", "_"): self.peak[name] for name in PARTS})
 
     def _part_of(self, tensor: Tensor) -> str:
@@ -116,9 +116,9 @@ def train_steps(
     max_grad_norm: float = 1.0,
     entered: Callable[[str], None] = lambda phase: None,
 ) -> None:
-    """Training steps as Trainer makes them; tells `entered` which phase begins ("activations" or "update").
+    """Runs training steps as Trainer does; calls `entered` with each phase that begins ("activations" or "update").
 
-    Two show everything: the first one makes the optimizer's state, the second one has it beside all else.
+    Two steps suffice for the peak: the first creates the optimizer's state, the second runs with it in memory.
     """
     model.train()
     for _ in range(steps):
@@ -140,10 +140,10 @@ def count_memory(
     accumulation: int = 1,
     max_grad_norm: float = 1.0,
 ) -> Memory:
-    """Trains for two steps and counts; see `train_steps` for the arguments.
+    """Runs two training steps and counts their memory; see `train_steps` for the arguments.
 
-    Of accumulated forward passes the first two show everything: the second finds the gradients of the first. And only
-    the second step needs them, which finds the optimizer's state besides.
+    Two accumulated forward passes suffice for the peak, because the second runs with the gradients of the first. Only
+    the second step accumulates, because it runs with the optimizer's state, too.
     """
     config: Any = getattr(model, "config", None)
     counter = LiveStorages(getattr(config, "vocab_size", None))
@@ -164,10 +164,10 @@ def count_memory(
 
 @contextmanager
 def gradients_counted(model: nn.Module, counter: LiveStorages) -> Iterator[None]:
-    """Lets each gradient count as one from the moment when a parameter has it."""
+    """Counts each tensor as a gradient as soon as it is accumulated in a parameter."""
 
     def mark(parameter: Tensor) -> None:
-        if parameter.grad is not None:  # a fused update has taken it
+        if parameter.grad is not None:  # None after a fused update
             counter.add([parameter.grad], "gradients")
 
     handles = [p.register_post_accumulate_grad_hook(mark) for p in model.parameters() if p.requires_grad]
@@ -184,7 +184,7 @@ def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _grouped_mm(a: Tensor, b: Tensor, *others: Any, **named: Any) -> Tensor:
-    """Of fake tensors, for which the operation knows bfloat16 alone; real ones it takes in any dtype."""
+    """The operation on fake tensors, for which it supports bfloat16 only; on real ones it supports every dtype."""
     product = torch.ops.aten._grouped_mm.default(a.bfloat16(), b.bfloat16(), *others, **named)
     return product.to(a.dtype)
 
@@ -194,13 +194,13 @@ def _is_fake(tensor: Tensor) -> bool:
 
 
 class MemoryCallback(TrainerCallback):
-    """Counts the second step that a run makes: the first one whose optimizer had its state from the beginning.
+    """Counts the memory of a run's second step, the first step that begins with the optimizer's state in memory.
 
     Args:
-        beside: other models in memory, whose weights count as weights.
+        beside: other models in memory, whose weights are counted, too.
 
     Attributes:
-        memory: None until then.
+        memory: the result; None before the second step has ended.
     """
 
     def __init__(self, beside: Sequence[nn.Module] = ()) -> None:
@@ -211,12 +211,12 @@ class MemoryCallback(TrainerCallback):
         self._attached = ExitStack()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """Begins to count, if it is the second step."""
+        """Starts counting in the second step."""
         self._steps += 1
         if self._steps != 2:
             return
         if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()  # of what was measured before the training
+            torch.cuda.reset_peak_memory_stats()  # excludes measurements before training
         model, optimizer = about["model"], about["optimizer"]
         counter = LiveStorages(getattr(model.config, "vocab_size", None))
         for each in (model, *self._beside):
@@ -227,23 +227,23 @@ class MemoryCallback(TrainerCallback):
         self._counter = counter
 
     def on_pre_optimizer_step(self, *args: Any, **about: Any) -> None:
-        """What comes now is for the update."""
+        """Starts the phase "update"."""
         if self._counter is not None:
             self._counter.phase = "update"
 
     def on_step_end(self, *args: Any, **about: Any) -> None:
-        """Ends counting."""
+        """Stops counting."""
         self.close()
         if self._counter is not None:
             self.memory, self._counter = self._counter.memory(), None
 
     def close(self) -> None:
-        """Takes away what counts; to be called behind a training, too, which may have ended within a step."""
+        """Removes the hooks that count; must also be called after training, which may have ended within a step."""
         self._attached.close()
 
     def bytes_used(self) -> int | None:
-        """Peak of the training on the current CUDA device, as its allocator tells; elsewhere of the step that was
-        counted, if there was one.
+        """Peak bytes of training, from the allocator of the current CUDA device; without CUDA, the total of the counted
+        step, or None.
         """
         if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
             return torch.cuda.max_memory_allocated()

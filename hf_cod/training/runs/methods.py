@@ -1,4 +1,4 @@
-"""Ways to fine-tune, in one table: which parameters train, and by which optimizer."""
+"""Table of fine-tuning methods: trained parameters and optimizer of each."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from hf_cod.training.owlore.trainer_arguments import owlore
 from hf_cod.training.runs.training_settings import DRAW_BY_SCORES, LEARNING_RATES
 
 Setup = Callable[[nn.Module, "LayerScores | None", OwLoreSettings, float, int], "tuple[nn.Module, Any]"]
-"""(model, scores, settings, learning rate, LoRA's rank) -> (what trains, Trainer's optimizer_cls_and_kwargs)."""
+"""(model, scores, settings, learning rate, LoRA's rank) -> (model to train, Trainer's optimizer_cls_and_kwargs)."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune.
+    """A fine-tuning method.
 
     Attributes:
         setup: see `Setup`.
-        learning_rate: a peak to begin with; the best one depends on model, task and length.
-        needs_scores: whether layers are drawn by their scores.
-        adapters: whether what trains are adapters, which are merged in the end.
+        learning_rate: default peak learning rate; the best one depends on model, task and length.
+        needs_scores: whether layers are sampled by their scores.
+        adapters: whether adapters are trained, which are merged at the end.
     """
 
     setup: Setup
@@ -48,11 +48,11 @@ def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lo
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ImportError("method: lora needs the peft package: pip install 'hf_cod[recovery]'") from error
+        raise ImportError("method: lora requires the peft package: pip install 'hf_cod[recovery]'") from error
     stack = find_decoder_layers(model)
-    # Whole names: where one layer has a matrix, another one may have two thin ones.
+    # Full names, because a factorized layer has other modules than a dense one.
     names = [name for i in range(len(stack)) for name in stack.linears(i)]
-    heads = list(stack.task_heads) or None  # a classifier may be new: it trains as it is
+    heads = list(stack.task_heads) or None  # a classifier may be new: it trains in full
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names, modules_to_save=heads)
     keep_unpacked(model)
     return _adapted(model, config, settings.seed), None
@@ -86,7 +86,7 @@ def _owlore_peft(
 
     if settings.rank is None:
         raise ValueError(_NO_RANK)
-    heads = list(find_decoder_layers(model).task_heads) or None  # a classifier may be new: it trains as it is
+    heads = list(find_decoder_layers(model).task_heads) or None  # a classifier may be new: it trains in full
     wrapped = _adapted(model, OwLoreConfig(r=settings.rank, modules_to_save=heads), settings.seed)
     others = {key: value for key, value in asdict(settings).items() if key != "rank"}
     return wrapped, owlore(scores, lr=lr, **others)
@@ -110,7 +110,7 @@ def check_method(method: str, settings: OwLoreSettings) -> None:
 
 
 def _adapted(model: nn.Module, config: Any, seed: int) -> Any:
-    """The model with new adapters, which a seed alone decides, and a config that is saved in one order."""
+    """The model with new adapters, initialized by `seed`, and a config that is saved in a fixed order."""
     from peft import get_peft_model
 
     with torch.random.fork_rng():
@@ -136,7 +136,7 @@ METHODS: dict[str, Method] = {
 
 
 def make_optimizer(trained: nn.Module, how: Any, lr: float) -> torch.optim.Optimizer:
-    """The optimizer that Trainer would make of what a `Setup` gave, without decay."""
+    """The optimizer that Trainer would create from the result of a `Setup`, without weight decay."""
     if how is None:
         parameters = [p for p in trained.parameters() if p.requires_grad]
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
@@ -152,6 +152,6 @@ def set_up(
     lr: float,
     lora_rank: int,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """What trains, and its optimizer, for a loop without Trainer."""
+    """The model to train and its optimizer, for a loop without Trainer."""
     trained, how = METHODS[method].setup(model, scores, settings, lr, lora_rank)
     return trained, make_optimizer(trained, how, lr)

@@ -1,6 +1,6 @@
-"""What is particular to a training's directory: whose run it is, and its newest checkpoint.
+"""The directory of a training run: its identity and its newest checkpoint.
 
-All else that is true of the directories of commands is in `io/output_directory.py`.
+`io/output_directory.py` has the parts that are common to the directories of all commands.
 """
 
 from __future__ import annotations
@@ -20,53 +20,53 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint-"
 SETTINGS, SCORES_FILE, REPORT = "settings.json", "scores.json", "report.json"
-MARKERS = ("trainer_state.json", "progress.json")  # written last of a checkpoint, by Trainer and by our own loop
+MARKERS = ("trainer_state.json", "progress.json")  # last file of a checkpoint: Trainer's, and our own loop's
 _EXPECTED = "output: expected a new directory, or that of an interrupted run"
 
 
 def last_steps(directory: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of each checkpoint, the newest first; what is only named like one does not count."""
+    """(step, folder) of each checkpoint, the newest first; ignores files and folders that only have a similar name."""
     named = [(path.name.removeprefix(CHECKPOINT), path) for path in Path(directory).glob(f"{CHECKPOINT}[0-9]*")]
     return sorted(((int(step), path) for step, path in named if step.isdecimal() and path.is_dir()), reverse=True)
 
 
 def last_checkpoint(directory: str | Path, marker: str) -> Path | None:
-    """The newest checkpoint that a training can go on from; warns of those that are newer and damaged.
+    """The newest complete checkpoint, to resume from; logs a warning for each newer damaged one.
 
     Args:
-        directory: the run's.
-        marker: the file that is written last: where it is missing, the process died while it wrote the checkpoint.
+        directory: the run's directory.
+        marker: the file that is written last; if it is missing, the process died while it wrote the checkpoint.
     """
     written = [(step, path) for step, path in last_steps(directory) if (path / marker).is_file()]
     damaged: list[tuple[Path, str]] = []
     found = newest_whole(written, marker, lambda path, why: damaged.append((path, why)))
     for path, why in damaged:
-        resumed = "the training begins anew" if found is None else f"the training resumes from {found.name}"
+        resumed = "training starts from step 0" if found is None else f"training resumes from {found.name}"
         logger.warning("%s is damaged (%s): %s", path, why, resumed)
     return found
 
 
 def half_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints of a run that lack what is written last: those that were being written when the run ended."""
+    """Incomplete checkpoints of a run, without the file that is written last: the run ended while it wrote them."""
     if not _noted(directory / SETTINGS):
         return []
     return [path for _, path in last_steps(directory) if not any((path / marker).exists() for marker in MARKERS)]
 
 
 def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) -> None:
-    """Makes the directory this run's; what was noted of it before stays noted.
+    """Marks a directory as this run's by writing its identity to `settings.json`; entries written earlier are kept.
 
-    A run that ended before its first checkpoint has left nothing to go on from: other settings take its place.
+    A run that ended before its first checkpoint cannot be resumed, so a run with other settings may replace it.
 
     Args:
-        directory: the run's, which need not exist.
-        wanted: what tells this run from others, as JSON has it.
-        finished: whether the same run may claim it again when it is done. Its report tells its settings, too, and of
-            settings that earlier versions did not note any value will do.
+        directory: the run's directory, which need not exist.
+        wanted: the identity of the run, as JSON values.
+        finished: whether the same run may claim the directory again after it has finished. The settings in its report
+            are then compared, too; a setting that an earlier version did not write matches every value.
 
     Raises:
-        ValueError: it is that of another run, of a finished one, or of a model; it holds checkpoints that are not this
-            run's, or anything else that goes by their name; or it is a file.
+        ValueError: the directory is that of another run, of a finished run, or of a model; it holds checkpoints of
+            another run, or other files named like checkpoints; or it is a file.
     """
     changed = check_claim(directory, wanted, finished=finished)
     if changed:
@@ -77,7 +77,7 @@ def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) ->
 
 
 def check_claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) -> list[str]:
-    """Makes sure that `claim` may make the directory this run's; returns the names of settings that it would change.
+    """Checks whether `claim` would accept the directory; returns the names of the settings that it would change.
 
     Raises:
         ValueError: as `claim`.
@@ -91,8 +91,8 @@ def check_claim(directory: Path, wanted: dict[str, Any], *, finished: bool = Fal
     if changed and (held or (directory / REPORT).exists()):
         name = changed[0]
         raise ValueError(
-            f"{name}: expected {found[name]!r}, with which the run in {str(directory)!r} began, got {wanted[name]!r}; "
-            "name another --output"
+            f"{name}: expected {found[name]!r}, as in the run in {str(directory)!r}, got {wanted[name]!r}; set another "
+            "--output"
         )
     return changed
 
@@ -103,7 +103,7 @@ def begun_steps(directory: Path) -> int | None:
 
 
 def _check_free(directory: Path, finished: bool) -> None:
-    """Makes sure that there is neither a model nor, unless it may be finished, a report."""
+    """Raises if the directory holds a model, or a report (unless `finished`)."""
     check_place(directory)
     reported, model = (directory / REPORT).exists(), (directory / "config.json").exists()
     if reported and not finished:
@@ -116,18 +116,18 @@ def _check_free(directory: Path, finished: bool) -> None:
 
 
 def _check_held(directory: Path, known: bool) -> list[str]:
-    """Names of the checkpoints, of which there is none but in a run's directory that is known."""
+    """Names of the checkpoints; raises if they are of an unknown run, or if another name begins with checkpoint-."""
     held = sorted(path.name for path in directory.glob(f"{CHECKPOINT}*"))
     if held and not known:
         raise ValueError(f"{_EXPECTED}, got {str(directory)!r}, which holds {held[0]} of another run")
     odd = set(held) - {path.name for _, path in last_steps(directory)}
-    if odd:  # Trainer goes by how a name begins when it clears older checkpoints away
-        raise ValueError(f"output: expected no checkpoint-* in {str(directory)!r} but checkpoints, got {min(odd)}")
+    if odd:  # Trainer deletes older checkpoints by the prefix of their names
+        raise ValueError(f"output: expected only checkpoints named checkpoint-* in {str(directory)!r}, got {min(odd)}")
     return held
 
 
 def _reported(directory: Path) -> dict[str, Any]:
-    """The settings that a report tells; empty if there is none that can be read."""
+    """The settings in the report; empty if there is no readable report."""
     try:
         return check_value(read_json(directory / REPORT, "report")["settings"], dict[str, Any], "settings")
     except (ValueError, KeyError, TypeError):
@@ -135,7 +135,7 @@ def _reported(directory: Path) -> dict[str, Any]:
 
 
 def _noted(note: Path) -> dict[str, Any]:
-    """What a run has noted of itself; empty if none has."""
+    """The identity that a run has written; empty if there is none."""
     if not note.is_file():
         return {}
     found = read_json(note, "settings")

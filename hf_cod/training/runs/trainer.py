@@ -1,4 +1,4 @@
-"""One training by any of the methods, on packed text, by Trainer: what `hf-cod finetune` and `heal` share."""
+"""Training by any of the methods on packed text, with Trainer; shared by `hf-cod finetune` and `heal`."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ SCORED_SAMPLES = 16
 
 @dataclass(frozen=True)
 class Training:
-    """What one training, or the rest of one, left.
+    """The result of a training run, resumed or not.
 
     Attributes:
-        curve: (step, loss) as it was logged, also before an interruption.
-        seconds: of a step.
-        memory: bytes at the peak of a step; None where fewer than two were made.
-        trained: of each layer the steps that it trained, where layers were drawn.
+        curve: (step, loss) as logged, including steps before an interruption.
+        seconds: seconds per step.
+        memory: peak bytes of a step; None after fewer than two steps.
+        trained: for each layer, the steps that it trained; None if layers were not sampled.
     """
 
     curve: list[list[float]]
@@ -53,7 +53,7 @@ class Training:
 
 
 def check_one_process() -> None:
-    """Before anything is written, refuses a launcher's second process, which would do the same in the same directory.
+    """Rejects several processes before anything is written, because all would write to the same directory.
 
     Raises:
         ValueError: this is one of several processes.
@@ -64,17 +64,17 @@ def check_one_process() -> None:
 
 
 def split_windows(windows: Tensor, settings: TrainingSettings) -> tuple[Tensor, Tensor]:
-    """Windows to train on and, from the text's end, to measure on.
+    """Splits windows into training windows and held-out windows; the latter are the last ones of the text.
 
     Warns where most are held out.
 
     Raises:
-        ValueError: too few for both.
+        ValueError: too few windows for both.
     """
     if len(windows) < settings.eval_samples + 1:
         raise ValueError(
             f"text: expected more than the {settings.eval_samples} windows of {settings.sequence_length} tokens that "
-            f"are held out, got {len(windows)}; give a longer text, or fewer --eval-samples"
+            f"are held out, got {len(windows)}; use a longer text, or fewer --eval-samples"
         )
     left = len(windows) - settings.eval_samples
     if left < settings.eval_samples:
@@ -91,12 +91,13 @@ def split_windows(windows: Tensor, settings: TrainingSettings) -> tuple[Tensor, 
 def scores_to_draw_by(
     model: Any, windows: Tensor, settings: TrainingSettings, file: str | None, directory: Path
 ) -> LayerScores | None:
-    """Of the model before it is trained; kept, because a resumed run must draw by the same ones.
+    """Scores of the model before training; saved, because a resumed run must sample by the same scores.
 
-    Layers whose removal or pruning helped count as 0: they are drawn as often as the floor says.
+    Negative scores (removing or pruning the layer improved the model) count as 0: the floor alone determines how often
+    such layers are sampled.
 
     Raises:
-        ValueError: a file of other scores than the run began with, or one that cannot be read.
+        ValueError: a file with other scores than the run started with, or one that cannot be read.
     """
     if not METHODS[settings.method].needs_scores:
         return None
@@ -104,7 +105,10 @@ def scores_to_draw_by(
     if file is not None:
         given = LayerScores.load(file)
         if kept.is_file() and LayerScores.load(kept) != given:
-            raise ValueError(f"scores: expected those that the run in {str(directory)!r} began with, got {file!r}")
+            raise ValueError(
+                f"scores: expected the scores that the run in {str(directory)!r} started with, got {file!r}; set "
+                "another --output"
+            )
         given.save(kept)
         return given
     if kept.is_file():
@@ -132,23 +136,23 @@ def train(
     beside: Sequence[nn.Module] = (),
     lasting: bool = True,
 ) -> Training:
-    """Trains, or goes on training, exactly as if it had not been interrupted.
+    """Trains, or resumes training with the same result as an uninterrupted run.
 
     Args:
-        model: what a method's setup made, on its device.
-        optimizer: Trainer's optimizer_cls_and_kwargs, or None for its own.
-        windows: (N, T) token ids.
-        settings: of the training.
-        seed: of the order of the windows.
-        directory: for checkpoints.
-        make_trainer: called as transformers' Trainer; None: that.
-        callbacks: of Trainer.
-        beside: other models in memory, whose weights count, too.
-        lasting: whether the directory outlives the caller, so that checkpoints are worth their time.
+        model: the model from a method's setup, on its device.
+        optimizer: Trainer's optimizer_cls_and_kwargs, or None for Trainer's default.
+        windows: token ids (N, T).
+        settings: settings of the training.
+        seed: seed of the order of the windows.
+        directory: directory for checkpoints.
+        make_trainer: called in place of transformers' Trainer, with its arguments; None: Trainer.
+        callbacks: callbacks of Trainer.
+        beside: other models in memory, whose weights are counted in `Training.memory`.
+        lasting: whether the directory remains after the call, so that checkpoints are saved.
 
     Raises:
-        ValueError: several processes, or several GPUs that Trainer would copy the model to.
-        KeyboardInterrupt: Ctrl-C; in a lasting directory a checkpoint of the last step is saved.
+        ValueError: several processes, or several GPUs that Trainer would replicate the model on.
+        KeyboardInterrupt: Ctrl-C; with `lasting`, a checkpoint of the last step is saved first.
     """
     from transformers import Trainer, default_data_collator
 
@@ -157,7 +161,7 @@ def train(
     from hf_cod.training.runs.run_directory import last_checkpoint
 
     interrupt = SaveOnInterrupt()
-    # Trainer turns the cache off, and the model would be saved like that.
+    # Trainer sets use_cache to False, which would be saved with the model.
     with one_thread(model), cache_restored(unwrap(model).config):
         trainer = (make_trainer or Trainer)(
             model=model,
@@ -191,14 +195,14 @@ def train(
 def _arguments(settings: TrainingSettings, seed: int, directory: Path, device: torch.device, lasting: bool) -> Any:
     from transformers import TrainingArguments
 
-    # Named only where it is used: later versions deprecate the name.
+    # Passed only if it is used, because later versions deprecate the argument.
     checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if settings.checkpointing else {}
     return TrainingArguments(
         output_dir=str(directory),
         max_steps=settings.total_steps,
         per_device_train_batch_size=settings.micro_batch_size,
         gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
-        train_sampling_strategy="sequential",  # the data set has its order
+        train_sampling_strategy="sequential",  # the dataset is shuffled already
         learning_rate=settings.rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, settings.total_steps // 10),
@@ -218,9 +222,9 @@ def _arguments(settings: TrainingSettings, seed: int, directory: Path, device: t
 
 
 def _check_alone(arguments: Any) -> None:
-    """Makes sure that a step has the samples that were asked for: Trainer takes a micro-batch for each process and GPU.
+    """Checks that Trainer uses one device, because it takes a micro-batch for each process and GPU.
 
-    A model that is spread over GPUs is one to it.
+    A model that is spread over several GPUs counts as one device.
     """
     for count, what in (
         (arguments.world_size, "processes; start one"),
@@ -232,13 +236,13 @@ def _check_alone(arguments: Any) -> None:
 
 def _alone(count: int, what: str) -> str:
     return (
-        f"device: expected one process and one GPU, or a model spread over several (auto), got {count} {what}, "
-        "or use hf_cod.owlore with a Trainer of your own"
+        f"device: expected one process and one GPU, or a model spread over several GPUs (auto), got {count} {what}, "
+        "or use hf_cod.owlore in a Trainer script"
     )
 
 
 def _steps_of_layers(optimizer: OwLoreAdamW, steps: int) -> list[int]:
-    """How many steps each layer trained."""
+    """Number of steps that each layer trained."""
     interval = optimizer.settings.interval
     found = [0] * len(optimizer.sampler.probabilities)
     for first in range(0, steps, interval):
@@ -248,14 +252,14 @@ def _steps_of_layers(optimizer: OwLoreAdamW, steps: int) -> list[int]:
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """The first Ctrl-C lets the step end and saves; a second one ends at once.
+    """Stops training on Ctrl-C: the first one completes the step and saves a checkpoint, a second one stops at once.
 
-    For a training in one process and in its main thread, which alone may handle signals; others are left as they are.
-    So is a signal that is ignored, as in a job that a script put into the background, and one whose handler Python does
-    not know and could not give back.
+    Active only in a run of one process and in its main thread, the only one that can handle signals. An ignored signal
+    (a background job of a script) is left unchanged, and so is one whose handler was not set by Python, because it
+    could not be restored.
 
     Attributes:
-        asked: whether the training was ended so.
+        asked: whether the first Ctrl-C was received.
     """
 
     def __init__(self) -> None:
@@ -263,18 +267,18 @@ class SaveOnInterrupt(TrainerCallback):
         self._before: Any = None
 
     def on_train_begin(self, args: Any, *others: Any, **about: Any) -> None:
-        """Takes the signal over, where that is ours to do."""
+        """Installs the signal handler if the conditions above hold."""
         alone = args.world_size == 1 and threading.current_thread() is threading.main_thread()
         if alone and signal.getsignal(signal.SIGINT) not in (None, signal.SIG_IGN):
             self._before = signal.signal(signal.SIGINT, self._ask)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """Ends and saves, if that was asked for; the loss is logged, because a resumed training forgets it."""
+        """Stops and saves after Ctrl-C; also logs the loss, because a resumed run does not have it."""
         if self.asked:
             control.should_log = control.should_save = control.should_training_stop = True
 
     def close(self) -> None:
-        """Gives the signal back; to be called behind a training, however it ended."""
+        """Restores the signal handler; must be called after training, also after an exception."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
             self._before = None
@@ -282,4 +286,8 @@ class SaveOnInterrupt(TrainerCallback):
     def _ask(self, *_: Any) -> None:
         self.asked = True
         self.close()
-        print("\nstops and saves behind this step; Ctrl-C again: at once", file=sys.stderr, flush=True)
+        print(
+            "\nsaving a checkpoint after this step, then stopping; press Ctrl-C again to stop at once",
+            file=sys.stderr,
+            flush=True,
+        )

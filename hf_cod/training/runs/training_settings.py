@@ -1,4 +1,4 @@
-"""How a model is trained on, whichever method trains it; the help texts feed the command line."""
+"""Settings of training that all methods share; the help texts feed the command line."""
 
 from __future__ import annotations
 
@@ -15,36 +15,41 @@ from hf_cod.training.owlore.settings import OwLoreSettings
 logger = logging.getLogger(__name__)
 
 DEFAULT_STEPS = 300
-# Passes over the samples: how many the default number of steps makes at most, as many as transformers' Trainer makes;
-# and from how many on a number that a user gave is worth a warning, because a model learns its samples by heart.
+# Most passes over the samples that the default number of steps makes, as many as transformers' Trainer makes; and
+# the number above which a given number of steps is worth a warning, because the model memorizes its samples.
 DEFAULT_PASSES, MANY_PASSES = 3.0, 20
-# Samples in a step and in a forward pass, steps between checkpoints and between logged losses, where neither is given.
+# Samples per step and per forward pass, steps between checkpoints and between logged losses, if neither is given.
 BATCH, MICRO_BATCH, SAVE_EVERY, LOG_EVERY = 16, 4, 100, 10
-# Method -> what trains; `methods.METHODS` has the optimizers.
+# Method -> parameters that train; `methods.METHODS` has the optimizers.
 METHODS = {
-    "owlore": "a few layers at a time, drawn by their scores, with low-rank moments",
-    "lisa": "a few layers at a time, drawn alike, and embeddings and head",
+    "owlore": "a few layers at a time, sampled by their scores, with low-rank moments",
+    "lisa": "a few layers at a time, sampled uniformly, and embeddings and head",
     "galore": "all layers, with low-rank moments",
-    "owlore-peft": "adapters of a few layers at a time, drawn by their scores (needs peft)",
-    "lora": "LoRA adapters of all layers (needs peft)",
+    "owlore-peft": "adapters of a few layers at a time, sampled by their scores (requires peft)",
+    "lora": "LoRA adapters of all layers (requires peft)",
     "full": "all weights",
 }
-# Method -> a peak to begin with; the best one depends on model, task and length.
+# Method -> default peak learning rate; the best one depends on model, task and length.
 LEARNING_RATES = {"owlore": 1e-3, "lisa": 3e-4, "galore": 1e-3, "owlore-peft": 1e-3, "lora": 3e-4, "full": 5e-5}
-# Methods that draw layers by their scores.
+# Methods that sample layers by their scores.
 DRAW_BY_SCORES = ("owlore", "owlore-peft")
 
 
 @checked
 @dataclass
 class TrainingSettings:
-    """How a model is trained on."""
+    """Training by one of the methods in `METHODS`."""
 
-    method: str = field(default="owlore", metadata={"help": "what trains", "choices": list(METHODS)})
-    score: str = field(default="owl", metadata={"help": "owlore: the score that layers are drawn by"})
-    threshold: float = field(default=13.0, metadata={"help": "owlore: M of the score owl (paper: 13)"})
+    method: str = field(
+        default="owlore", metadata={"help": f"fine-tuning method: {', '.join(METHODS)}", "choices": list(METHODS)}
+    )
+    score: str = field(default="owl", metadata={"help": "owlore: score by which layers are sampled"})
+    threshold: float = field(
+        default=13.0, metadata={"help": "owlore: outlier threshold M of the score owl (paper: 13)"}
+    )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "peak, after a warm-up over a tenth of the steps; default: the method's"}
+        default=None,
+        metadata={"help": "peak learning rate, after a warm-up over a tenth of the steps; default: the method's"},
     )
     steps: int | None = field(
         default=None,
@@ -60,16 +65,18 @@ class TrainingSettings:
         f"samples in a forward pass; default: {MICRO_BATCH}, or the largest number below it that divides --batch-size"
     )
     sequence_length: int = field(default=256, metadata={"help": "tokens in a sample"})
-    eval_samples: int = field(default=32, metadata={"help": "samples, of the text's end, to measure perplexity on"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0: not at all"})
+    eval_samples: int = field(
+        default=32, metadata={"help": "held-out samples from the end of the text, to measure perplexity on"}
+    )
+    max_grad_norm: float = field(default=1.0, metadata={"help": "norm that gradients are clipped to; 0: no clipping"})
     checkpointing: bool = field(
         default=False, metadata={"help": "compute activations again in the backward pass: less memory, more time"}
     )
     bf16: bool = field(default=False, metadata={"help": "train under bfloat16 autocast"})
-    lora_rank: int = field(default=16, metadata={"help": "lora: its rank"})
+    lora_rank: int = field(default=16, metadata={"help": "lora: rank of the adapters"})
     save_every: int = following(
-        f"steps between checkpoints, from which a killed run resumes; default: {SAVE_EVERY}, or the last multiple of "
-        "--log-every before it"
+        f"steps between checkpoints, from which an interrupted run resumes; default: {SAVE_EVERY}, or the last "
+        "multiple of --log-every before it"
     )
     log_every: int = following(
         f"steps between logged losses; default: {LOG_EVERY}, or the largest number below it that divides --save-every"
@@ -122,18 +129,18 @@ class TrainingSettings:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps in all."""
+        """Number of optimizer steps."""
         return DEFAULT_STEPS if self.steps is None else self.steps
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting, with what stands for a default; passes only say how many steps there are."""
+        """All settings, with defaults filled in; `passes` is left out, since it only sets the number of steps."""
         told = {**asdict(self), "learning_rate": self.rate, "steps": self.total_steps}
         del told["passes"]
         return told
 
     @property
     def follows_samples(self) -> bool:
-        """Whether the number of steps is not known before that of the samples."""
+        """Whether the number of steps depends on the number of samples."""
         return self.steps is None
 
 
@@ -141,20 +148,20 @@ Trained = TypeVar("Trained", bound=TrainingSettings)
 
 
 def for_samples(settings: Trained, samples: int, begun: int | None = None) -> Trained:
-    """The settings with a number of steps that suits so many samples to train on; warns where that is few for them.
+    """The settings with a number of steps that suits the number of training samples; warns if there are few samples.
 
     Args:
-        settings: what the user asked for.
+        settings: the user's.
         samples: windows to train on.
-        begun: the steps that an interrupted run, which goes on, was to make.
+        begun: number of steps with which an interrupted run began, if this one resumes it.
     """
     if settings.follows_samples:
         most = max(1, math.ceil(settings.passes * samples / settings.batch_size))
         steps = begun or min(DEFAULT_STEPS, most)
         if steps < DEFAULT_STEPS:
             logger.warning(
-                "steps: %d instead of the default %d: %g passes over the %d samples to train on; --passes or --steps "
-                "asks for more",
+                "steps: %d instead of the default %d: %g passes over the %d training samples; use --passes or --steps "
+                "for more",
                 steps,
                 DEFAULT_STEPS,
                 round(steps * settings.batch_size / samples, 1),
@@ -166,11 +173,11 @@ def for_samples(settings: Trained, samples: int, begun: int | None = None) -> Tr
 
 
 def warn_of_passes(steps: int, passes: float, samples: int) -> None:
-    """Says before a training that it will pass over its few samples many times."""
+    """Warns before a training that passes over its few samples many times."""
     if passes > MANY_PASSES:
         logger.warning(
-            "steps: %d are %d passes over the %d samples to train on, which the model learns by heart; fewer steps or "
-            "a longer text avoid that",
+            "steps: %d are %d passes over the %d training samples, which the model will memorize; use fewer steps or a "
+            "longer text",
             steps,
             round(passes),
             samples,
@@ -183,25 +190,27 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 def check_fused(settings: TrainingSettings, sampling: OwLoreSettings) -> None:
-    """Makes sure that an update inside the backward pass can do what the settings ask for.
+    """Checks that the settings are possible with `fused`, the update inside the backward pass.
 
     Raises:
-        ValueError: accumulation or clipping, for which whole gradients would have to wait.
+        ValueError: accumulation or clipping, which require all gradients at the end of the backward pass.
     """
     if sampling.fused and settings.batch_size != settings.micro_batch_size:
         raise ValueError(
-            f"fused: expected a micro_batch_size of {settings.batch_size}, the batch_size, beside it, got "
-            f"{settings.micro_batch_size}"
+            f"fused: expected micro_batch_size equal to batch_size, {settings.batch_size}, got "
+            f"{settings.micro_batch_size}; set them to the same value, or set fused to false"
         )
     if sampling.fused and settings.max_grad_norm:
-        raise ValueError(f"fused: expected a max_grad_norm of 0 beside it, got {settings.max_grad_norm:g}")
+        raise ValueError(f"fused: expected max_grad_norm 0, got {settings.max_grad_norm:g}")
 
 
 def check_scores(settings: TrainingSettings, file: str | None) -> None:
-    """Makes sure that scores are given to a method alone that draws layers by them.
+    """Checks that scores are only given to a method that samples layers by them.
 
     Raises:
-        ValueError: it draws none.
+        ValueError: the method does not sample layers by scores.
     """
     if file is not None and settings.method not in DRAW_BY_SCORES:
-        raise ValueError(f"scores: expected none with {settings.method}, which draws no layers by them, got {file!r}")
+        raise ValueError(
+            f"scores: expected none with {settings.method}, which does not sample layers by scores, got {file!r}"
+        )

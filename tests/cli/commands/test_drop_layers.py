@@ -66,7 +66,9 @@ def test_an_earlier_plan_and_a_named_number(checkpoint):
     assert (checkpoint / "out" / "removed.png").is_file()
     report = RunReport.load(checkpoint / "out")
     assert report.settings["criterion"] == "given"
-    assert report.notes == [f"plan: used on {checkpoint / 'model'}, but found on m, whose layers are as large"]
+    assert report.notes == [
+        f"plan: used on {checkpoint / 'model'}, but computed for m, which has layers of the same sizes"
+    ]
     assert (
         drop_layers(checkpoint, "two", "--layers", "3", "--criterion", "layer_drop", "--no-protect", "--no-plots") == 0
     )

@@ -135,7 +135,7 @@ def test_scores_below_zero_count_as_none_and_given_ones_are_kept(tmp_path, capsy
     file = given.save(tmp_path / "given.json")
     assert scores_to_draw_by(model, windows, few, str(file), tmp_path / "kept") == given
     other = scores.save(tmp_path / "other.json")
-    with pytest.raises(ValueError, match=r"scores: expected those that the run in .* began with, got"):
+    with pytest.raises(ValueError, match=r"scores: expected the scores that the run in .* started with, got"):
         scores_to_draw_by(model, windows, few, str(other), tmp_path / "kept")
 
 
@@ -215,8 +215,8 @@ def test_a_signal_that_is_ignored_or_of_an_unknown_handler_is_left_alone(known, 
         (["--log-every", "0"], "log_every: expected at least 1, got 0"),
         (["--learning-rate", "-1"], "learning_rate: expected a number above 0, got -1"),
         (["--max-grad-norm", "-1"], "max_grad_norm: expected a number of at least 0, got -1"),
-        (["--fused"], "fused: expected a micro_batch_size of 8, the batch_size, beside it, got 4"),
-        (["--fused", "--micro-batch-size", "8"], "fused: expected a max_grad_norm of 0 beside it, got 1"),
+        (["--fused"], "fused: expected micro_batch_size equal to batch_size, 8, got 4"),
+        (["--fused", "--micro-batch-size", "8"], "fused: expected max_grad_norm 0, got 1"),
         (["--method", "lora", "--scores", "s.json"], "scores: expected none with lora, which draws no layers by them"),
         (["--rank", "999"], "rank: expected at most 128, the width of the layers' matrices, got 999"),
     ],
@@ -262,7 +262,7 @@ def test_a_directory_of_another_run_is_refused(tmp_path, capsys):
     assert "text: expected more than the 99999" in capsys.readouterr().err, "nothing was begun"
     (output / "checkpoint-2").mkdir()
     assert main([*command, "--steps", "12"]) == 2
-    assert "steps: expected 11, with which the run in" in capsys.readouterr().err
+    assert "steps: expected 11, as in the run in" in capsys.readouterr().err
     (output / "checkpoint-2-kept").mkdir()
     assert main([*command, "--steps", "11"]) == 2
     assert "but checkpoints, got checkpoint-2-kept" in capsys.readouterr().err

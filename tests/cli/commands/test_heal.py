@@ -40,7 +40,7 @@ def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
     assert "of the lost log-perplexity is recovered" in " ".join(capsys.readouterr().out.split())
     dies_in_step_five([*command, str(tmp_path / "killed")])
     assert main([*command, str(tmp_path / "killed"), "--steps", "7"]) == 2
-    assert "steps: expected 6, with which the run in" in capsys.readouterr().err
+    assert "steps: expected 6, as in the run in" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "killed"), "--no-speed"]) == 0, "the same training"
     assert RunReport.load(tmp_path / "killed").results["speed"] == {}
     weights, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))

@@ -259,7 +259,7 @@ def test_only_the_drawn_layers_lora_trains(use_dora):
 
 def test_lora_beside_a_rank_is_refused():
     model = get_peft_model(build("llama").train(), LoraConfig(r=4, target_modules="all-linear"))
-    with pytest.raises(ValueError, match=r"rank: expected None beside LoRA adapters, .* got 128"):
+    with pytest.raises(ValueError, match=r"rank: expected None with LoRA adapters, .* got 128"):
         OwLoreAdamW(model, n_active=1)
 
 

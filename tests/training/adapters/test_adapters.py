@@ -452,7 +452,7 @@ def test_a_peft_that_cannot_be_extended_is_told(monkeypatch):
             raise TypeError
 
     monkeypatch.setattr(registry, "PeftType", Closed)
-    with pytest.raises(ImportError, match="peft: expected a version that a method can be added to"):
+    with pytest.raises(ImportError, match="peft: expected a version whose list of methods can be extended"):
         registry.peft_type()
 
 
@@ -480,8 +480,8 @@ def test_bad_configs(config, message):
     "arguments, message",
     [
         ({"n_active": 5}, "n_active: expected between 1 and the model's 4 layers, got 5"),
-        ({"n_active": 1, "rank": 8}, r"rank: expected none beside an OwLore adapter, got 8; leave it to OwLoreConfig"),
-        ({"n_active": 1, "deselected": "keep"}, "deselected: expected none beside an OwLore adapter, got 'keep'"),
+        ({"n_active": 1, "rank": 8}, r"rank: expected none with an OwLore adapter, got 8; set OwLoreConfig"),
+        ({"n_active": 1, "deselected": "keep"}, "deselected: expected none with an OwLore adapter, got 'keep'"),
         (
             {"n_active": 1, "scores": LayerScores("other", "owl", [1.0] * 4, [7] * 4)},
             "scores: expected those of a model with .* weights in layer 0, got one with 7 .other.",
@@ -505,7 +505,7 @@ def test_only_layers_with_adapters_are_drawn():
 
 def test_training_without_our_optimizer_is_refused():
     model = adapted()
-    with pytest.raises(ValueError, match="optimizer: expected OwLoreAdamW, without which"):
+    with pytest.raises(ValueError, match="optimizer: expected OwLoreAdamW, which"):
         model(**batch_for(model), labels=batch_for(model)["input_ids"])
     with torch.no_grad():
         model(**batch_for(model))

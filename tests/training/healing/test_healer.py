@@ -93,7 +93,7 @@ def test_zeros_stay_zeros(method, dtype):
     student = pruned(dtype)
     before, weights = zeros_of(student), copy.deepcopy(student.state_dict())
     report = healed(student, build("llama"), method)
-    assert learnt(report) and "weights, zeros included, 100.0% of the teacher's" in report.summary[1]
+    assert learnt(report) and "weights, including zeros, 100.0% of the teacher's" in report.summary[1]
     for name, zeros in zeros_of(student).items():
         assert (zeros >= before[name]).all() and float(zeros.float().mean()) == pytest.approx(0.6, abs=0.02), name
     changed = [
@@ -207,9 +207,9 @@ def test_an_interrupted_run_ends_in_the_same_bits(method, tmp_path, monkeypatch)
     for (name, a), b in zip(resumed.named_parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert report.results["curve"] == expected.results["curve"] and report.layers == expected.layers
-    with pytest.raises(ValueError, match=r"temperature: expected 1.0, with which the run in .* began, got 2.0"):
+    with pytest.raises(ValueError, match=r"temperature: expected 1.0, as in the run in .*, got 2.0"):
         healed(make(), teacher, method, tmp_path / "killed", temperature=2.0, **often)
-    with pytest.raises(ValueError, match=r"student's weights: expected '.*', with which the run in"):
+    with pytest.raises(ValueError, match=r"student's weights: expected '.*', as in the run in"):
         healed(resumed, teacher, method, tmp_path / "killed", **often)
 
 
@@ -277,9 +277,11 @@ def test_texts_and_the_end_of_them_to_measure_on():
     expected = heal(same, teacher, pack(tokenizer, [text], 12), settings("full"))
     assert report.results["curve"] == expected.results["curve"]
     assert report.results["perplexity"] == expected.results["perplexity"]
-    with pytest.raises(ValueError, match="tokenizer: expected the student's to make windows of texts, got none"):
+    with pytest.raises(ValueError, match="tokenizer: expected the student's tokenizer for texts, got none"):
         heal(student, teacher, [text], settings("full"))
-    with pytest.raises(ValueError, match="tokenizer: expected the student's beside teacher_tokenizer, got none"):
+    with pytest.raises(
+        ValueError, match="tokenizer: expected the student's tokenizer with teacher_tokenizer, got none"
+    ):
         heal(student, teacher, WINDOWS, settings("full"), teacher_tokenizer=tokenizer)
     with pytest.raises(ValueError, match="text: expected more than the 99 windows of 12 tokens"):
         heal(student, teacher, text, settings("full", eval_samples=99), tokenizer=tokenizer)
@@ -301,7 +303,7 @@ def test_pairs_that_do_not_go_together():
     ]:
         with pytest.raises(ValueError, match=message):
             healed(*pair, method, **changes)
-    with pytest.raises(ValueError, match=r"data: expected token ids \(windows, 16\).*\(20, 12\)"):
+    with pytest.raises(ValueError, match=r"data: expected token ids of shape \(windows, 16\).*\(20, 12\)"):
         healed(student, wide, sequence_length=16)
     with pytest.raises(ValueError, match="scores: expected none with full, which draws no layers by them, got 'mine'"):
         heal(student, wide, WINDOWS, settings("full"), scores="mine")
@@ -322,8 +324,8 @@ def test_steps_of_more_samples_than_were_asked_for_are_refused(counted, told, mo
     "windows, message",
     [
         (WINDOWS[:0], r"expected token ids .* at least one window, got torch.int64 \(0, 12\)"),
-        (WINDOWS[0], r"expected token ids \(windows, 12\), .* got torch.int64 \(12,\)"),
-        (WINDOWS[:, :8], r"expected token ids \(windows, 12\), .* got torch.int64 \(20, 8\)"),
+        (WINDOWS[0], r"expected token ids of shape \(windows, 12\), .* got torch.int64 \(12,\)"),
+        (WINDOWS[:, :8], r"expected token ids of shape \(windows, 12\), .* got torch.int64 \(20, 8\)"),
         (WINDOWS.float(), r"expected token ids .* got torch.float32 \(20, 12\)"),
         (WINDOWS + 99, "expected the student's token ids, 0 to 98, got 1.. to 1.."),
         (-WINDOWS, "expected the student's token ids, 0 to 98, got -"),
@@ -347,7 +349,7 @@ def test_other_tokenizers_are_told():
     from tokenizers import pre_tokenizers
 
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("x", "isolated")  # the same vocabulary
-    with pytest.raises(ValueError, match=r"which cuts a probe text into \d+ tokens with .* got \d+ with"):
+    with pytest.raises(ValueError, match=r"which splits a probe text into \d+ tokens with .* got \d+ with"):
         check_tokenizers(gpt_like(), other)
 
 
@@ -359,13 +361,13 @@ def test_settings_and_shares():
     assert [count_tokens(told) for told in ("1.5m", "500k", "12")] == [1_500_000, 500_000, 12]
     for values, message in [
         ({"tokens": "many"}, "tokens: expected a number such as 2M or 500k, got 'many'"),
-        ({"tokens": "2M", "steps": 7}, "tokens: expected none beside steps, got '2M' and 7"),
-        ({"tokens": "2M", "steps": 300}, "tokens: expected none beside steps, got '2M' and 300"),
+        ({"tokens": "2M", "steps": 7}, "tokens: expected none with steps, got '2M' and 7"),
+        ({"tokens": "2M", "steps": 300}, "tokens: expected none with steps, got '2M' and 300"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"temperature": 0.0}, "temperature: expected a number above 0, got 0.0"),
         ({"labels": 2.0}, r"labels: expected a share in 0..1, got 2.0"),
         ({"hidden": -1.0}, "hidden: expected a weight of at least 0, got -1.0"),
-        ({"teacher_layers": [0]}, "teacher_layers: expected a weight of hidden above 0"),
+        ({"teacher_layers": [0]}, "teacher_layers: expected hidden above 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             HealSettings(**values)

@@ -40,7 +40,7 @@ def test_our_own_models_tell_themselves():
         for p in student.parameters():
             p.normal_()
     found = matched(student, teacher)
-    assert found.layers == [0, 1, 2, 5, 6, 7, 8, 10, 11] and found.how == "as the student's config tells"
+    assert found.layers == [0, 1, 2, 5, 6, 7, 8, 10, 11] and found.how == "by the student's config"
 
 
 def test_where_nothing_tells_layers_are_spread_evenly():
@@ -49,12 +49,12 @@ def test_where_nothing_tells_layers_are_spread_evenly():
         for p in student.parameters():
             p.fill_(0.5)
     found = matched(student, teacher)
-    assert found.layers == [1, 4, 6] and found.how.startswith("spread evenly by depth")
+    assert found.layers == [1, 4, 6] and found.how.startswith("evenly by depth")
     assert matched(student, teacher, [0, 3, 5]).layers == [0, 3, 5]
     assert matched(teacher, build("llama", layers=7)).layers == list(range(7))
     for told in ([0, 1], [0, 0, 3], [2, 1, 3], [0, 1, 7], [-1, 1, 2]):
         with pytest.raises(
-            ValueError, match=r"teacher_layers: expected 3 of the teacher's layers 0..6 in rising order"
+            ValueError, match=r"teacher_layers: expected 3 of the teacher's layers 0..6 in ascending order"
         ):
             matched(student, teacher, told)
     with pytest.raises(ValueError, match="student: expected at most the teacher's 3 layers, got 7"):

@@ -316,7 +316,7 @@ def test_fused_gives_the_same_weights_and_keeps_no_gradient():
     ids = batch_for(fused)["input_ids"]
     fused(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is None for p in fused.parameters())
-    with pytest.raises(ValueError, match="fused: expected one backward pass a step, got more"):
+    with pytest.raises(ValueError, match="fused: expected one backward pass per step, got more"):
         fused(input_ids=ids, labels=ids).loss.backward()
 
 
@@ -368,12 +368,12 @@ def test_shards_are_refused(tmp_path, monkeypatch):
     for group in optimizer.param_groups:  # as stages 1 and 2 of DeepSpeed do
         group["params"] = [torch.nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))]
         group["params"][0].grad = torch.ones_like(group["params"][0])
-    with pytest.raises(ValueError, match="model: expected whole parameters, got sharded ones"):
+    with pytest.raises(ValueError, match="model: expected unsharded parameters, got sharded ones"):
         optimizer.step()
     state = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     monkeypatch.setattr("hf_cod.training.owlore.active_layers.is_initialized", lambda: True)
     monkeypatch.setattr("hf_cod.training.owlore.active_layers.AcceleratorState", lambda: state)
-    with pytest.raises(ValueError, match="model: expected whole parameters, got sharded ones"):
+    with pytest.raises(ValueError, match="model: expected unsharded parameters, got sharded ones"):
         OwLoreAdamW(build("llama"), n_active=2, rank=4)
 
 
@@ -524,7 +524,7 @@ def test_bad_gradients_change_nothing_and_end_the_training_at_last(caplog):
     assert "gradients are not finite" in caplog.text
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     spoiled()
-    with pytest.raises(ValueError, match="NaN or infinity in 10 steps one after another"):
+    with pytest.raises(ValueError, match="NaN or infinity in 10 consecutive steps"):
         optimizer.step()
 
 
@@ -621,9 +621,9 @@ def test_bad_states():
     wider = OwLoreAdamW(build("llama", hidden_size=64), n_active=2, rank=4)
     with pytest.raises(ValueError, match=r"model: expected a parameter of \[32, 32\] as in the checkpoint, got one of"):
         wider.load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match="gradients: expected those of layers that train, got none"):
+    with pytest.raises(ValueError, match="gradients: expected gradients of active layers, got none"):
         optimizer.step()
-    with pytest.raises(ValueError, match="model: expected layers that can be trained, got frozen"):
+    with pytest.raises(ValueError, match="model: expected trainable layers, got frozen"):
         OwLoreAdamW(build("llama").requires_grad_(False), n_active=1, rank=4)
 
 

@@ -53,7 +53,7 @@ def test_the_floor_visits_every_layer():
         (
             [1, 0],
             {"n_active": 2, "floor": 0.0},
-            "floor: expected above 0 to draw 2 layers, got 0, with 1 scores above 0",
+            "floor: expected above 0 to sample 2 layers, got 0 with 1 scores above 0",
         ),
     ],
 )

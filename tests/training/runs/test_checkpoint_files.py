@@ -97,4 +97,4 @@ def test_with_none_that_is_whole_the_training_begins_anew_and_says_so(run, caplo
     for step in (2, 4):
         cut(run / f"checkpoint-{step}" / "optimizer.pt")
     assert last_checkpoint(run, MARKER) is None
-    assert len(caplog.messages) == 2 and all("begins anew" in line for line in caplog.messages)
+    assert len(caplog.messages) == 2 and all("starts from step 0" in line for line in caplog.messages)

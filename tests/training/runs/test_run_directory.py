@@ -34,7 +34,7 @@ def test_the_same_run_resumes_and_another_one_is_refused(tmp_path):
     noted = (tmp_path / "run" / "settings.json").read_text()
     checkpoint(tmp_path / "run", 3)
     claim(tmp_path / "run", dict(reversed(WANTED.items())))
-    with pytest.raises(ValueError, match=r"rate: expected 0\.5, with which the run in .* began, got 0\.7"):
+    with pytest.raises(ValueError, match=r"rate: expected 0\.5, as in the run in .*, got 0\.7"):
         claim(tmp_path / "run", {**WANTED, "rate": 0.7})
     assert (tmp_path / "run" / "settings.json").read_text() == noted and json.loads(noted) == WANTED
 
@@ -91,7 +91,7 @@ def test_directories_of_something_else(tmp_path, prepare, message):
 def test_what_is_only_named_like_a_checkpoint_and_a_file(tmp_path):
     claim(tmp_path / "run", WANTED)
     checkpoint(tmp_path / "run", "final")
-    with pytest.raises(ValueError, match=r"expected no checkpoint-\* in .* but checkpoints, got checkpoint-final"):
+    with pytest.raises(ValueError, match=r"expected only checkpoints named checkpoint-\* in .*, got checkpoint-final"):
         claim(tmp_path / "run", WANTED)
     (tmp_path / "file").write_text("precious")
     with pytest.raises(ValueError, match="expected a directory, got the file"):

@@ -57,11 +57,11 @@ def test_what_is_given_and_does_not_go_together_is_refused(given, message):
     [
         ({}, 100_000, 300, None),
         ({}, 1_600, 300, None),  # three passes exactly
-        ({}, 128, 24, "steps: 24 instead of the default 300: 3 passes over the 128 samples"),
-        ({"passes": 5.0}, 128, 40, "steps: 40 instead of the default 300: 5 passes over the 128 samples"),
+        ({}, 128, 24, "steps: 24 instead of the default 300: 3 passes over the 128 training samples"),
+        ({"passes": 5.0}, 128, 40, "steps: 40 instead of the default 300: 5 passes over the 128 training samples"),
         ({}, 1, 1, "steps: 1 instead of the default 300"),
         ({"steps": 160}, 128, 160, None),  # twenty passes
-        ({"steps": 300}, 128, 300, "steps: 300 are 38 passes over the 128 samples"),
+        ({"steps": 300}, 128, 300, "steps: 300 are 38 passes over the 128 training samples"),
     ],
 )
 def test_steps_suit_the_samples(given, samples, steps, told, caplog):
@@ -76,7 +76,7 @@ def test_tokens_are_taken_as_they_are(caplog):
     settings = HealSettings(tokens="2M")
     with caplog.at_level(logging.WARNING, "hf_cod"):
         assert for_samples(settings, 100).total_steps == settings.total_steps == 489
-    assert caplog.messages[0].startswith("steps: 489 are 78 passes over the 100 samples")
+    assert caplog.messages[0].startswith("steps: 489 are 78 passes over the 100 training samples")
 
 
 def test_a_run_that_goes_on_makes_the_steps_that_it_began_with(tmp_path):
@@ -103,4 +103,4 @@ def test_recovery_makes_as_many_steps_as_its_batches_bear(caplog):
         assert RecoverySettings().steps_on(8) == 100 and RecoverySettings().steps_on(2) == 40
         assert RecoverySettings(steps=40).steps_on(2) == 40 and caplog.messages == []
         assert RecoverySettings(steps=100).steps_on(2) == 100
-    assert caplog.messages[0].startswith("steps: 100 are 50 passes over the 2 samples")
+    assert caplog.messages[0].startswith("steps: 100 are 50 passes over the 2 training samples")
