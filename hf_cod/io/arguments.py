@@ -1,7 +1,7 @@
-"""What public functions are given, checked as they are called: names that there are, and values of the right kind.
+"""Checks of names and types of arguments when public functions are called.
 
-A mistake is reported in one line, "field: expected ..., got ...", before anything is loaded or measured. The signature
-says what is expected: `checked` reads the annotations, so that nothing is written twice.
+An error is one line, "field: expected ..., got ...", before anything is loaded or measured. `checked` reads the type
+annotations of the signature, so that nothing is written twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, Unpack, cast, get_ar
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-# Class -> what errors call it, and the way to one.
+# Class -> its name in errors.
 CLASSES = {
     bool: "True or False",
     int: "an integer",
@@ -27,27 +27,27 @@ CLASSES = {
     type(None): "None",
     os.PathLike: "a path",
 }
-# Names of classes of torch, which this file need not import.
+# Classes of torch and transformers by name, so that this file does not import them.
 NAMED = {"Module": "a loaded model", "PreTrainedModel": "a loaded transformers model", "Tensor": "a tensor"}
 WAYS_OUT = {
     "Module": "load it by from_pretrained of an Auto class",
     "PreTrainedModel": "load it by from_pretrained of an Auto class",
 }
-# Arguments that take a settings object; its defaults are those of the fields by name.
+# Arguments that take a settings object, whose defaults are also those of the keyword fields.
 HOLDERS = ("settings", "config", "how")
-# What is said of a value is not longer than this.
+# Maximum number of characters of a value in an error.
 LONGEST = 80
 
 
 def checked(thing: Decorated) -> Decorated:
-    """Lets a function, or the constructor of a class, check its arguments by their annotations when it is called.
+    """Decorator of a function, or of a class for its constructor, that checks arguments against their annotations.
 
-    What `**fields: Unpack[...]` takes is checked alike, and stands in the signature by name. An annotation
-    `Annotated[..., check]` has a check of its own, which raises what it has to say. A field with "alone" in its
-    metadata is a list of which one string may be given alone.
+    Fields of `**fields: Unpack[...]` are checked in the same way, and listed in the signature by name. An annotation
+    `Annotated[..., check]` has a check of its own, which raises its own errors. A field with "alone" in its metadata is
+    a list that also accepts a single string.
 
     Raises:
-        ValueError: in a call with an unknown name (says the nearest one) or a value of another kind.
+        ValueError: a call has an unknown name (the error gives the closest one) or a value of another type.
     """
     if isinstance(thing, type):
         constructed: Any = thing
@@ -80,7 +80,7 @@ def _checking(function: Callable[..., Any], title: str, owner: type | None) -> C
         check_names(title, options, signature, names)
         try:
             bound = signature.bind(*arguments, **options).arguments
-        except TypeError:  # one is missing, or given twice: Python's own words are the best
+        except TypeError:  # an argument is missing, or passed twice: Python's own error is clear
             return function(*arguments, **options)
         for name, value in bound.items():
             default = signature.parameters[name].default
@@ -93,7 +93,7 @@ def _checking(function: Callable[..., Any], title: str, owner: type | None) -> C
 
 
 def _opened(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature, with the fields of `**fields: Unpack[...]` by name in its place."""
+    """The signature, with `**fields: Unpack[...]` replaced by its fields."""
     signature = inspect.signature(function)
     rest = next((p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
     if rest is None:
@@ -117,7 +117,7 @@ def _evaluated(function: Callable[..., Any], annotation: Any) -> Any:
 
 
 def _options(function: Callable[..., Any]) -> dict[str, Any]:
-    """The fields of the dataclass that a function takes its settings as; none where it takes no such object."""
+    """The fields of a function's settings dataclass by name; empty if it has none."""
     for name, parameter in inspect.signature(function).parameters.items():
         if name in HOLDERS:
             kinds = [part for part in _parts(_evaluated(function, parameter.annotation)) if is_dataclass(part)]
@@ -126,10 +126,10 @@ def _options(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_names(title: str, given: Iterable[str], signature: inspect.Signature, names: Sequence[str]) -> None:
-    """Makes sure that a function has arguments of all those names; errors list them in the order of `names`.
+    """Checks that a function has arguments with all these names; errors list them in the order of `names`.
 
     Raises:
-        ValueError: it lacks one; says which there are, and the nearest.
+        ValueError: a name is unknown; lists the known names, and the closest one.
     """
     parameters = signature.parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -140,17 +140,17 @@ def check_names(title: str, given: Iterable[str], signature: inspect.Signature, 
 
 
 def unknown_name(title: str, unknown: str, names: Collection[str]) -> str:
-    """The sentence for a name that a function does not have."""
+    """The error text for an unknown name."""
     near = get_close_matches(unknown, names, 1)
     told = f"; did you mean {near[0]}?" if near else ""
     return f"{title}: expected one of {', '.join(names)}, got {unknown!r}{told}"
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:
-    """Makes sure that a value is what an annotation says.
+    """Checks a value against an annotation.
 
     Raises:
-        ValueError: it is of another kind.
+        ValueError: the value has another type.
     """
     own = [check for part in _parts(hint) if get_origin(part) is Annotated for check in part.__metadata__]
     for check in own:
@@ -163,12 +163,13 @@ def check_value(name: str, value: Any, hint: Any) -> None:
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether a value is what an annotation says; what cannot be told passes."""
+    """Whether a value matches an annotation; True if this cannot be determined."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(matches(value, part) for part in inner)
     if origin is Literal:
-        return isinstance(value, tuple({type(one) for one in inner}))  # the function's own table says which there are
+        # The type only: allowed values are checked by the function's own table.
+        return isinstance(value, tuple({type(one) for one in inner}))
     kind = origin or hint
     if not isinstance(kind, type):
         return kind is not None or value is None  # Any, a TypeVar
@@ -186,7 +187,7 @@ def _plain(value: Any, kind: type) -> bool:
         return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
     try:
         return isinstance(value, kind)
-    except TypeError:  # a protocol or a TypedDict, which no value can be tried for
+    except TypeError:  # a protocol or a TypedDict, for which isinstance is not supported
         return True
 
 
@@ -194,14 +195,14 @@ def _collection(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
     if issubclass(kind, Mapping):
         return isinstance(value, Mapping)
     if isinstance(value, (str, bytes, Mapping)):
-        return False  # letters, or keys, are never meant one by one
-    if issubclass(kind, Sequence):  # a tuple or a set is as good as a list
+        return False  # iterating over characters or keys is never intended
+    if issubclass(kind, Sequence):  # tuples and sets are accepted like lists
         if not isinstance(value, (Sequence, set, frozenset)) and not hasattr(value, "__getitem__"):
             return False
     elif not isinstance(value, kind) and not hasattr(value, "__getitem__"):
         return False
     if not issubclass(kind, Collection):
-        return True  # what is read one by one is checked so
+        return True  # elements of iterators are checked when they are read
     plain = isinstance(value, (list, tuple, set, frozenset, range)) and len(inner) == 1
     return not plain or all(matches(one, inner[0]) for one in value)
 
@@ -215,7 +216,7 @@ def _parts(hint: Any) -> Iterator[Any]:
 
 
 def described(hint: Any) -> str:
-    """What errors say an annotation expects."""
+    """Description of an annotation for errors."""
     parts = list(dict.fromkeys(_word(part) for part in _parts(hint)))
     if "a path" in parts and "a string" in parts:
         parts.remove("a string")
@@ -251,7 +252,7 @@ def _plural(hint: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in an error: itself where it is short, else of which kind it is."""
+    """A value for an error: its repr if it is a simple value, else its type."""
     if value is None or isinstance(value, (str, bytes, bool, int, float, os.PathLike)):
         told = repr(value)
         return told if len(told) <= LONGEST else f"{told[:LONGEST]}..."

@@ -195,15 +195,15 @@ class JsonFile:
 
 
 def reason(error: Exception) -> str:
-    """Why a file could not be read, in words; an error of the operating system without its number."""
+    """The reason why a file could not be read; for an error of the operating system, without its number."""
     return str(error.strerror or error).lower() if isinstance(error, OSError) else str(error)
 
 
 def check_file(field: str, path: str | Path) -> None:
-    """Makes sure that a file of that name can be written or read.
+    """Checks that a path is not a directory.
 
     Raises:
-        ValueError: a directory has it.
+        ValueError: it is one.
     """
     if Path(path).is_dir():
         raise ValueError(f"{field}: expected a file, got the directory {str(path)!r}")

@@ -123,7 +123,7 @@ def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
         (["--replacement", "best"], "replacement: expected one of none, linear, measured"),
         (["--plan", "none.json"], "depth_plan: expected a file"),
         (["--plan", "none.json", "--layers", "2"], "plan: expected no layers, which is part of the plan"),
-        (["--plan", "none.json", "--no-protect"], "plan: expected no protect beside it"),
+        (["--plan", "none.json", "--no-protect"], "plan: expected no protect, which is part of the plan"),
         (["--eval-samples", "0"], "eval_samples: expected at least 1"),
     ],
 )
