@@ -217,7 +217,7 @@ def test_a_signal_that_is_ignored_or_of_an_unknown_handler_is_left_alone(known, 
         (["--max-grad-norm", "-1"], "max_grad_norm: expected a number of at least 0, got -1"),
         (["--fused"], "fused: expected micro_batch_size equal to batch_size, 8, got 4"),
         (["--fused", "--micro-batch-size", "8"], "fused: expected max_grad_norm 0, got 1"),
-        (["--method", "lora", "--scores", "s.json"], "scores: expected none with lora, which does not sample layers by scores"),
+        (["--method", "lora", "--scores", "s.json"], "scores: expected none with lora, which does not sample layers"),
         (["--rank", "999"], "rank: expected at most 128, the width of the layers' matrices, got 999"),
     ],
 )

@@ -102,7 +102,8 @@ def test_the_directory_of_either_model_is_refused(student, capsys):
 def test_scores_are_for_methods_that_draw_layers(student, tmp_path, capsys):
     command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), "--method", "full", "--scores", "s.json"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
-    assert "scores: expected none with full, which does not sample layers by scores, got 's.json'" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "scores: expected none with full, which does not sample layers by scores, got 's.json'" in shown
     assert not (tmp_path / "out").exists()
 
 

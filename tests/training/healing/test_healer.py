@@ -305,7 +305,7 @@ def test_pairs_that_do_not_go_together():
             healed(*pair, method, **changes)
     with pytest.raises(ValueError, match=r"data: expected token ids of shape \(windows, 16\).*\(20, 12\)"):
         healed(student, wide, sequence_length=16)
-    with pytest.raises(ValueError, match="scores: expected none with full, which does not sample layers by scores, got 'mine'"):
+    with pytest.raises(ValueError, match="with full, which does not sample layers by scores, got 'mine'"):
         heal(student, wide, WINDOWS, settings("full"), scores="mine")
     report = healed(student, wide)
     assert learnt(report), "logits alone can be learnt"
