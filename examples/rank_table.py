@@ -2,10 +2,10 @@
 
     python examples/rank_table.py --model DIRECTORY_OR_HUB_ID --text TEXT --output table
 
-Everything that is chosen (OWL's threshold M, each score's lambda; by auto the score, too) is chosen on the first half
-of the text; all perplexities that are reported are of the second half, or with --report-text of another text. Removed
-are parameters of the layers' matrices. With --heal each model then learns from the intact one on the first text, and
-is measured again. An interrupted run goes on where it stopped.
+All settings (OWL's threshold M, lambda of each score; for auto also the score) are chosen on the first half of the
+text; all reported perplexities are of the second half, or with --report-text of another text. Shares are of the
+parameters of the layers' matrices. With --heal each model is then trained on the first text to match the intact model,
+and measured again. An interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Candidate = tuple[str, float | None, float | None]
 
 
 class Bench:
-    """A model of which each cell of the table gets a copy, and the samples of both halves of the text."""
+    """A model, which is copied for each cell of the table, and the samples of both halves of the text."""
 
     figures = ("kept", "rank")
 
@@ -45,17 +45,17 @@ class Bench:
         self.found: dict[tuple[str, float | None], LayerScores] = {}
 
     def tried(self, method: str, score: str, kept: float) -> list[Candidate]:
-        """What a score is tried with; auto tries all that the others are."""
+        """The candidates of a score; auto has the candidates of all others."""
         if score == "auto":
             return [c for other in SCORES for c in self.tried(method, other, kept)]
         if score == "fisher" and method == "plain":
-            return []  # the same as spectrum: it has no loss to go by
+            return []  # same as spectrum without a loss
         if score in WEIGHINGS and method == "oats":
-            return []  # it takes shares of parameters, no ranks by matrix
+            return []  # supports shares of parameters only, not ranks of matrices
         return candidates(score, kept)
 
     def plan(self, method: str, candidate: Candidate, kept: float) -> LayerAllocation | RankPlan:
-        """Which ranks the model gets."""
+        """The plan of ranks."""
         score, threshold, spread = candidate
         if score in WEIGHINGS:
             batches = self.calibration if method == "whitened" else None
@@ -73,7 +73,7 @@ class Bench:
 
 
 def candidates(score: str, kept: float) -> list[Candidate]:
-    """What a score is tried with; lambda leaves each share within 0..1."""
+    """The candidates of a score, with lambda such that each share is in 0..1."""
     if score == "uniform" or score in WEIGHINGS:
         return [(score, None, None)]
     spreads = sorted({min(spread, kept, round(1 - kept, 9)) for spread in SPREADS})
@@ -81,7 +81,7 @@ def candidates(score: str, kept: float) -> list[Candidate]:
 
 
 def measured(bench: Any, journal: Journal, method: str, candidate: Candidate, removed: float) -> list[float]:
-    """Perplexity of both texts with a candidate, and what it keeps."""
+    """Perplexity of both texts with a candidate, and the shares that it keeps."""
     key = f"{method} {candidate} at {removed}"
     if key not in journal:
         model, kept = bench.make(method, bench.plan(method, candidate, 1 - removed))
@@ -91,7 +91,7 @@ def measured(bench: Any, journal: Journal, method: str, candidate: Candidate, re
 
 
 def healed(bench: Any, journal: Journal, method: str, score: str, candidate: Candidate, removed: float) -> float | None:
-    """Perplexity behind healing; None where that is neither asked for nor known."""
+    """Perplexity after healing; None if it is neither requested nor in the journal."""
     key = bench.healing.key(f"{method} {candidate} at {removed}")
     if key not in journal and bench.healing.asks(score):
         model, _ = bench.make(method, bench.plan(method, candidate, 1 - removed))
@@ -101,7 +101,7 @@ def healed(bench: Any, journal: Journal, method: str, score: str, candidate: Can
 
 
 def fill_table(bench: Any, arguments: argparse.Namespace) -> None:
-    """Fills the table cell by cell, and writes it after each one."""
+    """Computes the table cell by cell, and writes it after each cell."""
     output = Path(arguments.output)
     chosen = ("output", "methods", "scores", "removed", *(name for name in vars(arguments) if name.startswith("heal")))
     settings = {k: v for k, v in vars(arguments).items() if k not in chosen}
@@ -130,7 +130,7 @@ def fill_table(bench: Any, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Reads the arguments, and fills the table."""
+    """Parses the arguments, and computes the table."""
     parser = table_parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=["whitened", "plain"], choices=list(METHODS))
     parser.add_argument("--scores", nargs="+", default=[*SCORES, "auto"], choices=[*SCORES, "auto"])

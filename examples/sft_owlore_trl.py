@@ -1,10 +1,10 @@
-"""Supervised fine-tuning by OwLore under TRL's SFTTrainer, on pairs of a prompt and its completion.
+"""Supervised fine-tuning with OwLore under TRL's SFTTrainer, on pairs of a prompt and its completion.
 
     python examples/sft_owlore_trl.py                                          # the embedded model and novel: a minute
     python examples/sft_owlore_trl.py --model Qwen/Qwen2.5-0.5B --data pairs.jsonl --n-active 4 --rank 64 --steps 300
 
-`--data` is a JSON-lines file with "prompt" and "completion" in each line; by default the model learns to go on with
-passages of the embedded novel. The loss is that of the completions alone, as SFTTrainer has it for such data.
+`--data` is a JSON-lines file with "prompt" and "completion" in each line; by default the model is trained to continue
+passages of the embedded novel. The loss is computed on completions only, the default of SFTTrainer for such data.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=128, help="tokens of prompt and completion")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--n-active", type=int, default=4, help="layers that train at a time")
-    parser.add_argument("--interval", type=int, default=10, help="steps until other layers are drawn")
+    parser.add_argument("--n-active", type=int, default=4, help="number of layers that are trained at a time")
+    parser.add_argument("--interval", type=int, default=10, help="steps between samplings of layers")
     parser.add_argument("--rank", type=int, default=32, help="rank of projected gradients")
     parser.add_argument("--output", default="hf-cod-sft-owlore", help="directory for the model")
     return parser.parse_args(arguments)
 
 
 def passages() -> Dataset:
-    """The embedded novel as prompts and how they go on."""
+    """The embedded novel as prompts and completions."""
     text, size = embedded_text(), PROMPT + COMPLETION
     parts = [text[start : start + size] for start in range(0, len(text) - size, size)]
     return Dataset.from_list([{"prompt": part[:PROMPT], "completion": part[PROMPT:]} for part in parts])
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
-    """Trains and saves; loss on held-out completions before and behind it."""
+    """Trains and saves; returns the loss on held-out completions before and after training."""
     a = parse(arguments)
     model, tokenizer = load_model(a.model, ModelSettings(dtype="float32"))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -1,4 +1,4 @@
-"""--heal of the tables of rank, width and depth: what each model recovers when it learns from the intact one."""
+"""--heal of the tables of rank, width and depth: recovery of each model by training to match the intact model."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def add_healing(parser: argparse.ArgumentParser) -> None:
     """The options of healing."""
     parser.add_argument("--heal", help="tokens of the text to heal each model on, such as 2M; default: none")
     parser.add_argument("--heal-scores", nargs="*", help="scores, or criteria, whose models are healed; default: all")
-    parser.add_argument("--heal-method", default="full", choices=list(METHODS), help="what trains")
+    parser.add_argument("--heal-method", default="full", choices=list(METHODS), help="training method")
     parser.add_argument("--heal-rate", type=float, help="peak learning rate; default: the method's")
-    parser.add_argument("--heal-batch", type=int, default=16, help="samples in an optimizer step")
+    parser.add_argument("--heal-batch", type=int, default=16, help="samples per optimizer step")
     parser.add_argument("--heal-bf16", action="store_true", help="heal under bfloat16 autocast")
 
 
 class Healing:
-    """Heals models of a table on the text that is not reported on; false where none is to be healed.
+    """Heals the models of a table on the tuning text; false if none is to be healed.
 
     Args:
         teacher: the intact model.
-        tokenizer: of all of them.
-        arguments: of the command line.
+        tokenizer: the tokenizer of all models.
+        arguments: the arguments of the command line.
     """
 
     def __init__(self, teacher: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
@@ -59,7 +59,7 @@ class Healing:
         return bool(self) and (self.scores is None or score in self.scores)
 
     def key(self, cell: str) -> str:
-        """What a cell's perplexity behind healing is called in the journal."""
+        """Key in the journal for the perplexity of a cell after healing."""
         if not self:
             return f"{cell} healed"
         own, dtype = self.settings, " in bfloat16" if self.settings.bf16 else ""
@@ -72,20 +72,20 @@ class Healing:
 
 
 def recovered(row: dict[str, Any], intact: float) -> float | None:
-    """The share of the lost log-perplexity that healing brought back; None of what was not healed, or lost nothing."""
+    """The recovered share of the lost log-perplexity; None if the cell was not healed, or nothing was lost."""
     if row["healed"] is None or row["perplexity"] <= intact:
         return None
     return math.log(row["perplexity"] / row["healed"]) / math.log(row["perplexity"] / intact)
 
 
 def describe_healing(rows: Sequence[dict[str, Any]], intact: float, healing: Healing) -> list[str]:
-    """What healing did in all cells."""
+    """A sentence on the recovered share over all cells."""
     shares = [share for row in rows if (share := recovered(row, intact)) is not None]
     if not shares:
         return []
     return [
-        f"Behind the arrow: healed on {healing.tokens} tokens by {healing.settings.method} at "
-        f"{healing.settings.rate:g}. Of the lost log-perplexity come back {statistics.median(shares):.0%} (median), "
-        f"{min(shares):.0%} at least.",
+        f"After the arrow: healed on {healing.tokens} tokens by {healing.settings.method} at "
+        f"{healing.settings.rate:g}. Recovered share of the lost log-perplexity: {statistics.median(shares):.0%} "
+        f"(median), {min(shares):.0%} (minimum).",
         "",
     ]

@@ -2,10 +2,10 @@
 
     python examples/width_table.py --model DIRECTORY_OR_HUB_ID --text TEXT --output table
 
-Everything that is chosen (OWL's threshold M, each score's lambda) is chosen on the first half of the text; all
-perplexities that are reported are of the second half, or with --report-text of another text. Removed are parameters of
-the layers' matrices, in whole groups of heads and multiples of channels. With --heal each model then learns from the
-intact one on the first text, and is measured again. An interrupted run goes on where it stopped.
+All settings (OWL's threshold M, lambda of each score) are chosen on the first half of the text; all reported
+perplexities are of the second half, or with --report-text of another text. Shares are of the parameters of the layers'
+matrices, which are removed in complete groups of heads and multiples of channels. With --heal each model is then
+trained on the first text to match the intact model, and measured again. An interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCORES = ("uniform", "owl", "angular", "auto")
 
 
 class Bench:
-    """A model of which each cell of the table gets a copy, and the samples of both halves of the text."""
+    """A model, which is copied for each cell of the table, and the samples of both halves of the text."""
 
     figures = ("kept",)
 
@@ -39,11 +39,11 @@ class Bench:
         self.found: dict[tuple, LayerScores] = {}
 
     def tried(self, method: str, score: str, kept: float) -> list[Candidate]:
-        """What a score is tried with; auto finds its own settings, on the samples to work with."""
+        """The candidates of a score; auto has its own search, on the tuning samples."""
         return [(score, None, None)] if score == "auto" else candidates(score, kept)
 
     def plan(self, method: str, candidate: Candidate, kept: float) -> LayerAllocation:
-        """Which share each layer keeps."""
+        """The share of weights that each layer keeps."""
         score, threshold, spread = candidate
         options: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
         options |= {"target": 1 - kept} if score == "auto" else {}
@@ -61,11 +61,11 @@ class Bench:
 
 
 def main() -> None:
-    """Reads the arguments, and fills the table."""
+    """Parses the arguments, and computes the table."""
     parser = table_parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--compensation", default="least_squares", choices=list(COMPENSATIONS))
-    parser.add_argument("--multiple", type=int, default=CHANNEL_MULTIPLE, help="of numbers of channels")
+    parser.add_argument("--multiple", type=int, default=CHANNEL_MULTIPLE, help="multiple of the number of channels")
     parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=list(SCORES))
     add_healing(parser)
     parser.add_argument("--removed", nargs="+", type=float, default=[0.2, 0.4, 0.6])

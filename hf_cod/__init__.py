@@ -1,4 +1,4 @@
-"""See, cure and use the Curse of Depth: every layer of a deep language model earns its place."""
+"""Layer-wise diagnosis, compression and training of transformers models, based on the Curse of Depth."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -85,8 +85,8 @@ if TYPE_CHECKING:
     from hf_cod.training.owlore.settings import SamplerSettings as SamplerSettings
     from hf_cod.training.owlore.trainer_arguments import owlore as owlore
 
-# Public name -> the module that defines it, imported when the name is first used: the command line's help and
-# `import hf_cod` wait neither for torch nor for transformers.
+# Public name -> the module that defines it. Modules are imported on first use of a name, so that `import hf_cod` and
+# `--help` load neither torch nor transformers.
 _HOMES = {
     "AllocationSettings": "scoring.settings",
     "Applying": "compression.fit.knobs",
@@ -166,7 +166,7 @@ _HOMES = {
     "to_lns": "models",
     "token_batches": "io.text",
 }
-# `import *` must not need PEFT.
+# `import *` must work without PEFT.
 __all__ = [name for name in _HOMES if name != "OwLoreConfig"]
 
 register_with_transformers()

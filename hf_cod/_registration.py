@@ -1,7 +1,7 @@
-"""When transformers and PEFT learn of our models and formats: as soon as they have the tables that those stand in.
+"""Registration of our models and formats with transformers and PEFT, by post-import hooks on their registries.
 
-So `import hf_cod` waits neither for torch nor for transformers, whichever comes first. Nothing of ours is imported
-before it is used: our modules import transformers, which may be in the middle of its own import.
+So `import hf_cod` loads neither torch nor transformers, and the order of imports does not matter. Our modules are
+imported on first use only: they import transformers, which may be in the middle of its own import.
 """
 
 from importlib import import_module
@@ -10,8 +10,8 @@ from typing import Any
 
 from wrapt import register_post_import_hook
 
-# What a reader without this package reads in the first line of the error: transformers and PEFT quote a type that they
-# do not know. It stands in the files of weights and adapters that only this package reads.
+# Model type and PEFT type in files that require hf_cod. transformers and PEFT quote an unknown type in the first line
+# of their error, so users without hf_cod see this text.
 REQUIRES = "requires hf_cod: pip install hf_cod, then import hf_cod"
 # Model type -> its configuration.
 CONFIGS = {
@@ -36,32 +36,32 @@ FORMATS = {
         ("hf_cod.compression.sparse.quantizer", "SparseQuantizer"),
     ),
 }
-# PEFT's type, as adapter_config.json names it (the first as 0.1 wrote it) -> its configuration.
+# PEFT type in adapter_config.json (the first one was written by 0.1) -> its configuration.
 ADAPTERS = dict.fromkeys(("OWLORE", REQUIRES), ("hf_cod.training.adapters.config", "OwLoreConfig"))
 
 
 class Late:
-    """Stands in a table of transformers or PEFT for a class of ours, which is imported when it is called.
+    """Placeholder for one of our classes in a registry of transformers or PEFT; imports the class on first use.
 
     Args:
-        module, name: of the class.
+        module, name: module and name of the class.
     """
 
     def __init__(self, module: str, name: str) -> None:
         self._module, self._name = module, name
-        self.__name__ = name  # what transformers' tables of processors go by
+        self.__name__ = name  # key in transformers' tables of processors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """An instance of the class."""
+        """Creates an instance of the class."""
         return self.load()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what copies and pickles look for
+        if name.startswith("__"):  # looked up by copy and pickle
             raise AttributeError(name)
         return getattr(self.load(), name)
 
     def load(self) -> Any:
-        """The class."""
+        """Imports and returns the class."""
         return getattr(import_module(self._module), self._name)
 
 
@@ -82,12 +82,12 @@ def _add_adapters(mapping: ModuleType) -> None:
 
 
 def _silence_readers_that_know_us(configuration: ModuleType) -> None:
-    """A class of a family reads such a file without AutoConfig, and warns of a type that is not its own."""
+    """Filters a warning: config classes that read such a file without AutoConfig warn about its model type."""
     configuration.logger.addFilter(lambda record: REQUIRES not in record.getMessage())
 
 
 def register_with_transformers() -> None:
-    """With transformers and PEFT: now, or when they are imported."""
+    """Registers with transformers and PEFT: now if they are imported, otherwise on their import."""
     register_post_import_hook(_silence_readers_that_know_us, "transformers.configuration_utils")
     register_post_import_hook(_add_models, "transformers.models.auto.configuration_auto")
     register_post_import_hook(_add_formats, "transformers.quantizers.auto")

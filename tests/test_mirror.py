@@ -15,15 +15,13 @@ TESTS = Path(__file__).parent
 # file of its own name; it comes here only if that would test the same again.
 TESTED_BY = {
     "analysis/diagnostics/test_diagnosis.py": "analysis/diagnostics/findings.py analysis/diagnostics/settings.py",
-    "analysis/diagnostics/test_forward_pass.py": "layers/running.py",
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
     "analysis/evaluation/test_metrics.py": "analysis/evaluation/choice.py layers/task.py",
     "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",
     "analysis/statistics/test_layer_statistics.py": "analysis/statistics/matrix_inputs.py",
     "cli/commands/test_finetune.py": (
         "cli/commands/finetune_memory.py cli/sizes.py cli/training.py training/runs/estimate.py "
-        "training/runs/memory.py training/runs/methods.py training/runs/trainer.py "
-        "training/runs/training_settings.py"
+        "training/runs/memory.py training/runs/methods.py training/runs/trainer.py"
     ),
     "cli/commands/test_heal.py": "cli/__init__.py cli/samples.py",
     "cli/commands/test_quantize.py": "cli/explained.py",
@@ -107,7 +105,7 @@ TESTED_BY = {
     "training/owlore/test_optimizer.py": (
         "training/owlore/active_layers.py training/owlore/eight_bit.py training/owlore/increment.py "
         "training/owlore/moments.py training/owlore/optimizer_state.py training/owlore/settings.py "
-        "training/owlore/trained_increments.py training/owlore/trainer_arguments.py "
+        "training/owlore/trained_increments.py "
         "training/owlore/update_in_backward.py"
     ),
     "io/test_output_directory.py": "io/output_manifest.py io/output_checks.py io/directory_lock.py",

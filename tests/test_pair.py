@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from hf_cod import RunReport, fold_lns, perplexity
 from hf_cod.cli.main import main
 from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
+from hf_cod.io.report import format_number
 from hf_cod.io.text import SampleSettings, token_batches
 from tests.fresh_processes import run_fresh
 
@@ -58,6 +59,13 @@ def test_demo_needs_no_network(tmp_path, monkeypatch, capsys):
     assert main(["demo", "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "Growth of the output variance" in shown and "Effective depth" in shown
+    _, _, explained = shown.partition("What this shows:\n")
+    lines = [line for line in explained.partition("quantizing pre")[0].splitlines() if line]
+    pair = [RunReport.load(tmp_path / placement) for placement in EMBEDDED_PLACEMENTS]
+    first, second = (format_number(report.results["layer_drop"]["intact"]) for report in pair)
+    assert len(lines) == 4 and lines[0].startswith("• Effective depth is the number of equal layers")
+    assert f"differ little ({first} pre, {second} lns)" in lines[2] and "arXiv 2502.05795" in lines[3]
+    assert all(format_number(report.layers["variance"][-1]) in lines[1] for report in pair)
     assert imread(tmp_path / "compare.png").std() > 0.05, "something is drawn"
     for placement in EMBEDDED_PLACEMENTS:
         report = RunReport.load(tmp_path / placement)

@@ -13,7 +13,7 @@ from tests.all_commands import RUNS
 
 # Keys of a report's results, and words in its sentences, of what differs from run to run.
 TIMES = {"created", "seconds_a_step", "memory"}
-OF_TIMES = re.compile(r"created|seconds|s a step|GB of memory|tokens/s")
+OF_TIMES = re.compile(r"created|seconds|s per step|GB of memory|tokens/s")
 
 
 def without_times(value):

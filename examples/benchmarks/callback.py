@@ -1,12 +1,12 @@
-"""What LayerDiagnosticsCallback costs a training: time and peak memory beside the same training without it.
+"""Cost of LayerDiagnosticsCallback: time and peak memory of a training with and without it.
 
     python examples/benchmarks/callback.py
     python examples/benchmarks/callback.py --size 130M --batch 32 --tokens 256 --device cuda --bf16
 
-Each training runs in a process of its own, with and without the callback in turn, in another order each round, so that
-a busy machine slows both alike; medians over the rounds are shown. On a noisy machine the time of single measurements,
-which the callback's own events are timed for, says more than the difference of two long runs: both are shown. Time is
-that of Trainer.train() from its first step on; pictures at the end are part of it and are also named apart.
+Each training runs in a process of its own, with and without the callback in turns, in another order each round, so that
+load on the machine affects both equally; medians over rounds are printed. On a noisy machine the times of the
+callback's own events are more accurate than the difference of two long runs; both are printed. Time is that of
+Trainer.train() from its first step on; plots at the end are included and also listed separately.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hf_cod import LayerDiagnosticsCallback, llama_preset
 from hf_cod.io.files import write_json
 from hf_cod.models import LLAMA_PRESETS, CodLlamaForCausalLM
 
-# A size for a CPU; the rest are the papers'.
+# A size for a CPU; the other sizes are those of the papers.
 SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 12, "num_attention_heads": 4}
 VOCABULARY = 4096
 EVENTS = ("on_train_begin", "on_pre_optimizer_step", "on_step_begin", "on_step_end", "on_log", "on_train_end")
@@ -38,7 +38,7 @@ TARGETS = {"time": 1.02, "events": 1.02, "memory": 1.05}
 
 
 class TimedCallback(LayerDiagnosticsCallback):
-    """Counts the seconds that its events take."""
+    """Measures the time of its events in seconds."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -59,21 +59,21 @@ class TimedCallback(LayerDiagnosticsCallback):
 
 
 class Clock(TrainerCallback):
-    """Notes when training begins."""
+    """Records the start of the training."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Starts the clock, once the model is ready."""
+        """Starts the timer, once the model is ready."""
         self.start = time.perf_counter()
 
 
 def synchronize() -> None:
-    """Waits for the device, so that a clock tells what it did."""
+    """Waits for the device, so that timing includes its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def train(args: argparse.Namespace, watched: bool) -> dict[str, Any]:
-    """One training: its seconds, those of the callback's events, and the peak of its memory in bytes."""
+    """One training: its seconds, the seconds of the callback's events, and peak memory in bytes."""
     small = SMALL if args.size == "small" else {}
     config = llama_preset("130M" if args.size == "small" else args.size, "pre", vocab_size=VOCABULARY, **small)
     torch.manual_seed(0)
@@ -110,7 +110,7 @@ def train(args: argparse.Namespace, watched: bool) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
-    """Runs the trainings in turn; returns medians and ratios."""
+    """Runs the trainings in turns; returns medians and ratios."""
     runs: dict[str, list[dict[str, Any]]] = {"with": [], "without": []}
     for round_ in range(args.rounds):
         for name in ("with", "without") if round_ % 2 else ("without", "with"):
@@ -132,13 +132,13 @@ def measure(args: argparse.Namespace, passed: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parses the arguments, measures, prints and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["small", *LLAMA_PRESETS], default="small")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=100, help="the callback's interval; 100 is its default")
+    parser.add_argument("--every", type=int, default=100, help="interval of the callback in steps; its default is 100")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")

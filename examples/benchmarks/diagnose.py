@@ -1,13 +1,13 @@
-"""What the diagnostics cost, side by side in one process.
+"""Cost of the diagnostics, measured in turns in one process.
 
-(a) The full angular-distance matrix against one bare forward pass, and against the authors' way, a pass for each n.
-(b) The sweep that removes each single layer against the naive sweep, which runs the whole shorter model each time.
+(a) The full angular-distance matrix against one bare forward pass, and against the authors' method, a pass for each n.
+(b) The sweep that removes each single layer against the naive sweep, which runs the full shorter model each time.
 
     python examples/benchmarks/diagnose.py --output diagnose.json            # Llama-shaped random weights, 30 layers
     python examples/benchmarks/diagnose.py --model DIRECTORY_OR_HUB_ID       # a real checkpoint
 
-The head and its loss run once for each removal in both sweeps and cannot be shared, nor can the intact pass. So (b)
-cannot be faster than that allows; the bound is printed, from the measured times of both parts.
+In both sweeps the head and its loss run once for each removal; neither they nor the intact pass can be shared. This
+bounds the speed-up of (b); the bound is printed, computed from the measured times of both parts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hf_cod.io.models import ModelSettings, load_model
 
 
 def timed(actions: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of each round and last result of each action; they take turns, so that a slow minute hits all of them."""
+    """Seconds of each round and last result of each action; actions run in turns, so that load affects all equally."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     results: dict[str, Any] = {}
     for _ in range(rounds):
@@ -66,7 +66,7 @@ def authors_matrix(model, ids) -> torch.Tensor:
 
 
 def naive_sweep(model, ids) -> list[float]:
-    """Runs the intact model, then removes each layer in turn and runs the whole model, each with its own loss."""
+    """Runs the intact model, then removes each layer in turn and runs the full model, each with its own loss."""
     with torch.no_grad():
         model(ids, labels=ids, use_cache=False)
     losses = []
@@ -77,9 +77,9 @@ def naive_sweep(model, ids) -> list[float]:
 
 
 def check_equal(matrix: torch.Tensor, results: dict[str, Any]) -> None:
-    """Both ways must agree before their times are worth comparing."""
+    """Checks that both methods give the same results, before their times are compared."""
     L = len(matrix)
-    # The authors' way ends with the final norm's output: only pairs of layers before it are the same quantity.
+    # The authors' method ends with the output of the final norm: only pairs of layers before it are comparable.
     inner = torch.arange(L)[:, None] + torch.arange(1, L + 1) < L
     torch.testing.assert_close(matrix[inner].float(), results["authors' matrix"][inner], atol=1e-3, rtol=0)
     torch.testing.assert_close(
@@ -88,7 +88,7 @@ def check_equal(matrix: torch.Tensor, results: dict[str, Any]) -> None:
 
 
 def build_model(arguments: argparse.Namespace) -> torch.nn.Module:
-    """The checkpoint that was asked for, or a random Llama with the proportions of a 7B model: a head of 2 %."""
+    """The given checkpoint, or a random Llama with the proportions of a 7B model: a head of 2 %."""
     if arguments.model:
         return load_model(arguments.model, ModelSettings(dtype="float32"))[0]
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def build_model(arguments: argparse.Namespace) -> torch.nn.Module:
 
 
 def peak_memory(arguments: list[str]) -> int:
-    """Peak resident bytes of this script run on one pass alone: median of three processes, as allocators vary."""
+    """Peak resident bytes of this script with a single pass: median of three processes, since allocators vary."""
     command = [sys.executable, __file__, *arguments]
     runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(3)]
     return statistics.median(int(run.stdout.split()[-1]) for run in runs)
@@ -119,14 +119,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=2, help="samples")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of single passes; medians are reported")
-    parser.add_argument("--slow-rounds", type=int, default=7, help="rounds of the sweeps and of the authors' way")
+    parser.add_argument("--slow-rounds", type=int, default=7, help="rounds of the sweeps and of the authors' method")
     parser.add_argument("--output", help="JSON file for the figures")
     parser.add_argument("--only", choices=["forward", "layers", "matrix"], help=argparse.SUPPRESS)  # for peak_memory
     return parser.parse_args()
 
 
 def single_passes(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """The whole model, its layers without the head, and all layer pairs' angles."""
+    """The full model, its layers without the head, and the angles of all layer pairs."""
     batches = [{"input_ids": ids}]
     return {
         "forward": torch.no_grad()(lambda: model(ids, use_cache=False)),
@@ -136,7 +136,7 @@ def single_passes(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, Callab
 
 
 def measure(model: torch.nn.Module, ids: torch.Tensor, rounds: int, slow_rounds: int) -> tuple[dict, dict]:
-    """Ratios and median seconds of everything that is measured in this process."""
+    """Ratios and median seconds of all measurements in this process."""
     passes = single_passes(model, ids)
     hidden, stack = passes["layers"](), find_decoder_layers(model)
     quick, _ = timed({**passes, "head": torch.no_grad()(lambda: stack.head(hidden))}, rounds)

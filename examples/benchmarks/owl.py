@@ -1,9 +1,9 @@
-"""What scoring by OWL and pruning cost, side by side in one process; peak memory each in a process of its own (Linux).
+"""Cost of OWL scores and of pruning: time in turns in one process, peak memory in separate processes (Linux).
 
-(a) OWL's scores from streaming sums against one bare forward pass, and against the authors' way: two passes over each
-    layer, and A = |W| * s of all matrices of a layer concatenated.
-(b) How many calibration tokens give the same order of layers (Spearman's rank correlation with all of them).
-(c) Pruning by each method, layer by layer; with --llm-compressor also by its Wanda and SparseGPT, where installed.
+(a) OWL's scores from streaming sums against one bare forward pass, and against the authors' method: two passes over
+    each layer, and A = |W| * s of all matrices of a layer concatenated.
+(b) Order of layers by number of calibration tokens (Spearman's rank correlation with the order by all tokens).
+(c) Pruning by each method, layer by layer; with --llm-compressor also by its Wanda and SparseGPT, if installed.
 
     python examples/benchmarks/owl.py --output owl.json                   # Llama-shaped random weights, 30 layers
     python examples/benchmarks/owl.py --model DIRECTORY_OR_HUB_ID --text TEXT
@@ -37,7 +37,7 @@ M = 5.0
 
 
 def adds_squares(total: torch.Tensor) -> Any:
-    """A hook that adds what enters its module."""
+    """A hook that adds up the squared inputs of its module."""
 
     def read(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         total.add_(args[0].flatten(0, -2).square().sum(0))
@@ -47,7 +47,7 @@ def adds_squares(total: torch.Tensor) -> Any:
 
 @torch.no_grad()
 def authors_scores(model: torch.nn.Module, batches: list[dict]) -> list[float]:
-    """Layer by layer: a pass with hooks, A of the whole layer, and a second pass for the next layer's inputs."""
+    """Layer by layer: a pass with hooks, A of the full layer, and a second pass for the inputs of the next layer."""
     stack = find_decoder_layers(model)
     states: list[Any] = [None] * len(batches)
     ratios = []
@@ -65,19 +65,19 @@ def authors_scores(model: torch.nn.Module, batches: list[dict]) -> list[float]:
 
 
 def our_scores(model: torch.nn.Module, batches: list[dict]) -> list[float]:
-    """Streaming sums, and A never formed."""
+    """Streaming sums, without materializing A."""
     return score_layers(model, batches=batches, threshold=M).values
 
 
 @torch.no_grad()
 def bare_forward(model: torch.nn.Module, batches: list[dict]) -> None:
-    """What any way of scoring must pay."""
+    """The minimum cost of any score on activations: one forward pass."""
     for batch in batches:
         model(**batch, use_cache=False)
 
 
 def llm_compressor(model: torch.nn.Module, batches: list[dict], method: str, tokenizer: Any) -> None:
-    """Half of the weights by llm-compressor's modifiers, with the same samples."""
+    """Prunes half of the weights with llm-compressor's modifiers, on the same samples."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import WandaPruningModifier
@@ -94,7 +94,7 @@ def llm_compressor(model: torch.nn.Module, batches: list[dict], method: str, tok
 
 
 def samples(arguments: argparse.Namespace, model: torch.nn.Module, tokenizer: Any) -> list[dict]:
-    """Text where there is a real model, else random tokens."""
+    """Text for a real model, random tokens for a random one."""
     if tokenizer is not None:
         cut = SampleSettings(arguments.sequence_length, arguments.samples, arguments.batch_size)
         return [{"input_ids": b["input_ids"]} for b in token_batches(tokenizer, _text(arguments), cut)]
@@ -109,9 +109,9 @@ def _text(arguments: argparse.Namespace) -> list[str]:
 
 
 def peak_memory(arguments: list[str], only: str) -> float:
-    """Peak resident MiB of one action beyond what stood before it, in a process of its own."""
+    """Additional peak resident MiB of one action, in a process of its own."""
     command = [sys.executable, __file__, *arguments, "--only", only]
-    # glibc gives back what is freed at once, so that the peak is of what is in use.
+    # glibc returns freed memory at once, so that the peak counts memory in use.
     prompt = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **prompt})
     return int(done.stdout.split()[-1]) / 2**10
@@ -123,8 +123,8 @@ def resident(field: str) -> int:
 
 
 def print_peak(action: Any) -> None:
-    """KiB at the peak of an action beyond what stood before it; what loading a model took is forgotten."""
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    """Additional peak KiB of an action; the peak of loading a model is reset before."""
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
     before = resident("VmRSS")
     action()
     print(resident("VmHWM") - before)
@@ -143,7 +143,7 @@ def tokens_needed(model: torch.nn.Module, batches: list[dict]) -> dict[str, floa
 
 
 def actions(model: torch.nn.Module, batches: list[dict], tokenizer: Any = None) -> dict[str, Any]:
-    """Name -> what is run, for timing and for peak memory alike."""
+    """Name -> action, for timing and for peak memory."""
     found = {
         "bare forward": lambda: bare_forward(model, batches),
         "owl": lambda: our_scores(model, batches),
@@ -172,12 +172,12 @@ def main() -> None:
     """Measures, prints a table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint to measure on; default: random weights in Llama's shape")
-    parser.add_argument("--text", help="text file or data set for a checkpoint; default: an embedded novel")
+    parser.add_argument("--text", help="text file or dataset for a checkpoint; default: an embedded novel")
     parser.add_argument("--width", type=int, default=512, help="hidden size of the random model")
     parser.add_argument("--vocabulary", type=int, default=2048, help="vocabulary of the random model")
     parser.add_argument("--samples", type=int, default=32, help="calibration samples")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens in a sample")
-    parser.add_argument("--batch-size", type=int, default=4, help="samples in one forward pass")
+    parser.add_argument("--batch-size", type=int, default=4, help="samples per forward pass")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of scoring; medians are reported")
     parser.add_argument("--llm-compressor", action="store_true", help="also run its Wanda and SparseGPT")
     parser.add_argument("--output", help="JSON file for the figures")
@@ -186,11 +186,11 @@ def main() -> None:
     model = build_model(arguments)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model) if arguments.model else None
     if arguments.llm_compressor and tokenizer is None:
-        parser.error("--llm-compressor needs --model, because it needs a tokenizer")
+        parser.error("--llm-compressor requires --model, because it requires a tokenizer")
     batches = samples(arguments, model, tokenizer)
     if arguments.only:
         few = [{"input_ids": batches[0]["input_ids"][:1, :16]}]
-        actions(model, few, tokenizer)[arguments.only]()  # once for what the very first call imports and sets up
+        actions(model, few, tokenizer)[arguments.only]()  # warm-up: imports and initialisation
         print_peak(actions(model, batches, tokenizer)[arguments.only])
         return
 
@@ -208,7 +208,7 @@ def main() -> None:
         "authors' owl / owl, time": ratio(seconds, "authors' owl", "owl"),
         "owl beyond bare forward, peak MiB": ours,
         "authors' owl beyond bare forward, peak MiB": theirs,
-        "authors' owl / owl, peak beyond bare forward": theirs / max(ours, 1.0),  # a MiB is what can be told apart
+        "authors' owl / owl, peak beyond bare forward": theirs / max(ours, 1.0),  # resolution: 1 MiB
     }
     found = {name: statistics.median(values) for name, values in seconds.items()} | pruning
     needed = tokens_needed(model, batches)

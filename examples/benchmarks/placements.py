@@ -1,11 +1,11 @@
-"""What a norm placement costs: time, memory and kernels of a training step beside the stock Llama of the same size.
+"""Cost of norm placements: time, memory and kernels of a training step, relative to a stock Llama of the same size.
 
     python examples/benchmarks/placements.py
     python examples/benchmarks/placements.py --size 130M --batch 16 --tokens 256 --device cuda --dtype bfloat16
 
-All models live in one process and take their steps in turn, in another order each round; a ratio is taken within a
-round and the median over the rounds is shown, so that a busy machine slows both sides of a ratio alike. `pre` is the
-same mathematics as the stock model: how far its ratio is from 1 is the error of the measurement.
+All models are in one process and take steps in turns, in another order each round. Ratios are computed within a round
+and their median over rounds is printed, so that load on the machine affects both sides of a ratio. `pre` computes the
+same function as the stock model: the difference of its ratio from 1 is the error of the measurement.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from hf_cod.models import LLAMA_PRESETS, PLACEMENTS, CodLlamaForCausalLM, llama_
 
 STOCK = "stock"
 TARGETS = {"lns": 1.01, "mix": 1.05, "post": 1.05, "sandwich": 1.05}
-# A size for a quick look on a CPU; the rest are the papers'. The vocabulary is small, so that the layers dominate.
+# A size for quick runs on a CPU; the others are those of the papers. With the small vocabulary the layers dominate.
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 SMALL_VOCABULARY = 2048
 # Leaf operations that allocate or rename memory and compute nothing.
@@ -31,7 +31,7 @@ NO_KERNELS = ("empty", "view", "as_strided", "reshape", "alias", "detach", "resu
 
 
 def build(name: str, args: argparse.Namespace) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A model ready to train, and its optimizer; `name` is a placement or "stock"."""
+    """A model in train mode, and its optimizer; `name` is a placement or "stock"."""
     small = {**SMALL, "vocab_size": SMALL_VOCABULARY} if args.size == "small" else {}
     size = "130M" if args.size == "small" else args.size
     config = llama_preset(size, "pre" if name == STOCK else name, use_cache=False, **small)
@@ -61,7 +61,7 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: torch.
 
 
 def kernels_and_memory(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> dict[str, Any]:
-    """Operations of one step, and the peak of its memory: weights and optimizer state, and what the step adds."""
+    """Number of operations of one step, and its peak memory, including weights and optimizer state."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         step(model, optimizer, batch)
     leaves = [e.name for e in profiler.events() if e.name.startswith("aten::") and not e.cpu_children]
@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     names = [STOCK, *args.placements]
     trained = {name: build(name, args) for name in names}
     batch = torch.randint(SMALL_VOCABULARY, (args.batch, args.tokens), device=args.device)
-    for name in names:  # warm up, and compile if asked to
+    for name in names:  # warm-up and, if requested, compilation
         for _ in range(3):
             step(*trained[name], batch)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -107,7 +107,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Parse, measure, print, write."""
+    """Parses the arguments, measures, prints and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["small", *LLAMA_PRESETS], default="small")
     parser.add_argument("--placements", nargs="+", choices=list(PLACEMENTS), default=list(PLACEMENTS))

@@ -1,11 +1,11 @@
-"""What three and four bits cost and save on a CPU: latency beside bitsandbytes and dense layers; loading (Linux).
+"""Cost of three and four bits on a CPU: latency compared with bitsandbytes and dense layers; loading (Linux).
 
 (a) Square layers, for one token and for a prompt: ours with three and with four bits, bitsandbytes' Linear4bit (NF4) on
-    its unpacked path, on its packed one where the processor has AVX512-BF16, and torch's dense Linear of the input's
-    dtype. Of each kind there are copies enough to be several times larger than the processor's cache, and they take
-    turns; kinds take turns within a round, and ratios are medians over rounds.
-(b) Loading a Llama of random weights, in processes of their own: dense, quantized while it is loaded, and quantized
-    before. Peak memory is what the process has beyond what stood before, mapped files not counted.
+    its unpacked path, on its packed path if the processor has AVX512-BF16, and torch's dense Linear in the dtype of the
+    input. The copies of each kind together are several times larger than the processor's cache, and run in turns; kinds
+    run in turns within a round, and ratios are medians over rounds.
+(b) Loading a Llama with random weights, in separate processes: dense, quantized during loading, and quantized before.
+    Peak memory is in addition to the memory of the process before loading, without mapped files.
 
     python examples/benchmarks/quantization.py --output quantization.json
     python examples/benchmarks/quantization.py --parts latency --widths 4096 --tokens 1 --rounds 3    # a part of it
@@ -47,7 +47,7 @@ LOADS = ("dense", "quantized while loading", "quantized before")
 
 
 def our_layer(linear: nn.Linear, bits: int) -> nn.Module:
-    """A layer as OwlBnbConfig makes it."""
+    """A quantized layer as made by OwlBnbConfig."""
     storage = StorageSettings()
     module = new_module(linear, bits, storage)
     fill(module, round_matrix(linear.weight.detach(), bits, storage, "linear"))
@@ -55,7 +55,7 @@ def our_layer(linear: nn.Linear, bits: int) -> nn.Module:
 
 
 def stock_layer(linear: nn.Linear, packed: bool) -> nn.Module:
-    """bitsandbytes' own layer. In evaluation mode it packs itself at the first product, if it may."""
+    """bitsandbytes' own layer. In evaluation mode it packs itself at the first product, if allowed."""
     made = StockLinear4bit(
         linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype, quant_type="nf4"
     )
@@ -68,7 +68,7 @@ def stock_layer(linear: nn.Linear, packed: bool) -> nn.Module:
 
 
 def layers_of(width: int, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """Kind -> one layer, all of the same weights."""
+    """Kind -> one layer, all with the same weights."""
     linear = nn.Linear(width, width, bias=False, dtype=dtype).eval()
     found = {
         OURS: our_layer(linear, 3),
@@ -82,13 +82,13 @@ def layers_of(width: int, dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 def copies_of(module: nn.Module, width: int) -> list[nn.Module]:
-    """As many as are several times larger than the cache, counting three bits a weight, or what dense ones take."""
+    """Copies that are several times larger than the cache, at three bits per weight, or at the size of dense ones."""
     size = module.weight.nbytes if type(module) is nn.Linear else width * width * 3 // 8
     return [copy.deepcopy(module) for _ in range(max(2, -(-BEYOND_CACHE // size)))]
 
 
 def turns(modules: list[nn.Module], x: torch.Tensor) -> Callable[[], float]:
-    """Seconds that one module takes in the mean, all of them in turn."""
+    """Mean seconds of one module, over all modules in turn."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -109,7 +109,7 @@ def measure_latency(args: argparse.Namespace) -> list[dict[str, Any]]:
             copies = {kind: copies_of(layer, width) for kind, layer in layers_of(width, dtype).items()}
             for tokens in args.tokens:
                 x = torch.randn(tokens, width, dtype=dtype)
-                # A prompt takes so long that where its weights come from does not matter.
+                # A prompt takes so long that caching of weights does not matter.
                 runs = {kind: turns(many if tokens <= 16 else many[:2], x) for kind, many in copies.items()}
                 for kind, run in runs.items():
                     copies[kind][0](x)  # builds, packs
@@ -121,7 +121,7 @@ def measure_latency(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
-    """Medians over rounds: of seconds, and of our three bits' time as a share of each other kind's."""
+    """Medians over rounds: of seconds, and of the ratio of our three bits to each other kind."""
     kinds = list(rounds[0])
     return {
         "seconds": {kind: statistics.median(found[kind] for found in rounds) for kind in kinds},
@@ -153,19 +153,19 @@ def build_checkpoint(args: argparse.Namespace, folder: Path) -> None:
 
 
 def load(folder: Path, kind: str) -> Any:
-    """The model, by one of the ways that are compared."""
+    """Loads the model by one of the compared methods."""
     if kind == LOADS[1]:
         return AutoModelForCausalLM.from_pretrained(folder / LOADS[0], quantization_config=OwlBnbConfig(bits=3.5))
     return AutoModelForCausalLM.from_pretrained(folder / kind)
 
 
 def anonymous() -> int:
-    """KiB of this process that no file backs."""
+    """Anonymous (not file-backed) memory of this process in KiB."""
     return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
 
 
 class Peak:
-    """The most that `anonymous` finds while it is entered, looked up every millisecond."""
+    """Maximum of `anonymous` during the block, sampled every millisecond."""
 
     def __enter__(self) -> Peak:
         self.before = self.most = anonymous()
@@ -184,8 +184,8 @@ class Peak:
 
 
 def print_load(folder: Path, kind: str, small: Path) -> None:
-    """Seconds; bytes at the peak beyond what stood before, of the model's tensors, and of one layer in fp32."""
-    load(small, kind)  # what the very first call imports and sets up
+    """Seconds; additional bytes at the peak, bytes of the model's tensors, and bytes of one layer in fp32."""
+    load(small, kind)  # warm-up: imports and initialisation
     start = time.perf_counter()
     with Peak() as peak:
         model = load(folder, kind)
@@ -197,7 +197,7 @@ def print_load(folder: Path, kind: str, small: Path) -> None:
 
 
 def measure_loading(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each way to load."""
+    """One row for each method of loading."""
     rows = []
     with tempfile.TemporaryDirectory() as parent:
         folder, small = Path(parent) / "model", Path(parent) / "small"
@@ -216,7 +216,7 @@ def measure_loading(args: argparse.Namespace) -> list[dict[str, Any]]:
 def load_apart(folder: Path, kind: str, small: Path) -> list[float]:
     """`print_load` in a process of its own."""
     command = [sys.executable, __file__, "--load", str(folder), kind, str(small)]
-    # glibc gives back what is freed at once, so that the peak is of what is in use.
+    # glibc returns freed memory at once, so that the peak counts memory in use.
     prompt = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **prompt})
     return [float(word) for word in done.stdout.splitlines()[-1].split()]
@@ -226,11 +226,11 @@ def main() -> None:
     """Measures, prints and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=["latency", "loading"], default=["latency", "loading"])
-    parser.add_argument("--widths", type=int, nargs="+", default=[1024, 2048, 4096], help="of the layers")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512], help="tokens in one product")
+    parser.add_argument("--widths", type=int, nargs="+", default=[1024, 2048, 4096], help="widths of the layers")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512], help="tokens per product")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--width", type=int, default=1024, help="hidden size of the model that is loaded")
-    parser.add_argument("--layers", type=int, default=12, help="layers of the model that is loaded")
+    parser.add_argument("--width", type=int, default=1024, help="hidden size of the loaded model")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the loaded model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--load", nargs=3, help=argparse.SUPPRESS)  # for load_apart
@@ -242,7 +242,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     if "latency" in args.parts:
         if not has_avx512bf16():
-            print("this processor has no AVX512-BF16, which bitsandbytes' packed path needs: left out")
+            print("bitsandbytes' packed path is left out: it requires AVX512-BF16, which this processor does not have")
         print(f"milliseconds of {', '.join(KINDS)}; then 3 bits' time / the others'")
         results["latency"] = measure_latency(args)
     if "loading" in args.parts:

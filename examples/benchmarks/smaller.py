@@ -1,11 +1,12 @@
-"""What lower rank, fewer heads and channels, and fewer layers save in time, beside the dense model in one process.
+"""Speed of models with lower rank, fewer heads and channels, and fewer layers, compared with the dense model.
 
     python examples/benchmarks/smaller.py                            # a Llama of random weights, 2048 wide
     python examples/benchmarks/smaller.py --model DIRECTORY_OR_HUB_ID
 
-Models take turns: each round, each of them reads one prompt and then generates. A smaller one should be faster by as
-much as it has fewer weights that a token passes: those of the layers for a token of the prompt, with the head's for a
-token that is generated. `of promise` is the measured factor divided by that one, both medians over rounds.
+Models run in turns in one process: in each round, each model processes one prompt and then generates. The promised
+speed-up of a smaller model is the ratio of weights per token: weights of the layers for a token of the prompt, and also
+of the head for a generated token. `of promise` is the measured speed-up divided by the promised one; medians over
+rounds.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from hf_cod.scoring.allocation import same_share
 
 
 def smaller(dense: Any, kept: float) -> dict[str, Any]:
-    """The model by each way to make it smaller. Which weights go is all the same here: only shapes decide on time."""
+    """The model, compressed by each method. The choice of weights does not matter: time depends on shapes only."""
     models = {name: copy.deepcopy(dense) for name in ("rank", "width", "depth")}
     stack = find_decoder_layers(models["rank"])
     plan = plan_of_allocation(stack, same_share(stack, kept))
     record_shapes(models["rank"], {name: {"rank": rank} for name, rank in plan.ranks.items()})
-    for name in plan.ranks:  # what `factorize` would put there takes it long to find
+    for name in plan.ranks:  # random factors, because `factorize` would take long to compute them
         for factor in models["rank"].get_submodule(name).parameters():
             torch.nn.init.normal_(factor, std=0.02)
     narrow(models["width"], kept, "magnitude", "none")
@@ -44,13 +45,13 @@ def smaller(dense: Any, kept: float) -> dict[str, Any]:
 
 
 def weights_passed(model: Any) -> tuple[int, int]:
-    """Weights that a token of the prompt, and one that is generated, is multiplied with."""
+    """Number of weights that are multiplied per token of the prompt, and per generated token."""
     layers = size_of(model).layer_weights
     return layers, layers + model.get_output_embeddings().weight.numel()
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each model and part of generating."""
+    """One row for each model and each part (prompt, generation)."""
     models = smaller(load(args), args.parameter_share)
     prompt = torch.arange(3, 3 + args.prompt)[None]
     stacks = {name: find_decoder_layers(model) for name, model in models.items()}
@@ -93,11 +94,11 @@ def main() -> None:
     """Measures, prints and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id or directory; default: random weights")
-    parser.add_argument("--layers", type=int, default=8, help="of the model of random weights")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the model with random weights")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--parameter-share", type=float, default=0.6, help="share of the layers' weights that is kept")
+    parser.add_argument("--parameter-share", type=float, default=0.6, help="share of the layers' weights to keep")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
-    parser.add_argument("--new-tokens", type=int, default=16, help="tokens generated in a round")
+    parser.add_argument("--new-tokens", type=int, default=16, help="tokens generated per round")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()

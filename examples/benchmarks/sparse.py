@@ -1,13 +1,13 @@
-"""What sparse matrices save on a CPU: time and bytes beside torch's dense ones, in one process.
+"""Time and size of sparse matrices on a CPU, compared with dense matrices of torch in one process.
 
     python examples/benchmarks/sparse.py                         # Linears of a 7B model, then layers of that shape
-    python examples/benchmarks/sparse.py --layers 0              # the Linears alone
+    python examples/benchmarks/sparse.py --layers 0              # only the Linears
 
-(a) Each Linear of a 7B Llama at some sparsities, for one token and more, against `torch.nn.Linear` of the same dtype
-and weights. Each kind has copies enough to be several times larger than the processor's cache, and they take turns: in
-a model, too, no matrix is still in the cache when it is needed again. Dense and packed take turns; the ratio is the
-median over rounds. (b) Greedy generation by a model of 7B-shaped layers, random weights, embeddings and head dense:
-tokens a second end to end, and bytes on disk.
+(a) Each Linear of a 7B Llama at some sparsities, for one token and more, against `torch.nn.Linear` with the same dtype
+and weights. The copies of each kind together are several times larger than the processor's cache, and run in turns: in
+a model, too, matrices are read from memory in each pass. Dense and packed run in turns; the ratio is the median over
+rounds. (b) Greedy generation by a model of 7B-shaped layers with random weights, dense embeddings and head: tokens per
+second end to end, and bytes on disk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BEYOND_CACHE = 256 * 2**20
 
 
 def sparse_linear(out_features: int, in_features: int, sparsity: float, dtype: torch.dtype) -> nn.Linear:
-    """A Linear with random weights, a random share of which is zero."""
+    """A Linear with random weights, of which a share, chosen at random, is zero."""
     linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
     with torch.no_grad():
         linear.weight.mul_(torch.rand_like(linear.weight, dtype=torch.float32) >= sparsity)
@@ -41,7 +41,7 @@ def sparse_linear(out_features: int, in_features: int, sparsity: float, dtype: t
 
 
 def turns(modules: list[nn.Module], x: torch.Tensor) -> Callable[[], float]:
-    """Seconds that one module takes in the mean, all of them in turn."""
+    """Mean seconds of one module, over all modules in turn."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -53,7 +53,7 @@ def turns(modules: list[nn.Module], x: torch.Tensor) -> Callable[[], float]:
 
 
 def paired(dense: Callable[[], float], packed: Callable[[], float], rounds: int) -> dict[str, float]:
-    """Medians over rounds, of both and of their ratio."""
+    """Medians over rounds of both times and of their ratio."""
     dense(), packed()  # warm up
     seconds = [(dense(), packed()) for _ in range(rounds)]
     return {
@@ -64,7 +64,7 @@ def paired(dense: Callable[[], float], packed: Callable[[], float], rounds: int)
 
 
 def check_equal(linear: nn.Linear, packed: nn.Module, x: torch.Tensor) -> None:
-    """The products must agree but for rounding, or their times are not worth comparing."""
+    """Checks that the products are equal up to rounding, before their times are compared."""
     expected = x.double() @ linear.weight.double().T
     limit = 4 * torch.finfo(x.dtype).eps * expected.abs().max()
     assert (packed(x).double() - expected).abs().max() <= limit
@@ -83,7 +83,7 @@ def measure_linears(args: argparse.Namespace) -> list[dict[str, Any]]:
                 size = sum(tensor.nbytes for tensor in packed.buffers())
                 copies = max(2, -(-BEYOND_CACHE // size))
                 many = [SparseLinear.from_linear(linear) for _ in range(copies)]
-                # Of dense matrices, which are larger, half as many are enough.
+                # Dense matrices are larger: half as many copies are sufficient.
                 many_dense = [sparse_linear(out_features, in_features, 0, dtype) for _ in range(max(2, copies // 2))]
                 for tokens in args.tokens:
                     x = torch.randn(tokens, in_features, dtype=dtype)
@@ -117,7 +117,7 @@ def build_model(layers: int, sparsity: float) -> LlamaForCausalLM:
 
 
 def bytes_on_disk(model: LlamaForCausalLM) -> tuple[int, int]:
-    """What save_pretrained writes: in all, and for the layers."""
+    """Bytes that save_pretrained writes: in total, and for the layers."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         whole = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
@@ -127,7 +127,7 @@ def bytes_on_disk(model: LlamaForCausalLM) -> tuple[int, int]:
 
 @torch.no_grad()
 def measure_model(args: argparse.Namespace) -> dict[str, Any]:
-    """Generation by a dense model and by the same one packed, in turn."""
+    """Generation by a dense model and by the same model packed, in turns."""
     sparsity = args.model_sparsity
     dense = build_model(args.layers, sparsity)
     dense_bytes = bytes_on_disk(dense)
@@ -159,10 +159,10 @@ def main() -> None:
     """Measures, prints and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.9])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16], help="tokens in one product")
-    parser.add_argument("--layers", type=int, default=8, help="layers of the whole model; 0: leave it out")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16], help="tokens per product")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the full model; 0: leave it out")
     parser.add_argument("--model-sparsity", type=float, default=0.7)
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens generated in a round")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens generated per round")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()

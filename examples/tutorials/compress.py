@@ -1,4 +1,4 @@
-"""Tutorial: makes a model meet a budget, recovers part of what it lost, and loads the result.
+"""Tutorial: compresses a model to a budget, recovers part of the loss by healing, and loads the result.
 
 python examples/tutorials/compress.py                                      # the embedded model and its text: minutes
 python examples/tutorials/compress.py --model Qwen/Qwen2.5-0.5B --text my.txt --share 0.6
@@ -27,13 +27,13 @@ from hf_cod.io.models import EMBEDDED, best_device, embedded_model
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Compresses, and returns perplexity on samples that decided nothing: intact, compressed, healed, loaded again."""
+    """Compresses a model; returns perplexity on held-out samples: intact, compressed, healed, loaded again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=embedded_model("pre"), help="Hub id or directory; default: an embedded one")
-    held_out = str(EMBEDDED / "held_out.txt")  # of the kind that the embedded model was trained on
+    held_out = str(EMBEDDED / "held_out.txt")  # similar to the training text of the embedded model
     parser.add_argument("--text", default=held_out, help="text file or dataset; default: embedded text")
     parser.add_argument("--share", type=float, default=0.5, help="share of the layers' weights to keep")
-    parser.add_argument("--samples", type=int, default=16, help="samples of each of the three kinds")
+    parser.add_argument("--samples", type=int, default=16, help="samples each for calibration, tuning, evaluation")
     parser.add_argument("--length", type=int, default=128, help="tokens in a sample")
     parser.add_argument("--steps", type=int, default=40, help="steps of healing")
     parser.add_argument("--output", default="hf-cod-compress", help="directory for the model")

@@ -16,11 +16,11 @@ from hf_cod.io.models import best_device, embedded_model
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Fine-tunes, and returns perplexity on held-out samples before, after, and of the model as it was loaded again."""
+    """Fine-tunes a model; returns perplexity on held-out samples before, after, and after loading it again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=embedded_model("pre"), help="Hub id or directory; default: an embedded one")
     parser.add_argument("--text", help="text file or dataset; default: an embedded novel")
-    parser.add_argument("--samples", type=int, default=160, help="samples, of which an eighth is held out")
+    parser.add_argument("--samples", type=int, default=160, help="number of samples, of which an eighth is held out")
     parser.add_argument("--length", type=int, default=128, help="tokens in a sample")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps")
     parser.add_argument("--output", default="hf-cod-fine-tune", help="directory for the model")

@@ -26,14 +26,14 @@ from hf_cod.io.models import embedded_model
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Trains both; returns perplexity, output variance of the last layer and effective depth of each placement."""
+    """Trains both models; returns perplexity, output variance of the last layer and effective depth of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", help="text file or dataset; default: an embedded novel")
-    parser.add_argument("--samples", type=int, default=320, help="samples, of which a tenth is held out")
+    parser.add_argument("--samples", type=int, default=320, help="number of samples, of which a tenth is held out")
     parser.add_argument("--length", type=int, default=64, help="tokens in a sample")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each model")
-    parser.add_argument("--output", default="hf-cod-pretrain-lns", help="directory for models, histories and pictures")
+    parser.add_argument("--output", default="hf-cod-pretrain-lns", help="directory for models, histories and plots")
     a = parser.parse_args(arguments)
 
     tokenizer = AutoTokenizer.from_pretrained(embedded_model("pre"))

@@ -1,4 +1,4 @@
-"""Tutorial: measures the layers of a model, leaves the least useful one out, and compares two models.
+"""Tutorial: measures the layers of a model, leaves out the least important one, and compares two models.
 
 python examples/tutorials/see_your_layers.py                               # the embedded models: half a minute
 python examples/tutorials/see_your_layers.py --model Qwen/Qwen2.5-0.5B --text my.txt
@@ -16,14 +16,14 @@ from hf_cod.io.models import best_device, embedded_model
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Measures, and returns the perplexity of the intact model and of the one without its least useful layer."""
+    """Measures a model; returns its perplexity, and that without its least important layer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=embedded_model("pre"), help="Hub id or directory; default: an embedded one")
     parser.add_argument("--other", default=embedded_model("lns"), help="a second model; default: an embedded one")
     parser.add_argument("--text", help="text file or dataset; default: an embedded novel")
-    parser.add_argument("--samples", type=int, default=16, help="samples to measure on")
+    parser.add_argument("--samples", type=int, default=16, help="number of samples")
     parser.add_argument("--length", type=int, default=128, help="tokens in a sample")
-    parser.add_argument("--output", default="hf-cod-see-your-layers", help="directory for report and pictures")
+    parser.add_argument("--output", default="hf-cod-see-your-layers", help="directory for report and plots")
     a = parser.parse_args(arguments)
 
     # --8<-- [start:measure]

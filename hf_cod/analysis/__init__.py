@@ -1,1 +1,1 @@
-"""What is measured of layers and models: diagnostics, statistics, evaluation, monitoring of a training."""
+"""Measurements of layers and models: diagnostics, statistics, evaluation, monitoring of a training."""

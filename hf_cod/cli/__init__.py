@@ -1,4 +1,4 @@
-"""The command line: a table of commands, one pipeline for those that compress, one file a command."""
+"""The command line: a table of commands, one pipeline for compressing commands, one file per command."""
 
 from hf_cod.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Findings in sentences: what every compressing command prints at the end, from the keys that its report holds."""
+"""Closing sentences of all compressing commands, generated from the results in their reports."""
 
 from __future__ import annotations
 
@@ -8,13 +8,32 @@ from hf_cod.io.report import format_number
 
 
 def closing(results: dict[str, Any], made: str) -> list[str]:
-    """Size, perplexity and speed of what was saved, beside the intact model.
+    """Sentences on size, perplexity and speed of the saved model, compared with the intact model.
 
     Args:
-        results: of a report of `compression.run`.
-        made: the key of what was made.
+        results: results of a report of `compression.run`.
+        made: the key of the saved model in them, such as "pruned".
     """
     return [_size(results, made), *_perplexity(results, made), *describe_speed(results, made)]
+
+
+def does_harm(alike: float | None, by_score: float | None) -> bool:
+    """Whether a uniform plan has a lower perplexity than a plan by score; values that print equal count as equal."""
+    if alike is None or by_score is None:
+        return False
+    return alike < by_score and format_number(alike) != format_number(by_score)
+
+
+def harm_notes(fallback: dict[str, Any]) -> list[str]:
+    """A note on the fallback to a uniform plan, from results["fallback"] of a report of `compression.run`, if any."""
+    if not fallback:
+        return []
+    by_score, alike = (format_number(fallback[name]) for name in ("perplexity", "alike"))
+    return [
+        f"score {fallback['score']} had a higher perplexity ({by_score}) than a uniform plan ({alike}), so the uniform "
+        "plan was applied; --force keeps the score. Both perplexities are of the reported evaluation samples, so the "
+        "reported one is the lower of the two."
+    ]
 
 
 def _size(results: dict[str, Any], made: str) -> str:
@@ -23,45 +42,46 @@ def _size(results: dict[str, Any], made: str) -> str:
         before, left = results["parameters"]["intact"], results["parameters"][made]
         counted = f"has {left:,} parameters, {format_number(left / before)} of the {before:,} before, and "
     return (
-        f"The whole model {counted}takes {_megabytes(memory[made])} MB in memory, {_megabytes(memory['intact'])} "
-        f"before; {_megabytes(results['disk_bytes'])} MB on disk."
+        f"The full model {counted}takes {_megabytes(memory[made])} MB in memory ({_megabytes(memory['intact'])} MB "
+        f"before) and {_megabytes(results['disk_bytes'])} MB on disk."
     )
 
 
 def _megabytes(size: int) -> str:
-    """Of 10^6 bytes, small ones to three digits."""
+    """A size in MB (10^6 bytes); below 1 MB with four significant digits."""
     return f"{size / 1e6:,.1f}" if size >= 1e6 else format_number(size / 1e6)
 
 
 def _perplexity(results: dict[str, Any], made: str) -> list[str]:
-    """Beside what was made, all layers alike ("uniform") and "recovered", where those were measured."""
+    """Perplexity before and after, and of the "uniform" plan and the "recovered" model if they were measured."""
     figures = results["perplexity"]
     found = {name: format_number(value) for name, value in figures.items() if value is not None}
     if not found:
         return []
-    compared = f" (all layers alike: {found['uniform']})" if "uniform" in found else ""
+    compared = f" (uniform plan: {found['uniform']})" if "uniform" in found else ""
+    if "fallback" in results:
+        compared = ""  # the uniform plan is the one that was applied
     if "recovered" in found:
-        compared += f" and by recovery to {found['recovered']}"
+        compared += f", and to {found['recovered']} by recovery"
     sentences = [
-        f"Perplexity goes from {found['intact']} to {found[made]}{compared}, measured on "
-        f"{results['evaluation']['samples']} samples that were not seen before."
+        f"Perplexity goes from {found['intact']} to {found[made]}{compared}, on "
+        f"{results['evaluation']['samples']} held-out samples."
     ]
-    # What looks alike in the sentence above is no harm.
-    if "uniform" in found and found["uniform"] != found[made] and figures["uniform"] < figures[made]:
-        sentences.append("So on these samples this score does harm: --score uniform treats all layers alike.")
+    if "fallback" not in results and does_harm(figures.get("uniform"), figures[made]):
+        sentences.append("On these samples the score is worse than a uniform plan, which --score uniform applies.")
     return sentences
 
 
 def describe_speed(results: dict[str, Any], after: str, before: str = "intact") -> list[str]:
-    """A sentence on what became of speed: results["speed"] holds `before` and `after`, or nothing."""
+    """A sentence on speed before and after, if results["speed"] holds `before` and `after`."""
     if not results["speed"]:
         return []
     old, new = results["speed"][before], results["speed"][after]
-    told = {"prompt": f"of a prompt of {new['prompt_tokens']}", "generation": "generated one by one"}
+    told = {"prompt": f"for a prompt of {new['prompt_tokens']}", "generation": "in generation"}
     figures = [
         f"{format_number(new[part])} {what} ({before} {format_number(old[part])}: {new[part] / old[part]:.2f} times)"
         for part, what in told.items()
         if old[part] is not None and new[part] is not None
     ]
-    apart = "" if before == "teacher" else "; timed apart, so that a busy machine shows, too"
-    return [f"Tokens a second: {', '.join(figures)}{apart}."]
+    apart = "" if before == "teacher" else "; not timed side by side, so other load on the machine affects the ratio"
+    return [f"Tokens per second: {', '.join(figures)}{apart}."]

@@ -2,10 +2,10 @@
 
 Load, split the text, measure, plan, apply, save, reload, measure, report.
 
-A command brings its settings and a `Step`. Report keys mean the same for every command: of `results`, "perplexity",
-"memory_bytes" and "speed" hold "intact", what the step made of it and, for perplexity, what it is compared with;
-"disk_bytes" is the size of the saved weights, "evaluation" the samples that perplexity was measured on, "score" what
-the layers were scored with.
+A command provides its settings and a `Step`. Report keys have the same meaning for all commands. In `results`,
+"perplexity", "memory_bytes" and "speed" have values for "intact" and for the result of the step; "perplexity" also for
+the baselines. "disk_bytes" is the size of the saved weights, "evaluation" describes the samples for perplexity, "score"
+has the settings of the scores. "fallback" has the compared perplexities if the uniform plan replaced that by score.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hf_cod.cli.closing import closing
+from hf_cod.cli.closing import closing, does_harm, harm_notes
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import default_directory
 from hf_cod.cli.recorded import card_outputs
-from hf_cod.cli.samples import split_text
+from hf_cod.cli.samples import check_texts, split_text
 from hf_cod.cli.settings import PlotSettings, ResultsOutput
 from hf_cod.cli.step import Step
 from hf_cod.cli.terminal import print_report
@@ -39,12 +39,12 @@ def compress(
     text: TextSettings,
     files: ResultsOutput,
 ) -> int:
-    """Runs a step on a model, into a directory that is complete afterwards or not there.
+    """Runs a step on a model and writes the results to a directory, completely or not at all.
 
     Args:
-        step: the command's.
+        step: the step of the command.
         source: Hub id, directory or GGUF file.
-        loading, text, files: how the model is loaded, which text it is measured on, and where results go.
+        loading, text, files: settings of model loading, of the text, and of the output.
 
     Returns:
         The exit status.
@@ -52,12 +52,13 @@ def compress(
     directory = Path(files.output or default_directory(step.command, source))
     if files.plots:
         require_plots()
+    check_texts(text, step.samples().eval_text)
     scores = getattr(files, "scores", None)
     told = [step.command, source, asdict(loading), asdict(text), step.identity(), scores]
     with OutputDirectory(directory, told, check=check_unused, source=source) as output:
         report = RunReport.load(directory) if output.completed else run(step, source, loading, text, output, scores)
         if report is None:
-            say(f"\nnothing was made; what was measured is kept in {directory.resolve()}")
+            say(f"\nno model was written; measurements are kept in {directory.resolve()}")
             return 0
         if not output.completed:
             save_results(report, output, files)
@@ -67,7 +68,7 @@ def compress(
 
 
 def save_results(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
-    """Draws and saves the report beside the model, and moves all of it into its place; the journal is done with."""
+    """Plots and saves the report next to the model, moves all results to their final places, removes the journal."""
     if pictures.plots:
         report.plot(output.results, pictures.plot_format)
     report.save(output.results)
@@ -83,10 +84,10 @@ def run(
     output: OutputDirectory,
     scores_file: str | None = None,
 ) -> RunReport | None:
-    """The pipeline itself; the model and what it followed go to the results of `output`.
+    """Runs the pipeline; saves the model, its scores and the files of the step in the results of `output`.
 
     Returns:
-        The report of it, which is not saved yet; None where the step's plan is to do nothing.
+        The report, which is not saved yet; None if the step has no plan to apply.
     """
     work = Work(source, loading, step.settings, output.journal, scores_file)
     output.require(int(step.disk_share() * bytes_of(work.model)))
@@ -97,12 +98,17 @@ def run(
     plan = step.plan(work)
     if plan is None:
         return None
-    for name, other in step.baselines(work, plan).items():
+    baselines = step.baselines(work, plan)
+    for name, other in baselines.items():
         step.apply(work, other)
         perplexity[name] = work.perplexity()
         work.renew()
-    report = step.apply(work, plan)
-    made = step.done
+    report, made = step.apply(work, plan), step.done
+    fallback = _harm(step, work, plan, perplexity.get("uniform"))
+    if fallback:
+        plan = baselines["uniform"]
+        work.renew()
+        report = step.apply(work, plan)
     if step.trained is not None:
         perplexity[made] = work.perplexity()
         step.train(work)
@@ -113,6 +119,8 @@ def run(
     speed |= work.speed(made)
     disk = sum(path.stat().st_size for path in output.results.glob("*.safetensors"))
     measured = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
+    if fallback:
+        measured["fallback"] = fallback
     return _complete(report, step, work, plan, measured, text, scores_file)
 
 
@@ -125,7 +133,7 @@ def _complete(
     text: TextSettings,
     scores_file: str | None,
 ) -> RunReport:
-    """A step's report, with what was measured before and after it, and what the user chose."""
+    """Adds measurements before and after the step, and the settings, to the report of a step."""
     layers, counted = step.measure(work.stack)
     results = {
         **report.results,
@@ -137,19 +145,35 @@ def _complete(
     told = {"model": work.source, **asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
     given = {} if scores_file is None or work.scores is None else {"score": work.scores.method}
     scored = {} if work.scores is None else {"score": work.scores.values}
+    fallback = measured.get("fallback", {})
+    decided = {"score": fallback["score"]} if fallback else {}
     remarks = [] if work.scores is None else work.scores.remarks
     report = replace(
         report,
-        settings={**told, "scores": scores_file, **given, **step.told(plan)},
+        settings={**told, "scores": scores_file, **given, **step.told(plan), **decided},
         layers={**report.layers, **layers, **scored},
         results=results,
     )
     found = [*step.sentences(report, work.model), *closing(results, step.done), *remarks, *step.last_words()]
-    return replace(report, summary=found)
+    return replace(report, summary=found, notes=[*report.notes, *harm_notes(fallback)])
+
+
+def _harm(step: Step, work: Work, plan: Any, alike: float | None) -> dict[str, Any]:
+    """Score and perplexities of the current model and the uniform plan, if the uniform plan is better.
+
+    Empty if it is not better, if it was not measured, or with `force`.
+    """
+    if alike is None or step.settings.force:
+        return {}
+    by_score = work.perplexity()
+    if not does_harm(alike, by_score):
+        return {}
+    score = getattr(plan, "method", None) or (work.scores.method if work.scores else "")
+    return {"score": score, "perplexity": by_score, "alike": alike}
 
 
 def _save(directory: Path, work: Work, files: dict[str, Any]) -> None:
-    """What a command made, beside what it followed."""
+    """Saves model, tokenizer, scores and the files of the step."""
     work.model.save_pretrained(directory)
     work.tokenizer.save_pretrained(directory)
     if work.scores is not None:

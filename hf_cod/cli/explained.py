@@ -1,4 +1,4 @@
-"""Tables that say why: which layers get how many bits, and which are removed."""
+"""Tables of `--explain`: the bits of each layer, and the removed layers, with their scores or costs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hf_cod.scoring.layer_scores import LayerScores
 
 
 def explain_bits(stack: DecoderLayers, settings: Any, scores: LayerScores | None) -> None:
-    """Prints who gets how many bits, and why; `settings` are those of hf-cod quantize."""
+    """Prints the bits and the score of each layer; `settings` are those of hf-cod quantize."""
     plan = plan_bits(stack, settings.bits, settings, scores, settings.skip)
     values = [0.0] * len(stack) if scores is None else scores.values
     order = sorted(range(len(stack)), key=lambda i: -values[i])
-    title = f"{plan.stored:.3f} stored bits a weight"
+    title = f"{plan.stored:.3f} stored bits per weight"
     table = Table(*("layer", "score", "rank", "matrices of four bits", "of three"), title=title)
     for index in range(len(stack)):
         names = [name for name in stack.linears(index) if name in plan.bits]
@@ -38,14 +38,14 @@ def explain_bits(stack: DecoderLayers, settings: Any, scores: LayerScores | None
         else f"by {terminal_text(scores.method)}, highest scores first"
     )
     console.print(
-        f"Four bits {why}, until {settings.bits:g} stored bits a weight are spent; the layer where they end gets them "
-        "in the matrices that still fit, in the order of the model.",
+        f"Four bits are assigned {why}, up to {settings.bits:g} stored bits per weight; the last of these layers gets "
+        "them only in the matrices that fit, in the order of the model.",
         highlight=False,
     )
 
 
 def explain_depth(plan: DepthPlan) -> None:
-    """Prints what each layer costs, and which go."""
+    """Prints the cost of each layer, and the removed layers."""
     table = Table("layer", "cost", "rank", "", title=f"{len(plan.layers)} of {len(plan.parameters)} layers")
     known = {i: cost for i, cost in enumerate(plan.costs) if cost is not None}
     order = sorted(known, key=lambda i: known[i])
@@ -57,6 +57,6 @@ def explain_depth(plan: DepthPlan) -> None:
     console.print(table)
     for name, found in plan.candidates.items():
         layers = ", ".join(map(str, found["layers"])) or "none"
-        maps = ", with maps in their place," if found.get("maps") else ""
+        maps = ", replaced by linear maps," if found.get("maps") else ""
         told = f"{name}: without layers {layers}{maps} the {plan.metric} is {format_number(found['loss'])}"
         console.print(terminal_text(told), highlight=False)

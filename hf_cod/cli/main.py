@@ -1,6 +1,6 @@
-"""The command line: the table of commands; parse, call, exit.
+"""The command line: the table of commands; parses, calls a command, returns the exit status.
 
-Neither this nor `--help` of a command imports torch or transformers: commands import those where their work begins.
+Neither this module nor `--help` of a command imports torch or transformers; commands import them after parsing.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from hf_cod.io.display import one_line
 
 # Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
 COMMANDS = {
-    "demo": ("demo", "measure a small real model and show what its layers do"),
-    "diagnose": ("diagnose", "measure what each layer of a model does"),
-    "score": ("score", "measure how much each layer matters, for pruning and quantization"),
-    "history": ("history", "draw what the layers did during a training"),
-    "prune": ("prune", "set weights to zero, more in layers that matter less"),
-    "factorize": ("factorize", "replace matrices by products of two thin ones: fewer weights, dense ones"),
-    "narrow": ("narrow", "remove attention heads and MLP channels, more in layers that matter less"),
-    "drop-layers": ("drop_layers", "remove the layers that a model misses least: fewer layers, a stock checkpoint"),
-    "pack": ("pack", "store a pruned model without its zeros, to load and run it faster"),
-    "quantize": ("quantize", "store a model in three and four bits, four where layers matter more"),
-    "fit": ("fit", "make a model meet a budget of memory, parameters or bits by the best combination of these"),
-    "heal": ("heal", "train a pruned, factorized, narrowed or shortened model to say what the original says"),
-    "finetune": ("finetune", "train a model on, a few layers at a time"),
-    "compare": ("compare", "put several diagnosed runs side by side"),
-    "card": ("card", "write a pre-trained model with its model card, ready to share"),
-    "convert": ("convert", "convert LayerNorm Scaling to stock checkpoints and back, and from the authors' code"),
-    "env": ("env", "print versions and hardware, to paste into a bug report"),
+    "demo": ("demo", "measure the layers of small models without any preparation"),
+    "diagnose": ("diagnose", "measure the contribution of each layer of a model"),
+    "score": ("score", "score the importance of each layer, for pruning, quantization and sampling"),
+    "history": ("history", "plot the layer measurements of a training run"),
+    "prune": ("prune", "set weights to zero, more in less important layers"),
+    "factorize": ("factorize", "replace matrices by low-rank factors: fewer weights, all dense"),
+    "narrow": ("narrow", "remove attention heads and MLP channels, more in less important layers"),
+    "drop-layers": ("drop_layers", "remove the least important layers; a stock model remains a stock checkpoint"),
+    "pack": ("pack", "store a pruned model without its zeros, for faster loading and generation"),
+    "quantize": ("quantize", "quantize a model to three and four bits, four in more important layers"),
+    "fit": ("fit", "compress a model to a budget of memory, parameters or bits by the best combination of methods"),
+    "heal": ("heal", "train a compressed model to match the original model (distillation)"),
+    "finetune": ("finetune", "fine-tune a model, a few layers at a time"),
+    "compare": ("compare", "compare several diagnosed runs"),
+    "card": ("card", "write the model card of a compressed, trained or pre-trained model"),
+    "convert": ("convert", "convert between LayerNorm Scaling and stock checkpoints, and from the authors' code"),
+    "env": ("env", "print versions and hardware, for bug reports"),
 }
-# Commands that keep a journal or checkpoints: stopped, the same command resumes.
+# Commands that keep a journal or checkpoints: after an interruption the same command resumes.
 RESUMABLE = (
     "demo",
     "diagnose",
@@ -53,12 +53,12 @@ RESUMABLE = (
     "finetune",
 )
 
-# Those of them that train.
+# Commands that train and resume from checkpoints.
 FROM_CHECKPOINTS = ("heal", "finetune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for a failure in the work, 2 for bad input, 130 for Ctrl-C."""
+    """Runs one command; returns the exit status: 0, 1 for a failure during the run, 2 for bad input, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
-    """Runs a command; what it fails with is one line, and with `--debug` a traceback before it."""
+    """Runs a command; prints an error as one line, after a traceback with `--debug`."""
     _quieten_transformers()
     command = importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[name][0]}")
     try:
@@ -95,7 +95,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return 130
     except Exception as error:
         status = _status_of(error)
-        if status is None:  # a mistake of ours, which its traceback shows
+        if status is None:  # a bug in hf_cod: shown with its traceback
             raise
         if "--debug" in arguments:
             traceback.print_exc()
@@ -104,19 +104,19 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def _status_of(error: Exception) -> int | None:
-    """2 for bad input, 1 for what failed in the work: files, devices, memory; None for other errors."""
+    """2 for bad input, 1 for failures during the run (files, devices, memory), None for other errors."""
     if isinstance(error, ValueError | ImportError):
         return 2
-    # SafetensorError by its name: nothing may have imported safetensors.
+    # SafetensorError is compared by name, since safetensors may not be imported.
     failed = isinstance(error, OSError | RuntimeError | MemoryError) or type(error).__name__ == "SafetensorError"
     return 1 if failed else None
 
 
 def _quieten_transformers() -> None:
-    """Its loading reports and bars would bury our one line of error; a verbosity that the user has chosen stays.
+    """Silences loading reports and progress bars of transformers, unless the user has set TRANSFORMERS_VERBOSITY.
 
-    Takes effect when transformers is imported, which is later. Its own switch for bars would turn off the Hub's, too,
-    by which ours go.
+    They would hide our one-line errors. This takes effect when transformers is imported, which is later. Its own switch
+    for progress bars is not used: it would also turn off those of huggingface_hub, which control ours.
     """
 
     def quieten(logging: Any) -> None:
@@ -129,7 +129,7 @@ def _quieten_transformers() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """`--quiet`: no tables and no progress bars, ours or other libraries'; errors are still printed."""
+    """`--quiet`: no tables and no progress bars, of hf_cod or other libraries; errors are still printed."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -153,12 +153,12 @@ def _overview() -> str:
         [
             "usage: hf-cod COMMAND [ARGUMENTS]",
             "",
-            "See, cure and use the Curse of Depth.",
+            "Layer-wise diagnosis, compression and training of transformers models.",
             "",
             "commands:",
             *rows,
             "",
             "hf-cod COMMAND --help describes a command, hf-cod --version prints the version, and",
-            "hf-cod --print-completion SHELL a script that completes them in bash, zsh, fish and others.",
+            "hf-cod --print-completion SHELL prints a completion script for bash, zsh, fish and others.",
         ]
     )

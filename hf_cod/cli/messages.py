@@ -1,4 +1,4 @@
-"""Warnings of a command: on standard error, on lines of their own above the progress bar that stands there."""
+"""Warnings of a command on standard error, on separate lines above the current progress bar."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 
 from hf_cod.io.display import HarmlessFormatter
 
-# Logs that scores, a plan or statistics are of a model of another name: once for the scores, again for a plan of them.
+# Its warnings say that scores, a plan or statistics belong to another model: once for the scores, again for the plan.
 _OTHER_MODELS = "hf_cod.layers.checks"
 
 
 @contextmanager
 def warnings_shown(command: str) -> Iterator[None]:
-    """Prints what this package logs as warnings within the block, as `hf-cod COMMAND: warning: ...`.
+    """Prints warnings that hf_cod logs within the block as `hf-cod COMMAND: warning: ...`.
 
-    So it does with old names of options, a warning of Python's. Another one of those says nothing to a user: PEFT asks
-    transformers by an older name.
+    DeprecationWarnings about old option names are printed in the same way. A FutureWarning that PEFT triggers in
+    transformers is hidden, since it does not concern users.
     """
     logger, handler = logging.getLogger("hf_cod"), _AboveBars(logging.WARNING)
     handler.setFormatter(HarmlessFormatter(f"hf-cod {command}: warning: %(message)s"))
@@ -37,7 +37,7 @@ def warnings_shown(command: str) -> Iterator[None]:
 
 
 def _show(others: Callable[..., None], logger: logging.Logger, message: Any, category: Any, *where: Any) -> None:
-    """Shows one of Python's warnings."""
+    """Logs a warning about an option; passes other Python warnings on."""
     if str(message).startswith("option: "):
         logger.warning(str(message))
     else:
@@ -45,17 +45,17 @@ def _show(others: Callable[..., None], logger: logging.Logger, message: Any, cat
 
 
 class _AboveBars(logging.Handler):
-    """Writes where no bar stands, and of the same other model once."""
+    """Log handler that writes above progress bars, and warns about the same other model only once."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
         self._told: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line."""
+        """Prints one record."""
         from tqdm import tqdm
 
-        models = record.getMessage().partition(": ")[2]  # behind the name of the field
+        models = record.getMessage().partition(": ")[2]  # after the field name
         if record.name == _OTHER_MODELS and models in self._told:
             return
         self._told.add(models)

@@ -1,15 +1,15 @@
-"""What commands need before they begin to draw."""
+"""Check of the requirements for plots."""
 
 from __future__ import annotations
 
 
 def require_plots() -> None:
-    """Says that matplotlib is missing before the long work, not after it.
+    """Checks that matplotlib is installed, before a long run instead of after it.
 
     Raises:
-        ImportError: matplotlib is missing; the message says how to add it.
+        ImportError: matplotlib is not installed; the message gives the pip command.
     """
     try:
         import hf_cod.reporting.plots  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"{error}, or give --no-plots") from error
+        raise ImportError(f"{error}, or use --no-plots") from error

@@ -1,6 +1,6 @@
-"""Options from dataclasses: argparse, with one help text a field, where it is defined, and settings from a file.
+"""Command line options from dataclass fields by argparse, with help texts from field metadata; YAML config files.
 
-Imports the standard library, and what imports no more than that: `hf-cod COMMAND --help` waits for nothing.
+Imports only the standard library and modules that import nothing else, so that `hf-cod COMMAND --help` is fast.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from hf_cod.io.deprecation import warn_renamed
 
-# Spelling that other tools use -> ours.
+# Option name in other tools -> name in hf-cod.
 ALIASES = {"--output-dir": "--output"}
-# Option of an earlier version -> its name now; taken for one release, with a warning.
+# Option name in an earlier version -> current name; accepted for one release, with a warning.
 RENAMED = {"--multiple": "--channel-multiple", "--parameters": "--parameter-share"}
-# Options of every command, which a config file does not hold.
+# Type of an option's value -> its name in errors.
+_TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}
+# Options of every command that are not part of a config file.
 _COMMON = ("help", "config", "print_config", "quiet", "debug")
 
 
 class SettingsParser(argparse.ArgumentParser):
-    """A parser of dataclasses: one option for each field, by dashes (underscores are read, too).
+    """A parser with one option per dataclass field, written with dashes (underscores are accepted, too).
 
     Every command also takes `--config FILE` (YAML, option names as keys; the command line wins), `--print-config`
     (prints such a file and exits), `--quiet` and `--debug`.
 
     Args:
-        settings: dataclasses; a field's metadata hold "help" and, optionally, "choices" and "nargs".
-        **options: of `argparse.ArgumentParser`.
+        settings: dataclasses; the metadata of a field has "help" and, optionally, "choices" and "nargs".
+        **options: options of `argparse.ArgumentParser`.
     """
 
     def __init__(self, settings: Sequence[type] = (), **options: Any) -> None:
@@ -47,25 +49,25 @@ class SettingsParser(argparse.ArgumentParser):
                     _add_field(self, found, hints[found.name])
         common = self.add_argument_group("common options")
         common.add_argument("--config", metavar="FILE", help="YAML file of options; the command line takes precedence")
-        common.add_argument("--print-config", action="store_true", help="print all options as such a file, and exit")
+        common.add_argument("--print-config", action="store_true", help="print all options as a YAML file, and exit")
         common.add_argument(
             "--quiet", action="store_true", help="print warnings and errors only: no progress bars, no tables"
         )
-        common.add_argument("--debug", action="store_true", help="print the traceback of an error, too")
+        common.add_argument("--debug", action="store_true", help="also print the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
-        """An option of several values takes all words after it, the model's name, too."""
+        """Adds a hint if a positional is missing: an option with several values consumes all words after it."""
         positional = "are required" in message and "--" not in message
         super().error(message + ("; put it before the options" if positional else ""))
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
-        """One object for each dataclass, then the namespace of all arguments; options may stand between the others.
+        """Returns one object per dataclass, then the namespace of all arguments; options and positionals may be mixed.
 
-        A value that begins with ~ is a path in a home directory, also in a config file and behind `--output=`, where no
-        shell expands it.
+        A leading ~ is expanded to the home directory, also in config files and after `--output=`, where shells do not
+        expand it.
 
         Raises:
-            ValueError: a setting out of its range, or a config file with unknown or wrong entries.
+            ValueError: a setting is out of range, or a config file has unknown or invalid entries.
             SystemExit: an unknown option (status 2), `--help` or `--print-config` (0).
         """
         spelled = [_spelled(argument) for argument in arguments]
@@ -92,26 +94,39 @@ class SettingsParser(argparse.ArgumentParser):
         return *made, found
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """As a setting's own check says it.
+        """Checks choices; the error has the same form as that of a setting.
 
         Raises:
-            ValueError: none of the choices.
+            ValueError: the value is not one of the choices.
         """
         if action.choices is not None and value not in action.choices:
             raise ValueError(f"{action.dest}: expected one of {', '.join(map(str, action.choices))}, got {value!r}")
 
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        """Converts a value; the error has the same form as that of a setting.
+
+        Raises:
+            ValueError: the value is not a number where one is expected.
+        """
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError as error:
+            if action.type not in _TYPES:
+                raise
+            raise ValueError(f"{action.dest}: expected {_TYPES[action.type]}, got {text!r}") from error
+
     def _options(self) -> dict[str, argparse.Action]:
-        """Name in a config file -> option or positional argument."""
+        """Name in a config file -> argparse action of the option or positional argument."""
         return {action.dest: action for action in self._actions if action.dest not in _COMMON}
 
     def _near(self, word: str) -> str | None:
-        """The option that an unknown one was probably meant to be, if there is one."""
+        """The known option closest to an unknown one, or None."""
         names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
         near = get_close_matches(f"--{word.lstrip('-').partition('=')[0]}", names, 1) if word.startswith("-") else []
         return near[0] if near else None
 
     def _read(self, path: Path) -> None:
-        """Takes a file's values for defaults."""
+        """Reads a config file; its values become the defaults."""
         import yaml
 
         try:
@@ -120,7 +135,7 @@ class SettingsParser(argparse.ArgumentParser):
             told = str(error).splitlines()[0]
             raise ValueError(f"config: expected a YAML file of options, got {str(path)!r}: {told}") from error
         if not isinstance(content, Mapping):
-            raise ValueError(f"config: expected names of options with their values, got {content!r} in {str(path)!r}")
+            raise ValueError(f"config: expected option names with values, got {content!r} in {str(path)!r}")
         options = self._options()
         for key, value in content.items():
             name = _spelled(f"--{key}")[2:].replace("-", "_")
@@ -133,7 +148,7 @@ class SettingsParser(argparse.ArgumentParser):
                 _make_optional(options[name])
 
     def words(self, values: Mapping[str, Any]) -> list[str]:
-        """The arguments that give these values, positional ones first, options where they differ from their default."""
+        """Command line arguments for these values: positionals, then options whose values differ from the default."""
         positional: list[str] = []
         options: list[str] = []
         for name, action in self._options().items():
@@ -147,31 +162,31 @@ class SettingsParser(argparse.ArgumentParser):
         return [*positional, *options]
 
     def _as_config(self, found: argparse.Namespace) -> str:
-        """The options as YAML, each after its help text."""
+        """The options as YAML, each preceded by its help text as a comment."""
         lines = [f"# {self.prog}"]
         for name, action in self._options().items():
             told = "" if action.help in (None, argparse.SUPPRESS) else str(action.help).replace("%%", "%")
             lines += ["", *([f"# {told}"] if told else [])]
-            lines.append(f"{name}: {json.dumps(getattr(found, name))}")  # which is YAML
+            lines.append(f"{name}: {json.dumps(getattr(found, name))}")  # JSON is valid YAML
         return "\n".join(lines)
 
 
 def _make_optional(action: argparse.Action) -> None:
-    """Lets an argument be missing on the command line."""
+    """Makes an argument optional on the command line."""
     action.required = False
     if not action.option_strings:
         action.nargs = "*" if action.nargs == "+" else "?"
 
 
 def _in_home(value: Any) -> Any:
-    """A value, or each of a list, with the home directory in the place of ~: nothing but a path begins so."""
+    """A value, or each value of a list, with a leading ~ expanded; only paths begin with ~."""
     if isinstance(value, list):
         return [_in_home(each) for each in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _spelled(argument: str) -> str:
-    """An option in our spelling: `--learning_rate=1` is `--learning-rate=1`."""
+    """An option with its current name, with dashes: `--learning_rate=1` becomes `--learning-rate=1`."""
     if not argument.startswith("--") or argument == "--":
         return argument
     name, equals, value = argument.partition("=")
@@ -183,7 +198,7 @@ def _spelled(argument: str) -> str:
 
 
 def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) -> None:
-    """The option of one field: booleans take no value, lists take several."""
+    """Adds the option of one field: booleans take no value, lists take several."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
     required = default is MISSING
     told = str(field.metadata.get("help", "")).replace("%", "%%")
@@ -193,7 +208,7 @@ def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) ->
         if default:
             off = f"--no-{name[2:]}"
             parser.add_argument(name, dest=field.name, action="store_true", default=True, help=argparse.SUPPRESS)
-            # The last option of a name is the one whose help text config files show.
+            # Config files show the help text of the last option with the same name.
             parser.add_argument(
                 off, dest=field.name, action="store_false", default=True, help=told and f"without this option: {told}"
             )
@@ -218,7 +233,7 @@ def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) ->
 
 
 def _kind(hint: Any) -> tuple[type, bool]:
-    """(type of a value, whether there are several) of `int | None`, `list[str]`, `Literal["a", "b"]` and the like."""
+    """(type of one value, whether several are accepted) for `int | None`, `list[str]`, `Literal["a", "b"]`, ..."""
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = (each for each in get_args(hint) if each is not type(None))
     if get_origin(hint) is list:
@@ -229,10 +244,10 @@ def _kind(hint: Any) -> tuple[type, bool]:
 
 
 def _converted(action: argparse.Action, value: Any, key: str) -> Any:
-    """A value of a config file, as the command line would read it.
+    """A value of a config file, converted as on the command line.
 
     Raises:
-        ValueError: it is of another type, or none of the choices.
+        ValueError: the value has another type or is not one of the choices.
     """
     if value is None and action.default is None:
         return None
@@ -258,11 +273,11 @@ def _converted(action: argparse.Action, value: Any, key: str) -> Any:
 
 
 def model_title(model: str) -> str:
-    """What to call a model in a report: its Hub id, or the name of its directory or file."""
+    """The name of a model in reports: its Hub id, or the name of its directory or file."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() else model
 
 
 def default_directory(command: str, model: str) -> Path:
-    """Where a command's results go if the user names no place."""
+    """The default output directory of a command."""
     return Path(f"hf-cod-{command}-{re.sub(r'[^A-Za-z0-9.]+', '-', model_title(model)).strip('-.')}")

@@ -1,4 +1,4 @@
-"""The line of the shell that a report's run was started by, without the paths of the machine that it ran on."""
+"""The shell command of a run, reconstructed from its report, without local paths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def card_outputs(
 
 
 def command_of(report: RunReport) -> str | None:
-    """The command with those of its options that differ from their defaults; None for what no command made."""
+    """The command with all options that differ from their defaults; None for reports of other origin."""
     if report.kind not in COMMANDS:
         return None
     module = import_module(f"hf_cod.cli.commands.{COMMANDS[report.kind][0]}")

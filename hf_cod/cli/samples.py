@@ -1,4 +1,4 @@
-"""Models with their tokenizers, and samples of text to work on and to measure on."""
+"""Loading of models with tokenizers, and splitting of text into calibration and evaluation samples."""
 
 from __future__ import annotations
 
@@ -8,34 +8,52 @@ from typing import Any
 
 from torch import nn
 
+from hf_cod.cli.parser import model_title
 from hf_cod.cli.settings import MeasuringSettings
 from hf_cod.io.models import load_model
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.io.text import Batch, describe_batches, load_texts, mask_tokens, split_samples
 from hf_cod.io.text import token_batches as cut_into_batches
 from hf_cod.layers.checks import check_length
+from hf_cod.layers.running import busy
 from hf_cod.layers.task import task_of
 
 
 def load_with_tokenizer(source: str, loading: ModelSettings) -> tuple[nn.Module, Any]:
-    """The model and its tokenizer.
+    """Loads a model and its tokenizer.
 
     Raises:
-        ValueError: it has none, so that there are no samples to cut; or no such model.
+        ValueError: the model does not exist, or has no tokenizer, without which text cannot be cut into samples.
     """
-    model, tokenizer = load_model(source, loading)
+    with busy(f"loading {model_title(source)}"):
+        model, tokenizer = load_model(source, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod in Python")
     return model, tokenizer
 
 
+def check_texts(text: TextSettings, eval_text: str | None) -> None:
+    """Checks that the given texts exist, before a model is loaded.
+
+    Raises:
+        ValueError: a text does not exist; names the option.
+    """
+    load_texts(text)
+    if eval_text is None:
+        return
+    try:
+        load_texts(replace(text, text=eval_text))
+    except ValueError as error:
+        raise ValueError(f"eval_{error}" if str(error).startswith("text") else str(error)) from error
+
+
 def split_text(
     model: nn.Module, tokenizer: Any, text: TextSettings, settings: MeasuringSettings
 ) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """Samples to work on and, apart from them, to measure on: of one text the earlier and the later ones.
+    """Disjoint calibration and evaluation samples; from one text, the earlier and the later samples.
 
     Raises:
-        ValueError: a text that is too short for both, or samples that are too long for the model.
+        ValueError: the text is too short for both, or samples are too long for the model.
     """
     check_length(model, settings.sequence_length)
     calibrating, measuring = settings.max_samples, settings.eval_samples
@@ -51,8 +69,8 @@ def split_text(
         drawn = describe_batches(batches)["samples"]
         if drawn < 2:
             raise ValueError(
-                f"text: expected at least two samples of {settings.sequence_length} tokens, one to work on and one "
-                "to measure on, got one; give a longer text, --eval-text, or a shorter --sequence-length"
+                f"text: expected at least two samples of {settings.sequence_length} tokens, one for calibration and "
+                "one for evaluation, got one; use a longer text, --eval-text, or a shorter --sequence-length"
             )
         share = calibrating / (calibrating + measuring)
         first, second = split_samples(batches, min(drawn - 1, max(1, round(drawn * share))))

@@ -1,6 +1,6 @@
-"""Settings that several commands share: samples to work and to measure on, and where results go.
+"""Settings that several commands share: calibration and evaluation samples, scores, plots and output.
 
-Imports the standard library and other settings alone: `--help` waits for nothing.
+Imports only the standard library and other settings, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from hf_cod.scoring.settings import AllocationSettings, ScoreSettings
 
 @dataclass
 class MeasuringSettings(SampleSettings):
-    """On which samples the work is done, and on which what comes of it is measured."""
+    """Settings of calibration and evaluation samples."""
 
-    max_samples: int = field(default=32, metadata={"help": "samples to work on; more text is drawn from by seed"})
-    eval_text: str | None = field(
-        default=None, metadata={"help": "text to measure perplexity on; default: other samples of the same text"}
+    max_samples: int = field(
+        default=32,
+        metadata={"help": "maximum number of calibration samples, chosen at random by seed if the text has more"},
     )
-    eval_samples: int = field(default=32, metadata={"help": "samples to measure perplexity on"})
+    eval_text: str | None = field(
+        default=None, metadata={"help": "text for perplexity; default: held-out samples of the same text"}
+    )
+    eval_samples: int = field(default=32, metadata={"help": "number of samples for perplexity"})
     layers_path: str | None = as_in(ScoreSettings, "layers_path")
 
     def __post_init__(self) -> None:
@@ -30,45 +33,61 @@ class MeasuringSettings(SampleSettings):
 
 @dataclass
 class SpeedSettings:
-    """Whether speed is measured."""
+    """Settings of speed measurements."""
 
     speed: bool = field(
         default=True,
         metadata={
-            "help": "measure how many tokens a second are read and generated, which takes some time of a big model"
+            "help": "measure tokens per second of prompt processing and generation (takes time with large models)"
         },
     )
 
 
 @dataclass
 class CompressionSettings(MeasuringSettings):
-    """How layers are scored, and whether all layers alike are measured, too."""
+    """Settings of layer scores, and of the uniform baseline."""
 
     threshold: float = as_in(ScoreSettings, "threshold")
     per_module: bool = as_in(ScoreSettings, "per_module")
     baseline: bool = field(
-        default=True, metadata={"help": "also treat all layers alike, to see what the score is worth; twice the time"}
+        default=True, metadata={"help": "also measure a uniform plan, for comparison with the score; twice the time"}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ScoreSettings(threshold=self.threshold)
 
+    @property
+    def of_owl(self) -> bool:
+        """Whether a setting of the score owl was changed; if no score is given, owl is then used."""
+        return self.per_module or self.threshold != ScoreSettings().threshold
+
 
 @dataclass
 class SpreadSettings(CompressionSettings):
-    """The same, for budgets of which each layer may get more or less."""
+    """The same, for budgets that are distributed over layers by score."""
 
     spread: float | None = as_in(AllocationSettings, "spread")
+    force: bool = field(
+        default=False,
+        metadata={
+            "help": "apply the plan by score even if the uniform plan has a lower perplexity; default: the uniform "
+            "plan is then applied. With --no-baseline there is no comparison, and the plan by score is always applied"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        AllocationSettings(spread=self.spread)
 
 
 @dataclass
 class PlotSettings:
-    """Whether pictures are drawn, and as what."""
+    """Settings of plots."""
 
-    plots: bool = field(default=True, metadata={"help": "draw the pictures (requires matplotlib)"})
+    plots: bool = field(default=True, metadata={"help": "save plots (requires matplotlib)"})
     plot_format: str = field(
-        default=PLOT_FORMATS[0], metadata={"help": "file format of the pictures", "choices": PLOT_FORMATS}
+        default=PLOT_FORMATS[0], metadata={"help": "file format of plots", "choices": PLOT_FORMATS}
     )
 
     def __post_init__(self) -> None:
@@ -77,29 +96,29 @@ class PlotSettings:
 
 @dataclass
 class ResultsOutput(PlotSettings):
-    """Where results go."""
+    """Settings of the output directory."""
 
     output: str | None = field(
         default=None,
-        metadata={"help": "new directory for model, report and pictures; default: hf-cod-COMMAND-MODEL"},
+        metadata={"help": "new directory for model, report and plots; default: hf-cod-COMMAND-MODEL"},
     )
 
 
 @dataclass
 class CompressionOutput(ResultsOutput):
-    """The same, and what is read beside the model."""
+    """The same, and a scores file as input."""
 
-    scores: str | None = field(default=None, metadata={"help": "scores.json of hf-cod score, instead of scoring anew"})
+    scores: str | None = field(
+        default=None, metadata={"help": "scores.json of hf-cod score; default: the layers are scored by this command"}
+    )
 
 
 @dataclass
 class TrainingOutput(PlotSettings):
-    """What is read beside the model, and where results of a training go."""
+    """Settings of a scores file and of the output directory of a training."""
 
     scores: str | None = as_in(CompressionOutput, "scores")
     output: str | None = field(
         default=None,
-        metadata={
-            "help": "directory for model and report, and for checkpoints of the training; default: hf-cod-COMMAND-MODEL"
-        },
+        metadata={"help": "directory for model, report and training checkpoints; default: hf-cod-COMMAND-MODEL"},
     )

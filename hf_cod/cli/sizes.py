@@ -1,4 +1,4 @@
-"""Sizes as people write and read them."""
+"""Parsing and formatting of sizes in bytes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 
 
 def parse_bytes(text: str, field: str) -> int:
-    """Bytes of "24GB" (powers of 1000), "80GiB" (of 1024) or a plain number.
+    """Number of bytes in "24GB" (powers of 1000), "80GiB" (powers of 1024) or a plain number.
 
     Raises:
-        ValueError: no size; begins with the name of the user's `field`.
+        ValueError: the text is not a size; begins with `field`.
     """
-    from accelerate.utils.modeling import convert_file_size_to_int  # imports torch, which --help does without
+    from accelerate.utils.modeling import convert_file_size_to_int  # here, because it imports torch
 
-    size, factor = text.upper(), 1  # it takes a small b for bits, and knows no T
+    size, factor = text.upper(), 1  # accelerate reads a lower-case b as bits, and does not support T
     if found := re.fullmatch(r"(.+)T(I?)B?", size):
         size, factor = f"{found[1]}G{found[2]}B", 1024 if found[2] else 1000
     try:
@@ -23,7 +23,7 @@ def parse_bytes(text: str, field: str) -> int:
 
 
 def in_gigabytes(value: float) -> str:
-    """10^9 bytes, to two or three digits."""
+    """A size in GB (10^9 bytes), with two or three digits."""
     gigabytes = value / 1e9
     form = ".1f" if gigabytes >= 10 else ".2f" if gigabytes >= 0.1 else ".2g"
     return f"{gigabytes:{form}}"

@@ -1,4 +1,4 @@
-"""Step: what one compressing command adds to the pipeline of `compression.py`."""
+"""Step: the part of a compressing command that differs from the common pipeline in `compression.py`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class Step(ABC):
-    """What is decided and done to a model; all else is the pipeline's.
+    """Planning and applying of one compression method; the pipeline does everything else.
 
     Args:
-        settings: the command's, with `MeasuringSettings` among them.
+        settings: settings of the command, including `MeasuringSettings`.
 
     Attributes:
-        command: its name.
-        done: what the model is afterwards, such as "pruned": the key beside "intact" in a report's results.
+        command: name of the command.
+        done: state of the model after the step, such as "pruned": the key next to "intact" in a report's results.
     """
 
     command: ClassVar[str]
@@ -29,60 +29,64 @@ class Step(ABC):
         self.settings = settings
 
     def samples(self) -> Any:
-        """How samples are cut: `max_samples` of them to work on, `eval_samples` to measure on."""
+        """Settings of samples: `max_samples` for calibration, `eval_samples` for evaluation."""
         return self.settings
 
     def check(self, work: Work) -> None:  # noqa: B027 - most have nothing to check
-        """Fails, before anything is measured, where the model cannot be treated.
+        """Checks, before anything is measured, that the step can be applied to the model.
 
         Raises:
-            ValueError: says why.
+            ValueError: it cannot; gives the reason.
         """
 
     def identity(self) -> Any:
-        """What tells a run from others of the same command on the same model and text, JSON-like."""
+        """JSON-like identity of a run among runs of the same command on the same model and text."""
         return asdict(self.settings)
 
     def disk_share(self) -> float:
-        """What is written is at least this share of the model's bytes: so much must be free before the work begins."""
+        """Minimum size of the results as a share of the model's bytes; checked against free disk space at the start."""
         return 0.1
 
     @abstractmethod
     def plan(self, work: Work) -> Any:
-        """Decides on the intact model what is done to it; None where nothing is to be done."""
+        """Makes the plan from the intact model; None if nothing is to be applied."""
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
-        """Name -> another plan, whose perplexity is measured for comparison."""
+        """Name -> alternative plan, whose perplexity is measured for comparison.
+
+        "uniform" is the same for all layers. It is applied instead of the plan if its perplexity is lower, unless
+        `settings.force` is set.
+        """
         return {}
 
     @abstractmethod
     def apply(self, work: Work, plan: Any) -> RunReport:
-        """Changes `work.model` in place by a plan; returns the report of the function that did."""
+        """Applies a plan to `work.model` in place; returns the report of the function that did."""
 
     @property
     def trained(self) -> str | None:
-        """What the model is once it was trained on; None where that was not asked for."""
+        """State of the model after training, as a key of results; None if training is not requested."""
         return None
 
     def train(self, work: Work) -> None:  # noqa: B027 - most train nothing
-        """Trains the changed model on, where that was asked for."""
+        """Trains the compressed model, if requested."""
 
     def files(self, plan: Any) -> dict[str, Any]:
-        """File name -> record that saves itself there, beside the model."""
+        """File name -> record to save under this name next to the model."""
         return {}
 
     def measure(self, saved: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        """What else is counted in the saved model: of a report's `layers`, and of its `results`."""
+        """Further measurements of the saved model: entries for a report's `layers`, and for its `results`."""
         return {}, {}
 
     def told(self, plan: Any) -> dict[str, Any]:
-        """What the report's settings say beside the command's own."""
+        """Entries of the report's settings in addition to those of the command."""
         return {}
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
-        """Findings of this step: the function's own, or others in their place; `saved` is the model that was saved."""
+        """Sentences of this step for the summary, by default those of its report; `saved` is the saved model."""
         return report.summary
 
     def last_words(self) -> list[str]:
-        """What a user must know to load the model: printed last."""
+        """Sentences on loading the model, printed last."""
         return []

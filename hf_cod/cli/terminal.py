@@ -1,6 +1,6 @@
-"""Reports as tables in the terminal, and whatever else names models and files there.
+"""Reports as tables in the terminal.
 
-Such names come from strangers: they are shown as they are, control characters as escapes, and rich's markup is text.
+Names of models and files are of foreign origin: control characters are escaped, and the markup of rich is not applied.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from hf_cod.io.display import terminal_text
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.reporting.comparison import Comparison
 
-# Measures that only report.md shows: with them the table would not fit 80 columns.
+# Measures that are shown in report.md only: with them the table would not fit into 80 columns.
 ONLY_ON_THE_PAGE = ("mean", "max_abs")
-# Columns where there is no terminal: of a file or a pipe no line is wrapped and no cell cut.
+# Width for files and pipes, where no line is wrapped and no cell is cut.
 UNLIMITED = 100_000
 
 
 def make_console() -> Console:
-    """Of standard output: as wide as the terminal, or unlimited where there is none; by NO_COLOR without any styles.
+    """A console on standard output, as wide as the terminal or, without one, unlimited.
 
-    Markup and names of emoji are the text that they are.
+    Without styles if NO_COLOR is set. Markup and emoji names are printed literally.
     """
     width = None if sys.stdout.isatty() else UNLIMITED
     return Console(width=width, color_system=None if os.environ.get("NO_COLOR") else "auto", markup=False, emoji=False)
 
 
 def print_report(report: RunReport) -> None:
-    """Prints the per-layer table, then the findings and notes."""
+    """Prints the per-layer table, then summary and notes."""
     console = make_console()
     layers = {name: values for name, values in report.layers.items() if name not in ONLY_ON_THE_PAGE}
     table = Table(
@@ -54,7 +54,7 @@ def print_report(report: RunReport) -> None:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Prints the table of several runs, then what sets them apart."""
+    """Prints the table of several runs, then the verdict."""
     console = make_console()
     table = Table(*map(terminal_text, comparison.columns))
     for row in comparison.rows:

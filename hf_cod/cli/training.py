@@ -1,4 +1,4 @@
-"""What the commands share that train: how results are shown."""
+"""Common part of the training commands: output directory, report and model card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.training.runs.run_directory import check_claim, claim, half_checkpoints, last_steps
 
-# What is said to be written -> a file that shows where it is.
+# (name in the message, file whose directory is printed).
 _WRITTEN = (
     ("model", "config.json"),
     ("adapter", "adapter_config.json"),
@@ -29,14 +29,14 @@ def train_into(
     pictures: PlotSettings,
     run: Callable[[OutputDirectory], RunReport],
 ) -> None:
-    """Trains in a directory that is this run's, unless a killed run had all but finished there; prints the report.
+    """Trains in the directory of a run and prints the report; a run that was killed at its very end is only completed.
 
     Args:
-        directory: the run's.
-        told: what tells the run from others, as JSON has it.
+        directory: the directory of the run.
+        told: JSON-like identity of the run.
         source: the model's directory or name.
-        pictures: whether they are drawn, and as what.
-        run: trains, and writes the model to the results of the directory.
+        pictures: settings of plots.
+        run: function that trains, and writes the model to the results of the directory.
     """
     with OutputDirectory(
         directory, told, check=lambda path: check_claim(path, told), source=source, half=half_checkpoints
@@ -54,7 +54,7 @@ def train_into(
 
 
 def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
-    """Draws and saves the report beside the model, moves all into its place, and removes the checkpoints."""
+    """Plots and saves the report next to the model, moves all to their final places, and removes the checkpoints."""
     if pictures.plots:
         report.plot(output.results, pictures.plot_format)
     report.save(output.results)

@@ -1,4 +1,4 @@
-"""Work: the model that a command compresses, its samples, and what is measured of it."""
+"""Work: the model that a command compresses, its samples, and measurements."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hf_cod.cli.samples import load_with_tokenizer
 from hf_cod.io.models import load_model
 from hf_cod.io.settings import ModelSettings
 from hf_cod.io.text import Batch
+from hf_cod.layers.running import busy, progress
 from hf_cod.layers.speed import Speeds, speeds_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
@@ -21,17 +22,16 @@ from hf_cod.scoring.methods import score_layers
 
 
 class Work:
-    """One model that is being compressed; memory never holds two.
+    """One model during compression; memory never holds two models at once.
 
     Attributes:
-        source: where the intact model comes from: Hub id, directory or GGUF file.
-        model: the model as it is now; any class of transformers.
+        source: Hub id, directory or GGUF file of the intact model.
+        model: the current model; any class of transformers.
         tokenizer: its tokenizer.
-        calibration, evaluation: samples to work on, and others to measure on.
-        source: Hub id, directory or GGUF file that it was loaded from.
-        scores: of the layers, given or found; None as long as there are none.
-        options: keyword arguments that every method takes: journal, layers_path, show_progress.
-        name: what reports call the model.
+        calibration, evaluation: disjoint samples for calibration and for evaluation.
+        scores: scores of the layers, from a file or computed; None before that.
+        options: keyword arguments of every method: journal, layers_path, show_progress.
+        name: name of the model in reports.
     """
 
     model: Any
@@ -55,25 +55,27 @@ class Work:
 
     @property
     def stack(self) -> DecoderLayers:
-        """The layers of the model as it is now."""
+        """The layers of the current model."""
         return find_decoder_layers(self.model, self.settings.layers_path)
 
     def renew(self) -> None:
-        """Loads the intact model in the place of a changed one."""
+        """Replaces the current model by the intact model."""
         self.model = None
         self.model = self.load()
 
     def load(self) -> Any:
-        """The intact model, loaded anew."""
-        return load_model(self.source, self._loading)[0]
+        """Loads the intact model."""
+        with busy(f"loading {self.name}"):
+            return load_model(self.source, self._loading)[0]
 
     def reload(self, directory: Path) -> None:
-        """Loads what was saved in the place of what was changed."""
+        """Replaces the current model by the saved one."""
         self.model = None
-        self.model = load_model(str(directory), replace(self._loading, revision="main"))[0]
+        with busy("loading the saved model"):
+            self.model = load_model(str(directory), replace(self._loading, revision="main"))[0]
 
     def score(self, method: str, **chosen: Any) -> LayerScores:
-        """The scores that were given, or those that are found by a method, with the command's settings of it."""
+        """The scores from the file if one was passed, else those computed by a method with the command's settings."""
         if self.scores is None:
             own = {name: getattr(self.settings, name) for name in ("threshold", "per_module", "seed", "layers_path")}
             more = {**own, **chosen, "batches": self.calibration, "show_progress": True}
@@ -81,17 +83,19 @@ class Work:
         return self.scores
 
     def perplexity(self) -> float | None:
-        """On the samples to measure on; None for a model that is no language model."""
+        """Perplexity on the evaluation samples; None for a model that is not a language model."""
         if task_of(self.model) not in LANGUAGE_MODELS:
             return None
-        return held_out_perplexity(self.model, self.evaluation, self.settings.layers_path)
+        batches = progress(self.evaluation, "perplexity", show=True)
+        return held_out_perplexity(self.model, batches, self.settings.layers_path)
 
     def speed(self, name: str) -> Speeds:
-        """Of the model as it is now, under that name; empty where it is not asked for.
+        """Speed of the current model, under this name; empty if it is not requested.
 
-        With one model in memory at a time, the intact one is timed before it is changed and what was saved afterwards:
-        what else the machine does in between is in the figures.
+        Memory holds one model at a time, so the intact model is timed before it is changed and the saved one
+        afterwards; varying load on the machine affects the comparison.
         """
         if not getattr(self.settings, "speed", False):
             return {}
-        return speeds_of({name: self.stack}, self.evaluation)
+        with busy("measuring speed"):
+            return speeds_of({name: self.stack}, self.evaluation)

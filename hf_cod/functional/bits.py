@@ -1,5 +1,5 @@
-"""Widths that weights are rounded to, as plain numbers."""
+"""Bit widths of quantized weights, as plain numbers."""
 
 BITS = (3, 4)
-# What scales take a weight at block 64: eight bits for each block, 32 for 256 of those.
+# Bits of the scales per weight at block 64: eight for each block, 32 for each 256 blocks.
 SCALE_BITS = 8 / 64 + 32 / (64 * 256)

@@ -1,7 +1,7 @@
 """From scores to one value a layer under a budget: sparsities, bits, ranks.
 
 Symbols: D (L,) scores, the higher the more a layer matters; w (L,) its parameters; S the budget, which is the mean of
-the values weighted by w; lam half the width of the interval [S - lam, S + lam] that the values may take.
+the values weighted by w; lam half the width of the interval [S - lam, S + lam] of the values.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def spread(D: Tensor, w: Tensor, S: float, low: float, high: float, falling: boo
 
         x_l = clamp( c -+ (high - low) u_l, low, high ),   u_l = (D_l - min D) / (max D - min D)
 
-    with the one level c for which sum_l w_l x_l / sum_l w_l = S. The slope is that of OWL (arXiv 2310.05175), whose
-    range is 2 lam wide; OWL's own formula is `authors_sparsity`. Equal scores give S everywhere.
+    The level c is the one for which sum_l w_l x_l / sum_l w_l = S. The slope is that of OWL (arXiv 2310.05175), whose
+    range is 2 lam wide; OWL's own formula is `authors_sparsity`. Equal scores give S for all layers.
 
     Args:
         D: (L,).
@@ -40,9 +40,9 @@ def authors_sparsity(D: Tensor, S: float, lam: float) -> Tensor:
 
         1 - x_l = d_l - mean(d) + (1 - S),   d_l = 2 lam (D_l - min D) / (max D - min D)
 
-    The range is 2 lam wide but need not lie in [S - lam, S + lam]: with one layer far above the others it reaches from
-    about S - 2 lam to S, and it may leave [0, 1]. The mean is over layers, whatever their parameters. For equal scores,
-    where that code divides by zero, this is S everywhere.
+    The range is 2 lam wide but need not lie in [S - lam, S + lam]: with one layer far above the others it spans from
+    about S - 2 lam to S, and it may leave [0, 1]. The mean over layers is not weighted by parameters. For equal scores
+    that code divides by zero; this function returns S for all layers.
 
     Args:
         D: (L,).
@@ -57,26 +57,27 @@ def authors_sparsity(D: Tensor, S: float, lam: float) -> Tensor:
 
 
 def round_to(x: Tensor, choices: Sequence[float], w: Tensor, first: Tensor | None = None) -> Tensor:
-    """Moves each value to a neighbouring choice and keeps their order and, nearly, their weighted mean.
+    """Rounds each value to a neighbouring choice. Keeps the order of the values and, approximately, the weighted mean.
 
-    All values go down to the next choice; then layers go up by one, those first that fell farthest, as long as the
-    mean does not exceed that of `x`; at last one more goes up if that brings the mean nearer. A layer that is too heavy
-    to go up holds back the smaller values between the same two choices: so y_i <= y_j wherever x_i < x_j, which costs a
-    mean as near as some other set of layers might have.
+    1. All values are rounded down to the next choice.
+    2. Layers are raised by one choice, in falling order of their rounding error, while the mean does not exceed that
+       of `x`. A layer that cannot be raised, because its weight is too large, blocks the smaller values between the
+       same two choices, so that y_i <= y_j wherever x_i < x_j. Another set of layers may come nearer to the mean.
+    3. One more layer is raised if that brings the mean nearer.
 
     Args:
         x: (L,), between the least and the largest choice.
         choices: rising.
         w: (L,).
-        first: (L,), of equal values those go up first where this is larger; default: in the order of layers.
+        first: (L,), breaks ties: of equal values those with a larger entry are raised first; default: layer order.
 
     Returns:
-        (L,) float64, each one of `choices`, less than a step from `x`. The mean is off by at most half the largest
-        w_l step_l / sum(w): with equal weights and steps by half a step over L.
+        (L,) float64, each one of `choices`, less than a step from `x`. The error of the mean is at most half the
+        largest w_l step_l / sum(w): half a step over L for equal weights and steps.
     """
     grid = torch.tensor(choices, dtype=torch.float64)
     x, w = x.double(), w.double()
-    # A value that sums have moved off its choice by a rounding error belongs to that choice.
+    # A value that differs from a choice by a rounding error counts as that choice.
     below = (torch.searchsorted(grid, x + 1e-9, right=True) - 1).clamp(0, len(grid) - 1)
     above = (below + 1).clamp(max=len(grid) - 1)
     step = w * (grid[above] - grid[below])
@@ -84,7 +85,7 @@ def round_to(x: Tensor, choices: Sequence[float], w: Tensor, first: Tensor | Non
     place = below.clone()
     fell = (x - grid[below]).tolist()
     ties = torch.zeros_like(x).tolist() if first is None else first.double().tolist()
-    held: dict[int, int] = {}  # choice -> the layer between it and the next one that would go up first
+    held: dict[int, int] = {}  # choice -> the layer between it and the next choice that would be raised first
     for i in sorted(range(len(x)), key=lambda i: (-fell[i], -ties[i])):
         if int(below[i]) not in held and step[i] <= gap * (1 + 1e-9):
             place[i] = above[i]
@@ -98,8 +99,9 @@ def round_to(x: Tensor, choices: Sequence[float], w: Tensor, first: Tensor | Non
 
 
 def _clamped_to_mean(z: Tensor, w: Tensor, mean: float, low: float, high: float) -> Tensor:
-    """clamp(c - z, low, high) with the weighted mean `mean`: it grows with c, and linearly between the levels where
-    some layer meets an end of the interval, so that c follows exactly.
+    """clamp(c - z, low, high) with the weighted mean `mean`.
+
+    The mean grows with c, linearly between the levels where a layer reaches an end of the interval, so c is exact.
     """
     levels = torch.cat([z + low, z + high]).sort().values  # (2L,)
     means = (levels[:, None] - z).clamp(low, high) @ w / w.sum()  # (2L,)
@@ -111,7 +113,7 @@ def _clamped_to_mean(z: Tensor, w: Tensor, mean: float, low: float, high: float)
 
 
 def _unit_range(D: Tensor) -> Tensor:
-    """(D - min) / (max - min), zero for equal scores; scaled first, so that no difference overflows."""
+    """(D - min) / (max - min), zero for equal scores. Scaled first, so that no difference overflows."""
     D = D.double()
     largest = float(D.abs().max())
     D = D / largest if largest > 0 else D

@@ -1,9 +1,9 @@
-"""Heads and channels: how much each matters, and what the ones that stay do for those that go.
+"""Heads and channels: importance, and the update of the kept weights that compensates the removed ones.
 
-Symbols: a unit (a head group, a channel) owns rows of the matrices that read the hidden state and columns of the one
+Symbols: a unit (a head group, a channel) owns rows of the matrices that read the hidden state and columns of the matrix
 that writes to it; W a weight matrix (out, in); X the inputs of the writing matrix (tokens, in), each unit's columns
-side by side; M = [X, 1]^T [X, 1] (in + 1, in + 1), so that its last column holds sums and the number of tokens n;
-k and r the columns of units that are kept and removed. Everything is computed in float64, where the device has it.
+contiguous; M = [X, 1]^T [X, 1] (in + 1, in + 1), whose last column holds sums and the number of tokens n; k and r the
+columns of kept and removed units. Everything is computed in float64, where the device has it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from hf_cod.functional.damping import damped_cholesky
 from hf_cod.functional.depth import wide
 
-DAMPING = 0.01  # of each column's own energy
+DAMPING = 0.01  # share of each column's energy
 
 Rows = Sequence[tuple[Tensor, int]]
-"""For each reading matrix: something (out, ...), and of how many parts it is made, each with the rows of all units."""
+"""For each reading matrix: a tensor (out, ...), and its number of fused parts, each with the rows of all units."""
 
 
 def rows_of(units: Tensor, count: int, size: int, parts: int = 1) -> Tensor:
-    """Positions of the rows (or columns) that units own.
+    """Indices of the rows (or columns) that units own.
 
     Args:
-        units: (kept,) numbers of units, rising.
-        count: of all units.
-        size: of all rows.
+        units: (kept,) indices of units, rising.
+        count: number of all units.
+        size: number of all rows.
         parts: see `Rows`.
 
     Returns:
@@ -38,12 +38,12 @@ def rows_of(units: Tensor, count: int, size: int, parts: int = 1) -> Tensor:
 
 
 def per_unit(rows: Rows, columns: Tensor, count: int) -> Tensor:
-    """Sums over what each unit owns.
+    """Sums over the rows and columns of each unit.
 
     Args:
-        rows: a number a row, (out,) of each reading matrix.
-        columns: a number a column of the writing matrix, (in,).
-        count: of units.
+        rows: one number for each row, (out,) of each reading matrix.
+        columns: one number for each column of the writing matrix, (in,).
+        count: number of units.
 
     Returns:
         (count,) float64.
@@ -58,9 +58,9 @@ def magnitude(readers: Rows, W: Tensor, count: int) -> Tensor:
     """Norm of a unit's weights: I_u = sqrt( sum_{w in u} w^2 ).
 
     Args:
-        readers: their weights (out, in).
-        W: of the writing matrix.
-        count: of units.
+        readers: weights (out, in) of the reading matrices.
+        W: weight of the writing matrix.
+        count: number of units.
 
     Returns:
         (count,) float64.
@@ -70,14 +70,15 @@ def magnitude(readers: Rows, W: Tensor, count: int) -> Tensor:
 
 
 def fluctuation(W: Tensor, M: Tensor, count: int) -> Tensor:
-    """What a unit's outputs vary around their mean, which a bias could replace: I_u = sum_{j in u} Var(X_j) ||W_:j||^2.
+    """Variance of a unit's outputs around their mean: I_u = sum_{j in u} Var(X_j) ||W_:j||^2.
 
-    FLAP (An et al. 2023, arXiv 2312.11983, equation 5).
+    A bias can replace the mean (`mean_bias`), but not the variance. FLAP (An et al. 2023, arXiv 2312.11983, equation
+    5).
 
     Args:
-        W: of the writing matrix.
-        M: of its inputs.
-        count: of units.
+        W: weight of the writing matrix.
+        M: products of its inputs.
+        count: number of units.
 
     Returns:
         (count,) float64.
@@ -90,7 +91,7 @@ def fluctuation(W: Tensor, M: Tensor, count: int) -> Tensor:
 
 
 def largest(importance: Tensor, kept: int) -> Tensor:
-    """The units that stay: those of most importance, of equal ones the first.
+    """The units that are kept: those of largest importance; of equal ones the first.
 
     Returns:
         (kept,) rising.
@@ -99,12 +100,12 @@ def largest(importance: Tensor, kept: int) -> Tensor:
 
 
 def drop(W: Tensor, M: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The kept columns as they are."""
+    """The kept columns, unchanged."""
     return W[:, k], None
 
 
 def mean_bias(W: Tensor, M: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The kept columns as they are, and a bias that stands for the mean of the others: b = W_:r mean(X_r).
+    """The kept columns, unchanged, and a bias that replaces the mean of the removed ones: b = W_:r mean(X_r).
 
     FLAP, equation 4.
     """
@@ -116,12 +117,12 @@ def mean_bias(W: Tensor, M: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor | 
 
 
 def least_squares(W: Tensor, M: Tensor | None, k: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor | None]:
-    """The kept columns, changed so that outputs change least, without a bias.
+    """The kept columns, updated so that the outputs change least, without a bias.
 
         W' = W_:k + W_:r H_rk (H_kk + damping diag H_kk)^-1,   H = X^T X
 
-    which is the minimum of || X_k (W' - W_:k)^T - X_r W_:r^T ||_F^2 with ridge regression's penalty on the change, in
-    units of each column's energy; undamped it is W H_:k H_kk^-1. Where W_:r or X_r is 0, W' is W_:k.
+    This minimizes || X_k (W' - W_:k)^T - X_r W_:r^T ||_F^2 plus a ridge penalty on the change, in units of each
+    column's energy. Without damping it is W H_:k H_kk^-1. Where W_:r or X_r is 0, W' is W_:k.
 
     Args:
         W: (out, in).
@@ -145,7 +146,7 @@ def least_squares(W: Tensor, M: Tensor | None, k: Tensor, damping: float = DAMPI
 
 
 def lost_energy(W: Tensor, M: Tensor, k: Tensor, kept: Tensor, bias: Tensor | None) -> float:
-    """Share of the outputs' energy that differs: || X W^T - X_k W'^T - b ||_F^2 / || X W^T ||_F^2.
+    """Share of the outputs' energy that is lost: || X W^T - X_k W'^T - b ||_F^2 / || X W^T ||_F^2.
 
     Args:
         W: (out, in).

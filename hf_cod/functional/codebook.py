@@ -1,8 +1,9 @@
-"""Three and four bits a weight: codebooks, block scales, and rounding that makes up for its own errors.
+"""Quantization to three and four bits: codebooks, block scales, and rounding with error compensation (GPTQ).
 
 Symbols: W a weight matrix (N, K), N outputs, K inputs; C a codebook, rising, 2^bits values in [-1, 1]; c codes (N, K)
-uint8, indices into C; B the block, neighbours in a row that share a scale, K a multiple of B; s scales (N, K / B);
-w what an error in an input channel costs, (K,) or None for alike; H = X^T X (K, K); U upper triangular, H^-1 = U^T U.
+uint8, indices into C; B the block size: B neighbours in a row share a scale, K is a multiple of B; s scales (N, K / B);
+w the cost of an error in each input channel, (K,), or None for equal costs; H = X^T X (K, K); U upper triangular,
+H^-1 = U^T U.
 The rounded matrix is Q_ij = s_i,j/B C[c_ij].
 """
 
@@ -21,15 +22,15 @@ NF4 = (
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-# Three bits take every second of them, so that a 3-bit code c is the 4-bit code 2 c + 1, and whatever decodes NF4
-# decodes it. The values are not symmetric, so a block's scale has a sign.
+# The 3-bit codebook is every second value of NF4, so that a 3-bit code c is the 4-bit code 2 c + 1, and any NF4 decoder
+# decodes it. The values are not symmetric, so the scale of a block has a sign.
 CODEBOOKS = {3: NF4[1::2], 4: NF4}
-# Shares of the largest magnitude of a block that are tried as its scale.
-# The whole comes first, so that it stays where channels are always zero and no share costs anything.
+# Shares of a block's largest magnitude that are tried as its scale. 1.0 comes first, so that it is chosen where
+# channels are always zero and all shares cost nothing.
 TRIED = {3: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
-# Weights that are rounded or whose scales are searched, and columns whose errors are handed on, at a time.
+# Weights that are rounded or whose scales are searched at a time, and columns whose errors are propagated at a time.
 CHUNK, COLUMNS = 1 << 18, 64
-# Cells in each half of [-1, 1]; midpoints of NF4 lie 0.08 apart and more.
+# Cells in each half of [-1, 1]; midpoints of NF4 are at least 0.08 apart.
 _CELLS = 64
 
 
@@ -39,25 +40,26 @@ def codebook(bits: int, like: Tensor) -> Tensor:
 
 
 def largest_scales(W: Tensor, bits: int, block: int) -> Tensor:
-    """s (N, K / B): the largest magnitude of each block; for three bits with the sign of that weight, which so is 1."""
+    """s (N, K / B): the largest magnitude of each block; for three bits with the sign of that weight."""
     blocks = _blocks(W, block)
     extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
     return extreme if bits == 3 else extreme.abs()
 
 
 def search_scales(W: Tensor, bits: int, block: int, w: Tensor) -> Tensor:
-    """s (N, K / B): of some shares of the largest scale, and for three bits both signs, the one of least cost.
+    """s (N, K / B): the scale of least cost among shares of the largest one (`TRIED`), for three bits with both signs.
 
         sum_j w_j (W_ij - s C[c_ij])^2,   c_ij the nearest code
 
-    With w_j = ||X_j||_2^2 this is the error of the output as far as channels are uncorrelated. With w_j = 1 it is worse
-    than no search at all, because clipping the few large weights of a block pays in squares and costs in language.
+    With w_j = ||X_j||_2^2 this is the error of the output if channels are uncorrelated. With w_j = 1 the search gives a
+    worse language model than no search: clipping the few large weights of a block lowers the squared error of the
+    weights, but raises the loss.
     """
     return torch.cat([_search(rows, bits, block, w) for rows in W.split(max(1, CHUNK // W.shape[1]))])
 
 
 def nearest_codes(W: Tensor, s: Tensor, bits: int, block: int) -> Tensor:
-    """c (N, K): of each weight the nearest value of its block; a block with scale 0 holds zeros alone."""
+    """c (N, K): the code of the value nearest to each weight; a block with scale 0 holds only zeros."""
     rows = max(1, CHUNK // W.shape[1])
     parts = zip(W.split(rows), _safe(s).split(rows), strict=True)
     found = [_nearest(_blocks(part, block) / scale[..., None], bits).to(torch.uint8) for part, scale in parts]
@@ -70,9 +72,9 @@ def decode(c: Tensor, s: Tensor, bits: int, block: int) -> Tensor:
 
 
 def rounded(W: Tensor, bits: int, w: Tensor | None = None, block: int = 64) -> Tensor:
-    """W (N, K) as nearest codes say it, in its own dtype; scales are searched where w (K,) is known.
+    """W (N, K) rounded to the nearest codes, in its own dtype; scales are searched if w (K,) is given.
 
-    A row that is no multiple of the block is continued by zeros.
+    A row whose length is no multiple of the block is padded with zeros.
     """
     missing = -W.shape[1] % block
     high = torch.nn.functional.pad(W.to(torch.promote_types(W.dtype, torch.float32)), (0, missing))
@@ -84,18 +86,18 @@ def rounded(W: Tensor, bits: int, w: Tensor | None = None, block: int = 64) -> T
 
 
 def compensated_codes(W: Tensor, s: Tensor, H: Tensor, bits: int, block: int, damping: float = DAMPING) -> Tensor:
-    """c (N, K), column after column, each error made up for by the columns that are still to come.
+    """c (N, K) by GPTQ: columns are rounded one after the other, each error compensated by the columns not yet rounded.
 
-        e = (W_j - Q_j) / U_jj,   W_k <- W_k - e U_jk   for k behind j
+        e = (W_j - Q_j) / U_jj,   W_k <- W_k - e U_jk   for k after j
 
-    GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1) on this codebook. Columns go in falling order of H_jj,
-    so that what matters most is rounded while most others can still give way; scales are fixed before, so that codes
-    stay where they are stored, and rounding knows the scales as they are stored.
+    GPTQ (Frantar et al. 2022, arXiv 2210.17323, algorithm 1) on this codebook. Columns are rounded in falling order of
+    H_jj, so that the most important ones are rounded while most others can still compensate. Scales are fixed before:
+    codes keep their stored positions, and rounding uses the scales as stored.
 
     Args:
         W: (N, K).
         s: (N, K / B).
-        H: (K, K); left as it is.
+        H: (K, K); not modified.
         bits, block: 3 or 4; B.
         damping: share of the mean of H's diagonal that is added to it.
 
@@ -140,10 +142,10 @@ def _search(W: Tensor, bits: int, block: int, w: Tensor) -> Tensor:
 
 
 def _nearest(x: Tensor, bits: int) -> Tensor:
-    """Indices (int32) of the values of C nearest to x, of two the lower.
+    """Indices (int32) of the values of C nearest to x; of two equally near ones the lower.
 
-    [-1, 1] is cut into cells so narrow that none holds two midpoints of C, so that a look at the cell's own midpoint
-    settles it: a fifth of the time that `torch.bucketize` takes for its binary search.
+    [-1, 1] is divided into cells that hold at most one midpoint of C each, so one comparison with that midpoint gives
+    the index. This takes a fifth of the time of the binary search of `torch.bucketize`.
     """
     below, bound = _cells(bits, x.dtype, x.device)
     cell = x.clamp(-1, 1).mul_(_CELLS).add_(_CELLS).int().flatten()
@@ -152,7 +154,7 @@ def _nearest(x: Tensor, bits: int) -> Tensor:
 
 @cache
 def _cells(bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each cell how many midpoints lie before it, and the next one."""
+    """For each cell the number of midpoints before it, and the next midpoint."""
     C = torch.tensor(CODEBOOKS[bits], dtype=dtype)
     middle = (C[1:] + C[:-1]) / 2
     starts = torch.arange(2 * _CELLS + 1, dtype=dtype) / _CELLS - 1
@@ -165,5 +167,5 @@ def _blocks(W: Tensor, block: int) -> Tensor:
 
 
 def _safe(s: Tensor) -> Tensor:
-    """Scales to divide by: of a block of zeros any will do."""
+    """Scales to divide by: 1 for a block of zeros, where any value works."""
     return torch.where(s == 0, 1, s)

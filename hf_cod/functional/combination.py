@@ -1,7 +1,7 @@
-"""Which combination of steps costs least within a budget, if their costs add up and their savings multiply.
+"""The cheapest combination of steps within a budget, assuming that costs add up and savings multiply.
 
-Symbols: a knob k takes the share s_k of what is left, 0 <= s_k < 1, at the cost c_k(s_k), c_k(0) = 0; a combination
-leaves prod_k (1 - s_k) and is expected to cost sum_k c_k(s_k).
+Symbols: a knob k removes the share s_k of what is left, 0 <= s_k < 1, at the cost c_k(s_k), c_k(0) = 0; a combination
+leaves prod_k (1 - s_k) and has the expected cost sum_k c_k(s_k).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Combination:
     """One combination of steps.
 
     Attributes:
-        steps: knob -> number of its step, those that stay at their first one left out.
-        left: the product of what the steps leave.
+        steps: knob -> index of its step; knobs at their first step are left out.
+        left: the product of the shares that the steps leave.
         cost: the sum of their costs.
     """
 
@@ -30,11 +30,11 @@ class Combination:
 
 
 def filled(known: Mapping[int, float], number: int) -> list[float]:
-    """Values of steps 0 to `number` - 1: the known ones, and between them linear ones.
+    """Values of steps 0 to `number` - 1: the known ones, with linear interpolation between them.
 
     Args:
         known: step -> value; the first and the last step are known.
-        number: of steps.
+        number: number of steps.
     """
     at = sorted(known)
     assert at[0] == 0 and at[-1] == number - 1
@@ -46,8 +46,9 @@ def filled(known: Mapping[int, float], number: int) -> list[float]:
 
 
 def rising(costs: Mapping[int, float]) -> dict[int, float]:
-    """The largest rising costs that are nowhere above the given ones: where a later step was measured to cost less, an
-    earlier one counts as no dearer. Costs below 0, which are noise too, count as 0.
+    """The largest rising costs that nowhere exceed the given ones.
+
+    Where a later step was measured to cost less, earlier steps get its cost. Costs below 0, which are noise, become 0.
     """
     found, least = {}, math.inf
     for step in sorted(costs, reverse=True):
@@ -63,19 +64,19 @@ def best_combinations(
     exclusive: Collection[tuple[str, str]] = (),
     number: int = 1,
 ) -> list[Combination]:
-    """The combinations that cost least of those that leave at most `most`, one for each choice of knobs.
+    """The cheapest combinations that leave at most `most`, one for each set of knobs.
 
-    All combinations are looked at: five knobs of 10 to 50 steps are a million, which a few tensor operations compare.
+    All combinations are compared: five knobs of 10 to 50 steps are a million, which takes a few tensor operations.
 
     Args:
         saved: knob -> s of each of its steps, the first one 0.
         costs: knob -> cost of each step, the first one 0.
-        most: the largest product of what is left.
-        exclusive: pairs of knobs of which one must stay at its first step.
-        number: how many combinations, cheapest first, each of another set of knobs.
+        most: upper bound of the product of the shares that are left.
+        exclusive: pairs of knobs of which one must be at its first step.
+        number: number of combinations to return, cheapest first, each with a different set of knobs.
 
     Returns:
-        At most `number`; none where nothing leaves so little.
+        At most `number`; none where no combination leaves at most `most`.
     """
     knobs = [*saved]
     shape = [len(saved[knob]) for knob in knobs]

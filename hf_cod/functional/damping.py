@@ -1,28 +1,28 @@
-"""Cholesky factors of sums of products, which few tokens leave without full rank."""
+"""Cholesky factors of sums of products, which are rank-deficient if there are few tokens."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# How often damping grows tenfold before a matrix counts as beyond repair.
+# How many times damping is raised tenfold before the factorization fails.
 MORE_DAMPING = 6
 
 
 def damped_cholesky(H: Tensor, damping: float) -> Tensor:
     """The lower triangular L with L L^T = H + damping mean(diag H) I.
 
-    Where rounding leaves that not positive definite, damping grows tenfold. For H = 0 the mean counts as 1.
+    If rounding makes that matrix not positive definite, damping is raised tenfold. For H = 0 the mean counts as 1.
 
     Args:
-        H: (n, n), symmetric; left as it is.
+        H: (n, n), symmetric; not modified.
         damping: > 0.
 
     Returns:
         (n, n).
 
     Raises:
-        ValueError: never positive definite.
+        ValueError: not positive definite with any damping.
     """
     H = H.clone()
     diagonal = H.diagonal()  # a view
@@ -35,4 +35,6 @@ def damped_cholesky(H: Tensor, damping: float) -> Tensor:
         L, info = torch.linalg.cholesky_ex(H)
         if not info:
             return L
-    raise ValueError("activations: expected finite sums of products, got a matrix that no damping makes definite")
+    raise ValueError(
+        "activations: expected finite sums of products, got a matrix that is not positive definite with any damping"
+    )

@@ -1,7 +1,7 @@
-"""How much each layer does: angular distance, block influence, output variance, effective depth.
+"""How much each layer contributes: angular distance, block influence, output variance, effective depth.
 
-Symbols: L layers, counted from 0; x^l the hidden state that enters layer l, so that x^(l+1) leaves it and x^L leaves
-the last one, before the final norm; S samples, T tokens, d the width. Shapes stand behind the lines that change them.
+Symbols: L layers, counted from 0; x^l the input of layer l, x^(l+1) its output, and x^L the output of the last layer,
+before the final norm; S samples, T tokens, d the width. Comments at the end of lines state shapes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def wide(x: Tensor) -> Tensor:
-    """`x` in the widest float that its device computes in: float64, or float32 on Apple's GPUs."""
+    """`x` in the widest float that its device supports: float64, or float32 on Apple's GPUs."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
@@ -24,7 +24,7 @@ def angular_distances(x: Tensor) -> Tensor:
         d(x^l, x^m) = 1/pi * arccos( x^l . x^m / (||x^l|| ||x^m||) )        in [0, 1]
 
     Curse of Depth (arXiv 2502.05795, angular distance; after Gromov et al., arXiv 2403.17887, eq. 3). Sums are in
-    float64, where a distance of 0 comes out below 3e-8.
+    float64; the result for equal states is below 3e-8.
 
     Args:
         x: (..., L + 1, d) hidden states of one token at each depth.
@@ -39,7 +39,7 @@ def angular_distances(x: Tensor) -> Tensor:
 
 
 def by_layer_and_step(distances: Tensor) -> Tensor:
-    """Lays pair distances out as the paper's Figure 2: column l, step n.
+    """Arranges pair distances as in the paper's Figure 2: column l, step n.
 
     Args:
         distances: (..., L + 1, L + 1), the result of `angular_distances`.
@@ -55,12 +55,12 @@ def by_layer_and_step(distances: Tensor) -> Tensor:
 
 
 def adjacent(distances: Tensor) -> Tensor:
-    """(..., L): d(x^l, x^(l+1)) of each layer, out of all pairs (..., L + 1, L + 1)."""
+    """(..., L): d(x^l, x^(l+1)) of each layer, from all pairs (..., L + 1, L + 1)."""
     return distances.diagonal(offset=1, dim1=-2, dim2=-1)
 
 
 def block_influence(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Block influence of a layer that turns x into y, for each sample.
+    """Block influence of a layer with input x and output y, for each sample.
 
         BI = 1 - E_t [ x_t . y_t / (||x_t|| ||y_t||) ]
 
@@ -81,7 +81,7 @@ def block_influence(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Sums from which mean and variance over any union of tokens follow by addition.
+    """Sums for mean and variance. Sums of disjoint sets of tokens can be added.
 
     Args:
         x: (S, T, d).
@@ -96,20 +96,20 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def effective_depth(contributions: Tensor) -> Tensor:
-    """Effective depth: how many equal layers would be as diverse as these unequal ones.
+    """Effective depth: the number of layers that contribute, weighted by how much each of them does.
 
         D_eff = (sum_l w_l)^2 / sum_l w_l^2 = 1 / sum_l p_l^2,   p_l = w_l / sum_k w_k        in [1, L]
 
     The participation ratio of the layers' contributions, that is the Hill number of order 2 of their shares p_l (Hill
     1973, "Diversity and evenness"). w_l is what layer l contributes, here its mean angular distance d(x^l, x^(l+1)).
-    It is L when all layers turn the hidden state equally far, 1 when a single layer does everything, and k when k
-    layers share the work equally and the others do nothing.
+    It is L if all layers turn the hidden state by the same angle, 1 if a single layer contributes, and k if k layers
+    contribute equally and the others contribute nothing.
 
     Args:
         contributions: (..., L), not negative.
 
     Returns:
-        (...). L for contributions that are all zero: no layer stands out.
+        (...). L if all contributions are zero, since no layer differs from the others.
     """
     largest = contributions.amax(-1, keepdim=True)
     w = torch.where(largest > 0, contributions / largest, 1.0)  # so that no square underflows
@@ -117,27 +117,27 @@ def effective_depth(contributions: Tensor) -> Tensor:
 
 
 def angular_resolution(dtype: torch.dtype) -> float:
-    """The largest angular distance that rounding to a dtype can cause: of smaller ones nothing is known.
+    """The largest angular distance that rounding to a dtype can cause; smaller distances cannot be resolved.
 
-    Rounding changes each entry of x by at most the share u = eps / 2 of it, so that ||dx|| <= u ||x|| and x turns by at
-    most arcsin(u) / pi. Not below 3e-8, what `angular_distances` gives for equal vectors.
+    Rounding changes each entry of x by at most the share u = eps / 2 of it, so that ||dx|| <= u ||x|| and the angle of
+    x changes by at most arcsin(u) / pi. At least 3e-8, the bound of `angular_distances` for equal vectors.
 
     Args:
-        dtype: of the hidden states, a floating point type.
+        dtype: dtype of the hidden states, a floating point type.
     """
     return max(math.asin(torch.finfo(dtype).eps / 2) / math.pi, 3e-8)
 
 
 def late_share(contributions: Tensor) -> Tensor:
-    """Share of all contributions that the late half of the layers makes; the middle one of an odd number counts half.
+    """Share of all contributions that comes from the late half of the layers; a middle layer counts half.
 
-    1/2 where early and late layers do equally much, less where deep layers contribute little (the curse of depth).
+    1/2 if early and late layers contribute equally, less if deep layers contribute little (the curse of depth).
 
     Args:
         contributions: (..., L), not negative.
 
     Returns:
-        (...), in [0, 1]; 1/2 for contributions that are all zero.
+        (...), in [0, 1]; 1/2 if all contributions are zero.
     """
     L = contributions.shape[-1]
     late = (torch.arange(1, L + 1, device=contributions.device) - L / 2).clamp(0, 1).to(contributions)
@@ -156,14 +156,14 @@ def bootstrap_interval(
     """Percentile bootstrap interval (Efron 1979) of `statistic(mean over samples)`.
 
     Args:
-        samples: (S, ...), one entry a sample.
+        samples: (S, ...), one entry for each sample.
         statistic: maps (draws, ...) means to (draws, ...) values.
         confidence: probability mass between the two ends.
-        draws: how many times the samples are drawn with replacement.
-        seed: of the draws.
+        draws: number of resamples with replacement.
+        seed: seed of the resamples.
 
     Returns:
-        Its two ends, of the shape of one value.
+        The two ends, each of the shape of one value.
     """
     S = samples.shape[0]
     generator = torch.Generator().manual_seed(seed)

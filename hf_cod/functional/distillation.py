@@ -1,4 +1,4 @@
-"""What a student has still to learn of its teacher: divergence of the logits, error of the hidden states.
+"""Distillation losses: divergence of the logits, error of the hidden states.
 
 Symbols: z, t logits (..., V) of student and teacher at the same positions, V the vocabulary; T the temperature;
 q = softmax(z / T), p = softmax(t / T); K the positions that count, M those with a label; x, y hidden states (..., d).
@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from hf_cod.functional.mixture import check_mixture
 
 IGNORED = -100  # torch's mark for positions without a label
-# Numbers of the logits that are worked on at a time: on a processor their exponentials stay in the cache, on other
-# devices few calls count more.
+# Logits that are processed at a time: on a CPU their exponentials fit in the cache; on other devices few calls matter
+# more.
 CHUNK, CHUNK_OF_DEVICE = 2**21, 2**26
 
 
@@ -32,23 +32,23 @@ def logit_loss(
 
         (1 - share) T^2 / |K| sum_{i in K} KL(p_i || q_i)  -  share / |M| sum_{i in M} log softmax(z_i)[label_i]
 
-    Hinton et al. 2015 (arXiv 1503.02531, section 2), where T^2 keeps the gradient's size from depending on T; Minitron
-    (Muralidharan et al. 2024, arXiv 2407.14679, section 3) heals pruned models by it, with T = 1 and no labels.
+    Hinton et al. 2015 (arXiv 1503.02531, section 2); T^2 makes the size of the gradient independent of T. Minitron
+    (Muralidharan et al. 2024, arXiv 2407.14679, section 3) heals pruned models with it, with T = 1 and no labels.
 
-    The gradient, (1 - share) T (q - p) / |K| + share (softmax(z) - onehot) / |M|, is written down with the loss, a few
-    positions at a time: beside the logits of both models there is one tensor of their size, in the student's dtype.
-    Everything is computed in float32 or wider. Gradients go to the student alone, once.
+    The gradient, (1 - share) T (q - p) / |K| + share (softmax(z) - onehot) / |M|, is computed together with the loss, a
+    few positions at a time. In addition to the logits of both models this needs one tensor of their size, in the
+    student's dtype. Everything is computed in float32 or wider. Only the student gets gradients, and only once.
 
     Args:
         student: z.
         teacher: t, of any float dtype.
         temperature: T > 0.
         keep: (...) bool, True in K; None: all positions.
-        labels: (...) the token that each position predicts, `IGNORED` where there is none; needed for a share above 0.
-        share: of the labels' part, 0..1.
+        labels: (...) target token of each position, `IGNORED` where there is none; required for a share above 0.
+        share: share of the cross entropy, 0..1.
 
     Returns:
-        A scalar in nats a position, float32 or wider. A part without any position is 0.
+        A scalar in nats per position, float32 or wider. A term without positions is 0.
 
     Raises:
         ValueError: logits of two shapes, a temperature or a share out of range, no labels for a share above 0.
@@ -68,12 +68,12 @@ def logit_loss(
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Squared error of hidden states, as a share of the teacher's squares at each position.
+    """Squared error of hidden states, relative to the teacher's squared norm at each position.
 
         1 / |K| sum_{i in K} ||x_i - y_i||^2 / ||y_i||^2
 
-    Minitron (arXiv 2407.14679, section 3) takes the mean squared error; divided by the teacher's squares no layer
-    and no token (the first one's massive activations) outweighs the others.
+    Minitron (arXiv 2407.14679, section 3) uses the mean squared error. Here it is divided by the teacher's squared
+    norm, so that no layer and no token (the first one has massive activations) dominates.
 
     Args:
         student: x.
@@ -81,7 +81,7 @@ def hidden_loss(student: Tensor, teacher: Tensor, keep: Tensor | None = None) ->
         keep: (...) bool, True in K; None: all positions.
 
     Returns:
-        A scalar, float32 or wider; 0 without any position.
+        A scalar, float32 or wider; 0 without positions.
 
     Raises:
         ValueError: hidden states of two shapes.
@@ -132,8 +132,8 @@ def _rows(
     log_q = (z / T).log_softmax(-1)
     log_p = (t / T).log_softmax(-1)
     p = log_p.exp()
-    divergence = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)  # a teacher may forbid tokens
-    # A row that does not count may hold anything.
+    divergence = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)  # the teacher's logits may be -inf
+    # A row that does not count may hold any values, also NaN.
     loss = torch.where(kept > 0, divergence, 0) @ kept * T**2
     slope = torch.where(kept[:, None] > 0, log_q.exp().sub_(p), 0).mul_(kept[:, None] * T)
     if share:

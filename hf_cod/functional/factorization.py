@@ -1,4 +1,4 @@
-"""A matrix as the product of two thin ones, so that what it computes changes least.
+"""Low-rank factorization: a matrix as the product of two thin ones with the least change of its outputs.
 
 Symbols: W a weight matrix (out, in), f = min(out, in) its full rank; r a rank; X the inputs of its module (tokens, in);
 H = X^T X (in, in); L lower triangular with L L^T = H + damping mean(diag H) I; B (out, r), A (r, in), B A near W.
@@ -13,19 +13,18 @@ from torch import Tensor
 from hf_cod.functional.damping import damped_cholesky
 from hf_cod.functional.depth import wide
 
-DAMPING = 0.01  # of the mean of H's diagonal
+DAMPING = 0.01  # share of the mean of H's diagonal
 
 
 def factorize(W: Tensor, r: int, H: Tensor | None = None, damping: float = DAMPING) -> tuple[Tensor, Tensor, float]:
-    """The B A of rank r that changes the outputs least.
+    """The product B A of rank r that changes the outputs least.
 
         min || X (W - B A)^T ||_F^2 + damping mean(diag H) || W - B A ||_F^2
 
-    which the singular value decomposition of W L solves: ASVD (Yuan et al. 2023, arXiv 2312.05821) scales channels for
-    the same end, SVD-LLM (Wang et al. 2024, arXiv 2403.07378) whitens by L without damping, and fails where few tokens
-    leave H singular. Without H, or where it is 0, it is the plain decomposition of W. Neither L nor its inverse is
-    needed where W is not tall: with U the r leading eigenvectors of W H W^T, B A = U U^T W. Direction by direction, B
-    and A get equal norms.
+    The solution is the truncated SVD of W L. ASVD (Yuan et al. 2023, arXiv 2312.05821) scales channels for the same
+    purpose. SVD-LLM (Wang et al. 2024, arXiv 2403.07378) whitens by L without damping, and fails if few tokens make H
+    singular. Without H, or if H is 0, this is the plain SVD of W. If W is not tall, neither L nor its inverse is
+    needed: with U the r leading eigenvectors of W H W^T, B A = U U^T W. B and A get equal norms in each direction.
 
     Args:
         W: (out, in).
@@ -34,7 +33,7 @@ def factorize(W: Tensor, r: int, H: Tensor | None = None, damping: float = DAMPI
         damping: > 0.
 
     Returns:
-        B (out, r) and A (r, in), float64; and the share of the spectrum that is lost, 0 to 1.
+        B (out, r) and A (r, in), float64; and the lost share of the spectrum, 0 to 1.
     """
     W = wide(W)
     squares, vectors, L = _decompose(W, H, damping)
@@ -51,15 +50,15 @@ def factorize(W: Tensor, r: int, H: Tensor | None = None, damping: float = DAMPI
 def spectrum(W: Tensor, H: Tensor | None = None, damping: float = DAMPING) -> Tensor:
     """(f,) float64: squares of the singular values of W L (of W without H), largest first.
 
-    What the values behind the r-th add up to is the minimum that `factorize` reaches; all together they are
-    || X W^T ||_F^2 with the damping's part.
+    The sum of the values after the r-th is the minimum that `factorize` reaches. The sum of all values is
+    || X W^T ||_F^2 plus the damping term.
     """
     return _decompose(wide(W), H, damping)[0]
 
 
 def _decompose(W: Tensor, H: Tensor | None, damping: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Squares of the singular values (f,) of W L, its singular vectors on the shorter side (f, f), and for a tall W
-    with H also L.
+    """Squares of the singular values (f,) of W L, its singular vectors on the shorter side (f, f), and L for a tall W
+    with H.
     """
     H = None if H is None or not H.any() else H.to(W)
     L = damped_cholesky(H, damping) if H is not None and _is_tall(W) else None
@@ -83,7 +82,7 @@ def _whitened(W: Tensor, L: Tensor | None) -> Tensor:
 
 
 def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with ||B_:k|| = ||A_k:||: neither factor then suffers more from rounding or weight decay."""
+    """The same product with ||B_:k|| = ||A_k:||, so that rounding and weight decay affect both factors equally."""
     b, a = B.norm(dim=0), A.norm(dim=1)
     scale = torch.where((b > 0) & (a > 0), (a / b).sqrt(), torch.ones_like(a))
     return B * scale, A / scale[:, None]

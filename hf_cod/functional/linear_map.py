@@ -1,8 +1,8 @@
-"""A linear map that does what a block of layers did.
+"""A linear map that replaces a block of layers.
 
-Symbols: m (d,) what the last matrix before the block adds to a token's hidden state, as a row; x (d,) the hidden state
-behind it, x = y + m; z (d,) the hidden state that is wanted there, what the block made of x; M (tokens, d) and
-R (tokens, d) the rows m and r = z - x; T (d, d) the map, D = T - I.
+Symbols: m (d,) the output of the last matrix before the block, which is added to a token's hidden state, as a row;
+y (d,) the hidden state before it and x (d,) after it, x = y + m; z (d,) the target: the output of the block for the
+input x; M (tokens, d) and R (tokens, d) the rows m and r = z - x; T (d, d) the map, D = T - I.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 from hf_cod.functional.damping import damped_cholesky
 from hf_cod.functional.depth import wide
 
-DAMPING = 0.1  # of the mean of the diagonal of M^T M
+DAMPING = 0.1  # share of the mean of the diagonal of M^T M
 
 
 class MapSums:
-    """Sums over tokens, from which the map follows: M^T M, M^T R and ||R||_F^2, in float64 where the device has it."""
+    """Sums over tokens that determine the map: M^T M, M^T R and ||R||_F^2, in float64 where the device has it."""
 
     def __init__(self) -> None:
         self.MM: Tensor | None = None
@@ -32,14 +32,14 @@ class MapSums:
         self.RR += float(r.square().sum())
 
     def solve(self, damping: float = DAMPING) -> tuple[Tensor, float]:
-        """The T that comes nearest to what the block did, without leaving the identity further than it pays.
+        """The T that reproduces the output of the block best, by least squares with damping towards the identity.
 
             min || y + M T - z ||_F^2 + lam || T - I ||_F^2 = min || M D - R ||_F^2 + lam || D ||_F^2
             D = (M^T M + lam I)^-1 M^T R,    lam = damping mean(diag M^T M)
 
-        ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819) has the same least squares, without damping or with
-        lam ||T||^2. Here damping draws T to the identity, which is the plain removal of the block, and not to zero,
-        which would take the last matrix out, too: few tokens then cannot do worse than little.
+        ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819) solves the same least squares, without damping or with
+        lam ||T||^2. Here damping pulls T towards the identity, which is the plain removal of the block, and not towards
+        zero, which would remove the last matrix as well. With few tokens the map then stays close to plain removal.
 
         Returns:
             T (d, d) for rows, m T; and the share of ||R||_F^2 that it explains on these tokens, 0 to 1.

@@ -1,4 +1,4 @@
-"""Low-rank gradients: the subspace that holds most of a gradient, and what lives in it.
+"""Low-rank gradients: the subspace with most of a gradient's energy, and Adam's moments in it.
 
 Symbols: G a gradient (..., m, n), leading dimensions for banks of experts; r a rank; P an orthonormal basis (..., d, r)
 of the shorter side, d = min(m, n); R the gradient in it: G P (..., m, r) where m >= n, else P^T G (..., r, n).
@@ -17,13 +17,14 @@ def gradient_basis(G: Tensor, r: int, generator: torch.Generator) -> Tensor:
     """An orthonormal basis of the r leading singular directions of the shorter side of G.
 
     GaLore (Zhao et al. 2024, arXiv 2403.03507, eq. 12-13) takes them from a full SVD. Here the range is found by
-    random projection with one power iteration (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4), at a sixth of the
-    time or less, and within a percent of the energy; the basis is a tensor of its own, not a view that keeps an SVD.
+    random projection with one power iteration (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4). It takes a sixth of
+    the time or less, and the energy is within a percent. The basis is a separate tensor, not a view that keeps the full
+    SVD in memory.
 
     Args:
         G: (..., m, n).
         r: at most min(m, n).
-        generator: of the random projection, on the CPU.
+        generator: generator of the random projection, on the CPU.
 
     Returns:
         (..., d, r) float32, or float64 where G is.
@@ -39,8 +40,8 @@ def gradient_basis(G: Tensor, r: int, generator: torch.Generator) -> Tensor:
     B = Q.mT @ G  # (..., width, k)
     directions = torch.linalg.eigh(B @ B.mT).eigenvectors.flip(-1)  # largest first
     P: Tensor = Q @ directions[..., :r]
-    # The sign of a direction is arbitrary, and decided by rounding unless we do: its largest entry is positive.
-    # Moments that go on in a new basis need it to be the same on every machine and in every process.
+    # The sign of a direction is arbitrary and would depend on rounding; here its largest entry is positive.
+    # Moments that are carried to a new basis require the same sign on every machine and in every process.
     return P * P.gather(-2, P.abs().argmax(-2, keepdim=True)).sign()
 
 
@@ -56,17 +57,17 @@ def lift(R: Tensor, P: Tensor, tall: bool) -> Tensor:
 
 
 def change_basis(M: Tensor, V: Tensor, old: Tensor, new: Tensor, tall: bool) -> tuple[Tensor, Tensor]:
-    """Adam's moments of R in another basis.
+    """Transforms Adam's moments of R to another basis.
 
-    With Q = new^T old the mean is M Q^T (or Q M), exact for the part that the new basis holds. The second moment is
-    estimated with Q's squares, as if the coordinates of R were uncorrelated.
+    With Q = new^T old the mean is M Q^T (or Q M), which is exact within the new basis. The second moment is estimated
+    with the squares of Q, as if the coordinates of R were uncorrelated.
 
     Args:
         M: mean of R, (..., m, r) or (..., r, n).
         V: mean of R squared.
         old: (..., d, r).
         new: (..., d, r).
-        tall: which side is projected.
+        tall: whether R is (..., m, r), else (..., r, n); see `is_tall`.
     """
     Q = new.mT @ old
     if tall:
@@ -77,16 +78,16 @@ def change_basis(M: Tensor, V: Tensor, old: Tensor, new: Tensor, tall: bool) -> 
 def truncate(B: Tensor, A: Tensor, R: int) -> tuple[Tensor, Tensor, float]:
     """The nearest product of rank R to B A (Eckart and Young 1936), without forming B A.
 
-    With B = Q_B R_B and A^T = Q_A R_A the singular values of B A are those of R_B R_A^T = U S V^T, k x k; the factors
-    share S^(1/2), so that both are of one size.
+    With B = Q_B R_B and A^T = Q_A R_A the singular values of B A are those of R_B R_A^T = U S V^T, k x k. Each factor
+    gets S^(1/2), so that both have equal norms.
 
     Args:
         B: (m, k).
         A: (k, n).
-        R: at least 0; where k is no more than that, B and A come back as they are.
+        R: at least 0; if k <= R, B and A are returned unchanged.
 
     Returns:
-        (m, R), (R, n) in the dtypes of B and A, and the energy that is lost: the sum of S^2 beyond R.
+        (m, R), (R, n) in the dtypes of B and A, and the lost energy: the sum of S^2 beyond R.
     """
     if B.shape[1] <= R:
         return B, A, 0.0

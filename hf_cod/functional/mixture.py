@@ -1,4 +1,4 @@
-"""What the mixture of a distillation loss may be: numbers alone, so that settings check them without torch."""
+"""Ranges of temperature and label share of a distillation loss; without torch, so that settings can use them."""
 
 
 def check_mixture(temperature: float, share: float) -> None:

@@ -1,8 +1,8 @@
-"""Outlier-weighed layerwise importance: how much of a layer lies far above the layer's own mean.
+"""Outlier-weighed layerwise importance (OWL): the share of a layer's weights far above the layer's mean importance.
 
 Symbols of OWL (arXiv 2310.05175): W a weight matrix (out, in); X the inputs of its module, s_j = ||X_j||_2 the norm of
 input channel j over all tokens (in,); A_ij = s_j |W_ij|; M the threshold; D^l the outlier ratio of layer l.
-A is never formed: W is read in chunks of rows, twice.
+A is never stored: W is read twice, in chunks of rows.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from torch import Tensor
 
 from hf_cod.functional.depth import wide
 
-# Weights that are looked at at a time: 4 MiB of magnitudes, and enough work for all threads.
+# Weights that are read at a time: 4 MiB of magnitudes, and enough work for all threads.
 CHUNK = 1 << 20
 
 Matrices = Iterable[tuple[str, Tensor, Tensor]]
-"""(name, W (out, in), s (in,)) of each matrix of one layer; the name is for messages alone."""
+"""(name, W (out, in), s (in,)) of each matrix of one layer; the name is used in messages only."""
 
 
 def outlier_ratio(matrices: Callable[[], Matrices], M: float, per_module: bool = False) -> float:
-    """Share of a layer's weights whose importance lies above M times the layer's mean.
+    """Share of a layer's weights whose importance exceeds M times the layer's mean.
 
         D^l = sum_ij 1( A_ij > M mean(A^l) ) / #A^l,   A_ij = ||X_j||_2 |W_ij|        in [0, 1]
 
-    arXiv 2310.05175, eq. 1, with A^l all matrices of the layer together. D does not change when all s of a layer are
-    scaled by one factor, so sums over tokens serve as well as means. Means are in float64, comparisons exact.
+    arXiv 2310.05175, eq. 1, with A^l all matrices of the layer together. D does not change if all s of a layer are
+    scaled by one factor, so sums over tokens give the same result as means. Means are in float64, comparisons are
+    exact.
 
     Args:
-        matrices: called once for the mean and once for the count, so that weights may be loaded one at a time.
+        matrices: called twice, for the mean and for the count, so that weights can be loaded one at a time.
         M: threshold, > 0.
         per_module: compare each matrix with M times its own mean instead of the layer's.
 
@@ -72,7 +73,7 @@ def importance_sum(W: Tensor, s: Tensor) -> float:
 
 
 def count_above(W: Tensor, s: Tensor, bound: float) -> int:
-    """How many A_ij exceed `bound`: |W_ij| > bound / s_j, and none in a channel that is always zero.
+    """Number of A_ij above `bound`: |W_ij| > bound / s_j; none in a channel that is always zero.
 
     Args:
         W: (out, in).
@@ -100,7 +101,7 @@ def _finite_sum(name: str, W: Tensor, s: Tensor) -> float:
 
 
 def _rounded_down(limits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest numbers of `dtype` that do not exceed float64 `limits`: w > limit then means the same in `dtype`."""
+    """The largest numbers of `dtype` that do not exceed float64 `limits`, so that w > limit is the same in `dtype`."""
     near = limits.to(dtype)
     return torch.where(near.double() > limits, near.nextafter(torch.full_like(near, -math.inf)), near)
 

@@ -1,4 +1,4 @@
-"""Random numbers that depend on counts alone: equal on every process, and resumable without a stored state."""
+"""Random numbers that depend only on counts: equal in every process, and resumable without a stored state."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _MASK = (1 << 64) - 1
 
 
 def generator_of(*counts: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded by all counts together (a seed, the number of a draw, an index, ...).
+    """A generator seeded by all counts together (a seed, the number of a sample, an index, ...).
 
-    Counts are mixed by SplitMix64's finaliser (Steele et al. 2014), so that neighbouring ones give unrelated numbers.
+    Counts are mixed by SplitMix64's finaliser (Steele et al. 2014), so that neighbouring counts give unrelated numbers.
     """
     state = 0
     for count in counts:

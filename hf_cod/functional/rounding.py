@@ -1,4 +1,4 @@
-"""Rounding to bfloat16 that loses nothing on average."""
+"""Unbiased (stochastic) rounding to bfloat16."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 to bfloat16, up or down with probabilities that make the mean exact.
+    """Rounds float32 to bfloat16, up or down with probabilities for which the expected value is exact.
 
         P(up) = (x - down) / (up - down)
 
-    A weight in bfloat16 has 8 bits: an update below 1/512 of it is lost by rounding to nearest, each time. (Zamirai et
-    al. 2020, arXiv 2010.06192, section 4.) Infinities and NaN stay what they are.
+    A weight in bfloat16 has 8 significant bits: rounding to nearest loses every update below 1/512 of the weight
+    (Zamirai et al. 2020, arXiv 2010.06192, section 4). Infinities and NaN are left unchanged.
 
     Args:
         x: float32.

@@ -1,8 +1,8 @@
-"""A matrix as a sparse one plus the product of two thin ones, so that what it computes changes little.
+"""A matrix as the sum of a sparse one and the product of two thin ones, with little change of its outputs.
 
 Symbols: W a weight matrix (m, n); X the inputs of its module (tokens, n), H = X^T X (n, n); D (n,) the root of the
-inputs' second moments, a number a channel; S a matrix of k entries that are not zero (m, n); B (m, r), A (r, n); s the
-share of the m n weights that S, B and A hold together (the paper's 1 - rho), kappa the part of them that B and A have.
+inputs' second moments, one number per channel; S a matrix (m, n) with k nonzero entries; B (m, r), A (r, n); s the
+share of the m n weights that S, B and A hold together (the paper's 1 - rho), kappa the part of it in B and A.
 Everything is computed in float64, where the device has it.
 """
 
@@ -18,18 +18,18 @@ from hf_cod.functional.factorization import balanced, factorize
 from hf_cod.functional.ranks import ROUNDING, Shape, most_rank
 from hf_cod.functional.sparsity import lowest, zero_counts
 
-ITERATIONS = 80  # N, as there
-# D's least entry, of its mean: what is divided by it stays finite where a channel is always zero.
+ITERATIONS = 80  # N, as in arXiv 2409.13652
+# Least entry of D, as a share of its mean, so that divisions by D are finite where a channel is always zero.
 LEAST_SCALE = 1e-3
 
 
 def sizes_of_weights(shape: Shape, share: float, rank_share: float) -> tuple[int, int] | None:
-    """(r, k) by which a matrix keeps a share s of its weights; None where it stays whole.
+    """(r, k) for which a matrix keeps a share s of its weights; None if it is left unchanged.
 
         r = floor(kappa s m n / (m + n)),   k = floor(s m n) - r (m + n)     (arXiv 2409.13652, algorithm 2)
 
-    The paper rounds k = (1 - kappa) s m n on its own; here it gets what rounding r down leaves. r is at least 1, so
-    that a share below that of rank 1 gives (1, 0), which may be more than was asked for.
+    The paper rounds k = (1 - kappa) s m n separately; here k also gets the weights that rounding r down leaves. r is at
+    least 1, so a share below that of rank 1 gives (1, 0), which may be more than the requested share.
     """
     m, n = shape
     if share >= 1 or not most_rank(shape):
@@ -45,14 +45,16 @@ def decompose(
 
         min || (W - S) D - B A D ||_F,   from S = 0:   B A D = SVD_r((W - S) D),   S D = HT_k((W - B A) D)
 
-    HT_k keeps the entries of greatest magnitude, equally many in each row (or one more in some), as the paper does. Of
-    H only the diagonal is read, D_j = H_jj^(1/2); without H all D_j are 1.
+    HT_k keeps the entries of largest magnitude, the same number in each row (or one more in some), as in the paper.
+    Only the diagonal of H is used, D_j = H_jj^(1/2); without H all D_j are 1.
 
-    Two deviations. The first decomposition is exact; those behind it improve the one before by a step of subspace
-    iteration, B = orth(M A^T), A = B^T M for M = (W - S) D, which takes 4 m n r operations instead of an SVD a time.
-    The norm above never grows by it, as it does not by the paper's, and on matrices of SmolLM2-135M it ends within
-    0.5 % of that by an SVD a time (tests/low_rank). And D has a least entry, 0.001 of its mean, or channels that are
-    always zero could not be divided by it.
+    Two deviations from the paper:
+
+    - Only the first decomposition is an exact SVD. Each later one improves the previous one by a step of subspace
+      iteration, B = orth(M A^T), A = B^T M for M = (W - S) D, which takes 4 m n r operations. As in the paper, the norm
+      above never grows. On matrices of SmolLM2-135M the final norm is within 0.5 % of that with an SVD in each
+      iteration (tests/low_rank).
+    - D has a least entry, 0.001 of its mean, because channels that are always zero would be divided by 0.
 
     Args:
         W: (m, n).
@@ -62,8 +64,8 @@ def decompose(
         iterations: N, at least 1.
 
     Returns:
-        S (m, n), B (m, r) and A (r, n), float64; and the share of the outputs' energy that is lost,
-        || X (W - S - B A)^T ||_F^2 / || X W^T ||_F^2 (of the weights' without H).
+        S (m, n), B (m, r) and A (r, n), float64; and the lost share of the outputs' energy,
+        || X (W - S - B A)^T ||_F^2 / || X W^T ||_F^2 (without H, of the weights' energy).
     """
     W = wide(W)
     H = None if H is None else H.to(W)
@@ -90,7 +92,7 @@ def _scale(W: Tensor, H: Tensor | None) -> Tensor:
 
 
 def _threshold(M: Tensor, zeros: Tensor) -> Tensor:
-    """HT_k: the entries of least magnitude of each row become zero, `zeros` of them (m,)."""
+    """HT_k: sets the `zeros` (m,) entries of least magnitude of each row to zero."""
     return M.masked_fill(lowest(M.abs(), zeros), 0)
 
 

@@ -1,8 +1,8 @@
-"""Which weights become zero: masks by score, N:M masks, and SparseGPT's solve with weight update.
+"""Pruning of a matrix: masks by importance, N:M masks, and SparseGPT's weight update.
 
 Symbols: W a weight matrix (out, in); X the inputs of its module (tokens, in), s_j = ||X_j||_2 the norm of input channel
 j over all tokens (in,); H = X^T X (in, in); U upper triangular with H^-1 = U^T U; S the sparsity, share of zeros;
-N:M keeps N of every M weights that follow each other in a row. A mask is true where a weight becomes zero.
+N:M keeps N of every M consecutive weights in a row. A mask is true where a weight becomes zero.
 Everything is computed in float32, or in float64 where the weights are.
 """
 
@@ -14,20 +14,20 @@ from torch import Tensor
 from hf_cod.functional.damping import damped_cholesky
 
 Pattern = tuple[int, int]
-"""(N, M): N weights are kept of every M in a row."""
+"""(N, M): N of every M consecutive weights in a row are kept."""
 
-DAMPING = 0.01  # SparseGPT (arXiv 2301.00774), its code's percdamp
-BLOCK = 128  # columns, as there
-# Weights whose groups are sorted at a time.
+DAMPING = 0.01  # SparseGPT (arXiv 2301.00774), percdamp in its code
+BLOCK = 128  # columns, as in SparseGPT's code
+# Weights that are sorted in groups at a time.
 CHUNK = 1 << 22
 
 
 def magnitude_mask(W: Tensor, S: float, pattern: Pattern | None = None) -> Tensor:
-    """The round(S out in) weights of least |W_ij| in the whole matrix (Han et al. 2015, arXiv 1506.02626).
+    """Marks the round(S out in) weights of least |W_ij| in the matrix (Han et al. 2015, arXiv 1506.02626).
 
     Args:
         W: (out, in).
-        S: sparsity; without effect where a pattern is given.
+        S: sparsity; has no effect if a pattern is given.
         pattern: keep the N largest of every M instead.
 
     Returns:
@@ -40,17 +40,17 @@ def magnitude_mask(W: Tensor, S: float, pattern: Pattern | None = None) -> Tenso
 
 
 def wanda_mask(W: Tensor, s: Tensor, S: float, pattern: Pattern | None = None) -> Tensor:
-    """In each row the weights of least importance for that output.
+    """Marks the weights of least importance in each row.
 
         A_ij = |W_ij| ||X_j||_2,  compared within row i        (Wanda, Sun et al. 2023, arXiv 2306.11695, eq. 1)
 
-    Rows have equally many zeros or differ by one, so that the matrix has round(S out in) of them; Wanda's code rounds
-    each row down instead, which loses up to 1 / in of the sparsity that was asked for.
+    The numbers of zeros in the rows differ by at most one, so that the matrix has round(S out in) of them. Wanda's code
+    rounds each row down instead, which gives up to 1 / in less than the requested sparsity.
 
     Args:
         W: (out, in).
         s: (in,).
-        S: sparsity; without effect where a pattern is given.
+        S: sparsity; has no effect if a pattern is given.
         pattern: keep the N most important of every M instead.
 
     Returns:
@@ -62,7 +62,7 @@ def wanda_mask(W: Tensor, s: Tensor, S: float, pattern: Pattern | None = None) -
 
 
 def zero_counts(rows: int, columns: int, S: float) -> Tensor:
-    """(rows,) int64: how many zeros each row gets: equal to one, and round(S rows columns) in all."""
+    """(rows,) int64: the number of zeros of each row; they differ by at most one, and sum to round(S rows columns)."""
     ends = torch.arange(rows + 1, dtype=torch.float64) * (columns * S)
     return (ends + 0.5).floor().diff().long()
 
@@ -86,10 +86,10 @@ def lowest(scores: Tensor, counts: Tensor) -> Tensor:
 
 
 def lowest_in_groups(scores: Tensor, pattern: Pattern) -> Tensor:
-    """Marks the M - N lowest scores of each M that follow each other in a row; of equal scores the first ones.
+    """Marks the M - N lowest of every M consecutive scores in a row; of equal scores the first ones.
 
     Args:
-        scores: (out, in), in a multiple of M.
+        scores: (out, in), with `in` a multiple of M.
         pattern: (N, M).
 
     Returns:
@@ -106,33 +106,33 @@ def lowest_in_groups(scores: Tensor, pattern: Pattern) -> Tensor:
 def sparsegpt(
     W: Tensor, H: Tensor, S: float, pattern: Pattern | None = None, damping: float = DAMPING, block: int = BLOCK
 ) -> Tensor:
-    """Prunes W so that X W^T changes little: columns from left to right, each error spread over the columns behind it.
+    """Prunes W with little change of X W^T: from left to right, each error is compensated by the columns after it.
 
         w_p -> 0,   w_j -> w_j - (w_p / U_pp) U_pj   for j > p,   cost of pruning: (w_p / U_pp)^2
 
     SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1). U_pp^2 is the first entry on the diagonal of the
     inverse of H without the columns before p, so this is the Optimal Brain Surgeon's update with those columns frozen.
-    Within a block of columns the weights of least cost over all rows go; with a pattern, those of each M in a row, at
-    the time when their first column is reached. H gets `damping` times the mean of its diagonal added to the diagonal.
+    Each block of columns loses its weights of least cost over all rows. With a pattern, the weights of each group of M
+    are chosen when its first column is reached. `damping` times the mean of the diagonal of H is added to the diagonal.
 
-    Two deviations: a channel that is always zero costs nothing to prune, so it goes first, but keeps what is not asked
-    for (the authors' code clears it, beyond S); and zeros are counted exactly, where that code takes one more a block.
+    Two deviations from the authors' code: channels that are always zero cost nothing and are pruned first, but not
+    beyond S (that code clears them entirely); and the number of zeros is exact (that code prunes one more per block).
 
     Args:
-        W: (out, in); left as it is.
-        H: (in, in); left as it is.
-        S: sparsity; without effect where a pattern is given.
+        W: (out, in); not modified.
+        H: (in, in); not modified.
+        S: sparsity; has no effect if a pattern is given.
         pattern: (N, M).
         damping: > 0.
-        block: columns that share one choice of weights.
+        block: number of columns whose weights are compared with each other.
 
     Returns:
-        (out, in), with the zeros in it.
+        (out, in), the pruned weights.
 
     Raises:
         ValueError: H is not positive definite, whatever the damping.
     """
-    V = _high(W).mT.clone(memory_format=torch.contiguous_format)  # (in, out): columns of W that are worked on as rows
+    V = _high(W).mT.clone(memory_format=torch.contiguous_format)  # (in, out): columns of W as contiguous rows
     dead = H.diagonal() == 0
     U = inverse_factor(H.to(V), damping)
     width = block if pattern is None else max(1, block // pattern[1]) * pattern[1]
@@ -147,9 +147,9 @@ def sparsegpt(
 def inverse_factor(H: Tensor, damping: float) -> Tensor:
     """The upper triangular U with (H + damping mean(diag H) I)^-1 = U^T U.
 
-    By the Cholesky factor of H with rows and columns reversed, J H J = L L^T, so that U = (J L J)^-1: the inverse of H
-    itself is never formed. Channels that are always zero get the mean of the others as their diagonal. Where float32
-    finds H not positive definite, damping grows tenfold.
+    Computed from the Cholesky factor of H with rows and columns reversed, J H J = L L^T, so that U = (J L J)^-1,
+    without the inverse of H. Channels that are always zero get the mean of the others as their diagonal. If H is not
+    positive definite in float32, damping is raised tenfold.
 
     Args:
         H: (in, in), symmetric.
@@ -159,7 +159,7 @@ def inverse_factor(H: Tensor, damping: float) -> Tensor:
         (in, in).
 
     Raises:
-        ValueError: never positive definite.
+        ValueError: not positive definite with any damping.
     """
     H = H.clone()
     diagonal = H.diagonal()  # a view
@@ -172,7 +172,7 @@ def inverse_factor(H: Tensor, damping: float) -> Tensor:
 
 
 def _prune_block(V: Tensor, U: Tensor, dead: Tensor, count: int, pattern: Pattern | None) -> Tensor:
-    """Prunes a block V (block, out) of columns of W in place; returns w_p / U_pp of each weight that went, else 0."""
+    """Prunes a block V (block, out) of columns of W in place; returns w_p / U_pp of each pruned weight, else 0."""
     d = U.diagonal()[:, None]
     errors = torch.empty_like(V)
     mask = torch.empty_like(V, dtype=torch.bool)
@@ -193,7 +193,7 @@ def _cost(V: Tensor, d: Tensor, dead: Tensor) -> Tensor:
 
 
 def _block_counts(V: Tensor, starts: range, width: int, S: float) -> list[int]:
-    """How many zeros each block gets: in proportion to its width, and round(S out in) in all."""
+    """The number of zeros of each block: proportional to its width; they sum to round(S out in)."""
     columns, rows = V.shape
     ends = torch.tensor([0, *(min(start + width, columns) for start in starts)], dtype=torch.float64)
     return (ends * (rows * S) + 0.5).floor().diff().long().tolist()

@@ -1,7 +1,7 @@
 """From a share of weights to whole heads and multiples of channels.
 
-Symbols: a layer has h heads of a weights each and c channels of b weights each; s is the share of those weights that it
-is to keep. A layer without heads (or channels) has h = 0 (c = 0).
+Symbols: a layer has h heads of a weights each and c channels of b weights each; s is the share of those weights to
+keep. A layer without heads (or channels) has h = 0 (c = 0).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Sums of shares are off by rounding errors that nobody means.
+# Tolerance for rounding errors in sums of shares.
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Heads and channels of a layer: how many there are, or how many are kept."""
+    """Numbers of heads and channels of a layer, before narrowing or after it."""
 
     heads: int
     channels: int
@@ -24,33 +24,33 @@ class Widths:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that can be made narrower: `full` widths, and the weights of one head (`a`) and one channel (`b`)."""
+    """A layer that can be narrowed: `full` widths, and the weights of one head (`a`) and one channel (`b`)."""
 
     full: Widths
     a: int
     b: int
 
     def count(self, widths: Widths) -> int:
-        """Weights of so many heads and channels."""
+        """Number of weights of those heads and channels."""
         return widths.heads * self.a + widths.channels * self.b
 
     def least(self, multiple: int) -> Widths:
-        """The narrowest that it can be: one head, and one multiple of channels."""
+        """The minimum widths: one head, and one multiple of channels."""
         return Widths(min(1, self.full.heads), min(multiple, self.full.channels))
 
 
 def choose_widths(layers: Sequence[Layer], shares: Sequence[float], multiple: int) -> list[Widths]:
-    """Widths by which each layer keeps its share, as near as whole heads and multiples of channels allow.
+    """Widths for which each layer keeps its share, as closely as whole heads and multiples of channels allow.
 
-    Heads keep the share, rounded; channels make up for what that rounding adds or takes, and are rounded to a multiple
-    (or stay as many as there are). Where layers or shares differ, single layers then go one multiple up or down, those
-    first whose channels were rounded farthest, as long as that brings the sum of all nearer to what was asked for.
-    Layers that are alike stay alike, because such a model needs no special code: its sum may be off by half a multiple
-    in each layer.
+    Heads keep the share, rounded. Channels compensate for that rounding, and are rounded to a multiple (or all are
+    kept). If layers or shares differ, single layers are then changed by one multiple up or down, in falling order of
+    their rounding error, as long as that brings the total nearer to the requested one. If all layers and shares are
+    equal, all layers get the same widths, because such a model requires no special code; the total may then be off by
+    half a multiple per layer.
 
     Args:
-        layers: with `least` within reach of their share.
-        shares: of the layer's weights, in 0..1.
+        layers: layers whose share allows at least the widths `least`.
+        shares: shares of the layers' weights, in 0..1.
         multiple: at least 1.
     """
     chosen = [_nearest(layer, s, multiple) for layer, s in zip(layers, shares, strict=True)]
@@ -68,7 +68,7 @@ def choose_widths(layers: Sequence[Layer], shares: Sequence[float], multiple: in
 
 
 def _nearest(layer: Layer, s: float, multiple: int) -> Widths:
-    """Of the two head counts around the share the nearer one, unless only the other lets channels meet the share."""
+    """The nearer of the two head counts around the share, unless only the other one lets channels meet the share."""
     target = s * layer.count(layer.full)
     exact = s * layer.full.heads
     heads = {min(max(round_(exact), 1), layer.full.heads) for round_ in (math.floor, math.ceil)}
@@ -80,7 +80,7 @@ def _nearest(layer: Layer, s: float, multiple: int) -> Widths:
         return miss > slack * (1 + ROUNDING), abs(widths.heads - exact), miss
 
     candidates = sorted(options, key=off)
-    # None of them meets it: the one that comes nearest.
+    # If no option meets the share, the nearest one is taken.
     return candidates[0] if not off(candidates[0])[0] else min(options, key=lambda widths: off(widths)[2])
 
 
@@ -94,7 +94,7 @@ def _channels(layer: Layer, weights: float, multiple: int) -> int:
 
 
 def _moved(layer: Layer, widths: Widths, sign: int, multiple: int) -> Widths:
-    """One multiple of channels more or fewer, within what the layer has."""
+    """One multiple of channels more or fewer, at most all channels of the layer."""
     c = layer.full.channels
     up = min(c, (widths.channels // multiple + 1) * multiple)
     down = -(-widths.channels // multiple) * multiple - multiple

@@ -1,1 +1,1 @@
-"""What comes in and goes out: text, models, files, the record of a run, compiled kernels."""
+"""Input and output: text, models, files, run reports, compiled kernels."""

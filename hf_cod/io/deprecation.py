@@ -1,4 +1,4 @@
-"""Arguments, attributes and values that have a new name: the old one is taken for one release, with a warning."""
+"""Renamed arguments, attributes and values: the old name is accepted for one release, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 def renamed(**names: str) -> Callable[[Decorated], Decorated]:
-    """Lets a function, or the constructor of a class, take arguments by their old names, too: `renamed(old="new")`.
+    """Makes a function, or the constructor of a class, also accept old argument names: `renamed(old="new")`.
 
-    Signature and docstring stay those of the new names.
+    Signature and docstring show the new names only.
 
     Raises:
-        ValueError: in a call with both.
+        ValueError: a call passes both names.
     """
 
     def decorate(thing: Decorated) -> Decorated:
@@ -30,10 +30,10 @@ def renamed(**names: str) -> Callable[[Decorated], Decorated]:
 
 
 class OldAttribute:
-    """In the body of a class: an attribute by its old name, which is read with a warning.
+    """Descriptor for the old name of an attribute; reading it warns and returns the new attribute.
 
     Args:
-        new: its new name.
+        new: the new name of the attribute.
     """
 
     def __init__(self, new: str) -> None:
@@ -50,13 +50,13 @@ class OldAttribute:
 
 
 def current_value(title: str, value: Any, names: Mapping[str, str], above: int = 0) -> Any:
-    """A value by its name of today, with a warning where an old one was given.
+    """Returns the current name of a value; warns if an old name was passed.
 
     Args:
         title: the argument, for the message.
-        value: what was given.
-        names: old name -> new one.
-        above: calls between the function that calls this and the one that is warned, such as a decorator's.
+        value: the value that was passed.
+        names: old name -> new name.
+        above: stack frames between the caller of this function and the frame to warn, such as those of a decorator.
     """
     if not isinstance(value, str) or value not in names:
         return value
@@ -65,9 +65,9 @@ def current_value(title: str, value: Any, names: Mapping[str, str], above: int =
 
 
 def warn_renamed(title: str, old: str, new: str, above: int = 0) -> None:
-    """Warns whoever called the function that calls this, `above` calls further up, that a thing has a new name."""
+    """Issues a DeprecationWarning for the caller's caller, or `above` frames further up the stack."""
     warnings.warn(
-        f"{title}: {old} is now called {new}; the old name goes with the next release",
+        f"{title}: {old} is now called {new}; the old name is removed in the next release",
         DeprecationWarning,
         stacklevel=3 + above,
     )
@@ -79,7 +79,7 @@ def _taking(function: Callable[..., Any], names: dict[str, str], title: str) -> 
         for old in names.keys() & options.keys():
             new = names[old]
             if new in options:
-                raise ValueError(f"{old}: expected {new} alone, which is its new name, got both")
+                raise ValueError(f"{old}: expected only the new name {new}, got both names")
             warn_renamed(title, old, new)
             options[new] = options.pop(old)
         return function(*arguments, **options)

@@ -1,4 +1,4 @@
-"""One writer in a directory at a time."""
+"""Lock of a directory: one writer at a time."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-# Directory -> the thread of this process that holds it, and how often: a command holds what a function that it calls
-# holds, too.
+# Lock file -> (thread of this process that holds it, depth). The lock is reentrant: a command and a function that it
+# calls may both hold it.
 _held: dict[str, tuple[int, int]] = {}
 
 
 class DirectoryLock:
-    """A lock on a directory, which ends with its process.
+    """A reentrant lock on a directory, released at the latest when its process ends.
 
     Args:
-        file: the lock's file; its directory exists.
-        directory: what errors name.
+        file: the lock file; its directory must exist.
+        directory: the directory that error messages name.
     """
 
     def __init__(self, file: Path, directory: Path) -> None:
@@ -29,10 +29,10 @@ class DirectoryLock:
         self._identity: tuple[int, int] | None = None
 
     def acquire(self) -> None:
-        """Takes the lock at once, or not at all.
+        """Acquires the lock without waiting.
 
         Raises:
-            ValueError: another command writes there.
+            ValueError: another command writes to the directory.
         """
         mine = threading.get_ident()
         owner, depth = _held.get(self._key, (mine, 0))
@@ -50,17 +50,17 @@ class DirectoryLock:
                 lock.acquire(blocking=False)
             except Timeout:
                 raise self._refusal() from None
-            except NotImplementedError:  # a file system without locks: go without
+            except NotImplementedError:  # a file system without locks: continue without one
                 self.file.touch()
                 return None
             if self.file.exists():
                 return lock
-            lock.release()  # its last holder has removed the file in between: nobody else would see this lock
+            lock.release()  # the previous holder removed the file meanwhile: other processes would not see this lock
 
     def _refusal(self) -> ValueError:
         return ValueError(
             f"output: expected a directory that no other command writes to, got {str(self._directory)!r}, where one "
-            "is at work"
+            "is running"
         )
 
     def _found(self) -> tuple[int, int] | None:
@@ -72,17 +72,17 @@ class DirectoryLock:
 
     @property
     def is_there(self) -> bool:
-        """Whether its file still is the one that was locked: it goes with a directory that somebody deletes."""
+        """Whether the lock file is still the one that was locked; False after the directory was deleted."""
         return self._identity is not None and self._found() == self._identity
 
     def release(self) -> bool:
-        """Gives the lock back and removes its file; returns whether this was the outermost holder."""
+        """Releases the lock and removes its file; returns whether this was the outermost holder."""
         owner, depth = _held[self._key]
         if depth > 1:
             _held[self._key] = (owner, depth - 1)
             return False
         if self.is_there:
-            with suppress(OSError):  # where an open file cannot be removed
+            with suppress(OSError):  # on systems where an open file cannot be removed
                 self.file.unlink()
         del _held[self._key]
         if self._lock is not None:

@@ -1,33 +1,33 @@
-"""Words of other people (names of models, directories and layers, notes) as a terminal may show them."""
+"""Escaping of text of foreign origin (names of models, directories and layers; notes) for a terminal."""
 
 from __future__ import annotations
 
 import logging
 import re
 
-# Control characters, of which ESC begins the sequences that terminals obey; and what turns or ends lines unseen:
-# Unicode's line ends and direction marks, and halves of surrogate pairs, which no encoding can print.
+# Control characters (ESC begins the escape sequences of terminals); invisible characters that end a line or change its
+# direction (Unicode line separators and direction marks); and lone surrogates, which no encoding can print.
 _HARMFUL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _IN_LINES = re.compile(f"(?![\n\t]){_HARMFUL.pattern}")
 
 
 def terminal_text(text: object, *, lines: bool = False) -> str:
-    r"""Text in which control characters are shown, as \x1b or \u202e, instead of being obeyed.
+    r"""Replaces control characters by visible escapes, such as \x1b or \u202e.
 
     Args:
-        text: what is to be printed.
-        lines: whether line ends and tabs stay as they are.
+        text: the text to print.
+        lines: whether line ends and tabs are left unchanged.
     """
     return (_IN_LINES if lines else _HARMFUL).sub(_shown, str(text))
 
 
 def say(text: object) -> None:
-    """Prints what may hold such words."""
+    """Prints text with control characters escaped; line ends and tabs are left unchanged."""
     print(terminal_text(text, lines=True))
 
 
 def one_line(text: object) -> str:
-    """As `terminal_text`, with the lines of a longer message joined by a space."""
+    """As `terminal_text`, with the lines of a message joined by spaces."""
     said = type(text).__name__ if isinstance(text, Exception) and not str(text) else str(text)
     return terminal_text(" ".join(said.split("\n")))
 
@@ -37,8 +37,8 @@ def _shown(found: re.Match[str]) -> str:
 
 
 class HarmlessFormatter(logging.Formatter):
-    """Formats warnings as `terminal_text`."""
+    """Log formatter that escapes control characters as `terminal_text` does."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message with control characters shown."""
+        """The formatted message with control characters escaped."""
         return terminal_text(super().format(record), lines=True)

@@ -1,7 +1,7 @@
-"""Files and directories that survive an interruption: written aside, flushed, renamed; and the journal of a long run.
+"""Atomic writes of files and directories (temporary name, fsync, rename), and the journal of a resumable run.
 
-Whatever this package writes goes through here, and a command's results through `output_directory.py`.
-`models/checkpoint.py` alone does the same for itself, because models/ imports nothing of ours.
+All files of this package are written with these functions; results of commands also go through `output_directory.py`.
+Exception: `models/checkpoint.py` has an implementation of its own, because models/ imports no other folder of hf_cod.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _BINARY = getattr(os, "O_BINARY", 0)  # of Windows, where text is the default
 
 
 def write_aside(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
-    """Calls `write(file)` on a temporary binary file beside `path`, which takes that name only once it is on disk.
+    """Calls `write(file)` on a temporary binary file next to `path`, fsyncs it, then renames it to `path`.
 
     Raises:
-        OSError: it cannot be written; names `path`.
+        OSError: the file cannot be written; names `path`.
     """
     path = Path(path)
     aside = _beside(path, ".")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not by tempfile, whose files their owner alone may read: here the umask decides.
+        # Not tempfile, whose files are readable by their owner only: here the umask applies.
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666), "wb") as file:
             write(file)
             file.flush()
@@ -54,10 +54,12 @@ def write_aside(path: str | Path, write: Callable[[BinaryIO], Any]) -> Path:
 
 @contextmanager
 def directory_aside(path: str | Path) -> Iterator[Path]:
-    """A new directory beside `path` to fill; behind the block it takes that name, once all its files are on disk.
+    """Yields a new temporary directory next to `path`; after the block, fsyncs its files and renames it to `path`.
+
+    On an exception the temporary directory is removed.
 
     Raises:
-        OSError: there is something of that name already.
+        OSError: `path` already exists.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,18 +75,18 @@ def directory_aside(path: str | Path) -> Iterator[Path]:
 
 
 def _beside(path: Path, joint: str) -> Path:
-    """A name that nobody has, beside `path`."""
+    """A random, unused name next to `path`."""
     return path.with_name(f".{path.name}{joint}{secrets.token_hex(4)}")
 
 
 def _name(error: BaseException, path: Path, aside: Path | None = None) -> None:
-    """Adds the path to an error of a write, which names no file by itself, or the temporary one."""
+    """Adds the path to a write error that names no file, or only the temporary one."""
     if isinstance(error, OSError) and error.filename in (None, str(aside)) and error.errno is not None:
         error.filename = str(path)
 
 
 def sync(directory: str | Path) -> None:
-    """Returns once all files in a directory are on disk."""
+    """Fsyncs all files in a directory, recursively."""
     for path in Path(directory).rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -92,9 +94,10 @@ def sync(directory: str | Path) -> None:
 
 
 def follow_umask(directory: str | Path) -> None:
-    """Gives all files in a directory the mode that a new one gets: safetensors writes for their owner alone.
+    """Sets the mode of all files in a directory to that of a newly created file.
 
-    The umask itself cannot be read without changing it for other threads.
+    safetensors writes files that only their owner can read. The umask cannot be read without changing it for other
+    threads, so the mode is taken from a temporary file.
     """
     new = _beside(Path(directory) / "mode", ".")
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -106,7 +109,7 @@ def follow_umask(directory: str | Path) -> None:
 
 
 def sync_names(directory: str | Path) -> None:
-    """Returns once the names in a directory are on disk, where the system can do that."""
+    """Fsyncs a directory, so that renames in it are on disk (POSIX only; does nothing elsewhere)."""
     if os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)
         try:
@@ -116,18 +119,18 @@ def sync_names(directory: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Writes `text` as UTF-8, aside and renamed."""
+    """Writes `text` as UTF-8, atomically."""
     return write_aside(path, lambda file: file.write(text.encode()))
 
 
 def copy_aside(source: str | Path, path: str | Path) -> Path:
-    """Copies a file's contents, aside and renamed."""
+    """Copies the contents of a file, atomically."""
     with Path(source).open("rb") as original:
         return write_aside(path, lambda file: shutil.copyfileobj(original, file))
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Adds one line to a file, which is made if need be; it is on disk when this returns."""
+    """Appends one line to a file, which is created if missing, and fsyncs it."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,18 +144,18 @@ def append_line(path: str | Path, line: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Writes `value` as strict JSON (no NaN), aside and renamed."""
+    """Writes `value` as strict JSON (no NaN), atomically."""
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 class JsonFile:
-    """Mixin of a dataclass that is kept as one JSON file.
+    """Mixin for a dataclass that is saved as one JSON file.
 
     Attributes:
-        FIELD: what errors call such a file.
-        FORMAT: the version that is written, and the only one that is read.
-        RENAMED: name of an entry in earlier files -> its name now.
-        RENAMED_VALUES: name of an entry -> its values in earlier files -> what they are called now.
+        FIELD: the field name at the start of error messages about such a file.
+        FORMAT: the format version that is written, and the only one that is read.
+        RENAMED: name of an entry in earlier files -> its current name.
+        RENAMED_VALUES: name of an entry -> value in earlier files -> current value.
     """
 
     FIELD: ClassVar[str]
@@ -161,15 +164,15 @@ class JsonFile:
     RENAMED_VALUES: ClassVar[Mapping[str, Mapping[Any, Any]]] = {}
 
     def save(self, path: str | Path) -> Path:
-        """Writes a JSON file; returns its path."""
+        """Writes the JSON file; returns its path."""
         return write_json(path, {"format": self.FORMAT, **asdict(cast(Any, self))})
 
     @classmethod
     def load(cls: type[Kept], path: str | Path) -> Kept:
-        """Reads what `save` wrote; what earlier files lack has a default.
+        """Reads a file that `save` wrote; entries missing in earlier files get their defaults.
 
         Raises:
-            ValueError: no such file, of another format, or with entries that the fields do not allow (`schema.py`).
+            ValueError: no such file, another format version, or entries that the fields do not allow (`schema.py`).
         """
         content = read_json(path, cls.FIELD)
         with naming_file(path):
@@ -184,40 +187,56 @@ class JsonFile:
         return read
 
     def check_read(self) -> None:
-        """Makes sure of what the types of the fields cannot tell; called on what was read.
+        """Checks conditions that the field types do not express; called after reading.
 
         Raises:
             ValueError: "field: expected ..., got ...".
         """
 
 
+def reason(error: Exception) -> str:
+    """Why a file could not be read, in words; an error of the operating system without its number."""
+    return str(error.strerror or error).lower() if isinstance(error, OSError) else str(error)
+
+
+def check_file(field: str, path: str | Path) -> None:
+    """Makes sure that a file of that name can be written or read.
+
+    Raises:
+        ValueError: a directory has it.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{field}: expected a file, got the directory {str(path)!r}")
+
+
 def looks_local(name: str) -> bool:
-    """Whether a name can only mean a path: a Hub id has at most one slash and starts with neither ".", "/" nor "~"."""
+    """Whether a name can only be a path: a Hub id has at most one slash and starts with neither ".", "/" nor "~"."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short hash of JSON-like values: equal work has an equal fingerprint."""
+    """A short hash (16 hex digits) of JSON-like values; equal values have equal fingerprints."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class Journal:
-    """Results of a long run, one JSON line each, so that an interrupted run goes on where it stopped.
+    """Results of a long run as JSON lines, from which an interrupted run resumes.
 
-    Each line names the work that it belongs to, and ends with a checksum. Lines of other work in the same file are
-    kept, but not read; a line that was cut off in the middle of writing is dropped, and so is a damaged one, which a
-    warning says. Lines of earlier versions, which have no checksum, are taken as they are. Without a path the journal
-    lives in memory alone.
+    Each line holds the fingerprint of its work and ends with a checksum. Lines of other work in the same file are
+    kept, but not read. An incomplete last line is dropped; a damaged line is dropped with a warning. Lines of earlier
+    versions, which have no checksum, are read without this check.
 
     Args:
-        path: the file, or None.
-        work: what `fingerprint` gave for this work's inputs and settings.
+        path: the file; None: the journal is kept in memory only.
+        work: `fingerprint` of the inputs and settings of this work.
     """
 
     def __init__(self, path: str | Path | None, work: str) -> None:
         self.path = Path(path) if path is not None else None
         self.work = work
         self.entries: dict[str, Any] = {}
+        if self.path is not None:
+            check_file("journal", self.path)
         if self.path is not None and self.path.exists():
             self._read(self.path)
 
@@ -229,7 +248,7 @@ class Journal:
                 record = _record_of(line)
             if record is None:
                 if number < len(lines) - 1:  # else the empty tail, or a line that the interruption cut
-                    logger.warning("a line of %s is damaged: what it held is done again", path)
+                    logger.warning("%s has a damaged line: its result is computed again", path)
                 continue
             whole.append(line)
             work, key, value = record
@@ -245,20 +264,20 @@ class Journal:
         return self.entries[key]
 
     def get(self, key: str) -> Any:
-        """The result, or None where it is not known."""
+        """The result, or None if there is none yet."""
         return self.entries.get(key)
 
     def result(self, key: str, kind: Any) -> Any:
-        """The result, of which an annotation says what it has to be, as `schema.check_value` understands it.
+        """The result, checked against a type annotation by `schema.check_value`.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file holds a value of another type.
         """
         with naming_file(self.path or "memory"):
             return check_value(self.entries[key], kind, f"journal {brief(key)}", {"nan": True})
 
     def add(self, key: str, value: Any) -> None:
-        """Records one result; it is on disk when this returns."""
+        """Records one result and fsyncs it."""
         self.entries[key] = value
         if self.path is None:
             return
@@ -267,12 +286,12 @@ class Journal:
 
 
 def _record_of(line: str) -> tuple[str, str, Any] | None:
-    """(work, key, value) of a journal's line; None of a damaged one."""
+    """(work, key, value) of a journal line; None if the line is damaged."""
     try:
         record = parse_json(line, "journal", nan=True)
     except ValueError:
         return None
-    if isinstance(record, dict):  # no journal has such lines, and nobody else's file is written anew
+    if isinstance(record, dict):  # not a journal of ours: refused, so that a foreign file is not rewritten
         raise ValueError(f"journal: expected [work, key, result] in each line, got {brief(record)}")
     if not isinstance(record, list) or not all(isinstance(entry, str) for entry in record[:2]):
         return None

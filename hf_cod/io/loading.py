@@ -1,6 +1,6 @@
-"""Loading without silence: each weight of a checkpoint finds its place, and each place its weight.
+"""Strict loading of checkpoints: missing, unexpected and mismatched weights are errors.
 
-transformers initialises what a checkpoint lacks at random and ignores what it has too much, with a warning at most.
+transformers initialises missing weights at random and ignores unexpected ones, with a warning at most.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-# Names that are told of a kind of wrong keys.
+# Number of names that an error lists for each kind of wrong key.
 NAMED = 3
 POOLER = "pooler"
 
 
 def load_exactly(model_class: Any, source: Any, **options: Any) -> Any:
-    """`from_pretrained`, but a weight that is missing, unexpected or of another shape is an error; see `check_loaded`.
+    """As `from_pretrained`, but missing, unexpected and mismatched weights are errors; see `check_loaded`.
 
     Raises:
-        ValueError: there is one; says how many, and the names of the first.
+        ValueError: such weights exist; states their number and the first names.
     """
     model, info = read(model_class, source, **options)
     check_loaded(model, info)
@@ -31,12 +31,12 @@ def load_exactly(model_class: Any, source: Any, **options: Any) -> Any:
 
 
 def read(model_class: Any, source: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:
-    """A model, and transformers' lists of what did not find its place.
+    """A model, and the loading info of transformers (missing, unexpected and mismatched keys).
 
     Raises:
         ValueError: weights that transformers cannot convert.
     """
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that these are listed, too
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that mismatched keys are listed, too
     try:
         model, info = model_class.from_pretrained(source, **options, **told)
         return model, info
@@ -44,24 +44,24 @@ def read(model_class: Any, source: Any, **options: Any) -> tuple[Any, Mapping[st
         raise
     except RuntimeError as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "above report" in first:  # which nobody sees
-            first = "they do not go together; TRANSFORMERS_VERBOSITY=warning shows which"
+        if "above report" in first:  # which is not shown at the default verbosity
+            first = "they cannot be converted; TRANSFORMERS_VERBOSITY=warning lists them"
         raise ValueError(f"model: expected weights of {model_class.__name__}, got others: {first}") from error
 
 
 def check_loaded(model: Any, info: Mapping[str, Any]) -> None:
-    """Makes sure that nothing of a model is left to chance, and nothing of a checkpoint is lost.
+    """Checks that each weight of the model was loaded, and each weight of the checkpoint was used.
 
-    transformers leaves out of its lists what is tied, computed, or ignored by the model's class. Harmless, too, are
-    heads of other tasks that a checkpoint has beside this one's, which a warning names; a pooler that a checkpoint
-    without head lacks, which is taken off the model; and a missing bias of a head, which is 0.
+    The lists of transformers do not contain weights that are tied, computed, or ignored by the model's class. Three
+    more cases are allowed: heads of other tasks in the checkpoint (a warning names them); a missing pooler of a
+    model without head (it is removed from the model); and a missing bias of a head (it is 0).
 
     Args:
-        model: as it was loaded; an unused pooler is removed.
-        info: transformers' loading info.
+        model: the loaded model; an unused pooler is removed.
+        info: the loading info of transformers.
 
     Raises:
-        ValueError: something else is missing, unexpected or of another shape.
+        ValueError: any other weight is missing, unexpected or of another shape.
     """
     missing = {key for key in info["missing_keys"] if not _is_zero_bias_of_head(model, key)}
     missing -= _without_pooler(model, missing)
@@ -78,11 +78,11 @@ def check_loaded(model: Any, info: Mapping[str, Any]) -> None:
         )
     if others:
         told_others = _told("tensors", sorted(others))
-        logger.warning("%s ignores what the checkpoint has of other heads: %s", type(model).__name__, told_others)
+        logger.warning("%s ignores weights of other heads in the checkpoint: %s", type(model).__name__, told_others)
 
 
 def in_head(model: Any, key: str) -> bool:
-    """Whether a name of a weight is that of a head: outside of the base model. A base model has none."""
+    """Whether a weight belongs to a head, that is, lies outside of the base model. A base model has no head."""
     prefix = getattr(model, "base_model_prefix", "")
     return bool(prefix) and model.base_model is not model and not key.startswith(f"{prefix}.")
 
@@ -95,7 +95,7 @@ def _is_zero_bias_of_head(model: Any, key: str) -> bool:
 
 
 def _without_pooler(model: Any, missing: set[str]) -> set[str]:
-    """Names of a base model's whole pooler, once it is off the model; none where a part of it is there."""
+    """Removes the pooler of a base model if all its weights are missing; returns their names, else an empty set."""
     pooler = getattr(model, POOLER, None)
     if model.base_model is not model or not isinstance(pooler, nn.Module):
         return set()
@@ -107,7 +107,7 @@ def _without_pooler(model: Any, missing: set[str]) -> set[str]:
 
 
 def _is_of_another_head(model: Any, key: str) -> bool:
-    """Whether a name leads out of the base model to a module that this class lacks, or to a pooler that it lacks."""
+    """Whether a weight belongs to a head or a pooler that this model class does not have."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     headless, inside = model.base_model is model, key.startswith(prefix)
     path = key.removeprefix(prefix).split(".")

@@ -1,4 +1,4 @@
-"""Words of other people in Markdown: names and notes are shown as they are, and make no markup."""
+"""Escaping of text of foreign origin (names, notes) for Markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCK = re.compile(r"^(?:([#+-](?=[#\s])|[=-](?=[=\s-]+$))|(\d+)([.)])(?=\s|$))
 
 
 def escaped(text: object) -> str:
-    """Text as one line of Markdown that renders as it reads: neither HTML, nor a link, a table or a heading."""
+    """Text as one line of Markdown that renders literally: without HTML, links, tables or headings."""
     line = terminal_text(" ".join(str(text).split()))
     line = re.sub("[&<>]", lambda found: _ENTITIES[found[0]], line)
     line = _MARKUP.sub(lambda found: "".join(f"\\{sign}" for sign in found[0]), line)

@@ -1,10 +1,10 @@
-"""A model and its tokenizer from a Hub id, a directory or a GGUF file."""
+"""Loading of a model and its tokenizer from a Hub id, a directory or a GGUF file."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import transformers
@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_cod.io.files import looks_local
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
-from hf_cod.io.settings import ModelSettings, resolve
+from hf_cod.io.settings import ModelFields, ModelSettings, resolve
 
 logger = logging.getLogger(__name__)
 
-# How a class is named -> the Auto class that finds it, for classes that transformers itself does not have.
+# Suffix of a class name -> Auto class, for classes that transformers does not have.
 HEADS = {
     **dict.fromkeys(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM"),
     **{f"For{head}": f"AutoModelFor{head}" for head in ("MaskedLM", "SequenceClassification", "TokenClassification")},
@@ -31,23 +31,25 @@ EMBEDDED_PLACEMENTS = ("pre", "lns")
 HUB_TIMEOUT = 5.0  # seconds
 
 
-def load_model(name: str, settings: ModelSettings | None = None, **fields: Any) -> tuple[nn.Module, Any]:
-    """Loads a model, with the head that its checkpoint has, in eval mode, and its tokenizer.
+def load_model(
+    name: str, settings: ModelSettings | None = None, **fields: Unpack[ModelFields]
+) -> tuple[nn.Module, Any]:
+    """Loads a model in eval mode, with the head of its checkpoint, and its tokenizer.
 
-    A checkpoint that names a class with a head but lacks the head's weights (as sentence embedders do) is loaded
-    without head: a random head would be measured as if it meant something.
+    If config.json names a class with a head but the checkpoint has no weights for it (as with sentence embedders), the
+    model is loaded without head: results with a randomly initialised head would be meaningless.
 
     Args:
         name: a Hub id, a directory, or a path that ends in ".gguf".
-        settings: dtype, device and so on.
-        **fields: or fields of `ModelSettings` by name.
+        settings: dtype, device, revision and trust_remote_code.
+        **fields: fields of `ModelSettings` as keywords; they override `settings`.
 
     Returns:
-        The model and the tokenizer; None for a model without one.
+        The model and the tokenizer (None if the model has none).
 
     Raises:
-        ValueError: no such model, or one that cannot be read; says why. Weights that are missing, unexpected or of
-            another shape (`loading.check_loaded`).
+        ValueError: the model does not exist or cannot be read (gives the reason), or weights are missing, unexpected
+            or of another shape (`loading.check_loaded`).
         ImportError: a GGUF file without the gguf package.
     """
     settings = resolve(load_model, ModelSettings, settings, fields)
@@ -64,11 +66,11 @@ def load_model(name: str, settings: ModelSettings | None = None, **fields: Any) 
     return model.eval(), _load_tokenizer(source, options)
 
 
-def load_config(name: str, settings: ModelSettings | None = None, **fields: Any) -> Any:
-    """The config alone of a model that `load_model` loads; its dtype is that of `settings`, where they name one.
+def load_config(name: str, settings: ModelSettings | None = None, **fields: Unpack[ModelFields]) -> Any:
+    """The config of a model, without its weights; with the dtype of `settings` unless that is "auto".
 
     Raises:
-        ValueError: no such model, or one that cannot be read; says why.
+        ValueError: the model does not exist or cannot be read; gives the reason.
         ImportError: a GGUF file without the gguf package.
     """
     settings = resolve(load_config, ModelSettings, settings, fields)
@@ -83,7 +85,7 @@ def load_config(name: str, settings: ModelSettings | None = None, **fields: Any)
 
 
 def embedded_model(placement: str) -> str:
-    """Directory of one of the two small models that the package carries, trained alike but for the norm placement.
+    """Directory of one of the two small models in the package, whose training differs only in the norm placement.
 
     Args:
         placement: one of `EMBEDDED_PLACEMENTS`.
@@ -97,12 +99,12 @@ def embedded_model(placement: str) -> str:
 
 
 def best_device() -> str:
-    """The accelerator if there is one, else the CPU."""
+    """Device type of the accelerator if there is one, else "cpu"."""
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
 
 
 def on_hub(repo_id: str) -> bool:
-    """Whether a Hub repository can be had: already in the cache, or within reach."""
+    """Whether a Hub repository is available: in the local cache, or online."""
     if try_to_load_from_cache(repo_id, "config.json"):
         return True
     try:
@@ -117,7 +119,7 @@ def on_hub(repo_id: str) -> bool:
 
 
 def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
-    """What from_pretrained takes to find a model: its source and options."""
+    """Source and options for `from_pretrained`."""
     path = Path(name).expanduser()
     source, options = (
         str(path) if path.is_dir() else name,
@@ -129,7 +131,7 @@ def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise ValueError(f"model: expected a GGUF file, got {name!r}, which does not exist")
     elif path.is_file():
-        raise ValueError(f"model: expected a directory or a .gguf file, got {name!r}; give the directory it lies in")
+        raise ValueError(f"model: expected a directory or a .gguf file, got {name!r}; pass the directory that holds it")
     elif not path.exists() and looks_local(name):
         raise ValueError(f"model: expected a Hub id, a directory or a .gguf file, got {name!r}, which does not exist")
     return source, options
@@ -157,9 +159,9 @@ def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
     model, info = read(model_class, source, **options)
     head = [key for key in model.state_dict() if in_head(model, key)]
     missing = [key for key in head if key in info["missing_keys"]]
-    # Most of the head: a tied matrix is never missing, and a lone missing bias does not make a head useless.
+    # More than half of the head: tied matrices are never reported as missing, and a single missing bias is harmless.
     if len(missing) > len(head) / 2:
-        logger.warning("the checkpoint has no weights for the head of %s: loaded without it", named)
+        logger.warning("the checkpoint has no weights for the head of %s: the model is loaded without head", named)
         return load_exactly(AutoModel, source, **options)
     check_loaded(model, info)
     return model
@@ -176,11 +178,11 @@ def _require_gguf() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise ImportError("model: reading a GGUF file needs the gguf package: pip install 'hf_cod[gguf]'") from error
+        raise ImportError("model: reading a GGUF file requires the gguf package: pip install 'hf_cod[gguf]'") from error
 
 
 def _forget_gguf(model: Any) -> None:
-    """The weights are plain floats now, but transformers still takes the model for quantized and won't save it."""
+    """Removes the quantization config: the weights are dequantized, but transformers would still refuse to save."""
     model.hf_quantizer = None
     model.config._is_quantized = False
     if hasattr(model.config, "quantization_config"):

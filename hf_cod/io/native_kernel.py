@@ -1,7 +1,8 @@
-"""Compiled kernels: built on first use, kept in Hugging Face's cache, done without where they cannot be built.
+"""Compiled kernels: built on first use, cached in Hugging Face's assets cache, optional where they cannot be built.
 
-A library is code, and whoever can put one where it is looked for runs it as us. So it is loaded from directories that
-nobody else can change alone; where the cache is not like that, it is built for this process and kept nowhere.
+A shared library is code: a user who can replace the file runs code in our process. Therefore libraries are loaded only
+from directories that no other user can change. If the cache is not such a directory, the library is built for this
+process only and not cached.
 """
 
 from __future__ import annotations
@@ -30,34 +31,34 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def load_native(name: str, sources: Path, layers: str, without: str) -> Any:
-    """`torch.ops.<name>`, or None, which is said once and why.
+    """`torch.ops.<name>`, or None with one warning that gives the reason.
 
-    The first call on a machine compiles, which takes a minute or less; later ones load what that left in the cache.
+    The first call on a machine compiles, which takes up to a minute; later calls load the library from the cache.
 
     Args:
-        name: of the library, under which its sources register their operators.
-        sources: a directory; `kernel.cpp` in it is compiled.
-        layers: which layers it serves, as messages call them.
-        without: what becomes of these without it, as the message says it.
+        name: of the library, and of the namespace in which its sources register operators.
+        sources: a directory; its `kernel.cpp` is compiled.
+        layers: name, in messages, of the layers that use the kernel.
+        without: the consequence of a missing kernel, for the message.
     """
     try:
         library = _cached(name, sources)
         if who := others_can_change(library):
             logger.warning(
-                "%s: others can change it; the kernel of %s is built for this process alone (half a minute or so). Set "
-                "HF_ASSETS_CACHE to a directory of your own",
+                "%s: other users can change it; the kernel of %s is built for this process only (about half a minute). "
+                "Set HF_ASSETS_CACHE to a directory that only you can write to",
                 who,
                 layers,
             )
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as private:
                 _build(name, sources, Path(private) / library.name)
         elif not _loaded(library):
-            logger.warning("building the kernel of %s, once: half a minute or so", layers)
+            logger.warning("building the kernel of %s, once (about half a minute)", layers)
             _build(name, sources, library)
-    except Exception as error:  # whatever a compiler, a linker or a read-only disk may come up with
+    except Exception as error:  # any failure of the compiler, the linker or the disk
         logger.warning(
-            "no kernel for %s: %s. To build it takes a C++ compiler (apt install g++, or xcode-select --install) and "
-            "ninja (pip install ninja). What failed: %s",
+            "no kernel for %s: %s. Building it requires a C++ compiler (apt install g++, or xcode-select --install) "
+            "and ninja (pip install ninja). Error: %s",
             layers,
             without,
             str(error).strip() or type(error).__name__,
@@ -67,7 +68,7 @@ def load_native(name: str, sources: Path, layers: str, without: str) -> Any:
 
 
 def _loaded(library: Path) -> bool:
-    """Whether the cached library is there and fits this machine; a damaged one is built again."""
+    """Loads the cached library; returns whether it exists and could be loaded. A damaged one is built again."""
     if not library.is_file():
         return False
     try:
@@ -79,15 +80,16 @@ def _loaded(library: Path) -> bool:
 
 
 def others_can_change(library: Path) -> Path | None:
-    """The library, or a directory on the way to it, that another user could exchange or write to; None: there is none.
+    """The first path among the library and its parent directories that another user can replace or write to, or None.
 
-    The library and its directory must be ours and writable by nobody else, and those above ours or the system's. A
-    group that is ours alone, as Linux gives to each user, and sticky directories such as /tmp do no harm.
+    The library and its directory must belong to this user and be writable by no other; the directories above must
+    belong to this user or to the system. Allowed are a group with this user as its only member (the Linux default) and
+    sticky directories such as /tmp.
     """
     if not hasattr(os, "getuid"):  # Windows keeps the cache in the user's own profile
         return None
     ours, folder = os.getuid(), library.parent
-    # Where root's files look like nobody's, as in a container without privileges, they are the system's all the same.
+    # In an unprivileged container, root's files appear as those of "nobody"; the owner of / counts as the system, too.
     system = (ours, 0, os.stat("/").st_uid)
     for path in dict.fromkeys((*folder.parents, *folder.resolve().parents)):
         found = path.stat()
@@ -106,7 +108,7 @@ def _open_to_others(found: os.stat_result) -> bool:
 
 
 def _own_group(group: int) -> bool:
-    """Whether a group is that of this user alone."""
+    """Whether this user is the only member of a group."""
     import grp
     import pwd
 
@@ -118,7 +120,7 @@ def _own_group(group: int) -> bool:
 
 
 def _cached(name: str, sources: Path) -> Path:
-    """Where the library of these sources, this torch and this kind of machine lies; the directory is ours alone."""
+    """Path of the cached library for these sources, torch version and machine type; its directory is made private."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(sources.iterdir())]
     key = fingerprint(texts, torch.__version__, platform.machine(), sys.platform)
     folder = cached_assets_path(library_name="hf_cod", namespace="kernels", subfolder=key)
@@ -128,7 +130,7 @@ def _cached(name: str, sources: Path) -> Path:
 
 
 def _build(name: str, sources: Path, library: Path) -> None:
-    """Compiles and loads; the file is renamed into place, so that neither a killed build nor a second one does harm."""
+    """Compiles and loads; the file is renamed into place, so that killed and concurrent builds leave no broken file."""
     from torch.utils import cpp_extension
 
     openmp = {"linux": ["-fopenmp"], "win32": ["/openmp"]}.get(sys.platform, [])
@@ -148,7 +150,7 @@ def _build(name: str, sources: Path, library: Path) -> None:
 
 @contextmanager
 def _ninja_in_path() -> Iterator[None]:
-    """A virtual environment's Python finds its `ninja` package, though nobody may have put its folder into PATH."""
+    """Adds the directory of the `ninja` package to PATH: the environment's bin directory may not be in it."""
     before = os.environ.get("PATH", "")
     spec = importlib.util.find_spec("ninja")
     if shutil.which("ninja") is None and spec is not None:

@@ -1,4 +1,4 @@
-"""What is checked of an output directory before any work begins, and what killed runs left in one."""
+"""Checks of an output directory before a command starts, and detection of files that killed runs left in it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 from hf_cod.io.output_manifest import JOURNAL, MANIFEST, RESULTS
 
 LOCK = "lock"  # in the journal
-# What a journal holds: a layer as FinishedLayers writes it, or one that an interruption cut; and lines of a Journal.
+# Names of files in a journal: layers written by FinishedLayers and JSON lines of a Journal, complete or temporary.
 _KEPT = re.compile(r"\.?[0-9a-f]{16}-\d{5}\.safetensors(\..*)?|\.?\w+\.jsonl(\..*)?")
-# Temporary files of ours: a dot, a name that we write, a dot, and eight signs.
+# Temporary files of hf_cod: a dot, the final name, a dot, and eight characters.
 _LEFT = re.compile(r"\.[\w-]+\.(json|jsonl|md|pdf|png|safetensors|svg)\.[a-z0-9_]{8}")
 _OF_MODELS = (".json", ".safetensors", ".jinja", ".txt", ".model", ".py")
 _HOUR = 3600.0
 
 
 def check_place(directory: Path, source: str | None = None) -> None:
-    """Makes sure that a directory can be there: it is one, or there is nothing of its name.
+    """Checks that a path is a directory or does not exist.
 
     Raises:
-        ValueError: it is a file, a link to nothing, or the model's own directory.
+        ValueError: the path is a file, a broken link, or the model's own directory.
     """
     try:
         if source is not None and directory.resolve() == Path(source).expanduser().resolve():
@@ -35,16 +35,16 @@ def check_place(directory: Path, source: str | None = None) -> None:
             raise
         raise ValueError(f"output: expected the path of a directory, got {str(directory)!r}: {error}") from error
     if there and not reached:
-        raise ValueError(f"output: expected a directory, got {str(directory)!r}, a link to what does not exist")
+        raise ValueError(f"output: expected a directory, got {str(directory)!r}, a broken link")
     if there and not directory.is_dir():
         raise ValueError(f"output: expected a directory, got the file {str(directory)!r}")
 
 
 def check_unused(directory: Path) -> None:
-    """Makes sure that nothing else is in the directory: it is new, empty, or holds the journal of an interrupted run.
+    """Checks that a directory is new, empty, or holds only the journal of an interrupted run.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the directory holds other files.
     """
     if not directory.is_dir():
         return
@@ -65,13 +65,13 @@ def _is_ours(journal: Path) -> bool:
 
 
 def make_writable(directory: Path) -> list[Path]:
-    """Makes the journal's directory and proves that a file can be written there.
+    """Creates the journal's directory and tests that a file can be written there.
 
     Returns:
-        The directories that this made, the innermost first.
+        The directories that were created, innermost first.
 
     Raises:
-        ValueError: that cannot be done; says why. Nothing is left behind.
+        ValueError: the directory cannot be created or written; gives the reason. Created directories are removed.
     """
     journal = directory / JOURNAL
     made: list[Path] = []
@@ -96,7 +96,7 @@ def make_writable(directory: Path) -> list[Path]:
 
 
 def remove_empty(directories: list[Path]) -> None:
-    """Removes those that are empty, in this order."""
+    """Removes directories in this order, up to the first that is not empty."""
     for path in directories:
         try:
             path.rmdir()
@@ -105,10 +105,10 @@ def remove_empty(directories: list[Path]) -> None:
 
 
 def check_space(directory: Path, needed: int) -> None:
-    """Makes sure that a file system has room.
+    """Checks the free space of a file system.
 
     Raises:
-        ValueError: it has less than `needed` bytes.
+        ValueError: fewer than `needed` bytes are free.
     """
     free = shutil.disk_usage(directory).free
     if free < needed:
@@ -119,19 +119,19 @@ def check_space(directory: Path, needed: int) -> None:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """Temporary files of killed runs in a directory and its journal, and the directories that they left beside it."""
+    """Temporary files of killed runs in a directory and its journal, and temporary directories next to it."""
     found = [path for path in (directory, directory / JOURNAL) if path.is_dir()]
     files = [path for folder in found for path in folder.iterdir() if _LEFT.fullmatch(path.name) and path.is_file()]
     beside = re.compile(rf"\.{re.escape(directory.name)}-[a-z0-9_]{{8}}")
     try:
         near = [path for path in directory.parent.iterdir() if beside.fullmatch(path.name) and _is_old_model(path)]
-    except OSError:  # a parent that may be entered, but not listed
+    except OSError:  # the parent may be entered, but not listed
         near = []
     return [*files, *near]
 
 
 def _is_old_model(path: Path) -> bool:
-    """Whether this holds files of a checkpoint alone, an hour old: a younger one may still be written."""
+    """Whether a directory holds only files of a checkpoint and is over an hour old (a younger one may be in use)."""
     if not path.is_dir() or path.is_symlink():
         return False
     inside = list(path.iterdir())

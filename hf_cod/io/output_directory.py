@@ -1,8 +1,8 @@
-"""The directory that a command writes to: proved before the work, locked during it, complete or untouched afterwards.
+"""Output directory of a command: checked before the run, locked during it, complete or unchanged after it.
 
-While a command works, results are written to a directory inside the journal. `OutputDirectory.finish` lists them in a
-manifest and moves them into their place; a command that is killed in between is completed by its next start. An error
-removes what is half done and keeps the journal, from which the same command resumes.
+During the run, results are written to a directory inside the journal. `OutputDirectory.finish` lists them in a
+manifest and moves them to their final places; if the command is killed during the move, its next start completes it.
+An error removes unfinished results and keeps the journal, from which the same command resumes.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from hf_cod.io.output_checks import LOCK, check_place, check_space, leftovers, m
 from hf_cod.io.output_manifest import JOURNAL, RESULTS, Manifest, remove
 
 _WRITING = tuple(getattr(errno, name, -1) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO"))
-# The same from libraries that have no errno: safetensors ("os error 28"), torch's writer of archives.
+# The same errors from libraries without errno: safetensors ("os error 28"), torch's archive writer.
 _TOLD = (*(f"os error {number})" for number in _WRITING), "PytorchStreamWriter", "inline_container", "No space left")
 
 
 class OutputError(OSError):
-    """Results could not be written; the message says where, why, and what is kept."""
+    """Results could not be written; the message gives the directory, the reason, and the files that are kept."""
 
 
 class OutputDirectory:
-    """A directory for one command at a time, as a context manager.
+    """Context manager for an output directory that one command uses at a time.
 
     Args:
-        path: the directory, which need not exist.
-        run: what tells this run from others, JSON-like: a killed run of the same is completed, and of another one
-            refused. None: whatever was about to be moved is moved first.
-        check: raises ValueError where the directory holds what the command must not touch.
-        source: the model's directory or name, which must be another one.
-        half: paths in the directory that a killed run left half written.
+        path: the directory; it need not exist.
+        run: JSON-like identity of this run. If a run was killed while it moved its results, the move is completed for
+            the same identity and refused for another one. None: the move is always completed first.
+        check: raises ValueError if the directory holds files that the command must not touch.
+        source: the model's directory or name; must not be the output directory.
+        half: returns paths in the directory that a killed run left half written.
 
     Attributes:
-        journal: the directory for what is kept for a resumed run.
-        completed: whether a killed run had all but finished, and now has.
+        journal: the directory of files for a resumed run.
+        completed: whether entering completed the move of a killed run, so that no work is left.
 
     Raises:
-        ValueError: on entering; the directory cannot be written, holds something else, or another command is at work.
-        OutputError: on leaving; a disk that is full, a directory that was deleted.
+        ValueError: on entering: the directory cannot be written, holds other files, or is in use by another command.
+        OutputError: on leaving: the disk is full, or the directory was deleted.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class OutputDirectory:
         self._made: list[Path] = []
 
     def __enter__(self) -> OutputDirectory:
-        self._look()  # nothing is written where this fails
+        self._look()  # before anything is written
         self._made = make_writable(self.path)
         try:
             self._lock = DirectoryLock(self.journal / LOCK, self.path)
@@ -75,7 +75,7 @@ class OutputDirectory:
             remove_empty(self._made)
             raise
         try:
-            left = self._look()  # another command may have been at work until now
+            left = self._look()  # again: another command may have changed the directory before the lock was acquired
             if left is not None:
                 self._complete(left)
             self._clear()
@@ -85,7 +85,7 @@ class OutputDirectory:
         return self
 
     def _look(self) -> Manifest | None:
-        """The manifest of a run that was killed while it finished; where there is none, the directory is checked."""
+        """Returns the manifest of a run that was killed while it finished; if there is none, checks the directory."""
         check_place(self.path, self._source)
         left = Manifest.of(self.path)
         if left is None:
@@ -99,7 +99,7 @@ class OutputDirectory:
         return left
 
     def _complete(self, left: Manifest) -> None:
-        """Moves what a killed run had not moved; where some of it is lost, that run's work is done again."""
+        """Completes the move of a killed run; if some of its results are lost, they are computed again."""
         if left.complete(self.path):
             left.withdraw(self.path)
             return
@@ -107,7 +107,7 @@ class OutputDirectory:
         self.completed = self._run is not None
 
     def _clear(self) -> None:
-        """Removes what killed runs left half written."""
+        """Removes files that killed runs left half written."""
         for path in [*leftovers(self.path), *(self._half(self.path) if self._half else ())]:
             remove(path)
         if Manifest.of(self.path) is None:
@@ -115,29 +115,29 @@ class OutputDirectory:
 
     @property
     def results(self) -> Path:
-        """Where results are written until `finish`."""
+        """The directory in which results are written until `finish`."""
         return self.journal / RESULTS
 
     def journaled(self) -> list[str]:
-        """Names, in the directory, of what is kept for a resumed run: spent when the run is finished."""
+        """Names, relative to the directory, of journal files; not needed any more once the run is finished."""
         return [f"{JOURNAL}/{path.name}" for path in self.journal.iterdir() if path.is_file() and path.name != LOCK]
 
     def require(self, needed: int) -> None:
-        """Makes sure that the disk has room for the results.
+        """Checks that the disk has space for the results.
 
         Raises:
-            ValueError: it has less than `needed` bytes.
+            ValueError: fewer than `needed` bytes are free.
         """
         check_space(self.path, needed)
 
     def finish(self, spent: Sequence[str] = (), beside: Sequence[str] = ()) -> None:
-        """Moves the results into their place, and counts them.
+        """Moves the results to their final places and verifies that all are there.
 
-        The directory itself stays: it may be a link, a mount point, or the one that somebody stands in.
+        The directory itself is not replaced: it may be a link, a mount point, or the current directory of a shell.
 
         Args:
             spent: names of checkpoints in the directory, and of files in its journal, that are not needed any more.
-            beside: names of files that the command has written into the directory itself, and that must be there.
+            beside: names of files that the command wrote directly into the directory, and that must exist.
 
         Raises:
             OutputError: the directory was deleted, or files are missing.
@@ -156,8 +156,8 @@ class OutputDirectory:
         if gone or missing:
             what = "the directory" if gone else missing[0]
             raise OutputError(
-                f"output: expected {str(self.path)!r} to stay as it was, got {what} deleted while the command worked; "
-                "results are lost, the same command makes them again"
+                f"output: expected {str(self.path)!r} to remain during the run, got {what} deleted; results are lost, "
+                "run the same command again"
             )
 
     def __exit__(
@@ -171,20 +171,20 @@ class OutputDirectory:
             if error is not None and there:
                 self._clear()
         except (OSError, ValueError):
-            pass  # what was raised first is what is reported
+            pass  # the first exception is the one to report
         if lock.release() and there:
             remove_empty([self.journal, *self._made[1:]] if error is not None else [self.journal])
         if isinstance(error, Exception):
             self._explain(error, there)
 
     def _explain(self, error: Exception, there: bool) -> None:
-        """Raises what stopped the command, where that is the disk or the directory."""
+        """Raises an OutputError if the disk or the directory was the cause of an error."""
         if isinstance(error, OutputError):
             return
         if not there and not isinstance(error, ImportError):
             raise OutputError(
-                f"output: expected {str(self.path)!r} to stay as it was, got the directory deleted while the command "
-                "worked; results are lost, the same command makes them again"
+                f"output: expected {str(self.path)!r} to remain during the run, got the directory deleted; results are "
+                "lost, run the same command again"
             ) from error
         told = _of_writing(error)
         if told is None:
@@ -195,7 +195,7 @@ class OutputDirectory:
 
 
 def _of_writing(error: BaseException | None) -> str | None:
-    """What a failed write says of itself, be it the cause of another error; None of other errors."""
+    """The message of a failed write, also if it is the cause of another error; None for other errors."""
     while error is not None:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         if (isinstance(error, OSError) and error.errno in _WRITING) or any(text in str(error) for text in _TOLD):

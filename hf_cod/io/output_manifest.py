@@ -1,7 +1,7 @@
-"""The manifest of a command's results: what is about to take its place in the output directory, with sizes.
+"""The manifest of a command's results: the files that are about to be moved to the output directory, with sizes.
 
-It is written once all results are on disk, inside the journal, and goes when all are in their place. So what a killed
-command had left to move is known, and moved by the next start.
+It is written in the journal once all results are on disk, and removed when all are in their final places. If a command
+is killed during the move, its next start reads the manifest and moves the remaining files.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from typing import Any
 
 from hf_cod.io.files import follow_umask, sync, sync_names, write_json
 
-JOURNAL = "journal"  # in an output directory: what an interrupted command left to resume from
+JOURNAL = "journal"  # in an output directory: files from which an interrupted command resumes
 MANIFEST, RESULTS = "manifest.json", "result"  # in the journal
-# What tells others that the rest is there comes last: a report says that a run is finished, a config that there is a
-# model.
+# Moved last: other programs take a report as the sign of a finished run, and a config as the sign of a model.
 _LAST = ("report.md", "report.json", "adapter_config.json", "config.json")
 _SPENT = re.compile(rf"checkpoint-\d+|{JOURNAL}/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a command promises.
+    """Results of one command that are to be moved.
 
     Attributes:
-        run: what tells the command from others, JSON-like.
-        files: name of a file in the output directory -> bytes.
-        spent: names of checkpoints there, and of files in the journal, that nobody needs once that is done.
+        run: JSON-like identity of the run.
+        files: name of a file in the output directory -> size in bytes.
+        spent: names of checkpoints there, and of files in the journal, to remove after the move.
     """
 
     run: Any
@@ -41,7 +40,7 @@ class Manifest:
 
     @classmethod
     def of_results(cls, directory: Path, run: Any, spent: Sequence[str]) -> Manifest:
-        """Writes the manifest of all files in the results' directory, once they are on disk."""
+        """Fsyncs all files in the results directory and writes their manifest."""
         results = directory / JOURNAL / RESULTS
         follow_umask(results)
         sync(results)
@@ -53,10 +52,10 @@ class Manifest:
 
     @classmethod
     def of(cls, directory: Path) -> Manifest | None:
-        """The manifest that a killed command left; None where there is none.
+        """The manifest that a killed command left, or None.
 
         Raises:
-            ValueError: it is none of ours.
+            ValueError: the file is not a manifest of hf_cod.
         """
         file = directory / JOURNAL / MANIFEST
         if not file.is_file():
@@ -72,7 +71,7 @@ class Manifest:
         return found
 
     def complete(self, directory: Path) -> list[str]:
-        """Moves what is not yet in its place; returns the names of files that are missing or of another size."""
+        """Moves the remaining files; returns the names of files that are missing or of another size."""
         results = directory / JOURNAL / RESULTS
         for name in self._order():
             if (results / name).is_file():
@@ -82,14 +81,14 @@ class Manifest:
         return [name for name in self._order() if not self._is_there(directory, name)]
 
     def close(self, directory: Path) -> None:
-        """Removes what is spent, then the manifest."""
+        """Removes the spent files, then the manifest."""
         for name in self.spent:
             remove(directory / name)
         shutil.rmtree(directory / JOURNAL / RESULTS, ignore_errors=True)
         (directory / JOURNAL / MANIFEST).unlink()
 
     def withdraw(self, directory: Path) -> None:
-        """Takes back what was moved, where the rest is lost: the command begins anew, or resumes from its journal."""
+        """Removes moved files if others are lost: the command starts again, or resumes from its journal."""
         for name in self._order():
             if self._is_there(directory, name):
                 (directory / name).unlink()
@@ -103,7 +102,7 @@ class Manifest:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a directory, if it is there."""
+    """Removes a file or a directory, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -111,7 +110,7 @@ def remove(path: Path) -> None:
 
 
 def _is_list(files: Any, spent: Any) -> bool:
-    """Whether these are sizes of files inside a directory, and names of checkpoints."""
+    """Whether these are sizes of files inside a directory, and names of checkpoints or journal files."""
     return (
         all(
             isinstance(name, str) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts

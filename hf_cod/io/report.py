@@ -1,4 +1,4 @@
-"""RunReport: what a run did and found, as one JSON file, a Markdown page and, through `PICTURES`, pictures."""
+"""RunReport: settings and results of a run, as one JSON file, a Markdown page and, by `PICTURES`, plots."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from hf_cod.io.settings import PLOT_FORMATS
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-# Draws reports. By name, because pictures stand in a later room, which reads this one.
+# Module that plots reports. Imported by name, because it imports this module.
 PICTURES = "hf_cod.reporting.plots"
-# Values within this share of the largest are alike: none of them stands out.
+# If all values differ by at most this share of the largest, none of them stands out.
 ALIKE = 0.01
 
 
 def environment(device: Any = None, dtype: Any = None) -> dict[str, str]:
-    """Versions and machine that a figure was measured with."""
+    """Versions of the software and type of the machine, recorded with each measurement."""
     found = {
         "hf_cod": __version__,
         "torch": torch.__version__,
@@ -51,17 +51,17 @@ def environment(device: Any = None, dtype: Any = None) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run did and found.
+    """Settings and results of a run.
 
     Attributes:
-        kind: which command or function made it, such as "diagnose".
+        kind: the command or function of the run, such as "diagnose".
         model: the model's name.
-        settings: every setting of the run, seeds included.
+        settings: all settings of the run, including seeds.
         environment: versions, device, dtype, time.
-        layers: measure -> one value for each layer, from layer 0 on (None where it could not be measured).
-        results: everything that is not one value a layer; the function that made the report documents it.
-        summary: the findings in sentences.
-        notes: what was left out, and why.
+        layers: measure -> one value per layer, from layer 0 on (None if it could not be measured).
+        results: all results other than values per layer; documented by the function that returns the report.
+        summary: the results in sentences.
+        notes: omitted measurements, with reasons.
     """
 
     kind: str
@@ -79,22 +79,22 @@ class RunReport:
         return max((len(values) for values in self.layers.values()), default=0)
 
     def save(self, directory: str | Path) -> Path:
-        """Writes `report.json` and `report.md` into `directory`; returns the former's path."""
+        """Writes `report.json` and `report.md` into `directory`; returns the path of `report.json`."""
         directory = Path(directory)
         path = write_json(directory / "report.json", {"format": FORMAT_VERSION, **_finite(asdict(self))})
         write_text(directory / "report.md", self.to_markdown(directory))
         return path
 
     def keep_earlier(self, directory: str | Path, others: Sequence[str] = (), resumable: bool = True) -> Path | None:
-        """Moves what a run with another model or other settings left in `directory` into earlier-1, earlier-2, ...
+        """Moves the report of a run with another model or settings from `directory` to earlier-1, earlier-2, ...
 
         Args:
-            directory: where this report is going to be saved.
+            directory: the directory in which this report is to be saved.
             others: names of further files that belong to a report there.
-            resumable: whether equal settings mean the same run; False where the settings cannot tell (a function).
+            resumable: whether equal settings mean the same run; False if a setting cannot be compared (a function).
 
         Returns:
-            Where the earlier report went; None if there was none, or it was of the same run.
+            The new place of the earlier report; None if there was none, or it belongs to the same run.
 
         Raises:
             ValueError: `directory` is a file.
@@ -105,7 +105,7 @@ class RunReport:
         if not (directory / "report.json").is_file():
             return None
         earlier = RunReport.load(directory)
-        # Through JSON, as the earlier one went.
+        # Converted to JSON and back, as the settings of the earlier report were.
         settings = _restored(json.loads(json.dumps(_finite(self.settings))))
         if resumable and (earlier.kind, earlier.model, earlier.settings) == (self.kind, self.model, settings):
             return None
@@ -121,10 +121,10 @@ class RunReport:
 
     @classmethod
     def load(cls, path: str | Path) -> RunReport:
-        """Reads a report from its directory or from the JSON file itself.
+        """Reads a report from its directory or from its JSON file.
 
         Raises:
-            ValueError: no report there, one of another format, or with entries that a report does not have.
+            ValueError: no report there, another format version, or unknown entries.
         """
         path = Path(path)
         file = path / "report.json" if path.is_dir() else path
@@ -138,26 +138,26 @@ class RunReport:
         return report
 
     def _check_read(self) -> None:
-        """Makes sure that each measure has one value for each layer."""
+        """Checks that each measure has one value per layer."""
         for name, values in self.layers.items():
             check_value(values, list[float | None], f"layers[{name!r}]", {"nan": True})
             if len(values) != self.n_layers:
                 raise ValueError(f"layers[{name!r}]: expected {self.n_layers} values, got {len(values)}")
 
     def plot(self, directory: str | Path | None = None, plot_format: str = "png") -> Any:
-        """Draws the report: returns the overview as a matplotlib figure and, given a directory, writes all pictures.
+        """Plots the report: returns the overview as a matplotlib figure and, given a directory, saves all plots there.
 
         Args:
-            directory: where pictures are written.
+            directory: directory for the plots; None: nothing is written.
             plot_format: png, pdf or svg.
 
         Raises:
-            ImportError: matplotlib is missing; the message says how to add it.
+            ImportError: matplotlib is not installed; the message gives the pip command.
         """
         return import_module(PICTURES).plot_report(self, directory, plot_format)
 
     def to_markdown(self, directory: str | Path | None = None) -> str:
-        """The report as a page; shows the pictures that lie in `directory`. What others wrote is escaped."""
+        """The report as a Markdown page, with the plots in `directory`. Names and notes are escaped."""
         parts = [f"# {self.kind}: {escaped(self.model)}", "", *[f"- {escaped(line)}" for line in self.summary], ""]
         pictures = _pictures_in(Path(directory)) if directory else []
         parts += [f"![{picture.stem.replace('_', ' ')}]({picture.name})\n" for picture in pictures]
@@ -180,7 +180,7 @@ def _pictures_in(directory: Path) -> list[Path]:
 
 
 def format_number(value: float | None) -> str:
-    """A figure for people: four significant digits (all of them before the point), a dash for what was not measured."""
+    """A number for display: four significant digits, all digits before the point, "-" if not measured."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if 10_000 <= abs(value) < 10_000_000:
@@ -189,10 +189,10 @@ def format_number(value: float | None) -> str:
 
 
 def standing_out(values: Sequence[float | None], count: int, least: bool = False) -> list[int]:
-    """At most `count` layers with the largest (or least) finite values, the farthest first.
+    """At most `count` layers with the largest (with `least`: smallest) finite values, the most extreme first.
 
-    A layer whose figure reads like that of one left out is left out, too: which of them to name would be arbitrary. Of
-    values that are all alike, within `ALIKE`, none is named.
+    A layer is left out if the first layer beyond `count` has the same formatted value, since the choice between them
+    would be arbitrary. If all values are equal within `ALIKE`, no layer is returned.
     """
     known = {i: value for i, value in enumerate(values) if value is not None and math.isfinite(value)}
     if known and max(known.values()) - min(known.values()) <= ALIKE * max(map(abs, known.values())):
@@ -203,7 +203,7 @@ def standing_out(values: Sequence[float | None], count: int, least: bool = False
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: NaN becomes null, infinity the text "inf"."""
+    """JSON has neither NaN nor infinity: NaN becomes null, infinity the text "inf"."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""What our files may hold, told by the fields of a record: its annotations, and ranges and lengths in their metadata.
+"""Validation of file contents against dataclasses: types from annotations, ranges and lengths from field metadata.
 
-Metadata of a field, which holds for each number inside it: `least`, `most`, `choices`, `nan` (whether
-it need not be finite); and for its length: `one_for_each`, the name of another field with as many entries.
+Metadata of a field that applies to each number in it: `least`, `most`, `choices`, `nan` (whether non-finite numbers are
+allowed). Metadata for its length: `one_for_each`, the name of another field with the same number of entries.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 Record = TypeVar("Record")
 
 SHOWN = 60  # characters of a wrong value that an error shows
-# What each type is called in errors.
+# Type -> its name in errors.
 _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", type(None): "nothing"}
 
 
@@ -27,40 +27,40 @@ def limits(
     choices: Collection[Any] | None = None,
     one_for_each: str | None = None,
 ) -> dict[str, Any]:
-    """The metadata of a field with these limits."""
+    """Field metadata with these limits."""
     told = {"least": least, "most": most, "choices": choices, "one_for_each": one_for_each}
     return {name: value for name, value in told.items() if value is not None}
 
 
 def brief(value: Any) -> str:
-    """A value as errors show it: on one line, and short."""
+    """A value for an error message: `repr`, cut at `SHOWN` characters."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def read_record(kind: type[Record], content: Any, field: str, extra: bool = False) -> Record:
-    """The record that parsed JSON describes.
+    """Makes a dataclass instance from parsed JSON.
 
     Args:
         kind: a dataclass.
-        content: name -> value; names that have a default may be missing.
-        field: what errors call the record.
-        extra: whether entries that the record does not have are left out, instead of refused.
+        content: name -> value; names with a default may be missing.
+        field: the name of the record in errors.
+        extra: whether unknown entries are ignored instead of refused.
 
     Raises:
         ValueError: "field: expected ..., got ...", for unknown or missing entries and values of another type, out of
-            range, not finite or of the wrong length, or whatever the record's own check says.
+            range, not finite or of the wrong length; also errors of the dataclass's own checks.
     """
     return kind(**_entries(kind, content, field, extra))
 
 
 def check_value(value: Any, annotation: Any, name: str, metadata: Mapping[str, Any] | None = None) -> Any:
-    """Makes sure that a value is what an annotation says; returns it, whole numbers as floats where those are expected.
+    """Checks a value against a type annotation; returns it, with ints converted to floats where floats are expected.
 
-    Understands None, bool, int, float, str, list, tuple, dict, Literal, Any, their unions, TypedDicts and dataclasses.
+    Supports None, bool, int, float, str, list, tuple, dict, Literal, Any, their unions, TypedDicts and dataclasses.
 
     Raises:
-        ValueError: it is not; begins with `name`, and the place inside of it.
+        ValueError: the value does not match; begins with `name` and the position inside it.
     """
     limited = metadata or {}
     if annotation is Any:
@@ -89,10 +89,10 @@ def check_value(value: Any, annotation: Any, name: str, metadata: Mapping[str, A
 
 
 def check_fields(record: Any) -> None:
-    """Makes sure that the fields of a dataclass's instance hold what their annotations and metadata say.
+    """Checks the fields of a dataclass instance against their annotations and metadata.
 
     Raises:
-        ValueError: one does not.
+        ValueError: a field does not match.
     """
     hints = _hints(cast(Any, type(record)))
     for entry in fields(record):
@@ -100,10 +100,10 @@ def check_fields(record: Any) -> None:
 
 
 def check_known(kind: Any, content: Mapping[str, Any], field: str, advice: str) -> None:
-    """Makes sure that a dataclass has all these entries.
+    """Checks that all entries are fields of a dataclass.
 
     Raises:
-        ValueError: it has not; ends with the advice.
+        ValueError: there are unknown entries; ends with `advice`.
     """
     known = {entry.name for entry in fields(kind)}
     unknown = sorted(set(content) - known)
@@ -117,7 +117,7 @@ def _hints(kind: Hashable) -> dict[str, Any]:
 
 
 def _entries(kind: Any, content: Any, field: str, extra: bool) -> dict[str, Any]:
-    """The arguments that make a record of parsed JSON."""
+    """Checked constructor arguments of a record from parsed JSON."""
     if not isinstance(content, dict):
         raise _wrong(field, "named entries", content)
     entries = {entry.name: entry for entry in fields(kind) if entry.init}
@@ -181,7 +181,7 @@ def _tuple(value: Any, kinds: tuple[Any, ...], name: str, metadata: Mapping[str,
 
 
 def _check_names(value: dict[Any, Any], name: str) -> None:
-    """Keys are names of modules, measures or settings: a path among them is meant to lead somewhere."""
+    """Checks that keys are names (of modules, measures or settings) and not paths, which could be malicious."""
     for key in value:
         if not isinstance(key, str) or not key:
             raise _wrong(name, "names", key)
@@ -190,7 +190,7 @@ def _check_names(value: dict[Any, Any], name: str) -> None:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name that may stand in a file's name would lead out of its directory, or end it."""
+    """Whether a name, used in a file name, would lead out of its directory or cut the file name short (NUL)."""
     return name.startswith(("/", "\\", "~")) or ".." in name.replace("\\", "/").split("/") or "\0" in name
 
 
@@ -216,7 +216,7 @@ def _plain(value: Any, kind: Any, name: str, metadata: Mapping[str, Any]) -> Any
 
 
 def _expected(kind: Any, metadata: Mapping[str, Any]) -> str:
-    """What errors say that a plain value should have been."""
+    """Description of the expected plain value, for errors."""
     if metadata.get("choices") is not None:
         return "one of " + ", ".join(map(str, metadata["choices"]))
     word = _WORDS.get(kind) or str(getattr(kind, "__name__", kind))

@@ -1,16 +1,16 @@
-"""How functions take their settings, and the settings of what comes in.
+"""Conventions for settings of functions, and the settings of models, text and samples.
 
-The rule, the same for every public function that has options:
+Rules for every public function with options:
 
 - Its settings are one dataclass in the `settings.py` of its folder, which imports neither torch nor transformers, so
-  that the command line's help does not wait for them. A field's help text stands there once, in its metadata, and
-  what a field may be is checked in `__post_init__`.
-- The function takes that dataclass as `settings`, or its fields as keywords, or both: then the keywords replace what
-  the object says. A field that is the function's main choice (`method`, say) may be given by position, too.
-- What it works on, the budget that it meets and what it reports to (model, plan, batches, parameter_share, journal,
-  layers_path, name, show_progress, ...) are arguments of their own.
-- Two have another name for `settings`: `quantize` takes transformers' `config`, and `apply_steps`, whose dataclass
-  holds what its steps work on, takes `how`. `owlore` hands all on to `OwLoreAdamW`.
+  that `--help` stays fast. The help text of a field is written once, in its metadata; values are checked in
+  `__post_init__`.
+- The function accepts the dataclass as `settings`, its fields as keywords, or both; keywords override the object. The
+  main choice of a function (such as `method`) is also accepted as a positional argument.
+- Inputs, budgets and outputs (model, plan, batches, parameter_share, journal, layers_path, name, show_progress, ...)
+  are separate arguments.
+- Two functions use another name than `settings`: `quantize` takes `config`, as in transformers, and `apply_steps`
+  takes `how`, whose dataclass holds the inputs of its steps. `owlore` passes all arguments to `OwLoreAdamW`.
 
 `tests/test_public_api.py` has the table of functions with their dataclasses, and checks it.
 """
@@ -21,12 +21,13 @@ import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
+
+from hf_cod.io.arguments import checked, unknown_name
 
 Settings = TypeVar("Settings")
 
-# Name of a dtype -> what it means.
+# Name of a dtype -> its meaning.
 DTYPES = {"auto": "as the weights were saved", "float32": "32 bits", "bfloat16": "16 bits", "float16": "16 bits"}
 
 
@@ -38,26 +39,25 @@ def resolve(
     /,
     **chosen: Any,
 ) -> Settings:
-    """The settings that a caller means: those of the object, or defaults, with the fields that were given by name.
+    """Merges a settings object (or the defaults) with fields that were passed as keywords.
 
     Args:
-        function: whose settings they are, for messages.
+        function: the function that takes the settings, for messages.
         kind: the dataclass.
-        settings: an object of it, which stays as it is, or None.
+        settings: an instance of `kind`, which is not modified, or None.
         given: fields by name, from `**fields`.
-        **chosen: fields that the function takes as arguments of their own, None where they were not given.
+        **chosen: fields that are separate arguments of the function; None if not passed.
 
     Raises:
-        ValueError: an unknown field (says which there are), an object of another class, or what the dataclass refuses.
+        ValueError: an unknown field (lists the known ones), an object of another class, or a value that the dataclass
+            refuses.
     """
     known = [f.name for f in fields(kind) if f.init]  # type: ignore[arg-type]
     unknown = next((name for name in given if name not in known), None)
     if unknown is not None:
         own = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
         names = [*known, *(name for name in own if name not in known)]
-        near = get_close_matches(unknown, names, 1)
-        told = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{function.__name__}: expected one of {', '.join(names)}, got {unknown!r}{told}")
+        raise ValueError(unknown_name(function.__name__, unknown, names))
     values = {**{name: value for name, value in chosen.items() if value is not None}, **given}
     if settings is None:
         return kind(**values)
@@ -67,50 +67,62 @@ def resolve(
 
 
 def as_in(settings: type, name: str, **other: Any) -> Any:
-    """A field with the help and the choices that it has in other settings, and its default there if no `default` is
-    given here.
-    """
+    """A field with the help and choices of the same field in `settings`, and its default unless one is passed."""
     (found,) = (f for f in fields(settings) if f.name == name)
     if not other:
         other = {"default": found.default, "default_factory": found.default_factory}
     return field(**other, metadata=found.metadata)
 
 
+class Default(int):
+    """A default that is lowered for small models, with a note; the same number is refused if a user sets it."""
+
+
+def following(text: str) -> Any:
+    """A field that `__post_init__` sets from other settings if the user does not set it.
+
+    Args:
+        text: the help text, which names the other settings.
+    """
+    return field(default=None, metadata={"help": text})
+
+
 def layers_path_field() -> Any:
-    """The field of settings whose function finds the layers of a model that it is given."""
+    """The field `layers_path`, for settings of functions that look up the layers of a model."""
     return field(
-        default=None, metadata={"help": "name of the module list of layers, for models where it cannot be found"}
+        default=None, metadata={"help": "name of the module list of layers, for models where it is not detected"}
     )
 
 
 def check_choice(name: str, value: Any, table: Collection[str]) -> None:
-    """Makes sure that a value is one of a table's names.
+    """Checks that a value is one of the allowed names.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: it is not.
     """
     if value not in table:
         raise ValueError(f"{name}: expected one of {', '.join(table)}, got {value!r}")
 
 
-# File formats of pictures: dots, and two that print sharply at any size.
+# File formats of plots: one raster format and two vector formats.
 PLOT_FORMATS = ("png", "pdf", "svg")
 
 
+@checked
 @dataclass
 class ModelSettings:
-    """How a model is loaded."""
+    """Settings of model loading."""
 
     dtype: str = field(
-        default="auto", metadata={"help": "dtype of the weights; auto: as they were saved", "choices": tuple(DTYPES)}
+        default="auto", metadata={"help": "dtype of the weights; auto: as saved", "choices": tuple(DTYPES)}
     )
     device: str | None = field(
         default=None,
-        metadata={"help": "cpu, cuda, cuda:1, mps, or auto to spread over all devices; default: the best single one"},
+        metadata={
+            "help": "cpu, cuda, cuda:1, mps, or auto to distribute over all devices; default: the accelerator, else cpu"
+        },
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "run the code that the model's repository carries"}
-    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run the custom code in the model's repository"})
     revision: str = field(default="main", metadata={"help": "branch, tag or commit on the Hub"})
 
     def __post_init__(self) -> None:
@@ -119,42 +131,86 @@ class ModelSettings:
             _check_device(str(self.device))
 
 
+class ModelFields(TypedDict, total=False):
+    """Fields of `ModelSettings` that `load_model` takes by name."""
+
+    dtype: str
+    device: str | None
+    trust_remote_code: bool
+    revision: str
+
+
 def _check_device(device: str) -> None:
-    import torch  # a device that was named is about to be used
+    import torch  # only here, so that --help does not import it
 
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's ways to say: no such name, no such device here
+    except (RuntimeError, AssertionError) as error:  # unknown device name, or device not available
         raise ValueError(f"device: expected cpu, cuda, mps or auto as this machine has them, got {device!r}") from error
 
 
+@checked
 @dataclass
 class TextSettings:
-    """Which text a model is measured on, and how it is cut into samples."""
+    """Settings of the text source."""
 
     text: str | None = field(
         default=None,
-        metadata={"help": "text file (.txt, .jsonl, .csv, .parquet) or data set name; default: an embedded novel"},
+        metadata={"help": "text file (.txt, .jsonl, .csv, .parquet) or dataset name; default: an embedded novel"},
     )
-    text_column: str = field(default="text", metadata={"help": "column of the data set that holds the text"})
-    text_split: str = field(default="train", metadata={"help": "split of the data set"})
-    text_config: str | None = field(default=None, metadata={"help": "configuration of the data set"})
+    text_column: str = field(default="text", metadata={"help": "column of the dataset that holds the text"})
+    text_split: str = field(default="train", metadata={"help": "split of the dataset"})
+    text_config: str | None = field(default=None, metadata={"help": "configuration of the dataset"})
+
+    def check_source(self) -> None:
+        """Checks that column, split and configuration are set only together with `text`.
+
+        Raises:
+            ValueError: one of them is set without `text`.
+        """
+        for name in ("text_column", "text_split", "text_config"):
+            if self.text is None and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name}: expected also text, the file or dataset that it applies to, got none")
 
 
+class TextFields(TypedDict, total=False):
+    """Fields of `TextSettings` that `load_texts` takes by name."""
+
+    text: str | None
+    text_column: str
+    text_split: str
+    text_config: str | None
+
+
+@checked
 @dataclass
 class SampleSettings:
-    """How text becomes samples."""
+    """Settings of sampling: how text is cut into token batches."""
 
-    sequence_length: int = field(default=256, metadata={"help": "tokens in a sample, special tokens included"})
-    max_samples: int = field(default=32, metadata={"help": "samples to measure on; more text is drawn from by seed"})
-    batch_size: int = field(default=4, metadata={"help": "samples in one forward pass"})
+    sequence_length: int = field(default=256, metadata={"help": "tokens per sample, including special tokens"})
+    max_samples: int = field(
+        default=32, metadata={"help": "maximum number of samples, chosen at random by seed if the text has more"}
+    )
+    batch_size: int = field(default=4, metadata={"help": "samples per forward pass"})
     pack: bool = field(
         default=True,
-        metadata={"help": "join the texts and cut windows of equal length, instead of one padded sample a text"},
+        metadata={
+            "help": "join the texts and cut them into windows of equal length, instead of one padded sample per text"
+        },
     )
-    seed: int = field(default=0, metadata={"help": "seed of every random choice"})
+    seed: int = field(default=0, metadata={"help": "seed of all random choices"})
 
     def __post_init__(self) -> None:
         for name, least in (("sequence_length", 2), ("max_samples", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+class SampleFields(TypedDict, total=False):
+    """Fields of `SampleSettings` that `token_batches` takes by name."""
+
+    sequence_length: int
+    max_samples: int
+    batch_size: int
+    pack: bool
+    seed: int

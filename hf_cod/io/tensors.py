@@ -1,6 +1,6 @@
-"""Tensors in a safetensors file that is the same wherever it is written, and that tells whether it was damaged since.
+"""Reproducible safetensors files, with an optional checksum.
 
-safetensors writes metadata in an order that differs from process to process, and keeps no checksum.
+safetensors itself writes metadata in an order that varies between processes, and stores no checksum.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 from hf_cod.io.files import write_aside
 
 METADATA, DIGEST = "__metadata__", "digest"
-_PREFIX = 8  # bytes that hold the header's length
-_READ = 1 << 20  # bytes that are hashed at a time
+_PREFIX = 8  # bytes of the header's length
+_READ = 1 << 20  # bytes hashed at a time
 
 
 def save_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, checked: bool = False
 ) -> Path:
-    """Writes a safetensors file, aside and renamed.
+    """Writes a safetensors file atomically.
 
     Args:
         path: the file.
-        tensors: what it holds.
-        metadata: strings beside them.
-        checked: add a checksum to the metadata, which `is_whole` reads.
+        tensors: name -> tensor.
+        metadata: name -> string, for the metadata of the file.
+        checked: add a checksum (SHA-256) to the metadata, which `is_whole` verifies.
     """
     content = memoryview(save(dict(tensors)))
     start = _PREFIX + int.from_bytes(content[:_PREFIX], "little")
@@ -47,12 +47,12 @@ def save_tensors(
 
 
 def is_whole(path: str | Path, known: set[str]) -> bool:
-    """Whether a file of `save_tensors` is as it was written.
+    """Whether a file of `save_tensors` is undamaged.
 
     Args:
         path: the file.
-        known: keys of its metadata beside the checksum. A file with these alone is one that an earlier version wrote
-            without checksum, and is taken for whole if its sizes are right.
+        known: keys of its metadata other than the checksum. A file with only these keys was written by an earlier
+            version without checksum; for it, only the size is checked.
     """
     try:
         with Path(path).open("rb") as file:

@@ -1,49 +1,53 @@
-"""Text in (a list, a file, a data set), seeded token batches out."""
+"""Seeded token batches from text (a list, a file or a dataset)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Unpack
 
 import torch
 from torch import Tensor
 
+from hf_cod.io.arguments import checked, shown
 from hf_cod.io.files import looks_local
-from hf_cod.io.settings import SampleSettings, TextSettings, resolve
+from hf_cod.io.settings import SampleFields, SampleSettings, TextFields, TextSettings, resolve
 
 Batch = Mapping[str, Tensor]
-"""What a model's forward takes: input_ids (S, T), attention_mask (S, T), labels where the task has some, ..."""
+"""Arguments of a model's forward: input_ids (S, T), attention_mask (S, T), labels if the task has labels, ..."""
 
-# How a data set's reader is called for each ending of a local file; plain text needs no reader.
+# Suffix of a local file -> reader of `datasets`; plain text requires none.
 FILE_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 PLAIN_TEXT = (".txt", ".md", ".text", "")
 KNOWN_ENDINGS = (*PLAIN_TEXT[:-1], *FILE_READERS)
 MASKED_SHARE = 0.15  # BERT (arXiv 1810.04805), section 3.1
-IGNORED_LABEL = -100  # transformers' and torch's mark for positions without a label
-# A stream is read until it has given this many times the tokens needed, so that windows are a choice, not a prefix.
+IGNORED_LABEL = -100  # label of ignored positions in torch and transformers
+# A stream is read up to this multiple of the required tokens, so that the samples are chosen and not just the prefix.
 STREAM_SURPLUS = 4
-CHUNK = 1 << 20  # bytes that are looked through at a time
+CHUNK = 1 << 20  # bytes searched at a time
 
 
 def embedded_text() -> str:
-    """The opening of Jane Austen's "Persuasion" (1817, public domain), which the package carries."""
+    """The opening of Jane Austen's "Persuasion" (1817, public domain), included in the package."""
     return (Path(__file__).parent.parent / "assets" / "persuasion.txt").read_text(encoding="utf-8")
 
 
-def load_texts(settings: TextSettings | None = None, **fields: Any) -> Iterable[str]:
-    """Texts from a local file or, by `datasets`, from any data set; the embedded novel if none is named.
+@checked
+def load_texts(settings: TextSettings | None = None, **fields: Unpack[TextFields]) -> Iterable[str]:
+    """Loads texts from a local file or, with `datasets`, from a dataset; default: the embedded novel.
 
     Args:
-        settings: which text.
-        **fields: or fields of `TextSettings` by name: text, text_column, text_split, text_config.
+        settings: the text source.
+        **fields: fields of `TextSettings` as keywords (text, text_column, text_split, text_config); they override
+            `settings`.
 
     Raises:
-        ValueError: no such file or data set, a file of another kind, or no such column.
-        ImportError: the source needs `datasets`, which is not installed.
+        ValueError: no such file or dataset, an unsupported file type, or no such column.
+        ImportError: the source requires `datasets`, which is not installed.
     """
     settings = resolve(load_texts, TextSettings, settings, fields)
+    settings.check_source()
     source = settings.text
     if source is None:
         return [embedded_text()]
@@ -51,7 +55,7 @@ def load_texts(settings: TextSettings | None = None, **fields: Any) -> Iterable[
     if path.is_file() and path.suffix not in (*PLAIN_TEXT, *FILE_READERS):
         raise ValueError(f"text: expected a file that ends in {', '.join(KNOWN_ENDINGS)}, got {source!r}")
     if not path.exists() and (path.suffix in KNOWN_ENDINGS or looks_local(source)):
-        raise ValueError(f"text: expected a text file or a data set's name, got {source!r}, which does not exist")
+        raise ValueError(f"text: expected a text file or a dataset name, got {source!r}, which does not exist")
     if path.is_file() and path.suffix in PLAIN_TEXT:
         _check_no_nul(path)
         try:
@@ -59,26 +63,26 @@ def load_texts(settings: TextSettings | None = None, **fields: Any) -> Iterable[
         except UnicodeDecodeError as error:
             raise ValueError(f"text: expected a text file in UTF-8, got {source!r}: {error}") from error
     if (path / "config.json").is_file():
-        raise ValueError(f"text: expected a text file or a data set's name, got {source!r}, the directory of a model")
+        raise ValueError(f"text: expected a text file or a dataset name, got {source!r}, the directory of a model")
     rows = load_rows(settings)
     return (row[settings.text_column] for row in rows)
 
 
 def load_rows(settings: TextSettings) -> Any:
-    """The rows of a data set, streamed, or of a local file that `datasets` reads.
+    """The rows of a dataset (streamed) or of a local file that `datasets` reads.
 
     Raises:
-        ValueError: none named, no such file or data set, or no such column.
+        ValueError: no source given, no such file or dataset, or no such column.
         ImportError: `datasets` is not installed.
     """
     source = settings.text
     if source is None:
-        raise ValueError("text: expected a data set's name or a file of rows, got none")
+        raise ValueError("text: expected a dataset name or a file of rows, got none")
     path = Path(source)
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"text: reading {source!r} needs the datasets package: pip install 'hf_cod[data]'") from error
+        raise ImportError(f"text: {source!r} requires the datasets package: pip install 'hf_cod[data]'") from error
     try:
         if path.is_file() and path.suffix in FILE_READERS:
             if path.suffix != ".parquet":
@@ -87,14 +91,14 @@ def load_rows(settings: TextSettings) -> Any:
         else:
             rows = datasets.load_dataset(source, settings.text_config, split=settings.text_split, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"text: expected a text file or a data set's name, got {source!r}: {error}") from error
+        raise ValueError(f"text: expected a text file or a dataset name, got {source!r}: {error}") from error
     if rows.column_names is not None and settings.text_column not in rows.column_names:
         raise ValueError(f"text_column: expected one of {', '.join(rows.column_names)}, got {settings.text_column!r}")
     return rows
 
 
 def _check_no_nul(path: Path) -> None:
-    """Makes sure that a text file holds text: readers cut a line short at NUL, or take it for a letter."""
+    """Checks that a text file has no NUL bytes: readers truncate a line at NUL, or read it as a character."""
     with path.open("rb") as file:
         for number, chunk in enumerate(iter(lambda: file.read(CHUNK), b"")):
             place = chunk.find(b"\0")
@@ -105,41 +109,45 @@ def _check_no_nul(path: Path) -> None:
                 )
 
 
+@checked
 def token_batches(
-    tokenizer: Any, texts: str | Iterable[str], settings: SampleSettings | None = None, **fields: Any
+    tokenizer: Tokenizer,
+    texts: Texts,
+    settings: SampleSettings | None = None,
+    **fields: Unpack[SampleFields],
 ) -> list[dict[str, Tensor]]:
     """Cuts texts into seeded batches of token ids.
 
-    Packed (the default), the texts are joined and cut into windows of `sequence_length`, each within the special tokens
-    that the tokenizer puts around a text, and `max_samples` of them are drawn without replacement. Unpacked, each text
-    is a sample of its own, cut at `sequence_length` and padded on the right; the first `max_samples` of a seeded order.
+    Packed (the default): the texts are joined and cut into windows of `sequence_length` tokens, including the special
+    tokens that the tokenizer adds to a text; `max_samples` windows are sampled without replacement. Unpacked: each
+    text is one sample, truncated at `sequence_length` and padded on the right; `max_samples` texts are sampled.
 
     Args:
         tokenizer: a transformers tokenizer.
         texts: one text, a list, a `datasets` column, or any iterable; a stream is read only as far as needed.
         settings: lengths, counts and seed.
-        **fields: or fields of `SampleSettings` by name: sequence_length, max_samples, batch_size, pack, seed.
+        **fields: fields of `SampleSettings` as keywords (sequence_length, max_samples, batch_size, pack, seed); they
+            override `settings`.
 
     Returns:
         Batches with input_ids and attention_mask, both (S, T) int64.
 
     Raises:
-        ValueError: the texts are shorter than one window, or padding is needed and the tokenizer has no token for it.
+        ValueError: the texts are shorter than one window, or padding is required and the tokenizer has no padding
+            token.
     """
     settings = resolve(token_batches, SampleSettings, settings, fields)
     texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, Iterable):
-        raise ValueError(f"texts: expected strings, got {type(texts).__name__}; read the file and pass what it holds")
     samples = _windows(tokenizer, texts, settings) if settings.pack else _single_texts(tokenizer, texts, settings)
     starts = range(0, len(samples), settings.batch_size)
     return [_collate(tokenizer, samples[start : start + settings.batch_size]) for start in starts]
 
 
 def mask_tokens(tokenizer: Any, batches: Sequence[Batch], seed: int) -> list[dict[str, Tensor]]:
-    """Hides a seeded 15 % of each sample's tokens (at least one) behind the mask token; labels hold what was there.
+    """Replaces a seeded 15 % of each sample's tokens (at least one) by the mask token; labels hold the original ids.
 
-    Special tokens and padding are never hidden. All chosen tokens become the mask token, without BERT's 10 % random
-    and 10 % kept ones, which serve training, not measuring.
+    Special tokens and padding are never masked. All chosen tokens become the mask token; BERT's 10 % random and 10 %
+    unchanged tokens are omitted, since they serve training only.
 
     Raises:
         ValueError: the tokenizer has no mask token.
@@ -166,7 +174,7 @@ def mask_tokens(tokenizer: Any, batches: Sequence[Batch], seed: int) -> list[dic
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and behind a text."""
+    """The special token ids that the tokenizer adds before and after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
@@ -177,8 +185,11 @@ def _windows(tokenizer: Any, texts: Iterable[str], settings: SampleSettings) -> 
     before, behind = _special_tokens(tokenizer)
     width = settings.sequence_length - len(before) - len(behind)
     if width < 1:
-        raise ValueError(f"sequence_length: expected room beside the special tokens, got {settings.sequence_length}")
-    # A list is read whole; a stream only until there is enough to choose from.
+        raise ValueError(
+            f"sequence_length: expected more than the {len(before) + len(behind)} special tokens, got "
+            f"{settings.sequence_length}"
+        )
+    # A list is read completely; a stream only until there are enough tokens to choose from.
     enough = None if isinstance(texts, Sequence) else STREAM_SURPLUS * settings.max_samples * width
     ids: list[int] = []
     for piece in _tokenized(tokenizer, texts):
@@ -189,7 +200,7 @@ def _windows(tokenizer: Any, texts: Iterable[str], settings: SampleSettings) -> 
     if count == 0:
         raise ValueError(
             f"texts: expected at least one sample of {settings.sequence_length} tokens, got {len(ids)} tokens in all; "
-            "give more text, a shorter sequence length, or take each text as it is (--no-pack, in Python pack=False)"
+            "use more text, a shorter sequence length, or one sample per text (--no-pack, in Python pack=False)"
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))
     chosen = sorted(order[: settings.max_samples].tolist())
@@ -229,7 +240,7 @@ def _collate(tokenizer: Any, samples: list[list[int]]) -> dict[str, Tensor]:
         if any(len(sample) < longest for sample in samples):
             raise ValueError(
                 "tokenizer: expected a padding token for texts of unequal length, got none; set tokenizer.pad_token, "
-                "take one sample a batch, or pack"
+                "use a batch size of 1, or pack the texts"
             )
         filler = 0
     ids = [sample + [filler] * (longest - len(sample)) for sample in samples]
@@ -237,24 +248,72 @@ def _collate(tokenizer: Any, samples: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-def check_batches(batches: Iterable[Any]) -> None:
-    """Makes sure that batches are what a model's forward takes, and not the texts themselves.
+def check_tokenizer(tokenizer: Any) -> None:
+    """Checks that a tokenizer is one, and not its name or the model.
 
     Raises:
-        ValueError: something else than a dict, which says how batches are made; what can be read only once.
+        ValueError: it is something else.
+    """
+    if not callable(tokenizer) or hasattr(tokenizer, "forward"):
+        raise ValueError(
+            f"tokenizer: expected a transformers tokenizer, got {shown(tokenizer)}; AutoTokenizer.from_pretrained "
+            "loads it"
+        )
+
+
+def check_texts(texts: Any) -> None:
+    """Checks that texts are iterable, and not a path.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"texts: expected strings, got {type(texts).__name__}; read the file and pass its text")
+
+
+def check_stream(batches: Any) -> None:
+    """Checks that batches are iterable; each batch is checked when it is read.
+
+    Raises:
+        ValueError: they are something else, such as a single batch.
+    """
+    if isinstance(batches, Mapping):
+        raise ValueError("batches: expected a list of dicts of tensors, got one dict; put it in a list")
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches: expected a list of dicts of tensors, got {shown(batches)}; hf_cod.token_batches(tokenizer, "
+            "texts) makes them from texts"
+        )
+
+
+def check_batches(batches: Any) -> None:
+    """Checks that batches are a list of arguments for a model's forward.
+
+    Raises:
+        ValueError: a batch is not a dict (names the function that makes batches from texts), or `batches` is an
+            iterator, which can be read only once.
     """
     if isinstance(batches, Iterator):
         raise ValueError(f"batches: expected a list, which is read several times, got {type(batches).__name__}")
+    check_stream(batches)
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise ValueError(
-                f"batches: expected dicts of tensors for the model's forward, got {type(batch).__name__}; of texts, "
-                "hf_cod.token_batches(tokenizer, texts) makes them"
+                f"batches: expected dicts of tensors for the model's forward, got {type(batch).__name__}; "
+                "hf_cod.token_batches(tokenizer, texts) makes them from texts"
             )
 
 
-def split_samples(batches: Sequence[Batch], first: int) -> tuple[list[Batch], list[Batch]]:
-    """The first so many samples, and the rest; the batch between them is cut in two."""
+# Arguments with these annotations are checked at the call (`io/arguments.py`).
+Tokenizer = Annotated[Any, check_tokenizer]
+Texts = Annotated[str | Iterable[str], check_texts]
+Batches = Annotated[Sequence[Batch], check_batches]
+BatchStream = Annotated[Iterable[Batch], check_stream]
+
+
+@checked
+def split_samples(batches: Batches, first: int) -> tuple[list[Batch], list[Batch]]:
+    """Splits batches into the first `first` samples and the rest; a batch across the boundary is cut in two."""
     before: list[Batch] = []
     behind: list[Batch] = []
     for batch in batches:
@@ -269,7 +328,7 @@ def split_samples(batches: Sequence[Batch], first: int) -> tuple[list[Batch], li
 
 
 def _cut(value: Any, rows: slice) -> Any:
-    """What is no tensor (a flag) goes with all samples."""
+    """Values other than tensors (flags) are kept for all samples."""
     return value[rows] if isinstance(value, Tensor) else value
 
 
@@ -278,7 +337,7 @@ def _count_samples(batch: Batch) -> int:
 
 
 def describe_batches(batches: Sequence[Batch]) -> dict[str, int]:
-    """How many samples and, of text, tokens without padding the batches hold."""
+    """Number of samples and, for text, of tokens without padding."""
     found = {"samples": sum(map(_count_samples, batches))}
     if all("input_ids" in batch for batch in batches):
         masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]

@@ -1,1 +1,1 @@
-"""What a model is made of, and running it piece by piece; `stack.py` alone knows a model's inside."""
+"""The structure of a model, and running it layer by layer; only `stack.py` depends on a model's internals."""

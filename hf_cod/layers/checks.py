@@ -15,7 +15,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_writable(stack: DecoderLayers) -> None:
-    """Makes sure, before anything is changed, that each matrix can be pruned in place.
+    """Checks that each matrix can be changed in place.
 
     Raises:
         ValueError: adapters, quantized, offloaded or sharded weights; a weight that two matrices share (or a matrix
@@ -27,14 +27,15 @@ def check_writable(stack: DecoderLayers) -> None:
         if adapter is not None:
             raise ValueError(
                 f"model: expected plain weights, got an adapter at {stack.layers_path}.{index}.{adapter}; "
-                "merge_and_unload it first, or prune the model below it"
+                "call merge_and_unload first, or prune the base model"
             )
         for name, weight in _parameters(stack, index):
             _check_plain(name, weight)
             shared = [other for other in names[id(weight)] if other != names[id(weight)][0]]
             if shared:
                 raise ValueError(
-                    f"model: expected weights of one matrix each, got {names[id(weight)][0]}, which is {shared[0]}, too"
+                    f"model: expected a separate weight for each matrix, got {names[id(weight)][0]}, which is shared "
+                    f"with {shared[0]}"
                 )
             if not weight.isfinite().all():
                 raise ValueError(f"weights: expected finite numbers, got NaN or infinity in {name}")
@@ -52,7 +53,9 @@ def _check_plain(name: str, weight: Any) -> None:
         kind = f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip()
         raise ValueError(f"model: expected plain floating-point weights, got {kind} in {name}; prune before quantizing")
     if weight.device.type == "meta":
-        raise ValueError(f"model: expected weights in memory, got offloaded ones in {name}; load the model whole")
+        raise ValueError(
+            f"model: expected weights in memory, got offloaded ones in {name}; load the model without offloading"
+        )
 
 
 def _names_of_weights(model: nn.Module) -> dict[int, list[str]]:
@@ -62,7 +65,7 @@ def _names_of_weights(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-# Share of zeros from which on a matrix counts as pruned: a few are there by chance, of weights that were rounded.
+# A matrix with at least this share of zeros counts as pruned. Rounding of small weights gives a few zeros as well.
 LEAST_SHARE = 0.01
 
 
@@ -81,16 +84,16 @@ logger = logging.getLogger(__name__)
 
 
 def check_sizes(field: str, model: str, sizes: Sequence[int] | None, stack: DecoderLayers) -> None:
-    """Makes sure that what was found on a model with layers of those sizes is used on one with the same.
+    """Checks that scores, statistics or a plan of a model are used on a model with layers of the same sizes.
 
     Args:
-        field: what was found; messages begin with it.
-        model: the name of the model that it was found on; where only that differs, a warning says so.
-        sizes: weights in the matrices of each of its layers; None: not known, so that all pass.
-        stack: the layers that it is used on.
+        field: the name of the scores, statistics or plan; messages begin with it.
+        model: the name of the model that they were computed for; a warning is given if only the name differs.
+        sizes: number of weights in the matrices of each of its layers; None: unknown, no check.
+        stack: the layers that they are used on.
 
     Raises:
-        ValueError: another number of layers, or a layer with another number of weights.
+        ValueError: the number of layers, or the number of weights in a layer, differs.
     """
     if sizes is None:
         return
@@ -107,52 +110,53 @@ def check_sizes(field: str, model: str, sizes: Sequence[int] | None, stack: Deco
 
 
 def sizes_of(stack: DecoderLayers) -> list[int]:
-    """By what scores and plans know a model: weights in the matrices of each of its layers."""
+    """Number of weights in the matrices of each layer, by which scores and plans identify a model."""
     return [stack.count_weights(index) for index in range(len(stack))]
 
 
 def name_of(stack: DecoderLayers) -> str:
-    """What scores and plans call a model: where it was loaded from, or its class."""
+    """The name of a model in scores and plans: where it was loaded from, or its class."""
     config = getattr(stack.model, "config", None)
     return str(getattr(config, "_name_or_path", "") or type(stack.model).__name__)
 
 
 def other_name(field: str, model: str, stack: DecoderLayers) -> list[str]:
-    """A sentence where the names differ, but for the directories before them: a model may have moved; else none."""
+    """A sentence if the names of the models differ, else none. Directories before the names are not compared."""
     mine = name_of(stack)
     if model.rstrip("/").rpartition("/")[2] == mine.rstrip("/").rpartition("/")[2]:
         return []
-    return [f"{field}: used on {mine}, but found on {model}, whose layers are as large"]
+    return [f"{field}: used on {mine}, but computed for {model}, which has layers of the same sizes"]
 
 
 def warn_of_other_name(field: str, model: str, stack: DecoderLayers) -> None:
-    """Warns where the names differ; see `other_name`."""
-    for told in other_name(field, model, stack):
-        logger.warning("%s", told)
+    """Warns if the names differ; see `other_name`."""
+    for message in other_name(field, model, stack):
+        logger.warning("%s", message)
 
 
-# Names of embeddings of learnt positions: GPT-2's, OPT's and BERT's kinds. Rotary ones have no such table and no limit.
+# Names of learned position embeddings in the style of GPT-2, OPT and BERT. Rotary embeddings have no table and no
+# limit.
 _TABLES = ("wpe", "embed_positions", "position_embeddings")
 
 
 def learnt_positions(model: nn.Module) -> tuple[int, str] | None:
-    """(How many positions a model has learnt, the name of their table); None where there is no limit."""
+    """(Number of learned positions of a model, name of their table); None if there is no limit."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES:
-            # OPT's table has two rows in front of the first position, RoBERTa's those up to its padding.
+            # OPT's table has two rows before the first position, RoBERTa's has rows up to its padding index.
             offset = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - offset, name
     return None
 
 
 def check_length(model: nn.Module, length: int) -> None:
-    """Makes sure that samples of `length` tokens fit a model whose positions are learnt.
+    """Checks that samples of `length` tokens fit the learned positions of a model.
 
     Raises:
-        ValueError: they are longer than its table of positions; says how long they may be.
+        ValueError: they are longer than its table of positions; says the maximum.
     """
     found = learnt_positions(model)
     if found is not None and length > found[0]:
         raise ValueError(
-            f"sequence_length: expected at most {found[0]} tokens, for which {found[1]} has positions, got {length}"
+            f"sequence_length: expected at most {found[0]} tokens, the learned positions of {found[1]}, got {length}"
         )

@@ -1,4 +1,4 @@
-"""Where a model's inputs go."""
+"""The device of a model's inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_cod.io.text import Batch
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Where inputs go: the device of the first weight that has one, or of accelerate's hooks for offloaded weights.
+    """The device for inputs: that of the first weight in memory, or of accelerate's hooks for offloaded weights.
 
     Raises:
         ValueError: all weights are on the meta device, with nothing to load them from.
@@ -26,5 +26,5 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The batch on `device`; what of it is no tensor, such as a flag of forward, as it is."""
+    """The batch on `device`; values that are no tensors, such as flags of forward, are unchanged."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -1,4 +1,4 @@
-"""Which earlier results are of the same work: same model, same batches, same settings of that measure."""
+"""Fingerprints that identify earlier results of the same model, batches and settings."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from hf_cod.layers.stock_four_bit import unpacked
 
 # Enough entries of each weight to notice any training step; reading all of a 7B model would take longer than measuring.
 WEIGHT_SAMPLE = 16
-# What PEFT's layers know of which adapter is at work.
+# Attributes of PEFT's layers that say which adapters are active.
 ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters")
 
 
 class Journals:
-    """The journals of one run's measures, all in one file; each measure is resumed by its own settings alone.
+    """The journals of a run's measures, all in one file. Each measure resumes if its own settings are the same.
 
     Args:
         output: the run's directory, or None to keep everything in memory.
-        model: what is measured.
-        batches: what it is measured on.
+        model: the measured model.
+        batches: the batches that it is measured on.
     """
 
     def __init__(self, output: str | Path | None, model: nn.Module, batches: Sequence[Batch]) -> None:
@@ -43,9 +43,9 @@ class Journals:
 
 
 def _digest_model(model: nn.Module) -> str:
-    """Tells two models apart by config, adapters and a few entries of each weight.
+    """A hash of config, adapters and a few entries of each weight.
 
-    Offloaded weights count by name alone: do not reuse a directory for two offloaded models of one config.
+    Of offloaded weights only names are included: do not reuse a directory for two offloaded models of one config.
     """
     config: Any = getattr(model, "config", None)
     described = config.to_dict() if hasattr(config, "to_dict") else {}
@@ -62,7 +62,7 @@ def _digest_model(model: nn.Module) -> str:
 
 
 def digest_batches(batches: Sequence[Batch]) -> str:
-    """A hash of what the batches hold."""
+    """A hash of the tensors of the batches."""
     digest = hashlib.sha256()
     for batch in batches:
         for name, tensor in sorted(batch.items()):

@@ -1,4 +1,4 @@
-"""Layers that are done, on disk, one file each, so that an interrupted run goes on where it stopped."""
+"""Finished layers on disk, one file each, so that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _NOTE = "note"
 
 
 class LayerNote(TypedDict):
-    """What is to be said of a layer.
+    """Results of a layer for the report.
 
     Attributes:
-        errors: of its matrices.
-        unseen: matrices that no token entered.
+        errors: errors of its matrices.
+        unseen: matrices that received no tokens.
     """
 
     errors: dict[str, float] | list[float]
@@ -36,19 +36,19 @@ class LayerNote(TypedDict):
 
 
 Note = None | list[str] | LayerNote
-"""A layer's note: of pruning the unseen matrices, of what is only measured none."""
+"""A layer's note: for pruning the unseen matrices; none if the layer is only measured."""
 
 
 class FinishedLayers:
-    """The layers that are done, with what is to be said of each.
+    """The finished layers, with a note for each.
 
-    A file whose checksum is wrong is removed, which a warning says, and its layer is not done; files of earlier
-    versions, which have none, are taken as they are.
+    A file with a wrong checksum is removed with a warning, and its layer counts as unfinished. Files of earlier
+    versions have no checksum and are used unchecked.
 
     Args:
-        directory: where the files are, or None to keep nothing on disk.
-        work: fingerprint of model, batches and settings: files of other work are not read.
-        tensors_of: layer -> what its file holds, once it is done.
+        directory: directory of the files, or None to keep nothing on disk.
+        work: fingerprint of model, batches and settings; files with another fingerprint are not read.
+        tensors_of: layer -> the tensors of its file, once it is finished.
         put_back: (layer, those tensors) puts them into the intact model.
     """
 
@@ -60,6 +60,8 @@ class FinishedLayers:
         put_back: Callable[[int, dict[str, Tensor]], None],
     ) -> None:
         self._directory = None if directory is None else Path(directory)
+        if self._directory is not None and self._directory.is_file():
+            raise ValueError(f"journal: expected a directory, got the file {str(directory)!r}")
         self._work = work
         self._tensors_of, self._put_back = tensors_of, put_back
         self._whole: set[int] = set()  # files that were found and checked
@@ -74,19 +76,19 @@ class FinishedLayers:
         path = self._path(index)
         if path is None or index in self.notes:
             return
-        with open_tensors(path, "journal", f"a finished layer {index} (delete it to begin that layer again)") as file:
+        with open_tensors(path, "journal", f"a finished layer {index} (delete it to restart that layer)") as file:
             note = (file.metadata() or {}).get(_NOTE, "")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         with naming_file(path):
-            told = check_value(parse_json(note, "journal note", nan=True), Note, "journal note", {"nan": True})
+            checked = check_value(parse_json(note, "journal note", nan=True), Note, "journal note", {"nan": True})
             try:
                 self._put_back(index, tensors)
             except (KeyError, RuntimeError, IndexError, TypeError, AttributeError) as error:
                 raise ValueError(f"journal: expected the tensors of layer {index}, got others: {error}") from error
-        self.notes[index] = told
+        self.notes[index] = checked
 
     def add(self, index: int, note: Any) -> None:
-        """Records that a layer is done, with a JSON-like note; it is on disk when this returns."""
+        """Records a finished layer with a JSON-like note; it is on disk when this returns."""
         self.notes[index] = note
         path = self._path(index)
         if path is not None:
@@ -99,7 +101,7 @@ class FinishedLayers:
         if path is None or not path.is_file():
             return False
         if not is_whole(path, {_NOTE}):
-            logger.warning("%s is damaged: layer %d is done again", path, index)
+            logger.warning("%s is damaged: layer %d is computed again", path, index)
             path.unlink()
             return False
         self._whole.add(index)
@@ -112,5 +114,5 @@ class FinishedLayers:
 def fingerprint_of_work(
     directory: str | Path | None, model: nn.Module, batches: Sequence[Batch] | None, *settings: Any
 ) -> str:
-    """What `FinishedLayers` tells this work from other work by; "" without a directory, where nothing is kept."""
+    """The fingerprint by which `FinishedLayers` identifies this work; "" without a directory, where nothing is kept."""
     return "" if directory is None else fingerprint(Journals(directory, model, batches or []).inputs, *settings)

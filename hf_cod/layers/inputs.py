@@ -1,4 +1,4 @@
-"""Checks of batches before a model runs on them: what would end in an IndexError, or in NaN without one."""
+"""Checks of batches before a model runs on them, for mistakes that would cause an IndexError or silent NaN."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from hf_cod.io.text import IGNORED_LABEL, Batch, check_batches
 from hf_cod.layers.checks import learnt_positions
 from hf_cod.layers.task import CAUSAL_LM_SUFFIXES, LABELS, MASKED_LM_SUFFIXES
 
-# What stands in the place of a model's main input, and what tells an encoder-decoder where its decoder begins.
+# Inputs that replace a model's main input, and inputs of the decoder of an encoder-decoder.
 _EMBEDDED = ("inputs_embeds", "encoder_outputs")
 _DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
-# Encoder-decoders that make the decoder's tokens of the encoder's.
+# Encoder-decoders that derive the decoder's tokens from the encoder's.
 _SHIFT_THEIR_OWN = ("bart", "bigbird_pegasus", "led", "mbart", "mvp", "plbart")
 _TENSORS = ("input_ids", "attention_mask", "pixel_values", "decoder_input_ids", *LABELS)
 
 
 class InputCheck:
-    """Checks batches for one model; costs the least and the largest token id of each batch.
+    """Checks batches for one model. The cost is one pass over the token ids of each batch (minimum and maximum).
 
     Args:
         model: a transformers model without wrappers.
-        field: what errors call the batches.
+        field: name of the batches in errors.
     """
 
     def __init__(self, model: nn.Module, field: str = "batches") -> None:
@@ -35,12 +35,12 @@ class InputCheck:
         self._positions = learnt_positions(model)
 
     def check(self, batch: Any, number: int) -> None:
-        """Makes sure that the model can run on a batch.
+        """Checks that the model can run on a batch.
 
         Raises:
-            ValueError: a batch without what the model reads, without samples or tokens; something else than tensors;
-                tokens or labels outside the vocabulary; more tokens than learnt positions; a mask of another shape, or
-                one that hides a whole sample.
+            ValueError: a batch without the model's inputs, without samples or without tokens; values that are no
+                tensors; tokens or labels outside the vocabulary; more tokens than learned positions; a mask of another
+                shape, or one that masks a whole sample.
         """
         where = f"of batch {number}"
         check_batches([batch])
@@ -71,10 +71,10 @@ class InputCheck:
             found = f"{ids.dtype} {tuple(ids.shape)}"
             raise ValueError(f"{name}: expected whole numbers (samples, tokens), got {found} {where}")
         least, most = (int(value) for value in ids.aminmax())
-        # Of images some models have placeholders outside of the vocabulary.
+        # Some models mark images by placeholders outside the vocabulary.
         if self._tokens is not None and not with_images and (least < 0 or most >= self._tokens):
             wrong = least if least < 0 else most
-            known = f"token ids from 0 to {self._tokens - 1}, which {self._name} has embeddings for"
+            known = f"token ids from 0 to {self._tokens - 1} (the embeddings of {self._name})"
             raise ValueError(f"{name}: expected {known}, got {wrong} {where}")
 
     def _check_beside(self, batch: Batch, where: str) -> None:
@@ -82,7 +82,7 @@ class InputCheck:
         if self._positions is not None and "position_ids" not in batch and shape[-1] > self._positions[0]:
             most, table = self._positions
             raise ValueError(
-                f"{self._field}: expected at most {most} tokens a sample, for which {table} has positions, got "
+                f"{self._field}: expected at most {most} tokens per sample, the learned positions of {table}, got "
                 f"{shape[-1]} {where}"
             )
         if mask is not None and mask.dim() == 2 == len(shape):
@@ -92,7 +92,7 @@ class InputCheck:
             if bool(empty.any()):
                 sample = int(empty.nonzero()[0])
                 raise ValueError(
-                    f"attention_mask: expected a token that is not padding in each sample, got none in sample {sample} "
+                    f"attention_mask: expected at least one unmasked token per sample, got none in sample {sample} "
                     f"{where}"
                 )
         if "labels" in batch and self._name.endswith((*CAUSAL_LM_SUFFIXES, *MASKED_LM_SUFFIXES)):
@@ -100,7 +100,7 @@ class InputCheck:
 
     def _check_labels(self, labels: Tensor, shape: tuple[int, ...], where: str) -> None:
         if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
-            return  # those of the decoder
+            return  # the labels are those of the decoder
         if tuple(labels.shape) != shape or labels.is_floating_point():
             found = f"{labels.dtype} {tuple(labels.shape)}"
             raise ValueError(f"labels: expected token ids {shape}, as input_ids, got {found} {where}")
@@ -117,10 +117,10 @@ class InputCheck:
 
 
 def check_inputs(model: nn.Module, batches: Iterable[Any], field: str = "batches") -> None:
-    """Makes sure that there are batches, and that the model can run on each; see `InputCheck.check`.
+    """Checks that there are batches, and that the model can run on each; see `InputCheck.check`.
 
     Raises:
-        ValueError: it cannot; says on which, and why.
+        ValueError: the model cannot run on a batch; says on which one and why.
     """
     check_batches(batches)
     if isinstance(batches, Mapping):
@@ -135,7 +135,7 @@ def check_inputs(model: nn.Module, batches: Iterable[Any], field: str = "batches
 
 
 def _needed(model: Any) -> list[tuple[str, ...]]:
-    """What a batch must have: one name of each."""
+    """The required inputs of a batch: one name of each tuple."""
     main = getattr(model, "main_input_name", None)
     if main is None:
         return []
@@ -149,9 +149,9 @@ def _needed(model: Any) -> list[tuple[str, ...]]:
 
 
 def _count_tokens(model: Any) -> int | None:
-    """How many tokens a model has embeddings of; None where it has none, or where that cannot be told."""
+    """The number of token embeddings of a model; None if it has none, or if the number is unknown."""
     try:
         count = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):  # transformers' way to say that this architecture has none
+    except (AttributeError, NotImplementedError):  # raised by transformers for architectures without embeddings
         return None
     return count if isinstance(count, int) else None

@@ -1,6 +1,6 @@
-"""The one place that gives a model its modes and flags back: train or eval, requires_grad, KV cache, checkpointing.
+"""Context managers that restore a model's modes and flags: train or eval, requires_grad, KV cache, checkpointing.
 
-What a block changes comes back behind it, module by module and parameter by parameter, on an exception, too.
+They restore each module and each parameter at the end of the block, also on an exception.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-_held: WeakKeyDictionary[nn.Module, threading.Thread] = WeakKeyDictionary()  # module -> who works on it
+_held: WeakKeyDictionary[nn.Module, threading.Thread] = WeakKeyDictionary()  # module -> the thread that uses it
 _holding = threading.Lock()
 
 
 @contextmanager
 def one_thread(model: nn.Module) -> Iterator[None]:
-    """No other thread of ours enters such a block with this model, or one that shares modules with it.
+    """Prevents another thread from entering such a block with this model, or a model that shares modules with it.
 
-    Hooks would see the forward passes of both, and modes and weights would change under one of them.
+    Otherwise hooks would see the forward passes of both threads, and one would change modes and weights of the other.
 
     Raises:
-        ValueError: another thread is in one.
+        ValueError: another thread is in such a block.
     """
     mine, modules = threading.current_thread(), [*model.modules()]
     with _holding:
@@ -32,8 +32,8 @@ def one_thread(model: nn.Module) -> Iterator[None]:
         other = next((thread for thread in others if thread.is_alive()), None)
         if other is not None:
             raise ValueError(
-                f"model: expected one that no other thread works on, got one that is measured or changed in "
-                f"{other.name!r}; wait for it, or give each thread a model of its own"
+                f"model: expected a model that no other thread uses, got one that is measured or changed in "
+                f"{other.name!r}; wait for that thread, or load one model per thread"
             )
         new = [module for module in modules if _held.get(module) is not mine]
         _held.update(dict.fromkeys(new, mine))
@@ -47,10 +47,10 @@ def one_thread(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Each module is in train or eval mode again, as before the block, which one thread is in (`one_thread`).
+    """Restores train or eval mode of each module at the end of the block. For one thread at a time (`one_thread`).
 
     Raises:
-        ValueError: another thread is in one.
+        ValueError: another thread is in such a block.
     """
     with one_thread(model):
         modes = [(module, module.training) for module in model.modules()]
@@ -63,7 +63,7 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradients_restored(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Each parameter requires a gradient again, or none, as before the block."""
+    """Restores `requires_grad` of each parameter at the end of the block."""
     flags = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
         yield
@@ -74,7 +74,7 @@ def gradients_restored(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def cache_restored(config: Any) -> Iterator[None]:
-    """The config's `use_cache` is again what it was before the block; a config without it, or None, stays without."""
+    """Restores `use_cache` of the config at the end of the block; does nothing for None or a config without it."""
     before = getattr(config, "use_cache", None)
     try:
         yield
@@ -85,7 +85,7 @@ def cache_restored(config: Any) -> Iterator[None]:
 
 @contextmanager
 def checkpointing_restored(model: Any) -> Iterator[None]:
-    """Gradient checkpointing that the block switches on ends with it; no block of ours switches it off."""
+    """Disables gradient checkpointing at the end of the block if the block enabled it. No block here disables it."""
     before = _checkpoints(model)
     try:
         yield

@@ -1,6 +1,7 @@
-"""The one place that knows which way round a matrix is stored: nn.Linear as (out, in), GPT-2's Conv1D as (in, out).
+"""The orientation in which a matrix is stored: nn.Linear as (out, in), GPT-2's Conv1D as (in, out).
 
-Everybody else asks here and works on (out, in). `models/shapes.py` alone knows it once more: it travels to the Hub.
+All other files use these functions and work on (out, in). Only `models/shapes.py` has the distinction again, because it
+is copied to the Hub.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 def is_plain(module: nn.Module | None) -> bool:
-    """Whether this is a Linear or a Conv1D itself, and no subclass, which may hold its weight in another form."""
+    """Whether this is exactly a Linear or a Conv1D; subclasses may store their weight in another form."""
     return type(module) in (nn.Linear, Conv1D)
 
 
@@ -32,7 +33,7 @@ def shape_of(module: Any) -> tuple[int, int]:
 
 
 def set_shape(module: Any, out: int, width: int) -> None:
-    """Notes another (out, in) in a Linear or Conv1D whose weight was replaced."""
+    """Sets (out, in) of a Linear or Conv1D whose weight was replaced."""
     if isinstance(module, Conv1D):
         module.nf, module.nx = out, width
     else:
@@ -40,15 +41,15 @@ def set_shape(module: Any, out: int, width: int) -> None:
 
 
 def turned(module: nn.Module, W: Tensor) -> Tensor:
-    """A view of the module's weight as (out, in), or of (out, in) as the module stores it: one is the other's way back.
+    """A view of the module's weight as (out, in), or the reverse: of (out, in) as the module stores it.
 
-    Also of each matrix of a bank of experts (experts, out, in).
+    Also for each matrix of a bank of experts (experts, out, in).
     """
     return W.mT if is_transposed(module) else W
 
 
 def new_matrix(W: Tensor, bias: nn.Parameter | None, transposed: bool) -> nn.Module:
-    """A Linear, or transposed a Conv1D, with the weight W (out, in), which does not train, and the bias itself."""
+    """A Linear (a Conv1D if `transposed`) with the frozen weight W (out, in) and the given bias, not a copy of it."""
     made: Any = Conv1D(1, 1) if transposed else nn.Linear(1, 1, bias=False, device="meta")
     set_shape(made, *W.shape)
     made.weight = nn.Parameter(turned(made, W).contiguous(), requires_grad=False)

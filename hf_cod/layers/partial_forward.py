@@ -1,4 +1,4 @@
-"""The model's own forward over a part of its layers: masks, positions and caches are built as it always builds them."""
+"""The model's own forward over some of its layers, with its own masks, positions and caches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hf_cod.layers.running import NonFiniteError, hidden_input, hidden_output
 from hf_cod.layers.stack import DecoderLayers
 
 State = tuple[Tensor, tuple[Any, ...] | None]
-"""What a layer returns: its hidden state (S, T, d), and the rest where it returns a tuple."""
+"""The output of a layer: its hidden state (S, T, d), and the other elements if it returns a tuple."""
 
 
 def check_independent(stack: DecoderLayers, field: str) -> None:
-    """Makes sure that a layer needs nothing of the layers before it but their hidden state.
+    """Checks that a layer depends on earlier layers only by their hidden state.
 
     Raises:
-        ValueError: layers that share keys and values; begins with the name of the user's `field`.
+        ValueError: layers that share keys and values; begins with `field`, the user's setting.
     """
     if getattr(stack.config, "num_kv_shared_layers", 0):
         raise ValueError(f"{field}: expected layers with their own keys and values, got num_kv_shared_layers > 0")
@@ -32,12 +32,12 @@ def run_layer(stack: DecoderLayers, layer: int, inputs: Mapping[str, Tensor], be
 
     Args:
         stack: the layers.
-        layer: which one.
-        inputs: for the model's forward.
-        before: what the layer before it returned; of layer 0 what the model makes of the inputs.
+        layer: index of the layer.
+        inputs: inputs of the model's forward.
+        before: output of the layer before; None for layer 0, which gets the model's embeddings of the inputs.
 
     Returns:
-        What the layer returned.
+        The output of the layer.
     """
     trunk: Any = getattr(stack.model, "base_model", stack.model)
     with running_only(stack, range(layer, layer + 1), before) as outputs:
@@ -47,8 +47,10 @@ def run_layer(stack: DecoderLayers, layer: int, inputs: Mapping[str, Tensor], be
 
 @contextmanager
 def running_only(stack: DecoderLayers, layers: range, before: State | None) -> Iterator[list[State]]:
-    """Within the block the model's forward runs these layers alone: it reaches the first one with `before`, and what
-    the last one returns goes past all others. The list receives what the last one returned.
+    """Within the block the model's forward runs only these layers.
+
+    The first one gets `before` as its input, and the output of the last one bypasses all later layers. That output is
+    appended to the list.
     """
     outputs: list[State] = []
 
@@ -76,7 +78,7 @@ def running_only(stack: DecoderLayers, layers: range, before: State | None) -> I
 
 @contextmanager
 def layer_states(stack: DecoderLayers) -> Iterator[list[Any]]:
-    """Fills the list with the state in front of each layer, and at last behind all, while the block runs the model."""
+    """Appends the state before each layer, and after the last one, to the list while the block runs the model."""
     states: list[Any] = []
 
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -93,10 +95,10 @@ def layer_states(stack: DecoderLayers) -> Iterator[list[Any]]:
 
 
 def check_finite(states: list[Any], number: int) -> None:
-    """Makes sure that all states of `layer_states` are finite.
+    """Checks that all states of `layer_states` are finite.
 
     Raises:
-        NonFiniteError: they are not; says of which layer first, and in which batch.
+        NonFiniteError: a state is not finite; says in which layer first, and in which batch.
     """
     sums = torch.stack([hidden.float().sum().cpu() for hidden, _ in states])
     broken = (~sums.isfinite()).nonzero()
@@ -110,9 +112,9 @@ def state_of(output: Any) -> State:
 
 
 class _Passage(nn.Module):
-    """Stands where a layer stood and hands on a hidden state: the stored one, or the one that comes in.
+    """Replaces a layer and returns the stored hidden state, or else its input.
 
-    Everything else that the model asks of a layer (its attention type, say) is answered by the layer itself.
+    All other attributes that the model reads (for example the attention type) are those of the replaced layer.
     """
 
     def __init__(self, layer: nn.Module, stored: Tensor | None, rest: Any) -> None:

@@ -1,6 +1,6 @@
-"""Layers taken out of a model: for the length of a `with` block (`skip`), or for good (`drop`).
+"""Removes layers from a model: temporarily within a `with` block (`skip`), or permanently (`drop`).
 
-Both cut the stack, renumber what is left and mend the config, because a model whose `layer_idx` has a gap fails in
+Both shorten the stack, renumber the kept layers and update the config. A model with a gap in its `layer_idx` fails in
 its KV cache, and a config that still counts the removed layers builds another model (transformers issue 30508).
 """
 
@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
 from hf_cod.models.own_config import own_config
 
-# Attributes by which modules know their own place in the stack.
+# Attributes that hold the index of a module's layer.
 LAYER_INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number", "layer_num")
 # Config fields that list the layers of one kind by index.
 INDEX_LIST_FIELDS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")
 # Config fields that count leading layers of one kind.
 LEADING_COUNT_FIELDS = ("first_k_dense_replace", "max_window_layers")
-# Lists that may have as many entries as there are layers, and yet hold no entry for each layer.
+# Lists that may have as many entries as there are layers, but are not per layer.
 NOT_PER_LAYER_FIELDS = (
     "architectures",
     "bos_token_id",
@@ -42,19 +43,20 @@ NOT_PER_LAYER_FIELDS = (
 
 
 @renamed(path="layers_path")
+@checked
 @contextmanager
 def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None = None) -> Iterator[None]:
-    """Runs the block with `layers` removed; afterwards the model and its config are as before, also on an exception.
+    """Runs the block with `layers` removed. At its end model and config are restored, also on an exception.
 
-    Inside the block the model is a shorter model: forward, generate with a KV cache and every metric work on it.
+    Inside the block forward, generate with a KV cache and every metric work on the shorter model.
 
     Args:
         model: a transformers model, wrapped or not.
-        layers: the layers to leave out, counted from 0.
-        layers_path: the stack's module name where it cannot be found.
+        layers: the layers to remove, counted from 0.
+        layers_path: the stack's module name, if it cannot be found.
 
     Raises:
-        ValueError: a layer that does not exist, or none would be left.
+        ValueError: a layer that does not exist, or no layer would be left.
     """
     stack = find_decoder_layers(model, layers_path)
     changes = _Changes()
@@ -66,22 +68,23 @@ def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
 
 
 @renamed(path="layers_path")
+@checked
 def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None = None) -> list[int]:
-    """Removes `layers` from the model for good, so that generate, save_pretrained and from_pretrained work.
+    """Removes `layers` from the model permanently; generate, save_pretrained and from_pretrained work on the result.
 
-    Renumbers every layer index inside the kept layers, sets `num_hidden_layers` and cuts `layer_types` and each other
-    per-layer list of the config, of which a model with a head gets a copy of its own: another model may share it (a
-    model without one, such as `model.model`, goes on to share its config with the whole). Where a function depends on
-    the layer's number (GPT-2 with `scale_attn_by_inverse_layer_idx`), the new number counts, in memory as after a
-    reload; the norm placements of this package keep each layer's old depth.
+    Renumbers all layer indices inside the kept layers, sets `num_hidden_layers`, and shortens `layer_types` and all
+    other per-layer lists of the config. A model with a head first gets its own copy of the config, because another
+    model may share it; a model without a head, such as `model.model`, keeps sharing its config with the full model. If
+    a function depends on the layer's index (GPT-2 with `scale_attn_by_inverse_layer_idx`), it uses the new index, in
+    memory and after a reload. The norm placements of this package keep each layer's old depth.
 
     Returns:
         The old indices of the kept layers, in order.
 
     Raises:
-        ValueError: a layer that does not exist, none would be left, layers that share keys and values, or an
-            architecture whose config cannot describe the result (a model from that config would differ); the model
-            is unchanged then.
+        ValueError: a layer that does not exist, no layer would be left, layers that share keys and values, or an
+            architecture whose config cannot describe the result (a model from that config would differ). The model is
+            unchanged in all these cases.
     """
     kept = _kept(find_decoder_layers(model, layers_path), layers)
     own_config(model)
@@ -97,10 +100,10 @@ def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
 
 @renamed(path="layers_path")
 def check_drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None = None) -> None:
-    """Makes sure that `drop` can remove these layers; the model is left as it was.
+    """Checks that `drop` can remove these layers; the model is not changed.
 
     Raises:
-        ValueError: what `drop` raises.
+        ValueError: in the same cases as `drop`.
     """
     stack = find_decoder_layers(model, layers_path)
     changes = _Changes()
@@ -122,7 +125,7 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
 
 
 class _Changes:
-    """Attribute and item assignments that can be taken back in reverse order."""
+    """Attribute assignments that can be undone in reverse order."""
 
     def __init__(self) -> None:
         self._undo: list[tuple[Any, str, Any]] = []
@@ -158,7 +161,7 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
                     changes.set(module, name, new)
     if stack.config is not None:
         _mend_config(stack.config, kept, changes)
-    whole: Any = getattr(stack.model, "config", None)  # of a tower it is not the config that counts its layers
+    whole: Any = getattr(stack.model, "config", None)  # for a tower this is not the config that counts its layers
     if getattr(whole, "module_shapes", None):
         changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
 
@@ -166,7 +169,7 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
 def _mend_config(config: Any, kept: list[int], changes: _Changes) -> None:
     depth = config.num_hidden_layers
     if hasattr(config, "layer_depths") and config.layer_depths is None:
-        # Our own models: what LNS, Mix-LN and DeepNorm make of a layer's depth must not change with its number.
+        # Models of this package: LNS, Mix-LN and DeepNorm depend on a layer's depth, which must not change here.
         changes.set(config, "layer_depths", list(range(depth)))
         changes.set(config, "original_num_hidden_layers", depth)
     changes.set(config, "num_hidden_layers", len(kept))
@@ -182,7 +185,7 @@ def _mend_config(config: Any, kept: list[int], changes: _Changes) -> None:
 
 
 def _renumbered(shapes: dict[str, Any], stack: DecoderLayers, kept: list[int]) -> dict[str, Any]:
-    """The record of our shaped models for the kept layers; its names are those inside the base model."""
+    """`module_shapes` for the kept layers; its names are those inside the base model."""
     model: Any = stack.model
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     path = stack.layers_path.removeprefix(prefix)
@@ -197,30 +200,31 @@ def _renumbered(shapes: dict[str, Any], stack: DecoderLayers, kept: list[int]) -
 
 
 def _check_config_builds(stack: DecoderLayers) -> None:
-    """A model built from the mended config must have the kept layers, or a reload would be another model."""
+    """Checks that a model built from the updated config has the kept layers, so that a reload gives the same model."""
     config: Any = stack.model.config
     with torch.device("meta"):
-        # By way of a dictionary, as a reload does: what the config derives from its fields is derived anew.
+        # By way of a dictionary, as in a reload, so that derived values of the config are computed again.
         built: Any = type(stack.model)(type(config).from_dict(copy.deepcopy(config.to_dict())))
         rebuilt = find_decoder_layers(built, stack.layers_path)
-    for index, (mine, anew) in enumerate(zip(stack, rebuilt, strict=True)):
-        difference = first_difference(dict(walk(mine, "layer")), dict(walk(anew, "layer")))
+    for index, (mine, other) in enumerate(zip(stack, rebuilt, strict=True)):
+        difference = first_difference(dict(walk(mine, "layer")), dict(walk(other, "layer")))
         if difference:
             raise ValueError(
-                f"layers: the config of {type(stack.model).__name__} cannot describe what is left: as layer {index} "
-                f"it would build another one ({difference}); drop layers in whole periods of its pattern, or use skip"
+                f"layers: expected kept layers that the config of {type(stack.model).__name__} can describe, got ones "
+                f"of which it would build layer {index} differently ({difference}); remove whole periods of the "
+                "pattern of layers, or use skip"
             )
 
 
-# Of a module: how it is run now, which no config says.
+# Attributes of the present mode of a module, which no config determines.
 _MODES = ("training", "gradient_checkpointing")
 
 
-def first_difference(mine: Mapping[str, nn.Module], anew: Mapping[str, nn.Module]) -> str | None:
+def first_difference(mine: Mapping[str, nn.Module], other: Mapping[str, nn.Module]) -> str | None:
     """The first module, weight or plain setting in which two layers differ; adapters do not count."""
-    for name in [*anew, *mine]:
+    for name in [*other, *mine]:
         here = _description(mine[name]) if name in mine else {}
-        there = _description(anew[name]) if name in anew else {}
+        there = _description(other[name]) if name in other else {}
         for key in here.keys() | there.keys():
             if here.get(key) != there.get(key):
                 return f"{name}.{key} is {here.get(key)!r}, would be {there.get(key)!r}"

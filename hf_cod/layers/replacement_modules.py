@@ -1,5 +1,5 @@
-"""What modules that store their matrix in a form of their own have in common: how they take a Linear's place, and how a
-checkpoint of them tells a reader what it needs.
+"""Common code of modules that replace a Linear and store its matrix in another format: how they are inserted, and how
+their checkpoints say that they require this package.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 INSTALL = "pip install hf_cod, then import hf_cod before from_pretrained"
-# Written beside the weights and never read. Without this package AutoConfig refuses the file (`stored_config.py`), but
-# a class of a family does not ask it: that warns of the type, reports the tensors that it has no place for, and goes on
-# with random weights where nothing else is wrong. So the report says what is missing, and weights of another shape than
-# the model's make it an error.
+# Written next to the weights and never read. Without this package AutoConfig rejects the checkpoint
+# (`stored_config.py`), but a model class such as LlamaForCausalLM does not use AutoConfig: it warns about the model
+# type, reports unexpected tensors, and continues with random weights if nothing else is wrong. The name of this tensor
+# then says in the report what is missing, and weights of another shape than the model's make it an error.
 _SIGN = "this_checkpoint_needs_pip_install_hf_cod_then_import_hf_cod"
 
 
@@ -26,20 +26,20 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def names_in(model: Any, recorded: Iterable[str]) -> dict[str, str]:
-    """Where the modules that a checkpoint records stand in a model of its class or, with or without a head, of another.
+    """Maps module names in a checkpoint to names in a model of the same class, or of another with or without a head.
 
-    A base model's names lack the prefix (`base_model_prefix`) that they have in a model with a head; transformers
-    renames the tensors in the same way. A head of the recorded model has no place in a model of another class.
+    In a base model the names lack the prefix (`base_model_prefix`) of a model with a head; transformers renames tensors
+    in the same way. The head of the saved model is ignored in a model of another class.
 
     Args:
-        model: what the checkpoint is loaded into; its config names the class that was saved.
-        recorded: names in the model that was saved.
+        model: the model that the checkpoint is loaded into; its config names the saved class.
+        recorded: names in the saved model.
 
     Returns:
-        Recorded name -> name in `model`, without the heads that it lacks.
+        Recorded name -> name in `model`, without heads that `model` lacks.
 
     Raises:
-        ValueError: a module that the model has not.
+        ValueError: a module that does not exist in the model.
     """
     prefix, names = f"{model.base_model_prefix}.", [*recorded]
     mine = type(model).__name__
@@ -57,15 +57,15 @@ def names_in(model: Any, recorded: Iterable[str]) -> dict[str, str]:
 
 
 def signs(*emptied: str) -> dict[str, Tensor]:
-    """Tensors to write beside the others, for whoever loads them without this package.
+    """Tensors to write next to the others, as a message for users who load the checkpoint without this package.
 
     Args:
-        *emptied: a weight of the stock model that this checkpoint lacks, if none that it has is of another shape.
+        *emptied: a weight of the stock model that the checkpoint lacks, if all weights that it has fit the stock model.
     """
     return {key: torch.empty(0) for key in (_SIGN, *emptied)}
 
 
 def ignore_signs(model: Any, *emptied: str) -> None:
-    """Lets `from_pretrained` of this package pass over them, by whatever names they have in this model."""
+    """Lets `from_pretrained` of this package ignore the tensors of `signs`, under all their names in this model."""
     ignored = {re.escape(key) + "$" for key in signs(*emptied)}
     model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}

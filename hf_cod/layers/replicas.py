@@ -1,4 +1,4 @@
-"""Replicas of one model in several processes: all begin with the same weights and settings, or all refuse."""
+"""Replicas of one model in several processes: all start with the same weights and settings, or all fail."""
 
 from __future__ import annotations
 
@@ -16,55 +16,56 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-# Seconds that a process waits for the others where all come to the same line of code. torch's own limits are 10 minutes
-# (NCCL) and 30 (gloo); a process that raised before that line, or never comes to it, shall end the others in a minute.
-# Processes meet over the store that they found each other by, and not by a collective: it has a limit of its own for
-# each call, needs no GPU, and does not take another collective of a process that went another way for its own, which
-# ends gloo by an abort.
+# Seconds that a process waits for the others at the same line of code. torch's own limits are 10 minutes (NCCL) and 30
+# (gloo); if a process raises before that line, or does not reach it, the others shall end within a minute.
+# Processes exchange values over torch's rendezvous store and not by a collective: the store has a limit per call, does
+# not require a GPU, and does not confuse the call with another collective of a process on another code path, which
+# would make gloo abort.
 LIMIT = 50.0
-# The collectives on gradients and weights have no limit but torch's: one process may save a checkpoint for minutes, and
-# the others are in the next backward pass, where DDP waits as well. gloo tells the others at once of a process that
-# raised and ended, and a launcher ends those that wait in NCCL.
-_COUNT = itertools.count()  # never begins anew: a store outlives a process group, and its keys a meeting
+# The collectives on gradients and weights have only torch's limit: one process may save a checkpoint for minutes while
+# the others wait in the next backward pass, as DDP does. gloo reports a process that raised and ended at once, and a
+# launcher ends processes that wait in NCCL.
+_COUNT = itertools.count()  # never restarts, because the store and its keys outlive a process group
 
 
 def processes() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
 def together(what: str, limit: float | None = None) -> Iterator[dict[str, Any]]:
-    """A block that all processes run; where it fails on one, or ends with other values, it fails on all.
+    """A block that all processes run. If it fails in one process, or values differ, it fails in all.
 
     Args:
-        what: what it does, for the message: "make an OwLoreAdamW".
-        limit: seconds to wait for the others behind the block; None: `LIMIT`.
+        what: description of the block for messages, such as "make an OwLoreAdamW".
+        limit: seconds to wait for the others at the end of the block; None: `LIMIT`.
 
     Yields:
-        A dictionary, to put in what must be the same on all processes: field -> value that JSON can hold.
+        A dictionary for the values that must be equal in all processes: field -> JSON-like value.
 
     Raises:
-        ValueError: on each process: values differ, the block failed on another one, or another one did not come.
+        ValueError: in each process: values differ, the block failed in another process, or another process did not
+            reach its end.
     """
-    alike: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     if processes() == 1:
-        yield alike
+        yield values
         return
     failure = None
     try:
-        yield alike
+        yield values
     except Exception as error:
         failure = error
-    told = None if failure is None else _line(failure)
-    found = _exchange({"what": what, "failure": told, "values": {} if told else alike}, limit or LIMIT)
+    message = None if failure is None else _line(failure)
+    found = _exchange({"what": what, "failure": message, "values": {} if message else values}, limit or LIMIT)
     if failure is not None:
         raise failure
     _compare(what, found)
 
 
 def broadcast_weights(model: nn.Module) -> None:
-    """Gives each process the weights and buffers of the first, as DistributedDataParallel does with those that it sees.
+    """Copies weights and buffers of the first process to all others, as DistributedDataParallel does for its module.
 
     Raises:
         RuntimeError: another process ended.
@@ -80,7 +81,7 @@ def broadcast_weights(model: nn.Module) -> None:
 
 
 def average(tensor: Tensor) -> None:
-    """The mean over all processes, in place; as it is where there is one.
+    """Replaces the tensor by its mean over all processes, in place; unchanged if there is only one.
 
     Raises:
         RuntimeError: another process ended.
@@ -91,14 +92,14 @@ def average(tensor: Tensor) -> None:
 
 
 def digest_structure(model: nn.Module) -> str:
-    """Tells two models apart by their parameters and buffers: names, shapes, dtypes, and what trains."""
+    """A hash of the parameters and buffers of a model: names, shapes, dtypes and requires_grad."""
     named = (*model.named_parameters(), *model.named_buffers())
     rows = [[name, [*t.shape], str(t.dtype), t.requires_grad] for name, t in named]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def digest_bits(tensors: Iterable[Tensor]) -> str:
-    """Tells tensors apart by sums of their bits, which take little beside a step."""
+    """A hash of the tensors from sums of their bits, which take little time compared with a training step."""
     sums = []
     for tensor in tensors:
         if tensor.numel() and not tensor.is_meta:
@@ -108,15 +109,15 @@ def digest_bits(tensors: Iterable[Tensor]) -> str:
 
 
 def digest_weights(model: nn.Module) -> str:
-    """Of all that `broadcast_weights` makes the same."""
+    """`digest_bits` of all tensors that `broadcast_weights` copies."""
     return digest_bits(_tensors(model))
 
 
 def refuse_wrapped(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Raises where DistributedDataParallel averages all these parameters, since it stops at one that freezes later.
+    """Raises if DistributedDataParallel averages all these parameters, because it fails when one is frozen later.
 
     Raises:
-        ValueError: it is in the model, or around it.
+        ValueError: DistributedDataParallel is inside the model, or wraps it.
     """
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(_WRAPPED)
@@ -124,30 +125,31 @@ def refuse_wrapped(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None
         return
     ours = {id(p) for p in parameters}
     if any(_averages(wrapper, ours) for wrapper in _wrappers()):
-        gc.collect()  # one that nobody holds any more lives on in cycles
+        gc.collect()  # unreferenced wrappers remain in memory in reference cycles
         if any(_averages(wrapper, ours) for wrapper in _wrappers()):
             raise ValueError(_WRAPPED)
 
 
 _WRAPPED = (
-    "model: expected one that is not yet in DistributedDataParallel, got one that is; make the optimizer first, then "
-    "wrap the model (and delete a wrapper of an earlier training)"
+    "model: expected one that is not yet in DistributedDataParallel, got one that is; create the optimizer first, then "
+    "wrap the model (and delete wrappers of earlier trainings)"
 )
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 def _wrappers() -> list[DistributedDataParallel]:
-    # A module does not know what wraps it. `type`, since proxies do work when they are asked for __class__.
+    # A module has no reference to its wrapper. `type` instead of isinstance, since proxies do work on __class__.
     return [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
 
 
 def _averages(wrapper: DistributedDataParallel, ours: set[int]) -> bool:
     names = {name for name, p in wrapper.module.named_parameters(remove_duplicate=False) if id(p) in ours}
-    return bool(names) and names.isdisjoint(wrapper.parameters_to_ignore)  # an earlier OwLoreAdamW's leaves some alone
+    # An earlier OwLoreAdamW makes DistributedDataParallel ignore some of them.
+    return bool(names) and names.isdisjoint(wrapper.parameters_to_ignore)
 
 
 def _exchange(mine: dict[str, Any], limit: float) -> list[dict[str, Any]]:
-    """What each process brought to this meeting, by rank."""
+    """The values of all processes, by rank."""
     number = next(_COUNT)
     store, keys = _store(), [f"hf_cod/{number}/{rank}" for rank in range(processes())]
     store.set(keys[dist.get_rank()], json.dumps(mine, default=str))
@@ -156,14 +158,14 @@ def _exchange(mine: dict[str, Any], limit: float) -> list[dict[str, Any]]:
     except RuntimeError as error:
         missing = [str(rank) for rank, key in enumerate(keys) if not _is_there(store, key)]
         raise ValueError(
-            f"processes: expected all {len(keys)} to {mine['what']}, got none in {limit:g} seconds from rank "
+            f"processes: expected all {len(keys)} to {mine['what']}, got no answer in {limit:g} seconds from rank "
             f"{', '.join(missing) or '0'}"
         ) from error
     return [json.loads(store.get(key)) for key in keys]
 
 
 def _compare(what: str, found: list[dict[str, Any]]) -> None:
-    """Raises the same on each process where they differ."""
+    """Raises the same error in each process if values differ."""
     for rank, other in enumerate(found):
         if other["failure"] is not None:
             raise ValueError(f"processes: expected all to {what}, got a failure of rank {rank}: {other['failure']}")
@@ -201,32 +203,32 @@ def _store() -> Any:
 def _is_there(store: Any, key: str) -> bool:
     try:
         return bool(store.check([key]))
-    except RuntimeError:  # its server went with the first process
+    except RuntimeError:  # the store's server ended with the first process
         return False
 
 
 def _finish(work: Any) -> None:
-    """Waits for a collective; on a GPU the host does not, which would cost each gradient a synchronization."""
+    """Waits for a collective. On a GPU the host does not wait, so that no gradient costs a synchronization."""
     try:
         work.wait()
     except RuntimeError as error:
-        raise RuntimeError(f"processes: expected all to go on, got one that ended ({_line(error)})") from error
+        raise RuntimeError(f"processes: expected all to continue, got one that ended ({_line(error)})") from error
 
 
 def _on_wire(flat: Tensor) -> Tensor:
-    """On a device that the processes talk about: NCCL alone takes nothing of the CPU."""
-    talks = dist.get_backend_config()
-    return flat.to(torch.accelerator.current_accelerator()) if flat.is_cpu and "cpu" not in talks else flat
+    """The tensor on a device of the backend: NCCL alone does not communicate CPU tensors."""
+    backends = dist.get_backend_config()
+    return flat.to(torch.accelerator.current_accelerator()) if flat.is_cpu and "cpu" not in backends else flat
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Each parameter and buffer once, and what bitsandbytes keeps beside its codes."""
+    """Each parameter and buffer once, and the scales that bitsandbytes stores next to its codes."""
     seen: set[int] = set()
     for tensor in (*model.parameters(), *model.buffers()):
         for part in (tensor, *_beside_codes(tensor)):
-            # One number that is shown as many (an adapter at rest) is 0.
-            shown = any(step == 0 and size > 1 for step, size in zip(part.stride(), part.shape, strict=True))
-            if part.numel() and not part.is_meta and not shown and id(part) not in seen:
+            # A tensor expanded from one number (an inactive adapter) is 0.
+            expanded = any(step == 0 and size > 1 for step, size in zip(part.stride(), part.shape, strict=True))
+            if part.numel() and not part.is_meta and not expanded and id(part) not in seen:
                 seen.add(id(part))
                 yield part
 

@@ -1,4 +1,4 @@
-"""How a model is run while it is measured: quietly, on its own device, and left as it was."""
+"""Running a model for measurements: in eval mode without a cache; the model's modes are restored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class NonFiniteError(ValueError):
     """Activations are NaN or infinite; the message says in which layer first.
 
     Args:
-        state: index of the first broken hidden state; state l enters layer l, or leaves layer l - 1.
+        state: index of the first hidden state that is not finite; state l is the input of layer l and the output of
+            layer l - 1.
         batch: number of the batch.
     """
 
@@ -32,10 +33,10 @@ class NonFiniteError(ValueError):
 
 @contextmanager
 def naming_weights(model: nn.Module) -> Iterator[None]:
-    """Where the block fails on something that is not finite, looks whether a weight is the cause, and names its module.
+    """If the block fails because of values that are not finite, checks the weights and names the module of a bad one.
 
     Raises:
-        ValueError: the block's own, or that of the weight.
+        ValueError: the block's own error, or one that names the module.
     """
     try:
         yield
@@ -50,9 +51,9 @@ def naming_weights(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(stack: DecoderLayers, *, repacking: bool = False) -> Iterator[None]:
-    """Eval mode and no KV cache inside; each module's training flag and the config come back afterwards.
+    """Eval mode without KV cache inside the block. Each module's training flag and the config are restored at its end.
 
-    bitsandbytes' 4-bit layers repack their weights inside only with `repacking`, as they do where the model serves.
+    bitsandbytes' 4-bit layers repack their weights inside only with `repacking`, as in normal inference.
     """
     config: Any = stack.config
     with modes_restored(stack.model), cache_restored(config):
@@ -64,18 +65,29 @@ def evaluation_mode(stack: DecoderLayers, *, repacking: bool = False) -> Iterato
 
 
 def progress(items: Iterable[Item], title: str, show: bool, total: int | None = None) -> Any:
-    """A progress bar that goes away when it is done; none where there is no terminal, or where the Hub's are off
-    (HF_HUB_DISABLE_PROGRESS_BARS, `hf-cod --quiet`).
+    """A progress bar that disappears when it is finished. None without a terminal, or if the Hub's progress bars are
+    disabled (HF_HUB_DISABLE_PROGRESS_BARS, `hf-cod --quiet`).
     """
     wanted = show and not are_progress_bars_disabled()
     return tqdm(items, desc=title, disable=None if wanted else True, leave=False, total=total)
 
 
+@contextmanager
+def busy(title: str, show: bool = True) -> Iterator[None]:
+    """Shows a progress bar (see `progress`) while the block runs."""
+    bar = iter(progress((None,), title, show))
+    next(bar)
+    try:
+        yield
+    finally:
+        next(bar, None)
+
+
 def hidden_input(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state that a layer was called with."""
+    """The input hidden state of a layer."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 def hidden_output(output: Any) -> Tensor:
-    """The hidden state that a layer returned, alone or as the first of several."""
+    """The output hidden state of a layer, which returns it alone or first in a tuple."""
     return output[0] if isinstance(output, (tuple, list)) else output

@@ -1,4 +1,4 @@
-"""Layer by layer: what the changed layers before it hand on is what a layer is changed on."""
+"""Changes or measures a model layer by layer; each layer gets the outputs of the changed layers before it."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from hf_cod.layers.task import model_inputs
 
 
 class Sums(Protocol):
-    """Sums over what entered each matrix."""
+    """Sums over the inputs of each matrix."""
 
     def of(self, name: str, expert: int | None = None) -> Tensor | None:
-        """The sum of a matrix or of one of its experts; None if no token entered it."""
+        """The sum of a matrix or of one of its experts; None if it received no tokens."""
 
 
 class Recorder(Sums, Protocol):
-    """Makes such sums while the model runs: `start` before and `finish` after each pass, within `attached`."""
+    """Computes such sums while the model runs: `start` before and `finish` after each pass, within `attached`."""
 
     def attached(self) -> AbstractContextManager[None]:
-        """Puts hooks on the modules, and takes them away at the end of the block."""
+        """Adds hooks to the modules, and removes them at the end of the block."""
 
     def start(self, mask: Tensor | None) -> None:
-        """Begins a batch with its attention mask (S, T), or None."""
+        """Starts a batch with its attention mask (S, T), or None."""
 
     def finish(self, number: int) -> None:
         """Ends a batch."""
 
 
 ChangeLayer = Callable[[int, Sums], Any]
-"""(layer, sums of its matrices) -> a JSON-like note of what is to be said of it."""
+"""(layer, sums of its matrices) -> a JSON-like note for the report."""
 
 
 @torch.no_grad()
@@ -53,10 +53,10 @@ def change_sequentially(
     title: str,
     show_progress: bool,
 ) -> None:
-    """Changes layer after layer; each runs twice on all batches: once for its sums, once changed, for the next layer.
+    """Changes all layers in order. Each runs twice on all batches: for its sums, and, once changed, for the next layer.
 
-    Beside the model, memory holds the hidden state of each batch on the CPU, and one layer's sums and activations.
-    Finished layers are only run.
+    In addition to the model, memory holds the hidden state of each batch on the CPU, and the sums and activations of
+    one layer. Finished layers are only run.
     """
     last = _last_unfinished(stack, finished)
     before: list[State | None] = [None] * len(batches)
@@ -85,8 +85,8 @@ def measure_sequentially(
     title: str,
     show_progress: bool,
 ) -> None:
-    """Measures layer after layer of a model that stays as it is: each runs once on all batches, for its sums and for
-    the next layer. Memory as in `change_sequentially`; finished layers are only run.
+    """Measures all layers in order without changing the model. Each runs once on all batches, for its sums and for the
+    next layer. Memory as in `change_sequentially`; finished layers are only run.
     """
     last = _last_unfinished(stack, finished)
     before: list[State | None] = [None] * len(batches)
@@ -110,7 +110,7 @@ def change_each(
     show_progress: bool,
     sums: Sums | None = None,
 ) -> None:
-    """Changes layer after layer without running any: by its weights alone, or by `sums` of the intact model."""
+    """Changes all layers in order without running them, from their weights alone or with `sums` of the intact model."""
     with one_thread(stack.model):
         for index in progress(range(len(stack)), title, show_progress):
             if index in finished:
@@ -120,7 +120,7 @@ def change_each(
 
 
 def _last_unfinished(stack: DecoderLayers, finished: FinishedLayers) -> int:
-    """Behind it no layer needs to run."""
+    """Index of the last unfinished layer, -1 if there is none. Later layers need not run."""
     return max((index for index in range(len(stack)) if index not in finished), default=-1)
 
 
@@ -131,7 +131,7 @@ def _run(
     before: Sequence[State | None],
     recorder: Recorder | None = None,
 ) -> Iterator[tuple[int, State]]:
-    """Runs one layer on each batch, watched by a recorder if there is one; gives numbers of batches and states."""
+    """Runs one layer on each batch, with a recorder if given; yields numbers of batches and states."""
     device = execution_device(stack.model)
     with nullcontext() if recorder is None else recorder.attached():
         for number, batch in enumerate(batches):

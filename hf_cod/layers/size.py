@@ -1,4 +1,4 @@
-"""What a model takes: bytes of its tensors, and weights in the matrices of its layers."""
+"""The size of a model: bytes of its tensors, and number of weights in the matrices of its layers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hf_cod.layers.stack import find_decoder_layers
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model takes.
+    """Size of a model.
 
     Attributes:
-        bytes: of all its tensors in memory.
-        layer_bytes: of those inside its layers.
-        layer_weights: weights of the layers' matrices, zeros included; packed and quantized ones count as
-            those that they stand for.
+        bytes: bytes of all its tensors in memory.
+        layer_bytes: bytes of the tensors inside its layers.
+        layer_weights: number of weights in the layers' matrices, zeros included; packed and quantized matrices count
+            with their original shape.
     """
 
     bytes: int
@@ -28,11 +28,11 @@ class ModelSize:
 
 @renamed(path="layers_path")
 def size_of(model: nn.Module, layers_path: str | None = None) -> ModelSize:
-    """Counts.
+    """Computes the size of a model.
 
     Args:
         model: a transformers model.
-        layers_path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name, if it cannot be found.
     """
     stack = find_decoder_layers(model, layers_path)
     weights = sum(stack.count_weights(index) for index in range(len(stack)))

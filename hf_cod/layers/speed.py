@@ -1,4 +1,4 @@
-"""How fast a model is: tokens a second of a prompt that it reads, and of text that it generates."""
+"""Speed of a model: tokens per second of prompt processing (prefill) and of generation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stock_four_bit import as_found
 
-# Rounds that count, and tokens generated in each; and tokens that a prompt should have where nothing else says so: with
-# these a model of 135M parameters takes a few seconds on one core.
+# Number of measured rounds, tokens generated in each, and the default length of the prompt: with these a model of 135M
+# parameters takes a few seconds on one core.
 ROUNDS = 3
 NEW_TOKENS = 8
 PROMPT_TOKENS = 128
@@ -32,9 +32,9 @@ class ModelSpeed:
 
     Attributes:
         prompt_tokens: length of the prompt.
-        prompt: tokens of it that are read in a second.
-        generation: tokens behind the first one that are generated in a second, one by one; empty for a model that
-            does not generate.
+        prompt: tokens of the prompt processed per second.
+        generation: tokens after the first one generated per second, one by one; empty for a model that does not
+            generate.
     """
 
     prompt_tokens: int
@@ -42,8 +42,8 @@ class ModelSpeed:
     generation: list[float]
 
     def medians(self) -> dict[str, float | None]:
-        """Over rounds, as reports tell it: "prompt" and "generation" (None where there is none), tokens a second; and
-        what they depend on, "prompt_tokens" and the "threads" of the CPU.
+        """Medians over rounds for reports: "prompt" and "generation" (None if there is none) in tokens per second, with
+        the conditions "prompt_tokens" and "threads" (of the CPU).
         """
         return {
             "prompt": statistics.median(self.prompt),
@@ -56,17 +56,17 @@ class ModelSpeed:
 def measure_speed(
     models: Mapping[str, DecoderLayers], prompt: Tensor, rounds: int = ROUNDS, new_tokens: int = NEW_TOKENS
 ) -> dict[str, ModelSpeed]:
-    """Lets models take turns: each round, each of them reads one prompt and goes on from there, greedily and with a
-    KV cache, if it can generate; else it reads alone. What comes before the first round warms up.
+    """Measures models in turns. In each round each model processes one prompt and, if it can generate, continues it
+    greedily with a KV cache. One round for warm-up comes first.
 
-    What is measured side by side can be compared on a busy machine, too: round by round, or by medians. Models are left
-    as they were.
+    Because models take turns, their speeds can be compared on a busy machine as well: round by round, or by medians.
+    Models are not changed.
 
     Args:
-        models: name -> layers of a model, which is measured as a whole.
-        prompt: token ids (1, T); its end is used where a model has no positions for more.
-        rounds: that count.
-        new_tokens: that are timed behind the first one, which the prompt's pass gives.
+        models: name -> layers of a model; the full model is measured.
+        prompt: token ids (1, T); cut at its beginning if a model has no positions for all of it.
+        rounds: number of measured rounds.
+        new_tokens: number of timed tokens after the first one, which the pass over the prompt gives.
     """
     prompt = prompt[:, -_most_tokens(models, new_tokens) :]
     seconds: dict[str, list[tuple[float, float | None]]] = {name: [] for name in models}
@@ -88,16 +88,16 @@ def measure_speed(
 
 
 def _most_tokens(models: Mapping[str, DecoderLayers], new_tokens: int) -> int:
-    """Of a prompt, so that there are positions for what follows, too."""
+    """Maximum length of a prompt that leaves positions for the generated tokens."""
     limits = [getattr(stack.config, "max_position_embeddings", None) or 1 << 30 for stack in models.values()]
     return max(1, min(limits) - new_tokens - 1)
 
 
 def _seconds(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float | None]:
-    """Of reading the prompt, and of each token that is generated behind the first one."""
+    """Seconds for processing the prompt, and per generated token after the first one."""
     if not model.can_generate():
         start = time.perf_counter()
-        model(prompt)[0].flatten()[-1].item()  # whose value waits for the device
+        model(prompt)[0].flatten()[-1].item()  # item() waits for the device
         return time.perf_counter() - start, None
     clock = _Clock()
     with _greedy(model, 1 + new_tokens):
@@ -107,7 +107,7 @@ def _seconds(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float 
 
 
 class _Clock(BaseStreamer):
-    """Notes when `generate` hands over the prompt, before it begins, and then each token, which it has waited for."""
+    """Records when `generate` passes the prompt, before it starts, and when it passes each computed token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -121,8 +121,8 @@ class _Clock(BaseStreamer):
 
 @contextmanager
 def _greedy(model: Any, count: int) -> Iterator[None]:
-    """Within the block the model generates so many tokens whatever its own settings are: it samples nothing, searches
-    no beams, and no token ends the text.
+    """Within the block the model generates exactly `count` tokens, whatever its own generation settings: greedily,
+    without beam search, and without an end-of-sequence token.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0)
@@ -133,10 +133,10 @@ def _greedy(model: Any, count: int) -> Iterator[None]:
 
 
 Speeds = dict[str, dict[str, float | None]]
-"""Name of a model -> what `ModelSpeed.medians` says of it."""
+"""Name of a model -> result of `ModelSpeed.medians`."""
 
 
 def speeds_of(models: Mapping[str, DecoderLayers], batches: Sequence[Mapping[str, Any]]) -> Speeds:
-    """What reports hold of the speed of models: in turns, on the first sample or its beginning."""
+    """Speeds of models for reports, measured in turns on the first sample (at most `PROMPT_TOKENS` tokens of it)."""
     prompt = batches[0]["input_ids"][:1, :PROMPT_TOKENS]
     return {name: found.medians() for name, found in measure_speed(models, prompt).items()}

@@ -1,7 +1,7 @@
-"""The one place that knows a model's inside: its stack of layers, and what stands in, before and behind it.
+"""The one file that depends on a model's internals: its stack of layers, and the modules in, before and after it.
 
-A *layer* is a whole decoder (or encoder) block, counted from 0; a *module* is a matrix or norm inside it. Everything
-else in the package asks this file, and nobody else walks modules by name.
+A *layer* is a whole decoder (or encoder) block, counted from 0; a *module* is a matrix or norm inside it. All other
+files of the package use this one and do not look for modules by name.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.layers.orientation import is_linear, is_transposed, shape_of, turned
 from hf_cod.layers.stock_four_bit import unpacked
@@ -26,25 +27,25 @@ from hf_cod.layers.stock_four_bit import unpacked
 # Components that wrappers insert into module names: torch.compile of a layer, FSDP, PEFT around a Linear.
 _WRAPPER_COMPONENTS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
 
-# What a matrix is computed with as it stands; any other weight is read through its module's forward.
+# Dtypes of weights that are read directly; any other weight is read through its module's forward.
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Columns that are read at a time from a module that only its forward can decode.
+# Number of columns that are decoded at a time through a module's forward.
 _COLUMNS = 1024
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Returns the transformers model inside PEFT, torch.compile and (distributed) data parallel wrappers.
 
-    PEFT adapters stay active: they live inside the returned model's modules.
+    PEFT adapters stay active, since they are inside the returned model's modules.
 
     Raises:
-        ValueError: prompt, prefix or P-tuning, whose learned tokens live outside the returned model.
+        ValueError: prompt, prefix or P-tuning, whose learned tokens are outside the returned model.
     """
     while True:
         if isinstance(model, (DistributedDataParallel, nn.DataParallel, FullyShardedDataParallel)):
             model = model.module
         elif getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError("model: expected adapters inside the layers, got prompt learning; merge or leave it")
+            raise ValueError("model: expected adapters inside the layers, got prompt learning; use the base model")
         elif hasattr(model, "_orig_mod"):  # torch.compile
             model = model._orig_mod  # type: ignore[assignment]
         elif callable(getattr(model, "get_base_model", None)):  # PEFT
@@ -61,7 +62,7 @@ class DecoderLayers(Sequence):
     Attributes:
         model: the unwrapped transformers model.
         layers_path: the stack's name inside `model`, such as "model.layers" or "transformer.h".
-        module_list: the `nn.ModuleList` that the model's forward walks.
+        module_list: the `nn.ModuleList` over which the model's forward iterates.
         config: the text or vision config whose `num_hidden_layers` counts these layers; None if there is none.
     """
 
@@ -95,9 +96,9 @@ class DecoderLayers(Sequence):
     def linears(self, index: int) -> dict[str, nn.Module]:
         """Name -> module of each Linear-like module of layer `index`, in the order of registration.
 
-        Linear-like is what maps `in_features` to `out_features` by one 2-D weight: nn.Linear, transformers' Conv1D and
-        quantized stand-ins. Inside PEFT adapters the base Linear counts, the adapter's own factors do not. Names are
-        those of the bare model ("model.layers.3.mlp.up_proj"), whatever wraps it.
+        Linear-like modules map `in_features` to `out_features` by one 2-D weight: nn.Linear, transformers' Conv1D and
+        their quantized replacements. Of a PEFT adapter the base Linear is included, the adapter's own factors are not.
+        Names are those of the bare model ("model.layers.3.mlp.up_proj"), also if it is wrapped.
         """
         return {name: m for name, m in self._modules_of(index) if is_linear_like(m)}
 
@@ -108,8 +109,8 @@ class DecoderLayers(Sequence):
         return {name: m for name, m in self._modules_of(index) if _holds_experts(m)}
 
     def input_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of one number an input channel: (in,) of each Linear-like module, (experts, in) of each matrix
-        of a bank of experts, which is named after its parameter ("model.layers.3.mlp.experts.down_proj").
+        """Name -> shape of a tensor with one number per input channel: (in,) for each Linear-like module, (experts, in)
+        for each matrix of a bank of experts, named after its parameter ("model.layers.3.mlp.experts.down_proj").
         """
         shapes: dict[str, tuple[int, ...]] = {name: shape_of(m)[1:] for name, m in self.linears(index).items()}
         for name, bank in self.experts(index).items():
@@ -120,8 +121,8 @@ class DecoderLayers(Sequence):
     def matrices(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """(name, weight) of each entry of `input_shapes`: (out, in), or (experts, out, in) for a bank of experts.
 
-        Conv1D and transposed banks are turned, offloaded weights loaded, quantized ones decoded: one module at a time,
-        so that no more than one needs memory beyond the model's own.
+        Conv1D and transposed banks are transposed, offloaded weights are loaded, quantized ones are decoded. This is
+        done one module at a time, so the extra memory is that of one module.
         """
         for name, module in self.linears(index).items():
             yield name, _matrix(module)
@@ -132,7 +133,7 @@ class DecoderLayers(Sequence):
                 yield f"{name}.{key}", turned(bank, weight)
 
     def count_weights(self, index: int) -> int:
-        """Weights in the matrices of layer `index`, experts included: what pruning and quantization work on."""
+        """Number of weights in the matrices of layer `index`, experts included: those that can be compressed."""
         plain = sum(math.prod(shape_of(m)) for m in self.linears(index).values())
         return plain + sum(p.numel() for m in self.experts(index).values() for _, p in _expert_parameters(m))
 
@@ -142,7 +143,7 @@ class DecoderLayers(Sequence):
 
     @property
     def embeddings(self) -> nn.Module | None:
-        """The input embedding (of tokens or patches); None where the model names none."""
+        """The input embedding (of tokens or patches); None if the model has none."""
         return _ask(self.model, "get_input_embeddings")
 
     @property
@@ -152,7 +153,7 @@ class DecoderLayers(Sequence):
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """The norm behind the last layer: a direct child of one of the stack's ancestors. None for Post-LN models."""
+        """The norm after the last layer: a direct child of one of the stack's ancestors. None for Post-LN models."""
         parts = self.layers_path.split(".")
         for depth in range(len(parts) - 1, -1, -1):
             ancestor = self.model.get_submodule(".".join(parts[:depth]))
@@ -163,7 +164,7 @@ class DecoderLayers(Sequence):
 
     @property
     def task_heads(self) -> dict[str, nn.Module]:
-        """Name -> module beside the base model that a task adds, such as a classifier; not what holds `head`."""
+        """Name -> module of a task outside the base model, such as a classifier; modules that hold `head` excluded."""
         base: Any = getattr(self.model, "base_model", self.model)
         if base is self.model:
             return {}
@@ -175,6 +176,7 @@ class DecoderLayers(Sequence):
 
 
 @renamed(path="layers_path")
+@checked
 def find_decoder_layers(model: nn.Module, layers_path: str | None = None) -> DecoderLayers:
     """Finds the stack of layers of a transformers model, wrapped or not.
 
@@ -183,10 +185,10 @@ def find_decoder_layers(model: nn.Module, layers_path: str | None = None) -> Dec
 
     Args:
         model: any transformers model (text or vision), also inside PEFT, DDP or torch.compile.
-        layers_path: the stack's module name, for models that the rule does not fit.
+        layers_path: the stack's module name, for models where this rule fails.
 
     Raises:
-        ValueError: no model, or no stack, or more than one, fits; the message lists the module lists that there are.
+        ValueError: `model` is no model, or no stack or more than one fits; the message lists all module lists.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a loaded model, got {model!r}; load it by from_pretrained of an Auto class")
@@ -203,7 +205,7 @@ def find_decoder_layers(model: nn.Module, layers_path: str | None = None) -> Dec
     if len(found) != 1:
         raise ValueError(
             f"model: expected one module list of {depth} layers (num_hidden_layers) in {type(base).__name__}, "
-            f"got {len(found)}; {_describe(lists)}; name the right one by layers_path="
+            f"got {len(found)}; {_describe(lists)}; pass the name of the right one as layers_path="
         )
     return DecoderLayers(base, found[0], lists[found[0]], _config_of(base, found[0], lists[found[0]]))
 
@@ -214,12 +216,12 @@ def is_linear_like(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether `module` normalises its input: LayerNorm, RMSNorm and each class that names itself so."""
+    """Whether `module` is a norm: LayerNorm, or a class whose name ends in "Norm", such as RMSNorm."""
     return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm")
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    # The kernel of a one-dimensional convolution has three dimensions, too.
+    # The kernel of a one-dimensional convolution also has three dimensions.
     return not isinstance(module, _ConvNd) and any(True for _ in _expert_parameters(module))
 
 
@@ -228,9 +230,9 @@ def _expert_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _matrix(module: Any) -> Tensor:
-    """The weight (out, in) of a Linear-like module: its own tensor where it is plain, else decoded by its forward."""
+    """The weight (out, in) of a Linear-like module: its own tensor if it is plain, else decoded by its forward."""
     with align_module_device(module):
-        if callable(getattr(module, "unpack", None)):  # a packed matrix, which knows a shorter way than its forward
+        if callable(getattr(module, "unpack", None)):  # a packed matrix; unpack is faster than its forward
             return module.unpack()
         weight: Any = getattr(module, "weight", None)
         if type(weight) in (nn.Parameter, Tensor) and weight.dtype in _PLAIN_DTYPES:
@@ -241,7 +243,7 @@ def _matrix(module: Any) -> Tensor:
 
 @torch.no_grad()
 def _decoded(module: Any) -> Tensor:
-    """W^T = forward(I) - forward(0): true of every quantized Linear, however it stores its codes."""
+    """W^T = forward(I) - forward(0), which holds for every quantized Linear, independent of its storage format."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if device is None:
         device = next(t.device for t in (*module.parameters(), *module.buffers()))
@@ -254,7 +256,7 @@ def _decoded(module: Any) -> Tensor:
 
 
 def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """`module` and all modules below it; of an adapter or a compiled module only what it wraps, under the bare name."""
+    """`module` and all its submodules; of an adapter or compiled module only the wrapped one, under the bare name."""
     for inner in ("base_layer", "_orig_mod"):
         if isinstance(getattr(module, inner, None), nn.Module):
             yield from walk(getattr(module, inner), name)
@@ -280,13 +282,13 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _inside_another(name: str, lists: dict[str, nn.ModuleList]) -> bool:
-    """Experts and heads are often module lists too, inside each layer: they are never the stack."""
+    """Whether a module list is inside another one, as experts and heads in each layer; these are never the stack."""
     return any(name.startswith(other + ".") for other in lists)
 
 
 def _describe(lists: dict[str, nn.ModuleList]) -> str:
     if not lists:
-        return "the model has no module list at all"
+        return "the model has no module lists"
     outer = [name for name in lists if not _inside_another(name, lists)]
     rows = [f"{name} ({len(lists[name])} x {type(lists[name][0]).__name__})" for name in outer]
     return "module lists: " + ", ".join(rows)
@@ -295,5 +297,5 @@ def _describe(lists: dict[str, nn.ModuleList]) -> str:
 def _ask(model: nn.Module, getter: str) -> nn.Module | None:
     try:
         return getattr(model, getter)() if hasattr(model, getter) else None
-    except NotImplementedError:  # transformers' way to say that this architecture has none
+    except NotImplementedError:  # raised by transformers for architectures without it
         return None

@@ -1,12 +1,12 @@
-"""bitsandbytes' own 4-bit layers on a CPU: keeps them from repacking their weights, or undoes it.
+"""bitsandbytes' own 4-bit layers on a CPU: prevents the repacking of their weights, or undoes it.
 
-On processors with AVX512-BF16 the first forward pass in eval mode repacks a `Linear4bit` in place (bitsandbytes 0.50):
-codes in another order, scales transposed and rounded to bfloat16. Inference knows the new order. Backward passes,
-decoding and saving do not: they give wrong gradients, weights and files, without an error. bitsandbytes' own way back
-leaves the scales of layers without double quantization transposed.
+On CPUs with AVX512-BF16 the first forward pass in eval mode repacks a `Linear4bit` in place (bitsandbytes 0.50): codes
+are reordered, scales transposed and rounded to bfloat16. Inference uses the new order. Backward passes, decoding and
+saving do not: they give wrong gradients, weights and files, without an error. bitsandbytes' own function that undoes
+the repacking leaves the scales of layers without double quantization transposed.
 
-The layers are known by the attribute that switches repacking on, so that bitsandbytes is imported only where a layer is
-repacked, and so has been imported already. This package's own 4-bit layers never repack.
+The layers are recognized by the attribute that enables repacking, so that bitsandbytes is imported only if a layer is
+repacked and bitsandbytes has been imported already. This package's own 4-bit layers never repack.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 SWITCH = "support_avx512bf16_for_cpu"
-NESTED_BLOCK = 256  # scales that share a scale, as bitsandbytes fixes it
+NESTED_BLOCK = 256  # number of scales that share a scale in bitsandbytes
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Switches repacking off for good, and undoes it where it has happened: for what is trained or saved.
+    """Disables repacking permanently, and undoes earlier repacking, for models that are trained or saved.
 
-    Codes come back bit-equal. So do scales that are bfloat16 numbers, as those of bfloat16 weights are; others (float32
-    or float16 weights, double quantization) stay rounded, up to 0.4 % each, which a warning says.
+    Codes are restored bit-equal, and so are scales that are bfloat16 numbers, as those of bfloat16 weights. Other
+    scales (float32 or float16 weights, double quantization) remain rounded, by up to 0.4 % each, with a warning.
 
     Raises:
         ValueError: a repacked layer in a form that cannot be undone.
@@ -41,16 +41,16 @@ def keep_unpacked(model: nn.Module) -> None:
     if rounded:
         logger.warning(
             "%d 4-bit matrices were repacked by bitsandbytes when the model ran in eval mode: undone, but their scales "
-            "stay rounded to bfloat16; load the model again for its exact weights",
+            "remain rounded to bfloat16; load the model again for its exact weights",
             rounded,
         )
 
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Switches, and weights that are repacked or unpacked within the block, come back bit-equal behind it.
+    """Restores switches, and bit-equal weights that are repacked or unpacked within the block, at its end.
 
-    While the block runs, a repacked weight needs memory beside the one that it was made of.
+    While the block runs, a repacked weight takes memory in addition to the original one.
     """
     before = [(module, getattr(module, SWITCH), *_parts(module)) for _, module in _layers(model)]
     fields = [None if state is None else dict(vars(state)) for *_, state in before]
@@ -68,7 +68,7 @@ def as_found(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_repacking(model: nn.Module) -> Iterator[None]:
-    """Nothing is repacked within the block: for measuring, which must leave the model as it was."""
+    """Disables repacking within the block, for measurements, which must not change the model."""
     with as_found(model):
         for _, module in _layers(model):
             setattr(module, SWITCH, False)
@@ -77,7 +77,7 @@ def without_repacking(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
-    """Within the block weights stand in the order of checkpoints: for reading them. They come back as they were.
+    """Within the block weights are in the order of checkpoints, so that they can be read. They are restored at its end.
 
     Raises:
         ValueError: a repacked layer in a form that cannot be undone.
@@ -98,13 +98,13 @@ def _parts(module: Any) -> tuple[Tensor, Any]:
 
 
 def _is_repacked(state: Any) -> bool:
-    """Scales of two dimensions are transposed ones, also where bitsandbytes' way back has restored the codes."""
+    """Two-dimensional scales are transposed ones, also after bitsandbytes' own function has restored the codes."""
     return getattr(state, "packing_format_for_cpu", False) or getattr(getattr(state, "absmax", None), "ndim", 1) == 2
 
 
 @torch.no_grad()
 def _unpack(name: str, module: Any) -> bool:
-    """Undoes one layer's repacking; whether its scales stay rounded."""
+    """Undoes one layer's repacking; returns whether its scales remain rounded."""
     codes, state = _parts(module)
     if not _is_repacked(state):
         return False
@@ -120,7 +120,7 @@ def _unpack(name: str, module: Any) -> bool:
     if nested:
         from bitsandbytes.functional import quantize_blockwise
 
-        # With the offset that they had, most codes of scales are the same again.
+        # With the original offset most codes of the scales are the same as before.
         state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=NESTED_BLOCK)
     else:
         state.absmax = scales
@@ -130,13 +130,13 @@ def _unpack(name: str, module: Any) -> bool:
 
 
 def _codes(name: str, codes: Tensor, state: Any) -> Tensor:
-    """The codes in the order of checkpoints, by bitsandbytes, whose order it is."""
+    """The codes in the order of checkpoints, computed by bitsandbytes."""
     try:
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as undo
     except ImportError as error:
         raise _unknown(name, "a repacked one that this version of bitsandbytes cannot undo") from error
     aside = copy.copy(state)
-    aside.original_nested = False  # the scales are no business of it
+    aside.original_nested = False  # scales are handled in _unpack
     return undo(codes, aside)[0]
 
 

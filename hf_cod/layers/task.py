@@ -1,4 +1,4 @@
-"""What a model can be measured by, and what its outputs are to predict."""
+"""The task of a model, and the targets of its outputs."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from hf_cod.layers.stack import unwrap
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 MASKED_LM_SUFFIXES = ("ForMaskedLM",)
 LANGUAGE_MODELS = ("causal_lm", "masked_lm")  # tasks
-# What heads call that which they are to predict; a question-answering head wants a span.
+# Names of the targets of heads; a question-answering head has a span.
 LABELS = ("labels", "start_positions", "end_positions")
 
 
 def task_of(model: nn.Module, batches: Sequence[Batch] = ()) -> str:
-    """What the model can be measured by: "causal_lm", "masked_lm", "classes", "regression", "multi_label" or "labels"
-    (any other head), "headless", or "unlabelled" for a model that needs labels where the batches have none.
+    """The task of a model: "causal_lm", "masked_lm", "classes", "regression", "multi_label" or "labels" (any other
+    head), "headless", or "unlabelled" for a model that requires labels if the batches have none.
 
     Raises:
-        ValueError: an encoder-decoder, which would need a target text beside each input.
+        ValueError: an encoder-decoder, which would require a target text in addition to each input.
     """
     base = unwrap(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"model: expected a decoder or an encoder, got an encoder-decoder "
-            f"({type(base).__name__}); its encoder can be measured alone, loaded by AutoModelForTextEncoding"
+            f"({type(base).__name__}); measure its encoder alone, loaded with AutoModelForTextEncoding"
         )
     name = type(base).__name__
     if name.endswith(CAUSAL_LM_SUFFIXES):
@@ -44,7 +44,7 @@ def task_of(model: nn.Module, batches: Sequence[Batch] = ()) -> str:
 
 
 def _task_of_labels(base: Any, labels: Tensor) -> str:
-    """As transformers' classifiers decide which loss is theirs; a head of more outputs than classes keeps "labels"."""
+    """The task by the rules of transformers' classifiers; "labels" for a head with more outputs than classes."""
     known = {"single_label_classification": "classes", "multi_label_classification": "multi_label"}
     classes, kind = getattr(base.config, "num_labels", 0), getattr(base.config, "problem_type", None)
     if kind is not None:
@@ -57,7 +57,7 @@ def _task_of_labels(base: Any, labels: Tensor) -> str:
 
 
 def targets(batch: Batch, task: str) -> Tensor:
-    """The token ids that the logits predict, aligned with them; IGNORED_LABEL where nothing is to be predicted.
+    """The target token ids, aligned with the logits; IGNORED_LABEL at positions without a target.
 
     For a causal model position t predicts token t + 1, so the last position predicts nothing, and padding is ignored.
     """
@@ -73,5 +73,5 @@ def targets(batch: Batch, task: str) -> Tensor:
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """What of a batch goes into forward: everything but the labels, so that no loss is computed on the side."""
+    """The inputs of forward: the batch without labels, so that forward computes no loss."""
     return {name: tensor for name, tensor in batch.items() if name not in LABELS}

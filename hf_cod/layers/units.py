@@ -1,7 +1,8 @@
-"""Heads and channels: what a layer can lose without its other parts taking notice.
+"""Heads and channels that can be removed from a layer independently of its other parts.
 
-Like `decoder_layers.py`, this file knows models from the inside: the tables name the structures that it knows. What
-fits none exactly (norms over all heads, a number for each head, experts, latent attention) stays whole, with a reason.
+Like `stack.py`, this file depends on the internals of models: the tables list the supported structures. A structure
+that fits none exactly (norms over all heads, a number per head, experts, latent attention) is not narrowed, and the
+reason is reported.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from hf_cod.layers.orientation import is_plain, shape_of
 from hf_cod.layers.stack import DecoderLayers, is_norm, walk
 
 HEADS, CHANNELS = KINDS = ("heads", "channels")
-# (module that attends, its matrices that read the hidden state, the one that writes to it) inside a layer.
+# (attention module, its matrices that read the hidden state, the one that writes to it) inside a layer.
 _ATTENTIONS = (
     ("self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj"),
     ("self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.out_proj"),
@@ -30,10 +31,10 @@ _MLPS = (
     (("fc1",), "fc2"),
     (("intermediate.dense",), "output.dense"),
 )
-# Matrices that are several in one, one below the other.
+# Fused matrices and their number of parts, stacked along the rows.
 _FUSED = {"c_attn": 3, "gate_up_proj": 2}
 _HEAD_SIZES = ("head_dim", "attention_head_size")
-# Numbers that grow with the heads of an attention, or with the channels of an MLP.
+# Attributes proportional to the number of heads of an attention, or of channels of an MLP.
 _NUMBERS = {
     HEADS: ("num_heads", "num_attention_heads", "num_key_value_heads", "all_head_size", "split_size"),
     CHANNELS: ("intermediate_size",),
@@ -42,16 +43,16 @@ _NUMBERS = {
 
 @dataclass(frozen=True)
 class Units:
-    """The heads or channels of one layer, each of which can go alone.
+    """The heads or channels of one layer, each of which can be removed separately.
 
     Attributes:
         kind: "heads" or "channels".
-        count: how many; of heads, the key and value heads, each with all query heads that read it.
-        heads: query heads in one; of channels 1.
-        readers: name -> parts of each matrix whose rows are those of unit 0, of unit 1, ..., as often as it has parts.
-        writer: name of the matrix whose columns are those of unit 0, of unit 1, ...
-        numbers: module's name -> its numbers -> how much of them one unit makes.
-        weights: in the matrices, of one unit.
+        count: number of units; for heads, of key and value heads, each with all query heads that read it.
+        heads: number of query heads in one unit; 1 for channels.
+        readers: name -> number of fused parts of each matrix whose rows, in each part, are those of unit 0, unit 1, ...
+        writer: name of the matrix whose columns are those of unit 0, unit 1, ...
+        numbers: module's name -> name of its attribute -> contribution of one unit to it.
+        weights: number of weights of one unit in the matrices.
     """
 
     kind: str
@@ -65,11 +66,11 @@ class Units:
 
 @dataclass(frozen=True)
 class LayerUnits:
-    """What a layer has of them.
+    """The removable units of a layer.
 
     Attributes:
         found: at most one entry of each kind.
-        whole: why what is not found stays whole, in words.
+        whole: sentences that say why a part is not narrowed.
     """
 
     found: list[Units] = field(default_factory=list)
@@ -80,7 +81,7 @@ class LayerUnits:
 
 
 def find_units(stack: DecoderLayers, index: int) -> LayerUnits:
-    """The heads and channels of a layer that can go."""
+    """The heads and channels of a layer that can be removed."""
     layer = _Layer(stack, index)
     units = LayerUnits()
     for find, what in ((_heads, "attention"), (_channels, "MLP")):
@@ -88,7 +89,7 @@ def find_units(stack: DecoderLayers, index: int) -> LayerUnits:
         if isinstance(found, Units):
             units.found.append(found)
         else:
-            units.whole.append(f"{what} stays whole: {found}")
+            units.whole.append(f"{what} is not narrowed: {found}")
     return units
 
 
@@ -109,7 +110,7 @@ class _Layer:
         return shape_of(self.modules[self.prefix + name])
 
     def number(self, module: str, *names: str) -> int | None:
-        """The first of these numbers that a module has."""
+        """The first of these integer attributes that a module has."""
         values = vars(self.modules[self.prefix + module]) if self.prefix + module in self.modules else {}
         return next((values[name] for name in names if type(values.get(name)) is int), None)
 
@@ -122,7 +123,7 @@ class _Layer:
         return Units(kind, count, heads, named, self.prefix + writer, place, weights)
 
     def others(self, module: str, matrices: tuple[str, ...], head_dim: int | None = None) -> list[str]:
-        """Parameters of a module beside those of its matrices and of norms over single heads."""
+        """Parameters of a module other than those of its matrices and of norms over single heads."""
         known = [self.prefix + name for name in matrices]
         inside = self.prefix + module
         found = []
@@ -143,13 +144,13 @@ def _heads(layer: _Layer) -> Units | str:
         rows, (_, width) = [layer.shape(name)[0] for name in readers], layer.shape(writer)
         others = layer.others(module, (*readers, writer), size)
         if others:
-            return f"{others[0]} concerns all heads"
+            return f"{others[0]} applies to all heads"
         keys = width if len(rows) == 1 else rows[1]
         fits = rows == ([3 * width] if len(rows) == 1 else [width, keys, keys])
         if not size or not fits or keys % size or width % keys:
-            return f"{rows} rows and {width} columns are not those of heads of {size}"
+            return f"{rows} rows and {width} columns do not fit heads of size {size}"
         return layer.units(HEADS, keys // size, width // keys, module, readers, writer)
-    return "no query, key, value and output matrices that are known"
+    return "unknown names of its query, key, value and output matrices"
 
 
 def _channels(layer: _Layer) -> Units | str:
@@ -160,11 +161,11 @@ def _channels(layer: _Layer) -> Units | str:
         module = writer.rpartition(".")[0]
         others = layer.others(module, (*readers, writer)) if module == "mlp" else []
         if others:
-            return f"{others[0]} concerns all channels"
+            return f"{others[0]} applies to all channels"
         if rows != [_parts(name) * width for name in readers]:
-            return f"{rows} rows do not go with {width} columns"
+            return f"{rows} rows do not fit {width} columns"
         return layer.units(CHANNELS, width, 1, module, readers, writer)
-    return "experts are not narrowed" if layer.has_experts else "no matrices to and from its channels that are known"
+    return "experts are not supported" if layer.has_experts else "unknown names of its matrices"
 
 
 def _parts(name: str) -> int:

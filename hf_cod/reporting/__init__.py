@@ -1,1 +1,1 @@
-"""What is shown: comparisons, pictures, model cards."""
+"""Output for readers: comparisons, plots, model cards."""

@@ -1,4 +1,4 @@
-"""Several diagnosed runs side by side."""
+"""Comparison of several reports of `diagnose`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import torch
 
 from hf_cod.functional.depth import late_share
+from hf_cod.io.arguments import checked
 from hf_cod.io.markdown import escaped
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.schema import check_value
@@ -29,7 +30,7 @@ class _Drop(TypedDict):
     without: list[float | None]
 
 
-# What is read in the results of a report.
+# Entry of a report's results -> its type.
 _READ: dict[str, Any] = {
     "angular_distance": list[list[float | None]],
     "effective_depth": _Interval,
@@ -43,11 +44,11 @@ class Comparison:
     """Several runs side by side.
 
     Attributes:
-        reports: the runs.
-        labels: a name for each.
-        columns: head of the summary table.
-        rows: one row a figure, the figure's name first.
-        verdict: what sets the runs apart, in sentences.
+        reports: the reports of the runs.
+        labels: one name per run.
+        columns: header of the summary table.
+        rows: one row per figure, starting with the name of the figure.
+        verdict: the main differences between the runs, in sentences.
     """
 
     reports: list[RunReport]
@@ -57,17 +58,17 @@ class Comparison:
     verdict: list[str] = field(default_factory=list)
 
     def plot(self, directory: str | Path | None = None, plot_format: str = "png") -> Any:
-        """One figure with a column for each run; written as compare.png (or pdf, svg) into `directory`.
+        """Plots one figure with a column per run; given a directory, saves it there as compare.png (or pdf, svg).
 
         Raises:
-            ImportError: matplotlib is missing; the message says how to add it.
+            ImportError: matplotlib is not installed; the message gives the pip command.
         """
-        from hf_cod.reporting import plots  # needs matplotlib
+        from hf_cod.reporting import plots  # requires matplotlib
 
         return plots.plot_comparison(self.reports, self.labels, directory, plot_format)
 
     def to_markdown(self, picture: str | None = "compare.png") -> str:
-        """The summary table as a page, which shows a picture of that name beside it."""
+        """The summary table and the verdict as a Markdown page, which shows the plot `picture` unless it is None."""
         lines = ["# compare: " + " / ".join(map(escaped, self.labels)), ""]
         if picture is not None:
             lines += [f"![comparison]({picture})", ""]
@@ -77,15 +78,16 @@ class Comparison:
         return "\n".join(lines).rstrip() + "\n"
 
 
+@checked
 def compare(reports: Sequence[RunReport], labels: Sequence[str] | None = None) -> Comparison:
-    """Puts reports of `diagnose` side by side.
+    """Compares reports of `diagnose`.
 
     Args:
-        reports: at least two; models of different depth are fine.
-        labels: a name for each; default: the models' names.
+        reports: at least two reports; the models may have different depths.
+        labels: one name per report; default: the names of the models.
 
     Raises:
-        ValueError: fewer than two reports, reports of another kind, or not one label each.
+        ValueError: fewer than two reports, reports of another kind, or a wrong number of labels.
     """
     if len(reports) < 2:
         raise ValueError(f"runs: expected at least two, got {len(reports)}")
@@ -105,7 +107,7 @@ def compare(reports: Sequence[RunReport], labels: Sequence[str] | None = None) -
 
 
 def _verdict(reports: Sequence[RunReport], names: list[str]) -> list[str]:
-    """Sentences on growth of variance, effective depth and removal of deep layers, as measured, whoever wins."""
+    """Sentences on variance growth, effective depth, late share and removal of late layers, without a ranking."""
     sentences = []
     for title, read in VERDICTS.items():
         values = [read(report) for report in reports]
@@ -121,7 +123,7 @@ def _growth(report: RunReport) -> float | None:
 
 
 def _deep_removal(report: RunReport) -> float | None:
-    """Median over the late half of the layers, in per cent of the intact model's metric; the last layer not counted."""
+    """Median over the late half of the layers without the last one, in per cent of the intact model's metric."""
     found = report.results.get("layer_drop")
     if not found or not found["intact"]:
         return None
@@ -130,14 +132,14 @@ def _deep_removal(report: RunReport) -> float | None:
     return 100 * (known[len(known) // 2] / found["intact"] - 1) if known else None
 
 
-# What is told of a report -> how it is read from it.
+# Sentence of the verdict -> function that reads its value from a report.
 VERDICTS = {
     "Growth of the output variance from the first to the last layer": _growth,
     "Effective depth in layers": lambda report: (report.results.get("effective_depth") or {}).get("value"),
-    "The late half's share of all angular distance (0.5 if all layers turn equally far)": lambda report: (
+    "The late half's share of all angular distance (0.5 if all layers contribute equally)": lambda report: (
         report.results.get("late_share")
     ),
-    "What removing one layer of the late half costs, in per cent of the metric (median)": _deep_removal,
+    "Cost of removing one layer of the late half, in per cent of the metric (median)": _deep_removal,
 }
 
 
@@ -174,7 +176,7 @@ def _drop(key: str) -> Any:
     return of
 
 
-# Figure -> how it is read from a report.
+# Figure -> function that reads it from a report.
 FIGURES = {
     "layers": lambda report: str(report.n_layers),
     "effective depth": _effective_depth,

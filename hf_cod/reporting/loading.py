@@ -1,4 +1,4 @@
-"""How the contents of a directory are loaded: the lines of Python, and what must be installed for them."""
+"""Instructions for loading a saved model or adapter: lines of Python, and the packages that they require."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_cod.io.files import looks_local
 from hf_cod.io.markdown import escaped
 from hf_cod.models.stored_config import REQUIRES
 
-# Auto class -> (its table of class names in transformers, pipeline_tag of the Hub); the first that knows a class.
+# Auto class -> (its table of class names in transformers, pipeline_tag of the Hub); the first match is used.
 AUTO_CLASSES = {
     "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "text-generation"),
     "AutoModelForMaskedLM": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "fill-mask"),
@@ -28,11 +28,11 @@ AUTO_CLASSES = {
     "AutoModelForImageClassification": ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "image-classification"),
     "AutoModel": ("MODEL_MAPPING_NAMES", "feature-extraction"),
 }
-# Quantization method -> the extra of hf_cod that its weights need.
+# Quantization method -> the extra of hf_cod that its weights require.
 EXTRAS = {"owl_bnb": "bitsandbytes", "hf_cod_sparse": None}
 OWLORE = "OWLORE"  # as 0.1 named it
 OWN_PREFIXES = ("Shaped", "Cod")
-# File -> what reads it, the first that is there.
+# File -> (variable, class that reads it); the first file that exists is used.
 PROCESSORS = {
     "processor_config.json": ("processor", "AutoProcessor"),
     "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
@@ -42,15 +42,15 @@ PROCESSORS = {
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model or an adapter is loaded.
+    """Instructions for loading a model or an adapter.
 
     Attributes:
-        python: the lines.
-        install: the line of the shell.
-        remarks: sentences about it.
+        python: the lines of Python.
+        install: the shell command that installs the required packages.
+        remarks: sentences about loading.
         library: library_name of the Hub.
-        pipeline_tag: of the Hub.
-        base: what an adapter stands on, as its config names it.
+        pipeline_tag: pipeline_tag of the Hub.
+        base: the base model of an adapter, as its config names it; None for a model.
     """
 
     python: str
@@ -63,7 +63,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class _Needs:
-    """What a checkpoint's config asks of its reader: hf_cod with extras, code that lies beside it, an Auto class."""
+    """Requirements of a checkpoint according to its config: hf_cod with extras, custom code, an Auto class."""
 
     ours: bool
     extras: tuple[str, ...]
@@ -72,11 +72,11 @@ class _Needs:
 
 
 def loading_of(directory: str | Path, name: str) -> Loading:
-    """How the model or adapter in a directory is loaded by a name.
+    """Instructions for loading the model or adapter in a directory.
 
     Args:
-        directory: with a config.json or an adapter_config.json.
-        name: Hub id or path that the lines shall hold.
+        directory: a directory with a config.json or an adapter_config.json.
+        name: Hub id or path to use in the lines of Python.
     """
     directory = Path(directory)
     if (directory / "adapter_config.json").is_file():
@@ -90,13 +90,13 @@ def loading_of(directory: str | Path, name: str) -> Loading:
 
 
 def public_name(source: str) -> str:
-    """A Hub id as it is; of a path the last part, since the rest concerns nobody else."""
+    """A Hub id unchanged; of a path only the last part, so that local directories are not published."""
     path = Path(source).expanduser()
     return path.name or path.resolve().name if path.exists() or looks_local(source) else source
 
 
 def hub_id(source: str) -> str | None:
-    """The Hub id that this is; None for a path."""
+    """The name if it is a Hub id; None for a path."""
     if not source or Path(source).expanduser().exists() or looks_local(source) or source.endswith(".gguf"):
         return None
     try:
@@ -118,7 +118,7 @@ def _adapter(config: dict[str, Any], name: str) -> Loading:
     lines.append(f"model = PeftModel.from_pretrained(base, {json.dumps(name)})")
     if words:
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(public_name(base))})")
-    beside = f"It is an adapter: it needs the weights of {escaped(public_name(base))}, too."
+    beside = f"This is an adapter: it also requires the weights of {escaped(public_name(base))}."
     remarks = [beside, *_remarks(needs)]
     return Loading("\n".join(lines), _install(needs, "peft"), remarks, "peft", AUTO_CLASSES[needs.auto][1], base)
 
@@ -128,7 +128,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _config_of(base: str) -> dict[str, Any]:
-    """The config of an adapter's base, if it is at hand."""
+    """The config of an adapter's base model if it is available locally, else {}."""
     try:
         return PreTrainedConfig.get_config_dict(base, local_files_only=True)[0]
     except (OSError, ValueError):
@@ -144,7 +144,7 @@ def _needs(config: dict[str, Any], architecture: str | None = None) -> _Needs:
 
 
 def _auto_class(architecture: str) -> str:
-    """The Auto class that finds a class of transformers, or one of ours, by its name."""
+    """The Auto class for a model class of transformers or hf_cod, given by name."""
     names = {architecture, *(architecture.removeprefix(prefix) for prefix in OWN_PREFIXES)}
     for auto, (table, _) in AUTO_CLASSES.items():
         for known in getattr(modeling_auto, table).values():
@@ -155,7 +155,7 @@ def _auto_class(architecture: str) -> str:
 
 def _imports(needs: _Needs, processor: tuple[str, str] | None, *others: str) -> list[str]:
     classes = [needs.auto, *([] if processor is None else [processor[1]])]
-    ours = ["import hf_cod  # before from_pretrained: makes its formats known"] if needs.ours else []
+    ours = ["import hf_cod  # before from_pretrained: registers its formats"] if needs.ours else []
     return [*ours, *others, f"from transformers import {', '.join(classes)}"]
 
 
@@ -173,10 +173,10 @@ def _install(needs: _Needs, *others: str) -> str:
 
 def _remarks(needs: _Needs) -> list[str]:
     if needs.ours:
-        return ["Only hf_cod reads it; without hf_cod, loading fails with an error that says so."]
+        return ["Loading requires hf_cod; without it, loading fails with an error that says so."]
     if needs.code:
         return [
-            "The directory carries the code of its modules, which `trust_remote_code=True` runs. Where hf_cod is "
-            "installed, `import hf_cod` before loading does instead."
+            "The directory contains the code of its modules, which `trust_remote_code=True` runs. If hf_cod is "
+            "installed, `import hf_cod` before loading replaces `trust_remote_code=True`."
         ]
-    return ["It is a stock checkpoint: hf_cod is not needed."]
+    return ["This is a stock checkpoint: hf_cod is not required."]

@@ -1,4 +1,4 @@
-"""A trained model as a directory that can be shared: weights, code, and a model card made from the run's own report."""
+"""Release of a pre-trained model as a directory for the Hub: weights, code, and a model card from the run's report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -21,40 +21,43 @@ from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.settings import resolve
 from hf_cod.reporting.result_card import TAG
-from hf_cod.reporting.settings import CardSettings
+from hf_cod.reporting.settings import CardFields, CardSettings
 
 PAPER = "https://arxiv.org/abs/2502.05795"
 PICTURES = {
     "curve": "Loss by step.",
-    "angular_distance": "Angular distance between layer l and layer l + n; yellow: near.",
+    "angular_distance": "Angular distance between layer l and layer l + n; yellow: small distance.",
     "layer_drop": "Perplexity without each single layer.",
     "variance": "Variance of each layer's output.",
-    "variance_by_step": "Output variance of each layer while the model trained.",
-    "effective_depth_by_step": "Effective depth while the model trained, at the last token of a few windows.",
+    "variance_by_step": "Output variance of each layer during training.",
+    "effective_depth_by_step": "Effective depth during training, at the last token of a few windows.",
 }
 LITTLE_TEXT = 1e9  # tokens
-# Only Pre-LN and what is Pre-LN but for constants is a function that a stock Llama can compute.
+# Only Pre-LN, and placements that differ from it by constants, can be computed by a stock Llama.
 FOLDABLE = ("pre", "lns", "scaled_init")
 
 
-def release(run: str | Path, output: str | Path, settings: CardSettings | None = None, **fields: Any) -> Path:
-    """Writes a trained model and its card into a directory that can go to the Hub as it is.
+def release(
+    run: str | Path, output: str | Path, settings: CardSettings | None = None, **fields: Unpack[CardFields]
+) -> Path:
+    """Writes a pre-trained model and its card into a directory that can be uploaded to the Hub.
 
-    The weights are rounded to bfloat16. The card is README.md, its pictures lie beside it.
+    The weights are rounded to bfloat16. The card is README.md; its plots are saved next to it.
 
     Args:
         run: output directory of examples/pretrain.py: the model, report.json, layer_diagnostics/.
         output: directory to write.
-        settings: what the report does not know.
-        **fields: or fields of `CardSettings` by name: name, license, sources, language, where, comparison.
+        settings: entries of the card that the report does not contain.
+        **fields: fields of `CardSettings` as keywords (name, license, sources, language, where, comparison); they
+            override `settings`.
 
     Returns:
-        The card's path.
+        The path of the card.
 
     Raises:
-        ValueError: not the directory of a finished run, a file that the settings name does not exist, or an output
-            directory with a README.md that is no card of ours.
-        ImportError: matplotlib is missing.
+        ValueError: `run` is not the directory of a finished run, a file named in the settings does not exist, or the
+            output directory has a README.md that is not a card of hf_cod.
+        ImportError: matplotlib is not installed.
     """
     run, output = Path(run), Path(output)
     settings = resolve(release, CardSettings, settings, fields)
@@ -64,8 +67,10 @@ def release(run: str | Path, output: str | Path, settings: CardSettings | None =
         raise ValueError(f"run: expected a run of pre-training, got one of {report.kind} in {str(run)!r}")
     readme = output / "README.md"
     if readme.is_file() and TAG not in readme.read_text(encoding="utf-8"):
-        raise ValueError(f"output: expected no README.md of other origin, got one in {str(output)!r}; name another")
-    # Until 0.2 the model had a directory of its own.
+        raise ValueError(
+            f"output: expected no README.md of other origin, got one in {str(output)!r}; use another directory"
+        )
+    # Before 0.2 the model was saved in a subdirectory.
     trained = run if (run / "config.json").is_file() else run / "model"
     with OutputDirectory(output, source=str(trained)) as directory:
         model = load_exactly(AutoModelForCausalLM, trained, dtype=torch.bfloat16)
@@ -78,15 +83,15 @@ def release(run: str | Path, output: str | Path, settings: CardSettings | None =
 
 
 def model_card(report: RunReport, settings: CardSettings, pictures: list[str]) -> ModelCard:
-    """The card of a pre-trained model.
+    """The model card of a pre-trained model.
 
     Args:
-        report: the run's.
-        settings: what the report does not know.
-        pictures: names of the pictures that lie beside the card, of those in `PICTURES`.
+        report: the report of the run.
+        settings: entries of the card that the report does not contain.
+        pictures: names (keys of `PICTURES`) of the plots that are saved next to the card.
 
     Raises:
-        ValueError: a file that the settings name does not exist or is none of its kind.
+        ValueError: a file named in the settings does not exist or has another format.
     """
     name = settings.name or report.model.replace(" ", "-")
     perplexity = report.results["validation_perplexity"]
@@ -115,7 +120,7 @@ def model_card(report: RunReport, settings: CardSettings, pictures: list[str]) -
 
 
 def _draw(report: RunReport, run: Path, output: Path) -> list[str]:
-    """Pictures of the finished model and of its training; returns the names of those that the card shows."""
+    """Saves the plots of the trained model and of its training; returns the names of those that the card shows."""
     history = run / "layer_diagnostics"
     with tempfile.TemporaryDirectory() as folder:
         report.plot(folder)
@@ -128,7 +133,7 @@ def _draw(report: RunReport, run: Path, output: Path) -> list[str]:
 
 
 def _validated_on(told: dict[str, Any]) -> str:
-    """The text that the perplexity is of, in words."""
+    """Description of the validation text."""
     text = Path(told["text"]).name if told.get("text") else "an embedded novel"
     if told.get("validation_text"):
         return Path(told["validation_text"]).name
@@ -138,7 +143,7 @@ def _validated_on(told: dict[str, Any]) -> str:
 def _what(report: RunReport, name: str) -> str:
     millions = report.results["parameters"] / 1e6
     tokens: int = report.results["tokens"]
-    small = " It is small and trained on little text: a specimen for measuring, not a model to write with."
+    small = " It is small and trained on little text: use it for measurements, not for text generation."
     return (
         f"# {escaped(name)}\n\nA Llama of {report.n_layers} layers and {millions:.1f} million parameters with "
         f"norm placement `{report.settings['norm_placement']}`, trained from scratch on "
@@ -150,20 +155,20 @@ def _use(report: RunReport, name: str, where: str | None) -> str:
     lines = [
         "## Load it\n",
         *([where, ""] if where else []),
-        "The directory carries its own code, so nothing but transformers is needed:\n",
+        "The directory contains the model's code, so only transformers is required:\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
         f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, trust_remote_code=True)",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n```\n",
-        "Where hf_cod is installed (and imported) it loads without `trust_remote_code`; "
+        "If hf_cod is installed and imported, the model loads without `trust_remote_code`; "
         f"`hf-cod diagnose {shlex.quote(name)}` measures its layers.",
     ]
     if report.settings["norm_placement"] in FOLDABLE:
         lines.append(
-            "\nAs a stock Llama with equal logits, for vLLM, llama.cpp and everything else that knows Llama:\n\n"
+            "\nConversion to a stock Llama with equal logits, for vLLM, llama.cpp and other software for Llama:\n\n"
             f"```sh\nhf-cod convert stock {shlex.quote(name)} as-llama\n```"
         )
     else:
-        lines.append("\nThis placement cannot be folded into a stock Llama: its norms act on the residual stream.")
+        lines.append("\nThis placement cannot be converted to a stock Llama: its norms act on the residual stream.")
     return "\n".join(lines)
 
 
@@ -173,15 +178,19 @@ def _results(report: RunReport, pictures: list[str]) -> str:
     if report.layers:
         depth = found.get("effective_depth")
         rows.append(("output variance of the first and last layer", _ends(report.layers["variance"])))
-        if depth is not None:  # none where no layer turns the hidden state
+        if depth is not None:  # None if no layer changes the direction of the hidden state
             interval = f" ({depth['low']:.1f} to {depth['high']:.1f})" if depth["low"] is not None else ""
             rows += [
                 ("effective depth, 95 % interval", f"{depth['value']:.1f}{interval} of {report.n_layers} layers"),
                 ("late half's share of all angular distance", format_number(found["late_share"])),
             ]
-    lines = ["## What its layers do\n", "| figure | value |\n|---|---|"]
+    lines = ["## Results\n", "| figure | value |\n|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows]
-    lines += ["", f"Measured on {found['validation_tokens']:,} held-out tokens (layers on the first of them).", ""]
+    lines += [
+        "",
+        f"Measured on {found['validation_tokens']:,} held-out tokens (layer measures: on the first ones).",
+        "",
+    ]
     lines += [f"- {escaped(sentence)}" for sentence in [*report.summary, *report.notes]]
     lines += [f"\n![{PICTURES[name]}]({name}.png)" for name in pictures]
     return "\n".join(lines)
@@ -198,8 +207,8 @@ def _training(report: RunReport) -> str:
         f"## Training\n\nText: {escaped(text)}. "
         f"{told['steps']} steps of {told['batch_size']} sequences of {told['sequence_length']} tokens; Adam without "
         f"weight decay or clipping, learning rate {told['learning_rate']:g} after a warm-up over a tenth of the steps, "
-        f"cosine to a tenth; {told['precision']}; seed {told['seed']}. The weights were rounded to bfloat16 "
-        "afterwards; all figures are from before.\n\n"
+        f"cosine decay to a tenth of it; {told['precision']}; seed {told['seed']}. The weights were rounded to "
+        "bfloat16 after all measurements.\n\n"
         + f"Made with {', '.join(f'{key} {value}' for key, value in report.environment.items())}."
     )
 
@@ -223,6 +232,6 @@ def _comparison(path: str) -> str:
     if not Path(path).is_file():
         raise ValueError(f"comparison: expected a comparison.md of compare_placements.py, got {path!r}")
     return (
-        "## Beside the other placements\n\nShorter runs of the same model, each placement at the best learning rate of "
-        "one grid; mean ± standard deviation over seeds.\n\n" + Path(path).read_text(encoding="utf-8").strip()
+        "## Comparison with other placements\n\nShorter runs of the same model, each placement at the best learning "
+        "rate of one grid; mean ± standard deviation over seeds.\n\n" + Path(path).read_text(encoding="utf-8").strip()
     )

@@ -1,4 +1,4 @@
-"""The model card of what a command made: README.md, from the run's own report and the files beside it."""
+"""The model card (README.md) of a command's result, from the run's report and the files next to it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from hf_cod.reporting.settings import CardSettings
 
 TAG = "curse-of-depth"
 CARD = "README.md"
-# Where in its directory a run may have put what can be loaded.
+# Places in a run's directory where a model or an adapter may be saved.
 PLACES = (".", "model", "adapter")
 MARKS = ("config.json", "adapter_config.json")
-# Setting -> what it names: the model that a run began with.
+# Settings that name the input model of a run.
 SOURCES = ("model", "student", "source")
 WHAT = {
-    "prune": "with weights set to zero",
-    "factorize": "whose matrices are products of two thin ones",
+    "prune": "pruned (weights set to zero)",
+    "factorize": "with low-rank factors instead of full matrices",
     "narrow": "with fewer attention heads and MLP channels",
     "drop-layers": "with fewer layers",
-    "pack": "stored without its zeros",
-    "quantize": "in three and four bits a weight",
+    "pack": "stored in a sparse format",
+    "quantize": "quantized to three and four bits per weight",
     "fit": "compressed to a budget",
-    "heal": "trained to recover what compression cost",
+    "heal": "trained by distillation after compression",
     "finetune": "fine-tuned on text",
     "convert": "converted",
 }
-TEMPLATE = "[More Information Needed]"  # in the card that PEFT writes
-# What replaces the weights themselves, in the words of the Hub.
+TEMPLATE = "[More Information Needed]"  # in PEFT's card template
+# base_model_relation of the Hub for models whose weights are replaced.
 QUANTIZED = "quantized"
 
 
@@ -45,17 +45,17 @@ def write_cards(
     command: str | None = None,
     settings: CardSettings | None = None,
 ) -> list[Path]:
-    """Writes a card beside each model and adapter in a run's directory, over one that is there.
+    """Writes a model card for each model and adapter in a run's directory; existing cards are overwritten.
 
     Args:
-        directory: where they are being written, or have been: itself, `model` or `adapter` in it.
-        report: the run's.
-        name: what the directory will be called; default: as it is called now.
-        command: the line of the shell that makes it again.
+        directory: the directory of the run; models and adapters are looked for in it and in its `model` and `adapter`.
+        report: the report of the run.
+        name: the final name of the directory; default: its current name.
+        command: the shell command that reproduces the result.
         settings: a name for the Hub, licence and language.
 
     Returns:
-        The cards.
+        The paths of the cards.
     """
     directory, settings = Path(directory), settings or CardSettings()
     name = name or directory.resolve().name
@@ -71,16 +71,16 @@ def write_cards(
 
 
 def places(directory: str | Path) -> list[Path]:
-    """The directories in a run's directory, itself first, that hold a model or an adapter."""
+    """The directories of a run (itself first, then `model` and `adapter` in it) that hold a model or an adapter."""
     found = [Path(directory) / place for place in PLACES]
     return [place for place in found if any((place / mark).is_file() for mark in MARKS)]
 
 
 def report_of(directory: str | Path) -> tuple[RunReport, str]:
-    """The report of the run that wrote a directory, and what to call the directory.
+    """The report of the run that wrote a directory, and the name of the directory for the card.
 
     Raises:
-        ValueError: neither it nor, if it is `model` or `adapter` of a run, the one above it has a report.
+        ValueError: there is no report in the directory or, for `model` and `adapter` of a run, in its parent.
     """
     directory = Path(directory)
     whole = directory.resolve()
@@ -90,10 +90,10 @@ def report_of(directory: str | Path) -> tuple[RunReport, str]:
 
 
 def check_cards(directory: str | Path) -> None:
-    """Makes sure that `write_cards` has something to describe, and writes over no text of the user's.
+    """Checks that `write_cards` finds a model or an adapter and would not overwrite a text of the user.
 
     Raises:
-        ValueError: no model there, or a README.md that is neither a card of ours nor PEFT's template.
+        ValueError: there is no model or adapter, or a README.md is neither a card of hf_cod nor PEFT's template.
     """
     found = places(directory)
     if not found:
@@ -107,7 +107,7 @@ def check_cards(directory: str | Path) -> None:
 def result_card(
     directory: Path, report: RunReport, name: str, command: str | None, settings: CardSettings | None = None
 ) -> ModelCard:
-    """The card of what lies in one directory."""
+    """The card of the model or adapter in one directory."""
     settings, loading = settings or CardSettings(), loading_of(directory, name)
     parts = [
         f"# {escaped(name)}",
@@ -122,7 +122,7 @@ def result_card(
 
 
 def source_of(report: RunReport) -> str:
-    """The model that a run began with, as the user named it."""
+    """The input model of a run, as the user named it."""
     return next((str(report.settings[key]) for key in SOURCES if report.settings.get(key)), report.model)
 
 
@@ -168,7 +168,7 @@ def _made(report: RunReport, command: str | None) -> str:
 
 
 def public_value(value: Any) -> Any:
-    """A setting without the paths of this machine."""
+    """The value of a setting without local paths."""
     if isinstance(value, (list, tuple)):
         return [public_value(each) for each in value]
     return public_name(value) if isinstance(value, str) else value
@@ -190,7 +190,7 @@ def _figures(report: RunReport) -> str:
 
 
 def _numbers(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, value) of what is one number, or one for each of a few models; what is longer is in report.json."""
+    """(name, value) of results that are one number, or one number per model; longer results are only in report.json."""
     for name, value in results.items():
         shown, found = name.replace("_", " "), value if isinstance(value, dict) else {"": value}
         if name not in ("modules", "score", "evaluation", "plan"):

@@ -1,1 +1,1 @@
-"""How much each layer matters: LayerScores, and one table of ways to find them."""
+"""How much each layer matters: LayerScores, and the table of scoring methods."""

@@ -1,4 +1,4 @@
-"""LayerAllocation: one sparsity, bit width, rank share or probability a layer, and the budget that they meet."""
+"""LayerAllocation: one sparsity, bit width, rank share or probability per layer, and the budget that they meet."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from hf_cod.functional import budget as budgets
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value, renamed
 from hf_cod.io.files import JsonFile
 from hf_cod.io.schema import brief, limits
@@ -20,32 +21,34 @@ from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.settings import DEFAULT_SPREAD, OLD_KINDS, AllocationSettings, Kind
+from hf_cod.scoring.settings import DEFAULT_SPREAD, OLD_KINDS, AllocationFields, AllocationSettings, Kind
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BITS = (3.0, 4.0)
-# Of a file: more than any model has.
+# Upper bounds of values in a file, above those of any model.
 MOST_BITS = 64
 MOST_GROUP = 1 << 20
 # Kind -> whether a layer that matters more gets a smaller value.
 FALLING = {"sparsity": True, "bits": False, "rank": False, "parameter_share": False, "probability": False}
 
 
+@checked
 @dataclass(frozen=True)
 class LayerAllocation(JsonFile):
-    """What each layer gets.
+    """One value per layer, and the budget that the values meet.
 
     Attributes:
-        kind: "sparsity" (share of zeros), "bits" (of a weight), "rank" (share of the full rank that is kept),
-            "parameter_share" (share of the weights that is kept) or "probability" (that a layer is drawn).
-        budget: what the mean of the values was to be.
-        values: one a layer, from layer 0 on.
+        kind: "sparsity" (share of zeros), "bits" (per weight), "rank" (share of the full rank that is kept),
+            "parameter_share" (share of the weights that is kept) or "probability" (that a layer is sampled).
+        budget: target for the mean of the values.
+        values: one per layer, starting with layer 0.
         parameters: the weight of each layer in that mean.
-        method: which score they follow.
-        group: of N:M sparsity the M, so that each value is a multiple of 1 / M; else None.
-        model: the name of the model that was scored.
-        sizes: weights in each of its layers' matrices, by which a plan of another model is known; None: not known.
+        method: the score that the values follow.
+        group: M of N:M sparsity, so that each value is a multiple of 1 / M; else None.
+        model: name of the scored model.
+        sizes: number of weights in the matrices of each of its layers, used to reject the allocation on another model;
+            None: unknown, no check.
     """
 
     FIELD = "allocation"
@@ -61,7 +64,7 @@ class LayerAllocation(JsonFile):
     sizes: list[int] | None = field(default=None, metadata=limits(least=0, one_for_each="values"))
 
     def check_read(self) -> None:
-        """Makes sure that values are shares where they mean shares, and of N:M sparsity multiples of 1 / M."""
+        """Checks that shares are at most 1, and that values of N:M sparsity are multiples of 1 / M."""
         if not self.values or not sum(self.parameters):
             raise ValueError(f"parameters: expected weights of at least one layer, got {brief(self.parameters)}")
         most = MOST_BITS if self.kind == "bits" else 1
@@ -81,22 +84,22 @@ class LayerAllocation(JsonFile):
                 raise ValueError(f"values[{layer}]: expected n / {group} with n < {group}, got {value}")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=1))
+        object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=2))
 
     @property
     def mean(self) -> float:
-        """The mean of the values weighted by parameters: the budget, or for discrete values as near as they allow."""
+        """Mean of the values weighted by parameters: the budget, or for discrete values an approximation of it."""
         return sum(v * n for v, n in zip(self.values, self.parameters, strict=True)) / sum(self.parameters)
 
     @property
     def patterns(self) -> list[tuple[int, int]]:
-        """(N, M) of each layer: N weights are kept of every M.
+        """(N, M) of each layer: N of every M weights are kept.
 
         Raises:
             ValueError: not an N:M allocation.
         """
         if self.group is None:
-            raise ValueError("group: expected an allocation of N:M sparsity, got none")
+            raise ValueError("group: expected an allocation of N:M sparsity, got none; allocate with group=M")
         return [(self.group - round(value * self.group), self.group) for value in self.values]
 
 
@@ -104,7 +107,7 @@ def same_share(stack: DecoderLayers, share: float) -> LayerAllocation:
     """Each layer keeps the same share of its weights.
 
     Raises:
-        ValueError: no such share.
+        ValueError: share out of 0..1.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"plan: expected a share of parameters in 0..1, got {share}")
@@ -115,6 +118,7 @@ def same_share(stack: DecoderLayers, share: float) -> LayerAllocation:
 
 
 @renamed(parameters="layer_parameters")
+@checked
 def allocate(
     scores: LayerScores,
     kind: Kind | None = None,
@@ -123,33 +127,33 @@ def allocate(
     *,
     layer_parameters: Sequence[int] | None = None,
     settings: AllocationSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[AllocationFields],
 ) -> LayerAllocation:
-    """Distributes a budget over layers: those that matter more are pruned less, or get more bits, rank, probability.
+    """Distributes a budget over layers: layers that matter more are pruned less, or get more bits, rank, probability.
 
     Values follow the scores linearly within [budget - spread, budget + spread] (`functional.budget.spread`), and their
-    mean weighted by parameters is the budget. Discrete values (choices, N:M) are the neighbours of those: off by less
-    than one step, by which they may leave the interval, too, in the order of the scores, and with a mean that is off by
-    at most half a step of the largest layer. N:M leaves at least one weight of M in each layer.
+    mean weighted by parameters is the budget. Discrete values (choices, N:M) are rounded from these: each by less than
+    one step, so they may leave the interval by that; they keep the order of the scores, and the error of their mean is
+    at most half a step of the largest layer. N:M keeps at least one weight of M in each layer.
 
     Args:
         scores: from `score_layers`.
         kind: see `LayerAllocation`; default: sparsity.
-        budget: mean of the values: shares and probability in [0, 1], or between the choices; of N:M at most 1 - 1 / M;
-            default: 0.5.
-        spread: lambda; default: what the method `auto` found best, else 0.08; less where the budget is nearer than that
-            to 0, to 1 or to the last of the choices. Bits spread over the choices.
-        layer_parameters: weight of each layer in the mean; default: what `scores` holds.
+        budget: mean of the values: in [0, 1] for shares and probability, or between the choices; for N:M at most
+            1 - 1 / M; default: 0.5.
+        spread: lambda; default: the best one that the method `auto` found, else 0.08; reduced if the budget is nearer
+            than that to 0, to 1 or to an end of the choices. Not for bits, which are spread over the choices.
+        layer_parameters: weight of each layer in the mean; default: `scores.parameters`.
         settings: how the budget is distributed.
-        **fields: or fields of `AllocationSettings` by name: `choices`, the values that there are, rising (default for
-            bits: 3 and 4, else any); `group`, for sparsity as N:M with this M and a different N in each layer; `rule`,
-            "bounded", which keeps these promises, or "authors", OWL's released formula, which keeps neither interval
-            nor weighted mean (`functional.budget.authors_sparsity`).
+        **fields: or fields of `AllocationSettings` by name: `choices`, the allowed values, rising (default for bits: 3
+            and 4, else any); `group`, for N:M sparsity with this M and a separate N for each layer; `rule`, "bounded"
+            (as described above) or "authors", OWL's released formula, which keeps neither the interval nor the weighted
+            mean (`functional.budget.authors_sparsity`).
 
     Raises:
         ValueError: a budget, spread, group or choice out of range.
     """
-    kind = current_value("kind", kind, OLD_KINDS, above=1)
+    kind = current_value("kind", kind, OLD_KINDS, above=2)
     chosen = resolve(allocate, AllocationSettings, settings, fields, kind=kind, budget=budget, spread=spread)
     mean, lam, group, rule = chosen.budget, chosen.spread, chosen.group, chosen.rule
     weights = _weights(scores, layer_parameters)
@@ -158,7 +162,7 @@ def allocate(
     D = torch.tensor(scores.values, dtype=torch.float64)
     if chosen.kind == "bits":
         if lam is not None or rule != "bounded":
-            raise ValueError("spread: expected none for bits, which spread over the choices, and the rule bounded")
+            raise ValueError("spread: expected none for bits, which are spread over the choices, and the rule bounded")
         assert choices is not None
         values = budgets.spread(D, weights, mean, choices[0], choices[-1], falling=False)
     else:
@@ -189,16 +193,16 @@ def _shares(D: Tensor, weights: Tensor, kind: str, budget: float, lam: float, ru
 def _weights(scores: LayerScores, parameters: Sequence[int] | None) -> Tensor:
     found = scores.parameters if parameters is None else list(parameters)
     if len(found) != len(scores.values) or min(found) < 0 or not 0 < sum(found) < math.inf:
-        raise ValueError(f"layer_parameters: expected {len(scores.values)} counts, one a layer, got {found}")
+        raise ValueError(f"layer_parameters: expected {len(scores.values)} counts, one per layer, got {found}")
     return torch.tensor(found, dtype=torch.float64)
 
 
 def _choices(kind: str, budget: float, choices: Sequence[float] | None, group: int | None) -> list[float] | None:
-    """The discrete values that there are, None for any; checks them and the budget."""
+    """The allowed discrete values, None for any; checks them and the budget."""
     if group is not None:
         if kind != "sparsity" or choices is not None or type(group) is not int or group < 2:
             raise ValueError(f"group: expected at least 2, for sparsity without choices, got {group} for {kind}")
-        choices = [n / group for n in range(group)]  # not 1: a layer without weights is no layer
+        choices = [n / group for n in range(group)]  # not 1, which would remove all weights of a layer
     if kind == "bits":
         choices = choices or DEFAULT_BITS
     if choices is not None and (not choices or any(not a < b for a, b in pairwise(choices))):
@@ -207,24 +211,24 @@ def _choices(kind: str, budget: float, choices: Sequence[float] | None, group: i
     if kind != "bits" and (low < 0 or high > 1):
         raise ValueError(f"choices: expected values in 0..1, got {choices}")
     if not low <= budget <= high:
-        more = "" if group is None else f", so that a weight of {group} is left in each layer; take a larger group"
+        more = "" if group is None else f" (one weight of {group} is kept in each layer); use a larger group"
         raise ValueError(f"budget: expected {kind} in {low:g}..{high:g}, got {budget}{more}")
     return None if choices is None else list(choices)
 
 
 def _check_target(scores: LayerScores, kind: str, budget: float) -> None:
-    """Scores that were measured around one sparsity say less about another."""
+    """Warns if the scores were measured around another sparsity than the budget."""
     target = scores.settings.get("target")
     if kind == "sparsity" and target is not None and abs(target - budget) > 1e-6:
-        logger.warning("scores: %s measured them for sparsity %g, the budget is %g", scores.method, target, budget)
+        logger.warning("scores: %s measured them at sparsity %g, but the budget is %g", scores.method, target, budget)
 
 
 def _lambda(budget: float, spread: float | None, default: float, low: float, high: float) -> float:
     room = min(budget - low, high - budget)
     if spread is None:
         return min(default, room)
-    # 1 - 0.7 is less than 0.3 by a rounding error, which nobody means.
+    # A tolerance for rounding errors: in floats 1 - 0.7 is less than 0.3.
     if not 0 <= spread <= room + 1e-9:
         bounds = f"{low:g}..{high:g}"
-        raise ValueError(f"spread: expected 0..{room:.4g}, so that {budget} -+ spread stays in {bounds}, got {spread}")
+        raise ValueError(f"spread: expected 0..{room:.4g}, so that {budget} -+ spread is in {bounds}, got {spread}")
     return min(spread, room)

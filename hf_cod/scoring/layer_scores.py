@@ -1,4 +1,4 @@
-"""LayerScores: one number a layer, the higher the more the layer matters."""
+"""LayerScores: one number per layer, the higher the more the layer matters."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import JsonFile
 from hf_cod.io.schema import check_value, limits
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.stack import DecoderLayers
 
 
+@checked
 @dataclass(frozen=True)
 class LayerScores(JsonFile):
     """How much each layer of a model matters.
 
     Attributes:
         model: the model's name.
-        method: which of `METHODS` found them.
-        values: one score a layer, from layer 0 on; finite, the higher the more the layer matters.
-        parameters: weights in each layer's matrices: what a budget is weighted by.
-        settings: what the method was told (threshold, seed, ...).
+        method: the method of `METHODS` that computed them.
+        values: one score per layer, starting with layer 0; finite, the higher the more the layer matters.
+        parameters: number of weights in each layer's matrices, by which a budget is weighted.
+        settings: settings of the method (threshold, seed, ...).
     """
 
     FIELD = "scores"
@@ -35,30 +37,30 @@ class LayerScores(JsonFile):
     def __post_init__(self) -> None:
         if not self.values or len(self.values) != len(self.parameters):
             raise ValueError(
-                f"values: expected one a layer as parameters, got {len(self.values)} and {len(self.parameters)}"
+                f"values: expected one per layer as parameters, got {len(self.values)} and {len(self.parameters)}"
             )
         wrong = [i for i, value in enumerate(self.values) if not math.isfinite(value)]
         if wrong:
             raise ValueError(f"values: expected finite scores, got {self.values[wrong[0]]} in layer {wrong[0]}")
 
     def check_read(self) -> None:
-        """Makes sure that what others read in the settings is of its type."""
+        """Checks the types of the settings that other steps read."""
         for name, kind in (("spread", float), ("target", float), ("chosen", str)):
             if name in self.settings:
                 check_value(self.settings[name], kind | None, f"settings[{name!r}]")
 
     @property
     def remarks(self) -> list[str]:
-        """What a method has to say beside its scores: of auto, what it chose."""
+        """Remarks of a method in addition to its scores: the choice of auto."""
         if "chosen" not in self.settings:
             return []
         spread = f" with lambda {self.settings['spread']:g}" if "spread" in self.settings else ""
         return [f"{self.method} chose {self.settings['chosen']}{spread}."]
 
     def check(self, stack: DecoderLayers) -> None:
-        """Makes sure that these are scores of that model; warns where only its name is another.
+        """Checks that these are scores of that model; warns if only its name differs.
 
         Raises:
-            ValueError: another number of layers, or layers of other sizes.
+            ValueError: the number of layers or the size of a layer differs.
         """
         check_sizes("scores", self.model, self.parameters, stack)

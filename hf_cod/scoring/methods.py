@@ -1,4 +1,4 @@
-"""Ways to score layers, in one table."""
+"""The scoring methods, in one table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.functional import budget, outliers
 from hf_cod.functional.bits import BITS, SCALE_BITS
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, check_batches, split_samples
+from hf_cod.io.text import Batch, Batches, check_batches, split_samples
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.inputs import check_inputs
@@ -30,18 +31,19 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import task_of
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.pruning_probe import PruningProbe
-from hf_cod.scoring.settings import CODEBOOK, ScoreSettings
+from hf_cod.scoring.settings import CODEBOOK, ScoreFields, ScoreSettings
 
 
+@checked
 def score_layers(
     model: nn.Module,
     statistics: LayerStatistics | None = None,
     method: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     show_progress: bool = False,
     settings: ScoreSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[ScoreFields],
 ) -> LayerScores:
     """Scores each layer of a model.
 
@@ -51,32 +53,32 @@ def score_layers(
     | angular | d(x^l, x^(l+1)) at the last token (arXiv 2502.05795) | batches |
     | block_influence | 1 - E[cos(x^l, x^(l+1))] (arXiv 2403.03853) | batches |
     | gradient_norm | ||dL/d theta_l||_2, mean over batches | batches, a head |
-    | fisher | ln of what losing the outputs of l's matrices would cost, in nats, to second order | batches, a head |
-    | layer_drop | what removing l costs: nats a token for perplexity, else the task's metric | batches |
+    | fisher | ln of the second-order cost, in nats, of losing the outputs of l's matrices | batches, a head |
+    | layer_drop | cost of removing l: nats per token for perplexity, else the task's metric | batches |
     | weight_norm | mean of abs(W_ij), the L1 baseline | nothing |
-    | sensitivity | slope of the loss by l's sparsity where all layers have `target` | batches, an LM head |
-    | auto | the one of `CANDIDATES` by which the pruned model loses least | batches, an LM head |
+    | sensitivity | slope of the loss by l's sparsity, with all layers at `target` | batches, an LM head |
+    | auto | the score of `CANDIDATES` with the lowest loss of the pruned model | batches, an LM head |
     | uniform | 1 | nothing |
-    | depth | L - l: earlier layers matter more, as the Curse of Depth says of models that nobody measured | nothing |
+    | depth | L - l: earlier layers matter more, as the Curse of Depth predicts without measuring the model | nothing |
     | random | uniform in [0, 1), from a seed | nothing |
 
     Args:
-        model: a transformers model, wrapped or not; it is left as it was.
-        statistics: of this model, from `collect_statistics`.
+        model: a transformers model, wrapped or not; it is not changed.
+        statistics: statistics of this model, from `collect_statistics`.
         method: see the table; default: owl.
         batches: dicts for the model's forward.
         show_progress: show progress bars.
         settings: how layers are scored.
         **fields: or fields of `ScoreSettings` by name: threshold, per_module, target, pruner, seed, layers_path.
 
-    `sensitivity` and `auto` measure on the first `PROBE_SAMPLES` samples, pruning by Wanda with the intact model's
-    statistics (or by magnitude); weights are put back. `auto` makes the allocation of each candidate score with each
-    lambda in `SPREADS` and takes the pruned model's loss. The scores' `settings` then hold which one was `chosen`, its
-    `spread`, which `allocate` takes where none is given, and the `losses` of all, in nats a token.
+    `sensitivity` and `auto` measure on the first `PROBE_SAMPLES` samples. They prune by `pruner` (default: Wanda, with
+    the statistics of the intact model), and restore the weights. `auto` builds the allocation of each candidate score
+    with each lambda in `SPREADS` and compares the losses of the pruned models. The `settings` of the scores then hold
+    the `chosen` score, its `spread` (the default of `allocate`) and the `losses` of all, in nats per token.
 
     Raises:
-        ValueError: an unknown method, something that it needs is missing, texts instead of batches, statistics of
-            another model, weights or activations that are not finite (says where).
+        ValueError: an unknown method, a missing input of the method, texts instead of batches, statistics of another
+            model, weights or activations that are not finite (says where).
     """
     chosen = resolve(score_layers, ScoreSettings, settings, fields, method=method)
     method = chosen.method
@@ -88,7 +90,7 @@ def score_layers(
     if batches:
         check_inputs(stack.model, batches)
     if method not in NEED_NO_WEIGHTS:
-        execution_device(stack.model)  # refuses a model without weights
+        execution_device(stack.model)  # raises for a model without weights
     sizes = sizes_of(stack)
     with naming_weights(stack.model):
         values = METHODS[method](request)
@@ -98,7 +100,7 @@ def score_layers(
 
 @dataclass(frozen=True)
 class _Request:
-    """What a method may read."""
+    """The inputs of a method."""
 
     model: nn.Module
     stack: DecoderLayers
@@ -106,7 +108,7 @@ class _Request:
     batches: Sequence[Batch] | None
     settings: ScoreSettings
     show_progress: bool
-    found: dict[str, Any] = field(default_factory=dict)  # what a method wants to be told beside its scores
+    found: dict[str, Any] = field(default_factory=dict)  # results of a method in addition to its scores
 
     @property
     def options(self) -> dict[str, Any]:
@@ -114,7 +116,7 @@ class _Request:
 
 
 def _statistics(request: _Request) -> LayerStatistics:
-    """Those that were given, or those of the batches."""
+    """The given statistics, or statistics of the batches."""
     statistics = request.statistics
     if statistics is None:
         if not request.batches:
@@ -134,7 +136,7 @@ def _owl(request: _Request) -> list[float]:
 def _seen_matrices(
     stack: DecoderLayers, statistics: LayerStatistics, index: int
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, W, s) of each matrix that tokens entered; of an expert that none entered nothing is known."""
+    """(name, W, s) of each matrix that received tokens; experts without tokens are left out."""
     for name, W in stack.matrices(index):
         s, tokens = statistics.squares[name].sqrt(), statistics.tokens[name]
         if W.dim() == 2:
@@ -163,7 +165,7 @@ def _gradient_norm(request: _Request) -> list[float]:
 
 
 def _fisher(request: _Request) -> list[float]:
-    """A logarithm, because a layer where massive activations arise costs ten thousand times what others do."""
+    """A logarithm, because a layer where massive activations arise costs ten thousand times as much as the others."""
     assert request.batches is not None
     costs = measure_loss_weights(request.stack, request.batches, show_progress=request.show_progress)
     layers = [sum(costs[name] for name in request.stack.linears(i)) for i in range(len(request.stack))]
@@ -196,7 +198,7 @@ def _sensitivity(request: _Request) -> list[float]:
 def _auto(request: _Request) -> list[float]:
     """Tries each candidate and lambda, and keeps the best."""
     request = replace(request, statistics=_statistics(request))
-    probe = _probe(request)  # refuses what cannot be tried before candidates are scored
+    probe = _probe(request)  # raises for unsupported models before candidates are scored
     found = {method: METHODS[method](request) for method in CANDIDATES}
     tried, plans = [], []
     for method, values in found.items():
@@ -215,11 +217,11 @@ def _auto(request: _Request) -> list[float]:
 
 
 def _plans(request: _Request, method: str, values: list[float]) -> Iterator[tuple[float, list[float]]]:
-    """(lambda, one value a layer) of what is tried with a score; of bits there is one plan."""
+    """(lambda, one value per layer) of each plan that is tried with a score; for bits there is one plan."""
     target = request.settings.target
     sizes = torch.tensor(sizes_of(request.stack)).double()
     if request.settings.pruner == CODEBOOK:
-        D = torch.tensor(values if method != "uniform" else _depth(request))  # of equal layers the first ones
+        D = torch.tensor(values if method != "uniform" else _depth(request))  # ties are broken by depth
         wanted = budget.spread(D, sizes, target - SCALE_BITS, min(BITS), max(BITS), falling=False)
         yield 0.0, budget.round_to(wanted, BITS, sizes).tolist()
         return
@@ -250,7 +252,7 @@ def _random(request: _Request) -> list[float]:
     return torch.rand(len(request.stack), generator=generator, dtype=torch.float64).tolist()
 
 
-# Method -> how it scores; `score_layers` says what each means, `settings.METHODS` in a line.
+# Method -> its function; the docstring of `score_layers` has the formulas, `settings.METHODS` a line for each.
 METHODS: dict[str, Callable[[_Request], list[float]]] = {
     "owl": _owl,
     "angular": _angular,
@@ -274,12 +276,12 @@ SETTINGS_OF = {
     "auto": ("target", "pruner", "threshold", "per_module"),
     "random": ("seed",),
 }
-# What auto tries: scores, and lambdas.
+# Scores and lambdas that auto tries.
 CANDIDATES = ("uniform", "owl", "angular", "fisher", "sensitivity")
 SPREADS = (0.08, 0.15, 0.25)
-# Samples that sensitivity and auto try on.
+# Number of samples for sensitivity and auto.
 PROBE_SAMPLES = 4
-# Of layers that no gradient reaches.
+# Cost of layers without a gradient.
 TINY = 1e-30
-# How far to both sides of the target sensitivity tries a layer.
+# Sensitivity tries each layer at target - STEP and target + STEP.
 STEP = 0.1

@@ -1,6 +1,6 @@
-"""What plans of sparsity or of bits would cost, tried on a little text.
+"""Losses of plans of sparsity or bits, measured on a few samples.
 
-The model is never changed as a whole: while a layer is run, its weights are masked or rounded, and put back afterwards.
+The model is not changed permanently: the weights of a layer are masked or rounded while it runs, and restored after it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from hf_cod.scoring.settings import CODEBOOK
 
 
 class PruningProbe:
-    """Losses of pruned or rounded forms of a language model, in nats a token.
+    """Losses of pruned or quantized versions of a language model, in nats per token.
 
     Args:
         stack: the layers of a language model with weights in memory.
-        pruner: one of `settings.PRUNERS`; its values are sparsities, of "codebook" bits.
-        statistics: of this model; for all but magnitude.
-        batches: the text to try on.
+        pruner: one of `settings.PRUNERS`; its values are sparsities, for "codebook" bits.
+        statistics: statistics of this model; required unless the pruner is magnitude.
+        batches: the samples to measure on.
         show_progress: show progress bars.
 
     Raises:
@@ -63,16 +63,16 @@ class PruningProbe:
 
     @torch.no_grad()
     def plans(self, plans: Sequence[Sequence[float]]) -> list[float]:
-        """The loss with all layers changed, for each plan of one value a layer.
+        """The loss of each plan (one value per layer), with all layers changed.
 
-        All plans walk through the layers together: each layer is changed once for each value that it gets, no more
-        than one layer's weights are copied, and plans that begin alike share their hidden states as long as they do.
+        All plans run through the layers together. Each layer is changed once for each of its values, at most one
+        layer's weights are copied, and plans with equal values up to a layer share their hidden states.
 
         Raises:
-            ValueError: a loss that is not finite (says of which plan).
+            ValueError: a loss that is not finite (says for which plan).
         """
         L = len(self.stack)
-        place = [0] * len(plans)  # which of the states each plan is at
+        place = [0] * len(plans)  # index of each plan's state
         states: list[list[Any]] = [[None] * len(self.batches)]
         with evaluation_mode(self.stack):
             for layer in progress(range(L), "trying plans", self.show_progress):
@@ -92,10 +92,10 @@ class PruningProbe:
         return [losses[at] for at in place]
 
     def sensitivity(self, good: float, rest: float, bad: float) -> list[float]:
-        """By how much the loss grows when one layer goes from the value `good` to `bad`, while all others have `rest`.
+        """Increase of the loss if one layer changes from the value `good` to `bad`, while all others have `rest`.
 
-        For each layer, in nats a token: of sparsities around the one that all are to have, the slope of the loss where
-        the pruned model will be. L layers cost about as much as L passes over all of them.
+        One value per layer, in nats per token. With sparsities around the target of all layers this is the slope of the
+        loss at the pruned model. For L layers it costs about as much as L forward passes.
         """
         L = len(self.stack)
         alone = [[value if i == layer else rest for i in range(L)] for layer in range(L) for value in (good, bad)]
@@ -103,7 +103,7 @@ class PruningProbe:
         return [more - less for less, more in zip(losses[::2], losses[1::2], strict=True)]
 
     def _step(self, layer: int, before: Sequence[State | None]) -> list[Any]:
-        """Each batch's state behind the layer; behind the last one its rows of the metric."""
+        """The state of each batch after the layer; after the last layer the rows of the metric."""
         if layer == len(self.stack) - 1:
             return [self._rows(layer, batch, state) for batch, state in zip(self.batches, before, strict=True)]
         after = []
@@ -118,7 +118,7 @@ class PruningProbe:
 
     @contextmanager
     def _changed(self, layer: int, value: float) -> Iterator[None]:
-        """Within the block the layer is pruned to that sparsity, or rounded to so many bits."""
+        """Within the context the layer is pruned to that sparsity, or rounded to that number of bits."""
         kept: list[tuple[Tensor, Tensor]] = []
         try:
             for name, W in self.stack.matrices(layer):

@@ -1,5 +1,6 @@
 """The one pipeline, by a step of our own: what is called on which model, and what is reported and saved."""
 
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -7,11 +8,11 @@ import torch
 
 from hf_cod import LayerScores, find_decoder_layers, perplexity
 from hf_cod.cli.compression import compress
-from hf_cod.cli.settings import CompressionOutput, CompressionSettings
+from hf_cod.cli.settings import CompressionOutput, SpreadSettings
 from hf_cod.cli.step import Step
 from hf_cod.io.files import JsonFile
 from hf_cod.io.models import load_model
-from hf_cod.io.report import RunReport, environment
+from hf_cod.io.report import RunReport, environment, format_number
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.io.text import SampleSettings, token_batches
 from tests.tiny_models import build
@@ -81,8 +82,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder, step_of=Scaled, scores=None, **more):
-    settings = CompressionSettings(sequence_length=8, max_samples=4, eval_samples=5, batch_size=1)
+def run(folder, step_of=Scaled, scores=None, force=True, **more):
+    settings = SpreadSettings(sequence_length=8, max_samples=4, eval_samples=5, batch_size=1, force=force)
     step, text = step_of(settings, **more), TextSettings(text=str(folder / "text.txt"))
     files = CompressionOutput(output=str(folder / "out"), plots=False, scores=scores)
     return step, compress(step, str(folder / "model"), ModelSettings(), text, files)
@@ -127,6 +128,36 @@ def test_report_keys_and_the_order_of_its_sentences(folder, capsys):
     assert shown[-1] == f"written to {(folder / 'out').resolve()}"
 
 
+def test_a_score_that_does_harm_gives_way_to_all_layers_alike(folder, capsys):
+    forced = run(folder)[0]
+    harmful = RunReport.load(folder / "out").results["perplexity"]
+    assert (
+        harmful["scaled"] > harmful["uniform"] and "the score is worse than a uniform plan" in capsys.readouterr().out
+    )
+    shutil.rmtree(folder / "out")
+    step, status = run(folder, force=False)
+    assert status == 0 and step.calls == [*forced.calls, (0.25, step.calls[0][1])], "on the intact model again"
+    report = RunReport.load(folder / "out")
+    found, fallback = report.results["perplexity"], report.results["fallback"]
+    assert found["scaled"] == pytest.approx(found["uniform"]) and report.results["factor"] == 0.25
+    assert fallback["score"] == report.settings["score"] == "random"
+    assert fallback["perplexity"] == pytest.approx(harmful["scaled"]) and fallback["alike"] == found["uniform"]
+    assert Factor.load(folder / "out" / "factor.json") == Factor(0.25)
+    (note,) = report.notes
+    by_score, alike = (format_number(fallback[name]) for name in ("perplexity", "alike"))
+    assert note.startswith(f"score random had a higher perplexity ({by_score}) than a uniform plan ({alike})")
+    assert "--force keeps the score" in note and "the lower of the two" in note
+    shown = capsys.readouterr().out
+    assert f"note: {note}" in shown and "the score is worse" not in shown
+    assert note in (folder / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_score_that_does_no_harm_is_kept(folder):
+    step, _ = run(folder, factor=0.25, force=False)
+    assert [name for name, _ in step.calls] == ["plan", 0.25, 0.25]
+    assert "fallback" not in RunReport.load(folder / "out").results
+
+
 def test_given_scores_are_used(folder):
     sizes = [find_decoder_layers(build("llama")).count_weights(index) for index in range(4)]
     file = LayerScores("model", "mine", [4.0, 3.0, 2.0, 1.0], sizes).save(folder / "given.json")
@@ -139,7 +170,7 @@ def test_given_scores_are_used(folder):
 def test_a_plan_to_do_nothing_writes_no_model(folder, capsys):
     step, status = run(folder, factor=1)
     assert status == 0 and [name for name, _ in step.calls] == ["plan"]
-    assert "nothing was made" in capsys.readouterr().out and not (folder / "out" / "model.safetensors").exists()
+    assert "no model was written" in capsys.readouterr().out and not (folder / "out" / "model.safetensors").exists()
 
 
 def test_a_model_that_a_step_refuses_is_not_measured(folder, monkeypatch):

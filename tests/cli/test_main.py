@@ -55,7 +55,7 @@ def test_samples_longer_than_the_positions_of_a_model(tmp_path, capsys, command,
     model, text, out = (str(tmp_path / name) for name in ("model", "text.txt", "out"))
     more = [*more, str(shutil.copytree(model, tmp_path / "teacher"))] if more else []
     assert main([command, model, *more, "--text", text, "--sequence-length", "65", "--output", out]) == 2
-    assert "sequence_length: expected at most 64 tokens, for which transformer.wpe has positions, got 65" in (
+    assert "sequence_length: expected at most 64 tokens, the learned positions of transformer.wpe, got 65" in (
         capsys.readouterr().err
     )
 
@@ -63,7 +63,7 @@ def test_samples_longer_than_the_positions_of_a_model(tmp_path, capsys, command,
 def test_a_model_is_no_text_and_a_file_no_output(checkpoint, capsys):
     model, text = str(checkpoint / "model"), str(checkpoint / "text.txt")
     assert main(["factorize", model, "--text", model, "--output", str(checkpoint / "out")]) == 2
-    assert "text: expected a text file or a data set's name" in capsys.readouterr().err
+    assert "text: expected a text file or a dataset name" in capsys.readouterr().err
     assert main(["factorize", model, "--text", text, "--output", text]) == 2
     assert "output: expected a directory, got the file" in capsys.readouterr().err
 

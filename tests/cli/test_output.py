@@ -146,7 +146,7 @@ def test_an_output_that_is_deleted_meanwhile_is_no_success(name, syncs, command,
             when(patch, moment, lambda: shutil.rmtree(out))
             status = main(command(name, out))
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-cod")]
-        assert status == 1 and len(said) == 1 and "deleted while the command worked" in said[0], (moment, said)
+        assert status == 1 and len(said) == 1 and "deleted; results are lost" in said[0], (moment, said)
         shutil.rmtree(out, ignore_errors=True)
     assert main(command(name, out)) == 0
     check_done(name, out)

@@ -142,7 +142,7 @@ def test_a_config_file_gives_defaults_and_the_command_line_wins(tmp_path):
         ("names: a", "names: expected a list, got 'a'"),
         ("kind: c", "kind: expected one of a, b, got 'c'"),
         ("rate: [1]", "rate: expected one value, got"),
-        ("- 1", "config: expected names of options with their values"),
+        ("- 1", "config: expected option names with values"),
         ("a: [", "config: expected a YAML file of options"),
         (None, "config: expected a YAML file of options"),
     ],

@@ -100,6 +100,9 @@ def test_scores_of_another_model_of_the_same_sizes_are_reported_once(folder, tmp
     file = LayerScores("some/other", "mine", [1.0, 2.0, 3.0, 4.0], sizes).save(tmp_path / "scores.json")
     shown = run_on_terminal(*command(folder, "prune", tmp_path / "out", "--scores", file))
     mine = name_of(find_decoder_layers(model))
-    told = f"hf-cod prune: warning: scores: used on {mine}, but found on some/other, whose layers are as large\r\n"
+    told = (
+        f"hf-cod prune: warning: scores: used on {mine}, but computed for some/other, "
+        "which has layers of the same sizes\r\n"
+    )
     assert shown.status == 0 and shown.written.count("some/other") == 1
     assert told in shown.written

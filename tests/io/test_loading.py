@@ -185,7 +185,7 @@ def test_heads_of_other_tasks_are_told_and_ignored(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         loaded, _ = load_model(str(tmp_path))
     assert torch.equal(outputs(loaded, batch_for(model)), outputs(model))
-    assert "BertForMaskedLM ignores what the checkpoint has of other heads: 3 tensors: bert.pooler" in caplog.text
+    assert "BertForMaskedLM ignores weights of other heads in the checkpoint: 3 tensors: bert.pooler" in caplog.text
 
 
 def test_a_pooler_that_nobody_trained_is_left_out(tmp_path):

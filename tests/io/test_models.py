@@ -42,7 +42,7 @@ def test_no_such_model(name, tmp_path):
 
 def test_a_file_that_is_no_gguf(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"model: expected a directory or a .gguf file, .* give the directory"):
+    with pytest.raises(ValueError, match=r"model: expected a directory or a .gguf file, .* pass the directory"):
         load_model(str(tmp_path / "model.safetensors"))
 
 

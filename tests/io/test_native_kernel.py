@@ -71,4 +71,4 @@ def test_a_library_that_others_could_have_put_there_is_not_loaded(cache, monkeyp
     native_kernel.load_native.__wrapped__("hf_cod_test", kernel._SOURCES, "test layers", "dense")
     (library,) = built
     assert library != cache and library.name == cache.name and not library.parent.exists(), "kept nowhere"
-    assert "others can change it" in caplog.text and "HF_ASSETS_CACHE" in caplog.text
+    assert "other users can change it" in caplog.text and "HF_ASSETS_CACHE" in caplog.text

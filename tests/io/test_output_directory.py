@@ -47,7 +47,7 @@ def hostile(tmp_path):
         ("file", "expected a directory, got the file"),
         ("file/below", "expected a directory that can be written"),
         ("file/below/deeper", "expected a directory that can be written"),
-        ("dangling", "a link to what does not exist"),
+        ("dangling", "a broken link"),
         ("dangling/below", "expected a directory that can be written"),
         ("loop", "expected"),
         ("a\0b", "expected"),
@@ -106,7 +106,7 @@ def test_one_works_and_the_other_is_refused_at_once(tmp_path):
         thread.join()
         with OutputDirectory(tmp_path / "another"):
             pass
-    assert "a directory that no other command writes to" in refused[0] and "one is at work" in refused[0]
+    assert "a directory that no other command writes to" in refused[0] and "one is running" in refused[0]
     other()
     assert refused[1] is None, "the lock ends with its holder"
 
@@ -123,7 +123,7 @@ def test_another_process_is_refused(tmp_path):
     )
     with OutputDirectory(tmp_path / "out"):
         done = run_fresh(code, tmp_path / "out")
-        assert done.returncode == 1 and "where one is at work" in done.stderr
+        assert done.returncode == 1 and "where one is running" in done.stderr
     assert run_fresh(code, tmp_path / "out").returncode == 0, "a process that died holds nothing"
     with OutputDirectory(tmp_path / "out"):
         pass
@@ -134,7 +134,7 @@ def fill(output):
         write_text(output.results / name, name)
 
 
-IN_THE_MOVES = 9  # two probes, four files and the manifest are written, then one is moved
+IN_THE_MOVES = 9  # after a probe, four files, a look at the umask, the manifest, and the move of a first file
 
 
 class Killed(BaseException):
@@ -201,6 +201,7 @@ def test_another_run_does_not_complete_it(tmp_path, monkeypatch):
             output.finish()
 
     assert killed_at(monkeypatch, IN_THE_MOVES, work)
+    assert (tmp_path / "out" / "journal" / "manifest.json").is_file()
     before = tree(tmp_path / "out")
     with pytest.raises(ValueError, match="where another run was killed while it finished"):
         OutputDirectory(tmp_path / "out", ["two"]).__enter__()
@@ -216,6 +217,7 @@ def test_results_that_are_lost_before_they_are_completed_are_made_again(tmp_path
             output.finish()
 
     assert killed_at(monkeypatch, IN_THE_MOVES, work)
+    assert (tmp_path / "out" / "journal" / "manifest.json").is_file()
     shutil.rmtree(tmp_path / "out" / "journal" / "result")
     with OutputDirectory(tmp_path / "out", ["one"], check=check_unused) as output:
         assert not output.completed
@@ -266,7 +268,7 @@ def test_leftovers_of_killed_runs_go_and_nothing_else(tmp_path):
 
 def test_a_directory_that_is_deleted_is_noticed(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="the directory deleted while the command worked"), OutputDirectory(out) as o:
+    with pytest.raises(OutputError, match="the directory deleted; results are lost"), OutputDirectory(out) as o:
         fill(o)
         shutil.rmtree(out)
         fill(o)  # which makes it again

@@ -106,7 +106,7 @@ def test_own_tokenizer_gives_the_text_back():
 
 
 def test_load_rows_wants_a_name():
-    with pytest.raises(ValueError, match="text: expected a data set's name or a file of rows, got none"):
+    with pytest.raises(ValueError, match="text: expected a dataset name or a file of rows, got none"):
         load_rows(TextSettings())
 
 
@@ -121,5 +121,5 @@ def test_a_stream_goes_on_from_its_start_and_a_resumed_one_alike(tmp_path):
         stream.start_at(first)
         assert taken(stream, count - first) == whole[first:], first
         assert taken(stream, 5) == whole[:5]
-    with pytest.raises(ValueError, match="text: expected rows to stream, again and again, got none behind window 0"):
+    with pytest.raises(ValueError, match="expected rows that can be streamed repeatedly, got none after window 0"):
         next(iter(PackedStream([], "text", gpt_like(), LENGTH)))

@@ -77,7 +77,7 @@ def test_short_text_and_bad_numbers_are_refused():
         token_batches(gpt_like(), ["", ""], SampleSettings(pack=False))
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         SampleSettings(batch_size=0)
-    with pytest.raises(ValueError, match="room beside the special tokens, got 2"):
+    with pytest.raises(ValueError, match="expected more than the 2 special tokens, got 2"):
         token_batches(bert_like(), TEXT, SampleSettings(sequence_length=2))
 
 
@@ -107,7 +107,7 @@ def test_texts_from_files(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\x89PNG\xff")
     with pytest.raises(ValueError, match="text: expected a text file in UTF-8"):
         load_texts(TextSettings(text=str(tmp_path / "b.txt")))
-    with pytest.raises(ValueError, match="text: expected a text file or a data set's name, got 'no/such'"):
+    with pytest.raises(ValueError, match="text: expected a text file or a dataset name, got 'no/such'"):
         load_texts(TextSettings(text="no/such"))
     (tmp_path / "c.pdf").write_bytes(b"%PDF")
     with pytest.raises(ValueError, match=r"text: expected a file that ends in .txt, .* got '.*c.pdf'"):

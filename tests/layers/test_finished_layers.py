@@ -47,8 +47,8 @@ def test_a_flipped_byte_of_a_finished_layer(layer, pruned, caplog):
             prune(model, 0.5, batches=two_batches(model), journal=journal)
         assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items()), place
         told = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
-        # Behind the header's end stand spaces, which hold nothing.
-        assert told == [f"{file} is damaged: layer {layer} is done again"] or content[place] == ord(" ")
+        # The header ends with spaces, which hold nothing.
+        assert told == [f"{file} is damaged: layer {layer} is computed again"] or content[place] == ord(" ")
 
 
 def test_a_finished_layer_of_an_earlier_version_is_taken(pruned):
@@ -91,7 +91,7 @@ def test_flipped_bytes_of_a_journal_of_lines(tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
             assert plan_depth(model, 1, "layer_drop", **options) == plan
         told = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
-        assert told and set(told) == {f"a line of {file} is damaged: what it held is done again"}
+        assert told and set(told) == {f"{file} has a damaged line: its result is computed again"}
         assert sorted(file.read_bytes().splitlines()) == sorted(content.splitlines())
 
 

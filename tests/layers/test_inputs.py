@@ -83,10 +83,10 @@ LABELS = torch.full((3, 9), -100)
 ODD = {
     "unknown token": (
         [*GOOD, {"input_ids": ids(2, 9, least=99, most=100)}],
-        "input_ids: .* 0 to 98, .* got 99 of .* 2",
+        "input_ids: .* 0 to 98 .* got 99 of .* 2",
     ),
-    "negative token": ([{"input_ids": ids(2, 9) - 99}], r"input_ids: .* 0 to 98, .* got -\d+ of batch 0"),
-    "too long": ([*GOOD, {"input_ids": ids(1, 65)}], r"(batches|calibration): .* at most 64 tokens .*wpe .* got 65"),
+    "negative token": ([{"input_ids": ids(2, 9) - 99}], r"input_ids: .* 0 to 98 .* got -\d+ of batch 0"),
+    "too long": ([*GOOD, {"input_ids": ids(1, 65)}], r"(batches|calibration): .* at most 64 tokens .*wpe, got 65"),
     "no samples": (
         [{"input_ids": ids(0, 9)}],
         r"(batches|calibration): .* one sample .* input_ids \(0, 9\) of batch 0",
@@ -142,7 +142,7 @@ def test_odd_batches_are_refused_and_nothing_is_changed(function, odd):
 
 def test_unknown_tokens_of_one_batch_of_a_stream():
     batches = ODD["unknown token"][0]
-    with pytest.raises(ValueError, match=r"input_ids: expected token ids from 0 to 98, .* got 99 of batch 2"):
+    with pytest.raises(ValueError, match=r"input_ids: expected token ids from 0 to 98 .* got 99 of batch 2"):
         collect_statistics(build("gpt2", layers=2), (batch for batch in batches))
 
 
@@ -216,7 +216,7 @@ def test_encoder_decoders_and_towers_with_all_that_they_read():
     assert collect_statistics(t5(), [both]).squares
     images = {"input_ids": ids(2, 9), "pixel_values": torch.zeros(2, 3, 16, 16)}
     assert collect_statistics(clip(), [images]).squares
-    with pytest.raises(ValueError, match=r"decoder_input_ids: expected token ids from 0 to 98, .* got 99"):
+    with pytest.raises(ValueError, match=r"decoder_input_ids: expected token ids from 0 to 98 .* got 99"):
         collect_statistics(t5(), [{**both, "decoder_input_ids": ids(2, 4, least=99, most=100)}])
     sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     config = CONFIG_MAPPING["bart"](vocab_size=99, encoder_attention_heads=4, decoder_attention_heads=4, **sizes)

@@ -86,13 +86,13 @@ def test_a_process_that_raises_in_a_step_ends_the_other(tmp_path):
 def test_a_process_that_is_gone_ends_the_wait_for_its_gradient(tmp_path):
     run_in_two_processes("ends", tmp_path)
     told = json.loads((tmp_path / "said-0.json").read_text())
-    assert told.startswith("processes: expected all to go on, got one that ended") and "\n" not in told
+    assert told.startswith("processes: expected all to continue, got one that ended") and "\n" not in told
 
 
 @pytest.mark.process
 def test_a_process_that_never_comes_is_named(tmp_path):
     run_in_two_processes("stays_away", tmp_path)
-    told = "processes: expected all 2 to make an OwLoreAdamW, got none in 1 seconds from rank 1"
+    told = "processes: expected all 2 to make an OwLoreAdamW, got no answer in 1 seconds from rank 1"
     assert json.loads((tmp_path / "said-0.json").read_text()) == told
 
 

@@ -100,7 +100,7 @@ def test_no_stack_is_told_with_what_there_is():
     assert len(find_decoder_layers(Odd(), layers_path="towers")) == 2
     with pytest.raises(ValueError, match="path: expected the name of a module list, got 'tower'"):
         find_decoder_layers(Odd(), layers_path="tower")
-    with pytest.raises(ValueError, match="no module list at all"):
+    with pytest.raises(ValueError, match="the model has no module lists"):
         find_decoder_layers(nn.Linear(2, 2))
 
 

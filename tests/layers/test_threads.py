@@ -38,7 +38,7 @@ def test_the_second_thread_is_refused_and_the_first_is_right(name):
     thread.start()
     try:
         assert began.wait(60)
-        with pytest.raises(ValueError, match=r"model: expected one that no other thread works on, got .* in 'first'"):
+        with pytest.raises(ValueError, match=r"model: expected a model that no other thread uses, got .* in 'first'"):
             SECOND[name](model)
     finally:
         ended.set()

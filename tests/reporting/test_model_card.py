@@ -85,7 +85,7 @@ def test_a_release_loads_without_this_package_and_its_card_holds_what_the_report
 def test_card_says_what_cannot_be_folded_and_what_diverged(run):
     report = RunReport.load(run)
     report.settings["norm_placement"] = "post"
-    assert "cannot be folded" in model_card(report, CardSettings(), []).text
+    assert "cannot be converted to a stock Llama" in model_card(report, CardSettings(), []).text
     report.layers.clear()
     report.results["validation_perplexity"] = math.inf
     report.notes.append("the run diverged; layers were not measured")

@@ -24,7 +24,7 @@ def test_near_is_yellow_and_empty_cells_are_blank():
 
 
 def test_a_report_of_other_measures_is_told():
-    with pytest.raises(ValueError, match="expected measures to draw, got none"):
+    with pytest.raises(ValueError, match="expected measures to plot, got none"):
         report(layers={}, results={}).plot()
 
 
@@ -71,7 +71,7 @@ def test_layers_are_whole_numbers():
 def test_what_a_score_is_and_what_auto_chose():
     axes = scored([0.1, -0.2], "auto", {"chosen": "sensitivity", "spread": 0.25}).plot().axes[0]
     assert axes.get_title() == "Score of each layer: auto, which chose sensitivity (λ = 0.25)"
-    assert axes.get_ylabel() == "growth of the loss, nats a token"
+    assert axes.get_ylabel() == "increase of the loss, nats per token"
     assert [list(line.get_ydata()) for line in axes.lines] == [[0, 0]], "where negative scores begin"
     given = scored([1.0, 2.0], scores="somewhere/scores.json").plot().axes[0]
     assert given.get_title() == "Score of each layer: scores.json" and given.get_ylabel() == "score"

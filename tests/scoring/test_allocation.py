@@ -50,11 +50,9 @@ def test_n_of_m_leaves_weights_in_each_layer():
     assert min(n for n, _ in plan.patterns) >= 1 and abs(plan.mean - 0.85) <= 1 / 8 / 4 / 2 + 1e-12
     fine = allocate(scores, budget=0.9, group=16)
     assert min(n for n, _ in fine.patterns) >= 1 and abs(fine.mean - 0.9) <= 1 / 16 / 4 / 2 + 1e-12
-    with pytest.raises(
-        ValueError, match=r"budget: .* in 0..0.875, got 0.9, so that a weight of 8 is left in each layer"
-    ):
+    with pytest.raises(ValueError, match=r"budget: .* in 0..0.875, got 0.9 \(one weight of 8 is kept in each layer\)"):
         allocate(scores, budget=0.9, group=8)
-    with pytest.raises(ValueError, match=r"spread: expected 0..0.025, so that 0.85 -\+ spread stays in 0..0.875"):
+    with pytest.raises(ValueError, match=r"spread: expected 0..0.025, so that 0.85 -\+ spread is in 0..0.875"):
         allocate(scores, budget=0.85, spread=0.1, group=8)
 
 
@@ -88,7 +86,7 @@ def test_scores_that_were_measured_for_another_sparsity(caplog):
         allocate(scores, "bits", budget=3.5)
         assert not caplog.text
         allocate(scores, budget=0.5)
-    assert "sensitivity measured them for sparsity 0.7, the budget is 0.5" in caplog.text
+    assert "sensitivity measured them at sparsity 0.7, but the budget is 0.5" in caplog.text
 
 
 def test_equal_scores_and_a_single_layer():
@@ -119,14 +117,14 @@ def test_save_and_load(tmp_path):
         ({"budget": math.nan}, "budget: expected"),
         (
             {"budget": 0.95, "spread": 0.08},
-            "spread: expected 0..0.05, so that 0.95 -[+] spread stays in 0..1, got 0.08",
+            "spread: expected 0..0.05, so that 0.95 -[+] spread is in 0..1, got 0.08",
         ),
         ({"spread": -0.1}, "spread: expected"),
         ({"spread": math.nan}, "spread: expected"),
         ({"budget": 0.05, "spread": 0.05, "rule": "authors"}, "spread: expected one that leaves each sparsity in 0..1"),
         ({"rule": "best"}, "rule: expected one of bounded, authors"),
         ({"kind": "rank", "rule": "authors"}, "rule: expected bounded for rank"),
-        ({"kind": "width"}, "kind: expected one of sparsity, bits, rank, parameters, probability, got 'width'"),
+        ({"kind": "width"}, "kind: expected one of sparsity, bits, rank, parameter_share, probability, got 'width'"),
         ({"kind": "bits", "budget": 5}, "budget: expected bits in 3..4, got 5"),
         ({"kind": "bits", "budget": 3.5, "spread": 0.1}, "spread: expected none for bits"),
         ({"kind": "bits", "budget": 3.5, "choices": [4, 3]}, "choices: expected rising values"),

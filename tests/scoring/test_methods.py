@@ -208,5 +208,5 @@ def test_bad_input():
             score_layers(model, method=method, batches=batches)
     with pytest.raises(ValueError, match="values: expected finite scores, got nan in layer 1"):
         LayerScores("m", "owl", [1.0, math.nan], [1, 1])
-    with pytest.raises(ValueError, match="values: expected one a layer"):
+    with pytest.raises(ValueError, match="values: expected one per layer"):
         LayerScores("m", "owl", [1.0], [1, 1])

@@ -1,1 +1,1 @@
-"""What each layer does: one forward pass, a sweep of removals, one backward pass; `diagnose` runs them all."""
+"""Diagnostics of layers: a forward pass, a backward pass, and the removal of each layer; `diagnose` runs them all."""

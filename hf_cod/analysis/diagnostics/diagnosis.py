@@ -1,11 +1,11 @@
-"""`diagnose`: all measures of a model in one report, resumable."""
+"""`diagnose`: all measures of a model in one report; an interrupted run resumes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
@@ -14,13 +14,14 @@ from hf_cod.analysis.diagnostics.forward_pass import ForwardMeasures, measure_fo
 from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm, why_no_gradients
 from hf_cod.analysis.diagnostics.intervals import CONFIDENCE, LEAST_SAMPLES, drop_ends, ends_of
 from hf_cod.analysis.diagnostics.layer_drop import keys_of, measure_layer_drop
-from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, METRICS, DiagnoseSettings
+from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, METRICS, DiagnoseFields, DiagnoseSettings
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.functional import depth
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import Journal
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches, mask_tokens, token_batches
+from hf_cod.io.text import Batch, BatchStream, Texts, Tokenizer, describe_batches, mask_tokens, token_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import Journals
@@ -30,63 +31,71 @@ from hf_cod.layers.task import MASKED_LM_SUFFIXES, task_of
 
 
 class ForwardResults(TypedDict):
-    """What the forward pass measured, as a journal keeps it."""
+    """Results of the forward pass, as stored in a journal."""
 
     layers: dict[str, list[float | None]]
     results: dict[str, Any]
 
 
 class MeasurementError(ValueError):
-    """A measure failed; `report` holds what was measured before."""
+    """A measure failed; `report` holds the results of earlier measures."""
 
     def __init__(self, message: str, report: RunReport) -> None:
         super().__init__(message)
         self.report = report
 
 
+@checked
 def diagnose(
     model: nn.Module,
-    tokenizer: Any = None,
-    texts: str | Iterable[str] | None = None,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: BatchStream | None = None,
     drop_metric: Any = None,
     output: str | Path | None = None,
     name: str | None = None,
     show_progress: bool = True,
     settings: DiagnoseSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[DiagnoseFields],
 ) -> RunReport:
-    """Measures what each layer of a model does.
+    """Measures the contribution of each layer of a model.
 
-    The report's `layers` hold, one value a layer: `angular_distance` (to the next layer, d(x^l, x^(l+1)), in [0, 1]),
-    `block_influence`, `variance`, `mean`, `max_abs` and `added_share` of the layer's output, `gradient_norm` and
-    `layer_drop` (the metric with that layer removed less the metric of the intact model). Its `results` hold
-    `angular_distance` (L x L, entry n - 1 of row l, None where l + n > L), `effective_depth` (value, low, high,
-    confidence), `late_share` (how much of the summed angular distances the late half of the layers makes: below 1/2
-    where deep layers turn the hidden state less), `idle_below` (the angular distance that rounding alone can cause;
-    where no layer turns the state further, effective depth and late share are left out), `layer_drop` (metric,
-    lower_is_better, intact, without: one value a layer) and `intervals` (measure -> [low, high] of each layer, 95 %
-    percentile bootstrap over samples, of `layer_drop` those of `without`). Fewer than 8 samples give no interval.
-    The formulas stand at `functional.depth`, `measure_layer_drop` and `measure_gradient_norm`.
+    The report's `layers` hold one value per layer for each measure: `angular_distance` (to the next layer,
+    d(x^l, x^(l+1)), in [0, 1]), `block_influence`, `variance`, `mean`, `max_abs` and `added_share` of the layer's
+    output, `gradient_norm`, and `layer_drop` (the metric with that layer removed minus the metric of the intact model).
+
+    The report's `results` hold:
+
+    - `angular_distance`: L x L, entry n - 1 of row l, None where l + n > L;
+    - `effective_depth`: value, low, high, confidence;
+    - `late_share`: share of the late half of the layers in the sum of angular distances; below 1/2 if deep layers turn
+      the hidden state less;
+    - `idle_below`: the angular distance that rounding alone can cause; if no layer turns the state further, effective
+      depth and late share are left out;
+    - `layer_drop`: metric, lower_is_better, intact, without (one value per layer);
+    - `intervals`: measure -> [low, high] of each layer, 95 % percentile bootstrap over samples; for `layer_drop` those
+      of `without`. Fewer than 8 samples give no interval.
+
+    The formulas are in `functional.depth`, `measure_layer_drop` and `measure_gradient_norm`.
 
     Args:
-        model: a transformers model, wrapped or not; it is left as it was.
-        tokenizer: its tokenizer, where texts are given.
+        model: a transformers model, wrapped or not; it is not changed.
+        tokenizer: its tokenizer, required for texts.
         texts: text, list of texts, `datasets` column, or any iterable of strings.
         batches: instead of tokenizer and texts: dicts of tensors for the model's forward (images, labelled data).
-        drop_metric: metric of the layer drop, which may be more than a name: see `evaluation.choice.find_metric`.
-        output: a directory: results go there as they come, and an interrupted run goes on where it stopped (a layer
-            drop by a callable metric starts anew, since code cannot be compared).
+        drop_metric: metric of the layer drop: a name, module or callable, see `evaluation.choice.find_metric`.
+        output: a directory to which results are written as they are measured, so that an interrupted run resumes (a
+            layer drop by a callable metric restarts, since code cannot be compared).
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show progress bars.
-        settings: what is measured, and how.
+        settings: settings of the measures.
         **fields: or fields of `DiagnoseSettings` by name: metrics, sequence_length, max_samples, batch_size, pack,
             seed, token, layers_path.
 
     Raises:
         ValueError: bad settings, no layers found, text shorter than one window, activations that are not finite.
-        MeasurementError: a later measure failed (a metric, say); its `report` and `output` keep the earlier ones.
+        MeasurementError: a later measure failed (for example a metric); `report` and `output` keep the earlier results.
     """
     named = drop_metric if isinstance(drop_metric, str) else None
     chosen = resolve(diagnose, DiagnoseSettings, settings, fields, drop_metric=named)
@@ -106,11 +115,11 @@ def diagnose(
     )
     journals = Journals(output, model, batches)
     if output is not None:
-        report.settings["inputs"] = journals.inputs  # tells other weights and other text from these
+        report.settings["inputs"] = journals.inputs  # identifies weights and samples
         report.keep_earlier(output, resumable=metric.identity is not None)
     wanted = _applicable(chosen.metrics, stack, task, report)
     if texts is not None and report.settings["samples"] < chosen.max_samples:
-        report.notes.append(f"the text holds {report.settings['samples']} samples, less than {chosen.max_samples}")
+        report.notes.append(f"the text has {report.settings['samples']} samples, fewer than {chosen.max_samples}")
     try:
         _measure(model, batches, chosen, metric, wanted, journals, report, show_progress)
     except Exception as error:
@@ -125,11 +134,9 @@ def diagnose(
 
 
 def _prepared(
-    model: nn.Module, tokenizer: Any, texts: Any, batches: Sequence[Batch] | None, chosen: DiagnoseSettings
+    model: nn.Module, tokenizer: Any, texts: Any, batches: Iterable[Batch] | None, chosen: DiagnoseSettings
 ) -> list[Batch]:
-    """The batches to measure on, checked."""
-    if isinstance(batches, Mapping):
-        raise ValueError("batches: expected a list of dicts of tensors, got one dict; put it in a list")
+    """The batches to measure on, after checks."""
     if batches is not None:
         return _checked_batches(batches)
     if tokenizer is None or texts is None:
@@ -143,7 +150,7 @@ def _prepared(
     return [*(mask_tokens(tokenizer, cut, chosen.seed) if masked else cut)]
 
 
-def _checked_batches(batches: Sequence[Any]) -> list[Batch]:
+def _checked_batches(batches: Iterable[Any]) -> list[Batch]:
     made: list[Batch] = []
     for number, batch in enumerate(batches):
         if not isinstance(batch, Mapping):
@@ -180,7 +187,7 @@ def _measure(
     report: RunReport,
     show_progress: bool,
 ) -> None:
-    """Fills the report measure by measure, cheapest first, so that a failure leaves the others."""
+    """Fills the report measure by measure, cheapest first, so that a failure keeps the earlier results."""
     options: dict[str, Any] = {"layers_path": chosen.layers_path, "show_progress": show_progress}
     forward = [name for name in wanted if name in FORWARD_METRICS]
     if forward:

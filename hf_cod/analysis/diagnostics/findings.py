@@ -1,4 +1,4 @@
-"""Findings in words: what a person would quote from a report of `diagnose`."""
+"""Findings of a report of `diagnose` in sentences."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _effective_depth(report: RunReport) -> str:
 
 
 def _idle_layers(report: RunReport) -> list[str]:
-    """Layers that turn the hidden state by no more than rounding can, where there are any."""
+    """A sentence on layers that turn the hidden state by no more than rounding can, if there are any."""
     resolution = report.results.get("idle_below", -1)  # earlier reports lack it
     idle = [i for i, angle in enumerate(report.layers.get("angular_distance", [])) if angle <= resolution]
     precision = "the hidden state by more than the precision of its dtype"
@@ -61,33 +61,34 @@ def _runs(layers: list[int]) -> str:
 def _late_share(share: float) -> str:
     return (
         f"The late half of the layers turns the hidden state by {share:.0%} of all angular distance "
-        "(50% if all layers did equally much)."
+        "(50% if all layers contribute equally)."
     )
 
 
 def _layer_drop(report: RunReport) -> str:
     drop: dict[str, Any] = report.results["layer_drop"]
     sign = 1 if drop["lower_is_better"] else -1
-    # Sorted by harm, the greatest first.
+    # Sorted by the damage of removal, the largest first.
     measured = [i for i, value in enumerate(report.layers["layer_drop"]) if value == value]
     order = sorted(measured, key=lambda i: -sign * report.layers["layer_drop"][i])
     if not order:
         return f"Without any single layer, {drop['metric']} is not a number."
-    named = max(1, min(3, len(order) // 2))  # so that no layer is among both
+    named = max(1, min(3, len(order) // 2))  # no layer is listed twice
     most = ", ".join(str(i) for i in order[:named])
     least = ", ".join(str(i) for i in reversed(order[-named:]))
     worst, best = (format_number(drop["without"][order[end]]) for end in (0, -1))
     name, intact = drop["metric"].replace("_", " "), format_number(round(drop["intact"], 6))
     if not drop["lower_is_better"] and drop["intact"] == 0:
-        return f"The intact model's {name} is 0, so that no removal can show what a layer is worth."
+        return f"The intact model's {name} is 0, so the removal of a layer cannot lower it."
     harm = [sign * report.layers["layer_drop"][i] for i in order]
     if harm[0] == harm[-1]:
-        return f"Removing any one layer does the same: {name} goes from {intact} to {worst}."
+        return f"The removal of each single layer has the same effect: {name} changes from {intact} to {worst}."
     if harm[0] <= 0:
-        return f"No single removal hurts: {name} is {intact} with all layers and from {worst} to {best} without one."
+        return f"No single removal is harmful: {name} is {intact} with all layers, {worst} to {best} without one."
     helps = sum(value < 0 for value in harm)
-    better = f" Without any one of {helps} of the layers it is better than with all." if helps else ""
+    better = f" It is better without one of {helps} of the layers than with all." if helps else ""
+    layers = "layer" if named == 1 else "layers"
     return (
-        f"Removing one layer hurts most at {most} and least at {least}: {name} goes from {intact} to {worst} and "
-        f"{best}.{better}"
+        f"Removing one layer is most harmful for {layers} {most} and least for {layers} {least}: {name} changes from "
+        f"{intact} to {worst} and {best}.{better}"
     )

@@ -1,4 +1,4 @@
-"""All measures of one forward pass a batch: angular distance of all layer pairs, block influence, output variance."""
+"""Measures from one forward pass per batch: angular distance of all layer pairs, block influence, output variance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_cod.layers.running import NonFiniteError, evaluation_mode, hidden_input,
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import model_inputs
 
-# Tokens whose pair matrices are held at a time when all tokens count: bounds memory at (L + 1)^2 numbers each.
+# With token "all", pair matrices of this number of tokens are in memory at a time, (L + 1)^2 numbers each.
 TOKEN_CHUNK = 64
 
 
@@ -29,12 +29,12 @@ class ForwardMeasures:
     """Measures of every layer and sample; S samples, L layers, all on the CPU.
 
     Attributes:
-        distances: (S, L + 1, L + 1) float64, angular distance in [0, 1] between the hidden states that enter layers l
-            and m (index L: that leave the last layer). Empty if not asked for.
-        influence: (S, L), block influence of each layer. Empty if not asked for.
+        distances: (S, L + 1, L + 1) float64, angular distance in [0, 1] between the inputs of layers l and m (index L:
+            the output of the last layer). Empty if not requested.
+        influence: (S, L), block influence of each layer. Empty if not requested.
         outputs: (L + 1, 4), `depth.moments` of the stack's input and of each layer's output, over all samples' tokens.
-        updates: (L, 4), `depth.moments` of what each layer changes: its output less its input.
-        dtype: of the hidden states; of several the least precise.
+        updates: (L, 4), `depth.moments` of each layer's update: its output minus its input.
+        dtype: dtype of the hidden states; the least precise one if there are several.
     """
 
     distances: Tensor
@@ -48,7 +48,7 @@ class ForwardMeasures:
         return depth.by_layer_and_step(self.distances.mean(0))
 
     def idle_below(self) -> float:
-        """The angular distance that rounding alone can cause: a layer that turns the state less does nothing."""
+        """The angular distance that rounding alone can cause; layers with a smaller one have no measurable effect."""
         return depth.angular_resolution(self.dtype)
 
     def output_variance(self) -> dict[str, list[float]]:
@@ -77,17 +77,17 @@ def measure_forward(
     layers_path: str | None = None,
     show_progress: bool = False,
 ) -> ForwardMeasures:
-    """Measures all layers in one forward pass a batch, without the head.
+    """Measures all layers in one forward pass per batch, without the head.
 
-    Hidden states are read by hooks at the layers themselves, so the last one is the last layer's own output: the
-    `hidden_states` that transformers returns end with the final norm's output instead.
+    Hidden states are read by hooks at the layers, so the last one is the output of the last layer. (In the
+    `hidden_states` that transformers returns the last one is the output of the final norm.)
 
     Args:
         model: a transformers model, wrapped or not, in any dtype; also offloaded by accelerate.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding on either side.
-        metrics: which of `FORWARD_METRICS`.
-        token: at which token angles are taken: the last or first that is not padding, or the mean over all of them.
-        layers_path: the stack's module name where it cannot be found.
+        metrics: some of `FORWARD_METRICS`.
+        token: token at which angles are measured: the last or first that is not padding, or the mean over all of them.
+        layers_path: the stack's module name, if it cannot be found.
         show_progress: show a progress bar.
 
     Raises:
@@ -111,7 +111,7 @@ def measure_forward(
 
 
 class ForwardRecorder:
-    """Hooks that read each layer's input and output and keep only what the measures need.
+    """Hooks that read each layer's input and output and keep only the data for the measures.
 
     Call `start` before and `finish` after each forward pass, within `attached`.
     """
@@ -130,7 +130,7 @@ class ForwardRecorder:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Puts the hooks on the layers, and takes them away at the end."""
+        """Adds the hooks to the layers, and removes them at the end of the block."""
         handles = [
             layer.register_forward_hook(self._hook_of(index), with_kwargs=True)
             for index, layer in enumerate(self.stack)
@@ -142,9 +142,9 @@ class ForwardRecorder:
                 handle.remove()
 
     def start(self, mask: Tensor | None, samples: int) -> None:
-        """Begins a batch of so many samples with its attention mask (S, T), or None."""
+        """Starts a batch of `samples` samples with its attention mask (S, T), or None."""
         self._samples = samples
-        # A full mask costs a gather for nothing.
+        # For a mask without padding a gather is avoided.
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()
         self._states: list[Tensor] = []
         self._batch_influence: list[Tensor] = []
@@ -167,7 +167,7 @@ class ForwardRecorder:
         self.start(None, 0)
 
     def measures(self) -> ForwardMeasures:
-        """What all finished batches gave."""
+        """The measures over all finished batches."""
         L = len(self.stack)
         return ForwardMeasures(
             torch.cat(self._distances) if self._distances else torch.empty(0, L + 1, L + 1, dtype=torch.float64),
@@ -191,7 +191,7 @@ class ForwardRecorder:
             if "block_influence" in self.metrics:
                 self._batch_influence.append(depth.block_influence(x, y, self._mask_on(x)))
             if "output_variance" in self.metrics:
-                # In float32 at least: in bfloat16 the small update of a deep layer would round away.
+                # At least float32, because the small update of a deep layer is lost in bfloat16.
                 update = y.float() - x.float()
                 self._batch_updates.append(depth.moments(update, self._mask_on(x)))
 
@@ -203,7 +203,7 @@ class ForwardRecorder:
             self._states.append(x if self.token == "all" else self._at_token(x))
         if "output_variance" in self.metrics:
             self._batch_outputs.append(depth.moments(x, self._mask_on(x)))
-        else:  # a sum is enough to see NaN and infinity
+        else:  # a sum is enough to detect NaN and infinity
             self._batch_outputs.append(torch.stack([depth.wide(x.sum(dtype=torch.float32))] * 4))
 
     def _mask_on(self, x: Tensor) -> Tensor | None:

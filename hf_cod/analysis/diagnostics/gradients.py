@@ -22,28 +22,28 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, model_inputs, targets, task_of
 
 Read = Callable[[Tensor], None]
-"""Reads a parameter of a layer whose `grad` has just been found."""
+"""Reads a parameter of a layer whose `grad` has just been computed."""
 
 
 @renamed(path="layers_path")
 def measure_gradient_norm(
     model: nn.Module, batches: Sequence[Batch], *, layers_path: str | None = None, show_progress: bool = False
 ) -> list[float]:
-    """Norm of the loss's gradient with respect to each layer's parameters, mean over batches.
+    """Norm of the gradient of the loss with respect to each layer's parameters, mean over batches.
 
         g_l = 1/B sum_b || d L_b / d theta_l ||_2 = 1/B sum_b sqrt( sum_i (d L_b / d theta_{l,i})^2 )
 
     arXiv 2502.05795, gradient norm of a layer. L_b is the mean loss over batch b's predicted tokens (next tokens,
-    hidden tokens), or the model's own loss where the batch has labels for another head. Squares are summed in float32
-    or wider, and each gradient is freed as soon as it is counted; requires_grad and existing gradients come back as
-    they were.
+    masked tokens), or the model's own loss if the batch has labels for another head. Squares are summed in float32 or
+    wider, and each gradient is freed as soon as its squares are summed; requires_grad and existing gradients are
+    restored.
 
     Returns:
-        One norm a layer.
+        One norm per layer.
 
     Raises:
-        ValueError: a model without a head or batches without labels (there is no loss), weights that are offloaded or
-            quantized, gradients that are not finite.
+        ValueError: a model without a head or batches without labels (no loss), weights that are offloaded or quantized,
+            gradients that are not finite.
     """
     stack = find_decoder_layers(model, layers_path)
     norms = list(gradient_norms(stack, batches, "gradient_norm", show_progress))
@@ -53,12 +53,12 @@ def measure_gradient_norm(
 def gradient_norms(
     stack: DecoderLayers, batches: Sequence[Batch], field: str, show_progress: bool, read: Read | None = None
 ) -> Iterator[Tensor]:
-    """Runs forward and backward on each batch that has something to predict; yields (L,) the norms of its gradients.
+    """Runs forward and backward on each batch with predictions; yields the norms (L,) of its gradients.
 
     Args:
         stack: the layers.
         batches: dicts for the model's forward.
-        field: the user's, with which errors begin.
+        field: the user's setting, with which errors begin.
         show_progress: show a progress bar.
         read: called with each gradient of the layers before it is freed.
 
@@ -78,7 +78,7 @@ def gradient_norms(
                 square.zero_()
             batch = to_device(batch, device)
             if not count_predictions(batch, task):
-                continue  # a sample of one token, say, has nothing to predict
+                continue  # for example, a sample of one token has no prediction
             measured = True
             with torch.enable_grad():
                 mean_loss(stack.model, batch, task).backward()
@@ -87,7 +87,7 @@ def gradient_norms(
                 with torch.no_grad(), layer_states(stack) as states:
                     stack.model(**model_inputs(batch))
                 check_finite(states, number)
-                layer = int((~norms.isfinite()).nonzero()[-1])  # where the backward pass met it first
+                layer = int((~norms.isfinite()).nonzero()[-1])  # the first one in the backward pass
                 raise ValueError(
                     f"gradients: expected finite numbers, got NaN or infinity in layer {layer}, batch {number}"
                 )
@@ -97,17 +97,17 @@ def gradient_norms(
 
 
 def read_gradient_norms(stack: DecoderLayers) -> list[float | None]:
-    """Norm of the gradient that each layer's parameters hold at this moment, as a backward pass left it.
+    """Norm of the current gradients of each layer's parameters.
 
         g_l = || d L / d theta_l ||_2 over the layer's parameters that have a gradient
 
-    Norms are taken in float32 whatever the gradient's dtype, without a copy of it. Sharded gradients (FSDP2) are
-    reduced over their mesh, so all of its processes must call this together.
+    Norms are computed in float32 for all dtypes of gradients, without a copy. Sharded gradients (FSDP2) are reduced
+    over their mesh, so all of its processes must call this together.
 
     Returns:
-        One norm a layer; None where no parameter of the layer has a gradient (frozen, or no backward pass yet).
+        One norm per layer; None if no parameter of the layer has a gradient (frozen, or no backward pass yet).
     """
-    seen: set[int] = set()  # a layer that stands twice in the stack counts at its first place
+    seen: set[int] = set()  # a layer that is in the stack twice counts at its first position
     norms: list[Tensor | None] = []
     for layer in stack:
         grads = [p.grad for p in layer.parameters() if p.grad is not None and id(p) not in seen]
@@ -123,10 +123,10 @@ def _norm(grads: list[Tensor]) -> Tensor:
 
 
 def why_no_gradients(stack: DecoderLayers, task: str) -> str | None:
-    """What keeps this measure from a model, in words; None if nothing does."""
+    """The reason why gradients of a model cannot be measured; None if they can."""
     name = type(stack.model).__name__
     if task in ("headless", "unlabelled"):
-        return f"{name} has no head" if task == "headless" else f"{name} needs labels, and the batches have none"
+        return f"{name} has no head" if task == "headless" else f"{name} requires labels, and the batches have none"
     if any(p.device.type == "meta" for p in stack.model.parameters()):
         return "weights are offloaded"
     # bitsandbytes' codes may be stored as floating point.
@@ -145,7 +145,7 @@ def mean_loss(model: nn.Module, batch: Batch, task: str) -> Tensor:
 
 
 def count_predictions(batch: Batch, task: str) -> int:
-    """How many tokens a language model has to predict; of other heads, samples."""
+    """Number of predicted tokens of a language model; number of samples for other heads."""
     if task not in LANGUAGE_MODELS:
         return len(next(iter(batch.values())))
     return int((targets(batch, task) != IGNORED_LABEL).sum())
@@ -153,14 +153,14 @@ def count_predictions(batch: Batch, task: str) -> int:
 
 @contextmanager
 def _layer_squares(stack: DecoderLayers, read: Read | None) -> Iterator[list[Tensor]]:
-    """Sums of squared gradients, one a layer, filled by each backward pass; no gradient outlives its counting."""
+    """Sums of squared gradients per layer, filled by each backward pass; gradients are freed immediately."""
     before = [(p, p.grad) for p in stack.model.parameters()]
     squares: list[Tensor] = []
     handles = []
 
     def count_into(square: Tensor) -> Any:
         def count(p: Tensor) -> None:
-            if p.grad is None:  # of a layer that stands twice in the stack: counted at its first place
+            if p.grad is None:  # a layer that is in the stack twice counts at its first position
                 return
             square.add_(p.grad.to(square.dtype).square().sum().to(square.device))
             if read is not None:

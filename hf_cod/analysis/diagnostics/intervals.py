@@ -1,4 +1,4 @@
-"""Intervals of each layer's figure over samples: the percentile bootstrap."""
+"""Confidence intervals of each layer's values over samples, by the percentile bootstrap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_cod.functional.depth import bootstrap_interval
 from hf_cod.io.files import Journal
 
 CONFIDENCE = 0.95
-# A percentile bootstrap from fewer samples covers clearly less than it says.
+# With fewer samples the coverage of a percentile bootstrap is clearly below its confidence level.
 LEAST_SAMPLES = 8
 
 Ends = list[list[float]]
@@ -22,12 +22,12 @@ def ends_of(samples: Tensor, seed: int, statistic: Callable[[Tensor], Tensor] | 
     """[low, high] of each layer's mean.
 
     Args:
-        samples: (S, L), or what `statistic` turns a mean of into (L,).
-        seed: of the draws.
-        statistic: maps (draws, ...) means to (draws, L).
+        samples: (S, L), or (S, ...) with a `statistic`.
+        seed: seed of the resamples.
+        statistic: maps (draws, ...) means to (draws, L) values; default: the means themselves.
 
     Returns:
-        L pairs; None from fewer than `LEAST_SAMPLES` samples.
+        L pairs; None if there are fewer than `LEAST_SAMPLES` samples.
     """
     if len(samples) < LEAST_SAMPLES:
         return None
@@ -36,19 +36,19 @@ def ends_of(samples: Tensor, seed: int, statistic: Callable[[Tensor], Tensor] | 
 
 
 def drop_ends(journal: Journal, keys: Sequence[Sequence[str]], metric: Metric, seed: int) -> Ends | None:
-    """[low, high] of a metric for each layer that was removed.
+    """[low, high] of a metric for each removed layer.
 
-    The metric's figure of all rows is that of their mean row, for means and for quotients of sums. A metric whose rows
-    are something else (predictions, say) has no interval.
+    For means and for quotients of sums, the metric's value for all rows is that of their mean row. A metric with other
+    rows (for example predictions) has no interval.
 
     Args:
-        journal: of `measure_layer_drop`.
+        journal: journal of `measure_layer_drop`.
         keys: for each layer the journal's keys of its batches.
-        metric: the one that was measured.
-        seed: of the draws.
+        metric: the measured metric.
+        seed: seed of the resamples.
 
     Returns:
-        One pair a layer; None where there is no interval.
+        One pair per layer; None if there is no interval.
     """
     by_layer = [[row for key in layer for row in journal[key]] for layer in keys]
     try:

@@ -1,4 +1,4 @@
-"""Performance drop of removing each single layer, from hidden states that are computed once."""
+"""Performance drop for the removal of each single layer, from hidden states that are computed once."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def measure_layer_drop(
 
         Delta P^(l) = P_without_layer_l - P_intact            (arXiv 2502.05795, performance drop)
 
-    For each batch the intact model runs once and leaves the hidden state in front of each layer; the model without
-    layer l then starts from there, at layer l + 1. So L removals cost about L (L - 1) / 2 layers instead of L (L - 1),
-    beside the head. The result is that of the whole computation, since the layers in front do not change.
+    For each batch the intact model runs once, and the hidden state before each layer is kept. The model without layer l
+    then starts from this state at layer l + 1. So L removals cost about L (L - 1) / 2 layers instead of L (L - 1), plus
+    the head. The result is exact, since the layers before do not change.
 
     Args:
         model: a transformers model, wrapped or not.
         batches: dicts for the model's forward.
         metric: from `find_metric`.
-        journal: keeps each (batch, layer); what it holds already is not computed again.
-        layers_path: the stack's module name where it cannot be found.
+        journal: stores each (batch, layer); stored entries are not computed again.
+        layers_path: the stack's module name, if it cannot be found.
         show_progress: show a progress bar.
 
     Returns:
         P_intact, and P_without_layer_l for each layer.
 
     Raises:
-        ValueError: the metric failed; says at which batch and layer. The journal keeps what was measured before.
+        ValueError: the metric failed; says for which batch and layer. The journal keeps earlier results.
     """
     stack = find_decoder_layers(model, layers_path)
     check_independent(stack, "layer_drop")
@@ -69,7 +69,7 @@ def measure_layer_drop(
 
 
 def _measure_batch(stack: DecoderLayers, number: int, batch: Batch, metric: Metric, journal: Journal, bar: Any) -> None:
-    """The intact model, then each removal that the journal lacks, from the hidden state that the intact one left."""
+    """Runs the intact model, then each removal that the journal lacks, from the hidden states of the intact model."""
     inputs = model_inputs(batch)
     with layer_states(stack) as states:
         intact = stack.model(**inputs)
@@ -92,7 +92,7 @@ def _key(batch: int, layer: int) -> str:
 
 
 def keys_of(layer: int, n_batches: int) -> list[str]:
-    """Where a journal of `measure_layer_drop` keeps the rows of a removed layer; of the intact model, layer -1."""
+    """Keys of a removed layer's rows in a journal of `measure_layer_drop`; layer -1 is the intact model."""
     return [_key(number, layer) for number in range(n_batches)]
 
 

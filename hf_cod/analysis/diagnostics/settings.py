@@ -1,41 +1,48 @@
-"""What `diagnose` can be told."""
+"""Settings of `diagnose`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hf_cod.io.settings import SampleSettings, layers_path_field
+from hf_cod.io.arguments import checked
+from hf_cod.io.settings import SampleFields, SampleSettings, layers_path_field
 
 Token = Literal["last", "first", "all"]
-# Measure -> what it says of a layer; the first three come from one forward pass.
+# Measure -> its description for a layer; the first three come from one forward pass.
 METRICS = {
-    "angular_distance": "how far it turns the hidden state",
+    "angular_distance": "angular distance between its input and output",
     "block_influence": "1 - cosine of its input and output",
-    "output_variance": "variance of its output, and how much it adds to it",
-    "gradient_norm": "norm of the loss's gradient by its weights",
-    "layer_drop": "what a metric becomes without it",
+    "output_variance": "variance of its output, and the share added by the layer",
+    "gradient_norm": "norm of the gradient of the loss with respect to its weights",
+    "layer_drop": "change of a metric if the layer is removed",
 }
 FORWARD_METRICS = tuple(METRICS)[:3]
 
 
+@checked
 @dataclass
 class DiagnoseSettings(SampleSettings):
-    """What is measured, and how."""
+    """Measures of `diagnose` and their settings."""
 
     metrics: list[str] | None = field(
-        default=None, metadata={"help": f"any of {', '.join(METRICS)}; default: all that the model has outputs for"}
+        default=None,
+        metadata={
+            "help": f"any of {', '.join(METRICS)}; default: all that the model supports",
+            "alone": True,
+        },
     )
     drop_metric: str | None = field(
         default=None,
         metadata={
-            "help": "metric of the layer drop: perplexity, accuracy, loss, output_angle (how far the output turns) or "
-            "an evaluate module; default: perplexity of a language model, accuracy or loss of another head with "
-            "labels, else output_angle"
+            "help": "metric of the layer drop: perplexity, accuracy, loss, output_angle (angle to the intact model's "
+            "output) or an evaluate module; default: perplexity for language models, accuracy or loss for other heads "
+            "with labels, else output_angle"
         },
     )
     token: Token = field(
-        default="last", metadata={"help": "token at which angles are taken: last or first without padding, or all"}
+        default="last",
+        metadata={"help": "token at which angles are measured: last or first that is not padding, or the mean of all"},
     )
     layers_path: str | None = layers_path_field()
 
@@ -46,3 +53,11 @@ class DiagnoseSettings(SampleSettings):
         unknown = set(self.metrics or ()) - set(METRICS)
         if unknown:
             raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
+
+
+class DiagnoseFields(SampleFields, total=False):
+    """Fields of `DiagnoseSettings` that `diagnose` takes by name."""
+
+    metrics: list[str] | None
+    token: Token
+    layers_path: str | None

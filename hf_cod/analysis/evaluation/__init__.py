@@ -1,1 +1,1 @@
-"""How good a model is on batches."""
+"""Evaluation of models on batches and benchmarks."""

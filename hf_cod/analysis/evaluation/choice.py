@@ -1,4 +1,4 @@
-"""The metric that a user means."""
+"""Selects a metric by name, module or callable."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from hf_cod.analysis.evaluation.metrics import (
     Perplexity,
     SampleScore,
 )
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.text import Batch
+from hf_cod.io.text import Batch, Batches
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import evaluation_mode
@@ -26,7 +27,7 @@ from hf_cod.layers.stack import find_decoder_layers, unwrap
 from hf_cod.layers.stock_four_bit import without_repacking
 from hf_cod.layers.task import LANGUAGE_MODELS, model_inputs, task_of
 
-# Task -> the metric that suits it; output_angle for all others.
+# Task -> its default metric; output_angle for all others.
 OWN_METRIC = {
     "causal_lm": "perplexity",
     "masked_lm": "perplexity",
@@ -37,16 +38,17 @@ OWN_METRIC = {
 
 
 def find_metric(metric: Any, task: str) -> Metric:
-    """The metric that a user means.
+    """Returns the metric for a user's setting.
 
     Args:
-        metric: None for the task's own, see `OWN_METRIC`; "perplexity", "accuracy", "loss" or
-            "output_angle"; the name or path of an `evaluate` module, or one loaded; or a callable
-            `metric(outputs, batch)` that returns one score a sample (with an attribute `lower_is_better` if so).
-        task: what `task_of` gave.
+        metric: None for the default of the task, see `OWN_METRIC`; "perplexity", "accuracy", "loss" or
+            "output_angle"; the name or path of an `evaluate` module, or a loaded one; or a callable
+            `metric(outputs, batch)` that returns one score per sample (set its attribute `lower_is_better` if lower
+            scores are better).
+        task: result of `task_of`.
 
     Raises:
-        ValueError: a metric that this model has no outputs for, or that cannot be loaded.
+        ValueError: the model lacks the outputs for this metric, or it cannot be loaded.
         ImportError: the metric needs `evaluate`, which is not installed.
     """
     if metric is None:
@@ -60,15 +62,15 @@ def find_metric(metric: Any, task: str) -> Metric:
         raise ValueError(f"metric: expected output_angle or a callable for {what}, got {metric!r}")
     if metric == "perplexity":
         if task not in LANGUAGE_MODELS:
-            raise ValueError("metric: perplexity expects a language model, got a model with another head")
+            raise ValueError("metric: expected a language model for perplexity, got a model with another head")
         return Perplexity(task)
     if metric == "accuracy":
         if task not in (*LANGUAGE_MODELS, "classes"):
-            raise ValueError("metric: accuracy expects labels that are classes, got others; give a callable")
+            raise ValueError("metric: expected class labels for accuracy, got others; pass a callable")
         return Accuracy(task)
     if metric == "loss":
         if task not in ("regression", "multi_label"):
-            raise ValueError("metric: loss expects a regression or multi-label head, got another model")
+            raise ValueError("metric: expected a regression or multi-label head for loss, got another model")
         return HeadLoss(task)
     if isinstance(metric, str):
         return EvaluateModule(_load_evaluate(metric), task)
@@ -79,12 +81,13 @@ def find_metric(metric: Any, task: str) -> Metric:
     raise ValueError(f"metric: expected a name, an evaluate module or a callable, got {metric!r}")
 
 
-def perplexity(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Perplexity of a language model on batches of any device, in its present mode and dtype; losses are summed in
+@checked
+def perplexity(model: nn.Module, batches: Batches) -> float:
+    """Perplexity of a language model on batches of any device, in its current mode and dtype. Losses are summed in
     float64.
 
     Raises:
-        ValueError: the model is not a language model, or it needs labels where the batches have none.
+        ValueError: the model is not a language model, or it requires labels and the batches have none.
     """
     base, device = unwrap(model), execution_device(model)
     metric = find_metric("perplexity", task_of(model, batches))
@@ -100,7 +103,7 @@ def _load_evaluate(name: str) -> Any:
     try:
         import evaluate
     except ImportError as error:
-        raise ImportError(f"metric: {name!r} needs the evaluate package: pip install 'hf_cod[evaluate]'") from error
+        raise ImportError(f"metric: {name!r} requires the evaluate package: pip install 'hf_cod[evaluate]'") from error
     try:
         return evaluate.load(name)
     except Exception as error:
@@ -111,13 +114,13 @@ def _load_evaluate(name: str) -> Any:
 
 @renamed(path="layers_path")
 def held_out_perplexity(model: nn.Module, batches: Sequence[Batch], layers_path: str | None = None) -> float:
-    """Perplexity of a language model on batches of any device, in eval mode and without a cache; the model is left as
-    it was.
+    """Perplexity of a language model on batches of any device, in eval mode and without a cache. The model's modes are
+    restored.
 
     Args:
         model: a transformers model.
         batches: dicts for its forward.
-        layers_path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name, if it cannot be found.
     """
     stack = find_decoder_layers(model, layers_path)
     with evaluation_mode(stack):

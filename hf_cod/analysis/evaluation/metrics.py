@@ -1,7 +1,7 @@
 """Metrics: perplexity, accuracy, a head's loss, the angle of the output, any `evaluate` module or callable.
 
-A metric turns the model's outputs on one batch into one row a sample (plain numbers and lists, so that they can be
-written to a journal), and all rows into one figure.
+A metric converts the model's outputs on a batch to one row per sample (plain numbers and lists, which a journal can
+hold), and all rows to one value.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from hf_cod.functional.depth import wide
 from hf_cod.io.text import IGNORED_LABEL, Batch
 from hf_cod.layers.task import targets
 
-# `evaluate` does not say which way its metrics go.
+# `evaluate` does not say whether lower or higher values are better.
 LOWER_IS_BETTER = ("mse", "mae", "mape", "smape", "mase", "wer", "cer", "ter", "character", "brier_score")
-# Logits that are turned into losses at a time: a chunk and its exponentials stay in the cache.
+# Logits that are converted to losses at a time: a chunk and its exponentials fit in the cache.
 LOSS_CHUNK = 2**21
 
 
 class Metric(Protocol):
-    """What a layer-drop sweep needs of a metric."""
+    """The interface of a metric."""
 
     name: str
     lower_is_better: bool
     compares: bool
-    """Whether `rows` needs the intact model's outputs on the same batch."""
+    """Whether `rows` uses the intact model's outputs on the same batch."""
     identity: str | None
-    """Equal for metrics that compute the same; None where that cannot be told, so that nothing is resumed."""
+    """Equal for metrics that compute the same; None if that is unknown, so that nothing is resumed."""
 
     def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
         """One row of plain values for each sample of the batch."""
 
     def value(self, rows: Sequence[Any]) -> float:
-        """The figure for all samples."""
+        """The value of the metric for all samples."""
 
 
 def as_loss(metric: Metric, value: float) -> float:
-    """A metric's figure as a loss: less is better, and differences compare. Of perplexity the logarithm, in nats a
-    token: perplexities without the first layers are thousands of times the others'.
+    """A metric's value as a loss: lower is better, and differences are comparable. For perplexity its logarithm, in
+    nats per token, because perplexities without one of the first layers are thousands of times the others.
     """
     if metric.name == "perplexity":
         return math.log(value)
@@ -52,7 +52,7 @@ def as_loss(metric: Metric, value: float) -> float:
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """-log p(label) in nats, 0 where the label is IGNORED_LABEL.
 
-    Computed in float32 or wider, a few rows at a time, so that no second copy of the logits is ever made.
+    Computed in float32 or wider, a few rows at a time, so that there is no second copy of the logits.
 
     Args:
         logits: (S, T, V).
@@ -73,7 +73,7 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 
 class Perplexity:
     """exp( - 1/N sum_i log p(x_i | x_<i) ) over all N predicted tokens of all samples; for a masked language model over
-    its hidden tokens, given all others.
+    its masked tokens, given all others.
     """
 
     name = "perplexity"
@@ -102,7 +102,7 @@ class Perplexity:
 
 
 class Accuracy:
-    """Share of right predictions: next tokens, hidden tokens or labels."""
+    """Share of correct predictions: of next tokens, masked tokens or labels."""
 
     name = "accuracy"
     identity: str | None = name
@@ -113,19 +113,19 @@ class Accuracy:
         self.task = task
 
     def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
-        """(right predictions, predictions)."""
+        """(correct predictions, all predictions)."""
         rows = _predictions(outputs, batch, self.task)
         return [[sum(p == r for p, r in zip(*row, strict=True)), len(row[0])] for row in rows]
 
     def value(self, rows: Sequence[Any]) -> float:
-        """Right ones over all, in [0, 1]."""
+        """Correct predictions over all, in [0, 1]."""
         right, total = (sum(column) for column in zip(*rows, strict=True))
         return right / total
 
 
 class HeadLoss:
-    """The loss of a head that predicts numbers: mean squared error of a regression head, and of a multi-label head the
-    binary cross entropy, both as transformers trains them; mean over samples and outputs.
+    """The loss of a regression head (mean squared error) or a multi-label head (binary cross entropy), as in
+    transformers' training; mean over samples and outputs.
     """
 
     name = "loss"
@@ -152,10 +152,10 @@ class HeadLoss:
 
 
 class OutputAngle:
-    """How far the model's output turns from the intact model's: mean angular distance over tokens.
+    """Angular distance between the model's output and the intact model's, mean over tokens.
 
-    The output is the final hidden state, or the logits of a model with a head (of a question-answering head those of
-    the span's start). It needs no labels, so it serves models where there is nothing to predict. 0 for the intact
+    The output is the final hidden state, or the logits of a model with a head (for a question-answering head those of
+    the span's start). It requires no labels, so it also works for models without a prediction task. 0 for the intact
     model, 0.5 for unrelated outputs.
     """
 
@@ -180,7 +180,7 @@ class OutputAngle:
 
 
 class EvaluateModule:
-    """A metric of the `evaluate` library, fed with arg-max predictions and references."""
+    """A metric of the `evaluate` library, computed from arg-max predictions and references."""
 
     compares = False
 
@@ -189,7 +189,7 @@ class EvaluateModule:
         self.task = task
         self.name = module.name
         self.lower_is_better = bool(getattr(module, "lower_is_better", module.name in LOWER_IS_BETTER))
-        # evaluate loads each script under a module name that holds the hash of its text.
+        # evaluate loads each script under a module name that contains the hash of its text.
         self.identity: str | None = type(module).__module__
 
     def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:
@@ -197,21 +197,21 @@ class EvaluateModule:
         return _predictions(outputs, batch, self.task)
 
     def value(self, rows: Sequence[Any]) -> float:
-        """What the module computes from all of them; of several figures the first."""
+        """The module's result for all predictions; the first one if there are several."""
         predictions = [p for row in rows for p in row[0]]
         references = [r for row in rows for r in row[1]]
         return float(next(iter(self.module.compute(predictions=predictions, references=references).values())))
 
 
 class SampleScore:
-    """A callable `score(outputs, batch)` that gives one number a sample (S,); the figure is their mean."""
+    """A callable `score(outputs, batch)` that returns one number per sample (S,); the value is their mean."""
 
     compares = False
 
     def __init__(self, score: Callable[[Any, Batch], Any]) -> None:
         self.score = score
         self.name = getattr(score, "__name__", type(score).__name__)
-        self.identity: str | None = None  # code that we cannot compare
+        self.identity: str | None = None  # code cannot be compared
         self.lower_is_better = bool(getattr(score, "lower_is_better", False))
 
     def rows(self, outputs: Any, batch: Batch, intact: Any) -> list[Any]:

@@ -1,20 +1,32 @@
-"""What `evaluate_tasks` can be told."""
+"""Settings of `evaluate_tasks`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
+
+from hf_cod.io.arguments import checked
 
 
+@checked
 @dataclass
 class TaskSettings:
     """How benchmarks are run."""
 
-    max_samples: int | None = field(default=None, metadata={"help": "samples of each task, at most; default: all"})
-    batch_size: int = field(default=8, metadata={"help": "samples in one forward pass"})
-    seed: int = field(default=0, metadata={"help": "seed of the choice of few-shot examples"})
+    max_samples: int | None = field(default=None, metadata={"help": "maximum number of samples per task; default: all"})
+    batch_size: int = field(default=8, metadata={"help": "samples per forward pass"})
+    seed: int = field(default=0, metadata={"help": "seed for the choice of few-shot examples"})
 
     def __post_init__(self) -> None:
         for name in ("max_samples", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+class TaskFields(TypedDict, total=False):
+    """Fields of `TaskSettings` that `evaluate_tasks` takes by name."""
+
+    max_samples: int | None
+    batch_size: int
+    seed: int

@@ -1,4 +1,4 @@
-"""What the layers do while a model trains: a monitor for any loop, its history, and Trainer's callback.
+"""Monitoring of layers during training: a monitor for any training loop, its history, and a callback for Trainer.
 
-The callback is not imported here, because transformers' Trainer takes longer to import than all of ours.
+The callback is not imported here, because transformers' Trainer takes longer to import than this whole package.
 """

@@ -1,6 +1,6 @@
-"""Which layers are dead or explode, told from a training history alone.
+"""Detects dead and exploding layers in a training history.
 
-Thresholds are far from anything that a sound training shows; what is told is worth a look.
+The thresholds are far from the values of a healthy training.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Any
 
 from hf_cod.io.report import format_number
 
-# A layer is dead that turns the hidden state by less than this part of a half-turn, ...
+# A layer is dead if it turns the hidden state by at most this angular distance (a share of a half-turn), ...
 DEAD_ANGLE = 1e-3
-# ... or whose gradient norm is less than this part of the median layer's, ...
+# ... or if its gradient norm is at most this share of the median layer's, ...
 DEAD_GRADIENT = 1e-3
-# ... in so many measurements in a row: a layer may start at zero.
+# ... in this number of consecutive measurements, since a layer may start at zero.
 DEAD_FOR = 3
-# A layer explodes whose output variance is more than so many times the largest of its earlier measurements (during
-# the warm-up of a sound training it may grow twentyfold from one measurement to the next), ...
+# A layer explodes if its output variance exceeds this multiple of the largest earlier measurement (in the warm-up of a
+# healthy training it may grow twentyfold from one measurement to the next), ...
 EXPLOSION = 100.0
-# ... of which there must be so many: the first is of a model that has learnt nothing.
+# ... and there are at least this number of earlier measurements; the first is that of an untrained model.
 EARLIER = 3
 
 
 def find_trouble(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, int], str]:
-    """What is wrong at the last of the measured steps, in words.
+    """The trouble at the last measured step, in sentences.
 
     Args:
-        lines: of a `TrainingHistory`.
+        lines: lines of a `TrainingHistory`.
 
     Returns:
         (kind, layer) -> a sentence. Kinds: "angle", "gradient", "variance", and "failure" (layer -1).

@@ -1,4 +1,4 @@
-"""TrainingHistory: what each layer did at each measured step of a training, one JSON line a step."""
+"""TrainingHistory: measures of each layer at each measured step of a training, one JSON line per step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.analysis.monitoring.health import find_trouble
-from hf_cod.io.files import append_line, write_text
+from hf_cod.io.arguments import checked
+from hf_cod.io.files import append_line, check_file, write_text
 from hf_cod.io.reading import naming_file, read_json_lines, take_format
 from hf_cod.io.report import RunReport, environment, format_number
 from hf_cod.io.schema import brief, check_value, limits, read_record
@@ -17,14 +18,14 @@ from hf_cod.io.schema import brief, check_value, limits, read_record
 FORMAT_VERSION = 1
 FILE_NAME = "history.jsonl"
 MOST_LAYERS = 100_000
-# Measures with one value a layer, and those with one value a step.
+# Measures with one value per layer, and those with one value per step.
 PER_LAYER = ("gradient_norm", "variance", "max_abs", "added_share", "angular_distance")
 PER_STEP = ("effective_depth", "late_share", "clip_factor")
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What the first line has to say; the monitor's and the caller's own entries may stand beside."""
+    """Required entries of the first line; it may have further ones of the monitor and the caller."""
 
     model: str
     layers: int = field(metadata=limits(least=1, most=MOST_LAYERS))
@@ -35,35 +36,40 @@ class _Header:
 class TrainingHistory:
     """Measured steps of one training run.
 
-    The file's first line describes what is measured (format, model, layers, settings, probe), each further line is one
-    measured step: `step`; one value a layer in `gradient_norm` (None where nothing of a layer is trained),
-    `variance`, `max_abs`, `added_share` and `angular_distance` (to the next layer); `effective_depth`, `late_share`,
-    `clip_factor` (what clipping multiplied the gradients by); and `failure`, in words, where the probe could not be
-    measured. A line is on disk before training goes on.
+    The first line of the file is a header (format, model, layers, settings, probe). Each further line is one measured
+    step: `step`; one value per layer in `gradient_norm` (None if no parameter of a layer is trained), `variance`,
+    `max_abs`, `added_share` and `angular_distance` (to the next layer); `effective_depth`, `late_share`, `clip_factor`
+    (the factor by which clipping multiplied the gradients); and `failure`, a message if the probe could not be
+    measured. A line is on disk before training continues.
 
     Attributes:
-        header: what is measured.
+        header: the entries of the first line.
         path: the file, or None to keep everything in memory.
         lines: the measured steps, in order.
     """
 
+    @checked
     def __init__(self, header: dict[str, Any], path: str | Path | None = None) -> None:
         self.header = {"format": FORMAT_VERSION, **header}
         self.path = None if path is None else Path(path)
+        if self.path is not None:
+            check_file("history", self.path)
         self.lines: list[dict[str, Any]] = []
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingHistory:
-        """Reads a history from its file or the directory that holds it; a last line that was cut off is left out.
+        """Reads a history from its file or directory; an incomplete last line is ignored.
 
         Raises:
-            ValueError: no history there, one of another format, or lines that hold something else.
+            ValueError: no history found, another format, or invalid lines.
         """
         file = _file_of(Path(path))
+        if not file.is_file():
+            raise ValueError(f"history: expected a training history of hf_cod, got {str(file)!r}, which does not exist")
         whole = read_json_lines(file, "history")
         with naming_file(file):
             if not whole:
-                raise ValueError("history: expected a training history of hf_cod, got no whole line")
+                raise ValueError("history: expected a training history of hf_cod, got no complete line")
             header = take_format(whole[0], FORMAT_VERSION, "history")
             layers = read_record(_Header, header, "history line 1", extra=True).layers
             for number, line in enumerate(whole[1:], 2):
@@ -73,13 +79,13 @@ class TrainingHistory:
         return history
 
     def start(self, step: int = 0) -> None:
-        """Begins at `step`: after a resumed checkpoint's step, what the interrupted run measured later is dropped.
+        """Starts at `step`. When resuming from a checkpoint, lines after its step are removed.
 
-        So the history of a run that was killed and resumed is that of a run that was not. At step 0 a history that is
-        there, with its report and pictures, moves into earlier-1 and so on.
+        The history of a resumed run is thus the same as that of an uninterrupted one. At step 0 an existing history,
+        with its report and plots, is moved to earlier-1 (earlier-2, ...).
 
         Raises:
-            ValueError: on resuming, the file holds measures of another probe, which cannot stand in one history.
+            ValueError: when resuming, the file has measures of another probe or number of layers.
         """
         self.lines = []
         if self.path is not None and self.path.exists():
@@ -97,17 +103,17 @@ class TrainingHistory:
             if found != expected:
                 raise ValueError(
                     f"history: expected {name} {expected} as before, got {found} in {str(self.path)!r}; resume with "
-                    "the same probe, or name another output_dir"
+                    "the same probe, or choose another output_dir"
                 )
         self.lines = [line for line in earlier.lines if line["step"] <= step]
 
     def _keep(self, earlier: TrainingHistory) -> None:
-        """Moves an earlier run's history and report aside."""
+        """Moves the history and report of an earlier run into its own directory."""
         assert self.path is not None
         if not earlier.lines:
             return
         directory = self.path.parent
-        if not (directory / "report.json").exists():  # its training did not come to an end
+        if not (directory / "report.json").exists():  # the earlier training was not completed
             earlier.report().save(directory)
         new = RunReport("training", self.header["model"], self._settings(), {}, {}, {})
         new.keep_earlier(directory, (self.path.name,), resumable=False)
@@ -123,10 +129,10 @@ class TrainingHistory:
             append_line(self.path, _json(line))
 
     def report(self) -> RunReport:
-        """The history as a report: `layers` hold the last measured step, `results["history"]` every one by measure.
+        """The history as a report: `layers` hold the last measured step, `results["history"]` all steps by measure.
 
         Raises:
-            ValueError: nothing has been measured.
+            ValueError: no measured steps.
         """
         if not self.lines:
             raise ValueError("history: expected at least one measured step, got none")
@@ -134,7 +140,7 @@ class TrainingHistory:
         columns = {name: [line.get(name) for line in self.lines] for name in ("step", *measures)}
         last = {name: next(row for row in reversed(columns[name]) if row) for name in PER_LAYER if name in columns}
         trouble: dict[tuple[str, int], str] = {}
-        for end in range(1, len(self.lines) + 1):  # as first told
+        for end in range(1, len(self.lines) + 1):  # each with the step of its first occurrence
             trouble = {**find_trouble(self.lines[:end]), **trouble}
         return RunReport(
             kind="training",
@@ -149,7 +155,7 @@ class TrainingHistory:
 
 
 def _check_line(line: Any, layers: int, name: str) -> None:
-    """Makes sure that a measured step has its number, and numbers or nothing where measures stand."""
+    """Checks that a line has a step number, and that its measures are numbers or None."""
     check_value(line, dict[str, Any], name)
     if "step" not in line:
         raise ValueError(f"{name}: expected a step, got none")
@@ -164,7 +170,7 @@ def _check_line(line: Any, layers: int, name: str) -> None:
 
 
 def _summary(columns: dict[str, list[Any]], layers: int) -> list[str]:
-    """What changed between the first and the last measured step, in words."""
+    """Sentences on the changes between the first and the last measured step."""
 
     def change(name: str, value: Any = lambda row: row) -> str:
         rows = columns.get(name, [None] * len(columns["step"]))
@@ -176,15 +182,15 @@ def _summary(columns: dict[str, list[Any]], layers: int) -> list[str]:
 
     found = {
         f"Effective depth, of {layers} layers,": change("effective_depth"),
-        "The late half's share of all angular distance (0.5 if all layers did equally much)": change("late_share"),
-        "Output variance behind the first layer": change("variance", lambda row: row[0]),
-        "Output variance behind the last layer": change("variance", lambda row: row[-1]),
+        "The late half's share of all angular distance (0.5 if all layers contribute equally)": change("late_share"),
+        "Output variance after the first layer": change("variance", lambda row: row[0]),
+        "Output variance after the last layer": change("variance", lambda row: row[-1]),
     }
     return [f"{subject} {words}." for subject, words in found.items() if words]
 
 
 def _file_of(path: Path) -> Path:
-    """The history file that a path means: itself, or the one in this directory or in a run's output directory."""
+    """The history file for a path: the path itself, or the file in this directory or in a run's output directory."""
     inside = (path / FILE_NAME, *sorted(path.glob(f"*/{FILE_NAME}"))) if path.is_dir() else ()
     return next((file for file in inside if file.is_file()), path)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -19,11 +19,12 @@ from hf_cod.analysis.diagnostics.gradients import read_gradient_norms
 from hf_cod.analysis.monitoring.health import find_trouble
 from hf_cod.analysis.monitoring.history import TrainingHistory
 from hf_cod.analysis.monitoring.probe import probe_batches
-from hf_cod.analysis.monitoring.settings import MonitorSettings
+from hf_cod.analysis.monitoring.settings import MonitorFields, MonitorSettings
 from hf_cod.functional import depth
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import fingerprint
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batch, Tokenizer, describe_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import digest_batches
@@ -33,16 +34,18 @@ from hf_cod.layers.stock_four_bit import keep_unpacked
 
 logger = logging.getLogger(__name__)
 
-# What goes to dashboards of each layer; the history holds more.
+# Measures of each layer that are logged to trackers; the history holds more.
 LOGGED = ("gradient_norm", "variance", "angular_distance")
 LOG_PREFIX = "depth/"
 
 
 class LayerMonitor:
-    """Measures each layer while a model trains, and never changes the training: but bitsandbytes' 4-bit weights on a
-    CPU, which would give wrong gradients once an evaluation has repacked them, are kept from that.
+    """Measures each layer during training without changing the training.
 
-    In a loop of one's own (under `accelerate`, inside `if accelerator.sync_gradients:`):
+    One exception: the repacking of bitsandbytes' 4-bit weights on a CPU is disabled, because repacked weights give
+    wrong gradients.
+
+    In a custom training loop (with `accelerate`, inside `if accelerator.sync_gradients:`):
 
         monitor = LayerMonitor(model, texts, tokenizer=tokenizer, every=100, history="run/history.jsonl")
         for step, batch in enumerate(batches, start=1):
@@ -55,40 +58,41 @@ class LayerMonitor:
             if line := monitor.measure(step):
                 tracker.log(monitor.figures(line), step=step)
 
-    A line of the history (see `TrainingHistory`) holds the norm of the step's real gradients and, of the model as the
-    step left it, output variance, angular distance and effective depth on a fixed probe. The probe runs in eval mode
-    without gradients, in the parameters' own dtype (not under autocast), eagerly even where the model is compiled,
-    and with random numbers of its own. Call both methods on all processes: others than the first do only what a sharded
-    model needs of them, replicas (DDP) nothing, shards (FSDP2) their part.
+    A line of the history (see `TrainingHistory`) holds the norms of the step's gradients and, for the model after the
+    step, output variance, angular distance and effective depth on a fixed probe. The probe runs in eval mode without
+    gradients, in the parameters' own dtype (not under autocast), without compiled code, and with its own random
+    numbers. Call both methods in all processes. In processes other than the first, replicas (DDP) do nothing, and
+    shards (FSDP2) take part in the measurement.
 
     Args:
-        model: the model that trains, wrapped or not; after `accelerator.prepare`, where that shards it.
-        probe: what it is measured on; see `hf_cod.analysis.monitoring.probe.probe_batches`.
-        tokenizer: where the probe is text.
+        model: the model in training, wrapped or not; after `accelerator.prepare`, if that shards it.
+        probe: the data that it is measured on; see `hf_cod.analysis.monitoring.probe.probe_batches`.
+        tokenizer: required if the probe is text.
         history: file of the history; None keeps it in memory.
-        step: the optimizer step that training starts at: after a resumed checkpoint its step, so that what the
-            interrupted run measured later is dropped.
-        last: the optimizer step that training ends at, which is measured in any case; None: not known.
-        settings: when and on what it measures.
+        step: the optimizer step at which training starts: the step of the checkpoint when resuming, so that later lines
+            of the interrupted run are removed.
+        last: the optimizer step at which training ends, which is always measured; None: unknown.
+        settings: settings of the measurements.
         **fields: or fields of `MonitorSettings` by name: every, sequence_length, max_samples, batch_size, pack, seed,
             logged_layers, layers_path.
 
     Raises:
-        ValueError: bad settings, a probe that the model does not take, no layers found, a model in whose layers nothing
-            can be read (FSDP1, DeepSpeed).
+        ValueError: bad settings, a probe that does not fit the model, no layers found, a model whose layers cannot be
+            read (FSDP1, DeepSpeed).
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         probe: Any = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer = None,
         history: str | Path | None = None,
         step: int = 0,
         last: int | None = None,
         settings: MonitorSettings | None = None,
-        **fields: Any,
+        **fields: Unpack[MonitorFields],
     ) -> None:
         self.settings, self.last = resolve(LayerMonitor, MonitorSettings, settings, fields), last
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
@@ -103,49 +107,49 @@ class LayerMonitor:
         config: Any = self.stack.config
         longest = getattr(config, "max_position_embeddings", None) or self.settings.sequence_length
         self.settings.sequence_length = min(self.settings.sequence_length, longest)
-        keep_unpacked(model)  # or gradients would be wrong, those that train it, too
-        with _own_randomness(model):  # a data loader draws a seed when it starts
+        keep_unpacked(model)  # otherwise all gradients would be wrong, also those of the training
+        with _own_randomness(model):  # a data loader takes a random seed when it starts
             self.batches = probe_batches(probe, tokenizer, self.settings)
-        if self.main and not self.sharded:  # shards want their first pass through the whole model
+        if self.main and not self.sharded:  # FSDP2 requires that the first pass runs through the full model
             self._try_probe()
         # Other processes keep their lines in memory: only the first one writes.
         self.history = TrainingHistory(self._header(), history if self.main else None)
         self.history.start(step)
         self._gradients: tuple[int, list[float | None]] | None = None
-        self._told = False  # that there are no gradients
+        self._warned = False  # about missing gradients
 
     def due(self, step: int) -> bool:
         """Whether this optimizer step, counted from 1, is measured."""
         return step in (1, self.last) or step % self.settings.every == 0
 
     def read_gradients(self, step: int, loss_scale: float = 1.0) -> None:
-        """Reads the norms of the gradients that optimizer step `step` is about to apply, if it is measured.
+        """Reads the norms of the gradients that optimizer step `step` will apply, if it is measured.
 
-        Call it when they are whole: after the last backward pass of an accumulation (and, under DDP, so after the
+        Call it when gradients are complete: after the last backward pass of an accumulation (with DDP this is after the
         all-reduce) and before clipping.
 
         Args:
             step: number of the optimizer step, counted from 1.
-            loss_scale: what the gradients are still multiplied by: `GradScaler.get_scale()` before unscaling.
+            loss_scale: present factor of the gradients: `GradScaler.get_scale()` before unscaling.
         """
         if self.due(step) and (self.main or self.sharded):
             norms = read_gradient_norms(self.stack)
-            if not self._told and all(norm is None for norm in norms):
-                self._told = True
+            if not self._warned and all(norm is None for norm in norms):
+                self._warned = True
                 logger.warning(f"step {step}: no layer has a gradient to read; is it freed within the backward pass?")
             self._gradients = step, [None if norm is None else norm / loss_scale for norm in norms]
 
     def measure(self, step: int) -> dict[str, Any] | None:
-        """Measures the model that step `step` left, if it is due, and records the line.
+        """Measures the model after step `step`, if this step is due, and records the line.
 
         Returns:
-            The line of the history; None on other steps and on processes other than the first.
+            The line of the history; None at other steps and in processes other than the first.
         """
         line = self.probe(step)
         return None if line is None else self.record(line)
 
     def probe(self, step: int) -> dict[str, Any] | None:
-        """As `measure`, without recording the line: for those who have something to add to it."""
+        """As `measure`, without recording the line, so that the caller can add to it."""
         if not self.due(step) or not (self.main or self.sharded):
             return None
         read_at, norms = self._gradients or (step, None)
@@ -160,7 +164,7 @@ class LayerMonitor:
         return self.history.lines[-1]
 
     def new_trouble(self) -> list[str]:
-        """What is wrong with a layer since the last recorded line, and was not before, in words."""
+        """Sentences on trouble in the last recorded line that was not in the line before it."""
         lines = self.history.lines
         before = find_trouble(lines[:-1])
         return [text for key, text in find_trouble(lines).items() if key not in before]
@@ -185,15 +189,15 @@ class LayerMonitor:
         return {"model": name_of(self.stack), "layers": len(self.stack), "settings": settings, "probe": probe}
 
     def _try_probe(self) -> None:
-        """Runs the first batch, so that a probe that does not fit is told before the training begins."""
+        """Runs the first batch, so that a probe that does not fit fails before the training starts."""
         try:
             self._measure(self.batches[:1])
         except NonFiniteError:
-            pass  # told at the first measured step, in the history
+            pass  # recorded in the history at the first measured step
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"probe: expected batches that the model takes, got on its first one: {error}") from error
+            raise ValueError(f"probe: expected batches that fit the model, got on the first one: {error}") from error
 
     def _measure(self, batches: Sequence[Batch]) -> Any:
         model = self.stack.model
@@ -213,7 +217,7 @@ class LayerMonitor:
             **{name: variance[name] for name in ("variance", "max_abs", "added_share")},
             "angular_distance": steps.tolist(),
         }
-        if bool((steps <= measures.idle_below()).all()):  # what is left is rounding
+        if bool((steps <= measures.idle_below()).all()):  # only rounding errors
             return found
         shares = {"effective_depth": depth.effective_depth(steps), "late_share": depth.late_share(steps)}
         return found | {name: float(share) for name, share in shares.items()}
@@ -221,20 +225,20 @@ class LayerMonitor:
 
 @contextmanager
 def _own_randomness(model: nn.Module) -> Iterator[None]:
-    """The random numbers of the training go on afterwards as if nothing had drawn any inside."""
+    """Restores the state of the training's random number generators at the end of the block."""
     device = execution_device(unwrap(model))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 
 def _eagerly() -> Any:
-    """Compiled layers run eagerly: their code knows nothing of hooks and would be compiled again for eval mode."""
+    """Runs compiled layers eagerly, because compiled code ignores hooks and would be compiled again for eval mode."""
     return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
 def _gathered(shards: Sequence[FSDPModule]) -> Iterator[None]:
-    """Embeddings and norms outside the layers are whole inside; layers gather themselves when they are called."""
+    """Gathers embeddings and norms outside the layers within the block; layers gather themselves when called."""
     for module in shards:
         module.unshard()
     try:

@@ -1,4 +1,4 @@
-"""The fixed batches that a model is measured on while it trains: from texts, a data set, or ready batches."""
+"""The fixed batches for measurements during training: from texts, a dataset, or ready batches."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def probe_batches(probe: Any, tokenizer: Any, settings: SampleSettings) -> list[
     """Makes the fixed batches that a model is measured on.
 
     Args:
-        probe: one text or several (cut by `settings`); a data set with a column "text", or tokenized with "input_ids"
-            (its first `max_samples` rows, each cut at `sequence_length`); or batches ready for the model's forward
-            (a list is used whole, a data loader up to `max_samples`). None: the embedded novel.
-        tokenizer: where `probe` is text.
+        probe: one text or several (cut by `settings`); a dataset with a column "text", or tokenized with "input_ids"
+            (its first `max_samples` rows, each cut at `sequence_length`); or batches for the model's forward (all
+            batches of a list, up to `max_samples` samples of a data loader). None: the embedded novel.
+        tokenizer: required if `probe` is text.
         settings: lengths, counts and seed.
 
     Raises:
-        ValueError: nothing in it, something else, or text without a tokenizer.
+        ValueError: an empty probe, another type, or text without a tokenizer.
     """
     items = _items(probe)
     first = next(iter(items), None) if isinstance(items, Iterable) else None
-    if isinstance(items, Iterable) and iter(items) is items:  # an iterator has lost its first item by now
+    if isinstance(items, Iterable) and iter(items) is items:  # the first item of an iterator is consumed
         items = itertools.chain([first], items)
     if isinstance(first, str):
         return _from_texts(items, tokenizer, settings)
@@ -44,12 +44,12 @@ def probe_batches(probe: Any, tokenizer: Any, settings: SampleSettings) -> list[
         return _stacked(items, settings) if _is_one_sample(first) else _whole_batches(items, settings)
     found = f"rows with {', '.join(map(str, first))}" if isinstance(first, Mapping) else type(first).__name__
     raise ValueError(
-        f"probe: expected texts, a data set with a column text or input_ids, or batches of tensors, got {found}"
+        f"probe: expected texts, a dataset with a column text or input_ids, or batches of tensors, got {found}"
     )
 
 
 def _items(probe: Any) -> Any:
-    """What can be gone through; a map-style data set of torch knows its items by number alone."""
+    """An iterable of the probe's items; torch's map-style datasets can only be indexed."""
     if probe is None:
         return [embedded_text()]
     if isinstance(probe, (str, Mapping)):
@@ -60,7 +60,7 @@ def _items(probe: Any) -> Any:
 
 
 def _is_one_sample(item: Mapping[str, Any]) -> bool:
-    """Whether an item without tokens is a row of a data set: its label is one number."""
+    """Whether an item without tokens is a row of a dataset, with a single number as its label."""
     labels = [item[name] for name in ("label", "labels") if name in item]
     return any(isinstance(label, (int, float)) or (isinstance(label, Tensor) and label.dim() == 0) for label in labels)
 
@@ -68,13 +68,13 @@ def _is_one_sample(item: Mapping[str, Any]) -> bool:
 def _from_texts(texts: Iterable[str], tokenizer: Any, settings: SampleSettings) -> list[Batch]:
     if tokenizer is None:
         raise ValueError(
-            "probe: expected a tokenizer (Trainer's processing_class) with the texts, or token batches, got texts alone"
+            "probe: expected a tokenizer (Trainer's processing_class) for texts, or token batches, got texts alone"
         )
     return [*token_batches(tokenizer, texts, settings)]
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a forward pass without a loss reads."""
+    """The inputs of a forward pass without a loss."""
     return {name: value for name, value in batch.items() if name != "labels" and value is not None}
 
 
@@ -82,7 +82,7 @@ def _whole_batches(batches: Iterable[Batch], settings: SampleSettings) -> list[B
     taken: list[Batch] = []
     samples = 0
     for batch in batches:
-        # Lists become tensors, as a collator would make them.
+        # Lists are converted to tensors, as by a collator.
         inputs = _inputs(batch).items()
         taken.append({name: torch.as_tensor(v) if isinstance(v, list) else v for name, v in inputs})
         samples += len(next(iter(taken[-1].values())))
@@ -92,7 +92,7 @@ def _whole_batches(batches: Iterable[Batch], settings: SampleSettings) -> list[B
 
 
 def _stacked(rows: Iterable[Mapping[str, Any]], settings: SampleSettings) -> list[Batch]:
-    """Rows of tensors of equal shapes, images for instance, as batches."""
+    """Stacks rows of tensors of equal shapes, for example images, to batches."""
     chosen = list(itertools.islice(rows, settings.max_samples))
     names = [name for name, value in _inputs(chosen[0]).items() if isinstance(value, Tensor) and value.dim()]
     parts = [chosen[start : start + settings.batch_size] for start in range(0, len(chosen), settings.batch_size)]
@@ -104,7 +104,7 @@ def _from_rows(rows: Iterable[Mapping[str, Any]], settings: SampleSettings) -> l
     full = (row for row in rows if len(row["input_ids"]))
     chosen = list(itertools.islice(full, settings.max_samples))
     if not chosen:
-        raise ValueError("probe: expected rows with tokens, got none but empty ones")
+        raise ValueError("probe: expected rows with tokens, got only empty ones")
     ids = [torch.as_tensor(row["input_ids"])[:width] for row in chosen]
     masks = [
         torch.as_tensor(row.get("attention_mask", [1] * width))[: len(i)] for row, i in zip(chosen, ids, strict=True)

@@ -1,26 +1,28 @@
-"""What a `LayerMonitor`, and so the callback, can be told."""
+"""Settings of `LayerMonitor` and `LayerDiagnosticsCallback`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hf_cod.io.settings import SampleSettings, layers_path_field
+from hf_cod.io.arguments import checked
+from hf_cod.io.settings import SampleFields, SampleSettings, layers_path_field
 
 
+@checked
 @dataclass
 class MonitorSettings(SampleSettings):
-    """When and on what layers are measured during training."""
+    """Steps and samples at which layers are measured during training."""
 
     sequence_length: int = field(
-        default=128, metadata={"help": "tokens in a sample of the probe; at most what the model has positions for"}
+        default=128, metadata={"help": "tokens per sample of the probe; reduced to the model's maximum positions"}
     )
-    max_samples: int = field(default=16, metadata={"help": "samples of the probe, where it is text or a data set"})
+    max_samples: int = field(default=16, metadata={"help": "samples of the probe, if it is text or a dataset"})
     every: int = field(
-        default=100, metadata={"help": "measure after this many optimizer steps, and after the very first one"}
+        default=100, metadata={"help": "optimizer steps between measurements; the first step is always measured"}
     )
     logged_layers: int = field(
         default=12,
-        metadata={"help": "layers, evenly spaced with the first and last, that go to the log; the history holds all"},
+        metadata={"help": "number of layers in the log, evenly spaced from first to last; the history holds all"},
     )
     layers_path: str | None = layers_path_field()
 
@@ -29,3 +31,16 @@ class MonitorSettings(SampleSettings):
         for name, least in (("every", 1), ("logged_layers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+class CallbackFields(SampleFields, total=False):
+    """Fields of `MonitorSettings` that `LayerDiagnosticsCallback` takes by name."""
+
+    logged_layers: int
+    layers_path: str | None
+
+
+class MonitorFields(CallbackFields, total=False):
+    """Fields of `MonitorSettings` that `LayerMonitor` takes by name."""
+
+    every: int

@@ -1,1 +1,1 @@
-"""What enters each matrix, in one streaming pass: LayerStatistics."""
+"""Statistics of the inputs of each matrix, in one streaming pass: LayerStatistics."""

@@ -1,7 +1,8 @@
-"""What the experts of a mixture read, when a model holds them as one bank of 3-D parameters.
+"""Inputs of the experts of a mixture, if a model stores them as one bank of 3-D parameters.
 
-Such a bank is one module to torch, so that hooks see neither which expert a token goes to nor what enters the second
-matrix. transformers lets a model's experts run by a registered function: ours computes expert by expert, and tells.
+For torch such a bank is one module, so hooks see neither the expert of a token nor the inputs of the second matrix.
+transformers can run a model's experts by a registered function. The function here computes expert by expert and reports
+their inputs.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from hf_cod.layers.orientation import is_transposed
 
 Observe = Callable[[str, int, Tensor, Tensor], None]
-"""(matrix's name, expert, its inputs (n, in), the tokens (n,) that they belong to, counted over the batch)."""
+"""(matrix's name, expert, its inputs (n, in), the indices (n,) of their tokens in the batch)."""
 
 IMPLEMENTATION = "hf_cod_observed"
 
 
 @contextmanager
 def observed(banks: Mapping[str, nn.Module], observe: Observe) -> Iterator[None]:
-    """Within the block, each forward of a bank calls `observe` before each product of an expert that got tokens.
+    """Within the block, each forward of a bank calls `observe` before each product of an expert that received tokens.
 
     Args:
-        banks: name -> bank, as `DecoderLayers.experts` gives them.
+        banks: name -> bank, from `DecoderLayers.experts`.
         observe: see `Observe`; a matrix is named after its parameter ("...mlp.experts.down_proj").
 
     Raises:
-        ValueError: a bank that transformers runs by code of its own, where nothing can be registered.
+        ValueError: a bank with its own code, for which no function can be registered.
     """
     for name, bank in banks.items():
         if not hasattr(bank, "_apply_gate"):
@@ -42,10 +43,10 @@ def observed(banks: Mapping[str, nn.Module], observe: Observe) -> Iterator[None]
     names = {id(bank): name for name, bank in banks.items()}
 
     def forward(bank: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        def tell(key: str, expert: int, x: Tensor, tokens: Tensor) -> None:
+        def observe_one(key: str, expert: int, x: Tensor, tokens: Tensor) -> None:
             observe(f"{names[id(bank)]}.{key}", expert, x, tokens)
 
-        return _run(bank, hidden_states, top_k_index, top_k_weights, tell)
+        return _run(bank, hidden_states, top_k_index, top_k_weights, observe_one)
 
     configs: list[Any] = list({id(bank.config): bank.config for bank in banks.values()}.values())
     before = [config._experts_implementation for config in configs]
@@ -60,14 +61,14 @@ def observed(banks: Mapping[str, nn.Module], observe: Observe) -> Iterator[None]
         del ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION]
 
 
-def _run(bank: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, tell: Observe) -> Tensor:
-    """The bank's own function, expert by expert: sum_k w_k down_e(act(up_e(x))) over each token's experts e.
+def _run(bank: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, observe: Observe) -> Tensor:
+    """The function of the bank, expert by expert: sum_k w_k down_e(act(up_e(x))) over each token's experts e.
 
     Args:
         bank: the bank of experts.
         hidden_states: (N, d), N tokens.
         top_k_index, top_k_weights: (N, k), the experts of each token and their weights.
-        tell: as `Observe`, with the parameter's name alone.
+        observe: as `Observe`, with the parameter's name only.
 
     Returns:
         (N, d).
@@ -79,10 +80,10 @@ def _run(bank: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: T
         if not len(tokens):
             continue
         x = hidden_states[tokens]
-        tell(first, expert, x, tokens)
+        observe(first, expert, x, tokens)
         x = _product(bank, first, expert, x)
         x = bank._apply_gate(x) if bank.has_gate else bank.act_fn(x)
-        tell("down_proj", expert, x, tokens)
+        observe("down_proj", expert, x, tokens)
         x = _product(bank, "down_proj", expert, x)
         if bank.has_post_expert_norm:
             x = bank.post_expert_norm(x)

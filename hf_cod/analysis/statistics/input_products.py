@@ -1,5 +1,5 @@
-"""X^T X of what enters each matrix of chosen layers: the Hessian of SparseGPT, the second moments of a whitening, and
-with the sums beside them what a matrix needs to know of columns that it loses.
+"""X^T X of the inputs of each matrix of chosen layers: the Hessian of SparseGPT and the second moments of a whitening;
+together with sums of the inputs, the statistics for removing columns of a matrix.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_
 from hf_cod.functional.depth import wide
 from hf_cod.layers.stack import DecoderLayers
 
-# Tokens that are widened to float32 at a time.
+# Tokens that are converted to float32 at a time.
 CHUNK = 4096
 
 
 class ProductsRecorder:
-    """Sums x x^T over all tokens that enter each matrix, in float32 on the matrix's device.
+    """Sums x x^T over all input tokens of each matrix, in float32 on the matrix's device.
 
-    Matrices that read one tensor share one sum, and experts that got no token take no memory: a layer needs 4 d^2 bytes
-    for each distinct input of width d. Call `start` before and `finish` after each forward pass, within `attached`.
+    Matrices with the same input tensor share one sum, and experts without tokens take no memory: a layer takes 4 d^2
+    bytes for each distinct input of width d. Call `start` before and `finish` after each forward pass, within
+    `attached`.
 
     Args:
         stack: the layers.
-        layers: which of them.
+        layers: indices of the layers to record.
     """
 
     def __init__(self, stack: DecoderLayers, layers: Iterable[int]) -> None:
@@ -35,11 +36,11 @@ class ProductsRecorder:
         self._source: dict[str, str] = {}
 
     def attached(self) -> AbstractContextManager[None]:
-        """Puts the hooks on the modules, and takes them away at the end of the block."""
+        """Adds the hooks to the modules, and removes them at the end of the block."""
         return self._inputs.attached()
 
     def start(self, mask: Tensor | None) -> None:
-        """Begins a batch with its attention mask (S, T), or None."""
+        """Starts a batch with its attention mask (S, T), or None."""
         self._inputs.start(mask)
 
     def finish(self, number: int) -> None:
@@ -48,12 +49,12 @@ class ProductsRecorder:
             check_finite_input(products.diagonal(), name, number)
 
     def of(self, name: str, expert: int | None = None) -> Tensor | None:
-        """(in, in): the sum of a matrix, or of one of its experts; None if no token entered it."""
+        """(in, in): the sum of a matrix, or of one of its experts; None if it received no tokens."""
         return self._products.get((self._source.get(name, name), expert))
 
     def _read(self, name: str, expert: int | None, rows: Tensor | None, source: str) -> None:
         known = self._source.setdefault(name, source)
-        assert known == source, "what shares an input in one batch shares it in all"
+        assert known == source, "matrices that share an input in one batch share it in all"
         if rows is None or not len(rows):
             return
         high = torch.promote_types(rows.dtype, torch.float32)
@@ -67,15 +68,15 @@ class ProductsRecorder:
 
 
 class MomentsRecorder(ProductsRecorder):
-    """Sums [x, 1] [x, 1]^T over all tokens that enter chosen matrices: products, sums, and in the corner the tokens.
+    """Sums [x, 1] [x, 1]^T over all input tokens of chosen matrices: products, sums, and in the corner the token count.
 
-    Sums and squares are in float64 where the device has it: variances are differences of them, which float32 would lose
-    where a channel's mean is large.
+    Sums and squares are in float64 where the device has it, because variances are differences of them and float32 loses
+    these if a channel's mean is large.
 
     Args:
         stack: the layers.
-        layers: which of them.
-        names: the matrices; each reads a tensor of its own.
+        layers: indices of the layers to record.
+        names: the matrices; no two of them share an input tensor.
     """
 
     def __init__(self, stack: DecoderLayers, layers: Iterable[int], names: Iterable[str]) -> None:
@@ -84,7 +85,7 @@ class MomentsRecorder(ProductsRecorder):
         self._moments: dict[tuple[str, int | None], Tensor] = {}
 
     def of(self, name: str, expert: int | None = None) -> Tensor | None:
-        """(in + 1, in + 1) in float64: the sum of a matrix; None if no token entered it."""
+        """(in + 1, in + 1) in float64: the sum of a matrix; None if it received no tokens."""
         products = super().of(name, expert)
         if products is None:
             return None
@@ -96,7 +97,7 @@ class MomentsRecorder(ProductsRecorder):
 
     def _read(self, name: str, expert: int | None, rows: Tensor | None, source: str) -> None:
         if name in self._names:
-            assert rows is not None, "chosen matrices share no input"
+            assert rows is not None, "chosen matrices share no input tensor"
             super()._read(name, expert, torch.cat([rows, rows.new_ones(len(rows), 1)], 1), source)
             for chunk in rows.split(CHUNK):
                 x = wide(chunk)

@@ -1,4 +1,4 @@
-"""LayerStatistics: what enters each matrix of a model, as one sum a channel; collected in one pass over text."""
+"""LayerStatistics: sums of squares of the inputs of each matrix, one per channel, collected in one forward pass."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_input
 from hf_cod.functional.depth import wide
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.io.reading import naming_file, open_tensors
 from hf_cod.io.schema import brief, is_path
 from hf_cod.io.tensors import save_tensors
-from hf_cod.io.text import Batch
+from hf_cod.io.text import BatchStream
 from hf_cod.layers.checks import name_of, warn_of_other_name
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import InputCheck
@@ -31,21 +32,21 @@ from hf_cod.layers.task import model_inputs
 FORMAT_VERSION = "1"
 # Numbers that are squared at a time: 4 MiB of memory, and enough work for all threads.
 CHUNK = 1 << 20
-# The bits of float64's infinity.
+# The bits of infinity in float64.
 INFINITY = 0x7FF0_0000_0000_0000
 
 
 @renamed(path="layers_path")
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
-    """Sums over all tokens that entered each matrix of a model's layers.
+    """Sums over all input tokens of each matrix of a model's layers.
 
     Attributes:
         model: the model's name.
         layers_path: module name of the stack of layers.
         squares: matrix's name -> sum over tokens of x_j^2, float64 (in,), so that ||X_j||_2 is its square root;
             (experts, in) for a matrix of a bank of experts, where each expert's sum is over the tokens routed to it.
-        tokens: matrix's name -> how many tokens entered it, int64, () or (experts,).
+        tokens: matrix's name -> number of input tokens, int64, () or (experts,).
     """
 
     model: str
@@ -57,7 +58,7 @@ class LayerStatistics:
 
     @property
     def unseen(self) -> dict[str, list[int]]:
-        """Matrices that no token entered: name -> the experts concerned, or an empty list for a plain matrix."""
+        """Matrices without input tokens: name -> indices of the experts, or an empty list for a plain matrix."""
         return {
             name: (count == 0).nonzero().flatten().tolist() if count.dim() else []
             for name, count in self.tokens.items()
@@ -69,13 +70,13 @@ class LayerStatistics:
         return _entry(self.squares, self.tokens, name, expert)
 
     def digests(self) -> dict[str, str]:
-        """Matrix's name -> hash of its sums, by which a resumed run knows them again."""
+        """Matrix's name -> hash of its sums, by which a resumed run identifies them."""
         return {name: sha256(t.contiguous().numpy().tobytes()).hexdigest() for name, t in self.squares.items()}
 
     @classmethod
     def merge(cls, parts: Sequence[LayerStatistics]) -> LayerStatistics:
-        """The statistics of all parts' text together, as if collected in one pass: parts of batches, of processes
-        (`torch.distributed.all_gather_object`), or of saved files.
+        """The statistics of all parts together, equal to those of one pass over all samples. Parts may come from
+        different batches, processes (`torch.distributed.all_gather_object`) or files.
 
         Raises:
             ValueError: no parts, or parts of different models.
@@ -87,7 +88,7 @@ class LayerStatistics:
             if (part.model, part.layers_path) != (first.model, first.layers_path):
                 raise ValueError(
                     f"parts: expected those of one model, got those of {first.model} ({first.layers_path}) and "
-                    f"{part.model} ({part.layers_path}); collect_statistics(..., name=...) gives both one name"
+                    f"{part.model} ({part.layers_path}); give them one name by collect_statistics(..., name=...)"
                 )
             _check_same(_shapes(first), _shapes(part), "parts", first.model, part.model)
         return cls(
@@ -98,7 +99,7 @@ class LayerStatistics:
         )
 
     def check(self, stack: DecoderLayers) -> None:
-        """Makes sure that these are statistics of that model; warns where only its name is another.
+        """Checks that these are statistics of that model; warns if only its name differs.
 
         Raises:
             ValueError: a matrix is missing, unknown, or has another number of input channels.
@@ -108,7 +109,7 @@ class LayerStatistics:
         warn_of_other_name("statistics", self.model, stack)
 
     def save(self, path: str | Path) -> Path:
-        """Writes a safetensors file, aside and renamed; returns its path."""
+        """Writes a safetensors file (to a temporary name, then renamed); returns its path."""
         tensors = {f"squares/{name}": tensor for name, tensor in self.squares.items()}
         tensors |= {f"tokens/{name}": tensor for name, tensor in self.tokens.items()}
         metadata = {"format": FORMAT_VERSION, "model": self.model, "layers_path": self.layers_path}
@@ -116,22 +117,22 @@ class LayerStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> LayerStatistics:
-        """Reads what `save` wrote.
+        """Reads a file of `save`.
 
         Raises:
-            ValueError: no such file, one that is not ours, or sums and counts that no text gives: negative, not finite,
-                of another type, or without each other.
+            ValueError: no such file, another kind of file, or invalid sums and counts: negative, not finite, of another
+                type, or sums without counts.
         """
         with open_tensors(path, "statistics", "a file of statistics") as file:
             metadata = file.metadata() or {}
-        layers_path = metadata.get("layers_path", metadata.get("path"))  # as 0.1 called it
+        layers_path = metadata.get("layers_path", metadata.get("path"))  # its name in version 0.1
         if metadata.get("format") != FORMAT_VERSION or layers_path is None or "model" not in metadata:
             got = brief(metadata.get("format"))
             raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {got} in {str(path)!r}")
         kinds: dict[str, dict[str, Tensor]] = {"squares": {}, "tokens": {}}
         raw = Path(path).read_bytes()
         with naming_file(path):
-            for key, tensor in load_tensors(raw).items():  # faster than one by one from a map
+            for key, tensor in load_tensors(raw).items():  # faster than reading them one by one
                 kind, _, name = key.partition("/")
                 if kind not in kinds or not name or is_path(name):
                     raise ValueError(f"statistics: expected squares/NAME and tokens/NAME, got {brief(key)}")
@@ -142,26 +143,29 @@ class LayerStatistics:
 
 
 @renamed(path="layers_path")
+@checked
 def collect_statistics(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: BatchStream,
     *,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
 ) -> LayerStatistics:
-    """One forward pass a batch, without the head; keeps only a sum of squares for each input channel.
+    """Collects LayerStatistics in one forward pass per batch, without the head.
+
+    Only a sum of squares per input channel is kept in memory.
 
     Args:
-        model: a transformers model, wrapped or not, in any dtype, quantized, or offloaded by accelerate.
+        model: a transformers model, wrapped or not, in any dtype, also quantized or offloaded by accelerate.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is not counted.
-        layers_path: the stack's module name where it cannot be found.
+        layers_path: the stack's module name, if it cannot be found.
         name: the model's name; default: where it was loaded from.
         show_progress: show a progress bar.
 
     Raises:
-        ValueError: no layers found, no batches, NaN or infinite activations (says which module was first), a module
-            that two layers share, a mixture of experts that cannot be observed.
+        ValueError: no layers found, no batches, NaN or infinite activations (says in which module first), a module
+            shared by two layers, a mixture of experts that cannot be observed.
     """
     stack = find_decoder_layers(model, layers_path)
     recorder, checked = StatisticsRecorder(stack), InputCheck(stack.model)
@@ -170,7 +174,7 @@ def collect_statistics(
     seen = 0
     with torch.no_grad(), naming_weights(stack.model), evaluation_mode(stack), recorder.attached():
         for number, batch in enumerate(progress(batches, "statistics", show_progress)):
-            checked.check(batch, number)  # one by one: they may come from a stream
+            checked.check(batch, number)  # one by one, since batches may come from a stream
             inputs = model_inputs(to_device(batch, device))
             recorder.start(inputs.get("attention_mask"))
             trunk(**inputs)
@@ -183,13 +187,13 @@ def collect_statistics(
 
 
 class StatisticsRecorder:
-    """Sums the squares of what enters each matrix.
+    """Sums the squares of the inputs of each matrix.
 
     Call `start` before and `finish` after each forward pass, within `attached`.
 
     Args:
         stack: the layers.
-        layers: which of them; default: all.
+        layers: indices of the layers to record; default: all.
     """
 
     def __init__(self, stack: DecoderLayers, layers: Iterable[int] | None = None) -> None:
@@ -200,11 +204,11 @@ class StatisticsRecorder:
         self.tokens = {name: torch.zeros(shape[:-1], dtype=torch.int64) for name, shape in shapes.items()}
 
     def attached(self) -> AbstractContextManager[None]:
-        """Puts the hooks on the modules, and takes them away at the end of the block."""
+        """Adds the hooks to the modules, and removes them at the end of the block."""
         return self._inputs.attached()
 
     def start(self, mask: Tensor | None) -> None:
-        """Begins a batch with its attention mask (S, T), or None."""
+        """Starts a batch with its attention mask (S, T), or None."""
         self._inputs.start(mask)
         self._batch: list[tuple[str, int | None, Tensor, int]] = []
 
@@ -257,11 +261,12 @@ def _check_same(
 
 
 def _check_shapes(squares: dict[str, Tensor], tokens: dict[str, Tensor]) -> None:
-    """Makes sure that each matrix has sums of squares and a count of tokens."""
+    """Checks that each matrix has sums of squares and a count of tokens."""
     odd = squares.keys() ^ tokens.keys()
     if odd or not squares:
         raise ValueError(
-            f"statistics: expected squares and tokens of each matrix, got {brief(min(odd, default=None))} of one"
+            f"statistics: expected squares and tokens of each matrix, got only one of them for "
+            f"{brief(min(odd, default=None))}"
         )
     for name, sums in squares.items():
         count = tokens[name]
@@ -274,10 +279,10 @@ def _check_shapes(squares: dict[str, Tensor], tokens: dict[str, Tensor]) -> None
 
 
 def _check_values(raw: bytes, squares: dict[str, Tensor], tokens: dict[str, Tensor]) -> None:
-    """Makes sure that sums are finite and nothing is negative: at once, of the file's bytes, or it would take as long
-    as to read them.
+    """Checks that sums are finite and nothing is negative. All bytes of the file are checked at once, because a check
+    of each tensor takes as long as reading the file.
 
-    Taken for integers, floats have the same sign, and those that are finite are less than infinity.
+    Reinterpreted as integers, floats keep their sign, and finite ones are less than infinity.
     """
     header = int.from_bytes(raw[:8], "little")
     bits = np.frombuffer(raw, "<i8", offset=8 + header)

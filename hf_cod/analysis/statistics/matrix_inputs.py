@@ -1,4 +1,4 @@
-"""What enters each matrix of chosen layers while the model runs: tokens without padding, of experts those routed."""
+"""Inputs of each matrix of chosen layers while the model runs: tokens without padding; for experts, routed tokens."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hf_cod.analysis.statistics.expert_banks import observed
 from hf_cod.layers.stack import DecoderLayers
 
 Read = Callable[[str, "int | None", "Tensor | None", str], None]
-"""(matrix's name, expert or None, its inputs (n, in), its own name); or, where a matrix reads the very tensor that
-another one has just read, (name, None, None, that other one's name): query, key and value need no three sums."""
+"""(matrix's name, expert or None, its inputs (n, in), its own name). If a matrix has the same input tensor as the one
+before it: (name, None, None, that matrix's name), so that query, key and value share one sum."""
 
 
 class MatrixInputs:
@@ -24,11 +24,11 @@ class MatrixInputs:
 
     Args:
         stack: the layers.
-        layers: which of them.
+        layers: indices of the layers to read.
         read: see `Read`.
 
     Raises:
-        ValueError: a module that two of the layers share.
+        ValueError: a module shared by two of the layers.
     """
 
     def __init__(self, stack: DecoderLayers, layers: Iterable[int], read: Read) -> None:
@@ -38,7 +38,7 @@ class MatrixInputs:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Puts the hooks on the modules, and takes them away at the end."""
+        """Adds the hooks to the modules, and removes them at the end of the block."""
         with ExitStack() as attachments:
             if self._banks:
                 attachments.enter_context(observed(self._banks, self._read_expert))
@@ -48,13 +48,13 @@ class MatrixInputs:
             yield
 
     def start(self, mask: Tensor | None) -> None:
-        """Begins a batch with its attention mask (S, T), or None."""
+        """Starts a batch with its attention mask (S, T), or None."""
         if mask is not None and mask.dim() != 2:
             raise ValueError(
-                f"attention_mask: expected (samples, tokens), 0 where there is padding, got shape {tuple(mask.shape)}, "
-                "which does not say which tokens are padding"
+                f"attention_mask: expected (samples, tokens) with 0 for padding, got shape {tuple(mask.shape)}, from "
+                "which padding cannot be derived"
             )
-        # A full mask costs a gather for nothing.
+        # For a mask without padding a gather is avoided.
         self._mask = None if mask is None or bool(mask.all()) else mask.bool().flatten()
         self._last: tuple[Any, str] | None = None
 
@@ -85,10 +85,10 @@ class MatrixInputs:
 
 
 def check_finite_input(sums: Tensor, name: str, number: int) -> None:
-    """Makes sure that what entered a matrix was finite.
+    """Checks that the inputs of a matrix are finite.
 
     Raises:
-        ValueError: it was not; names the matrix and the batch.
+        ValueError: they are not; names the matrix and the batch.
     """
     if not sums.isfinite().all():
         raise ValueError(
@@ -97,7 +97,7 @@ def check_finite_input(sums: Tensor, name: str, number: int) -> None:
 
 
 def _own_modules(stack: DecoderLayers, layers: Iterable[int]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """All Linears and all banks of experts; a module in two layers would have no statistics of its own."""
+    """All Linears and all banks of experts; raises for a module in two layers, whose statistics would be mixed."""
     linears: dict[str, nn.Module] = {}
     banks: dict[str, nn.Module] = {}
     owner: dict[int, int] = {}
@@ -106,6 +106,6 @@ def _own_modules(stack: DecoderLayers, layers: Iterable[int]) -> tuple[dict[str,
             for name, module in found.items():
                 other = owner.setdefault(id(module), index)
                 if other != index:
-                    raise ValueError(f"model: expected modules of one layer each, got {name} in layer {other}, too")
+                    raise ValueError(f"model: expected modules of one layer each, got {name} also in layer {other}")
             kind.update(found)
     return linears, banks

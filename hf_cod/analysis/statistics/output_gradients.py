@@ -1,4 +1,4 @@
-"""How much the loss minds errors in what each matrix computes: backward passes that stop at its output."""
+"""Sensitivity of the loss to errors in the outputs of each matrix, from gradients of these outputs."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from hf_cod.layers.task import task_of
 def measure_loss_weights(
     stack: DecoderLayers, batches: Sequence[Batch], *, show_progress: bool = False
 ) -> dict[str, float]:
-    """By how much the loss grows when a share of a matrix's output is lost: name -> nats a prediction, for all of it.
+    """Increase of the loss if the output of a matrix is lost: name -> nats per prediction, for the whole output.
 
         c = 1/2 . 1/T sum_t ||g_t||_2^2 / m . 1/n sum_t ||W x_t||_2^2,   g_t = d L / d (W x_t)
 
-    over the n tokens that enter W (m, .) and the T predictions of the loss L, a sum over them. This is the second
-    order of E L(y + e) - L(y), the Hessian replaced by the Fisher matrix (as in Optimal Brain Surgeon's descendants,
-    Singh and Alistarh 2020, arXiv 2004.14340), for errors e of c's size that point nowhere in particular: those of a
-    share s of the output's energy cost s c. The linear term is left out, since errors of either sign are as likely.
+    over the n input tokens of W (m, .) and the T predictions; L is the sum of their losses. This is the second-order
+    term of E L(y + e) - L(y) for errors e in random directions, with the Hessian replaced by the Fisher matrix (as in
+    successors of Optimal Brain Surgeon, Singh and Alistarh 2020, arXiv 2004.14340). Errors with a share s of the
+    output's energy cost s c. The linear term is left out, since errors of both signs are equally likely.
 
-    No gradient of a weight is computed, and none is changed; memory is that of a forward pass with its activations.
+    No gradients of weights are computed or changed; memory is that of a forward pass with its activations.
 
     Args:
         stack: the layers of a model with a loss and weights in memory.
-        batches: dicts for the model's forward; of other heads than language models' with labels.
+        batches: dicts for the model's forward; with labels, unless the head is that of a language model.
         show_progress: show a progress bar.
 
     Raises:
@@ -74,7 +74,7 @@ class _OutputSums:
 
     @contextmanager
     def attached(self) -> Iterator[_OutputSums]:
-        """Lets gradients begin at the layers' input, and pass through no weight, while the block runs."""
+        """Within the block gradients start at the layers' input, and no weight requires a gradient."""
         parameters = [*self._stack.model.parameters()]
         handles = [self._stack[0].register_forward_pre_hook(_begin, with_kwargs=True)]
         handles += [m.register_forward_hook(self._hook_of(name, m)) for name, m in self._linears.items()]
@@ -88,7 +88,7 @@ class _OutputSums:
                 handle.remove()
 
     def weights(self, predictions: int) -> dict[str, float]:
-        """c of each matrix; 0 where no token entered it."""
+        """c of each matrix; 0 if it received no tokens."""
         found = dict.fromkeys(self._linears, 0.0)
         for name, sums in self._found.items():
             outputs, gradients, tokens = sums.tolist()
@@ -106,7 +106,7 @@ class _OutputSums:
             total[0] += (_squares(y) * real).sum().cpu()
             total[2] += real.sum().cpu()
 
-            def add(gradient: Tensor) -> None:  # returns nothing: what a hook returns takes the gradient's place
+            def add(gradient: Tensor) -> None:  # a return value would replace the gradient
                 total[1] += _squares(gradient).sum().cpu()
 
             output.register_hook(add)
@@ -114,7 +114,7 @@ class _OutputSums:
         return read
 
     def _real(self, y: Tensor) -> Tensor:
-        """1 for each token, 0 for padding; tokens routed to an expert have lost their places, and all count."""
+        """1 for each token, 0 for padding. Tokens routed to an expert have no position in the batch, so all count."""
         if self.mask is None or self.mask.numel() != y.shape[:-1].numel():
             return torch.ones(y.shape[:-1], dtype=torch.float64, device=y.device)
         return self.mask.reshape(y.shape[:-1]).to(y.device, torch.float64)

@@ -1,1 +1,1 @@
-"""One file a command: its settings, and what it does with them. The table of commands is in `cli/main.py`."""
+"""One file per command, with its settings and its code. The table of commands is in `cli/main.py`."""

@@ -1,4 +1,4 @@
-"""hf-cod card DIRECTORY: the model card of what a command made, or of a pre-trained model, ready to share."""
+"""hf-cod card DIRECTORY: the model card of a command's result, or of a pre-trained model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [CardSettings],
         prog="hf-cod card",
-        description="Writes the model card (README.md) of a directory that prune, factorize, narrow, drop-layers, "
-        "pack, quantize, fit, heal, finetune or convert wrote, into that directory. Of a model that "
-        "examples/pretrain.py trained, writes a copy in bfloat16 with the code that loads it, and its card with "
-        "figures and pictures, into OUTPUT.",
+        description="Writes the model card (README.md) into an output directory of prune, factorize, narrow, "
+        "drop-layers, pack, quantize, fit, heal, finetune or convert. For a model that was trained by "
+        "examples/pretrain.py, writes a copy in bfloat16 with the code that loads it, and a card with figures and "
+        "plots, into OUTPUT.",
     )
     parser.add_argument("directory", help="output directory of a command, or of examples/pretrain.py")
     parser.add_argument(
-        "output", nargs="?", help="of examples/pretrain.py: directory to write; upload it to the Hub as it is"
+        "output", nargs="?", help="directory to write, for examples/pretrain.py only; it can be uploaded to the Hub"
     )
     return parser
 

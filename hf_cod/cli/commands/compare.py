@@ -1,4 +1,4 @@
-"""hf-cod compare RUN RUN ...: put several diagnosed runs side by side."""
+"""hf-cod compare RUN RUN ...: compare several diagnosed runs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [PlotSettings],
         prog="hf-cod compare",
-        description="Puts several runs of hf-cod diagnose side by side: Pre-LN against Post-LN, a base model against "
-        "its fine-tuned form.",
+        description="Compares several runs of hf-cod diagnose, for example Pre-LN with Post-LN, or a base model with "
+        "its fine-tuned version.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a diagnosed run, or its report.json")
-    parser.add_argument("--labels", nargs="+", help="a name for each run; default: the models' names")
+    parser.add_argument("--labels", nargs="+", help="one name per run; default: the names of the models")
     parser.add_argument("--output", default="hf-cod-compare", help="directory for compare.md and compare.png")
     return parser
 

@@ -1,4 +1,4 @@
-"""hf-cod convert: between LayerNorm Scaling, stock checkpoints and those of the papers' authors."""
+"""hf-cod convert: between LayerNorm Scaling and stock checkpoints, and from checkpoints of the papers' authors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hf_cod.models.authors import AUTHORS_NORM_TYPES
 if TYPE_CHECKING:
     from hf_cod.io.report import RunReport
 
-# What to do -> its result, in words.
+# Conversion -> sentence on its result.
 RESULTS = {
     "stock": "A stock checkpoint with the logits of the model with LayerNorm Scaling.",
-    "lns": "LayerNorm Scaling with the logits of the stock model, to train it further.",
+    "lns": "LayerNorm Scaling with the logits of the stock model, for further training.",
     "authors": "A checkpoint of the papers' authors as a model of hf_cod.",
 }
 
@@ -26,22 +26,22 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         prog="hf-cod convert",
         formatter_class=RawDescriptionHelpFormatter,
-        description="Converts a checkpoint; the source is never touched.\n\n"
-        "  stock    a model with LayerNorm Scaling -> an ordinary one with the same logits, for tools that know\n"
-        "           nothing of us (vLLM, llama.cpp): 1 / sqrt(layer) goes into the norms' weights\n"
-        "  lns      an ordinary model -> LayerNorm Scaling with the same logits, to train it on\n"
-        "  authors  a checkpoint of the code released with Mix-LN or the Curse of Depth -> a model of this package",
+        description="Converts a checkpoint; the source is never changed.\n\n"
+        "  stock    a model with LayerNorm Scaling -> a stock model with the same logits, for software without\n"
+        "           hf_cod (vLLM, llama.cpp): 1 / sqrt(layer) is multiplied into the weights of the norms\n"
+        "  lns      a stock model -> LayerNorm Scaling with the same logits, for further training\n"
+        "  authors  a checkpoint of the code released with Mix-LN or the Curse of Depth -> a model of hf_cod",
     )
-    parser.add_argument("to", choices=["stock", "lns", "authors"], help="what to do, see above")
+    parser.add_argument("to", choices=["stock", "lns", "authors"], help="the conversion, see above")
     parser.add_argument("source", help="directory of the checkpoint, or its Hub id")
     parser.add_argument("output", help="new directory for the result")
     parser.add_argument(
         "--norm-type",
         type=str.lower,
         choices=list(AUTHORS_NORM_TYPES),
-        help="authors: NORM_TYPE it was trained with, in any case",
+        help="for authors: NORM_TYPE of the training, in upper or lower case",
     )
-    parser.add_argument("--post-layers", type=int, help="authors: POST_NUM it was trained with, for post_pre")
+    parser.add_argument("--post-layers", type=int, help="for authors with post_pre: POST_NUM of the training")
     return parser
 
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     (chosen,) = make_parser().parse(arguments)
     if chosen.to == "authors" and chosen.norm_type is None:
-        raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got none; give --norm-type")
+        raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got none; set --norm-type")
     from hf_cod.cli.recorded import card_outputs
     from hf_cod.io.output_checks import check_unused
     from hf_cod.io.output_directory import OutputDirectory

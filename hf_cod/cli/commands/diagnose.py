@@ -1,4 +1,4 @@
-"""hf-cod diagnose MODEL: measure what each layer of a model does."""
+"""hf-cod diagnose MODEL: measure the contribution of each layer of a model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class OutputSettings(PlotSettings):
-    """Where results go."""
+    """Settings of the output directory."""
 
     output: str | None = field(
         default=None,
-        metadata={"help": "directory for report.json, report.md and pictures; default: hf-cod-diagnose-MODEL"},
+        metadata={"help": "directory for report.json, report.md and plots; default: hf-cod-diagnose-MODEL"},
     )
 
 
@@ -35,8 +35,8 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [ModelSettings, TextSettings, DiagnoseSettings, OutputSettings],
         prog="hf-cod diagnose",
-        description="Measures what each layer of a model does: angular distance between layers, what its removal "
-        "costs, gradient norm and output variance. An interrupted run goes on where it stopped.",
+        description="Measures the contribution of each layer of a model: angular distance between layers, cost of its "
+        "removal, gradient norm and output variance. After an interruption the same command resumes.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     return parser
@@ -48,13 +48,15 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.io.models import load_model
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts
+    from hf_cod.layers.running import busy
 
     texts = load_texts(text)
     if output.plots:
         require_plots()
     path = output.output or default_directory("diagnose", rest.model)
     with OutputDirectory(path, source=rest.model) as directory:
-        model, tokenizer = load_model(rest.model, loading)
+        with busy(f"loading {model_title(rest.model)}"):
+            model, tokenizer = load_model(rest.model, loading)
         if tokenizer is None:
             raise ValueError(
                 f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.diagnose in Python"
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
 def run(
     model: Any, tokenizer: Any, texts: Any, settings: DiagnoseSettings, directory: str | Path, name: str
 ) -> tuple[RunReport, int]:
-    """Diagnoses; a failed measure is told, and what was measured before it is returned with exit status 1."""
+    """Diagnoses a model; if a measure fails, prints the error and returns the earlier results with exit status 1."""
     from hf_cod.analysis.diagnostics.diagnosis import MeasurementError, diagnose
 
     try:
@@ -75,17 +77,17 @@ def run(
     except MeasurementError as error:
         if not error.report.layers:
             raise
-        print(f"hf-cod: error: {one_line(error)}; what was measured before is kept", file=sys.stderr)
+        print(f"hf-cod: error: {one_line(error)}; earlier measurements are kept", file=sys.stderr)
         return error.report, 1
 
 
 def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
-    """Draws, saves and prints a report."""
+    """Plots, saves and prints a report."""
     from hf_cod.cli.terminal import print_report
 
     if pictures.plots:
         report.plot(output.results, pictures.plot_format)
-    report.save(output.results)  # once more, for report.md to show the pictures
+    report.save(output.results)  # again, so that report.md shows the plots
     output.finish()
     print_report(report)
     say(f"\nwritten to {output.path.resolve()}")

@@ -1,4 +1,4 @@
-"""hf-cod drop-layers MODEL: a model with fewer layers, those that it misses least removed."""
+"""hf-cod drop-layers MODEL: remove the least important layers of a model."""
 
 from __future__ import annotations
 
@@ -23,39 +23,46 @@ DEFAULT_SHARE = 0.8
 
 @dataclass
 class DropLayersOptions(SpeedSettings, MeasuringSettings):
-    """Which layers are removed, and on which samples that is decided."""
+    """Settings of the choice of layers, and of the samples for it."""
 
-    layers: int | None = field(default=None, metadata={"help": "layers to remove; default: by parameter_share"})
+    layers: int | None = field(
+        default=None, metadata={"help": "number of layers to remove; default: set by parameter_share"}
+    )
     parameter_share: float | None = field(
         default=None,
-        metadata={"help": f"share of the layers' weights to keep, layers counted as equal; default: {DEFAULT_SHARE}"},
+        metadata={
+            "help": f"share of the layers' weights to keep, with layers counted as equal in size; default: "
+            f"{DEFAULT_SHARE}"
+        },
     )
     criterion: str = as_in(DepthSettings, "criterion")
     replacement: str = as_in(DepthSettings, "replacement", default="measured")
     protect: bool = as_in(DepthSettings, "protect")
-    explain: bool = field(default=False, metadata={"help": "print what each layer costs, and which go"})
+    explain: bool = field(default=False, metadata={"help": "print the cost of each layer, and the removed layers"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         DepthSettings(criterion=self.criterion, replacement=self.replacement)
         if self.layers is not None and self.parameter_share is not None:
-            raise ValueError("layers: expected no parameter_share beside it, which would say how many, too")
+            raise ValueError("layers: expected either layers or parameter_share, got both")
+        if self.layers is not None and self.layers < 1:
+            raise ValueError(f"layers: expected at least 1 layer to remove, got {self.layers}")
         if self.parameter_share is not None and not 0 < self.parameter_share < 1:
             raise ValueError(f"parameter_share: expected a share between 0 and 1, got {self.parameter_share}")
 
     def check_beside_plan(self) -> None:
-        """Makes sure that nothing was asked for that a plan has decided already.
+        """Checks that no option is set that the plan already determines.
 
         Raises:
-            ValueError: how many layers, a criterion, or protection.
+            ValueError: the number of layers, the criterion, or the protection is set.
         """
         decided = ("layers", "parameter_share", "criterion", "protect")
         given = [f.name for f in fields(self) if f.name in decided and getattr(self, f.name) != f.default]
         if given:
-            raise ValueError(f"plan: expected no {given[0]} beside it, which the plan has decided")
+            raise ValueError(f"plan: expected no {given[0]}, which is part of the plan, got both")
 
     def count(self, depth: int) -> int:
-        """How many of `depth` layers go: the fewest that leave no more than the share of parameters."""
+        """Number of layers to remove out of `depth`: the smallest that leaves at most the share of parameters."""
         if self.layers is not None:
             return self.layers
         share = DEFAULT_SHARE if self.parameter_share is None else self.parameter_share
@@ -69,10 +76,10 @@ class DropLayersOptions(SpeedSettings, MeasuringSettings):
 
 @dataclass
 class DropLayersOutput(ResultsOutput):
-    """Where results go, and what is read beside the model."""
+    """Settings of the output directory, and a plan file as input."""
 
     plan: str | None = field(
-        default=None, metadata={"help": "depth_plan.json of an earlier run, instead of choosing layers anew"}
+        default=None, metadata={"help": "depth_plan.json of an earlier run; default: layers are chosen by this command"}
     )
 
 
@@ -81,8 +88,8 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [ModelSettings, TextSettings, DropLayersOptions, DropLayersOutput],
         prog="hf-cod drop-layers",
-        description="Removes the layers that a model misses least. A stock model stays one, which loads without "
-        "hf_cod. Interrupted, the same command resumes its search. The model itself is never touched.",
+        description="Removes the least important layers of a model. A stock model remains a stock checkpoint, which "
+        "loads without hf_cod. After an interruption the same command resumes. The input model is never changed.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     return parser
@@ -92,14 +99,17 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, files, rest = make_parser().parse(arguments)
     if files.plan is not None:
+        from hf_cod.compression.depth.depth_plan import DepthPlan
+
         settings.check_beside_plan()
+        DepthPlan.load(files.plan)  # checked before the model is loaded
     from hf_cod.cli.compression import compress
 
     return compress(DropLayers(settings, files.plan), rest.model, loading, text, files)
 
 
 class DropLayers(Step):
-    """Fewer layers, by a plan that is made or given."""
+    """Removes layers by a plan that is computed or read from a file."""
 
     command, done = "drop-layers", "dropped"
 
@@ -108,11 +118,11 @@ class DropLayers(Step):
         self.plan_file = plan_file
 
     def identity(self) -> Any:
-        """The plan that is given among it."""
+        """The settings and the plan file."""
         return [super().identity(), self.plan_file]
 
     def plan(self, work: Work) -> DepthPlan:
-        """Which layers go."""
+        """The layers to remove."""
         from hf_cod.compression.depth.criteria import plan_depth
         from hf_cod.compression.depth.depth_plan import DepthPlan
 
@@ -129,7 +139,7 @@ class DropLayers(Step):
         return plan
 
     def apply(self, work: Work, plan: DepthPlan) -> RunReport:
-        """Removes them."""
+        """Removes the layers."""
         from hf_cod.compression.depth.dropper import drop_layers
 
         path, replacement = self.settings.layers_path, self.settings.replacement
@@ -140,12 +150,12 @@ class DropLayers(Step):
         return {"depth_plan.json": plan}
 
     def told(self, plan: DepthPlan) -> dict[str, Any]:
-        """What decided."""
+        """The criterion and the plan file."""
         return {"criterion": plan.criterion, "plan": self.plan_file}
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
-        """What it takes to load a model that is no stock one: fewer layers change nothing of that."""
+        """The summary; for models of hf_cod also how to load them, which does not change."""
         if not saved.config.model_type.startswith("cod_"):
             return report.summary
-        before = "As before, it loads where hf_cod is imported, and with trust_remote_code without it."
+        before = "As before, it loads if hf_cod is imported, and otherwise with trust_remote_code."
         return [*report.summary, before]

@@ -1,4 +1,4 @@
-"""hf-cod env: what to paste into a bug report."""
+"""hf-cod env: versions and hardware, for bug reports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PACKAGES = (
 def make_parser() -> SettingsParser:
     """The command's options."""
     return SettingsParser(
-        prog="hf-cod env", description="Prints versions and hardware, to paste into a bug report. Nothing is sent."
+        prog="hf-cod env", description="Prints versions and hardware, for bug reports. Nothing is sent."
     )
 
 

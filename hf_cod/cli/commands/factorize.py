@@ -1,4 +1,4 @@
-"""hf-cod factorize MODEL: matrices as products of two thin ones, with ranks by how much layers or matrices matter."""
+"""hf-cod factorize MODEL: replace matrices by low-rank factors, with ranks by importance of layers or matrices."""
 
 from __future__ import annotations
 
@@ -21,37 +21,38 @@ if TYPE_CHECKING:
     from hf_cod.scoring.layer_scores import LayerScores
 
 DEFAULT_SHARE = 0.8
-# These give each matrix a rank, all others each layer a share.
+# fisher, the default, is the best by far in each column of the table of ranks; it costs one backward pass.
+# These set a rank for each matrix; all other scores set a share for each layer.
 FISHER, SPECTRUM = OF_MATRICES = tuple(WEIGHINGS)
-# These try plans of sparsity, which say little of ranks.
+# These scores evaluate sparsity plans, which are a poor predictor for ranks.
 OF_SPARSITY = ("sensitivity", "auto")
 CHOICES = (*OF_MATRICES, *(name for name in SCORES if name not in (*OF_MATRICES, *OF_SPARSITY)))
 
 
 @dataclass
 class FactorizeOptions(SpeedSettings, SpreadSettings):
-    """What is factorized, and on which samples."""
+    """Settings of the factorization, and of samples."""
 
     method: str = as_in(FactorizeSettings, "method")
     score: str | None = field(
         default=None,
         metadata={
-            "help": "a rank for each matrix, by what its loss costs the model (fisher) or by how much of its output it "
-            "loses (spectrum); or a share for each layer by "
+            "help": "fisher or spectrum set a rank for each matrix, by the expected increase of the loss (fisher) or "
+            "by the lost share of its output (spectrum); "
             + ", ".join(CHOICES[len(OF_MATRICES) :])
-            + f"; default: {FISHER} ({SPECTRUM} by entries, or for want of a loss), for oats, which takes shares "
-            "alone, uniform"
+            + f" set a share for each layer; default: {FISHER}; {SPECTRUM} for method plain and for models without a "
+            "loss; uniform for method oats, which supports shares only"
         },
     )
     parameter_share: float | None = field(
         default=None,
-        metadata={"help": f"share of the layers' weights to keep; default: {DEFAULT_SHARE}, or what rank makes"},
+        metadata={"help": f"share of the layers' weights to keep; default: {DEFAULT_SHARE}, or determined by rank"},
     )
     rank: float | None = field(
         default=None,
         metadata={
-            "help": "share of full rank to keep, instead, by a score of layers (such as --score angular); what it "
-            "would enlarge stays whole"
+            "help": "share of full rank to keep, instead of parameter_share; requires a score of layers (such as "
+            "--score angular). Matrices that factors would enlarge are left unchanged"
         },
     )
     rank_share: float = as_in(FactorizeSettings, "rank_share")
@@ -68,32 +69,37 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name}: expected a share above 0 and at most 1, got {share}")
         if self.method != "oats" and self.rank_share != RANK_SHARE:
-            raise ValueError(f"rank_share: expected method oats beside it, got {self.method}")
+            raise ValueError(f"rank_share: expected method oats, got {self.method}")
         if self.method == "oats" and (self.rank is not None or self.score in OF_MATRICES):
             got = self.score if self.rank is None else "rank"
             raise ValueError(f"method: expected parameter_share and a score of layers for oats, got {got}")
         if self.method == "plain" and self.score == FISHER:
             raise ValueError(f"score: expected {SPECTRUM} or a score of layers for plain, got {FISHER}")
         if self.rank is not None and self.parameter_share is not None:
-            raise ValueError("rank: expected no parameter_share beside it, got both")
+            raise ValueError("rank: expected either rank or parameter_share, got both")
 
     @property
     def budget(self) -> float:
-        """The share of parameters to keep, where that and not the rank is given."""
+        """The share of parameters to keep, if no rank is set."""
         return DEFAULT_SHARE if self.parameter_share is None else self.parameter_share
 
     def check_scores(self, scores_file: str | None) -> None:
-        """Makes sure that a rank and a spread have scores of layers to follow, from a file if not by name.
+        """Checks that a rank or a spread has scores of layers (by name or from a file), and that the spread fits.
 
         Raises:
-            ValueError: they have none.
+            ValueError: there are no scores of layers, or the spread does not fit the budget.
         """
         given = next((name for name in ("rank", "spread") if getattr(self, name) is not None), None)
         if given is not None and scores_file is None and self.score in (None, *OF_MATRICES):
-            raise ValueError(f"{given}: expected a score of layers beside it, got {self.score or 'none'}")
+            got = self.score or "none"
+            raise ValueError(f"{given}: expected a score of layers, got {got}; set --score or --scores")
+        if self.spread is not None:
+            from hf_cod.scoring.layer_scores import LayerScores
+
+            self.allocate(LayerScores("", "uniform", [1.0], [1]))  # raises if the spread does not fit the budget
 
     def allocate(self, scores: LayerScores) -> LayerAllocation:
-        """The share of its rank, or of its weights, that each layer keeps."""
+        """For each layer, the share of rank or of weights to keep."""
         from hf_cod.scoring.allocation import allocate
 
         if self.rank is not None:
@@ -106,10 +112,10 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [ModelSettings, TextSettings, FactorizeOptions, CompressionOutput],
         prog="hf-cod factorize",
-        description="Replaces matrices of the layers by products of two thin ones, and writes a smaller, dense model "
-        "that from_pretrained loads where hf_cod is imported, and with trust_remote_code without it; or, by oats, a "
-        "model that is smaller once hf-cod pack has left out its zeros. Interrupted, the same command resumes. The "
-        "model itself is never touched.",
+        description="Replaces matrices of the layers by low-rank factors, and writes a smaller, dense model that "
+        "from_pretrained loads if hf_cod is imported, and otherwise with trust_remote_code. With method oats the model "
+        "becomes smaller only after hf-cod pack, which leaves out its zeros. After an interruption the same command "
+        "resumes. The input model is never changed.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     return parser
@@ -125,12 +131,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class Factorize(Step):
-    """Products of two thin matrices, by a plan of ranks or of the layers' shares."""
+    """Low-rank factors, by a plan of ranks or of shares of layers."""
 
     command, done = "factorize", "factorized"
 
     def plan(self, work: Work) -> LayerAllocation | RankPlan:
-        """Ranks of matrices, or shares of layers by scores."""
+        """Ranks of matrices, or shares of layers by score."""
         chosen = self.settings
         if work.scores is None and (chosen.score is None or chosen.score in OF_MATRICES):
             from hf_cod.compression.low_rank.spectra import plan_ranks
@@ -140,7 +146,7 @@ class Factorize(Step):
         return chosen.allocate(work.score(chosen.score))
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
-        """All layers alike."""
+        """The same share for all layers."""
         if not self.settings.baseline or (work.scores is not None and work.scores.method == "uniform"):
             return {}
         from hf_cod.scoring.methods import score_layers
@@ -149,7 +155,7 @@ class Factorize(Step):
         return {"uniform": replace(self.settings, score="uniform", spread=None).allocate(alike)}
 
     def apply(self, work: Work, plan: Any) -> RunReport:
-        """Factorizes."""
+        """Factorizes the matrices."""
         from hf_cod.compression.low_rank.factorizer import factorize
 
         more = {"batches": work.calibration, "rank_share": self.settings.rank_share, "name": work.name}
@@ -162,5 +168,5 @@ class Factorize(Step):
         return {"rank_plan.json" if isinstance(plan, RankPlan) else "allocation.json": plan}
 
     def told(self, plan: Any) -> dict[str, Any]:
-        """What decided."""
+        """The score of the plan."""
         return {"score": plan.method}

@@ -1,4 +1,4 @@
-"""hf-cod finetune MODEL --text TEXT: goes on training a model, a few layers at a time."""
+"""hf-cod finetune MODEL --text TEXT: fine-tune a model, a few layers at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_cod.cli.settings import TrainingOutput
 from hf_cod.cli.sizes import in_gigabytes
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.training_settings import TrainingSettings, check_fused, check_scores
+from hf_cod.training.runs.training_settings import TrainingSettings, check_fused, check_scores, for_samples
 
 if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
@@ -35,8 +35,8 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [ModelSettings, TextSettings, TrainingSettings, OwLoreSettings, EstimateSettings, TrainingOutput],
         prog="hf-cod finetune",
-        description="Trains a model on with text, by default a few layers at a time (OwLore), and writes a model that "
-        "from_pretrained loads. Interrupted, the same command goes on where it stopped.",
+        description="Fine-tunes a model on text, by default a few layers at a time (OwLore), and writes a model that "
+        "from_pretrained loads. After an interruption the same command resumes.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     return parser
@@ -45,8 +45,10 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, sampling, asked, files, rest = make_parser().parse(arguments)
+    from hf_cod.cli.samples import check_texts
     from hf_cod.cli.training import train_into
     from hf_cod.scoring.layer_scores import LayerScores
+    from hf_cod.training.runs.methods import check_method
     from hf_cod.training.runs.trainer import check_one_process
 
     if asked.estimate:
@@ -54,11 +56,15 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
+    check_method(settings.method, sampling)
+    check_texts(text, None)
+    if files.scores is not None:
+        LayerScores.load(files.scores)
     check_one_process()
     directory = Path(files.output or default_directory("finetune", rest.model))
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
-    if files.scores is not None:
-        LayerScores.load(files.scores)  # or nothing is written
+    if settings.follows_samples:
+        del told["steps"]
     if files.plots:
         require_plots()
     work = partial(run, rest.model, loading, text, settings, sampling, files.scores)
@@ -75,27 +81,32 @@ def run(
     scores_file: str | None,
     output: OutputDirectory,
 ) -> RunReport:
-    """Measures, trains, measures again, saves."""
+    """Measures perplexity, trains, saves, and measures perplexity again."""
     from hf_cod.analysis.evaluation.choice import held_out_perplexity
     from hf_cod.io.models import load_model
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
     from hf_cod.layers.checks import check_length
+    from hf_cod.layers.running import busy, progress
     from hf_cod.layers.size import bytes_of
     from hf_cod.training.runs.methods import METHODS
+    from hf_cod.training.runs.run_directory import begun_steps, claim
     from hf_cod.training.runs.trainer import scores_to_draw_by, split_windows, train
 
-    model, tokenizer = load_model(source, loading)
+    with busy(f"loading {model_title(source)}"):
+        model, tokenizer = load_model(source, loading)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod.owlore with Trainer")
     check_length(model, settings.sequence_length)
     _check_weights(model, settings.method)
-    # Adapters of a quantized model are saved without it.
+    # Adapters of a quantized model are saved without the model.
     output.require(0 if getattr(model, "is_quantized", False) else bytes_of(model))
     windows = pack(tokenizer, load_texts(text), settings.sequence_length)
     train_windows, held_out = split_windows(windows, settings)
+    settings = for_samples(settings, len(train_windows), begun_steps(output.path))
+    claim(output.path, {"steps": settings.total_steps})
     batches: list[Batch] = [{"input_ids": part} for part in held_out.split(settings.micro_batch_size)]
-    before = held_out_perplexity(model, batches)
+    before = held_out_perplexity(model, progress(batches, "perplexity", show=True))
     scores = scores_to_draw_by(model, train_windows, settings, scores_file, output.path)
     chosen = METHODS[settings.method]
     trained: Any
@@ -104,7 +115,7 @@ def run(
     training = train(trained, optimizer, train_windows, settings, sampling.seed, output.path)
     lost = _lost_energy(trained)
     whole = _saved(trained, tokenizer, chosen.adapters, output.results)
-    after = held_out_perplexity(whole, batches)
+    after = held_out_perplexity(whole, progress(batches, "perplexity", show=True))
     told = {"model": source, **asdict(text), **settings.resolved(), **asdict(sampling)}
     if scores is not None:
         told |= {"score": scores.method, "scores": scores_file}
@@ -122,10 +133,10 @@ def run(
 
 
 def _check_weights(model: Any, method: str) -> None:
-    """Makes sure that the method can train weights as they are stored, and tells what becomes of zeros.
+    """Checks that the method can train the weights as they are stored; warns about zeros that training fills.
 
     Raises:
-        ValueError: weights that are quantized or packed, and a method without adapters beside them.
+        ValueError: the weights are quantized or packed, and the method has no adapters.
     """
     from hf_cod.layers.checks import pruned_matrices
     from hf_cod.layers.stack import find_decoder_layers
@@ -133,11 +144,11 @@ def _check_weights(model: Any, method: str) -> None:
 
     if getattr(model, "is_quantized", False) and not METHODS[method].adapters:
         beside = ", ".join(name for name, known in METHODS.items() if known.adapters)
-        raise ValueError(f"method: expected one with adapters ({beside}) on quantized or packed weights, got {method}")
+        raise ValueError(f"method: expected one with adapters ({beside}) for quantized or packed weights, got {method}")
     pruned = pruned_matrices(find_decoder_layers(model))
     if pruned:
         logger.warning(
-            "%d matrices have zeros, which training fills; hf-cod heal and hf-cod prune --recover keep them",
+            "%d matrices have zeros, which this training fills; hf-cod heal and hf-cod prune --recover keep zeros",
             len(pruned),
         )
 
@@ -145,7 +156,7 @@ def _check_weights(model: Any, method: str) -> None:
 def _expected(
     model: Any, settings: TrainingSettings, sampling: OwLoreSettings, loading: ModelSettings
 ) -> Memory | None:
-    """What a step will need; None where the model's operations cannot run without contents. No reason not to train."""
+    """Estimated memory of a step; None, with a warning, if the estimate fails (training continues)."""
     try:
         return estimate(model.config, settings.method, settings, sampling, loading.trust_remote_code)
     except Exception as error:
@@ -155,10 +166,10 @@ def _expected(
 
 
 def _saved(trained: Any, tokenizer: Any, adapters: bool, results: Path) -> Any:
-    """Saves what was trained: of adapters also the model that they make together with their base.
+    """Saves the trained model; for adapters, saves the adapters and the merged model.
 
-    A quantized base takes none up. Its adapters are saved in the model's place, as Trainer does; transformers loads
-    them with the base that they name.
+    Adapters cannot be merged into a quantized base model. They are then saved instead of the model, as Trainer does;
+    transformers loads them with the base model that they name.
     """
     if adapters and not getattr(trained.get_base_model(), "is_quantized", False):
         trained.save_pretrained(results / "adapter")
@@ -194,7 +205,7 @@ def _report(
         summary=[
             f"Perplexity goes from {before} to {after} on {told['eval_samples']} held-out samples, after "
             f"{told['steps']} steps by {told['method']} (learning rate {told['learning_rate']:g}, "
-            f"{format_number(figures['seconds_a_step'])} s a step).",
+            f"{format_number(figures['seconds_a_step'])} s per step).",
             _told_memory(figures["memory"]),
             *([_told_lost(figures["lost_energy"])] if "lost_energy" in figures else []),
         ],
@@ -202,7 +213,7 @@ def _report(
 
 
 def _lost_energy(trained: Any) -> dict[str, float] | None:
-    """Of OwLore's adapters, the share of squares that folding cut off: mean and largest over matrices."""
+    """For OwLore's adapters, the share of squares that folding cut off: mean and maximum over matrices."""
     ask = getattr(trained, "lost_energy", None)
     if ask is None:
         return None
@@ -212,15 +223,15 @@ def _lost_energy(trained: Any) -> dict[str, float] | None:
 
 def _told_lost(lost: dict[str, float]) -> str:
     return (
-        f"Folding what adapters had learnt cut off {lost['mean']:.2%} of its squares on average, {lost['largest']:.2%} "
+        f"Folding cut off {lost['mean']:.2%} of the squares of the adapters' updates on average, {lost['largest']:.2%} "
         "in the worst matrix."
     )
 
 
 def _told_memory(memory: dict[str, Any]) -> str:
-    expected = "none was expected"
+    expected = "there was no estimate"
     if memory["estimate"] is not None:
-        expected = f"{in_gigabytes(memory['estimate'])} GB were expected at most"
+        expected = f"the estimate was at most {in_gigabytes(memory['estimate'])} GB"
     if memory["used"] is None:
-        return f"Memory was not counted, in less than two steps; {expected}."
-    return f"A step needed {in_gigabytes(memory['used'])} GB of memory at its peak; {expected}."
+        return f"Memory was not measured, which takes at least two steps; {expected}."
+    return f"A step used {in_gigabytes(memory['used'])} GB of memory at its peak; {expected}."

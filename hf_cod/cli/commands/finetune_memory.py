@@ -1,4 +1,4 @@
-"""The memory that hf-cod finetune needs: told before by --estimate, and compared with what was used."""
+"""Memory of hf-cod finetune: estimated by --estimate, and compared with the memory used."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class EstimateSettings:
-    """What is told before a training."""
+    """Settings of the memory estimate."""
 
     estimate: bool = field(
         default=False,
-        metadata={"help": "only tell what memory each method needs, by what it is for; nothing is loaded"},
+        metadata={"help": "only print the estimated memory of each method, by purpose; no weights are loaded"},
     )
     device_memory: str | None = field(
         default=None,
-        metadata={"help": "with --estimate: what must hold it, such as 24GB or 80GiB; default: what is free"},
+        metadata={"help": "with --estimate: memory of the device, such as 24GB or 80GiB; default: its free memory"},
     )
 
     def __post_init__(self) -> None:
@@ -32,7 +32,7 @@ class EstimateSettings:
             self.bytes_of_device()
 
     def bytes_of_device(self) -> int | None:
-        """The memory that was named; None if none was."""
+        """The value of `device_memory` in bytes; None if not set."""
         if self.device_memory is None:
             return None
         return parse_bytes(self.device_memory, "device_memory")
@@ -41,7 +41,7 @@ class EstimateSettings:
 def print_estimates(
     source: str, loading: ModelSettings, settings: TrainingSettings, sampling: OwLoreSettings, told: EstimateSettings
 ) -> None:
-    """A table of all methods, and which of them fit."""
+    """Prints a table of all methods, and which of them fit."""
     from rich import box
     from rich.table import Table
 
@@ -60,7 +60,7 @@ def print_estimates(
     for method in progress(METHODS, "estimating", show=True):
         try:
             found = estimate(config, method, settings, sampling, loading.trust_remote_code)
-        except (ImportError, ValueError) as error:  # settings that this method does not take
+        except (ImportError, ValueError) as error:  # settings that this method does not support
             refused.append(f"{method}: {error}")
             continue
         cells = [in_gigabytes(value) for value in (*found.parts().values(), found.total)]
@@ -70,8 +70,8 @@ def print_estimates(
     where = told.device_memory or f"{in_gigabytes(room)} GB free on {device}"
     console.print(
         f"GB (10^9 bytes) at the peak of a step of {settings.micro_batch_size} x {settings.sequence_length} tokens, "
-        f"checkpointing {'on' if settings.checkpointing else 'off'}; to fit: {where}. Not counted: what kernels need "
-        "inside themselves, and the device's own context.",
+        f"checkpointing {'on' if settings.checkpointing else 'off'}; available: {where}. Not included: workspace of "
+        "kernels, and the context of the device.",
         highlight=False,
     )
     for reason in refused:
@@ -81,7 +81,7 @@ def print_estimates(
 def estimate(
     config: Any, method: str, settings: TrainingSettings, sampling: OwLoreSettings, trust_remote_code: bool = False
 ) -> Memory:
-    """What a training with these settings needs."""
+    """Estimated memory of a training with these settings."""
     import torch
 
     from hf_cod.training.runs.estimate import estimate_memory
@@ -103,7 +103,7 @@ def estimate(
 
 
 def free_memory(device: str) -> int:
-    """Bytes that nobody has taken yet."""
+    """Free memory of a device in bytes."""
     import psutil
     import torch
 

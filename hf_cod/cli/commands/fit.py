@@ -1,4 +1,4 @@
-"""hf-cod fit MODEL --memory 4GB | --parameter-share 0.6 | --bits 3.2: the best combination within a budget."""
+"""hf-cod fit MODEL --memory 4GB | --parameter-share 0.6 | --bits 3.2: the best combination of methods in a budget."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class FitOptions(SpeedSettings, MeasuringSettings):
-    """What the model must meet, and how the way there is found."""
+    """Settings of the budget, and of the search."""
 
     memory: str | None = field(
-        default=None, metadata={"help": "budget: the whole model in memory, such as 4GB or 600MiB"}
+        default=None, metadata={"help": "budget: size of the full model in memory, such as 4GB or 600MiB"}
     )
     parameter_share: float | None = field(
-        default=None, metadata={"help": "budget: share of the weights of the layers' matrices; dense ones remain"}
+        default=None, metadata={"help": "budget: share of the weights of the layers' matrices to keep, all dense"}
     )
     bits: float | None = field(
-        default=None, metadata={"help": "budget: stored bits for each weight that the layers' matrices have"}
+        default=None, metadata={"help": "budget: stored bits per original weight of the layers' matrices"}
     )
     knobs: list[str] = as_in(FitSettings, "knobs", default_factory=list)  # noqa: RUF009 - as_in makes a field
-    tuning_samples: int = field(default=16, metadata={"help": "samples, apart from the others, to choose the plan on"})
+    tuning_samples: int = field(default=16, metadata={"help": "number of further samples for the choice of the plan"})
     verify: int = as_in(FitSettings, "verify")
-    plan_only: bool = field(default=False, metadata={"help": "show the plan and the trade-off, and stop there"})
+    plan_only: bool = field(default=False, metadata={"help": "print the plan and the trade-off, and write no model"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,7 +52,7 @@ class FitOptions(SpeedSettings, MeasuringSettings):
         self.speed = self.speed and not self.plan_only
 
     def budget(self) -> tuple[str, float]:
-        """Kind and value."""
+        """Kind and value of the budget."""
         if self.memory is not None:
             return "memory", parse_bytes(self.memory, "memory")
         if self.parameter_share is not None:
@@ -61,10 +61,10 @@ class FitOptions(SpeedSettings, MeasuringSettings):
         return "bits", self.bits
 
     def check_budget(self) -> None:
-        """Makes sure that the budget can be meant.
+        """Checks the range of the budget.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: it is out of range.
         """
         from hf_cod.compression.fit.budget import check_budget
 
@@ -76,9 +76,10 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [ModelSettings, TextSettings, FitOptions, ResultsOutput],
         prog="hf-cod fit",
-        description="Makes a model meet a budget with the least loss: measures what each method costs alone, shows "
-        "the best combination and the trade-off, then applies it and writes a model that from_pretrained loads where "
-        "hf_cod is imported. Interrupted, the same command resumes. The model itself is never touched.",
+        description="Compresses a model to a budget with the lowest loss: measures the cost of each single method, "
+        "prints the best combination and the trade-off, applies the combination, and writes a model that "
+        "from_pretrained loads if hf_cod is imported. After an interruption the same command resumes. The input model "
+        "is never changed.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     return parser
@@ -93,17 +94,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class Fit(Step):
-    """Several methods, one after another, by a plan that was measured."""
+    """Several methods in sequence, by a measured plan."""
 
     command, done = "fit", "fitted"
     before: ModelSize
 
     def samples(self) -> FitOptions:
-        """Those to choose by come from those to work on."""
+        """The tuning samples are added to the calibration samples, from which they are split later."""
         return replace(self.settings, max_samples=self.settings.max_samples + self.settings.tuning_samples)
 
     def check(self, work: Work) -> None:
-        """Models without a loss."""
+        """Checks that the model is a language model."""
         from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 
         if task_of(work.model) not in LANGUAGE_MODELS:
@@ -111,7 +112,7 @@ class Fit(Step):
             raise ValueError(f"model: expected a language model, whose loss can be measured, got {kind}")
 
     def plan(self, work: Work) -> FitPlan | None:
-        """Measures and chooses, on models that it loads itself; prints what was found."""
+        """Measures the methods on models that are loaded for this, chooses a combination, prints the plan."""
         from hf_cod.compression.fit.planning import plan_fit
         from hf_cod.io.report import environment
         from hf_cod.layers.devices import execution_device
@@ -145,7 +146,7 @@ class Fit(Step):
         return {"fit_plan.json": plan}
 
     def measure(self, saved: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        """What the layers take, and how many weights their matrices have."""
+        """Size of the layers in bytes, and number of weights in their matrices."""
         from hf_cod.layers.size import size_of
 
         after = size_of(saved.model, self.settings.layers_path)
@@ -153,20 +154,20 @@ class Fit(Step):
         return {}, {n: {"intact": getattr(self.before, n), "fitted": getattr(after, n)} for n in names}
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
-        """The plan, and bits a weight."""
+        """The plan, and the bits per weight."""
         from hf_cod.io.report import format_number
 
         weights = report.results["layer_weights"]
         bits = 8 * report.results["layer_bytes"]["fitted"] / weights["intact"]
         stored = (
-            f"The layers take {format_number(bits)} bits for each weight that their matrices had, of which "
-            f"{weights['fitted'] / weights['intact']:.1%} are left."
+            f"The layers take {format_number(bits)} bits per original weight of their matrices; "
+            f"{weights['fitted'] / weights['intact']:.1%} of these weights are left."
         )
         return [*report.summary, stored]
 
 
 def print_plan(plan: FitPlan, with_notes: bool) -> None:
-    """What was measured, what was chosen, and the trade-off; a report repeats the notes."""
+    """Prints the measured combinations, the trade-off and the chosen plan; notes only if no report follows."""
     from rich import box
     from rich.table import Table
 
@@ -193,12 +194,15 @@ def print_plan(plan: FitPlan, with_notes: bool) -> None:
 
 
 def _split(batches: Sequence[Any], settings: FitOptions) -> tuple[list[Any], list[Any]]:
-    """Of the samples before those that are reported on: to calibrate on, and to choose by."""
+    """Splits the samples into calibration samples and tuning samples."""
     from hf_cod.io.text import describe_batches, split_samples
 
     drawn = describe_batches(batches)["samples"]
     if drawn < 2:
-        raise ValueError("text: expected at least three samples, to calibrate, choose and measure on; got too few")
+        raise ValueError(
+            "text: expected at least three samples, for calibration, choice and evaluation, got fewer; use a longer "
+            "text or a shorter --sequence-length"
+        )
     share = settings.tuning_samples / (settings.max_samples + settings.tuning_samples)
     return split_samples(batches, drawn - min(drawn - 1, max(1, round(drawn * share))))
 
@@ -208,13 +212,13 @@ def _told_plan(plan: FitPlan) -> str:
 
     if not plan.steps:
         return (
-            f"The model meets the budget as it is, and nothing is done to it: {plan.loss:.3f} nats a token on the "
-            "samples that plans are compared on."
+            f"The model already meets the budget and is left unchanged: {plan.loss:.3f} nats per token on the tuning "
+            "samples."
         )
     single = [row for row in plan.tried if len(row["steps"]) == 1]
     best = min(single, key=lambda row: row["loss"], default=None)
     compared = "" if best is None else f"; the best single method: {describe_steps(best['steps'])}, {best['loss']:.3f}"
     return (
-        f"Chosen: {describe_steps(plan.steps)}: {plan.loss:.3f} nats a token on the samples that plans are compared on "
-        f"(intact {plan.intact_loss:.3f}{compared})."
+        f"Chosen: {describe_steps(plan.steps)}: {plan.loss:.3f} nats per token on the tuning samples (intact "
+        f"{plan.intact_loss:.3f}{compared})."
     )

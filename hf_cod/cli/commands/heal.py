@@ -1,4 +1,4 @@
-"""hf-cod heal STUDENT --teacher ORIGINAL: a smaller model learns from the one that it came from."""
+"""hf-cod heal STUDENT --teacher ORIGINAL: train a compressed model to match the original model (distillation)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class TeacherSettings:
-    """Which model the student learns from, and what both are measured on."""
+    """Settings of the teacher, and of evaluation."""
 
-    teacher: str = field(metadata={"help": "the model that the student came from: Hub id, directory, or GGUF file"})
+    teacher: str = field(metadata={"help": "original model of the student: Hub id, directory, or GGUF file"})
     teacher_dtype: str = field(
-        default="auto", metadata={"help": "dtype of its weights; bfloat16 may halve its memory", "choices": DTYPES}
+        default="auto",
+        metadata={"help": "dtype of the teacher's weights; bfloat16 halves the memory of float32", "choices": DTYPES},
     )
-    teacher_revision: str = field(default="main", metadata={"help": "its branch, tag or commit on the Hub"})
+    teacher_revision: str = field(default="main", metadata={"help": "branch, tag or commit of the teacher on the Hub"})
     eval_text: str | None = as_in(CompressionSettings, "eval_text")
     speed: bool = as_in(SpeedSettings, "speed")
 
@@ -42,9 +43,9 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [ModelSettings, TextSettings, TeacherSettings, HealSettings, OwLoreSettings, TrainingOutput],
         prog="hf-cod heal",
-        description="Trains a pruned, factorized, narrowed or shortened model on text to say what the model says that "
-        "it came from, and writes a model that from_pretrained loads as it loads the student. Zeros stay zeros, and "
-        "ranks and widths what they are. Interrupted, the same command goes on where it stopped.",
+        description="Trains a pruned, factorized, narrowed or shortened model (the student) on text to match the "
+        "outputs of the original model (the teacher), and writes a model that loads in the same way as the student. "
+        "Zeros, ranks and widths do not change. After an interruption the same command resumes.",
     )
     parser.add_argument("student", help="Hub id, directory, or GGUF file")
     return parser
@@ -53,18 +54,24 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, source, settings, sampling, files, rest = make_parser().parse(arguments)
+    from hf_cod.cli.samples import check_texts
     from hf_cod.cli.training import train_into
     from hf_cod.scoring.layer_scores import LayerScores
+    from hf_cod.training.runs.methods import check_method
     from hf_cod.training.runs.trainer import check_one_process
 
     check_fused(settings, sampling)
     check_scores(settings, files.scores)
+    check_method(settings.method, sampling)
+    check_texts(text, source.eval_text)
+    if files.scores is not None:
+        LayerScores.load(files.scores)
     check_one_process()
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
-    del told["speed"]  # with or without, it is the same training
-    if files.scores is not None:
-        LayerScores.load(files.scores)  # or nothing is written
+    del told["speed"]  # does not affect the training
+    if settings.follows_samples:
+        del told["steps"]
     if files.plots:
         require_plots()
     work = partial(run, rest.student, loading, text, source, settings, sampling, files.scores)
@@ -82,7 +89,7 @@ def run(
     scores_file: str | None,
     output: OutputDirectory,
 ) -> RunReport:
-    """Loads both models, heals the student, saves it, and measures how fast both are, side by side."""
+    """Loads both models, heals the student, saves it, and measures the speed of both in turns."""
     from hf_cod.cli.closing import describe_speed
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.io.packing import pack
@@ -123,10 +130,10 @@ def run(
 
 
 def load_teacher(source: TeacherSettings, loading: ModelSettings, tokenizer: Any) -> Any:
-    """The teacher, whose tokenizer must be the student's.
+    """Loads the teacher and checks that its tokenizer is that of the student.
 
     Raises:
-        ValueError: it cannot be loaded, or has another tokenizer.
+        ValueError: the teacher cannot be loaded, or has another tokenizer.
     """
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.training.healing.pair import check_tokenizers

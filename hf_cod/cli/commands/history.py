@@ -1,4 +1,4 @@
-"""hf-cod history RUN: show what the layers did during a training."""
+"""hf-cod history RUN: plot the layer measurements of a training run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [PlotSettings],
         prog="hf-cod history",
-        description="Draws what LayerDiagnosticsCallback or LayerMonitor measured, also of a training that still runs: "
-        "heat maps of layer and step, and effective depth. The table shows the last measured step.",
+        description="Plots the measurements of LayerDiagnosticsCallback or LayerMonitor, also during the training: "
+        "heat maps over layers and steps, and effective depth. The table shows the last measured step.",
     )
     parser.add_argument("run", help="history.jsonl, its directory, or the output directory of the training")
-    parser.add_argument("--output", help="directory for report and pictures; default: that of the history")
+    parser.add_argument("--output", help="directory for report and plots; default: directory of the history")
     return parser
 
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class PackOptions(PackSettings):
-    """What is packed, and where it goes."""
+    """Settings of packing and of the output directory."""
 
-    output: str | None = field(default=None, metadata={"help": "the same directory as an option"})
+    output: str | None = field(default=None, metadata={"help": "output directory, as an option"})
     layers_path: str | None = as_in(ScoreSettings, "layers_path")
 
 
@@ -32,9 +32,9 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [ModelSettings, PackOptions],
         prog="hf-cod pack",
-        description="Stores a pruned model without its zeros: one bit a weight, and the weights that are left. It "
-        "loads by from_pretrained where hf_cod is imported, and generates faster than the dense model on CPUs with "
-        "AVX-512 or AVX2; on other CPUs it is slower. The source is never touched.",
+        description="Stores a pruned model without its zeros: one bit per weight, and the non-zero weights. "
+        "from_pretrained loads the result if hf_cod is imported. Generation is faster than with the dense model on "
+        "CPUs with AVX-512 or AVX2, and slower on other CPUs. The input model is never changed.",
     )
     parser.add_argument("model", help="Hub id or directory of a model with many zeros")
     parser.add_argument(
@@ -74,14 +74,17 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
     from hf_cod.cli.recorded import card_outputs
     from hf_cod.compression.sparse.quantizer import pack_sparse
     from hf_cod.io.models import load_model
+    from hf_cod.layers.running import busy
     from hf_cod.layers.size import bytes_of
     from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.models.checkpoint import copy_companions
 
-    model: Any = load_model(source, loading)[0]
+    with busy(f"loading {model_title(source)}"):
+        model: Any = load_model(source, loading)[0]
     stack = find_decoder_layers(model, settings.layers_path)
     dense_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
-    pack_sparse(model, settings=settings)
+    with busy("packing"):
+        pack_sparse(model, settings=settings)
     output.require(bytes_of(model))
     model.save_pretrained(output.results)
     copy_companions(Path(source) if Path(source).is_dir() else source, output.results)
@@ -96,7 +99,7 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
 def describe(
     stack: DecoderLayers, name: str, settings: dict[str, Any], dense_bytes: int, packed_bytes: int
 ) -> RunReport:
-    """The report: zeros as counted in each layer, sizes of the weights on disk."""
+    """The report: sparsity of each layer, sizes of the weights on disk."""
     from hf_cod.compression.sparse.linear import SparseLinear
     from hf_cod.io.report import RunReport, environment, format_number
     from hf_cod.layers.size import bytes_of
@@ -115,13 +118,13 @@ def describe(
             "modules": {key: m.sparsity for key, m in packed.items()},
         },
         summary=[
-            f"{len(packed)} matrices packed. {sizes}, {format_number(packed_bytes / dense_bytes)} of it.",
+            f"{len(packed)} matrices packed. {sizes}, {format_number(packed_bytes / dense_bytes)} of the dense size.",
         ],
     )
 
 
 def _sparsity(stack: DecoderLayers, index: int) -> float:
-    """Share of zeros among the weights of a layer's Linears, packed or not."""
+    """Share of zeros in the weights of a layer's Linears, packed or not."""
     from hf_cod.compression.sparse.linear import SparseLinear
 
     zeros = weights = 0

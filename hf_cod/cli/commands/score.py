@@ -1,4 +1,4 @@
-"""hf-cod score MODEL: measure how much each layer matters."""
+"""hf-cod score MODEL: score the importance of each layer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
@@ -28,7 +29,7 @@ STATISTICS, SCORES = "statistics.safetensors", "scores.json"
 
 @dataclass
 class ScoreOptions(SampleSettings, ScoreSettings):
-    """Samples and method; one seed serves both."""
+    """Settings of samples and of the score, with one common seed."""
 
     def __post_init__(self) -> None:
         SampleSettings.__post_init__(self)
@@ -36,24 +37,24 @@ class ScoreOptions(SampleSettings, ScoreSettings):
 
     @property
     def uses_statistics(self) -> bool:
-        """Whether the method reads statistics: it is owl, or tries plans by Wanda."""
+        """Whether the method uses statistics: owl, and methods that evaluate plans with Wanda."""
         return self.method in USE_STATISTICS and not (self.method == "sensitivity" and self.pruner == "magnitude")
 
 
 @dataclass
 class ScoreOutput(PlotSettings):
-    """Where statistics come from, and where results go."""
+    """Settings of a statistics file and of the output directory."""
 
     statistics: str | None = field(
         default=None,
         metadata={
-            "help": "statistics.safetensors of a run elsewhere, instead of collecting them again; those of an earlier "
-            "run over the same samples, in the output directory, are taken anyway"
+            "help": "statistics.safetensors of a run with another output directory, instead of collecting them again; "
+            "statistics of the same samples in this output directory are always reused"
         },
     )
     output: str | None = field(
         default=None,
-        metadata={"help": "directory for statistics, scores, report and picture; default: hf-cod-score-MODEL"},
+        metadata={"help": "directory for statistics, scores, report and plot; default: hf-cod-score-MODEL"},
     )
 
 
@@ -62,9 +63,9 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [ModelSettings, TextSettings, ScoreOptions, ScoreOutput],
         prog="hf-cod score",
-        description="Measures how much each layer matters, by OWL's share of outliers or another score, and writes "
-        "statistics.safetensors and scores.json for pruning and quantization to read. Another score of the same model "
-        "on the same samples, and a run that was interrupted, take the statistics that are there.",
+        description="Scores the importance of each layer, by OWL's share of outliers or another method, and writes "
+        "statistics.safetensors and scores.json for other commands. Another score of the same model on the same "
+        "samples, and a resumed run, reuse existing statistics.",
     )
     parser.add_argument("model", help="Hub id, directory, or GGUF file")
     return parser
@@ -75,22 +76,30 @@ def main(arguments: Sequence[str]) -> int:
     loading, text, settings, output, rest = make_parser().parse(arguments)
     if output.statistics is not None and not settings.uses_statistics:
         got = f"got {output.statistics!r}"
-        raise ValueError(f"statistics: expected none beside the method {settings.method}, which reads none, {got}")
+        raise ValueError(f"statistics: expected none with method {settings.method}, which does not use them, {got}")
+    from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
     from hf_cod.cli.terminal import print_report
     from hf_cod.io.models import load_model
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts, mask_tokens
     from hf_cod.io.text import token_batches as cut_into_batches
     from hf_cod.layers.checks import check_length
+    from hf_cod.layers.running import busy
     from hf_cod.layers.task import task_of
 
     directory = Path(output.output or default_directory("score", rest.model))
+    texts = load_texts(text)
+    if output.plots:
+        require_plots()
+    if output.statistics is not None:
+        LayerStatistics.load(output.statistics)
     with OutputDirectory(directory, source=rest.model) as place:
-        model, tokenizer = load_model(rest.model, loading)
+        with busy(f"loading {model_title(rest.model)}"):
+            model, tokenizer = load_model(rest.model, loading)
         if tokenizer is None:
             raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
         check_length(model, settings.sequence_length)
-        batches = cut_into_batches(tokenizer, load_texts(text), settings)
+        batches = cut_into_batches(tokenizer, texts, settings)
         if task_of(model) == "masked_lm":
             batches = mask_tokens(tokenizer, batches, settings.seed)
         report = run(model, batches, settings, output.statistics, directory, model_title(rest.model))
@@ -111,9 +120,9 @@ def run(
     directory: Path,
     name: str,
 ) -> RunReport:
-    """Collects statistics (or reads those that are there), scores the layers, writes both; returns the report of it.
+    """Collects statistics (or reads existing ones), scores the layers, writes both; returns the report.
 
-    Its results hold, as "score", what the method was told and what it chose.
+    Its results have, as "score", the settings of the method and its choices.
     """
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
     from hf_cod.io.report import RunReport, environment
@@ -155,7 +164,7 @@ def run(
 
 
 def _kept(file: Path, journal: Journal) -> LayerStatistics | None:
-    """The statistics that an earlier run over the same model and samples left, if they are still the same file."""
+    """The statistics of an earlier run on the same model and samples, if the file is unchanged."""
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 
     if "statistics" in journal and file.is_file() and journal["statistics"] == _digest(file):
@@ -168,7 +177,7 @@ def _digest(file: Path) -> str:
 
 
 def _summary(scores: LayerScores) -> list[str]:
-    """Who matters most and least: different layers, of whom no other layer is the equal."""
+    """The most and least important layers that stand out, and the remarks of the score."""
     from hf_cod.io.report import format_number, standing_out
 
     few = min(3, len(scores.values) // 2)

@@ -1,1 +1,1 @@
-"""Fewer layers: which of them go, and a linear map in the place of those that went."""
+"""Depth pruning: removes layers, and optionally replaces them by linear maps."""

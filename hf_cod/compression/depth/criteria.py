@@ -1,4 +1,4 @@
-"""Which layers to remove: one table of criteria."""
+"""`plan_depth`: decides which layers to remove, by one table of criteria."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
@@ -19,10 +19,11 @@ from hf_cod.compression.depth.maps import Maps
 from hf_cod.compression.depth.protection import massive_layers, removable
 from hf_cod.compression.depth.removal_probe import RemovalProbe
 from hf_cod.compression.depth.search import LayerSearch
-from hf_cod.compression.depth.settings import DepthSettings
+from hf_cod.compression.depth.settings import DepthFields, DepthSettings
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches, split_samples
+from hf_cod.io.text import Batch, Batches, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.inputs import check_inputs
@@ -32,59 +33,61 @@ from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import task_of
 
-# Share of the samples that a search does not see, to choose on between what it ends with.
+# Share of the samples that the search does not use, and on which its candidates are compared.
 CHOICE_SHARE = 1 / 3
 
 
 @renamed(path="layers_path", method="criterion", width="search_width")
+@checked
 def plan_depth(
     model: nn.Module,
     n_removed: int,
     criterion: str | None = None,
     *,
-    batches: Sequence[Batch],
+    batches: Batches,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: DepthSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[DepthFields],
 ) -> DepthPlan:
-    """Decides which layers to remove. The model is left as it was.
+    """Decides which layers to remove. The model is not changed.
 
-    | criterion | removes | costs |
+    | criterion | removes | `costs` of the plan |
     |---|---|---|
-    | search | what the whole remaining model misses least: greedy, then exchanges; see below | as layer_drop |
+    | search | the layers whose joint removal costs least: greedy, then exchanges; see below | as layer_drop |
     | layer_drop | the layers whose removal alone costs least (arXiv 2502.05795) | loss without l - intact loss |
-    | block_influence | the layers with the least 1 - E[cos(x^l, x^(l+1))] (ShortGPT, arXiv 2403.03853) | that |
-    | angular | the n consecutive layers with the least d(x^l, x^(l+n)) (Gromov et al., arXiv 2403.17887) | that, at l |
+    | block_influence | the layers of least 1 - E[cos(x^l, x^(l+1))] (ShortGPT, arXiv 2403.03853) | this measure |
+    | angular | the n consecutive layers of least d(x^l, x^(l+n)) (Gromov et al., arXiv 2403.17887) | the same, at l |
 
-    Losses are nats a token of language models, else those of the task's own metric (`find_metric`).
+    Losses are nats a token for language models, else those of the task's own metric (`find_metric`).
 
-    The search measures on the first two thirds of the samples and starts from the best of its greedy choice and the
-    other criteria's. A search over few tokens fits them: so what it ended with, and what the other criteria say, meet
-    on the last third, which the search did not see, and the least loss there decides: with the replacements that are to
-    stand in the place of the layers (see `drop_layers`), as some choices leave more for a map to do than others. Maps
-    that are to be "measured" are kept by the loss on that third, too, so that losses with them are a little too good.
+    The search measures on the first two thirds of the samples. Its exchanges start from the best of the greedy choice
+    and the choices of the other criteria. As a search on few tokens overfits to them, all candidates (the results of
+    the search and of the other criteria) are compared on the last third, which the search did not use; the one with the
+    least loss is chosen. With a `replacement`, candidates are compared with these linear maps (see `drop_layers`),
+    because some choices profit more from maps than others. Maps with replacement "measured" are kept or dropped by the
+    loss on the same third, which makes losses with them slightly too low.
 
     Args:
         model: a transformers model, wrapped or not.
-        n_removed: how many layers go.
+        n_removed: the number of layers to remove.
         criterion: see the table; default: search.
-        batches: dicts for the model's forward; for the search two samples at least, better dozens.
-        journal: a directory: what the search measures goes there as it comes, and the same call on the same model goes
-            on where it stopped. Searches for other numbers of layers share it.
-        layers_path: the stack's module name where it cannot be found.
+        batches: dicts for the model's forward; the search requires at least two samples, and dozens are better.
+        journal: a directory to which the search saves its measurements; the same call on the same model resumes from
+            it. Searches for other numbers of layers can share it.
+        layers_path: module name of the layer stack, if it cannot be found automatically.
         show_progress: show progress bars.
-        settings: which layers go, and by what the choices are compared.
-        **fields: or fields of `DepthSettings` by name: `protect` (True never removes layers where massive activations
-            arise, `massive_layers`; False lets the criterion decide alone; or the layers that must stay, or one),
-            `replacement` (what the candidates of the search are compared with, fitted to the first two thirds; default:
-            none), `search_width` (how many layers each step of the search tries).
+        settings: how layers are selected and candidates are compared.
+        **fields: or fields of `DepthSettings` by name: `protect` (True: never remove layers in which massive
+            activations arise, see `massive_layers`; False: no protection; or the index or indices of the layers to
+            keep), `replacement` (the replacement with which candidates of the search are compared, fitted to the first
+            two thirds; default: none), `search_width` (number of layers that each step of the search tries).
 
     Raises:
-        ValueError: an unknown criterion or replacement, no such number of layers beside the protected ones, too few
-            samples, layers that share keys and values, layers that the config could not describe without (see `drop`),
-            NaN or infinity in activations (says where).
+        ValueError: an unknown criterion or replacement, fewer unprotected layers than `n_removed`, too few samples,
+            layers that share keys and values, a result that the config cannot describe (see `drop`), NaN or infinity in
+            activations (says where).
     """
     how = resolve(plan_depth, DepthSettings, settings, fields, criterion=criterion)
     stack = find_decoder_layers(model, layers_path)
@@ -109,13 +112,13 @@ def plan_depth(
         candidates=found.candidates,
         protection=(MASSIVE if how.protect is True else GIVEN) if protected else "",
         replacement=how.replacement if found.candidates else "none",
-        metric="loss" if metric == "perplexity" else metric,  # of which the search takes the logarithm
+        metric="loss" if metric == "perplexity" else metric,  # the search uses the logarithm of the perplexity
     )
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What a criterion may read."""
+    """The inputs of a criterion."""
 
     stack: DecoderLayers
     count: int
@@ -128,7 +131,7 @@ class _Request:
 
     @property
     def metric(self) -> Metric:
-        """The task's own."""
+        """The metric of the model's task."""
         return find_metric(None, task_of(self.stack.model, self.batches))
 
     def probe(self, part: str, batches: Sequence[Batch]) -> RemovalProbe:
@@ -137,14 +140,14 @@ class _Request:
         return RemovalProbe(self.stack, self.metric, batches, journal, self.show_progress)
 
     def least(self, costs: Sequence[float | None]) -> list[int]:
-        """The layers that may go and cost least."""
+        """The removable layers of least cost."""
         known = {i: cost for i in self.free if (cost := costs[i]) is not None}
         return sorted(sorted(known, key=lambda i: (known[i], i))[: self.count])
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What a criterion says; the fields are those of `DepthPlan`."""
+    """The result of a criterion; for the fields see `DepthPlan`."""
 
     layers: list[int]
     costs: list[float | None]
@@ -162,7 +165,7 @@ def _block_influence(request: _Request) -> _Found:
 
 
 def _angular(request: _Request) -> _Found:
-    """A block must not hold a protected layer: the least angle led straight over one (381 perplexity against 90)."""
+    """Excludes blocks with a protected layer: the block of least angle contained one (perplexity 381 instead of 90)."""
     n = request.count
     distances = request.forward.angular_distance()[:, n - 1].tolist()
     costs = [None if math.isnan(distance) else distance for distance in distances]
@@ -173,8 +176,8 @@ def _angular(request: _Request) -> _Found:
     }
     if not starts:
         raise ValueError(
-            f"n_removed: expected fewer layers in a row that are not protected, got {n}; protect=False lifts the "
-            "protection, the other criteria remove layers from several places"
+            f"n_removed: expected at most the longest run of unprotected layers, got {n}; protect=False removes the "
+            "protection, and other criteria do not require consecutive layers"
         )
     start = starts[min(starts)]
     return _Found([*range(start, start + n)], costs)
@@ -184,7 +187,7 @@ def _search(request: _Request) -> _Found:
     samples = describe_batches(request.batches)["samples"]
     if samples < 2:
         raise ValueError(
-            f"batches: expected at least two samples, to search on one and to choose on one, got {samples}"
+            f"batches: expected at least two samples, one for the search and one to compare candidates, got {samples}"
         )
     seen, unseen = split_samples(request.batches, samples - max(1, round(samples * CHOICE_SHARE)))
     probe = request.probe("search", seen)
@@ -193,7 +196,7 @@ def _search(request: _Request) -> _Found:
     search = LayerSearch(probe, known, request.settings.search_width)
     candidates = {"layer_drop": request.least(costs), "greedy": search.greedy(request.count)}
     candidates["block_influence"] = _block_influence(request).layers
-    with suppress(ValueError):  # no block may be free of protected layers
+    with suppress(ValueError):  # if each block contains a protected layer
         candidates["angular"] = _angular(request).layers
     start = min(zip(probe.losses([*candidates.values()], "candidates"), candidates.values(), strict=True))[1]
     candidates["exchanges"] = search.exchange(start)
@@ -213,7 +216,7 @@ def _search(request: _Request) -> _Found:
 def _losses_with_maps(
     request: _Request, candidates: Sequence[list[int]], seen: Sequence[Batch], unseen: Sequence[Batch]
 ) -> list[tuple[float, int]]:
-    """The loss without the layers of each candidate, with maps in their place, which are taken back, and how many."""
+    """For each candidate, the loss with its layers replaced by maps, and the number of maps; maps are then undone."""
     stack, journal = (
         request.stack,
         request.journals.of("losses with maps", request.settings.replacement, request.stack.layers_path),
@@ -232,10 +235,10 @@ def _losses_with_maps(
 
 
 def _choose(request: _Request, told: dict[str, dict[str, Any]], costs: list[float | None]) -> _Found:
-    """The candidate with the least loss on samples that the search did not see, of those that can be dropped."""
+    """The candidate with the least loss on samples that the search did not use, of those that can be dropped."""
     candidates = {name: found["layers"] for name, found in told.items() if name != "intact"}
     refused: ValueError | None = None
-    # Of equal ones the last: exchanges go before what they began with.
+    # Of candidates with equal losses the last one: exchanges come before their start.
     for name in sorted(reversed(candidates), key=lambda name: told[name]["loss"]):
         try:
             check_drop(request.stack.model, candidates[name], request.stack.layers_path)
@@ -247,13 +250,12 @@ def _choose(request: _Request, told: dict[str, dict[str, Any]], costs: list[floa
 
 
 def _single_costs(request: _Request, probe: RemovalProbe) -> list[float | None]:
-    """By how much the loss grows without each single layer."""
+    """The increase of the loss by the removal of each single layer."""
     intact, *without = probe.losses([(), *((i,) for i in range(len(request.stack)))], "single layers")
     return [loss - intact for loss in without]
 
 
-# Criterion -> how it decides; `plan_depth` says what each means.
-# `settings.CRITERIA` says what each means.
+# Criterion -> its function; `settings.CRITERIA` describes each.
 CRITERIA: dict[str, Callable[[_Request], _Found]] = {
     "search": _search,
     "layer_drop": _layer_drop,

@@ -1,4 +1,4 @@
-"""DepthPlan: which layers go, and what was measured of them."""
+"""DepthPlan: the layers to remove, and the measurements of the criterion."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hf_cod.io.schema import check_value, limits
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.stack import DecoderLayers
 
-GIVEN = "given"  # layers that somebody named
-MASSIVE = "massive"  # layers where massive activations arise
+GIVEN = "given"  # layers that the user named
+MASSIVE = "massive"  # layers in which massive activations arise
 
 
 class Candidate(TypedDict):
-    """What a search found, and what it costs."""
+    """A candidate of a search, and its loss."""
 
     layers: list[int]
     loss: float
@@ -26,23 +26,23 @@ class Candidate(TypedDict):
 @renamed(method="criterion")
 @dataclass(frozen=True)
 class DepthPlan(JsonFile):
-    """The layers that a model can do without.
+    """The layers to remove.
 
     Attributes:
         model: the model's name.
-        criterion: which of `CRITERIA` found them, or "given".
-        layers: the layers that go, in ascending order, counted from 0.
+        criterion: the criterion that selected them, one of `CRITERIA`, or "given".
+        layers: the layers to remove, in ascending order, counted from 0.
         parameters: weights in the matrices of each of the model's layers.
-        costs: what the criterion measured of each layer (None where it could not be removed so); empty where nothing
-            was measured. `CRITERIA` says in which unit.
-        protected: layers that no criterion was free to remove.
-        protection: why: "massive", because massive activations arise there, or "given", because somebody named them;
-            empty where none are.
-        candidates: of a search, name -> {"layers", "loss", "maps"} of each plan that it ended with ("exchanges" is what
-            its own last step found): the loss on text that the search did not see, and the number of maps that stood in
-            the place of layers; "intact" is the model itself.
-        replacement: which of `REPLACEMENTS` the candidates were compared with.
-        metric: what the candidates' losses are: "loss", in nats a token, or the name of the task's own metric.
+        costs: the criterion's measure of each layer (None where it is not defined); empty if nothing was measured.
+            `plan_depth` has the definitions.
+        protected: layers that the criterion was not allowed to remove.
+        protection: the reason: "massive", because massive activations arise in them, or "given", because the user named
+            them; empty if there are none.
+        candidates: of a search, name -> {"layers", "loss", "maps"} of each candidate ("exchanges" is the result of the
+            last step of the search): its loss on samples that the search did not use, and the number of maps that
+            replaced layers; "intact" is the model itself.
+        replacement: the replacement with which candidates were compared, one of `REPLACEMENTS`.
+        metric: the unit of the candidates' losses: "loss", in nats a token, or the name of the task's own metric.
     """
 
     FIELD = "depth_plan"
@@ -68,7 +68,7 @@ class DepthPlan(JsonFile):
             raise ValueError(f"layers: expected indices from 0 to {depth - 1} in ascending order, got {self.layers}")
 
     def check_read(self) -> None:
-        """Makes sure that costs, protected layers and candidates are of these layers."""
+        """Checks that costs, protected layers and candidates fit the number of layers."""
         depth = len(self.parameters)
         if len(self.costs) not in (0, depth):
             raise ValueError(f"costs: expected one for each of {depth} layers, or none, got {len(self.costs)}")
@@ -79,28 +79,28 @@ class DepthPlan(JsonFile):
 
     @property
     def kept(self) -> list[int]:
-        """The layers that stay."""
+        """The layers that are kept."""
         return [i for i in range(len(self.parameters)) if i not in self.layers]
 
     @property
     def chosen(self) -> list[str]:
-        """The names of the candidates, of a search, whose layers go."""
+        """The names of the candidates of a search with the chosen layers."""
         return [name for name, found in self.candidates.items() if found["layers"] == self.layers]
 
     def check(self, stack: DecoderLayers) -> None:
-        """Makes sure that this is a plan for that model; warns where only its name is another.
+        """Checks that this is a plan for that model; warns if only the model's name differs.
 
         Raises:
-            ValueError: another number of layers, or layers of other sizes.
+            ValueError: the number of layers or their sizes differ.
         """
         check_sizes("plan", self.model, self.parameters, stack)
 
 
 def check_count(count: int, depth: int, name: str) -> None:
-    """Makes sure that so many of `depth` layers can go.
+    """Checks that `count` of `depth` layers can be removed.
 
     Raises:
-        ValueError: none, or all of them; begins with `name`.
+        ValueError: `count` is less than 1, or all layers; begins with `name`.
     """
     if type(count) is not int or not 1 <= count < depth:
         raise ValueError(f"{name}: expected 1..{depth - 1} of {depth} layers to remove, got {count}")

@@ -1,72 +1,75 @@
-"""`drop_layers`: a model without some of its layers, with linear maps in their place where that is better."""
+"""`drop_layers`: removes layers of a model, and optionally replaces them by linear maps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from hf_cod.compression.depth.depth_plan import GIVEN, MASSIVE, DepthPlan
 from hf_cod.compression.depth.maps import NO_MAPS, Maps
-from hf_cod.compression.depth.settings import REPLACEMENTS, DropLayersSettings
+from hf_cod.compression.depth.settings import REPLACEMENTS, DropLayersFields, DropLayersSettings
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import check_choice, resolve
-from hf_cod.io.text import Batch, describe_batches, split_samples
+from hf_cod.io.text import Batch, Batches, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, other_name, sizes_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.removal import check_drop, drop
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 
-# Share of the samples that no map is fitted to, to measure on whether maps are better.
+# Share of the samples on which maps are measured, and to which they are not fitted.
 CHOICE_SHARE = 1 / 4
 
 
 @renamed(path="layers_path")
+@checked
 def drop_layers(
     model: nn.Module,
     plan: DepthPlan | Sequence[int] | int,
     replacement: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     settings: DropLayersSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[DropLayersFields],
 ) -> RunReport:
-    """Removes layers for good, as `drop` does: what is left is a stock checkpoint.
+    """Removes layers permanently, as `drop` does; the result is a stock model.
 
-    | replacement | in the place of each run of removed layers | needs |
+    | replacement | replaces each run of removed layers by | requires |
     |---|---|---|
     | none | nothing | nothing |
-    | linear | a linear map, folded into the last matrix in front (ReplaceMe, arXiv 2505.02819) | batches |
-    | measured | the same, where the loss on the last quarter of the samples, which no map saw, is lower | batches |
+    | linear | a linear map, folded into the last matrix before the run (ReplaceMe, arXiv 2505.02819) | batches |
+    | measured | the same map, if it lowers the loss on the last quarter of the samples, not used to fit it | batches |
 
-    A map needs a layer in front whose last matrix adds its output to the hidden state: Pre-LN families have one, where
-    norms follow (Post-LN, sandwich norms) or experts stand in banks there is none. Then, and where weights cannot be
-    written or nothing can be measured, the layers are dropped plainly, and the notes say why.
-    `functional/linear_map.py` has the equation.
+    A map requires a layer before the run whose last matrix adds its output to the hidden state. Pre-LN families have
+    such a matrix; it is missing where a norm follows (Post-LN, sandwich norms) or experts are stored in banks. In these
+    cases, and if weights cannot be changed or nothing can be measured, the layers are removed without a map, and the
+    notes give the reason. `functional/linear_map.py` has the equation.
 
-    The report's `layers` hold `cost` (of the plan, where it has some), `removed` (1 or 0) and `parameters`; its
-    `results` hold `removed`, `protected`, `candidates` and `criterion` of the plan, `parameters` before and after of
-    the whole model, and `replacements`: for each run of layers {"layers", "matrix", "explained", "used"} and, measured,
-    "loss": {"plain", "linear"}.
+    The report's `layers` hold `cost` (of the plan, if it has costs), `removed` (1 or 0) and `parameters`; its
+    `results` hold `removed`, `protected`, `candidates` and `criterion` of the plan, `parameters` of the full model
+    before and after, and `replacements`: for each run of layers {"layers", "matrix", "explained", "used"} and, with
+    replacement "measured", "loss": {"plain", "linear"}.
 
     Args:
-        model: a transformers model, wrapped or not; for maps with plain weights.
-        plan: from `plan_depth`, or the layers to remove, or one.
-        replacement: see the table; default: what the plan's candidates were compared with, of layers none.
-        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
-        layers_path: the stack's module name where it cannot be found.
+        model: a transformers model, wrapped or not; maps require plain weights.
+        plan: from `plan_depth`; or the layers to remove, as indices or one index.
+        replacement: see the table; default: the one with which the plan's candidates were compared; none if `plan` is
+            given as indices.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is ignored.
+        layers_path: module name of the layer stack, if it cannot be found automatically.
         name: the model's name in the report; default: where it was loaded from.
-        settings: what stands in the place of layers.
-        **fields: or fields of `DropLayersSettings` by name; beside `replacement` there is none yet.
+        settings: the replacement of removed layers.
+        **fields: or fields of `DropLayersSettings` by name; there are none other than `replacement` yet.
 
     Raises:
-        ValueError: a plan for another model, no such layers, none left, batches missing; what `drop` raises. After
-            these, and whatever else ends the work on the way, the model is unchanged.
+        ValueError: a plan for another model, layers that do not exist, no layers left, missing batches; see also
+            `drop`. After any error or interruption, the model is unchanged.
     """
     chosen = resolve(drop_layers, DropLayersSettings, settings, fields, replacement=replacement).replacement
     stack = find_decoder_layers(model, layers_path)
@@ -77,7 +80,7 @@ def drop_layers(
     check_choice("replacement", chosen, REPLACEMENTS)
     if chosen != "none" and not batches:
         raise ValueError(
-            f"batches: expected at least one for the replacement {chosen}, got none; replacement='none' needs none"
+            f"batches: expected at least one for replacement {chosen}, got none; replacement='none' requires none"
         )
     if batches:
         check_inputs(stack.model, batches)
@@ -95,7 +98,7 @@ def drop_layers(
 
 
 class DropReporter:
-    """Looks at a model before layers are dropped, and reports what became of it.
+    """Records the sizes of a model before layers are removed, and makes the report afterwards.
 
     Args:
         stack: the layers.
@@ -110,7 +113,7 @@ class DropReporter:
         self.environment = environment(execution_device(stack.model), next(stack.model.parameters()).dtype)
 
     def report(self, plan: DepthPlan, replacement: str, batches: Sequence[Batch], maps: Maps) -> RunReport:
-        """Counts what is left."""
+        """Counts the remaining weights, and makes the report."""
         left = _count(self.stack.model)
         return RunReport(
             kind="drop-layers",
@@ -140,13 +143,13 @@ def _count(model: nn.Module) -> int:
 
 
 def _put_maps(stack: DecoderLayers, removed: list[int], batches: Sequence[Batch], measured: bool, maps: Maps) -> None:
-    """Fits maps to the samples; of measured ones to three quarters of them, and the last one decides."""
+    """Fits maps to the samples; if measured, to the first three quarters of them, and measures them on the last."""
     if not measured:
         maps.put(stack, removed, batches)
         return
     samples = describe_batches(batches)["samples"]
     if samples < 2:
-        why = f"they need at least two samples, to fit on one and to measure on one, got {samples}"
+        why = f"at least two samples are required, one to fit and one to measure, got {samples}"
         maps.notes.append(NO_MAPS.format(why))
         return
     fitting, measuring = split_samples(batches, samples - max(1, round(samples * CHOICE_SHARE)))
@@ -156,31 +159,31 @@ def _put_maps(stack: DecoderLayers, removed: list[int], batches: Sequence[Batch]
 def _other_replacement(plan: DepthPlan, replacement: str) -> list[str]:
     if not plan.candidates or replacement == plan.replacement:
         return []
-    return [f"the plan compared its candidates with replacement {plan.replacement}; here it is {replacement}"]
+    return [f"the plan compared its candidates with replacement {plan.replacement}; here, {replacement} is used"]
 
 
 def _summary(plan: DepthPlan, before: int, after: int, replacements: list[dict[str, Any]]) -> list[str]:
     removed = ", ".join(map(str, plan.layers))
-    why = "as asked for" if plan.criterion == GIVEN else f"chosen by {_words(plan.criterion)}"
+    why = "as given" if plan.criterion == GIVEN else f"selected by {_words(plan.criterion)}"
     if plan.chosen:
-        why += f", which compared candidates and took what {' and '.join(map(_words, plan.chosen))} found"
+        why += f" (best of its candidates: {' and '.join(map(_words, plan.chosen))})"
     found = [
         f"{len(plan.layers)} of {len(plan.parameters)} layers are removed ({removed}), {why}; {after:,} of {before:,} "
-        "parameters are left."
+        "parameters remain."
     ]
     if plan.protected:
-        why = ": massive activations arise there" if plan.protection == MASSIVE else ", as asked for"
+        why = ": massive activations arise there" if plan.protection == MASSIVE else ", as given"
         told = "Layer {} was" if len(plan.protected) == 1 else "Layers {} were"
         found.append(f"{told.format(', '.join(map(str, plan.protected)))} protected{why}.")
     if plan.candidates:
         order = sorted(plan.candidates, key=lambda name: plan.candidates[name]["loss"])
         told = ", ".join(f"{_words(name)} {plan.candidates[name]['loss']:.3f}" for name in order)
         how = ", with maps" if any(found.get("maps") for found in plan.candidates.values()) else ""
-        found.append(f"{_words(plan.metric).capitalize()} on samples that the search did not see{how}: {told}.")
+        found.append(f"{_words(plan.metric).capitalize()} on samples that the search did not use{how}: {told}.")
     if replacements:
         used = [entry["matrix"] for entry in replacements if entry["used"]]
         where = f": {', '.join(used)}" if used else ""
-        found.append(f"{len(used)} of {len(replacements)} linear maps in the place of layers are kept{where}.")
+        found.append(f"{len(used)} of {len(replacements)} linear maps that replace layers are kept{where}.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Linear maps in the place of removed layers: fitted, judged, kept where they help, and taken back."""
+"""Linear maps that replace removed layers: fits them, measures them, keeps those that help, and can undo them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from hf_cod.layers.checks import check_writable
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.task import task_of
 
-NO_MAPS = "no linear maps in the place of layers: {}"
+NO_MAPS = "no linear maps replace layers: {}"
 
 
 @dataclass(frozen=True)
 class Maps:
-    """What became of the maps of a model, and what the matrices held that they are folded into.
+    """The linear maps of a model, and the original contents of the matrices into which they are folded.
 
     Attributes:
-        replacements: of each run of removed layers {"layers", "matrix", "explained", "used"} and, judged, "loss".
-        notes: why there is none in some places.
+        replacements: for each run of removed layers {"layers", "matrix", "explained", "used"} and, if measured, "loss".
+        notes: the reasons for runs without a map.
     """
 
     replacements: list[dict[str, Any]] = field(default_factory=list)
@@ -40,13 +40,13 @@ class Maps:
         fitting: Sequence[Batch],
         measuring: Sequence[Batch] | None = None,
     ) -> None:
-        """Folds a map for each run of removed layers, which are still there, into the matrix in front of it.
+        """Folds a map for each run of layers to remove into the matrix before it. The layers must still be there.
 
         Args:
             stack: the layers.
-            removed: which of them are to go, in ascending order.
-            fitting: the samples that maps are fitted to.
-            measuring: others: a map stays only where it lowers the loss on them; None: all stay.
+            removed: the layers to remove, in ascending order.
+            fitting: the samples to which maps are fitted.
+            measuring: other samples; a map is kept only if it lowers the loss on them. None: all maps are kept.
         """
         try:
             check_writable(stack)
@@ -59,9 +59,9 @@ class Maps:
             try:
                 matrix, name, T, explained = replacer.fit(block)
             except ValueError as error:
-                self.notes.append(f"no linear map in the place of {block}: {error}")
+                self.notes.append(f"no linear map replaces {block}: {error}")
             else:
-                self._changed.append((matrix, contents(matrix)))  # first: whatever ends the work can take it back
+                self._changed.append((matrix, contents(matrix)))  # first, so that any error can undo the map
                 put_in(matrix, T)
                 told = {"layers": [*range(block.first, block.last + 1)], "matrix": name, "explained": explained}
                 verdict = {"used": True} if judge is None else judge.verdict()
@@ -71,7 +71,7 @@ class Maps:
             replacer.skip(block)
 
     def take_back(self) -> None:
-        """Gives the matrices what they held."""
+        """Restores the original contents of the matrices."""
         while self._changed:
             self._take_last_back()
 
@@ -81,15 +81,15 @@ class Maps:
 
 
 class _Judge:
-    """Whether maps lower the loss of the model without layers, on samples that no map is fitted to.
+    """Measures whether maps lower the loss of the model without the removed layers, on samples not used for fitting.
 
     Args:
         stack: the layers.
-        removed: which of them are left out.
+        removed: the layers that are left out.
         batches: the samples.
 
     Raises:
-        ValueError: a model that has no loss of its own.
+        ValueError: the model has no loss of its own.
     """
 
     def __init__(self, stack: DecoderLayers, removed: list[int], batches: Sequence[Batch]) -> None:
@@ -100,12 +100,12 @@ class _Judge:
         self._least = self._loss()
 
     def verdict(self) -> dict[str, Any]:
-        """Whether the model as it is now is better than all before it, and both losses."""
+        """Whether the model's current loss is lower than all before it, and both losses."""
         loss = {"plain": self._least, "linear": self._loss()}
         self._least = min(loss.values())
         return {"used": loss["linear"] < loss["plain"], "loss": loss}
 
     def _loss(self) -> float:
-        """With what is in the model now: nothing is kept from one call to the next."""
+        """The loss with the current contents of the model; nothing is cached between calls."""
         (found,) = RemovalProbe(self._stack, self._metric, self._batches).losses([self._removed], "measuring maps")
         return found

@@ -1,4 +1,4 @@
-"""Losses of a model without some of its layers, for many choices of them at once."""
+"""Losses of a model without some of its layers, for many sets of layers at once."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.task import model_inputs
 
 Removed = tuple[int, ...]
-"""The layers that are left out, in ascending order."""
+"""The removed layers, in ascending order."""
 
 
 class RemovalProbe:
-    """Measures what removals cost, on the same batches.
+    """Measures the losses after removals, all on the same batches.
 
-    Removals that begin alike share their hidden states as long as they do: in front of the first layer that only one
-    of them removes nothing is computed twice. Memory holds one hidden state for each place where they part.
+    Removals share the hidden states up to the first layer in which they differ, which are computed once. Memory holds
+    one hidden state for each layer at which removals branch.
 
     Args:
         stack: the layers.
         metric: from `find_metric`.
         batches: dicts for the model's forward.
-        journal: keeps the rows of each (batch, removal); what it holds already is not computed again.
+        journal: saves the rows of each (batch, removal); saved rows are not computed again.
         show_progress: show progress bars.
 
     Raises:
@@ -74,8 +74,8 @@ class RemovalProbe:
             self._journal.add(_key(number, removed), self._metric.rows(outputs, batch, intact))
 
     def _outputs(self, inputs: dict[str, Any], removals: list[Removed]) -> Iterator[tuple[Removed, Any]]:
-        """(removal, the model's outputs without it), depth first; those that remove a layer before those that keep it,
-        so that few states wait.
+        """Yields (removal, the model's outputs without it), depth first. Removals of a layer come before those that
+        keep it, so that few states are stored.
         """
         stack = self._stack
         with layer_states(stack) as states:

@@ -1,4 +1,4 @@
-"""A removed block of layers as a linear map, folded into the last matrix in front of it: no new modules."""
+"""Replaces a removed block of layers by a linear map, folded into the last matrix before it, without new modules."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.task import model_inputs
 
-# How far the layer's output may be from what it would be if the matrix' output were added to it, as a share.
+# Tolerance, as a share of a change of the matrix's output, of the test that it is added to the layer's output.
 ADDED_WITHIN = 0.05
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive layers that are removed: `first` to `last`; counted from 0."""
+    """Consecutive layers to remove, from `first` to `last`, counted from 0."""
 
     first: int
     last: int
@@ -45,16 +45,16 @@ def blocks_of(layers: Sequence[int]) -> list[Block]:
 
 
 class BlockReplacer:
-    """Fits maps to the removed blocks of a model from the first to the last, each behind the maps before it.
+    """Fits maps to the removed blocks of a model, from the first to the last.
 
-    What a map is to reach is the intact model's hidden state behind the block; what it starts from is the hidden state
-    of the shortened model in front, with the maps before: so it makes up for what the cuts before it did, too.
+    The target of a map is the intact model's hidden state after the block. Its input is the hidden state of the
+    shortened model before the block, with the previous maps, so it also compensates the errors of previous removals.
 
-    Beside the model, memory holds the hidden states behind the blocks, and one more, of each batch on the CPU.
+    In addition to the model, memory holds the hidden states after the blocks, and one more, of each batch on the CPU.
 
     Args:
-        stack: the layers of a model whose weights can be written.
-        removed: the layers that are to go, in ascending order; they are still there.
+        stack: the layers of a model whose weights can be changed.
+        removed: the layers to remove, in ascending order; they must still be there.
         batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
         damping: see `MapSums.solve`.
     """
@@ -66,7 +66,7 @@ class BlockReplacer:
         device = execution_device(stack.model)
         self._batches = [to_device(batch, device) for batch in batches]
         self.blocks = blocks_of(removed)
-        self._at = 0  # the layer that the shortened model has reached
+        self._at = 0  # the next layer of the shortened model to run
         self._behind: dict[int, list[Tensor]] = {block.last: [] for block in self.blocks}
         self._before: list[State] = []
         self._run_intact()
@@ -84,16 +84,16 @@ class BlockReplacer:
 
     @torch.no_grad()
     def fit(self, block: Block) -> tuple[nn.Module, str, Tensor, float]:
-        """The map of the next block, which is not put into the model.
+        """Fits the map of the next block, without changing the model.
 
         Returns:
-            The matrix that it can be folded into, its name, the map, and the share of the change that it explains.
+            The matrix into which it can be folded, its name, the map, and the share of the change that it explains.
 
         Raises:
             ValueError: there is no such matrix; says why.
         """
         if block.first == 0:
-            raise ValueError("there is no layer in front of it")
+            raise ValueError("there is no layer before it")
         front = block.first - 1
         with evaluation_mode(self._stack):
             self._advance(front)
@@ -112,7 +112,7 @@ class BlockReplacer:
 
     @torch.no_grad()
     def skip(self, block: Block) -> None:
-        """Goes on behind a block, with what is in the model now."""
+        """Continues after a block, with the current contents of the model."""
         with evaluation_mode(self._stack):
             self._advance(block.first)
         self._at = block.last + 1
@@ -127,7 +127,7 @@ class BlockReplacer:
 
 
 def contents(matrix: nn.Module) -> dict[str, Tensor]:
-    """A copy of what a matrix holds, for `put_back`."""
+    """A copy of a matrix's parameters, for `put_back`."""
     return {name: p.detach().clone() for name, p in matrix.named_parameters(recurse=False)}
 
 
@@ -141,7 +141,7 @@ def put_in(matrix: Any, T: Tensor) -> None:
 
 @torch.no_grad()
 def put_back(matrix: nn.Module, before: dict[str, Tensor]) -> None:
-    """Gives a matrix what it held before."""
+    """Restores the parameters of a matrix."""
     for name, p in matrix.named_parameters(recurse=False):
         p.copy_(before[name])
 
@@ -149,12 +149,12 @@ def put_back(matrix: nn.Module, before: dict[str, Tensor]) -> None:
 def added_matrix(
     stack: DecoderLayers, layer: int, inputs: dict[str, Any], before: State | None
 ) -> tuple[str, nn.Module]:
-    """The last matrix of a layer, if its output is added to the layer's output as it is.
+    """The last matrix of a layer, if its output is added unchanged to the layer's output.
 
-    That is tried, not read from names: a change d of the matrix' output must change the layer's output by d. It holds
-    for the MLP's last matrix of Pre-LN families (and of a shared expert), not where a norm follows (Post-LN, sandwich
-    norms), and not for banks of experts, which are no single matrix. A map has no zeros, so that a pruned matrix takes
-    none.
+    This is tested by running the layer: a change d of the matrix's output must change the layer's output by d. It holds
+    for the last matrix of the MLP (or of a shared expert) in Pre-LN families, but not if a norm follows (Post-LN,
+    sandwich norms), and not for banks of experts, which are not a single matrix. Pruned matrices are excluded, because
+    a map would fill their zeros.
 
     Raises:
         ValueError: there is none; says why.
@@ -184,16 +184,16 @@ def added_matrix(
         handle.remove()
     error = (wide(changed) - wide(hidden) - wide(d)).norm()  # float16 would overflow to infinity
     if not float(error) <= ADDED_WITHIN * float(wide(d).norm()):
-        why = "experts stand" if stack.experts(layer) else "as where a norm or a gate stands"
+        why = "experts follow it" if stack.experts(layer) else "for example because a norm or a gate follows it"
         raise ValueError(
-            f"what {called[-1]} of layer {layer} gives is not added to the hidden state as it is, {why} behind it"
+            f"the output of {called[-1]} of layer {layer} is not added unchanged to the hidden state, {why}"
         )
     return called[-1], matrix
 
 
 @contextmanager
 def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Fills the list with what the module returns."""
+    """Collects the outputs of the module in a list."""
     outputs: list[Tensor] = []
     handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:

@@ -1,4 +1,4 @@
-"""A search for the layers that a model misses least, by the measured loss of all that is left."""
+"""A search for the layers whose joint removal costs least, by the measured loss of the remaining model."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from hf_cod.compression.depth.removal_probe import RemovalProbe
 
 
 class LayerSearch:
-    """Greedy removal with losses measured anew in each round, then exchanges of removed for kept layers.
+    """Greedy removal with losses measured again in each round, then exchanges of removed and kept layers.
 
-    Each step tries the `width` layers alone that promise to cost least, by what each one's removal was last seen to
-    cost. Costs grow with the layers that are gone already, so what was measured long ago promises too much and is
-    soon tried again.
+    Each step tries only the `width` layers of least expected cost, by the last measured cost of each layer. Costs grow
+    with the number of removed layers, so costs that were measured early are too low, and these layers are soon tried
+    again.
 
     Args:
-        probe: measures on the text of the search.
-        costs: layer -> what the removal of it alone costs, for all that may be removed.
-        width: how many layers each step tries.
+        probe: measures on the samples of the search.
+        costs: layer -> cost of its removal alone, for all removable layers.
+        width: number of layers that each step tries.
     """
 
     def __init__(self, probe: RemovalProbe, costs: dict[int, float], width: int) -> None:
@@ -25,7 +25,7 @@ class LayerSearch:
         self._costs = dict(costs)
 
     def greedy(self, count: int) -> list[int]:
-        """`count` layers, one after another, each the one whose removal costs least beside those before it."""
+        """Selects `count` layers, one after another, each of least cost given the layers removed before it."""
         removed: list[int] = []
         (loss,) = self._probe.losses([removed])
         for number in range(count):
@@ -38,10 +38,10 @@ class LayerSearch:
         return sorted(removed)
 
     def exchange(self, removed: Iterable[int]) -> list[int]:
-        """Puts a removed layer back and takes another one out, as long as that lowers the loss."""
+        """Replaces removed layers by kept ones, one at a time, while that lowers the loss."""
         chosen = sorted(removed)
         (loss,) = self._probe.losses([chosen])
-        settled = 0  # layers in a row for which there was nothing better
+        settled = 0  # consecutive layers without a better exchange
         turn = list(chosen)
         while settled < len(chosen):
             back = turn.pop(0)

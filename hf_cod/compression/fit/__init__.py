@@ -1,1 +1,1 @@
-"""The combination of ways to make a model smaller that meets a budget with the least measured loss."""
+"""Finds the combination of compression methods (knobs) that meets a budget with the least measured loss."""

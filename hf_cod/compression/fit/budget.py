@@ -1,4 +1,4 @@
-"""What a budget counts, and whether it is within reach."""
+"""Budgets: their units, and whether they can be met."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hf_cod.layers.size import ModelSize
 
 
 def check_budget(kind: str, value: float) -> None:
-    """Makes sure that this can be a budget.
+    """Checks the kind and the value of a budget.
 
     Raises:
-        ValueError: an unknown kind, nothing or less, or a share of parameters above 1.
+        ValueError: an unknown kind, a value of 0 or less, or a share of parameters above 1.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -28,11 +28,11 @@ def check_budget(kind: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a model may take.
+    """The largest allowed size of a model.
 
     Attributes:
         kind: one of `settings.KINDS`.
-        value: the most that is allowed, in that unit.
+        value: the largest allowed size, in the unit of `kind`.
         intact: the size of the intact model.
     """
 
@@ -51,7 +51,7 @@ class Budget:
         return (self.value - (size.bytes - size.layer_bytes)) / size.layer_bytes
 
     def left(self, size: ModelSize) -> float:
-        """The share of the layers that is left, in what the budget counts."""
+        """The remaining share of the layers, in the unit of the budget."""
         if self.kind == "parameter_share":
             return size.layer_weights / self.intact.layer_weights
         return size.layer_bytes / self.intact.layer_bytes
@@ -61,12 +61,12 @@ class Budget:
         return self.left(size) <= self.most * (1 + 1e-9)
 
     def check_reach(self, left: Mapping[str, float], within: float = 1.0, notes: Sequence[str] = ()) -> None:
-        """Makes sure that all knobs together can meet it, as far as their savings multiply.
+        """Checks that all knobs together can meet the budget, on the assumption that their savings multiply.
 
         Args:
-            left: knob -> the least share of the layers that it leaves alone.
-            within: how far below that they may come, as a share of it.
-            notes: why other knobs, or levels, are left out.
+            left: knob -> the least remaining share of the layers with this knob alone.
+            within: a factor on the least share, as a tolerance for rounding.
+            notes: the reasons why other knobs, or levels, are excluded.
 
         Raises:
             ValueError: they cannot; says the least possible.
@@ -80,11 +80,11 @@ class Budget:
             )
 
     def told(self, value: float) -> str:
-        """A budget as it is written on the command line."""
+        """A budget in the notation of the command line."""
         return f"{value / 1e6:.4g}MB" if self.kind == "memory" else f"{value:.4g}"
 
     def _in_unit(self, left: float) -> float:
-        """The budget that a share of the layers is."""
+        """The budget that corresponds to a share of the layers."""
         size = self.intact
         if self.kind == "parameter_share":
             return left
@@ -94,7 +94,7 @@ class Budget:
 
 
 def _least_together(left: Mapping[str, float]) -> float:
-    """The least product, of knobs that exclude each other with one alone."""
+    """The least product of shares; of knobs that exclude each other, at most one is used."""
     sets = [set(used) for number in range(len(left) + 1) for used in combinations(left, number)]
     allowed = [used for used in sets if not any(used.issuperset(pair) for pair in EXCLUSIVE)]
     return min(math.prod(left[knob] for knob in used) for used in allowed)

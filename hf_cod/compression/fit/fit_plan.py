@@ -1,4 +1,4 @@
-"""FitPlan: which steps make a model meet a budget, and what was measured on the way to it."""
+"""FitPlan: the steps by which a model meets a budget, and the measurements of the search."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ _Point = tuple[float, float, dict[str, float]]
 
 @dataclass(frozen=True)
 class FitPlan(JsonFile):
-    """What is done to a model.
+    """The compression steps for a budget.
 
     Attributes:
-        kind: what the budget counts: "memory" (bytes of the whole model), "parameter_share" (of the weights of
-            the layers' matrices) or "bits" (stored bits for each weight that those had).
-        budget: the most that is allowed.
-        steps: knob -> level, in the order of application; empty where the model meets the budget as it is.
-        loss: nats a token with these steps, on the samples that the plan was chosen on.
-        intact_loss: of the intact model on them.
+        kind: unit of the budget: "memory" (bytes of the full model), "parameter_share" (of the weights of the layers'
+            matrices) or "bits" (stored bits for each weight of the intact layers' matrices).
+        budget: the largest allowed size.
+        steps: knob -> level, in the order of application; empty if the intact model meets the budget.
+        loss: nats a token with these steps, on the samples by which the plan was chosen.
+        intact_loss: of the intact model on these samples.
         size: bytes, layer_bytes and layer_weights with these steps.
-        alone: knob -> {"levels", "losses", "left"}: what each level that was tried alone costs, and leaves of the
-            layers.
-        tried: combinations that were measured, each {"steps", "expected", "loss", "left"}.
-        curve: the least loss that is expected with each share left, as [share, nats a token, steps].
-        notes: which knobs, or levels of them, could not be tried, and why; which knobs alone do not meet the budget.
+        alone: knob -> {"levels", "losses", "left"}: the loss and the remaining share of the layers of each level that
+            was measured alone.
+        tried: the measured combinations, each {"steps", "expected", "loss", "left"}.
+        curve: the least expected loss for each remaining share, as [share, nats a token, steps].
+        notes: the knobs and levels that could not be tried, with reasons; the knobs that do not meet the budget alone.
     """
 
     FIELD = "fit_plan"
@@ -71,7 +71,7 @@ class FitPlan(JsonFile):
         object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=1))
 
     def check_read(self) -> None:
-        """Makes sure that what was measured has its entries, as many losses as levels."""
+        """Checks that measurements are complete, with one loss for each level."""
         check_value(self.size, _Size, "size")
         check_value(self.alone, dict[str, _Alone], "alone")
         check_value(self.tried, list[_Tried], "tried")

@@ -1,11 +1,11 @@
-"""The ways to make a model smaller that a plan may combine, in one table, in the order in which they are applied."""
+"""The table of knobs: compression methods that a plan may combine, in the order of application."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
@@ -20,8 +20,9 @@ from hf_cod.compression.quantization.quantize import quantize
 from hf_cod.compression.sparse.quantizer import pack_sparse
 from hf_cod.compression.width.narrower import narrow
 from hf_cod.functional.bits import BITS
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.text import Batch
+from hf_cod.io.text import Batches
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.removal import check_drop
@@ -31,35 +32,36 @@ from hf_cod.models.shaping import check_shapeable
 from hf_cod.scoring.allocation import allocate
 from hf_cod.scoring.methods import score_layers
 
-# The score by which layers get more or less, where a method does not find out itself; one forward pass finds it.
+# The score by which a budget is distributed over layers, for methods without their own; it takes one forward pass.
 SCORE = "angular"
 SPREAD = 0.08
-# Bits a weight that scales take beside codes, more where rows are no whole blocks.
+# Bits a weight of scales, in addition to codes; more if the length of rows is not a multiple of the block.
 SCALES = 0.127
 
 
 @renamed(path="layers_path")
+@checked
 @dataclass(frozen=True)
 class Applying:
-    """What the application of a knob needs.
+    """The inputs for the application of a knob.
 
     Attributes:
-        batches: the text to calibrate on.
+        batches: the calibration batches.
         journal: a directory for finished layers, or None.
-        layers_path: the stack's module name where it cannot be found.
+        layers_path: module name of the layer stack, if it cannot be found automatically.
         show_progress: show progress bars.
-        measured: a directory for what is measured before anything changes, which all levels of a knob share; default:
-            the journal.
+        measured: a directory for measurements of the intact model, which all levels of a knob share; default: the
+            journal.
     """
 
-    batches: Sequence[Batch]
+    batches: Batches
     journal: Path | None = None
     layers_path: str | None = None
     show_progress: bool = False
     measured: Path | None = None
 
     def options(self) -> dict[str, Any]:
-        """As the methods take them."""
+        """Keyword arguments for the functions that change the model."""
         return {
             "batches": self.batches,
             "journal": self.journal,
@@ -68,24 +70,34 @@ class Applying:
         }
 
     def measuring(self) -> dict[str, Any]:
-        """As those take them that measure."""
+        """Keyword arguments for the functions that measure the model."""
         return self.options() | {"journal": self.measured or self.journal}
+
+
+class ApplyingFields(TypedDict, total=False):
+    """Fields of `Applying` that `apply_steps` takes by name."""
+
+    batches: Batches
+    journal: Path | None
+    layers_path: str | None
+    show_progress: bool
+    measured: Path | None
 
 
 @dataclass(frozen=True)
 class Knob:
-    """One way to make a model smaller.
+    """One compression method.
 
     Attributes:
         levels: (model, layers' module name or None) -> levels that a plan may choose, mildest first.
-        tried: how many of those are measured, evenly spread, the last one included; costs between are interpolated.
+        tried: the number of measured levels, evenly spaced, the last one included; costs in between are interpolated.
         apply: (model, level, how) -> changes the model in place.
-        check: raises ValueError or ImportError where the model, or what is installed, shows at once that no level can
-            be applied. What shows only on the way, `apply` raises.
-        describe: level -> what it means.
-        left: (layers, level) -> the share of the layers that is left, but for what rounding to whole ranks, heads,
-            channels and blocks changes.
-        structural: whether parameters become fewer, so that a budget of parameters can be met by it.
+        check: raises ValueError or ImportError if the model, or the installed packages, show that no level can be
+            applied. Errors that occur only during the work are raised by `apply`.
+        describe: level -> its description.
+        left: (layers, level) -> the remaining share of the layers, without rounding to integer ranks, heads, channels
+            and blocks.
+        structural: whether the number of parameters decreases, as a budget of parameters requires.
     """
 
     levels: Callable[[nn.Module, str | None], list[float]]
@@ -102,7 +114,7 @@ def _shares(*percent: int) -> Callable[[nn.Module, str | None], list[float]]:
 
 
 def _left_by_depth(stack: DecoderLayers, count: float) -> float:
-    """Whichever layers go: the largest ones."""
+    """The share if the largest layers are removed."""
     sizes = sorted(stack.count_weights(index) for index in range(len(stack)))
     return sum(sizes[: len(sizes) - int(count)]) / sum(sizes)
 
@@ -112,7 +124,7 @@ def _left_by_share(stack: DecoderLayers, share: float) -> float:
 
 
 def _left_by_sparsity(stack: DecoderLayers, share: float) -> float:
-    """A bit a weight says where the others stand."""
+    """The share with the mask of one bit a weight."""
     return 1 - share + 1 / _bits_a_weight(stack)
 
 
@@ -148,7 +160,7 @@ def _sparse(model: Any, share: float, how: Applying) -> None:
 
 
 def _bits(model: Any, codes: float, how: Applying) -> None:
-    """Scales come on top of the bits of codes."""
+    """Quantizes to `codes` bits a weight, without scales."""
     if codes in BITS:
         quantize(model, OwlBnbConfig(bits=codes), **how.options())
         return
@@ -161,9 +173,9 @@ def _bits(model: Any, codes: float, how: Applying) -> None:
 
 def _check_depth(stack: DecoderLayers) -> None:
     if len(stack) < 3:
-        raise ValueError(f"layers: expected at least 3, of which a third may go, got {len(stack)}")
+        raise ValueError(f"layers: expected at least 3, of which up to a third are removed, got {len(stack)}")
     check_independent(stack, "layers")
-    check_drop(stack.model, len(stack) - 1, stack.layers_path)  # all others keep their numbers
+    check_drop(stack.model, len(stack) - 1, stack.layers_path)  # all other layers keep their indices
 
 
 def _check_plain(stack: DecoderLayers) -> None:
@@ -184,12 +196,12 @@ def _check_width(stack: DecoderLayers) -> None:
 
 
 def _check_bits(stack: DecoderLayers) -> None:
-    import hf_cod.compression.quantization.bnb  # noqa: F401 - its absence is told before any work
+    import hf_cod.compression.quantization.bnb  # noqa: F401 - fails before any work if bitsandbytes is missing
 
     _check_plain(stack)
 
 
-# Knob -> what it does. Order matters: what removes structure comes before what stores the rest in fewer bits.
+# Knob -> its method. Order matters: methods that remove structure come before sparsity and quantization.
 KNOBS: dict[str, Knob] = {
     "depth": Knob(
         lambda model, layers_path: [float(n) for n in range(1, 1 + len(find_decoder_layers(model, layers_path)) // 3)],
@@ -204,7 +216,7 @@ KNOBS: dict[str, Knob] = {
         3,
         _width,
         _check_width,
-        lambda x: f"{x:.0%} of the weights by heads and channels",
+        lambda x: f"{x:.0%} of the weights removed by heads and channels",
         _left_by_share,
     ),
     "rank": Knob(
@@ -212,7 +224,7 @@ KNOBS: dict[str, Knob] = {
         4,
         _low_rank,
         _check_rank,
-        lambda x: f"{x:.0%} of the weights by low rank",
+        lambda x: f"{x:.0%} of the weights removed by low rank",
         _left_by_share,
     ),
     "sparsity": Knob(
@@ -220,7 +232,7 @@ KNOBS: dict[str, Knob] = {
         3,
         _sparse,
         _check_plain,
-        lambda x: f"{x:.0%} of the weights zero, and packed",
+        lambda x: f"{x:.0%} of the weights zero and packed",
         _left_by_sparsity,
         structural=False,
     ),
@@ -229,28 +241,28 @@ KNOBS: dict[str, Knob] = {
         3,
         _bits,
         _check_bits,
-        lambda x: f"{x:g} bits a weight, and scales",
+        lambda x: f"{x:g} bits a weight, plus scales",
         _left_by_bits,
         structural=False,
     ),
 }
 # A matrix is stored packed or in few bits, not both.
 EXCLUSIVE = (("sparsity", "bits"),)
-# What a method raises that a model, or what is installed, is not made for, and a trial for a loss that is not finite;
-# RuntimeError: what torch raises where a matrix has no decomposition, a device no memory or an operation no kernel.
+# Errors of methods that do not support the model or miss a package, and of trials with a loss that is not finite.
+# RuntimeError: torch's, if a decomposition fails, memory is exhausted, or an operation has no kernel.
 FAILURES = (ValueError, ImportError, RuntimeError)
 
 
 def describe_steps(steps: dict[str, float]) -> str:
-    """Steps in words."""
+    """The description of all steps."""
     return "; ".join(KNOBS[knob].describe(level) for knob, level in steps.items()) or "nothing"
 
 
 def chosen_knobs(knobs: Sequence[str] | None, kind: str) -> list[str]:
-    """The named ones, or all, that can meet a budget of this kind, in the order of the table.
+    """The named knobs, or all, that can meet a budget of this kind, in the order of the table.
 
     Raises:
-        ValueError: an unknown one, or none.
+        ValueError: an unknown knob, or none left.
     """
     unknown = [knob for knob in knobs or () if knob not in KNOBS]
     if unknown:
@@ -261,12 +273,12 @@ def chosen_knobs(knobs: Sequence[str] | None, kind: str) -> list[str]:
     if not chosen:
         fewer = ", ".join(knob for knob in KNOBS if KNOBS[knob].structural)
         got = ", ".join(knobs or ()) or "none"
-        raise ValueError(f"knobs: expected at least one that makes parameters fewer ({fewer}), got {got}")
+        raise ValueError(f"knobs: expected at least one that reduces the number of parameters ({fewer}), got {got}")
     return chosen
 
 
 def left_out(knobs: Sequence[str], stack: DecoderLayers, named: bool) -> dict[str, str]:
-    """Knob -> why the model cannot do it, in words; where knobs were named, raises that instead."""
+    """Knob -> a note on why it cannot be applied to the model; raises the error instead if knobs were named."""
     why: dict[str, str] = {}
     for knob in knobs:
         try:

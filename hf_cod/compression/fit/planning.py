@@ -1,24 +1,25 @@
-"""`plan_fit`: the combination of steps with the least measured loss within a budget."""
+"""`plan_fit`: finds the combination of compression steps with the least measured loss within a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from hf_cod.compression.fit.budget import Budget, check_budget
 from hf_cod.compression.fit.fit_plan import FitPlan
 from hf_cod.compression.fit.knobs import EXCLUSIVE, FAILURES, KNOBS, chosen_knobs, describe_steps, left_out
-from hf_cod.compression.fit.settings import FitSettings
+from hf_cod.compression.fit.settings import FitFields, FitSettings
 from hf_cod.compression.fit.trials import Steps, Trial, Trials
 from hf_cod.functional.combination import Combination, best_combinations, filled, rising
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value, renamed
 from hf_cod.io.files import fingerprint
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, check_batches
+from hf_cod.io.text import Batches, check_batches
 from hf_cod.layers.fingerprints import Journals, digest_batches
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import progress
@@ -26,64 +27,65 @@ from hf_cod.layers.size import size_of
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.settings import OLD_KINDS
 
-# How far below what its knobs promise a model may come out, as a share: whole ranks, heads and channels are rounded.
+# Tolerance, as a factor on the expected size: integer ranks, heads and channels are rounded.
 ROUNDING = 0.95
-# How often a choice of knobs is tightened where its measured size is above the budget.
+# How often the levels of a set of knobs are increased while its measured size is above the budget.
 TIGHTENINGS = 4
-# Points of the trade-off curve: shares of the layers that are left.
+# Points of the trade-off curve: remaining shares of the layers.
 CURVE = tuple(share / 100 for share in range(95, 5, -5))
 
 
 @renamed(path="layers_path")
+@checked
 def plan_fit(
     make: Callable[[], nn.Module],
     kind: str,
     budget: float,
-    calibration: Sequence[Batch],
-    tuning: Sequence[Batch],
+    calibration: Batches,
+    tuning: Batches,
     *,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: FitSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[FitFields],
 ) -> FitPlan:
-    """Finds how to make a model meet a budget.
+    """Finds the compression steps with which a model meets a budget.
 
-    1. Each knob is tried alone at a few levels: what it costs (nats a token on `tuning`) and what it leaves.
-    2. Costs are taken to add up, savings to multiply; under that assumption all combinations of levels are compared.
-    3. The best choice of each knob alone, and of the `verify` best sets of knobs, are applied and measured as a whole,
-       because the assumption is one. What misses the budget when it is measured is tightened. The best of them stays.
+    1. Each knob is measured alone at a few levels: its cost (nats a token on `tuning`) and the remaining size.
+    2. All combinations of levels are compared, on the assumption that costs add up and savings multiply.
+    3. The best level of each knob alone, and the `verify` best combinations of several knobs, are applied and measured,
+       because the assumption is approximate. If a measured size exceeds the budget, levels are increased. The
+       combination with the least measured loss is the plan.
 
-    So the plan is never worse, on `tuning`, than any single method at the levels of it that were measured and meet the
-    budget; a method that does not meet it alone is named in the notes.
-
-    Of a model that meets the budget as it is nothing is tried, and the plan has no steps.
+    The loss of the plan on `tuning` is therefore at most that of any single method at the measured levels that meet the
+    budget. The notes name methods that do not meet the budget alone. If the intact model meets the budget, nothing is
+    tried, and the plan has no steps.
 
     Args:
-        make: gives a fresh copy of the intact model at each call (a function that loads it); one at a time is alive.
-        kind: "memory" (bytes of the whole model), "parameter_share" (of the weights of the layers' matrices, 0 to 1)
+        make: a function that loads the intact model; each call must return a new copy. One copy at a time is in memory.
+        kind: "memory" (bytes of the full model), "parameter_share" (of the weights of the layers' matrices, 0 to 1)
             or "bits" (stored bits for each of those weights).
-        budget: the most that is allowed, in that unit.
-        calibration: dicts for the model's forward, which methods calibrate on.
-        tuning: other ones, which losses are measured on.
-        journal: a directory: what was measured is kept there, and the same call goes on where it stopped.
-        layers_path: the stack's module name where it cannot be found.
+        budget: the largest allowed size, in the unit of `kind`.
+        calibration: dicts for the model's forward, on which methods calibrate.
+        tuning: other ones, on which losses are measured.
+        journal: a directory to which measurements are saved; the same call resumes from it.
+        layers_path: module name of the layer stack, if it cannot be found automatically.
         show_progress: show a progress bar.
-        settings: what to choose from, and how well it is checked.
+        settings: the knobs to choose from, and the number of combinations to measure.
         **fields: or fields of `FitSettings` by name: `knobs`, names of `KNOBS` to choose from (default: all that can
-            help, of which those that this model cannot do are left out; levels at which a method fails are left out in
-            either case; the plan's notes tell what was), and `verify`, how many sets of knobs are measured as a whole,
-            beside each knob alone.
+            reduce the size in the unit of `kind`, without those that cannot be applied to this model), and `verify`,
+            the number of combinations of several knobs to measure, in addition to each knob alone. Levels at which a
+            method fails are always excluded. The plan's notes name all excluded knobs and levels.
 
     Raises:
-        ValueError: an unknown kind or knob; a budget that is none, or out of reach, which says the least possible,
-            before anything is measured (where knobs fail on the way, or rounding decides, once they are measured
-            alone); a named knob that the model cannot do, before anything is measured where the model shows it.
-        ImportError: a named knob needs a package that is not installed; before anything is measured.
+        ValueError: an unknown kind or knob; an invalid budget; a budget out of range (says the least possible), before
+            anything is measured, or, if knobs fail or rounding decides, after they are measured alone; a named knob
+            that cannot be applied to the model, before anything is measured if the model shows it.
+        ImportError: a named knob requires a package that is not installed; before anything is measured.
     """
     how = resolve(plan_fit, FitSettings, settings, fields)
-    knobs, kind = how.knobs, current_value("kind", kind, OLD_KINDS, above=1)
+    knobs, kind = how.knobs, current_value("kind", kind, OLD_KINDS, above=2)
     check_budget(kind, budget)
     if isinstance(make, nn.Module):
         raise ValueError(f"make: expected a function that loads the model, got a model ({type(make).__name__})")
@@ -115,14 +117,14 @@ def plan_fit(
 
 
 class _Search:
-    """Levels, what they cost alone, and what was measured together.
+    """The levels of knobs, their costs alone, and the measured combinations.
 
     Args:
-        trials: measure.
-        budget: what is to be met.
+        trials: measures combinations.
+        budget: the budget to meet.
         levels: of each knob.
-        named: whether somebody asked for these knobs.
-        notes: begins with these.
+        named: whether the user named the knobs.
+        notes: the first notes of the plan.
     """
 
     def __init__(
@@ -137,14 +139,14 @@ class _Search:
         self._tried: dict[str, tuple[float, Trial]] = {}
 
     def is_met_intact(self) -> bool:
-        """Whether the model meets the budget as it is, so that nothing is to be found."""
+        """Whether the intact model meets the budget; it is then the plan."""
         if self._budget.most < 1:
             return False
         self._tried[""] = (self._intact.loss, self._intact)
         return True
 
     def measure_alone(self, show_progress: bool) -> None:
-        """Fills the tables that combinations are compared by; step 0 of a knob is not to use it."""
+        """Fills the tables by which combinations are compared; step 0 of a knob means that it is not used."""
         wanted = {knob: _spread(len(levels), KNOBS[knob].tried) for knob, levels in self._levels.items()}
         todo = [(knob, step) for knob, steps in wanted.items() for step in steps]
         failed: dict[str, dict[int, str]] = {}
@@ -154,25 +156,26 @@ class _Search:
             except FAILURES as error:
                 if self._named and step == wanted[knob][-1] and knob not in self._alone:
                     raise
-                failed.setdefault(knob, {})[step] = str(error)  # the error itself would keep the model in memory
+                failed.setdefault(knob, {})[step] = str(error)  # the exception object would keep the model in memory
             else:
                 self._alone.setdefault(knob, {})[step] = trial
         for knob, errors in failed.items():
             self._keep_what_works(knob, errors)
         if not self._alone:
-            raise ValueError(f"knobs: expected at least one that the model can do, got none; {'; '.join(self._notes)}")
+            why = "; ".join(self._notes)
+            raise ValueError(f"knobs: expected at least one that can be applied to the model, got none; {why}")
         for knob, found in self._alone.items():
             number = len(self._levels[knob]) + 1
             saved = {0: 0.0, **{step: 1 - self._budget.left(trial.size) for step, trial in found.items()}}
             costs = {0: 0.0, **{step: trial.loss - self._intact.loss for step, trial in found.items()}}
-            # Not to use a knob is no step on the way to its first level: nothing is interpolated there.
+            # No interpolation between step 0, where the knob is not used, and its first level.
             first = min(found)
             assert first == 1
             self._saved[knob] = filled(saved, number)
             self._costs[knob] = filled(rising(costs), number)
 
     def _keep_what_works(self, knob: str, errors: dict[int, str]) -> None:
-        """Cuts a knob's levels to the first ones in a row at which it works; leaves it out where there are none."""
+        """Restricts a knob to its first run of levels that work; excludes it if there are none."""
         found, levels = self._alone.get(knob, {}), self._levels[knob]
         if not found:
             self._notes.append(f"{knob} is left out: {errors[max(errors)]}")
@@ -181,7 +184,7 @@ class _Search:
         end = min((step for step in errors if step > first), default=len(levels) + 1)
         works = {step - first + 1: trial for step, trial in found.items() if step < end}
         self._alone[knob], self._levels[knob] = works, levels[first - 1 : first - 1 + max(works)]
-        # One note for all below what works, and one for all above it: the nearest tells why.
+        # One note for all levels below those that work, and one for all above them, with the error of the nearest.
         below = max((step for step in errors if step < first), default=0)
         for step, rest in ((below, "less"), (end, "more")):
             if step in errors:
@@ -190,11 +193,11 @@ class _Search:
                 )
 
     def check_reach(self) -> None:
-        """Raises where not even all knobs at their last level meet the budget."""
+        """Raises an error if all knobs together, at their last levels, do not meet the budget."""
         self._budget.check_reach({knob: 1 - saved[-1] for knob, saved in self._saved.items()}, notes=self._notes)
 
     def verify(self, number: int, show_progress: bool) -> None:
-        """Measures the best of each knob alone, and of the best sets of knobs."""
+        """Measures the best level of each knob alone, and the best combinations of several knobs."""
         singles = [(knob,) for knob in self._saved]
         sets = [tuple(c.steps) for c in self._best(self._saved, self._budget.most, number + len(singles))]
         several = [found for found in sets if len(found) > 1][:number]
@@ -204,7 +207,7 @@ class _Search:
                 self._add_measured(*used)
 
     def _add_measured(self, knob: str) -> None:
-        """Of a knob alone, the best of all that was measured counts: its levels were, before combinations."""
+        """For a knob alone, considers also the levels that were measured before the combinations."""
         for step, trial in self._alone[knob].items():
             best = self._tried.get(knob)
             if self._budget.is_met_by(trial.size) and (best is None or trial.loss < best[1].loss):
@@ -213,7 +216,7 @@ class _Search:
             self._notes.append(f"{knob} alone does not meet the budget")
 
     def _meet(self, used: tuple[str, ...]) -> None:
-        """Measures the best combination of exactly these knobs; tightens until its measured size is in the budget."""
+        """Measures the best combination of exactly these knobs; increases levels until its size is in the budget."""
         most = self._budget.most
         for _ in range(TIGHTENINGS):
             found = [c for c in self._best(used, most, 1 << len(used)) if set(c.steps) == set(used)]
@@ -230,12 +233,12 @@ class _Search:
             most *= min(self._budget.most / self._budget.left(trial.size), 1) * (1 - 1e-3)
 
     def plan(self) -> FitPlan:
-        """The best of what was measured."""
+        """The measured combination with the least loss."""
         if not self._tried:
             budget = self._budget
             raise ValueError(
-                f"{budget.kind}: expected a budget that measured combinations meet, got {budget.told(budget.value)}; "
-                "a larger verify measures more of them"
+                f"{budget.kind}: expected a budget that a measured combination meets, got "
+                f"{budget.told(budget.value)}; a larger verify measures more combinations"
             )
         best = min((trial for _, trial in self._tried.values()), key=lambda trial: trial.loss)
         curve = []

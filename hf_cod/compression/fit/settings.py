@@ -1,36 +1,44 @@
-"""What `plan_fit` can be told."""
+"""Settings of `plan_fit`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
-# What a budget counts -> what its number means.
+from hf_cod.io.arguments import checked
+
+# Kind of a budget -> its unit.
 KINDS = {
-    "memory": "bytes of the whole model",
+    "memory": "bytes of the full model",
     "parameter_share": "share of the weights of the layers' matrices",
-    "bits": "stored bits for each weight that those have",
+    "bits": "stored bits for each weight of the layers' matrices",
 }
-# Knob -> what it does, in the order in which knobs are applied.
+# Knob -> its effect, in the order of application.
 KNOBS = {
     "depth": "removes layers",
     "width": "removes attention heads and MLP channels",
-    "rank": "makes matrices products of two thin ones",
-    "sparsity": "makes weights zero, and packs them",
+    "rank": "replaces matrices by products of two thin factors",
+    "sparsity": "sets weights to zero, and stores matrices without the zeros",
     "bits": "stores weights in three and four bits",
 }
 
 
+@checked
 @dataclass
 class FitSettings:
-    """What a plan chooses from, and how well it is checked."""
+    """The knobs to choose from, and the number of combinations to measure."""
 
     knobs: Sequence[str] | None = field(
         default=None,
-        metadata={"help": f"what to choose from: {', '.join(KNOBS)}; default: all that can help", "nargs": "*"},
+        metadata={
+            "help": f"knobs (compression methods) to choose from: {', '.join(KNOBS)}; default: all that apply to the "
+            "model and the budget",
+            "nargs": "*",
+        },
     )
     verify: int = field(
-        default=3, metadata={"help": "combinations that are measured as a whole, beside each knob alone"}
+        default=3, metadata={"help": "number of combinations of knobs to measure, in addition to each alone"}
     )
 
     def __post_init__(self) -> None:
@@ -39,3 +47,10 @@ class FitSettings:
             raise ValueError(f"knobs: expected some of {', '.join(KNOBS)}, got {unknown[0]!r}")
         if self.verify < 0:
             raise ValueError(f"verify: expected at least 0, got {self.verify}")
+
+
+class FitFields(TypedDict, total=False):
+    """Fields of `FitSettings` that `plan_fit` takes by name."""
+
+    knobs: Sequence[str] | None
+    verify: int

@@ -1,4 +1,4 @@
-"""What a combination of steps really costs: applied to a fresh copy of the model, and measured; each one once."""
+"""Measures combinations of steps, each once, by applying them to a new copy of the model."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from torch import nn
 
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
-from hf_cod.compression.fit.knobs import KNOBS, Applying
+from hf_cod.compression.fit.knobs import KNOBS, Applying, ApplyingFields
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import Journal
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch
 from hf_cod.layers.size import ModelSize, size_of
 
 Steps = dict[str, float]
-"""Knob -> level, in any order; applied in that of `KNOBS`."""
+"""Knob -> level, in any order; applied in the order of `KNOBS`."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Trial:
     Attributes:
         steps: knob -> level.
         loss: nats a token.
-        size: of the model then.
+        size: of the model with these steps.
     """
 
     steps: Steps
@@ -37,15 +38,15 @@ class Trial:
 
 
 class Trials:
-    """Measured combinations, kept in a journal.
+    """Measures combinations, and saves the results to a journal.
 
     Args:
-        make: gives a fresh copy of the intact model at each call; one at a time is alive.
-        calibration: the text that methods calibrate on.
-        tuning: the text that losses are measured on; another one.
-        directory: where they are kept, and what methods measure on the way; or None.
-        work: fingerprint of model and texts.
-        layers_path: the stack's module name where it cannot be found.
+        make: loads a new copy of the intact model at each call; one copy at a time is in memory.
+        calibration: batches on which methods calibrate.
+        tuning: other batches, on which losses are measured.
+        directory: for the journal and for the measurements of methods; or None.
+        work: fingerprint of the model and the batches.
+        layers_path: module name of the layer stack, if it cannot be found automatically.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Trials:
         """The loss and the size of a model with these steps.
 
         Raises:
-            ValueError: a loss that is not finite, or what a method says.
+            ValueError: a loss that is not finite, or an error of a method.
         """
         key = "trial " + " ".join(f"{knob} {steps[knob]:g}" for knob in KNOBS if knob in steps)
         if key not in self._journal:
@@ -80,17 +81,18 @@ class Trials:
         return Trial(steps, loss, size)
 
 
-def apply_steps(model: nn.Module, steps: Steps, how: Applying | None = None, **fields: Any) -> None:
+@checked
+def apply_steps(model: nn.Module, steps: Steps, how: Applying | None = None, **fields: Unpack[ApplyingFields]) -> None:
     """Applies each step in place, in the order of `KNOBS`.
 
     Args:
         model: a transformers model with plain weights.
         steps: knob -> level, those of a `FitPlan`.
-        how: what knobs need.
+        how: the inputs of knobs.
         **fields: or fields of `Applying` by name: batches, journal, layers_path, show_progress, measured.
 
     Raises:
-        ValueError: an unknown knob, or what a method says.
+        ValueError: an unknown knob, or an error of a method.
     """
     chosen = resolve(apply_steps, Applying, how, fields)
     for knob, level in steps.items():

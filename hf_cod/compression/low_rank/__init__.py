@@ -1,1 +1,1 @@
-"""Matrices as products of two thin ones, with a rank of its own for each."""
+"""Low-rank factorization: matrices are replaced by products of two thin factors, with one rank for each matrix."""

@@ -1,24 +1,24 @@
-"""`factorize`: a model's matrices as products of two thin ones."""
+"""`factorize`: replaces a model's matrices by products of two thin factors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.compression.low_rank.rank_plan import RankPlan, check_ranks, factorizable, plan_of_allocation
-from hf_cod.compression.low_rank.settings import FactorizeSettings
+from hf_cod.compression.low_rank.settings import FactorizeFields, FactorizeSettings
 from hf_cod.functional import factorization, sparse_low_rank
 from hf_cod.functional.ranks import count
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batches, describe_batches
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -29,69 +29,71 @@ from hf_cod.models.shapes import SPARSE, LowRankLinear
 from hf_cod.models.shaping import check_shapeable, record_shapes
 from hf_cod.scoring.allocation import LayerAllocation, same_share
 
-# Method -> whether it needs batches; `settings.METHODS` says what each is.
+# Method -> whether it requires batches; `settings.METHODS` describes each.
 METHODS = {"whitened": True, "plain": False, "oats": True}
 _OF_ZEROS = (
-    "{:,} of them stand in sparse parts, whose zeros are not counted here, and are not stored once the model is packed "
-    "(hf-cod pack --minimum, or pack_sparse)."
+    "{:,} of them are in sparse parts. The zeros of these parts are not counted here; they are stored until the model "
+    "is packed (hf-cod pack --minimum, or pack_sparse)."
 )
 
 
 @renamed(path="layers_path")
+@checked
 def factorize(
     model: nn.Module,
     plan: LayerAllocation | RankPlan | float,
     method: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
     settings: FactorizeSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[FactorizeFields],
 ) -> RunReport:
-    """Replaces matrices of the layers by products of two thin ones, in place, where these have fewer weights.
+    """Replaces matrices W of the layers by products B A of two thin factors, in place, where these have fewer weights.
 
-    | method | B A is nearest to W by | needs |
+    | method | minimizes | requires |
     |---|---|---|
-    | whitened | what it does to the inputs: || X (W - B A)^T ||_F (SVD-LLM, arXiv 2403.07378, made robust) | batches |
-    | plain | its entries: || W - B A ||_F | nothing |
-    | oats | with a sparse S beside it, its entries scaled: || (W - B A - S) D ||_F (arXiv 2409.13652) | batches |
+    | whitened | the error of the outputs, || X (W - B A)^T ||_F (SVD-LLM, arXiv 2403.07378, made robust) | batches |
+    | plain | the error of the entries, || W - B A ||_F | nothing |
+    | oats | the scaled error with an additional sparse S, || (W - B A - S) D ||_F (arXiv 2409.13652) | batches |
 
-    With batches, layers change one after another, each on what the changed layers before it hand on. Embeddings, head,
-    norms, biases and banks of experts stay as they are. Linears and Conv1D become `LowRankLinear`, the model and its
-    config get a class beside their own (`models/shaping.py`): save_pretrained, from_pretrained with this package or
-    with trust_remote_code without it, generate, device_map and PEFT (name "all-linear") work.
+    With batches, layers are changed one after another; the calibration inputs of a layer are the outputs of the changed
+    layers before it. Embeddings, head, norms, biases and banks of experts are left unchanged. Linears and Conv1D become
+    `LowRankLinear`, and the model and its config get a subclass of their classes (`models/shaping.py`):
+    save_pretrained, generate, device_map and PEFT (name "all-linear") work, and so does from_pretrained, with this
+    package installed, or without it by trust_remote_code.
 
     The report's `layers` hold `kept` (share of the layer's weights), `rank` (mean share of full rank, weighted by
     weights), `error` (share of the outputs' energy that is lost, mean over factorized matrices) and `parameters` (of
-    the intact layer); its `results` hold `kept` and `rank` of all layers, `parameters` before and after, of the whole
-    model, `ranks` by matrix, and of oats `nonzeros`. Zeros of sparse parts count nowhere: they take memory and time
+    the intact layer); its `results` hold `kept` and `rank` of all layers, `parameters` of the full model before and
+    after, `ranks` by matrix, and for oats `nonzeros`. Zeros of sparse parts are not counted; they take memory and time
     until `pack_sparse` stores the model without them.
 
     Args:
-        model: a transformers model with plain weights. What ends the work on the way (NaN or infinity, want of memory,
-            Ctrl-C) leaves the layers before it factorized and the others whole: such a model runs and can be saved, but
-            to begin again, or to go on from a journal, load it anew.
+        model: a transformers model with plain weights. After an interruption (NaN or infinity, out of memory, Ctrl-C)
+            the finished layers are factorized, the others are not. Such a model runs and can be saved; to start again
+            or to resume from a journal, load the original model again.
         plan: an allocation of "parameter_share" or "rank"; ranks by matrix; or one share of parameters for all layers.
-            For oats, ranks by matrix come with their `nonzeros`, and no allocation is one of "rank".
+            For oats, ranks by matrix require their `nonzeros`, and allocations of "rank" are not accepted.
         method: see the table; default: whitened.
-        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
-        journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
-            where it stopped. Files stay until you remove them.
-        layers_path: the stack's module name where it cannot be found.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is ignored.
+        journal: a directory to which each finished layer is saved; the same call on the same intact model resumes from
+            it. The files are not removed.
+        layers_path: module name of the layer stack, if it cannot be found automatically.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
-        settings: how matrices become products.
-        **fields: or fields of `FactorizeSettings` by name: `rank_share`, of the weights that oats keeps the part in
-            thin factors, between 0 and 1; others do without.
+        settings: how matrices are factorized.
+        **fields: or fields of `FactorizeSettings` by name: `rank_share`, for oats, the part of the kept weights that is
+            in the thin factors, between 0 and 1; other methods ignore it.
 
     Raises:
-        ValueError: an unknown method, a plan for another model or out of reach (says the least possible), batches
-            missing, weights that cannot be exchanged (adapters, quantized, offloaded, shared, factorized before), a
-            model class of neither transformers nor hf_cod: the model is unchanged then. NaN or infinity in weights or
-            activations (says where): see `model`.
+        ValueError: an unknown method, a plan for another model or out of range (says the least possible), missing
+            batches, weights that cannot be replaced (adapters, quantized, offloaded, shared, already factorized), a
+            model class of neither transformers nor hf_cod; in these cases the model is left unchanged. NaN or infinity
+            in weights or activations (says where): see `model`.
     """
     how = resolve(factorize, FactorizeSettings, settings, fields, method=method)
     method = how.method
@@ -115,17 +117,17 @@ def factorize(
         else:
             change_each(stack, change, finished, "factorizing", show_progress)
     finally:
-        if change.done:  # also after an error: what was changed could not be loaded again otherwise
+        if change.done:  # also after an error: otherwise the changed model could not be loaded after saving
             record_shapes(stack.model, change.done)
     return described.report(chosen, finished, told)
 
 
 class LayerChange:
-    """Exchanges the matrices of one layer; what `FinishedLayers` needs to keep and to repeat it.
+    """Replaces the matrices of one layer, and provides what `FinishedLayers` requires to save and to repeat that.
 
     Args:
         stack: the layers.
-        plan: which matrices get which rank, and maybe a sparse part beside it.
+        plan: the rank of each matrix to factorize, and optionally the size of its sparse part.
     """
 
     def __init__(self, stack: DecoderLayers, plan: RankPlan) -> None:
@@ -136,7 +138,7 @@ class LayerChange:
 
     @torch.no_grad()
     def __call__(self, index: int, sums: Sums | None) -> dict[str, Any]:
-        """Returns {"unseen": matrices that no token entered, which got the plain form, "errors": name -> error}."""
+        """Returns {"unseen": matrices that no token entered, factorized as by plain, "errors": name -> error}."""
         matrices = dict(self._stack.matrices(index))
         unseen, errors = [], {}
         for name in self._names[index]:
@@ -154,12 +156,12 @@ class LayerChange:
         return {"unseen": unseen, "errors": errors}
 
     def tensors_of(self, index: int) -> dict[str, Tensor]:
-        """The factors of a layer, and the sparse parts."""
+        """The factors and the sparse parts of a layer."""
         modules = {name: self._stack.model.get_submodule(name) for name in self._names[index]}
         return {f"{n}.{key}": p.detach() for n, m in modules.items() for key, p in m.named_parameters() if p.dim() == 2}
 
     def put_back(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Exchanges the matrices of an intact layer for these factors."""
+        """Replaces the matrices of an intact layer by these factors."""
         for name in self._names[index]:
             B, A = tensors[f"{name}.expand.weight"], tensors[f"{name}.reduce.weight"]
             self._exchange(name, B, A, tensors.get(f"{name}.{SPARSE}.weight"))
@@ -182,7 +184,7 @@ class LayerChange:
 
 
 class RankReporter:
-    """Looks at a model before it is factorized, and reports what became of it.
+    """Records the sizes of a model before it is factorized, and makes the report afterwards.
 
     Args:
         stack: the layers.
@@ -197,7 +199,7 @@ class RankReporter:
         self.parameters = sum(p.numel() for p in stack.model.parameters())
 
     def report(self, plan: RankPlan, finished: FinishedLayers, settings: dict[str, Any]) -> RunReport:
-        """Counts what is left."""
+        """Counts the remaining weights, and makes the report."""
         saved = [_saved(shapes, plan) for shapes in self.shapes]
         cut = [_rank_weights(shapes, plan.ranks) for shapes in self.shapes]
         errors = [list(finished.notes[index]["errors"].values()) for index in range(len(self.stack))]
@@ -227,7 +229,7 @@ class RankReporter:
                 *([_OF_ZEROS.format(sum(plan.nonzeros.values()))] if plan.nonzeros else []),
             ],
             notes=[
-                f"no token entered {matrix}: factorized by its entries alone"
+                f"no token entered {matrix}: factorized with method plain"
                 for note in finished.notes.values()
                 for matrix in note["unseen"]
             ],
@@ -241,7 +243,7 @@ def _saved(shapes: dict[str, Any], plan: RankPlan) -> int:
 
 
 def _rank_weights(shapes: dict[str, Any], ranks: dict[str, int]) -> float:
-    """Share of rank that each matrix loses, times its weights."""
+    """The sum over matrices of the lost share of rank, times the number of weights."""
     lost = {name: 1 - ranks[name] / min(shape) for name, shape in shapes.items() if name in ranks}
     return sum(share * math.prod(shapes[name]) for name, share in lost.items())
 
@@ -251,13 +253,13 @@ def _check_model(stack: DecoderLayers) -> None:
     check_writable(stack)
     before = next((name for name, m in stack.model.named_modules() if isinstance(m, LowRankLinear)), None)
     if before is not None:
-        raise ValueError(f"model: expected whole matrices, got factors in {before}; factorize the model it came from")
+        raise ValueError(f"model: expected dense matrices, got factors in {before}; factorize the original model")
 
 
 def _plan(stack: DecoderLayers, plan: LayerAllocation | RankPlan | float, rank_share: float | None) -> RankPlan:
     if isinstance(plan, RankPlan):
         if bool(plan.nonzeros) != (rank_share is not None):
-            wanted, got = ("no nonzeros", "some") if plan.nonzeros else ("nonzeros beside its ranks for oats", "none")
+            wanted, got = ("no nonzeros", "some") if plan.nonzeros else ("nonzeros for oats, next to ranks", "none")
             raise ValueError(
                 f"plan: expected {wanted}, got {got}; oats takes one share, or an allocation of parameter_share"
             )

@@ -1,4 +1,4 @@
-"""RankPlan: which matrices are factorized, and to which rank."""
+"""RankPlan: the ranks of the matrices to factorize."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ KINDS = ("parameter_share", "rank")
 
 @dataclass(frozen=True)
 class RankPlan(JsonFile):
-    """What each matrix gets.
+    """The rank of each matrix to factorize.
 
     Attributes:
-        kind: what the budget counts: "parameter_share" (of the weights of the layers' matrices, that is kept) or
-            "rank" (mean share of full rank, weighted by parameters, had all matrices been cut to it).
-        budget: the share that was to be kept.
-        ranks: name -> rank of each matrix that is factorized; all others stay whole.
-        method: which score or spectrum they follow.
-        nonzeros: name -> entries that the sparse part beside its factors keeps; 0 where there is none.
-        model: the name of the model that it was made for.
-        sizes: weights in each of its layers' matrices, by which a plan of another model is known; None: not known.
+        kind: unit of the budget: "parameter_share" (the kept share of the weights of the layers' matrices) or "rank"
+            (mean share of full rank, weighted by parameters, as if all matrices were cut to it).
+        budget: the share to keep.
+        ranks: name -> rank of each matrix to factorize; all others are left unchanged.
+        method: the score or spectrum by which ranks were chosen.
+        nonzeros: name -> number of entries of the sparse part; 0 where there is none.
+        model: the name of the model for which the plan was made.
+        sizes: weights in the matrices of each layer, to detect a plan for another model; None: unknown.
     """
 
     FIELD = "rank_plan"
@@ -51,35 +51,35 @@ class RankPlan(JsonFile):
 
 
 def factorizable(stack: DecoderLayers, index: int) -> dict[str, Shape]:
-    """Name -> (out, in) of each matrix of a layer that two factors can be smaller than: Linears and Conv1D. Banks of
-    experts stay whole.
+    """Name -> (out, in) of each Linear and Conv1D of a layer whose factors can have fewer weights. Banks of experts are
+    excluded.
     """
     shapes = {name: shape_of(m) for name, m in stack.linears(index).items() if is_plain(m)}
     return {name: shape for name, shape in shapes.items() if most_rank(shape)}
 
 
 def least_weights(stack: DecoderLayers, index: int) -> int:
-    """Weights of a layer's matrices with rank 1 wherever that saves."""
+    """The number of weights of a layer's matrices at rank 1, wherever that is smaller."""
     shapes = factorizable(stack, index).values()
     return stack.count_weights(index) - sum(count(shape, None) - count(shape, 1) for shape in shapes)
 
 
 def experts_told(stack: DecoderLayers) -> str:
-    """A part of a sentence on why so much stays, where banks of experts do."""
-    return "; banks of experts stay whole" if any(stack.experts(index) for index in range(len(stack))) else ""
+    """The part of an error message that names excluded banks of experts, if there are any."""
+    return "; banks of experts are excluded" if any(stack.experts(index) for index in range(len(stack))) else ""
 
 
 def plan_of_allocation(stack: DecoderLayers, allocation: LayerAllocation, rank_share: float | None = None) -> RankPlan:
-    """Ranks by which each layer keeps its share: all its matrices the same share of their rank, or of their weights.
+    """Ranks with which each layer keeps its share; all matrices of a layer keep the same share of rank or of weights.
 
     Args:
         stack: the layers.
         allocation: of "parameter_share" or "rank".
-        rank_share: of the weights that a matrix keeps, the part that its factors have; the rest is sparse, and the
-            allocation one of "parameter_share". None: all of them.
+        rank_share: the part of a matrix's kept weights that is in the factors; the rest is in a sparse part. It
+            requires an allocation of "parameter_share". None: all weights are in the factors.
 
     Raises:
-        ValueError: an allocation of another kind or for another model; a share out of reach (says the least possible).
+        ValueError: an allocation of another kind or for another model; a share out of range (says the least possible).
     """
     kinds = KINDS if rank_share is None else KINDS[:1]
     if allocation.kind not in kinds:
@@ -107,24 +107,23 @@ def plan_of_allocation(stack: DecoderLayers, allocation: LayerAllocation, rank_s
 
 
 def _share_of_matrices(stack: DecoderLayers, index: int, share: float) -> float:
-    """What the matrices that can be factorized keep, so that with all others the layer keeps `share`."""
+    """The share that the factorizable matrices keep, so that the layer with all other matrices keeps `share`."""
     total, least = stack.count_weights(index), least_weights(stack, index)
-    # Shares that follow from a sum are off by rounding errors.
+    # Shares that are computed from a sum have rounding errors.
     if share * total < least - 1e-6 * total:
         raise ValueError(
-            f"parameter_share: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index}, which is "
-            f"rank 1 wherever that saves{experts_told(stack)}, got {share:.4g}"
+            f"parameter_share: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index} (rank 1 "
+            f"wherever that is smaller{experts_told(stack)}), got {share:.4g}"
         )
     flexible = sum(count(shape, None) for shape in factorizable(stack, index).values())
     return 1.0 if not flexible else 1 - (1 - share) * total / flexible
 
 
 def check_ranks(stack: DecoderLayers, plan: RankPlan) -> None:
-    """Makes sure that these are ranks, and sparse parts beside them, of matrices of that model, and that they save.
+    """Checks that the ranks and the sizes of sparse parts are valid for the model, and smaller than its matrices.
 
     Raises:
-        ValueError: a plan for another model; says which matrix is not there, or which rank or how many entries it may
-            have.
+        ValueError: a plan for another model; names the missing matrix, or the valid range of the rank or of nonzeros.
     """
     check_sizes("plan", plan.model, plan.sizes, stack)
     shapes = {name: shape for index in range(len(stack)) for name, shape in factorizable(stack, index).items()}
@@ -134,14 +133,14 @@ def check_ranks(stack: DecoderLayers, plan: RankPlan) -> None:
         m, n = shapes[name]
         if type(rank) is not int or not 1 <= rank <= most_rank((m, n)):
             raise ValueError(
-                f"ranks: expected 1..{most_rank((m, n))} of {name}, whose factors have fewer weights than its "
-                f"{m} x {n} then, got {rank}"
+                f"ranks: expected 1..{most_rank((m, n))} for {name}, at which factors have fewer weights than its "
+                f"{m} x {n}, got {rank}"
             )
         most, kept = m * n - count((m, n), rank) - 1, plan.nonzeros.get(name, 0)
         if type(kept) is not int or not 0 <= kept <= most:
             raise ValueError(
-                f"nonzeros: expected 0..{most} of {name}, which with rank {rank} are fewer than its {m} x {n}, "
-                f"got {kept}"
+                f"nonzeros: expected 0..{most} for {name}, which with rank {rank} are fewer weights than its "
+                f"{m} x {n}, got {kept}"
             )
     unknown = next((name for name in plan.nonzeros if name not in plan.ranks), None)
     if unknown is not None:

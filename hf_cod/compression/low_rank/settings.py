@@ -1,39 +1,42 @@
-"""What `factorize` and `plan_ranks` can be told."""
+"""Settings of `factorize` and `plan_ranks`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import check_choice
 
-# Method -> what the product of two thin matrices is nearest to; `factorize` has the formulas.
+# Method -> the error that it minimizes; `factorize` has the formulas.
 METHODS = {
-    "whitened": "outputs change least on the text",
-    "plain": "entries change least; needs no text",
-    "oats": "a sparse matrix beside the factors, outputs weighted by the text",
+    "whitened": "error of the outputs on the calibration dataset",
+    "plain": "error of the entries; needs no dataset",
+    "oats": "low rank plus a sparse matrix, columns weighted by their inputs in the calibration dataset",
 }
-# What `plan_ranks` weighs losses of different matrices by.
+# Weighing -> the quantity that `plan_ranks` sums over matrices.
 WEIGHINGS = {
-    "fisher": "what the loss of a matrix costs the model",
-    "spectrum": "how much of its output it loses",
+    "fisher": "lost share of each output, times its cost in the model's loss",
+    "spectrum": "lost share of each output",
 }
 RANK_SHARE = 0.25  # kappa of arXiv 2409.13652
 
 
+@checked
 @dataclass
 class FactorizeSettings:
-    """How matrices become products."""
+    """How matrices are factorized."""
 
     method: str = field(
         default="whitened",
         metadata={
-            "help": "whitened: outputs change least on the text; plain: entries change least; oats: a sparse matrix "
-            "beside the factors",
+            "help": "factorization: whitened (least error of the outputs on the calibration dataset), plain (least "
+            "error of the entries), or oats (low rank plus a sparse matrix)",
             "choices": list(METHODS),
         },
     )
     rank_share: float = field(
-        default=RANK_SHARE, metadata={"help": "of the weights that oats keeps, the part in thin factors, 0 to 1"}
+        default=RANK_SHARE, metadata={"help": "oats: part of the kept weights that is in the thin factors, 0 to 1"}
     )
 
     def __post_init__(self) -> None:
@@ -42,15 +45,22 @@ class FactorizeSettings:
             raise ValueError(f"rank_share: expected a share between 0 and 1, got {self.rank_share}")
 
 
+class FactorizeFields(TypedDict, total=False):
+    """Fields of `FactorizeSettings` that `factorize` takes by name."""
+
+    rank_share: float
+
+
+@checked
 @dataclass
 class RankSettings:
-    """What decides which matrix gets which rank."""
+    """How ranks are distributed over matrices."""
 
     method: str | None = field(
         default=None,
         metadata={
-            "help": f"what is summed up over matrices: {', '.join(WEIGHINGS)}; default: fisher with text of a language "
-            "model, else spectrum",
+            "help": f"loss that is summed over matrices: {', '.join(WEIGHINGS)}; default: fisher with batches of a "
+            "language model, else spectrum",
             "choices": list(WEIGHINGS),
         },
     )
@@ -58,3 +68,7 @@ class RankSettings:
     def __post_init__(self) -> None:
         if self.method is not None:
             check_choice("method", self.method, WEIGHINGS)
+
+
+class RankFields(TypedDict, total=False):
+    """Fields of `RankSettings` that `plan_ranks` takes by name; there are no others yet."""

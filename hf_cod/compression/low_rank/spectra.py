@@ -1,11 +1,11 @@
-"""Ranks from spectra: what each matrix would lose, measured in one pass, decides where the budget goes."""
+"""Ranks from spectra: the loss of each matrix at each rank, measured in one pass, distributes the budget."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.compression.low_rank.rank_plan import RankPlan, experts_told, factorizable, least_weights
-from hf_cod.compression.low_rank.settings import RankSettings
+from hf_cod.compression.low_rank.settings import RankFields, RankSettings
 from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, split_samples
+from hf_cod.io.text import Batch, Batches, split_samples
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
@@ -27,47 +28,50 @@ from hf_cod.layers.sequential import Sums, measure_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 
-# Of matrices that no energy leaves.
+# Avoids a division by zero for matrices whose outputs are all zero.
 TINY = torch.finfo(torch.float64).tiny
 
-# Samples that the loss's gradients are measured on.
+# Number of samples on which the gradients of the loss are measured.
 GRADIENT_SAMPLES = 16
 
 
 @renamed(path="layers_path", parameters="parameter_share")
+@checked
 def plan_ranks(
     model: nn.Module,
     parameter_share: float,
     method: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: RankSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[RankFields],
 ) -> RankPlan:
-    """Distributes a budget of parameters over all matrices by their spectra: all together lose as little as the budget
-    allows (`functional.ranks.ranks_of_spectra`).
+    """Distributes a budget of parameters over all matrices by their spectra, with the least sum of losses
+    (`functional.ranks.ranks_of_spectra`).
 
-    | method | what is summed up over matrices | needs |
+    | method | loss that is summed over matrices | requires |
     |---|---|---|
-    | fisher | lost share of the outputs' energy, times what all of it costs (`statistics.output_gradients`) | a loss |
-    | spectrum | lost share of the outputs' energy (of the weights' without batches), all alike | nothing |
+    | fisher | lost share of the outputs' energy, times the cost of losing all of it | batches and a loss |
+    | spectrum | lost share of the outputs' energy (without batches, of the weights'), equally weighted | nothing |
+
+    The costs of fisher are from `statistics.output_gradients`.
 
     Args:
-        model: a transformers model with plain weights; it is left as it was.
+        model: a transformers model with plain weights; it is not changed.
         parameter_share: share of the weights of the layers' matrices to keep, in 0..1.
         method: see the table; default: fisher with batches of a language model, else spectrum.
-        batches: with them spectra are those of the outputs on this text (whitened), else those of the weights.
-        journal: a directory: finished layers go there, and the same call goes on where it stopped.
-        layers_path: the stack's module name where it cannot be found.
+        batches: with batches, spectra of the outputs on them (whitened) are used, else spectra of the weights.
+        journal: a directory to which each finished layer is saved; the same call resumes from it.
+        layers_path: module name of the layer stack, if it cannot be found automatically.
         show_progress: show a progress bar.
-        settings: what decides which matrix gets which rank.
-        **fields: or fields of `RankSettings` by name; beside `method` there is none yet.
+        settings: how ranks are distributed over matrices.
+        **fields: or fields of `RankSettings` by name; there are none other than `method` yet.
 
     Raises:
-        ValueError: an unknown method, fisher without a loss, a budget out of reach (says the least possible), or
+        ValueError: an unknown method, fisher without a loss, a budget out of range (says the least possible), or
             weights or activations that are not finite.
     """
     method = resolve(plan_ranks, RankSettings, settings, fields, method=method).method
@@ -81,7 +85,7 @@ def plan_ranks(
     if not least <= parameter_share * total <= total:
         raise ValueError(
             f"parameter_share: expected a share in {math.ceil(1e4 * least / total) / 1e4:g}..1 (the least is rank 1 "
-            f"wherever that saves{experts_told(stack)}), got {parameter_share}"
+            f"wherever that is smaller{experts_told(stack)}), got {parameter_share}"
         )
     shapes = {name: shape for index in range(len(stack)) for name, shape in factorizable(stack, index).items()}
     fixed = total - sum(m * n for m, n in shapes.values())
@@ -102,7 +106,7 @@ def plan_ranks(
 def _spectra(
     stack: DecoderLayers, batches: Sequence[Batch] | None, journal: str | Path | None, show_progress: bool
 ) -> dict[str, Tensor]:
-    """Name -> spectrum of each matrix that can be factorized; sums of one layer at a time are in memory."""
+    """Name -> spectrum of each factorizable matrix; memory holds the sums of one layer at a time."""
     check_writable(stack)
     found: dict[str, Tensor] = {}
 

@@ -1,1 +1,1 @@
-"""Zeros in a model's matrices: magnitude, Wanda, SparseGPT, with a sparsity of its own for each layer."""
+"""Pruning: magnitude, Wanda and SparseGPT, with one sparsity for each layer."""

@@ -1,4 +1,4 @@
-"""The ways to prune a matrix, as one table; a layer's matrices pruned by one of them, and their zeros counted."""
+"""The table of pruning methods, the pruning of one layer, and the count of its zeros."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_cod.layers.stack import DecoderLayers
 
 @dataclass(frozen=True)
 class Target:
-    """What a layer's matrices get: `sparsity`, the share of zeros; or as (N, M) the `pattern` that makes it."""
+    """The target of a layer's matrices: `sparsity`, the share of zeros, and optionally the N:M `pattern` (N, M)."""
 
     sparsity: float
     pattern: Pattern | None = None
@@ -26,12 +26,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to prune one matrix.
+    """A method that prunes one matrix.
 
     Attributes:
-        prune: (W (out, in), the matrix's sum or None, target) -> the pruned W; it leaves W as it is.
-        recorder: makes the sums of some layers; None for a method that looks at weights alone.
-        takes_squares: whether the sums are those of `LayerStatistics`, so that earlier statistics serve.
+        prune: (W (out, in), the matrix's sum or None, target) -> the pruned W; W itself is not changed.
+        recorder: makes the sums of some layers; None for a method that uses weights alone.
+        takes_squares: whether the sums are those of `LayerStatistics`, so that saved statistics can be used.
     """
 
     prune: Callable[[Tensor, Tensor | None, Target], Tensor]
@@ -40,18 +40,18 @@ class Method:
 
 
 def _magnitude(W: Tensor, sums: Tensor | None, target: Target) -> Tensor:
-    """The smallest weights of each matrix go, whatever enters them."""
+    """Sets the smallest weights of each matrix to zero, regardless of the inputs."""
     return W.masked_fill(magnitude_mask(W, target.sparsity, target.pattern), 0)
 
 
 def _wanda(W: Tensor, sums: Tensor | None, target: Target) -> Tensor:
-    """In each row the weights go whose products with their inputs are smallest."""
+    """Sets the weights of each row to zero whose product with the norm of their input is smallest."""
     assert sums is not None
     return W.masked_fill(wanda_mask(W, sums.sqrt().to(W.device), target.sparsity, target.pattern), 0)
 
 
 def _sparsegpt(W: Tensor, sums: Tensor | None, target: Target) -> Tensor:
-    """Column by column, while the other weights compensate the error."""
+    """Prunes column by column with error compensation by the columns that follow."""
     assert sums is not None
     return sparsegpt(W, sums.to(W.device), target.sparsity, target.pattern)
 
@@ -64,10 +64,10 @@ METHODS = {
 
 
 def check_pattern(stack: DecoderLayers, M: int) -> None:
-    """Makes sure that each matrix's rows are whole groups of M.
+    """Checks that each matrix has rows of a multiple of M weights.
 
     Raises:
-        ValueError: one is not; says which.
+        ValueError: a matrix has not; names it.
     """
     for index in range(len(stack)):
         for name, shape in stack.input_shapes(index).items():
@@ -80,7 +80,7 @@ def prune_layer(stack: DecoderLayers, index: int, method: Method, sums: Sums | N
     """Prunes all matrices of a layer in place.
 
     Returns:
-        The matrices that no token entered, which were pruned by magnitude instead.
+        The matrices that no token entered; they are pruned by magnitude instead.
     """
     unseen = []
     for name, expert, W in _parts(stack, index):
@@ -97,9 +97,9 @@ def prune_layer(stack: DecoderLayers, index: int, method: Method, sums: Sums | N
 
 
 def measure_sparsity(stack: DecoderLayers) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Counts zeros: as a report's `layers` {"sparsity", "parameters"} and `results` {"sparsity", "modules"}.
+    """Counts zeros, for a report's `layers` {"sparsity", "parameters"} and `results` {"sparsity", "modules"}.
 
-    A bank of experts counts as one matrix for each of its parameters.
+    Each parameter of a bank of experts counts as one matrix.
     """
     layers: dict[str, list[Any]] = {"sparsity": [], "parameters": []}
     modules: dict[str, float] = {}
@@ -115,7 +115,7 @@ def measure_sparsity(stack: DecoderLayers) -> tuple[dict[str, list[Any]], dict[s
 
 
 def _parts(stack: DecoderLayers, index: int) -> Iterator[tuple[str, int | None, Tensor]]:
-    """(name, expert or None, W (out, in)): views of the model's own weights."""
+    """(name, expert or None, W (out, in)); W is a view of the model's weights."""
     for name, W in stack.matrices(index):
         if W.dim() == 2:
             yield name, None, W

@@ -1,22 +1,23 @@
-"""`prune`: zeros in a model's matrices, as many in each layer as an allocation says."""
+"""`prune`: sets weights of a model's matrices to zero, with the sparsity that an allocation gives each layer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.compression.pruning.methods import METHODS, Method, Target, check_pattern, measure_sparsity, prune_layer
-from hf_cod.compression.pruning.settings import PruneSettings
+from hf_cod.compression.pruning.settings import PruneFields, PruneSettings
 from hf_cod.functional.sparsity import Pattern
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batch, Batches, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -29,55 +30,56 @@ from hf_cod.scoring.allocation import LayerAllocation
 
 
 @renamed(path="layers_path")
+@checked
 def prune(
     model: nn.Module,
     plan: LayerAllocation | float | str,
     method: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     statistics: LayerStatistics | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
     settings: PruneSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[PruneFields],
 ) -> RunReport:
-    """Sets weights of the layers' matrices to zero, in place; embeddings, head, norms and biases stay as they are.
+    """Sets weights of the layers' matrices to zero, in place; embeddings, head, norms and biases are left unchanged.
 
-    | method | a weight goes if it has little | compared within | needs |
+    | method | removes the weights of smallest | compared within | requires |
     |---|---|---|---|
     | magnitude | abs(W_ij) | the matrix | nothing |
-    | wanda | abs(W_ij) ||X_j||_2 (arXiv 2306.11695) | its row | batches or statistics |
-    | sparsegpt | (W_ij / U_jj)^2; the row's other weights make up for it (arXiv 2301.00774) | 128 columns | batches |
+    | wanda | abs(W_ij) ||X_j||_2 (arXiv 2306.11695) | the row | batches or statistics |
+    | sparsegpt | (W_ij / U_jj)^2, with error compensation (arXiv 2301.00774) | 128 columns | batches |
 
-    With batches, layers are pruned one after another, each on what the pruned layers before it hand on; each layer runs
-    twice, and memory beyond the model's is one layer's sums and the hidden states of the batches (on the CPU). With
-    statistics of the intact model all layers are pruned at once, without a forward pass. N:M keeps N of every M weights
-    that follow each other in a row, in every layer. Experts that no token was routed to are pruned by magnitude; the
-    report names them.
+    With batches, layers are pruned one after another; the calibration inputs of a layer are the outputs of the pruned
+    layers before it. Each layer runs twice. In addition to the model, memory holds one layer's sums and the hidden
+    states of the batches (on the CPU). With statistics of the intact model all layers are pruned at once, without a
+    forward pass. An N:M pattern keeps N of every M consecutive weights of a row, in every layer. Experts to which no
+    token was routed are pruned by magnitude; the report names them.
 
-    The report's `layers` hold `target` and `sparsity` (counted in the weights) and `parameters`, one value a layer; its
-    `results` hold `sparsity` (of all matrices together) and `modules` (name -> sparsity).
+    The report's `layers` hold `target` and `sparsity` (counted in the weights) and `parameters`, one value for each
+    layer; its `results` hold `sparsity` (of all matrices together) and `modules` (name -> sparsity).
 
     Args:
-        model: a transformers model with plain weights. After an error in the activations, the layers before it are
-            pruned, the others not.
+        model: a transformers model with plain weights. After an error in the activations of a layer, the layers before
+            it are pruned, the others are not.
         plan: an allocation of sparsity; one sparsity for all layers; or a pattern for all layers, such as "2:4".
         method: see the table; default: wanda.
-        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is ignored.
         statistics: of this model, from `collect_statistics`; for wanda, instead of batches.
-        journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
-            where it stopped. Files stay until you remove them.
-        layers_path: the stack's module name where it cannot be found.
+        journal: a directory to which each finished layer is saved; the same call on the same intact model resumes from
+            it. The files are not removed.
+        layers_path: module name of the layer stack, if it cannot be found automatically.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
-        settings: how weights are chosen.
-        **fields: or fields of `PruneSettings` by name; beside `method` there is none yet.
+        settings: how the weights to remove are chosen.
+        **fields: or fields of `PruneSettings` by name; there are none other than `method` yet.
 
     Raises:
         ValueError: an unknown method, a plan out of range or for another model, a pattern that does not divide the
-            rows, batches or statistics missing, weights that cannot be pruned in place (adapters, quantized,
+            rows, missing batches or statistics, weights that cannot be pruned in place (adapters, quantized,
             offloaded, shared by two matrices), NaN or infinity in weights or activations (says where).
     """
     method = resolve(prune, PruneSettings, settings, fields, method=method).method
@@ -111,7 +113,7 @@ def parse_pattern(text: str) -> Pattern:
     """(N, M) of "N:M".
 
     Raises:
-        ValueError: not two whole numbers with 0 < N <= M.
+        ValueError: not two integers with 0 < N <= M.
     """
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if not found or not 0 < int(found[1]) <= int(found[2]):
@@ -124,14 +126,14 @@ def _chosen(method: str, batches: Sequence[Batch] | None, statistics: LayerStati
     if batches is not None and statistics is not None:
         raise ValueError("statistics: expected batches or statistics, got both")
     if statistics is not None and chosen.recorder is not None and not chosen.takes_squares:
-        raise ValueError(f"statistics: expected batches for {method}, which needs more than sums of squares")
+        raise ValueError(f"statistics: expected batches for {method}, got statistics, which hold sums of squares alone")
     if chosen.recorder is not None and statistics is None and not batches:
         raise ValueError(f"batches: expected at least one for {method}, got none")
     return chosen
 
 
 def _targets(plan: LayerAllocation | float | str, stack: DecoderLayers) -> list[Target]:
-    """What each layer gets; checked."""
+    """The checked target of each layer."""
     if isinstance(plan, str):
         N, M = parse_pattern(plan)
         return [Target(1 - N / M, (N, M))] * len(stack)

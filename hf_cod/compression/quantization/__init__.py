@@ -1,1 +1,1 @@
-"""Three and four bits a weight: layers that matter less get three, the others bitsandbytes' NF4."""
+"""Quantization to three and four bits: layers with low scores get three bits, the others bitsandbytes' NF4."""

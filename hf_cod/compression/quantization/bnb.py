@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit layer, in a form that is saved, loaded and trained on without surprises."""
+"""bitsandbytes' 4-bit layer, adapted so that saving, loading and training with adapters are correct."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from hf_cod.compression.quantization.scales import NESTED_BLOCK, BlockScales
 
 
 class Linear4bit(StockLinear4bit):
-    """bitsandbytes' NF4 layer, whose file holds codes and scales, but not the tables that are the same for all.
+    """bitsandbytes' NF4 layer; its file holds codes and scales, but not the tables that are the same for all layers.
 
-    Its weight is never repacked for the CPU in evaluation mode, as bitsandbytes 0.50 does: gradients after that are
-    wrong, and so is what is saved.
+    Its weight is never repacked for the CPU in evaluation mode. bitsandbytes 0.50 does that, and gradients and saved
+    weights are wrong afterwards.
 
     Args:
-        in_features, out_features: K, N; rows are stored with zeros behind them up to a whole block.
-        bias: whether there is one.
-        block: weights of a row that share a scale.
+        in_features, out_features: K, N; rows are stored padded with zeros to a multiple of `block`.
+        bias: whether the layer has a bias.
+        block: number of weights of a row that share a scale.
         double_quant: whether scales are quantized, too.
-        compute_dtype: what inputs and W are multiplied in; None: the input's dtype.
-        device, dtype: of the tensors, which are not initialised; dtype is the bias's.
+        compute_dtype: dtype of the product; None: the input's dtype.
+        device, dtype: of the tensors, which are not initialized; dtype is the bias's.
     """
 
     bits = 4
@@ -64,7 +64,7 @@ class Linear4bit(StockLinear4bit):
         self.register_parameter("bias", bias_of)
 
     def bind(self) -> None:
-        """Makes the weight what bitsandbytes and PEFT expect: a Params4bit that knows its scales."""
+        """Converts the weight to the class that bitsandbytes and PEFT expect: a Params4bit with its scales."""
         if self.weight.device.type != "meta":
             self.weight = Params4bit(
                 self.weight.data,
@@ -95,7 +95,7 @@ class Linear4bit(StockLinear4bit):
         return matmul_4bit(computed, self.weight, state, bias=bias).to(x.dtype)
 
     def _state(self) -> QuantState:
-        """The scales in bitsandbytes' form, without a copy."""
+        """The scales as bitsandbytes' QuantState, without a copy."""
         absmax, nested, offset = self.scales()
         code, shape = _nf4_code(absmax.device), torch.Size((self.out_features, self.columns))
         inner = None
@@ -106,7 +106,7 @@ class Linear4bit(StockLinear4bit):
 
     @torch.no_grad()
     def _adopt(self) -> None:
-        """Takes the scales of a weight that somebody else put here: a merge of adapters quantizes anew."""
+        """Adopts the scales of a weight that was replaced from outside: a merge of adapters quantizes again."""
         state: Any = getattr(self.weight, "quant_state", None)
         if state is None or state.absmax.data_ptr() == self.scales.absmax.data_ptr():
             return
@@ -125,14 +125,14 @@ class Linear4bit(StockLinear4bit):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.bind()  # a copy's weight knows the copy's scales
+        self.bind()  # the weight of a copy refers to the copy's scales
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._adopt()
         nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """The description in `print(model)`."""
         return f"{nn.Linear.extra_repr(self)}, bits={self.bits}, block={self.block}"
 
 

@@ -1,4 +1,4 @@
-"""What is taken from bitsandbytes, and its ways to encode and decode scales and codes, as functions of tensors."""
+"""The imports from bitsandbytes, and its encoding and decoding of scales and codes as functions of tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_cod.compression.quantization.scales import NESTED_BLOCK
 
-_ADVICE = logging.getLogger("bitsandbytes.backends.cpu.ops")  # on a kernel for one token, which nothing here needs
+_ADVICE = logging.getLogger("bitsandbytes.backends.cpu.ops")  # on a kernel for one token, which is not used here
 _level = _ADVICE.level
 try:
     _ADVICE.setLevel(logging.ERROR)
@@ -22,12 +22,12 @@ try:
     from bitsandbytes.nn import Params4bit as Params4bit  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
-        "bits: storing weights in 3 or 4 bits needs the bitsandbytes package: pip install 'hf_cod[bitsandbytes]'"
+        "bits: storing weights in 3 or 4 bits requires the bitsandbytes package: pip install 'hf_cod[bitsandbytes]'"
     ) from error
 finally:
     _ADVICE.setLevel(_level)
 
-# What bitsandbytes decodes to.
+# The dtypes to which bitsandbytes decodes.
 DECODED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,12 +53,12 @@ def dequantize_scales(absmax: Tensor, nested_absmax: Tensor | None, offset: Tens
 def dequantize_nf4(b: Tensor, scales: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     """W (n, K) of bytes (n, K / 2) and scales (n, K / B) float32."""
     shape = (b.shape[0], b.shape[1] * 2)
-    known = dtype if dtype in DECODED else torch.float32  # asked for others, it writes what is no weight
+    known = dtype if dtype in DECODED else torch.float32  # for other dtypes its output is wrong
     decode = torch.ops.bitsandbytes.dequantize_4bit
     return decode(b.view(-1, 1), scales.reshape(-1), block, "nf4", shape, known).to(dtype)
 
 
 @cache
 def dynamic_code(device: torch.device) -> Tensor:
-    """(256,) float32, what the codes of scales stand for: one tensor a device."""
+    """(256,) float32, the values of the codes of scales; one tensor for each device."""
     return create_dynamic_map().to(device)

@@ -1,4 +1,4 @@
-"""What `Linear3bit.weight` shows: bytes that nobody must take for numbers."""
+"""The value of `Linear3bit.weight`: packed bytes, on which arithmetic raises an error."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _shown: Any = WeakTensorKeyDictionary()
 
 def _refuse(self: Any, other: Any) -> Any:
     raise ValueError(
-        "weight: expected no arithmetic with codes in three bits, got some (a merge of adapters? DoRA?); put the "
-        "adapters on what model.dequantize() gives, and hf_cod.quantize the result"
+        "weight: expected no arithmetic with codes in three bits, got some (a merge of adapters, or DoRA); load the "
+        "adapters on the model after model.dequantize(), and call hf_cod.quantize on the merged model"
     )
 
 
 class Codes(nn.Parameter):
-    """The bytes of a parameter which, where PEFT would add a matrix to it or to a clone of it, says so.
+    """A view of a parameter's bytes that raises an error where PEFT adds a matrix to it or to a clone of it.
 
-    Not the parameter itself: torch.compile hands only plain ones to operators.
+    It is not the parameter itself: torch.compile passes only plain parameters to operators.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     __add__ = __iadd__ = _refuse
-    _is_hf_initialized = True  # no random numbers, transformers
+    _is_hf_initialized = True  # so that transformers does not initialize it
 
     def __new__(cls, codes: Tensor) -> Codes:
         """A view."""
@@ -34,7 +34,7 @@ class Codes(nn.Parameter):
 
     @property
     def data(self) -> Codes:
-        """Itself."""
+        """The object itself."""
         return self
 
     @data.setter
@@ -42,12 +42,12 @@ class Codes(nn.Parameter):
         _refuse(self, value)
 
     def clone(self, **options: Any) -> Codes:
-        """A copy, as careful."""
+        """A copy of the same class, which raises the same error."""
         return Codes(super().clone(**options))
 
 
 def shown(planes: Tensor) -> Codes:
-    """The same object for the same parameter: transformers tells tensors by their identity."""
+    """The view of a parameter, always the same object: transformers identifies tensors by their identity."""
     known = _shown.get(planes)
     if known is None or known.device != planes.device or known.data_ptr() != planes.data_ptr():
         known = _shown[planes] = Codes(planes)

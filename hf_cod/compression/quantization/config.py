@@ -1,4 +1,4 @@
-"""OwlBnbConfig: which matrices get four bits and which three, as a `quantization_config` of transformers."""
+"""OwlBnbConfig: three or four bits for each matrix, as a `quantization_config` of transformers."""
 
 from __future__ import annotations
 
@@ -11,40 +11,42 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
-from hf_cod.compression.quantization.settings import QuantizeSettings
+from hf_cod.compression.quantization.settings import QuantizeSettings, StorageFields
 from hf_cod.functional.bits import BITS
+from hf_cod.io.arguments import checked
 from hf_cod.io.schema import brief, check_fields, check_known
 from hf_cod.layers.replacement_modules import INSTALL
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 
 METHOD = "owl_bnb"
-# What is read while quantizing, and does not belong into config.json.
+# Used for quantizing, and not saved in config.json.
 _NOT_SAVED = ("scores", "allocation", "statistics")
 
 
+@checked
 @dataclass(kw_only=True)
 class OwlBnbConfig(QuantizeSettings, QuantizationConfigMixin):
-    """Three bits for the matrices of layers that matter less, bitsandbytes' NF4 for the others.
+    """Three bits for the matrices of layers with low scores, bitsandbytes' NF4 for the others.
 
         AutoModelForCausalLM.from_pretrained(name, quantization_config=OwlBnbConfig(bits=3.5, scores=scores))
 
-    Given to `from_pretrained` of a stock checkpoint, it quantizes while loading; a quantized checkpoint brings its own.
-    `hf_cod.quantize` does more for a loaded model and a text: it makes up for rounding errors.
+    Passed to `from_pretrained` with a stock checkpoint, it quantizes the model while loading. A quantized checkpoint
+    contains its own config. `hf_cod.quantize` works on a loaded model; with batches it adds error compensation (GPTQ).
 
     Attributes:
-        bits: stored bits a weight, scales included, over all quantized matrices; 3 or 4 gives all the same width.
-        scores: LayerScores or their file, which decide who gets four bits; None: earlier layers before later ones,
-            which is what the Curse of Depth says of models that nobody measured, and worse than a measured score.
-        allocation: LayerAllocation of bits or its file: 3 or 4 for each layer, or between them for one of both widths,
-            instead of bits and scores.
-        statistics: LayerStatistics or their file; with them scales are searched by what errors do to the outputs.
-        skip: parts of module names that are left as they are.
-        compute_dtype: torch.dtype or its name that inputs and decoded weights are multiplied in; None: the input's.
-        score: which score decided; filled in.
+        bits: stored bits a weight, scales included, over all quantized matrices; 3 or 4 means the same width for all.
+        scores: LayerScores or their file; the layers with the highest scores get four bits. None: earlier layers come
+            first, as the Curse of Depth suggests for models without scores; that is worse than a measured score.
+        allocation: LayerAllocation of bits or its file, instead of bits and scores: 3 or 4 for each layer, or a value
+            between them for a layer with matrices of both widths.
+        statistics: LayerStatistics or their file; with them the search for scales minimizes the error of the outputs.
+        skip: parts of module names; matching matrices are not quantized.
+        compute_dtype: torch.dtype or its name in which inputs and decoded weights are multiplied; None: the input's.
+        score: the score that was used; filled in.
         modules: name -> bits of each quantized matrix; filled in.
-        quant_method: what transformers finds this package by.
-        install: what a reader of config.json without this package should do.
+        quant_method: the name under which this package is registered in transformers.
+        install: an instruction for loading without this package installed; saved in config.json.
     """
 
     scores: Any = None
@@ -72,27 +74,42 @@ class OwlBnbConfig(QuantizeSettings, QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Reads what `to_dict` made.
+        """Reads the output of `to_dict`.
 
         Raises:
-            ValueError: an entry that this version does not know.
+            ValueError: an entry that is unknown to this version.
         """
         check_known(cls, config_dict, "quantization_config", "pip install -U hf_cod")
         return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds."""
+        """The entry in config.json."""
         kept = {name: value for name, value in self.__dict__.items() if name not in _NOT_SAVED}
         if self.compute_dtype is not None:
             kept["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         return copy.deepcopy(kept)
 
 
+class QuantizeFields(StorageFields, total=False):
+    """Fields of `OwlBnbConfig` that `quantize` takes by name."""
+
+    quant_method: Any
+    bits: float
+    skip: list[str]
+    scores: Any
+    allocation: Any
+    statistics: Any
+    compute_dtype: Any
+    score: str | None
+    modules: dict[str, int]
+    install: str
+
+
 def _compute_dtype(given: Any) -> torch.dtype | None:
-    """The dtype that a name means.
+    """The dtype of a name.
 
     Raises:
-        ValueError: no such dtype, or one without fractions.
+        ValueError: no such dtype, or one that is not a floating-point dtype of at least 16 bits.
     """
     found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
     if found is None and given is None:
@@ -103,6 +120,6 @@ def _compute_dtype(given: Any) -> torch.dtype | None:
 
 
 def score_of(config: OwlBnbConfig) -> str | None:
-    """Which score decides; None for none."""
+    """The name of the score by which bits are distributed; None if there is none."""
     found = config.allocation or config.scores
     return found.method if found is not None else config.score

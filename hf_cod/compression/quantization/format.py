@@ -1,15 +1,16 @@
-"""How weights lie in storage: rows of whole blocks, and codes as bytes. Four bits are bitsandbytes' nibbles, three are
-byte planes that expand to such nibbles.
+"""The storage format of quantized weights: rows padded to a multiple of the block, codes packed into bytes. 4-bit codes
+are stored as bitsandbytes' nibbles, 3-bit codes as byte planes that expand to such nibbles.
 
-Symbols: c codes (N, K), N rows; b the bytes that bitsandbytes decodes as NF4, two codes each, the first one high.
+Symbols: c codes (N, K), N rows; b the bytes that bitsandbytes decodes as NF4, two codes in each, the first in the high
+nibble.
 
-A 3-bit code c is the 4-bit code 2 c + 1 (`functional.codebook`), so the lowest bit of each nibble of b is 1 and need
-not be stored. The bytes of a row are cut into four equal runs B0..B3. Three are kept, and the spare bits of their
+A 3-bit code c is the 4-bit code 2 c + 1 (`functional.codebook`), so the lowest bit of each nibble of b is always 1 and
+is not stored. The bytes of a row are split into four equal runs B0..B3. Three are stored, and the free bits of their
 nibbles hold the fourth:
 
-    P_i = B_i | (B3 >> (i + 1) & 0x11),   i = 0, 1, 2         3 K / 8 bytes a row
+    P_i = B_i | (B3 >> (i + 1) & 0x11),   i = 0, 1, 2         3 K / 8 bytes per row
 
-To expand is a few operations on whole bytes: B_i = P_i | 0x11, and with q_i = P_i & 0x11
+The expansion is a few operations on whole bytes: B_i = P_i | 0x11, and with q_i = P_i & 0x11
 
     B3 = q_0 << 1 | q_1 << 2 | q_2 << 3 | 0x11
 """
@@ -37,7 +38,7 @@ def pack_planes(c: Tensor) -> Tensor:
 
 
 def expand_planes(planes: Tensor) -> Tensor:
-    """b (N, K / 2), which decodes as NF4, of planes (N, 3 K / 8)."""
+    """b (N, K / 2) of planes (N, 3 K / 8); NF4 decodes it."""
     kept = planes.view(len(planes), 3, -1)
     b = planes.new_empty(len(planes), 4, kept.shape[-1])
     torch.bitwise_or(kept, _LOW, out=b[:, :3])
@@ -47,15 +48,15 @@ def expand_planes(planes: Tensor) -> Tensor:
 
 
 def stored_columns(in_features: int, block: int) -> int:
-    """How long rows are in storage: whole blocks."""
+    """The length of a stored row: `in_features` rounded up to a multiple of `block`."""
     return (in_features + block - 1) // block * block
 
 
 def prepared(x: Tensor, in_features: int, block: int, dtype: torch.dtype | None) -> Tensor:
-    """The input, as wide as stored rows, in the dtype to multiply in: autocast's, else the chosen one, else its own.
+    """The input, padded to the length of stored rows, in the compute dtype: autocast's, else `dtype`, else x's own.
 
     Raises:
-        ValueError: x is not `in_features` wide.
+        ValueError: the last dimension of x is not `in_features`.
     """
     if x.shape[-1] != in_features:
         raise ValueError(f"input: expected (..., {in_features}), got {tuple(x.shape)}")

@@ -14,15 +14,15 @@ from hf_cod.compression.quantization.scales import BlockScales
 
 
 class Linear3bit(nn.Linear):
-    """y = x W^T + b with W in three bits; W itself is frozen, adapters beside it (PEFT) learn.
+    """y = x W^T + b with W in three bits; W is frozen, adapters on the layer (PEFT) can be trained.
 
     Args:
-        in_features, out_features: K, N; rows are stored with zeros behind them up to a whole block.
+        in_features, out_features: K, N; rows are stored padded with zeros to a multiple of `block`.
         bias: whether there is a b.
-        block: weights of a row that share a scale.
+        block: number of weights of a row that share a scale.
         double_quant: whether scales are quantized, too.
-        compute_dtype: what inputs and W are multiplied in; None: the input's dtype.
-        device, dtype: of the tensors, which are not initialised; dtype is the bias's.
+        compute_dtype: dtype of the product; None: the input's dtype.
+        device, dtype: of the tensors, which are not initialized; dtype is the bias's.
     """
 
     bits = 3
@@ -52,7 +52,7 @@ class Linear3bit(nn.Linear):
 
     @property
     def weight(self) -> Codes:  # type: ignore[override]
-        """The planes, for whoever asks for their device or shape; the parameter itself is in `parameters()`."""
+        """A view of the planes, for reads of their device or shape; the parameter itself is in `parameters()`."""
         return shown(self._planes)
 
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -67,7 +67,7 @@ class Linear3bit(nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         tensors = x, self._planes, *self.scales(), self.block, bias
         learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        # Only those that look at the graph need the operator, whose bookkeeping takes as long as a small product.
+        # Only autograd and torch.compile need the operator; its overhead is as long as a small product.
         product = linear_3bit if learns or torch.compiler.is_compiling() else multiply
         return product(*tensors).to(input.dtype)
 
@@ -78,5 +78,5 @@ class Linear3bit(nn.Linear):
         return planes
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """The description in `print(model)`."""
         return f"{super().extra_repr()}, bits={self.bits}, block={self.block}"

@@ -1,4 +1,4 @@
-"""The CPU's kernel for three bits, in C++ with AVX2, which is built on first use."""
+"""The CPU kernel for 3-bit layers, in C++ with AVX2, compiled on first use."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hf_cod.functional.codebook import CODEBOOKS
 from hf_cod.io.native_kernel import load_native
 
 _SOURCES = Path(__file__).with_name("csrc")
-_WITHOUT = "bitsandbytes decodes them, several times slower for few tokens"
+_WITHOUT = "bitsandbytes decodes them, which is several times slower for few tokens"
 
 
 def native_kernel(planes: Tensor, block: int) -> NativeKernel | None:
-    """The kernel for this matrix, or None: another device, processor or size, or it cannot be built (said once)."""
+    """The kernel for this matrix; None on another device, processor or size, or if the build fails (one warning)."""
     blocks = planes.shape[1] * 8 // 3 // block
-    # Eight bytes of a plane are looked up at a time, and must share a scale: of blocks of 32, whole ones do.
+    # Eight bytes of a plane are decoded at a time and must share a scale; blocks of 32 require a multiple of four.
     fits = planes.device.type == "cpu" and planes.numel() > 0 and (block >= 64 or blocks % 4 == 0)
     return _load() if fits else None
 
 
 class NativeKernel:
-    """The operators of the compiled library, with the tables that they look up."""
+    """The operators of the compiled library, with their lookup tables."""
 
     def __init__(self, library: Any) -> None:
         from hf_cod.compression.quantization.bnb_decoding import dynamic_code
@@ -45,7 +45,7 @@ class NativeKernel:
         block: int,
         bias: Tensor | None,
     ) -> Tensor:
-        """tokens (T, K) times W^T, and the bias (N,): (T, N), summed in float32 and rounded once, W not at all."""
+        """tokens (T, K) times W^T plus the bias (N,): (T, N), summed in float32 and rounded once; W is not rounded."""
         table = None if nested_absmax is None else self._dynamic_code
         matrix = planes, absmax, nested_absmax, offset, table, self._codebook, block
         return self._library.product(tokens, *matrix, bias)
@@ -59,7 +59,7 @@ class NativeKernel:
         block: int,
         rows: slice,
     ) -> Tensor:
-        """W (n, K) float32 of n rows."""
+        """n rows of W, (n, K) float32."""
         table = None if nested_absmax is None else self._dynamic_code
         matrix = planes, absmax, nested_absmax, offset, table, self._codebook, block
         return self._library.rows(*matrix, rows.start, rows.stop)

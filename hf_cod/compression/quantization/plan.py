@@ -1,19 +1,20 @@
-"""Who gets four bits: a budget of stored bytes, spent on the layers that matter most."""
+"""Bit plans: which matrices get four bits within a budget of stored bits."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from hf_cod.compression.quantization.config import OwlBnbConfig, score_of
 from hf_cod.compression.quantization.format import stored_columns
 from hf_cod.compression.quantization.scales import NESTED_BLOCK
-from hf_cod.compression.quantization.settings import StorageSettings
+from hf_cod.compression.quantization.settings import StorageFields, StorageSettings
 from hf_cod.functional.bits import BITS
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
@@ -23,7 +24,7 @@ from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 
 FEW, MANY = min(BITS), max(BITS)
-# How far from the budget rounding of the user's figure may lie.
+# Tolerance for a budget that the user rounded, in bits a weight.
 _TOLERANCE = 0.02
 
 
@@ -34,8 +35,8 @@ class BitPlan:
     Attributes:
         bits: name -> 3 or 4, in the order of the model.
         sizes: name -> (out, in).
-        stored: bits a weight that files hold, scales included, over all of them.
-        left: name -> why a Linear of the layers is not quantized.
+        stored: stored bits a weight, scales included, over all of these matrices.
+        left: name -> the reason why a matrix of the layers is not quantized.
     """
 
     bits: dict[str, int]
@@ -45,7 +46,7 @@ class BitPlan:
 
 
 def stored_bits(size: tuple[int, int], bits: int, storage: StorageSettings) -> int:
-    """Bits that a matrix (out, in) takes in a file: codes, scales, the scales' scales."""
+    """The number of bits of a matrix (out, in) in a file: codes, scales, and the scales of scales."""
     weights = _codes(size, storage)
     count = weights // storage.block
     nested = (count + NESTED_BLOCK - 1) // NESTED_BLOCK
@@ -55,7 +56,7 @@ def stored_bits(size: tuple[int, int], bits: int, storage: StorageSettings) -> i
 def quantizable(
     stack: DecoderLayers, storage: StorageSettings, skip: Sequence[str] = ()
 ) -> tuple[list[dict[str, tuple[int, int]]], dict[str, str]]:
-    """For each layer name -> (out, in) of the matrices that can be quantized; and name -> why of the others."""
+    """Name -> (out, in) of the quantizable matrices of each layer; and name -> the reason, for all other matrices."""
     layers: list[dict[str, tuple[int, int]]] = []
     left: dict[str, str] = {}
     owners = Counter(id(p) for _, p in stack.model.named_parameters(remove_duplicate=False))
@@ -72,6 +73,7 @@ def quantizable(
 
 
 @renamed(stack="model", storage="settings")
+@checked
 def plan_bits(
     model: nn.Module | DecoderLayers,
     bits: float,
@@ -80,25 +82,25 @@ def plan_bits(
     skip: Sequence[str] = (),
     *,
     layers_path: str | None = None,
-    **fields: Any,
+    **fields: Unpack[StorageFields],
 ) -> BitPlan:
-    """Four bits for the layers with the highest scores, as many as the budget of stored bits allows.
+    """Gives four bits to the layers with the highest scores, as far as the budget of stored bits allows.
 
-    Of equal layers the earlier one comes first; without scores all are equal. The layer at which the budget ends gets
-    four bits in some of its matrices, in the order of the model, so that what is stored meets the budget within the
-    size of one matrix.
+    Of layers with equal scores, the earlier one comes first; without scores all are equal. In the layer at which the
+    budget is exhausted, some matrices get four bits, in the order of the model. The stored size therefore meets the
+    budget within the size of one matrix.
 
     Args:
-        model: a transformers model, or its layers; it is left as it was.
-        bits: stored bits a weight, scales included; 3 or 4 gives all the same width.
+        model: a transformers model, or its layers; it is not changed.
+        bits: stored bits a weight, scales included; 3 or 4 means the same width for all.
         settings: how codes and scales are stored.
         scores: of this model, from `score_layers`.
-        skip: parts of module names that are left as they are.
-        layers_path: the stack's module name where it cannot be found.
+        skip: parts of module names; matching matrices are not quantized.
+        layers_path: module name of the layer stack, if it cannot be found automatically.
         **fields: or fields of `StorageSettings` by name: block, double_quant.
 
     Raises:
-        ValueError: nothing to quantize, a budget that no mixture has, scores of another model.
+        ValueError: no matrix can be quantized, the budget is out of range, or the scores are of another model.
     """
     storage = resolve(plan_bits, StorageSettings, settings, fields)
     stack = model if isinstance(model, DecoderLayers) else find_decoder_layers(model, layers_path)
@@ -133,10 +135,10 @@ def plan_bits(
 
 
 def plan_by(stack: DecoderLayers, config: OwlBnbConfig) -> BitPlan:
-    """What a config says: its modules, else its allocation, else its bits and scores.
+    """The plan of a config: by its modules, else its allocation, else its bits and scores.
 
     Raises:
-        ValueError: see `plan_bits` and `plan_of`; an allocation of something else, or for another model.
+        ValueError: see `plan_bits` and `plan_of`; an allocation of another kind, or for another model.
     """
     if config.modules:
         return plan_of(stack, config.modules, config)
@@ -157,14 +159,14 @@ def plan_by(stack: DecoderLayers, config: OwlBnbConfig) -> BitPlan:
 def as_allocation(
     stack: DecoderLayers, plan: BitPlan, storage: StorageSettings, method: str = "uniform"
 ) -> LayerAllocation:
-    """The bits of each layer, to keep and to use again as `OwlBnbConfig.allocation`: the mean over its matrices, so
-    that a layer of both widths lies between them.
+    """The bits of each layer, which can be saved and used as `OwlBnbConfig.allocation`: the mean over its matrices,
+    which lies between 3 and 4 in a layer of both widths.
 
     Args:
         stack: the layers, whose matrices are still dense.
         plan: for them.
-        storage: how it is stored.
-        method: the score that decided.
+        storage: how codes and scales are stored.
+        method: the score by which bits were distributed.
     """
     values, parameters = [], []
     for index in range(len(stack)):
@@ -178,7 +180,7 @@ def as_allocation(
 
 
 def _within(sizes: Mapping[str, tuple[int, int]], value: float, storage: StorageSettings) -> dict[str, float]:
-    """Bits of each matrix by its layer's: between 3 and 4, four for those that fit, in the order of the model."""
+    """Bits of each matrix of a layer; for a value between 3 and 4, matrices get four in model order while they fit."""
     if not FEW < value < MANY:
         return dict.fromkeys(sizes, value)
     codes = {name: _codes(size, storage) for name, size in sizes.items()}
@@ -191,13 +193,13 @@ def _within(sizes: Mapping[str, tuple[int, int]], value: float, storage: Storage
 
 
 def _codes(size: tuple[int, int], storage: StorageSettings) -> int:
-    """How many a matrix (out, in) is stored in: what it takes to give it one bit more."""
+    """The number of stored codes of a matrix (out, in), which is the cost in bits of one bit more per code."""
     return size[0] * stored_columns(size[1], storage.block)
 
 
 def recorded(config: OwlBnbConfig, plan: BitPlan) -> OwlBnbConfig:
-    """The config that a quantized model keeps: what came of it, without what it was made by. The caller's stays as it
-    is, and may serve for another model.
+    """A copy of the config for the quantized model: with the resulting bits and modules, and without scores, allocation
+    and statistics. The caller's config is not changed and can be used for another model.
     """
     return replace(
         config,
@@ -211,23 +213,23 @@ def recorded(config: OwlBnbConfig, plan: BitPlan) -> OwlBnbConfig:
 
 
 def what_is_lost(config: OwlBnbConfig, plan: BitPlan, calibrated: bool) -> list[str]:
-    """Sentences on what a better known text would have bought."""
+    """Notes on the quality that is lost without scores or without a calibration dataset."""
     told = []
     if score_of(config) is None and not config.modules and len(set(plan.bits.values())) > 1:
-        told.append("no scores: earlier layers get 4 bits; scores of hf-cod score find better ones")
+        told.append("no scores: earlier layers get 4 bits; with scores from hf-cod score, the choice is better")
     if config.statistics is None and not calibrated:
         told.append(
-            "no text: scales follow the largest weight of a block, which costs quality (SmolLM2-135M in 3 bits: "
-            "perplexity 124, with statistics 84, with batches and hf_cod.quantize 70)"
+            "no calibration dataset: scales are set by the largest weight of each block, which costs quality "
+            "(SmolLM2-135M in 3 bits: perplexity 124, with statistics 84, with batches and hf_cod.quantize 70)"
         )
     return told
 
 
 def plan_of(stack: DecoderLayers, bits: Mapping[str, float], storage: StorageSettings) -> BitPlan:
-    """A plan that somebody made by name.
+    """A plan from the bits of each matrix by name.
 
     Raises:
-        ValueError: a name that is no matrix of the layers, or that cannot be quantized; other bits than 3 and 4.
+        ValueError: a name that is not a matrix of the layers, or that cannot be quantized; bits other than 3 and 4.
     """
     layers, left = quantizable(stack, storage)
     known = {name: size for layer in layers for name, size in layer.items()}
@@ -255,7 +257,7 @@ def _check_scores(scores: LayerScores, stack: DecoderLayers) -> None:
 
 
 def _reason(name: str, module: Any, storage: StorageSettings, skip: Sequence[str], owners: Counter[int]) -> str | None:
-    """Why a Linear cannot be quantized, or None."""
+    """The reason why a matrix cannot be quantized, or None."""
     out, width = shape_of(module)
     if any(part in name for part in skip):
         return "skipped"

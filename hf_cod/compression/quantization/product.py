@@ -1,8 +1,8 @@
-"""`torch.ops.hf_cod.linear_3bit`: x W^T + b with W in three bits, as one operator that torch.compile and autograd see.
+"""`torch.ops.hf_cod.linear_3bit`: x W^T + b with W in three bits, as one operator for torch.compile and autograd.
 
-Few tokens are multiplied straight from the planes: on the CPU by `native`, on CUDA by `triton_kernel`, where they can
-be built. For more tokens, and without those, W is decoded; on the CPU a few rows at a time, never the whole. The
-backward pass decodes again instead of keeping W.
+Few tokens are multiplied directly from the planes: on the CPU by `native`, on CUDA by `triton_kernel`, if they can be
+built. For more tokens, and without these kernels, W is decoded; on the CPU a few rows at a time, never the full matrix.
+The backward pass decodes W again instead of keeping it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 from hf_cod.compression.quantization.format import expand_planes
 from hf_cod.compression.quantization.native import native_kernel
 
-# Up to so many tokens are multiplied straight from the planes, where there is a kernel for it.
+# Up to this number of tokens are multiplied directly from the planes, if there is a kernel.
 MOST_TOKENS = 16
 _FAST = (torch.float32, torch.bfloat16, torch.float16)
-# Weights that are decoded at a time on the CPU: few enough to stay in the processor's cache.
+# Number of weights that are decoded at a time on the CPU: few enough to stay in the processor's cache.
 _CHUNK = 1 << 20
 
 
@@ -33,12 +33,12 @@ def decoded_rows(
     block: int,
     dtype: torch.dtype,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, that part of W (n, K)) until all rows were there; all at once on devices other than the CPU.
+    """Yields (slice of rows, these rows of W (n, K)) for all rows; all at once on devices other than the CPU.
 
     Args:
         planes: (N, 3 K / 8), of `format.pack_planes`.
         absmax, nested_absmax, offset: of `BlockScales`.
-        block: weights that share a scale.
+        block: number of weights that share a scale.
         dtype: of W.
     """
     from hf_cod.compression.quantization.bnb_decoding import dequantize_nf4, dequantize_scales
@@ -48,7 +48,7 @@ def decoded_rows(
     scales = None if kernel else dequantize_scales(absmax, nested_absmax, offset).view(len(planes), -1)  # (N, K / B)
     on_cpu = planes.device.type == "cpu"
     step = max(1, _CHUNK // K) if on_cpu else len(planes)
-    # On the CPU bitsandbytes rounds to half precision one by one, several times slower and with the same result.
+    # On the CPU, bitsandbytes decodes to half precision element by element: several times slower, with the same result.
     decoded = torch.float32 if on_cpu else dtype
     for first in range(0, len(planes), step):
         rows = slice(first, min(first + step, len(planes)))
@@ -69,7 +69,7 @@ def multiply(
     block: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """x (..., K) times W^T, and the bias (N,): (..., N) in x's dtype. For the other arguments see `decoded_rows`.
+    """x (..., K) times W^T plus the bias (N,): (..., N) in x's dtype. For the other arguments see `decoded_rows`.
 
     The operator `linear_3bit` without its overhead.
     """
@@ -89,7 +89,7 @@ def multiply(
 
 
 def _direct_product(tokens: Tensor, planes: Tensor, block: int) -> Callable[..., Tensor] | None:
-    """What multiplies without decoding, if there is anything for so many tokens, this dtype and this device."""
+    """The kernel that multiplies without decoding W; None if there is none for this size, dtype and device."""
     if not 1 <= len(tokens) <= MOST_TOKENS or tokens.dtype not in _FAST:
         return None
     if tokens.is_cuda and _has_triton():
@@ -114,7 +114,7 @@ def linear_3bit_backward(
 ) -> Tensor:
     """The gradient of x: grad (..., N) times W, which is (..., K)."""
     tokens = grad.reshape(-1, grad.shape[-1])
-    # The chunks of rows add up, so float32 until all are there.
+    # The contributions of all chunks are summed in float32.
     high = torch.promote_types(grad.dtype, torch.float32)
     out = tokens.new_zeros(len(tokens), planes.shape[1] * 8 // 3, dtype=high)
     for rows, W in decoded_rows(planes, absmax, nested_absmax, offset, block, grad.dtype):

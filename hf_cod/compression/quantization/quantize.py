@@ -1,24 +1,25 @@
-"""`quantize`: a loaded model's matrices in three and four bits, layer by layer, with the errors made up for."""
+"""`quantize`: stores a loaded model's matrices in three and four bits, layer by layer, with error compensation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
-from hf_cod.compression.quantization.config import METHOD, OwlBnbConfig, score_of
+from hf_cod.compression.quantization.config import METHOD, OwlBnbConfig, QuantizeFields, score_of
 from hf_cod.compression.quantization.plan import BitPlan, plan_by, recorded, stored_bits, what_is_lost
 from hf_cod.compression.quantization.quantizer import OwlBnbQuantizer
 from hf_cod.compression.quantization.rounding import fill, new_module, round_matrix
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batches, describe_batches
 from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -31,56 +32,57 @@ from hf_cod.models.own_config import own_config
 
 
 @renamed(path="layers_path")
+@checked
 def quantize(
     model: PreTrainedModel,
     config: OwlBnbConfig | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
-    **fields: Any,
+    **fields: Unpack[QuantizeFields],
 ) -> RunReport:
-    """Stores the matrices of a model's layers in three or four bits, in place; the rest stays as it is.
+    """Stores the matrices of a model's layers in three or four bits, in place; all other weights are left unchanged.
 
     | given | scales | codes |
     |---|---|---|
     | nothing | the largest magnitude of each block | nearest |
     | `config.statistics` | least error, weighted by ||X_j||_2^2 | nearest |
-    | `batches` | the same | errors made up for by what is still to be rounded (GPTQ, arXiv 2210.17323) |
+    | `batches` | the same | nearest, with error compensation (GPTQ, arXiv 2210.17323) |
 
-    With batches, layers are quantized one after another, each on what the quantized layers before it hand on; memory
-    beyond the model's is one layer's sums and the hidden states of the batches (on the CPU). All three are stored
-    alike and run alike. `save_pretrained` writes, `from_pretrained` reads wherever hf_cod is imported,
-    `model.dequantize()` makes it dense again.
+    With batches, layers are quantized one after another; the calibration inputs of a layer are the outputs of the
+    quantized layers before it. In addition to the model, memory holds one layer's sums and the hidden states of the
+    batches (on the CPU). All three cases have the same storage format and speed. `save_pretrained` writes the
+    quantized model, `from_pretrained` reads it where hf_cod is imported, and `model.dequantize()` makes it dense again.
 
-    The report's `layers` hold `bits` (stored, scales included), `error` (share of the outputs' energy that rounding
-    loses, mean over the layer's matrices; with batches) and `parameters`; its `results` hold `bits` of all, `bytes` of
-    all quantized matrices, and `modules` (name -> 3 or 4).
+    The report's `layers` hold `bits` (stored, scales included), `error` (share of the outputs' energy that is lost by
+    rounding, mean over the layer's matrices; with batches) and `parameters`; its `results` hold `bits` of all quantized
+    matrices together, `planned_bytes` of them, and `modules` (name -> 3 or 4).
 
     Args:
         model: a transformers model with plain weights in memory.
-        config: bits, scores, storage; its `modules`, if it has any, decide instead of bits and scores.
-        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
-        journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
-            where it stopped. Files stay until you remove them.
-        layers_path: the stack's module name where it cannot be found.
+        config: bits, scores, storage; if its `modules` are set, they replace bits and scores.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is ignored.
+        journal: a directory to which each finished layer is saved; the same call on the same intact model resumes from
+            it. The files are not removed.
+        layers_path: module name of the layer stack, if it cannot be found automatically.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
         **fields: or fields of `OwlBnbConfig` by name: bits, scores, allocation, statistics, skip, block, ...
 
     Raises:
         ImportError: bitsandbytes is not installed.
-        ValueError: bits out of reach (says the least and the most), scores or statistics of another model, statistics
-            and batches, weights that cannot be replaced (adapters, quantized, offloaded, shared), NaN or infinity in
-            weights or activations (says where).
+        ValueError: bits out of range (says the least and the most), scores or statistics of another model, both
+            statistics and batches, weights that cannot be replaced (adapters, quantized, offloaded, shared), NaN or
+            infinity in weights or activations (says where).
     """
-    import hf_cod.compression.quantization.bnb  # noqa: F401 - its absence is told before any work
+    import hf_cod.compression.quantization.bnb  # noqa: F401 - fails before any work if bitsandbytes is missing
 
     config = resolve(quantize, OwlBnbConfig, config, fields)
     if getattr(model, "is_quantized", False):
-        raise ValueError("model: expected dense weights, got quantized ones; model.dequantize() first")
+        raise ValueError("model: expected dense weights, got quantized ones; call model.dequantize() first")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model without wrappers, got {type(model).__name__}")
     stack = find_decoder_layers(model, layers_path)
@@ -110,7 +112,7 @@ def quantize(
 
 
 class _LayerChange:
-    """Exchanges the matrices of one layer; what `FinishedLayers` needs to keep and to repeat it."""
+    """Replaces the matrices of one layer, and provides what `FinishedLayers` requires to save and to repeat that."""
 
     def __init__(self, stack: DecoderLayers, plan: BitPlan, config: OwlBnbConfig) -> None:
         self._stack, self._plan, self._config = stack, plan, config
@@ -136,7 +138,7 @@ class _LayerChange:
         return {"unseen": unseen, "errors": errors}
 
     def tensors_of(self, index: int) -> dict[str, Tensor]:
-        """Codes and scales of a layer."""
+        """The codes and scales of a layer."""
         found: dict[str, Tensor] = {}
         for name in self._names[index]:
             state = self._stack.model.get_submodule(name).state_dict()
@@ -144,7 +146,7 @@ class _LayerChange:
         return found
 
     def put_back(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Exchanges the matrices of an intact layer for these."""
+        """Replaces the matrices of an intact layer by these tensors."""
         for name in self._names[index]:
             found = {key.split("/", 1)[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
             self._exchange(name, found)
@@ -165,7 +167,7 @@ def _lost(W: Tensor, module: Any, products: Tensor) -> float:
 
 
 def _mark(model: Any, config: OwlBnbConfig) -> None:
-    """What from_pretrained sets, so that saving, PEFT and Trainer know the model for what it is."""
+    """Sets the attributes that from_pretrained sets: saving, PEFT and Trainer recognize the model as quantized."""
     own_config(model)
     quantizer = OwlBnbQuantizer(config, pre_quantized=True)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
@@ -198,14 +200,14 @@ def _report(
         ],
         notes=[
             *what_is_lost(config, plan, calibrated=bool(batches)),
-            *(f"no token entered {name}: rounded to the nearest" for note in notes for name in note["unseen"]),
+            *(f"no token entered {name}: rounded to nearest" for note in notes for name in note["unseen"]),
             *(f"{name} is not quantized: {reason}" for name, reason in plan.left.items()),
         ],
     )
 
 
 def layer_table(stack: DecoderLayers, plan: BitPlan, config: OwlBnbConfig) -> dict[str, list[Any]]:
-    """Who got what, layer by layer: stored bits a weight, matrices with four bits, weights, and the score."""
+    """Values of each layer: stored bits a weight, number of matrices with four bits, weights, and the score."""
     table: dict[str, list[Any]] = {"bits": [], "four": [], "parameters": []}
     for index in range(len(stack)):
         names = [name for name in stack.linears(index) if name in plan.bits]

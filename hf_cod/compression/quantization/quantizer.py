@@ -1,4 +1,4 @@
-"""How transformers loads, saves and unpacks quantized models: the plug-in point that its own quantizers use."""
+"""The quantizer by which transformers loads, saves and unpacks quantized models."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 class OwlBnbQuantizer(HfQuantizer):
-    """Swaps the layers' matrices for quantized ones before their tensors are loaded, and fills them while loading."""
+    """Replaces the layers' matrices by quantized ones before their tensors are loaded, and fills them while loading."""
 
     quantization_config: OwlBnbConfig
     statistics: LayerStatistics | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Imports bitsandbytes, whose absence is better told before gigabytes are read."""
+        """Imports bitsandbytes, so that a missing installation fails before gigabytes are read."""
         import hf_cod.compression.quantization.bnb  # noqa: F401
 
     def _process_model_before_weight_loading(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
@@ -59,12 +59,12 @@ class OwlBnbQuantizer(HfQuantizer):
                 logger.warning("%s is not quantized: %s", name, reason)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether a tensor of the checkpoint is a matrix that gets quantized."""
+        """Whether a tensor of the checkpoint is a matrix to quantize."""
         module, _, key = param_name.rpartition(".")
         return not self.pre_quantized and key == "weight" and module in self.quantization_config.modules
 
     def get_quantize_ops(self) -> ConversionOps:
-        """What makes codes and scales of a matrix while it is loaded."""
+        """The operation that quantizes a matrix while it is loaded."""
         return _Quantize(self)
 
     def _process_model_after_weight_loading(self, model: Any, loaded: bool = True, **kwargs: Any) -> None:
@@ -73,7 +73,7 @@ class OwlBnbQuantizer(HfQuantizer):
             if not self.pre_quantized and any(p.device.type == "meta" for p in module.parameters()):
                 raise ValueError(
                     f"device_map: expected no quantized layer on disk, got {name} there; quantize in memory "
-                    "(device_map='cpu'), save, and load what was saved with the rest on disk"
+                    "(device_map='cpu'), save, and load the saved model with layers on disk"
                 )
             if loaded:
                 check_stored(module, name)
@@ -82,18 +82,18 @@ class OwlBnbQuantizer(HfQuantizer):
                 module.bind()
         self.statistics = None
         mark_stored(model)
-        model.is_loaded_in_4bit = True  # what PEFT and accelerate know quantized layers by
+        model.is_loaded_in_4bit = True  # by which PEFT and accelerate recognize quantized layers
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The model's tensors, and the sign for whoever loads them without this package."""
+        """The model's tensors, and the marker that makes loading without this package fail with an instruction."""
         return {**model.state_dict(), **signs()}, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained makes it a string
         if any(getattr(getattr(module, "base_layer", None), "bits", None) == 4 for module in model.modules()):
             raise ValueError(
-                "model: expected no adapters on 4-bit layers, which could never be merged, got some; save them, "
-                "dequantize the model without them, and load them on it"
+                "model: expected no adapters on 4-bit layers, got some, which could not be merged afterwards; save "
+                "them, dequantize the model without them, and load them on it"
             )
         for name, module in [*model.named_modules()]:
             if is_quantized(module):
@@ -114,12 +114,12 @@ class OwlBnbQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """torch.compile sees one operator a matrix."""
+        """Each matrix is one operator for torch.compile."""
         return True
 
 
 class _Quantize(ConversionOps):
-    """A matrix of the checkpoint -> codes and scales."""
+    """Converts a matrix of the checkpoint to codes and scales."""
 
     def __init__(self, quantizer: OwlBnbQuantizer) -> None:
         self.quantizer = quantizer
@@ -145,15 +145,15 @@ class _Quantize(ConversionOps):
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is one of ours."""
+    """Whether a module is a quantized layer of this package."""
     return isinstance(module, nn.Linear) and hasattr(module, "scales") and hasattr(module, "bits")
 
 
 def _modules_of(model: Any, modules: dict[str, int]) -> dict[str, int]:
-    """The modules that a checkpoint names, under the names that they have in this model.
+    """The modules of a checkpoint, by their names in this model.
 
     Raises:
-        ValueError: none, or one that is no matrix of the model.
+        ValueError: there are none, or one is not a matrix of the model.
     """
     if not modules:
         raise ValueError("modules: expected the names of the quantized matrices, got none; config.json is damaged")
@@ -170,14 +170,14 @@ def to_linear(module: Any, dtype: torch.dtype | None) -> nn.Module:
 
 
 def check_stored(module: Any, name: str) -> None:
-    """Makes sure that a module's tensors were loaded, and its scales are numbers: shapes are checked by transformers,
-    codes are all valid.
+    """Checks that a module's tensors were loaded and that its scales are finite. Shapes are checked by transformers,
+    and each code is valid.
 
     Raises:
         ValueError: a missing tensor, one of another dtype, NaN or infinity; begins with the module's name.
     """
     for key, tensor in module.named_parameters():
-        # Transformers marks what it has loaded; what a checkpoint lacks is in memory, with whatever was there before.
+        # Transformers marks loaded tensors; a tensor that the checkpoint lacks is unmarked, with undefined contents.
         if key != "bias" and tensor.device.type != "meta" and not hasattr(tensor, "_is_hf_initialized"):
             raise ValueError(f"{name}.{key}: expected it in the checkpoint, got none; the file is damaged")
     whole = module.scales.double_quant
@@ -193,10 +193,10 @@ def check_stored(module: Any, name: str) -> None:
 
 
 def check_range(module: Any, name: str, dtype: torch.dtype) -> None:
-    """Makes sure that decoded weights are finite in the dtype that they are multiplied in.
+    """Checks that decoded weights are finite in the compute dtype.
 
     Raises:
-        ValueError: float16, and a scale beyond its largest number.
+        ValueError: the dtype is float16, and a scale exceeds its largest number.
     """
     from hf_cod.compression.quantization.bnb_decoding import dequantize_scales
 
@@ -204,4 +204,4 @@ def check_range(module: Any, name: str, dtype: torch.dtype) -> None:
         return
     largest = float(dequantize_scales(*module.scales()).abs().max())
     if largest > torch.finfo(dtype).max:
-        raise ValueError(f"dtype: expected one that holds weights of {largest:g} in {name}, got {dtype}; take bfloat16")
+        raise ValueError(f"dtype: expected one that holds weights of {largest:g} in {name}, got {dtype}; use bfloat16")

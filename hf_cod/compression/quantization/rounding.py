@@ -1,4 +1,4 @@
-"""One matrix, rounded: the tensors of the module that is to hold it."""
+"""Quantizes one matrix, to the tensors of its module."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def round_matrix(
     squares: Tensor | None = None,
     products: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Chooses scales, stores them, and rounds to what the stored ones can say.
+    """Chooses scales, rounds them to their stored form, and rounds the weights with these scales.
 
-    | known of the inputs | scales | codes |
+    | given | scales | codes |
     |---|---|---|
     | nothing | the largest magnitude of each block | nearest |
     | squares | least error, weighted by the squares | nearest |
-    | products | the same, with the products' diagonal | nearest, errors made up for (GPTQ) |
+    | products | the same, with the products' diagonal | nearest, with error compensation (GPTQ) |
 
     Args:
         W: (out, in), any floating dtype.
         bits: 3 or 4.
         storage: block, and how scales are stored.
-        name: of the matrix, for errors.
+        name: of the matrix, for error messages.
         squares: sum over tokens of x_j^2, (in,).
         products: X^T X, (in, in).
 
@@ -43,7 +43,7 @@ def round_matrix(
         {"weight": codes, "scales.absmax": ..., ...} as `new_module` names them.
 
     Raises:
-        ValueError: NaN or infinity in W; a scale, rounded up, that W's dtype (float16) cannot hold.
+        ValueError: NaN or infinity in W; a rounded scale that exceeds the range of W's dtype (float16).
     """
     from hf_cod.compression.quantization.bnb_decoding import dequantize_scales, quantize_scales
 
@@ -78,7 +78,7 @@ def round_matrix(
 
 
 def new_module(linear: Any, bits: int, storage: StorageSettings, compute_dtype: torch.dtype | None = None) -> Any:
-    """An empty module, on the meta device, to take the place of a Linear or Conv1D; its bias is theirs."""
+    """An empty module, on the meta device, that replaces a Linear or Conv1D and shares its bias."""
     from hf_cod.compression.quantization.bnb import Linear4bit
 
     rows, columns = shape_of(linear)
@@ -93,14 +93,14 @@ def new_module(linear: Any, bits: int, storage: StorageSettings, compute_dtype: 
     )
     made.register_parameter("bias", linear.bias)
     made.was_transposed = is_transposed(linear)
-    # Or transformers would initialise what it takes for a Linear's weight.
+    # Otherwise transformers would initialize the weight, as that of a Linear.
     for module in (made, made.scales):
         module._is_hf_initialized = True
     return made.train(linear.training)
 
 
 def fill(module: Any, tensors: dict[str, Tensor]) -> None:
-    """Puts the tensors of `round_matrix` into the module."""
+    """Assigns the tensors of `round_matrix` to the module."""
     for name, tensor in tensors.items():
         owner = module.scales if name.startswith("scales.") else module
         setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))

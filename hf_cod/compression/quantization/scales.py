@@ -1,4 +1,4 @@
-"""BlockScales: one scale for each block of weights, in eight bits or in 32."""
+"""BlockScales: one scale for each block of weights, in 8 or 32 bits."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Scales that share a scale of their own, as in QLoRA (arXiv 2305.14314, section 3).
+# Number of scales that share a second-level scale, as in QLoRA (arXiv 2305.14314, section 3).
 NESTED_BLOCK = 256
 
 
 class BlockScales(nn.Module):
-    """The scales of a matrix, row after row; what it holds is float32 or bytes whatever dtype the model is cast to.
+    """The scales of a matrix, row after row. The tensors keep their dtypes, also when the model is cast to another one.
 
     | tensor | shape, dtype | content |
     |---|---|---|
-    | absmax | (n,) uint8, or float32 | the scales; with double quantization codes of them less the offset |
-    | nested_absmax | (ceil(n / 256),) float32 | the scale of each 256 codes |
+    | absmax | (n,) uint8, or float32 | the scales; with double quantization, the codes of scale minus offset |
+    | nested_absmax | (ceil(n / 256),) float32 | the second-level scale of each 256 codes |
     | offset | () float32 | mean of the scales |
 
-    In bits a weight, at block 64: 8 / 64 + 32 / (64 * 256) = 0.127, without double quantization 0.5.
+    Bits a weight at block 64: 8 / 64 + 32 / (64 * 256) = 0.127; without double quantization 0.5.
 
     Args:
-        count: n, how many scales.
-        double_quant: whether they are quantized themselves.
-        device: of the tensors, which are not initialised.
+        count: n, the number of scales.
+        double_quant: whether the scales are quantized, too.
+        device: of the tensors, which are not initialized.
     """
 
     absmax: nn.Parameter
@@ -47,18 +47,18 @@ class BlockScales(nn.Module):
 
     @property
     def double_quant(self) -> bool:
-        """Whether the scales are quantized themselves."""
+        """Whether the scales are quantized, too."""
         return "nested_absmax" in self._parameters
 
     def forward(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(absmax, nested_absmax, offset). A call, so that hooks of accelerate load what is offloaded."""
+        """(absmax, nested_absmax, offset). This is `forward`, so that hooks of accelerate load offloaded tensors."""
         tensors = self._parameters
         absmax = tensors["absmax"]
         assert absmax is not None
         return absmax, tensors.get("nested_absmax"), tensors.get("offset")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockScales:
-        """Follows the model to other devices, but not to other dtypes."""
+        """Moves the tensors to other devices, but does not change their dtypes."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

@@ -1,7 +1,7 @@
-"""x W^T on CUDA for few tokens, straight from the planes: what is read of W are its three bits a weight and its scales.
+"""x W^T on CUDA for few tokens, directly from the planes: memory reads of W are three bits a weight and the scales.
 
-Symbols as in `format` and `product`; g = B / 4 columns, the part of a run that surely shares a scale: a run is K / 4
-columns long, which need not be whole blocks, but is whole parts of a block.
+Symbols as in `format` and `product`; a part is g = B / 4 consecutive columns of a run, which always share a scale: the
+length of a run, K / 4 columns, need not be a multiple of a block, but is a multiple of a part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_cod.compression.quantization.scales import NESTED_BLOCK
 from hf_cod.functional.codebook import CODEBOOKS
 
-# Bytes of each plane that a step takes; at the largest block, 256, still whole parts.
+# Bytes of each plane per step; a multiple of a part also at the largest block, 256.
 _STEP = 64
 
 
@@ -29,9 +29,9 @@ def product(
     block: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """tokens (T, K), T from 1 to 16, times W^T, and the bias (N,): (T, N), summed in float32.
+    """tokens (T, K), T from 1 to 16, times W^T plus the bias (N,): (T, N), summed in float32.
 
-    W is rounded to the tokens' dtype first, as everywhere else. The other arguments are those of
+    W is rounded to the tokens' dtype first, as in the other implementations. For the other arguments see
     `product.decoded_rows`.
     """
     from hf_cod.compression.quantization.bnb_decoding import dynamic_code
@@ -40,9 +40,9 @@ def product(
     tokens, planes = tokens.contiguous(), planes.contiguous()
     out = tokens.new_empty(T, N)
     double = nested_absmax is not None
-    # TF32 has the bits of either half precision, so their products are exact; AMD's cards lack it, and need no more.
+    # TF32 represents both half-precision dtypes exactly, so products are exact; AMD GPUs lack it, and do without.
     halves = tokens.dtype != torch.float32 and torch.version.hip is None
-    # One token is summed row by row; more go through the matrix units, which take 16 at least.
+    # One token is summed row by row; more use the matrix units, whose least size is 16.
     rows, lanes = (8, 1) if T == 1 else (16, 16)
     _multiply[(triton.cdiv(N, rows),)](
         tokens,
@@ -80,7 +80,7 @@ def _multiply(
     absmax,  # (N K / B,)
     nested_absmax,
     offset,
-    dynamic_code,  # (256,): what codes of scales stand for
+    dynamic_code,  # (256,): values of the codes of scales
     codebook,  # (8,)
     bias,  # (N,)
     out,  # (T, N)
@@ -95,7 +95,7 @@ def _multiply(
     PARTS: tl.constexpr,  # parts of blocks in a step
     PRECISION: tl.constexpr,
 ):
-    """ROWS rows of W times all tokens, PARTS * B / 8 bytes of each plane at a time."""
+    """Multiplies ROWS rows of W by all tokens, PARTS * B / 8 bytes of each plane at a time."""
     WIDTH: tl.constexpr = BLOCK // 8  # bytes of a part
     STEP: tl.constexpr = PARTS * WIDTH
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -137,7 +137,7 @@ def _multiply(
 
 @triton.jit
 def _scales(absmax, nested_absmax, offset, dynamic_code, which, known, NESTED: tl.constexpr):
-    """The scales number `which`, 0 where not `known`."""
+    """The scales at indices `which`; 0 where not `known`."""
     if NESTED == 0:
         s = tl.load(absmax + which, mask=known, other=0.0)
     else:

@@ -1,1 +1,1 @@
-"""Models with many zeros, stored without them and run faster for it on CPUs."""
+"""Sparse storage: pruned models are stored without their zeros, and run faster on CPUs."""

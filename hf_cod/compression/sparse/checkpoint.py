@@ -1,5 +1,5 @@
-"""What the files of a packed checkpoint hold, compared with what its config says, before anything is loaded:
-transformers fills what is missing with random weights.
+"""Checks the files of a packed checkpoint against its config before loading: transformers would initialize missing
+tensors with random weights.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def check_files(files: Iterable[str], modules: Mapping[str, int]) -> None:
-    """Makes sure that the files hold each packed matrix that the config records, whole, and no other.
+    """Checks that the files hold exactly the packed matrices that the config records, each complete.
 
     Args:
         files: the checkpoint's safetensors files.
         modules: name -> number of stored weights, as recorded.
 
     Raises:
-        ValueError: a file that cannot be read, a part of a matrix that is missing or of another kind, a matrix without
-            record or a record without matrix; begins with the name of the matrix or the file.
+        ValueError: an unreadable file, a missing part of a matrix or one of another dtype or shape, a matrix that is
+            not recorded, or a recorded matrix that is missing; begins with the name of the matrix or the file.
     """
     if not modules:
         raise ValueError("modules: expected the names of packed matrices in config.json, got none")
@@ -33,7 +33,7 @@ def check_files(files: Iterable[str], modules: Mapping[str, int]) -> None:
         kind, shape = parts["values"]
         if kind not in FLOATS:
             raise ValueError(f"{name}: expected values of floating point, got {kind}; the file is damaged")
-        # Families whose tensors have other names in files than in the model are compared by their number alone.
+        # In families whose tensor names differ between files and model, only the number of matrices is compared.
         if name in modules and shape != [modules[name]]:
             raise ValueError(f"{name}: expected {modules[name]} values as config.json says, got {shape}")
     if len(found) != len(modules):
@@ -45,7 +45,7 @@ def check_files(files: Iterable[str], modules: Mapping[str, int]) -> None:
 
 
 def _packed(files: Iterable[str]) -> dict[str, dict[str, tuple[str, list[int]]]]:
-    """Name -> part -> (dtype as safetensors calls it, shape) of whatever looks like a packed matrix."""
+    """Name -> part -> (dtype in safetensors' notation, shape) of each candidate for a packed matrix."""
     found: dict[str, dict[str, tuple[str, list[int]]]] = {}
     for path in files:
         try:
@@ -56,6 +56,6 @@ def _packed(files: Iterable[str]) -> dict[str, dict[str, tuple[str, list[int]]]]
                         tensor = file.get_slice(key)
                         found.setdefault(name, {})[part] = (tensor.get_dtype(), tensor.get_shape())
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: expected a whole safetensors file, got one that breaks off: {error}") from error
-    # A buffer of another kind of module may be called mask, too.
+            raise ValueError(f"{path}: expected a complete safetensors file, got a damaged one: {error}") from error
+    # Other kinds of modules may have a buffer named mask, too.
     return {name: parts for name, parts in found.items() if len(parts) > 1 or "row_starts" in parts}

@@ -1,4 +1,4 @@
-"""SparseConfig: what config.json says of a packed model."""
+"""SparseConfig: the entry of a packed model in config.json."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_cod.compression.sparse.settings import PackSettings
+from hf_cod.io.arguments import checked
 from hf_cod.io.schema import check_fields, check_known, limits
 from hf_cod.layers.replacement_modules import INSTALL
 
 METHOD = "hf_cod_sparse"
 
 
+@checked
 @dataclass(kw_only=True)
 class SparseConfig(PackSettings, QuantizationConfigMixin):
     """Sparse storage of a model's matrices, as a `quantization_config` of transformers.
 
-    Given to `from_pretrained` of a dense checkpoint with many zeros, it packs while loading; a packed checkpoint
-    brings its own.
+    Passed to `from_pretrained` with a dense checkpoint of a pruned model, it packs the model while loading. A packed
+    checkpoint contains its own config.
 
     Attributes:
-        minimum: matrices of which at least this share is zero are packed.
+        minimum: matrices in which at least this share of the weights is zero are packed.
         modules: name -> number of stored weights of each packed matrix; filled in by packing.
-        quant_method: what transformers finds this package by.
-        install: what a reader of config.json without this package should do.
+        quant_method: the name under which this package is registered in transformers.
+        install: an instruction for loading without this package installed; saved in config.json.
     """
 
     modules: dict[str, int] = field(default_factory=dict, metadata=limits(least=0))
@@ -38,10 +40,10 @@ class SparseConfig(PackSettings, QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Reads what `to_dict` made.
+        """Reads the output of `to_dict`.
 
         Raises:
-            ValueError: an entry that this version does not know.
+            ValueError: an entry that is unknown to this version.
         """
         check_known(cls, config_dict, "quantization_config", "pip install -U hf_cod")
         return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)

@@ -1,12 +1,12 @@
-"""The bitmask format: one bit a weight, and the weights that are not zero, row after row.
+"""The bitmask format: one bit for each weight, and the nonzero weights, row after row.
 
 | tensor | shape, dtype | content |
 |---|---|---|
 | mask | (rows, ceil(columns / 8)) uint8 | bit j % 8 of byte j // 8: whether weight j of the row is stored |
 | values | (n,) of the matrix's dtype | the stored weights in row-major order |
-| row_starts | (rows + 1,) int64 | where each row's values begin, and at the end n |
+| row_starts | (rows + 1,) int64 | index in `values` at which each row begins; the last entry is n |
 
-In bits a weight, at sparsity s: 1 + 16 (1 - s) for bfloat16, which is 0.3625 of the dense size at s = 0.7.
+Bits a weight at sparsity s: 1 + 16 (1 - s) for bfloat16, which is 0.3625 of the dense size at s = 0.7.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Rows are packed and unpacked a few at a time: one byte a weight in between would be much beside the matrix.
+# Rows are packed and unpacked in chunks: the intermediate byte for each weight would take much memory otherwise.
 _WEIGHTS_AT_A_TIME = 1 << 22
 
 
 def pack(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(mask, values, row_starts) of a matrix (rows, columns) of any dtype.
 
-    Negative zeros count as zeros and come back positive, because pruning leaves them behind (-1 * 0 is -0.0): no
-    product changes but for the sign of a zero. All else comes back bit by bit.
+    Negative zeros, which pruning produces (-1 * 0 is -0.0), count as zeros and are unpacked as positive zeros: products
+    change by the sign of a zero at most. All other values are restored bit by bit.
     """
     kept = W != 0
     step = max(1, _WEIGHTS_AT_A_TIME // max(1, W.shape[1]))
@@ -33,7 +33,7 @@ def pack(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def unpack(mask: Tensor, values: Tensor, columns: int) -> Tensor:
-    """The matrix (rows, columns) that `pack` was given."""
+    """The dense matrix (rows, columns); the inverse of `pack`."""
     dense = torch.zeros(mask.shape[0], columns, dtype=values.dtype, device=values.device)
     step = max(1, _WEIGHTS_AT_A_TIME // max(1, columns))
     start = 0
@@ -46,10 +46,10 @@ def unpack(mask: Tensor, values: Tensor, columns: int) -> Tensor:
 
 
 def check(mask: Tensor, values: Tensor, row_starts: Tensor, columns: int, name: str) -> None:
-    """Checks that the three tensors belong together, and that the values are finite.
+    """Checks that the three tensors are consistent, and that the values are finite.
 
     Raises:
-        ValueError: they do not, or are not; begins with the `name` of the matrix.
+        ValueError: a check fails; begins with the `name` of the matrix.
     """
     rows, width = mask.shape[0], (columns + 7) // 8
     wrong = None
@@ -58,7 +58,7 @@ def check(mask: Tensor, values: Tensor, row_starts: Tensor, columns: int, name: 
     elif row_starts.dtype != torch.int64 or tuple(row_starts.shape) != (rows + 1,):
         wrong = f"row_starts ({rows + 1},) of int64, got {tuple(row_starts.shape)} of {row_starts.dtype}"
     elif columns % 8 and bool((mask[:, -1] >> (columns % 8)).any()):
-        wrong = f"no bits behind column {columns - 1}, got some"
+        wrong = f"no bits after column {columns - 1}, got some"
     else:
         counts = _count_bits(mask)
         expected = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -87,7 +87,7 @@ def _from_bits(mask: Tensor, columns: int) -> Tensor:
 
 
 def _count_bits(mask: Tensor) -> Tensor:
-    """Ones in each row: sums of neighbouring bits, pairs and quadruples, each inside its byte."""
+    """The number of ones in each row, by sums of adjacent bits, pairs and quadruples within each byte."""
     ones = mask - (mask >> 1 & 0x55)
     ones = (ones & 0x33) + (ones >> 2 & 0x33)
     return ((ones + (ones >> 4)) & 0x0F).sum(1, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""SparseLinear: a Linear whose matrix is stored, and on CPUs multiplied, without its zeros."""
+"""SparseLinear: a Linear whose matrix is stored without its zeros, and multiplied without them on CPUs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from hf_cod.compression.sparse.product import multiply, sparse_linear
 
 
 class SparseLinear(nn.Linear):
-    """y = x W^T + b with W in the bitmask format; W itself is frozen, adapters beside it (PEFT) learn.
+    """y = x W^T + b with W in the bitmask format; W is frozen, adapters on the layer (PEFT) can be trained.
 
-    Up to 16 tokens are multiplied straight from the format by a kernel that is built on first use, for AVX-512 or AVX2
-    (or, slower than a dense product, for any processor), more by way of dense blocks of rows. Without a C++ compiler,
-    and on other devices than the CPU, a dense copy is kept and used.
+    A kernel, which is compiled on first use, multiplies up to 16 tokens directly from the format. It uses AVX-512 or
+    AVX2; on other processors it is slower than a dense product. For more tokens, blocks of rows are made dense. Without
+    a C++ compiler, and on devices other than the CPU, a dense copy is kept and used.
 
     Args:
         in_features: columns of W.
         out_features: rows of W.
         bias: whether there is a b.
-        nonzeros: how many weights are stored.
-        device: of the tensors, which are not initialised.
+        nonzeros: the number of stored weights.
+        device: of the tensors, which are not initialized.
         dtype: of W.
     """
 
@@ -72,7 +72,7 @@ class SparseLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """W (out_features, in_features), made dense for the reader; what is written to it is refused."""
+        """W (out_features, in_features) as a new dense tensor; an assignment to its `data` raises an error."""
         return self.unpack().as_subclass(_Decoded)
 
     def unpack(self) -> Tensor:
@@ -80,10 +80,10 @@ class SparseLinear(nn.Linear):
         return unpack(self.mask, self.values, self.in_features)
 
     def check(self, name: str) -> None:
-        """Checks that the tensors belong together; of those that accelerate left on disk there is nothing to see.
+        """Checks that the tensors are consistent; tensors that accelerate offloads to disk are not checked.
 
         Raises:
-            ValueError: they do not; begins with the module's `name`.
+            ValueError: they are not; begins with the module's `name`.
         """
         if any(tensor.is_meta for tensor in (self.mask, self.values, self.row_starts)):
             return
@@ -97,7 +97,7 @@ class SparseLinear(nn.Linear):
             input = input.to(self.values.dtype)
         tensors = input, self.mask, self.values, self.row_starts, self.bias
         learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, self.bias))
-        # Only those that look at the graph need the operator, whose bookkeeping takes as long as a small product.
+        # Only autograd and torch.compile need the operator; its overhead is as long as a small product.
         return sparse_linear(*tensors) if learns or torch.compiler.is_compiling() else multiply(*tensors)
 
     def extra_repr(self) -> str:
@@ -110,7 +110,7 @@ class SparseLinear(nn.Linear):
 
 
 class _Decoded(Tensor):
-    """A tensor made for reading: an assignment to its `data`, as a merge of adapters makes, would be lost unseen."""
+    """A read-only copy: an assignment to its `data`, as in a merge of adapters, would be lost without an error."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -121,6 +121,6 @@ class _Decoded(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         raise ValueError(
-            "weight: expected no change to a packed matrix, got one (a merge of adapters, or adapters that begin by "
-            "changing it: pissa, olora); call model.dequantize() first, and hf_cod.pack_sparse afterwards"
+            "weight: expected no change to a packed matrix, got one (a merge of adapters, or adapters whose "
+            "initialization changes it: pissa, olora); call model.dequantize() first, and hf_cod.pack_sparse afterwards"
         )

@@ -1,4 +1,4 @@
-"""Which matrices of a model are packed, and the exchange of one module for another."""
+"""Selects the matrices of a model to pack, and replaces their modules."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hf_cod.layers.stack import walk
 
 
 def pack_linears(model: nn.Module, minimum: float) -> dict[str, int]:
-    """Packs each Linear of which at least the share `minimum` is zero, one at a time; the rest stays as it is.
+    """Packs each Linear in which at least the share `minimum` is zero, one at a time; others are left unchanged.
 
     Returns:
         Name -> number of stored weights.
 
     Raises:
-        ValueError: see `pack_sparse`; the model is unchanged then.
+        ValueError: see `pack_sparse`; the model is left unchanged.
     """
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("model: expected one without adapters, got some; merge or remove them first")
@@ -38,7 +38,7 @@ def pack_linears(model: nn.Module, minimum: float) -> dict[str, int]:
         turned = any(is_linear(module) and is_transposed(module) for module in model.modules())
         others = " and Conv1D, which is not packed" if turned else ""
         raise ValueError(
-            f"minimum: expected a model with a Linear of which at least {minimum:.0%} is zero, got at most "
+            f"minimum: expected a model with a Linear in which at least {minimum:.0%} is zero, got at most "
             f"{most[0]:.1%} ({most[1]}){others}; prune it first"
         )
     counts = {}
@@ -50,13 +50,13 @@ def pack_linears(model: nn.Module, minimum: float) -> dict[str, int]:
 
 
 def _own_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Name -> each dense Linear that neither stands in two places nor shares its weight with another module."""
+    """Name -> each dense Linear that is used in one place and does not share its weight with another module."""
     modules = [(name.lstrip("."), module) for name, module in walk(model, "")]
     owners: dict[int, int] = {}
     for _, module in modules:
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for name, module in modules:
-        # Subclasses of Linear are quantized or packed already.
+        # Subclasses of Linear are already quantized or packed.
         if type(module) is nn.Linear and owners[id(module.weight)] == 1:
             yield name, module

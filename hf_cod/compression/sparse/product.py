@@ -1,4 +1,4 @@
-"""`torch.ops.hf_cod.sparse_linear`: x W^T + b with a packed W, as one operator that torch.compile and autograd see."""
+"""`torch.ops.hf_cod.sparse_linear`: x W^T + b with a packed W, as one operator for torch.compile and autograd."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from hf_cod.compression.sparse.format import unpack
 from hf_cod.compression.sparse.kernel import load_kernel
 
-# Up to so many tokens the kernel multiplies; for more, the matrix is made dense once for all of them.
+# The kernel multiplies up to this number of tokens; for more, the matrix is made dense once for all of them.
 MOST_TOKENS = 16
-# Weights that are dense at a time then: few enough to stay in the processor's cache.
+# Number of weights in each dense block: few enough to stay in the processor's cache.
 _BLOCK = 1 << 20
 
-# values -> (their version, the dense matrix), where there is no kernel.
+# values -> (their version, the dense matrix); used without a kernel.
 _dense_matrices = WeakTensorKeyDictionary()
 
 
@@ -57,7 +57,7 @@ def sparse_linear_backward(grad: Tensor, mask: Tensor, values: Tensor, row_start
     if kernel is None:
         out = tokens @ _dense(mask, values, columns)
     else:
-        # The blocks of rows add up, so float32 until all are there.
+        # The contributions of all blocks are summed in float32.
         out = tokens.new_zeros(len(tokens), columns, dtype=torch.promote_types(grad.dtype, torch.float32))
         for rows, W in _blocks(kernel, mask, values, row_starts, columns):
             out += tokens[:, rows] @ W
@@ -71,7 +71,7 @@ def _kernel_for(values: Tensor) -> Any:
 def _blocks(
     kernel: Any, mask: Tensor, values: Tensor, row_starts: Tensor, columns: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(slice of rows, that part of the matrix) until all rows were there."""
+    """Yields (slice of rows, the dense rows), for all rows."""
     step = max(1, _BLOCK // max(1, columns))
     for first in range(0, len(mask), step):
         last = min(first + step, len(mask))
@@ -79,7 +79,7 @@ def _blocks(
 
 
 def _dense(mask: Tensor, values: Tensor, columns: int) -> Tensor:
-    """The whole matrix, kept as long as its values live and do not change."""
+    """The dense matrix, cached while its values exist and do not change."""
     version = None if values.is_inference() else values._version
     kept = _dense_matrices.get(values)
     if kept is None or kept[0] != version:

@@ -1,8 +1,8 @@
-"""How transformers loads, saves and unpacks packed models: the plug-in point that its quantizers use."""
+"""`pack_sparse`, and the quantizer by which transformers loads, saves and unpacks packed models."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from hf_cod.compression.sparse.checkpoint import check_files
 from hf_cod.compression.sparse.config import METHOD, SparseConfig
 from hf_cod.compression.sparse.linear import SparseLinear
 from hf_cod.compression.sparse.packing import pack_linears
-from hf_cod.compression.sparse.settings import PackSettings
+from hf_cod.compression.sparse.settings import PackFields, PackSettings
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import resolve
 from hf_cod.layers.replacement_modules import ignore_signs, names_in, replace, signs
 from hf_cod.models.own_config import own_config
@@ -21,7 +22,7 @@ from hf_cod.models.stored_config import mark_stored, unmark_stored
 
 
 class SparseQuantizer(HfQuantizer):
-    """Swaps Linears for SparseLinears before their tensors are loaded, or packs them after loading a dense model."""
+    """Replaces Linears by SparseLinears before their tensors are loaded, or packs them after loading a dense model."""
 
     quantization_config: SparseConfig
 
@@ -41,7 +42,7 @@ class SparseQuantizer(HfQuantizer):
                 raise ValueError(f"modules: expected Linears of {type(model).__name__}, got {name!r}")
             sizes = (linear.in_features, linear.out_features, linear.bias is not None)
             packed = SparseLinear(*sizes, nonzeros=nonzeros, device="meta", dtype=linear.weight.dtype)
-            packed._is_hf_initialized = True  # type: ignore[assignment]  # or its weight is made dense to look at
+            packed._is_hf_initialized = True  # type: ignore[assignment]  # otherwise its weight is made dense to check
             replace(model, name, packed)
         ignore_signs(model, emptied, self._emptied())
 
@@ -54,7 +55,7 @@ class SparseQuantizer(HfQuantizer):
             model.get_submodule(name).check(name)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The model's tensors, and the sign for whoever loads them without this package."""
+        """The model's tensors, and the marker that makes loading without this package fail with an instruction."""
         return {**model.state_dict(), **signs(self._emptied())}, {}
 
     def _emptied(self) -> str:
@@ -79,32 +80,37 @@ class SparseQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """torch.compile sees one operator a matrix."""
+        """Each matrix is one operator for torch.compile."""
         return True
 
 
+@checked
 def pack_sparse(
-    model: PreTrainedModel, minimum: float | None = None, *, settings: PackSettings | None = None, **fields: Any
+    model: PreTrainedModel,
+    minimum: float | None = None,
+    *,
+    settings: PackSettings | None = None,
+    **fields: Unpack[PackFields],
 ) -> PreTrainedModel:
     """Stores a model's sparse matrices without their zeros, in place; small batches run faster on CPUs with AVX2.
 
-    Linears of which at least `minimum` is zero become `SparseLinear`. Left dense are Conv1D (GPT-2), banks of experts,
-    and what modules share, such as a head tied to the embeddings. `save_pretrained` writes the packed form,
-    `from_pretrained` reads it wherever hf_cod is imported, `model.dequantize()` takes it back.
+    Linears in which at least `minimum` is zero become `SparseLinear`. Conv1D (GPT-2), banks of experts and shared
+    weights, such as a head tied to the embeddings, are left dense. `save_pretrained` writes the packed form,
+    `from_pretrained` reads it where hf_cod is imported, and `model.dequantize()` makes the model dense again.
 
     Args:
-        model: a transformers model in float32 or bfloat16 (other dtypes are stored, but not faster), without adapters.
-        minimum: share of zeros from which on packing pays; default: 0.5. Storage shrinks from 1/16 on in bfloat16; for
-            time, see docs/benchmarks/speed.md.
+        model: a transformers model in float32 or bfloat16, without adapters. Other dtypes are stored, but not faster.
+        minimum: the least share of zeros at which a matrix is packed; default: 0.5. Storage becomes smaller from 1/16
+            on in bfloat16; for time, see docs/benchmarks/speed.md.
         settings: which matrices are packed.
-        **fields: or fields of `PackSettings` by name; beside `minimum` there is none yet.
+        **fields: or fields of `PackSettings` by name; there are none other than `minimum` yet.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: nothing is sparse enough; the model is quantized, offloaded or has adapters; a weight that is NaN
-            or infinite (says where).
+        ValueError: no matrix is sparse enough; the model is quantized, offloaded or has adapters; a weight is NaN or
+            infinite (says where).
     """
     least = resolve(pack_sparse, PackSettings, settings, fields, minimum=minimum).minimum
     if not isinstance(model, PreTrainedModel):
@@ -115,7 +121,7 @@ def pack_sparse(
     config = quantizer.quantization_config if quantizer else SparseConfig(minimum=least)
     config.modules = {**config.modules, **pack_linears(model, least)}
     quantizer = quantizer or SparseQuantizer(config, pre_quantized=True)
-    # What from_pretrained sets, so that saving, PEFT and Trainer know the model for what it is.
+    # As set by from_pretrained, so that saving, PEFT and Trainer recognize the model as packed.
     loaded: Any = model
     loaded.hf_quantizer, loaded.is_quantized, loaded.quantization_method = quantizer, True, METHOD
     own_config(model)

@@ -1,1 +1,1 @@
-"""Layers with fewer attention heads and MLP channels, as many in each as its share allows."""
+"""Width pruning: layers with fewer attention heads and MLP channels, by the parameter share of each layer."""

@@ -1,4 +1,4 @@
-"""What each head and channel of the intact model is worth to its loss, to first order."""
+"""First-order importance of each head and channel for the loss of the intact model."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import LayerUnits, Units
 
 Importance = dict[str, Tensor]
-"""Name of a writing matrix -> (count,) importance of its units."""
+"""Name of the writer of units (see `Units`) -> (count,) importance of the units."""
 
 
 def measure_taylor(
     stack: DecoderLayers, units: Sequence[LayerUnits], batches: Sequence[Batch], show_progress: bool
 ) -> Importance:
-    """How much a batch's loss would change, to first order, if a unit's weights went; mean over batches.
+    """The first-order change of a batch's loss if a unit's weights are removed; absolute values, mean over batches.
 
         I_u = 1/B sum_b | sum_{w in u} w dL_b/dw |
 
-    LLM-Pruner (Ma et al. 2023, arXiv 2305.11627, "vector-wise") takes the absolute value of each matrix's part and adds
-    those up, with the gradient of all samples together. Here a unit's matrices are added with their signs, as the
-    linear term of the loss is, and absolute values are taken batch by batch, because gradients of different samples
-    cancel out where the loss is low (Michel et al. 2019, arXiv 1905.10650, do so for heads). Biases do not count. One
-    backward pass a batch; no gradient outlives its reading.
+    LLM-Pruner (Ma et al. 2023, arXiv 2305.11627, "vector-wise") sums the absolute values of each matrix's part, with
+    one gradient of all samples. Here, the parts of a unit are summed with their signs, like the linear term of the
+    loss, and absolute values are taken for each batch, because gradients of different samples cancel out where the loss
+    is low (as in Michel et al. 2019, arXiv 1905.10650, for heads). Biases are ignored. Each batch takes one backward
+    pass; each gradient is freed after it is read.
 
     Raises:
-        ValueError: as `measure_gradient_norm` does.
+        ValueError: see `measure_gradient_norm`.
     """
     owners = _owners(stack, units)
     all_units = [own for layer in units for own in layer.found]
@@ -58,7 +58,7 @@ def measure_taylor(
 
 
 def _owners(stack: DecoderLayers, units: Sequence[LayerUnits]) -> dict[int, tuple[Units, int, bool]]:
-    """id of a weight -> its units, its parts (0: it writes), and whether units own rows of it as it is stored."""
+    """id of a weight -> its units, its parts (0 for the writer), and whether units are rows of the stored weight."""
     owners = {}
     for own in (own for layer in units for own in layer.found):
         for name, parts in (*own.readers.items(), (own.writer, 0)):

@@ -1,4 +1,4 @@
-"""The matrices of heads or channels, cut."""
+"""Removes heads or channels from their matrices."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import Units
 
 Changes = dict[str, dict[str, int]]
-"""Module's name -> what differs from before, as in `models/shapes.py`."""
+"""Module's name -> its changed sizes, as in `models/shapes.py`."""
 
 
 @torch.no_grad()
 def cut(stack: DecoderLayers, units: Units, kept: Tensor, W: Tensor, bias: Tensor | None) -> Changes:
-    """Leaves the kept units alone in their matrices, and tells the layer how many they are.
+    """Removes all other units from their matrices, and sets the number of kept units in the layer's modules.
 
     Args:
         stack: the layers.
         units: of one of them.
-        kept: their numbers, rising.
-        W: what the writing matrix becomes (out, in).
-        bias: what joins its bias (out,), or None.
+        kept: indices of the kept units, ascending.
+        W: the new weight (out, in) of the writer.
+        bias: (out,), added to the writer's bias, or None.
 
     Raises:
-        ValueError: NaN or infinity; the layer is left as it was.
+        ValueError: NaN or infinity; the layer is left unchanged.
     """
     tensors: dict[str, Tensor] = {}
     for name, parts in units.readers.items():
@@ -57,7 +57,7 @@ def tensors_of(stack: DecoderLayers, units: Units) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_back(stack: DecoderLayers, units: Units, kept: int, tensors: dict[str, Tensor]) -> Changes:
-    """Gives an intact layer the weights and biases of so many units; a bias that is not among them stays."""
+    """Sets the weights and biases of an intact layer to those of `kept` units; a bias not in `tensors` is kept."""
     changes: Changes = {}
     for name in (*units.readers, units.writer):
         module: Any = stack.model.get_submodule(name)

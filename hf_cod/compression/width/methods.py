@@ -1,4 +1,4 @@
-"""How much a head or a channel matters, and how what is left makes up for those that go: two tables."""
+"""Two tables: measures of the importance of heads and channels, and methods of error compensation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hf_cod.layers.units import Units
 
 @dataclass(frozen=True)
 class Method:
-    """A way to measure importance.
+    """A measure of importance.
 
     Attributes:
-        inputs: whether it needs those of the layer as it is changed.
-        gradients: whether it needs those of the intact model.
-        measure: (weights by name, units, moments of the writer's inputs) -> (count,); None: found in the gradients.
+        inputs: whether it requires the layer's inputs, with all layers before it changed.
+        gradients: whether it requires gradients of the intact model.
+        measure: (weights by name, units, moments of the writer's inputs) -> (count,); None: taken from the gradients.
     """
 
     inputs: bool
@@ -41,7 +41,7 @@ METHODS = {
     "taylor": Method(inputs=False, gradients=True, measure=None),
     "magnitude": Method(inputs=False, gradients=False, measure=_magnitude),
 }
-# (weight (out, in), moments of its inputs or None, kept columns) -> the columns that are left, and what joins the bias.
+# (weight (out, in), moments of its inputs or None, kept columns) -> new weight of these columns, addition to the bias.
 COMPENSATIONS: dict[str, Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor | None]]] = {
     "least_squares": channels.least_squares,
     "bias": channels.mean_bias,
@@ -50,5 +50,5 @@ COMPENSATIONS: dict[str, Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor,
 
 
 def needs_inputs(method: str, compensation: str) -> bool:
-    """Whether layers have to be run to be changed."""
+    """Whether narrowing requires running the layers on batches."""
     return METHODS[method].inputs or compensation != "none"

@@ -1,11 +1,11 @@
-"""`narrow`: a model with fewer attention heads and MLP channels."""
+"""`narrow`: removes attention heads and MLP channels of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,16 @@ from hf_cod.compression.width.gradients import Importance, measure_taylor
 from hf_cod.compression.width.matrices import Changes, cut, put_back, tensors_of
 from hf_cod.compression.width.methods import COMPENSATIONS, METHODS, needs_inputs
 from hf_cod.compression.width.planning import check_units, plan_of_units
-from hf_cod.compression.width.settings import NarrowSettings
+from hf_cod.compression.width.settings import NarrowFields, NarrowSettings
 from hf_cod.compression.width.stock_config import set_stock_config
 from hf_cod.compression.width.width_plan import WidthPlan, kept_units
 from hf_cod.compression.width.width_report import WidthReporter
 from hf_cod.functional import channels
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, describe_batches
+from hf_cod.io.text import Batches, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
@@ -37,72 +38,74 @@ from hf_cod.scoring.allocation import LayerAllocation
 
 
 @renamed(path="layers_path", multiple="channel_multiple")
+@checked
 def narrow(
     model: nn.Module,
     plan: LayerAllocation | WidthPlan | float,
     method: str | None = None,
     compensation: str | None = None,
     *,
-    batches: Sequence[Batch] | None = None,
+    batches: Batches | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
     settings: NarrowSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[NarrowFields],
 ) -> RunReport:
-    """Removes attention heads and MLP channels that matter least, in place.
+    """Removes the attention heads and MLP channels of least importance, in place.
 
-    | method | a head group or channel matters by | needs |
+    | method | importance of a head group or channel | requires |
     |---|---|---|
-    | fluctuation | how its outputs vary, times its columns' norms (FLAP, arXiv 2312.11983) | batches |
-    | taylor | what the loss would change, to first order (LLM-Pruner, arXiv 2305.11627) | batches, a head |
-    | magnitude | the norm of its weights | nothing |
+    | fluctuation | variance of its outputs, times the norms of its columns (FLAP, arXiv 2312.11983) | batches |
+    | taylor | first-order change of the loss without it (LLM-Pruner, arXiv 2305.11627) | batches, a head |
+    | magnitude | norm of its weights | nothing |
 
-    | compensation | what the others do for those that go | needs |
+    | compensation | error compensation by the kept heads and channels | requires |
     |---|---|---|
     | least_squares | their columns are fitted to the outputs, X_k W'^T near X W^T | batches |
-    | bias | a bias takes over the mean of what is gone (FLAP) | batches |
-    | none | nothing | nothing |
+    | bias | the mean of the removed outputs is added to the bias (FLAP) | batches |
+    | none | none | nothing |
 
-    A key and value head goes with all query heads that read it. Where inputs are needed, layers change one after
-    another, each on what the changed layers before it hand on; heads and channels of one layer are measured together.
-    What a layer has of another structure (`layer_units.py`: experts, latent attention, norms over all heads) stays
-    whole, and the report's notes say so; the layer's share is then met by what can go.
+    A key and value head is removed with all query heads that read it. With a method or compensation that requires the
+    layers' inputs, layers are changed one after another; the calibration inputs of a layer are the outputs of the
+    changed layers before it. Heads and channels of one layer are measured together. Parts of a layer with another
+    structure (`layers/units.py`: experts, latent attention, norms over all heads) are left unchanged and named in the
+    report's notes; the other parts of the layer then meet its share alone.
 
-    Layers that come out alike, of a family whose config can say it, leave a stock model; else the model and its config
-    get a class beside their own (`models/shaping.py`). Either way save_pretrained, from_pretrained, generate,
-    device_map and PEFT work; without this package, the latter kind loads by trust_remote_code.
+    If all layers have the same width and the family's config can describe it, the result is a stock model. Otherwise,
+    the model and its config get a subclass of their classes (`models/shaping.py`), and loading requires this package or
+    trust_remote_code. In both cases save_pretrained, from_pretrained, generate, device_map and PEFT work.
 
-    The report's `layers` hold `kept` (share of the layer's weights), `share_of_heads` and `share_of_channels` (that are
-    kept; None where they stay whole for want of a known structure), where inputs were needed `error` (share of the
-    energy of what the cut matrices put out that is lost, mean over them) and `parameters` (of the intact layer);
-    its `results` hold `kept` of all layers, `parameters` before and after, of the whole model, the numbers of `heads`
-    and `channels` by layer, and whether the model is `stock`.
+    The report's `layers` hold `kept` (share of the layer's weights), `share_of_heads` and `share_of_channels` (kept
+    shares; None where the structure is not known), `error` (lost share of the energy of the cut matrices' outputs, mean
+    over these matrices; only if inputs were required) and `parameters` (of the intact layer); its `results` hold
+    `kept` of all layers, `parameters` of the full model before and after, the numbers of `heads` and `channels` by
+    layer, and whether the model is `stock`.
 
     Args:
-        model: a transformers model with plain weights. What ends the work on the way (NaN or infinity, want of memory,
-            Ctrl-C) leaves the layers before it narrow and the others as they were: such a model runs and can be saved,
-            but to begin again, or to go on from a journal, load it anew.
+        model: a transformers model with plain weights. After an interruption (NaN or infinity, out of memory, Ctrl-C)
+            the finished layers are narrowed, the others are not. Such a model runs and can be saved; to start again or
+            to resume from a journal, load the original model again.
         plan: an allocation of "parameter_share"; widths by layer; or one share of parameters for all layers.
         method: see the first table; default: fluctuation.
         compensation: see the second table; default: least_squares.
-        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which does not count.
-        journal: a directory: finished layers go there as they come, and the same call on the same intact model goes on
-            where it stopped. Files stay until you remove them.
-        layers_path: the stack's module name where it cannot be found.
+        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is ignored.
+        journal: a directory to which each finished layer is saved; the same call on the same intact model resumes from
+            it. The files are not removed.
+        layers_path: module name of the layer stack, if it cannot be found automatically.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
-        settings: which heads and channels go, and what makes up for them.
-        **fields: or fields of `NarrowSettings` by name: `channel_multiple`, one of which numbers of channels are
-            rounded to, as near to the budget as that allows.
+        settings: how heads and channels are selected, and the error compensation.
+        **fields: or fields of `NarrowSettings` by name: `channel_multiple`; numbers of channels are rounded to
+            multiples of it, as close to the budget as possible.
 
     Raises:
-        ValueError: an unknown method or compensation, a plan for another model or out of reach (says the least
-            possible), heads that cannot be split so, batches missing, no heads or channels of a known structure,
-            weights that cannot be exchanged (adapters, quantized, offloaded, shared, factorized), a model class of
-            neither transformers nor hf_cod, NaN or infinity in gradients: the model is unchanged then. NaN or infinity
-            in weights or activations (says where): see `model`.
+        ValueError: an unknown method or compensation, a plan for another model or out of range (says the least
+            possible), a number of heads that splits a group, missing batches, no heads or channels of a known
+            structure, weights that cannot be replaced (adapters, quantized, offloaded, shared, factorized), a model
+            class of neither transformers nor hf_cod, NaN or infinity in gradients; in these cases the model is left
+            unchanged. NaN or infinity in weights or activations (says where): see `model`.
     """
     how = resolve(narrow, NarrowSettings, settings, fields, method=method, compensation=compensation)
     method, compensation = how.method, how.compensation
@@ -134,20 +137,20 @@ def narrow(
             change_each(stack, change, finished, "narrowing", show_progress)
     finally:
         stock = not change.done or set_stock_config(stack)
-        if not stock:  # also after an error: what was changed could not be loaded again otherwise
+        if not stock:  # also after an error: otherwise the changed model could not be loaded after saving
             record_shapes(stack.model, change.done)
     return described.report(chosen, kept, finished, told, stock)
 
 
 class LayerChange:
-    """Narrows one layer; what `FinishedLayers` needs to keep and to repeat it.
+    """Narrows one layer, and provides what `FinishedLayers` requires to save and to repeat that.
 
     Args:
         stack: the layers.
         units: of each layer.
-        kept: of each layer: kind -> how many stay, of those kinds of which some go.
+        kept: of each layer: kind -> number of kept units, for the kinds of which some are removed.
         method, compensation: see `narrow`.
-        taylor: importance that is known before.
+        taylor: importance from gradients, measured beforehand.
     """
 
     def __init__(
@@ -168,7 +171,7 @@ class LayerChange:
     @torch.no_grad()
     def __call__(self, index: int, sums: Sums | None) -> dict[str, Any]:
         """Returns {"errors": lost share of the energy of each cut matrix's outputs, "unseen": matrices that no token
-        entered, whose units were chosen by magnitude and not made up for}.
+        entered, whose units were chosen by magnitude, without error compensation}.
         """
         weights = dict(self._stack.matrices(index))
         errors, unseen = [], []
@@ -193,7 +196,7 @@ class LayerChange:
         return {key: tensor for own in self._cut[index] for key, tensor in tensors_of(self._stack, own).items()}
 
     def put_back(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Gives an intact layer these matrices."""
+        """Sets the matrices of an intact layer to these tensors."""
         for own in self._cut[index]:
             self._note(put_back(self._stack, own, self._kept[index][own.kind], tensors))
 
@@ -208,7 +211,7 @@ def _check_model(stack: DecoderLayers) -> None:
     check_independent(stack, "narrow")
     before = next((name for name, m in stack.model.named_modules() if isinstance(m, LowRankLinear)), None)
     if before is not None:
-        raise ValueError(f"model: expected whole matrices, got factors in {before}; narrow the model it came from")
+        raise ValueError(f"model: expected dense matrices, got factors in {before}; narrow the original model")
 
 
 def _plan(

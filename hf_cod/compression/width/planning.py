@@ -1,14 +1,15 @@
-"""`plan_width`: how many heads and channels each layer keeps, before anything is removed."""
+"""`plan_width`: plans the numbers of heads and channels of each layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from torch import nn
 
-from hf_cod.compression.width.settings import WidthSettings
+from hf_cod.compression.width.settings import WidthFields, WidthSettings
 from hf_cod.compression.width.width_plan import WidthPlan, plan_of_allocation
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -17,6 +18,7 @@ from hf_cod.scoring.allocation import LayerAllocation, same_share
 
 
 @renamed(parameters="parameter_share")
+@checked
 def plan_width(
     model: nn.Module,
     parameter_share: LayerAllocation | float,
@@ -24,26 +26,26 @@ def plan_width(
     *,
     layers_path: str | None = None,
     settings: WidthSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[WidthFields],
 ) -> WidthPlan:
-    """Decides how many attention heads and MLP channels each layer keeps; the model is left as it was.
+    """Decides how many attention heads and MLP channels each layer keeps; the model is not changed.
 
-    Heads go in whole groups that share a key and value head; channels make up for what that rounds
-    (`functional.widths.choose_widths`). What a layer has of another structure stays whole.
+    Heads are removed in full groups that share a key and value head; the number of channels compensates the rounding
+    (`functional.widths.choose_widths`). Parts of a layer with another structure are left unchanged.
 
     Args:
         model: a transformers model.
-        parameter_share: share of the weights of the layers' matrices to keep, in 0..1; or an allocation of it, by
-            which each layer keeps its own.
-        channel_multiple: numbers of channels are rounded to one of this, as near to the budget as that allows; default:
-            32.
-        layers_path: the stack's module name where it cannot be found.
-        settings: to what numbers of channels are rounded.
-        **fields: or fields of `WidthSettings` by name; beside `channel_multiple` there is none yet.
+        parameter_share: share of the weights of the layers' matrices to keep, in 0..1, the same for all layers; or an
+            allocation of "parameter_share", with one share for each layer.
+        channel_multiple: numbers of channels are rounded to multiples of this, as close to the budget as possible;
+            default: 32.
+        layers_path: module name of the layer stack, if it cannot be found automatically.
+        settings: the rounding of numbers of channels.
+        **fields: or fields of `WidthSettings` by name; there are none other than `channel_multiple` yet.
 
     Raises:
-        ValueError: no heads or channels of a known structure, a share out of reach (says the least possible), an
-            allocation of something else or for another model.
+        ValueError: no heads or channels of a known structure, a share out of range (says the least possible), an
+            allocation of another kind or for another model.
     """
     how = resolve(plan_width, WidthSettings, settings, fields, channel_multiple=channel_multiple)
     stack = find_decoder_layers(model, layers_path)
@@ -54,17 +56,17 @@ def plan_width(
 def plan_of_units(
     stack: DecoderLayers, units: Sequence[LayerUnits], parameter_share: LayerAllocation | float, channel_multiple: int
 ) -> WidthPlan:
-    """The same, of units that were found before."""
+    """The plan for units that were already found; see `plan_width`."""
     check_units(stack, units)
     allocation = parameter_share if isinstance(parameter_share, LayerAllocation) else same_share(stack, parameter_share)
     return plan_of_allocation(stack, list(units), allocation, channel_multiple)
 
 
 def check_units(stack: DecoderLayers, units: Sequence[LayerUnits]) -> None:
-    """Makes sure that there is something that can go.
+    """Checks that there are heads or channels that can be removed.
 
     Raises:
-        ValueError: there is not; says why.
+        ValueError: there are none; says why.
     """
     if not any(layer.found for layer in units):
         raise ValueError(

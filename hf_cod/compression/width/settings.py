@@ -1,54 +1,62 @@
-"""What `narrow` and `plan_width` can be told."""
+"""Settings of `narrow` and `plan_width`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import as_in, check_choice
 
-# Method -> which heads and channels stay; `narrow` has more.
+# Method -> which heads and channels are kept; `narrow` has the details.
 METHODS = {
     "fluctuation": "those whose outputs vary most (FLAP)",
-    "taylor": "those that the loss needs, to first order (LLM-Pruner)",
-    "magnitude": "those of largest weights; needs no text",
+    "taylor": "those of largest first-order effect on the loss (LLM-Pruner)",
+    "magnitude": "those of largest weights; needs no dataset",
 }
-# Compensation -> what those that stay do for the others.
+# Compensation -> how the kept heads and channels compensate the error.
 COMPENSATIONS = {
     "least_squares": "their columns are fitted to the outputs",
-    "bias": "a bias takes over the mean of what is gone",
-    "none": "nothing; needs no text",
+    "bias": "the mean of the removed outputs is added to the bias",
+    "none": "no compensation; needs no dataset",
 }
-CHANNEL_MULTIPLE = 32  # what matrix units of GPUs and the registers of processors like
+CHANNEL_MULTIPLE = 32  # fits the matrix units of GPUs and the vector registers of CPUs
 
 
+@checked
 @dataclass
 class WidthSettings:
-    """To what numbers of channels are rounded."""
+    """The rounding of numbers of channels."""
 
     channel_multiple: int = field(
-        default=CHANNEL_MULTIPLE, metadata={"help": "numbers of channels are multiples of this"}
+        default=CHANNEL_MULTIPLE, metadata={"help": "round numbers of channels to multiples of this"}
     )
 
     def __post_init__(self) -> None:
         check_channel_multiple(self.channel_multiple)
 
 
+class WidthFields(TypedDict, total=False):
+    """Fields of `WidthSettings` that `plan_width` takes by name; there are no others yet."""
+
+
+@checked
 @dataclass
 class NarrowSettings:
-    """Which heads and channels go, and what makes up for them."""
+    """How heads and channels are selected, and the error compensation."""
 
     method: str = field(
         default="fluctuation",
         metadata={
-            "help": "which heads and channels stay: those whose outputs vary most (fluctuation), that the loss needs "
-            "to first order (taylor), or of largest weights (magnitude)",
+            "help": "keep the heads and channels whose outputs vary most (fluctuation), of largest first-order effect "
+            "on the loss (taylor), or of largest weights (magnitude)",
             "choices": list(METHODS),
         },
     )
     compensation: str = field(
         default="least_squares",
         metadata={
-            "help": f"what makes up for the others: {', '.join(COMPENSATIONS)}",
+            "help": f"error compensation for removed heads and channels: {', '.join(COMPENSATIONS)}",
             "choices": list(COMPENSATIONS),
         },
     )
@@ -60,11 +68,17 @@ class NarrowSettings:
         check_channel_multiple(self.channel_multiple)
 
 
+class NarrowFields(TypedDict, total=False):
+    """Fields of `NarrowSettings` that `narrow` takes by name."""
+
+    channel_multiple: int
+
+
 def check_channel_multiple(value: int) -> None:
-    """Makes sure that numbers can be multiples of it.
+    """Checks that the value is an integer above 0.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: it is not.
     """
     if type(value) is not int or value < 1:
         raise ValueError(f"channel_multiple: expected a whole number above 0, got {value!r}")

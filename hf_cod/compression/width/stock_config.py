@@ -1,4 +1,4 @@
-"""A model whose layers are all narrowed alike needs no code of ours: the sizes in its config can say it."""
+"""Saves a model with layers of equal width as a stock model: its config can hold the sizes, without code of hf_cod."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from hf_cod.models.shapes import ShapedModel
 
 logger = logging.getLogger(__name__)
 
-# What configs call the channels of an MLP.
+# Names of the number of MLP channels in configs.
 _CHANNELS = ("intermediate_size", "ffn_dim", "n_inner")
 
 
 def set_stock_config(stack: DecoderLayers) -> bool:
-    """Writes the sizes of narrowed layers into the config, if a model that is built from it has just these shapes.
+    """Writes the sizes of narrowed layers to the config, if a model built from it has exactly these shapes.
 
-    Families say sizes once for all layers, and not all of them each size: GPT-2 derives that of a head from the number
-    of heads, Llama refuses numbers of heads that do not divide the hidden size. So the answer is found by building.
+    Configs hold one size for all layers, and some families derive sizes: GPT-2 derives the size of a head from the
+    number of heads, Llama refuses numbers of heads that do not divide the hidden size. Therefore a model is built from
+    the config, and its shapes are compared.
 
     Returns:
-        Whether the config, which then is the model's own copy, says it now; if not, it is as it was.
+        Whether the config now holds the sizes; it is then the model's own copy. If not, the config is unchanged.
     """
     model: Any = stack.model
     fields = _fields(stack)
@@ -44,8 +45,8 @@ def set_stock_config(stack: DecoderLayers) -> bool:
         with torch.device("meta"):
             built = type(model)(type(model.config).from_dict(copy.deepcopy(model.config.to_dict())))
         said = first_difference(dict(walk(model, "model")), dict(walk(built, "model"))) is None
-    except Exception:  # families refuse sizes each with an error of its own
-        logger.debug("the config cannot say %s", dict(fields), exc_info=True)
+    except Exception:  # each family refuses sizes with another error
+        logger.debug("the config cannot hold %s", dict(fields), exc_info=True)
     finally:
         if not said:
             vars(stack.config).clear()
@@ -54,7 +55,7 @@ def set_stock_config(stack: DecoderLayers) -> bool:
 
 
 def _fields(stack: DecoderLayers) -> Mapping[str, int] | None:
-    """Config field -> size; None where layers differ."""
+    """Config field -> size; None if layers differ."""
     found = []
     for index in range(len(stack)):
         units = find_units(stack, index)

@@ -1,4 +1,4 @@
-"""WidthPlan: how many heads and channels each layer keeps."""
+"""WidthPlan: the numbers of heads and channels that each layer keeps."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from hf_cod.scoring.allocation import LayerAllocation
 
 @dataclass(frozen=True)
 class WidthPlan(JsonFile):
-    """What each layer keeps.
+    """The numbers of heads and channels that each layer keeps.
 
     Attributes:
-        budget: the share of the layers' weights that was to be kept.
-        heads: query heads of each layer, whole groups that share a key and value head; None: all of them.
-        channels: of the MLP of each layer; None: all of them.
-        method: which score they follow.
-        model: the name of the model that it was made for.
-        sizes: weights in each of its layers' matrices, by which a plan of another model is known; None: not known.
+        budget: the share of the layers' weights to keep.
+        heads: query heads of each layer, in full groups that share a key and value head; None: all of them.
+        channels: MLP channels of each layer; None: all of them.
+        method: the score by which shares were distributed.
+        model: the name of the model for which the plan was made.
+        sizes: weights in the matrices of each layer, to detect a plan for another model; None: unknown.
     """
 
     FIELD = "width_plan"
@@ -41,10 +41,10 @@ class WidthPlan(JsonFile):
 def plan_of_allocation(
     stack: DecoderLayers, units: list[LayerUnits], allocation: LayerAllocation, channel_multiple: int
 ) -> WidthPlan:
-    """Widths by which each layer keeps its share of weights, its heads and its channels alike as far as they divide.
+    """Widths with which each layer keeps its share of weights; heads and channels keep equal shares, up to rounding.
 
     Raises:
-        ValueError: an allocation of another kind or for another model; a share out of reach (says the least possible).
+        ValueError: an allocation of another kind or for another model; a share out of range (says the least possible).
     """
     if allocation.kind != "parameter_share":
         raise ValueError(f"plan: expected an allocation of parameter_share, got one of {allocation.kind}")
@@ -71,10 +71,10 @@ def plan_of_allocation(
 
 
 def kept_units(units: list[LayerUnits], plan: WidthPlan) -> list[dict[str, int]]:
-    """Of each layer: kind -> how many units stay, of those kinds of which some go.
+    """For each layer: kind -> number of kept units, for the kinds of which some are removed.
 
     Raises:
-        ValueError: a plan of another model, or heads that cannot be split so; says in which layer.
+        ValueError: a plan for another model, or a number of heads that splits a group; names the layer.
     """
     kept: list[dict[str, int]] = []
     for kind, numbers in ((HEADS, plan.heads), (CHANNELS, plan.channels)):
@@ -111,16 +111,16 @@ def _layer(units: LayerUnits) -> Layer:
 def _share_of_units(
     stack: DecoderLayers, index: int, layer: Layer, share: float, multiple: int, whole: list[str]
 ) -> float:
-    """What heads and channels keep, so that with all other weights the layer keeps `share`."""
+    """The share that heads and channels keep, so that the layer with all other weights keeps `share`."""
     if not 0 <= share <= 1 or math.isnan(share):
         raise ValueError(f"plan: expected shares in 0..1, got {share} in layer {index}")
     total, own = stack.count_weights(index), layer.count(layer.full)
     least = total - own + layer.count(layer.least(multiple))
-    # Shares that follow from a sum are off by rounding errors.
+    # Shares that are computed from a sum have rounding errors.
     if share * total < least - 1e-6 * total:
         raise ValueError(
-            f"parameter_share: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index}, which is "
-            f"one group of heads and {multiple} channels where it can lose any, got {share:.4g}"
+            f"parameter_share: expected at least {math.ceil(1e4 * least / total) / 1e4:g} in layer {index} (one group "
+            f"of heads and {multiple} channels, where they can be removed), got {share:.4g}"
             + "".join(f"; {why}" for why in whole)
         )
     return 1.0 if not own else 1 - (1 - share) * total / own

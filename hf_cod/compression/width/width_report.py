@@ -1,4 +1,4 @@
-"""What the report of `narrow` tells."""
+"""The report of `narrow`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hf_cod.layers.finished_layers import FinishedLayers
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import KINDS, LayerUnits
 
-STOCK = "The model is a stock one: transformers loads it without this package."
+STOCK = "The result is a stock model: transformers loads it without this package."
 NOT_STOCK = (
-    "Its layers differ from what its family's config can say: it loads where hf_cod is imported, and with "
-    "trust_remote_code without it."
+    "The config of its family cannot describe its layers: loading requires hf_cod to be imported, or "
+    "trust_remote_code=True."
 )
 
 
 class WidthReporter:
-    """Looks at a model before it is narrowed, and reports what became of it.
+    """Records the sizes of a model before it is narrowed, and makes the report afterwards.
 
     Args:
         stack: the layers.
@@ -46,7 +46,7 @@ class WidthReporter:
         settings: dict[str, Any],
         stock: bool,
     ) -> RunReport:
-        """Counts what is left."""
+        """Counts the remaining weights, and makes the report."""
         left = sizes_of(self.stack)
         share = sum(left) / sum(self.sizes)
         notes = [finished.notes[index] for index in range(len(self.stack))]
@@ -65,13 +65,13 @@ class WidthReporter:
                 "stock": stock,
             },
             summary=[
-                f"{share:.2%} of {sum(self.sizes):,} weights in the layers' matrices are kept, where {plan.budget:.2%} "
-                "were asked for.",
+                f"{share:.2%} of {sum(self.sizes):,} weights in the layers' matrices are kept; the budget was "
+                f"{plan.budget:.2%}.",
                 STOCK if stock else NOT_STOCK,
             ],
             notes=[
                 *_told_whole(self.units),
-                *(f"no token entered {matrix}: narrowed by its weights alone" for matrix in unseen),
+                *(f"no token entered {matrix}: narrowed by magnitude, without compensation" for matrix in unseen),
                 *self._filled(),
             ],
         )
@@ -79,7 +79,7 @@ class WidthReporter:
     def _layers(
         self, kept: Sequence[dict[str, int]], left: Sequence[int], errors: Sequence[Sequence[float]]
     ) -> dict[str, list[Any]]:
-        """One value a layer; a measure that no layer has is left out."""
+        """One value for each layer; measures that no layer has are omitted."""
         found: dict[str, list[Any]] = {
             f"share_of_{kind}": [_share(own, kind, less) for own, less in zip(self.units, kept, strict=True)]
             for kind in KINDS
@@ -92,18 +92,18 @@ class WidthReporter:
         }
 
     def _filled(self) -> list[str]:
-        """Whether zeros of pruned matrices were filled."""
+        """A note if pruned matrices have lost their zeros."""
         filled = self.pruned - len(pruned_matrices(self.stack)) if self.pruned else 0
         if not filled:
             return []
         return [
-            f"{filled} of {self.pruned} pruned matrices have lost their zeros: least_squares fits all that is left "
-            "of a matrix anew; narrow before you prune, or with compensation none or bias"
+            f"{filled} of {self.pruned} pruned matrices have lost their zeros: least_squares fits all kept weights of "
+            "a matrix again; narrow before pruning, or use compensation none or bias"
         ]
 
 
 def _told_whole(units: Sequence[LayerUnits]) -> list[str]:
-    """What stays whole and why: one sentence for all layers with the same reason."""
+    """One note for all layers with the same reason why heads or channels are left unchanged."""
     layers: dict[str, list[int]] = {}
     for index, layer in enumerate(units):
         for reason in layer.whole:

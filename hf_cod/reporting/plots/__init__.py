@@ -1,9 +1,9 @@
-"""Pictures from reports alone; the only importer of matplotlib."""
+"""Plots of reports; the only module that imports matplotlib."""
 
 try:
     import matplotlib  # noqa: F401
 except ImportError as error:
-    raise ImportError("plots: drawing needs matplotlib: pip install 'hf_cod[plots]'") from error
+    raise ImportError("plots: plotting requires matplotlib: pip install 'hf_cod[plots]'") from error
 
 from hf_cod.reporting.plots.figures import plot_comparison, plot_report
 

@@ -1,9 +1,9 @@
-"""The colours of all pictures: viridis, which colour-blind people and grey print can read, and one dark blue.
+"""The colours of all plots: viridis, which is readable for colour-blind readers and in grey print, and one dark blue.
 
-What matters is also said by position or text, never by colour alone.
+Colour never is the only carrier of information: position or text show the same.
 """
 
-# Of heat maps: large values are yellow; but of angles small ones, which mean near, as in Figure 2 of arXiv 2502.05795.
+# Heat maps: large values are yellow; for angles, small values (near), as in Figure 2 of arXiv 2502.05795.
 FAR_IS_YELLOW, NEAR_IS_YELLOW = "viridis", "viridis_r"
-# Of lines and bars: what the eye should find, and the rest.
+# Lines and bars: highlighted, and all others.
 INK, PALE = "#26456e", "#9fb4cc"

@@ -1,4 +1,4 @@
-"""Figures of whole reports, and of several side by side."""
+"""Figures of one report, and of several reports side by side."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ DPI = 150
 
 
 class Picture(Figure):
-    """A figure that shows itself in a notebook without pyplot."""
+    """A figure that is displayed in notebooks without pyplot."""
 
     def _repr_png_(self) -> bytes:
         return _drawn(self, "png")
 
 
 def plot_report(report: RunReport, directory: str | Path | None = None, plot_format: str = "png") -> Figure:
-    """Draws what a report holds; writes a picture a panel and, if there are several, an overview into `directory`.
+    """Plots a report; given a directory, saves one plot per panel there and, for several panels, an overview.
 
     Raises:
-        ValueError: the report holds nothing to draw, or the format is none of `PLOT_FORMATS`.
+        ValueError: the report has no measures to plot, or the format is not one of `PLOT_FORMATS`.
     """
     check_choice("plot_format", plot_format, PLOT_FORMATS)
     there = [name for name in PANELS if _has(report, name)]
     panels = [PANELS[name] for name in OVERVIEW if name in there] or [PANELS[name] for name in there]
     if not panels:
-        raise ValueError(f"report: expected measures to draw, got none in a report of {report.kind}")
+        raise ValueError(f"report: expected measures to plot, got none in a report of {report.kind}")
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Picture(figsize=(6.2 * columns, 4.4 * rows), layout="constrained")
@@ -60,18 +60,18 @@ def plot_report(report: RunReport, directory: str | Path | None = None, plot_for
 def plot_comparison(
     reports: Sequence[RunReport], labels: Sequence[str], directory: str | Path | None = None, plot_format: str = "png"
 ) -> Figure:
-    """A column for each run, a row for each measure that any of them holds, all of a row on the same scale.
+    """Plots several reports: one column per run, one row per measure that any run has, each row on one scale.
 
-    Writes "compare" into a directory if given one.
+    Given a directory, saves the figure there as "compare".
 
     Raises:
-        ValueError: no report holds anything to draw, or the format is none of `PLOT_FORMATS`.
+        ValueError: no report has measures to plot, or the format is not one of `PLOT_FORMATS`.
     """
     check_choice("plot_format", plot_format, PLOT_FORMATS)
     drawn = [name for name in PANELS if any(_has(report, name) for report in reports)]
     names = [name for name in OVERVIEW if name in drawn] or drawn
     if not names:
-        raise ValueError("runs: expected measures to draw, got none in any report")
+        raise ValueError("runs: expected measures to plot, got none in any report")
     columns = len(reports)
     figure = Picture(figsize=(5.4 * columns, 3.7 * len(names) + 0.4), layout="constrained")
     grid = figure.subplots(len(names), columns, squeeze=False)
@@ -97,7 +97,7 @@ def plot_comparison(
 
 
 def _share_scale(row: Iterable[Axes]) -> None:
-    """Draws bars of one quantity, which their labels name, on one scale, so that their heights compare."""
+    """Gives bar plots with the same axis label one common scale, so that heights can be compared."""
     drawn = [axes for axes in row if axes.patches]
     for label in {axes.get_ylabel() for axes in drawn}:
         alike = [axes for axes in drawn if axes.get_ylabel() == label]

@@ -1,4 +1,4 @@
-"""How each measure of a report is drawn: one panel a measure."""
+"""Plots of the measures of a report: one panel per measure."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from hf_cod.reporting.plots.training_panels import LOG_RATIO, TRAINING_PANELS
 BY_STEP = "_by_step"
 INFLUENCE = "1 - cos(x$^l$, x$^{l+1}$)"
 GRADIENT = "‖∂L/∂θ$_l$‖"
-# Way to score -> what its scores are.
+# Scoring method -> axis label of its scores.
 SCORE_LABELS = {
     "owl": "share of outliers D$^l$",
     "angular": "angle / π",
     "block_influence": INFLUENCE,
     "gradient_norm": GRADIENT,
-    "layer_drop": "cost of removal (language models: nats a token)",
+    "layer_drop": "cost of removal (language models: nats per token)",
     "weight_norm": "mean of |W$_{ij}$|",
-    "sensitivity": "growth of the loss, nats a token",
+    "sensitivity": "increase of the loss, nats per token",
 }
-# Way to choose layers to remove -> what it says that a layer costs.
+# Criterion for removing layers -> axis label of the cost of a layer.
 COST_LABELS = {
     "search": SCORE_LABELS["layer_drop"],
     "layer_drop": SCORE_LABELS["layer_drop"],
     "block_influence": INFLUENCE,
-    "angular": "angle / π from here to behind as many layers as are removed",
+    "angular": "angle / π across as many layers as are removed, from this layer on",
 }
 
 
 def angular_distance(axes: Axes, report: RunReport, farthest: float | None = None) -> None:
-    """The paper's Figure 2: column l, row n, yellow where layer l + n is near to layer l."""
+    """Figure 2 of arXiv 2502.05795: column l, row n; yellow: small distance between layers l and l + n."""
     matrix = report.results["angular_distance"]
     L = len(matrix)
     image = axes.imshow(
@@ -62,7 +62,7 @@ def _layer_drop(axes: Axes, report: RunReport) -> None:
     _bars(axes, values, least=not drop["lower_is_better"], intervals=_intervals(report, "layer_drop"))
     title = f"{metric.capitalize()} without each single layer"
     (intact,) = _numbers([drop["intact"]])
-    if math.isfinite(intact) and drop["metric"] != "output_angle":  # an intact model's output turns by 0
+    if math.isfinite(intact) and drop["metric"] != "output_angle":  # always 0 for the intact model
         axes.axhline(intact, color="black", linestyle="--", linewidth=1)
         title += f" (dashed: intact, {format_number(intact)})"
     axes.set(ylabel=metric, title=title)
@@ -79,17 +79,17 @@ def _per_layer(measure: str, title: str, label: str) -> Callable[[Axes, RunRepor
 
 
 def _intervals(report: RunReport, measure: str) -> list[list[float]]:
-    """[low, high] of each layer over samples; empty where the report holds none."""
+    """[low, high] over samples for each layer; empty if the report has no intervals."""
     found: list[list[float]] = report.results.get("intervals", {}).get(measure, [])
     return found
 
 
 def _score(axes: Axes, report: RunReport) -> None:
-    """Bars by layer; for OWL the layerwise outlier distribution."""
+    """Bars per layer; for OWL, the layerwise outlier distribution."""
     settings, found = report.settings, report.results.get("score", {})
     method = settings.get("score") or settings["method"]
     title, label = f"Score of each layer: {method.replace('_', ' ')}", SCORE_LABELS.get(method, "score")
-    if settings.get("scores"):  # scores that were given; what found them, the report does not know
+    if settings.get("scores"):  # scores from a file: the report does not contain their method
         title, label = f"Score of each layer: {Path(settings['scores']).name}", "score"
     elif method == "owl":
         title = f"Layerwise outlier distribution (M = {settings['threshold']:g})"
@@ -103,13 +103,13 @@ def _score(axes: Axes, report: RunReport) -> None:
 
 
 def _curve(axes: Axes, report: RunReport) -> None:
-    """Training and, where it was measured on the way, validation loss by step."""
+    """Training loss by step and, if measured during training, validation loss."""
     axes.plot(*zip(*report.results["curve"], strict=True), color=PALE, linewidth=1, label="training")
     if report.results.get("validation"):
         axes.plot(*zip(*report.results["validation"], strict=True), color=INK, marker="o", label="validation")
         axes.legend(frameon=False)
     learnt = ": distance from the teacher" if report.kind == "heal" else ""
-    axes.set(xlabel="step", ylabel="loss in nats a token", title=f"Training curve{learnt}")
+    axes.set(xlabel="step", ylabel="loss in nats per token", title=f"Training curve{learnt}")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -130,7 +130,7 @@ def _healed(axes: Axes, report: RunReport) -> None:
 
 
 def _sparsity(axes: Axes, report: RunReport) -> None:
-    """Share of zeros of each layer and, where the report holds it, of all weights."""
+    """Share of zeros in each layer and, if the report has it, in all weights."""
     _bars(axes, _numbers(report.layers["sparsity"]), least=True)
     title = "Sparsity of each layer"
     if "method" in report.settings:
@@ -142,18 +142,18 @@ def _sparsity(axes: Axes, report: RunReport) -> None:
 
 
 def _bits(axes: Axes, report: RunReport) -> None:
-    """Stored bits a weight of each layer, and of all layers together."""
+    """Stored bits per weight of each layer, and of all layers together."""
     mean = report.results["bits"]
     _bars(axes, _numbers(report.layers["bits"]))
     axes.axhline(mean, color="black", linestyle="--", linewidth=1)
     axes.set(
-        ylabel="stored bits a weight",
+        ylabel="stored bits per weight",
         title=f"Bits of each layer (dashed: {mean:.2f} over all weights)",
     )
 
 
 def _kept(axes: Axes, report: RunReport) -> None:
-    """Share of weights that each layer keeps, and of all layers together."""
+    """Share of weights that each layer keeps, and that all layers together keep."""
     mean = report.results["kept"]
     _bars(axes, _numbers(report.layers["kept"]))
     axes.axhline(mean, color="black", linestyle="--", linewidth=1)
@@ -161,7 +161,7 @@ def _kept(axes: Axes, report: RunReport) -> None:
 
 
 def _removed(axes: Axes, report: RunReport) -> None:
-    """Dark the layers that were removed; as high as what the plan's criterion measured of each layer, if it did."""
+    """Bars per layer, dark for removed layers; heights are the costs that the criterion measured, if it did."""
     measured = "cost" in report.layers
     values = _numbers(report.layers["cost" if measured else "removed"])
     removed, criterion = report.results["removed"], report.results["criterion"]
@@ -172,9 +172,9 @@ def _removed(axes: Axes, report: RunReport) -> None:
 
 
 def _trade_off(axes: Axes, report: RunReport) -> None:
-    """Loss by share of weights kept: the lowest expected, what was measured, and the plan that was chosen."""
+    """Loss by share of weights kept: lowest expected loss, measured combinations, and the chosen plan."""
     plan = report.results["plan"]
-    if plan["curve"]:  # none of a model that meets the budget as it is
+    if plan["curve"]:  # empty for a model that meets the budget without compression
         left, loss, _ = zip(*plan["curve"], strict=True)
         axes.plot(left, loss, color=PALE, label="lowest expected loss")
     for row in plan["tried"]:
@@ -187,14 +187,14 @@ def _trade_off(axes: Axes, report: RunReport) -> None:
     axes.legend(frameon=False)
     axes.set(
         xlabel="share of the layers' weights (or bits) that is kept",
-        ylabel="loss in nats a token",
+        ylabel="loss in nats per token",
         title="Trade-off between size and loss",
     )
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _mark_of(steps: dict[str, float], chosen: dict[str, float]) -> tuple[str, dict[str, Any]]:
-    """Label and style of a combination that was measured."""
+    """Label and marker style of a measured combination."""
     if steps == chosen:
         return "chosen plan", {"marker": "*", "markersize": 14, "color": INK}
     if len(steps) == 1:
@@ -211,9 +211,9 @@ def _finite(value: float | None) -> float:
 
 
 def _bars(axes: Axes, values: list[float], least: bool = False, intervals: list[list[float]] | None = None) -> None:
-    """Bars with the three largest (or least) layers in dark and named below, to be found without counting.
+    """Bars with the three largest (or smallest) layers in dark and listed in the axis label.
 
-    An interval of each layer, where there is one, is a thin line from its low to its high end.
+    Intervals, if given, are thin lines from the low to the high end.
     """
     marked = sorted(standing_out(values, 3, least)) if len(values) > 3 else []
     axes.bar(range(len(values)), values, color=[INK if i in marked else PALE for i in range(len(values))])
@@ -243,13 +243,13 @@ def _whole_numbers(*directions: Any) -> None:
 
 
 def log_if_wide(axes: Axes, values: list[float]) -> None:
-    """Makes the scale logarithmic where the largest of positive values is `LOG_RATIO` times the least."""
+    """Makes the scale logarithmic if all values are positive and max / min exceeds `LOG_RATIO`."""
     values = [value for value in values if math.isfinite(value)]
     if values and min(values) > 0 and max(values) / min(values) > LOG_RATIO:
         axes.set_yscale("log")
 
 
-# Measure -> how it is drawn.
+# Measure -> function that plots it.
 PANELS: dict[str, Callable[..., None]] = {
     "angular_distance": angular_distance,
     "layer_drop": _layer_drop,
@@ -260,7 +260,7 @@ PANELS: dict[str, Callable[..., None]] = {
     "curve": _curve,
     "healed": _healed,
     **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
-    "trained": _per_layer("trained", "How often each layer trained", "optimizer steps"),
+    "trained": _per_layer("trained", "Optimizer steps in which each layer was trained", "optimizer steps"),
     "sparsity": _sparsity,
     "kept": _kept,
     "share_of_heads": _per_layer("share_of_heads", "Share of attention heads that each layer keeps", "share of heads"),
@@ -270,8 +270,8 @@ PANELS: dict[str, Callable[..., None]] = {
     "bits": _bits,
     "removed": _removed,
     "trade_off": _trade_off,
-    "error": _per_layer("error", "Share of the outputs' energy that is lost", "mean over the layer's matrices"),
+    "error": _per_layer("error", "Lost share of the outputs' energy", "mean over the layer's matrices"),
 }
-# The four measures of the talk; block influence says much the same as angular distance and has a picture of its own.
+# The main measures; block influence is similar to angular distance and is plotted separately.
 DEPTH = ("angular_distance", "layer_drop", "gradient_norm", "variance")
 OVERVIEW = ("curve", "healed", "trained", *DEPTH, *(name + BY_STEP for name in TRAINING_PANELS))

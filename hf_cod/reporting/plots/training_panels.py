@@ -1,4 +1,4 @@
-"""Panels of a training history: heat maps of layer and step, and effective depth; `plots` puts them into figures."""
+"""Panels of a training history: heat maps over layers and steps, and effective depth by step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from hf_cod.io.report import RunReport
 from hf_cod.reporting.plots.colours import FAR_IS_YELLOW, INK, NEAR_IS_YELLOW
 
-# Above this ratio between the largest and the least value a linear scale of colours shows only the largest.
+# Above this ratio between the largest and the smallest value, a linear scale shows only the largest.
 LOG_RATIO = 50
 
 
 def heat_map(measure: str, title: str, label: str, colours: str = FAR_IS_YELLOW) -> Callable[[Any, RunReport], None]:
-    """A panel with a column for each measured step, as wide as its share of the training, and a row for each layer."""
+    """A panel with one column per measured step, as wide as its share of the training, and one row per layer."""
 
     def draw(axes: Any, report: RunReport) -> None:
         history = report.results["history"]
@@ -38,7 +38,7 @@ def heat_map(measure: str, title: str, label: str, colours: str = FAR_IS_YELLOW)
 
 
 def effective_depth(axes: Any, report: RunReport) -> None:
-    """Effective depth by step, and the depth that it cannot exceed."""
+    """Effective depth by step, and its maximum, the number of layers."""
     history = report.results["history"]
     values = [math.nan if value is None else value for value in history["effective_depth"]]
     axes.plot(history["step"], values, color=INK, marker="o", markersize=3)
@@ -49,16 +49,16 @@ def effective_depth(axes: Any, report: RunReport) -> None:
 
 
 def _edges(steps: list[int]) -> list[float]:
-    """Where the columns of these steps begin and end: half-way between them."""
+    """Borders of the columns: half-way between neighbouring steps."""
     between = [(a + b) / 2 for a, b in pairwise(steps)]
     first = steps[0] - (between[0] - steps[0] if between else 0.5)
     return [first, *between, steps[-1] + (steps[-1] - between[-1] if between else 0.5)]
 
 
-# Measure of a history -> how it is drawn.
+# Measure of a history -> function that plots it.
 TRAINING_PANELS: dict[str, Callable[..., None]] = {
     "effective_depth": effective_depth,
-    # Reversed colours: yellow means near, as in all pictures of angles.
+    # Reversed colours: yellow means near, as in all plots of angles.
     "angular_distance": heat_map(
         "angular_distance", "Angular distance to the next layer", "d(x$^l$, x$^{l+1}$), yellow: near", NEAR_IS_YELLOW
     ),

@@ -10,11 +10,14 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import write_text
+from hf_cod.io.settings import Default
 from hf_cod.models.stored_config import REQUIRES
 from hf_cod.training.adapters.registry import peft_type
 
 
+@checked
 @dataclass
 class OwLoreConfig(PeftConfig):
     """Configuration of an adapter that `OwLoreAdamW` trains, a few layers at a time (Li et al. 2024, arXiv 2405.18380).
@@ -33,7 +36,12 @@ class OwLoreConfig(PeftConfig):
         ValueError: a rank below 1.
     """
 
-    r: int = field(default=128, metadata={"help": "rank of the update that currently trains"})
+    r: int = field(
+        default=Default(128),
+        metadata={
+            "help": "rank of the update that currently trains; the default is lowered to the width of the matrices"
+        },
+    )
     max_rank: int | None = field(
         default=None, metadata={"help": "maximum rank of the folded earlier updates; None: twice r"}
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,15 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from hf_cod.io.settings import Default
 from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, is_linear_like
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.training.adapters.layer import OwLoreLinear
 from hf_cod.training.owlore.active_layers import warn_of_untrained
 from hf_cod.training.owlore.increment import TENSORS, Increment
+
+logger = logging.getLogger(__name__)
 
 _WRAPPER = "base_model.model."  # prefix of module names inside a PeftModel
 
@@ -74,6 +78,12 @@ class OwLoreModel(BaseTuner):
             inside = {id(p) for module in found.values() for p in module.parameters()}
             warn_of_untrained(stack, [p for p in self.model.parameters() if id(p) in inside])
         width = max(min(shape_of(module)) for module in found.values())
+        if isinstance(peft_config.r, Default):
+            if peft_config.r > width:
+                logger.warning(
+                    "r: %d instead of the default %d: the width of the layers' matrices", width, peft_config.r
+                )
+            peft_config.r = min(int(peft_config.r), width)  # a plain number, as files hold it
         if peft_config.r > width:
             raise ValueError(f"r: expected at most {width}, the width of the layers' matrices, got {peft_config.r}")
         return peft_config

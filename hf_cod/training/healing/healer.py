@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
+from hf_cod.io.arguments import checked
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch
+from hf_cod.io.text import Batch, Tokenizer
 from hf_cod.layers.checks import check_length, pruned_matrices
 from hf_cod.layers.fingerprints import digest_batches
 from hf_cod.layers.finished_layers import fingerprint_of_work
@@ -27,29 +28,30 @@ from hf_cod.training.healing.healed import healing_report
 from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
 from hf_cod.training.healing.objective import Objective
 from hf_cod.training.healing.pair import check_pair, check_tokenizers
-from hf_cod.training.healing.settings import HealSettings
+from hf_cod.training.healing.settings import HealFields, HealSettings
 from hf_cod.training.healing.zeros import kept_at_zero
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
-from hf_cod.training.runs.run_directory import claim, half_checkpoints
+from hf_cod.training.runs.run_directory import begun_steps, claim, half_checkpoints
 from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, split_windows, train
-from hf_cod.training.runs.training_settings import check_scores
+from hf_cod.training.runs.training_settings import check_scores, for_samples
 
 
+@checked
 def heal(
     student: nn.Module,
     teacher: nn.Module,
     data: Tensor | str | Iterable[str],
     settings: HealSettings | None = None,
     *,
-    tokenizer: Any = None,
-    teacher_tokenizer: Any = None,
+    tokenizer: Tokenizer = None,
+    teacher_tokenizer: Tokenizer = None,
     held_out: Tensor | None = None,
     sampling: OwLoreSettings | None = None,
     scores: str | None = None,
     output: str | Path | None = None,
     name: str | None = None,
-    **fields: Any,
+    **fields: Unpack[HealFields],
 ) -> RunReport:
     """Trains a compressed student in place to predict what its teacher predicts, to recover lost quality.
 
@@ -94,6 +96,7 @@ def heal(
     for stack in (mine, theirs):
         check_length(stack.model, settings.sequence_length)
     windows, held_out = _windows(data, tokenizer, held_out, settings, int(mine.config.vocab_size))
+    settings = for_samples(settings, len(windows), begun_steps(Path(output)) if output else None)
     objective = Objective(
         mine,
         theirs,

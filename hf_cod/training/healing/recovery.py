@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import IGNORED_LABEL, Batch
+from hf_cod.io.text import IGNORED_LABEL, Batches
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
@@ -21,19 +22,20 @@ from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
-from hf_cod.training.healing.settings import RecoverySettings
+from hf_cod.training.healing.settings import RecoveryFields, RecoverySettings
 
 
 @renamed(path="layers_path")
+@checked
 def recover(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Batches,
     steps: int | None = None,
     *,
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: RecoverySettings | None = None,
-    **fields: Any,
+    **fields: Unpack[RecoveryFields],
 ) -> list[float]:
     """Trains PEFT's LoRA on the layers' Linears of a pruned language model and merges it in place; zeros stay zeros.
 
@@ -46,7 +48,7 @@ def recover(
     Args:
         model: a pruned model with a language modelling head; train mode and gradient flags are restored afterwards.
         batches: dicts with input_ids, attention_mask and, for a masked language model, labels; each step takes one.
-        steps: number of steps; default: 100.
+        steps: number of steps; default: 100, or fewer if 20 passes over the batches take fewer.
         layers_path: module name of the layer stack, if it cannot be found.
         show_progress: show a progress bar.
         settings: `RecoverySettings`, instead of single fields.
@@ -71,17 +73,17 @@ def recover(
         raise ValueError(f"recover: expected a language model, and labels for a masked one, got {why}")
     check_writable(stack)
     device = execution_device(stack.model)
-    generator = torch.Generator().manual_seed(how.seed)
+    generator, steps = torch.Generator().manual_seed(how.seed), how.steps_on(len(batches))
     with _adapted(stack, how.rank, how.seed) as adapters, torch.enable_grad():
         trained = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=how.learning_rate, weight_decay=0.0)
         # Reaches zero one step after the last, so that the last step trains, too.
         schedule = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
-            optimizer, max(1, how.steps // 10), how.steps + 1, min_lr_rate=0.0
+            optimizer, max(1, steps // 10), steps + 1, min_lr_rate=0.0
         )
         losses = []
         order: list[int] = []
-        for step in progress(range(how.steps), "recovery", show_progress):
+        for step in progress(range(steps), "recovery", show_progress):
             order = order or torch.randperm(len(batches), generator=generator).tolist()
             loss = _loss(stack.model, to_device(batches[order.pop()], device))
             if not loss.isfinite():

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from hf_cod.functional.mixture import check_mixture
-from hf_cod.training.runs.training_settings import TrainingSettings
+from hf_cod.io.arguments import checked
+from hf_cod.training.runs.training_settings import MANY_PASSES, TrainingSettings, warn_of_passes
 
+RECOVERY_STEPS = 100
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
+@checked
 @dataclass
 class HealSettings(TrainingSettings):
     """Distillation of a teacher into a student."""
@@ -58,22 +62,76 @@ class HealSettings(TrainingSettings):
             return super().total_steps
         return math.ceil(count_tokens(self.tokens) / (self.batch_size * self.sequence_length))
 
+    @property
+    def follows_samples(self) -> bool:
+        """As in a training without tokens, which say how many steps there are."""
+        return self.tokens is None and super().follows_samples
 
+
+class HealFields(TypedDict, total=False):
+    """Fields of `HealSettings` that `heal` takes by name."""
+
+    method: str
+    score: str
+    threshold: float
+    learning_rate: float | None
+    steps: int | None
+    batch_size: int
+    micro_batch_size: int
+    sequence_length: int
+    eval_samples: int
+    max_grad_norm: float
+    checkpointing: bool
+    bf16: bool
+    lora_rank: int
+    save_every: int
+    log_every: int
+    passes: float
+    tokens: str | None
+    temperature: float
+    labels: float
+    hidden: float
+    teacher_layers: list[int] | None
+
+
+@checked
 @dataclass
 class RecoverySettings:
     """LoRA training of a pruned model."""
 
-    steps: int = field(default=100, metadata={"help": "training steps of LoRA; zeros stay zeros (requires peft)"})
+    steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "training steps of LoRA, each on one batch; zeros stay zeros (requires peft); default: "
+            f"{RECOVERY_STEPS}, or fewer if {MANY_PASSES} passes over the batches take fewer"
+        },
+    )
     rank: int = field(default=8, metadata={"help": "rank of the adapters"})
     learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate of the adapters"})
     seed: int = field(default=0, metadata={"help": "seed of the initial adapters and of the order of the batches"})
 
     def __post_init__(self) -> None:
         for name in ("steps", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
+
+    def steps_on(self, batches: int) -> int:
+        """How many steps are made on so many batches; warns where a number that was given is many passes."""
+        if self.steps is None:
+            return min(RECOVERY_STEPS, MANY_PASSES * batches)
+        warn_of_passes(self.steps, self.steps / batches, batches)
+        return self.steps
+
+
+class RecoveryFields(TypedDict, total=False):
+    """Fields of `RecoverySettings` that `recover` takes by name."""
+
+    rank: int
+    learning_rate: float
+    seed: int
 
 
 def count_tokens(told: str) -> int:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from hf_cod.functional.budget import round_to, spread
+from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.sampling import check_model
-from hf_cod.training.owlore.settings import LoraRankSettings
+from hf_cod.training.owlore.settings import LoraRankFields, LoraRankSettings
 
 
 @renamed(width="relative_spread")
+@checked
 def lora_ranks(
     model: nn.Module,
     scores: LayerScores | LayerAllocation,
@@ -26,7 +28,7 @@ def lora_ranks(
     relative_spread: float | None = None,
     *,
     settings: LoraRankSettings | None = None,
-    **fields: Any,
+    **fields: Unpack[LoraRankFields],
 ) -> dict[str, Any]:
     """Keyword arguments of PEFT's LoraConfig: layers with higher scores get a higher rank, with the same mean rank.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from hf_cod.functional.randomness import generator_of
+from hf_cod.io.arguments import checked
 from hf_cod.io.settings import resolve
 from hf_cod.layers.replicas import (
     broadcast_weights,
@@ -27,8 +28,8 @@ from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, refuse_s
 from hf_cod.training.owlore.eight_bit import codebook
 from hf_cod.training.owlore.moments import adam_direction, apply_direction, is_projected, refresh_basis
 from hf_cod.training.owlore.optimizer_state import KEY, check_state, states_of
-from hf_cod.training.owlore.sampling import check_hyperparameters, check_rank, make_sampler
-from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.owlore.sampling import check_hyperparameters, check_rank, fitted, make_sampler
+from hf_cod.training.owlore.settings import DEFAULT_LR, OwLoreFields, OwLoreSettings
 from hf_cod.training.owlore.trained_increments import Increments
 from hf_cod.training.owlore.update_in_backward import UpdateInBackward
 
@@ -84,17 +85,18 @@ class OwLoreAdamW(torch.optim.Optimizer):
         ImportError: 8-bit moments without bitsandbytes.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
         scores: LayerScores | LayerAllocation | None = None,
         *,
-        lr: float = 3e-4,
+        lr: float = DEFAULT_LR,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         settings: OwLoreSettings | None = None,
-        **fields: Any,
+        **fields: Unpack[OwLoreFields],
     ) -> None:
         common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         try:
@@ -122,7 +124,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
         self.layers = ActiveLayers(model, others)
         self.increments = Increments(list(self.layers.stack), self.layers.layers)
-        self.settings = self.increments.settings(self.settings)
+        self.settings = fitted(self.increments.settings(self.settings), self.layers)
         self.sampler = make_sampler(scores, self.layers, self.settings)
         check_rank(self.settings.rank, self.layers)
         keep_unpacked(model)

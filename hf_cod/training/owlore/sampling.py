@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from hf_cod.functional.randomness import generator_of
-from hf_cod.io.settings import resolve
+from hf_cod.io.arguments import checked
+from hf_cod.io.settings import Default, resolve
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.active_layers import ActiveLayers
-from hf_cod.training.owlore.settings import OwLoreSettings, SamplerSettings
+from hf_cod.training.owlore.settings import OwLoreSettings, SamplerFields, SamplerSettings
+
+logger = logging.getLogger(__name__)
 
 
 class LayerSampler:
@@ -52,6 +57,7 @@ class LayerSampler:
             of another kind or with another sum.
     """
 
+    @checked
     def __init__(
         self,
         scores: LayerScores | LayerAllocation | Sequence[float],
@@ -61,7 +67,7 @@ class LayerSampler:
         layers: Sequence[int] | None = None,
         *,
         settings: SamplerSettings | None = None,
-        **fields: Any,
+        **fields: Unpack[SamplerFields],
     ) -> None:
         how = resolve(LayerSampler, SamplerSettings, settings, fields, n_active=n_active, seed=seed, floor=floor)
         given = scores.values if isinstance(scores, (LayerScores, LayerAllocation)) else scores
@@ -151,11 +157,36 @@ def make_sampler(
     return LayerSampler(values, settings.n_active, settings.seed, settings.floor, layers=trainable)
 
 
+def fitted(settings: OwLoreSettings, layers: ActiveLayers) -> OwLoreSettings:
+    """The settings with defaults that fit the model: no more layers than can train, no rank above their width.
+
+    What a user gave stays, and is refused elsewhere where it does not fit. All numbers are plain ones, which a
+    checkpoint can hold.
+    """
+    widest = None if layers.other_adapters else max(_widths(layers), default=None)
+    most = {"n_active": sum(map(bool, layers.layers)), "rank": widest}
+    reasons = {"n_active": "as many layers can train", "rank": "the width of the layers' matrices"}
+    plain: dict[str, Any] = {}
+    for name, bound in most.items():
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        plain[name] = int(value)
+        if isinstance(value, Default) and bound is not None and value > bound:
+            plain[name] = bound
+            logger.warning("%s: %d instead of the default %d: %s", name, bound, value, reasons[name])
+    return replace(settings, **plain)
+
+
+def _widths(layers: ActiveLayers) -> list[int]:
+    return [min(p.shape[-2:]) for parameters in layers.layers for p in parameters if p.ndim >= 2]
+
+
 def check_rank(rank: int | None, layers: ActiveLayers) -> None:
     """Raises ValueError if a rank does not fit the trainable parameters."""
     if rank is not None and layers.other_adapters:
         raise ValueError(f"rank: expected None with LoRA adapters, whose matrices are of low rank already, got {rank}")
-    widths = [min(p.shape[-2:]) for parameters in layers.layers for p in parameters if p.ndim >= 2]
+    widths = _widths(layers)
     if rank is not None and widths and rank > max(widths):
         raise ValueError(f"rank: expected at most {max(widths)}, the width of the layers' matrices, got {rank}")
 

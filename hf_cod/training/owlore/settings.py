@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
-from hf_cod.io.settings import as_in
+from hf_cod.io.arguments import checked
+from hf_cod.io.settings import Default, as_in
 
 DEFAULT_FLOOR = 0.2
+DEFAULT_LR = 3e-4
 DEFAULT_SPREAD = 0.5
 DESELECTED = ("drop", "keep", "offload")
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTS = ("float32", "8bit")
 
 
+@checked
 @dataclass
 class OwLoreSettings:
     """Sampling of layers and low-rank training of them.
@@ -20,11 +24,17 @@ class OwLoreSettings:
     Defaults are the paper's for LLaMA2-7B (arXiv 2405.18380, appendix A), except for the floor.
     """
 
-    n_active: int = field(default=5, metadata={"help": "layers that train at a time, gamma"})
+    n_active: int = field(
+        default=Default(5),
+        metadata={"help": "layers that train at a time, gamma; the default is lowered to the number of layers"},
+    )
     interval: int = field(default=50, metadata={"help": "optimizer steps between samplings of layers, K"})
     rank: int | None = field(
-        default=128,
-        metadata={"help": "rank that gradients of matrices are projected to (GaLore); 0 or None: full rank"},
+        default=Default(128),
+        metadata={
+            "help": "rank that gradients of matrices are projected to (GaLore), the default at most their width; 0 or "
+            "None: full rank"
+        },
     )
     scale: float = field(default=1.0, metadata={"help": "factor of projected updates, GaLore's alpha"})
     floor: float = field(
@@ -76,11 +86,30 @@ class OwLoreSettings:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale: expected a finite number above 0, got {self.scale}")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor: expected a share between 0 and 1, got {self.floor}")
         for name, allowed in (("deselected", DESELECTED), ("rounding", ROUNDINGS), ("moments", MOMENTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
+class OwLoreFields(TypedDict, total=False):
+    """Fields of `OwLoreSettings` that `OwLoreAdamW` takes by name."""
+
+    n_active: int
+    interval: int
+    rank: int | None
+    scale: float
+    floor: float
+    deselected: str
+    train_embeddings: bool
+    moments: str
+    rounding: str
+    fused: bool
+    seed: int
+
+
+@checked
 @dataclass
 class SamplerSettings:
     """Sampling of layers; the number of layers limits `n_active`."""
@@ -94,6 +123,11 @@ class SamplerSettings:
             raise ValueError(f"floor: expected a share between 0 and 1, got {self.floor}")
 
 
+class SamplerFields(TypedDict, total=False):
+    """Fields of `SamplerSettings` that `LayerSampler` takes by name; there are no others yet."""
+
+
+@checked
 @dataclass
 class LoraRankSettings:
     """Ranks of adapters by scores."""
@@ -108,3 +142,7 @@ class LoraRankSettings:
             raise ValueError(f"r: expected at least 1, got {self.r}")
         if not 0 <= self.relative_spread <= 1:
             raise ValueError(f"relative_spread: expected a share between 0 and 1, got {self.relative_spread}")
+
+
+class LoraRankFields(TypedDict, total=False):
+    """Fields of `LoraRankSettings` that `lora_ranks` takes by name; there are no others yet."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,22 @@ _NOT_OURS = {
     "train_embeddings": "name them in OwLoreConfig(modules_to_save=...)",
     "deselected": "moments are always dropped when an increment is folded, because its basis is gone",
 }
+
+
+def check_beside_adapters(settings: OwLoreSettings, but: Collection[str] = ()) -> None:
+    """Makes sure that settings leave to OwLore adapters what those decide.
+
+    Args:
+        settings: of the optimizer.
+        but: names of settings that the caller takes for the adapters.
+
+    Raises:
+        ValueError: they were given something else than the default.
+    """
+    for name, reason in _NOT_OURS.items():
+        value = getattr(settings, name)
+        if name not in but and value != OwLoreSettings.__dataclass_fields__[name].default:
+            raise ValueError(f"{name}: expected none beside an OwLore adapter, got {value!r}; {reason}")
 
 
 class Increments:
@@ -45,10 +61,7 @@ class Increments:
         """
         if not any(self):
             return settings
-        for name, reason in _NOT_OURS.items():
-            value = getattr(settings, name)
-            if value != OwLoreSettings.__dataclass_fields__[name].default:
-                raise ValueError(f"{name}: expected none with an OwLore adapter, got {value!r}; {reason}")
+        check_beside_adapters(settings)
         return replace(settings, rank=None)
 
     def described(self) -> dict[str, Any]:

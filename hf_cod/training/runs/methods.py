@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.training.owlore.eight_bit import codebook
 from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.owlore.trained_increments import check_beside_adapters
 from hf_cod.training.owlore.trainer_arguments import owlore
 from hf_cod.training.runs.training_settings import DRAW_BY_SCORES, LEARNING_RATES
 
@@ -73,17 +76,37 @@ def _owlore(
     return model, owlore(scores, lr=lr, **asdict(settings))
 
 
+_NO_RANK = "rank: expected at least 1 for owlore-peft, whose adapters are of low rank, got none"
+
+
 def _owlore_peft(
     model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int
 ) -> tuple[nn.Module, Any]:
     from hf_cod.training.adapters import OwLoreConfig
 
     if settings.rank is None:
-        raise ValueError("rank: expected at least 1 for owlore-peft, whose adapters are of low rank, got none")
+        raise ValueError(_NO_RANK)
     heads = list(find_decoder_layers(model).task_heads) or None  # a classifier may be new: it trains in full
     wrapped = _adapted(model, OwLoreConfig(r=settings.rank, modules_to_save=heads), settings.seed)
     others = {key: value for key, value in asdict(settings).items() if key != "rank"}
     return wrapped, owlore(scores, lr=lr, **others)
+
+
+def check_method(method: str, settings: OwLoreSettings) -> None:
+    """Makes sure, before a model is loaded, that a method can train by these settings with what is installed.
+
+    Raises:
+        ValueError: settings that its adapters decide themselves, or no rank for them.
+        ImportError: a package is missing; says how to add it.
+    """
+    if METHODS[method].adapters and find_spec("peft") is None:
+        raise ImportError(f"method: {method} needs the peft package: pip install 'hf_cod[recovery]'")
+    if method == "owlore-peft":
+        if settings.rank is None:
+            raise ValueError(_NO_RANK)
+        check_beside_adapters(settings, but=("rank",))
+    if settings.moments == "8bit":
+        codebook(signed=True)
 
 
 def _adapted(model: nn.Module, config: Any, seed: int) -> Any:

@@ -97,6 +97,11 @@ def check_claim(directory: Path, wanted: dict[str, Any], *, finished: bool = Fal
     return changed
 
 
+def begun_steps(directory: Path) -> int | None:
+    """The steps that an interrupted run was to make, which a run that goes on with its checkpoints makes, too."""
+    return _noted(directory / SETTINGS).get("steps") if last_steps(directory) else None
+
+
 def _check_free(directory: Path, finished: bool) -> None:
     """Raises if the directory holds a model, or a report (unless `finished`)."""
     check_place(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 from torch import Tensor, nn
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from hf_cod.layers.modes import cache_restored, one_thread
 from hf_cod.layers.replicas import processes
@@ -23,9 +24,12 @@ from hf_cod.layers.stack import unwrap
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
+from hf_cod.training.runs.log_lines import LogLines
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.run_directory import SCORES_FILE
 from hf_cod.training.runs.training_settings import TrainingSettings
+
+logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
 SCORED_SAMPLES = 16
@@ -62,6 +66,8 @@ def check_one_process() -> None:
 def split_windows(windows: Tensor, settings: TrainingSettings) -> tuple[Tensor, Tensor]:
     """Splits windows into training windows and held-out windows; the latter are the last ones of the text.
 
+    Warns where most are held out.
+
     Raises:
         ValueError: too few windows for both.
     """
@@ -70,7 +76,16 @@ def split_windows(windows: Tensor, settings: TrainingSettings) -> tuple[Tensor, 
             f"text: expected more than the {settings.eval_samples} windows of {settings.sequence_length} tokens that "
             f"are held out, got {len(windows)}; use a longer text, or fewer --eval-samples"
         )
-    return windows[: -settings.eval_samples].long(), windows[-settings.eval_samples :].long()
+    left = len(windows) - settings.eval_samples
+    if left < settings.eval_samples:
+        logger.warning(
+            "eval_samples: %d of %d samples are held out, and only %d are trained on; fewer --eval-samples or a longer "
+            "text gives more",
+            settings.eval_samples,
+            len(windows),
+            left,
+        )
+    return windows[:left].long(), windows[left:].long()
 
 
 def scores_to_draw_by(
@@ -156,6 +171,9 @@ def train(
             optimizer_cls_and_kwargs=optimizer,
             callbacks=[memory := MemoryCallback(beside), *callbacks, *([interrupt] if lasting else [])],
         )
+        if trainer.args.disable_tqdm:
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(LogLines())
         checkpoint = last_checkpoint(directory, TRAINER_STATE)
         begun = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
         start = time.perf_counter()

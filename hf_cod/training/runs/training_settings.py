@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
 
+from hf_cod.io.arguments import checked
+from hf_cod.io.settings import following
 from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.training.owlore.settings import OwLoreSettings
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_STEPS = 300
+# Most passes over the samples that the default number of steps makes, as many as transformers' Trainer makes; and
+# the number above which a given number of steps is worth a warning, because the model memorizes its samples.
+DEFAULT_PASSES, MANY_PASSES = 3.0, 20
+# Samples per step and per forward pass, steps between checkpoints and between logged losses, if neither is given.
+BATCH, MICRO_BATCH, SAVE_EVERY, LOG_EVERY = 16, 4, 100, 10
 # Method -> parameters that train; `methods.METHODS` has the optimizers.
 METHODS = {
     "owlore": "a few layers at a time, sampled by their scores, with low-rank moments",
@@ -25,6 +35,7 @@ LEARNING_RATES = {"owlore": 1e-3, "lisa": 3e-4, "galore": 1e-3, "owlore-peft": 1
 DRAW_BY_SCORES = ("owlore", "owlore-peft")
 
 
+@checked
 @dataclass
 class TrainingSettings:
     """Training by one of the methods in `METHODS`."""
@@ -40,9 +51,19 @@ class TrainingSettings:
         default=None,
         metadata={"help": "peak learning rate, after a warm-up over a tenth of the steps; default: the method's"},
     )
-    steps: int | None = field(default=None, metadata={"help": f"optimizer steps (default: {DEFAULT_STEPS})"})
-    batch_size: int = field(default=16, metadata={"help": "samples in an optimizer step"})
-    micro_batch_size: int = field(default=4, metadata={"help": "samples in a forward pass"})
+    steps: int | None = field(
+        default=None,
+        metadata={"help": f"optimizer steps; default: {DEFAULT_STEPS}, or as many as --passes over the samples take"},
+    )
+    passes: float = field(
+        default=DEFAULT_PASSES, metadata={"help": "without --steps: most passes over the samples of the text"}
+    )
+    batch_size: int = following(
+        f"samples in an optimizer step; default: {BATCH}, or the next multiple of --micro-batch-size"
+    )
+    micro_batch_size: int = following(
+        f"samples in a forward pass; default: {MICRO_BATCH}, or the largest number below it that divides --batch-size"
+    )
     sequence_length: int = field(default=256, metadata={"help": "tokens in a sample"})
     eval_samples: int = field(
         default=32, metadata={"help": "held-out samples from the end of the text, to measure perplexity on"}
@@ -53,10 +74,13 @@ class TrainingSettings:
     )
     bf16: bool = field(default=False, metadata={"help": "train under bfloat16 autocast"})
     lora_rank: int = field(default=16, metadata={"help": "lora: rank of the adapters"})
-    save_every: int = field(
-        default=100, metadata={"help": "steps between checkpoints; an interrupted run resumes from the last one"}
+    save_every: int = following(
+        f"steps between checkpoints, from which an interrupted run resumes; default: {SAVE_EVERY}, or the last "
+        "multiple of --log-every before it"
     )
-    log_every: int = field(default=10, metadata={"help": "steps between logged losses"})
+    log_every: int = following(
+        f"steps between logged losses; default: {LOG_EVERY}, or the largest number below it that divides --save-every"
+    )
 
     def __post_init__(self) -> None:
         for name, valid in (("method", METHODS), ("score", SCORES)):
@@ -67,6 +91,11 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        self._follow()
+        if not 0 < self.passes < math.inf:
+            raise ValueError(f"passes: expected a number above 0, got {self.passes}")
+        if not 0 < self.threshold < math.inf:
+            raise ValueError(f"threshold: expected a finite number above 0, got {self.threshold}")
         if not 0 < self.rate < math.inf:
             raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
         if not 0 <= self.max_grad_norm < math.inf:
@@ -81,6 +110,18 @@ class TrainingSettings:
                 f"save_every: expected a multiple of log_every ({self.log_every}), got {self.save_every}; set both"
             )
 
+    def _follow(self) -> None:
+        """Gives what the user left out a value that goes with what was given."""
+        if self.batch_size is None:
+            micro = self.micro_batch_size or MICRO_BATCH
+            self.batch_size = micro * math.ceil(BATCH / micro)
+        if self.micro_batch_size is None:
+            self.micro_batch_size = _largest_divisor(self.batch_size, MICRO_BATCH)
+        if self.log_every is None:
+            self.log_every = LOG_EVERY if self.save_every is None else _largest_divisor(self.save_every, LOG_EVERY)
+        if self.save_every is None:
+            self.save_every = self.log_every * max(1, SAVE_EVERY // self.log_every)
+
     @property
     def rate(self) -> float:
         """The peak learning rate."""
@@ -92,8 +133,60 @@ class TrainingSettings:
         return DEFAULT_STEPS if self.steps is None else self.steps
 
     def resolved(self) -> dict[str, Any]:
-        """All settings, with defaults filled in."""
-        return {**asdict(self), "learning_rate": self.rate, "steps": self.total_steps}
+        """All settings, with defaults filled in; `passes` is left out, since it only sets the number of steps."""
+        told = {**asdict(self), "learning_rate": self.rate, "steps": self.total_steps}
+        del told["passes"]
+        return told
+
+    @property
+    def follows_samples(self) -> bool:
+        """Whether the number of steps depends on the number of samples."""
+        return self.steps is None
+
+
+Trained = TypeVar("Trained", bound=TrainingSettings)
+
+
+def for_samples(settings: Trained, samples: int, begun: int | None = None) -> Trained:
+    """The settings with a number of steps that suits the number of training samples; warns if there are few samples.
+
+    Args:
+        settings: the user's.
+        samples: windows to train on.
+        begun: number of steps with which an interrupted run began, if this one resumes it.
+    """
+    if settings.follows_samples:
+        most = max(1, math.ceil(settings.passes * samples / settings.batch_size))
+        steps = begun or min(DEFAULT_STEPS, most)
+        if steps < DEFAULT_STEPS:
+            logger.warning(
+                "steps: %d instead of the default %d: %g passes over the %d training samples; use --passes or --steps "
+                "for more",
+                steps,
+                DEFAULT_STEPS,
+                round(steps * settings.batch_size / samples, 1),
+                samples,
+            )
+        return replace(settings, steps=steps)
+    warn_of_passes(settings.total_steps, settings.total_steps * settings.batch_size / samples, samples)
+    return settings
+
+
+def warn_of_passes(steps: int, passes: float, samples: int) -> None:
+    """Warns before a training that passes over its few samples many times."""
+    if passes > MANY_PASSES:
+        logger.warning(
+            "steps: %d are %d passes over the %d training samples, which the model will memorize; use fewer steps or a "
+            "longer text",
+            steps,
+            round(passes),
+            samples,
+        )
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest number up to `most` that divides another one."""
+    return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)
 
 
 def check_fused(settings: TrainingSettings, sampling: OwLoreSettings) -> None:

@@ -120,7 +120,7 @@ def test_models_that_need_labels_are_measured_without_them():
     report = diagnose(build("vit"), batches=[batch_for(build("vit"))], show_progress=False)
     assert report.results["layer_drop"]["metric"] == "output_angle"
     assert report.notes == [
-        "gradient_norm was left out: ViTForImageClassification needs labels, and the batches have none"
+        "gradient_norm was left out: ViTForImageClassification requires labels, and the batches have none"
     ]
     with pytest.raises(ValueError, match="output_angle or a callable for batches without labels, got 'accuracy'"):
         diagnose(build("vit"), batches=[batch_for(build("vit"))], drop_metric="accuracy")
@@ -254,7 +254,7 @@ def test_one_layer():
 def test_few_samples_are_remarked():
     texts = "one two three four five " * 8
     few = diagnose(build("llama"), gpt_like(), texts, sequence_length=8, max_samples=50, show_progress=False)
-    assert few.notes == ["the text holds 5 samples, less than 50"] and "no interval" in few.summary[0]
+    assert few.notes == ["the text has 5 samples, fewer than 50"] and "no interval" in few.summary[0]
     many = diagnose(build("llama"), gpt_like(), texts * 4, sequence_length=8, max_samples=9, show_progress=False)
     assert many.notes == [] and "95% interval" in many.summary[0]
 
@@ -265,14 +265,14 @@ def test_findings_say_when_a_removal_helps_and_when_nothing_can_be_seen():
     tied = {"layer_drop": {**drop, "without": [0.4, 0.4]}}
     report_of = lambda change, found: RunReport("diagnose", "m", {}, {}, {"layer_drop": change}, found)  # noqa: E731
     assert summarize(report_of([-0.1, -0.1], tied)) == [
-        "Removing any one layer does the same: accuracy goes from 0.5 to 0.4."
+        "The removal of each single layer has the same effect: accuracy changes from 0.5 to 0.4."
     ]
     helping = {"layer_drop": {**drop, "without": [0.5, 0.7]}}
     assert summarize(report_of([0.0, 0.2], helping)) == [
-        "No single removal hurts: accuracy is 0.5 with all layers and from 0.5 to 0.7 without one."
+        "No single removal is harmful: accuracy is 0.5 with all layers, 0.5 to 0.7 without one."
     ]
-    assert "hurts most at 0 and least at 1" in summarize(report)[0]
-    assert "Without any one of 1 of the layers it is better than with all." in summarize(report)[0]
+    assert "is most harmful for layer 0 and least for layer 1" in summarize(report)[0]
+    assert "It is better without one of 1 of the layers than with all." in summarize(report)[0]
     nothing = {"layer_drop": {**drop, "intact": 0.0, "without": [0.0, 0.0, 0.0]}}
     report = RunReport("diagnose", "m", {}, {}, {"layer_drop": [0.0, 0.0, 0.0]}, nothing)
     assert summarize(report) == ["The intact model's accuracy is 0, so that no removal can show what a layer is worth."]

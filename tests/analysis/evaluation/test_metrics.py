@@ -80,9 +80,9 @@ def test_an_evaluate_module_counts_as_our_accuracy(tmp_path):
 @pytest.mark.parametrize(
     "metric, task, message",
     [
-        ("perplexity", "classes", "perplexity expects a language model"),
+        ("perplexity", "classes", "expected a language model for perplexity"),
         ("accuracy", "regression", "labels that are classes"),
-        ("loss", "causal_lm", "loss expects a regression or multi-label head"),
+        ("loss", "causal_lm", "expected a regression or multi-label head for loss"),
         ("perplexity", "headless", "output_angle or a callable"),
         ("no_such_metric", "causal_lm", "evaluate module, got 'no_such_metric'"),
         (3, "causal_lm", "a name, an evaluate module or a callable, got 3"),

@@ -91,7 +91,7 @@ def test_tokens_go_before_the_text_that_they_are_of():
     rows = [{"text": "one two", "input_ids": [3, 4, 5]}, {"text": "", "input_ids": []}]
     (batch,) = probe_batches(rows, None, SampleSettings(sequence_length=4, max_samples=2))
     assert batch["input_ids"].tolist() == [[3, 4, 5]]
-    with pytest.raises(ValueError, match="probe: expected rows with tokens, got none but empty ones"):
+    with pytest.raises(ValueError, match="probe: expected rows with tokens, got only empty ones"):
         probe_batches(rows[1:], None, SampleSettings())
 
 

@@ -146,7 +146,7 @@ def test_refusals(tmp_path):
         collect_statistics(model, [batch_for(model)])
     shared = build("llama")
     shared.model.layers[3].mlp.up_proj = shared.model.layers[1].mlp.up_proj
-    with pytest.raises(ValueError, match=r"one layer each, got model.layers.3.mlp.up_proj in layer 1, too"):
+    with pytest.raises(ValueError, match=r"one layer each, got model.layers.3.mlp.up_proj also in layer 1"):
         collect_statistics(shared, [batch_for(shared)])
     masked = {**batch_for(shared), "attention_mask": torch.ones(3, 1, 9, 9).tril()}
     with pytest.raises(ValueError, match=r"attention_mask: expected \(samples, tokens\).* got shape \(3, 1, 9, 9\)"):

@@ -20,4 +20,4 @@ def test_convert_to_lns_and_back_gives_equal_logits(checkpoint, capsys):
     assert main(["convert", "stock", lns, back]) == 2
     assert main(["convert", "authors", stock, str(checkpoint / "x")]) == 2
     shown = capsys.readouterr().err
-    assert "output: expected a new directory, an empty one" in shown and "give --norm-type" in shown
+    assert "output: expected a new directory, an empty one" in shown and "set --norm-type" in shown

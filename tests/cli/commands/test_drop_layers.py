@@ -47,7 +47,7 @@ def test_what_is_written_is_a_stock_model_and_its_report_is_true(checkpoint, cap
     assert sum(p.numel() for p in model.parameters()) == report.results["parameters"]["dropped"]
     found = report.results["perplexity"]
     assert f"from {format_number(found['intact'])} to {format_number(found['dropped'])}, measured" in shown
-    assert [*report.results["speed"]] == ["intact", "dropped"] and "Tokens a second: " in shown
+    assert [*report.results["speed"]] == ["intact", "dropped"] and "Tokens per second: " in shown
     assert "2 of 4 layers" in shown and "greedy: without layers" in shown and "As before, it loads" not in shown
     drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
     assert perplexity(model, drawn[4:]) == pytest.approx(found["dropped"], rel=1e-5), "the later samples"
@@ -66,7 +66,9 @@ def test_an_earlier_plan_and_a_named_number(checkpoint):
     assert (checkpoint / "out" / "removed.png").is_file()
     report = RunReport.load(checkpoint / "out")
     assert report.settings["criterion"] == "given"
-    assert report.notes == [f"plan: used on {checkpoint / 'model'}, but found on m, whose layers are as large"]
+    assert report.notes == [
+        f"plan: used on {checkpoint / 'model'}, but computed for m, which has layers of the same sizes"
+    ]
     assert (
         drop_layers(checkpoint, "two", "--layers", "3", "--criterion", "layer_drop", "--no-protect", "--no-plots") == 0
     )
@@ -79,7 +81,7 @@ def test_a_model_of_ours_says_how_it_loads(checkpoint, capsys):
         checkpoint / "model"
     )
     assert drop_layers(checkpoint, "out", "--layers", "1", "--criterion", "angular", "--no-plots", "--no-speed") == 0
-    assert "As before, it loads where hf_cod is imported" in capsys.readouterr().out
+    assert "As before, it loads if hf_cod is imported" in capsys.readouterr().out
 
 
 @pytest.mark.process
@@ -111,7 +113,7 @@ def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
     [
         (["--layers", "0"], "n_removed: expected 1..3 of 4 layers to remove, got 0"),
         (["--layers", "4"], "n_removed: expected 1..3 of 4 layers to remove, got 4"),
-        (["--layers", "1", "--parameter-share", "0.5"], "layers: expected no parameter_share beside it"),
+        (["--layers", "1", "--parameter-share", "0.5"], "layers: expected either layers or parameter_share"),
         (
             ["--parameter-share", "0.1"],
             "parameter_share: expected at least 0.25, which leaves one of 4 layers, got 0.1",
@@ -120,7 +122,7 @@ def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
         (["--criterion", "best"], "criterion: expected one of search, layer_drop"),
         (["--replacement", "best"], "replacement: expected one of none, linear, measured"),
         (["--plan", "none.json"], "depth_plan: expected a file"),
-        (["--plan", "none.json", "--layers", "2"], "plan: expected no layers beside it, which the plan has decided"),
+        (["--plan", "none.json", "--layers", "2"], "plan: expected no layers, which is part of the plan"),
         (["--plan", "none.json", "--no-protect"], "plan: expected no protect beside it"),
         (["--eval-samples", "0"], "eval_samples: expected at least 1"),
     ],

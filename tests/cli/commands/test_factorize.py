@@ -16,7 +16,8 @@ from tests.tiny_models import build
 @pytest.mark.parametrize("score", ["spectrum", "angular"])
 def test_factorize_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys, score):
     source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
-    assert factorize(checkpoint, "out", "--score", score, "--parameter-share", "0.6", "--eval-samples", "5") == 0
+    more = ["--score", score, "--parameter-share", "0.6", "--eval-samples", "5", "--force"]
+    assert factorize(checkpoint, "out", *more) == 0
     names = {path.name for path in (checkpoint / "out").iterdir()}
     plan = "rank_plan.json" if score == "spectrum" else "allocation.json"
     assert {"model.safetensors", "modeling_shaped.py", plan, "report.md", "kept.png", "error.png"} <= names
@@ -28,13 +29,15 @@ def test_factorize_writes_a_model_that_loads_and_a_report_of_it(checkpoint, caps
         (checkpoint / "out" / "model.safetensors").stat().st_size
     )
     found = report.results["perplexity"]
-    assert f"from {format_number(found['intact'])} to {format_number(found['factorized'])} (all layers alike" in shown
+    assert f"from {format_number(found['intact'])} to {format_number(found['factorized'])} (uniform plan" in shown
     speed = report.results["speed"]
     assert [*speed] == ["intact", "factorized"] and all(value > 0 for told in speed.values() for value in told.values())
     faster = [f"{speed['factorized'][part] / speed['intact'][part]:.2f} times" for part in ("prompt", "generation")]
     words = " ".join(shown.split())
-    assert f"Tokens a second: {format_number(speed['factorized']['prompt'])} of a prompt of 8 (intact" in words
-    assert all(part in words for part in faster) and "Tokens a second" in (checkpoint / "out" / "report.md").read_text()
+    assert f"Tokens per second: {format_number(speed['factorized']['prompt'])} for a prompt of 8 (intact" in words
+    assert (
+        all(part in words for part in faster) and "Tokens per second" in (checkpoint / "out" / "report.md").read_text()
+    )
     drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
     assert perplexity(model, drawn[4:]) == pytest.approx(found["factorized"], rel=1e-5), "the later samples"
     assert factorize(checkpoint, "out") == 2
@@ -70,7 +73,7 @@ def test_factorize_follows_spectra_where_there_is_no_loss(checkpoint):
         "factorized": None,
     }
     assert all(told["generation"] is None and told["prompt"] > 0 for told in report.results["speed"].values())
-    assert [line.count("times") for line in report.summary if "Tokens a second" in line] == [1]
+    assert [line.count("times") for line in report.summary if "Tokens per second" in line] == [1]
 
 
 def test_factorize_by_oats_writes_a_model_that_packs(checkpoint, capsys):
@@ -78,7 +81,7 @@ def test_factorize_by_oats_writes_a_model_that_packs(checkpoint, capsys):
     assert factorize(checkpoint, "out", *more) == 0
     report = RunReport.load(checkpoint / "out")
     assert report.settings["score"] == "uniform" and 0.55 < report.results["kept"] <= 0.6
-    assert "stand in sparse parts" in capsys.readouterr().out and "uniform" not in report.results["perplexity"]
+    assert "are in sparse parts" in capsys.readouterr().out and "uniform" not in report.results["perplexity"]
     assert main(["pack", str(checkpoint / "out"), str(checkpoint / "packed"), "--minimum", "0.3"]) == 0
     model, _ = load_model(str(checkpoint / "packed"))
     assert type(model.model.layers[2].mlp.up_proj.sparse).__name__ == "SparseLinear"
@@ -115,11 +118,11 @@ def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
     [
         (["--parameter-share", "0.001"], "parameter_share: expected a share in 0."),
         (["--parameter-share", "1.5"], "parameter_share: expected a share above 0 and at most 1, got 1.5"),
-        (["--rank", "0.5"], "rank: expected a score of layers beside it, got none"),
-        (["--rank", "0.5", "--score", "spectrum"], "rank: expected a score of layers beside it, got spectrum"),
+        (["--rank", "0.5"], "rank: expected a score of layers, got none"),
+        (["--rank", "0.5", "--score", "spectrum"], "rank: expected a score of layers, got spectrum"),
         (
             ["--rank", "0.5", "--score", "owl", "--parameter-share", "0.5"],
-            "rank: expected no parameter_share beside it",
+            "rank: expected either rank or parameter_share",
         ),
         (["--score", "fisher", "--method", "plain"], "score: expected spectrum or a score of layers for plain, got"),
         (
@@ -131,8 +134,8 @@ def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
         (["--rank", "2", "--score", "owl"], "rank: expected a share above 0 and at most 1, got 2.0"),
         (["--score", "auto"], "score: expected one of fisher, spectrum, owl"),
         (["--method", "best"], "method: expected one of whitened, plain, oats"),
-        (["--spread", "0.1"], "spread: expected a score of layers beside it, got none"),
-        (["--rank-share", "0.4"], "rank_share: expected method oats beside it, got whitened"),
+        (["--spread", "0.1"], "spread: expected a score of layers, got none"),
+        (["--rank-share", "0.4"], "rank_share: expected method oats, got whitened"),
         (["--score", "owl", "--rank", "0.9"], "plan: expected ranks at which factors have fewer weights"),
     ],
 )

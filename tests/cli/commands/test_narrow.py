@@ -3,6 +3,7 @@
 import pytest
 
 from hf_cod import perplexity
+from hf_cod.cli.commands.narrow import NarrowOptions
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.text import SampleSettings, token_batches
@@ -12,7 +13,7 @@ from tests.cli.runs import TEXT, narrow
 @pytest.mark.parametrize("score", ["angular", "uniform"])
 def test_narrow_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys, score):
     source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
-    more = ["--score", score, "--parameter-share", "0.6", "--eval-samples", "5"]
+    more = ["--score", score, "--parameter-share", "0.6", "--eval-samples", "5", "--force"]
     more += ["--spread", "0.2"] if score == "angular" else []
     assert narrow(checkpoint, "out", *more) == 0
     names = {path.name for path in (checkpoint / "out").iterdir()}
@@ -30,7 +31,7 @@ def test_narrow_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys,
     found = report.results["perplexity"]
     assert ("uniform" in found) == (score == "angular")
     assert f"from {format_number(found['intact'])} to {format_number(found['narrowed'])}" in shown
-    assert [*report.results["speed"]] == ["intact", "narrowed"] and "Tokens a second: " in shown
+    assert [*report.results["speed"]] == ["intact", "narrowed"] and "Tokens per second: " in shown
     drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
     assert perplexity(model, drawn[4:]) == pytest.approx(found["narrowed"], rel=1e-5), "the later samples"
     assert narrow(checkpoint, "out") == 2
@@ -52,3 +53,17 @@ def test_narrow_with_bad_input(checkpoint, capsys, arguments, message):
     assert narrow(checkpoint, "out", "--score", "uniform", *arguments) == 2
     shown = capsys.readouterr().err
     assert message in shown and "Traceback" not in shown
+
+
+def test_the_default_score_never_lost_and_needs_a_loss(checkpoint):
+    """auto; angular for a model without a head; the settings of owl mean owl."""
+    assert NarrowOptions(threshold=7.0).score == "owl"
+    load_model(str(checkpoint / "model"))[0].base_model.save_pretrained(checkpoint / "headless")
+    more = ["--no-plots", "--no-speed", "--no-baseline"]
+    assert narrow(checkpoint, "out", *more) == 0
+    (checkpoint / "model" / "model.safetensors").unlink()
+    for path in (checkpoint / "headless").iterdir():
+        path.replace(checkpoint / "model" / path.name)
+    assert narrow(checkpoint, "headless-out", *more) == 0
+    found = {name: RunReport.load(checkpoint / name).settings["score"] for name in ("out", "headless-out")}
+    assert found == {"out": "auto", "headless-out": "angular"}

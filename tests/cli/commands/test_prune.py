@@ -3,6 +3,7 @@
 import pytest
 
 from hf_cod import LayerAllocation, find_decoder_layers, perplexity
+from hf_cod.cli.commands.prune import PruneOptions
 from hf_cod.cli.main import main
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number
@@ -15,7 +16,8 @@ from tests.fresh_processes import run_fresh
 
 def test_prune_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys):
     source = {path.name: path.read_bytes() for path in (checkpoint / "model").iterdir()}
-    assert prune(checkpoint, "out", "--sparsity", "0.7", "--spread", "0.1", "--eval-samples", "5") == 0
+    more = ["--sparsity", "0.7", "--spread", "0.1", "--eval-samples", "5", "--force"]
+    assert prune(checkpoint, "out", *more) == 0
     names = {path.name for path in (checkpoint / "out").iterdir()}
     assert {"model.safetensors", "scores.json", "allocation.json", "report.md", "sparsity.png", "score.png"} <= names
     assert "journal" not in names and {p.name: p.read_bytes() for p in (checkpoint / "model").iterdir()} == source
@@ -27,7 +29,7 @@ def test_prune_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys):
     assert sum(zeros) / 4 / stack.count_weights(0) == pytest.approx(0.7, abs=1e-3)
     assert max(report.layers["sparsity"]) <= 0.8 + 1e-3 and min(report.layers["sparsity"]) >= 0.6 - 1e-3
     found = report.results["perplexity"]
-    assert f"from {format_number(found['intact'])} to {format_number(found['pruned'])} (all layers alike:" in shown
+    assert f"from {format_number(found['intact'])} to {format_number(found['pruned'])} (uniform plan:" in shown
     drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
     assert perplexity(model, drawn[4:]) == pytest.approx(found["pruned"], rel=1e-5), "the later samples"
     assert report.settings["samples"] == 4 and report.results["evaluation"]["samples"] == 5
@@ -66,7 +68,7 @@ def test_prune_and_recover(checkpoint, capsys):
     report = RunReport.load(checkpoint / "out")
     found = report.results["perplexity"]
     assert found["recovered"] < found["pruned"] and report.results["sparsity"] == pytest.approx(0.5, abs=1e-3)
-    assert "by recovery to" in capsys.readouterr().out
+    assert "by recovery" in capsys.readouterr().out
     assert prune(checkpoint, "other", "--recover", "-1") == 2
 
 
@@ -150,7 +152,7 @@ def test_prune_fails_before_anything_is_measured(checkpoint, capsys, monkeypatch
         (["--sparsity", "0.9", "--spread", "0.2"], "spread: expected 0..0.1"),
         (["--pattern", "2:5"], "pattern: expected rows of a multiple of 5"),
         (["--pattern", "2of4"], "pattern: expected N:M"),
-        (["--pattern", "2:4", "--sparsity", "0.7"], "pattern: expected 2:4 without sparsity"),
+        (["--pattern", "2:4", "--sparsity", "0.7"], "pattern: expected no sparsity or spread with 2:4"),
         (["--sequence-length", "300"], "text: expected at least two samples of 300 tokens"),
         (["--sequence-length", "3000"], "at least one sample of 3000 tokens"),
         (["--eval-samples", "0"], "eval_samples: expected at least 1"),
@@ -163,3 +165,33 @@ def test_prune_with_bad_input(checkpoint, capsys, arguments, message):
     assert message in shown and "Traceback" not in shown
     assert main(["prune", str(checkpoint / "model"), "--output", str(checkpoint / "model")]) == 2
     assert "output: expected another directory than the model's" in capsys.readouterr().err
+
+
+def test_the_default_score_is_the_one_that_never_lost(checkpoint):
+    """angular; the settings of owl mean owl, and what is named is taken."""
+    assert PruneOptions().score == "angular" and PruneOptions(score="fisher").score == "fisher"
+    assert PruneOptions(threshold=7.0).score == "owl" and PruneOptions(per_module=True).score == "owl"
+    assert prune(checkpoint, "out", "--no-baseline", "--no-plots") == 0
+    assert RunReport.load(checkpoint / "out").settings["score"] == "angular"
+    assert LayerScores.load(checkpoint / "out" / "scores.json").method == "angular"
+
+
+def test_a_score_that_does_harm_gives_way(checkpoint, capsys):
+    """Scores that spare the layer that matters least: of the two plans the better one is written."""
+    sizes = score_layers(load_model(str(checkpoint / "model"))[0], method="uniform").parameters
+    found = {}
+    for name, values in (("rising", [1.0, 2.0, 3.0, 4.0]), ("falling", [4.0, 3.0, 2.0, 1.0])):
+        LayerScores("m", name, values, sizes).save(checkpoint / "scores.json")
+        given = ["--scores", str(checkpoint / "scores.json"), "--spread", "0.2", "--no-plots"]
+        assert prune(checkpoint, f"{name}-forced", *given, "--force") == 0
+        assert prune(checkpoint, name, *given) == 0
+        shown = capsys.readouterr().out
+        forced, report = (RunReport.load(checkpoint / f"{name}{end}") for end in ("-forced", ""))
+        by_score, alike = (forced.results["perplexity"][key] for key in ("pruned", "uniform"))
+        assert report.results["perplexity"]["pruned"] == pytest.approx(min(by_score, alike), rel=1e-4)
+        plan = LayerAllocation.load(checkpoint / name / "allocation.json")
+        harmful = by_score > alike
+        assert plan.method == ("uniform" if harmful else name) and (max(plan.values) == min(plan.values)) == harmful
+        assert (f"score {name} had a higher perplexity" in shown) == harmful == ("fallback" in report.results)
+        found[name] = harmful
+    assert True in found.values(), "else nothing was seen here"

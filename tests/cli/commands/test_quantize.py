@@ -5,6 +5,7 @@ import torch
 
 import hf_cod
 from hf_cod import LayerAllocation, OwlBnbConfig, find_decoder_layers, perplexity
+from hf_cod.cli.commands.quantize import QuantizeOptions
 from hf_cod.cli.main import main
 from hf_cod.io.models import embedded_model, load_model
 from hf_cod.io.report import RunReport, format_number
@@ -39,7 +40,7 @@ def test_what_is_written_loads_and_its_report_is_true(model, tmp_path, capsys):
     saved, tokenizer = load_model(str(tmp_path / "out"))
     bits = saved.config.quantization_config.modules
     assert set(bits.values()) == {3, 4} and bits == report.results["modules"]
-    assert "Four bits by owl, highest scores first" in shown and "stored bits a weight" in shown
+    assert "Four bits are assigned by owl, highest scores first" in shown and "stored bits per weight" in shown
     stack = find_decoder_layers(saved)
     order = sorted(range(len(stack)), key=lambda i: -report.layers["score"][i])
     fours = [sum(bits[name] == 4 for name in stack.linears(i)) for i in order]
@@ -154,3 +155,15 @@ def test_bad_input(model, tmp_path, capsys, arguments, message):
         status = stop.code
     shown = capsys.readouterr().err
     assert status == 2 and message in shown and "Traceback" not in shown
+
+
+def test_the_default_score_follows_the_rounding():
+    found = {name: QuantizeOptions(rounding=name).score for name in ("compensated", "weighted", "nearest")}
+    assert found == {"compensated": "owl", "weighted": "angular", "nearest": "angular"}
+    assert QuantizeOptions(rounding="nearest", threshold=7.0).score == "owl"
+
+
+def test_bits_that_no_mixture_has_are_refused_before_anything_is_measured(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", lambda *a, **k: pytest.fail("measured already"))
+    assert quantize(model, tmp_path / "out", "--bits", "4.6") == 2
+    assert "bits: expected 3, 4, or 3.2" in capsys.readouterr().err and not (tmp_path / "out").exists()

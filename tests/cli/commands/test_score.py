@@ -37,7 +37,7 @@ def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
     assert main([*arguments, "--statistics", earlier, "--method", "angular", "--output", f"{second}-3"]) == 2
     shown = capsys.readouterr().err
     assert "method: expected one of owl" in shown and "statistics: expected a file" in shown
-    assert "statistics: expected none beside the method angular, which reads none, got" in shown
+    assert "statistics: expected none with method angular, which does not use them, got" in shown
     assert not (checkpoint / "second-3").exists(), "what nobody checked is not copied"
 
 

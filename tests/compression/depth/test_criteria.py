@@ -107,11 +107,12 @@ def test_candidates_are_compared_with_the_maps_that_will_replace_them(replacemen
     assert plan_depth(model, 2, "search", **options) == plan and (tmp_path / "journal.jsonl").read_text() == rows
     report = drop_layers(copy.deepcopy(model), plan, batches=batches)
     assert report.settings["replacement"] == replacement and not report.notes
-    assert plan.chosen and f"took what {' and '.join(plan.chosen).replace('_', ' ')} found;" in report.summary[0]
+    chosen = " and ".join(plan.chosen).replace("_", " ")
+    assert chosen and f"(best of its candidates: {chosen});" in report.summary[0]
     how = ", with maps" if any(found["maps"] for found in plan.candidates.values()) else ""
-    assert f"Loss on samples that the search did not see{how}: " in " ".join(report.summary)
+    assert f"Loss on samples that the search did not use{how}: " in " ".join(report.summary)
     assert "compared its candidates with" in drop_layers(copy.deepcopy(model), plan, "none").notes[0]
-    with pytest.raises(ValueError, match=f"batches: expected at least one for the replacement {replacement}, got none"):
+    with pytest.raises(ValueError, match=f"batches: expected at least one for replacement {replacement}, got none"):
         drop_layers(model, plan)
     with pytest.raises(ValueError, match="replacement: expected one of none, linear, measured, got 'maps'"):
         plan_depth(model, 2, "search", batches=batches, replacement="maps")
@@ -166,7 +167,7 @@ def test_a_layer_where_massive_activations_arise_stays(method):
     for found, told in (
         (plan, "Layer 2 was protected: massive activations arise there."),
         (free, None),
-        (named, "Layer 0 was protected, as asked for."),
+        (named, "Layer 0 was protected, as given."),
     ):
         summary = drop_layers(copy.deepcopy(model), found).summary
         assert [line for line in summary if "protected" in line] == ([] if told is None else [told])
@@ -176,11 +177,11 @@ def test_protection_that_leaves_too_few_says_so():
     model = massive(2)
     batches = batches_of(model)
     message = (
-        r"n_removed: expected at most 1 of 5 layers beside the protected ones \(0, 1, 2, 3\), got 2; protect=False"
+        r"n_removed: expected at most 1 of 5 layers without the protected ones \(0, 1, 2, 3\), got 2; protect=False"
     )
     with pytest.raises(ValueError, match=message):
         plan_depth(model, 2, "search", batches=batches, protect=range(4))
-    with pytest.raises(ValueError, match="n_removed: expected fewer layers in a row that are not protected, got 3"):
+    with pytest.raises(ValueError, match="n_removed: expected at most the longest run of unprotected layers, got 3"):
         plan_depth(model, 3, "angular", batches=batches)
 
 
@@ -261,7 +262,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="batches: expected at least one, got none"):
         plan_depth(model, 1, batches=[])
     one = [{name: tensor[:1] for name, tensor in batches[0].items()}]
-    with pytest.raises(ValueError, match="batches: expected at least two samples, to search on one"):
+    with pytest.raises(ValueError, match="batches: expected at least two samples, one for the search"):
         plan_depth(model, 1, batches=one)
     with pytest.raises(ValueError, match="protect: expected True, False or indices from 0 to 3, got"):
         plan_depth(model, 1, batches=batches, protect=[7])
@@ -277,7 +278,7 @@ def test_bad_input():
 
 def test_a_plan_that_the_config_cannot_describe_is_refused():
     model = build("qwen2_moe", decoder_sparse_step=2, mlp_only_layers=[])
-    with pytest.raises(ValueError, match="cannot describe what is left"):
+    with pytest.raises(ValueError, match="layers: expected kept layers that the config of"):
         plan_depth(model, 1, "layer_drop", batches=batches_of(model), protect=[1, 2, 3])
 
 

@@ -105,7 +105,7 @@ def test_families_without_such_a_matrix_say_why_and_are_dropped_plainly(family):
     drop(plain, [3])
     assert torch.equal(outputs(model, batch), outputs(plain, batch))
     assert report.results["replacements"] == [] and len(report.notes) == 1
-    assert report.notes[0].startswith("no linear map in the place of layer 3: ")
+    assert report.notes[0].startswith("no linear map replaces layer 3: ")
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -120,7 +120,7 @@ def test_every_norm_placement_keeps_its_depth_and_reloads(placement, tmp_path):
     if placement in ("pre", "lns"):
         assert report.results["replacements"]
     if placement in ("post", "deepnorm", "sandwich"):
-        assert "is not added to the hidden state as it is" in report.notes[0]
+        assert "is not added unchanged to the hidden state" in report.notes[0]
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     batch = batch_for(model)
@@ -191,13 +191,13 @@ def test_what_is_added_is_found_out_in_float16_too():
     model = build("olmo2", dtype=torch.float16)
     model.model.layers[0].post_feedforward_layernorm.weight.data.fill_(10_000)
     report = drop_layers(model, 1, "linear", batches=batches_of(model))
-    assert "is not added to the hidden state as it is" in report.notes[0] and not report.results["replacements"]
+    assert "is not added unchanged to the hidden state" in report.notes[0] and not report.results["replacements"]
 
 
 def test_nothing_stands_in_front_of_layer_0():
     model = build("llama")
     report = drop_layers(model, [0, 2], "linear", batches=batches_of(model))
-    assert report.notes == ["no linear map in the place of layer 0: there is no layer in front of it"]
+    assert report.notes == ["no linear map replaces layer 0: there is no layer before it"]
     assert [entry["layers"] for entry in report.results["replacements"]] == [[2]]
 
 
@@ -217,7 +217,7 @@ def test_what_cannot_be_measured_is_dropped_plainly():
     one = [{name: tensor[:1] for name, tensor in batch_for(model).items()}]
     for form, batches, why in [
         (headless, batches_of(headless), "BertModel has no loss of its own"),
-        (model, one, "they need at least two samples"),
+        (model, one, "at least two samples are required"),
     ]:
         report = drop_layers(form, [1], "measured", batches=batches)
         assert why in report.notes[0] and not report.results["replacements"]
@@ -256,7 +256,7 @@ def test_bad_input_changes_nothing():
         ([4], {}, r"layers: expected indices from 0 to 3 in ascending order, got \[4\]"),
         ([1, 1], {}, r"layers: expected indices from 0 to 3 in ascending order, got \[1, 1\]"),
         ([1], {"replacement": "best"}, "replacement: expected one of none, linear, measured, got 'best'"),
-        ([1], {"replacement": "linear"}, "batches: expected at least one for the replacement linear, got none"),
+        ([1], {"replacement": "linear"}, "batches: expected at least one for replacement linear, got none"),
     ]:
         with pytest.raises(ValueError, match=message):
             drop_layers(model, layers, **more)

@@ -86,7 +86,7 @@ def test_a_model_that_meets_the_budget_is_left_as_it_is(texts, tmp_path, monkeyp
     assert plan.loss == pytest.approx(math.log(perplexity(make(), texts[1])), abs=1e-4)
     output = tmp_path / "out"
     assert main(["fit", MODEL, "--memory", "1GB", *QUICK.split(), "--output", str(output)]) == 0
-    assert tried == [{}, {}, {}] and capsys.readouterr().out.count("The model meets the budget as it is") == 2
+    assert tried == [{}, {}, {}] and capsys.readouterr().out.count("The model already meets the budget") == 2
     state = AutoModelForCausalLM.from_pretrained(output).state_dict()
     assert all(
         torch.equal(tensor.float(), state[name].float()) for name, tensor in load_model(MODEL)[0].state_dict().items()
@@ -121,9 +121,9 @@ def test_what_the_model_cannot_do_is_left_out_and_told(texts, monkeypatch):
     assert plan.notes[0].startswith("bits is left out: import of hf_cod.compression.quantization.bnb")
     assert plan.notes[1:] == [
         "depth is left out: plan: not at 2.0",
-        "10% of the weights by heads and channels, and less, are left out: plan: not at 0.1",
-        "30% of the weights by low rank, and more, are left out: plan: not at 0.3",
-        "20% of the weights zero, and packed, and more, are left out: plan: not at 0.2",
+        "10% of the weights removed by heads and channels, and less, are left out: plan: not at 0.1",
+        "30% of the weights removed by low rank, and more, are left out: plan: not at 0.3",
+        "20% of the weights zero and packed, and more, are left out: plan: not at 0.2",
         "sparsity alone does not meet the budget",  # at 10%, where it works
     ]
     with pytest.raises(ValueError, match=r"plan: not at 2\.0"):
@@ -144,7 +144,7 @@ def test_what_a_model_shows_at_once(family, knobs):
         with pytest.raises(ValueError, match="known structure") if knob in knobs else nullcontext():
             KNOBS[knob].check(stack)
     assert len(find_decoder_layers(stack.model)) == 4
-    with pytest.raises(ValueError, match="layers: expected at least 3, of which a third may go, got 2"):
+    with pytest.raises(ValueError, match="layers: expected at least 3, of which up to a third are removed, got 2"):
         KNOBS["depth"].check(find_decoder_layers(build(family, layers=2)))
 
 
@@ -220,7 +220,7 @@ def test_what_was_measured_is_not_measured_again(texts, trials, tmp_path, monkey
         # Two thirds of the layers, three fifths of each by width, half of that by rank, 3.127 bits a weight; and norms
         (("bits", 0.5, None), r"bits: expected at least 0\.62\d*, the least that depth, width, rank, sparsity, bits"),
         (("bits", 8.0, ["rnk"]), "knobs: expected some of .*, got 'rnk'"),
-        (("parameter_share", 0.5, ["bits"]), r"knobs: expected at least one .* fewer \(depth, width, rank\), got bits"),
+        (("parameter_share", 0.5, ["bits"]), r"knobs: .* parameters \(depth, width, rank\), got bits"),
         (("memory", 1e4, None), r"memory: expected at least [\d.]+MB, the least .*, got 0\.01MB"),
     ],
 )
@@ -263,7 +263,7 @@ def test_the_command_shows_the_plan_and_then_runs_it(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "Perplexity goes from" in shown
     report = RunReport.load(output)
-    assert [*report.results["speed"]] == ["intact", "fitted"] and "Tokens a second: " in shown
+    assert [*report.results["speed"]] == ["intact", "fitted"] and "Tokens per second: " in shown
     model = AutoModelForCausalLM.from_pretrained(output)
     assert size_of(model).bytes == report.results["memory_bytes"]["fitted"] <= 7_000_000
     assert report.results["plan"]["steps"] == FitPlan.load(output / "fit_plan.json").steps
@@ -306,5 +306,5 @@ def test_the_plan_against_all_combinations_on_a_small_grid(texts):
 
 
 def test_steps_are_described():
-    assert {knob: k.describe(0.5) for knob, k in KNOBS.items()}["rank"] == "50% of the weights by low rank"
+    assert {knob: k.describe(0.5) for knob, k in KNOBS.items()}["rank"] == "50% of the weights removed by low rank"
     assert [KNOBS["depth"].describe(n) for n in (1.0, 2.0)] == ["1 layer removed", "2 layers removed"]

@@ -347,10 +347,10 @@ def test_a_matrix_without_a_sparse_part_and_bad_plans_of_them(tmp_path):
     model, batches = build("llama"), two_batches(build("llama"))
     most = 48 * 32 - 5 * (48 + 32) - 1
     for nonzeros, method, message in [
-        ({}, "oats", "plan: expected nonzeros beside its ranks for oats, got none; oats takes one share"),
+        ({}, "oats", "plan: expected nonzeros for oats, next to ranks, got none; oats takes one share"),
         ({name: 5}, "plain", "plan: expected no nonzeros, got some"),
-        ({name: most + 1}, "oats", rf"nonzeros: expected 0..{most} of {name}, .* 48 x 32, got {most + 1}"),
-        ({name: 2.5}, "oats", rf"nonzeros: expected 0..{most} of {name}"),
+        ({name: most + 1}, "oats", rf"nonzeros: expected 0..{most} for {name}, .* 48 x 32, got {most + 1}"),
+        ({name: 2.5}, "oats", rf"nonzeros: expected 0..{most} for {name}"),
         ({name: 5, other: 5}, "oats", f"nonzeros: expected matrices that have a rank, got '{other}'"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -373,7 +373,7 @@ def test_experts_stay_whole_and_are_counted():
     report = factorize(model, 0.9, batches=two_batches(model))
     assert all(torch.equal(a, b) for a, b in zip(banks, (p for p in model.parameters() if p.dim() == 3), strict=True))
     assert report.results["kept"] <= 0.9
-    with pytest.raises(ValueError, match=r"parameter_share: expected at least 0.\d+ in layer \d, which is rank 1 "):
+    with pytest.raises(ValueError, match=r"parameter_share: expected at least 0.\d+ in layer \d \(rank 1 "):
         factorize(build("mixtral"), 0.5, batches=two_batches(model))
 
 
@@ -396,8 +396,8 @@ def test_bad_plans():
     name = "model.layers.0.mlp.up_proj"
     most = most_rank((48, 32))
     for ranks, message in [
-        ({name: 33}, rf"ranks: expected 1..{most} of {name}, .* its 48 x 32 then, got 33"),
-        ({name: 0}, rf"ranks: expected 1..{most} of {name}"),
+        ({name: 33}, rf"ranks: expected 1..{most} for {name}, .* its 48 x 32, got 33"),
+        ({name: 0}, rf"ranks: expected 1..{most} for {name}"),
         ({"model.norm": 3}, "ranks: expected matrices of LlamaForCausalLM, got 'model.norm'"),
         ({}, "plan: expected ranks at which"),
     ]:
@@ -443,7 +443,7 @@ def test_plans_of_another_model_are_refused(tmp_path, caplog):
     assert RankPlan.load(whole.save(tmp_path / "plan.json")) == whole and whole.sizes == sizes
     assert not caplog.messages
     factorize(other, allocate(scores, "parameter_share", 0.5), "plain")
-    assert "plan: used on LlamaForCausalLM, but found on some/other, whose layers" in caplog.text
+    assert "plan: used on LlamaForCausalLM, but computed for some/other, which has layers" in caplog.text
 
 
 def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
@@ -454,9 +454,9 @@ def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
     factorize(twice, 0.5, "plain")
     adapted = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["up_proj"]))
     for model, message in [
-        (shared, r"one matrix each, got model.layers.1.mlp.up_proj.weight"),
+        (shared, r"a separate weight for each matrix, got model.layers.1.mlp.up_proj.weight"),
         (broken, "weights: expected finite numbers, got NaN or infinity in model.layers.3.mlp.up_proj"),
-        (twice, r"model: expected whole matrices, got factors in model.layers.0.self_attn.q_proj"),
+        (twice, r"model: expected dense matrices, got factors in model.layers.0.self_attn.q_proj"),
         (adapted, r"got an adapter at model.layers.0.mlp.up_proj; merge_and_unload it first"),
     ]:
         before = [p.detach().clone() for p in model.parameters()]

@@ -71,7 +71,7 @@ def test_matrices_that_no_token_enters_are_noted():
     layer = model.model.layers[1].mlp
     layer.spare = torch.nn.Linear(32, 48)
     report = quantize(model, OwlBnbConfig(bits=3), batches=[batch_for(model)])
-    assert "no token entered model.layers.1.mlp.spare: rounded to the nearest" in report.notes
+    assert "no token entered model.layers.1.mlp.spare: rounded to nearest" in report.notes
     assert "model.layers.1.mlp.spare" in stored(model)
 
 
@@ -93,7 +93,7 @@ def test_what_cannot_be_quantized_is_refused_before_anything_changes():
         (adapted, "model: expected plain weights, got an adapter"),
         (mixed(), "model: expected dense weights, got quantized ones"),
         (offloaded, "model: expected weights in memory, got offloaded ones"),
-        (shared, "model: expected weights of one matrix each"),
+        (shared, "model: expected a separate weight for each matrix"),
         (broken, "weights: expected finite numbers, got NaN or infinity in model.layers.3.mlp.up_proj"),
         (llama().model.layers, "model: expected a transformers model without wrappers, got ModuleList"),
     ):

@@ -51,7 +51,7 @@ def test_special_values_come_back_bit_by_bit_and_negative_zero_as_zero():
         (lambda mask, values, starts: (mask, values, starts[:-1]), r"row_starts \(4,\)"),
         (lambda mask, values, starts: (mask, values, starts + (torch.arange(4) == 2)), r"row_starts\[2\] = "),
         (lambda mask, values, starts: (mask ^ 1, values, starts), r"row_starts\[1\] = "),
-        (lambda mask, values, starts: (mask | 128, values, starts), "no bits behind column 10"),
+        (lambda mask, values, starts: (mask | 128, values, starts), "no bits after column 10"),
     ],
 )
 def test_tensors_that_do_not_belong_together(change, message):

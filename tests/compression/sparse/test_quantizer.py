@@ -177,14 +177,14 @@ def test_adapters_learn_beside_packed_matrices(tmp_path):
 
 def test_bad_models():
     dense = build("llama")
-    with pytest.raises(ValueError, match=r"minimum: expected a model with a Linear of which at least 50% is zero, got"):
+    with pytest.raises(ValueError, match=r"minimum: expected a model with a Linear in which at least 50% is zero, got"):
         pack_sparse(dense)
     assert not hasattr(dense, "hf_quantizer") or dense.hf_quantizer is None
     with pytest.raises(ValueError, match=r"got at most 0.0% \(no matrix\) and Conv1D, which is not packed"):
         pack_sparse(build("gpt2"))
     for start in ("pissa", "olora"):
         with pytest.raises(
-            ValueError, match=r"adapters that begin by changing it: pissa, olora\); call model.dequantize"
+            ValueError, match=r"adapters whose initialization changes it: pissa, olora\); call model.dequantize"
         ):
             peft.get_peft_model(pack_sparse(sparse_model()), peft.LoraConfig(r=2, init_lora_weights=start))
     with pytest.raises(ValueError, match="minimum: expected a share of zeros between 0 and 1, got 50"):
@@ -276,7 +276,7 @@ def test_a_damaged_checkpoint_never_loads(damage, message, options, checkpoint):
 def test_a_file_that_was_cut(checkpoint):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"model.safetensors: expected a whole safetensors file, got one that breaks"):
+    with pytest.raises(ValueError, match=r"model.safetensors: expected a complete safetensors file, got a damaged one"):
         AutoModelForCausalLM.from_pretrained(checkpoint)
 
 

@@ -381,15 +381,13 @@ def test_after_an_error_the_model_can_be_saved_as_it_is(tmp_path):
 def test_what_has_another_structure_stays_whole_and_is_named():
     olmo2 = narrow(build("olmo2"), 0.7, "magnitude", "none", channel_multiple=8)
     assert olmo2.results["heads"] == [None] * 4 and "share_of_heads" not in olmo2.layers
-    assert olmo2.notes == ["layers 0 to 3: attention stays whole: self_attn.q_norm.weight concerns all heads"]
+    assert olmo2.notes == ["layers 0 to 3: attention is not narrowed: self_attn.q_norm.weight applies to all heads"]
     mixture = narrow(build("qwen2_moe"), 0.9, "magnitude", "none", channel_multiple=8)
     assert [value is None for value in mixture.layers["share_of_channels"]] == [True, False, True, True]
-    assert mixture.notes == ["layers 0, 2, 3: MLP stays whole: experts are not narrowed"]
-    with pytest.raises(ValueError, match=r"in layer 0, which is one group .*; MLP stays whole: experts are not"):
+    assert mixture.notes == ["layers 0, 2, 3: MLP is not narrowed: experts are not supported"]
+    with pytest.raises(ValueError, match=r"in layer 0 \(one group .*; MLP is not narrowed: experts are not"):
         narrow(build("qwen2_moe"), 0.1, "magnitude", "none", channel_multiple=8)
-    with pytest.raises(
-        ValueError, match=r"known structure in GptOssForCausalLM, got none; .* self_attn.sinks concerns"
-    ):
+    with pytest.raises(ValueError, match=r"known structure in GptOssForCausalLM, got none; .* self_attn.sinks applies"):
         narrow(build("gpt_oss"), 0.9, "magnitude", "none")
 
 
@@ -433,7 +431,7 @@ def test_bad_plans():
         ),
         (LayerAllocation("parameter_share", 0.5, [0.5, 1.2, 0, 0], [1] * 4, "x"), "got 1.2 in layer 1"),
         (1.5, r"plan: expected a share of parameters in 0..1, got 1.5"),
-        (0.05, r"parameter_share: expected at least 0.3\d* in layer 0, which is one group of heads and 8 channels"),
+        (0.05, r"parameter_share: expected at least 0.3\d* in layer 0 \(one group of heads and 8 channels"),
     ]:
         with pytest.raises(ValueError, match=message):
             narrow(model, plan, "magnitude", "none", channel_multiple=8)
@@ -473,7 +471,7 @@ def test_plans_of_another_model_are_refused(tmp_path, caplog):
     narrow(copy.deepcopy(other), widths, "magnitude", "none", channel_multiple=8)
     assert not caplog.messages
     narrow(other, plan, "magnitude", "none", channel_multiple=8)
-    assert "plan: used on LlamaForCausalLM, but found on some/other, whose layers" in caplog.text
+    assert "plan: used on LlamaForCausalLM, but computed for some/other, which has layers" in caplog.text
 
 
 def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
@@ -484,9 +482,9 @@ def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
     factorize(factors, 0.5, "plain")
     adapted = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["up_proj"]))
     for model, message in [
-        (shared, r"one matrix each, got model.layers.1.mlp.up_proj.weight"),
+        (shared, r"a separate weight for each matrix, got model.layers.1.mlp.up_proj.weight"),
         (broken, "weights: expected finite numbers, got NaN or infinity in model.layers.3.mlp.up_proj"),
-        (factors, r"model: expected whole matrices, got factors in model.layers.0.self_attn.q_proj"),
+        (factors, r"model: expected dense matrices, got factors in model.layers.0.self_attn.q_proj"),
         (adapted, r"got an adapter at model.layers.0.mlp.up_proj; merge_and_unload it first"),
     ]:
         before = [p.detach().clone() for p in model.parameters()]

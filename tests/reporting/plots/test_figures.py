@@ -38,5 +38,5 @@ def test_what_a_run_did_not_measure_is_said_in_its_place(tmp_path):
     told = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert "layer drop: not measured" in told and "gradient norm: not measured" not in told
     assert figure.axes[0].get_title().startswith("left\n") and (tmp_path / "compare.png").is_file()
-    with pytest.raises(ValueError, match="runs: expected measures to draw, got none"):
+    with pytest.raises(ValueError, match="runs: expected measures to plot, got none"):
         plot_comparison([report(layers={}, results={})], ["a"])

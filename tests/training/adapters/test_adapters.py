@@ -533,3 +533,11 @@ def test_gradients_that_are_not_finite_are_skipped(caplog):
 def test_three_lines_are_the_same_factory():
     optimizer_cls, arguments = owlore(n_active=1, interval=3, lr=1e-2)
     assert isinstance(optimizer_cls()(adapted(), **arguments), OwLoreAdamW)
+
+
+def test_the_default_rank_is_lowered_to_the_width(caplog, tmp_path):
+    """With a note, and to what a file holds."""
+    model = get_peft_model(build("llama"), OwLoreConfig())
+    assert "r: 32 instead of the default 128: the width of the layers' matrices" in caplog.text
+    model.save_pretrained(tmp_path)
+    assert type(OwLoreConfig.from_pretrained(tmp_path).r) is int and OwLoreConfig.from_pretrained(tmp_path).r == 32

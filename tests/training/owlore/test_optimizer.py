@@ -3,6 +3,7 @@
 import copy
 import random
 import re
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -552,6 +553,26 @@ def test_bad_gradients_change_nothing_and_end_the_training_at_last(caplog):
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         OwLoreAdamW(build("llama"), **arguments)
+
+
+def test_defaults_are_lowered_to_what_the_model_has(caplog, tmp_path):
+    """With a note, and to plain numbers, which a checkpoint can hold; the same numbers, given, are refused above."""
+    model = build("llama")
+    factory, arguments = owlore(None, **asdict(OwLoreSettings()))
+    for make in (lambda: OwLoreAdamW(model), lambda: factory()(model, **arguments)):
+        made = make()
+        assert (made.settings.n_active, made.settings.rank) == (4, 32) and made.active == [0, 1, 2, 3]
+        assert type(made.settings.n_active) is type(made.settings.rank) is int
+        assert "n_active: 4 instead of the default 5: as many layers can train" in caplog.text
+        assert "rank: 32 instead of the default 128: the width of the layers' matrices" in caplog.text
+        caplog.clear()
+    torch.save(made.state_dict(), tmp_path / "optimizer.pt")
+    made.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    for given, message in (({"n_active": 5}, "n_active: expected between"), ({"rank": 128}, "rank: expected at most")):
+        with pytest.raises(ValueError, match=message):
+            OwLoreAdamW(model, **given)
+    caplog.clear()
+    assert OwLoreAdamW(model, n_active=2, rank=8).settings.rank == 8 and "instead" not in caplog.text
 
 
 def test_only_layers_that_can_train_are_drawn():

@@ -1,0 +1,185 @@
+"""Bad settings of every command: one line "field: expected ..., got ...", status 2, and no model was loaded for it."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from hf_cod.cli.main import COMMANDS, main
+
+# What a command is called with, where MODEL alone is not enough.
+POSITIONAL = {
+    "demo": [],
+    "env": [],
+    "compare": ["run", "run"],
+    "history": ["run"],
+    "card": ["run", "card"],
+    "convert": ["authors", "model", "converted", "--norm-type", "post_pre"],
+    "heal": ["model", "--teacher", "model"],
+}
+# Only a model, a data set or a finished run shows whether these are bad, or any value is good.
+FREE = [
+    "layers_path",
+    "seed",
+    "revision",
+    "teacher",
+    "teacher_revision",
+    "trust_remote_code",
+    "skip",
+    "drop_metric",
+    "name",
+    "license",
+    "language",
+    "where",
+    "labels",
+    "sources",
+    "comparison",
+]
+COUNT, SHARE, POSITIVE = ["0", "-1", "x"], ["-0.1", "1.5", "nan", "x"], ["0", "-1", "nan", "inf", "x"]
+FILE = ["none.json", "text.txt"]
+# Option -> values that no model takes; of a command alone: "command option".
+BAD = {
+    **dict.fromkeys(
+        ["sequence_length", "max_samples", "batch_size", "micro_batch_size", "eval_samples", "tuning_samples"], COUNT
+    ),
+    **dict.fromkeys(
+        ["steps", "lora_rank", "save_every", "log_every", "n_active", "interval", "recover_rank", "layers"], COUNT
+    ),
+    "channel_multiple": COUNT,
+    **dict.fromkeys(
+        ["threshold", "passes", "learning_rate", "recover_learning_rate", "scale", "temperature"], POSITIVE
+    ),
+    **dict.fromkeys(["floor", "minimum", "heal labels"], SHARE),
+    **{key: ["0", *SHARE] for key in ["parameter_share", "rank_share"]},
+    **{
+        key: ["x"]
+        for key in [
+            "dtype",
+            "teacher_dtype",
+            "method",
+            "score",
+            "rounding",
+            "criterion",
+            "replacement",
+            "compensation",
+            "token",
+        ]
+    },
+    **{
+        key: ["x"]
+        for key in ["deselected", "moments", "metrics", "knobs", "pruner", "plot_format", "norm_type", "device"]
+    },
+    **dict.fromkeys(["scores", "statistics", "plan"], FILE),
+    **{key: ["none.txt", "./none", "model", "picture.png"] for key in ["text", "eval_text"]},
+    **{key: ["x"] for key in ["text_column", "text_split", "text_config"]},  # of the embedded text
+    **{key: ["much", "-4GB"] for key in ["memory", "device_memory"]},
+    "output": ["text.txt", "taken"],
+    "sparsity": SHARE,
+    "pattern": ["2of4", "4:2", "0:4"],
+    "spread": ["-0.1", "nan", "inf", "x", "0.9"],
+    "recover": ["-1", "x"],
+    "rank": ["-1", "x"],
+    "factorize rank": ["0", *SHARE],
+    "target": ["0", "1", "nan", "x"],
+    "bits": ["2", "3.05", "8", "nan", "x"],
+    "fit bits": ["0", "-1", "nan", "x"],
+    "block": ["0", "48", "x"],
+    "verify": ["-1", "x"],
+    "tokens": ["0", "many", "-2M"],
+    "hidden": ["-1", "nan", "inf", "x"],
+    "teacher_layers": ["x", "1"],  # without a weight of hidden
+    "max_grad_norm": ["-1", "nan", "inf", "x"],
+    "post_layers": ["x"],
+    "diagnose output": ["text.txt"],  # these two keep what is there
+    "score output": ["text.txt"],
+    **{f"{command} output": [] for command in ("compare", "history", "demo")},  # take what is there
+}
+# Options that depend on one another: a whole command -> its error.
+TOGETHER = {
+    "prune model --pattern 2:4 --sparsity 0.5": "pattern: expected no sparsity or spread with 2:4",
+    "prune model --sparsity 0.9 --spread 0.2": "spread: expected 0..0.1",
+    "narrow model --parameter-share 0.9 --spread 0.2": "spread: expected",
+    "factorize model --score angular --parameter-share 0.9 --spread 0.2": "spread: expected",
+    "factorize model --rank 0.5 --parameter-share 0.5": "rank: expected either rank or parameter_share",
+    "factorize model --method plain --score fisher": "score: expected spectrum",
+    "quantize model --bits 3.3 --block 32 --no-double-quant": "bits: expected 3, 4, or stored bits",
+    "drop-layers model --layers 2 --parameter-share 0.5": "layers: expected either layers or parameter_share",
+    "fit model": "budget: expected one of --memory, --parameter-share and --bits, got none",
+    "heal model --teacher model --tokens 2M --steps 3": "tokens: expected none beside steps",
+    "finetune model --batch-size 6 --micro-batch-size 4": "micro_batch_size: expected batch_size 6 to be a multiple",
+    "finetune model --save-every 10 --log-every 4": "save_every: expected a multiple of log_every",
+    "finetune model --fused": "fused: expected a micro_batch_size of 16",
+    "finetune model --fused --micro-batch-size 16": "fused: expected a max_grad_norm of 0",
+    "finetune model --method lisa --scores scores.json": "scores: expected none with lisa",
+    "finetune model --method owlore-peft --rank 0": "rank: expected at least 1 for owlore-peft",
+    "finetune model --method owlore-peft --deselected keep": "deselected: expected none beside an OwLore adapter",
+    "heal model --teacher model --method owlore-peft --scale 2": "scale: expected none beside an OwLore adapter",
+    "convert authors model converted": "norm_type: expected one of",
+}
+
+
+def options():
+    """(command, option, its name) of everything that takes a value."""
+    for command, (module, _) in COMMANDS.items():
+        parser = importlib.import_module(f"hf_cod.cli.commands.{module}").make_parser()
+        for name, action in parser._options().items():
+            if action.option_strings and action.nargs != 0:
+                yield command, action.option_strings[0], name
+
+
+ALL = list(options())
+CASES = [
+    (command, option, name, value)
+    for command, option, name in ALL
+    for value in BAD.get(f"{command} {name}", BAD.get(name, []))
+]
+
+
+@pytest.fixture
+def no_model(tmp_path, monkeypatch):
+    """A directory with files that are none of what they are taken for; whoever loads a model fails."""
+
+    def never(*args, **kwargs):
+        pytest.fail("a model is loaded before the settings are checked")
+
+    for module in ("hf_cod.io.models", "hf_cod.cli.samples", "hf_cod.cli.work"):
+        monkeypatch.setattr(f"{module}.load_model", never)
+    monkeypatch.setattr("hf_cod.io.models.load_config", never)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", never)
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("one two three")
+    Path("picture.png").write_text("no picture")
+    for folder in ("model", "taken"):
+        Path(folder).mkdir()
+        (Path(folder) / "config.json").write_text("{}")
+
+
+def test_each_option_is_in_the_tables():
+    known = {*BAD, *FREE}
+    missing = [f"{c} {name}" for c, _, name in ALL if name not in known and f"{c} {name}" not in known]
+    assert not missing, "give each a bad value, or say that it has none"
+    used = {name for _, _, name in ALL} | {f"{c} {name}" for c, _, name in ALL}
+    assert not {*BAD} - used, "options that are no more"
+
+
+@pytest.mark.parametrize("command, option, name, value", CASES)
+def test_bad_values(no_model, capsys, command, option, name, value):
+    positional = list(POSITIONAL.get(command, ["model"]))
+    if command == "fit" and name not in ("memory", "parameter_share", "bits"):
+        positional += ["--bits", "3.3"]
+    if option in positional:
+        del positional[positional.index(option) :][:2]
+    more = ["--score", "angular"] if command == "factorize" and name in ("spread", "rank") else []
+    more += ["--method", "oats"] if command == "factorize" and name == "rank_share" else []
+    more += ["--estimate"] if name == "device_memory" else []
+    assert main([command, *positional, *more, f"{option}={value}"]) == 2
+    shown = capsys.readouterr().err
+    (line,) = [line for line in shown.splitlines() if "error: " in line]
+    field = {"plan": "depth_plan"}.get(name, name)  # what its file is called
+    assert line.startswith(f"hf-cod {command}: error: {field}: expected ") and ", got " in line
+
+
+@pytest.mark.parametrize("command", TOGETHER)
+def test_settings_that_do_not_go_together(no_model, capsys, command):
+    assert main(command.split()) == 2
+    assert f"error: {TOGETHER[command]}" in capsys.readouterr().err

@@ -1,0 +1,35 @@
+"""The log of a training where no bar stands."""
+
+import pytest
+import torch
+
+from hf_cod import OwLoreSettings
+from hf_cod.training.runs.log_lines import duration
+from hf_cod.training.runs.methods import METHODS
+from hf_cod.training.runs.trainer import train
+from hf_cod.training.runs.training_settings import TrainingSettings
+from tests.tiny_models import build
+
+
+@pytest.mark.parametrize(
+    "seconds, told",
+    [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (125, "2 min 5 s"), (3600, "1 h 0 min"), (9000, "2 h 30 min")],
+)
+def test_durations(seconds, told):
+    assert duration(seconds) == told
+
+
+def test_each_record_is_a_line_of_its_own(tmp_path, capsys):
+    """Step, loss and time left; no carriage return, and none of Trainer's dictionaries."""
+    settings = TrainingSettings(
+        method="full", steps=4, batch_size=2, sequence_length=8, log_every=2, learning_rate=1e-5
+    )
+    model, optimizer = METHODS["full"].setup(build("llama"), None, OwLoreSettings(), settings.rate, 1)
+    windows = torch.arange(8 * 8).view(8, 8) % 64
+    training = train(model, optimizer, windows, settings, 0, tmp_path, lasting=False)
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["step 2 of 4", "step 4 of 4"]
+    for line, (_, loss) in zip(lines, training.curve, strict=True):
+        assert f": loss {loss:.4g}" in line and line.endswith(" s left")
+    assert "\r" not in shown.out + shown.err and "{" not in shown.out
