@@ -241,7 +241,7 @@ def test_heal_and_its_windows():
         heal(student, teacher, ids(8, 9, least=99, most=100), sequence_length=9, **how)
     with pytest.raises(ValueError, match=r"sequence_length: expected at most 64 tokens, .* got 65"):
         heal(student, teacher, ids(8, 65), sequence_length=65, **how)
-    with pytest.raises(ValueError, match=r"data: expected token ids \(windows, 9\).* at least one window"):
+    with pytest.raises(ValueError, match=r"data: expected token ids of shape \(windows, 9\).* at least one window"):
         heal(student, teacher, ids(0, 9), sequence_length=9, **how)
 
 

@@ -171,7 +171,7 @@ BAD = [
     ({"post_ln_fraction": "0.5"}, r"post_ln_fraction: expected a number from 0 to 1, got '0.5'"),
     ({"post_ln_fraction": None}, r"post_ln_fraction: expected a number from 0 to 1, got None"),
     ({"post_ln_fraction": True}, r"post_ln_fraction: expected a number from 0 to 1, got True"),
-    ({"deepnorm_beta": "1"}, r"deepnorm_beta: expected a number above 0 or None .* got '1'"),
+    ({"deepnorm_beta": "1"}, r"deepnorm_beta: expected a number above 0, or None .* got '1'"),
     ({"scaled_residual_init": 1}, r"scaled_residual_init: expected True or False, got 1"),
     ({"original_num_hidden_layers": 8}, r"original_num_hidden_layers: expected None without layer_depths, got 8"),
     ({"original_num_hidden_layers": 0}, r"original_num_hidden_layers: expected a whole number above 0 or None, got 0"),
@@ -203,7 +203,7 @@ def test_families_whose_default_heads_do_not_fit():
 
 @pytest.mark.parametrize("placement", ["pre", "lns", "mix", "post"])
 def test_placement_that_a_family_cannot_have(placement):
-    with pytest.raises(ValueError, match=r"expected one of reordered, sandwich; got .* CodOlmo2Config cannot have"):
+    with pytest.raises(ValueError, match=r"one of reordered, sandwich; got .* CodOlmo2Config does not support"):
         CodOlmo2Config(norm_placement=placement)
 
 

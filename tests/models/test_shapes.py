@@ -273,7 +273,7 @@ def test_every_family_goes_through_files(family, tmp_path):
         ({"model.layers.1.mlp.up_proj": {"rank": 0}}, "expected whole numbers above 0, got rank = 0 of layers.1"),
         ({"model.layers.1.mlp.up_proj": {"rank": "5"}}, "expected whole numbers above 0, got rank = '5'"),
         ({"model.layers.1.mlp.up_proj": {"width": 5}}, "expected in_features, out_features, rank, bias, sparse of"),
-        ({"model.layers.1.mlp.up_proj": {"sparse": 1}}, "expected a rank beside the sparse part of layers.1.mlp.up"),
+        ({"model.layers.1.mlp.up_proj": {"sparse": 1}}, "expected a rank with the sparse part of layers.1.mlp.up"),
         ({"model.layers.1.self_attn": {"heads": 5}}, "expected numbers that LlamaAttention layers.1.self_attn has"),
     ],
 )

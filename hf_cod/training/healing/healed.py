@@ -51,7 +51,7 @@ def healing_report(
     sizes = {"teacher": size_of(teacher.model, teacher.layers_path), "healed": size_of(stack.model, stack.layers_path)}
     summary.append(_told_size(sizes, bool(pruned_matrices(stack))))
     if training.memory is not None:
-        summary.append(f"A step needed {training.memory / 1e9:.2f} GB of memory at its peak, including the teacher.")
+        summary.append(f"A step used {training.memory / 1e9:.2f} GB of memory at its peak, including the teacher.")
     results = {
         "curve": training.curve,
         "perplexity": found,

@@ -95,7 +95,7 @@ def test_estimates_say_what_fits(capsys, tmp_path):
     rows = [line.split() for line in shown.splitlines()]
     fits = {row[0]: row[-1] for row in rows if row and row[0] in METHODS}
     assert set(fits) == set(METHODS) - {"owlore-peft"} and fits["lora"] == "yes" and fits["full"] == "no"
-    assert "not estimated, owlore-peft: deselected: expected none beside an OwLore adapter" in shown
+    assert "not estimated, owlore-peft: deselected: expected none with an OwLore adapter" in shown
     assert not (tmp_path / "out").exists()
 
 
@@ -217,7 +217,7 @@ def test_a_signal_that_is_ignored_or_of_an_unknown_handler_is_left_alone(known, 
         (["--max-grad-norm", "-1"], "max_grad_norm: expected a number of at least 0, got -1"),
         (["--fused"], "fused: expected micro_batch_size equal to batch_size, 8, got 4"),
         (["--fused", "--micro-batch-size", "8"], "fused: expected max_grad_norm 0, got 1"),
-        (["--method", "lora", "--scores", "s.json"], "scores: expected none with lora, which draws no layers by them"),
+        (["--method", "lora", "--scores", "s.json"], "scores: expected none with lora, which does not sample layers"),
         (["--rank", "999"], "rank: expected at most 128, the width of the layers' matrices, got 999"),
     ],
 )
@@ -265,7 +265,7 @@ def test_a_directory_of_another_run_is_refused(tmp_path, capsys):
     assert "steps: expected 11, as in the run in" in capsys.readouterr().err
     (output / "checkpoint-2-kept").mkdir()
     assert main([*command, "--steps", "11"]) == 2
-    assert "but checkpoints, got checkpoint-2-kept" in capsys.readouterr().err
+    assert "expected only checkpoints named checkpoint-*" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main([*command, "--output", str(tmp_path / "file")]) == 2
     assert "output: expected a directory, got the file" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
     assert size["healed"]["layer_weights"] == 0.75 * size["teacher"]["layer_weights"]
     assert [*speed] == ["teacher", "healed"] and all(value > 0 for told in speed.values() for value in told.values())
     page = (tmp_path / "whole" / "report.md").read_text()
-    assert "75.0% of the teacher's; it takes" in page and "Tokens per second: " in page and "(teacher " in page
+    assert "75.0% of the teacher's; the student takes" in page and "Tokens per second: " in page and "(teacher " in page
     found = report.results["perplexity"]
     lost, back = math.log(found["before"] / found["teacher"]), math.log(found["before"] / found["after"])
     assert lost > 0 and report.results["recovered"] == pytest.approx(back / lost)
@@ -102,7 +102,8 @@ def test_the_directory_of_either_model_is_refused(student, capsys):
 def test_scores_are_for_methods_that_draw_layers(student, tmp_path, capsys):
     command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), "--method", "full", "--scores", "s.json"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
-    assert "scores: expected none with full, which draws no layers by them, got 's.json'" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "scores: expected none with full, which does not sample layers by scores, got 's.json'" in shown
     assert not (tmp_path / "out").exists()
 
 

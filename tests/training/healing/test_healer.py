@@ -305,7 +305,7 @@ def test_pairs_that_do_not_go_together():
             healed(*pair, method, **changes)
     with pytest.raises(ValueError, match=r"data: expected token ids of shape \(windows, 16\).*\(20, 12\)"):
         healed(student, wide, sequence_length=16)
-    with pytest.raises(ValueError, match="scores: expected none with full, which draws no layers by them, got 'mine'"):
+    with pytest.raises(ValueError, match="with full, which does not sample layers by scores, got 'mine'"):
         heal(student, wide, WINDOWS, settings("full"), scores="mine")
     report = healed(student, wide)
     assert learnt(report), "logits alone can be learnt"
@@ -342,7 +342,7 @@ def test_windows_that_are_none_of_the_students(windows, message, tmp_path):
 def test_other_tokenizers_are_told():
     check_tokenizers(gpt_like(), gpt_like())
     with pytest.raises(
-        ValueError, match=r"with 13 tokens, '.*' as 1, got another with 16 tokens, '.*' missing; heal by"
+        ValueError, match=r"with 13 tokens, '.*' as 1, got another with 16 tokens, '.*' missing; use the model"
     ):
         check_tokenizers(gpt_like(), bert_like())
     other = gpt_like()
