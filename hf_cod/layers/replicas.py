@@ -33,6 +33,11 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Whether this process is the only one or has rank 0, also where accelerate was not told of the others."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
 @contextmanager
 def together(what: str, limit: float | None = None) -> Iterator[dict[str, Any]]:
     """A block that all processes run. If it fails in one process, or values differ, it fails in all.

@@ -21,7 +21,7 @@ from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.packing import PackedStream, PackedText, pack, pack_once, tokenizer_identity, train_tokenizer
 from hf_cod.io.settings import TextSettings
 from hf_cod.io.text import load_rows, load_texts
-from hf_cod.layers.replicas import together
+from hf_cod.layers.replicas import is_first, together
 from hf_cod.models import CodLlamaForCausalLM
 from hf_cod.training.pretraining.recipes import PretrainSettings, Recipe, model_config
 from hf_cod.training.runs import run_directory
@@ -77,7 +77,7 @@ def prepare(settings: PretrainSettings) -> Prepared:
     with together("prepare a run") as alike:
         alike |= settings.describe()
     with ExitStack() as stack, together("prepare the text", TEXT_LIMIT) as alike, _main_process_first(state):
-        output = stack.enter_context(_directory(settings)) if state.is_main_process else None
+        output = stack.enter_context(_directory(settings)) if state.is_main_process and is_first() else None
         claim(settings)
         tokenizer = _tokenizer(recipe, texts)
         if recipe.stream:
