@@ -22,7 +22,6 @@ SAMPLES = f"{LOADING} --sequence-length 8 --max-samples 4 --batch-size 2"
 MEASURED = f"{SAMPLES} --eval-samples 4"
 TRAINED = f"{LOADING} --sequence-length 8 --steps 4 --batch-size 4 --micro-batch-size 2 --eval-samples 4 --n-active 2"
 TRAINED += " --interval 2 --rank 4 --lora-rank 2 --save-every 2 --log-every 1 --learning-rate 1e-2"
-NARROWER = "--parameter-share 0.7 --channel-multiple 8 --no-speed"
 # Name -> a command that writes to the directory of that name; `{}` stands for it where it is no option.
 RUNS = {
     "diagnose": f"diagnose {SOURCE} {SAMPLES}",
@@ -34,8 +33,10 @@ RUNS = {
     "quantize-weighted": f"quantize {WIDE} {MEASURED} --bits 4 --block 32 --rounding weighted",
     "factorize": f"factorize {SOURCE} {MEASURED} --parameter-share 0.7 --no-speed",
     "factorize-oats": f"factorize {SOURCE} {MEASURED} --parameter-share 0.7 --method oats --no-speed",
-    "narrow": f"narrow {SOURCE} {MEASURED} {NARROWER}",
-    "narrow-taylor": f"narrow {SOURCE} {MEASURED} {NARROWER} --method taylor",
+    "narrow": f"narrow {SOURCE} {MEASURED} --parameter-share 0.7 --channel-multiple 8 --no-speed",
+    "narrow-taylor": (
+        f"narrow {SOURCE} {MEASURED} --parameter-share 0.7 --channel-multiple 8 --method taylor --no-speed"
+    ),
     "drop-layers": f"drop-layers {SOURCE} {MEASURED} --layers 2 --no-protect --no-speed",
     "fit": f"fit {WIDE} {MEASURED} --bits 6 --knobs rank bits --tuning-samples 4 --verify 1 --no-speed",
     "pack": "pack prune {}",
