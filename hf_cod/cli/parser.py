@@ -41,8 +41,8 @@ class SettingsParser(argparse.ArgumentParser):
 
     def __init__(self, settings: Sequence[type] = (), **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
-        self._settings = list(settings)
-        for each in self._settings:
+        self.settings = list(settings)
+        for each in self.settings:
             hints = get_type_hints(each)
             for found in fields(each):
                 if found.init:
@@ -90,7 +90,7 @@ class SettingsParser(argparse.ArgumentParser):
             self.exit()
         for name, value in vars(found).items():
             setattr(found, name, _in_home(value))
-        made = [each(**{f.name: getattr(found, f.name) for f in fields(each) if f.init}) for each in self._settings]
+        made = [each(**{f.name: getattr(found, f.name) for f in fields(each) if f.init}) for each in self.settings]
         return *made, found
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
