@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -176,18 +177,26 @@ INPUTS = {
     "pack": [*LOADED, "--minimum", "0.4"],
     "heal": [*STEPS, *LOADED, *TABLE, *EVAL, "--teacher", "base", "--teacher-dtype", "float32", "--no-speed"],
     "finetune": [*STEPS, *LOADED, *TABLE, "--score", "depth", "--batch-size", "4"],
+    "prune by scores": [*SAMPLES, *TABLE, "--scores", "scores.json"],
+    "factorize by scores": [*SAMPLES, *TABLE, "--scores", "scores.json", "--no-speed"],
+    "drop-layers by plan": [*SAMPLES, *TABLE, "--plan", "depth_plan.json", "--no-speed"],
+    "heal by scores": [*STEPS[2:], *TABLE, "--teacher", "base", "--tokens", "256", "--scores", "scores.json"],
 }
 
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_the_command_of_a_card_has_the_settings_of_model_and_text(name, folder, monkeypatch):
-    """Those of loading and of a dataset, too, and of the teacher."""
+    """Those of loading, of a dataset and of the teacher, and nothing that follows from a file or from other options."""
     place(folder, "pruned")
+    place(folder, "shortened")
     monkeypatch.chdir(folder)
     Path("table.csv").write_text("words\n" + "".join(f"{line}\n" for line in checkpoints.text().splitlines() if line))
-    arguments = [name, "pruned" if name in ("pack", "heal") else "base", *INPUTS[name]]
-    assert main([*arguments, "--output", f"{name}-of-inputs"]) == 0
-    words = command_of(Path(f"{name}-of-inputs"))
+    shutil.copy("pruned/scores.json", ".")
+    shutil.copy("shortened/depth_plan.json", ".")
+    command, output = name.split()[0], f"{name.replace(' ', '-')}-of-inputs"
+    arguments = [command, "pruned" if command in ("pack", "heal") else "base", *INPUTS[name]]
+    assert main([*arguments, "--output", output]) == 0
+    words = command_of(Path(output))
     assert settings_of(words) == settings_of(arguments)
     assert {word for word in words if word.startswith("--")} <= set(arguments), "no option at its default"
 

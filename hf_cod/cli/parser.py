@@ -143,7 +143,10 @@ class SettingsParser(argparse.ArgumentParser):
                 near = get_close_matches(name, options, 1)
                 told = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}{told}")
-            self.set_defaults(**{name: _converted(options[name], value, str(key))})
+            read = _converted(options[name], value, str(key))
+            # The same value as the default is not one that a user set: `--print-config` writes all options.
+            if read != options[name].default:
+                self.set_defaults(**{name: read})
             if value is not None:
                 _make_optional(options[name])
 

@@ -52,13 +52,19 @@ def _needed(parser: SettingsParser, values: Mapping[str, Any]) -> dict[str, Any]
     """The values without those that the settings get from their defaults or from other values."""
     needed = dict(values)
     for each in parser.settings:
-        own = {f.name: values[f.name] for f in fields(each) if f.init and values.get(f.name) is not None}
+        own = {
+            f.name: values[f.name] for f in fields(each) if f.init and not _default(parser, f.name, values.get(f.name))
+        }
         for name in list(own):
             fewer = {other: value for other, value in own.items() if other != name}
             if _same(each, own, fewer):
                 own = fewer
                 del needed[name]
     return needed
+
+
+def _default(parser: SettingsParser, name: str, value: Any) -> bool:
+    return value is None or value == parser.get_default(name)
 
 
 def _same(settings: type, these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
