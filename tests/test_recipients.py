@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import shutil
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 
@@ -134,15 +136,69 @@ def test_a_card_says_how_it_was_made(name, folder):
     assert "pip install" in card.text and RunReport.load(folder / name).summary[0].split()[0] in card.text
 
 
-@pytest.mark.parametrize("name", ["pruned", "narrowed", "shortened", "quantized", "fitted"])
-def test_the_command_of_a_card_has_the_settings_of_the_run(name, folder):
-    (command,) = re.findall(r"```sh\n(hf-cod .*?)\n```", (place(folder, name) / "README.md").read_text())
-    words = shlex.split(command)[1:]
-    assert words[1] == "base" and words[words.index("--text") + 1] == "text.txt"
+def command_of(directory: Path) -> list[str]:
+    """The words of the command, which all cards of a run have."""
+    texts = [card.read_text(encoding="utf-8") for card in directory.rglob("README.md")]
+    (command,) = {found for text in texts for found in re.findall(r"```sh\n(hf-cod .*?)\n```", text)}
+    return shlex.split(command)[1:]
+
+
+def settings_of(words):
+    """Module of the command, and the settings without those of outputs, defaults filled in."""
     module = import_module(f"hf_cod.cli.commands.{COMMANDS[words[0]][0]}")
-    given = [*MADE[name][0][1:], "--text", "text.txt"]
-    *settings, _, _ = module.make_parser().parse(words[1:])  # all but where results go, and the words as they were
-    assert settings == list(module.make_parser().parse(given)[: len(settings)])
+    *settings, rest = module.make_parser().parse(words[1:])
+    found = {}
+    for each in settings:
+        found |= each.resolved() if hasattr(each, "resolved") else asdict(each)
+    positionals = {name: getattr(rest, name) for name in ("model", "student", "source", "to") if hasattr(rest, name)}
+    return {**found, **positionals, "plots": True, "output": None}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_command_of_a_card_has_the_settings_of_the_run(name, folder):
+    place(folder, name)
+    words = command_of(folder / name)
+    given = [word.removeprefix("{}/") for word in MADE[name][0]]
+    if words[0] not in ("convert", "pack"):
+        given += ["--text", "text.txt"]
+    assert settings_of(words) == settings_of(given)
+    assert {word for word in words if word.startswith("--")} <= set(given), "no option at its default"
+
+
+LOADED = ["--dtype", "bfloat16", "--device", "cpu", "--trust-remote-code", "--revision", "v2"]
+TABLE = ["--text", "table.csv", "--text-column", "words", "--text-split", "train"]
+EVAL = ["--eval-text", "table.csv"]
+INPUTS = {
+    "prune": [*SAMPLES, *LOADED, *TABLE, *EVAL, "--score", "owl", "--threshold", "3", "--per-module"],
+    "factorize": [*SAMPLES, *LOADED, *TABLE, "--score", "uniform", "--no-speed"],
+    "narrow": [*SAMPLES, *LOADED, *TABLE, "--score", "uniform"],
+    "drop-layers": [*SAMPLES, *LOADED, *TABLE, "--layers", "1", "--criterion", "angular", "--no-protect"],
+    "quantize": [*SAMPLES, *LOADED, *TABLE, "--bits", "3", "--rounding", "nearest"],
+    "pack": [*LOADED, "--minimum", "0.4"],
+    "heal": [*STEPS, *LOADED, *TABLE, *EVAL, "--teacher", "base", "--teacher-dtype", "float32", "--no-speed"],
+    "finetune": [*STEPS, *LOADED, *TABLE, "--score", "depth", "--batch-size", "4"],
+    "prune by scores": [*SAMPLES, *TABLE, "--scores", "scores.json"],
+    "factorize by scores": [*SAMPLES, *TABLE, "--scores", "scores.json", "--no-speed"],
+    "drop-layers by plan": [*SAMPLES, *TABLE, "--plan", "depth_plan.json", "--no-speed"],
+    "heal by scores": [*STEPS[2:], *TABLE, "--teacher", "base", "--tokens", "256", "--scores", "scores.json"],
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_the_command_of_a_card_has_the_settings_of_model_and_text(name, folder, monkeypatch):
+    """Those of loading, of a dataset and of the teacher, and nothing that follows from a file or from other options."""
+    place(folder, "pruned")
+    place(folder, "shortened")
+    monkeypatch.chdir(folder)
+    Path("table.csv").write_text("words\n" + "".join(f"{line}\n" for line in checkpoints.text().splitlines() if line))
+    shutil.copy("pruned/scores.json", ".")
+    shutil.copy("shortened/depth_plan.json", ".")
+    command, output = name.split()[0], f"{name.replace(' ', '-')}-of-inputs"
+    arguments = [command, "pruned" if command in ("pack", "heal") else "base", *INPUTS[name]]
+    assert main([*arguments, "--output", output]) == 0
+    words = command_of(Path(output))
+    assert settings_of(words) == settings_of(arguments)
+    assert {word for word in words if word.startswith("--")} <= set(arguments), "no option at its default"
 
 
 @pytest.mark.parametrize("name", MADE)

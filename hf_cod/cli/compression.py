@@ -17,7 +17,7 @@ from typing import Any
 from hf_cod.cli.closing import closing, does_harm, harm_notes
 from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import default_directory
-from hf_cod.cli.recorded import card_outputs
+from hf_cod.cli.recorded import card_outputs, with_inputs
 from hf_cod.cli.samples import check_texts, split_text
 from hf_cod.cli.settings import PlotSettings, ResultsOutput
 from hf_cod.cli.step import Step
@@ -121,7 +121,7 @@ def run(
     measured = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
     if fallback:
         measured["fallback"] = fallback
-    return _complete(report, step, work, plan, measured, text, scores_file)
+    return with_inputs(_complete(report, step, work, plan, measured, scores_file), loading, text)
 
 
 def _complete(
@@ -130,7 +130,6 @@ def _complete(
     work: Work,
     plan: Any,
     measured: dict[str, Any],
-    text: TextSettings,
     scores_file: str | None,
 ) -> RunReport:
     """Adds measurements before and after the step, and the settings, to the report of a step."""
@@ -142,7 +141,7 @@ def _complete(
         "evaluation": describe_batches(work.evaluation),
         **({} if work.scores is None else {"score": work.scores.settings}),
     }
-    told = {"model": work.source, **asdict(step.settings), "text": text.text, **describe_batches(work.calibration)}
+    told = {"model": work.source, **asdict(step.settings), **describe_batches(work.calibration)}
     given = {} if scores_file is None or work.scores is None else {"score": work.scores.method}
     scored = {} if work.scores is None else {"score": work.scores.values}
     fallback = measured.get("fallback", {})

@@ -41,8 +41,8 @@ class SettingsParser(argparse.ArgumentParser):
 
     def __init__(self, settings: Sequence[type] = (), **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
-        self._settings = list(settings)
-        for each in self._settings:
+        self.settings = list(settings)
+        for each in self.settings:
             hints = get_type_hints(each)
             for found in fields(each):
                 if found.init:
@@ -90,7 +90,7 @@ class SettingsParser(argparse.ArgumentParser):
             self.exit()
         for name, value in vars(found).items():
             setattr(found, name, _in_home(value))
-        made = [each(**{f.name: getattr(found, f.name) for f in fields(each) if f.init}) for each in self._settings]
+        made = [each(**{f.name: getattr(found, f.name) for f in fields(each) if f.init}) for each in self.settings]
         return *made, found
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -143,7 +143,10 @@ class SettingsParser(argparse.ArgumentParser):
                 near = get_close_matches(name, options, 1)
                 told = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}{told}")
-            self.set_defaults(**{name: _converted(options[name], value, str(key))})
+            read = _converted(options[name], value, str(key))
+            # The same value as the default is not one that a user set: `--print-config` writes all options.
+            if read != options[name].default:
+                self.set_defaults(**{name: read})
             if value is not None:
                 _make_optional(options[name])
 

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from hf_cod.cli.main import COMMANDS
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.report import RunReport
 from hf_cod.reporting.result_card import SOURCES, public_value, source_of, write_cards
 from hf_cod.reporting.settings import CardSettings
+
+# Option -> settings in a report that follow from it, and that the command refuses next to it.
+DECIDED = {
+    "scores": ("score", "threshold", "per_module"),
+    "plan": ("criterion",),
+    "tokens": ("steps",),
+}
+
+
+def with_inputs(report: RunReport, *inputs: Any) -> RunReport:
+    """The report of a command, with the settings of its inputs (model loading, text, ...) among its settings."""
+    told = {name: value for each in inputs for name, value in asdict(each).items()}
+    return replace(report, settings={**report.settings, **told})
 
 
 def card_outputs(
@@ -21,10 +37,41 @@ def card_outputs(
 
 
 def command_of(report: RunReport) -> str | None:
-    """The command with all options that differ from their defaults; None for reports of other origin."""
+    """The command with the options that its settings need, without defaults; None for reports of other origin."""
     if report.kind not in COMMANDS:
         return None
     module = import_module(f"hf_cod.cli.commands.{COMMANDS[report.kind][0]}")
     parser: SettingsParser = module.make_parser()
     values = {**dict.fromkeys(SOURCES, source_of(report)), **report.settings}
+    decided = {name for option, names in DECIDED.items() if values.get(option) is not None for name in names}
+    values = _needed(parser, {name: value for name, value in values.items() if name not in decided})
     return shlex.join(["hf-cod", report.kind, *parser.words({name: public_value(v) for name, v in values.items()})])
+
+
+def _needed(parser: SettingsParser, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without those that the settings get from their defaults or from other values."""
+    needed = dict(values)
+    for each in parser.settings:
+        own = {
+            f.name: values[f.name] for f in fields(each) if f.init and not _default(parser, f.name, values.get(f.name))
+        }
+        for name in list(own):
+            fewer = {other: value for other, value in own.items() if other != name}
+            if _same(each, own, fewer):
+                own = fewer
+                del needed[name]
+    return needed
+
+
+def _default(parser: SettingsParser, name: str, value: Any) -> bool:
+    return value is None or value == parser.get_default(name)
+
+
+def _same(settings: type, these: Mapping[str, Any], those: Mapping[str, Any]) -> bool:
+    """Whether a dataclass has the same settings, with its defaults filled in, from both; False if it refuses one."""
+    try:
+        made = [settings(**values) for values in (these, those)]
+    except (TypeError, ValueError):  # a required field is missing, or this machine lacks the device
+        return False
+    one, other = (each.resolved() if hasattr(each, "resolved") else asdict(each) for each in made)
+    return bool(one == other)

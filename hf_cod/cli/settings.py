@@ -6,9 +6,10 @@ Imports only the standard library and other settings, so that `--help` is fast.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from hf_cod.io.settings import PLOT_FORMATS, SampleSettings, as_in, check_choice
-from hf_cod.scoring.settings import AllocationSettings, ScoreSettings
+from hf_cod.io.settings import PLOT_FORMATS, DefaultName, DefaultNumber, SampleSettings, as_in, check_choice
+from hf_cod.scoring.settings import USE_THRESHOLD, AllocationSettings, ScoreSettings
 
 
 @dataclass
@@ -47,7 +48,7 @@ class SpeedSettings:
 class CompressionSettings(MeasuringSettings):
     """Settings of layer scores, and of the uniform baseline."""
 
-    threshold: float = as_in(ScoreSettings, "threshold")
+    threshold: float = as_in(ScoreSettings, "threshold", default=DefaultNumber(ScoreSettings().threshold))
     per_module: bool = as_in(ScoreSettings, "per_module")
     baseline: bool = field(
         default=True, metadata={"help": "also measure a uniform plan, for comparison with the score; twice the time"}
@@ -59,8 +60,38 @@ class CompressionSettings(MeasuringSettings):
 
     @property
     def of_owl(self) -> bool:
-        """Whether a setting of the score owl was changed; if no score is given, owl is then used."""
-        return self.per_module or self.threshold != ScoreSettings().threshold
+        """Whether a setting of the score owl is given; the commands then use owl if no score is given."""
+        return bool(self._given("threshold", "per_module"))
+
+    def _given(self, *names: str) -> list[str]:
+        """Those of the settings that the user set."""
+        found = {name: getattr(self, name, None) for name in names}
+        defaults = (DefaultName, DefaultNumber)
+        return [name for name, value in found.items() if value not in (None, False) and not isinstance(value, defaults)]
+
+    def check_scored(self, scores_file: str | None, instead: str | None = None) -> None:
+        """Checks that a scores file and settings of scores are only given if they have an effect.
+
+        Not part of `__post_init__`, because the scores file is in the settings of the output.
+
+        Args:
+            scores_file: the scores file.
+            instead: the option with its value that makes scores unnecessary, such as "bits 3"; None if they are used.
+
+        Raises:
+            ValueError: both a scores file and settings of scores are given, one of them with `instead`, or settings of
+                owl with a score that does not depend on them.
+        """
+        given: dict[str, Any] = {} if instead is None else {"scores": scores_file}
+        given |= {name: getattr(self, name) for name in self._given("score", "threshold", "per_module")}
+        name = next((name for name, value in given.items() if value is not None), None)
+        if name is not None and (instead or scores_file):
+            beside = f"{instead}, which uses no scores" if instead else "scores, which are already computed"
+            raise ValueError(f"{name}: expected none with {beside}, got {given[name]!r}")
+        score, of_owl = getattr(self, "score", None), self._given("threshold", "per_module")
+        if of_owl and score not in USE_THRESHOLD:
+            got = score or "the default score of this command"
+            raise ValueError(f"{of_owl[0]}: expected score owl, which it is a setting of, got {got}; set --score owl")
 
 
 @dataclass

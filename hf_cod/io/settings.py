@@ -78,6 +78,16 @@ class Default(int):
     """A default that is lowered for small models, with a note; the same number is refused if a user sets it."""
 
 
+class DefaultNumber(float):
+    """A default that is told apart from the same number set by a user, which is refused where it has no effect."""
+
+
+class DefaultName(str):
+    """The same, for a name."""
+
+    __slots__ = ()
+
+
 def following(text: str) -> Any:
     """A field that `__post_init__` sets from other settings if the user does not set it.
 

@@ -51,6 +51,7 @@ RULES: dict[str, str] = {
     "authors": "OWL's released formula, which guarantees neither",
 }
 USE_STATISTICS = ("owl", "sensitivity", "auto")  # of METHODS
+USE_THRESHOLD = ("owl", "auto")  # of METHODS; they depend on threshold and per_module
 DEFAULT_SPREAD = 0.08  # OWL (arXiv 2310.05175), lambda
 
 

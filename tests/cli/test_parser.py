@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from hf_cod.cli.commands import narrow
+from hf_cod.cli.commands import narrow, prune
 from hf_cod.cli.main import COMMANDS, main
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.report import RunReport
@@ -177,6 +177,20 @@ def test_every_command_prints_a_config_that_it_reads(name, tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
         main([name, "--config", str(tmp_path / "run.yaml"), "--print-config"])
     assert done.value.code == 0 and capsys.readouterr().out == shown
+
+
+def test_defaults_in_a_config_are_not_given(tmp_path, capsys):
+    """A printed config has all options; owl's threshold in it, unlike one that was given, allows a scores file."""
+    with pytest.raises(SystemExit):
+        main(["prune", "--print-config"])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    _, _, settings, *_ = prune.make_parser().parse(["--config", str(tmp_path / "run.yaml"), "model"])
+    settings.check_scored("scores.json")
+    assert settings.score == "angular"
+    _, _, settings, *_ = prune.make_parser().parse(["model", "--threshold", "5"])
+    assert settings.score == "owl"
+    with pytest.raises(ValueError, match="threshold: expected none with scores"):
+        settings.check_scored("scores.json")
 
 
 def test_a_command_runs_from_a_config_quietly_and_by_other_tools_names(tmp_path, capsys):

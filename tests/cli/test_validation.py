@@ -114,6 +114,24 @@ TOGETHER = {
     "finetune model --method owlore-peft --rank 0": "rank: expected at least 1 for owlore-peft",
     "finetune model --method owlore-peft --deselected keep": "deselected: expected none with an OwLore adapter",
     "heal model --teacher model --method owlore-peft --scale 2": "scale: expected none with an OwLore adapter",
+    **{
+        f"{command} model --scores scores.json {more}": f"{more[2:].split()[0].replace('-', '_')}: expected none with "
+        "scores, which are already computed"
+        for command in ("prune", "quantize", "narrow", "factorize")
+        for more in ("--score angular --threshold 7", "--threshold 5", "--per-module")
+    },
+    **{
+        f"{command} model --score angular {more}": f"{more[2:].split()[0].replace('-', '_')}: expected score owl"
+        for command in ("prune", "quantize", "narrow", "factorize")
+        for more in ("--threshold 7", "--threshold 5", "--per-module")
+    },
+    "factorize model --threshold 7": "threshold: expected score owl, which it is a setting of, got the default score",
+    "factorize model --scores scores.json --score fisher": "score: expected none with scores",
+    "quantize model --bits 3 --scores scores.json": "scores: expected none with bits 3, which uses no scores",
+    "quantize model --bits 3 --score owl --threshold 9": "score: expected none with bits 3",
+    "quantize model --bits 4 --threshold 9": "threshold: expected none with bits 4",
+    "prune model --pattern 2:4 --scores scores.json": "scores: expected none with pattern 2:4",
+    "prune model --pattern 2:4 --score angular": "score: expected none with pattern 2:4",
     "convert authors model converted": "norm_type: expected one of",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser, model_title
@@ -83,6 +84,7 @@ def _report(model: Any, chosen: Any) -> RunReport:
     from hf_cod.io.report import RunReport, environment
 
     settings = {name: getattr(chosen, name) for name in ("to", "source", "norm_type", "post_layers")}
+    settings["output"] = Path(chosen.output).resolve().name  # a positional argument of the command
     return RunReport(
         kind="convert",
         model=model_title(chosen.source),

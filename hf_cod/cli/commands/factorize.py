@@ -10,7 +10,7 @@ from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
 from hf_cod.cli.step import Step
 from hf_cod.compression.low_rank.settings import RANK_SHARE, WEIGHINGS, FactorizeSettings
-from hf_cod.io.settings import ModelSettings, TextSettings, as_in
+from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in
 from hf_cod.scoring.settings import METHODS as SCORES
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
         super().__post_init__()
         FactorizeSettings(method=self.method, rank_share=self.rank_share)
         if self.method == "oats" and self.score is None:
-            self.score = "uniform"
+            self.score = DefaultName("uniform")
         if self.score not in (None, *CHOICES):
             raise ValueError(f"score: expected one of {', '.join(CHOICES)}, got {self.score!r}")
         for name in ("parameter_share", "rank"):
@@ -124,6 +124,7 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, files, rest = make_parser().parse(arguments)
+    settings.check_scored(files.scores)
     settings.check_scores(files.scores)
     from hf_cod.cli.compression import compress
 

@@ -83,6 +83,7 @@ def run(
 ) -> RunReport:
     """Measures perplexity, trains, saves, and measures perplexity again."""
     from hf_cod.analysis.evaluation.choice import held_out_perplexity
+    from hf_cod.cli.recorded import with_inputs
     from hf_cod.io.models import load_model
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
@@ -116,7 +117,7 @@ def run(
     lost = _lost_energy(trained)
     whole = _saved(trained, tokenizer, chosen.adapters, output.results)
     after = held_out_perplexity(whole, progress(batches, "perplexity", show=True))
-    told = {"model": source, **asdict(text), **settings.resolved(), **asdict(sampling)}
+    told = {"model": source, **settings.resolved(), **asdict(sampling)}
     if scores is not None:
         told |= {"score": scores.method, "scores": scores_file}
     figures = {
@@ -129,7 +130,8 @@ def run(
         },
         **({} if lost is None else {"lost_energy": lost}),
     }
-    return _report(whole, training, told, scores, figures, model_title(source))
+    report = _report(whole, training, told, scores, figures, model_title(source))
+    return with_inputs(report, loading, text)
 
 
 def _check_weights(model: Any, method: str) -> None:

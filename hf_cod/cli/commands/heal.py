@@ -91,12 +91,14 @@ def run(
 ) -> RunReport:
     """Loads both models, heals the student, saves it, and measures the speed of both in turns."""
     from hf_cod.cli.closing import describe_speed
+    from hf_cod.cli.recorded import with_inputs
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
     from hf_cod.layers.size import bytes_of
     from hf_cod.layers.speed import speeds_of
     from hf_cod.layers.stack import find_decoder_layers
+    from hf_cod.scoring.layer_scores import LayerScores
     from hf_cod.training.healing.healer import heal
 
     model, tokenizer = load_with_tokenizer(student, loading)
@@ -121,12 +123,14 @@ def run(
         prompt = pack(tokenizer, load_texts(text), settings.sequence_length, most=1).long()
         speed = speeds_of(stacks, [{"input_ids": prompt}])
     results = {**report.results, "speed": speed}
-    return replace(
+    drawn = {} if scores_file is None else {"score": LayerScores.load(scores_file).method, "scores": scores_file}
+    report = replace(
         report,
-        settings={"student": student, "teacher": source.teacher, **asdict(text), **report.settings},
+        settings={"student": student, "teacher": source.teacher, **report.settings, **drawn},
         results=results,
         summary=[*report.summary, *describe_speed(results, "healed", "teacher")],
     )
+    return with_inputs(report, source, loading, text)
 
 
 def load_teacher(source: TeacherSettings, loading: ModelSettings, tokenizer: Any) -> Any:

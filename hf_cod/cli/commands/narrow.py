@@ -10,7 +10,7 @@ from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
 from hf_cod.cli.step import Step
 from hf_cod.compression.width.settings import NarrowSettings
-from hf_cod.io.settings import ModelSettings, TextSettings, as_in, check_choice
+from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import METHODS as SCORES
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class NarrowOptions(SpeedSettings, SpreadSettings):
         super().__post_init__()
         NarrowSettings(self.method, self.compensation, self.channel_multiple)
         if self.score is None and self.of_owl:
-            self.score = "owl"
+            self.score = DefaultName("owl")
         if self.score is not None:
             check_choice("score", self.score, SCORES)
         if not 0 < self.parameter_share <= 1:
@@ -79,6 +79,7 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, files, rest = make_parser().parse(arguments)
+    settings.check_scored(files.scores)
     from hf_cod.cli.compression import compress
 
     return compress(Narrow(settings), rest.model, loading, text, files)

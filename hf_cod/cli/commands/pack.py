@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(source: str, loading: ModelSettings, settings: PackOptions, output: OutputDirectory) -> RunReport:
     """Packs a model and writes it, with the report, to the results of `output`."""
-    from hf_cod.cli.recorded import card_outputs
+    from hf_cod.cli.recorded import card_outputs, with_inputs
     from hf_cod.compression.sparse.quantizer import pack_sparse
     from hf_cod.io.models import load_model
     from hf_cod.layers.running import busy
@@ -89,8 +89,8 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
     model.save_pretrained(output.results)
     copy_companions(Path(source) if Path(source).is_dir() else source, output.results)
     packed_bytes = sum(path.stat().st_size for path in output.results.glob("*.safetensors"))
-    told = {"model": source, "minimum": settings.minimum}
-    report = describe(stack, model_title(source), told, dense_bytes, packed_bytes)
+    told = {"model": source, "minimum": settings.minimum, "layers_path": settings.layers_path}
+    report = with_inputs(describe(stack, model_title(source), told, dense_bytes, packed_bytes), loading)
     report.save(output.results)
     card_outputs(output.results, report, output.path.resolve().name)
     return report

@@ -13,7 +13,7 @@ from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpreadSettings
 from hf_cod.cli.step import Step
 from hf_cod.compression.pruning.settings import PruneSettings
-from hf_cod.io.settings import ModelSettings, TextSettings, as_in, check_choice
+from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.scoring.settings import PRUNERS
 from hf_cod.training.healing.settings import RecoverySettings
@@ -54,7 +54,7 @@ class PruneOptions(SpreadSettings):
         super().__post_init__()
         PruneSettings(method=self.method)
         if self.score is None:
-            self.score = "owl" if self.of_owl else DEFAULT_SCORE
+            self.score = DefaultName("owl" if self.of_owl else DEFAULT_SCORE)
         check_choice("score", self.score, SCORES)
         if self.sparsity is not None and not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity: expected a share in 0..1, got {self.sparsity}")
@@ -135,8 +135,7 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, recovery, files, rest = make_parser().parse(arguments)
-    if settings.fixed and files.scores is not None:
-        raise ValueError(f"scores: expected none with pattern {settings.fixed}, got {files.scores!r}")
+    settings.check_scored(files.scores, f"pattern {settings.fixed}" if settings.fixed else None)
     if recovery.recover and find_spec("peft") is None:
         raise ImportError("recover: LoRA requires the peft package: pip install 'hf_cod[recovery]'")
     from hf_cod.cli.compression import compress
@@ -227,8 +226,8 @@ class Prune(Step):
         return measure_sparsity(saved)
 
     def told(self, plan: Any) -> dict[str, Any]:
-        """The settings of recovery."""
-        return asdict(self.recovery)
+        """The settings of recovery; a plan without scores has none."""
+        return {**asdict(self.recovery), **({"score": None} if self.settings.fixed else {})}
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
         """The share of zeros."""

@@ -11,7 +11,7 @@ from hf_cod.cli.settings import CompressionOutput, CompressionSettings
 from hf_cod.cli.step import Step
 from hf_cod.compression.quantization.settings import QuantizeSettings, StorageSettings, check_bits
 from hf_cod.functional.bits import BITS
-from hf_cod.io.settings import ModelSettings, TextSettings, as_in, check_choice
+from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import CODEBOOK
 from hf_cod.scoring.settings import METHODS as SCORES
 
@@ -74,7 +74,8 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
             )
         check_choice("rounding", self.rounding, ROUNDINGS)
         if self.score is None:
-            self.score = DEFAULT_SCORE if self.rounding == "compensated" or self.of_owl else BY_VALUE
+            by_owl = self.rounding == "compensated" or self.of_owl
+            self.score = DefaultName(DEFAULT_SCORE if by_owl else BY_VALUE)
         check_choice("score", self.score, SCORES)
 
     @property
@@ -99,6 +100,7 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, files, rest = make_parser().parse(arguments)
+    settings.check_scored(files.scores, None if settings.mixed else f"bits {settings.bits:g}")
     import hf_cod.compression.quantization.bnb  # noqa: F401 - its absence is reported before any work
     from hf_cod.cli.compression import compress
 
@@ -154,6 +156,10 @@ class Quantize(Step):
 
     def _storage(self) -> StorageSettings:
         return StorageSettings(**{f.name: getattr(self.settings, f.name) for f in fields(StorageSettings)})
+
+    def told(self, plan: LayerAllocation | float) -> dict[str, Any]:
+        """All layers at the same bits use no score."""
+        return {} if self.settings.mixed else {"score": None}
 
     def files(self, plan: LayerAllocation) -> dict[str, Any]:
         """The bits of each layer."""

@@ -102,7 +102,8 @@ def main(arguments: Sequence[str]) -> int:
         batches = cut_into_batches(tokenizer, texts, settings)
         if task_of(model) == "masked_lm":
             batches = mask_tokens(tokenizer, batches, settings.seed)
-        report = run(model, batches, settings, output.statistics, directory, model_title(rest.model))
+        told = asdict(loading) | asdict(text)
+        report = run(model, batches, settings, output.statistics, directory, model_title(rest.model), told)
         if output.plots:
             report.plot(place.results, output.plot_format)
         report.save(place.results)
@@ -119,10 +120,11 @@ def run(
     earlier: str | None,
     directory: Path,
     name: str,
+    told: dict[str, Any],
 ) -> RunReport:
     """Collects statistics (or reads existing ones), scores the layers, writes both; returns the report.
 
-    Its results have, as "score", the settings of the method and its choices.
+    Its results have, as "score", the settings of the method and its choices; `told` are the settings of its inputs.
     """
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
     from hf_cod.io.report import RunReport, environment
@@ -138,7 +140,7 @@ def run(
     report = RunReport(
         kind="score",
         model=name,
-        settings={**asdict(settings), **inputs},
+        settings={**asdict(settings), **inputs, **told},
         environment=environment(execution_device(base), next(base.parameters()).dtype),
         layers={},
         results={},

@@ -47,7 +47,9 @@ def test_prune_by_pattern_and_by_earlier_scores(checkpoint, pattern, kept):
     for i in range(4):
         counts = {int(n) for _, W in stack.matrices(i) for n in (W != 0).view(-1, 8).sum(-1).unique()}
         assert len(counts) == 1 and counts <= kept
-    assert "uniform" not in RunReport.load(checkpoint / "out").results["perplexity"]
+    report = RunReport.load(checkpoint / "out")
+    assert "uniform" not in report.results["perplexity"]
+    assert report.settings["score"] == (None if pattern == "2:4" else "mine")
 
 
 def test_auto_says_what_it_chose(checkpoint, capsys):

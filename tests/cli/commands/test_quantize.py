@@ -89,7 +89,7 @@ def test_one_width_by_each_rounding(model, tmp_path, rounding):
     assert quantize(model, tmp_path / "out", "--bits", "3", "--rounding", rounding, "--no-plots") == 0
     report = RunReport.load(tmp_path / "out")
     assert set(report.results["modules"].values()) == {3} and "score" not in report.layers
-    assert set(report.results["perplexity"]) == {"intact", "quantized"}
+    assert set(report.results["perplexity"]) == {"intact", "quantized"} and report.settings["score"] is None
     assert LayerAllocation.load(tmp_path / "out" / "allocation.json").values == [3.0] * 12
 
 
