@@ -17,8 +17,9 @@ from hf_cod.io.schema import brief
 
 # Far larger than any file that hf_cod writes; reading a larger file would only fill the memory.
 MOST_BYTES = 1 << 30
-# Enough for any count, seed or size in our files; parsing takes time quadratic in the number of digits.
-MOST_DIGITS = 20
+# Enough for any count, seed or size in our files, and for 10 ** 30, which transformers writes for "no limit"; parsing
+# takes time quadratic in the number of digits.
+MOST_DIGITS = 40
 # Deeper than any value in our files; recursive functions stay within the stack.
 MOST_DEPTH = 60
 
