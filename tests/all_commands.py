@@ -31,10 +31,12 @@ RUNS = {
     "prune-pattern": f"prune {SOURCE} {MEASURED} --pattern N:4 --score random",
     "quantize": f"quantize {WIDE} {MEASURED} --bits 3.8 --block 32",
     "quantize-weighted": f"quantize {WIDE} {MEASURED} --bits 4 --block 32 --rounding weighted",
-    "factorize": f"factorize {SOURCE} {MEASURED} --parameters 0.7 --no-speed",
-    "factorize-oats": f"factorize {SOURCE} {MEASURED} --parameters 0.7 --method oats --no-speed",
-    "narrow": f"narrow {SOURCE} {MEASURED} --parameters 0.7 --channel-multiple 8 --no-speed",
-    "narrow-taylor": f"narrow {SOURCE} {MEASURED} --parameters 0.7 --channel-multiple 8 --no-speed --method taylor",
+    "factorize": f"factorize {SOURCE} {MEASURED} --parameter-share 0.7 --no-speed",
+    "factorize-oats": f"factorize {SOURCE} {MEASURED} --parameter-share 0.7 --method oats --no-speed",
+    "narrow": f"narrow {SOURCE} {MEASURED} --parameter-share 0.7 --channel-multiple 8 --no-speed",
+    "narrow-taylor": (
+        f"narrow {SOURCE} {MEASURED} --parameter-share 0.7 --channel-multiple 8 --method taylor --no-speed"
+    ),
     "drop-layers": f"drop-layers {SOURCE} {MEASURED} --layers 2 --no-protect --no-speed",
     "fit": f"fit {WIDE} {MEASURED} --bits 6 --knobs rank bits --tuning-samples 4 --verify 1 --no-speed",
     "pack": "pack prune {}",

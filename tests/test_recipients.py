@@ -32,14 +32,14 @@ MADE = {
         ".",
     ),
     "packed": (["pack", "{}/pruned"], "."),
-    "healed": (["heal", "{}/pruned", "--teacher", "{}/base", *STEPS, "--no-speed"], "model"),
-    "full": (["finetune", "{}/base", *STEPS, "--method", "full"], "model"),
+    "healed": (["heal", "{}/pruned", "--teacher", "{}/base", *STEPS, "--no-speed"], "."),
+    "full": (["finetune", "{}/base", *STEPS, "--method", "full"], "."),
     "lora": (["finetune", "{}/base", *STEPS, "--method", "lora"], "adapter"),
     "owlore": (
         ["finetune", "{}/base", *STEPS, "--method", "owlore-peft", "--rank", "4", "--score", "uniform"],
         "adapter",
     ),
-    "on-quantized": (["finetune", "{}/quantized", *STEPS, "--method", "lora"], "adapter"),
+    "on-quantized": (["finetune", "{}/quantized", *STEPS, "--method", "lora"], "."),
     "lns": (["convert", "lns", "{}/base", "{}/lns"], "."),
     "stock": (["convert", "stock", "{}/lns", "{}/stock"], "."),
 }
@@ -125,10 +125,10 @@ def test_without_hf_cod_the_first_line_says_what_is_required(name, folder):
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_card_says_how_it_was_made(name, folder):
-    card = ModelCard.load(place(folder, name) / "README.md")
-    command = MADE[name][0][0]
+    directory = place(folder, name)
+    card, command = ModelCard.load(directory / "README.md"), MADE[name][0][0]
     assert {"hf_cod", command} <= set(card.data.tags) and card.data.pipeline_tag == "text-generation"
-    assert card.data.library_name == ("peft" if MADE[name][1] == "adapter" else "transformers")
+    assert card.data.library_name == ("peft" if (directory / "adapter_config.json").is_file() else "transformers")
     assert card.data.base_model is None, "a directory is no Hub id"
     assert f"hf-cod {command} " in card.text and str(folder.parent) not in card.content
     assert "pip install" in card.text and RunReport.load(folder / name).summary[0].split()[0] in card.text

@@ -99,7 +99,9 @@ def _run(name: str, arguments: Sequence[str]) -> int:
             raise
         if "--debug" in arguments:
             traceback.print_exc()
-        print(f"hf-cod {name}: error: {one_line(error)}", file=sys.stderr)
+        # Of a failure in the work the first line: what follows are torch's own traces.
+        said = one_line(error if status == 2 else (str(error).strip() or type(error).__name__).splitlines()[0])
+        print(f"hf-cod {name}: error: {said}", file=sys.stderr)
         return status
 
 

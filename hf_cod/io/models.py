@@ -218,8 +218,10 @@ def _require_gguf() -> None:
 
 
 def _forget_gguf(model: Any) -> None:
-    """Removes the quantization config: the weights are dequantized, but transformers would still refuse to save."""
-    model.hf_quantizer = None
+    """Removes all marks of quantization: the weights are dequantized, but transformers would refuse to save them, and
+    Trainer to train them.
+    """
+    model.hf_quantizer, model.is_quantized = None, False
     model.config._is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -51,9 +51,10 @@ def check_unused(directory: Path) -> None:
     inside = {path.name for path in directory.iterdir() if not _LEFT.fullmatch(path.name)}
     foreign = inside - ({JOURNAL} if _is_ours(directory / JOURNAL) else set())
     if foreign:
+        held = "which holds a finished run" if "report.json" in foreign else f"which holds {min(foreign)}"
         raise ValueError(
-            f"output: expected a new directory, an empty one, or that of an interrupted run, got {str(directory)!r}, "
-            f"which holds {min(foreign)}"
+            "output: expected a new directory, an empty one, or that of an interrupted run, got "
+            f"{str(directory)!r}, {held}"
         )
 
 

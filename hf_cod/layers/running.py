@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stock_four_bit import without_repacking
 
 Item = TypeVar("Item")
+# Bars that exist; a finished one is disabled.
+_BARS: WeakSet[Any] = WeakSet()
 
 
 class NonFiniteError(ValueError):
@@ -65,11 +68,14 @@ def evaluation_mode(stack: DecoderLayers, *, repacking: bool = False) -> Iterato
 
 
 def progress(items: Iterable[Item], title: str, show: bool, total: int | None = None) -> Any:
-    """A progress bar that disappears when it is finished. None without a terminal, or if the Hub's progress bars are
-    disabled (HF_HUB_DISABLE_PROGRESS_BARS, `hf-cod --quiet`).
+    """A progress bar that disappears when it is finished. None without a terminal, if the Hub's progress bars are
+    disabled (HF_HUB_DISABLE_PROGRESS_BARS, `hf-cod --quiet`), or inside of the work that another bar shows.
     """
-    wanted = show and not are_progress_bars_disabled()
-    return tqdm(items, desc=title, disable=None if wanted else True, leave=False, total=total)
+    nested = any(not bar.disable for bar in _BARS)
+    wanted = show and not nested and not are_progress_bars_disabled()
+    bar = tqdm(items, desc=title, disable=None if wanted else True, leave=False, total=total)
+    _BARS.add(bar)
+    return bar
 
 
 @contextmanager

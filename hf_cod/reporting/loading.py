@@ -90,7 +90,7 @@ def loading_of(directory: str | Path, name: str) -> Loading:
     found = next(((kind, auto) for file, (kind, auto) in PROCESSORS.items() if (directory / file).is_file()), None)
     lines = [*_imports(needs, found), "", _load("model", needs, name)]
     if found is not None:
-        lines.append(f"{found[0]} = {found[1]}.from_pretrained({json.dumps(name)})")
+        lines.append(f"{found[0]} = {found[1]}.from_pretrained({json.dumps(name)}{_code(needs)})")
     return Loading("\n".join(lines), _install(needs), _remarks(needs), "transformers", AUTO_CLASSES[needs.auto][1])
 
 
@@ -178,8 +178,12 @@ def _imports(needs: _Needs, processor: tuple[str, str] | None, *others: str) -> 
 
 
 def _load(variable: str, needs: _Needs, name: str) -> str:
-    code = ", trust_remote_code=True" if needs.code else ""
-    return f"{variable} = {needs.auto}.from_pretrained({json.dumps(name)}{code})"
+    return f"{variable} = {needs.auto}.from_pretrained({json.dumps(name)}{_code(needs)})"
+
+
+def _code(needs: _Needs) -> str:
+    """Also for the tokenizer, since transformers reads the model's config for it, and asks."""
+    return ", trust_remote_code=True" if needs.code else ""
 
 
 def _install(needs: _Needs, *others: str) -> str:

@@ -160,7 +160,7 @@ def _use(report: RunReport, name: str, where: str | None) -> str:
         "The directory contains the model's code, so only transformers is required:\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
         f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, trust_remote_code=True)",
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n```\n",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}, trust_remote_code=True)\n```\n",
         "If hf_cod is installed and imported, the model loads without `trust_remote_code`; "
         f"`hf-cod diagnose {shlex.quote(name)}` measures its layers.",
     ]

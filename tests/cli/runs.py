@@ -32,5 +32,5 @@ def factorize(folder, output, *more):
 
 
 def narrow(folder, output, *more):
-    arguments = ["narrow", str(folder / "model"), "--text", str(folder / "text.txt"), "--multiple", "8"]
+    arguments = ["narrow", str(folder / "model"), "--text", str(folder / "text.txt"), "--channel-multiple", "8"]
     return main([*arguments, *QUICK, "--output", str(folder / output), *more])

@@ -25,7 +25,7 @@ TRAINING = "--steps 2 --batch-size 2 --micro-batch-size 2 --sequence-length 8 --
 TRAINING += " --log-every 1 --method full --no-plots --device cpu"
 COMMANDS = {
     "prune": f"prune MODEL --text TEXT --score uniform --no-baseline {QUICK}",
-    "narrow": f"narrow MODEL --text TEXT --score uniform --multiple 8 --no-baseline {QUICK}",
+    "narrow": f"narrow MODEL --text TEXT --score uniform --channel-multiple 8 --no-baseline {QUICK}",
     "finetune": f"finetune MODEL --text TEXT {TRAINING}",
     "pack": "pack SPARSE --device cpu",
     "convert": "convert lns MODEL OUTPUT",

@@ -165,6 +165,7 @@ def test_every_function_with_options_is_among_them():
         assert not rest or name in {p.values[0] for p in with_fields()}, name
 
 
+@pytest.mark.slow
 def test_a_type_checker_sees_a_misspelt_name_and_a_wrong_kind(tmp_path):
     file = tmp_path / "user.py"
     file.write_text(

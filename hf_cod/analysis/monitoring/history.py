@@ -65,7 +65,8 @@ class TrainingHistory:
         """
         file = _file_of(Path(path))
         if not file.is_file():
-            raise ValueError(f"history: expected a training history of hf_cod, got {str(file)!r}, which does not exist")
+            lacks = f"which has no {FILE_NAME}" if file.is_dir() else "which does not exist"
+            raise ValueError(f"history: expected a training history of hf_cod, got {str(file)!r}, {lacks}")
         whole = read_json_lines(file, "history")
         with naming_file(file):
             if not whole:

@@ -1,27 +1,39 @@
-"""A training's log where no progress bar stands: one line a record, with the time left."""
+"""A training's progress: a bar on a terminal, else one line per record, with the time left."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from hf_cod.io.report import format_number
 
 
+class TrainingBar(ProgressCallback):
+    """Trainer's progress bar; it disappears when the training is finished, as all bars of this package do."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        """Shows the bar."""
+        super().on_train_begin(args, state, control, **about)
+        if self.training_bar is not None:
+            self.training_bar.leave = False
+
+
 class LogLines(TrainerCallback):
-    """Prints step, loss and time left of each record, each on a line of its own, which a file or a pipe keeps."""
+    """Prints step, loss and time left of each record as a separate line, for files and pipes."""
 
     def __init__(self) -> None:
         self._begun, self._first = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """Notes where a training, or the rest of one, begins."""
+        """Notes the time and the first step; says so if the training resumes."""
         self._begun, self._first = time.perf_counter(), state.global_step
+        if state.global_step and state.is_world_process_zero:
+            print(f"resuming after step {state.global_step} of {state.max_steps}", flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **about: Any) -> None:
-        """One line; of what Trainer logs at the very end nothing, which the report has."""
+        """Prints one line; the summary that Trainer logs at the end is left to the report."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         done = max(1, state.global_step - self._first)
@@ -31,7 +43,7 @@ class LogLines(TrainerCallback):
 
 
 def duration(seconds: float) -> str:
-    """As people say it, in the two largest units: "2 h 5 min", "40 s"."""
+    """Seconds in the two largest units, such as "2 h 5 min" or "40 s"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 from torch import Tensor, nn
-from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from hf_cod.layers.modes import cache_restored, one_thread
 from hf_cod.layers.replicas import processes
@@ -24,7 +24,7 @@ from hf_cod.layers.stack import unwrap
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
-from hf_cod.training.runs.log_lines import LogLines
+from hf_cod.training.runs.log_lines import LogLines, TrainingBar
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.run_directory import SCORES_FILE
 from hf_cod.training.runs.training_settings import TrainingSettings
@@ -174,6 +174,9 @@ def train(
         if trainer.args.disable_tqdm:
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(LogLines())
+        else:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(TrainingBar())
         checkpoint = last_checkpoint(directory, TRAINER_STATE)
         begun = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
         start = time.perf_counter()
