@@ -69,7 +69,7 @@ def find_model_config(source: str | Path, revision: str | None = None, *, local:
     return found
 
 
-def check_model_config(source: str, revision: str | None = None) -> str | None:
+def check_model_config(source: str, revision: str | None = None, field: str = "model") -> str | None:
     """Checks the config.json of a directory or Hub repository, if there is one; returns its path.
 
     Raises:
@@ -79,7 +79,7 @@ def check_model_config(source: str, revision: str | None = None) -> str | None:
         path = find_model_config(source, revision)
     except OSError as error:
         raise ValueError(
-            f"model: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {source!r}: {error}"
+            f"{field}: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {source!r}: {error}"
         ) from error
     if path is not None:
         read_model_config(path)

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         if output.completed:
             say(f"written to {chosen.output}")
             return 0
-        check_model_config(chosen.source)
+        check_model_config(chosen.source, field="source")
         model = conversions[chosen.to]()
         output.require(bytes_of(model))
         model.save_pretrained(output.results)
