@@ -1,9 +1,12 @@
 """What is written about the project is true of it: versions, recipes, the picture of the house, declared versions."""
 
+import ast
 import re
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
+import pytest
 import yaml
 
 import hf_cod
@@ -21,6 +24,11 @@ OWN_READERS = {
 }
 READS = re.compile(r"\bjson\.loads?\(|\bsafe_open\(|\bload_file\(|\byaml\.(safe_|full_)?load\(")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+FILES = sorted((ROOT / "hf_cod").rglob("*.py"))
+LONGEST_BODY, LONGEST_FILE, LONGEST_MODELING_FILE = 40, 300, 450
+# Files and functions beyond these limits, to be shortened, with their lines now: no line more.
+LONG_FILES = {"io/text.py": 345, "io/files.py": 306, "layers/stack.py": 301}
+LONG_BODIES = {("cli/commands/finetune.py", "run"): 48}
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
@@ -63,6 +71,27 @@ def test_every_folder_is_in_the_picture():
         folders = {path.parent.name for path in (ROOT / "hf_cod" / room).glob("*/*.py")}
         named = {name for name in re.findall(r"\b(\w+)/", found[f"{room}/"])}
         assert folders == named, f"{room}: {folders ^ named}"
+
+
+def test_every_file_of_a_room_is_in_the_picture():
+    """By its name or, like the modeling files, by a pattern."""
+    found = picture()
+    for room in ROOMS:
+        named = re.findall(r"[\w*]+\.py\b", found[f"{room}/"])
+        for path in (ROOT / "hf_cod" / room).glob("*.py"):
+            assert path.name == "__init__.py" or any(fnmatch(path.name, name) for name in named), f"{room}/{path.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "hf_cod")))
+def test_files_and_functions_are_short(path):
+    place, code = path.relative_to(ROOT / "hf_cod").as_posix(), path.read_text(encoding="utf-8")
+    most = LONGEST_MODELING_FILE if path.name.startswith("modeling_") else LONGEST_FILE
+    assert len(code.splitlines()) <= LONG_FILES.get(place, most)
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body if ast.get_docstring(node) is None else node.body[1:]
+            lines = node.end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= LONG_BODIES.get((place, node.name), LONGEST_BODY), f"{node.name}: {lines} lines"
 
 
 def test_recipes_name_files_and_tables_that_there_are():

@@ -24,7 +24,7 @@ _WRITTEN = (
 
 def train_into(
     directory: Path,
-    told: dict[str, Any],
+    identity: dict[str, Any],
     source: str,
     pictures: PlotSettings,
     run: Callable[[OutputDirectory], RunReport],
@@ -33,18 +33,18 @@ def train_into(
 
     Args:
         directory: the directory of the run.
-        told: JSON-like identity of the run.
+        identity: JSON-like identity of the run.
         source: the model's directory or name.
         pictures: settings of plots.
         run: function that trains, and writes the model to the results of the directory.
     """
     with OutputDirectory(
-        directory, told, check=lambda path: check_claim(path, told), source=source, half=half_checkpoints
+        directory, identity, check=lambda path: check_claim(path, identity), source=source, half=half_checkpoints
     ) as output:
         if output.completed:
             report = RunReport.load(directory)
         else:
-            claim(directory, told)
+            claim(directory, identity)
             report = run(output)
             finish(report, output, pictures)
     print_report(report)

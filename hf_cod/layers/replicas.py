@@ -34,7 +34,7 @@ def processes() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the only one or has rank 0, also where accelerate was not told of the others."""
+    """Whether this process is the only one or has rank 0, also where accelerate does not know of the others."""
     return processes() == 1 or dist.get_rank() == 0
 
 

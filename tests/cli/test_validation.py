@@ -112,8 +112,8 @@ TOGETHER = {
     "finetune model --fused --micro-batch-size 16": "fused: expected max_grad_norm 0",
     "finetune model --method lisa --scores scores.json": "scores: expected none with lisa",
     "finetune model --method owlore-peft --rank 0": "rank: expected at least 1 for owlore-peft",
-    "finetune model --method owlore-peft --deselected keep": "deselected: expected none beside an OwLore adapter",
-    "heal model --teacher model --method owlore-peft --scale 2": "scale: expected none beside an OwLore adapter",
+    "finetune model --method owlore-peft --deselected keep": "deselected: expected none with an OwLore adapter",
+    "heal model --teacher model --method owlore-peft --scale 2": "scale: expected none with an OwLore adapter",
     "convert authors model converted": "norm_type: expected one of",
 }
 

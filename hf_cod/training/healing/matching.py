@@ -29,12 +29,12 @@ class Matching:
     how: str
 
 
-def match_layers(student: DecoderLayers, teacher: DecoderLayers, told: Sequence[int] | None = None) -> Matching:
+def match_layers(student: DecoderLayers, teacher: DecoderLayers, given: Sequence[int] | None = None) -> Matching:
     """Matches each layer of the student to a layer of the teacher.
 
     The first of these that applies is used:
 
-    1. `told`.
+    1. `given`.
     2. Both models have the same number of layers: one to one.
     3. The student's config: models of this package record the original indices of their layers.
     4. The nearest weights: pruning, factorizing and narrowing keep norms and change matrices little, so the teacher's
@@ -44,22 +44,22 @@ def match_layers(student: DecoderLayers, teacher: DecoderLayers, told: Sequence[
     Args:
         student: the student's layers.
         teacher: the teacher's layers, at least as many.
-        told: for each layer of the student, the index of the teacher's layer, or None.
+        given: for each layer of the student, the index of the teacher's layer, or None.
 
     Raises:
-        ValueError: a student with more layers than the teacher; indices in `told` that do not exist, or that are not in
-            ascending order.
+        ValueError: a student with more layers than the teacher; indices in `given` that do not exist, or that are not
+            in ascending order.
     """
     mine, theirs = len(student), len(teacher)
     if mine > theirs:
         raise ValueError(f"student: expected at most the teacher's {theirs} layers, got {mine}")
-    if told is not None:
-        if len(told) != mine or not _rising(told) or not 0 <= told[0] <= told[-1] < theirs:
+    if given is not None:
+        if len(given) != mine or not _rising(given) or not 0 <= given[0] <= given[-1] < theirs:
             raise ValueError(
                 f"teacher_layers: expected {mine} of the teacher's layers 0..{theirs - 1} in ascending order, got "
-                f"{list(told)}"
+                f"{list(given)}"
             )
-        return Matching(list(told), "as set by teacher_layers")
+        return Matching(list(given), "as set by teacher_layers")
     if mine == theirs:
         return Matching(list(range(mine)), "one to one, because both models have the same number of layers")
     recorded = _recorded(student, theirs)

@@ -33,7 +33,7 @@ def check_beside_adapters(settings: OwLoreSettings, but: Collection[str] = ()) -
     for name, reason in _NOT_OURS.items():
         value = getattr(settings, name)
         if name not in but and value != OwLoreSettings.__dataclass_fields__[name].default:
-            raise ValueError(f"{name}: expected none beside an OwLore adapter, got {value!r}; {reason}")
+            raise ValueError(f"{name}: expected none with an OwLore adapter, got {value!r}; {reason}")
 
 
 class Increments:

@@ -98,7 +98,7 @@ def check_claim(directory: Path, wanted: dict[str, Any], *, finished: bool = Fal
 
 
 def begun_steps(directory: Path) -> int | None:
-    """The steps that an interrupted run was to make, which a run that goes on with its checkpoints makes, too."""
+    """The number of steps of an interrupted run; a run that resumes from its checkpoints makes as many."""
     return _noted(directory / SETTINGS).get("steps") if last_steps(directory) else None
 
 

@@ -46,7 +46,7 @@ def test_what_is_written_is_a_stock_model_and_its_report_is_true(checkpoint, cap
     assert len(plan.layers) == 2 and report.results["removed"] == plan.layers and report.layers["cost"] == plan.costs
     assert sum(p.numel() for p in model.parameters()) == report.results["parameters"]["dropped"]
     found = report.results["perplexity"]
-    assert f"from {format_number(found['intact'])} to {format_number(found['dropped'])}, measured" in shown
+    assert f"from {format_number(found['intact'])} to {format_number(found['dropped'])}, on " in shown
     assert [*report.results["speed"]] == ["intact", "dropped"] and "Tokens per second: " in shown
     assert "2 of 4 layers" in shown and "greedy: without layers" in shown and "As before, it loads" not in shown
     drawn = token_batches(tokenizer, TEXT, SampleSettings(sequence_length=8, max_samples=9, batch_size=1))
@@ -111,7 +111,7 @@ def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--layers", "0"], "n_removed: expected 1..3 of 4 layers to remove, got 0"),
+        (["--layers", "0"], "layers: expected at least 1 layer to remove, got 0"),
         (["--layers", "4"], "n_removed: expected 1..3 of 4 layers to remove, got 4"),
         (["--layers", "1", "--parameter-share", "0.5"], "layers: expected either layers or parameter_share"),
         (

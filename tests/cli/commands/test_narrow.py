@@ -46,7 +46,7 @@ def test_narrow_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys,
         (["--method", "luck"], "method: expected one of fluctuation, taylor, magnitude, got 'luck'"),
         (["--compensation", "luck"], "compensation: expected one of least_squares, bias, none, got 'luck'"),
         (["--score", "spectrum"], "score: expected one of"),
-        (["--multiple", "0"], "channel_multiple: expected a whole number above 0, got 0"),
+        (["--channel-multiple", "0"], "channel_multiple: expected a whole number above 0, got 0"),
     ],
 )
 def test_narrow_with_bad_input(checkpoint, capsys, arguments, message):
