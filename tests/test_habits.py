@@ -13,6 +13,16 @@ import hf_cod
 from tests.test_imports import ROOMS
 
 ROOT = Path(__file__).parent.parent
+# Files that parse JSON or open safetensors by themselves, beside models/, which imports no other folder -> why. All
+# others read files with `io/reading.py`, which checks them.
+OWN_READERS = {
+    "io/reading.py": "the reader",
+    "io/output_directory.py": "a value, as it would come back from a file",
+    "io/report.py": "a value, as it would come back from a file",
+    "layers/replicas.py": "messages of the other processes",
+    "training/runs/run_directory.py": "a value, as it would come back from a file",
+}
+READS = re.compile(r"\bjson\.loads?\(|\bsafe_open\(|\bload_file\(|\byaml\.(safe_|full_)?load\(")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FILES = sorted((ROOT / "hf_cod").rglob("*.py"))
 LONGEST_BODY, LONGEST_FILE, LONGEST_MODELING_FILE = 40, 300, 450
@@ -104,3 +114,13 @@ def test_every_dependency_has_a_lower_bound():
     declared = [*project["dependencies"], *(one for extra in extras.values() for one in extra)]
     for requirement in declared:
         assert re.match(r"hf_cod\[|[\w.-]+>=\d", requirement), requirement
+
+
+def test_files_are_read_by_the_reader():
+    """Also `from json import loads` would be another reader."""
+    found = set()
+    for path in (ROOT / "hf_cod").rglob("*.py"):
+        code = path.read_text(encoding="utf-8")
+        if READS.search(code) or re.search(r"^\s*from json import|^\s*import json as", code, re.M):
+            found.add(path.relative_to(ROOT / "hf_cod").as_posix())
+    assert {name for name in found if not name.startswith("models/")} == set(OWN_READERS)

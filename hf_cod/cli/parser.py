@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from hf_cod.io.deprecation import warn_renamed
+from hf_cod.io.reading import read_yaml
 
 # Option name in other tools -> name in hf-cod.
 ALIASES = {"--output-dir": "--output"}
@@ -127,22 +128,19 @@ class SettingsParser(argparse.ArgumentParser):
 
     def _read(self, path: Path) -> None:
         """Reads a config file; its values become the defaults."""
-        import yaml
-
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            told = str(error).splitlines()[0]
-            raise ValueError(f"config: expected a YAML file of options, got {str(path)!r}: {told}") from error
+        content = read_yaml(path, "config") or {}
         if not isinstance(content, Mapping):
             raise ValueError(f"config: expected option names with values, got {content!r} in {str(path)!r}")
-        options = self._options()
+        options, seen = self._options(), set()
         for key, value in content.items():
             name = _spelled(f"--{key}")[2:].replace("-", "_")
             if name not in options:
                 near = get_close_matches(name, options, 1)
                 told = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}{told}")
+            if name in seen:
+                raise ValueError(f"config: expected each option once, got {key!r} twice in {str(path)!r}")
+            seen.add(name)
             read = _converted(options[name], value, str(key))
             # The same value as the default is not one that a user set: `--print-config` writes all options.
             if read != options[name].default:

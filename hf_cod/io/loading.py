@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_cod.io.model_config import building
+
 logger = logging.getLogger(__name__)
 
 # Number of names that an error lists for each kind of wrong key.
@@ -34,11 +36,12 @@ def read(model_class: Any, source: Any, **options: Any) -> tuple[Any, Mapping[st
     """A model, and the loading info of transformers (missing, unexpected and mismatched keys).
 
     Raises:
-        ValueError: weights that transformers cannot convert.
+        ValueError: a config or weights from which transformers cannot build the model.
     """
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that mismatched keys are listed, too
     try:
-        model, info = model_class.from_pretrained(source, **options, **told)
+        with building(f"a config and weights that {model_class.__name__} can be built from", source):
+            model, info = model_class.from_pretrained(source, **options, **told)
         return model, info
     except torch.OutOfMemoryError:
         raise

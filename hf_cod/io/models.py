@@ -13,9 +13,11 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from hf_cod.io.files import looks_local
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
+from hf_cod.io.model_config import building, check_model_config
 from hf_cod.io.settings import ModelFields, ModelSettings, resolve
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,11 @@ HEADS = {
 EMBEDDED = Path(__file__).parent.parent / "assets" / "pair"
 EMBEDDED_PLACEMENTS = ("pre", "lns")
 HUB_TIMEOUT = 5.0  # seconds
+# A model with one of these files has a tokenizer.
+TOKENIZER_FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+)
 
 
 def load_model(
@@ -48,22 +55,22 @@ def load_model(
         The model and the tokenizer (None if the model has none).
 
     Raises:
-        ValueError: the model does not exist or cannot be read (gives the reason), or weights are missing, unexpected
-            or of another shape (`loading.check_loaded`).
+        ValueError: the model or its tokenizer does not exist or cannot be read (gives the reason), or weights are
+            missing, unexpected or of another shape (`loading.check_loaded`).
         ImportError: a GGUF file without the gguf package.
     """
     settings = resolve(load_model, ModelSettings, settings, fields)
     source, options = _locate(name, settings)
+    config = _build_config(name, source, options)
     try:
-        config = AutoConfig.from_pretrained(source, **options)
         model = _load_with_head(source, config, {**options, **_placement(settings)})
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise _unreadable(name, error) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(name, source, error) from error
     if "gguf_file" in options:
         _forget_gguf(model)
     if settings.device != "auto":
         model.to(torch.device(settings.device or best_device()))
-    return model.eval(), _load_tokenizer(source, options)
+    return model.eval(), _load_tokenizer(name, source, options)
 
 
 def load_config(name: str, settings: ModelSettings | None = None, **fields: Unpack[ModelFields]) -> Any:
@@ -75,10 +82,7 @@ def load_config(name: str, settings: ModelSettings | None = None, **fields: Unpa
     """
     settings = resolve(load_config, ModelSettings, settings, fields)
     source, options = _locate(name, settings)
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(name, error) from error
+    config = _build_config(name, source, options)
     if settings.dtype != "auto":
         config.dtype = getattr(torch, settings.dtype)
     return config
@@ -137,7 +141,21 @@ def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     return source, options
 
 
-def _unreadable(name: str, error: Exception) -> ValueError:
+def _build_config(name: str, source: str, options: dict[str, Any]) -> Any:
+    if "gguf_file" in options:
+        file: str | None = str(Path(source) / options["gguf_file"])
+    else:
+        file = check_model_config(source, options["revision"])
+    with building("a config that transformers can build", file or source):
+        try:
+            return AutoConfig.from_pretrained(source, **options)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise _unreadable(name, source, error) from error
+
+
+def _unreadable(name: str, source: str, error: Exception) -> ValueError:
+    if str(error).startswith("model: expected") and f" in {source!r}" in str(error):
+        return ValueError(str(error))
     if str(error).startswith("model: expected"):
         return ValueError(str(error).replace(", got", f", got in {name!r}", 1))
     return ValueError(
@@ -167,11 +185,29 @@ def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
     return model
 
 
-def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
+def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError):  # a vision model, or weights alone
-        return None
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception
+        if not _has_tokenizer(source, options):  # a vision model, or weights alone
+            return None
+        cause = " ".join(str(error).split())
+        raise ValueError(
+            f"tokenizer: expected tokenizer files that transformers can read, got {type(error).__name__} in {name!r}: "
+            f"{cause}"
+        ) from error
+
+
+def _has_tokenizer(source: str, options: dict[str, Any]) -> bool:
+    """Whether a directory, Hub repository or GGUF file holds a tokenizer, readable or not."""
+    if "gguf_file" in options:
+        from gguf import GGUFReader
+
+        return "tokenizer.ggml.tokens" in GGUFReader(Path(source) / options["gguf_file"]).fields
+    told = {"revision": options["revision"], "_raise_exceptions_for_missing_entries": False}
+    return any(cached_file(source, file, **told) is not None for file in TOKENIZER_FILES)
 
 
 def _require_gguf() -> None:

@@ -6,7 +6,6 @@ is killed during the move, its next start reads the manifest and moves the remai
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_cod.io.files import follow_umask, sync, sync_names, write_json
+from hf_cod.io.reading import read_json, take_format
+from hf_cod.io.schema import read_record
 
 JOURNAL = "journal"  # in an output directory: files from which an interrupted command resumes
 MANIFEST, RESULTS = "manifest.json", "result"  # in the journal
@@ -61,12 +62,10 @@ class Manifest:
         if not file.is_file():
             return None
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            found = cls(content["run"], content["files"], content["spent"])
-            known = content["format"] == 1 and _is_list(found.files, found.spent)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found = read_record(cls, take_format(read_json(file, "manifest"), 1, "manifest"), "manifest")
+        except ValueError as error:
             raise ValueError(f"output: expected a manifest of hf_cod, got {str(file)!r}: {error}") from error
-        if not known:
+        if not _are_inside(found.files, found.spent):
             raise ValueError(f"output: expected a manifest of hf_cod, got {str(file)!r}")
         return found
 
@@ -109,13 +108,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _is_list(files: Any, spent: Any) -> bool:
-    """Whether these are sizes of files inside a directory, and names of checkpoints or journal files."""
-    return (
-        all(
-            isinstance(name, str) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-            for name in files
-        )
-        and all(isinstance(size, int) for size in files.values())
-        and all(map(_SPENT.fullmatch, spent))
-    )
+def _are_inside(files: dict[str, int], spent: list[str]) -> bool:
+    """Whether these are names of files inside a directory, and names of checkpoints or journal files."""
+    paths = map(PurePosixPath, files)
+    return not any(path.is_absolute() or ".." in path.parts for path in paths) and all(map(_SPENT.fullmatch, spent))

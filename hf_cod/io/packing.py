@@ -5,19 +5,23 @@ Window i of a run does not depend on the number of processes or on interruptions
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from hf_cod.io.files import Journal, fingerprint, write_aside
+from hf_cod.io.reading import open_tensors
+
+logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 TEXTS_AT_ONCE = 1000  # texts in one call of the tokenizer, which processes them in parallel
@@ -83,11 +87,29 @@ def pack(tokenizer: Any, texts: Iterable[str], length: int, most: int | None = N
 
 
 def pack_once(file: Path, tokenizer: Any, texts: Iterable[str], length: int) -> Tensor:
-    """As `pack`, cached in a safetensors file; if the file exists, it is read instead."""
-    if not file.is_file():
-        windows = pack(tokenizer, texts, length)
-        write_aside(file, lambda out: out.write(save({"windows": windows})))
-    return load_file(file)["windows"]
+    """As `pack`, cached in a safetensors file; if the file exists, it is read instead.
+
+    A damaged file is replaced, with a warning.
+    """
+    if file.is_file():
+        try:
+            return _read_windows(file, length)
+        except ValueError as error:
+            logger.warning("the cached text cannot be read and is written again: %s", error)
+    windows = pack(tokenizer, texts, length)
+    write_aside(file, lambda out: out.write(save({"windows": windows})))
+    return windows
+
+
+def _read_windows(file: Path, length: int) -> Tensor:
+    with open_tensors(file, "windows", "a safetensors file of hf_cod") as found:
+        windows: Tensor = found.get_tensor("windows")
+    if windows.dtype != torch.int32 or windows.ndim != 2 or len(windows) == 0 or windows.shape[1] != length:
+        raise ValueError(
+            f"windows: expected windows of {length} tokens in int32, got {tuple(windows.shape)} in {windows.dtype} in "
+            f"{str(file)!r}"
+        )
+    return windows
 
 
 class PackedText(Dataset[dict[str, Tensor]]):

@@ -1,4 +1,4 @@
-"""Reading of files: JSON, JSON lines and safetensors, each checked before use.
+"""Reading of files: JSON, JSON lines, YAML and safetensors, each checked before use.
 
 For any file content, the result is plain data or a ValueError "field: expected ..., got ... in 'file'". Types and
 ranges are checked by `schema.py` and by the caller.
@@ -17,8 +17,9 @@ from hf_cod.io.schema import brief
 
 # Far larger than any file that hf_cod writes; reading a larger file would only fill the memory.
 MOST_BYTES = 1 << 30
-# Enough for any count, seed or size in our files; parsing takes time quadratic in the number of digits.
-MOST_DIGITS = 20
+# Enough for any count, seed or size in our files, and for 10 ** 30, which transformers writes for "no limit"; parsing
+# takes time quadratic in the number of digits.
+MOST_DIGITS = 40
 # Deeper than any value in our files; recursive functions stay within the stack.
 MOST_DEPTH = 60
 
@@ -87,6 +88,31 @@ def parse_json(text: str, field: str, nan: bool = False) -> Any:
     if text.count("[") + text.count("{") > MOST_DEPTH and _depth(found) > MOST_DEPTH:
         raise ValueError(f"{field}: expected at most {MOST_DEPTH} levels of nesting, got more")
     return found
+
+
+def read_yaml(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ValueError: no such file, a file that is too large, or content that is not YAML in UTF-8 (repeated names are
+            refused).
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [(name.tag, name.value) for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
+            for name in names:
+                if names.count(name) > 1:
+                    raise yaml.YAMLError(f"the name {brief(name[1])} twice")
+            return super().construct_mapping(node, deep)
+
+    with naming_file(path):
+        text = _read_text(Path(path), field, most)
+        try:
+            return yaml.load(text, Loader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-01
+            raise ValueError(f"{field}: expected YAML, got {str(error).splitlines()[0]}") from error
 
 
 def _depth(value: Any) -> int:

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hf_cod.io.files import write_aside
+from hf_cod.io.reading import parse_json
 
 METADATA, DIGEST = "__metadata__", "digest"
 _PREFIX = 8  # bytes of the header's length
@@ -34,7 +35,7 @@ def save_tensors(
     """
     content = memoryview(save(dict(tensors)))
     start = _PREFIX + int.from_bytes(content[:_PREFIX], "little")
-    header, data = json.loads(bytes(content[_PREFIX:start])), content[start:]
+    header, data = parse_json(bytes(content[_PREFIX:start]).decode(), "header"), content[start:]
     told = dict(sorted(metadata.items()))
     if checked:
         digest = _digest({**header, METADATA: told})
@@ -60,7 +61,7 @@ def is_whole(path: str | Path, known: set[str]) -> bool:
             size = Path(path).stat().st_size - _PREFIX - length
             if size < 0:
                 return False
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length).decode(), "header")
             told = header[METADATA]
             expected = told.pop(DIGEST, None)
             if set(told) != known:

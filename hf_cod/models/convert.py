@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -26,6 +27,9 @@ from .modeling_cod import placements_of
 from .modeling_cod_llama import CodLlamaForCausalLM
 
 Source = PreTrainedModel | str | Path
+
+# What transformers raises while it builds a config or a model from values of another type or range.
+_OF_BUILDING = (TypeError, AttributeError, LookupError, ArithmeticError, StrictDataclassError)
 
 _ON_THE_SUM = (
     "its norm acts on the sum x + F(x) and rescales the residual stream by a factor that depends on the input, for "
@@ -130,8 +134,9 @@ def from_authors(
             raise ValueError("config: expected the contents of config.json with a state dict, got None")
         with _found(source):
             config = _config_dict(source)
-    fields = _authors_fields(dict(config), AUTHORS_NORM_TYPES[norm_type.lower()], post_layers)
-    model_config = CodLlamaConfig(**fields)
+    with _found("config" if isinstance(source, Mapping) else source):
+        fields = _authors_fields(dict(config), AUTHORS_NORM_TYPES[norm_type.lower()], post_layers)
+        model_config = CodLlamaConfig(**fields)
     if isinstance(source, Mapping):
         state = {name.removeprefix("module."): weight.clone() for name, weight in source.items()}
         model = _load_exactly(CodLlamaForCausalLM, None, config=model_config, state_dict=state)
@@ -203,9 +208,15 @@ def _check_model(model: nn.Module) -> PreTrainedModel:
 
 @contextmanager
 def _found(source: Any) -> Iterator[None]:
-    """Turn the errors of transformers for a missing, unreachable or damaged checkpoint into ValueError."""
+    """Turn the errors of transformers for a missing, unreachable or damaged checkpoint or config into ValueError."""
     try:
         yield
+    except _OF_BUILDING as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(
+            f"source: expected a config from which transformers can build the model, got {type(error).__name__} in "
+            f"{str(source)!r}: {cause}"
+        ) from error
     except Exception as error:
         if not is_reading_error(error):
             raise

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from hf_cod.io.files import looks_local
 from hf_cod.io.markdown import escaped
+from hf_cod.io.model_config import find_model_config, read_model_config
+from hf_cod.io.reading import naming_file, read_json
+from hf_cod.io.schema import read_record
 from hf_cod.models.stored_config import REQUIRES
 
 # Auto class -> (its table of class names in transformers, pipeline_tag of the Hub); the first match is used.
@@ -77,11 +79,14 @@ def loading_of(directory: str | Path, name: str) -> Loading:
     Args:
         directory: a directory with a config.json or an adapter_config.json.
         name: Hub id or path to use in the lines of Python.
+
+    Raises:
+        ValueError: the config cannot be read; names the file.
     """
     directory = Path(directory)
     if (directory / "adapter_config.json").is_file():
-        return _adapter(_read(directory / "adapter_config.json"), name)
-    needs = _needs(_read(directory / "config.json"))
+        return _adapter(_read_adapter_config(directory / "adapter_config.json"), name)
+    needs = _needs(read_model_config(directory / "config.json"))
     found = next(((kind, auto) for file, (kind, auto) in PROCESSORS.items() if (directory / file).is_file()), None)
     lines = [*_imports(needs, found), "", _load("model", needs, name)]
     if found is not None:
@@ -123,14 +128,27 @@ def _adapter(config: dict[str, Any], name: str) -> Loading:
     return Loading("\n".join(lines), _install(needs, "peft"), remarks, "peft", AUTO_CLASSES[needs.auto][1], base)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class _AdapterHead:
+    """Entries of adapter_config.json that loading depends on."""
+
+    base_model_name_or_path: str | None = None
+    peft_type: str | None = None
+    auto_mapping: dict[str, str | None] | None = None
+
+
+def _read_adapter_config(path: Path) -> dict[str, Any]:
+    content = read_json(path, "adapter")
+    with naming_file(path):
+        read_record(_AdapterHead, content, "adapter", extra=True)
+    return content  # type: ignore[no-any-return]
 
 
 def _config_of(base: str) -> dict[str, Any]:
     """The config of an adapter's base model if it is available locally, else {}."""
     try:
-        return PreTrainedConfig.get_config_dict(base, local_files_only=True)[0]
+        found = find_model_config(base, local=True)
+        return {} if found is None else read_model_config(found)
     except (OSError, ValueError):
         return {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -18,7 +18,9 @@ from hf_cod.io.files import copy_aside, write_text
 from hf_cod.io.loading import load_exactly
 from hf_cod.io.markdown import escaped
 from hf_cod.io.output_directory import OutputDirectory
+from hf_cod.io.reading import read_json, read_text
 from hf_cod.io.report import RunReport, format_number
+from hf_cod.io.schema import read_record
 from hf_cod.io.settings import resolve
 from hf_cod.reporting.result_card import TAG
 from hf_cod.reporting.settings import CardFields, CardSettings
@@ -213,17 +215,30 @@ def _training(report: RunReport) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Source:
+    package: str
+    characters: int
+    license: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class _Sources:
+    sources: dict[str, _Source]
+
+
 def _texts(path: str) -> str:
     try:
-        sources = json.loads(Path(path).read_text(encoding="utf-8"))["sources"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        sources = read_record(_Sources, read_json(path, "sources"), "sources", extra=True).sources
+    except ValueError as error:
         raise ValueError(f"sources: expected a sources.json of pretraining_text.py, got {path!r}: {error}") from error
     lines = [
         "## Texts and their licences\n",
         "| text | package | characters | licence | evidence |\n|---|---|---:|---|---|",
     ]
     for name, source in sources.items():
-        facts = [source["package"], f"{source['characters']:,}", source["license"], source["evidence"]]
+        facts = [source.package, f"{source.characters:,}", source.license, source.evidence]
         lines.append("| " + " | ".join(map(escaped, (name, *facts))) + " |")
     return "\n".join(lines)
 
@@ -233,5 +248,5 @@ def _comparison(path: str) -> str:
         raise ValueError(f"comparison: expected a comparison.md of compare_placements.py, got {path!r}")
     return (
         "## Comparison with other placements\n\nShorter runs of the same model, each placement at the best learning "
-        "rate of one grid; mean ± standard deviation over seeds.\n\n" + Path(path).read_text(encoding="utf-8").strip()
+        "rate of one grid; mean ± standard deviation over seeds.\n\n" + read_text(path, "comparison").strip()
     )

@@ -277,3 +277,13 @@ def test_what_is_whole_is_taken(place, capsys):
     assert main([*BY_SCORES["quantize"], "scores.json", "--bits", "4", "--no-plots", "--output", "out"]) == 0
     for name in ("factorized", "packed", "quantized"):
         assert main(["diagnose", name, "--text", "text.txt", *QUICK, "--no-plots", "--output", f"of-{name}"]) == 0
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"model_type": "llama", "architectures": [5]}'])
+def test_damaged_configs(content, place, capsys):
+    config = place / "model" / "config.json"
+    config.write_text(content)
+    check_refused(["score", "model", "--text", "text.txt", *QUICK], place, capsys, "config.json")
+    check_refused(["convert", "lns", "model", "out"], place, capsys, "config.json")
+    report().save(place / "model")
+    check_refused(["card", "model"], place, capsys, "config.json")

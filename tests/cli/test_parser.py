@@ -143,8 +143,11 @@ def test_a_config_file_gives_defaults_and_the_command_line_wins(tmp_path):
         ("kind: c", "kind: expected one of a, b, got 'c'"),
         ("rate: [1]", "rate: expected one value, got"),
         ("- 1", "config: expected option names with values"),
-        ("a: [", "config: expected a YAML file of options"),
-        (None, "config: expected a YAML file of options"),
+        ("a: [", "config: expected YAML, got .*run.yaml"),
+        ("[" * 9999, "config: expected YAML, got .*run.yaml"),
+        ("steps: 1\nsteps: 2", "config: expected YAML, got the name 'steps' twice in .*run.yaml"),
+        ("steps: 2026-13-01", "config: expected YAML, got month must be in 1..12 in .*run.yaml"),
+        (None, "config: expected a file, got No such file"),
     ],
 )
 def test_bad_config_files(tmp_path, text, message):
@@ -152,6 +155,12 @@ def test_bad_config_files(tmp_path, text, message):
         (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         parse("m", "--config", str(tmp_path / "run.yaml"))
+
+
+def test_an_option_twice_in_two_spellings(tmp_path):
+    (tmp_path / "run.yaml").write_text("batch-size: 1\nbatch_size: 2\n")
+    with pytest.raises(ValueError, match=r"config: expected each option once, got 'batch_size' twice in .*run\.yaml"):
+        narrow.make_parser().parse(["m", "--config", str(tmp_path / "run.yaml")])
 
 
 def test_a_printed_config_is_read_back(tmp_path, capsys):

@@ -80,3 +80,27 @@ def test_our_own_models_come_back_with_their_heads(tmp_path):
     torch.save({}, tmp_path / "text" / "model.safetensors")
     with pytest.raises(ValueError, match="model: expected"):
         load_model(str(tmp_path / "text"))
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", None),
+        ("tokenizer_config.json", "5"),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+    ],
+)
+def test_a_damaged_tokenizer_is_an_error_and_a_missing_one_is_not(name, text, tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    assert load_model(str(tmp_path))[1] is None
+    gpt_like().save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(
+        ValueError, match=r"tokenizer: expected tokenizer files that .*, got [A-Za-z]+ in .*: .+"
+    ) as error:
+        load_model(str(tmp_path))
+    assert repr(str(tmp_path)) in str(error.value)

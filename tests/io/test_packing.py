@@ -4,6 +4,7 @@ import json
 import datasets
 import pytest
 import torch
+from safetensors.torch import save
 
 from hf_cod.io.packing import PackedStream, PackedText, pack, pack_once, train_tokenizer
 from hf_cod.io.text import TextSettings, embedded_text, load_rows
@@ -37,6 +38,17 @@ def test_pack_once_reads_what_it_wrote(tmp_path):
     file = tmp_path / "windows.safetensors"
     first = pack_once(file, gpt_like(), TEXTS, LENGTH)
     assert torch.equal(first, pack_once(file, gpt_like(), ["not read"], LENGTH))
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b"x" * 9, save({"others": torch.ones(1)}), save({"windows": torch.ones(2, LENGTH + 1)})]
+)
+def test_a_damaged_cache_is_written_again_with_one_warning(damaged, tmp_path, caplog):
+    file = tmp_path / "windows.safetensors"
+    file.write_bytes(damaged)
+    first = pack_once(file, gpt_like(), TEXTS, LENGTH)
+    assert first.tolist() == naive(TEXTS) and len(caplog.records) == 1 and str(file) in caplog.text
+    assert torch.equal(first, pack_once(file, gpt_like(), ["not read"], LENGTH)) and len(caplog.records) == 1
 
 
 def test_every_epoch_has_every_window_once_in_an_order_of_its_own():

@@ -98,6 +98,10 @@ def test_card_refuses(run, tmp_path):
     report = RunReport.load(run)
     with pytest.raises(ValueError, match=r"sources: expected a sources\.json"):
         model_card(report, CardSettings(sources=str(tmp_path / "none.json")), [])
+    for content in ({"sources": [1]}, {"sources": {"novel": {"package": "p"}}}, [1], {}):
+        (tmp_path / "damaged.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"sources: expected a sources\.json .*: .*expected .*, got "):
+            model_card(report, CardSettings(sources=str(tmp_path / "damaged.json")), [])
     with pytest.raises(ValueError, match=r"comparison: expected a comparison\.md"):
         model_card(report, CardSettings(comparison=str(tmp_path / "none.md")), [])
     RunReport("diagnose", "m", {}, {}, {}, {}).save(tmp_path / "other")

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     if chosen.to == "authors" and chosen.norm_type is None:
         raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got none; set --norm-type")
     from hf_cod.cli.recorded import card_outputs
+    from hf_cod.io.model_config import check_model_config
     from hf_cod.io.output_checks import check_unused
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.layers.size import bytes_of
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         if output.completed:
             say(f"written to {chosen.output}")
             return 0
+        check_model_config(chosen.source, field="source")
         model = conversions[chosen.to]()
         output.require(bytes_of(model))
         model.save_pretrained(output.results)

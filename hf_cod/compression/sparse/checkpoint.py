@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from safetensors import SafetensorError, safe_open
+from hf_cod.io.reading import open_tensors
 
 PARTS = ("mask", "values", "row_starts")
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -21,7 +21,7 @@ def check_files(files: Iterable[str], modules: Mapping[str, int]) -> None:
 
     Raises:
         ValueError: an unreadable file, a missing part of a matrix or one of another dtype or shape, a matrix that is
-            not recorded, or a recorded matrix that is missing; begins with the name of the matrix or the file.
+            not recorded, or a recorded matrix that is missing; names the matrix or the file.
     """
     if not modules:
         raise ValueError("modules: expected the names of packed matrices in config.json, got none")
@@ -48,14 +48,11 @@ def _packed(files: Iterable[str]) -> dict[str, dict[str, tuple[str, list[int]]]]
     """Name -> part -> (dtype in safetensors' notation, shape) of each candidate for a packed matrix."""
     found: dict[str, dict[str, tuple[str, list[int]]]] = {}
     for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    name, _, part = key.rpartition(".")
-                    if part in PARTS:
-                        tensor = file.get_slice(key)
-                        found.setdefault(name, {})[part] = (tensor.get_dtype(), tensor.get_shape())
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: expected a complete safetensors file, got a damaged one: {error}") from error
+        with open_tensors(path, "weights", "a complete safetensors file") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                name, _, part = key.rpartition(".")
+                if part in PARTS:
+                    tensor = file.get_slice(key)
+                    found.setdefault(name, {})[part] = (tensor.get_dtype(), tensor.get_shape())
     # Other kinds of modules may have a buffer named mask, too.
     return {name: parts for name, parts in found.items() if len(parts) > 1 or "row_starts" in parts}

@@ -12,6 +12,7 @@ from peft.utils import CONFIG_NAME
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.files import write_text
+from hf_cod.io.reading import read_json
 from hf_cod.io.settings import Default
 from hf_cod.models.stored_config import REQUIRES
 from hf_cod.training.adapters.registry import peft_type
@@ -82,5 +83,5 @@ class OwLoreConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         self.held = {}
         path = Path(save_directory) / CONFIG_NAME
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = read_json(path, "adapter")
         write_text(path, json.dumps({**written, "peft_type": REQUIRES}, indent=2, sort_keys=True))

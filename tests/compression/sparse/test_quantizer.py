@@ -276,7 +276,7 @@ def test_a_damaged_checkpoint_never_loads(damage, message, options, checkpoint):
 def test_a_file_that_was_cut(checkpoint):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"model.safetensors: expected a complete safetensors file, got a damaged one"):
+    with pytest.raises(ValueError, match=r"weights: expected a complete safetensors file, got .*model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(checkpoint)
 
 
