@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.trainer_callback import TrainerCallback
+
+from hf_cod.layers.bitsandbytes_advice import advice_silenced
+
+with advice_silenced():  # of bitsandbytes, which is imported with PEFT
+    from transformers.trainer_callback import TrainerCallback
 
 PARTS = ("weights", "gradients", "optimizer state", "activations", "logits", "update")
 
