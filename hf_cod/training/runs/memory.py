@@ -52,6 +52,15 @@ class Memory:
         return {name: getattr(self, name.replace(" ", "_")) for name in PARTS}
 
 
+def training_memory(used: int | None, estimate: Memory | None = None) -> dict[str, Any]:
+    """`results["training_memory"]` of a report: a step's peak, measured and estimated; None where unknown."""
+    return {
+        "used_bytes": used,
+        "estimate_bytes": None if estimate is None else estimate.total,
+        "estimate_parts": None if estimate is None else estimate.parts(),
+    }
+
+
 class LiveStorages(TorchDispatchMode):
     """Counts each storage from the operation that creates it until it is freed.
 
