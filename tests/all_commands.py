@@ -73,7 +73,7 @@ def prepare() -> None:
         "curve": [[1, 8.0], [7, 4.0]],
         "validation": [[7, 4.5]],
         "tokens": 3_000_000,
-        "parameters": 3_386_496,
+        "parameters": {"trained": 3_386_496},
         "validation_perplexity": 64.8,
         "validation_tokens": 65_536,
     }

@@ -89,7 +89,11 @@ def mark_training(run, whole):
 
 
 # Keys of results that 0.1 used for one thing in one command and for another in the next -> what stands there since.
-RENAMED = {"bytes": {"disk_bytes"}}
+RENAMED = {
+    "bytes": {"disk_bytes"},
+    "size": {"memory_bytes", "layer_bytes", "layer_weights"},
+    "memory": {"training_memory"},
+}
 # Runs whose later draws find new bases: those have had one sign since 0.2, so that a resumed training goes on from its
 # checkpoint, but not to the bits of 0.1.
 REDRAWN = ("finetune", "finetune-peft", "heal")
@@ -112,8 +116,6 @@ def test_interrupted_runs_resume(version, name, copied):
     renamed = set().union(*(RENAMED.get(key, {key}) for key in whole.results))
     if name == "quantize":  # whose bytes were those of the plan
         renamed = renamed - {"disk_bytes"} | {"planned_bytes"}
-    if name == "fit":  # whose sizes were one record
-        renamed = renamed - {"size"} | {"memory_bytes", "layer_bytes", "layer_weights"}
     assert set(whole.layers) <= set(report.layers) and renamed <= set(report.results)
     assert not list(run.glob("checkpoint-*")) and not (run / "journal").exists()
     if name != "diagnose":

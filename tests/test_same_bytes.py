@@ -1,4 +1,7 @@
-"""Every command twice, in processes that hash and draw differently: the same bytes in every file but times."""
+"""Every command twice, in processes that hash and draw differently: the same bytes in every file but times.
+
+Their reports have the keys that docs/reference/files.md lists, with one meaning each.
+"""
 
 import json
 import os
@@ -10,9 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.all_commands import RUNS
+from tests.docs.pages import read
 
 # Keys of a report's results, and words in its sentences, of what differs from run to run.
-TIMES = {"created", "seconds_a_step", "memory"}
+TIMES = {"created", "seconds_a_step", "training_memory"}
+# What the page calls "Compression", and keys that map states of the model to numbers.
+COMPRESSION = {"prune", "factorize", "narrow", "drop-layers", "quantize", "fit"}
+BY_STATE = {"parameters", "memory_bytes", "layer_bytes", "layer_weights"}
 OF_TIMES = re.compile(r"created|seconds|s per step|GB of memory|tokens/s")
 
 
@@ -59,3 +66,32 @@ def test_a_command_writes_the_same_bytes_twice(name, runs):
     assert first == second and first
     wrong = [str(file) for file in first if contents(runs[0] / file) != contents(runs[1] / file)]
     assert not wrong
+
+
+def documented():
+    """Key of results -> commands, by the table of the page."""
+    table = read("docs/reference/files.md").partition("| key of")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (`[^|]+`) \| .+ \| ([^|]+) \|$", table, re.M)
+    found = {}
+    for keys, commands in rows:
+        for key in re.findall(r"`(\w+)`", keys):
+            assert key not in found, f"{key} is listed twice"
+            found[key] = set(commands.split(", "))
+            if "compression" in found[key]:
+                found[key] |= COMPRESSION
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("name", RUNS)
+def test_keys_of_reports_are_documented(name, runs):
+    known = documented()
+    for file in (runs[0] / name).rglob("report.json"):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        for key, value in report["results"].items():
+            assert report["kind"] in known.get(key, ()), f"{key} of {report['kind']} is not in docs/reference/files.md"
+            if key in BY_STATE:
+                assert value and all(isinstance(number, int) for number in value.values()), (key, value)
+            if key == "training_memory":
+                assert value.keys() == {"used_bytes", "estimate_bytes", "estimate_parts"}

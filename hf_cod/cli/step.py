@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -90,3 +90,14 @@ class Step(ABC):
     def last_words(self) -> list[str]:
         """Sentences on loading the model, printed last."""
         return []
+
+
+def uniform_baseline(work: Work, settings: Any) -> dict[str, Any]:
+    """For `Step.baselines`: the plan that `settings.allocate` makes of equal scores, as "uniform".
+
+    Empty without `settings.baseline`, and if the plan is uniform or does not depend on scores.
+    """
+    if not settings.baseline or work.scores is None or work.scores.method == "uniform":
+        return {}
+    alike = replace(work.scores, values=[1.0] * len(work.scores.values), method="uniform")
+    return {"uniform": settings.allocate(alike)}

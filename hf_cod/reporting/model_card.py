@@ -143,7 +143,8 @@ def _validated_on(told: dict[str, Any]) -> str:
 
 
 def _what(report: RunReport, name: str) -> str:
-    millions = report.results["parameters"] / 1e6
+    counted = report.results["parameters"]
+    millions = (counted if isinstance(counted, int) else counted["trained"]) / 1e6  # a number in reports of 0.1
     tokens: int = report.results["tokens"]
     small = " It is small and trained on little text: use it for measurements, not for text generation."
     return (

@@ -28,7 +28,7 @@ def run(tmp_path):
         "curve": [[1, 8.0], [7, 4.0]],
         "validation": [[7, 4.5]],
         "tokens": 3_000_000,
-        "parameters": 3_386_496,
+        "parameters": {"trained": 3_386_496},
         "validation_perplexity": 64.8,
         "validation_tokens": 65_536,
         "effective_depth": {"value": 4.5, "low": 4.4, "high": 4.6, "confidence": 0.95},
@@ -90,6 +90,14 @@ def test_card_says_what_cannot_be_folded_and_what_diverged(run):
     report.results["validation_perplexity"] = math.inf
     report.notes.append("the run diverged; layers were not measured")
     assert "the run diverged" in model_card(report, CardSettings(), []).text
+
+
+def test_the_card_of_an_earlier_report_is_the_same(run):
+    """In version 0.1 `parameters` was a number."""
+    report = RunReport.load(run)
+    card = model_card(report, CardSettings(), []).text
+    report.results["parameters"] = report.results["parameters"]["trained"]
+    assert model_card(report, CardSettings(), []).text == card and "3.4 million parameters" in card
 
 
 def test_card_refuses(run, tmp_path):

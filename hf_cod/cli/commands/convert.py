@@ -93,6 +93,6 @@ def _report(model: Any, chosen: Any) -> RunReport:
         settings=settings,
         environment=environment(dtype=model.dtype),
         layers={},
-        results={"parameters": model.num_parameters()},
+        results={"parameters": {"converted": model.num_parameters()}},
         summary=[RESULTS[chosen.to]],
     )

@@ -84,22 +84,16 @@ def run(
     """Measures perplexity, trains, saves, and measures perplexity again."""
     from hf_cod.analysis.evaluation.choice import held_out_perplexity
     from hf_cod.cli.recorded import with_inputs
-    from hf_cod.io.models import load_model
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
-    from hf_cod.layers.checks import check_length
-    from hf_cod.layers.running import busy, progress
+    from hf_cod.layers.running import progress
     from hf_cod.layers.size import bytes_of
+    from hf_cod.training.runs.memory import training_memory
     from hf_cod.training.runs.methods import METHODS
     from hf_cod.training.runs.run_directory import begun_steps, claim
     from hf_cod.training.runs.trainer import scores_to_draw_by, split_windows, train
 
-    with busy(f"loading {model_title(source)}"):
-        model, tokenizer = load_model(source, loading)
-    if tokenizer is None:
-        raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod.owlore with Trainer")
-    check_length(model, settings.sequence_length)
-    _check_weights(model, settings.method)
+    model, tokenizer = _loaded(source, loading, settings)
     # Adapters of a quantized model are saved without the model.
     output.require(0 if getattr(model, "is_quantized", False) else bytes_of(model))
     windows = pack(tokenizer, load_texts(text), settings.sequence_length)
@@ -117,21 +111,35 @@ def run(
     lost = _lost_energy(trained)
     whole = _saved(trained, tokenizer, chosen.adapters, output.results)
     after = held_out_perplexity(whole, progress(batches, "perplexity", show=True))
-    told = {"model": source, **settings.resolved(), **asdict(sampling)}
-    if scores is not None:
-        told |= {"score": scores.method, "scores": scores_file}
+    given = {} if scores is None else {"score": scores.method, "scores": scores_file}
+    told = {"model": source, **settings.resolved(), **asdict(sampling), **given}
     figures = {
         "perplexity": {"before": before, "after": after},
         "seconds_a_step": training.seconds,
-        "memory": {
-            "used": training.memory,
-            "estimate": None if needed is None else needed.total,
-            "estimate_parts": None if needed is None else needed.parts(),
-        },
+        "training_memory": training_memory(training.memory, needed),
         **({} if lost is None else {"lost_energy": lost}),
     }
     report = _report(whole, training, told, scores, figures, model_title(source))
     return with_inputs(report, loading, text)
+
+
+def _loaded(source: str, loading: ModelSettings, settings: TrainingSettings) -> tuple[Any, Any]:
+    """The model and its tokenizer, which can be trained with these settings.
+
+    Raises:
+        ValueError: they cannot; gives the reason.
+    """
+    from hf_cod.io.models import load_model
+    from hf_cod.layers.checks import check_length
+    from hf_cod.layers.running import busy
+
+    with busy(f"loading {model_title(source)}"):
+        model, tokenizer = load_model(source, loading)
+    if tokenizer is None:
+        raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod.owlore with Trainer")
+    check_length(model, settings.sequence_length)
+    _check_weights(model, settings.method)
+    return model, tokenizer
 
 
 def _check_weights(model: Any, method: str) -> None:
@@ -208,7 +216,7 @@ def _report(
             f"Perplexity goes from {before} to {after} on {told['eval_samples']} held-out samples, after "
             f"{told['steps']} steps by {told['method']} (learning rate {told['learning_rate']:g}, "
             f"{format_number(figures['seconds_a_step'])} s per step).",
-            _told_memory(figures["memory"]),
+            _told_memory(figures["training_memory"]),
             *([_told_lost(figures["lost_energy"])] if "lost_energy" in figures else []),
         ],
     )
@@ -232,8 +240,8 @@ def _told_lost(lost: dict[str, float]) -> str:
 
 def _told_memory(memory: dict[str, Any]) -> str:
     expected = "there was no estimate"
-    if memory["estimate"] is not None:
-        expected = f"the estimate was at most {in_gigabytes(memory['estimate'])} GB"
-    if memory["used"] is None:
+    if memory["estimate_bytes"] is not None:
+        expected = f"the estimate was at most {in_gigabytes(memory['estimate_bytes'])} GB"
+    if memory["used_bytes"] is None:
         return f"Memory was not measured, which takes at least two steps; {expected}."
-    return f"A step used {in_gigabytes(memory['used'])} GB of memory at its peak; {expected}."
+    return f"A step used {in_gigabytes(memory['used_bytes'])} GB of memory at its peak; {expected}."

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
-from hf_cod.cli.step import Step
+from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.width.settings import NarrowSettings
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import METHODS as SCORES
@@ -100,10 +100,7 @@ class Narrow(Step):
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
         """The same share for all layers."""
-        if not self.settings.baseline or work.scores is None or work.scores.method == "uniform":
-            return {}
-        alike = replace(work.scores, values=[1.0] * len(work.scores.values), method="uniform")
-        return {"uniform": self.settings.allocate(alike)}
+        return uniform_baseline(work, self.settings)
 
     def apply(self, work: Work, plan: Any) -> RunReport:
         """Narrows the layers."""

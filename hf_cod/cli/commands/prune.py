@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpreadSettings
-from hf_cod.cli.step import Step
+from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.pruning.settings import PruneSettings
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import METHODS as SCORES
@@ -184,10 +184,7 @@ class Prune(Step):
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
         """The same sparsity for all layers."""
-        if not self.settings.baseline or work.scores is None or work.scores.method == "uniform":
-            return {}
-        alike = replace(work.scores, values=[1.0] * len(work.scores.values), method="uniform")
-        return {"uniform": self.settings.allocate(alike)}
+        return uniform_baseline(work, self.settings)
 
     def apply(self, work: Work, plan: Any) -> RunReport:
         """Prunes the matrices."""

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from hf_cod.compression.quantization.scales import NESTED_BLOCK
+from hf_cod.layers.bitsandbytes_advice import advice_silenced
 
-_ADVICE = logging.getLogger("bitsandbytes.backends.cpu.ops")  # on a kernel for one token, which is not used here
-_level = _ADVICE.level
 try:
-    _ADVICE.setLevel(logging.ERROR)
-    from bitsandbytes import matmul_4bit as matmul_4bit  # type: ignore[attr-defined]
-    from bitsandbytes.functional import QuantState as QuantState
-    from bitsandbytes.functional import create_dynamic_map as create_dynamic_map
-    from bitsandbytes.functional import get_4bit_type as get_4bit_type
-    from bitsandbytes.nn import Linear4bit as Linear4bit  # type: ignore[attr-defined]
-    from bitsandbytes.nn import Params4bit as Params4bit  # type: ignore[attr-defined]
+    with advice_silenced():
+        from bitsandbytes import matmul_4bit as matmul_4bit  # type: ignore[attr-defined]
+        from bitsandbytes.functional import QuantState as QuantState
+        from bitsandbytes.functional import create_dynamic_map as create_dynamic_map
+        from bitsandbytes.functional import get_4bit_type as get_4bit_type
+        from bitsandbytes.nn import Linear4bit as Linear4bit  # type: ignore[attr-defined]
+        from bitsandbytes.nn import Params4bit as Params4bit  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
         "bits: storing weights in 3 or 4 bits requires the bitsandbytes package: pip install 'hf_cod[bitsandbytes]'"
     ) from error
-finally:
-    _ADVICE.setLevel(_level)
 
 # The dtypes to which bitsandbytes decodes.
 DECODED = (torch.float32, torch.bfloat16, torch.float16)

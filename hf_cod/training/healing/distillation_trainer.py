@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import Trainer
-from transformers.trainer_callback import TrainerCallback
-
+from hf_cod.layers.bitsandbytes_advice import advice_silenced
 from hf_cod.training.healing.objective import Objective
+
+with advice_silenced():  # of bitsandbytes, which is imported with PEFT
+    from transformers import Trainer
+    from transformers.trainer_callback import TrainerCallback
 
 
 class DistillationTrainer(Trainer):

@@ -14,6 +14,7 @@ from hf_cod.layers.stack import DecoderLayers
 from hf_cod.training.healing.matching import Matching
 from hf_cod.training.healing.settings import HealSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.memory import training_memory
 from hf_cod.training.runs.trainer import Training
 
 
@@ -55,11 +56,11 @@ def healing_report(
     results = {
         "curve": training.curve,
         "perplexity": found,
-        "size": {key: asdict(size) for key, size in sizes.items()},
+        **_told_bytes(sizes),
         "recovered": share,
         "tokens": tokens,
         "seconds_a_step": training.seconds,
-        "memory": training.memory,
+        "training_memory": training_memory(training.memory),
     }
     return RunReport(
         kind="heal",
@@ -71,6 +72,12 @@ def healing_report(
         summary=summary,
         notes=[] if matching is None else [f"hidden states: layers matched {matching.how}"],
     )
+
+
+def _told_bytes(sizes: dict[str, ModelSize]) -> dict[str, dict[str, int]]:
+    """Results on size, under the keys that the compressing commands use."""
+    names = {"memory_bytes": "bytes", "layer_bytes": "layer_bytes", "layer_weights": "layer_weights"}
+    return {key: {state: getattr(size, name) for state, size in sizes.items()} for key, name in names.items()}
 
 
 def _told_size(sizes: dict[str, ModelSize], zeros: bool) -> str:

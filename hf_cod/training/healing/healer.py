@@ -61,9 +61,10 @@ def heal(
     is not changed.
 
     The report's `results` hold `curve` (step, loss), `perplexity` of "teacher", "before" and "after", `recovered` (the
-    recovered share of the lost log-perplexity; None if none was lost), `size` of "teacher" and "healed" (`ModelSize`),
-    `tokens`, `seconds_a_step` and `memory` (peak bytes of a step, including the teacher; None after less than two
-    steps). Its `layers` hold `trained` (steps), `score` and `teacher_layer`, as far as they apply.
+    recovered share of the lost log-perplexity; None if none was lost), `memory_bytes`, `layer_bytes` and
+    `layer_weights` of "teacher" and "healed", `tokens`, `seconds_a_step` and `training_memory` (`used_bytes`: peak of
+    a step, including the teacher; None after less than two steps). Its `layers` hold `trained` (steps), `score` and
+    `teacher_layer`, as far as they apply.
 
     Args:
         student: a causal language model with weights in floating point.

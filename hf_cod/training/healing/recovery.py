@@ -8,12 +8,12 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import IGNORED_LABEL, Batches
+from hf_cod.layers.bitsandbytes_advice import advice_silenced
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
@@ -23,6 +23,9 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
 from hf_cod.training.healing.settings import RecoveryFields, RecoverySettings
+
+with advice_silenced():  # of bitsandbytes, which is imported with PEFT
+    from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
 
 
 @renamed(path="layers_path")

@@ -76,7 +76,7 @@ def training_report(
     """Measures a trained model on the validation text, in float32, and returns the report of the run.
 
     The report's `layers` are those of `diagnose` (without gradient norms). Its `results` hold `curve` (training loss
-    by step), `validation` (validation loss by step, in the run's precision), `tokens`, `parameters`,
+    by step), `validation` (validation loss by step, in the run's precision), `tokens`, `parameters` of "trained",
     `validation_perplexity`, `validation_tokens`, `effective_depth`, `late_share`, `angular_distance` and `layer_drop`.
 
     Args:
@@ -92,7 +92,7 @@ def training_report(
         "curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "validation": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
         "tokens": recipe.tokens,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": {"trained": sum(p.numel() for p in model.parameters())},
         "validation_perplexity": value,
         "validation_tokens": sum(batch["input_ids"].numel() for batch in batches),
     }

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.trainer_callback import TrainerCallback
+
+from hf_cod.layers.bitsandbytes_advice import advice_silenced
+
+with advice_silenced():  # of bitsandbytes, which is imported with PEFT
+    from transformers.trainer_callback import TrainerCallback
 
 PARTS = ("weights", "gradients", "optimizer state", "activations", "logits", "update")
 
@@ -46,6 +50,15 @@ class Memory:
     def parts(self) -> dict[str, int]:
         """Part -> bytes."""
         return {name: getattr(self, name.replace(" ", "_")) for name in PARTS}
+
+
+def training_memory(used: int | None, estimate: Memory | None = None) -> dict[str, Any]:
+    """`results["training_memory"]` of a report: a step's peak, measured and estimated; None where unknown."""
+    return {
+        "used_bytes": used,
+        "estimate_bytes": None if estimate is None else estimate.total,
+        "estimate_parts": None if estimate is None else estimate.parts(),
+    }
 
 
 class LiveStorages(TorchDispatchMode):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 from torch import Tensor, nn
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from hf_cod.layers.bitsandbytes_advice import advice_silenced
 from hf_cod.layers.modes import cache_restored, one_thread
 from hf_cod.layers.replicas import processes
 from hf_cod.layers.stack import unwrap
@@ -28,6 +28,9 @@ from hf_cod.training.runs.log_lines import LogLines, TrainingBar
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.run_directory import SCORES_FILE
 from hf_cod.training.runs.training_settings import TrainingSettings
+
+with advice_silenced():  # of bitsandbytes, which is imported with PEFT
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 logger = logging.getLogger(__name__)
 

@@ -50,8 +50,10 @@ def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
     assert report.results["curve"] == RunReport.load(tmp_path / "killed").results["curve"]
     pictures = {path.name for path in (tmp_path / "whole").glob("*.png")}
     assert pictures == {"overview.png", "curve.png", "healed.png", "trained.png", "score.png"}
-    size, speed = report.results["size"], report.results["speed"]
-    assert size["healed"]["layer_weights"] == 0.75 * size["teacher"]["layer_weights"]
+    weights, speed = report.results["layer_weights"], report.results["speed"]
+    assert weights["healed"] == 0.75 * weights["teacher"]
+    assert [*report.results["memory_bytes"]] == ["teacher", "healed"]
+    assert report.results["training_memory"]["used_bytes"] > 0
     assert [*speed] == ["teacher", "healed"] and all(value > 0 for told in speed.values() for value in told.values())
     page = (tmp_path / "whole" / "report.md").read_text()
     assert "75.0% of the teacher's; the student takes" in page and "Tokens per second: " in page and "(teacher " in page

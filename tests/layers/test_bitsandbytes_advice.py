@@ -1,0 +1,51 @@
+"""No command prints what bitsandbytes logs when it is imported (on CPUs with AVX-512 BF16, without `kernels`)."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from hf_cod.layers.bitsandbytes_advice import advice_silenced
+from tests.tiny_models import build
+from tests.tiny_tokenizers import gpt_like
+
+TEXT = "--text text.txt --dtype float32 --device cpu --sequence-length 8 --eval-samples 4"
+TRAINED = f"{TEXT} --steps 2 --batch-size 4 --micro-batch-size 2 --no-plots --learning-rate 1e-2"
+COMMANDS = {
+    "finetune --estimate": "finetune model --estimate",
+    "finetune": f"finetune model {TRAINED} --method lora --lora-rank 2 --output tuned",
+    "heal": f"heal model --teacher model {TRAINED} --method lora --lora-rank 2 --no-speed --output healed",
+    "prune --recover": f"prune model {TEXT} --max-samples 4 --batch-size 2 --recover 2 --no-plots --output pruned",
+}
+# Lines of our own: warnings, and records of a training without a progress bar.
+OURS = re.compile(r"hf-cod \S+: warning: |\S+: step \d+ of \d+|step \d+ of \d+|$")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("command", COMMANDS)
+def test_standard_error_has_no_lines_of_other_libraries(command, tmp_path):
+    """In a process that has imported nothing yet: the line is logged by the first import."""
+    build("llama").save_pretrained(tmp_path / "model")
+    gpt_like().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten " * 40)
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_cod", *COMMANDS[command].split()],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if not OURS.match(line)] == []
+
+
+def test_advice_is_silenced_within_the_block_only():
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before = logger.level
+    with pytest.raises(ValueError, match="expected"), advice_silenced():
+        assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
+        raise ValueError("expected")
+    assert logger.level == before
