@@ -108,13 +108,9 @@ def run(
     if source.eval_text is not None:
         texts = load_texts(replace(text, text=source.eval_text))
         held_out = pack(tokenizer, texts, settings.sequence_length, most=settings.eval_samples)
-    told: dict[str, Any] = {
-        "sampling": sampling,
-        "scores": scores_file,
-        "output": output.path,
-        "name": model_title(student),
-    }
-    report = heal(model, teacher, load_texts(text), settings, tokenizer=tokenizer, held_out=held_out, **told)
+    told: dict[str, Any] = {"sampling": sampling, "scores": scores_file, "held_out": held_out, "output": output.path}
+    told["name"] = model_title(student)
+    report = heal(model, teacher, load_texts(text), settings, tokenizer=tokenizer, **told)
     model.save_pretrained(output.results)  # type: ignore[operator]  # a model of transformers
     tokenizer.save_pretrained(output.results)
     speed = {}
