@@ -160,7 +160,8 @@ def no_model(tmp_path, monkeypatch):
     def never(*args, **kwargs):
         pytest.fail("a model is loaded before the settings are checked")
 
-    for module in ("hf_cod.io.models", "hf_cod.cli.samples", "hf_cod.cli.work"):
+    # Those that import it first: one that is imported by its patch would keep the patched function for ever.
+    for module in ("hf_cod.cli.work", "hf_cod.cli.samples", "hf_cod.io.models"):
         monkeypatch.setattr(f"{module}.load_model", never)
     monkeypatch.setattr("hf_cod.io.models.load_config", never)
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", never)
