@@ -115,7 +115,7 @@ def describe(
         results={
             "memory_bytes": {"intact": dense_bytes, "packed": bytes_of(stack.model)},
             "disk_bytes": packed_bytes,
-            "modules": {key: m.sparsity for key, m in packed.items()},
+            "module_sparsity": {key: m.sparsity for key, m in packed.items()},
         },
         summary=[
             f"{len(packed)} matrices packed. {sizes}, {format_number(packed_bytes / dense_bytes)} of the dense size.",

@@ -97,7 +97,7 @@ def prune_layer(stack: DecoderLayers, index: int, method: Method, sums: Sums | N
 
 
 def measure_sparsity(stack: DecoderLayers) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Counts zeros, for a report's `layers` {"sparsity", "parameters"} and `results` {"sparsity", "modules"}.
+    """Counts zeros, for a report's `layers` {"sparsity", "parameters"} and `results` {"sparsity", "module_sparsity"}.
 
     Each parameter of a bank of experts counts as one matrix.
     """
@@ -111,7 +111,7 @@ def measure_sparsity(stack: DecoderLayers) -> tuple[dict[str, list[Any]], dict[s
         layers["sparsity"].append(here / size)
         layers["parameters"].append(size)
         zeros += here
-    return layers, {"sparsity": zeros / sum(layers["parameters"]), "modules": modules}
+    return layers, {"sparsity": zeros / sum(layers["parameters"]), "module_sparsity": modules}
 
 
 def _parts(stack: DecoderLayers, index: int) -> Iterator[tuple[str, int | None, Tensor]]:

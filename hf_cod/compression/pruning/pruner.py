@@ -60,7 +60,7 @@ def prune(
     token was routed are pruned by magnitude; the report names them.
 
     The report's `layers` hold `target` and `sparsity` (counted in the weights) and `parameters`, one value for each
-    layer; its `results` hold `sparsity` (of all matrices together) and `modules` (name -> sparsity).
+    layer; its `results` hold `sparsity` (of all matrices together) and `module_sparsity` (name -> sparsity).
 
     Args:
         model: a transformers model with plain weights. After an error in the activations of a layer, the layers before

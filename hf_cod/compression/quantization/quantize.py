@@ -59,7 +59,7 @@ def quantize(
 
     The report's `layers` hold `bits` (stored, scales included), `error` (share of the outputs' energy that is lost by
     rounding, mean over the layer's matrices; with batches) and `parameters`; its `results` hold `bits` of all quantized
-    matrices together, `planned_bytes` of them, and `modules` (name -> 3 or 4).
+    matrices together, `planned_bytes` of them, and `module_bits` (name -> 3 or 4).
 
     Args:
         model: a transformers model with plain weights in memory.
@@ -194,7 +194,7 @@ def _report(
         settings={"block": config.block, "double_quant": config.double_quant, "score": score_of(config), **batches},
         environment=environment(execution_device(model), next(_floating(model)).dtype),
         layers=layers,
-        results={"bits": plan.stored, "planned_bytes": round(plan.stored * weights / 8), "modules": plan.bits},
+        results={"bits": plan.stored, "planned_bytes": round(plan.stored * weights / 8), "module_bits": plan.bits},
         summary=[
             f"{weights:,} weights of the layers' matrices are stored in {plan.stored:.3f} bits each, scales included."
         ],

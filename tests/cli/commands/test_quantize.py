@@ -39,7 +39,7 @@ def test_what_is_written_loads_and_its_report_is_true(model, tmp_path, capsys):
     report, shown = RunReport.load(tmp_path / "out"), capsys.readouterr().out
     saved, tokenizer = load_model(str(tmp_path / "out"))
     bits = saved.config.quantization_config.modules
-    assert set(bits.values()) == {3, 4} and bits == report.results["modules"]
+    assert set(bits.values()) == {3, 4} and bits == report.results["module_bits"]
     assert "Four bits are assigned by owl, highest scores first" in shown and "stored bits per weight" in shown
     stack = find_decoder_layers(saved)
     order = sorted(range(len(stack)), key=lambda i: -report.layers["score"][i])
@@ -77,7 +77,7 @@ def test_the_allocation_that_is_written_serves_again(model, tmp_path):
     assert len(between) == 1 and 3 < between[0] < 4 and plan.budget == pytest.approx(plan.mean)
     intact = load_model(model)[0]
     again = hf_cod.quantize(intact, OwlBnbConfig(allocation=file, skip=["k_proj"]))
-    assert again.results["modules"] == report.results["modules"]
+    assert again.results["module_bits"] == report.results["modules"]
     saved = load_model(str(tmp_path / "out"))[0].state_dict()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in intact.state_dict().items())
     with pytest.raises(ValueError, match="allocation: expected those of a model with"):
@@ -88,7 +88,7 @@ def test_the_allocation_that_is_written_serves_again(model, tmp_path):
 def test_one_width_by_each_rounding(model, tmp_path, rounding):
     assert quantize(model, tmp_path / "out", "--bits", "3", "--rounding", rounding, "--no-plots") == 0
     report = RunReport.load(tmp_path / "out")
-    assert set(report.results["modules"].values()) == {3} and "score" not in report.layers
+    assert set(report.results["module_bits"].values()) == {3} and "score" not in report.layers
     assert set(report.results["perplexity"]) == {"intact", "quantized"} and report.settings["score"] is None
     assert LayerAllocation.load(tmp_path / "out" / "allocation.json").values == [3.0] * 12
 
@@ -107,7 +107,7 @@ def test_scores_are_read_and_some_names_are_left(model, tmp_path):
     ]
     assert quantize(model, tmp_path / "out", *more) == 0
     report = RunReport.load(tmp_path / "out")
-    bits = report.results["modules"]
+    bits = report.results["module_bits"]
     assert not any("o_proj" in name for name in bits) and bits["model.layers.11.mlp.up_proj"] == 4
     assert bits["model.layers.0.mlp.up_proj"] == 3 and report.settings["block"] == 32
 

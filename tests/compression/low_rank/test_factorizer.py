@@ -275,7 +275,7 @@ def test_factors_can_be_pruned_and_stored_without_zeros(tmp_path):
     model = build("llama", hidden_size=64, intermediate_size=96)
     factorize(model, 0.6, batches=two_batches(model))
     report = prune(model, 0.7, batches=two_batches(model))
-    assert "model.layers.1.mlp.up_proj.reduce" in report.results["modules"]
+    assert "model.layers.1.mlp.up_proj.reduce" in report.results["module_sparsity"]
     pack_sparse(model)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

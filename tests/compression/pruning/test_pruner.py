@@ -149,7 +149,7 @@ def test_an_allocation_is_met_layer_by_layer(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, W in matrices(again).items():
         assert torch.equal(W, matrices(model)[name])
-        assert float((W == 0).float().mean()) == pytest.approx(report.results["modules"][name], abs=1e-6)
+        assert float((W == 0).float().mean()) == pytest.approx(report.results["module_sparsity"][name], abs=1e-6)
     torch.testing.assert_close(again(**batch_for(model)).logits, model(**batch_for(model)).logits, rtol=0, atol=0)
 
 

@@ -16,7 +16,7 @@ def test_compensation_loses_least():
     for kind in ("nearest", "compensated"):
         model = llama()
         report = quantize(model, OwlBnbConfig(bits=3), batches=batches if kind == "compensated" else None)
-        assert len(report.layers["bits"]) == 4 and report.results["modules"].keys() == stored(model).keys()
+        assert len(report.layers["bits"]) == 4 and report.results["module_bits"].keys() == stored(model).keys()
         lost[kind] = float((outputs(model) - outputs(llama())).norm())
         assert ("error" in report.layers) == (kind == "compensated")
     assert all(0 < error < 0.2 for error in report.layers["error"])
