@@ -457,7 +457,7 @@ def test_weights_that_cannot_be_exchanged_are_refused_before_anything_changes():
         (shared, r"a separate weight for each matrix, got model.layers.1.mlp.up_proj.weight"),
         (broken, "weights: expected finite numbers, got NaN or infinity in model.layers.3.mlp.up_proj"),
         (twice, r"model: expected dense matrices, got factors in model.layers.0.self_attn.q_proj"),
-        (adapted, r"got an adapter at model.layers.0.mlp.up_proj; merge_and_unload it first"),
+        (adapted, r"got an adapter at model.layers.0.mlp.up_proj; call merge_and_unload first"),
     ]:
         before = [p.detach().clone() for p in model.parameters()]
         with pytest.raises(ValueError, match=message):

@@ -275,7 +275,7 @@ def test_weights_that_cannot_be_pruned_are_refused_before_anything_changes():
         ),
         (quantized, r"floating-point weights, got Parameter torch.int8 in model.layers.2.mlp.up_proj"),
         (broken, "weights: expected finite numbers, got NaN or infinity in model.layers.3.mlp.up_proj"),
-        (adapted, r"got an adapter at model.layers.0.mlp.up_proj; merge_and_unload it first"),
+        (adapted, r"got an adapter at model.layers.0.mlp.up_proj; call merge_and_unload first"),
         (offloaded, r"in memory, got offloaded ones in model.layers.0.self_attn.q_proj"),
     ]:
         before = [p.detach().clone() for p in model.parameters()]
