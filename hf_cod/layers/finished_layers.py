@@ -78,7 +78,8 @@ class FinishedLayers:
             return
         with open_tensors(path, "journal", f"a finished layer {index} (delete it to restart that layer)") as file:
             note = (file.metadata() or {}).get(_NOTE, "")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            # Copied into memory of torch's own: in a mapped file's, products round by how its tensors are aligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         with naming_file(path):
             checked = check_value(parse_json(note, "journal note", nan=True), Note, "journal note", {"nan": True})
             try:

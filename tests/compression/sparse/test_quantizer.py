@@ -189,7 +189,7 @@ def test_bad_models():
             peft.get_peft_model(pack_sparse(sparse_model()), peft.LoraConfig(r=2, init_lora_weights=start))
     with pytest.raises(ValueError, match="minimum: expected a share of zeros between 0 and 1, got 50"):
         pack_sparse(sparse_model(), minimum=50)
-    with pytest.raises(ValueError, match="model: expected a transformers model without wrappers, got Linear"):
+    with pytest.raises(ValueError, match="model: expected a loaded transformers model, got Linear"):
         pack_sparse(nn.Linear(2, 2))
     broken = sparse_model()
     broken.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("nan")
