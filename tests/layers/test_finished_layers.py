@@ -100,9 +100,13 @@ def test_lines_of_an_earlier_version_are_taken_and_others_are_not(tmp_path):
     Journal(path, "work").add("new", 1.5)
     whole = path.read_text()
     old, damaged = json.dumps(["work", "old", {"a": [1]}]), whole.replace("1.5", "1.6")
-    path.write_text(f'{old}\n{damaged}5\n{{}}\n["work", 3, 4]\n["work", "key"]\n{whole.rstrip()}')
+    path.write_text(f'{old}\n{damaged}5\n["work", 3, 4]\n["work", "key"]\n{whole.rstrip()}')
     assert Journal(path, "work").entries == {"old": {"a": [1]}, "new": 1.5}
     assert path.read_text() == f"{old}\n{whole}"
+    path.write_text("{}\n")
+    with pytest.raises(ValueError, match=r"journal: expected \[work, key, result\] in each line"):
+        Journal(path, "work")  # a file of another kind
+    assert path.read_text() == "{}\n"
 
 
 def test_statistics_are_the_same_bytes_each_time(tmp_path):

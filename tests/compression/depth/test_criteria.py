@@ -257,7 +257,7 @@ def test_bad_input():
     for count in (0, 4, 5, -1):
         with pytest.raises(ValueError, match=r"n_removed: expected 1..3 of 4 layers to remove, got"):
             plan_depth(model, count, batches=batches)
-    with pytest.raises(ValueError, match="n_removed: expected an integer, got 1.5"):
+    with pytest.raises(ValueError, match="n_removed: expected an integer, got"):
         plan_depth(model, 1.5, batches=batches)
     with pytest.raises(ValueError, match=f"criterion: expected one of {', '.join(CRITERIA)}, got 'x'"):
         plan_depth(model, 1, "x", batches=batches)
