@@ -274,7 +274,7 @@ def test_what_is_whole_is_taken(place, capsys):
     model = build("llama")
     counts = [sum(p.numel() for n, p in layer.named_parameters() if p.dim() == 2) for layer in model.model.layers]
     LayerScores("m", "owl", [0.4, 0.3, 0.2, 0.1], counts).save(place / "scores.json")
-    assert main([*BY_SCORES["quantize"], "scores.json", "--bits", "4", "--no-plots", "--output", "out"]) == 0
+    assert main([*BY_SCORES["quantize"], "scores.json", "--bits", "7", "--no-plots", "--output", "out"]) == 0
     for name in ("factorized", "packed", "quantized"):
         assert main(["diagnose", name, "--text", "text.txt", *QUICK, "--no-plots", "--output", f"of-{name}"]) == 0
 

@@ -146,7 +146,7 @@ def test_another_run_does_not_go_on_in_the_same_directory(tmp_path, text):
         with pytest.raises(ValueError, match=told):
             run("pretrain", tmp_path / "run", *text, *change)
     Path(text[1]).write_text(embedded_text()[:30_000])
-    with pytest.raises(ValueError, match=r"text_size: expected \[\d+\], .*name another --output"):
+    with pytest.raises(ValueError, match=r"text_size: expected \[\d+\], .*set another --output"):
         run("pretrain_accelerate", tmp_path / "run", *text)
     assert RunReport.load(tmp_path / "run") == report
 

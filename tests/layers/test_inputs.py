@@ -37,7 +37,7 @@ from tests.tiny_models import build, outputs
 
 
 def fit(model, batches):
-    return plan_fit(lambda: model, "parameters", 0.9, batches, batches, knobs=["rank"], verify=1)
+    return plan_fit(lambda: model, "parameter_share", 0.9, batches, batches, knobs=["rank"], verify=1)
 
 
 def scoring(method):

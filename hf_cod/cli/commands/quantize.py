@@ -30,9 +30,9 @@ ROUNDINGS = {
 # In the table of mixtures, compared with equal scores (earlier layers first): with compensation owl is the best of all
 # scores (61.3 against 64.0); with nearest rounding owl is worse (91.3 against 89.2), and angular is the best.
 DEFAULT_SCORE, BY_VALUE = "owl", "angular"
-# Maximum of any complete block: four bits, and a scale of 32 bits for each 32 weights. The exact limits depend on the
-# shapes of the model and are checked after loading.
-MOST_BITS = 5.0
+# Complete blocks store at most 5 bits (four, and a scale of 32 bits for each 32 weights), padded rows of small matrices
+# more. The exact limits depend on the shapes of the model and are checked after loading; 8 bits are refused at once.
+MOST_BITS = 7.99
 SCALE_BITS, TOLERANCE = 8, 0.02  # bits of a quantized scale; tolerance for rounded values
 
 
