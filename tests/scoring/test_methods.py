@@ -184,9 +184,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="batches: expected at least one for the method angular"):
         score_layers(model, method="angular")
     for texts in (["one two"], "one two"):
-        with pytest.raises(
-            ValueError, match=r"batches: expected .*token_batches\(tokenizer, texts\)"
-        ):
+        with pytest.raises(ValueError, match=r"batches: expected .*token_batches\(tokenizer, texts\)"):
             score_layers(model, batches=texts)
     for wrong in (0, -1, math.nan, math.inf):
         with pytest.raises(ValueError, match="threshold: expected a finite number above 0"):
