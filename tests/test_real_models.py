@@ -54,7 +54,7 @@ def test_the_first_layers_matter_most_and_the_middle_least(pre_ln):
     assert sum(pre_ln.layers["gradient_norm"][:15]) > sum(pre_ln.layers["gradient_norm"][15:])
     assert pre_ln.layers["variance"][11] > 50 * pre_ln.layers["variance"][10], "massive activations arise in layer 11"
     depth = pre_ln.results["effective_depth"]
-    assert depth["low"] < depth["value"] < depth["high"] < 25
+    assert depth["low"] is None and 1 < depth["value"] < 25, "four samples give no interval"
 
 
 def test_post_ln_shows_the_opposite_trend(model, tokenizer, brown_text, pre_ln, post_ln, tmp_path):
