@@ -79,7 +79,7 @@ class Default(int):
 
 
 class DefaultNumber(float):
-    """A default that is told apart from the same number set by a user, which is refused where it has no effect."""
+    """A default value, distinguishable from the same number set by a user, which is refused where it has no effect."""
 
 
 class DefaultName(str):

@@ -151,8 +151,9 @@ def test_edges_of_what_is_allowed(function):
     """The last token, as many tokens as positions, a lone token beside padding, a mask of two dimensions or four."""
     longest = {"input_ids": ids(2, 64, least=98, most=99), "attention_mask": torch.ones(2, 64)}
     lone = {"input_ids": ids(2, 9), "attention_mask": torch.tensor([[1] * 9, [1] + [0] * 8])}
-    ON_BATCHES[function](build("gpt2", layers=3), [longest, lone])
-    ON_BATCHES[function](build("llama", layers=3), [{"input_ids": ids(1, 80)}, lone])  # rotary: no table of positions
+    assert ON_BATCHES[function](build("gpt2", layers=3), [longest, lone]) is not None
+    rotary = build("llama", layers=3)  # without a table of positions
+    assert ON_BATCHES[function](rotary, [{"input_ids": ids(1, 80)}, lone]) is not None
 
 
 @pytest.mark.parametrize("function", ON_LOSSES)
