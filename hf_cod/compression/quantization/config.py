@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.compression.quantization.settings import QuantizeSettings, StorageFields
+from hf_cod.compression.stored_quantization import StoredQuantization
 from hf_cod.functional.bits import BITS
 from hf_cod.io.arguments import checked
-from hf_cod.io.schema import brief, check_fields, check_known
+from hf_cod.io.schema import brief, check_fields
 from hf_cod.layers.replacement_modules import INSTALL
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
@@ -26,7 +26,7 @@ _NOT_SAVED = ("scores", "allocation", "statistics")
 
 @checked
 @dataclass(kw_only=True)
-class OwlBnbConfig(QuantizeSettings, QuantizationConfigMixin):
+class OwlBnbConfig(QuantizeSettings, StoredQuantization):
     """Three bits for the matrices of layers with low scores, bitsandbytes' NF4 for the others.
 
         AutoModelForCausalLM.from_pretrained(name, quantization_config=OwlBnbConfig(bits=3.5, scores=scores))
@@ -71,16 +71,6 @@ class OwlBnbConfig(QuantizeSettings, QuantizationConfigMixin):
         wrong = {name: bits for name, bits in self.modules.items() if bits not in BITS}
         if wrong:
             raise ValueError(f"modules: expected {' or '.join(map(str, BITS))} bits each, got {wrong}")
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Reads the output of `to_dict`.
-
-        Raises:
-            ValueError: an entry that is unknown to this version.
-        """
-        check_known(cls, config_dict, "quantization_config", "pip install -U hf_cod")
-        return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The entry in config.json."""

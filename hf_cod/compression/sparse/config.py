@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
 from hf_cod.compression.sparse.settings import PackSettings
+from hf_cod.compression.stored_quantization import StoredQuantization
 from hf_cod.io.arguments import checked
-from hf_cod.io.schema import check_fields, check_known, limits
+from hf_cod.io.schema import check_fields, limits
 from hf_cod.layers.replacement_modules import INSTALL
 
 METHOD = "hf_cod_sparse"
@@ -17,7 +16,7 @@ METHOD = "hf_cod_sparse"
 
 @checked
 @dataclass(kw_only=True)
-class SparseConfig(PackSettings, QuantizationConfigMixin):
+class SparseConfig(PackSettings, StoredQuantization):
     """Sparse storage of a model's matrices, as a `quantization_config` of transformers.
 
     Passed to `from_pretrained` with a dense checkpoint of a pruned model, it packs the model while loading. A packed
@@ -37,13 +36,3 @@ class SparseConfig(PackSettings, QuantizationConfigMixin):
     def __post_init__(self) -> None:
         check_fields(self)
         super().__post_init__()
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Reads the output of `to_dict`.
-
-        Raises:
-            ValueError: an entry that is unknown to this version.
-        """
-        check_known(cls, config_dict, "quantization_config", "pip install -U hf_cod")
-        return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
