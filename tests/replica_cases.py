@@ -193,6 +193,10 @@ def differences(folder: Path) -> None:
 def pretraining(folder: Path) -> None:
     """Prepares runs whose settings differ, then one that both begin."""
     rank, said = dist.get_rank(), {}
+    with replicas.first_process_first():
+        time.sleep(0 if rank else 0.2)
+        said["before"] = [path.name for path in folder.glob("was-here-*")]
+        (folder / f"was-here-{rank}").touch()
     (folder / f"text-{rank}.txt").write_text("some words of a text " * 200)
     for field, values in {"seed": (0, 1), "steps": (4, 5), "output": ("a", "b"), None: (0, 0)}.items():
         options = {"text": str(folder / "text-0.txt"), "sequence_length": 16, "steps": 4, "output": str(folder / "run")}

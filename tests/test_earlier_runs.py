@@ -94,6 +94,10 @@ RENAMED = {
     "size": {"memory_bytes", "layer_bytes", "layer_weights"},
     "memory": {"training_memory"},
 }
+RENAMED_IN = {
+    "prune": {"modules": {"module_sparsity"}},
+    "quantize": {"modules": {"module_bits"}, "bytes": {"planned_bytes"}},
+}
 # Runs whose later draws find new bases: those have had one sign since 0.2, so that a resumed training goes on from its
 # checkpoint, but not to the bits of 0.1.
 REDRAWN = ("finetune", "finetune-peft", "heal")
@@ -113,9 +117,8 @@ def test_interrupted_runs_resume(version, name, copied):
     report = RunReport.load(run)
     if name in TRAININGS or same_libraries(version):
         assert taken(report, whole), report.notes
-    renamed = set().union(*(RENAMED.get(key, {key}) for key in whole.results))
-    if name == "quantize":  # whose bytes were those of the plan
-        renamed = renamed - {"disk_bytes"} | {"planned_bytes"}
+    names = {**RENAMED, **RENAMED_IN.get(name, {})}
+    renamed = set().union(*(names.get(key, {key}) for key in whole.results))
     assert set(whole.layers) <= set(report.layers) and renamed <= set(report.results)
     assert not list(run.glob("checkpoint-*")) and not (run / "journal").exists()
     if name != "diagnose":

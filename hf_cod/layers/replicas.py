@@ -69,6 +69,34 @@ def together(what: str, limit: float | None = None) -> Iterator[dict[str, Any]]:
     _compare(what, found)
 
 
+@contextmanager
+def first_process_first(limit: float | None = None) -> Iterator[None]:
+    """A block that rank 0 runs before the others, which run it even if it fails there.
+
+    accelerate's `main_process_first` waits only for processes that accelerate has joined.
+
+    Args:
+        limit: seconds that the others wait; None: `LIMIT`.
+
+    Raises:
+        ValueError: in the others: rank 0 did not reach the end of its block.
+    """
+    if processes() == 1:
+        yield
+        return
+    store, key, limit = _store(), f"hf_cod/{next(_COUNT)}/first", limit or LIMIT
+    if not is_first():
+        try:
+            store.wait([key], timedelta(seconds=limit))
+        except RuntimeError as error:
+            raise ValueError(f"processes: expected rank 0 first, got no answer from it in {limit:g} seconds") from error
+    try:
+        yield
+    finally:
+        if is_first():
+            store.set(key, "done")
+
+
 def broadcast_weights(model: nn.Module) -> None:
     """Copies weights and buffers of the first process to all others, as DistributedDataParallel does for its module.
 

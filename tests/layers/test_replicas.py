@@ -68,6 +68,7 @@ def test_processes_that_differ_are_refused_on_both(tmp_path):
 def test_pretraining_begins_with_the_same_settings_on_both(tmp_path):
     run_in_two_processes("pretraining", tmp_path)
     first, second = said(tmp_path)
+    assert (first.pop("before"), second.pop("before")) == ([], ["was-here-0"])
     assert first.pop("equal") == second.pop("equal")
     for field in ("seed", "steps", "output"):
         assert first[field] == second[field] and first[field].startswith(f"{field}: expected the same on all processes")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.packing import PackedStream, PackedText, pack, pack_once, tokenizer_identity, train_tokenizer
 from hf_cod.io.settings import TextSettings
 from hf_cod.io.text import load_rows, load_texts
-from hf_cod.layers.replicas import is_first, together
+from hf_cod.layers.replicas import first_process_first, is_first, together
 from hf_cod.models import CodLlamaForCausalLM
 from hf_cod.training.pretraining.recipes import PretrainSettings, Recipe, model_config
 from hf_cod.training.runs import run_directory
@@ -72,12 +72,13 @@ def prepare(settings: PretrainSettings) -> Prepared:
         ValueError: no such text, column or tokenizer, too little text, an output directory of another run, or processes
             that differ in settings or text.
     """
-    recipe, state = settings.recipe, PartialState()
+    recipe = settings.recipe
+    PartialState()  # joins the processes of a launcher
     texts = _text_settings(settings, recipe)
     with together("prepare a run") as alike:
         alike |= settings.describe()
-    with ExitStack() as stack, together("prepare the text", TEXT_LIMIT) as alike, _main_process_first(state):
-        output = stack.enter_context(_directory(settings)) if state.is_main_process and is_first() else None
+    with ExitStack() as stack, together("prepare the text", TEXT_LIMIT) as alike, first_process_first(TEXT_LIMIT):
+        output = stack.enter_context(_directory(settings)) if is_first() else None
         claim(settings)
         tokenizer = _tokenizer(recipe, texts)
         if recipe.stream:
@@ -97,18 +98,6 @@ def prepare(settings: PretrainSettings) -> Prepared:
         stack.pop_all()  # the directory stays locked until the results are saved
     model = build_model(recipe, settings.norm_placement, settings.seed, tokenizer)
     return Prepared(tokenizer, model, train, PackedText(validation, len(validation), seed=0), output)
-
-
-@contextmanager
-def _main_process_first(state: PartialState) -> Iterator[None]:
-    """As accelerate's function of this name, except that the other processes continue if the first one fails."""
-    if not state.is_main_process:
-        state.wait_for_everyone()
-    try:
-        yield
-    finally:
-        if state.is_main_process:
-            state.wait_for_everyone()
 
 
 def build_model(recipe: Recipe, norm_placement: str, seed: int, tokenizer: Any) -> CodLlamaForCausalLM:
