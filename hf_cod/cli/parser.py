@@ -158,7 +158,8 @@ class SettingsParser(argparse.ArgumentParser):
                 continue
             several = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
             if action.option_strings:
-                options.append(action.option_strings[0])
+                # The last form of an option that is on by default is the negative one.
+                options.append(action.option_strings[-1 if value is False else 0])
             (options if action.option_strings else positional).extend(map(str, several))
         return [*positional, *options]
 
@@ -199,22 +200,14 @@ def _spelled(argument: str) -> str:
 
 
 def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) -> None:
-    """Adds the option of one field: booleans take no value, lists take several."""
+    """Adds the option of one field: booleans take no value (see `_add_switch`), lists take several."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
     required = default is MISSING
     told = str(field.metadata.get("help", "")).replace("%", "%%")
     name = "--" + field.name.replace("_", "-")
     kind, several = _kind(hint)
     if kind is bool:
-        if default:
-            off = f"--no-{name[2:]}"
-            parser.add_argument(name, dest=field.name, action="store_true", default=True, help=argparse.SUPPRESS)
-            # Config files show the help text of the last option with the same name.
-            parser.add_argument(
-                off, dest=field.name, action="store_false", default=True, help=told and f"without this option: {told}"
-            )
-        else:
-            parser.add_argument(name, dest=field.name, action="store_true", default=False, help=told)
+        _add_switch(parser, name, field.name, bool(default), told)
         return
     if told and not required and default is not None and default != []:
         told = f"{told} (default: {default})"
@@ -231,6 +224,21 @@ def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) ->
         help=told,
         **more,
     )
+
+
+def _add_switch(parser: SettingsParser, name: str, dest: str, default: bool, told: str) -> None:
+    """Adds a boolean option: both forms if it is on by default, else the positive form; one text says what on does.
+
+    The negative form of an option that is off by default is accepted, too: it overrides a config file.
+    """
+    if default:
+        both = parser.add_argument(name, dest=dest, action=argparse.BooleanOptionalAction, default=True)
+        both.help = told and f"{told} (default: on)"  # argparse would add "(default: True)" itself
+        return
+    off = f"--no-{name[2:]}"
+    parser.add_argument(off, dest=dest, action="store_false", default=False, help=argparse.SUPPRESS)
+    # Config files show the help text of the last option with the same name.
+    parser.add_argument(name, dest=dest, action="store_true", default=False, help=told)
 
 
 def _kind(hint: Any) -> tuple[type, bool]:
