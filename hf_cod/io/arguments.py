@@ -141,9 +141,13 @@ def check_names(title: str, given: Iterable[str], signature: inspect.Signature, 
 
 def unknown_name(title: str, unknown: str, names: Collection[str]) -> str:
     """The error text for an unknown name."""
-    near = get_close_matches(unknown, names, 1)
-    told = f"; did you mean {near[0]}?" if near else ""
-    return f"{title}: expected one of {', '.join(names)}, got {unknown!r}{told}"
+    return f"{title}: expected one of {', '.join(names)}, got {unknown!r}{did_you_mean([unknown], names)}"
+
+
+def did_you_mean(unknown: Iterable[str], names: Collection[str]) -> str:
+    """The end of an error text: the known name closest to each unknown one; empty if none is close."""
+    near = [name for word in unknown for name in get_close_matches(word, names, 1)]
+    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:
