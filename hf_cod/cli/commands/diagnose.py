@@ -61,24 +61,37 @@ def main(arguments: Sequence[str]) -> int:
             raise ValueError(
                 f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.diagnose in Python"
             )
-        report, status = run(model, tokenizer, texts, settings, directory.path, model_title(rest.model))
+        name = model_title(rest.model)
+        report, status = run(model, tokenizer, texts, settings, directory.path, name, loading, text)
         finish(report, directory, output)
     return status
 
 
 def run(
-    model: Any, tokenizer: Any, texts: Any, settings: DiagnoseSettings, directory: str | Path, name: str
+    model: Any,
+    tokenizer: Any,
+    texts: Any,
+    settings: DiagnoseSettings,
+    directory: str | Path,
+    name: str,
+    loading: ModelSettings,
+    text: TextSettings,
 ) -> tuple[RunReport, int]:
-    """Diagnoses a model; if a measure fails, prints the error and returns the earlier results with exit status 1."""
+    """Diagnoses a model; the report has the settings of model loading and text, too.
+
+    If a measure fails, prints the error and returns the earlier results with exit status 1.
+    """
     from hf_cod.analysis.diagnostics.diagnosis import MeasurementError, diagnose
+    from hf_cod.cli.recorded import with_inputs
 
     try:
-        return diagnose(model, tokenizer, texts, output=directory, name=name, **asdict(settings)), 0
+        report = diagnose(model, tokenizer, texts, output=directory, name=name, **asdict(settings))
+        return with_inputs(report, loading, text), 0
     except MeasurementError as error:
         if not error.report.layers:
             raise
         print(f"hf-cod: error: {one_line(error)}; earlier measurements are kept", file=sys.stderr)
-        return error.report, 1
+        return with_inputs(error.report, loading, text), 1
 
 
 def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
@@ -87,7 +100,7 @@ def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -
 
     if pictures.plots:
         report.plot(output.results, pictures.plot_format)
-    report.save(output.results)  # again, so that report.md shows the plots
+    report.save(output.results)  # again, with the plots and all settings
     output.finish()
     print_report(report)
     say(f"\nwritten to {output.path.resolve()}")
