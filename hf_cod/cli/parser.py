@@ -213,7 +213,7 @@ def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) ->
     parser.add_argument(
         name,
         dest=field.name,
-        type=kind,
+        type=None if kind is str else kind,  # argparse would convert a marked default to a plain string
         default=None if required else default,
         required=required,
         choices=None if choices is None else list(choices),

@@ -51,7 +51,17 @@ RULES: dict[str, str] = {
     "authors": "OWL's released formula, which guarantees neither",
 }
 USE_STATISTICS = ("owl", "sensitivity", "auto")  # of METHODS
-USE_THRESHOLD = ("owl", "auto")  # of METHODS; they depend on threshold and per_module
+# Method -> the settings that it depends on.
+SETTINGS_OF = {
+    "owl": ("threshold", "per_module"),
+    "sensitivity": ("target", "pruner"),
+    "auto": ("target", "pruner", "threshold", "per_module"),
+    "random": ("seed",),
+}
+OF_OWL = SETTINGS_OF["owl"]
+# In errors on settings of a score beside a scores file.
+COMPUTED = "scores, which are already computed"
+USE_THRESHOLD = tuple(method for method, names in SETTINGS_OF.items() if "threshold" in names)
 DEFAULT_SPREAD = 0.08  # OWL (arXiv 2310.05175), lambda
 
 

@@ -104,3 +104,9 @@ def test_a_damaged_tokenizer_is_an_error_and_a_missing_one_is_not(name, text, tm
     ) as error:
         load_model(str(tmp_path))
     assert repr(str(tmp_path)) in str(error.value)
+
+
+def test_a_revision_is_for_the_hub(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"revision: expected none with the local model '.*', got 'v2'"):
+        load_model(str(tmp_path), revision="v2")

@@ -16,7 +16,7 @@ from hf_cod.cli.settings import TrainingOutput
 from hf_cod.cli.sizes import in_gigabytes
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.training_settings import TrainingSettings, check_fused, check_scores, for_samples
+from hf_cod.training.runs.training_settings import TrainingSettings, check_effects, check_fused, for_samples
 
 if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
@@ -54,8 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     if asked.estimate:
         print_estimates(rest.model, loading, settings, sampling, asked)
         return 0
+    check_effects(settings, sampling, files.scores)
     check_fused(settings, sampling)
-    check_scores(settings, files.scores)
     check_method(settings.method, sampling)
     check_texts(text, None)
     if files.scores is not None:

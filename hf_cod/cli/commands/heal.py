@@ -14,7 +14,7 @@ from hf_cod.cli.settings import CompressionSettings, SpeedSettings, TrainingOutp
 from hf_cod.io.settings import DTYPES, ModelSettings, TextSettings, as_in
 from hf_cod.training.healing.settings import HealSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.training_settings import check_fused, check_scores
+from hf_cod.training.runs.training_settings import check_effects, check_fused
 
 if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.training.runs.methods import check_method
     from hf_cod.training.runs.trainer import check_one_process
 
+    check_effects(settings, sampling, files.scores)
     check_fused(settings, sampling)
-    check_scores(settings, files.scores)
     check_method(settings.method, sampling)
     check_texts(text, source.eval_text)
     if files.scores is not None:

@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from hf_cod.functional.mixture import check_mixture
 from hf_cod.io.arguments import checked
+from hf_cod.io.settings import check_effect
 from hf_cod.training.runs.training_settings import MANY_PASSES, TrainingSettings, warn_of_passes
 
 RECOVERY_STEPS = 100
@@ -54,6 +55,8 @@ class HealSettings(TrainingSettings):
             raise ValueError(f"hidden: expected a weight of at least 0, got {self.hidden}")
         if self.teacher_layers is not None and not self.hidden:
             raise ValueError("teacher_layers: expected hidden above 0 with them, got 0")
+        if self.labels == 1:
+            check_effect(self, ["temperature"], "labels 1, which leave out the distillation loss")
 
     @property
     def total_steps(self) -> int:
