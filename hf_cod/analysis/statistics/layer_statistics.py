@@ -74,6 +74,7 @@ class LayerStatistics:
         return {name: sha256(t.contiguous().numpy().tobytes()).hexdigest() for name, t in self.squares.items()}
 
     @classmethod
+    @checked
     def merge(cls, parts: Sequence[LayerStatistics]) -> LayerStatistics:
         """The statistics of all parts together, equal to those of one pass over all samples. Parts may come from
         different batches, processes (`torch.distributed.all_gather_object`) or files.
@@ -108,6 +109,7 @@ class LayerStatistics:
         _check_same(expected, _shapes(self), "statistics", type(stack.model).__name__, self.model)
         warn_of_other_name("statistics", self.model, stack)
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Writes a safetensors file (to a temporary name, then renamed); returns its path."""
         tensors = {f"squares/{name}": tensor for name, tensor in self.squares.items()}
@@ -116,6 +118,7 @@ class LayerStatistics:
         return save_tensors(path, tensors, metadata)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> LayerStatistics:
         """Reads a file of `save`.
 

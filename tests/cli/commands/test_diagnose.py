@@ -25,6 +25,8 @@ def test_the_report_has_the_settings_of_its_inputs(checkpoint):
     told = RunReport.load(checkpoint / "run").settings
     expected = asdict(ModelSettings(dtype="float32")) | asdict(TextSettings(text=str(checkpoint / "text.txt")))
     assert {name: told[name] for name in expected} == expected
+    assert diagnose(checkpoint, "--no-plots", "--dtype", "float32") == 0, "the same run"
+    assert not (checkpoint / "run" / "earlier-1").exists()
 
 
 @pytest.mark.process
