@@ -166,11 +166,7 @@ class JsonFile:
 
     @checked
     def save(self, path: str | Path) -> Path:
-        """Writes the JSON file; returns its path.
-
-        Raises:
-            ValueError: a directory.
-        """
+        """Writes the JSON file; returns its path. Raises ValueError for a directory."""
         check_file("path", path)
         return write_json(path, {"format": self.FORMAT, **asdict(cast(Any, self))})
 
@@ -195,11 +191,7 @@ class JsonFile:
         return read
 
     def check_read(self) -> None:
-        """Checks conditions that the field types do not express; called after reading.
-
-        Raises:
-            ValueError: "field: expected ..., got ...".
-        """
+        """Checks after reading what field types do not express; raises ValueError "field: expected ..., got ..."."""
 
 
 def reason(error: Exception) -> str:

@@ -114,8 +114,9 @@ class LayerStatistics:
         """Writes a safetensors file (to a temporary name, then renamed); returns its path."""
         tensors = {f"squares/{name}": tensor for name, tensor in self.squares.items()}
         tensors |= {f"tokens/{name}": tensor for name, tensor in self.tokens.items()}
-        metadata = {"format": FORMAT_VERSION, "model": self.model, "layers_path": self.layers_path}
-        return save_tensors(path, tensors, metadata)
+        return save_tensors(
+            path, tensors, {"format": FORMAT_VERSION, "model": self.model, "layers_path": self.layers_path}
+        )
 
     @classmethod
     @checked
@@ -123,8 +124,7 @@ class LayerStatistics:
         """Reads a file of `save`.
 
         Raises:
-            ValueError: no such file, another kind of file, or invalid sums and counts: negative, not finite, of another
-                type, or sums without counts.
+            ValueError: no such file, another kind of file, or invalid sums and counts (negative, not finite, missing).
         """
         with open_tensors(path, "statistics", "a file of statistics") as file:
             metadata = file.metadata() or {}
