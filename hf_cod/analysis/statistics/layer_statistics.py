@@ -114,9 +114,8 @@ class LayerStatistics:
         """Writes a safetensors file (to a temporary name, then renamed); returns its path."""
         tensors = {f"squares/{name}": tensor for name, tensor in self.squares.items()}
         tensors |= {f"tokens/{name}": tensor for name, tensor in self.tokens.items()}
-        return save_tensors(
-            path, tensors, {"format": FORMAT_VERSION, "model": self.model, "layers_path": self.layers_path}
-        )
+        metadata = {"format": FORMAT_VERSION, "model": self.model, "layers_path": self.layers_path}
+        return save_tensors(path, tensors, metadata)
 
     @classmethod
     @checked
@@ -130,8 +129,9 @@ class LayerStatistics:
             metadata = file.metadata() or {}
         layers_path = metadata.get("layers_path", metadata.get("path"))  # its name in version 0.1
         if metadata.get("format") != FORMAT_VERSION or layers_path is None or "model" not in metadata:
-            got = brief(metadata.get("format"))
-            raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {got} in {str(path)!r}")
+            raise ValueError(
+                f"statistics: expected format {FORMAT_VERSION}, got {brief(metadata.get('format'))} in {str(path)!r}"
+            )
         kinds: dict[str, dict[str, Tensor]] = {"squares": {}, "tokens": {}}
         raw = Path(path).read_bytes()
         with naming_file(path):
