@@ -128,10 +128,8 @@ class LayerStatistics:
         with open_tensors(path, "statistics", "a file of statistics") as file:
             metadata = file.metadata() or {}
         layers_path = metadata.get("layers_path", metadata.get("path"))  # its name in version 0.1
-        if metadata.get("format") != FORMAT_VERSION or layers_path is None or "model" not in metadata:
-            raise ValueError(
-                f"statistics: expected format {FORMAT_VERSION}, got {brief(metadata.get('format'))} in {str(path)!r}"
-            )
+        if (written := metadata.get("format")) != FORMAT_VERSION or layers_path is None or "model" not in metadata:
+            raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {brief(written)} in {str(path)!r}")
         kinds: dict[str, dict[str, Tensor]] = {"squares": {}, "tokens": {}}
         raw = Path(path).read_bytes()
         with naming_file(path):
