@@ -206,7 +206,7 @@ def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) ->
     if kind is bool:
         _add_switch(parser, name, field.name, bool(default), told)
         return
-    if told and not required and default is not None and default != []:
+    if told and not required and default not in (None, [], ""):
         told = f"{told} (default: {default})"
     more = {"nargs": field.metadata.get("nargs", "+")} if several else {}
     choices = field.metadata.get("choices") or (get_args(hint) if get_origin(hint) is Literal else None)

@@ -28,7 +28,7 @@ class MeasuringSettings(SampleSettings):
         metadata={"help": "maximum number of calibration samples, chosen at random by seed if the text has more"},
     )
     eval_text: str | None = field(
-        default=None, metadata={"help": "text for perplexity; default: held-out samples of the same text"}
+        default=None, metadata={"help": "text or dataset for measuring perplexity; default: held-out samples of --text"}
     )
     eval_samples: int = field(default=32, metadata={"help": "number of samples for perplexity"})
     layers_path: str | None = as_in(ScoreSettings, "layers_path")
@@ -58,7 +58,7 @@ class CompressionSettings(MeasuringSettings):
     threshold: float = as_in(ScoreSettings, "threshold", default=DefaultNumber(ScoreSettings().threshold))
     per_module: bool = as_in(ScoreSettings, "per_module")
     baseline: bool = field(
-        default=True, metadata={"help": "also measure a uniform plan, for comparison with the score; twice the time"}
+        default=True, metadata={"help": "also measure a uniform plan, to compare the score with; doubles the time"}
     )
 
     def __post_init__(self) -> None:
@@ -101,8 +101,8 @@ class SpreadSettings(CompressionSettings):
     force: bool = field(
         default=False,
         metadata={
-            "help": "apply the plan by score even if the uniform plan has a lower perplexity; default: the uniform "
-            "plan is then applied. With --no-baseline there is no comparison, and the plan by score is always applied"
+            "help": "always apply the plan by score; default: the uniform plan replaces it if that has the lower "
+            "perplexity. With --no-baseline the two are not compared, and the plan by score is applied"
         },
     )
 

@@ -78,7 +78,7 @@ class ScoreSettings:
         },
     )
     threshold: float = field(
-        default=5.0, metadata={"help": "owl: M; weights above M times the mean are outliers (paper: 5 or 7)"}
+        default=5.0, metadata={"help": "owl: weights above this multiple (M) of the mean are outliers (paper: 5 or 7)"}
     )
     per_module: bool = field(
         default=False, metadata={"help": "owl: compare each matrix with its own mean instead of the layer's"}
@@ -86,8 +86,8 @@ class ScoreSettings:
     target: float = field(
         default=0.7,
         metadata={
-            "help": "sensitivity and auto: sparsity that the scores are measured for; with the pruner codebook, stored "
-            "bits per weight, scales included"
+            "help": "sensitivity and auto: sparsity at which layers are scored; with --pruner codebook: stored bits "
+            "per weight, scales included"
         },
     )
     pruner: str = field(
@@ -132,7 +132,8 @@ class AllocationSettings:
     spread: float | None = field(
         default=None,
         metadata={
-            "help": "lambda: values are in budget - lambda to budget + lambda; default: the choice of auto, else 0.08"
+            "help": "lambda, the largest distance of a layer's value from the budget; default: the one that the "
+            "score auto chose, else 0.08"
         },
     )
     choices: Sequence[float] | None = field(

@@ -34,7 +34,7 @@ class FitOptions(SpeedSettings, MeasuringSettings):
         default=None, metadata={"help": "budget: stored bits per original weight of the layers' matrices"}
     )
     knobs: list[str] = as_in(FitSettings, "knobs", default_factory=list)  # noqa: RUF009 - as_in makes a field
-    tuning_samples: int = field(default=16, metadata={"help": "number of further samples for the choice of the plan"})
+    tuning_samples: int = field(default=16, metadata={"help": "samples for choosing the plan, beside --max-samples"})
     verify: int = as_in(FitSettings, "verify")
     plan_only: bool = field(default=False, metadata={"help": "print the plan and the trade-off, and write no model"})
 

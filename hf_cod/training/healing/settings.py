@@ -30,7 +30,7 @@ class HealSettings(TrainingSettings):
     )
     labels: float = field(
         default=0.0,
-        metadata={"help": "weight of the cross-entropy of the text's next tokens; the distillation loss has the rest"},
+        metadata={"help": "weight of the cross-entropy of the next token, 0 to 1; 1 - labels is that of distillation"},
     )
     hidden: float = field(
         default=0.0,
@@ -39,8 +39,8 @@ class HealSettings(TrainingSettings):
     teacher_layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "with --hidden: for each layer of the student, the matching layer of the teacher, from 0; default: "
-            "matched by config or weights, or spread evenly"
+            "help": "with --hidden: for each layer of the student, the number of the teacher's layer that it is "
+            "compared with, from 0; default: by config or weights, else evenly spread"
         },
     )
 

@@ -59,11 +59,11 @@ class TrainingSettings:
     )
     steps: int | None = field(
         default=None,
-        metadata={"help": f"optimizer steps; default: {DEFAULT_STEPS}, or as many as --passes over the samples take"},
+        metadata={"help": f"optimizer steps; default: {DEFAULT_STEPS}, or fewer if --passes is reached before"},
     )
     passes: float = field(
         default=DefaultNumber(DEFAULT_PASSES),
-        metadata={"help": "without --steps: most passes over the samples of the text"},
+        metadata={"help": "maximum number of passes over the training samples; not with --steps"},
     )
     batch_size: int = following(
         f"samples in an optimizer step; default: {BATCH}, or the next multiple of --micro-batch-size"
@@ -73,7 +73,7 @@ class TrainingSettings:
     )
     sequence_length: int = field(default=256, metadata={"help": "tokens in a sample"})
     eval_samples: int = field(
-        default=32, metadata={"help": "held-out samples from the end of the text, to measure perplexity on"}
+        default=32, metadata={"help": "samples at the end of the text, which are not trained on, to measure perplexity"}
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "norm that gradients are clipped to; 0: no clipping"})
     checkpointing: bool = field(
@@ -82,8 +82,8 @@ class TrainingSettings:
     bf16: bool = field(default=False, metadata={"help": "train under bfloat16 autocast"})
     lora_rank: int = field(default=Default(16), metadata={"help": "lora: rank of the adapters"})
     save_every: int = following(
-        f"steps between checkpoints, from which an interrupted run resumes; default: {SAVE_EVERY}, or the last "
-        "multiple of --log-every before it"
+        f"steps between the checkpoints that an interrupted run resumes from; default: {SAVE_EVERY}, rounded down to a "
+        "multiple of --log-every"
     )
     log_every: int = following(
         f"steps between logged losses; default: {LOG_EVERY}, or the largest number below it that divides --save-every"
