@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_cod.cli.recorded import card_outputs
+from hf_cod.cli.output import write_model
 from hf_cod.cli.settings import PlotSettings
-from hf_cod.cli.terminal import print_report
 from hf_cod.io.display import say
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
@@ -38,25 +37,20 @@ def train_into(
         pictures: settings of plots.
         run: function that trains, and writes the model to the results of the directory.
     """
-    with OutputDirectory(
+
+    def claimed(output: OutputDirectory) -> RunReport:
+        claim(directory, identity)
+        return run(output)
+
+    output = OutputDirectory(
         directory, identity, check=lambda path: check_claim(path, identity), source=source, half=half_checkpoints
-    ) as output:
-        if output.completed:
-            report = RunReport.load(directory)
-        else:
-            claim(directory, identity)
-            report = run(output)
-            finish(report, output, pictures)
-    print_report(report)
+    )
+    write_model(output, claimed, pictures, spent=checkpoints_in)
     for what, name in _WRITTEN:
         if (directory / name).is_file():
             say(f"\n{what} written to {(directory / name).resolve().parent}")
 
 
-def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
-    """Plots and saves the report next to the model, moves all to their final places, and removes the checkpoints."""
-    if pictures.plots:
-        report.plot(output.results, pictures.plot_format)
-    report.save(output.results)
-    card_outputs(output.results, report, output.path.resolve().name)
-    output.finish([path.name for _, path in last_steps(output.path)])
+def checkpoints_in(output: OutputDirectory) -> list[str]:
+    """Names of the training checkpoints in a directory, which are not needed any more once the run is finished."""
+    return [path.name for _, path in last_steps(output.path)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
-from hf_cod.cli.output import require_plots
+from hf_cod.cli.output import require_plots, save_report
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import one_line, say
@@ -85,9 +85,7 @@ def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -
     """Plots, saves and prints a report."""
     from hf_cod.cli.terminal import print_report
 
-    if pictures.plots:
-        report.plot(output.results, pictures.plot_format)
-    report.save(output.results)  # again, so that report.md shows the plots
+    save_report(report, output, pictures)  # again, so that report.md shows the plots
     output.finish()
     print_report(report)
     say(f"\nwritten to {output.path.resolve()}")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import require_plots
+from hf_cod.cli.output import require_plots, save_report
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
@@ -104,9 +104,7 @@ def main(arguments: Sequence[str]) -> int:
             batches = mask_tokens(tokenizer, batches, settings.seed)
         told = asdict(loading) | asdict(text)
         report = run(model, batches, settings, output.statistics, directory, model_title(rest.model), told)
-        if output.plots:
-            report.plot(place.results, output.plot_format)
-        report.save(place.results)
+        save_report(report, place, output)
         place.finish(beside=[STATISTICS, SCORES])
     print_report(report)
     say(f"\nwritten to {directory.resolve()}")
