@@ -1,4 +1,4 @@
-"""Common part of the training commands: output directory, report and model card."""
+"""Common part of the training commands: checks before the run, and the output directory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_cod.cli.output import write_model
-from hf_cod.cli.settings import PlotSettings
+from hf_cod.cli.output import require_plots, write_model
+from hf_cod.cli.samples import check_texts
+from hf_cod.cli.settings import PlotSettings, TrainingOutput
 from hf_cod.io.display import say
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
+from hf_cod.io.settings import TextSettings
+from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.methods import check_method
 from hf_cod.training.runs.run_directory import check_claim, claim, half_checkpoints, last_steps
+from hf_cod.training.runs.trainer import check_one_process
+from hf_cod.training.runs.training_settings import TrainingSettings, check_fused, check_scores
 
 # (name in the message, file whose directory is printed).
 _WRITTEN = (
@@ -19,6 +26,30 @@ _WRITTEN = (
     ("adapter", "adapter_config.json"),
     ("adapter", "adapter/adapter_config.json"),
 )
+
+
+def check_training(
+    settings: TrainingSettings,
+    sampling: OwLoreSettings,
+    files: TrainingOutput,
+    text: TextSettings,
+    eval_text: str | None = None,
+) -> None:
+    """Checks settings, texts, scores file and installed packages, before a model is loaded.
+
+    Raises:
+        ValueError: one of them cannot be used, or this is one of several processes; gives the reason.
+        ImportError: a package is missing; the message gives the pip command.
+    """
+    check_fused(settings, sampling)
+    check_scores(settings, files.scores)
+    check_method(settings.method, sampling)
+    check_texts(text, eval_text)
+    if files.scores is not None:
+        LayerScores.load(files.scores)
+    check_one_process()
+    if files.plots:
+        require_plots()
 
 
 def train_into(

@@ -78,13 +78,12 @@ def main(arguments: Sequence[str]) -> int:
         got = f"got {output.statistics!r}"
         raise ValueError(f"statistics: expected none with method {settings.method}, which does not use them, {got}")
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
+    from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.cli.terminal import print_report
-    from hf_cod.io.models import load_model
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts, mask_tokens
     from hf_cod.io.text import token_batches as cut_into_batches
     from hf_cod.layers.checks import check_length
-    from hf_cod.layers.running import busy
     from hf_cod.layers.task import task_of
 
     directory = Path(output.output or default_directory("score", rest.model))
@@ -94,10 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     if output.statistics is not None:
         LayerStatistics.load(output.statistics)
     with OutputDirectory(directory, source=rest.model) as place:
-        with busy(f"loading {model_title(rest.model)}"):
-            model, tokenizer = load_model(rest.model, loading)
-        if tokenizer is None:
-            raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
+        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers")
         check_length(model, settings.sequence_length)
         batches = cut_into_batches(tokenizer, texts, settings)
         if task_of(model) == "masked_lm":
