@@ -121,9 +121,9 @@ def run(
     Its results have, as "score", the settings of the method and its choices; `told` are the settings of its inputs.
     """
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
-    from hf_cod.io.report import RunReport, environment
+    from hf_cod.io.report import RunReport
     from hf_cod.io.text import describe_batches
-    from hf_cod.layers.devices import execution_device
+    from hf_cod.layers.devices import environment_of
     from hf_cod.layers.fingerprints import Journals
     from hf_cod.layers.stack import find_decoder_layers, unwrap
     from hf_cod.scoring.methods import score_layers
@@ -135,7 +135,7 @@ def run(
         kind="score",
         model=name,
         settings={**asdict(settings), **inputs, **told},
-        environment=environment(execution_device(base), next(base.parameters()).dtype),
+        environment=environment_of(base),
         layers={},
         results={},
     )
