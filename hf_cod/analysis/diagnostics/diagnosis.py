@@ -19,11 +19,11 @@ from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.functional import depth
 from hf_cod.io.arguments import checked
 from hf_cod.io.files import Journal
-from hf_cod.io.report import RunReport, environment
+from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, BatchStream, Texts, Tokenizer, describe_batches, mask_tokens, token_batches
 from hf_cod.layers.checks import name_of
-from hf_cod.layers.devices import execution_device
+from hf_cod.layers.devices import environment_of
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
@@ -104,12 +104,11 @@ def diagnose(
     task = task_of(model, batches)
     check_inputs(stack.model, batches)
     metric = find_metric(chosen.drop_metric if drop_metric is None else drop_metric, task)
-    weights = next(stack.model.parameters())
     report = RunReport(
         kind="diagnose",
         model=name or name_of(stack),
         settings={**asdict(chosen), "drop_metric": metric.name, **describe_batches(batches)},
-        environment=environment(execution_device(stack.model), weights.dtype),
+        environment=environment_of(stack.model),
         layers={},
         results={},
     )

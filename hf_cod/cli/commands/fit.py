@@ -114,13 +114,12 @@ class Fit(Step):
     def plan(self, work: Work) -> FitPlan | None:
         """Measures the methods on models that are loaded for this, chooses a combination, prints the plan."""
         from hf_cod.compression.fit.planning import plan_fit
-        from hf_cod.io.report import environment
-        from hf_cod.layers.devices import execution_device
+        from hf_cod.layers.devices import environment_of
         from hf_cod.layers.size import size_of
 
         work.calibration, tuning = _split(work.calibration, self.settings)
         self.before = size_of(work.model, self.settings.layers_path)
-        self.environment = environment(execution_device(work.model), next(work.model.parameters()).dtype)
+        self.environment = environment_of(work.model)
         work.model = None
         chosen: dict[str, Any] = {"knobs": self.settings.knobs or None, "verify": self.settings.verify, **work.options}
         kind, budget = self.settings.budget()

@@ -12,13 +12,14 @@ from hf_cod.compression.depth.maps import NO_MAPS, Maps
 from hf_cod.compression.depth.settings import REPLACEMENTS, DropLayersFields, DropLayersSettings
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.report import RunReport, environment
+from hf_cod.io.report import RunReport
 from hf_cod.io.settings import check_choice, resolve
 from hf_cod.io.text import Batch, Batches, describe_batches, split_samples
 from hf_cod.layers.checks import name_of, other_name, sizes_of
-from hf_cod.layers.devices import execution_device
+from hf_cod.layers.devices import environment_of
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.removal import check_drop, drop
+from hf_cod.layers.size import count_parameters
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 
 # Share of the samples on which maps are measured, and to which they are not fitted.
@@ -109,12 +110,12 @@ class DropReporter:
         self.stack = stack
         self.name = name or name_of(stack)
         self.sizes = sizes_of(stack)
-        self.parameters = _count(stack.model)
-        self.environment = environment(execution_device(stack.model), next(stack.model.parameters()).dtype)
+        self.parameters = count_parameters(stack.model)
+        self.environment = environment_of(stack.model)
 
     def report(self, plan: DepthPlan, replacement: str, batches: Sequence[Batch], maps: Maps) -> RunReport:
         """Counts the remaining weights, and makes the report."""
-        left = _count(self.stack.model)
+        left = count_parameters(self.stack.model)
         return RunReport(
             kind="drop-layers",
             model=self.name,
@@ -136,10 +137,6 @@ class DropReporter:
             summary=_summary(plan, self.parameters, left, maps.replacements),
             notes=[*other_name("plan", plan.model, self.stack), *_other_replacement(plan, replacement), *maps.notes],
         )
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def _put_maps(stack: DecoderLayers, removed: list[int], batches: Sequence[Batch], measured: bool, maps: Maps) -> None:

@@ -16,14 +16,15 @@ from hf_cod.functional import factorization, sparse_low_rank
 from hf_cod.functional.ranks import count
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.report import RunReport, environment
+from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batches, describe_batches
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
-from hf_cod.layers.devices import execution_device
+from hf_cod.layers.devices import environment_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
+from hf_cod.layers.size import count_parameters
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.shapes import SPARSE, LowRankLinear
 from hf_cod.models.shaping import check_shapeable, record_shapes
@@ -196,7 +197,7 @@ class RankReporter:
         self.name = name or name_of(stack)
         self.shapes = [factorizable(stack, index) for index in range(len(stack))]
         self.sizes = sizes_of(stack)
-        self.parameters = sum(p.numel() for p in stack.model.parameters())
+        self.parameters = count_parameters(stack.model)
 
     def report(self, plan: RankPlan, finished: FinishedLayers, settings: dict[str, Any]) -> RunReport:
         """Counts the remaining weights, and makes the report."""
@@ -209,7 +210,7 @@ class RankReporter:
             kind="factorize",
             model=self.name,
             settings=settings,
-            environment=environment(execution_device(self.stack.model), next(self.stack.model.parameters()).dtype),
+            environment=environment_of(self.stack.model),
             layers={
                 "kept": [1 - less / size for less, size in zip(saved, self.sizes, strict=True)],
                 "rank": [1 - less / size for less, size in zip(cut, self.sizes, strict=True)],

@@ -15,11 +15,11 @@ from hf_cod.compression.pruning.settings import PruneFields, PruneSettings
 from hf_cod.functional.sparsity import Pattern
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.report import RunReport, environment
+from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, Batches, describe_batches
 from hf_cod.layers.checks import check_sizes, check_writable, name_of
-from hf_cod.layers.devices import execution_device
+from hf_cod.layers.devices import environment_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import check_independent
@@ -187,7 +187,7 @@ def _report(
         kind="prune",
         model=name or name_of(stack),
         settings=settings,
-        environment=environment(execution_device(stack.model), next(stack.model.parameters()).dtype),
+        environment=environment_of(stack.model),
         layers={"target": [target.sparsity for target in targets], **layers},
         results=results,
         summary=[
