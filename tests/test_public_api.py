@@ -27,7 +27,7 @@ OPTIONS = {
     "factorize": ("FactorizeSettings", "model plan batches tokenizer texts journal layers_path name show_progress"),
     "heal": (
         "HealSettings",
-        "student teacher data tokenizer teacher_tokenizer held_out sampling scores output name",
+        "student teacher data batches tokenizer texts teacher_tokenizer held_out sampling scores output name",
     ),
     "load_texts": ("TextSettings", ""),
     "lora_ranks": ("LoraRankSettings", "model scores"),
@@ -54,7 +54,8 @@ WITHOUT = (
     "from_authors llama_preset owlore skip split_samples to_lns"
 )
 OTHER_NAMES = {"quantize": "config", "apply_steps": "how", "collect_statistics": "samples", "perplexity": "samples"}
-# Fields of the settings of samples, which functions take that also take texts.
+# Functions that take texts take these; where a function has samples in its own settings, it lacks some of them.
+OWN_SAMPLES = {"diagnose": {"samples"}, "heal": {"samples", "max_samples", "pack", "seed"}}
 SAMPLES = ["samples", *(field.name for field in fields(hf_cod.SampleSettings))]
 
 
@@ -119,11 +120,12 @@ def test_options_stand_in_the_settings_of_their_folder(name):
 def test_functions_that_take_batches_take_texts_alike():
     """One or the other, with the same names; `tests/layers/test_batches.py` compares the results."""
     taking = {"batches", "calibration", "tuning", "data"}
-    for name in sorted({*OPTIONS, *WITHOUT.split()} - {"split_samples", "heal"}):
+    for name in sorted({*OPTIONS, *WITHOUT.split()} - {"split_samples"}):
         parameters = inspect.signature(getattr(hf_cod, name)).parameters
         if taking & parameters.keys():
-            wanted = ("tokenizer", "texts", *SAMPLES) if name != "diagnose" else ("tokenizer", "texts", *SAMPLES[1:])
-            assert set(wanted) <= parameters.keys(), name
+            assert {"tokenizer", "texts"} <= parameters.keys(), name
+            missing = set(SAMPLES) - parameters.keys()
+            assert missing == OWN_SAMPLES.get(name, set()), name
             for one in {*taking, "tokenizer", "texts", "samples"} & parameters.keys():
                 assert parameters[one].default is None, f"{name}: {one}"
             assert "token_batches" in inspect.getdoc(getattr(hf_cod, name)), f"{name}: how batches are made"

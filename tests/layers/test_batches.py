@@ -93,7 +93,7 @@ def test_texts_give_the_results_of_batches_made_by_hand(function):
     assert_same(call(function, copy.deepcopy(model), **given), by_hand)
 
 
-@pytest.mark.parametrize("function", CALLS.keys() - {"recover"})
+@pytest.mark.parametrize("function", sorted(CALLS.keys() - {"recover"}))
 def test_padded_texts_are_masked_as_by_hand(function):
     """One sample a text, of different lengths; one string is one text."""
     tokenizer, model = gpt_like(), model_for(function)
@@ -124,14 +124,13 @@ def test_masked_language_models_get_labels_as_in_the_commands():
     assert perplexity(model, **texts) == perplexity(model, batches)
     statistics = collect_statistics(model, **texts)
     assert statistics.digests() == collect_statistics(model, batches).digests()
-    wrapped = torch.nn.parallel.DataParallel(model) if torch.cuda.is_available() else torch.compile(model)
-    assert collect_statistics(wrapped, **texts).digests() == statistics.digests()
+    assert collect_statistics(torch.compile(model), **texts).digests() == statistics.digests()
     with pytest.raises(ValueError, match="tokenizer: expected a mask token for a masked language model, got none"):
         perplexity(model, tokenizer=gpt_like(), texts=TEXTS, **SAMPLES)
 
 
 def test_samples_fit_the_positions_of_the_model():
-    with pytest.raises(ValueError, match="sequence_length: expected at most 64 tokens, the learned positions of wpe"):
+    with pytest.raises(ValueError, match=r"sequence_length: expected at most 64 tokens, .* transformer\.wpe, got 65"):
         collect_statistics(build("gpt2"), tokenizer=gpt_like(), texts=TEXTS, sequence_length=65)
 
 
@@ -166,13 +165,13 @@ def test_batches_and_texts_exclude_each_other(function):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("function", CALLS.keys() - OPTIONAL)
+@pytest.mark.parametrize("function", sorted(CALLS.keys() - OPTIONAL))
 def test_one_of_them_is_required(function):
     with pytest.raises(ValueError, match=r"batches: expected batches, or tokenizer and texts,.* got neither$"):
         call(function, model_for(function))
 
 
-@pytest.mark.parametrize("function", CALLS.keys() - {"diagnose"})
+@pytest.mark.parametrize("function", sorted(CALLS.keys() - {"diagnose"}))
 def test_settings_of_samples_without_texts_are_refused(function):
     batches = token_batches(gpt_like(), TEXTS, **SAMPLES)
     for given in ({"max_samples": 4}, {"samples": SampleSettings(12)}):
