@@ -12,7 +12,8 @@ Rules for every public function with options:
 - Inputs, budgets and outputs (model, plan, batches, parameter_share, journal, layers_path, name, show_progress, ...)
   are separate arguments.
 - Two functions use another name than `settings`: `quantize` takes `config`, as in transformers, and `apply_steps`
-  takes `how`, whose dataclass holds the inputs of its steps. `owlore` passes all arguments to `OwLoreAdamW`.
+  takes `how`, whose dataclass holds the inputs of its steps. `collect_statistics` and `perplexity` have no settings but
+  `samples`. `owlore` passes all arguments to `OwLoreAdamW`.
 
 `tests/test_public_api.py` has the table of functions with their dataclasses, and checks it.
 """
