@@ -208,12 +208,13 @@ def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) ->
         return
     if told and not required and default not in (None, [], ""):
         told = f"{told} (default: {default})"
-    more = {"nargs": field.metadata.get("nargs", "+")} if several else {}
+    more: dict[str, Any] = {"nargs": field.metadata.get("nargs", "+")} if several else {}
+    if kind is not str:  # by which argparse would convert a marked default to a plain string
+        more["type"] = kind
     choices = field.metadata.get("choices") or (get_args(hint) if get_origin(hint) is Literal else None)
     parser.add_argument(
         name,
         dest=field.name,
-        type=None if kind is str else kind,  # argparse would convert a marked default to a plain string
         default=None if required else default,
         required=required,
         choices=None if choices is None else list(choices),

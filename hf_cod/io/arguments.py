@@ -34,7 +34,7 @@ WAYS_OUT = {
     "PreTrainedModel": "load it by from_pretrained of an Auto class",
 }
 # Arguments that take a settings object, whose defaults are also those of the keyword fields.
-HOLDERS = ("settings", "config", "how")
+HOLDERS = ("settings", "config", "how", "samples")
 # Maximum number of characters of a value in an error.
 LONGEST = 80
 
@@ -117,12 +117,13 @@ def _evaluated(function: Callable[..., Any], annotation: Any) -> Any:
 
 
 def _options(function: Callable[..., Any]) -> dict[str, Any]:
-    """The fields of a function's settings dataclass by name; empty if it has none."""
+    """The fields of a function's settings dataclasses by name; empty if it has none."""
+    found: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name in HOLDERS:
             kinds = [part for part in _parts(_evaluated(function, parameter.annotation)) if is_dataclass(part)]
-            return {f.name: f for kind in kinds for f in fields(kind) if f.init}
-    return {}
+            found |= {f.name: f for kind in kinds for f in fields(kind) if f.init and f.name not in found}
+    return found
 
 
 def check_names(title: str, given: Iterable[str], signature: inspect.Signature, names: Sequence[str]) -> None:

@@ -7,10 +7,13 @@ Rules for every public function with options:
   `__post_init__`.
 - The function accepts the dataclass as `settings`, its fields as keywords, or both; keywords override the object. The
   main choice of a function (such as `method`) is also accepted as a positional argument.
+- A function that runs a model takes `batches`, or `tokenizer` and `texts`; how texts are cut into samples is passed as
+  `samples` (`SampleSettings`), as its fields, or both. `layers/batches.py` makes the batches. Tests walk all functions.
 - Inputs, budgets and outputs (model, plan, batches, parameter_share, journal, layers_path, name, show_progress, ...)
   are separate arguments.
 - Two functions use another name than `settings`: `quantize` takes `config`, as in transformers, and `apply_steps`
-  takes `how`, whose dataclass holds the inputs of its steps. `owlore` passes all arguments to `OwLoreAdamW`.
+  takes `how`, whose dataclass holds the inputs of its steps. `collect_statistics` and `perplexity` have no settings but
+  `samples`. `owlore` passes all arguments to `OwLoreAdamW`.
 
 `tests/test_public_api.py` has the table of functions with their dataclasses, and checks it.
 """
@@ -45,7 +48,8 @@ def resolve(
         function: the function that takes the settings, for messages.
         kind: the dataclass.
         settings: an instance of `kind`, which is not modified, or None.
-        given: fields by name, from `**fields`.
+        given: fields by name, from `**fields`; other arguments of the function, such as fields of its samples, are left
+            to it.
         **chosen: fields that are separate arguments of the function; None if not passed.
 
     Raises:
@@ -53,12 +57,13 @@ def resolve(
             refuses.
     """
     known = [f.name for f in fields(kind) if f.init]  # type: ignore[arg-type]
-    unknown = next((name for name in given if name not in known), None)
+    own = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    unknown = next((name for name in given if name not in (*known, *own)), None)
     if unknown is not None:
-        own = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
         names = [*known, *(name for name in own if name not in known)]
         raise ValueError(unknown_name(function.__name__, unknown, names))
-    values = {**{name: value for name, value in chosen.items() if value is not None}, **given}
+    values = {name: value for name, value in chosen.items() if value is not None}
+    values |= {name: value for name, value in given.items() if name in known}
     if settings is None:
         missing = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
         for name in missing:

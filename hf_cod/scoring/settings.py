@@ -10,7 +10,7 @@ from typing import Literal, TypedDict
 from hf_cod.functional.bits import BITS, SCALE_BITS
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value
-from hf_cod.io.settings import check_choice, layers_path_field
+from hf_cod.io.settings import SampleFields, check_choice, layers_path_field
 
 # Score -> the property that gives a layer a high score; `score_layers` has the formulas.
 METHODS = {
@@ -111,14 +111,13 @@ class ScoreSettings:
             raise ValueError(f"target: expected {what} between {low:.4g} and {high:.4g}, got {self.target}")
 
 
-class ScoreFields(TypedDict, total=False):
-    """Fields of `ScoreSettings` that `score_layers` takes by name."""
+class ScoreFields(SampleFields, total=False):
+    """Fields of `ScoreSettings`, and of samples, that `score_layers` takes by name."""
 
     threshold: float
     per_module: bool
     target: float
     pruner: str
-    seed: int
     layers_path: str | None
 
 

@@ -71,15 +71,15 @@ def written(thing):
 
 
 def with_fields():
-    """(name, function, TypedDict, dataclass) of each function that takes fields by name."""
+    """(name, function, TypedDict, dataclasses) of each function that takes fields by name."""
     for name in CALLED:
         function = written(getattr(hf_cod, name))
         hints = get_type_hints(function) if not is_dataclass(getattr(hf_cod, name)) else {}
         opened = [get_args(hint)[0] for hint in hints.values() if get_origin(hint) is Unpack]
         if opened:
-            holder = next(hints[key] for key in ("settings", "config", "how") if key in hints)
-            (kind,) = set(get_args(holder)) - {NoneType}
-            yield pytest.param(name, function, opened[0], kind, id=name)
+            holders = [hints[key] for key in ("settings", "config", "how", "samples") if key in hints]
+            kinds = [kind for holder in holders for kind in get_args(holder) if kind is not NoneType]
+            yield pytest.param(name, function, opened[0], kinds, id=name)
 
 
 @pytest.mark.parametrize("name", CALLED)
@@ -101,6 +101,7 @@ MISTAKES = {
     "batches": ("a text", r"expected (dicts of tensors for the model's forward|a list of dicts of tensors), got "),
     "statistics": ("statistics.safetensors", "expected LayerStatistics or None, got 'statistics.safetensors'"),
     "settings": ({"seed": 1}, r"expected \w+Settings or None, got dict"),
+    "samples": ({"seed": 1}, "expected SampleSettings or None, got dict"),
     "config": (3.5, "expected OwlBnbConfig or None, got 3.5"),
     "journal": (7, "expected a path or None, got 7"),
     "output": (7, "expected a path or None, got 7"),
@@ -205,11 +206,12 @@ def test_a_directory_is_no_file_and_no_error_of_the_system_comes_through(tmp_pat
             assert "Errno" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name, function, typed, kind", with_fields())
-def test_fields_by_name_are_those_of_the_settings(name, function, typed, kind):
+@pytest.mark.parametrize("name, function, typed, kinds", with_fields())
+def test_fields_by_name_are_those_of_the_settings(name, function, typed, kinds):
     own = {p for p in inspect.signature(function, follow_wrapped=False).parameters}
-    hints = get_type_hints(kind)
-    expected = {f.name: hints[f.name] for f in fields(kind) if f.init and f.name not in own}
+    expected = {
+        f.name: get_type_hints(kind)[f.name] for kind in kinds for f in fields(kind) if f.init and f.name not in own
+    }
     assert get_type_hints(typed) == expected
     shown = inspect.signature(getattr(hf_cod, name)).parameters
     assert set(expected) <= set(shown) and not any(p.kind is p.VAR_KEYWORD for p in shown.values())

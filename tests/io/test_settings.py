@@ -350,7 +350,12 @@ def test_no_public_argument_has_a_name_that_means_two_things():
 
 def test_functions_take_settings_in_one_way():
     """Who takes fields by name takes the object, too, and the other way round; only data has names of its own."""
-    other_names = {"quantize": "config", "apply_steps": "how"}  # transformers' object; what the steps work on
+    other_names = {
+        "quantize": "config",  # transformers' object
+        "apply_steps": "how",  # what the steps work on
+        "collect_statistics": "samples",  # of texts, without other settings
+        "perplexity": "samples",
+    }
     passed_on = {"owlore", "llama_preset", "OwlBnbConfig", "SparseConfig"}  # fields of somebody else
     for name in set(hf_cod.__all__) - passed_on:
         thing = getattr(hf_cod, name)

@@ -116,7 +116,7 @@ ODD = {
     "lists": ([{"input_ids": ids(3, 9).tolist()}], "(batches|calibration): expected tensors, got list as 'input_ids'"),
     "unknown label": ([{"input_ids": ids(3, 9), "labels": LABELS + 200}], "labels: .* 0 to 98, or -100 .* got 100 of"),
     "few labels": ([{"input_ids": ids(3, 9), "labels": LABELS[0]}], r"labels: expected token ids \(3, 9\), .* \(9,\)"),
-    "none": ([], "(batches|statistics|calibration): expected (at least one|statistics or batches)"),
+    "none": ([], "(batches|statistics|calibration): expected (at least one|statistics, batches, or)"),
 }
 
 

@@ -119,6 +119,7 @@ def explain(reports: Sequence[RunReport]) -> list[str]:
 def _quantized(directory: Path) -> None:
     """Quantizes the Pre-LN model to three and four bits, and prints size and perplexity."""
     from hf_cod.cli import compression
+    from hf_cod.cli.output import finish as finish_model
     from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model
     from hf_cod.io.output_directory import OutputDirectory
 
@@ -134,7 +135,7 @@ def _quantized(directory: Path) -> None:
     with OutputDirectory(directory) as output:
         report = compression.run(step, model, ModelSettings(), text, output)
         assert report is not None
-        compression.save_results(report, output, PlotSettings())
+        finish_model(report, output, PlotSettings(), output.journaled())
     for line in report.summary:
         say(f"• {line}")
 

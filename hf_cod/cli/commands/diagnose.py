@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
-from hf_cod.cli.output import require_plots
+from hf_cod.cli.output import require_plots, save_report
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import one_line, say
@@ -45,22 +45,16 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, output, rest = make_parser().parse(arguments)
-    from hf_cod.io.models import load_model
+    from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts
-    from hf_cod.layers.running import busy
 
     texts = load_texts(text)
     if output.plots:
         require_plots()
     path = output.output or default_directory("diagnose", rest.model)
     with OutputDirectory(path, source=rest.model) as directory:
-        with busy(f"loading {model_title(rest.model)}"):
-            model, tokenizer = load_model(rest.model, loading)
-        if tokenizer is None:
-            raise ValueError(
-                f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.diagnose in Python"
-            )
+        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.diagnose in Python")
         name = model_title(rest.model)
         report, status = run(model, tokenizer, texts, settings, directory.path, name, loading, text)
         finish(report, directory, output)
@@ -98,9 +92,7 @@ def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -
     """Plots, saves and prints a report."""
     from hf_cod.cli.terminal import print_report
 
-    if pictures.plots:
-        report.plot(output.results, pictures.plot_format)
-    report.save(output.results)  # again, with the plots and all settings
+    save_report(report, output, pictures)  # again, with the plots and all settings
     output.finish()
     print_report(report)
     say(f"\nwritten to {output.path.resolve()}")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import require_plots
+from hf_cod.cli.output import require_plots, save_report
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
@@ -93,13 +93,12 @@ def main(arguments: Sequence[str]) -> int:
         got = f"got {output.statistics!r}"
         raise ValueError(f"statistics: expected none with method {settings.method}, which does not use them, {got}")
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
+    from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.cli.terminal import print_report
-    from hf_cod.io.models import load_model
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts, mask_tokens
     from hf_cod.io.text import token_batches as cut_into_batches
     from hf_cod.layers.checks import check_length
-    from hf_cod.layers.running import busy
     from hf_cod.layers.task import task_of
 
     directory = Path(output.output or default_directory("score", rest.model))
@@ -109,19 +108,14 @@ def main(arguments: Sequence[str]) -> int:
     if output.statistics is not None:
         LayerStatistics.load(output.statistics)
     with OutputDirectory(directory, source=rest.model) as place:
-        with busy(f"loading {model_title(rest.model)}"):
-            model, tokenizer = load_model(rest.model, loading)
-        if tokenizer is None:
-            raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
+        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers")
         check_length(model, settings.sequence_length)
         batches = cut_into_batches(tokenizer, texts, settings)
         if task_of(model) == "masked_lm":
             batches = mask_tokens(tokenizer, batches, settings.seed)
         told = asdict(loading) | asdict(text)
         report = run(model, batches, settings, output.statistics, directory, model_title(rest.model), told)
-        if output.plots:
-            report.plot(place.results, output.plot_format)
-        report.save(place.results)
+        save_report(report, place, output)
         place.finish(beside=[STATISTICS, SCORES])
     print_report(report)
     say(f"\nwritten to {directory.resolve()}")
@@ -142,9 +136,9 @@ def run(
     Its results have, as "score", the settings of the method and its choices; `told` are the settings of its inputs.
     """
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
-    from hf_cod.io.report import RunReport, environment
+    from hf_cod.io.report import RunReport
     from hf_cod.io.text import describe_batches
-    from hf_cod.layers.devices import execution_device
+    from hf_cod.layers.devices import environment_of
     from hf_cod.layers.fingerprints import Journals
     from hf_cod.layers.stack import find_decoder_layers, unwrap
     from hf_cod.scoring.methods import score_layers
@@ -156,7 +150,7 @@ def run(
         kind="score",
         model=name,
         settings={**asdict(settings), **inputs, **told},
-        environment=environment(execution_device(base), next(base.parameters()).dtype),
+        environment=environment_of(base),
         layers={},
         results={},
     )

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from hf_cod.functional.mixture import check_mixture
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import check_effect
+from hf_cod.io.settings import SampleFields, check_effect
 from hf_cod.training.runs.training_settings import MANY_PASSES, TrainingSettings, warn_of_passes
 
 RECOVERY_STEPS = 100
@@ -129,12 +129,11 @@ class RecoverySettings:
         return self.steps
 
 
-class RecoveryFields(TypedDict, total=False):
-    """Fields of `RecoverySettings` that `recover` takes by name."""
+class RecoveryFields(SampleFields, total=False):
+    """Fields of `RecoverySettings`, and of samples, that `recover` takes by name."""
 
     rank: int
     learning_rate: float
-    seed: int
 
 
 def count_tokens(told: str) -> int:

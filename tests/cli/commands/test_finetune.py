@@ -15,9 +15,10 @@ from hf_cod import LayerScores, RunReport, pack_sparse, perplexity, prune, score
 from hf_cod.cli.commands import finetune
 from hf_cod.cli.commands.finetune_memory import EstimateSettings
 from hf_cod.cli.main import main
+from hf_cod.cli.output import finish
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.cli.sizes import in_gigabytes
-from hf_cod.cli.training import finish
+from hf_cod.cli.training import checkpoints_in
 from hf_cod.io.models import ModelSettings, embedded_model, load_model
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.packing import pack
@@ -305,7 +306,8 @@ def test_only_checkpoints_are_cleared_away(tmp_path):
     (tmp_path / "checkpoint-3.zip").write_text("")
     (tmp_path / "checkpoint-4").write_text("")
     with OutputDirectory(tmp_path) as output:
-        finish(RunReport("finetune", "mine", {}, {}, {}, {}), output, PlotSettings(plots=False))
+        report = RunReport("finetune", "mine", {}, {}, {}, {})
+        finish(report, output, PlotSettings(plots=False), checkpoints_in(output))
     assert {path.name for path in tmp_path.glob("check*")} == {"checkpoint-2-kept", "checkpoint-3.zip", "checkpoint-4"}
 
 
