@@ -65,10 +65,6 @@ def resolve(
     values = {name: value for name, value in chosen.items() if value is not None}
     values |= {name: value for name, value in given.items() if name in known}
     if settings is None:
-        missing = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
-        for name in missing:
-            if name not in values:
-                raise ValueError(f"{name}: expected a value for {function.__name__}, got none")
         return kind(**values)
     if not isinstance(settings, kind):
         raise ValueError(f"settings: expected {kind.__name__} for {function.__name__}, got {type(settings).__name__}")

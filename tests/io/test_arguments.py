@@ -185,9 +185,9 @@ def test_no_value_brings_an_error_of_python_or_of_the_system(name, tmp_path, mon
         (lambda: hf_cod.RunReport("diagnose", "", {}, {}, {}, {}).plot(3), "directory: expected a path or None, got 3"),
         (
             lambda: hf_cod.collect_statistics(build("llama"), None),
-            "batches: expected a list of dicts of tensors, got N",
+            "batches: expected batches, or tokenizer and texts, got",
         ),
-        (lambda: hf_cod.apply_steps(build("llama"), {}), "batches: expected a value for apply_steps, got none"),
+        (lambda: hf_cod.apply_steps(build("llama"), {}), "batches: expected batches, or tokenizer and texts, got"),
         (lambda: hf_cod.fold_lns("x", 3), "output: expected a path or None, got 3"),
     ],
 )
