@@ -8,7 +8,6 @@ An error removes unfinished results and keeps the journal, from which the same c
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,7 @@ from typing import Any
 from hf_cod.io.directory_lock import DirectoryLock
 from hf_cod.io.output_checks import LOCK, check_place, check_space, leftovers, make_writable, remove_empty
 from hf_cod.io.output_manifest import JOURNAL, RESULTS, Manifest, remove
+from hf_cod.io.reading import as_read
 
 _WRITING = tuple(getattr(errno, name, -1) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO"))
 # The same errors from libraries without errno: safetensors ("os error 28"), torch's archive writer.
@@ -59,7 +59,7 @@ class OutputDirectory:
         self.path = Path(path)
         self.journal = self.path / JOURNAL
         self.completed = False
-        self._run = json.loads(json.dumps(run))
+        self._run = as_read(run)
         self._check, self._source, self._half = check, source, half
         self._lock: DirectoryLock | None = None
         self._made: list[Path] = []
