@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from hf_cod.io.directory_lock import DirectoryLock
-from hf_cod.io.output_checks import LOCK, check_place, check_space, leftovers, make_writable, remove_empty
+from hf_cod.io.output_checks import LOCK, REPORT, check_place, check_space, leftovers, make_writable, remove_empty
 from hf_cod.io.output_manifest import JOURNAL, RESULTS, Manifest, remove
 from hf_cod.io.reading import as_read
 
@@ -65,7 +66,11 @@ class OutputDirectory:
         self._made: list[Path] = []
 
     def __enter__(self) -> OutputDirectory:
-        self._look()  # before anything is written
+        try:
+            self._look()  # before anything is written
+        except ValueError:
+            self._remove_stale_journal()
+            raise
         self._made = make_writable(self.path)
         try:
             self._lock = DirectoryLock(self.journal / LOCK, self.path)
@@ -105,6 +110,21 @@ class OutputDirectory:
             return
         left.close(self.path)
         self.completed = self._run is not None
+
+    def _remove_stale_journal(self) -> None:
+        """Removes what is left of a journal if its run was killed after all results were in their final places.
+
+        The directory is then that of a finished run, which a command may refuse before it acquires the lock.
+        """
+        with suppress(OSError, ValueError):  # no journal; or another command holds the lock
+            left = {path.name for path in self.journal.iterdir()}
+            if not (self.path / REPORT).is_file() or left - {LOCK}:
+                return
+            if left:
+                lock = DirectoryLock(self.journal / LOCK, self.path)
+                lock.acquire()
+                lock.release()
+            self.journal.rmdir()
 
     def _clear(self) -> None:
         """Removes files that killed runs left half written."""
