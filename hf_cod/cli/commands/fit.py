@@ -11,7 +11,7 @@ from hf_cod.cli.settings import MeasuringSettings, ResultsOutput, SpeedSettings
 from hf_cod.cli.sizes import parse_bytes
 from hf_cod.cli.step import Step
 from hf_cod.compression.fit.settings import FitSettings
-from hf_cod.io.settings import ModelSettings, TextSettings, as_in
+from hf_cod.io.settings import ModelSettings, TextSettings, as_in, check_least
 
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
@@ -45,8 +45,7 @@ class FitOptions(SpeedSettings, MeasuringSettings):
             raise ValueError(
                 f"budget: expected one of --memory, --parameter-share and --bits, got {' and '.join(given) or 'none'}"
             )
-        if self.tuning_samples < 1:
-            raise ValueError(f"tuning_samples: expected at least 1, got {self.tuning_samples}")
+        check_least(self, tuning_samples=1)
         FitSettings(knobs=self.knobs or None, verify=self.verify)
         self.check_budget()
         self.speed = self.speed and not self.plan_only

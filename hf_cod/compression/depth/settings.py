@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import check_choice
+from hf_cod.io.settings import check_choice, check_least
 
 # Criterion -> which layers it removes; `plan_depth` has the details.
 CRITERIA = {
@@ -54,8 +54,7 @@ class DepthSettings:
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, CRITERIA)
         check_choice("replacement", self.replacement, REPLACEMENTS)
-        if self.search_width < 1:
-            raise ValueError(f"search_width: expected at least 1, got {self.search_width}")
+        check_least(self, search_width=1)
 
 
 class DepthFields(TypedDict, total=False):

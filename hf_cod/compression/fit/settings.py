@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from hf_cod.io.arguments import checked
+from hf_cod.io.settings import check_least
 
 # Kind of a budget -> its unit.
 KINDS = {
@@ -45,8 +46,7 @@ class FitSettings:
         unknown = [knob for knob in self.knobs or () if knob not in KNOBS]
         if unknown:
             raise ValueError(f"knobs: expected some of {', '.join(KNOBS)}, got {unknown[0]!r}")
-        if self.verify < 0:
-            raise ValueError(f"verify: expected at least 0, got {self.verify}")
+        check_least(self, verify=0)
 
 
 class FitFields(TypedDict, total=False):
