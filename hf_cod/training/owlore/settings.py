@@ -11,6 +11,7 @@ from hf_cod.io.settings import Default, as_in, check_least
 DEFAULT_FLOOR = 0.2
 DEFAULT_LR = 3e-4
 DEFAULT_SPREAD = 0.5
+MOST_RANK = 100_000  # above the width of any model; each rank up to it is a candidate
 DESELECTED = ("drop", "keep", "offload")
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTS = ("float32", "8bit")
@@ -136,6 +137,8 @@ class LoraRankSettings:
 
     def __post_init__(self) -> None:
         check_least(self, r=1)
+        if self.r > MOST_RANK:
+            raise ValueError(f"r: expected at most {MOST_RANK}, got {self.r}")
         if not 0 <= self.relative_spread <= 1:
             raise ValueError(f"relative_spread: expected a share between 0 and 1, got {self.relative_spread}")
 
