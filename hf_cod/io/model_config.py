@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils.hub import cached_file
 
+from hf_cod.io.display import one_line
 from hf_cod.io.reading import naming_file, parse_json, read_text
 from hf_cod.io.schema import brief, read_record
 
@@ -79,7 +80,8 @@ def check_model_config(source: str, revision: str | None = None, field: str = "m
         path = find_model_config(source, revision)
     except OSError as error:
         raise ValueError(
-            f"{field}: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {source!r}: {error}"
+            f"{field}: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {source!r}: "
+            f"{one_line(error)}"
         ) from error
     if path is not None:
         read_model_config(path)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
+from hf_cod.io.display import one_line
 from hf_cod.io.files import looks_local
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
 from hf_cod.io.model_config import building, check_model_config
@@ -172,7 +173,7 @@ def _unreadable(name: str, source: str, error: Exception) -> ValueError:
     if str(error).startswith("model: expected"):
         return ValueError(str(error).replace(", got", f", got in {name!r}", 1))
     return ValueError(
-        f"model: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {name!r}: {error}"
+        f"model: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {name!r}: {one_line(error)}"
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hf_cod.io.display import one_line
 from hf_cod.io.files import follow_umask, sync, sync_names, write_json
 from hf_cod.io.reading import read_json, take_format
 from hf_cod.io.schema import read_record
@@ -64,7 +65,7 @@ class Manifest:
         try:
             found = read_record(cls, take_format(read_json(file, "manifest"), 1, "manifest"), "manifest")
         except ValueError as error:
-            raise ValueError(f"output: expected a manifest of hf_cod, got {str(file)!r}: {error}") from error
+            raise ValueError(f"output: expected a manifest of hf_cod, got {str(file)!r}: {one_line(error)}") from error
         if not _are_inside(found.files, found.spent):
             raise ValueError(f"output: expected a manifest of hf_cod, got {str(file)!r}")
         return found

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hf_cod.io.display import one_line
 from hf_cod.io.schema import brief
 
 # Far larger than any file that hf_cod writes; reading a larger file would only fill the memory.
@@ -177,7 +178,7 @@ def open_tensors(path: str | Path, field: str, what: str) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{field}: expected {what}, got {str(path)!r}: {error}") from error
+        raise ValueError(f"{field}: expected {what}, got {str(path)!r}: {one_line(error)}") from error
 
 
 def read_state(path: str | Path, field: str) -> Any:

@@ -169,7 +169,7 @@ def _check_line(line: Any, layers: int, name: str) -> None:
     check_value(line.get("failure"), str | None, f"{name} failure")
     for measure in PER_LAYER:
         values = check_value(line.get(measure), list[float | None] | None, f"{name} {measure}")
-        if values and len(values) != layers:
+        if values is not None and len(values) != layers:
             raise ValueError(f"{name} {measure}: expected {layers} values, got {brief(values)}")
 
 
