@@ -8,7 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_cod.io.settings import PLOT_FORMATS, DefaultName, DefaultNumber, SampleSettings, as_in, check_choice
+from hf_cod.io.settings import (
+    PLOT_FORMATS,
+    DefaultName,
+    DefaultNumber,
+    SampleSettings,
+    as_in,
+    check_choice,
+    check_least,
+)
 from hf_cod.scoring.settings import USE_THRESHOLD, AllocationSettings, ScoreSettings
 
 
@@ -28,8 +36,7 @@ class MeasuringSettings(SampleSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eval_samples < 1:
-            raise ValueError(f"eval_samples: expected at least 1, got {self.eval_samples}")
+        check_least(self, eval_samples=1)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import platform
@@ -19,7 +18,7 @@ import transformers
 from hf_cod._version import __version__
 from hf_cod.io.files import write_json, write_text
 from hf_cod.io.markdown import escaped
-from hf_cod.io.reading import naming_file, read_json, take_format
+from hf_cod.io.reading import as_read, naming_file, read_json, take_format
 from hf_cod.io.schema import check_value, read_record
 from hf_cod.io.settings import PLOT_FORMATS
 
@@ -106,7 +105,7 @@ class RunReport:
             return None
         earlier = RunReport.load(directory)
         # Converted to JSON and back, as the settings of the earlier report were.
-        settings = _restored(json.loads(json.dumps(_finite(self.settings))))
+        settings = _restored(as_read(_finite(self.settings)))
         if resumable and (earlier.kind, earlier.model, earlier.settings) == (self.kind, self.model, settings):
             return None
         taken = [path.name.removeprefix("earlier-") for path in directory.glob("earlier-*")]

@@ -58,9 +58,10 @@ def _pair(directory: OutputDirectory) -> int:
     from hf_cod.cli.terminal import print_comparison
     from hf_cod.io.files import write_text
     from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
+    from hf_cod.io.reading import read_text
     from hf_cod.reporting.comparison import compare
 
-    text = (EMBEDDED / "held_out.txt").read_text(encoding="utf-8")
+    text = read_text(EMBEDDED / "held_out.txt", "text")
     reports, output = [], directory.path
     for placement in EMBEDDED_PLACEMENTS:
         say(f"measuring {placement}")
