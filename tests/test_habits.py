@@ -44,6 +44,18 @@ LONG_BODIES: dict[tuple[str, str], int] = {}
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_all_tests_that_are_left_out_by_default_run_in_ci():
+    """By a `-m` of .ci/run or of a job, that is not its negation; and a job has a limit of time."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    (left_out,) = re.findall(r"-m 'not \((.*?)\)'", options["addopts"])
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    jobs = yaml.safe_load(workflow)["jobs"].values()
+    calls = [*(ROOT / ".ci/run").read_text(encoding="utf-8").splitlines(), *workflow.splitlines()]
+    chosen = " ".join(re.sub(r"not \w+", "", line.partition("-m pytest")[2]) for line in calls)
+    assert set(left_out.split(" or ")) <= set(re.findall(r"\w+", chosen))
+    assert all(job["timeout-minutes"] for job in jobs)
+
+
 def test_one_version():
     released = re.findall(r"^## \[(\d[\d.]*)\] - (\d{4}-\d\d-\d\d)$", CHANGELOG, re.M)
     assert released[0][0] == hf_cod.__version__

@@ -18,7 +18,7 @@ from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import check_method
 from hf_cod.training.runs.run_directory import check_claim, claim, half_checkpoints, last_steps
 from hf_cod.training.runs.trainer import check_one_process
-from hf_cod.training.runs.training_settings import TrainingSettings, check_fused, check_scores
+from hf_cod.training.runs.training_settings import TrainingSettings, check_effects, check_fused
 
 # (name in the message, file whose directory is printed).
 _WRITTEN = (
@@ -41,8 +41,8 @@ def check_training(
         ValueError: one of them cannot be used, or this is one of several processes; gives the reason.
         ImportError: a package is missing; the message gives the pip command.
     """
+    check_effects(settings, sampling, files.scores)
     check_fused(settings, sampling)
-    check_scores(settings, files.scores)
     check_method(settings.method, sampling)
     check_texts(text, eval_text)
     if files.scores is not None:

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 
+from hf_cod.io.arguments import checked
 from hf_cod.io.reading import checksum, naming_file, parse_json, read_json, take_format
 from hf_cod.io.schema import brief, check_value, read_record
 
@@ -163,11 +164,14 @@ class JsonFile:
     RENAMED: ClassVar[Mapping[str, str]] = {}
     RENAMED_VALUES: ClassVar[Mapping[str, Mapping[Any, Any]]] = {}
 
+    @checked
     def save(self, path: str | Path) -> Path:
-        """Writes the JSON file; returns its path."""
+        """Writes the JSON file; returns its path. Raises ValueError for a directory."""
+        check_file("path", path)
         return write_json(path, {"format": self.FORMAT, **asdict(cast(Any, self))})
 
     @classmethod
+    @checked
     def load(cls: type[Kept], path: str | Path) -> Kept:
         """Reads a file that `save` wrote; entries missing in earlier files get their defaults.
 
@@ -187,11 +191,7 @@ class JsonFile:
         return read
 
     def check_read(self) -> None:
-        """Checks conditions that the field types do not express; called after reading.
-
-        Raises:
-            ValueError: "field: expected ..., got ...".
-        """
+        """Checks after reading what field types do not express; raises ValueError "field: expected ..., got ..."."""
 
 
 def reason(error: Exception) -> str:

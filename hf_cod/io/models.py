@@ -19,7 +19,7 @@ from hf_cod.io.display import one_line
 from hf_cod.io.files import looks_local
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
 from hf_cod.io.model_config import building, check_model_config
-from hf_cod.io.settings import ModelFields, ModelSettings, resolve
+from hf_cod.io.settings import ModelFields, ModelSettings, check_effect, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,8 @@ def on_hub(repo_id: str) -> bool:
 def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     """Source and options for `from_pretrained`."""
     path = Path(name).expanduser()
+    if path.exists():
+        check_effect(settings, ["revision"], f"the local model {name!r}")
     source, options = (
         str(path) if path.is_dir() else name,
         {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code},

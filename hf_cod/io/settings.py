@@ -23,8 +23,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, TypedDict, TypeVar
 
 from hf_cod.io.arguments import checked, unknown_name
@@ -92,6 +92,33 @@ class DefaultName(str):
     """The same, for a name."""
 
     __slots__ = ()
+
+
+def given(settings: Any, names: Iterable[str]) -> list[str]:
+    """Those of the settings that a user set: not the default, nor a number or name equal to a marked default."""
+    marks = (Default, DefaultName, DefaultNumber)
+    found = []
+    for name in names:
+        known, value = type(settings).__dataclass_fields__[name], getattr(settings, name)
+        default = known.default if known.default_factory is MISSING else known.default_factory()
+        if not isinstance(value, marks) and (isinstance(default, marks) or value != default):
+            found.append(name)
+    return found
+
+
+def check_effect(settings: Any, names: Iterable[str], beside: str) -> None:
+    """Checks that settings without an effect are not set.
+
+    Args:
+        settings: an instance of a settings dataclass.
+        names: its fields that have no effect.
+        beside: what makes them ineffective, for the error.
+
+    Raises:
+        ValueError: one of them is set.
+    """
+    for name in given(settings, names):
+        raise ValueError(f"{name}: expected none with {beside}, got {getattr(settings, name)!r}")
 
 
 def following(text: str) -> Any:

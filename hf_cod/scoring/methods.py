@@ -32,7 +32,7 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import task_of
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.pruning_probe import PruningProbe
-from hf_cod.scoring.settings import CODEBOOK, ScoreFields, ScoreSettings
+from hf_cod.scoring.settings import CODEBOOK, SETTINGS_OF, ScoreFields, ScoreSettings
 
 
 @checked
@@ -278,13 +278,6 @@ METHODS: dict[str, Callable[[_Request], list[float]]] = {
 }
 NEED_BATCHES = ("angular", "block_influence", "gradient_norm", "fisher", "layer_drop", "sensitivity", "auto")
 NEED_NO_WEIGHTS = ("uniform", "depth", "random")
-# Method -> the settings that it depends on.
-SETTINGS_OF = {
-    "owl": ("threshold", "per_module"),
-    "sensitivity": ("target", "pruner"),
-    "auto": ("target", "pruner", "threshold", "per_module"),
-    "random": ("seed",),
-}
 # Scores and lambdas that auto tries.
 CANDIDATES = ("uniform", "owl", "angular", "fisher", "sensitivity")
 SPREADS = (0.08, 0.15, 0.25)

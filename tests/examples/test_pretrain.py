@@ -136,6 +136,17 @@ def test_losses_between_logs_are_not_lost_with_a_kill(name, tmp_path, text):
         run(name, tmp_path / "bad", "--log-every", "3", "--save-every", "4")
 
 
+@pytest.mark.parametrize("steps, warned", [(40, False), (1000, True)])
+def test_many_passes_over_few_samples_are_warned_of(steps, warned, tmp_path, text, caplog):
+    """Before the training, as fine-tuning does."""
+    (tmp_path / "text.txt").write_text(embedded_text()[:2000])
+    few = {"sequence_length": 16, "batch_size": 1, "micro_batch_size": 1, "validation_samples": 4, "steps": steps}
+    prepared = prepare(PretrainSettings(text=text[1], output=str(tmp_path / "run"), **few))
+    samples = len(prepared.train.windows)
+    told = f"steps: {steps} are {round(steps / samples)} passes over the {samples} training samples, which"
+    assert (told in caplog.text) == warned
+
+
 def test_another_run_does_not_go_on_in_the_same_directory(tmp_path, text):
     report, _, _ = run("pretrain", tmp_path / "run", *text)
     for change, told in (

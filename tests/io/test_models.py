@@ -129,3 +129,9 @@ def test_a_tokenizer_that_cannot_be_read(file, text, told, tmp_path):
     assert str(tmp_path) in str(error.value)
     with pytest.raises(ValueError, match="tokenizer: expected tokenizer files"):
         load_tokenizer("someone/no-such-tokenizer")
+
+
+def test_a_revision_is_for_the_hub(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"revision: expected none with the local model '.*', got 'v2'"):
+        load_model(str(tmp_path), revision="v2")

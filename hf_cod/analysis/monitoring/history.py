@@ -59,6 +59,7 @@ class TrainingHistory:
         self.lines: list[dict[str, Any]] = []
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> TrainingHistory:
         """Reads a history from its file or directory; an incomplete last line is ignored.
 

@@ -74,6 +74,7 @@ class LayerStatistics:
         return {name: sha256(t.contiguous().numpy().tobytes()).hexdigest() for name, t in self.squares.items()}
 
     @classmethod
+    @checked
     def merge(cls, parts: Sequence[LayerStatistics]) -> LayerStatistics:
         """The statistics of all parts together, equal to those of one pass over all samples. Parts may come from
         different batches, processes (`torch.distributed.all_gather_object`) or files.
@@ -108,6 +109,7 @@ class LayerStatistics:
         _check_same(expected, _shapes(self), "statistics", type(stack.model).__name__, self.model)
         warn_of_other_name("statistics", self.model, stack)
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Writes a safetensors file (to a temporary name, then renamed); returns its path."""
         tensors = {f"squares/{name}": tensor for name, tensor in self.squares.items()}
@@ -116,19 +118,18 @@ class LayerStatistics:
         return save_tensors(path, tensors, metadata)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> LayerStatistics:
         """Reads a file of `save`.
 
         Raises:
-            ValueError: no such file, another kind of file, or invalid sums and counts: negative, not finite, of another
-                type, or sums without counts.
+            ValueError: no such file, another kind of file, or invalid sums and counts (negative, not finite, missing).
         """
         with open_tensors(path, "statistics", "a file of statistics") as file:
             metadata = file.metadata() or {}
         layers_path = metadata.get("layers_path", metadata.get("path"))  # its name in version 0.1
-        if metadata.get("format") != FORMAT_VERSION or layers_path is None or "model" not in metadata:
-            got = brief(metadata.get("format"))
-            raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {got} in {str(path)!r}")
+        if (written := metadata.get("format")) != FORMAT_VERSION or layers_path is None or "model" not in metadata:
+            raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {brief(written)} in {str(path)!r}")
         kinds: dict[str, dict[str, Tensor]] = {"squares": {}, "tokens": {}}
         raw = read_bytes(path, "statistics")
         with naming_file(path):

@@ -54,6 +54,9 @@ def main(arguments: Sequence[str]) -> int:
     (chosen,) = make_parser().parse(arguments)
     if chosen.to == "authors" and chosen.norm_type is None:
         raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got none; set --norm-type")
+    for name in ("norm_type", "post_layers"):
+        if chosen.to != "authors" and getattr(chosen, name) is not None:
+            raise ValueError(f"{name}: expected none with {chosen.to}, got {getattr(chosen, name)!r}")
     from hf_cod.io.output_checks import check_unused
     from hf_cod.io.output_directory import OutputDirectory
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
@@ -15,8 +16,6 @@ from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, TextSettings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
 
@@ -61,13 +60,14 @@ def _pair(directory: OutputDirectory) -> int:
     from hf_cod.io.reading import read_text
     from hf_cod.reporting.comparison import compare
 
-    text = read_text(EMBEDDED / "held_out.txt", "text")
+    text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
+    loading, texts = ModelSettings(dtype="float32"), read_text(str(text.text), "text")
     reports, output = [], directory.path
     for placement in EMBEDDED_PLACEMENTS:
         say(f"measuring {placement}")
-        model, tokenizer = load_model(embedded_model(placement), ModelSettings(dtype="float32"))
+        model, tokenizer = load_model(embedded_model(placement), loading)
         settings = DiagnoseSettings(max_samples=16, batch_size=8, token="all")
-        report, status = run(model, tokenizer, text, settings, output / placement, placement)
+        report, status = run(model, tokenizer, texts, settings, output / placement, placement, loading, text)
         if status:
             return status
         report.plot(output / placement)
@@ -150,7 +150,8 @@ def _smollm2(output: OutputDirectory) -> int:
     if not on_hub(HUB_MODEL):
         title, name = f"{title} (4-bit GGUF, dequantized)", str(from_package(*PACKAGED_MODEL))
     say(f"measuring {title}: {name}")  # the name can be passed as MODEL to other commands
-    model, tokenizer = load_model(name, ModelSettings(dtype="float32"))
-    report, status = run(model, tokenizer, embedded_text(), DiagnoseSettings(max_samples=8), output.path, title)
+    loading, settings = ModelSettings(dtype="float32"), DiagnoseSettings(max_samples=8)
+    model, tokenizer = load_model(name, loading)
+    report, status = run(model, tokenizer, embedded_text(), settings, output.path, title, loading, TextSettings())
     finish(report, output, PlotSettings())
     return status

@@ -55,31 +55,44 @@ def main(arguments: Sequence[str]) -> int:
     path = output.output or default_directory("diagnose", rest.model)
     with OutputDirectory(path, source=rest.model) as directory:
         model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.diagnose in Python")
-        report, status = run(model, tokenizer, texts, settings, directory.path, model_title(rest.model))
+        name = model_title(rest.model)
+        report, status = run(model, tokenizer, texts, settings, directory.path, name, loading, text)
         finish(report, directory, output)
     return status
 
 
 def run(
-    model: Any, tokenizer: Any, texts: Any, settings: DiagnoseSettings, directory: str | Path, name: str
+    model: Any,
+    tokenizer: Any,
+    texts: Any,
+    settings: DiagnoseSettings,
+    directory: str | Path,
+    name: str,
+    loading: ModelSettings,
+    text: TextSettings,
 ) -> tuple[RunReport, int]:
-    """Diagnoses a model; if a measure fails, prints the error and returns the earlier results with exit status 1."""
+    """Diagnoses a model; the report has the settings of model loading and text, too.
+
+    If a measure fails, prints the error and returns the earlier results with exit status 1.
+    """
     from hf_cod.analysis.diagnostics.diagnosis import MeasurementError, diagnose
+    from hf_cod.cli.recorded import with_inputs
 
     try:
-        return diagnose(model, tokenizer, texts, output=directory, name=name, **asdict(settings)), 0
+        report = diagnose(model, tokenizer, texts, output=directory, name=name, **asdict(settings))
+        return with_inputs(report, loading, text), 0
     except MeasurementError as error:
         if not error.report.layers:
             raise
         print(f"hf-cod: error: {one_line(error)}; earlier measurements are kept", file=sys.stderr)
-        return error.report, 1
+        return with_inputs(error.report, loading, text), 1
 
 
 def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
     """Plots, saves and prints a report."""
     from hf_cod.cli.terminal import print_report
 
-    save_report(report, output, pictures)  # again, so that report.md shows the plots
+    save_report(report, output, pictures)  # again, with the plots and all settings
     output.finish()
     print_report(report)
     say(f"\nwritten to {output.path.resolve()}")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class PackOptions(PackSettings):
     """Settings of packing and of the output directory."""
 
-    output: str | None = field(default=None, metadata={"help": "output directory, as an option"})
+    output: str | None = field(default=None, metadata={"help": "output directory, instead of the second argument"})
     layers_path: str | None = as_in(ScoreSettings, "layers_path")
 
 

@@ -12,8 +12,16 @@ from hf_cod.cli.output import require_plots, save_report
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
-from hf_cod.io.settings import ModelSettings, SampleSettings, TextSettings
-from hf_cod.scoring.settings import USE_STATISTICS, ScoreSettings
+from hf_cod.io.settings import (
+    DefaultName,
+    DefaultNumber,
+    ModelSettings,
+    SampleSettings,
+    TextSettings,
+    as_in,
+    check_effect,
+)
+from hf_cod.scoring.settings import SETTINGS_OF, USE_STATISTICS, ScoreSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,9 +39,16 @@ STATISTICS, SCORES = "statistics.safetensors", "scores.json"
 class ScoreOptions(SampleSettings, ScoreSettings):
     """Settings of samples and of the score, with one common seed."""
 
+    threshold: float = as_in(ScoreSettings, "threshold", default=DefaultNumber(ScoreSettings().threshold))
+    target: float = as_in(ScoreSettings, "target", default=DefaultNumber(ScoreSettings().target))
+    pruner: str = as_in(ScoreSettings, "pruner", default=DefaultName(ScoreSettings().pruner))
+
     def __post_init__(self) -> None:
         SampleSettings.__post_init__(self)
         ScoreSettings.__post_init__(self)
+        used = SETTINGS_OF.get(self.method, ())
+        unused = [name for names in SETTINGS_OF.values() for name in names if name not in (*used, "seed")]
+        check_effect(self, unused, f"method {self.method}, which does not use it")
 
     @property
     def uses_statistics(self) -> bool:

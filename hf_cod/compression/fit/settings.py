@@ -40,7 +40,7 @@ class FitSettings:
     verify: int = field(
         default=3, metadata={"help": "number of combinations of knobs to measure, in addition to each alone"}
     )
-    tuning_samples: int = field(default=16, metadata={"help": "number of further samples for the choice of the plan"})
+    tuning_samples: int = field(default=16, metadata={"help": "samples for choosing the plan, beside --max-samples"})
 
     def __post_init__(self) -> None:
         unknown = [knob for knob in self.knobs or () if knob not in KNOBS]

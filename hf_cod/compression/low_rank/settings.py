@@ -35,7 +35,7 @@ class FactorizeSettings:
         },
     )
     rank_share: float = field(
-        default=RANK_SHARE, metadata={"help": "oats: part of the kept weights that is in the thin factors, 0 to 1"}
+        default=RANK_SHARE, metadata={"help": "oats: share of the kept weights that the low-rank factors take, 0 to 1"}
     )
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.run_directory import begun_steps, claim, half_checkpoints
 from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, split_windows, train
-from hf_cod.training.runs.training_settings import check_scores, for_samples
+from hf_cod.training.runs.training_settings import check_effects, for_samples
 
 
 @checked
@@ -100,7 +100,7 @@ def heal(
         if tokenizer is None:
             raise ValueError("tokenizer: expected the student's tokenizer with teacher_tokenizer, got none")
         check_tokenizers(tokenizer, teacher_tokenizer)
-    check_scores(settings, scores)
+    check_effects(settings, sampling, scores)
     for stack in (mine, theirs):
         check_length(stack.model, settings.sequence_length)
     data = _one_of(data, batches, texts)

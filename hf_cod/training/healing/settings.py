@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from hf_cod.functional.mixture import check_mixture
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import SampleFields, check_least
+from hf_cod.io.settings import SampleFields, check_effect, check_least
 from hf_cod.training.runs.training_settings import MANY_PASSES, TrainingSettings, warn_of_passes
 
 RECOVERY_STEPS = 100
@@ -30,7 +30,7 @@ class HealSettings(TrainingSettings):
     )
     labels: float = field(
         default=0.0,
-        metadata={"help": "weight of the cross-entropy of the text's next tokens; the distillation loss has the rest"},
+        metadata={"help": "weight of the cross-entropy of the next token, 0 to 1; 1 - labels is that of distillation"},
     )
     hidden: float = field(
         default=0.0,
@@ -39,8 +39,8 @@ class HealSettings(TrainingSettings):
     teacher_layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "with --hidden: for each layer of the student, the matching layer of the teacher, from 0; default: "
-            "matched by config or weights, or spread evenly"
+            "help": "with --hidden: for each layer of the student, the number of the teacher's layer that it is "
+            "compared with, from 0; default: by config or weights, else evenly spread"
         },
     )
 
@@ -55,6 +55,8 @@ class HealSettings(TrainingSettings):
             raise ValueError(f"hidden: expected a weight of at least 0, got {self.hidden}")
         if self.teacher_layers is not None and not self.hidden:
             raise ValueError("teacher_layers: expected hidden above 0 with them, got 0")
+        if self.labels == 1:
+            check_effect(self, ["temperature"], "labels 1, which leave out the distillation loss")
 
     @property
     def total_steps(self) -> int:

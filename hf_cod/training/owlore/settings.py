@@ -27,21 +27,21 @@ class OwLoreSettings:
 
     n_active: int = field(
         default=Default(5),
-        metadata={"help": "layers that train at a time, gamma; the default is lowered to the number of layers"},
+        metadata={"help": "layers that train at a time, gamma; the default is smaller for models with fewer layers"},
     )
     interval: int = field(default=50, metadata={"help": "optimizer steps between samplings of layers, K"})
     rank: int | None = field(
         default=Default(128),
         metadata={
-            "help": "rank that gradients of matrices are projected to (GaLore), the default at most their width; 0 or "
-            "None: full rank"
+            "help": "rank of the projected gradients of matrices (GaLore); the default is smaller for narrower "
+            "matrices; 0 or None: full rank"
         },
     )
     scale: float = field(default=1.0, metadata={"help": "factor of projected updates, GaLore's alpha"})
     floor: float = field(
         default=DEFAULT_FLOOR,
         metadata={
-            "help": "share of the sampling probability that is uniform over layers, so that every layer is sampled; "
+            "help": "share of the sampling probability that all layers get alike; above 0, every layer is sampled; "
             "1 is LISA"
         },
     )
@@ -73,8 +73,8 @@ class OwLoreSettings:
     fused: bool = field(
         default=False,
         metadata={
-            "help": "update each weight inside the backward pass and free its gradient at once; not with accumulation, "
-            "clipping (set max_grad_norm to 0), loss scaling or several processes"
+            "help": "update each weight inside the backward pass and free its gradient at once. Requires no gradient "
+            "accumulation, no clipping (max_grad_norm 0), no loss scaling, and one process"
         },
     )
     seed: int = field(default=0, metadata={"help": "seed of the sampling of layers"})

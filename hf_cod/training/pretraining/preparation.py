@@ -26,6 +26,7 @@ from hf_cod.layers.replicas import first_process_first, is_first, together
 from hf_cod.models import CodLlamaForCausalLM
 from hf_cod.training.pretraining.recipes import PretrainSettings, Recipe, model_config
 from hf_cod.training.runs import run_directory
+from hf_cod.training.runs.training_settings import warn_of_passes
 
 HELD_OUT_SHARE = 0.02  # share of the windows, if no validation text is set
 PROBE_SAMPLES = 8
@@ -93,6 +94,8 @@ def prepare(settings: PretrainSettings) -> Prepared:
             held_out = None if settings.validation_text else _held_out(len(windows), settings.validation_samples)
             kept = windows if held_out is None else windows[: len(windows) - held_out]
             train = PackedText(kept, recipe.steps * recipe.batch_size, settings.seed)
+            if is_first():
+                warn_of_passes(recipe.steps, recipe.steps * recipe.batch_size / len(kept), len(kept))
             alike["text"] = len(windows)
         validation = windows[len(windows) - held_out :] if held_out else _validation(settings, recipe, texts, tokenizer)
         alike |= {"tokenizer": tokenizer_identity(tokenizer), "validation_text": len(validation)}

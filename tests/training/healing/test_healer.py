@@ -37,17 +37,25 @@ from tests.tiny_tokenizers import bert_like, gpt_like
 
 WEIGHTS_TRAIN = [name for name, method in METHODS.items() if not method.adapters]
 SAMPLING = OwLoreSettings(n_active=2, interval=3, rank=8)
+# Method -> those of its settings that it uses.
+SAMPLING_OF = {
+    **dict.fromkeys(("owlore", "owlore-peft"), SAMPLING),
+    "lisa": OwLoreSettings(n_active=2, interval=3),
+    "galore": OwLoreSettings(interval=3, rank=8),
+}
 WINDOWS = torch.randint(3, 99, (20, 12), generator=torch.Generator().manual_seed(5))
 
 
 def settings(method, **changes):
     values = {"method": method, "steps": 6, "batch_size": 4, "micro_batch_size": 2, "sequence_length": 12}
-    values |= {"eval_samples": 4, "save_every": 100, "log_every": 2, "learning_rate": 1e-2, "lora_rank": 4}
+    values |= {"eval_samples": 4, "save_every": 100, "log_every": 2, "learning_rate": 1e-2}
+    values |= {"lora_rank": 4} if method == "lora" else {}
     return HealSettings(**{**values, **changes})
 
 
 def healed(student, teacher, method="full", output=None, **changes):
-    return heal(student, teacher, WINDOWS, settings(method, **changes), sampling=SAMPLING, output=output)
+    sampling = SAMPLING_OF.get(method)
+    return heal(student, teacher, WINDOWS, settings(method, **changes), sampling=sampling, output=output)
 
 
 def pruned(dtype=torch.float32):
