@@ -14,6 +14,7 @@ from hf_cod.io.settings import (
     as_in,
     check_choice,
     check_effect,
+    check_least,
     given,
 )
 from hf_cod.scoring.settings import COMPUTED, OF_OWL, USE_THRESHOLD, AllocationSettings, ScoreSettings
@@ -35,8 +36,7 @@ class MeasuringSettings(SampleSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eval_samples < 1:
-            raise ValueError(f"eval_samples: expected at least 1, got {self.eval_samples}")
+        check_least(self, eval_samples=1)
 
 
 @dataclass

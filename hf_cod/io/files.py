@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.reading import naming_file, parse_json, read_json, take_format
+from hf_cod.io.reading import checksum, naming_file, parse_json, read_json, take_format
 from hf_cod.io.schema import brief, check_value, read_record
 
 logger = logging.getLogger(__name__)
@@ -282,7 +282,7 @@ class Journal:
         if self.path is None:
             return
         record = json.dumps([self.work, key, value])
-        append_line(self.path, f'{record[:-1]}, "{_checksum(record)}"]')
+        append_line(self.path, f'{record[:-1]}, "{checksum(record)}"]')
 
 
 def _record_of(line: str) -> tuple[str, str, Any] | None:
@@ -297,10 +297,6 @@ def _record_of(line: str) -> tuple[str, str, Any] | None:
         return None
     if len(record) == 4:
         end = f', "{record[3]}"]'
-        if not line.endswith(end) or _checksum(f"{line[: -len(end)]}]") != record[3]:
+        if not line.endswith(end) or checksum(f"{line[: -len(end)]}]") != record[3]:
             return None
     return (record[0], record[1], record[2]) if len(record) in (3, 4) else None
-
-
-def _checksum(record: str) -> str:
-    return hashlib.sha256(record.encode()).hexdigest()[:16]

@@ -103,6 +103,19 @@ def embedded_model(placement: str) -> str:
     return str(EMBEDDED / placement)
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, or of a directory that holds only a tokenizer. No code of the tokenizer is executed.
+
+    Args:
+        name: a Hub id or a directory.
+
+    Raises:
+        ValueError: there is no tokenizer, or it cannot be read; gives the reason.
+    """
+    check_model_config(name, field="tokenizer")
+    return _read_tokenizer(name, name, {"trust_remote_code": False})
+
+
 def best_device() -> str:
     """Device type of the accelerator if there is one, else "cpu"."""
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
@@ -190,12 +203,19 @@ def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
 
 def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
     try:
+        return _read_tokenizer(name, source, options)
+    except ValueError:
+        if not _has_tokenizer(source, options):  # a vision model, or weights alone
+            return None
+        raise
+
+
+def _read_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
+    try:
         return AutoTokenizer.from_pretrained(source, **options)
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # the tokenizers library raises plain Exception
-        if not _has_tokenizer(source, options):  # a vision model, or weights alone
-            return None
         cause = " ".join(str(error).split())
         raise ValueError(
             f"tokenizer: expected tokenizer files that transformers can read, got {type(error).__name__} in {name!r}: "

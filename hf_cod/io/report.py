@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import platform
@@ -20,7 +19,7 @@ from hf_cod._version import __version__
 from hf_cod.io.arguments import checked
 from hf_cod.io.files import write_json, write_text
 from hf_cod.io.markdown import escaped
-from hf_cod.io.reading import naming_file, read_json, take_format
+from hf_cod.io.reading import as_read, naming_file, read_json, take_format
 from hf_cod.io.schema import check_value, read_record
 from hf_cod.io.settings import PLOT_FORMATS
 
@@ -108,7 +107,7 @@ class RunReport:
             return None
         earlier = RunReport.load(directory)
         # Converted to JSON and back, as the settings of the earlier report were.
-        settings = _restored(json.loads(json.dumps(_finite(self.settings))))
+        settings = _restored(as_read(_finite(self.settings)))
         # A command adds settings of its inputs to a finished report.
         known = {name: value for name, value in earlier.settings.items() if name in settings}
         if resumable and (earlier.kind, earlier.model, known) == (self.kind, self.model, settings):

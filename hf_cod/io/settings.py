@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, TypedDict, TypeVar
@@ -146,6 +147,23 @@ def check_choice(name: str, value: Any, table: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(table)}, got {value!r}")
 
 
+def check_least(settings: Any, **bounds: float) -> None:
+    """Checks fields as `check_number`; `bounds` holds the least value of each."""
+    for name, least in bounds.items():
+        check_number(name, getattr(settings, name), least)
+
+
+def check_number(name: str, value: float | None, least: float) -> None:
+    """Checks the lower bound of a number; None is allowed.
+
+    Raises:
+        ValueError: the number is below its bound, or not finite.
+    """
+    if value is not None and not least <= value < math.inf:
+        word = "at least" if math.isfinite(value) else "a finite number of at least"
+        raise ValueError(f"{name}: expected {word} {least}, got {value}")
+
+
 # File formats of plots: one raster format and two vector formats.
 PLOT_FORMATS = ("png", "pdf", "svg")
 
@@ -243,9 +261,7 @@ class SampleSettings:
     seed: int = field(default=0, metadata={"help": "seed of all random choices"})
 
     def __post_init__(self) -> None:
-        for name, least in (("sequence_length", 2), ("max_samples", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_least(self, sequence_length=2, max_samples=1, batch_size=1)
 
 
 class SampleFields(TypedDict, total=False):

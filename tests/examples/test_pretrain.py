@@ -174,6 +174,13 @@ def test_directories_of_the_same_name_are_not_the_same_text(tmp_path, monkeypatc
     assert "one" in found[0] and "five" in found[1]
 
 
+def test_a_tokenizer_that_cannot_be_read_is_an_error(tmp_path, text):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("5")
+    with pytest.raises(ValueError, match="tokenizer: expected tokenizer files that transformers can read, got "):
+        run("pretrain", tmp_path / "run", *text, "--tokenizer", str(tmp_path / "tokenizer"))
+
+
 def test_both_loops_come_to_the_same_weights(tmp_path, text):
     reports, weights, histories = zip(*[run(name, tmp_path / name, *text) for name in BOTH], strict=True)
     for key, value in weights[0].items():

@@ -18,7 +18,7 @@ from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_
 from hf_cod.functional.depth import wide
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
-from hf_cod.io.reading import naming_file, open_tensors
+from hf_cod.io.reading import naming_file, open_tensors, read_bytes
 from hf_cod.io.schema import brief, is_path
 from hf_cod.io.settings import SampleFields, SampleSettings
 from hf_cod.io.tensors import save_tensors
@@ -131,7 +131,7 @@ class LayerStatistics:
         if (written := metadata.get("format")) != FORMAT_VERSION or layers_path is None or "model" not in metadata:
             raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {brief(written)} in {str(path)!r}")
         kinds: dict[str, dict[str, Tensor]] = {"squares": {}, "tokens": {}}
-        raw = Path(path).read_bytes()
+        raw = read_bytes(path, "statistics")
         with naming_file(path):
             for key, tensor in load_tensors(raw).items():  # faster than reading them one by one
                 kind, _, name = key.partition("/")

@@ -57,10 +57,11 @@ def _pair(directory: OutputDirectory) -> int:
     from hf_cod.cli.terminal import print_comparison
     from hf_cod.io.files import write_text
     from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
+    from hf_cod.io.reading import read_text
     from hf_cod.reporting.comparison import compare
 
     text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
-    loading, texts = ModelSettings(dtype="float32"), Path(str(text.text)).read_text(encoding="utf-8")
+    loading, texts = ModelSettings(dtype="float32"), read_text(str(text.text), "text")
     reports, output = [], directory.path
     for placement in EMBEDDED_PLACEMENTS:
         say(f"measuring {placement}")

@@ -184,7 +184,9 @@ def _kept(file: Path, journal: Journal) -> LayerStatistics | None:
 
 
 def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    from hf_cod.io.reading import read_bytes
+
+    return hashlib.sha256(read_bytes(file, "statistics")).hexdigest()
 
 
 def _summary(scores: LayerScores) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import SampleFields, check_choice
+from hf_cod.io.settings import SampleFields, check_choice, check_least
 
 # Criterion -> which layers it removes; `plan_depth` has the details.
 CRITERIA = {
@@ -53,8 +53,7 @@ class DepthSettings:
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, CRITERIA)
         check_choice("replacement", self.replacement, REPLACEMENTS)
-        if self.search_width < 1:
-            raise ValueError(f"search_width: expected at least 1, got {self.search_width}")
+        check_least(self, search_width=1)
 
 
 class DepthFields(SampleFields, total=False):

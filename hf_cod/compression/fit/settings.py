@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import SampleFields
+from hf_cod.io.settings import SampleFields, check_least
 
 # Kind of a budget -> its unit.
 KINDS = {
@@ -46,10 +46,7 @@ class FitSettings:
         unknown = [knob for knob in self.knobs or () if knob not in KNOBS]
         if unknown:
             raise ValueError(f"knobs: expected some of {', '.join(KNOBS)}, got {unknown[0]!r}")
-        if self.verify < 0:
-            raise ValueError(f"verify: expected at least 0, got {self.verify}")
-        if self.tuning_samples < 1:
-            raise ValueError(f"tuning_samples: expected at least 1, got {self.tuning_samples}")
+        check_least(self, verify=0, tuning_samples=1)
 
 
 class FitFields(SampleFields, total=False):

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from hf_cod.functional.mixture import check_mixture
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import SampleFields, check_effect
+from hf_cod.io.settings import SampleFields, check_effect, check_least
 from hf_cod.training.runs.training_settings import MANY_PASSES, TrainingSettings, warn_of_passes
 
 RECOVERY_STEPS = 100
@@ -114,10 +114,7 @@ class RecoverySettings:
     seed: int = field(default=0, metadata={"help": "seed of the initial adapters and of the order of the batches"})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_least(self, steps=1, rank=1)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
 

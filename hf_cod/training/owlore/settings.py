@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import Default, as_in
+from hf_cod.io.settings import Default, as_in, check_least
 
 DEFAULT_FLOOR = 0.2
 DEFAULT_LR = 3e-4
 DEFAULT_SPREAD = 0.5
+MOST_RANK = 100_000  # above the width of any model; each rank up to it is a candidate
 DESELECTED = ("drop", "keep", "offload")
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTS = ("float32", "8bit")
@@ -80,10 +81,7 @@ class OwLoreSettings:
 
     def __post_init__(self) -> None:
         self.rank = self.rank or None
-        for name, least in (("n_active", 1), ("interval", 1), ("rank", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check_least(self, n_active=1, interval=1, rank=1)
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale: expected a finite number above 0, got {self.scale}")
         if not 0 <= self.floor <= 1:
@@ -138,8 +136,9 @@ class LoraRankSettings:
     )
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"r: expected at least 1, got {self.r}")
+        check_least(self, r=1)
+        if self.r > MOST_RANK:
+            raise ValueError(f"r: expected at most {MOST_RANK}, got {self.r}")
         if not 0 <= self.relative_spread <= 1:
             raise ValueError(f"relative_spread: expected a share between 0 and 1, got {self.relative_spread}")
 

@@ -14,9 +14,10 @@ from accelerate import PartialState
 from huggingface_hub import cached_assets_path
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
 from hf_cod.io.files import directory_aside, fingerprint
+from hf_cod.io.models import load_tokenizer
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.packing import PackedStream, PackedText, pack, pack_once, tokenizer_identity, train_tokenizer
 from hf_cod.io.settings import TextSettings
@@ -149,12 +150,7 @@ def _cache(name: str) -> Path:
 
 def _tokenizer(recipe: Recipe, texts: TextSettings) -> Any:
     if recipe.tokenizer is not None:
-        try:
-            return AutoTokenizer.from_pretrained(recipe.tokenizer)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"tokenizer: expected a Hub id or a directory, got {recipe.tokenizer!r}: {error}"
-            ) from error
+        return load_tokenizer(recipe.tokenizer)
     vocabulary = model_config(recipe, "pre").vocab_size
     folder = _cache(f"tokenizer-{fingerprint(_source(texts), vocabulary)}")
     if not folder.is_dir():
@@ -165,7 +161,7 @@ def _tokenizer(recipe: Recipe, texts: TextSettings) -> Any:
         except OSError:  # another run has just created the same folder
             if not folder.is_dir():
                 raise
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(str(folder))
 
 
 def _held_out(windows: int, most: int) -> int:

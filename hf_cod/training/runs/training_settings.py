@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import Default, DefaultName, DefaultNumber, check_effect, following, given
+from hf_cod.io.settings import Default, DefaultName, DefaultNumber, check_effect, check_least, following, given
 from hf_cod.scoring.settings import COMPUTED, USE_THRESHOLD
 from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.training.owlore.settings import OwLoreSettings
@@ -93,11 +93,8 @@ class TrainingSettings:
         for name, valid in (("method", METHODS), ("score", SCORES)):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
-        counts = ("steps", "batch_size", "micro_batch_size", "sequence_length", "eval_samples", "lora_rank")
-        for name in (*counts, "save_every", "log_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_least(self, steps=1, batch_size=1, micro_batch_size=1, sequence_length=1, eval_samples=1, lora_rank=1)
+        check_least(self, save_every=1, log_every=1)
         self._follow()
         if not 0 < self.passes < math.inf:
             raise ValueError(f"passes: expected a number above 0, got {self.passes}")
