@@ -85,7 +85,7 @@ TESTED_BY = {
     "models/test_training.py": "models/presets.py",
     "reporting/plots/test_figures.py": (
         "reporting/plots/__init__.py reporting/plots/colours.py reporting/plots/names.py reporting/plots/panels.py "
-        "reporting/plots/training_panels.py"
+        "reporting/plots/trade_off.py reporting/plots/training_panels.py"
     ),
     "reporting/test_model_card.py": "cli/commands/card.py reporting/settings.py",
     "scoring/test_allocation.py": "scoring/layer_scores.py",

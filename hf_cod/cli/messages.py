@@ -45,7 +45,7 @@ def _show(others: Callable[..., None], logger: logging.Logger, message: Any, cat
 
 
 class _AboveBars(logging.Handler):
-    """Log handler that writes above progress bars, and warns about the same other model only once."""
+    """Log handler that writes above progress bars; the same warning, or one about the same other model, only once."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
@@ -55,8 +55,10 @@ class _AboveBars(logging.Handler):
         """Prints one record."""
         from tqdm import tqdm
 
-        models = record.getMessage().partition(": ")[2]  # after the field name
-        if record.name == _OTHER_MODELS and models in self._told:
+        message = record.getMessage()
+        # The estimate of a training's memory prepares the method on a copy without weights, which warns, too.
+        told = message.partition(": ")[2] if record.name == _OTHER_MODELS else message  # without the field name
+        if told in self._told:
             return
-        self._told.add(models)
+        self._told.add(told)
         tqdm.write(self.format(record), file=sys.stderr)

@@ -133,6 +133,41 @@ def test_the_trade_off_marks_the_plan_that_was_chosen():
     plan = {"steps": tried[2]["steps"], "tried": tried, "curve": [[0.3, 2.0, {}], [0.9, 1.0, {}]], "intact_loss": 0.5}
     axes = report(kind="fit", layers={}, results={"plan": plan}).plot().axes[0]
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend == ["lowest expected loss", "one method, measured", "chosen plan", "intact model"]
+    assert legend == ["lowest expected loss", "chosen plan", "one method, measured", "intact model"]
     (star,) = [line for line in axes.lines if line.get_marker() == "*"]
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([0.3], [2.5])
+
+
+def fitted(*rows):
+    tried = [{"steps": dict.fromkeys(names.split(), 0.5), "left": left, "loss": loss} for names, left, loss in rows]
+    plan = {"steps": tried[0]["steps"], "tried": tried, "curve": [[0.3, 2.0, {}], [0.9, 1.0, {}]], "intact_loss": 0.5}
+    return report(kind="fit", layers={}, results={"plan": plan}).plot()
+
+
+def test_names_in_the_trade_off_do_not_overlap():
+    figure = fitted(*((f"width rank{i}", 0.6, 1.5 + i / 1000) for i in range(6)), ("bits", 0.3, 1.9))
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    named = [text.get_text() for text in figure.axes[0].texts]
+    assert named[0] == "width + rank0" and "bits" in named and 3 <= len(named) < 7
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
+@pytest.mark.parametrize("left, listed", [(0.6, False), (0.4, True)])
+def test_a_mark_under_the_star_is_not_in_the_legend(left, listed):
+    figure = fitted(("rank", 0.6, 1.5), ("rank width", left, 1.5), ("bits", 0.3, 1.9))
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert ("several methods, measured" in legend) == listed and {"chosen plan", "one method, measured"} < {*legend}
+
+
+@pytest.mark.parametrize("steps, ends", [([1, 40], (1, 40)), ([1, 10, 40], (1, 40)), ([5], (4.5, 5.5))])
+def test_panels_of_a_history_span_the_measured_steps(steps, ends):
+    rows = [[0.5, 0.25]] * len(steps)
+    history = {"step": steps, "angular_distance": rows, "variance": [[], *rows[1:]] if steps[1:] else rows}
+    history |= {"gradient_norm": rows, "effective_depth": [1.5] * len(steps)}
+    figure = report(layers={"gradient_norm": rows[0]}, results={"history": history}).plot()
+    panels = [axes for axes in figure.axes if axes.get_xlabel() == "step"]
+    assert len(panels) == 4 and {axes.get_xlim() for axes in panels} == {ends}
+    (angles,) = [axes for axes in panels if axes.get_title().startswith("Angular")]
+    across = angles.collections[0].get_coordinates()[0, :, 0]
+    assert (across[0], across[-1]) == ends and len(across) == len(steps) + 1

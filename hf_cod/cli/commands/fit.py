@@ -14,6 +14,8 @@ from hf_cod.compression.fit.settings import FitSettings
 from hf_cod.io.settings import ModelSettings, TextSettings, as_in
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hf_cod.cli.work import Work
     from hf_cod.compression.fit.fit_plan import FitPlan
     from hf_cod.io.report import RunReport
@@ -122,7 +124,7 @@ class Fit(Step):
         chosen: dict[str, Any] = {"knobs": self.settings.knobs or None, "verify": self.settings.verify, **work.options}
         kind, budget = self.settings.budget()
         plan = plan_fit(work.load, kind, budget, work.calibration, tuning, **chosen)
-        print_plan(plan, with_notes=self.settings.plan_only)
+        print_plan(plan, alone=self.settings.plan_only)
         if self.settings.plan_only:
             return None
         work.renew()
@@ -163,19 +165,24 @@ class Fit(Step):
         return [*report.summary, stored]
 
 
-def print_plan(plan: FitPlan, with_notes: bool) -> None:
-    """Prints the measured combinations, the trade-off and the chosen plan; notes only if no report follows."""
-    from rich import box
-    from rich.table import Table
-
+def print_plan(plan: FitPlan, alone: bool) -> None:
+    """Prints the measured combinations and the trade-off; if no report follows, also the chosen plan and the notes."""
     from hf_cod.cli.terminal import make_console
-    from hf_cod.compression.fit.knobs import describe_steps
     from hf_cod.io.display import terminal_text
 
     console = make_console()
-    if not plan.steps:
-        console.print(f"• {_told_plan(plan)}", highlight=False)
-        return
+    if plan.steps:
+        _print_tables(plan, console)
+    for line in (_told_plan(plan), *plan.notes) if alone else ():
+        console.print(f"• {terminal_text(line)}", highlight=False)
+
+
+def _print_tables(plan: FitPlan, console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from hf_cod.compression.fit.knobs import describe_steps
+
     tried = Table("tried", "layers left", "loss expected", "measured", box=box.SIMPLE_HEAD)
     for row in sorted(plan.tried, key=lambda row: row["loss"]):
         tried.add_row(
@@ -186,8 +193,6 @@ def print_plan(plan: FitPlan, with_notes: bool) -> None:
     for left, loss, steps in plan.curve[1::2]:
         curve.add_row(f"{left:.0%}", f"{loss:.3f}", describe_steps(steps))
     console.print(curve)
-    for line in (_told_plan(plan), *(plan.notes if with_notes else ())):
-        console.print(f"• {terminal_text(line)}", highlight=False)
 
 
 def _split(batches: Sequence[Any], settings: FitOptions) -> tuple[list[Any], list[Any]]:
@@ -214,7 +219,9 @@ def _told_plan(plan: FitPlan) -> str:
         )
     single = [row for row in plan.tried if len(row["steps"]) == 1]
     best = min(single, key=lambda row: row["loss"], default=None)
-    compared = "" if best is None else f"; the best single method: {describe_steps(best['steps'])}, {best['loss']:.3f}"
+    compared = ""
+    if best is not None and best["steps"] != plan.steps:
+        compared = f"; the best single method: {describe_steps(best['steps'])}, {best['loss']:.3f}"
     return (
         f"Chosen: {describe_steps(plan.steps)}: {plan.loss:.3f} nats per token on the tuning samples (intact "
         f"{plan.intact_loss:.3f}{compared})."

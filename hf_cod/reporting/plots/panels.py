@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from hf_cod.io.report import RunReport, format_number, standing_out
 from hf_cod.reporting.plots.colours import INK, NEAR_IS_YELLOW, PALE
 from hf_cod.reporting.plots.names import literal
+from hf_cod.reporting.plots.trade_off import trade_off
 from hf_cod.reporting.plots.training_panels import LOG_RATIO, TRAINING_PANELS
 
 BY_STEP = "_by_step"
@@ -174,37 +175,6 @@ def _removed(axes: Axes, report: RunReport) -> None:
     axes.set(ylabel=COST_LABELS.get(criterion, "removed"), title=title)
 
 
-def _trade_off(axes: Axes, report: RunReport) -> None:
-    """Loss by share of weights kept: lowest expected loss, measured combinations, and the chosen plan."""
-    plan = report.results["plan"]
-    if plan["curve"]:  # empty for a model that meets the budget without compression
-        left, loss, _ = zip(*plan["curve"], strict=True)
-        axes.plot(left, loss, color=PALE, label="lowest expected loss")
-    for row in plan["tried"]:
-        label, style = _mark_of(row["steps"], plan["steps"])
-        seen = label in axes.get_legend_handles_labels()[1]
-        axes.plot(row["left"], row["loss"], linestyle="none", label=None if seen else label, **style)
-        name = literal(" + ".join(row["steps"])) or "intact"
-        axes.annotate(name, (row["left"], row["loss"]), xytext=(4, 4), textcoords="offset points")
-    axes.axhline(plan["intact_loss"], color="black", linestyle="--", linewidth=1, label="intact model")
-    axes.legend(frameon=False)
-    axes.set(
-        xlabel="share of the layers' weights (or bits) that is kept",
-        ylabel="loss in nats per token",
-        title="Trade-off between size and loss",
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _mark_of(steps: dict[str, float], chosen: dict[str, float]) -> tuple[str, dict[str, Any]]:
-    """Label and marker style of a measured combination."""
-    if steps == chosen:
-        return "chosen plan", {"marker": "*", "markersize": 14, "color": INK}
-    if len(steps) == 1:
-        return "one method, measured", {"marker": "o", "color": PALE}
-    return "several methods, measured", {"marker": "D", "color": INK}
-
-
 def _numbers(values: list[Any]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
@@ -272,7 +242,7 @@ PANELS: dict[str, Callable[..., None]] = {
     ),
     "bits": _bits,
     "removed": _removed,
-    "trade_off": _trade_off,
+    "trade_off": trade_off,
     "error": _per_layer("error", "Lost share of the outputs' energy", "mean over the layer's matrices"),
 }
 # The main measures; block influence is similar to angular distance and is plotted separately.

@@ -30,7 +30,7 @@ def heat_map(measure: str, title: str, label: str, colours: str = FAR_IS_YELLOW)
             cmap=colours,
             norm="log" if wide else "linear",
         )
-        axes.set(xlabel="step", ylabel="layer", title=title)
+        axes.set(xlabel="step", ylabel="layer", title=title, xlim=_ends(history["step"]))
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.figure.colorbar(image, ax=axes, label=label, shrink=0.9)
 
@@ -41,18 +41,23 @@ def effective_depth(axes: Any, report: RunReport) -> None:
     """Effective depth by step, and its maximum, the number of layers."""
     history = report.results["history"]
     values = [math.nan if value is None else value for value in history["effective_depth"]]
-    axes.plot(history["step"], values, color=INK, marker="o", markersize=3)
+    axes.plot(history["step"], values, color=INK, marker="o", markersize=3, clip_on=False)
     axes.axhline(report.n_layers, color="black", linestyle="--", linewidth=1, label=f"all {report.n_layers} layers")
     axes.legend(loc="best", frameon=False)
-    axes.set(xlabel="step", ylabel="layers", title="Effective depth", ylim=(0, 1.05 * report.n_layers))
+    limits = {"xlim": _ends(history["step"]), "ylim": (0, 1.05 * report.n_layers)}
+    axes.set(xlabel="step", ylabel="layers", title="Effective depth", **limits)
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _ends(steps: list[int]) -> tuple[float, float]:
+    """The x range of every panel of a history: its first and last step."""
+    return (steps[0], steps[-1]) if len(steps) > 1 else (steps[0] - 0.5, steps[0] + 0.5)
+
+
 def _edges(steps: list[int]) -> list[float]:
-    """Borders of the columns: half-way between neighbouring steps."""
-    between = [(a + b) / 2 for a, b in pairwise(steps)]
-    first = steps[0] - (between[0] - steps[0] if between else 0.5)
-    return [first, *between, steps[-1] + (steps[-1] - between[-1] if between else 0.5)]
+    """Borders of the columns: half-way between neighbouring steps; none lies outside of the measured steps."""
+    first, last = _ends(steps)
+    return [first, *((a + b) / 2 for a, b in pairwise(steps)), last]
 
 
 # Measure of a history -> function that plots it.

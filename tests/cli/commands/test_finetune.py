@@ -45,6 +45,26 @@ QUICK_OF = {
 MODEL = embedded_model("lns")
 
 
+def test_what_never_trains_is_told_once(checkpoint, capsys):
+    """The estimate of memory prepares the same method again."""
+    build("mixtral").save_pretrained(checkpoint / "model")
+    command = ["finetune", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), "--steps", "2"]
+    command += [
+        "--method",
+        "owlore-peft",
+        "--n-active",
+        "1",
+        "--rank",
+        "2",
+        "--batch-size",
+        "2",
+        "--sequence-length",
+        "8",
+    ]
+    assert main([*command, "--eval-samples", "4", "--no-plots", "--output", str(checkpoint / "out")]) == 0
+    assert capsys.readouterr().err.count("of its weights never train") == 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
     output = tmp_path / "out"

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import hf_cod.compression.fit.planning
 import hf_cod.compression.fit.trials
 from hf_cod import FitPlan, RunReport, apply_steps, drop, perplexity, plan_fit
+from hf_cod.cli.commands.fit import print_plan
 from hf_cod.cli.main import main
 from hf_cod.compression.fit.knobs import KNOBS, Applying
 from hf_cod.io.files import Journal
@@ -282,9 +283,10 @@ def test_the_command_shows_the_plan_and_then_runs_it(tmp_path, capsys):
     command = ["fit", MODEL, "--memory", "7MB", "--knobs", "rank", "bits", "--verify", "1", *QUICK.split()]
     command += ["--output", str(output)]
     assert main([*command, "--plan-only"]) == 0
-    assert "Chosen:" in capsys.readouterr().out and not (output / "config.json").exists()
+    assert capsys.readouterr().out.count("Chosen:") == 1 and not (output / "config.json").exists()
     assert main(command) == 0
     shown = capsys.readouterr().out
+    assert shown.count("Chosen:") == 1
     assert "Perplexity goes from" in shown
     report = RunReport.load(output)
     assert [*report.results["speed"]] == ["intact", "fitted"] and "Tokens per second: " in shown
@@ -292,6 +294,14 @@ def test_the_command_shows_the_plan_and_then_runs_it(tmp_path, capsys):
     assert size_of(model).bytes == report.results["memory_bytes"]["fitted"] <= 7_000_000
     assert report.results["plan"]["steps"] == FitPlan.load(output / "fit_plan.json").steps
     assert (output / "trade_off.png").is_file()
+
+
+@pytest.mark.parametrize("steps", [{"rank": 0.5}, {"rank": 0.8, "bits": 4.0}])
+def test_the_best_single_method_is_named_unless_it_is_the_plan(steps, capsys):
+    tried = [{"steps": each, "expected": 2.0, "loss": 2.0, "left": 0.5} for each in ({"rank": 0.5}, steps)]
+    print_plan(FitPlan("bits", 6.0, steps, 2.0, 1.0, {}, {}, tried, []), alone=True)
+    shown = capsys.readouterr().out
+    assert shown.count("Chosen: ") == 1 and ("best single method" in shown) == (len(steps) > 1)
 
 
 @pytest.mark.parametrize(
