@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return print_completion(arguments[1:], COMMANDS)
     if arguments[0] not in COMMANDS:
         near = did_you_mean(arguments[:1], [*COMMANDS, *_ALONE])
-        print(f"hf-cod: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}{near}", file=sys.stderr)
+        expected = f"{near and near + ' '}expected one of {', '.join(COMMANDS)}"
+        print(f"hf-cod: {expected}, got {arguments[0]!r}", file=sys.stderr)
         return 2
     return _run(arguments[0], arguments[1:])
 

@@ -15,7 +15,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from hf_cod.io.arguments import did_you_mean
+from hf_cod.io.arguments import did_you_mean, unknown_name
 from hf_cod.io.deprecation import warn_renamed
 from hf_cod.io.reading import read_yaml
 
@@ -89,7 +89,8 @@ class SettingsParser(argparse.ArgumentParser):
         if unknown:
             options = [f"--{word.lstrip('-').partition('=')[0]}" for word in unknown if word.startswith("-")]
             known_options = [name for name in self._option_string_actions if name.startswith("--")]
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(options, known_options)}")
+            near = did_you_mean(options, known_options)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near and '; ' + near}")
         if known.print_config:
             print(self._as_config(found))
             self.exit()
@@ -105,7 +106,7 @@ class SettingsParser(argparse.ArgumentParser):
             ValueError: the value is not one of the choices.
         """
         if action.choices is not None and value not in action.choices:
-            raise ValueError(f"{action.dest}: expected one of {', '.join(map(str, action.choices))}, got {value!r}")
+            raise ValueError(unknown_name(action.dest, value, [*action.choices]))
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         """Converts a value; the error has the same form as that of a setting.
@@ -133,8 +134,9 @@ class SettingsParser(argparse.ArgumentParser):
         for key, value in content.items():
             name = _spelled(f"--{key}")[2:].replace("-", "_")
             if name not in options:
-                told = did_you_mean([name], options)
-                raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}{told}")
+                near = did_you_mean([name], options)
+                expected = f"{near and near + ' '}expected one of {', '.join(options)}"
+                raise ValueError(f"config: {expected}, got {key!r} in {str(path)!r}")
             if name in seen:
                 raise ValueError(f"config: expected each option once, got {key!r} twice in {str(path)!r}")
             seen.add(name)
@@ -275,7 +277,7 @@ def _converted(action: argparse.Action, value: Any, key: str) -> Any:
         except ValueError:
             raise ValueError(f"{key}: expected {kind.__name__}, got {each!r}") from None
         if action.choices is not None and read[-1] not in action.choices:
-            raise ValueError(f"{key}: expected one of {', '.join(map(str, action.choices))}, got {each!r}")
+            raise ValueError(unknown_name(key, each, [*action.choices]))
     return read if several else read[0]
 
 

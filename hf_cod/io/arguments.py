@@ -130,7 +130,7 @@ def check_names(title: str, given: Iterable[str], signature: inspect.Signature, 
     """Checks that a function has arguments with all these names; errors list them in the order of `names`.
 
     Raises:
-        ValueError: a name is unknown; lists the known names, and the closest one.
+        ValueError: a name is unknown; gives the closest known name, then all of them.
     """
     parameters = signature.parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -140,15 +140,23 @@ def check_names(title: str, given: Iterable[str], signature: inspect.Signature, 
         raise ValueError(unknown_name(title, unknown, [name for name in names if name != "self"]))
 
 
-def unknown_name(title: str, unknown: str, names: Collection[str]) -> str:
-    """The error text for an unknown name."""
-    return f"{title}: expected one of {', '.join(names)}, got {unknown!r}{did_you_mean([unknown], names)}"
+def unknown_name(field: str, unknown: Any, names: Collection[Any]) -> str:
+    """The error text for an unknown name or choice: the closest known one, then all of them.
+
+    Args:
+        field: the argument or function, for which the names are known.
+        unknown: what was given.
+        names: what is known.
+    """
+    known = [*map(str, names)]
+    near = did_you_mean([unknown], known) if isinstance(unknown, str) else ""
+    return f"{field}: {near and near + ' '}expected one of {', '.join(known)}, got {unknown!r}"
 
 
 def did_you_mean(unknown: Iterable[str], names: Collection[str]) -> str:
-    """The end of an error text: the known name closest to each unknown one; empty if none is close."""
+    """A question with the known name closest to each unknown one; empty if none is close."""
     near = [name for word in unknown for name in get_close_matches(word, names, 1)]
-    return f"; did you mean {', '.join(near)}?" if near else ""
+    return f"did you mean {', '.join(near)}?" if near else ""
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:
@@ -162,9 +170,17 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         if value is not None or type(None) not in _parts(hint):
             check(value)
     if not own and not matches(value, hint):
-        ways = [WAYS_OUT[part.__name__] for part in _parts(hint) if getattr(part, "__name__", "") in WAYS_OUT]
-        told = f"; {ways[0]}" if ways else ""
-        raise ValueError(f"{name}: expected {described(hint)}, got {shown(value)}{told}")
+        raise ValueError(f"{name}: expected {described(hint)}, got {shown(value)}{_way_out(value, hint)}")
+
+
+def _way_out(value: Any, hint: Any) -> str:
+    """The end of an error text: what to do about this value; empty if nothing is known."""
+    kinds = [getattr(part, "__name__", "") for part in _parts(hint)]
+    if any(kind in WAYS_OUT for kind in kinds):
+        return f"; {next(WAYS_OUT[kind] for kind in kinds if kind in WAYS_OUT)}"
+    if "OwlBnbConfig" in kinds and matches(value, float):
+        return f"; pass OwlBnbConfig(bits={value})"
+    return "; pass tokenizer=..., texts=..." if hasattr(value, "convert_tokens_to_ids") else ""
 
 
 def matches(value: Any, hint: Any) -> bool:

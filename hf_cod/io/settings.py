@@ -141,10 +141,10 @@ def check_choice(name: str, value: Any, table: Collection[str]) -> None:
     """Checks that a value is one of the allowed names.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not; gives the closest one.
     """
     if value not in table:
-        raise ValueError(f"{name}: expected one of {', '.join(table)}, got {value!r}")
+        raise ValueError(unknown_name(name, value, table))
 
 
 def check_least(settings: Any, **bounds: float) -> None:

@@ -72,9 +72,17 @@ def test_a_model_is_no_text_and_a_file_no_output(checkpoint, capsys):
 @pytest.mark.parametrize(
     "command, told",
     [
-        ("prunne", "hf-cod: expected one of demo, .*, got 'prunne'; did you mean prune\\?"),
-        ("drop_layers m", "hf-cod: expected one of demo, .*, got 'drop_layers'; did you mean drop-layers\\?"),
-        ("--verison", "hf-cod: expected one of demo, .*, got '--verison'; did you mean --version\\?"),
+        ("prunne", "hf-cod: did you mean prune\\? expected one of demo, .*, got 'prunne'"),
+        ("drop_layers m", "hf-cod: did you mean drop-layers\\? expected one of demo, .*, got 'drop_layers'"),
+        ("--verison", "hf-cod: did you mean --version\\? expected one of demo, .*, got '--verison'"),
+        (
+            "prune m --method wandaa",
+            "hf-cod prune: error: method: did you mean wanda\\? expected .*, got 'wandaa'",
+        ),
+        (
+            "finetune m --method lor",
+            "hf-cod finetune: error: method: did you mean lora\\? expected .*, got 'lor'",
+        ),
         ("xyzzy", "hf-cod: expected one of demo, .*, got 'xyzzy'"),
         (
             "prune m --sparcity 0.5",

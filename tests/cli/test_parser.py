@@ -154,7 +154,7 @@ def test_a_boolean_of_a_config_file_is_overridden_either_way(tmp_path, written, 
     [
         (
             "rates: 1",
-            "config: expected one of rate, steps, .*, model, got 'rates' in .*; did you mean rate\\?",
+            "config: did you mean rate\\? expected one of rate, steps, .*, model, got 'rates' in .*",
         ),
         ("rate: fast", "rate: expected float, got 'fast'"),
         ("steps: 1.5", "steps: expected int, got 1.5"),

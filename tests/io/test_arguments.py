@@ -87,7 +87,7 @@ def test_an_unknown_name_fails_at_the_call(name):
     thing = getattr(hf_cod, name)
     last = [p for p in inspect.signature(thing).parameters if len(p) > 3][-1]
     misspelt = last[:-2] + last[-1]
-    with pytest.raises(ValueError, match=rf"^{name}: expected one of .*, got '{misspelt}'; did you mean "):
+    with pytest.raises(ValueError, match=rf"^{name}: did you mean .*\? expected one of .*, got '{misspelt}'$"):
         thing(**{misspelt: None})
 
 

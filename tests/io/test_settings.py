@@ -53,6 +53,7 @@ from hf_cod import (
     plan_ranks,
     plan_width,
     prune,
+    quantize,
     score_layers,
     skip,
     token_batches,
@@ -112,14 +113,28 @@ def test_settings_of_a_subclass_keep_what_they_have_beside():
     [
         (
             lambda model: prune(model, 0.5, metod="wanda"),
-            "prune: expected one of method, .*, got 'metod'; did you mean method",
+            "prune: did you mean method\\? expected one of method, .*, got 'metod'$",
         ),
-        (lambda model: prune(model, 0.5, "magnitude", bathces=[]), "prune: .* got 'bathces'; did you mean batches"),
+        (lambda model: prune(model, 0.5, "magnitude", bathces=[]), "prune: did you mean batches\\?.* got 'bathces'"),
         (lambda model: prune(model, 0.5, settings="wanda"), "settings: expected PruneSettings or None, got 'wanda'"),
         (lambda model: prune(model, 0.5, zzz=1), "prune: expected one of .*, got 'zzz'$"),
         (lambda model: prune(model, 0.5, settings=PruneSettings("x")), "method: expected one of magnitude, wanda"),
-        (lambda model: OwLoreAdamW(model, n_activ=1), "OwLoreAdamW: .* got 'n_activ'; did you mean n_active"),
-        (lambda model: LayerMonitor(model, "text", evry=1), "LayerMonitor: .* got 'evry'; did you mean every"),
+        (
+            lambda model: score_layers(model, method="angula"),
+            "method: did you mean angular\\? expected one of owl, .*, got 'angula'$",
+        ),
+        (
+            lambda model: score_layers(model, gpt_like(), [TEXT]),
+            "statistics: expected LayerStatistics or None, got .*; pass tokenizer=..., texts=...$",
+        ),
+        (lambda model: quantize(model, 3.5), r"OwlBnbConfig or None, got 3.5; pass OwlBnbConfig\(bits=3.5\)$"),
+        (
+            lambda model: diagnose(model, batches=[TEXT]),
+            r"got str as batch 0; hf_cod.token_batches\(tokenizer, texts\) makes them from texts$",
+        ),
+        (lambda model: OwLoreAdamW(model, moments="8bits"), "moments: did you mean 8bit\\? .*, got '8bits'$"),
+        (lambda model: OwLoreAdamW(model, n_activ=1), "OwLoreAdamW: did you mean n_active\\?.* got 'n_activ'"),
+        (lambda model: LayerMonitor(model, "text", evry=1), "LayerMonitor: did you mean every\\?.* got 'evry'"),
         (lambda model: plan_bits(model, 3.5, settings=SampleSettings()), "settings: expected StorageSettings"),
     ],
 )

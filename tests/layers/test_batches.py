@@ -139,7 +139,7 @@ def test_settings_of_samples_are_checked():
     for given, message in [
         ({"sequence_length": 1}, "sequence_length: expected at least 2, got 1"),
         ({"max_samples": "many"}, "max_samples: expected an integer, got 'many'"),
-        ({"max_sample": 3}, "got 'max_sample'; did you mean max_samples?"),
+        ({"max_sample": 3}, r"did you mean max_samples\? .*got 'max_sample'$"),
         ({"tokenizer": "gpt2"}, "tokenizer: expected a transformers tokenizer, got 'gpt2'"),
         ({"samples": {"max_samples": 3}}, "samples: expected SampleSettings or None, got dict"),
     ]:

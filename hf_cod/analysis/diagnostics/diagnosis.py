@@ -151,7 +151,10 @@ def _checked_batches(batches: Iterable[Any]) -> list[Batch]:
     made: list[Batch] = []
     for number, batch in enumerate(batches):
         if not isinstance(batch, Mapping):
-            raise ValueError(f"batches: expected dicts of tensors, got {type(batch).__name__} as batch {number}")
+            raise ValueError(
+                f"batches: expected dicts of tensors, got {type(batch).__name__} as batch {number}; "
+                "hf_cod.token_batches(tokenizer, texts) makes them from texts"
+            )
         made.append({name: value for name, value in batch.items() if value is not None})
         wrong = [name for name, value in made[-1].items() if not isinstance(value, Tensor)]
         if wrong:

@@ -10,7 +10,7 @@ from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
 from hf_cod.cli.step import Step
 from hf_cod.compression.low_rank.settings import RANK_SHARE, WEIGHINGS, FactorizeSettings
-from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in
+from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import METHODS as SCORES
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
         FactorizeSettings(method=self.method, rank_share=self.rank_share)
         if self.method == "oats" and self.score is None:
             self.score = DefaultName("uniform")
-        if self.score not in (None, *CHOICES):
-            raise ValueError(f"score: expected one of {', '.join(CHOICES)}, got {self.score!r}")
+        if self.score is not None:
+            check_choice("score", self.score, CHOICES)
         for name in ("parameter_share", "rank"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:

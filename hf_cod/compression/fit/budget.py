@@ -9,6 +9,7 @@ from itertools import combinations
 
 from hf_cod.compression.fit.knobs import EXCLUSIVE
 from hf_cod.compression.fit.settings import KINDS
+from hf_cod.io.settings import check_choice
 from hf_cod.layers.size import ModelSize
 
 
@@ -18,8 +19,7 @@ def check_budget(kind: str, value: float) -> None:
     Raises:
         ValueError: an unknown kind, a value of 0 or less, or a share of parameters above 1.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    check_choice("kind", kind, KINDS)
     if kind == "parameter_share" and not 0 < value <= 1:
         raise ValueError(f"parameter_share: expected a share between 0 and 1, got {value}")
     if not 0 < value < math.inf:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import Default, as_in, check_least
+from hf_cod.io.settings import Default, as_in, check_choice, check_least
 
 DEFAULT_FLOOR = 0.2
 DEFAULT_LR = 3e-4
@@ -87,8 +87,7 @@ class OwLoreSettings:
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor: expected a share between 0 and 1, got {self.floor}")
         for name, allowed in (("deselected", DESELECTED), ("rounding", ROUNDINGS), ("moments", MOMENTS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), allowed)
 
 
 class OwLoreFields(TypedDict, total=False):

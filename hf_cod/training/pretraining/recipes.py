@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import TextSettings, check_least
+from hf_cod.io.settings import TextSettings, check_choice, check_least
 from hf_cod.models import CodLlamaConfig, llama_preset
 
 WARMUP_SHARE = 0.1
@@ -156,8 +156,7 @@ class PretrainSettings(TextSettings):
 
     def __post_init__(self) -> None:
         for name, valid in (("preset", RECIPES), ("norm_placement", VALID_PLACEMENTS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), valid)
         check_least(self, steps=1, batch_size=1, micro_batch_size=1, sequence_length=2, validation_samples=1)
         check_least(self, save_every=1, evaluate_every=1, diagnose_every=1, log_every=1)
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:

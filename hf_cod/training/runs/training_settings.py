@@ -8,7 +8,16 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import Default, DefaultName, DefaultNumber, check_effect, check_least, following, given
+from hf_cod.io.settings import (
+    Default,
+    DefaultName,
+    DefaultNumber,
+    check_choice,
+    check_effect,
+    check_least,
+    following,
+    given,
+)
 from hf_cod.scoring.settings import COMPUTED, options_of
 from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.training.owlore.settings import OwLoreSettings
@@ -91,8 +100,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name, valid in (("method", METHODS), ("score", SCORES)):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), valid)
         check_least(self, steps=1, batch_size=1, micro_batch_size=1, sequence_length=1, eval_samples=1, lora_rank=1)
         check_least(self, save_every=1, log_every=1)
         self._follow()

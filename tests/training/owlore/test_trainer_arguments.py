@@ -107,12 +107,12 @@ def test_outside_of_a_trainer_the_defaults_hold():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"n_actve": 5}, "owlore: expected one of .*, got 'n_actve'; did you mean n_active"),
+        ({"n_actve": 5}, "owlore: did you mean n_active\\? expected one of .*, got 'n_actve'"),
         ({"learning_rate": 1e-3}, "owlore: expected one of .*, got 'learning_rate'"),
         ({"n_active": 0}, "n_active: expected at least 1, got 0"),
         ({"n_active": "five"}, "n_active: expected an integer, got 'five'"),
         ({"rank": 4.5}, "rank: expected an integer or None, got 4.5"),
-        ({"moments": "4bit"}, "moments: expected one of float32, 8bit, got '4bit'"),
+        ({"moments": "4bit"}, "moments: did you mean 8bit\\? expected one of float32, 8bit, got '4bit'"),
         ({"lr": "1e-3"}, "lr: expected a number or None, got '1e-3'"),
         ({"lr": -1.0}, "lr: expected at least 0, got -1.0"),
         ({"betas": (0.9, 1.5)}, r"betas: expected two numbers in \[0, 1\)"),
