@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.io.arguments import checked
+from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import IGNORED_LABEL, Batches, Texts, Tokenizer
 from hf_cod.layers.batches import check_needed, required_batches
-from hf_cod.layers.bitsandbytes_advice import advice_silenced
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
