@@ -1,8 +1,9 @@
-"""The size of a model: bytes of its tensors, number of its parameters and of weights in its layers' matrices."""
+"""The size of a model: bytes of tensors and files, number of parameters and of weights in the layers' matrices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -49,3 +50,8 @@ def bytes_of(module: nn.Module) -> int:
     tensors = [*module.parameters(), *module.buffers()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+def disk_bytes(directory: str | Path) -> int:
+    """Bytes of the weights that are saved in a directory, without those in its subdirectories."""
+    return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))

@@ -58,10 +58,10 @@ def _card(directory: Path, report: RunReport, name: str, settings: CardSettings)
 
 
 def _release(run: str, output: str, settings: CardSettings) -> int:
+    from hf_cod.layers.size import disk_bytes
     from hf_cod.reporting.model_card import release
 
     require_plots()
     card = release(run, output, settings)
-    size = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
-    print(f"written to {card.resolve()}; weights {size / 2**20:.1f} MiB")
+    print(f"written to {card.resolve()}; weights {disk_bytes(output) / 2**20:.1f} MiB")
     return 0
