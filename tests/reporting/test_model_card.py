@@ -92,6 +92,17 @@ def test_card_says_what_cannot_be_folded_and_what_diverged(run):
     assert "the run diverged" in model_card(report, CardSettings(), []).text
 
 
+def test_what_can_be_folded_depends_on_the_family(run):
+    """A stock OLMo 2 has its norms after the sublayers, so it represents `reordered` and not `lns`."""
+    report = RunReport.load(run)
+    assert "cannot be converted to a stock Olmo2" in model_card(report, CardSettings(), [], "cod_olmo2").text
+    report.settings["norm_placement"] = "reordered"
+    assert "hf-cod convert stock tiny-lns as-olmo2" in model_card(report, CardSettings(), [], "cod_olmo2").text
+    assert "cannot be converted to a stock Llama" in model_card(report, CardSettings(), []).text
+    with pytest.raises(ValueError, match=r"run: expected a model of type cod_llama, .*, got 'gpt2'"):
+        model_card(report, CardSettings(), [], "gpt2")
+
+
 def test_the_card_of_an_earlier_report_is_the_same(run):
     """In version 0.1 `parameters` was a number."""
     report = RunReport.load(run)
