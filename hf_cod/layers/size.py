@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def size_of(model: nn.Module, layers_path: str | None = None) -> ModelSize:
     stack = find_decoder_layers(model, layers_path)
     weights = sum(stack.count_weights(index) for index in range(len(stack)))
     return ModelSize(bytes_of(stack.model), bytes_of(stack.module_list), weights)
+
+
+def size_results(sizes: Mapping[str, ModelSize]) -> dict[str, dict[str, int]]:
+    """Entries of a report's `results`: "memory_bytes", "layer_bytes" and "layer_weights" of each state of a model."""
+    names = {"memory_bytes": "bytes", "layer_bytes": "layer_bytes", "layer_weights": "layer_weights"}
+    return {key: {state: getattr(size, name) for state, size in sizes.items()} for key, name in names.items()}
 
 
 def count_parameters(model: nn.Module) -> int:
