@@ -55,7 +55,7 @@ def test_a_release_loads_without_this_package_and_its_card_holds_what_the_report
     released = tmp_path / "released"
     options = ["--name", "me/tiny-lns", "--license", "cc-by-sa-4.0", "--sources", str(tmp_path / "sources.json")]
     options += ["--comparison", str(tmp_path / "comparison.md")]
-    assert main(["card", str(run), str(released), *options]) == 0
+    assert main(["card", str(run), "--output", str(released), *options]) == 0
     card = ModelCard.load(released / "README.md")
     assert card.data.license == "cc-by-sa-4.0" and card.data.pipeline_tag == "text-generation"
     (figure,) = card.data.eval_results

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.output import write_model
-from hf_cod.cli.parser import SettingsParser, default_directory, model_title
+from hf_cod.cli.parser import SettingsParser, default_directory, model_title, one_directory
 from hf_cod.compression.sparse.settings import PackSettings
 from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, as_in
@@ -54,9 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.io.output_checks import check_unused
     from hf_cod.io.output_directory import OutputDirectory
 
-    if rest.directory is not None and settings.output is not None:
-        raise ValueError(f"output: expected one directory, got {rest.directory!r} and {settings.output!r}")
-    directory = Path(rest.directory or settings.output or default_directory("pack", rest.model))
+    directory = Path(one_directory(rest.directory, settings.output) or default_directory("pack", rest.model))
     told = ["pack", rest.model, asdict(loading), settings.minimum, settings.layers_path]
     output = OutputDirectory(directory, told, check=check_unused, source=rest.model)
     write_model(output, partial(run, rest.model, loading, settings))
