@@ -105,7 +105,8 @@ TESTED_BY = {
     ),
     "training/healing/test_recovery.py": "training/healing/masked_adapters.py",
     "training/owlore/test_optimizer.py": (
-        "training/owlore/active_layers.py training/owlore/eight_bit.py training/owlore/increment.py "
+        "training/owlore/active_layers.py training/owlore/eight_bit.py training/owlore/fitting.py "
+        "training/owlore/increment.py "
         "training/owlore/moments.py training/owlore/optimizer_state.py training/owlore/settings.py "
         "training/owlore/trained_increments.py "
         "training/owlore/update_in_backward.py"
