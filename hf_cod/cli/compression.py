@@ -29,7 +29,7 @@ from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.io.text import describe_batches
-from hf_cod.layers.size import bytes_of
+from hf_cod.layers.size import bytes_of, disk_bytes
 
 
 def compress(
@@ -105,7 +105,7 @@ def run(
     perplexity[step.trained or made] = work.perplexity()
     memory[made] = bytes_of(work.model)
     speed |= work.speed(made)
-    disk = sum(path.stat().st_size for path in output.results.glob("*.safetensors"))
+    disk = disk_bytes(output.results)
     measured = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
     if fallback:
         measured["fallback"] = fallback

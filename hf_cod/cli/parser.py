@@ -133,14 +133,15 @@ class SettingsParser(argparse.ArgumentParser):
         for key, value in content.items():
             name = _spelled(f"--{key}")[2:].replace("-", "_")
             if name not in options:
-                told = did_you_mean([name], options)
+                told = did_you_mean([name], [other for other, action in options.items() if action.option_strings])
                 raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}{told}")
             if name in seen:
                 raise ValueError(f"config: expected each option once, got {key!r} twice in {str(path)!r}")
             seen.add(name)
             read = _converted(options[name], value, str(key))
-            # The same value as the default is not one that a user set: `--print-config` writes all options.
-            if read != options[name].default:
+            # The same value as the default is not one that a user set: `--print-config` writes all options. Without
+            # words a positional argument of several is empty, too.
+            if read != options[name].default and (read != [] or options[name].option_strings):
                 self.set_defaults(**{name: read})
             if value is not None:
                 _make_optional(options[name])
@@ -174,7 +175,7 @@ def _make_optional(action: argparse.Action) -> None:
     """Makes an argument optional on the command line."""
     action.required = False
     if not action.option_strings:
-        action.nargs = "*" if action.nargs == "+" else "?"
+        action.nargs = "*" if action.nargs in ("+", "*") else "?"
 
 
 def _in_home(value: Any) -> Any:
@@ -288,3 +289,14 @@ def model_title(model: str) -> str:
 def default_directory(command: str, model: str) -> Path:
     """The default output directory of a command."""
     return Path(f"hf-cod-{command}-{re.sub(r'[^A-Za-z0-9.]+', '-', model_title(model)).strip('-.')}")
+
+
+def one_directory(by_position: str | None, by_option: str | None) -> str | None:
+    """The output directory of a command that takes it by position or by `--output`; None: neither is given.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if by_position is not None and by_option is not None:
+        raise ValueError(f"output: expected one directory, got {by_position!r} and {by_option!r}")
+    return by_position or by_option

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
+    from hf_cod.scoring.layer_scores import LayerScores
 
 
 class Step(ABC):
@@ -92,12 +93,17 @@ class Step(ABC):
         return []
 
 
-def uniform_baseline(work: Work, settings: Any) -> dict[str, Any]:
+def uniform_baseline(plan: Any, settings: Any, scores: LayerScores | None) -> dict[str, Any]:
     """For `Step.baselines`: the plan that `settings.allocate` makes of equal scores, as "uniform".
 
-    Empty without `settings.baseline`, and if the plan is uniform or does not depend on scores.
+    Empty without `settings.baseline`, and if the plan is uniform.
+
+    Args:
+        plan: the plan to compare with.
+        settings: settings of the command, `SpreadSettings`.
+        scores: scores of the model's layers, of which the sizes are used; None if the plan does not depend on scores.
     """
-    if not settings.baseline or work.scores is None or work.scores.method == "uniform":
+    if not settings.baseline or scores is None or plan.method == "uniform":
         return {}
-    alike = replace(work.scores, values=[1.0] * len(work.scores.values), method="uniform")
+    alike = replace(scores, values=[1.0] * len(scores.values), method="uniform")
     return {"uniform": settings.allocate(alike)}

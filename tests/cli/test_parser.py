@@ -197,6 +197,7 @@ def test_a_printed_config_is_read_back(tmp_path, capsys):
     assert parse("m", "--config", str(tmp_path / "run.yaml"))[0] == Options(0.25, None, ["a"], "a", False, False)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_prints_a_config_that_it_reads(name, tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
@@ -207,6 +208,14 @@ def test_every_command_prints_a_config_that_it_reads(name, tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
         main([name, "--config", str(tmp_path / "run.yaml"), "--print-config"])
     assert done.value.code == 0 and capsys.readouterr().out == shown
+
+
+def test_the_nearest_name_of_an_unknown_key_is_an_option(tmp_path, capsys):
+    """Not a positional argument: quantize has a model and no method."""
+    (tmp_path / "run.yaml").write_text("metod: wanda\n")
+    assert main(["quantize", "m", "--config", str(tmp_path / "run.yaml")]) == 2
+    shown = capsys.readouterr().err
+    assert "got 'metod'" in shown and "did you mean model" not in shown
 
 
 def test_defaults_in_a_config_are_not_given(tmp_path, capsys):
@@ -239,7 +248,7 @@ def test_a_command_runs_from_a_config_quietly_and_by_other_tools_names(tmp_path,
 
 @pytest.mark.parametrize("shell, word", [("bash", "complete -o"), ("zsh", "#compdef hf-cod"), ("fish", "complete -c")])
 def test_completion_knows_commands_and_options(shell, word, capsys):
-    assert main(["--print-completion", shell]) == 0
+    assert main(["--print_completion", shell]) == 0
     shown = capsys.readouterr().out
     assert word in shown and "drop-layers" in shown and "sequence-length" in shown
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
-from hf_cod.cli.step import Step
+from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.low_rank.settings import RANK_SHARE, WEIGHINGS, FactorizeSettings
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in
 from hf_cod.scoring.settings import METHODS as SCORES
@@ -94,9 +94,7 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
             got = self.score or "none"
             raise ValueError(f"{given}: expected a score of layers, got {got}; set --score or --scores")
         if self.spread is not None:
-            from hf_cod.scoring.layer_scores import LayerScores
-
-            self.allocate(LayerScores("", "uniform", [1.0], [1]))  # raises if the spread does not fit the budget
+            self.check_spread()
 
     def allocate(self, scores: LayerScores) -> LayerAllocation:
         """For each layer, the share of rank or of weights to keep."""
@@ -148,12 +146,11 @@ class Factorize(Step):
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
         """The same share for all layers."""
-        if not self.settings.baseline or (work.scores is not None and work.scores.method == "uniform"):
-            return {}
         from hf_cod.scoring.methods import score_layers
 
-        alike = score_layers(work.model, method="uniform", layers_path=self.settings.layers_path)
-        return {"uniform": replace(self.settings, score="uniform", spread=None).allocate(alike)}
+        # A plan of ranks of matrices has no scores of layers.
+        scores = work.scores or score_layers(work.model, method="uniform", layers_path=self.settings.layers_path)
+        return uniform_baseline(plan, self.settings, scores)
 
     def apply(self, work: Work, plan: Any) -> RunReport:
         """Factorizes the matrices."""

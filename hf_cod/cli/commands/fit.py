@@ -144,11 +144,10 @@ class Fit(Step):
 
     def measure(self, saved: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         """Size of the layers in bytes, and number of weights in their matrices."""
-        from hf_cod.layers.size import size_of
+        from hf_cod.layers.size import size_of, size_results
 
         after = size_of(saved.model, self.settings.layers_path)
-        names = ("layer_bytes", "layer_weights")
-        return {}, {n: {"intact": getattr(self.before, n), "fitted": getattr(after, n)} for n in names}
+        return {}, size_results({"intact": self.before, "fitted": after})
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
         """The plan, and the bits per weight."""

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser
@@ -61,7 +60,7 @@ class PruneOptions(SpreadSettings):
         if self.fixed and (self.sparsity is not None or self.spread is not None):
             raise ValueError(f"pattern: expected no sparsity or spread with {self.pattern}, which determines them")
         if not self.fixed:
-            self.check_budget()
+            self.check_spread()
 
     @property
     def fixed(self) -> str | None:
@@ -89,16 +88,6 @@ class PruneOptions(SpreadSettings):
         from hf_cod.scoring.allocation import allocate
 
         return allocate(scores, "sparsity", self.budget, self.spread, group=self.group)
-
-    def check_budget(self) -> None:
-        """Checks that budget, spread and group are compatible.
-
-        Raises:
-            ValueError: they are not.
-        """
-        from hf_cod.scoring.layer_scores import LayerScores
-
-        self.allocate(LayerScores("", "uniform", [1.0], [1]))
 
 
 @dataclass
@@ -136,8 +125,10 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, recovery, files, rest = make_parser().parse(arguments)
     settings.check_scored(files.scores, f"pattern {settings.fixed}" if settings.fixed else None)
-    if recovery.recover and find_spec("peft") is None:
-        raise ImportError("recover: LoRA requires the peft package: pip install 'hf_cod[recovery]'")
+    if recovery.recover:
+        from hf_cod.training.runs.new_adapters import require_peft
+
+        require_peft("recover")
     from hf_cod.cli.compression import compress
 
     return compress(Prune(settings, recovery), rest.model, loading, text, files)
@@ -184,7 +175,7 @@ class Prune(Step):
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
         """The same sparsity for all layers."""
-        return uniform_baseline(work, self.settings)
+        return uniform_baseline(plan, self.settings, work.scores)
 
     def apply(self, work: Work, plan: Any) -> RunReport:
         """Prunes the matrices."""

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from hf_cod.layers.bitsandbytes_advice import advice_silenced
+from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.layers.modes import cache_restored, one_thread
 from hf_cod.layers.replicas import processes
 from hf_cod.layers.stack import unwrap

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -95,6 +96,17 @@ def test_new_adapters_follow_the_seed_alone(method, tmp_path):
     assert names == sorted(names) and len(names) > 1
     if method == "lora":  # OwLore's adapters begin without a basis
         assert drawn(1, before=5) != drawn(2, before=5)
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [("finetune {} --method lora", "method lora"), ("prune {} --recover 2", "recover")],
+)
+def test_without_peft_adapters_are_refused_before_a_model_is_loaded(command, what, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(command.format("nowhere").split()) == 2
+    expected = f"error: {what}: training adapters requires the peft package: pip install 'hf_cod[recovery]'\n"
+    assert capsys.readouterr().err.endswith(expected)
 
 
 def test_estimates_say_what_fits(capsys, tmp_path):
