@@ -21,8 +21,12 @@ from hf_cod.io.reading import read_yaml
 
 # Option name in other tools -> name in hf-cod.
 ALIASES = {"--output-dir": "--output"}
-# Option name in an earlier version -> current name; accepted for one release, with a warning.
-RENAMED = {"--multiple": "--channel-multiple", "--parameters": "--parameter-share"}
+# Option name in an earlier version -> current name; accepted for one release, with a warning, by commands that have
+# the current name and do not use the earlier one for something else.
+RENAMED = {
+    "--multiple": "--channel-multiple",
+    "--parameters": "--parameter-share",
+}
 # Type of an option's value -> its name in errors.
 _TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}
 # Options of every command that are not part of a config file.
@@ -75,7 +79,7 @@ class SettingsParser(argparse.ArgumentParser):
             ValueError: a setting is out of range, or a config file has unknown or invalid entries.
             SystemExit: an unknown option (status 2), `--help` or `--print-config` (0).
         """
-        spelled = [_spelled(argument) for argument in arguments]
+        spelled = [self._spelled(argument) for argument in arguments]
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--config")
         early.add_argument("--print-config", action="store_true")
@@ -124,6 +128,18 @@ class SettingsParser(argparse.ArgumentParser):
         """Name in a config file -> argparse action of the option or positional argument."""
         return {action.dest: action for action in self._actions if action.dest not in _COMMON}
 
+    def _spelled(self, argument: str) -> str:
+        """An option with its current name, with dashes: `--learning_rate=1` becomes `--learning-rate=1`."""
+        if not argument.startswith("--") or argument == "--":
+            return argument
+        name, equals, value = argument.partition("=")
+        name = name.replace("_", "-")
+        known = self._option_string_actions
+        if name in RENAMED and name not in known and RENAMED[name] in known:
+            warn_renamed("option", name, RENAMED[name])
+            name = RENAMED[name]
+        return ALIASES.get(name, name) + equals + value
+
     def _read(self, path: Path) -> None:
         """Reads a config file; its values become the defaults."""
         content = read_yaml(path, "config") or {}
@@ -131,7 +147,7 @@ class SettingsParser(argparse.ArgumentParser):
             raise ValueError(f"config: expected option names with values, got {content!r} in {str(path)!r}")
         options, seen = self._options(), set()
         for key, value in content.items():
-            name = _spelled(f"--{key}")[2:].replace("-", "_")
+            name = self._spelled(f"--{key}")[2:].replace("-", "_")
             if name not in options:
                 told = did_you_mean([name], options)
                 raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}{told}")
@@ -182,18 +198,6 @@ def _in_home(value: Any) -> Any:
     if isinstance(value, list):
         return [_in_home(each) for each in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
-
-
-def _spelled(argument: str) -> str:
-    """An option with its current name, with dashes: `--learning_rate=1` becomes `--learning-rate=1`."""
-    if not argument.startswith("--") or argument == "--":
-        return argument
-    name, equals, value = argument.partition("=")
-    name = name.replace("_", "-")
-    if name in RENAMED:
-        warn_renamed("option", name, RENAMED[name])
-        name = RENAMED[name]
-    return ALIASES.get(name, name) + equals + value
 
 
 def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from hf_cod.cli.commands import narrow, prune
+from hf_cod.cli.commands import diagnose, narrow, prune
 from hf_cod.cli.main import COMMANDS, main
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.report import RunReport
@@ -78,6 +78,13 @@ def test_options_of_an_earlier_version_are_taken_with_a_warning(tmp_path):
     )
     assert shown.returncode == 2 and f"hf-cod narrow: warning: option: {told}" in shown.stderr
     assert "parameter_share: expected a share above 0 and at most 1, got 1.5" in shown.stderr
+
+
+@pytest.mark.filterwarnings("error::DeprecationWarning")
+def test_an_earlier_name_is_unknown_to_commands_that_never_had_it(capsys):
+    with pytest.raises(SystemExit):
+        diagnose.make_parser().parse(["m", "--parameters", "0.3"])
+    assert "unrecognized arguments: --parameters" in capsys.readouterr().err
 
 
 def test_home_is_meant_by_a_tilde_wherever_a_path_is_given(tmp_path, monkeypatch):
