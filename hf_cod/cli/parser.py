@@ -26,6 +26,8 @@ ALIASES = {"--output-dir": "--output"}
 RENAMED = {
     "--multiple": "--channel-multiple",
     "--parameters": "--parameter-share",
+    "--rank": "--full-rank-share",
+    "--rank-share": "--factor-share",
 }
 # Type of an option's value -> its name in errors.
 _TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}
@@ -134,11 +136,20 @@ class SettingsParser(argparse.ArgumentParser):
             return argument
         name, equals, value = argument.partition("=")
         name = name.replace("_", "-")
-        known = self._option_string_actions
-        if name in RENAMED and name not in known and RENAMED[name] in known:
-            warn_renamed("option", name, RENAMED[name])
-            name = RENAMED[name]
-        return ALIASES.get(name, name) + equals + value
+        current = self._current(name)
+        if current != name:
+            warn_renamed("option", name, current)
+        return ALIASES.get(current, current) + equals + value
+
+    def _current(self, option: str) -> str:
+        """The current name of an option of an earlier version; other options are returned as they are."""
+        known, new = self._option_string_actions, RENAMED.get(option, option)
+        return new if new in known and option not in known else option
+
+    def current_names(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings in a report of an earlier version by their current names."""
+        current = {name: self._current("--" + name.replace("_", "-"))[2:].replace("-", "_") for name in values}
+        return {current[name] if current[name] not in values else name: value for name, value in values.items()}
 
     def _read(self, path: Path) -> None:
         """Reads a config file; its values become the defaults."""

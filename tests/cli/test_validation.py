@@ -50,7 +50,7 @@ BAD = {
         ["threshold", "passes", "learning_rate", "recover_learning_rate", "scale", "temperature"], POSITIVE
     ),
     **dict.fromkeys(["floor", "minimum", "heal labels"], SHARE),
-    **{key: ["0", *SHARE] for key in ["parameter_share", "rank_share"]},
+    **{key: ["0", *SHARE] for key in ["parameter_share", "factor_share"]},
     **{
         key: ["x"]
         for key in [
@@ -79,7 +79,7 @@ BAD = {
     "spread": ["-0.1", "nan", "inf", "x", "0.9"],
     "recover": ["-1", "x"],
     "rank": ["-1", "x"],
-    "factorize rank": ["0", *SHARE],
+    "full_rank_share": ["0", *SHARE],
     "target": ["0", "1", "nan", "x"],
     "bits": ["2", "3.05", "8", "nan", "x"],
     "fit bits": ["0", "-1", "nan", "x"],
@@ -100,7 +100,7 @@ TOGETHER = {
     "prune model --sparsity 0.9 --spread 0.2": "spread: expected 0..0.1",
     "narrow model --parameter-share 0.9 --spread 0.2": "spread: expected",
     "factorize model --score angular --parameter-share 0.9 --spread 0.2": "spread: expected",
-    "factorize model --rank 0.5 --parameter-share 0.5": "rank: expected either rank or parameter_share",
+    "factorize model --full-rank-share 0.5 --parameter-share 0.5": "full_rank_share: expected either",
     "factorize model --method plain --score fisher": "score: expected spectrum",
     "quantize model --bits 3.3 --block 32 --no-double-quant": "bits: expected 3, 4, or stored bits",
     "drop-layers model --layers 2 --parameter-share 0.5": "layers: expected either layers or parameter_share",
@@ -230,8 +230,8 @@ def test_bad_values(no_model, capsys, command, option, name, value):
         positional += ["--bits", "3.3"]
     if option in positional:
         del positional[positional.index(option) :][:2]
-    more = ["--score", "angular"] if command == "factorize" and name in ("spread", "rank") else []
-    more += ["--method", "oats"] if command == "factorize" and name == "rank_share" else []
+    more = ["--score", "angular"] if command == "factorize" and name in ("spread", "full_rank_share") else []
+    more += ["--method", "oats"] if command == "factorize" and name == "factor_share" else []
     more += ["--estimate"] if name == "device_memory" else []
     assert main([command, *positional, *more, f"{option}={value}"]) == 2
     shown = capsys.readouterr().err

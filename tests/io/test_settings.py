@@ -290,6 +290,12 @@ def test_old_names_are_taken_with_a_warning():
         assert LayerStatistics("m", path="a.b", squares={}, tokens={}).layers_path == "a.b"
     with pytest.warns(DeprecationWarning, match="DepthPlan: method is now called criterion"):
         assert DepthPlan("m", "angular", [1], [1, 1]).method == "angular"
+    with pytest.warns(DeprecationWarning, match="FactorizeSettings: rank_share is now called factor_share"):
+        chosen = FactorizeSettings(rank_share=0.4)
+    with pytest.warns(DeprecationWarning, match="FactorizeSettings: rank_share is now called factor_share"):
+        assert chosen.rank_share == chosen.factor_share == 0.4
+    with pytest.warns(DeprecationWarning, match="factorize: rank_share is now called factor_share"):
+        factorize(build("llama"), 0.6, "oats", batches=[batch_for(model)], rank_share=0.4)
     with pytest.warns(DeprecationWarning, match="drop: path"):
         assert drop(model, 1, path="model.layers") == [0, 2, 3]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +155,10 @@ def _bits(axes: Axes, report: RunReport) -> None:
     )
 
 
-def _kept(axes: Axes, report: RunReport) -> None:
+def _parameter_share(axes: Axes, report: RunReport, name: str = "parameter_share") -> None:
     """Share of weights that each layer keeps, and that all layers together keep."""
-    mean = report.results["kept"]
-    _bars(axes, _numbers(report.layers["kept"]))
+    mean = report.results[name]
+    _bars(axes, _numbers(report.layers[name]))
     axes.axhline(mean, color="black", linestyle="--", linewidth=1)
     axes.set(ylabel="share of weights", title=f"Weights that each layer keeps (dashed: {mean:.1%} of all)")
 
@@ -265,7 +266,8 @@ PANELS: dict[str, Callable[..., None]] = {
     **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
     "trained": _per_layer("trained", "Optimizer steps in which each layer was trained", "optimizer steps"),
     "sparsity": _sparsity,
-    "kept": _kept,
+    "parameter_share": _parameter_share,
+    "kept": partial(_parameter_share, name="kept"),  # in reports of 0.1
     "share_of_heads": _per_layer("share_of_heads", "Share of attention heads that each layer keeps", "share of heads"),
     "share_of_channels": _per_layer(
         "share_of_channels", "Share of MLP channels that each layer keeps", "share of channels"
