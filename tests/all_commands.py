@@ -45,8 +45,8 @@ RUNS = {
     "narrow-taylor": (
         f"narrow {SOURCE} {MEASURED} --parameter-share 0.7 --channel-multiple 8 --method taylor --no-speed"
     ),
-    "drop-layers": f"drop-layers {SOURCE} {MEASURED} --layers 2 --no-protect --no-speed",
-    "fit": f"fit {WIDE} {MEASURED} --bits 6 --knobs rank bits --tuning-samples 4 --verify 1 --no-speed",
+    "drop-layers": f"drop-layers {SOURCE} {MEASURED} --n-removed 2 --no-protect --no-speed",
+    "fit": f"fit {WIDE} {MEASURED} --bits 6 --knobs rank bits --tuning-samples 4 --n-verified 1 --no-speed",
     "pack": "pack prune {}",
     "heal": f"heal factorize --teacher {SOURCE} {TRAINED} {OF_METHOD['owlore']} --deselected keep --no-speed",
     "heal-lora": f"heal prune --teacher {SOURCE} {TRAINED} --method lora {OF_METHOD['lora']} --no-speed",

@@ -28,6 +28,9 @@ RENAMED = {
     "--parameters": "--parameter-share",
     "--rank": "--full-rank-share",
     "--rank-share": "--factor-share",
+    "--layers": "--n-removed",
+    "--minimum": "--min-sparsity",
+    "--verify": "--n-verified",
 }
 # Type of an option's value -> its name in errors.
 _TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}

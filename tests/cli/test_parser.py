@@ -84,6 +84,9 @@ def test_options_of_an_earlier_version_are_taken_with_a_warning(tmp_path):
 EARLIER = {
     "factorize m --score owl --rank 0.3": "full_rank_share",
     "factorize m --method oats --rank_share 0.3": "factor_share",
+    "drop-layers m --layers 2": "n_removed",
+    "pack m --minimum 0.3": "min_sparsity",
+    "fit m --bits 3 --verify 2": "n_verified",
 }
 
 

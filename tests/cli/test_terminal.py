@@ -23,7 +23,7 @@ COMMANDS = {
     "--log-every 3 --dtype float32",
     "prune": "--max-samples 4 --batch-size 2 --recover 5",
     "quantize": "--max-samples 4 --batch-size 2 --bits 4",
-    "drop-layers": "--max-samples 8 --batch-size 2 --layers 2 --no-speed",
+    "drop-layers": "--max-samples 8 --batch-size 2 --n-removed 2 --no-speed",
     "fit": "--max-samples 4 --tuning-samples 4 --batch-size 2 --parameter-share 0.6 --no-speed",
 }
 

@@ -43,13 +43,13 @@ BAD = {
         ["sequence_length", "max_samples", "batch_size", "micro_batch_size", "eval_samples", "tuning_samples"], COUNT
     ),
     **dict.fromkeys(
-        ["steps", "lora_rank", "save_every", "log_every", "n_active", "interval", "recover_rank", "layers"], COUNT
+        ["steps", "lora_rank", "save_every", "log_every", "n_active", "interval", "recover_rank", "n_removed"], COUNT
     ),
     "channel_multiple": COUNT,
     **dict.fromkeys(
         ["threshold", "passes", "learning_rate", "recover_learning_rate", "scale", "temperature"], POSITIVE
     ),
-    **dict.fromkeys(["floor", "minimum", "heal labels"], SHARE),
+    **dict.fromkeys(["floor", "min_sparsity", "heal labels"], SHARE),
     **{key: ["0", *SHARE] for key in ["parameter_share", "factor_share"]},
     **{
         key: ["x"]
@@ -84,7 +84,7 @@ BAD = {
     "bits": ["2", "3.05", "8", "nan", "x"],
     "fit bits": ["0", "-1", "nan", "x"],
     "block": ["0", "48", "x"],
-    "verify": ["-1", "x"],
+    "n_verified": ["-1", "x"],
     "tokens": ["0", "many", "-2M"],
     "hidden": ["-1", "nan", "inf", "x"],
     "teacher_layers": ["x", "1"],  # without a weight of hidden
@@ -103,7 +103,7 @@ TOGETHER = {
     "factorize model --full-rank-share 0.5 --parameter-share 0.5": "full_rank_share: expected either",
     "factorize model --method plain --score fisher": "score: expected spectrum",
     "quantize model --bits 3.3 --block 32 --no-double-quant": "bits: expected 3, 4, or stored bits",
-    "drop-layers model --layers 2 --parameter-share 0.5": "layers: expected either layers or parameter_share",
+    "drop-layers model --n-removed 2 --parameter-share 0.5": "n_removed: expected either n_removed or parameter_share",
     "fit model": "budget: expected one of --memory, --parameter-share and --bits, got none",
     "heal model --teacher model --tokens 2M --steps 3": "tokens: expected none with steps",
     "finetune model --batch-size 6 --micro-batch-size 4": "micro_batch_size: expected batch_size 6 to be a multiple",

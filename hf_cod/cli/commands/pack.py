@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     if rest.directory is not None and settings.output is not None:
         raise ValueError(f"output: expected one directory, got {rest.directory!r} and {settings.output!r}")
     directory = Path(rest.directory or settings.output or default_directory("pack", rest.model))
-    told = ["pack", rest.model, asdict(loading), settings.minimum, settings.layers_path]
+    told = ["pack", rest.model, asdict(loading), settings.min_sparsity, settings.layers_path]
     output = OutputDirectory(directory, told, check=check_unused, source=rest.model)
     write_model(output, partial(run, rest.model, loading, settings))
     say(f"\nwritten to {directory.resolve()}")
@@ -84,7 +84,7 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
     model.save_pretrained(output.results)
     copy_companions(Path(source) if Path(source).is_dir() else source, output.results)
     packed_bytes = sum(path.stat().st_size for path in output.results.glob("*.safetensors"))
-    told = {"model": source, "minimum": settings.minimum, "layers_path": settings.layers_path}
+    told = {"model": source, "min_sparsity": settings.min_sparsity, "layers_path": settings.layers_path}
     return with_inputs(describe(stack, model_title(source), told, dense_bytes, packed_bytes), loading)
 
 

@@ -35,7 +35,7 @@ from hf_cod.scoring.allocation import LayerAllocation, same_share
 METHODS = {"whitened": True, "plain": False, "oats": True}
 _OF_ZEROS = (
     "{:,} of them are in sparse parts. The zeros of these parts are not counted here; they are stored until the model "
-    "is packed (hf-cod pack --minimum, or pack_sparse)."
+    "is packed (hf-cod pack --min-sparsity, or pack_sparse)."
 )
 
 

@@ -87,7 +87,7 @@ def test_factorize_by_oats_writes_a_model_that_packs(checkpoint, capsys):
     report = RunReport.load(checkpoint / "out")
     assert report.settings["score"] == "uniform" and 0.55 < report.results["parameter_share"] <= 0.6
     assert "are in sparse parts" in capsys.readouterr().out and "uniform" not in report.results["perplexity"]
-    assert main(["pack", str(checkpoint / "out"), str(checkpoint / "packed"), "--minimum", "0.3"]) == 0
+    assert main(["pack", str(checkpoint / "out"), str(checkpoint / "packed"), "--min-sparsity", "0.3"]) == 0
     model, _ = load_model(str(checkpoint / "packed"))
     assert type(model.model.layers[2].mlp.up_proj.sparse).__name__ == "SparseLinear"
 
