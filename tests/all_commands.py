@@ -35,7 +35,7 @@ RUNS = {
     "diagnose": f"diagnose {SOURCE} {SAMPLES}",
     "score": f"score {SOURCE} {SAMPLES}",
     "score-auto": f"score {SOURCE} {SAMPLES} --method auto",
-    "prune": f"prune {SOURCE} {MEASURED} --method sparsegpt --sparsity 0.6 --recover 2",
+    "prune": f"prune {SOURCE} {MEASURED} --method sparsegpt --sparsity 0.6 --recover-steps 2",
     "prune-pattern": f"prune {SOURCE} {MEASURED} --pattern N:4 --score random",
     "quantize": f"quantize {WIDE} {MEASURED} --bits 3.8 --block 32",
     "quantize-weighted": f"quantize {WIDE} {MEASURED} --bits 4 --block 32 --rounding weighted",

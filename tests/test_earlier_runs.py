@@ -93,6 +93,8 @@ RENAMED = {
     "bytes": {"disk_bytes"},
     "size": {"memory_bytes", "layer_bytes", "layer_weights"},
     "memory": {"training_memory"},
+    "recovered": {"recovered_share"},
+    "score": {"score_settings"},
 }
 RENAMED_IN = {
     "factorize": {"kept": {"parameter_share"}, "rank": {"full_rank_share"}},

@@ -15,23 +15,11 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from hf_cod.cli.option_names import ALIASES, RENAMED
 from hf_cod.io.arguments import did_you_mean
 from hf_cod.io.deprecation import warn_renamed
 from hf_cod.io.reading import read_yaml
 
-# Option name in other tools -> name in hf-cod.
-ALIASES = {"--output-dir": "--output"}
-# Option name in an earlier version -> current name; accepted for one release, with a warning, by commands that have
-# the current name and do not use the earlier one for something else.
-RENAMED = {
-    "--multiple": "--channel-multiple",
-    "--parameters": "--parameter-share",
-    "--rank": "--full-rank-share",
-    "--rank-share": "--factor-share",
-    "--layers": "--n-removed",
-    "--minimum": "--min-sparsity",
-    "--verify": "--n-verified",
-}
 # Type of an option's value -> its name in errors.
 _TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}
 # Options of every command that are not part of a config file.

@@ -87,6 +87,9 @@ EARLIER = {
     "drop-layers m --layers 2": "n_removed",
     "pack m --minimum 0.3": "min_sparsity",
     "fit m --bits 3 --verify 2": "n_verified",
+    "prune m --recover 2": "recover_steps",
+    "heal m --teacher t --text t --labels 0.5": "label_weight",
+    "heal m --teacher t --text t --hidden 0.5": "hidden_weight",
 }
 
 

@@ -49,7 +49,7 @@ BAD = {
     **dict.fromkeys(
         ["threshold", "passes", "learning_rate", "recover_learning_rate", "scale", "temperature"], POSITIVE
     ),
-    **dict.fromkeys(["floor", "min_sparsity", "heal labels"], SHARE),
+    **dict.fromkeys(["floor", "min_sparsity", "label_weight"], SHARE),
     **{key: ["0", *SHARE] for key in ["parameter_share", "factor_share"]},
     **{
         key: ["x"]
@@ -77,7 +77,7 @@ BAD = {
     "sparsity": SHARE,
     "pattern": ["2of4", "4:2", "0:4"],
     "spread": ["-0.1", "nan", "inf", "x", "0.9"],
-    "recover": ["-1", "x"],
+    "recover_steps": ["-1", "x"],
     "rank": ["-1", "x"],
     "full_rank_share": ["0", *SHARE],
     "target": ["0", "1", "nan", "x"],
@@ -86,8 +86,8 @@ BAD = {
     "block": ["0", "48", "x"],
     "n_verified": ["-1", "x"],
     "tokens": ["0", "many", "-2M"],
-    "hidden": ["-1", "nan", "inf", "x"],
-    "teacher_layers": ["x", "1"],  # without a weight of hidden
+    "hidden_weight": ["-1", "nan", "inf", "x"],
+    "teacher_layers": ["x", "1"],  # without a hidden_weight
     "max_grad_norm": ["-1", "nan", "inf", "x"],
     "post_layers": ["x"],
     "diagnose output": ["text.txt"],  # these two keep what is there
@@ -150,10 +150,10 @@ TOGETHER = {
     "diagnose model --metrics gradient_norm --drop-metric loss": "drop_metric: expected none with metrics other than",
     "prune model --score uniform --spread 0.1": "spread: expected none with score uniform",
     "factorize model --method oats --spread 0.1": "spread: expected none with score uniform",
-    "prune model --recover-rank 4": "recover_rank: expected none with recover 0, which trains nothing, got 4",
-    "prune model --recover-learning-rate 1": "recover_learning_rate: expected none with recover 0",
+    "prune model --recover-rank 4": "recover_rank: expected none with recover_steps 0, which trains nothing, got 4",
+    "prune model --recover-learning-rate 1": "recover_learning_rate: expected none with recover_steps 0",
     "finetune model --device-memory 8GB": "device_memory: expected none with a training",
-    "heal model --teacher model --labels 1 --temperature 2": "temperature: expected none with labels 1",
+    "heal model --teacher model --label-weight 1 --temperature 2": "temperature: expected none with label_weight 1",
     **{
         f"{command} {more}": f"{option.replace('-', '_')}: expected none with {told}"
         for command in ("finetune model", "heal model --teacher model")

@@ -20,6 +20,7 @@ from hf_cod import (
     FactorizeSettings,
     FitPlan,
     FitSettings,
+    HealSettings,
     LayerAllocation,
     LayerMonitor,
     LayerSampler,
@@ -306,6 +307,8 @@ def test_old_names_are_taken_with_a_warning():
         (PackSettings, "minimum", 0.3),
         (SparseConfig, "minimum", 0.3),
         (FitSettings, "verify", 2),
+        (HealSettings, "labels", 0.5),
+        (HealSettings, "hidden", 0.5),
     ):
         with pytest.warns(DeprecationWarning, match=f"{settings.__name__}: {old} is now called"):
             chosen = settings(**{old: value})

@@ -39,7 +39,7 @@ def test_a_notebook_shows_the_figure():
 
 def scored(values, method="owl", found=None, **settings):
     settings = {"method": method, "threshold": 5.0, **settings}
-    return report(kind="score", settings=settings, layers={"score": values}, results={"score": found or {}})
+    return report(kind="score", settings=settings, layers={"score": values}, results={"score_settings": found or {}})
 
 
 def pruned(values, mean):

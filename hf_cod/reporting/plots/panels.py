@@ -88,7 +88,8 @@ def _intervals(report: RunReport, measure: str) -> list[list[float]]:
 
 def _score(axes: Axes, report: RunReport) -> None:
     """Bars per layer; for OWL, the layerwise outlier distribution."""
-    settings, found = report.settings, report.results.get("score", {})
+    settings = report.settings
+    found = report.results.get("score_settings") or report.results.get("score", {})  # the latter in reports of 0.1
     method = settings.get("score") or settings["method"]
     title, label = f"Score of each layer: {literal(method.replace('_', ' '))}", SCORE_LABELS.get(method, "score")
     if settings.get("scores"):  # scores from a file: the report does not contain their method
@@ -125,7 +126,8 @@ def _healed(axes: Axes, report: RunReport) -> None:
     for place, value in enumerate(values):
         axes.text(place, value, format_number(value), ha="center", va="bottom")
     log_if_wide(axes, values)
-    share = report.results["recovered"]
+    name = "recovered_share" if "recovered_share" in report.results else "recovered"  # the latter in reports of 0.1
+    share = report.results[name]
     back = "" if share is None else f": {share:.0%} of the lost log-perplexity recovered"
     axes.set(ylabel="perplexity", title=f"Healing{back}")
     axes.margins(y=0.1)
