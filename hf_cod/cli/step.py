@@ -25,6 +25,8 @@ class Step(ABC):
 
     command: ClassVar[str]
     done: ClassVar[str]
+    # Setting -> its name in an earlier version, by which runs of both versions have the same identity.
+    earlier: ClassVar[dict[str, str]] = {}
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -42,7 +44,11 @@ class Step(ABC):
 
     def identity(self) -> Any:
         """JSON-like identity of a run among runs of the same command on the same model and text."""
-        return asdict(self.settings)
+        return self.earlier_names(self.settings)
+
+    def earlier_names(self, settings: Any) -> dict[str, Any]:
+        """Settings by the names that an earlier version gave them."""
+        return {self.earlier.get(name, name): value for name, value in asdict(settings).items()}
 
     def disk_share(self) -> float:
         """Minimum size of the results as a share of the model's bytes; checked against free disk space at the start."""

@@ -19,7 +19,8 @@ COMMANDS = {
     "finetune --estimate": "finetune model --estimate",
     "finetune": f"finetune model {TRAINED} --method lora --lora-rank 2 --output tuned",
     "heal": f"heal model --teacher model {TRAINED} --method lora --lora-rank 2 --no-speed --output healed",
-    "prune --recover": f"prune model {TEXT} --max-samples 4 --batch-size 2 --recover 2 --no-plots --output pruned",
+    "prune --recover-steps": f"prune model {TEXT} --max-samples 4 --batch-size 2 --recover-steps 2 "
+    "--no-plots --output pruned",
 }
 # Lines of our own: warnings, and records of a training without a progress bar.
 OURS = re.compile(r"hf-cod \S+: warning: |\S+: step \d+ of \d+|step \d+ of \d+|$")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import MeasuringSettings, ResultsOutput, SpeedSettings
@@ -35,7 +35,7 @@ class FitOptions(SpeedSettings, MeasuringSettings):
     )
     knobs: list[str] = as_in(FitSettings, "knobs", default_factory=list)  # noqa: RUF009 - as_in makes a field
     tuning_samples: int = as_in(FitSettings, "tuning_samples")
-    verify: int = as_in(FitSettings, "verify")
+    n_verified: int = as_in(FitSettings, "n_verified")
     plan_only: bool = field(default=False, metadata={"help": "print the plan and the trade-off, and write no model"})
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class FitOptions(SpeedSettings, MeasuringSettings):
             raise ValueError(
                 f"budget: expected one of --memory, --parameter-share and --bits, got {' and '.join(given) or 'none'}"
             )
-        FitSettings(knobs=self.knobs or None, verify=self.verify, tuning_samples=self.tuning_samples)
+        FitSettings(knobs=self.knobs or None, n_verified=self.n_verified, tuning_samples=self.tuning_samples)
         self.check_budget()
         self.speed = self.speed and not self.plan_only
 
@@ -95,6 +95,7 @@ class Fit(Step):
     """Several methods in sequence, by a measured plan."""
 
     command, done = "fit", "fitted"
+    earlier: ClassVar[dict[str, str]] = {"n_verified": "verify"}
     before: ModelSize
 
     def samples(self) -> FitOptions:
@@ -119,7 +120,11 @@ class Fit(Step):
         self.before = size_of(work.model, self.settings.layers_path)
         self.environment = environment_of(work.model)
         work.model = None
-        chosen: dict[str, Any] = {"knobs": self.settings.knobs or None, "verify": self.settings.verify, **work.options}
+        chosen: dict[str, Any] = {
+            "knobs": self.settings.knobs or None,
+            "n_verified": self.settings.n_verified,
+            **work.options,
+        }
         kind, budget = self.settings.budget()
         plan = plan_fit(work.load, kind, budget, work.calibration, tuning, **chosen)
         print_plan(plan, with_notes=self.settings.plan_only)
@@ -175,13 +180,13 @@ def print_plan(plan: FitPlan, with_notes: bool) -> None:
     if not plan.steps:
         console.print(f"• {_told_plan(plan)}", highlight=False)
         return
-    tried = Table("tried", "layers left", "loss expected", "measured", box=box.SIMPLE_HEAD)
+    tried = Table("tried", "size left", "loss expected", "measured", box=box.SIMPLE_HEAD)
     for row in sorted(plan.tried, key=lambda row: row["loss"]):
         tried.add_row(
             describe_steps(row["steps"]), f"{row['left']:.1%}", f"{row['expected']:.3f}", f"{row['loss']:.3f}"
         )
     console.print(tried)
-    curve = Table("layers left", "least loss expected", "by", box=box.SIMPLE_HEAD)
+    curve = Table("size left", "least loss expected", "by", box=box.SIMPLE_HEAD)
     for left, loss, steps in plan.curve[1::2]:
         curve.add_row(f"{left:.0%}", f"{loss:.3f}", describe_steps(steps))
     console.print(curve)

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.io.output_directory import OutputDirectory
 
     directory = Path(one_directory(rest.directory, settings.output) or default_directory("pack", rest.model))
-    told = ["pack", rest.model, asdict(loading), settings.minimum, settings.layers_path]
+    told = ["pack", rest.model, asdict(loading), settings.min_sparsity, settings.layers_path]
     output = OutputDirectory(directory, told, check=check_unused, source=rest.model)
     write_model(output, partial(run, rest.model, loading, settings))
     say(f"\nwritten to {directory.resolve()}")
@@ -82,7 +82,7 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
     output.require(memory["packed"])
     model.save_pretrained(output.results)
     copy_companions(Path(source) if Path(source).is_dir() else source, output.results)
-    told = {"model": source, "minimum": settings.minimum, "layers_path": settings.layers_path}
+    told = {"model": source, "min_sparsity": settings.min_sparsity, "layers_path": settings.layers_path}
     sizes = {"memory_bytes": memory, "disk_bytes": disk_bytes(output.results)}
     return with_inputs(describe(stack, model_title(source), told, sizes), loading)
 

@@ -133,7 +133,7 @@ def run(
 ) -> RunReport:
     """Collects statistics (or reads existing ones), scores the layers, writes both; returns the report.
 
-    Its results have, as "score", the settings of the method and its choices; `told` are the settings of its inputs.
+    Its results have, as "score_settings", the settings of the method and its choices; `told` are those of its inputs.
     """
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
     from hf_cod.io.report import RunReport
@@ -170,7 +170,7 @@ def run(
     scores = score_layers(model, statistics, batches=batches, show_progress=True, **chosen)
     scores.save(directory / SCORES)
     layers: dict[str, list[Any]] = {"score": scores.values, "parameters": scores.parameters}
-    results = {"score": scores.settings}
+    results = {"score_settings": scores.settings}
     return replace(report, layers=layers, results=results, summary=_summary(scores), notes=_notes(statistics))
 
 

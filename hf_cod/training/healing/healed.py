@@ -57,7 +57,7 @@ def healing_report(
         "curve": training.curve,
         "perplexity": found,
         **size_results(sizes),
-        "recovered": share,
+        "recovered_share": share,
         "tokens": tokens,
         "seconds_a_step": training.seconds,
         "training_memory": training_memory(training.memory),
