@@ -13,14 +13,7 @@ from torch import nn
 from hf_cod.functional.randomness import generator_of
 from hf_cod.io.arguments import checked
 from hf_cod.io.settings import resolve
-from hf_cod.layers.replicas import (
-    broadcast_weights,
-    digest_bits,
-    digest_structure,
-    digest_weights,
-    processes,
-    together,
-)
+from hf_cod.layers.replicas import broadcast_weights, digest_bits, digest_structure, digest_weights, processes, together
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
