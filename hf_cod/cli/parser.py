@@ -241,14 +241,3 @@ def model_title(model: str) -> str:
 def default_directory(command: str, model: str) -> Path:
     """The default output directory of a command."""
     return Path(f"hf-cod-{command}-{re.sub(r'[^A-Za-z0-9.]+', '-', model_title(model)).strip('-.')}")
-
-
-def one_directory(by_position: str | None, by_option: str | None) -> str | None:
-    """The output directory of a command that takes it by position or by `--output`; None: neither is given.
-
-    Raises:
-        ValueError: both are given.
-    """
-    if by_position is not None and by_option is not None:
-        raise ValueError(f"output: expected one directory, got {by_position!r} and {by_option!r}")
-    return by_position or by_option

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_cod.cli.output import require_plots
-from hf_cod.cli.parser import SettingsParser, one_directory
+from hf_cod.cli.output import one_directory, require_plots
+from hf_cod.cli.parser import SettingsParser
 from hf_cod.reporting.settings import CardSettings
 
 if TYPE_CHECKING:

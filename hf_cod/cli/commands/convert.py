@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import write_model
-from hf_cod.cli.parser import SettingsParser, model_title, one_directory
+from hf_cod.cli.output import one_directory, write_model
+from hf_cod.cli.parser import SettingsParser, model_title
 from hf_cod.io.display import say
 from hf_cod.models.authors import AUTHORS_NORM_TYPES
 
