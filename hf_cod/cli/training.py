@@ -12,7 +12,7 @@ from hf_cod.cli.terminal import print_report
 from hf_cod.io.display import say
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
-from hf_cod.training.runs.run_directory import check_claim, claim, half_checkpoints, last_steps
+from hf_cod.training.runs.run_directory import check_claim, claim, half_checkpoints, last_steps, lost_checkpoints
 
 # (name in the message, file whose directory is printed).
 _WRITTEN = (
@@ -39,7 +39,12 @@ def train_into(
         run: function that trains, and writes the model to the results of the directory.
     """
     with OutputDirectory(
-        directory, identity, check=lambda path: check_claim(path, identity), source=source, half=half_checkpoints
+        directory,
+        identity,
+        check=lambda path: check_claim(path, identity),
+        source=source,
+        half=half_checkpoints,
+        lost=lost_checkpoints,
     ) as output:
         if output.completed:
             report = RunReport.load(directory)
