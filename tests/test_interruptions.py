@@ -26,7 +26,7 @@ def check(ground, draw, number, names):
     counts = interrupt(ground, draw, number, names, random.Random(0), told.append)
     wrong = [line for line in told if line.startswith("WRONG")]
     assert not wrong, "\n".join(wrong)
-    assert sum(counts.values()) == number
+    assert sum(counts.values()) >= number
 
 
 @pytest.mark.parametrize("name", FIRST.values())
