@@ -62,7 +62,9 @@ def option_row(action: argparse.Action) -> str:
         told += f" (one of {', '.join(f'`{choice}`' for choice in action.choices)})"
     name = ", ".join(f"`{option}`" for option in action.option_strings) or f"`{(action.metavar or action.dest)}`"
     default = "required" if action.required else "" if action.default in (None, [], "") else f"`{action.default}`"
-    return f"| {name} | {'' if action.nargs == 0 else default} | {told} |"
+    if action.nargs == 0:
+        default = "on" if action.default else ""
+    return f"| {name} | {default} | {told} |"
 
 
 def api() -> Iterator[tuple[str, str]]:

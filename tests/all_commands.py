@@ -20,8 +20,16 @@ from tests.earlier_files.checkpoints import SIZES, SOURCE, TEXT_SIZES, WIDE, WID
 LOADING = "--text text.txt --dtype float32 --device cpu"
 SAMPLES = f"{LOADING} --sequence-length 8 --max-samples 4 --batch-size 2"
 MEASURED = f"{SAMPLES} --eval-samples 4"
-TRAINED = f"{LOADING} --sequence-length 8 --steps 4 --batch-size 4 --micro-batch-size 2 --eval-samples 4 --n-active 2"
-TRAINED += " --interval 2 --rank 4 --lora-rank 2 --save-every 2 --log-every 1 --learning-rate 1e-2"
+TRAINED = f"{LOADING} --sequence-length 8 --steps 4 --batch-size 4 --micro-batch-size 2 --eval-samples 4"
+TRAINED += " --save-every 2 --log-every 1 --learning-rate 1e-2"
+# Fine-tuning method -> its own options.
+OF_METHOD = {
+    **dict.fromkeys(("owlore", "owlore-peft"), "--n-active 2 --interval 2 --rank 4"),
+    "lisa": "--n-active 2 --interval 2",
+    "galore": "--interval 2 --rank 4",
+    "lora": "--lora-rank 2",
+    "full": "",
+}
 # Name -> a command that writes to the directory of that name; `{}` stands for it where it is no option.
 RUNS = {
     "diagnose": f"diagnose {SOURCE} {SAMPLES}",
@@ -40,11 +48,11 @@ RUNS = {
     "drop-layers": f"drop-layers {SOURCE} {MEASURED} --layers 2 --no-protect --no-speed",
     "fit": f"fit {WIDE} {MEASURED} --bits 6 --knobs rank bits --tuning-samples 4 --verify 1 --no-speed",
     "pack": "pack prune {}",
-    "heal": f"heal factorize --teacher {SOURCE} {TRAINED} --deselected keep --no-speed",
-    "heal-lora": f"heal prune --teacher {SOURCE} {TRAINED} --method lora --no-speed",
+    "heal": f"heal factorize --teacher {SOURCE} {TRAINED} {OF_METHOD['owlore']} --deselected keep --no-speed",
+    "heal-lora": f"heal prune --teacher {SOURCE} {TRAINED} --method lora {OF_METHOD['lora']} --no-speed",
     **{
-        f"finetune-{method}": f"finetune {SOURCE} {TRAINED} --method {method}"
-        for method in ("owlore", "lisa", "galore", "owlore-peft", "lora", "full")
+        f"finetune-{method}": f"finetune {SOURCE} {TRAINED} --method {method} {options}"
+        for method, options in OF_METHOD.items()
     },
     "demo": "demo",
     "compare": "compare diagnose demo/lns",

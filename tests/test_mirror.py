@@ -18,7 +18,9 @@ TESTED_BY = {
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
     "analysis/evaluation/test_metrics.py": "analysis/evaluation/choice.py layers/task.py",
     "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",
-    "analysis/statistics/test_layer_statistics.py": "analysis/statistics/matrix_inputs.py",
+    "analysis/statistics/test_layer_statistics.py": (
+        "analysis/statistics/file_checks.py analysis/statistics/matrix_inputs.py"
+    ),
     "cli/commands/test_finetune.py": (
         "cli/commands/finetune_memory.py cli/sizes.py cli/training.py training/runs/estimate.py "
         "training/runs/memory.py training/runs/methods.py training/runs/trainer.py"
@@ -35,7 +37,7 @@ TESTED_BY = {
     "compression/depth/test_dropper.py": "compression/depth/replacement.py",
     "compression/fit/test_planning.py": (
         "cli/commands/fit.py compression/fit/budget.py compression/fit/fit_plan.py compression/fit/knobs.py "
-        "compression/fit/settings.py compression/fit/trials.py layers/size.py"
+        "compression/fit/samples.py compression/fit/settings.py compression/fit/trials.py layers/size.py"
     ),
     "compression/low_rank/test_factorizer.py": (
         "compression/low_rank/rank_plan.py compression/low_rank/settings.py compression/low_rank/spectra.py"
@@ -82,7 +84,7 @@ TESTED_BY = {
     "models/test_shapes.py": "models/shaping.py",
     "models/test_training.py": "models/presets.py",
     "reporting/plots/test_figures.py": (
-        "reporting/plots/__init__.py reporting/plots/colours.py reporting/plots/panels.py "
+        "reporting/plots/__init__.py reporting/plots/colours.py reporting/plots/names.py reporting/plots/panels.py "
         "reporting/plots/training_panels.py"
     ),
     "reporting/test_model_card.py": "cli/commands/card.py reporting/settings.py",

@@ -16,36 +16,47 @@ OPTIONS = {
     "LayerSampler": ("SamplerSettings", "scores layers"),
     "OwLoreAdamW": ("OwLoreSettings", "model scores lr betas eps weight_decay"),
     "allocate": ("AllocationSettings", "scores layer_parameters"),
-    "apply_steps": ("Applying", "model steps"),
+    "apply_steps": ("Applying", "model steps tokenizer texts"),
+    "collect_statistics": (
+        "SampleSettings",
+        "model batches tokenizer texts layers_path name show_progress",
+    ),
     "diagnose": ("DiagnoseSettings", "model tokenizer texts batches output name show_progress"),
-    "drop_layers": ("DropLayersSettings", "model plan batches layers_path name"),
+    "drop_layers": ("DropLayersSettings", "model plan batches tokenizer texts layers_path name"),
     "evaluate_tasks": ("TaskSettings", "model tokenizer tasks"),
-    "factorize": ("FactorizeSettings", "model plan batches journal layers_path name show_progress"),
+    "factorize": ("FactorizeSettings", "model plan batches tokenizer texts journal layers_path name show_progress"),
     "heal": (
         "HealSettings",
-        "student teacher data tokenizer teacher_tokenizer held_out sampling scores output name",
+        "student teacher data batches tokenizer texts teacher_tokenizer held_out sampling scores output name",
     ),
     "load_texts": ("TextSettings", ""),
     "lora_ranks": ("LoraRankSettings", "model scores"),
-    "narrow": ("NarrowSettings", "model plan batches journal layers_path name show_progress"),
+    "narrow": ("NarrowSettings", "model plan batches tokenizer texts journal layers_path name show_progress"),
     "pack_sparse": ("PackSettings", "model"),
+    "perplexity": ("SampleSettings", "model batches tokenizer texts"),
     "plan_bits": ("StorageSettings", "model bits scores skip layers_path"),
-    "plan_depth": ("DepthSettings", "model n_removed batches journal layers_path show_progress"),
-    "plan_fit": ("FitSettings", "make kind budget calibration tuning journal layers_path show_progress"),
-    "plan_ranks": ("RankSettings", "model parameter_share batches journal layers_path show_progress"),
+    "plan_depth": ("DepthSettings", "model n_removed batches tokenizer texts journal layers_path show_progress"),
+    "plan_fit": (
+        "FitSettings",
+        "make kind budget calibration tuning tokenizer texts journal layers_path show_progress",
+    ),
+    "plan_ranks": ("RankSettings", "model parameter_share batches tokenizer texts journal layers_path show_progress"),
     "plan_width": ("WidthSettings", "model parameter_share layers_path"),
-    "prune": ("PruneSettings", "model plan batches statistics journal layers_path name show_progress"),
-    "quantize": ("OwlBnbConfig", "model batches journal layers_path name show_progress"),
-    "recover": ("RecoverySettings", "model batches layers_path show_progress"),
-    "score_layers": ("ScoreSettings", "model statistics batches show_progress"),
+    "prune": ("PruneSettings", "model plan batches tokenizer texts statistics journal layers_path name show_progress"),
+    "quantize": ("OwlBnbConfig", "model batches tokenizer texts journal layers_path name show_progress"),
+    "recover": ("RecoverySettings", "model batches tokenizer texts layers_path show_progress"),
+    "score_layers": ("ScoreSettings", "model statistics batches tokenizer texts show_progress"),
     "token_batches": ("SampleSettings", "tokenizer texts"),
 }
 # These take what they work on alone; `llama_preset` and `owlore` hand fields on, `SparseLinear` is a module.
 WITHOUT = (
-    "MeasurementError SparseLinear TrainingHistory collect_statistics compare drop find_decoder_layers fold_lns "
-    "from_authors llama_preset owlore perplexity skip split_samples to_lns"
+    "MeasurementError SparseLinear TrainingHistory compare drop find_decoder_layers fold_lns "
+    "from_authors llama_preset owlore skip split_samples to_lns"
 )
-OTHER_NAMES = {"quantize": "config", "apply_steps": "how"}
+OTHER_NAMES = {"quantize": "config", "apply_steps": "how", "collect_statistics": "samples", "perplexity": "samples"}
+# Functions that take texts take these; where a function has samples in its own settings, it lacks some of them.
+OWN_SAMPLES = {"diagnose": {"samples"}, "heal": {"samples", "max_samples", "pack", "seed"}}
+SAMPLES = ["samples", *(field.name for field in fields(hf_cod.SampleSettings))]
 
 
 def test_every_public_name_is_there_and_documented():
@@ -89,7 +100,8 @@ def test_functions_take_their_options_as_one_dataclass_or_its_fields(name):
     given = OTHER_NAMES.get(name, "settings")
     assert re.search(rf"\b{title}\b", parameters[given].annotation) and parameters[given].default is None
     assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values()), "an editor must see the fields by name"
-    assert parameters.keys() <= {*own.split(), given, *options}, "an option that is no field of the dataclass"
+    samples = SAMPLES if "samples" in parameters else []
+    assert parameters.keys() <= {*own.split(), given, *options, *samples}, "an option that is no field of the dataclass"
     missing = {n: None for n, p in parameters.items() if p.default is p.empty}
     with pytest.raises(ValueError) as raised:
         function(**missing, zzz=1)
@@ -103,3 +115,17 @@ def test_options_stand_in_the_settings_of_their_folder(name):
     kind = getattr(hf_cod, OPTIONS[name][0])
     assert kind.__module__.rpartition(".")[2].endswith("settings")
     assert all(field.metadata.get("help") for field in fields(kind) if field.init)
+
+
+def test_functions_that_take_batches_take_texts_alike():
+    """One or the other, with the same names; `tests/layers/test_batches.py` compares the results."""
+    taking = {"batches", "calibration", "tuning", "data"}
+    for name in sorted({*OPTIONS, *WITHOUT.split()} - {"split_samples"}):
+        parameters = inspect.signature(getattr(hf_cod, name)).parameters
+        if taking & parameters.keys():
+            assert {"tokenizer", "texts"} <= parameters.keys(), name
+            missing = set(SAMPLES) - parameters.keys()
+            assert missing == OWN_SAMPLES.get(name, set()), name
+            for one in {*taking, "tokenizer", "texts", "samples"} & parameters.keys():
+                assert parameters[one].default is None, f"{name}: {one}"
+            assert "token_batches" in inspect.getdoc(getattr(hf_cod, name)), f"{name}: how batches are made"

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
+from hf_cod.cli import recorded
 from hf_cod.cli.main import COMMANDS, main
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport
@@ -20,7 +21,7 @@ from tests.fresh_processes import run_fresh
 
 SAMPLES = ["--max-samples", "4", "--sequence-length", "16", "--batch-size", "2", "--eval-samples", "4", "--no-plots"]
 STEPS = ["--steps", "4", "--sequence-length", "16", "--micro-batch-size", "2", "--eval-samples", "4", "--no-plots"]
-STEPS += ["--n-active", "1", "--rank", "4"]
+SAMPLED = ["--n-active", "1", "--rank", "4"]
 # Directory -> the command that writes it, and where in it the card lies; {} is the folder of all.
 MADE = {
     "pruned": (["prune", "{}/base", *SAMPLES, "--score", "uniform", "--sparsity", "0.6"], "."),
@@ -34,11 +35,11 @@ MADE = {
         ".",
     ),
     "packed": (["pack", "{}/pruned"], "."),
-    "healed": (["heal", "{}/pruned", "--teacher", "{}/base", *STEPS, "--no-speed"], "."),
+    "healed": (["heal", "{}/pruned", "--teacher", "{}/base", *STEPS, *SAMPLED, "--no-speed"], "."),
     "full": (["finetune", "{}/base", *STEPS, "--method", "full"], "."),
     "lora": (["finetune", "{}/base", *STEPS, "--method", "lora"], "adapter"),
     "owlore": (
-        ["finetune", "{}/base", *STEPS, "--method", "owlore-peft", "--rank", "4", "--score", "uniform"],
+        ["finetune", "{}/base", *STEPS, *SAMPLED, "--method", "owlore-peft", "--score", "uniform"],
         "adapter",
     ),
     "on-quantized": (["finetune", "{}/quantized", *STEPS, "--method", "lora"], "."),
@@ -165,7 +166,7 @@ def test_the_command_of_a_card_has_the_settings_of_the_run(name, folder):
     assert {word for word in words if word.startswith("--")} <= set(given), "no option at its default"
 
 
-LOADED = ["--dtype", "bfloat16", "--device", "cpu", "--trust-remote-code", "--revision", "v2"]
+LOADED = ["--dtype", "bfloat16", "--device", "cpu", "--trust-remote-code"]
 TABLE = ["--text", "table.csv", "--text-column", "words", "--text-split", "train"]
 EVAL = ["--eval-text", "table.csv"]
 INPUTS = {
@@ -175,12 +176,12 @@ INPUTS = {
     "drop-layers": [*SAMPLES, *LOADED, *TABLE, "--layers", "1", "--criterion", "angular", "--no-protect"],
     "quantize": [*SAMPLES, *LOADED, *TABLE, "--bits", "3", "--rounding", "nearest"],
     "pack": [*LOADED, "--minimum", "0.4"],
-    "heal": [*STEPS, *LOADED, *TABLE, *EVAL, "--teacher", "base", "--teacher-dtype", "float32", "--no-speed"],
-    "finetune": [*STEPS, *LOADED, *TABLE, "--score", "depth", "--batch-size", "4"],
+    "heal": [*STEPS, *SAMPLED, *LOADED, *TABLE, *EVAL, "--teacher", "base", "--teacher-dtype", "float32", "--no-speed"],
+    "finetune": [*STEPS, *SAMPLED, *LOADED, *TABLE, "--score", "depth", "--batch-size", "4"],
     "prune by scores": [*SAMPLES, *TABLE, "--scores", "scores.json"],
     "factorize by scores": [*SAMPLES, *TABLE, "--scores", "scores.json", "--no-speed"],
     "drop-layers by plan": [*SAMPLES, *TABLE, "--plan", "depth_plan.json", "--no-speed"],
-    "heal by scores": [*STEPS[2:], *TABLE, "--teacher", "base", "--tokens", "256", "--scores", "scores.json"],
+    "heal by scores": [*STEPS[2:], *SAMPLED, *TABLE, "--teacher", "base", "--tokens", "256", "--scores", "scores.json"],
 }
 
 
@@ -199,6 +200,11 @@ def test_the_command_of_a_card_has_the_settings_of_model_and_text(name, folder, 
     words = command_of(Path(output))
     assert settings_of(words) == settings_of(arguments)
     assert {word for word in words if word.startswith("--")} <= set(arguments), "no option at its default"
+
+
+def test_the_command_of_a_card_has_the_revision_of_a_model_of_the_hub():
+    report = RunReport("prune", "m", {"model": "me/m", "revision": "v2", "sparsity": 0.5}, {}, {}, {})
+    assert recorded.command_of(report) == "hf-cod prune me/m --revision v2 --sparsity 0.5"
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--output", default="hf-cod-compress", help="directory for the model")
     a = parser.parse_args(arguments)
 
-    # --8<-- [start:samples]
+    # [start:samples]
     def load() -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(a.model).to(best_device())
 
@@ -48,30 +48,30 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     settings = SampleSettings(max_samples=3 * a.samples, sequence_length=a.length)
     calibration, rest = split_samples(token_batches(tokenizer, texts, settings), a.samples)
     tuning, report_on = split_samples(rest, a.samples)
-    # --8<-- [end:samples]
+    # [end:samples]
 
-    # --8<-- [start:fit]
+    # [start:fit]
     plan = plan_fit(load, "parameter_share", a.share, calibration, tuning, knobs=["width", "rank"], verify=1)
     print(plan.steps)
     model = load()
     found = {"intact": perplexity(model, report_on)}
     apply_steps(model, plan.steps, Applying(calibration))
     found["compressed"] = perplexity(model, report_on)
-    # --8<-- [end:fit]
+    # [end:fit]
 
-    # --8<-- [start:heal]
+    # [start:heal]
     healing = HealSettings(steps=a.steps, sequence_length=a.length, eval_samples=a.samples)
     heal(model, load(), texts, healing, tokenizer=tokenizer, output=f"{a.output}/healing")
     found["healed"] = perplexity(model, report_on)
-    # --8<-- [end:heal]
+    # [end:heal]
 
-    # --8<-- [start:load]
+    # [start:load]
     model.save_pretrained(f"{a.output}/model")
     tokenizer.save_pretrained(f"{a.output}/model")
     again = AutoModelForCausalLM.from_pretrained(f"{a.output}/model")
     found["loaded"] = perplexity(again, report_on)
     print(", ".join(f"{name}: {value:.2f}" for name, value in found.items()))
-    # --8<-- [end:load]
+    # [end:load]
     return found
 
 

@@ -26,16 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--output", default="hf-cod-fine-tune", help="directory for the model")
     a = parser.parse_args(arguments)
 
-    # --8<-- [start:data]
+    # [start:data]
     model = AutoModelForCausalLM.from_pretrained(a.model).to(best_device())
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     settings = SampleSettings(max_samples=a.samples, sequence_length=a.length, batch_size=4)
     batches = token_batches(tokenizer, load_texts(text=a.text), settings)
     held_out, train = split_samples(batches, a.samples // 8)
     rows = [{"input_ids": ids, "labels": ids} for batch in train for ids in batch["input_ids"]]
-    # --8<-- [end:data]
+    # [end:data]
 
-    # --8<-- [start:train]
+    # [start:train]
     found = {"before": perplexity(model, held_out)}
     scores = score_layers(model, batches=train[:4], threshold=13.0)
     trainer = Trainer(
@@ -55,15 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     trainer.train()
     model.eval()
     found["after"] = perplexity(model, held_out)
-    # --8<-- [end:train]
+    # [end:train]
 
-    # --8<-- [start:load]
+    # [start:load]
     model.save_pretrained(a.output)
     tokenizer.save_pretrained(a.output)
     again = AutoModelForCausalLM.from_pretrained(a.output)
     found["loaded"] = perplexity(again, held_out)
     print(", ".join(f"{name}: {value:.2f}" for name, value in found.items()))
-    # --8<-- [end:load]
+    # [end:load]
     return found
 
 

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
     found = {}
     for placement in ("pre", "lns"):
-        # --8<-- [start:model]
+        # [start:model]
         config = AutoConfig.for_model(
             "cod_llama",
             norm_placement=placement,
@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         )
         set_seed(0)
         model = AutoModelForCausalLM.from_config(config)
-        # --8<-- [end:model]
+        # [end:model]
 
-        # --8<-- [start:train]
+        # [start:train]
         output = f"{a.output}/{placement}"
         arguments_of_trainer = TrainingArguments(
             output,
@@ -73,9 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         )
         watch = LayerDiagnosticsCallback(every=20, probe=held_out)
         Trainer(model, arguments_of_trainer, train_dataset=rows, callbacks=[watch]).train()
-        # --8<-- [end:train]
+        # [end:train]
 
-        # --8<-- [start:compare]
+        # [start:compare]
         last = TrainingHistory.load(f"{output}/layer_diagnostics").lines[-1]
         model.eval()
         found[placement] = {
@@ -84,16 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             "effective depth": last["effective_depth"],
         }
         print(placement, {name: round(value, 3) for name, value in found[placement].items()})
-        # --8<-- [end:compare]
+        # [end:compare]
 
-    # --8<-- [start:fold]
+    # [start:fold]
     model.cpu().save_pretrained(f"{a.output}/lns")
     stock = fold_lns(f"{a.output}/lns", f"{a.output}/as-llama")  # an ordinary Llama
     ids = held_out[0]["input_ids"]
     with torch.no_grad():
         found["lns"]["difference after folding"] = (model(ids).logits - stock(ids).logits).abs().max().item()
     print("largest difference of logits after folding:", found["lns"]["difference after folding"])
-    # --8<-- [end:fold]
+    # [end:fold]
     return found
 
 

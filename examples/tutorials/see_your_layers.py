@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--output", default="hf-cod-see-your-layers", help="directory for report and plots")
     a = parser.parse_args(arguments)
 
-    # --8<-- [start:measure]
+    # [start:measure]
     model = AutoModelForCausalLM.from_pretrained(a.model).to(best_device())
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     texts = list(load_texts(text=a.text))
@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         print(finding)
     report.save(a.output)
     report.plot(a.output)
-    # --8<-- [end:measure]
+    # [end:measure]
 
-    # --8<-- [start:skip]
+    # [start:skip]
     costs = report.layers["layer_drop"]
     least = min(range(len(costs)), key=lambda layer: costs[layer])
     batches = token_batches(tokenizer, texts, SampleSettings(**samples))
@@ -47,15 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     with skip(model, [least]):
         found["without"] = perplexity(model, batches)
     print(f"perplexity {found['intact']:.2f}, without layer {least}: {found['without']:.2f}")
-    # --8<-- [end:skip]
+    # [end:skip]
 
-    # --8<-- [start:compare]
+    # [start:compare]
     other = AutoModelForCausalLM.from_pretrained(a.other).to(best_device())
     second = diagnose(other, AutoTokenizer.from_pretrained(a.other), texts, **samples)
     comparison = compare([report, second], labels=["first", "second"])
     print(comparison.to_markdown(picture=False))
     comparison.plot(a.output)
-    # --8<-- [end:compare]
+    # [end:compare]
     return found
 
 

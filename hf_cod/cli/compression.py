@@ -11,17 +11,17 @@ has the settings of the scores. "fallback" has the compared perplexities if the 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hf_cod.cli.closing import closing, does_harm, harm_notes
-from hf_cod.cli.output import require_plots
+from hf_cod.cli.output import require_plots, write_model
 from hf_cod.cli.parser import default_directory
-from hf_cod.cli.recorded import card_outputs, with_inputs
+from hf_cod.cli.recorded import with_inputs
 from hf_cod.cli.samples import check_texts, split_text
-from hf_cod.cli.settings import PlotSettings, ResultsOutput
+from hf_cod.cli.settings import ResultsOutput
 from hf_cod.cli.step import Step
-from hf_cod.cli.terminal import print_report
 from hf_cod.cli.work import Work
 from hf_cod.io.display import say
 from hf_cod.io.output_checks import check_unused
@@ -55,25 +55,13 @@ def compress(
     check_texts(text, step.samples().eval_text)
     scores = getattr(files, "scores", None)
     told = [step.command, source, asdict(loading), asdict(text), step.identity(), scores]
-    with OutputDirectory(directory, told, check=check_unused, source=source) as output:
-        report = RunReport.load(directory) if output.completed else run(step, source, loading, text, output, scores)
-        if report is None:
-            say(f"\nno model was written; measurements are kept in {directory.resolve()}")
-            return 0
-        if not output.completed:
-            save_results(report, output, files)
-    print_report(report)
-    say(f"\nwritten to {directory.resolve()}")
+    output = OutputDirectory(directory, told, check=check_unused, source=source)
+    work = partial(run, step, source, loading, text, scores_file=scores)
+    if write_model(output, work, files, spent=OutputDirectory.journaled) is None:
+        say(f"\nno model was written; measurements are kept in {directory.resolve()}")
+    else:
+        say(f"\nwritten to {directory.resolve()}")
     return 0
-
-
-def save_results(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
-    """Plots and saves the report next to the model, moves all results to their final places, removes the journal."""
-    if pictures.plots:
-        report.plot(output.results, pictures.plot_format)
-    report.save(output.results)
-    card_outputs(output.results, report, output.path.resolve().name)
-    output.finish(output.journaled())
 
 
 def run(

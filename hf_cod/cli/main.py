@@ -16,6 +16,7 @@ from typing import Any
 from wrapt import register_post_import_hook
 
 from hf_cod.cli.messages import warnings_shown
+from hf_cod.io.arguments import did_you_mean
 from hf_cod.io.display import one_line
 
 # Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
@@ -53,6 +54,9 @@ RESUMABLE = (
     "finetune",
 )
 
+# Options without a command.
+_ALONE = ("--help", "--version", "--print-completion")
+
 # Commands that train and resume from checkpoints.
 FROM_CHECKPOINTS = ("heal", "finetune")
 
@@ -73,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return print_completion(arguments[1:], COMMANDS)
     if arguments[0] not in COMMANDS:
-        print(f"hf-cod: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}", file=sys.stderr)
+        near = did_you_mean(arguments[:1], [*COMMANDS, *_ALONE])
+        print(f"hf-cod: expected one of {', '.join(COMMANDS)}, got {arguments[0]!r}{near}", file=sys.stderr)
         return 2
     return _run(arguments[0], arguments[1:])
 

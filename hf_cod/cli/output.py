@@ -1,6 +1,72 @@
-"""Check of the requirements for plots."""
+"""The output directory of a command: model, report, plots and card, all of them or none."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from hf_cod.cli.settings import PlotSettings
+
+if TYPE_CHECKING:
+    from hf_cod.io.output_directory import OutputDirectory
+    from hf_cod.io.report import RunReport
+
+
+def write_model(
+    output: OutputDirectory,
+    run: Callable[[OutputDirectory], RunReport | None],
+    pictures: PlotSettings | None = None,
+    spent: Callable[[OutputDirectory], Sequence[str]] | None = None,
+) -> RunReport | None:
+    """Runs a command in its output directory and prints the report.
+
+    If an earlier start of the same command was killed while it finished, only its move of the results is completed.
+
+    Args:
+        output: the directory, not entered yet.
+        run: writes the model to the results of the directory, and returns its report; None if there is no model.
+        pictures: settings of plots; None: no plots.
+        spent: returns the names of files that are not needed any more after the run; see `OutputDirectory.finish`.
+
+    Returns:
+        The report, if there is a model.
+    """
+    from hf_cod.cli.terminal import print_report
+    from hf_cod.io.report import RunReport
+
+    with output:
+        report = RunReport.load(output.path) if output.completed else run(output)
+        if report is None:
+            return None
+        if not output.completed:
+            finish(report, output, pictures, () if spent is None else spent(output))
+    print_report(report)
+    return report
+
+
+def finish(
+    report: RunReport, output: OutputDirectory, pictures: PlotSettings | None = None, spent: Sequence[str] = ()
+) -> None:
+    """Saves plots, report and model card next to the model, and moves all results to their final places.
+
+    Args:
+        report: the report.
+        output: the directory, with the model in its results.
+        pictures: settings of plots; None: no plots.
+        spent: names of files that are not needed any more; see `OutputDirectory.finish`.
+    """
+    from hf_cod.cli.recorded import card_outputs
+
+    save_report(report, output, pictures)
+    card_outputs(output.results, report, output.path.resolve().name)
+    output.finish(spent)
+
+
+def save_report(report: RunReport, output: OutputDirectory, pictures: PlotSettings | None) -> None:
+    """Saves the report and its plots in the results of an output directory; None: no plots."""
+    if pictures is not None and pictures.plots:
+        report.plot(output.results, pictures.plot_format)
+    report.save(output.results)  # after the plots, so that report.md shows them
 
 
 def require_plots() -> None:

@@ -12,10 +12,10 @@ import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from hf_cod.io.arguments import did_you_mean
 from hf_cod.io.deprecation import warn_renamed
 from hf_cod.io.reading import read_yaml
 
@@ -57,9 +57,13 @@ class SettingsParser(argparse.ArgumentParser):
         common.add_argument("--debug", action="store_true", help="also print the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
-        """Adds a hint if a positional is missing: an option with several values consumes all words after it."""
+        """Prints one line and exits with status 2.
+
+        If a positional is missing, a hint is added: an option with several values consumes all words after it.
+        """
         positional = "are required" in message and "--" not in message
-        super().error(message + ("; put it before the options" if positional else ""))
+        hint = "; put it before the options" if positional else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint}\n")
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """Returns one object per dataclass, then the namespace of all arguments; options and positionals may be mixed.
@@ -83,9 +87,9 @@ class SettingsParser(argparse.ArgumentParser):
                 _make_optional(action)
         found, unknown = self.parse_known_intermixed_args(spelled)
         if unknown:
-            near = [option for word in unknown if (option := self._near(word))]
-            told = f"; did you mean {', '.join(near)}?" if near else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{told}")
+            options = [f"--{word.lstrip('-').partition('=')[0]}" for word in unknown if word.startswith("-")]
+            known_options = [name for name in self._option_string_actions if name.startswith("--")]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(options, known_options)}")
         if known.print_config:
             print(self._as_config(found))
             self.exit()
@@ -120,12 +124,6 @@ class SettingsParser(argparse.ArgumentParser):
         """Name in a config file -> argparse action of the option or positional argument."""
         return {action.dest: action for action in self._actions if action.dest not in _COMMON}
 
-    def _near(self, word: str) -> str | None:
-        """The known option closest to an unknown one, or None."""
-        names = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-        near = get_close_matches(f"--{word.lstrip('-').partition('=')[0]}", names, 1) if word.startswith("-") else []
-        return near[0] if near else None
-
     def _read(self, path: Path) -> None:
         """Reads a config file; its values become the defaults."""
         content = read_yaml(path, "config") or {}
@@ -135,8 +133,7 @@ class SettingsParser(argparse.ArgumentParser):
         for key, value in content.items():
             name = _spelled(f"--{key}")[2:].replace("-", "_")
             if name not in options:
-                near = get_close_matches(name, options, 1)
-                told = f"; did you mean {near[0]}?" if near else ""
+                told = did_you_mean([name], options)
                 raise ValueError(f"config: expected one of {', '.join(options)}, got {key!r} in {str(path)!r}{told}")
             if name in seen:
                 raise ValueError(f"config: expected each option once, got {key!r} twice in {str(path)!r}")
@@ -158,7 +155,8 @@ class SettingsParser(argparse.ArgumentParser):
                 continue
             several = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
             if action.option_strings:
-                options.append(action.option_strings[0])
+                # The last form of an option that is on by default is the negative one.
+                options.append(action.option_strings[-1 if value is False else 0])
             (options if action.option_strings else positional).extend(map(str, several))
         return [*positional, *options]
 
@@ -199,31 +197,24 @@ def _spelled(argument: str) -> str:
 
 
 def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) -> None:
-    """Adds the option of one field: booleans take no value, lists take several."""
+    """Adds the option of one field: booleans take no value (see `_add_switch`), lists take several."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
     required = default is MISSING
     told = str(field.metadata.get("help", "")).replace("%", "%%")
     name = "--" + field.name.replace("_", "-")
     kind, several = _kind(hint)
     if kind is bool:
-        if default:
-            off = f"--no-{name[2:]}"
-            parser.add_argument(name, dest=field.name, action="store_true", default=True, help=argparse.SUPPRESS)
-            # Config files show the help text of the last option with the same name.
-            parser.add_argument(
-                off, dest=field.name, action="store_false", default=True, help=told and f"without this option: {told}"
-            )
-        else:
-            parser.add_argument(name, dest=field.name, action="store_true", default=False, help=told)
+        _add_switch(parser, name, field.name, bool(default), told)
         return
-    if told and not required and default is not None and default != []:
+    if told and not required and default not in (None, [], ""):
         told = f"{told} (default: {default})"
-    more = {"nargs": field.metadata.get("nargs", "+")} if several else {}
+    more: dict[str, Any] = {"nargs": field.metadata.get("nargs", "+")} if several else {}
+    if kind is not str:  # by which argparse would convert a marked default to a plain string
+        more["type"] = kind
     choices = field.metadata.get("choices") or (get_args(hint) if get_origin(hint) is Literal else None)
     parser.add_argument(
         name,
         dest=field.name,
-        type=kind,
         default=None if required else default,
         required=required,
         choices=None if choices is None else list(choices),
@@ -231,6 +222,21 @@ def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) ->
         help=told,
         **more,
     )
+
+
+def _add_switch(parser: argparse.ArgumentParser, name: str, dest: str, default: bool, told: str) -> None:
+    """Adds a boolean option: both forms if it is on by default, else the positive form; one text says what on does.
+
+    The negative form of an option that is off by default is accepted, too: it overrides a config file.
+    """
+    if default:
+        both = parser.add_argument(name, dest=dest, action=argparse.BooleanOptionalAction, default=True)
+        both.help = told and f"{told} (default: on)"  # argparse would add "(default: True)" itself
+        return
+    off = f"--no-{name[2:]}"
+    parser.add_argument(off, dest=dest, action="store_false", default=False, help=argparse.SUPPRESS)
+    # Config files show the help text of the last option with the same name.
+    parser.add_argument(name, dest=dest, action="store_true", default=False, help=told)
 
 
 def _kind(hint: Any) -> tuple[type, bool]:

@@ -19,8 +19,15 @@ from hf_cod.layers.running import busy
 from hf_cod.layers.task import task_of
 
 
-def load_with_tokenizer(source: str, loading: ModelSettings) -> tuple[nn.Module, Any]:
+def load_with_tokenizer(
+    source: str, loading: ModelSettings, instead: str = "hf_cod in Python"
+) -> tuple[nn.Module, Any]:
     """Loads a model and its tokenizer.
+
+    Args:
+        source: Hub id, directory or GGUF file.
+        loading: settings of model loading.
+        instead: what to use for a model without tokenizer; part of the error message.
 
     Raises:
         ValueError: the model does not exist, or has no tokenizer, without which text cannot be cut into samples.
@@ -28,7 +35,7 @@ def load_with_tokenizer(source: str, loading: ModelSettings) -> tuple[nn.Module,
     with busy(f"loading {model_title(source)}"):
         model, tokenizer = load_model(source, loading)
     if tokenizer is None:
-        raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod in Python")
+        raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use {instead}")
     return model, tokenizer
 
 

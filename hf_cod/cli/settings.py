@@ -6,10 +6,18 @@ Imports only the standard library and other settings, so that `--help` is fast.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from hf_cod.io.settings import PLOT_FORMATS, DefaultName, DefaultNumber, SampleSettings, as_in, check_choice
-from hf_cod.scoring.settings import USE_THRESHOLD, AllocationSettings, ScoreSettings
+from hf_cod.io.settings import (
+    PLOT_FORMATS,
+    DefaultNumber,
+    SampleSettings,
+    as_in,
+    check_choice,
+    check_effect,
+    check_least,
+    given,
+)
+from hf_cod.scoring.settings import COMPUTED, OF_OWL, USE_THRESHOLD, AllocationSettings, ScoreSettings
 
 
 @dataclass
@@ -21,15 +29,14 @@ class MeasuringSettings(SampleSettings):
         metadata={"help": "maximum number of calibration samples, chosen at random by seed if the text has more"},
     )
     eval_text: str | None = field(
-        default=None, metadata={"help": "text for perplexity; default: held-out samples of the same text"}
+        default=None, metadata={"help": "text or dataset for measuring perplexity; default: held-out samples of --text"}
     )
     eval_samples: int = field(default=32, metadata={"help": "number of samples for perplexity"})
     layers_path: str | None = as_in(ScoreSettings, "layers_path")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eval_samples < 1:
-            raise ValueError(f"eval_samples: expected at least 1, got {self.eval_samples}")
+        check_least(self, eval_samples=1)
 
 
 @dataclass
@@ -51,7 +58,7 @@ class CompressionSettings(MeasuringSettings):
     threshold: float = as_in(ScoreSettings, "threshold", default=DefaultNumber(ScoreSettings().threshold))
     per_module: bool = as_in(ScoreSettings, "per_module")
     baseline: bool = field(
-        default=True, metadata={"help": "also measure a uniform plan, for comparison with the score; twice the time"}
+        default=True, metadata={"help": "also measure a uniform plan, to compare the score with; doubles the time"}
     )
 
     def __post_init__(self) -> None:
@@ -61,13 +68,7 @@ class CompressionSettings(MeasuringSettings):
     @property
     def of_owl(self) -> bool:
         """Whether a setting of the score owl is given; the commands then use owl if no score is given."""
-        return bool(self._given("threshold", "per_module"))
-
-    def _given(self, *names: str) -> list[str]:
-        """Those of the settings that the user set."""
-        found = {name: getattr(self, name, None) for name in names}
-        defaults = (DefaultName, DefaultNumber)
-        return [name for name, value in found.items() if value not in (None, False) and not isinstance(value, defaults)]
+        return bool(given(self, OF_OWL))
 
     def check_scored(self, scores_file: str | None, instead: str | None = None) -> None:
         """Checks that a scores file and settings of scores are only given if they have an effect.
@@ -82,13 +83,11 @@ class CompressionSettings(MeasuringSettings):
             ValueError: both a scores file and settings of scores are given, one of them with `instead`, or settings of
                 owl with a score that does not depend on them.
         """
-        given: dict[str, Any] = {} if instead is None else {"scores": scores_file}
-        given |= {name: getattr(self, name) for name in self._given("score", "threshold", "per_module")}
-        name = next((name for name, value in given.items() if value is not None), None)
-        if name is not None and (instead or scores_file):
-            beside = f"{instead}, which uses no scores" if instead else "scores, which are already computed"
-            raise ValueError(f"{name}: expected none with {beside}, got {given[name]!r}")
-        score, of_owl = getattr(self, "score", None), self._given("threshold", "per_module")
+        if instead and scores_file is not None:
+            raise ValueError(f"scores: expected none with {instead}, which uses no scores, got {scores_file!r}")
+        if instead or scores_file is not None:
+            check_effect(self, ("score", *OF_OWL), f"{instead}, which uses no scores" if instead else COMPUTED)
+        score, of_owl = getattr(self, "score", None), given(self, OF_OWL)
         if of_owl and score not in USE_THRESHOLD:
             got = score or "the default score of this command"
             raise ValueError(f"{of_owl[0]}: expected score owl, which it is a setting of, got {got}; set --score owl")
@@ -102,14 +101,20 @@ class SpreadSettings(CompressionSettings):
     force: bool = field(
         default=False,
         metadata={
-            "help": "apply the plan by score even if the uniform plan has a lower perplexity; default: the uniform "
-            "plan is then applied. With --no-baseline there is no comparison, and the plan by score is always applied"
+            "help": "always apply the plan by score; default: the uniform plan replaces it if that has the lower "
+            "perplexity. With --no-baseline the two are not compared, and the plan by score is applied"
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         AllocationSettings(spread=self.spread)
+
+    def check_scored(self, scores_file: str | None, instead: str | None = None) -> None:
+        """Checks also that a spread is not given with equal scores."""
+        super().check_scored(scores_file, instead)
+        if scores_file is None and getattr(self, "score", None) == "uniform":
+            check_effect(self, ["spread"], "score uniform, by which all layers are treated alike")
 
 
 @dataclass

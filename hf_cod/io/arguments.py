@@ -34,7 +34,7 @@ WAYS_OUT = {
     "PreTrainedModel": "load it by from_pretrained of an Auto class",
 }
 # Arguments that take a settings object, whose defaults are also those of the keyword fields.
-HOLDERS = ("settings", "config", "how")
+HOLDERS = ("settings", "config", "how", "samples")
 # Maximum number of characters of a value in an error.
 LONGEST = 80
 
@@ -117,12 +117,13 @@ def _evaluated(function: Callable[..., Any], annotation: Any) -> Any:
 
 
 def _options(function: Callable[..., Any]) -> dict[str, Any]:
-    """The fields of a function's settings dataclass by name; empty if it has none."""
+    """The fields of a function's settings dataclasses by name; empty if it has none."""
+    found: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name in HOLDERS:
             kinds = [part for part in _parts(_evaluated(function, parameter.annotation)) if is_dataclass(part)]
-            return {f.name: f for kind in kinds for f in fields(kind) if f.init}
-    return {}
+            found |= {f.name: f for kind in kinds for f in fields(kind) if f.init and f.name not in found}
+    return found
 
 
 def check_names(title: str, given: Iterable[str], signature: inspect.Signature, names: Sequence[str]) -> None:
@@ -141,9 +142,13 @@ def check_names(title: str, given: Iterable[str], signature: inspect.Signature, 
 
 def unknown_name(title: str, unknown: str, names: Collection[str]) -> str:
     """The error text for an unknown name."""
-    near = get_close_matches(unknown, names, 1)
-    told = f"; did you mean {near[0]}?" if near else ""
-    return f"{title}: expected one of {', '.join(names)}, got {unknown!r}{told}"
+    return f"{title}: expected one of {', '.join(names)}, got {unknown!r}{did_you_mean([unknown], names)}"
+
+
+def did_you_mean(unknown: Iterable[str], names: Collection[str]) -> str:
+    """The end of an error text: the known name closest to each unknown one; empty if none is close."""
+    near = [name for word in unknown for name in get_close_matches(word, names, 1)]
+    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:
@@ -154,7 +159,7 @@ def check_value(name: str, value: Any, hint: Any) -> None:
     """
     own = [check for part in _parts(hint) if get_origin(part) is Annotated for check in part.__metadata__]
     for check in own:
-        if value is not None:
+        if value is not None or type(None) not in _parts(hint):
             check(value)
     if not own and not matches(value, hint):
         ways = [WAYS_OUT[part.__name__] for part in _parts(hint) if getattr(part, "__name__", "") in WAYS_OUT]
@@ -177,6 +182,8 @@ def matches(value: Any, hint: Any) -> bool:
         return (isinstance(value, Real) or hasattr(value, "__index__")) and not isinstance(value, bool)
     if kind is int:
         return hasattr(value, "__index__") and not isinstance(value, bool)
+    if kind is tuple and inner and Ellipsis not in inner:
+        return _plain(value, tuple) and len(value) == len(inner) and all(map(matches, value, inner))
     if kind is tuple or not issubclass(kind, Iterable) or kind is str or not inner:
         return _plain(value, kind)
     return _collection(value, kind, inner)
@@ -201,8 +208,7 @@ def _collection(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
             return False
     elif not isinstance(value, kind) and not hasattr(value, "__getitem__"):
         return False
-    if not issubclass(kind, Collection):
-        return True  # elements of iterators are checked when they are read
+    # Elements of iterators are checked when they are read.
     plain = isinstance(value, (list, tuple, set, frozenset, range)) and len(inner) == 1
     return not plain or all(matches(one, inner[0]) for one in value)
 

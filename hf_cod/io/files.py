@@ -19,7 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 
-from hf_cod.io.reading import naming_file, parse_json, read_json, take_format
+from hf_cod.io.arguments import checked
+from hf_cod.io.reading import checksum, naming_file, parse_json, read_json, take_format
 from hf_cod.io.schema import brief, check_value, read_record
 
 logger = logging.getLogger(__name__)
@@ -163,11 +164,14 @@ class JsonFile:
     RENAMED: ClassVar[Mapping[str, str]] = {}
     RENAMED_VALUES: ClassVar[Mapping[str, Mapping[Any, Any]]] = {}
 
+    @checked
     def save(self, path: str | Path) -> Path:
-        """Writes the JSON file; returns its path."""
+        """Writes the JSON file; returns its path. Raises ValueError for a directory."""
+        check_file("path", path)
         return write_json(path, {"format": self.FORMAT, **asdict(cast(Any, self))})
 
     @classmethod
+    @checked
     def load(cls: type[Kept], path: str | Path) -> Kept:
         """Reads a file that `save` wrote; entries missing in earlier files get their defaults.
 
@@ -187,11 +191,7 @@ class JsonFile:
         return read
 
     def check_read(self) -> None:
-        """Checks conditions that the field types do not express; called after reading.
-
-        Raises:
-            ValueError: "field: expected ..., got ...".
-        """
+        """Checks after reading what field types do not express; raises ValueError "field: expected ..., got ..."."""
 
 
 def reason(error: Exception) -> str:
@@ -282,7 +282,7 @@ class Journal:
         if self.path is None:
             return
         record = json.dumps([self.work, key, value])
-        append_line(self.path, f'{record[:-1]}, "{_checksum(record)}"]')
+        append_line(self.path, f'{record[:-1]}, "{checksum(record)}"]')
 
 
 def _record_of(line: str) -> tuple[str, str, Any] | None:
@@ -297,10 +297,6 @@ def _record_of(line: str) -> tuple[str, str, Any] | None:
         return None
     if len(record) == 4:
         end = f', "{record[3]}"]'
-        if not line.endswith(end) or _checksum(f"{line[: -len(end)]}]") != record[3]:
+        if not line.endswith(end) or checksum(f"{line[: -len(end)]}]") != record[3]:
             return None
     return (record[0], record[1], record[2]) if len(record) in (3, 4) else None
-
-
-def _checksum(record: str) -> str:
-    return hashlib.sha256(record.encode()).hexdigest()[:16]

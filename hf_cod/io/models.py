@@ -19,7 +19,7 @@ from hf_cod.io.display import one_line
 from hf_cod.io.files import looks_local
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
 from hf_cod.io.model_config import building, check_model_config
-from hf_cod.io.settings import ModelFields, ModelSettings, resolve
+from hf_cod.io.settings import ModelFields, ModelSettings, check_effect, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,19 @@ def embedded_model(placement: str) -> str:
     return str(EMBEDDED / placement)
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, or of a directory that holds only a tokenizer. No code of the tokenizer is executed.
+
+    Args:
+        name: a Hub id or a directory.
+
+    Raises:
+        ValueError: there is no tokenizer, or it cannot be read; gives the reason.
+    """
+    check_model_config(name, field="tokenizer")
+    return _read_tokenizer(name, name, {"trust_remote_code": False})
+
+
 def best_device() -> str:
     """Device type of the accelerator if there is one, else "cpu"."""
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
@@ -126,6 +139,8 @@ def on_hub(repo_id: str) -> bool:
 def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     """Source and options for `from_pretrained`."""
     path = Path(name).expanduser()
+    if path.exists():
+        check_effect(settings, ["revision"], f"the local model {name!r}")
     source, options = (
         str(path) if path.is_dir() else name,
         {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code},
@@ -188,12 +203,19 @@ def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
 
 def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
     try:
+        return _read_tokenizer(name, source, options)
+    except ValueError:
+        if not _has_tokenizer(source, options):  # a vision model, or weights alone
+            return None
+        raise
+
+
+def _read_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
+    try:
         return AutoTokenizer.from_pretrained(source, **options)
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # the tokenizers library raises plain Exception
-        if not _has_tokenizer(source, options):  # a vision model, or weights alone
-            return None
         cause = " ".join(str(error).split())
         raise ValueError(
             f"tokenizer: expected tokenizer files that transformers can read, got {type(error).__name__} in {name!r}: "

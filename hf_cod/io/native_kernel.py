@@ -25,6 +25,7 @@ import torch
 from huggingface_hub import cached_assets_path
 
 from hf_cod.io.files import copy_aside, fingerprint
+from hf_cod.io.reading import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def _own_group(group: int) -> bool:
 
 def _cached(name: str, sources: Path) -> Path:
     """Path of the cached library for these sources, torch version and machine type; its directory is made private."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted(sources.iterdir())]
+    texts = [read_text(path, "source") for path in sorted(sources.iterdir())]
     key = fingerprint(texts, torch.__version__, platform.machine(), sys.platform)
     folder = cached_assets_path(library_name="hf_cod", namespace="kernels", subfolder=key)
     if hasattr(os, "getuid") and folder.stat().st_uid == os.getuid():

@@ -12,6 +12,7 @@ from pathlib import Path
 from hf_cod.io.output_manifest import JOURNAL, MANIFEST, RESULTS
 
 LOCK = "lock"  # in the journal
+REPORT = "report.json"  # in the directory of a finished run
 # Names of files in a journal: layers written by FinishedLayers and JSON lines of a Journal, complete or temporary.
 _KEPT = re.compile(r"\.?[0-9a-f]{16}-\d{5}\.safetensors(\..*)?|\.?\w+\.jsonl(\..*)?")
 # Temporary files of hf_cod: a dot, the final name, a dot, and eight characters.
@@ -51,7 +52,7 @@ def check_unused(directory: Path) -> None:
     inside = {path.name for path in directory.iterdir() if not _LEFT.fullmatch(path.name)}
     foreign = inside - ({JOURNAL} if _is_ours(directory / JOURNAL) else set())
     if foreign:
-        held = "which holds a finished run" if "report.json" in foreign else f"which holds {min(foreign)}"
+        held = "which holds a finished run" if REPORT in foreign else f"which holds {min(foreign)}"
         raise ValueError(
             "output: expected a new directory, an empty one, or that of an interrupted run, got "
             f"{str(directory)!r}, {held}"

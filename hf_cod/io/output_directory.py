@@ -8,15 +8,16 @@ An error removes unfinished results and keeps the journal, from which the same c
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from hf_cod.io.directory_lock import DirectoryLock
-from hf_cod.io.output_checks import LOCK, check_place, check_space, leftovers, make_writable, remove_empty
+from hf_cod.io.output_checks import LOCK, REPORT, check_place, check_space, leftovers, make_writable, remove_empty
 from hf_cod.io.output_manifest import JOURNAL, RESULTS, Manifest, remove
+from hf_cod.io.reading import as_read
 
 _WRITING = tuple(getattr(errno, name, -1) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO"))
 # The same errors from libraries without errno: safetensors ("os error 28"), torch's archive writer.
@@ -61,14 +62,18 @@ class OutputDirectory:
         self.path = Path(path)
         self.journal = self.path / JOURNAL
         self.completed = False
-        self._run = json.loads(json.dumps(run))
+        self._run = as_read(run)
         self._check, self._source, self._half, self._lost = check, source, half, lost
         self._lock: DirectoryLock | None = None
         self._made: list[Path] = []
         self._manifest: Manifest | None = None
 
     def __enter__(self) -> OutputDirectory:
-        self._look()  # before anything is written
+        try:
+            self._look()  # before anything is written
+        except ValueError:
+            self._remove_stale_journal()
+            raise
         self._made = make_writable(self.path)
         try:
             self._lock = DirectoryLock(self.journal / LOCK, self.path)
@@ -108,6 +113,21 @@ class OutputDirectory:
             return
         left.close(self.path)
         self.completed = self._run is not None
+
+    def _remove_stale_journal(self) -> None:
+        """Removes what is left of a journal if its run was killed after all results were in their final places.
+
+        The directory is then that of a finished run, which a command may refuse before it acquires the lock.
+        """
+        with suppress(OSError, ValueError):  # no journal; or another command holds the lock
+            left = {path.name for path in self.journal.iterdir()}
+            if not (self.path / REPORT).is_file() or left - {LOCK}:
+                return
+            if left:
+                lock = DirectoryLock(self.journal / LOCK, self.path)
+                lock.acquire()
+                lock.release()
+            self.journal.rmdir()
 
     def _clear(self) -> None:
         """Removes files that killed runs left half written."""

@@ -1,4 +1,4 @@
-"""Reading of files: JSON, JSON lines, YAML and safetensors, each checked before use.
+"""Reading of files: JSON, JSON lines, YAML, safetensors and torch states, each checked before use.
 
 For any file content, the result is plain data or a ValueError "field: expected ..., got ... in 'file'". Types and
 ranges are checked by `schema.py` and by the caller.
@@ -6,6 +6,7 @@ ranges are checked by `schema.py` and by the caller.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -45,6 +46,11 @@ def read_json_lines(path: str | Path, field: str, most: int = MOST_BYTES, nan: b
     with naming_file(path):
         lines = _read_text(Path(path), field, most).split("\n")[:-1]
         return [parse_json(line, f"{field} line {number}", nan) for number, line in enumerate(lines, 1)]
+
+
+def checksum(line: str) -> str:
+    """The checksum of one JSON line, which detects damage, but not an intended change."""
+    return hashlib.sha256(line.encode()).hexdigest()[:16]
 
 
 def parse_json(text: str, field: str, nan: bool = False) -> Any:
@@ -89,6 +95,11 @@ def parse_json(text: str, field: str, nan: bool = False) -> Any:
     if text.count("[") + text.count("{") > MOST_DEPTH and _depth(found) > MOST_DEPTH:
         raise ValueError(f"{field}: expected at most {MOST_DEPTH} levels of nesting, got more")
     return found
+
+
+def as_read(value: Any) -> Any:
+    """A JSON-like value as it would be read from a file: tuples as lists, keys as strings."""
+    return json.loads(json.dumps(value))
 
 
 def read_yaml(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
@@ -170,29 +181,60 @@ def open_tensors(path: str | Path, field: str, what: str) -> Iterator[Any]:
         raise ValueError(f"{field}: expected {what}, got {str(path)!r}: {one_line(error)}") from error
 
 
-def read_text(path: str | Path, field: str, most: int = MOST_BYTES) -> str:
-    """The content of a text file.
+def read_state(path: str | Path, field: str) -> Any:
+    """The content of a torch state file, memory-mapped; no code in it is executed.
+
+    Raises:
+        ValueError: no such file, or content other than tensors and plain values.
+    """
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
+    try:
+        with safe_globals():
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a damaged archive, or a pickle that would run code, may raise anything
+        raise ValueError(f"{field}: expected a torch state file, got {str(error).splitlines()[0]}") from error
+
+
+def read_text(path: str | Path, field: str, most: int = MOST_BYTES, errors: str = "strict") -> str:
+    """The content of a text file; `errors` as in `bytes.decode`.
 
     Raises:
         ValueError: no such file, a file that is too large, or text that is not UTF-8; names the file.
     """
     with naming_file(path):
-        return _read_text(Path(path), field, most)
+        return _read_text(Path(path), field, most, errors)
 
 
-def _read_text(path: Path, field: str, most: int) -> str:
+def read_bytes(path: str | Path, field: str) -> bytes:
+    """The content of a file, of any size.
+
+    Raises:
+        ValueError: no such file, or one that cannot be read; names the file.
+    """
+    with naming_file(path):
+        return _read_bytes(Path(path), field, None)
+
+
+def _read_text(path: Path, field: str, most: int, errors: str = "strict") -> str:
+    try:
+        return _read_bytes(path, field, most).decode(errors=errors)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{field}: expected text in UTF-8, got {error}") from error
+
+
+def _read_bytes(path: Path, field: str, most: int | None) -> bytes:
     try:
         if path.is_dir():
             raise ValueError(f"{field}: expected a file, got a directory")
         size = path.stat().st_size
-        if size > most:
+        if most is not None and size > most:
             raise ValueError(f"{field}: expected at most {most:,} bytes, got {size:,}")
         with path.open("rb") as file:
-            raw = file.read(most + 1)  # a pipe or a device has no size
-        if len(raw) > most:
+            raw = file.read(None if most is None else most + 1)  # a pipe or a device has no size
+        if most is not None and len(raw) > most:
             raise ValueError(f"{field}: expected at most {most:,} bytes, got more")
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{field}: expected text in UTF-8, got {error}") from error
+        return raw
     except OSError as error:
         raise ValueError(f"{field}: expected a file, got {error.strerror or error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import platform
@@ -17,9 +16,10 @@ import torch
 import transformers
 
 from hf_cod._version import __version__
+from hf_cod.io.arguments import checked
 from hf_cod.io.files import write_json, write_text
 from hf_cod.io.markdown import escaped
-from hf_cod.io.reading import naming_file, read_json, take_format
+from hf_cod.io.reading import as_read, naming_file, read_json, take_format
 from hf_cod.io.schema import check_value, read_record
 from hf_cod.io.settings import PLOT_FORMATS
 
@@ -78,6 +78,7 @@ class RunReport:
         """Number of layers of the model."""
         return max((len(values) for values in self.layers.values()), default=0)
 
+    @checked
     def save(self, directory: str | Path) -> Path:
         """Writes `report.json` and `report.md` into `directory`; returns the path of `report.json`."""
         directory = Path(directory)
@@ -106,8 +107,10 @@ class RunReport:
             return None
         earlier = RunReport.load(directory)
         # Converted to JSON and back, as the settings of the earlier report were.
-        settings = _restored(json.loads(json.dumps(_finite(self.settings))))
-        if resumable and (earlier.kind, earlier.model, earlier.settings) == (self.kind, self.model, settings):
+        settings = _restored(as_read(_finite(self.settings)))
+        # A command adds settings of its inputs to a finished report.
+        known = {name: value for name, value in earlier.settings.items() if name in settings}
+        if resumable and (earlier.kind, earlier.model, known) == (self.kind, self.model, settings):
             return None
         taken = [path.name.removeprefix("earlier-") for path in directory.glob("earlier-*")]
         number = 1 + max((int(name) for name in taken if name.isdecimal()), default=0)
@@ -120,6 +123,7 @@ class RunReport:
         return target
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> RunReport:
         """Reads a report from its directory or from its JSON file.
 
@@ -144,6 +148,7 @@ class RunReport:
             if len(values) != self.n_layers:
                 raise ValueError(f"layers[{name!r}]: expected {self.n_layers} values, got {len(values)}")
 
+    @checked
     def plot(self, directory: str | Path | None = None, plot_format: str = "png") -> Any:
         """Plots the report: returns the overview as a matplotlib figure and, given a directory, saves all plots there.
 
@@ -156,6 +161,7 @@ class RunReport:
         """
         return import_module(PICTURES).plot_report(self, directory, plot_format)
 
+    @checked
     def to_markdown(self, directory: str | Path | None = None) -> str:
         """The report as a Markdown page, with the plots in `directory`. Names and notes are escaped."""
         parts = [f"# {self.kind}: {escaped(self.model)}", "", *[f"- {escaped(line)}" for line in self.summary], ""]

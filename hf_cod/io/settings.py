@@ -7,10 +7,13 @@ Rules for every public function with options:
   `__post_init__`.
 - The function accepts the dataclass as `settings`, its fields as keywords, or both; keywords override the object. The
   main choice of a function (such as `method`) is also accepted as a positional argument.
+- A function that runs a model takes `batches`, or `tokenizer` and `texts`; how texts are cut into samples is passed as
+  `samples` (`SampleSettings`), as its fields, or both. `layers/batches.py` makes the batches. Tests walk all functions.
 - Inputs, budgets and outputs (model, plan, batches, parameter_share, journal, layers_path, name, show_progress, ...)
   are separate arguments.
 - Two functions use another name than `settings`: `quantize` takes `config`, as in transformers, and `apply_steps`
-  takes `how`, whose dataclass holds the inputs of its steps. `owlore` passes all arguments to `OwLoreAdamW`.
+  takes `how`, whose dataclass holds the inputs of its steps. `collect_statistics` and `perplexity` have no settings but
+  `samples`. `owlore` passes all arguments to `OwLoreAdamW`.
 
 `tests/test_public_api.py` has the table of functions with their dataclasses, and checks it.
 """
@@ -19,8 +22,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, TypedDict, TypeVar
 
 from hf_cod.io.arguments import checked, unknown_name
@@ -45,7 +49,8 @@ def resolve(
         function: the function that takes the settings, for messages.
         kind: the dataclass.
         settings: an instance of `kind`, which is not modified, or None.
-        given: fields by name, from `**fields`.
+        given: fields by name, from `**fields`; other arguments of the function, such as fields of its samples, are left
+            to it.
         **chosen: fields that are separate arguments of the function; None if not passed.
 
     Raises:
@@ -53,12 +58,13 @@ def resolve(
             refuses.
     """
     known = [f.name for f in fields(kind) if f.init]  # type: ignore[arg-type]
-    unknown = next((name for name in given if name not in known), None)
+    own = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    unknown = next((name for name in given if name not in (*known, *own)), None)
     if unknown is not None:
-        own = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
         names = [*known, *(name for name in own if name not in known)]
         raise ValueError(unknown_name(function.__name__, unknown, names))
-    values = {**{name: value for name, value in chosen.items() if value is not None}, **given}
+    values = {name: value for name, value in chosen.items() if value is not None}
+    values |= {name: value for name, value in given.items() if name in known}
     if settings is None:
         return kind(**values)
     if not isinstance(settings, kind):
@@ -88,6 +94,33 @@ class DefaultName(str):
     __slots__ = ()
 
 
+def given(settings: Any, names: Iterable[str]) -> list[str]:
+    """Those of the settings that a user set: not the default, nor a number or name equal to a marked default."""
+    marks = (Default, DefaultName, DefaultNumber)
+    found = []
+    for name in names:
+        known, value = type(settings).__dataclass_fields__[name], getattr(settings, name)
+        default = known.default if known.default_factory is MISSING else known.default_factory()
+        if not isinstance(value, marks) and (isinstance(default, marks) or value != default):
+            found.append(name)
+    return found
+
+
+def check_effect(settings: Any, names: Iterable[str], beside: str) -> None:
+    """Checks that settings without an effect are not set.
+
+    Args:
+        settings: an instance of a settings dataclass.
+        names: its fields that have no effect.
+        beside: what makes them ineffective, for the error.
+
+    Raises:
+        ValueError: one of them is set.
+    """
+    for name in given(settings, names):
+        raise ValueError(f"{name}: expected none with {beside}, got {getattr(settings, name)!r}")
+
+
 def following(text: str) -> Any:
     """A field that `__post_init__` sets from other settings if the user does not set it.
 
@@ -112,6 +145,23 @@ def check_choice(name: str, value: Any, table: Collection[str]) -> None:
     """
     if value not in table:
         raise ValueError(f"{name}: expected one of {', '.join(table)}, got {value!r}")
+
+
+def check_least(settings: Any, **bounds: float) -> None:
+    """Checks fields as `check_number`; `bounds` holds the least value of each."""
+    for name, least in bounds.items():
+        check_number(name, getattr(settings, name), least)
+
+
+def check_number(name: str, value: float | None, least: float) -> None:
+    """Checks the lower bound of a number; None is allowed.
+
+    Raises:
+        ValueError: the number is below its bound, or not finite.
+    """
+    if value is not None and not least <= value < math.inf:
+        word = "at least" if math.isfinite(value) else "a finite number of at least"
+        raise ValueError(f"{name}: expected {word} {least}, got {value}")
 
 
 # File formats of plots: one raster format and two vector formats.
@@ -211,9 +261,7 @@ class SampleSettings:
     seed: int = field(default=0, metadata={"help": "seed of all random choices"})
 
     def __post_init__(self) -> None:
-        for name, least in (("sequence_length", 2), ("max_samples", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_least(self, sequence_length=2, max_samples=1, batch_size=1)
 
 
 class SampleFields(TypedDict, total=False):

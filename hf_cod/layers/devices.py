@@ -1,10 +1,11 @@
-"""The device of a model's inputs."""
+"""The device of a model's inputs, and the environment that reports record."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from hf_cod.io.report import environment
 from hf_cod.io.text import Batch
 
 
@@ -28,3 +29,8 @@ def execution_device(model: nn.Module) -> torch.device:
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """The batch on `device`; values that are no tensors, such as flags of forward, are unchanged."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def environment_of(model: nn.Module) -> dict[str, str]:
+    """The environment of a measurement for its report: versions, the model's device, the dtype of its first weight."""
+    return environment(execution_device(model), next(model.parameters()).dtype)

@@ -1,4 +1,4 @@
-"""The size of a model: bytes of its tensors, and number of weights in the matrices of its layers."""
+"""The size of a model: bytes of its tensors, number of its parameters and of weights in its layers' matrices."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def size_of(model: nn.Module, layers_path: str | None = None) -> ModelSize:
     stack = find_decoder_layers(model, layers_path)
     weights = sum(stack.count_weights(index) for index in range(len(stack)))
     return ModelSize(bytes_of(stack.model), bytes_of(stack.module_list), weights)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters of a model."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def bytes_of(module: nn.Module) -> int:

@@ -36,11 +36,13 @@ COMPANIONS = (
 
 
 def check_new(output: str | Path | None) -> None:
-    """Raise ValueError if `output` exists.
+    """Raise ValueError if `output` exists, or is no path.
 
     Raises:
         ValueError: "output: expected ..., got ...".
     """
+    if not isinstance(output, str | os.PathLike | None):
+        raise ValueError(f"output: expected a path or None, got {output!r}")
     if output is not None and os.path.lexists(output):
         raise ValueError(f"output: expected a path that does not exist yet, got {output}")
 

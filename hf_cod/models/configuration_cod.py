@@ -145,7 +145,7 @@ def check_placement(config: Any) -> None:
     if config.norm_placement not in valid:
         known = config.norm_placement in tuple(PLACEMENTS)
         why = f", which {type(config).__name__} does not support" if known else ""
-        raise ValueError(f"norm_placement: expected one of {', '.join(valid)}; got {config.norm_placement!r}{why}")
+        raise ValueError(f"norm_placement: expected one of {', '.join(valid)}, got {config.norm_placement!r}{why}")
     if not (_is_number(config.post_ln_fraction) and 0.0 <= config.post_ln_fraction <= 1.0):
         raise ValueError(f"post_ln_fraction: expected a number from 0 to 1, got {config.post_ln_fraction!r}")
     for field in ("deepnorm_alpha", "deepnorm_beta"):

@@ -66,7 +66,7 @@ def fold_lns(source: Source, output: str | Path | None = None) -> PreTrainedMode
     placement = model.config.norm_placement
     if placement not in family.foldable:
         raise ValueError(
-            f"norm_placement: expected one of {', '.join(family.foldable)}; got {placement!r}, which cannot be folded: "
+            f"norm_placement: expected one of {', '.join(family.foldable)}, got {placement!r}, which cannot be folded: "
             f"{WHY_NOT_FOLDABLE[placement]}"
         )
     stock_class = family.stock_class(type(model).__name__)
@@ -127,8 +127,10 @@ def from_authors(
             NORM_TYPE does not use, weights that do not fit, or an `output` that exists.
     """
     check_new(output)
-    if norm_type.lower() not in AUTHORS_NORM_TYPES:
-        raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}; got {norm_type!r}")
+    if not isinstance(norm_type, str) or norm_type.lower() not in AUTHORS_NORM_TYPES:
+        raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got {norm_type!r}")
+    if not isinstance(config, Mapping | None):
+        raise ValueError(f"config: expected a dict or None, got {config!r}")
     if config is None:
         if isinstance(source, Mapping):
             raise ValueError("config: expected the contents of config.json with a state dict, got None")
@@ -180,7 +182,7 @@ def _load(source: Source, whose: str) -> tuple[PreTrainedModel, Family]:
             config = AutoConfig.from_pretrained(source)
     families = {(f.config if whose == "ours" else f.stock_config).model_type: f for f in FAMILIES}
     if config.model_type not in families:
-        raise ValueError(f"source: expected a model of type {', '.join(families)}; got {config.model_type!r}")
+        raise ValueError(f"source: expected a model of type {', '.join(families)}, got {config.model_type!r}")
     family = families[config.model_type]
     if isinstance(source, PreTrainedModel):
         return source, family

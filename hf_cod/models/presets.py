@@ -30,8 +30,8 @@ def llama_preset(size: str, norm_placement: str = "lns", **fields: Any) -> CodLl
     Raises:
         ValueError: For an unknown size, or an invalid field.
     """
-    if size not in LLAMA_PRESETS:
-        raise ValueError(f"size: expected one of {', '.join(LLAMA_PRESETS)}; got {size!r}")
+    if not isinstance(size, str) or size not in LLAMA_PRESETS:
+        raise ValueError(f"size: expected one of {', '.join(LLAMA_PRESETS)}, got {size!r}")
     hidden, intermediate, layers, heads, positions = LLAMA_PRESETS[size]
     preset = {
         "hidden_size": hidden,

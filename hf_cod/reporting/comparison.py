@@ -57,6 +57,7 @@ class Comparison:
     rows: list[list[str]]
     verdict: list[str] = field(default_factory=list)
 
+    @checked
     def plot(self, directory: str | Path | None = None, plot_format: str = "png") -> Any:
         """Plots one figure with a column per run; given a directory, saves it there as compare.png (or pdf, svg).
 

@@ -9,14 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_cod.analysis.monitoring.history import TrainingHistory
 from hf_cod.io.files import copy_aside, write_text
-from hf_cod.io.loading import load_exactly
 from hf_cod.io.markdown import escaped
+from hf_cod.io.models import load_model
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.reading import read_json, read_text
 from hf_cod.io.report import RunReport, format_number
@@ -68,16 +66,18 @@ def release(
     if report.kind != "pretrain":
         raise ValueError(f"run: expected a run of pre-training, got one of {report.kind} in {str(run)!r}")
     readme = output / "README.md"
-    if readme.is_file() and TAG not in readme.read_text(encoding="utf-8"):
+    if readme.is_file() and TAG not in read_text(readme, "output", errors="replace"):
         raise ValueError(
             f"output: expected no README.md of other origin, got one in {str(output)!r}; use another directory"
         )
     # Before 0.2 the model was saved in a subdirectory.
     trained = run if (run / "config.json").is_file() else run / "model"
     with OutputDirectory(output, source=str(trained)) as directory:
-        model = load_exactly(AutoModelForCausalLM, trained, dtype=torch.bfloat16)
-        model.save_pretrained(directory.results)
-        AutoTokenizer.from_pretrained(trained).save_pretrained(directory.results)
+        model, tokenizer = load_model(str(trained), dtype="bfloat16", device="cpu")
+        if tokenizer is None:
+            raise ValueError(f"run: expected a model with a tokenizer, got none in {str(trained)!r}")
+        model.save_pretrained(directory.results)  # type: ignore[operator]
+        tokenizer.save_pretrained(directory.results)
         pictures = _draw(report, run, directory.results)
         write_text(directory.results / readme.name, str(model_card(report, settings, pictures)))
         directory.finish()

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hf_cod.io.files import write_text
 from hf_cod.io.markdown import escaped
+from hf_cod.io.reading import read_text
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.reporting.loading import Loading, hub_id, loading_of, public_name
 from hf_cod.reporting.settings import CardSettings
@@ -99,7 +100,7 @@ def check_cards(directory: str | Path) -> None:
     if not found:
         raise ValueError(f"directory: expected one with a model or an adapter, got {str(directory)!r}")
     for readme in (place / CARD for place in found):
-        text = readme.read_text(encoding="utf-8") if readme.is_file() else TAG
+        text = read_text(readme, "directory", errors="replace") if readme.is_file() else TAG
         if TAG not in text and TEMPLATE not in text:
             raise ValueError(f"directory: expected no README.md of other origin, got {str(readme)!r}; move it away")
 

@@ -21,8 +21,9 @@ from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.functional import budget, outliers
 from hf_cod.functional.bits import BITS, SCALE_BITS
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, Batches, check_batches, split_samples
+from hf_cod.io.settings import SampleSettings, resolve
+from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, check_batches, split_samples
+from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.inputs import check_inputs
@@ -31,7 +32,7 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import task_of
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.pruning_probe import PruningProbe
-from hf_cod.scoring.settings import CODEBOOK, ScoreFields, ScoreSettings
+from hf_cod.scoring.settings import CODEBOOK, SETTINGS_OF, ScoreFields, ScoreSettings
 
 
 @checked
@@ -41,8 +42,11 @@ def score_layers(
     method: str | None = None,
     *,
     batches: Batches | None = None,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     show_progress: bool = False,
     settings: ScoreSettings | None = None,
+    samples: SampleSettings | None = None,
     **fields: Unpack[ScoreFields],
 ) -> LayerScores:
     """Scores each layer of a model.
@@ -66,10 +70,14 @@ def score_layers(
         model: a transformers model, wrapped or not; it is not changed.
         statistics: statistics of this model, from `collect_statistics`.
         method: see the table; default: owl.
-        batches: dicts for the model's forward.
+        batches: dicts for the model's forward; `token_batches` makes them from texts.
+        tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
+        samples: how texts are cut into samples; default: `SampleSettings()`.
         show_progress: show progress bars.
         settings: how layers are scored.
-        **fields: or fields of `ScoreSettings` by name: threshold, per_module, target, pruner, seed, layers_path.
+        **fields: or fields of `ScoreSettings` by name: threshold, per_module, target, pruner, seed, layers_path; for
+            texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     `sensitivity` and `auto` measure on the first `PROBE_SAMPLES` samples. They prune by `pruner` (default: Wanda, with
     the statistics of the intact model), and restore the weights. `auto` builds the allocation of each candidate score
@@ -83,9 +91,10 @@ def score_layers(
     chosen = resolve(score_layers, ScoreSettings, settings, fields, method=method)
     method = chosen.method
     stack = find_decoder_layers(model, chosen.layers_path)
+    batches = batches_of(model, batches, tokenizer, texts, samples, fields)
     request = _Request(model, stack, statistics, batches, chosen, show_progress)
-    if method in NEED_BATCHES and not batches:
-        raise ValueError(f"batches: expected at least one for the method {method}, got none")
+    if method in NEED_BATCHES:
+        check_needed(batches, f"for the method {method}")
     check_batches(batches or ())
     if batches:
         check_inputs(stack.model, batches)
@@ -120,7 +129,7 @@ def _statistics(request: _Request) -> LayerStatistics:
     statistics = request.statistics
     if statistics is None:
         if not request.batches:
-            raise ValueError("statistics: expected statistics or batches for the method owl, got neither")
+            raise ValueError("statistics: expected statistics, batches, or tokenizer and texts for owl, got none")
         statistics = collect_statistics(request.model, request.batches, **request.options)
     statistics.check(request.stack)
     return statistics
@@ -269,13 +278,6 @@ METHODS: dict[str, Callable[[_Request], list[float]]] = {
 }
 NEED_BATCHES = ("angular", "block_influence", "gradient_norm", "fisher", "layer_drop", "sensitivity", "auto")
 NEED_NO_WEIGHTS = ("uniform", "depth", "random")
-# Method -> the settings that it depends on.
-SETTINGS_OF = {
-    "owl": ("threshold", "per_module"),
-    "sensitivity": ("target", "pruner"),
-    "auto": ("target", "pruner", "threshold", "per_module"),
-    "random": ("seed",),
-}
 # Scores and lambdas that auto tries.
 CANDIDATES = ("uniform", "owl", "angular", "fisher", "sensitivity")
 SPREADS = (0.08, 0.15, 0.25)

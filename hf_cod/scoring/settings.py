@@ -10,7 +10,7 @@ from typing import Literal, TypedDict
 from hf_cod.functional.bits import BITS, SCALE_BITS
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value
-from hf_cod.io.settings import check_choice, layers_path_field
+from hf_cod.io.settings import SampleFields, check_choice, layers_path_field
 
 # Score -> the property that gives a layer a high score; `score_layers` has the formulas.
 METHODS = {
@@ -51,7 +51,17 @@ RULES: dict[str, str] = {
     "authors": "OWL's released formula, which guarantees neither",
 }
 USE_STATISTICS = ("owl", "sensitivity", "auto")  # of METHODS
-USE_THRESHOLD = ("owl", "auto")  # of METHODS; they depend on threshold and per_module
+# Method -> the settings that it depends on.
+SETTINGS_OF = {
+    "owl": ("threshold", "per_module"),
+    "sensitivity": ("target", "pruner"),
+    "auto": ("target", "pruner", "threshold", "per_module"),
+    "random": ("seed",),
+}
+OF_OWL = SETTINGS_OF["owl"]
+# In errors on settings of a score beside a scores file.
+COMPUTED = "scores, which are already computed"
+USE_THRESHOLD = tuple(method for method, names in SETTINGS_OF.items() if "threshold" in names)
 DEFAULT_SPREAD = 0.08  # OWL (arXiv 2310.05175), lambda
 
 
@@ -68,7 +78,7 @@ class ScoreSettings:
         },
     )
     threshold: float = field(
-        default=5.0, metadata={"help": "owl: M; weights above M times the mean are outliers (paper: 5 or 7)"}
+        default=5.0, metadata={"help": "owl: weights above this multiple (M) of the mean are outliers (paper: 5 or 7)"}
     )
     per_module: bool = field(
         default=False, metadata={"help": "owl: compare each matrix with its own mean instead of the layer's"}
@@ -76,8 +86,8 @@ class ScoreSettings:
     target: float = field(
         default=0.7,
         metadata={
-            "help": "sensitivity and auto: sparsity that the scores are measured for; with the pruner codebook, stored "
-            "bits per weight, scales included"
+            "help": "sensitivity and auto: sparsity at which layers are scored; with --pruner codebook: stored bits "
+            "per weight, scales included"
         },
     )
     pruner: str = field(
@@ -101,14 +111,13 @@ class ScoreSettings:
             raise ValueError(f"target: expected {what} between {low:.4g} and {high:.4g}, got {self.target}")
 
 
-class ScoreFields(TypedDict, total=False):
-    """Fields of `ScoreSettings` that `score_layers` takes by name."""
+class ScoreFields(SampleFields, total=False):
+    """Fields of `ScoreSettings`, and of samples, that `score_layers` takes by name."""
 
     threshold: float
     per_module: bool
     target: float
     pruner: str
-    seed: int
     layers_path: str | None
 
 
@@ -122,7 +131,8 @@ class AllocationSettings:
     spread: float | None = field(
         default=None,
         metadata={
-            "help": "lambda: values are in budget - lambda to budget + lambda; default: the choice of auto, else 0.08"
+            "help": "lambda, the largest distance of a layer's value from the budget; default: the one that the "
+            "score auto chose, else 0.08"
         },
     )
     choices: Sequence[float] | None = field(

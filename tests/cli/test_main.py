@@ -1,5 +1,6 @@
 """What all commands share: errors, options, names, help."""
 
+import re
 import shutil
 
 import pytest
@@ -68,21 +69,42 @@ def test_a_model_is_no_text_and_a_file_no_output(checkpoint, capsys):
     assert "output: expected a directory, got the file" in capsys.readouterr().err
 
 
-def test_an_unknown_option_shows_the_usage(capsys):
-    with pytest.raises(SystemExit) as done:
-        main(["diagnose", "x", "--max-sample-s", "3"])
-    assert done.value.code == 2
-    assert "unrecognized arguments: --max-sample-s 3; did you mean --max-samples?" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "command, told",
+    [
+        ("prunne", "hf-cod: expected one of demo, .*, got 'prunne'; did you mean prune\\?"),
+        ("drop_layers m", "hf-cod: expected one of demo, .*, got 'drop_layers'; did you mean drop-layers\\?"),
+        ("--verison", "hf-cod: expected one of demo, .*, got '--verison'; did you mean --version\\?"),
+        ("xyzzy", "hf-cod: expected one of demo, .*, got 'xyzzy'"),
+        (
+            "prune m --sparcity 0.5",
+            "hf-cod prune: error: unrecognized arguments: --sparcity 0.5; did you mean --sparsity\\?",
+        ),
+        (
+            "diagnose m --max-sample-s 3",
+            "hf-cod diagnose: error: unrecognized arguments: --max-sample-s 3; did you mean --max-samples\\?",
+        ),
+        ("prune", "hf-cod prune: error: the following arguments are required: model; put it before the options"),
+        ("prune m --sparsity", "hf-cod prune: error: argument --sparsity: expected one argument"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_with_the_nearest_name(command, told, capsys):
+    try:
+        status = main(command.split())
+    except SystemExit as done:
+        status = done.code
+    shown = capsys.readouterr()
+    assert status == 2 and not shown.out and re.fullmatch(f"{told}\n", shown.err)
 
 
 def test_options_have_one_spelling(capsys):
     with pytest.raises(SystemExit):
         main(["diagnose", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--text-column" in shown and "--no-pack without this option: join the texts" in shown
+    assert "--text-column" in shown and "--pack, --no-pack join the texts and cut them" in shown
     assert "_column" not in shown and "--no_" not in shown and "default: None" not in shown
     assert "(default: 256)" in shown and "(default: 0)" in shown
-    assert "[--trust-remote-code]" in shown and "TRUST_REMOTE_CODE" not in shown and "--pack " not in shown
+    assert "[--trust-remote-code]" in shown and "TRUST_REMOTE_CODE" not in shown
 
 
 def test_arguments_may_stand_behind_options(checkpoint):

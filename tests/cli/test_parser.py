@@ -1,5 +1,6 @@
 """Options of every command: their spelling, config files, completion; help that waits for nothing."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -126,6 +127,26 @@ def test_a_config_file_gives_defaults_and_the_command_line_wins(tmp_path):
     assert settings == Options(1.0, 7, ["a"], "a", False, True) and rest.model == "mine"
     settings, rest = parse("other", "--config", str(file), "--steps", "8")
     assert settings.steps == 8 and settings.rate == 1 and rest.model == "other"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_boolean_says_what_its_first_form_does(name, capsys):
+    """A text stands at `--X, --no-X` or at `--X`, never at `--no-X` alone, which does the opposite."""
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    usage, _, shown = capsys.readouterr().out.partition("\noptions:")
+    both = re.findall(r"^  --([a-z-]+), --no-\1\b", shown, re.MULTILINE)
+    assert [f"--no-{option}" for option in both] == re.findall(r"--no-[a-z-]+", usage)
+    assert not re.search(r"^  --no-", shown, re.MULTILINE)
+    assert " ".join(shown.split()).count("(default: on)") == len(both)
+
+
+@pytest.mark.parametrize("written, option", [("plots: false", "--plots"), ("loud: true", "--no-loud")])
+def test_a_boolean_of_a_config_file_is_overridden_either_way(tmp_path, written, option):
+    file = tmp_path / "run.yaml"
+    file.write_text(written)
+    assert parse("m", "--config", str(file))[0] != Options()
+    assert parse("m", "--config", str(file), option)[0] == Options()
 
 
 @pytest.mark.parametrize(

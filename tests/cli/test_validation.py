@@ -133,6 +133,48 @@ TOGETHER = {
     "prune model --pattern 2:4 --scores scores.json": "scores: expected none with pattern 2:4",
     "prune model --pattern 2:4 --score angular": "score: expected none with pattern 2:4",
     "convert authors model converted": "norm_type: expected one of",
+    "convert stock model converted --norm-type lns": "norm_type: expected none with stock",
+    "convert lns model converted --post-layers 2": "post_layers: expected none with lns",
+    **{
+        f"score model --method {method} {option}": f"{option[2:].split()[0].replace('-', '_')}: expected none with "
+        f"method {method}, which does not use it, got "
+        for method, option in (
+            ("angular", "--threshold 3"),
+            ("angular", "--threshold 5"),
+            ("sensitivity", "--per-module"),
+            ("owl", "--target 0.5"),
+            ("uniform", "--pruner magnitude"),
+        )
+    },
+    "diagnose model --metrics output_variance --token all": "token: expected none with metrics other than angular_dist",
+    "diagnose model --metrics gradient_norm --drop-metric loss": "drop_metric: expected none with metrics other than",
+    "prune model --score uniform --spread 0.1": "spread: expected none with score uniform",
+    "factorize model --method oats --spread 0.1": "spread: expected none with score uniform",
+    "prune model --recover-rank 4": "recover_rank: expected none with recover 0, which trains nothing, got 4",
+    "prune model --recover-learning-rate 1": "recover_learning_rate: expected none with recover 0",
+    "finetune model --device-memory 8GB": "device_memory: expected none with a training",
+    "heal model --teacher model --labels 1 --temperature 2": "temperature: expected none with labels 1",
+    **{
+        f"{command} {more}": f"{option.replace('-', '_')}: expected none with {told}"
+        for command in ("finetune model", "heal model --teacher model")
+        for option, more, told in (
+            ("score", "--scores scores.json --score angular", "scores, which are already computed, got 'angular'"),
+            ("threshold", "--scores scores.json --threshold 13", "scores, which are already computed, got 13"),
+            ("threshold", "--score angular --threshold 7", "score angular, which does not depend on it, got 7.0"),
+            ("score", "--method full --score angular", "full, which does not sample layers by scores"),
+            ("threshold", "--method galore --threshold 7", "galore, which does not sample layers by scores"),
+            ("lora-rank", "--lora-rank 8", "owlore, which trains no adapters of LoRA, got 8"),
+            ("rank", "--method lora --rank 8", "lora, whose rank is lora_rank, got 8"),
+            ("n-active", "--method lora --n-active 2", "lora, which does not use it, got 2"),
+            ("fused", "--method full --fused", "full, which does not use it, got True"),
+            ("floor", "--method galore --floor 0.5", "galore, which does not use it, got 0.5"),
+            ("scale", "--method lisa --scale 2", "full rank, in which updates are not scaled, got 2"),
+            ("scale", "--rank 0 --scale 2", "full rank, in which updates are not scaled, got 2"),
+            ("passes", "--steps 3 --passes 3", "a number of steps or tokens, got 3.0"),
+        )
+    },
+    "finetune model --method lisa --floor 0.5": "floor: expected 1.0 with lisa, got 0.5",
+    "heal model --teacher model --tokens 2k --passes 2": "passes: expected none with a number of steps or tokens",
 }
 
 

@@ -46,9 +46,9 @@ def rows(text: str) -> list[list[str]]:
 
 
 def snippets(page: str) -> list[str]:
-    """Python of a page: its blocks, and the cells of README's table; without what a tutorial takes from its script."""
+    """Python of a page: its blocks, and the cells of README's table; without that of a script, which has a title."""
     text = read(page)
-    found = [block for block in blocks(text, "python") if "--8<--" not in block]
+    found = blocks(text, "python")
     if page == "README.md":
         found += [cells[3].replace("`<br>`", "\n") for cells in rows(text)]
     return found

@@ -14,6 +14,7 @@ from tests.docs.tiny import save_models, write_texts
 
 QUICK = {"--sequence-length": "16", "--max-samples": "4", "--batch-size": "2", "--eval-samples": "4"}
 TRAINING = {"--batch-size": "2", "--micro-batch-size": "2", "--sequence-length": "16", "--eval-samples": "4"}
+# Of methods that sample layers.
 SAMPLED = {"--n-active": "1", "--interval": "1", "--rank": "8"}
 # Command -> small values of its options: they replace those of the pages, or are added.
 SMALL = {
@@ -25,8 +26,8 @@ SMALL = {
     "narrow": {**QUICK, "--channel-multiple": "8"},
     "drop-layers": QUICK,
     "fit": {**QUICK, "--tuning-samples": "4", "--verify": "0"},
-    "heal": {**TRAINING, **SAMPLED},
-    "finetune": {**TRAINING, **SAMPLED},
+    "heal": TRAINING,
+    "finetune": TRAINING,
 }
 # Small values of options where they stand on a page, and options of a command that are added where they do not.
 REPLACED = {"--steps": "2", "--tokens": "64", "--lora-rank": "2", "--layers": "1"}
@@ -87,7 +88,9 @@ def small(command, arguments, models, number):
     arguments = [stock if a.startswith(("Qwen/", "meta-llama/")) else names.get(a, a) for a in arguments]
     options = parser_of(command)._option_string_actions
     given = {name for name in options if name in arguments}
-    settings = {**SMALL.get(command, {}), **{name: value for name, value in REPLACED.items() if name in given}}
+    sampled = not given.issuperset({"--method", "--lora-rank"}) and command in ("heal", "finetune")
+    own = {**SMALL.get(command, {}), **(SAMPLED if sampled else {})}
+    settings = {**own, **{name: value for name, value in REPLACED.items() if name in given}}
     more = TOGETHER if command == "fit" and "--bits" in given else ADDED.get(command, {})
     output = {} if command in BY_PLACE else {"--output": f"output-{number}"}
     for name, value in {**more, "--text": "my.txt", **output}.items():

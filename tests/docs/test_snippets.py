@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import textwrap
 import typing
 
 import pytest
@@ -141,10 +142,21 @@ def test_it_runs(page, number, models, measured, tmp_path, monkeypatch):
         exec(small(code), given)
 
 
-def test_scripts_of_tutorials_are_where_their_pages_take_them_from():
-    """mkdocs stops where a file or a section is missing; this says so without it."""
-    taken = [found for page in NAMES for found in re.findall(r'--8<-- "(.*?):(\w+)"', read(page))]
-    assert len(taken) > 10
-    for file, section in taken:
-        script = (ROOT / file).read_text(encoding="utf-8")
-        assert script.count(f"[start:{section}]") == script.count(f"[end:{section}]") == 1, (file, section)
+SCRIPTS = sorted((ROOT / "examples/tutorials").glob("*.py"))
+
+
+def test_code_of_tutorials_is_that_of_their_scripts():
+    """Which are run (test_tutorials.py): each section is on one page, letter by letter."""
+    shown = {}
+    for page in NAMES:
+        for script, section, code in re.findall(r'```python title="(.*?): (\w+)"\n(.*?)```', read(page), re.S):
+            assert (script, section) not in shown
+            shown[script, section] = code
+    written = {
+        (str(script.relative_to(ROOT)), section): textwrap.dedent(code)
+        for script in SCRIPTS
+        for section, code in re.findall(
+            r" *# \[start:(\w+)\]\n(.*?) *# \[end:\1\]\n", script.read_text(encoding="utf-8"), re.S
+        )
+    }
+    assert len(written) > 10 and shown == written

@@ -136,6 +136,17 @@ def test_losses_between_logs_are_not_lost_with_a_kill(name, tmp_path, text):
         run(name, tmp_path / "bad", "--log-every", "3", "--save-every", "4")
 
 
+@pytest.mark.parametrize("steps, warned", [(40, False), (1000, True)])
+def test_many_passes_over_few_samples_are_warned_of(steps, warned, tmp_path, text, caplog):
+    """Before the training, as fine-tuning does."""
+    (tmp_path / "text.txt").write_text(embedded_text()[:2000])
+    few = {"sequence_length": 16, "batch_size": 1, "micro_batch_size": 1, "validation_samples": 4, "steps": steps}
+    prepared = prepare(PretrainSettings(text=text[1], output=str(tmp_path / "run"), **few))
+    samples = len(prepared.train.windows)
+    told = f"steps: {steps} are {round(steps / samples)} passes over the {samples} training samples, which"
+    assert (told in caplog.text) == warned
+
+
 def test_another_run_does_not_go_on_in_the_same_directory(tmp_path, text):
     report, _, _ = run("pretrain", tmp_path / "run", *text)
     for change, told in (
@@ -161,6 +172,13 @@ def test_directories_of_the_same_name_are_not_the_same_text(tmp_path, monkeypatc
         prepared = prepare(settings)
         found.append(prepared.tokenizer.decode(prepared.train[0]["input_ids"]))
     assert "one" in found[0] and "five" in found[1]
+
+
+def test_a_tokenizer_that_cannot_be_read_is_an_error(tmp_path, text):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("5")
+    with pytest.raises(ValueError, match="tokenizer: expected tokenizer files that transformers can read, got "):
+        run("pretrain", tmp_path / "run", *text, "--tokenizer", str(tmp_path / "tokenizer"))
 
 
 def test_both_loops_come_to_the_same_weights(tmp_path, text):

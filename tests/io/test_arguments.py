@@ -1,6 +1,7 @@
 """The front door: every public function checks names and kinds of its arguments, and shows them to an editor."""
 
 import inspect
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -13,6 +14,7 @@ from torch import nn
 
 import hf_cod
 from tests.tiny_models import build
+from tests.tiny_tokenizers import gpt_like
 
 # Names that take no arguments of a user: records that functions return, an error, a module of a packed model.
 RETURNED = {
@@ -37,7 +39,7 @@ RIGHT = {
     "model": build("llama"),
     "student": nn.Linear(1, 1),
     "teacher": nn.Linear(1, 1),
-    "tokenizer": str.split,
+    "tokenizer": gpt_like(),
     "batches": [{"input_ids": torch.zeros(1, 2, dtype=torch.long)}],
     "calibration": [],
     "tuning": [],
@@ -55,6 +57,9 @@ RIGHT = {
     "layers": 1,
     "first": 1,
     "reports": [],
+    "norm_type": "lns",
+    "size": "130M",
+    "source": "no/such-model",
     "header": {},
     "scores": hf_cod.LayerScores("", "owl", [1.0], [1]),
 }
@@ -66,15 +71,15 @@ def written(thing):
 
 
 def with_fields():
-    """(name, function, TypedDict, dataclass) of each function that takes fields by name."""
+    """(name, function, TypedDict, dataclasses) of each function that takes fields by name."""
     for name in CALLED:
         function = written(getattr(hf_cod, name))
         hints = get_type_hints(function) if not is_dataclass(getattr(hf_cod, name)) else {}
         opened = [get_args(hint)[0] for hint in hints.values() if get_origin(hint) is Unpack]
         if opened:
-            holder = next(hints[key] for key in ("settings", "config", "how") if key in hints)
-            (kind,) = set(get_args(holder)) - {NoneType}
-            yield pytest.param(name, function, opened[0], kind, id=name)
+            holders = [hints[key] for key in ("settings", "config", "how", "samples") if key in hints]
+            kinds = [kind for holder in holders for kind in get_args(holder) if kind is not NoneType]
+            yield pytest.param(name, function, opened[0], kinds, id=name)
 
 
 @pytest.mark.parametrize("name", CALLED)
@@ -96,6 +101,7 @@ MISTAKES = {
     "batches": ("a text", r"expected (dicts of tensors for the model's forward|a list of dicts of tensors), got "),
     "statistics": ("statistics.safetensors", "expected LayerStatistics or None, got 'statistics.safetensors'"),
     "settings": ({"seed": 1}, r"expected \w+Settings or None, got dict"),
+    "samples": ({"seed": 1}, "expected SampleSettings or None, got dict"),
     "config": (3.5, "expected OwlBnbConfig or None, got 3.5"),
     "journal": (7, "expected a path or None, got 7"),
     "output": (7, "expected a path or None, got 7"),
@@ -136,6 +142,60 @@ def test_a_value_of_another_kind_fails_at_the_call(name, argument, value, messag
         thing(**{**given, argument: value})
 
 
+class Odd:
+    """What no argument is."""
+
+
+ODD = [Odd(), "x", 3, 2.5, -1, float("nan"), None, [Odd()], {"a": Odd()}, Path()]
+# Arguments of transformers and PEFT, which check their own; a probe is read when the training starts.
+NOT_OURS = {("OwLoreConfig", "task_type"), ("OwlBnbConfig", "quant_method"), ("SparseConfig", "quant_method")}
+NOT_OURS |= {("LayerDiagnosticsCallback", "probe")}
+
+
+@pytest.mark.parametrize("name", sorted({*CALLED, *OF_MODELS}))
+def test_no_value_brings_an_error_of_python_or_of_the_system(name, tmp_path, monkeypatch):
+    """Each argument in turn is each of `ODD`: a call works, or says which argument it expected to be what."""
+    monkeypatch.chdir(tmp_path)
+    thing = getattr(hf_cod, name)
+    parameters = inspect.signature(thing).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    for argument in {p.name for p in parameters if (name, p.name) not in NOT_OURS}:
+        for value in ODD:
+            given = {p: RIGHT.get(p) for p in needed} | {argument: value}
+            try:
+                thing(**given)
+            except (ValueError, TypeError, ImportError) as error:
+                assert re.match(r"[\w .'\[\]]+: expected .*, got ", str(error), re.DOTALL), (argument, value, error)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: hf_cod.compare([1, "x"]), "reports: expected a list of RunReports, got a list of int"),
+        (lambda: hf_cod.compare("run"), "reports: expected a list of RunReports, got 'run'"),
+        (lambda: hf_cod.owlore(betas=(0.9, "x")), "betas: expected a list of numbers or None, got a tuple of float"),
+        (lambda: hf_cod.owlore(betas=(0.9,)), "betas: expected a list of numbers or None, got a tuple of float"),
+        (lambda: hf_cod.RunReport.load(3), "path: expected a path, got 3"),
+        (lambda: hf_cod.LayerScores.load(None), "path: expected a path, got None"),
+        (lambda: hf_cod.LayerStatistics.load(3), "path: expected a path, got 3"),
+        (lambda: hf_cod.LayerStatistics.merge(["a.safetensors"]), "parts: expected a list of LayerStatistics"),
+        (lambda: hf_cod.TrainingHistory.load(3), "path: expected a path, got 3"),
+        (lambda: RIGHT["scores"].save(3), "path: expected a path, got 3"),
+        (lambda: RIGHT["scores"].save("."), "path: expected a file, got the directory '.'"),
+        (lambda: hf_cod.RunReport("diagnose", "", {}, {}, {}, {}).plot(3), "directory: expected a path or None, got 3"),
+        (
+            lambda: hf_cod.collect_statistics(build("llama"), None),
+            "batches: expected batches, or tokenizer and texts, got",
+        ),
+        (lambda: hf_cod.apply_steps(build("llama"), {}), "batches: expected batches, or tokenizer and texts, got"),
+        (lambda: hf_cod.fold_lns("x", 3), "output: expected a path or None, got 3"),
+    ],
+)
+def test_wrong_kinds_of_what_records_and_lists_hold(call, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        call()
+
+
 def test_a_directory_is_no_file_and_no_error_of_the_system_comes_through(tmp_path):
     with pytest.raises(ValueError, match="history: expected a file, got the directory"):
         hf_cod.TrainingHistory({}, tmp_path)
@@ -146,11 +206,12 @@ def test_a_directory_is_no_file_and_no_error_of_the_system_comes_through(tmp_pat
             assert "Errno" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name, function, typed, kind", with_fields())
-def test_fields_by_name_are_those_of_the_settings(name, function, typed, kind):
+@pytest.mark.parametrize("name, function, typed, kinds", with_fields())
+def test_fields_by_name_are_those_of_the_settings(name, function, typed, kinds):
     own = {p for p in inspect.signature(function, follow_wrapped=False).parameters}
-    hints = get_type_hints(kind)
-    expected = {f.name: hints[f.name] for f in fields(kind) if f.init and f.name not in own}
+    expected = {
+        f.name: get_type_hints(kind)[f.name] for kind in kinds for f in fields(kind) if f.init and f.name not in own
+    }
     assert get_type_hints(typed) == expected
     shown = inspect.signature(getattr(hf_cod, name)).parameters
     assert set(expected) <= set(shown) and not any(p.kind is p.VAR_KEYWORD for p in shown.values())

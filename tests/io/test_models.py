@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_cod.io.models import ModelSettings, load_model, on_hub
+from hf_cod.io.models import ModelSettings, load_model, load_tokenizer, on_hub
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -104,3 +104,34 @@ def test_a_damaged_tokenizer_is_an_error_and_a_missing_one_is_not(name, text, tm
     ) as error:
         load_model(str(tmp_path))
     assert repr(str(tmp_path)) in str(error.value)
+
+
+def test_a_tokenizer_alone(tmp_path):
+    gpt_like().save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("one two")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "file, text, told",
+    [
+        (None, None, r"tokenizer: expected tokenizer files that transformers can read, got .*"),
+        ("tokenizer.json", "{", r"tokenizer: expected tokenizer files that transformers can read, got .*"),
+        ("tokenizer_config.json", "5", r"tokenizer: expected tokenizer files that transformers can read, got .*"),
+        ("config.json", '{"architectures": 5}', r"architectures: expected a list, got 5 in '.*config\.json'"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read(file, text, told, tmp_path):
+    if file is not None:
+        gpt_like().save_pretrained(tmp_path)
+        (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=told) as error:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(error.value)
+    with pytest.raises(ValueError, match="tokenizer: expected tokenizer files"):
+        load_tokenizer("someone/no-such-tokenizer")
+
+
+def test_a_revision_is_for_the_hub(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"revision: expected none with the local model '.*', got 'v2'"):
+        load_model(str(tmp_path), revision="v2")

@@ -194,6 +194,99 @@ def test_a_run_that_is_killed_while_it_finishes_is_completed_by_the_next(tmp_pat
     assert steps > 6 and completed.count(True) > 4
 
 
+# Runs of the same work, each in a process that dies at another change of the disk: from the first to the last one.
+DYING = """
+import os, shutil, sys
+from hf_cod.io.files import write_text
+from hf_cod.io.output_checks import check_unused
+from hf_cod.io.output_directory import OutputDirectory
+
+def dies_at(step):
+    count = [0]
+    def dying(function):
+        def wrapped(*args, **kwargs):
+            count[0] += 1
+            if count[0] == step: os._exit(9)
+            return function(*args, **kwargs)
+        return wrapped
+    for place, name in ((os, "replace"), (os, "unlink"), (shutil, "rmtree"), (os, "rmdir")):
+        setattr(place, name, dying(getattr(place, name)))
+
+for step in range(1, 100):
+    child = os.fork()
+    if not child:
+        dies_at(step)
+        with OutputDirectory(f"{sys.argv[1]}/{step}", ["same"], check=check_unused) as output:
+            for name in ("model.safetensors", "config.json", "report.json", "adapter/config.json"):
+                write_text(output.results / name, name)
+            write_text(output.journal / "work.jsonl", "")
+            output.finish(output.journaled())
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0: break
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+@pytest.mark.parametrize("run", [["same"], ["other"]])
+def test_the_next_command_removes_what_a_killed_one_left(run, tmp_path):
+    assert run_fresh(DYING, tmp_path).returncode == 0
+    states, said = sorted(tmp_path.iterdir(), key=lambda path: int(path.name)), []
+    for out in states:
+        try:
+            with OutputDirectory(out, run, check=check_unused) as output:
+                said.append("completed" if output.completed else "done again")
+                if not output.completed:
+                    fill(output)
+                    output.finish(output.journaled())
+        except ValueError as error:
+            said.append("finished" if "which holds a finished run" in str(error) else "another's")
+            assert said[-1] == "finished" or "another run was killed while it finished" in str(error)
+        if said[-1] == "another's":
+            assert (out / "journal" / "manifest.json").is_file()
+        else:
+            assert tree(out).keys() == {
+                "adapter",
+                "adapter/config.json",
+                "config.json",
+                "model.safetensors",
+                "report.json",
+            }
+    assert said.count("completed" if run == ["same"] else "another's") > 5
+    assert said[-3:] == ["finished"] * 3, "killed before the lock was removed, before the journal was, and not at all"
+
+
+def test_a_refused_command_leaves_a_strangers_journal(tmp_path):
+    for name in ("journal/notes.txt", "report.json"):
+        write_text(tmp_path / "notes" / name, "precious")
+    (tmp_path / "empty" / "journal").mkdir(parents=True)
+    write_text(tmp_path / "empty" / "precious.txt", "precious")
+    before = tree(tmp_path)
+    for name in ("notes", "empty"):
+        with pytest.raises(ValueError, match="output: expected a new directory"):
+            OutputDirectory(tmp_path / name, check=check_unused).__enter__()
+    assert tree(tmp_path) == before
+
+
+def test_a_refused_command_leaves_the_lock_of_a_running_one(tmp_path):
+    write_text(tmp_path / "report.json", "{}")
+    refused = []
+
+    def other():
+        try:
+            OutputDirectory(tmp_path, check=check_unused).__enter__()
+        except ValueError as error:
+            refused.append(str(error))
+
+    with OutputDirectory(tmp_path) as output:
+        for start in (other, lambda: (thread := threading.Thread(target=other), thread.start(), thread.join())):
+            start()
+            assert "which holds a finished run" in refused.pop()
+            assert (output.journal / "lock").is_file()
+        fill(output)
+        output.finish()
+
+
 def test_another_run_does_not_complete_it(tmp_path, monkeypatch):
     def work():
         with OutputDirectory(tmp_path / "out", ["one"]) as output:

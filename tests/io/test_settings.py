@@ -161,7 +161,7 @@ def test_an_object_and_fields_score_and_distribute_alike():
 def test_an_object_and_fields_diagnose_alike():
     model = build("llama")
     options = {"tokenizer": gpt_like(), "texts": [TEXT], "show_progress": False}
-    given = DiagnoseSettings(sequence_length=8, max_samples=3, metrics=["angular_distance"], drop_metric="perplexity")
+    given = DiagnoseSettings(sequence_length=8, max_samples=3, metrics=["layer_drop"], drop_metric="perplexity")
     one = diagnose(model, **options, settings=given)
     other = diagnose(model, **options, **asdict(given))
     assert (one.layers, one.results, one.settings) == (other.layers, other.results, other.settings)
@@ -350,7 +350,12 @@ def test_no_public_argument_has_a_name_that_means_two_things():
 
 def test_functions_take_settings_in_one_way():
     """Who takes fields by name takes the object, too, and the other way round; only data has names of its own."""
-    other_names = {"quantize": "config", "apply_steps": "how"}  # transformers' object; what the steps work on
+    other_names = {
+        "quantize": "config",  # transformers' object
+        "apply_steps": "how",  # what the steps work on
+        "collect_statistics": "samples",  # of texts, without other settings
+        "perplexity": "samples",
+    }
     passed_on = {"owlore", "llama_preset", "OwlBnbConfig", "SparseConfig"}  # fields of somebody else
     for name in set(hf_cod.__all__) - passed_on:
         thing = getattr(hf_cod, name)
@@ -367,7 +372,7 @@ def test_each_field_has_one_help_text():
             thing = getattr(hf_cod, name)
             assert all(field.metadata.get("help") for field in fields(thing)), name
     copied = as_in(ScoreSettings, "threshold")
-    assert copied.default == 5.0 and copied.metadata["help"].startswith("owl: M")
+    assert copied.default == 5.0 and copied.metadata["help"].startswith("owl: weights")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.devices import environment_of, execution_device, to_device
 
 
 def test_the_first_weight_that_has_a_device():
@@ -20,6 +20,11 @@ def test_a_hook_of_offloaded_weights_decides():
     model = nn.Sequential(nn.Linear(2, 2))
     model[0]._hf_hook = SimpleNamespace(execution_device="meta")
     assert execution_device(model) == torch.device("meta")
+
+
+def test_the_environment_states_device_and_dtype_of_a_model():
+    found = environment_of(nn.Sequential(nn.Linear(2, 2, dtype=torch.bfloat16), nn.Linear(2, 2)))
+    assert (found["device"], found["dtype"], found["torch"]) == ("cpu", "bfloat16", torch.__version__)
 
 
 def test_tensors_of_a_batch_move_and_flags_stay():

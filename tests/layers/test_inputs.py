@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from hf_cod import (
+    LayerMonitor,
     LayerScores,
     collect_statistics,
     diagnose,
@@ -116,7 +117,7 @@ ODD = {
     "lists": ([{"input_ids": ids(3, 9).tolist()}], "(batches|calibration): expected tensors, got list as 'input_ids'"),
     "unknown label": ([{"input_ids": ids(3, 9), "labels": LABELS + 200}], "labels: .* 0 to 98, or -100 .* got 100 of"),
     "few labels": ([{"input_ids": ids(3, 9), "labels": LABELS[0]}], r"labels: expected token ids \(3, 9\), .* \(9,\)"),
-    "none": ([], "(batches|statistics|calibration): expected (at least one|statistics or batches)"),
+    "none": ([], "(batches|statistics|calibration): expected (at least one|statistics, batches, or)"),
 }
 
 
@@ -138,6 +139,16 @@ def test_odd_batches_are_refused_and_nothing_is_changed(function, odd):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("odd", [odd for odd in ODD if odd not in ("lists", "one row", "unknown label", "few labels")])
+def test_odd_probes_of_a_training(odd):
+    """Lists, single rows and labels are not: a probe converts, stacks and drops them."""
+    batches, message = ODD[odd]
+    message = "probe: expected texts" if odd in ("none", "nothing") else message.replace("(batches|", "(probe|")
+    with pytest.raises(ValueError, match=message) as error:
+        LayerMonitor(build("gpt2", layers=2), batches)
+    assert ": expected" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_unknown_tokens_of_one_batch_of_a_stream():

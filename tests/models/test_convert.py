@@ -151,13 +151,13 @@ WHY = {
 @pytest.mark.parametrize("placement", [name for name in PLACEMENTS if name not in FOLDABLE])
 def test_the_others_say_why_they_cannot_be_folded(placement, tmp_path):
     model = tiny_model("cod_llama", placement)
-    with pytest.raises(ValueError, match=f"expected one of pre, scaled_init, lns; got '{placement}'.*{WHY[placement]}"):
+    with pytest.raises(ValueError, match=f"expected one of pre, scaled_init, lns, got '{placement}'.*{WHY[placement]}"):
         fold_lns(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_foldable_placement_is_one_that_the_stock_family_has():
-    with pytest.raises(ValueError, match="expected one of reordered; got 'sandwich'"):
+    with pytest.raises(ValueError, match="expected one of reordered, got 'sandwich'"):
         fold_lns(tiny_model("cod_olmo2", "sandwich"))
 
 
@@ -170,11 +170,11 @@ def test_alternating_sliding_windows_are_kept(model_type):
 
 
 def test_wrong_sources():
-    with pytest.raises(ValueError, match=r"expected a model of type cod_llama, .*; got 'gpt2'"):
+    with pytest.raises(ValueError, match=r"expected a model of type cod_llama, .*, got 'gpt2'"):
         fold_lns(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11)))
-    with pytest.raises(ValueError, match=r"expected a model of type llama, .*; got 'cod_llama'"):
+    with pytest.raises(ValueError, match=r"expected a model of type llama, .*, got 'cod_llama'"):
         to_lns(tiny_model("cod_llama", "pre"))
-    with pytest.raises(ValueError, match="norm_placement: expected one of reordered, sandwich; got 'lns'"):
+    with pytest.raises(ValueError, match="norm_placement: expected one of reordered, sandwich, got 'lns'"):
         to_lns(fold_lns(tiny_model("cod_olmo2", "reordered")))
 
 

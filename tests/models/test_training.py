@@ -96,7 +96,7 @@ def test_presets_have_the_papers_sizes(size, millions):
 def test_presets_take_fields_and_name_themselves():
     config = llama_preset("130M", vocab_size=49152, num_hidden_layers=6)
     assert (config.norm_placement, config.vocab_size, config.num_hidden_layers) == ("lns", 49152, 6)
-    with pytest.raises(ValueError, match=f"size: expected one of {', '.join(LLAMA_PRESETS)}; got '3B'"):
+    with pytest.raises(ValueError, match=f"size: expected one of {', '.join(LLAMA_PRESETS)}, got '3B'"):
         llama_preset("3B")
 
 

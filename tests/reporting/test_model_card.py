@@ -117,6 +117,28 @@ def test_card_refuses(run, tmp_path):
         release(tmp_path / "other", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "file, text, told",
+    [
+        ("tokenizer.json", "{", "tokenizer: expected tokenizer files that transformers can read, got "),
+        ("config.json", '{"architectures": 5}', "architectures: expected a list, got 5"),
+        ("config.json", "[]", "model: expected named entries"),
+    ],
+)
+def test_a_damaged_run_is_not_released(file, text, told, run, tmp_path):
+    (run / file).write_text(text)
+    with pytest.raises(ValueError, match=told):
+        release(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_tokenizer_is_not_released(run, tmp_path):
+    for path in run.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="run: expected a model with a tokenizer, got none"):
+        release(run, tmp_path / "out")
+
+
 def test_a_users_files_in_the_output_stay(run, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -125,7 +147,7 @@ def test_a_users_files_in_the_output_stay(run, tmp_path):
     card = release(run, out)  # over a card of ours
     assert 'from_pretrained("out", trust_remote_code=True)' in card.read_text(encoding="utf-8")
     assert (out / "holiday.png").read_bytes() == b"mine"
-    (out / "README.md").write_text("mine")
+    (out / "README.md").write_bytes("à moi".encode("latin-1"))
     with pytest.raises(ValueError, match=r"output: expected no README\.md of other origin"):
         release(run, out)
-    assert (out / "README.md").read_text() == "mine"
+    assert (out / "README.md").read_bytes() == "à moi".encode("latin-1")

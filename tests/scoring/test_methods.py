@@ -179,9 +179,11 @@ def test_bad_input():
     batches = [batch_for(model)]
     with pytest.raises(ValueError, match=r"method: expected one of owl, angular, .*got 'best'"):
         score_layers(model, method="best")
-    with pytest.raises(ValueError, match="statistics: expected statistics or batches for the method owl"):
+    with pytest.raises(
+        ValueError, match="statistics: expected statistics, batches, or tokenizer and texts for owl, got none"
+    ):
         score_layers(model)
-    with pytest.raises(ValueError, match="batches: expected at least one for the method angular"):
+    with pytest.raises(ValueError, match="batches: expected batches, or tokenizer and texts, for the method angular"):
         score_layers(model, method="angular")
     for texts in (["one two"], "one two"):
         with pytest.raises(ValueError, match=r"batches: expected .*token_batches\(tokenizer, texts\)"):

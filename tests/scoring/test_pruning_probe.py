@@ -133,7 +133,9 @@ def test_refusals():
     model, batch, statistics = setting("llama")
     for method in ("auto", "sensitivity"):
         assert method in METHODS
-        with pytest.raises(ValueError, match=f"batches: expected at least one for the method {method}, got none"):
+        with pytest.raises(
+            ValueError, match=f"batches: expected batches, or tokenizer and texts, for the method {method}, got neither"
+        ):
             score_layers(model, statistics, method)
         with pytest.raises(ValueError, match="target: expected a sparsity between 0 and 1, got 1"):
             score_layers(model, statistics, method, batches=[batch], target=1.0)

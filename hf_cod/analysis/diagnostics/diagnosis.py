@@ -19,15 +19,16 @@ from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.functional import depth
 from hf_cod.io.arguments import checked
 from hf_cod.io.files import Journal
-from hf_cod.io.report import RunReport, environment
+from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, BatchStream, Texts, Tokenizer, describe_batches, mask_tokens, token_batches
+from hf_cod.io.text import Batch, BatchStream, Texts, Tokenizer, describe_batches
+from hf_cod.layers.batches import required_batches
 from hf_cod.layers.checks import name_of
-from hf_cod.layers.devices import execution_device
+from hf_cod.layers.devices import environment_of
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
-from hf_cod.layers.task import MASKED_LM_SUFFIXES, task_of
+from hf_cod.layers.task import task_of
 
 
 class ForwardResults(TypedDict):
@@ -82,8 +83,9 @@ def diagnose(
     Args:
         model: a transformers model, wrapped or not; it is not changed.
         tokenizer: its tokenizer, required for texts.
-        texts: text, list of texts, `datasets` column, or any iterable of strings.
-        batches: instead of tokenizer and texts: dicts of tensors for the model's forward (images, labelled data).
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
+        batches: instead of tokenizer and texts: dicts for the model's forward (images, labelled data);
+            `token_batches` makes them from texts.
         drop_metric: metric of the layer drop: a name, module or callable, see `evaluation.choice.find_metric`.
         output: a directory to which results are written as they are measured, so that an interrupted run resumes (a
             layer drop by a callable metric restarts, since code cannot be compared).
@@ -104,12 +106,11 @@ def diagnose(
     task = task_of(model, batches)
     check_inputs(stack.model, batches)
     metric = find_metric(chosen.drop_metric if drop_metric is None else drop_metric, task)
-    weights = next(stack.model.parameters())
     report = RunReport(
         kind="diagnose",
         model=name or name_of(stack),
         settings={**asdict(chosen), "drop_metric": metric.name, **describe_batches(batches)},
-        environment=environment(execution_device(stack.model), weights.dtype),
+        environment=environment_of(stack.model),
         layers={},
         results={},
     )
@@ -137,17 +138,13 @@ def _prepared(
     model: nn.Module, tokenizer: Any, texts: Any, batches: Iterable[Batch] | None, chosen: DiagnoseSettings
 ) -> list[Batch]:
     """The batches to measure on, after checks."""
-    if batches is not None:
-        return _checked_batches(batches)
-    if tokenizer is None or texts is None:
-        raise ValueError("texts: expected tokenizer and texts, or batches, got neither")
+    if texts is None:
+        return _checked_batches(required_batches(model, batches, tokenizer, texts, None, {}))
     config: Any = getattr(unwrap(model), "config", None)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and chosen.sequence_length > longest:
         raise ValueError(f"sequence_length: expected at most the model's {longest}, got {chosen.sequence_length}")
-    cut = token_batches(tokenizer, texts, chosen)
-    masked = type(unwrap(model)).__name__.endswith(MASKED_LM_SUFFIXES)
-    return [*(mask_tokens(tokenizer, cut, chosen.seed) if masked else cut)]
+    return [*required_batches(model, batches, tokenizer, texts, chosen, {})]
 
 
 def _checked_batches(batches: Iterable[Any]) -> list[Batch]:

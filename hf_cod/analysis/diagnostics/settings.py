@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import SampleFields, SampleSettings, layers_path_field
+from hf_cod.io.settings import SampleFields, SampleSettings, check_effect, layers_path_field
 
 Token = Literal["last", "first", "all"]
 # Measure -> its description for a layer; the first three come from one forward pass.
@@ -53,6 +53,9 @@ class DiagnoseSettings(SampleSettings):
         unknown = set(self.metrics or ()) - set(METRICS)
         if unknown:
             raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
+        for name, metric in (("drop_metric", "layer_drop"), ("token", "angular_distance")):
+            if self.metrics and metric not in self.metrics:
+                check_effect(self, [name], f"metrics other than {metric}, which it is a setting of")
 
 
 class DiagnoseFields(SampleFields, total=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -19,7 +19,9 @@ from hf_cod.analysis.evaluation.metrics import (
 )
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.text import Batch, Batches
+from hf_cod.io.settings import SampleFields, SampleSettings
+from hf_cod.io.text import Batch, Batches, Texts, Tokenizer
+from hf_cod.layers.batches import required_batches
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import evaluation_mode
@@ -82,13 +84,30 @@ def find_metric(metric: Any, task: str) -> Metric:
 
 
 @checked
-def perplexity(model: nn.Module, batches: Batches) -> float:
+def perplexity(
+    model: nn.Module,
+    batches: Batches | None = None,
+    *,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
+    samples: SampleSettings | None = None,
+    **fields: Unpack[SampleFields],
+) -> float:
     """Perplexity of a language model on batches of any device, in its current mode and dtype. Losses are summed in
     float64.
+
+    Args:
+        model: a language model of transformers.
+        batches: dicts for the model's forward; `token_batches` makes them from texts.
+        tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
+        samples: how texts are cut into samples; default: `SampleSettings()`.
+        **fields: or fields of `SampleSettings` by name: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: the model is not a language model, or it requires labels and the batches have none.
     """
+    batches = required_batches(model, batches, tokenizer, texts, samples, fields)
     base, device = unwrap(model), execution_device(model)
     metric = find_metric("perplexity", task_of(model, batches))
     check_inputs(base, batches)

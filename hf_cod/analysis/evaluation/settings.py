@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from hf_cod.io.arguments import checked
+from hf_cod.io.settings import check_least
 
 
 @checked
@@ -18,10 +19,7 @@ class TaskSettings:
     seed: int = field(default=0, metadata={"help": "seed for the choice of few-shot examples"})
 
     def __post_init__(self) -> None:
-        for name in ("max_samples", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_least(self, max_samples=1, batch_size=1)
 
 
 class TaskFields(TypedDict, total=False):

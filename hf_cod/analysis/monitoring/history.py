@@ -11,12 +11,13 @@ from typing import Any
 from hf_cod.analysis.monitoring.health import find_trouble
 from hf_cod.io.arguments import checked
 from hf_cod.io.files import append_line, check_file, write_text
-from hf_cod.io.reading import naming_file, read_json_lines, take_format
+from hf_cod.io.reading import checksum, naming_file, read_json_lines, take_format
 from hf_cod.io.report import RunReport, environment, format_number
 from hf_cod.io.schema import brief, check_value, limits, read_record
 
 FORMAT_VERSION = 1
 FILE_NAME = "history.jsonl"
+CHECKSUM = "checksum"  # the last entry of each line
 MOST_LAYERS = 100_000
 # Measures with one value per layer, and those with one value per step.
 PER_LAYER = ("gradient_norm", "variance", "max_abs", "added_share", "angular_distance")
@@ -40,7 +41,8 @@ class TrainingHistory:
     step: `step`; one value per layer in `gradient_norm` (None if no parameter of a layer is trained), `variance`,
     `max_abs`, `added_share` and `angular_distance` (to the next layer); `effective_depth`, `late_share`, `clip_factor`
     (the factor by which clipping multiplied the gradients); and `failure`, a message if the probe could not be
-    measured. A line is on disk before training continues.
+    measured. Each line ends with its checksum; lines of earlier versions have none. A line is on disk before training
+    continues.
 
     Attributes:
         header: the entries of the first line.
@@ -57,11 +59,12 @@ class TrainingHistory:
         self.lines: list[dict[str, Any]] = []
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> TrainingHistory:
         """Reads a history from its file or directory; an incomplete last line is ignored.
 
         Raises:
-            ValueError: no history found, another format, or invalid lines.
+            ValueError: no history found, another format, or invalid or damaged lines.
         """
         file = _file_of(Path(path))
         if not file.is_file():
@@ -71,6 +74,7 @@ class TrainingHistory:
         with naming_file(file):
             if not whole:
                 raise ValueError("history: expected a training history of hf_cod, got no complete line")
+            _check_sums(whole)
             header = take_format(whole[0], FORMAT_VERSION, "history")
             layers = read_record(_Header, header, "history line 1", extra=True).layers
             for number, line in enumerate(whole[1:], 2):
@@ -197,7 +201,24 @@ def _file_of(path: Path) -> Path:
 
 
 def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, allow_nan=False)
+    """A line of the file, with its checksum."""
+    text = json.dumps(value, allow_nan=False)
+    return f'{text[:-1]}, "{CHECKSUM}": "{checksum(text)}"}}'
+
+
+def _check_sums(lines: list[Any]) -> None:
+    """Compares the checksums of parsed lines, and removes them. All lines have one if the first line does.
+
+    A parsed line is written as it was: numbers have only one shortest form.
+    """
+    needed = isinstance(lines[0], dict) and CHECKSUM in lines[0]
+    for number, line in enumerate(lines, 1):
+        told = line.pop(CHECKSUM, None) if isinstance(line, dict) else None
+        if (told is not None or needed) and told != checksum(json.dumps(line)):
+            way_out = "remove the line" if number > 1 else "move the file away"
+            raise ValueError(
+                f"history line {number}: expected the line as it was written, got another checksum; {way_out} to resume"
+            )
 
 
 def _without_nan(value: Any) -> Any:

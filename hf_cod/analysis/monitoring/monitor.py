@@ -28,6 +28,7 @@ from hf_cod.io.text import Batch, Tokenizer, describe_batches
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.fingerprints import digest_batches
+from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import NonFiniteError
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
 from hf_cod.layers.stock_four_bit import keep_unpacked
@@ -110,6 +111,7 @@ class LayerMonitor:
         keep_unpacked(model)  # otherwise all gradients would be wrong, also those of the training
         with _own_randomness(model):  # a data loader takes a random seed when it starts
             self.batches = probe_batches(probe, tokenizer, self.settings)
+        check_inputs(self.stack.model, self.batches, "probe")
         if self.main and not self.sharded:  # FSDP2 requires that the first pass runs through the full model
             self._try_probe()
         # Other processes keep their lines in memory: only the first one writes.

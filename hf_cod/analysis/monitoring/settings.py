@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import SampleFields, SampleSettings, layers_path_field
+from hf_cod.io.settings import SampleFields, SampleSettings, check_least, layers_path_field
 
 
 @checked
@@ -28,9 +28,7 @@ class MonitorSettings(SampleSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("every", 1), ("logged_layers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_least(self, every=1, logged_layers=0)
 
 
 class CallbackFields(SampleFields, total=False):

@@ -7,21 +7,23 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
+from hf_cod.analysis.statistics.file_checks import check_shapes, check_values
 from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_input
 from hf_cod.functional.depth import wide
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
-from hf_cod.io.reading import naming_file, open_tensors
+from hf_cod.io.reading import naming_file, open_tensors, read_bytes
 from hf_cod.io.schema import brief, is_path
+from hf_cod.io.settings import SampleFields, SampleSettings
 from hf_cod.io.tensors import save_tensors
-from hf_cod.io.text import BatchStream
+from hf_cod.io.text import BatchStream, Texts, Tokenizer
+from hf_cod.layers.batches import required_batches
 from hf_cod.layers.checks import name_of, warn_of_other_name
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import InputCheck
@@ -32,8 +34,6 @@ from hf_cod.layers.task import model_inputs
 FORMAT_VERSION = "1"
 # Numbers that are squared at a time: 4 MiB of memory, and enough work for all threads.
 CHUNK = 1 << 20
-# The bits of infinity in float64.
-INFINITY = 0x7FF0_0000_0000_0000
 
 
 @renamed(path="layers_path")
@@ -74,6 +74,7 @@ class LayerStatistics:
         return {name: sha256(t.contiguous().numpy().tobytes()).hexdigest() for name, t in self.squares.items()}
 
     @classmethod
+    @checked
     def merge(cls, parts: Sequence[LayerStatistics]) -> LayerStatistics:
         """The statistics of all parts together, equal to those of one pass over all samples. Parts may come from
         different batches, processes (`torch.distributed.all_gather_object`) or files.
@@ -108,6 +109,7 @@ class LayerStatistics:
         _check_same(expected, _shapes(self), "statistics", type(stack.model).__name__, self.model)
         warn_of_other_name("statistics", self.model, stack)
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Writes a safetensors file (to a temporary name, then renamed); returns its path."""
         tensors = {f"squares/{name}": tensor for name, tensor in self.squares.items()}
@@ -116,29 +118,28 @@ class LayerStatistics:
         return save_tensors(path, tensors, metadata)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> LayerStatistics:
         """Reads a file of `save`.
 
         Raises:
-            ValueError: no such file, another kind of file, or invalid sums and counts: negative, not finite, of another
-                type, or sums without counts.
+            ValueError: no such file, another kind of file, or invalid sums and counts (negative, not finite, missing).
         """
         with open_tensors(path, "statistics", "a file of statistics") as file:
             metadata = file.metadata() or {}
         layers_path = metadata.get("layers_path", metadata.get("path"))  # its name in version 0.1
-        if metadata.get("format") != FORMAT_VERSION or layers_path is None or "model" not in metadata:
-            got = brief(metadata.get("format"))
-            raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {got} in {str(path)!r}")
+        if (written := metadata.get("format")) != FORMAT_VERSION or layers_path is None or "model" not in metadata:
+            raise ValueError(f"statistics: expected format {FORMAT_VERSION}, got {brief(written)} in {str(path)!r}")
         kinds: dict[str, dict[str, Tensor]] = {"squares": {}, "tokens": {}}
-        raw = Path(path).read_bytes()
+        raw = read_bytes(path, "statistics")
         with naming_file(path):
             for key, tensor in load_tensors(raw).items():  # faster than reading them one by one
                 kind, _, name = key.partition("/")
                 if kind not in kinds or not name or is_path(name):
                     raise ValueError(f"statistics: expected squares/NAME and tokens/NAME, got {brief(key)}")
                 kinds[kind][name] = tensor
-            _check_shapes(**kinds)
-            _check_values(raw, **kinds)
+            check_shapes(**kinds)
+            check_values(raw, **kinds)
         return cls(metadata["model"], layers_path, **kinds)
 
 
@@ -146,11 +147,15 @@ class LayerStatistics:
 @checked
 def collect_statistics(
     model: nn.Module,
-    batches: BatchStream,
+    batches: BatchStream | None = None,
     *,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
+    samples: SampleSettings | None = None,
+    **fields: Unpack[SampleFields],
 ) -> LayerStatistics:
     """Collects LayerStatistics in one forward pass per batch, without the head.
 
@@ -158,16 +163,22 @@ def collect_statistics(
 
     Args:
         model: a transformers model, wrapped or not, in any dtype, also quantized or offloaded by accelerate.
-        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is not counted.
+        batches: dicts for the model's forward; `token_batches` makes them from texts. attention_mask (S, T) marks
+            padding, which is not counted.
+        tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
+        samples: how texts are cut into samples; default: `SampleSettings()`.
         layers_path: the stack's module name, if it cannot be found.
         name: the model's name; default: where it was loaded from.
         show_progress: show a progress bar.
+        **fields: or fields of `SampleSettings` by name: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: no layers found, no batches, NaN or infinite activations (says in which module first), a module
             shared by two layers, a mixture of experts that cannot be observed.
     """
     stack = find_decoder_layers(model, layers_path)
+    batches = required_batches(model, batches, tokenizer, texts, samples, fields)
     recorder, checked = StatisticsRecorder(stack), InputCheck(stack.model)
     trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
     device = execution_device(stack.model)
@@ -258,42 +269,3 @@ def _check_same(
                 f"{field}: expected those of {wanted}, with {name} {expected.get(name, 'absent')}, got those of "
                 f"{given}, with {name} {got.get(name, 'absent')}"
             )
-
-
-def _check_shapes(squares: dict[str, Tensor], tokens: dict[str, Tensor]) -> None:
-    """Checks that each matrix has sums of squares and a count of tokens."""
-    odd = squares.keys() ^ tokens.keys()
-    if odd or not squares:
-        raise ValueError(
-            f"statistics: expected squares and tokens of each matrix, got only one of them for "
-            f"{brief(min(odd, default=None))}"
-        )
-    for name, sums in squares.items():
-        count = tokens[name]
-        if sums.dtype is not torch.float64 or sums.dim() not in (1, 2) or not sums.numel():
-            raise ValueError(f"squares/{name}: expected float64 of one or two dimensions, got {_described(sums)}")
-        if count.dtype is not torch.int64 or count.shape != sums.shape[:-1]:
-            raise ValueError(
-                f"tokens/{name}: expected int64 of shape {tuple(sums.shape[:-1])}, got {_described(count)}"
-            )
-
-
-def _check_values(raw: bytes, squares: dict[str, Tensor], tokens: dict[str, Tensor]) -> None:
-    """Checks that sums are finite and nothing is negative. All bytes of the file are checked at once, because a check
-    of each tensor takes as long as reading the file.
-
-    Reinterpreted as integers, floats keep their sign, and finite ones are less than infinity.
-    """
-    header = int.from_bytes(raw[:8], "little")
-    bits = np.frombuffer(raw, "<i8", offset=8 + header)
-    if bits.min() >= 0 and bits.max() < INFINITY:
-        return
-    for kind, tensors in (("squares", squares), ("tokens", tokens)):
-        for name, tensor in tensors.items():
-            if not (tensor.isfinite() & (tensor >= 0)).all():
-                what = "finite sums of squares" if kind == "squares" else "counts"
-                raise ValueError(f"{kind}/{name}: expected {what}, got {tensor.min()} to {tensor.max()}")
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_cod.cli.output import write_model
 from hf_cod.cli.parser import SettingsParser, model_title
 from hf_cod.io.display import say
 from hf_cod.models.authors import AUTHORS_NORM_TYPES
 
 if TYPE_CHECKING:
+    from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
 
 # Conversion -> sentence on its result.
@@ -51,10 +54,22 @@ def main(arguments: Sequence[str]) -> int:
     (chosen,) = make_parser().parse(arguments)
     if chosen.to == "authors" and chosen.norm_type is None:
         raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got none; set --norm-type")
-    from hf_cod.cli.recorded import card_outputs
-    from hf_cod.io.model_config import check_model_config
+    for name in ("norm_type", "post_layers"):
+        if chosen.to != "authors" and getattr(chosen, name) is not None:
+            raise ValueError(f"{name}: expected none with {chosen.to}, got {getattr(chosen, name)!r}")
     from hf_cod.io.output_checks import check_unused
     from hf_cod.io.output_directory import OutputDirectory
+
+    told = ["convert", chosen.to, chosen.source, chosen.norm_type, chosen.post_layers]
+    output = OutputDirectory(chosen.output, told, check=check_unused, source=chosen.source)
+    write_model(output, partial(run, chosen))
+    say(f"\nwritten to {output.path.resolve()}")
+    return 0
+
+
+def run(chosen: Any, output: OutputDirectory) -> RunReport:
+    """Converts a checkpoint and writes it to the results of `output`."""
+    from hf_cod.io.model_config import check_model_config
     from hf_cod.layers.size import bytes_of
     from hf_cod.models import fold_lns, from_authors, to_lns
     from hf_cod.models.checkpoint import copy_companions
@@ -64,22 +79,12 @@ def main(arguments: Sequence[str]) -> int:
         "lns": lambda: to_lns(chosen.source),
         "authors": lambda: from_authors(chosen.source, chosen.norm_type, post_layers=chosen.post_layers),
     }
-    told = ["convert", chosen.to, chosen.source, chosen.norm_type, chosen.post_layers]
-    with OutputDirectory(chosen.output, told, check=check_unused, source=chosen.source) as output:
-        if output.completed:
-            say(f"written to {chosen.output}")
-            return 0
-        check_model_config(chosen.source, field="source")
-        model = conversions[chosen.to]()
-        output.require(bytes_of(model))
-        model.save_pretrained(output.results)
-        copy_companions(chosen.source, output.results)
-        report = _report(model, chosen)
-        report.save(output.results)
-        card_outputs(output.results, report, output.path.resolve().name)
-        output.finish()
-    say(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {chosen.output}")
-    return 0
+    check_model_config(chosen.source, field="source")
+    model = conversions[chosen.to]()
+    output.require(bytes_of(model))
+    model.save_pretrained(output.results)
+    copy_companions(chosen.source, output.results)
+    return _report(model, chosen)
 
 
 def _report(model: Any, chosen: Any) -> RunReport:
@@ -94,5 +99,5 @@ def _report(model: Any, chosen: Any) -> RunReport:
         environment=environment(dtype=model.dtype),
         layers={},
         results={"parameters": {"converted": model.num_parameters()}},
-        summary=[RESULTS[chosen.to]],
+        summary=[RESULTS[chosen.to], f"{type(model).__name__}, {model.num_parameters():,} parameters."],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
@@ -15,8 +16,6 @@ from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, TextSettings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
 
@@ -58,15 +57,17 @@ def _pair(directory: OutputDirectory) -> int:
     from hf_cod.cli.terminal import print_comparison
     from hf_cod.io.files import write_text
     from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
+    from hf_cod.io.reading import read_text
     from hf_cod.reporting.comparison import compare
 
-    text = (EMBEDDED / "held_out.txt").read_text(encoding="utf-8")
+    text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
+    loading, texts = ModelSettings(dtype="float32"), read_text(str(text.text), "text")
     reports, output = [], directory.path
     for placement in EMBEDDED_PLACEMENTS:
         say(f"measuring {placement}")
-        model, tokenizer = load_model(embedded_model(placement), ModelSettings(dtype="float32"))
+        model, tokenizer = load_model(embedded_model(placement), loading)
         settings = DiagnoseSettings(max_samples=16, batch_size=8, token="all")
-        report, status = run(model, tokenizer, text, settings, output / placement, placement)
+        report, status = run(model, tokenizer, texts, settings, output / placement, placement, loading, text)
         if status:
             return status
         report.plot(output / placement)
@@ -119,6 +120,7 @@ def explain(reports: Sequence[RunReport]) -> list[str]:
 def _quantized(directory: Path) -> None:
     """Quantizes the Pre-LN model to three and four bits, and prints size and perplexity."""
     from hf_cod.cli import compression
+    from hf_cod.cli.output import finish as finish_model
     from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model
     from hf_cod.io.output_directory import OutputDirectory
 
@@ -134,7 +136,7 @@ def _quantized(directory: Path) -> None:
     with OutputDirectory(directory) as output:
         report = compression.run(step, model, ModelSettings(), text, output)
         assert report is not None
-        compression.save_results(report, output, PlotSettings())
+        finish_model(report, output, PlotSettings(), output.journaled())
     for line in report.summary:
         say(f"• {line}")
 
@@ -148,7 +150,8 @@ def _smollm2(output: OutputDirectory) -> int:
     if not on_hub(HUB_MODEL):
         title, name = f"{title} (4-bit GGUF, dequantized)", str(from_package(*PACKAGED_MODEL))
     say(f"measuring {title}: {name}")  # the name can be passed as MODEL to other commands
-    model, tokenizer = load_model(name, ModelSettings(dtype="float32"))
-    report, status = run(model, tokenizer, embedded_text(), DiagnoseSettings(max_samples=8), output.path, title)
+    loading, settings = ModelSettings(dtype="float32"), DiagnoseSettings(max_samples=8)
+    model, tokenizer = load_model(name, loading)
+    report, status = run(model, tokenizer, embedded_text(), settings, output.path, title, loading, TextSettings())
     finish(report, output, PlotSettings())
     return status

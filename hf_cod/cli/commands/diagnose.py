@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
-from hf_cod.cli.output import require_plots
+from hf_cod.cli.output import require_plots, save_report
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import one_line, say
@@ -45,49 +45,54 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, output, rest = make_parser().parse(arguments)
-    from hf_cod.io.models import load_model
+    from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts
-    from hf_cod.layers.running import busy
 
     texts = load_texts(text)
     if output.plots:
         require_plots()
     path = output.output or default_directory("diagnose", rest.model)
     with OutputDirectory(path, source=rest.model) as directory:
-        with busy(f"loading {model_title(rest.model)}"):
-            model, tokenizer = load_model(rest.model, loading)
-        if tokenizer is None:
-            raise ValueError(
-                f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.diagnose in Python"
-            )
-        report, status = run(model, tokenizer, texts, settings, directory.path, model_title(rest.model))
+        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.diagnose in Python")
+        name = model_title(rest.model)
+        report, status = run(model, tokenizer, texts, settings, directory.path, name, loading, text)
         finish(report, directory, output)
     return status
 
 
 def run(
-    model: Any, tokenizer: Any, texts: Any, settings: DiagnoseSettings, directory: str | Path, name: str
+    model: Any,
+    tokenizer: Any,
+    texts: Any,
+    settings: DiagnoseSettings,
+    directory: str | Path,
+    name: str,
+    loading: ModelSettings,
+    text: TextSettings,
 ) -> tuple[RunReport, int]:
-    """Diagnoses a model; if a measure fails, prints the error and returns the earlier results with exit status 1."""
+    """Diagnoses a model; the report has the settings of model loading and text, too.
+
+    If a measure fails, prints the error and returns the earlier results with exit status 1.
+    """
     from hf_cod.analysis.diagnostics.diagnosis import MeasurementError, diagnose
+    from hf_cod.cli.recorded import with_inputs
 
     try:
-        return diagnose(model, tokenizer, texts, output=directory, name=name, **asdict(settings)), 0
+        report = diagnose(model, tokenizer, texts, output=directory, name=name, **asdict(settings))
+        return with_inputs(report, loading, text), 0
     except MeasurementError as error:
         if not error.report.layers:
             raise
         print(f"hf-cod: error: {one_line(error)}; earlier measurements are kept", file=sys.stderr)
-        return error.report, 1
+        return with_inputs(error.report, loading, text), 1
 
 
 def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -> None:
     """Plots, saves and prints a report."""
     from hf_cod.cli.terminal import print_report
 
-    if pictures.plots:
-        report.plot(output.results, pictures.plot_format)
-    report.save(output.results)  # again, so that report.md shows the plots
+    save_report(report, output, pictures)  # again, with the plots and all settings
     output.finish()
     print_report(report)
     say(f"\nwritten to {output.path.resolve()}")

@@ -26,14 +26,11 @@ class DropLayersOptions(SpeedSettings, MeasuringSettings):
     """Settings of the choice of layers, and of the samples for it."""
 
     layers: int | None = field(
-        default=None, metadata={"help": "number of layers to remove; default: set by parameter_share"}
+        default=None, metadata={"help": "number of layers to remove; default: as many as --parameter-share requires"}
     )
     parameter_share: float | None = field(
         default=None,
-        metadata={
-            "help": f"share of the layers' weights to keep, with layers counted as equal in size; default: "
-            f"{DEFAULT_SHARE}"
-        },
+        metadata={"help": f"share of the layers to keep, counted as equal in size; default: {DEFAULT_SHARE}"},
     )
     criterion: str = as_in(DepthSettings, "criterion")
     replacement: str = as_in(DepthSettings, "replacement", default="measured")

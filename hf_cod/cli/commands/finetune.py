@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.commands.finetune_memory import EstimateSettings, estimate, print_estimates
-from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import TrainingOutput
 from hf_cod.cli.sizes import in_gigabytes
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.training_settings import TrainingSettings, check_fused, check_scores, for_samples
+from hf_cod.training.runs.training_settings import TrainingSettings, for_samples
 
 if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
@@ -45,28 +44,16 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, sampling, asked, files, rest = make_parser().parse(arguments)
-    from hf_cod.cli.samples import check_texts
-    from hf_cod.cli.training import train_into
-    from hf_cod.scoring.layer_scores import LayerScores
-    from hf_cod.training.runs.methods import check_method
-    from hf_cod.training.runs.trainer import check_one_process
+    from hf_cod.cli.training import check_training, train_into
 
     if asked.estimate:
         print_estimates(rest.model, loading, settings, sampling, asked)
         return 0
-    check_fused(settings, sampling)
-    check_scores(settings, files.scores)
-    check_method(settings.method, sampling)
-    check_texts(text, None)
-    if files.scores is not None:
-        LayerScores.load(files.scores)
-    check_one_process()
+    check_training(settings, sampling, files, text)
     directory = Path(files.output or default_directory("finetune", rest.model))
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
     if settings.follows_samples:
         del told["steps"]
-    if files.plots:
-        require_plots()
     work = partial(run, rest.model, loading, text, settings, sampling, files.scores)
     train_into(directory, told, rest.model, files, work)
     return 0
@@ -129,14 +116,10 @@ def _loaded(source: str, loading: ModelSettings, settings: TrainingSettings) -> 
     Raises:
         ValueError: they cannot; gives the reason.
     """
-    from hf_cod.io.models import load_model
+    from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.layers.checks import check_length
-    from hf_cod.layers.running import busy
 
-    with busy(f"loading {model_title(source)}"):
-        model, tokenizer = load_model(source, loading)
-    if tokenizer is None:
-        raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use hf_cod.owlore with Trainer")
+    model, tokenizer = load_with_tokenizer(source, loading, "hf_cod.owlore with Trainer")
     check_length(model, settings.sequence_length)
     _check_weights(model, settings.method)
     return model, tokenizer

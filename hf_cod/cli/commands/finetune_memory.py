@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.sizes import in_gigabytes, parse_bytes
-from hf_cod.io.settings import ModelSettings
+from hf_cod.io.settings import ModelSettings, check_effect
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.training_settings import TrainingSettings
 
@@ -30,6 +30,8 @@ class EstimateSettings:
     def __post_init__(self) -> None:
         if self.device_memory is not None:
             self.bytes_of_device()
+        if not self.estimate:
+            check_effect(self, ["device_memory"], "a training; it is used with --estimate alone")
 
     def bytes_of_device(self) -> int | None:
         """The value of `device_memory` in bytes; None if not set."""

@@ -34,7 +34,7 @@ class FitOptions(SpeedSettings, MeasuringSettings):
         default=None, metadata={"help": "budget: stored bits per original weight of the layers' matrices"}
     )
     knobs: list[str] = as_in(FitSettings, "knobs", default_factory=list)  # noqa: RUF009 - as_in makes a field
-    tuning_samples: int = field(default=16, metadata={"help": "number of further samples for the choice of the plan"})
+    tuning_samples: int = as_in(FitSettings, "tuning_samples")
     verify: int = as_in(FitSettings, "verify")
     plan_only: bool = field(default=False, metadata={"help": "print the plan and the trade-off, and write no model"})
 
@@ -45,9 +45,7 @@ class FitOptions(SpeedSettings, MeasuringSettings):
             raise ValueError(
                 f"budget: expected one of --memory, --parameter-share and --bits, got {' and '.join(given) or 'none'}"
             )
-        if self.tuning_samples < 1:
-            raise ValueError(f"tuning_samples: expected at least 1, got {self.tuning_samples}")
-        FitSettings(knobs=self.knobs or None, verify=self.verify)
+        FitSettings(knobs=self.knobs or None, verify=self.verify, tuning_samples=self.tuning_samples)
         self.check_budget()
         self.speed = self.speed and not self.plan_only
 
@@ -114,13 +112,12 @@ class Fit(Step):
     def plan(self, work: Work) -> FitPlan | None:
         """Measures the methods on models that are loaded for this, chooses a combination, prints the plan."""
         from hf_cod.compression.fit.planning import plan_fit
-        from hf_cod.io.report import environment
-        from hf_cod.layers.devices import execution_device
+        from hf_cod.layers.devices import environment_of
         from hf_cod.layers.size import size_of
 
         work.calibration, tuning = _split(work.calibration, self.settings)
         self.before = size_of(work.model, self.settings.layers_path)
-        self.environment = environment(execution_device(work.model), next(work.model.parameters()).dtype)
+        self.environment = environment_of(work.model)
         work.model = None
         chosen: dict[str, Any] = {"knobs": self.settings.knobs or None, "verify": self.settings.verify, **work.options}
         kind, budget = self.settings.budget()
@@ -195,7 +192,8 @@ def print_plan(plan: FitPlan, with_notes: bool) -> None:
 
 def _split(batches: Sequence[Any], settings: FitOptions) -> tuple[list[Any], list[Any]]:
     """Splits the samples into calibration samples and tuning samples."""
-    from hf_cod.io.text import describe_batches, split_samples
+    from hf_cod.compression.fit.samples import split_off
+    from hf_cod.io.text import describe_batches
 
     drawn = describe_batches(batches)["samples"]
     if drawn < 2:
@@ -203,8 +201,7 @@ def _split(batches: Sequence[Any], settings: FitOptions) -> tuple[list[Any], lis
             "text: expected at least three samples, for calibration, choice and evaluation, got fewer; use a longer "
             "text or a shorter --sequence-length"
         )
-    share = settings.tuning_samples / (settings.max_samples + settings.tuning_samples)
-    return split_samples(batches, drawn - min(drawn - 1, max(1, round(drawn * share))))
+    return split_off(batches, settings.tuning_samples / (settings.max_samples + settings.tuning_samples))
 
 
 def _told_plan(plan: FitPlan) -> str:

@@ -8,13 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import require_plots
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import CompressionSettings, SpeedSettings, TrainingOutput
 from hf_cod.io.settings import DTYPES, ModelSettings, TextSettings, as_in
 from hf_cod.training.healing.settings import HealSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.training_settings import check_fused, check_scores
 
 if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
@@ -54,26 +52,14 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, source, settings, sampling, files, rest = make_parser().parse(arguments)
-    from hf_cod.cli.samples import check_texts
-    from hf_cod.cli.training import train_into
-    from hf_cod.scoring.layer_scores import LayerScores
-    from hf_cod.training.runs.methods import check_method
-    from hf_cod.training.runs.trainer import check_one_process
+    from hf_cod.cli.training import check_training, train_into
 
-    check_fused(settings, sampling)
-    check_scores(settings, files.scores)
-    check_method(settings.method, sampling)
-    check_texts(text, source.eval_text)
-    if files.scores is not None:
-        LayerScores.load(files.scores)
-    check_one_process()
+    check_training(settings, sampling, files, text, source.eval_text)
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
     del told["speed"]  # does not affect the training
     if settings.follows_samples:
         del told["steps"]
-    if files.plots:
-        require_plots()
     work = partial(run, rest.student, loading, text, source, settings, sampling, files.scores)
     train_into(directory, {"student": rest.student, **told}, rest.student, files, work)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_cod.cli.output import save_report
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
@@ -36,9 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     directory = Path(chosen.output) if chosen.output else history.path.parent
     with OutputDirectory(directory) as output:
         report.keep_earlier(directory)
-        if pictures.plots:
-            report.plot(output.results, pictures.plot_format)
-        report.save(output.results)
+        save_report(report, output, pictures)
         output.finish()
     print_report(report)
     say(f"\nwritten to {directory.resolve()}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_cod.cli.output import write_model
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.compression.sparse.settings import PackSettings
 from hf_cod.io.display import say
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 class PackOptions(PackSettings):
     """Settings of packing and of the output directory."""
 
-    output: str | None = field(default=None, metadata={"help": "output directory, as an option"})
+    output: str | None = field(default=None, metadata={"help": "output directory, instead of the second argument"})
     layers_path: str | None = as_in(ScoreSettings, "layers_path")
 
 
@@ -49,29 +51,22 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, settings, rest = make_parser().parse(arguments)
-    from hf_cod.cli.terminal import print_report
     from hf_cod.io.output_checks import check_unused
     from hf_cod.io.output_directory import OutputDirectory
-    from hf_cod.io.report import RunReport
 
     if rest.directory is not None and settings.output is not None:
         raise ValueError(f"output: expected one directory, got {rest.directory!r} and {settings.output!r}")
     directory = Path(rest.directory or settings.output or default_directory("pack", rest.model))
     told = ["pack", rest.model, asdict(loading), settings.minimum, settings.layers_path]
-    with OutputDirectory(directory, told, check=check_unused, source=rest.model) as output:
-        if output.completed:
-            report = RunReport.load(directory)
-        else:
-            report = run(rest.model, loading, settings, output)
-            output.finish()
-    print_report(report)
+    output = OutputDirectory(directory, told, check=check_unused, source=rest.model)
+    write_model(output, partial(run, rest.model, loading, settings))
     say(f"\nwritten to {directory.resolve()}")
     return 0
 
 
 def run(source: str, loading: ModelSettings, settings: PackOptions, output: OutputDirectory) -> RunReport:
-    """Packs a model and writes it, with the report, to the results of `output`."""
-    from hf_cod.cli.recorded import card_outputs, with_inputs
+    """Packs a model and writes it to the results of `output`."""
+    from hf_cod.cli.recorded import with_inputs
     from hf_cod.compression.sparse.quantizer import pack_sparse
     from hf_cod.io.models import load_model
     from hf_cod.layers.running import busy
@@ -90,10 +85,7 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
     copy_companions(Path(source) if Path(source).is_dir() else source, output.results)
     packed_bytes = sum(path.stat().st_size for path in output.results.glob("*.safetensors"))
     told = {"model": source, "minimum": settings.minimum, "layers_path": settings.layers_path}
-    report = with_inputs(describe(stack, model_title(source), told, dense_bytes, packed_bytes), loading)
-    report.save(output.results)
-    card_outputs(output.results, report, output.path.resolve().name)
-    return report
+    return with_inputs(describe(stack, model_title(source), told, dense_bytes, packed_bytes), loading)
 
 
 def describe(

@@ -13,7 +13,7 @@ from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpreadSettings
 from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.pruning.settings import PruneSettings
-from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
+from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice, check_effect, check_least
 from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.scoring.settings import PRUNERS
 from hf_cod.training.healing.settings import RecoverySettings
@@ -112,11 +112,11 @@ class RecoveryOptions:
     recover_learning_rate: float = as_in(RecoverySettings, "learning_rate")
 
     def __post_init__(self) -> None:
-        for name, least in (("recover", 0), ("recover_rank", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_least(self, recover=0, recover_rank=1)
         if not 0 < self.recover_learning_rate < math.inf:
             raise ValueError(f"recover_learning_rate: expected a number above 0, got {self.recover_learning_rate}")
+        if not self.recover:
+            check_effect(self, ("recover_rank", "recover_learning_rate"), "recover 0, which trains nothing")
 
 
 def make_parser() -> SettingsParser:

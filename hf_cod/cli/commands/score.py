@@ -8,12 +8,20 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import require_plots
+from hf_cod.cli.output import require_plots, save_report
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
-from hf_cod.io.settings import ModelSettings, SampleSettings, TextSettings
-from hf_cod.scoring.settings import USE_STATISTICS, ScoreSettings
+from hf_cod.io.settings import (
+    DefaultName,
+    DefaultNumber,
+    ModelSettings,
+    SampleSettings,
+    TextSettings,
+    as_in,
+    check_effect,
+)
+from hf_cod.scoring.settings import SETTINGS_OF, USE_STATISTICS, ScoreSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,9 +39,16 @@ STATISTICS, SCORES = "statistics.safetensors", "scores.json"
 class ScoreOptions(SampleSettings, ScoreSettings):
     """Settings of samples and of the score, with one common seed."""
 
+    threshold: float = as_in(ScoreSettings, "threshold", default=DefaultNumber(ScoreSettings().threshold))
+    target: float = as_in(ScoreSettings, "target", default=DefaultNumber(ScoreSettings().target))
+    pruner: str = as_in(ScoreSettings, "pruner", default=DefaultName(ScoreSettings().pruner))
+
     def __post_init__(self) -> None:
         SampleSettings.__post_init__(self)
         ScoreSettings.__post_init__(self)
+        used = SETTINGS_OF.get(self.method, ())
+        unused = [name for names in SETTINGS_OF.values() for name in names if name not in (*used, "seed")]
+        check_effect(self, unused, f"method {self.method}, which does not use it")
 
     @property
     def uses_statistics(self) -> bool:
@@ -78,13 +93,12 @@ def main(arguments: Sequence[str]) -> int:
         got = f"got {output.statistics!r}"
         raise ValueError(f"statistics: expected none with method {settings.method}, which does not use them, {got}")
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
+    from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.cli.terminal import print_report
-    from hf_cod.io.models import load_model
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts, mask_tokens
     from hf_cod.io.text import token_batches as cut_into_batches
     from hf_cod.layers.checks import check_length
-    from hf_cod.layers.running import busy
     from hf_cod.layers.task import task_of
 
     directory = Path(output.output or default_directory("score", rest.model))
@@ -94,19 +108,14 @@ def main(arguments: Sequence[str]) -> int:
     if output.statistics is not None:
         LayerStatistics.load(output.statistics)
     with OutputDirectory(directory, source=rest.model) as place:
-        with busy(f"loading {model_title(rest.model)}"):
-            model, tokenizer = load_model(rest.model, loading)
-        if tokenizer is None:
-            raise ValueError(f"model: expected a model with a tokenizer, got {rest.model!r}; use hf_cod.score_layers")
+        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers")
         check_length(model, settings.sequence_length)
         batches = cut_into_batches(tokenizer, texts, settings)
         if task_of(model) == "masked_lm":
             batches = mask_tokens(tokenizer, batches, settings.seed)
         told = asdict(loading) | asdict(text)
         report = run(model, batches, settings, output.statistics, directory, model_title(rest.model), told)
-        if output.plots:
-            report.plot(place.results, output.plot_format)
-        report.save(place.results)
+        save_report(report, place, output)
         place.finish(beside=[STATISTICS, SCORES])
     print_report(report)
     say(f"\nwritten to {directory.resolve()}")
@@ -127,9 +136,9 @@ def run(
     Its results have, as "score", the settings of the method and its choices; `told` are the settings of its inputs.
     """
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
-    from hf_cod.io.report import RunReport, environment
+    from hf_cod.io.report import RunReport
     from hf_cod.io.text import describe_batches
-    from hf_cod.layers.devices import execution_device
+    from hf_cod.layers.devices import environment_of
     from hf_cod.layers.fingerprints import Journals
     from hf_cod.layers.stack import find_decoder_layers, unwrap
     from hf_cod.scoring.methods import score_layers
@@ -141,7 +150,7 @@ def run(
         kind="score",
         model=name,
         settings={**asdict(settings), **inputs, **told},
-        environment=environment(execution_device(base), next(base.parameters()).dtype),
+        environment=environment_of(base),
         layers={},
         results={},
     )
@@ -175,7 +184,9 @@ def _kept(file: Path, journal: Journal) -> LayerStatistics | None:
 
 
 def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    from hf_cod.io.reading import read_bytes
+
+    return hashlib.sha256(read_bytes(file, "statistics")).hexdigest()
 
 
 def _summary(scores: LayerScores) -> list[str]:

@@ -22,8 +22,9 @@ from hf_cod.compression.depth.search import LayerSearch
 from hf_cod.compression.depth.settings import DepthFields, DepthSettings
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, Batches, describe_batches, split_samples
+from hf_cod.io.settings import SampleSettings, resolve
+from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, describe_batches, split_samples
+from hf_cod.layers.batches import required_batches
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.inputs import check_inputs
@@ -44,11 +45,14 @@ def plan_depth(
     n_removed: int,
     criterion: str | None = None,
     *,
-    batches: Batches,
+    batches: Batches | None = None,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: DepthSettings | None = None,
+    samples: SampleSettings | None = None,
     **fields: Unpack[DepthFields],
 ) -> DepthPlan:
     """Decides which layers to remove. The model is not changed.
@@ -73,7 +77,11 @@ def plan_depth(
         model: a transformers model, wrapped or not.
         n_removed: the number of layers to remove.
         criterion: see the table; default: search.
-        batches: dicts for the model's forward; the search requires at least two samples, and dozens are better.
+        batches: dicts for the model's forward; `token_batches` makes them from texts. The search requires at least two
+            samples, and dozens are better.
+        tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
+        samples: how texts are cut into samples; default: `SampleSettings()`.
         journal: a directory to which the search saves its measurements; the same call on the same model resumes from
             it. Searches for other numbers of layers can share it.
         layers_path: module name of the layer stack, if it cannot be found automatically.
@@ -82,7 +90,8 @@ def plan_depth(
         **fields: or fields of `DepthSettings` by name: `protect` (True: never remove layers in which massive
             activations arise, see `massive_layers`; False: no protection; or the index or indices of the layers to
             keep), `replacement` (the replacement with which candidates of the search are compared, fitted to the first
-            two thirds; default: none), `search_width` (number of layers that each step of the search tries).
+            two thirds; default: none), `search_width` (number of layers that each step of the search tries); for
+            texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: an unknown criterion or replacement, fewer unprotected layers than `n_removed`, too few samples,
@@ -93,6 +102,7 @@ def plan_depth(
     stack = find_decoder_layers(model, layers_path)
     check_count(n_removed, len(stack), "n_removed")
     check_independent(stack, "layers")
+    batches = required_batches(model, batches, tokenizer, texts, samples, fields)
     check_inputs(stack.model, batches)
     forward = measure_forward(model, batches, layers_path=layers_path, show_progress=show_progress)
     protected = _protected(stack, how.protect, forward)

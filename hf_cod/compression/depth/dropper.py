@@ -12,13 +12,15 @@ from hf_cod.compression.depth.maps import NO_MAPS, Maps
 from hf_cod.compression.depth.settings import REPLACEMENTS, DropLayersFields, DropLayersSettings
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.report import RunReport, environment
-from hf_cod.io.settings import check_choice, resolve
-from hf_cod.io.text import Batch, Batches, describe_batches, split_samples
+from hf_cod.io.report import RunReport
+from hf_cod.io.settings import SampleSettings, check_choice, resolve
+from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, describe_batches, split_samples
+from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import name_of, other_name, sizes_of
-from hf_cod.layers.devices import execution_device
+from hf_cod.layers.devices import environment_of
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.removal import check_drop, drop
+from hf_cod.layers.size import count_parameters
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 
 # Share of the samples on which maps are measured, and to which they are not fitted.
@@ -33,9 +35,12 @@ def drop_layers(
     replacement: str | None = None,
     *,
     batches: Batches | None = None,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     settings: DropLayersSettings | None = None,
+    samples: SampleSettings | None = None,
     **fields: Unpack[DropLayersFields],
 ) -> RunReport:
     """Removes layers permanently, as `drop` does; the result is a stock model.
@@ -61,11 +66,15 @@ def drop_layers(
         plan: from `plan_depth`; or the layers to remove, as indices or one index.
         replacement: see the table; default: the one with which the plan's candidates were compared; none if `plan` is
             given as indices.
-        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is ignored.
+        batches: dicts for the model's forward; `token_batches` makes them from texts. attention_mask (S, T) marks
+            padding, which is ignored.
+        tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
+        samples: how texts are cut into samples; default: `SampleSettings()`.
         layers_path: module name of the layer stack, if it cannot be found automatically.
         name: the model's name in the report; default: where it was loaded from.
         settings: the replacement of removed layers.
-        **fields: or fields of `DropLayersSettings` by name; there are none other than `replacement` yet.
+        **fields: for texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: a plan for another model, layers that do not exist, no layers left, missing batches; see also
@@ -73,15 +82,14 @@ def drop_layers(
     """
     chosen = resolve(drop_layers, DropLayersSettings, settings, fields, replacement=replacement).replacement
     stack = find_decoder_layers(model, layers_path)
+    batches = batches_of(model, batches, tokenizer, texts, samples, fields)
     described = DropReporter(stack, name)
     if not isinstance(plan, DepthPlan):
         plan = DepthPlan(name_of(stack), GIVEN, [plan] if isinstance(plan, int) else sorted(plan), described.sizes)
     chosen = plan.replacement if chosen is None else chosen
     check_choice("replacement", chosen, REPLACEMENTS)
-    if chosen != "none" and not batches:
-        raise ValueError(
-            f"batches: expected at least one for replacement {chosen}, got none; replacement='none' requires none"
-        )
+    if chosen != "none":
+        check_needed(batches, f"for replacement {chosen}")
     if batches:
         check_inputs(stack.model, batches)
     plan.check(stack)
@@ -109,12 +117,12 @@ class DropReporter:
         self.stack = stack
         self.name = name or name_of(stack)
         self.sizes = sizes_of(stack)
-        self.parameters = _count(stack.model)
-        self.environment = environment(execution_device(stack.model), next(stack.model.parameters()).dtype)
+        self.parameters = count_parameters(stack.model)
+        self.environment = environment_of(stack.model)
 
     def report(self, plan: DepthPlan, replacement: str, batches: Sequence[Batch], maps: Maps) -> RunReport:
         """Counts the remaining weights, and makes the report."""
-        left = _count(self.stack.model)
+        left = count_parameters(self.stack.model)
         return RunReport(
             kind="drop-layers",
             model=self.name,
@@ -136,10 +144,6 @@ class DropReporter:
             summary=_summary(plan, self.parameters, left, maps.replacements),
             notes=[*other_name("plan", plan.model, self.stack), *_other_replacement(plan, replacement), *maps.notes],
         )
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def _put_maps(stack: DecoderLayers, removed: list[int], batches: Sequence[Batch], measured: bool, maps: Maps) -> None:

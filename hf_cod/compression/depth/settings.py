@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypedDict
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import check_choice
+from hf_cod.io.settings import SampleFields, check_choice, check_least
 
 # Criterion -> which layers it removes; `plan_depth` has the details.
 CRITERIA = {
@@ -54,12 +53,11 @@ class DepthSettings:
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, CRITERIA)
         check_choice("replacement", self.replacement, REPLACEMENTS)
-        if self.search_width < 1:
-            raise ValueError(f"search_width: expected at least 1, got {self.search_width}")
+        check_least(self, search_width=1)
 
 
-class DepthFields(TypedDict, total=False):
-    """Fields of `DepthSettings` that `plan_depth` takes by name."""
+class DepthFields(SampleFields, total=False):
+    """Fields of `DepthSettings`, and of samples, that `plan_depth` takes by name."""
 
     replacement: str
     protect: bool | int | Iterable[int]
@@ -85,5 +83,5 @@ class DropLayersSettings:
             check_choice("replacement", self.replacement, REPLACEMENTS)
 
 
-class DropLayersFields(TypedDict, total=False):
-    """Fields of `DropLayersSettings` that `drop_layers` takes by name; there are no others yet."""
+class DropLayersFields(SampleFields, total=False):
+    """Fields of `DropLayersSettings`, and of samples, that `drop_layers` takes by name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +22,7 @@ from hf_cod.compression.width.narrower import narrow
 from hf_cod.functional.bits import BITS
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.settings import SampleFields
 from hf_cod.io.text import Batches
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.partial_forward import check_independent
@@ -74,8 +75,8 @@ class Applying:
         return self.options() | {"journal": self.measured or self.journal}
 
 
-class ApplyingFields(TypedDict, total=False):
-    """Fields of `Applying` that `apply_steps` takes by name."""
+class ApplyingFields(SampleFields, total=False):
+    """Fields of `Applying`, and of samples, that `apply_steps` takes by name."""
 
     batches: Batches
     journal: Path | None

@@ -12,16 +12,16 @@ from torch import nn
 from hf_cod.compression.fit.budget import Budget, check_budget
 from hf_cod.compression.fit.fit_plan import FitPlan
 from hf_cod.compression.fit.knobs import EXCLUSIVE, FAILURES, KNOBS, chosen_knobs, describe_steps, left_out
+from hf_cod.compression.fit.samples import calibration_and_tuning, check_given
 from hf_cod.compression.fit.settings import FitFields, FitSettings
 from hf_cod.compression.fit.trials import Steps, Trial, Trials
 from hf_cod.functional.combination import Combination, best_combinations, filled, rising
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value, renamed
 from hf_cod.io.files import fingerprint
-from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batches, check_batches
+from hf_cod.io.settings import SampleSettings, resolve
+from hf_cod.io.text import Batches, Texts, Tokenizer
 from hf_cod.layers.fingerprints import Journals, digest_batches
-from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import progress
 from hf_cod.layers.size import size_of
 from hf_cod.layers.stack import find_decoder_layers
@@ -41,13 +41,16 @@ def plan_fit(
     make: Callable[[], nn.Module],
     kind: str,
     budget: float,
-    calibration: Batches,
-    tuning: Batches,
+    calibration: Batches | None = None,
+    tuning: Batches | None = None,
     *,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: FitSettings | None = None,
+    samples: SampleSettings | None = None,
     **fields: Unpack[FitFields],
 ) -> FitPlan:
     """Finds the compression steps with which a model meets a budget.
@@ -67,16 +70,21 @@ def plan_fit(
         kind: "memory" (bytes of the full model), "parameter_share" (of the weights of the layers' matrices, 0 to 1)
             or "bits" (stored bits for each of those weights).
         budget: the largest allowed size, in the unit of `kind`.
-        calibration: dicts for the model's forward, on which methods calibrate.
-        tuning: other ones, on which losses are measured.
+        calibration: dicts for the model's forward, on which methods calibrate; `token_batches` makes them from texts.
+        tuning: other ones, on which losses are measured; `split_samples` splits batches.
+        tokenizer: with `texts`, instead of both: the model's tokenizer.
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts `max_samples`
+            and then `tuning_samples` samples.
+        samples: how texts are cut into samples; default: `SampleSettings()`.
         journal: a directory to which measurements are saved; the same call resumes from it.
         layers_path: module name of the layer stack, if it cannot be found automatically.
         show_progress: show a progress bar.
         settings: the knobs to choose from, and the number of combinations to measure.
         **fields: or fields of `FitSettings` by name: `knobs`, names of `KNOBS` to choose from (default: all that can
             reduce the size in the unit of `kind`, without those that cannot be applied to this model), and `verify`,
-            the number of combinations of several knobs to measure, in addition to each knob alone. Levels at which a
-            method fails are always excluded. The plan's notes name all excluded knobs and levels.
+            the number of combinations of several knobs to measure, in addition to each knob alone; for texts, also
+            `tuning_samples`, and fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
+            Levels at which a method fails are always excluded. The plan's notes name all excluded knobs and levels.
 
     Raises:
         ValueError: an unknown kind or knob; an invalid budget; a budget out of range (says the least possible), before
@@ -89,15 +97,13 @@ def plan_fit(
     check_budget(kind, budget)
     if isinstance(make, nn.Module):
         raise ValueError(f"make: expected a function that loads the model, got a model ({type(make).__name__})")
-    for name, batches in (("calibration", calibration), ("tuning", tuning)):
-        if not batches:
-            raise ValueError(f"{name}: expected at least one batch, got none")
-        check_batches(batches)
+    check_given(calibration, tuning, tokenizer, texts)
     chosen = chosen_knobs(knobs, kind)
     intact = make()
     stack = find_decoder_layers(intact, layers_path)
-    for name, batches in (("calibration", calibration), ("tuning", tuning)):
-        check_inputs(stack.model, batches, name)
+    calibration, tuning = calibration_and_tuning(
+        stack.model, calibration, tuning, tokenizer, texts, samples, fields, how.tuning_samples
+    )
     notes = left_out(chosen, stack, knobs is not None)
     levels = {knob: KNOBS[knob].levels(intact, layers_path) for knob in chosen if knob not in notes}
     target = Budget(kind, budget, size_of(intact, layers_path))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
 
 from hf_cod.io.arguments import checked
+from hf_cod.io.settings import SampleFields, check_least
 
 # Kind of a budget -> its unit.
 KINDS = {
@@ -27,7 +27,7 @@ KNOBS = {
 @checked
 @dataclass
 class FitSettings:
-    """The knobs to choose from, and the number of combinations to measure."""
+    """The knobs to choose from, the number of combinations to measure, and of samples to measure them on."""
 
     knobs: Sequence[str] | None = field(
         default=None,
@@ -40,17 +40,18 @@ class FitSettings:
     verify: int = field(
         default=3, metadata={"help": "number of combinations of knobs to measure, in addition to each alone"}
     )
+    tuning_samples: int = field(default=16, metadata={"help": "samples for choosing the plan, beside --max-samples"})
 
     def __post_init__(self) -> None:
         unknown = [knob for knob in self.knobs or () if knob not in KNOBS]
         if unknown:
             raise ValueError(f"knobs: expected some of {', '.join(KNOBS)}, got {unknown[0]!r}")
-        if self.verify < 0:
-            raise ValueError(f"verify: expected at least 0, got {self.verify}")
+        check_least(self, verify=0, tuning_samples=1)
 
 
-class FitFields(TypedDict, total=False):
-    """Fields of `FitSettings` that `plan_fit` takes by name."""
+class FitFields(SampleFields, total=False):
+    """Fields of `FitSettings`, and of samples, that `plan_fit` takes by name."""
 
     knobs: Sequence[str] | None
     verify: int
+    tuning_samples: int

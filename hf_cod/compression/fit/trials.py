@@ -14,8 +14,9 @@ from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.compression.fit.knobs import KNOBS, Applying, ApplyingFields
 from hf_cod.io.arguments import checked
 from hf_cod.io.files import Journal
-from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch
+from hf_cod.io.settings import SampleSettings, resolve
+from hf_cod.io.text import Batch, Texts, Tokenizer
+from hf_cod.layers.batches import required_batches
 from hf_cod.layers.size import ModelSize, size_of
 
 Steps = dict[str, float]
@@ -82,19 +83,35 @@ class Trials:
 
 
 @checked
-def apply_steps(model: nn.Module, steps: Steps, how: Applying | None = None, **fields: Unpack[ApplyingFields]) -> None:
+def apply_steps(
+    model: nn.Module,
+    steps: Steps,
+    how: Applying | None = None,
+    *,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
+    samples: SampleSettings | None = None,
+    **fields: Unpack[ApplyingFields],
+) -> None:
     """Applies each step in place, in the order of `KNOBS`.
 
     Args:
         model: a transformers model with plain weights.
         steps: knob -> level, those of a `FitPlan`.
         how: the inputs of knobs.
-        **fields: or fields of `Applying` by name: batches, journal, layers_path, show_progress, measured.
+        tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
+        samples: how texts are cut into samples; default: `SampleSettings()`.
+        **fields: or fields of `Applying` by name: batches (dicts for the model's forward; `token_batches` makes them
+            from texts), journal, layers_path, show_progress, measured; for texts, also fields of `SampleSettings`:
+            sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: an unknown knob, or an error of a method.
     """
-    chosen = resolve(apply_steps, Applying, how, fields)
+    given = fields.get("batches", None if how is None else how.batches)
+    batches = required_batches(model, given, tokenizer, texts, samples, fields)
+    chosen = resolve(apply_steps, Applying, how, fields, batches=batches)
     for knob, level in steps.items():
         if knob not in KNOBS:
             raise ValueError(f"steps: expected {', '.join(KNOBS)}, got {knob!r} ({level:g})")

@@ -16,14 +16,16 @@ from hf_cod.functional import factorization, sparse_low_rank
 from hf_cod.functional.ranks import count
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.report import RunReport, environment
-from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batches, describe_batches
+from hf_cod.io.report import RunReport
+from hf_cod.io.settings import SampleSettings, resolve
+from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
+from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
-from hf_cod.layers.devices import execution_device
+from hf_cod.layers.devices import environment_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
+from hf_cod.layers.size import count_parameters
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.shapes import SPARSE, LowRankLinear
 from hf_cod.models.shaping import check_shapeable, record_shapes
@@ -45,11 +47,14 @@ def factorize(
     method: str | None = None,
     *,
     batches: Batches | None = None,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
     settings: FactorizeSettings | None = None,
+    samples: SampleSettings | None = None,
     **fields: Unpack[FactorizeFields],
 ) -> RunReport:
     """Replaces matrices W of the layers by products B A of two thin factors, in place, where these have fewer weights.
@@ -79,7 +84,11 @@ def factorize(
         plan: an allocation of "parameter_share" or "rank"; ranks by matrix; or one share of parameters for all layers.
             For oats, ranks by matrix require their `nonzeros`, and allocations of "rank" are not accepted.
         method: see the table; default: whitened.
-        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is ignored.
+        batches: dicts for the model's forward; `token_batches` makes them from texts. attention_mask (S, T) marks
+            padding, which is ignored.
+        tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
+        samples: how texts are cut into samples; default: `SampleSettings()`.
         journal: a directory to which each finished layer is saved; the same call on the same intact model resumes from
             it. The files are not removed.
         layers_path: module name of the layer stack, if it cannot be found automatically.
@@ -87,7 +96,8 @@ def factorize(
         show_progress: show a progress bar.
         settings: how matrices are factorized.
         **fields: or fields of `FactorizeSettings` by name: `rank_share`, for oats, the part of the kept weights that is
-            in the thin factors, between 0 and 1; other methods ignore it.
+            in the thin factors, between 0 and 1; other methods ignore it; for texts, also
+            fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: an unknown method, a plan for another model or out of range (says the least possible), missing
@@ -98,8 +108,9 @@ def factorize(
     how = resolve(factorize, FactorizeSettings, settings, fields, method=method)
     method = how.method
     stack = find_decoder_layers(model, layers_path)
-    if METHODS[method] and not batches:
-        raise ValueError(f"batches: expected at least one for {method}, got none")
+    batches = batches_of(model, batches, tokenizer, texts, samples, fields)
+    if METHODS[method]:
+        check_needed(batches, f"for {method}")
     if batches:
         check_inputs(stack.model, batches)
     _check_model(stack)
@@ -196,7 +207,7 @@ class RankReporter:
         self.name = name or name_of(stack)
         self.shapes = [factorizable(stack, index) for index in range(len(stack))]
         self.sizes = sizes_of(stack)
-        self.parameters = sum(p.numel() for p in stack.model.parameters())
+        self.parameters = count_parameters(stack.model)
 
     def report(self, plan: RankPlan, finished: FinishedLayers, settings: dict[str, Any]) -> RunReport:
         """Counts the remaining weights, and makes the report."""
@@ -209,7 +220,7 @@ class RankReporter:
             kind="factorize",
             model=self.name,
             settings=settings,
-            environment=environment(execution_device(self.stack.model), next(self.stack.model.parameters()).dtype),
+            environment=environment_of(self.stack.model),
             layers={
                 "kept": [1 - less / size for less, size in zip(saved, self.sizes, strict=True)],
                 "rank": [1 - less / size for less, size in zip(cut, self.sizes, strict=True)],

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypedDict
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import check_choice
+from hf_cod.io.settings import SampleFields, check_choice
 
 # Method -> the error that it minimizes; `factorize` has the formulas.
 METHODS = {
@@ -36,7 +35,7 @@ class FactorizeSettings:
         },
     )
     rank_share: float = field(
-        default=RANK_SHARE, metadata={"help": "oats: part of the kept weights that is in the thin factors, 0 to 1"}
+        default=RANK_SHARE, metadata={"help": "oats: share of the kept weights that the low-rank factors take, 0 to 1"}
     )
 
     def __post_init__(self) -> None:
@@ -45,8 +44,8 @@ class FactorizeSettings:
             raise ValueError(f"rank_share: expected a share between 0 and 1, got {self.rank_share}")
 
 
-class FactorizeFields(TypedDict, total=False):
-    """Fields of `FactorizeSettings` that `factorize` takes by name."""
+class FactorizeFields(SampleFields, total=False):
+    """Fields of `FactorizeSettings`, and of samples, that `factorize` takes by name."""
 
     rank_share: float
 
@@ -70,5 +69,5 @@ class RankSettings:
             check_choice("method", self.method, WEIGHINGS)
 
 
-class RankFields(TypedDict, total=False):
-    """Fields of `RankSettings` that `plan_ranks` takes by name; there are no others yet."""
+class RankFields(SampleFields, total=False):
+    """Fields of `RankSettings`, and of samples, that `plan_ranks` takes by name."""

@@ -18,8 +18,9 @@ from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, Batches, split_samples
+from hf_cod.io.settings import SampleSettings, resolve
+from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, split_samples
+from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
@@ -43,10 +44,13 @@ def plan_ranks(
     method: str | None = None,
     *,
     batches: Batches | None = None,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: RankSettings | None = None,
+    samples: SampleSettings | None = None,
     **fields: Unpack[RankFields],
 ) -> RankPlan:
     """Distributes a budget of parameters over all matrices by their spectra, with the least sum of losses
@@ -63,21 +67,26 @@ def plan_ranks(
         model: a transformers model with plain weights; it is not changed.
         parameter_share: share of the weights of the layers' matrices to keep, in 0..1.
         method: see the table; default: fisher with batches of a language model, else spectrum.
-        batches: with batches, spectra of the outputs on them (whitened) are used, else spectra of the weights.
+        batches: dicts for the model's forward; `token_batches` makes them from texts. With batches, spectra of the
+            outputs on them (whitened) are used, else spectra of the weights.
+        tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
+        samples: how texts are cut into samples; default: `SampleSettings()`.
         journal: a directory to which each finished layer is saved; the same call resumes from it.
         layers_path: module name of the layer stack, if it cannot be found automatically.
         show_progress: show a progress bar.
         settings: how ranks are distributed over matrices.
-        **fields: or fields of `RankSettings` by name; there are none other than `method` yet.
+        **fields: for texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: an unknown method, fisher without a loss, a budget out of range (says the least possible), or
             weights or activations that are not finite.
     """
     method = resolve(plan_ranks, RankSettings, settings, fields, method=method).method
-    if method == "fisher" and not batches:
-        raise ValueError("batches: expected at least one for fisher, got none")
     stack = find_decoder_layers(model, layers_path)
+    batches = batches_of(model, batches, tokenizer, texts, samples, fields)
+    if method == "fisher":
+        check_needed(batches, "for fisher")
     if batches:
         check_inputs(stack.model, batches)
     total = sum(sizes_of(stack))

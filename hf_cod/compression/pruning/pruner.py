@@ -15,11 +15,12 @@ from hf_cod.compression.pruning.settings import PruneFields, PruneSettings
 from hf_cod.functional.sparsity import Pattern
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.report import RunReport, environment
-from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, Batches, describe_batches
+from hf_cod.io.report import RunReport
+from hf_cod.io.settings import SampleSettings, resolve
+from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, describe_batches
+from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_sizes, check_writable, name_of
-from hf_cod.layers.devices import execution_device
+from hf_cod.layers.devices import environment_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import check_independent
@@ -37,12 +38,15 @@ def prune(
     method: str | None = None,
     *,
     batches: Batches | None = None,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     statistics: LayerStatistics | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
     settings: PruneSettings | None = None,
+    samples: SampleSettings | None = None,
     **fields: Unpack[PruneFields],
 ) -> RunReport:
     """Sets weights of the layers' matrices to zero, in place; embeddings, head, norms and biases are left unchanged.
@@ -67,7 +71,11 @@ def prune(
             it are pruned, the others are not.
         plan: an allocation of sparsity; one sparsity for all layers; or a pattern for all layers, such as "2:4".
         method: see the table; default: wanda.
-        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is ignored.
+        batches: dicts for the model's forward; `token_batches` makes them from texts. attention_mask (S, T) marks
+            padding, which is ignored.
+        tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
+        samples: how texts are cut into samples; default: `SampleSettings()`.
         statistics: of this model, from `collect_statistics`; for wanda, instead of batches.
         journal: a directory to which each finished layer is saved; the same call on the same intact model resumes from
             it. The files are not removed.
@@ -75,7 +83,7 @@ def prune(
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
         settings: how the weights to remove are chosen.
-        **fields: or fields of `PruneSettings` by name; there are none other than `method` yet.
+        **fields: for texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: an unknown method, a plan out of range or for another model, a pattern that does not divide the
@@ -84,6 +92,7 @@ def prune(
     """
     method = resolve(prune, PruneSettings, settings, fields, method=method).method
     stack = find_decoder_layers(model, layers_path)
+    batches = batches_of(model, batches, tokenizer, texts, samples, fields)
     chosen = _chosen(method, batches, statistics)
     if batches is not None:
         check_inputs(stack.model, batches)
@@ -127,8 +136,8 @@ def _chosen(method: str, batches: Sequence[Batch] | None, statistics: LayerStati
         raise ValueError("statistics: expected batches or statistics, got both")
     if statistics is not None and chosen.recorder is not None and not chosen.takes_squares:
         raise ValueError(f"statistics: expected batches for {method}, got statistics, which hold sums of squares alone")
-    if chosen.recorder is not None and statistics is None and not batches:
-        raise ValueError(f"batches: expected at least one for {method}, got none")
+    if chosen.recorder is not None and statistics is None:
+        check_needed(batches, f"for {method}")
     return chosen
 
 
@@ -187,7 +196,7 @@ def _report(
         kind="prune",
         model=name or name_of(stack),
         settings=settings,
-        environment=environment(execution_device(stack.model), next(stack.model.parameters()).dtype),
+        environment=environment_of(stack.model),
         layers={"target": [target.sparsity for target in targets], **layers},
         results=results,
         summary=[

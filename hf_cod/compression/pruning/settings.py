@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypedDict
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import check_choice
+from hf_cod.io.settings import SampleFields, check_choice
 
 # Method -> which weights are removed; `prune` has the formulas.
 METHODS = {
@@ -30,5 +29,5 @@ class PruneSettings:
         check_choice("method", self.method, METHODS)
 
 
-class PruneFields(TypedDict, total=False):
-    """Fields of `PruneSettings` that `prune` takes by name."""
+class PruneFields(SampleFields, total=False):
+    """Fields of `PruneSettings`, and of samples, that `prune` takes by name."""

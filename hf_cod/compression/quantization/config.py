@@ -15,6 +15,7 @@ from hf_cod.compression.stored_quantization import StoredQuantization
 from hf_cod.functional.bits import BITS
 from hf_cod.io.arguments import checked
 from hf_cod.io.schema import brief, check_fields
+from hf_cod.io.settings import SampleFields
 from hf_cod.layers.replacement_modules import INSTALL
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
@@ -80,8 +81,8 @@ class OwlBnbConfig(QuantizeSettings, StoredQuantization):
         return copy.deepcopy(kept)
 
 
-class QuantizeFields(StorageFields, total=False):
-    """Fields of `OwlBnbConfig` that `quantize` takes by name."""
+class QuantizeFields(StorageFields, SampleFields, total=False):
+    """Fields of `OwlBnbConfig`, and of samples, that `quantize` takes by name."""
 
     quant_method: Any
     bits: float

@@ -112,7 +112,8 @@ def plan_bits(
         _check_scores(scores, stack)
     weights = sum(n * k for n, k in sizes.values())
     least, most = (sum(stored_bits(size, width, storage) for size in sizes.values()) for width in BITS)
-    budget = {FEW: least, MANY: most}.get(int(bits) if bits == int(bits) else 0, bits * weights)
+    ends: dict[float, float] = {FEW: least, MANY: most}
+    budget = ends.get(bits, bits * weights)
     if not least - _TOLERANCE * weights <= budget <= most + _TOLERANCE * weights:
         raise ValueError(
             f"bits: expected 3, 4, or {least / weights:.3f} to {most / weights:.3f} stored bits a weight, scales "

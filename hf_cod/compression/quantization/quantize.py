@@ -18,8 +18,9 @@ from hf_cod.compression.quantization.rounding import fill, new_module, round_mat
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport, environment
-from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batches, describe_batches
+from hf_cod.io.settings import SampleSettings, resolve
+from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
+from hf_cod.layers.batches import batches_of
 from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -38,10 +39,13 @@ def quantize(
     config: OwlBnbConfig | None = None,
     *,
     batches: Batches | None = None,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
+    samples: SampleSettings | None = None,
     **fields: Unpack[QuantizeFields],
 ) -> RunReport:
     """Stores the matrices of a model's layers in three or four bits, in place; all other weights are left unchanged.
@@ -64,13 +68,18 @@ def quantize(
     Args:
         model: a transformers model with plain weights in memory.
         config: bits, scores, storage; if its `modules` are set, they replace bits and scores.
-        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is ignored.
+        batches: dicts for the model's forward; `token_batches` makes them from texts. attention_mask (S, T) marks
+            padding, which is ignored.
+        tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
+        samples: how texts are cut into samples; default: `SampleSettings()`.
         journal: a directory to which each finished layer is saved; the same call on the same intact model resumes from
             it. The files are not removed.
         layers_path: module name of the layer stack, if it cannot be found automatically.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
-        **fields: or fields of `OwlBnbConfig` by name: bits, scores, allocation, statistics, skip, block, ...
+        **fields: or fields of `OwlBnbConfig` by name: bits, scores, allocation, statistics, skip, block, ...;
+            for texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -86,6 +95,7 @@ def quantize(
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model without wrappers, got {type(model).__name__}")
     stack = find_decoder_layers(model, layers_path)
+    batches = batches_of(model, batches, tokenizer, texts, samples, fields)
     statistics = config.statistics
     if statistics is not None and batches is not None:
         raise ValueError("statistics: expected batches or statistics, got both")

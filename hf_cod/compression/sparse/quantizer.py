@@ -40,6 +40,9 @@ class SparseQuantizer(HfQuantizer):
             linear = model.get_submodule(name)
             if not isinstance(linear, nn.Linear):
                 raise ValueError(f"modules: expected Linears of {type(model).__name__}, got {name!r}")
+            if nonzeros > linear.weight.numel():
+                most = linear.weight.numel()
+                raise ValueError(f"modules: expected at most {most} stored weights of {name!r}, got {nonzeros}")
             sizes = (linear.in_features, linear.out_features, linear.bias is not None)
             packed = SparseLinear(*sizes, nonzeros=nonzeros, device="meta", dtype=linear.weight.dtype)
             packed._is_hf_initialized = True  # type: ignore[assignment]  # otherwise its weight is made dense to check

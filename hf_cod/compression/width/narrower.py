@@ -23,8 +23,9 @@ from hf_cod.functional import channels
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport
-from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batches, describe_batches
+from hf_cod.io.settings import SampleSettings, resolve
+from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
+from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_sizes, check_writable
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
@@ -46,11 +47,14 @@ def narrow(
     compensation: str | None = None,
     *,
     batches: Batches | None = None,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     journal: str | Path | None = None,
     layers_path: str | None = None,
     name: str | None = None,
     show_progress: bool = False,
     settings: NarrowSettings | None = None,
+    samples: SampleSettings | None = None,
     **fields: Unpack[NarrowFields],
 ) -> RunReport:
     """Removes the attention heads and MLP channels of least importance, in place.
@@ -90,7 +94,11 @@ def narrow(
         plan: an allocation of "parameter_share"; widths by layer; or one share of parameters for all layers.
         method: see the first table; default: fluctuation.
         compensation: see the second table; default: least_squares.
-        batches: dicts for the model's forward; attention_mask (S, T) marks padding, which is ignored.
+        batches: dicts for the model's forward; `token_batches` makes them from texts. attention_mask (S, T) marks
+            padding, which is ignored.
+        tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
+        samples: how texts are cut into samples; default: `SampleSettings()`.
         journal: a directory to which each finished layer is saved; the same call on the same intact model resumes from
             it. The files are not removed.
         layers_path: module name of the layer stack, if it cannot be found automatically.
@@ -98,7 +106,8 @@ def narrow(
         show_progress: show a progress bar.
         settings: how heads and channels are selected, and the error compensation.
         **fields: or fields of `NarrowSettings` by name: `channel_multiple`; numbers of channels are rounded to
-            multiples of it, as close to the budget as possible.
+            multiples of it, as close to the budget as possible; for texts, also fields of `SampleSettings`:
+            sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: an unknown method or compensation, a plan for another model or out of range (says the least
@@ -110,9 +119,10 @@ def narrow(
     how = resolve(narrow, NarrowSettings, settings, fields, method=method, compensation=compensation)
     method, compensation = how.method, how.compensation
     stack = find_decoder_layers(model, layers_path)
+    batches = batches_of(model, batches, tokenizer, texts, samples, fields)
     sequential = needs_inputs(method, compensation)
-    if (sequential or METHODS[method].gradients) and not batches:
-        raise ValueError(f"batches: expected at least one for {method} with {compensation}, got none")
+    if sequential or METHODS[method].gradients:
+        check_needed(batches, f"for {method} with {compensation}")
     if batches:
         check_inputs(stack.model, batches)
     _check_model(stack)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import as_in, check_choice
+from hf_cod.io.settings import SampleFields, as_in, check_choice
 
 # Method -> which heads and channels are kept; `narrow` has the details.
 METHODS = {
@@ -68,8 +68,8 @@ class NarrowSettings:
         check_channel_multiple(self.channel_multiple)
 
 
-class NarrowFields(TypedDict, total=False):
-    """Fields of `NarrowSettings` that `narrow` takes by name."""
+class NarrowFields(SampleFields, total=False):
+    """Fields of `NarrowSettings`, and of samples, that `narrow` takes by name."""
 
     channel_multiple: int
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from hf_cod.compression.width.width_plan import WidthPlan
-from hf_cod.io.report import RunReport, environment
+from hf_cod.io.report import RunReport
 from hf_cod.layers.checks import name_of, pruned_matrices, sizes_of
-from hf_cod.layers.devices import execution_device
+from hf_cod.layers.devices import environment_of
 from hf_cod.layers.finished_layers import FinishedLayers
+from hf_cod.layers.size import count_parameters
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import KINDS, LayerUnits
 
@@ -35,7 +34,7 @@ class WidthReporter:
         self.stack, self.units = stack, units
         self.name = name or name_of(stack)
         self.sizes = sizes_of(stack)
-        self.parameters = _count(stack.model.parameters())
+        self.parameters = count_parameters(stack.model)
         self.pruned = len(pruned_matrices(stack))
 
     def report(
@@ -55,11 +54,11 @@ class WidthReporter:
             kind="narrow",
             model=self.name,
             settings=settings,
-            environment=environment(execution_device(self.stack.model), next(self.stack.model.parameters()).dtype),
+            environment=environment_of(self.stack.model),
             layers=self._layers(kept, left, [note["errors"] for note in notes]),
             results={
                 "kept": share,
-                "parameters": {"intact": self.parameters, "narrowed": _count(self.stack.model.parameters())},
+                "parameters": {"intact": self.parameters, "narrowed": count_parameters(self.stack.model)},
                 "heads": plan.heads,
                 "channels": plan.channels,
                 "stock": stock,
@@ -123,7 +122,3 @@ def _told_layers(layers: Sequence[int]) -> str:
 def _share(units: LayerUnits, kind: str, kept: dict[str, int]) -> float | None:
     own = units[kind]
     return None if own is None else kept.get(kind, own.count) / own.count
-
-
-def _count(parameters: Iterable[Tensor]) -> int:
-    return sum(p.numel() for p in parameters)

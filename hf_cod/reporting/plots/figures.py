@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from hf_cod.io.files import write_aside
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import PLOT_FORMATS, check_choice
+from hf_cod.reporting.plots.names import literal
 from hf_cod.reporting.plots.panels import BY_STEP, OVERVIEW, PANELS, angular_distance, log_if_wide
 
 DPI = 150
@@ -132,7 +133,7 @@ def _title(report: RunReport) -> str:
 
 
 def _shorten(name: str) -> str:
-    return name if len(name) <= 48 else "..." + name[-45:]
+    return literal(name if len(name) <= 48 else "..." + name[-45:])
 
 
 def _drawn(figure: Any, plot_format: str) -> bytes:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 from hf_cod.io.report import RunReport, format_number, standing_out
 from hf_cod.reporting.plots.colours import INK, NEAR_IS_YELLOW, PALE
+from hf_cod.reporting.plots.names import literal
 from hf_cod.reporting.plots.training_panels import LOG_RATIO, TRAINING_PANELS
 
 BY_STEP = "_by_step"
@@ -57,7 +58,7 @@ def angular_distance(axes: Axes, report: RunReport, farthest: float | None = Non
 def _layer_drop(axes: Axes, report: RunReport) -> None:
     drop = report.results["layer_drop"]
     values = _numbers(drop["without"])
-    metric = drop["metric"].replace("_", " ")
+    metric = literal(drop["metric"].replace("_", " "))
     log_if_wide(axes, values)
     _bars(axes, values, least=not drop["lower_is_better"], intervals=_intervals(report, "layer_drop"))
     title = f"{metric.capitalize()} without each single layer"
@@ -88,13 +89,14 @@ def _score(axes: Axes, report: RunReport) -> None:
     """Bars per layer; for OWL, the layerwise outlier distribution."""
     settings, found = report.settings, report.results.get("score", {})
     method = settings.get("score") or settings["method"]
-    title, label = f"Score of each layer: {method.replace('_', ' ')}", SCORE_LABELS.get(method, "score")
+    title, label = f"Score of each layer: {literal(method.replace('_', ' '))}", SCORE_LABELS.get(method, "score")
     if settings.get("scores"):  # scores from a file: the report does not contain their method
-        title, label = f"Score of each layer: {Path(settings['scores']).name}", "score"
+        title, label = f"Score of each layer: {literal(Path(settings['scores']).name)}", "score"
     elif method == "owl":
         title = f"Layerwise outlier distribution (M = {settings['threshold']:g})"
     elif "chosen" in found:
-        title += f", which chose {found['chosen']}" + (f" (λ = {found['spread']:g})" if "spread" in found else "")
+        title += f", which chose {literal(found['chosen'])}"
+        title += f" (λ = {found['spread']:g})" if "spread" in found else ""
         label = SCORE_LABELS.get(found["chosen"], "score")
     values = _numbers(report.layers["score"])
     log_if_wide(axes, values)
@@ -168,7 +170,8 @@ def _removed(axes: Axes, report: RunReport) -> None:
     log_if_wide(axes, values)
     axes.bar(range(len(values)), values, color=[INK if i in removed else PALE for i in range(len(values))])
     _finish_bars(axes, values, f"layer (dark, removed: {', '.join(map(str, removed))})")
-    axes.set(ylabel=COST_LABELS.get(criterion, "removed"), title=f"Removed layers: {criterion.replace('_', ' ')}")
+    title = f"Removed layers: {literal(criterion.replace('_', ' '))}"
+    axes.set(ylabel=COST_LABELS.get(criterion, "removed"), title=title)
 
 
 def _trade_off(axes: Axes, report: RunReport) -> None:
@@ -181,7 +184,7 @@ def _trade_off(axes: Axes, report: RunReport) -> None:
         label, style = _mark_of(row["steps"], plan["steps"])
         seen = label in axes.get_legend_handles_labels()[1]
         axes.plot(row["left"], row["loss"], linestyle="none", label=None if seen else label, **style)
-        name = " + ".join(row["steps"]) or "intact"
+        name = literal(" + ".join(row["steps"])) or "intact"
         axes.annotate(name, (row["left"], row["loss"]), xytext=(4, 4), textcoords="offset points")
     axes.axhline(plan["intact_loss"], color="black", linestyle="--", linewidth=1, label="intact model")
     axes.legend(frameon=False)

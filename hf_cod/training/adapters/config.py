@@ -13,7 +13,8 @@ from peft.utils import CONFIG_NAME
 from hf_cod.io.arguments import checked
 from hf_cod.io.files import write_text
 from hf_cod.io.reading import read_json
-from hf_cod.io.settings import Default
+from hf_cod.io.schema import check_value, limits
+from hf_cod.io.settings import Default, check_least
 from hf_cod.models.stored_config import REQUIRES
 from hf_cod.training.adapters.registry import peft_type
 
@@ -34,7 +35,7 @@ class OwLoreConfig(PeftConfig):
     PEFT can load such an adapter in any process after `import hf_cod`.
 
     Raises:
-        ValueError: a rank below 1.
+        ValueError: a rank below 1, or `held` of another type.
     """
 
     r: int = field(
@@ -67,10 +68,8 @@ class OwLoreConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
-        for name in ("r", "max_rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_least(self, r=1, max_rank=1)
+        check_value(self.held, dict[str, tuple[int, int]], "held", limits(least=0))
         for name in ("target_modules", "exclude_modules"):
             names: Any = getattr(self, name)
             setattr(self, name, set(names) if isinstance(names, list) else names)

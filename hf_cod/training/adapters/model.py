@@ -106,11 +106,11 @@ class OwLoreModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        held = tuple(peft_config.held.get(current_key, (0, 0)))
         if isinstance(target, OwLoreLinear):
-            target.update_layer(adapter_name, peft_config, held)
+            target.update_layer(adapter_name, peft_config, _held(peft_config, current_key, target))
             return
         self._check_target(target, current_key)
+        held = _held(peft_config, current_key, target)
         new = OwLoreLinear(target, adapter_name, peft_config, held, **get_quantization_kwargs(self))
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)
@@ -127,6 +127,19 @@ class OwLoreModel(BaseTuner):
                 f"target_modules: expected matrices of the layers in {stack.layers_path}, got {name} "
                 f"({type(target).__name__}); name other modules that are to train in modules_to_save"
             )
+
+
+def _held(config: Any, name: str, target: nn.Module) -> tuple[int, int]:
+    """Columns of P and of B in the saved adapter, checked before they are allocated.
+
+    Raises:
+        ValueError: more than a matrix of this shape can have.
+    """
+    P, B = config.held.get(name, (0, 0))
+    most = min(shape_of(target))
+    if max(P, B) > most:
+        raise ValueError(f"held: expected at most {most} columns, the width of {name}, got {max(P, B)}")
+    return P, B
 
 
 def _increments(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Increment]]:

@@ -6,9 +6,9 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from hf_cod.io.report import RunReport, environment, format_number
+from hf_cod.io.report import RunReport, format_number
 from hf_cod.layers.checks import name_of, pruned_matrices
-from hf_cod.layers.devices import execution_device
+from hf_cod.layers.devices import environment_of
 from hf_cod.layers.size import ModelSize, size_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.training.healing.matching import Matching
@@ -66,7 +66,7 @@ def healing_report(
         kind="heal",
         model=name or name_of(stack),
         settings={**settings.resolved(), **asdict(sampling)},
-        environment=environment(execution_device(stack.model), next(stack.model.parameters()).dtype),
+        environment=environment_of(stack.model),
         layers=layers,
         results=results,
         summary=summary,

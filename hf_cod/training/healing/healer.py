@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
@@ -17,7 +18,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
-from hf_cod.io.text import Batch, Tokenizer
+from hf_cod.io.text import Batch, Batches, Texts, Tokenizer
 from hf_cod.layers.checks import check_length, pruned_matrices
 from hf_cod.layers.fingerprints import digest_batches
 from hf_cod.layers.finished_layers import fingerprint_of_work
@@ -34,17 +35,19 @@ from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.run_directory import begun_steps, claim, half_checkpoints, lost_checkpoints
 from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, split_windows, train
-from hf_cod.training.runs.training_settings import check_scores, for_samples
+from hf_cod.training.runs.training_settings import check_effects, for_samples
 
 
 @checked
 def heal(
     student: nn.Module,
     teacher: nn.Module,
-    data: Tensor | str | Iterable[str],
+    data: Tensor | str | Iterable[str] | None = None,
     settings: HealSettings | None = None,
     *,
+    batches: Batches | None = None,
     tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     teacher_tokenizer: Tokenizer = None,
     held_out: Tensor | None = None,
     sampling: OwLoreSettings | None = None,
@@ -69,9 +72,13 @@ def heal(
     Args:
         student: a causal language model with weights in floating point.
         teacher: a causal language model with the same vocabulary; of any dtype, quantized or not, on any device.
-        data: windows of token ids (N, T), or texts, which `tokenizer` converts to windows.
+        data: windows of token ids (N, T), or the same as `texts`.
         settings: `HealSettings`, instead of single fields; default: `HealSettings()`.
+        batches: instead of `data`: dicts with windows of token ids, without padding; `token_batches` makes them from
+            texts.
         tokenizer: the student's tokenizer, for texts.
+        texts: instead of `data`, with `tokenizer`: text, list of texts, `datasets` column, or any iterable of strings,
+            which is cut completely into windows of `settings.sequence_length`.
         teacher_tokenizer: if given, it is compared with the student's.
         held_out: windows to measure perplexity on (N, T); default: the last `settings.eval_samples` of the data.
         sampling: settings of methods that sample layers.
@@ -93,9 +100,10 @@ def heal(
         if tokenizer is None:
             raise ValueError("tokenizer: expected the student's tokenizer with teacher_tokenizer, got none")
         check_tokenizers(tokenizer, teacher_tokenizer)
-    check_scores(settings, scores)
+    check_effects(settings, sampling, scores)
     for stack in (mine, theirs):
         check_length(stack.model, settings.sequence_length)
+    data = _one_of(data, batches, texts)
     windows, held_out = _windows(data, tokenizer, held_out, settings, int(mine.config.vocab_size))
     settings = for_samples(settings, len(windows), begun_steps(Path(output)) if output else None)
     objective = Objective(
@@ -128,6 +136,37 @@ def _directory(output: str | Path | None) -> Iterator[Path]:
     else:
         with OutputDirectory(output, half=half_checkpoints, lost=lost_checkpoints) as directory:
             yield directory.path
+
+
+def _one_of(
+    data: Tensor | str | Iterable[str] | None, batches: Sequence[Batch] | None, texts: str | Iterable[str] | None
+) -> Tensor | str | Iterable[str]:
+    """The argument that holds the data; windows of batches."""
+    given = {"data": data, "batches": batches, "texts": texts}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise ValueError(
+            f"data: expected windows, batches, or tokenizer and texts, got {' and '.join(names) or 'none of them'}"
+        )
+    if batches is None:
+        return texts if data is None else data  # type: ignore[return-value]
+    return _windows_of(batches)
+
+
+def _windows_of(batches: Sequence[Batch]) -> Tensor:
+    """(N, T): the samples of batches, which must be windows: of one length, without padding and other labels."""
+    if not batches:
+        raise ValueError("batches: expected at least one, got none")
+    for number, batch in enumerate(batches):
+        if "input_ids" not in batch or "labels" in batch:
+            raise ValueError(f"batches: expected input_ids without labels, got {', '.join(batch)} in batch {number}")
+        alike = batch["input_ids"].shape[-1] == batches[0]["input_ids"].shape[-1]
+        if not alike or ("attention_mask" in batch and not batch["attention_mask"].all()):
+            raise ValueError(
+                f"batches: expected samples of one length without padding, got others in batch {number}; token_batches "
+                "cuts such samples unless pack is False"
+            )
+    return torch.cat([batch["input_ids"] for batch in batches])
 
 
 def _windows(

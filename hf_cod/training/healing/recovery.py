@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.settings import resolve
-from hf_cod.io.text import IGNORED_LABEL, Batches
+from hf_cod.io.settings import SampleSettings, resolve
+from hf_cod.io.text import IGNORED_LABEL, Batches, Texts, Tokenizer
+from hf_cod.layers.batches import check_needed, required_batches
 from hf_cod.layers.bitsandbytes_advice import advice_silenced
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
@@ -32,12 +33,15 @@ with advice_silenced():  # of bitsandbytes, which is imported with PEFT
 @checked
 def recover(
     model: nn.Module,
-    batches: Batches,
+    batches: Batches | None = None,
     steps: int | None = None,
     *,
+    tokenizer: Tokenizer = None,
+    texts: Texts | None = None,
     layers_path: str | None = None,
     show_progress: bool = False,
     settings: RecoverySettings | None = None,
+    samples: SampleSettings | None = None,
     **fields: Unpack[RecoveryFields],
 ) -> list[float]:
     """Trains PEFT's LoRA on the layers' Linears of a pruned language model and merges it in place; zeros stay zeros.
@@ -50,12 +54,17 @@ def recover(
 
     Args:
         model: a pruned model with a language modelling head; train mode and gradient flags are restored afterwards.
-        batches: dicts with input_ids, attention_mask and, for a masked language model, labels; each step takes one.
+        batches: dicts with input_ids, attention_mask and, for a masked language model, labels; `token_batches` makes
+            them from texts. Each step takes one.
         steps: number of steps; default: 100, or fewer if 20 passes over the batches take fewer.
+        tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
+        texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
+        samples: how texts are cut into samples; default: `SampleSettings()`.
         layers_path: module name of the layer stack, if it cannot be found.
         show_progress: show a progress bar.
         settings: `RecoverySettings`, instead of single fields.
-        **fields: fields of `RecoverySettings` by name: rank (r), learning_rate (peak), seed.
+        **fields: fields of `RecoverySettings` by name: rank (r), learning_rate (peak), seed;
+            for texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Returns:
         The loss of each step, before its update, in nats per token.
@@ -66,9 +75,9 @@ def recover(
             finite; the model is then unchanged.
     """
     how = resolve(recover, RecoverySettings, settings, fields, steps=steps)
-    if not batches:
-        raise ValueError("batches: expected at least one to recover on, got none")
     stack = find_decoder_layers(model, layers_path)
+    batches = required_batches(model, batches, tokenizer, texts, samples, fields)
+    check_needed(batches, "to recover on")
     check_inputs(stack.model, batches)
     task = task_of(stack.model, batches)
     if task not in LANGUAGE_MODELS:

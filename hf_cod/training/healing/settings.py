@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from hf_cod.functional.mixture import check_mixture
 from hf_cod.io.arguments import checked
+from hf_cod.io.settings import SampleFields, check_effect, check_least
 from hf_cod.training.runs.training_settings import MANY_PASSES, TrainingSettings, warn_of_passes
 
 RECOVERY_STEPS = 100
@@ -29,7 +30,7 @@ class HealSettings(TrainingSettings):
     )
     labels: float = field(
         default=0.0,
-        metadata={"help": "weight of the cross-entropy of the text's next tokens; the distillation loss has the rest"},
+        metadata={"help": "weight of the cross-entropy of the next token, 0 to 1; 1 - labels is that of distillation"},
     )
     hidden: float = field(
         default=0.0,
@@ -38,8 +39,8 @@ class HealSettings(TrainingSettings):
     teacher_layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "with --hidden: for each layer of the student, the matching layer of the teacher, from 0; default: "
-            "matched by config or weights, or spread evenly"
+            "help": "with --hidden: for each layer of the student, the number of the teacher's layer that it is "
+            "compared with, from 0; default: by config or weights, else evenly spread"
         },
     )
 
@@ -54,6 +55,8 @@ class HealSettings(TrainingSettings):
             raise ValueError(f"hidden: expected a weight of at least 0, got {self.hidden}")
         if self.teacher_layers is not None and not self.hidden:
             raise ValueError("teacher_layers: expected hidden above 0 with them, got 0")
+        if self.labels == 1:
+            check_effect(self, ["temperature"], "labels 1, which leave out the distillation loss")
 
     @property
     def total_steps(self) -> int:
@@ -111,10 +114,7 @@ class RecoverySettings:
     seed: int = field(default=0, metadata={"help": "seed of the initial adapters and of the order of the batches"})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_least(self, steps=1, rank=1)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
 
@@ -126,12 +126,11 @@ class RecoverySettings:
         return self.steps
 
 
-class RecoveryFields(TypedDict, total=False):
-    """Fields of `RecoverySettings` that `recover` takes by name."""
+class RecoveryFields(SampleFields, total=False):
+    """Fields of `RecoverySettings`, and of samples, that `recover` takes by name."""
 
     rank: int
     learning_rate: float
-    seed: int
 
 
 def count_tokens(told: str) -> int:

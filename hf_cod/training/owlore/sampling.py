@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_cod.functional.randomness import generator_of
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import Default, resolve
+from hf_cod.io.settings import Default, check_number, resolve
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.allocation import LayerAllocation
@@ -193,9 +193,7 @@ def check_rank(rank: int | None, layers: ActiveLayers) -> None:
 
 def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Raises ValueError if a hyperparameter is out of range."""
-    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
-    for name, value in numbers.items():
-        if not value >= 0:
-            raise ValueError(f"{name}: expected at least 0, got {value}")
+    for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
+        check_number(name, value, 0)
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")

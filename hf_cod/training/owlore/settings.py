@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import Default, as_in
+from hf_cod.io.settings import Default, as_in, check_least
 
 DEFAULT_FLOOR = 0.2
 DEFAULT_LR = 3e-4
 DEFAULT_SPREAD = 0.5
+MOST_RANK = 100_000  # above the width of any model; each rank up to it is a candidate
 DESELECTED = ("drop", "keep", "offload")
 ROUNDINGS = ("stochastic", "nearest")
 MOMENTS = ("float32", "8bit")
@@ -26,21 +27,21 @@ class OwLoreSettings:
 
     n_active: int = field(
         default=Default(5),
-        metadata={"help": "layers that train at a time, gamma; the default is lowered to the number of layers"},
+        metadata={"help": "layers that train at a time, gamma; the default is smaller for models with fewer layers"},
     )
     interval: int = field(default=50, metadata={"help": "optimizer steps between samplings of layers, K"})
     rank: int | None = field(
         default=Default(128),
         metadata={
-            "help": "rank that gradients of matrices are projected to (GaLore), the default at most their width; 0 or "
-            "None: full rank"
+            "help": "rank of the projected gradients of matrices (GaLore); the default is smaller for narrower "
+            "matrices; 0 or None: full rank"
         },
     )
     scale: float = field(default=1.0, metadata={"help": "factor of projected updates, GaLore's alpha"})
     floor: float = field(
         default=DEFAULT_FLOOR,
         metadata={
-            "help": "share of the sampling probability that is uniform over layers, so that every layer is sampled; "
+            "help": "share of the sampling probability that all layers get alike; above 0, every layer is sampled; "
             "1 is LISA"
         },
     )
@@ -72,18 +73,15 @@ class OwLoreSettings:
     fused: bool = field(
         default=False,
         metadata={
-            "help": "update each weight inside the backward pass and free its gradient at once; not with accumulation, "
-            "clipping (set max_grad_norm to 0), loss scaling or several processes"
+            "help": "update each weight inside the backward pass and free its gradient at once. Requires no gradient "
+            "accumulation, no clipping (max_grad_norm 0), no loss scaling, and one process"
         },
     )
     seed: int = field(default=0, metadata={"help": "seed of the sampling of layers"})
 
     def __post_init__(self) -> None:
         self.rank = self.rank or None
-        for name, least in (("n_active", 1), ("interval", 1), ("rank", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check_least(self, n_active=1, interval=1, rank=1)
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale: expected a finite number above 0, got {self.scale}")
         if not 0 <= self.floor <= 1:
@@ -138,8 +136,9 @@ class LoraRankSettings:
     )
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"r: expected at least 1, got {self.r}")
+        check_least(self, r=1)
+        if self.r > MOST_RANK:
+            raise ValueError(f"r: expected at most {MOST_RANK}, got {self.r}")
         if not 0 <= self.relative_spread <= 1:
             raise ValueError(f"relative_spread: expected a share between 0 and 1, got {self.relative_spread}")
 

@@ -14,9 +14,10 @@ from accelerate import PartialState
 from huggingface_hub import cached_assets_path
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
 from hf_cod.io.files import directory_aside, fingerprint
+from hf_cod.io.models import load_tokenizer
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.packing import PackedStream, PackedText, pack, pack_once, tokenizer_identity, train_tokenizer
 from hf_cod.io.settings import TextSettings
@@ -25,6 +26,7 @@ from hf_cod.layers.replicas import first_process_first, is_first, together
 from hf_cod.models import CodLlamaForCausalLM
 from hf_cod.training.pretraining.recipes import PretrainSettings, Recipe, model_config
 from hf_cod.training.runs import run_directory
+from hf_cod.training.runs.training_settings import warn_of_passes
 
 HELD_OUT_SHARE = 0.02  # share of the windows, if no validation text is set
 PROBE_SAMPLES = 8
@@ -92,6 +94,8 @@ def prepare(settings: PretrainSettings) -> Prepared:
             held_out = None if settings.validation_text else _held_out(len(windows), settings.validation_samples)
             kept = windows if held_out is None else windows[: len(windows) - held_out]
             train = PackedText(kept, recipe.steps * recipe.batch_size, settings.seed)
+            if is_first():
+                warn_of_passes(recipe.steps, recipe.steps * recipe.batch_size / len(kept), len(kept))
             alike["text"] = len(windows)
         validation = windows[len(windows) - held_out :] if held_out else _validation(settings, recipe, texts, tokenizer)
         alike |= {"tokenizer": tokenizer_identity(tokenizer), "validation_text": len(validation)}
@@ -146,12 +150,7 @@ def _cache(name: str) -> Path:
 
 def _tokenizer(recipe: Recipe, texts: TextSettings) -> Any:
     if recipe.tokenizer is not None:
-        try:
-            return AutoTokenizer.from_pretrained(recipe.tokenizer)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"tokenizer: expected a Hub id or a directory, got {recipe.tokenizer!r}: {error}"
-            ) from error
+        return load_tokenizer(recipe.tokenizer)
     vocabulary = model_config(recipe, "pre").vocab_size
     folder = _cache(f"tokenizer-{fingerprint(_source(texts), vocabulary)}")
     if not folder.is_dir():
@@ -162,7 +161,7 @@ def _tokenizer(recipe: Recipe, texts: TextSettings) -> Any:
         except OSError:  # another run has just created the same folder
             if not folder.is_dir():
                 raise
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(str(folder))
 
 
 def _held_out(windows: int, most: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from hf_cod.io.settings import TextSettings
+from hf_cod.io.arguments import checked
+from hf_cod.io.settings import TextSettings, check_least
 from hf_cod.models import CodLlamaConfig, llama_preset
 
 WARMUP_SHARE = 0.1
@@ -92,6 +94,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+@checked
 @dataclass
 class PretrainSettings(TextSettings):
     """A run of pre-training: a recipe, settings that override it, and the output directory."""
@@ -155,10 +158,10 @@ class PretrainSettings(TextSettings):
         for name, valid in (("preset", RECIPES), ("norm_placement", VALID_PLACEMENTS), ("precision", PRECISIONS)):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
-        counts = ("steps", "batch_size", "micro_batch_size", "validation_samples")
-        for name in (*counts, "save_every", "evaluate_every", "diagnose_every", "log_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_least(self, steps=1, batch_size=1, micro_batch_size=1, sequence_length=2, validation_samples=1)
+        check_least(self, save_every=1, evaluate_every=1, diagnose_every=1, log_every=1)
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected a finite number above 0, got {self.learning_rate}")
         if self.stream and self.text is None and not RECIPES[self.preset].stream:
             raise ValueError(f"stream: expected --text with the preset {self.preset}, got none")
         if self.save_every % self.log_every:

@@ -15,6 +15,7 @@ from hf_cod.analysis.diagnostics.diagnosis import diagnose
 from hf_cod.analysis.evaluation.choice import perplexity
 from hf_cod.io.loading import load_exactly
 from hf_cod.io.report import RunReport, environment, format_number
+from hf_cod.layers.size import count_parameters
 from hf_cod.training.pretraining.preparation import Prepared, as_batches
 from hf_cod.training.pretraining.recipes import PretrainSettings
 
@@ -92,7 +93,7 @@ def training_report(
         "curve": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "validation": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
         "tokens": recipe.tokens,
-        "parameters": {"trained": sum(p.numel() for p in model.parameters())},
+        "parameters": {"trained": count_parameters(model)},
         "validation_perplexity": value,
         "validation_tokens": sum(batch["input_ids"].numel() for batch in batches),
     }

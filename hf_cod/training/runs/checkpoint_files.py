@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_cod.io.reading import open_tensors, read_json
+from hf_cod.io.reading import open_tensors, read_json, read_state
 from hf_cod.io.schema import check_value
 
 # File of a Trainer checkpoint -> the entries that Trainer reads from it.
@@ -87,13 +87,6 @@ def _files(checkpoint: Path, pattern: str, sharded: bool) -> list[Path]:
 
 
 def _check_state(path: Path, entries: tuple[str, ...]) -> None:
-    import torch
-    from transformers.trainer_pt_utils import safe_globals
-
-    try:
-        with safe_globals():
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged archive, or a pickle that would run code, may raise anything
-        raise ValueError(f"{path.name}: expected a torch state file, got {str(error).splitlines()[0]}") from error
+    state = read_state(path, path.name)
     if not isinstance(state, dict) or not set(entries) <= set(state):
         raise ValueError(f"{path.name}: expected the entries {', '.join(entries)}, got other contents")

@@ -15,7 +15,7 @@ from hf_cod.training.owlore.increment import Increment
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
 from hf_cod.training.owlore.sampling import LayerSampler
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.memory import Memory, count_memory
+from hf_cod.training.runs.memory import LiveStorages, Memory, gradients_counted, state_of, train_steps
 from hf_cod.training.runs.methods import METHODS, make_optimizer
 
 
@@ -75,6 +75,52 @@ def estimate_memory(
     if isinstance(optimizer, OwLoreAdamW) and settings.deselected == "keep":
         return replace(memory, optimizer_state=_state_of_all(optimizer))
     return memory
+
+
+def count_memory(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    *,
+    accumulation: int = 1,
+    max_grad_norm: float = 1.0,
+) -> Memory:
+    """Counts the memory of two training steps on fake tensors; see `train_steps` for the arguments.
+
+    The peak is in the last forward and backward pass of the second step, which starts with the optimizer's state and
+    the gradients of earlier passes. Only that pass is run. Values do not matter, so the gradients before it are made
+    without a pass.
+    """
+    config: Any = getattr(model, "config", None)
+    counter = LiveStorages(getattr(config, "vocab_size", None))
+    counter.add([*model.parameters(), *model.buffers()], "weights")
+    counter.add(batch.values())
+
+    def entered(phase: str) -> None:
+        counter.add(state_of(optimizer), "optimizer state")
+        counter.phase = phase
+
+    with gradients_counted(model, counter), counter:
+        make_gradients(model)
+        entered("update")
+        optimizer.step()
+        optimizer.zero_grad()
+        entered("activations")
+        if accumulation > 1:
+            make_gradients(model)
+        train_steps(model, optimizer, batch, steps=1, max_grad_norm=max_grad_norm, entered=entered)
+    return counter.memory()
+
+
+def make_gradients(model: nn.Module) -> None:
+    """Accumulates a gradient in each trainable parameter, as a backward pass does; OwLore adapters get their bases."""
+    for module in model.modules():
+        if isinstance(module, Increment) and module.searching:
+            (m, n), like = (module.B.shape[0], module.A.shape[1]), module.N
+            module.project_first(like.new_zeros(1, m), like.new_zeros(1, n))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.backward(torch.zeros_like(parameter))
 
 
 class WorstDraw(LayerSampler):

@@ -145,36 +145,6 @@ def train_steps(
         optimizer.zero_grad()
 
 
-def count_memory(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, Tensor],
-    *,
-    accumulation: int = 1,
-    max_grad_norm: float = 1.0,
-) -> Memory:
-    """Runs two training steps and counts their memory; see `train_steps` for the arguments.
-
-    Two accumulated forward passes suffice for the peak, because the second runs with the gradients of the first. Only
-    the second step accumulates, because it runs with the optimizer's state, too.
-    """
-    config: Any = getattr(model, "config", None)
-    counter = LiveStorages(getattr(config, "vocab_size", None))
-    counter.add([*model.parameters(), *model.buffers()], "weights")
-    counter.add(batch.values())
-
-    def entered(phase: str) -> None:
-        counter.add(state_of(optimizer), "optimizer state")
-        counter.phase = phase
-
-    with gradients_counted(model, counter), counter:
-        for passes in (1, min(accumulation, 2)):
-            train_steps(
-                model, optimizer, batch, steps=1, accumulation=passes, max_grad_norm=max_grad_norm, entered=entered
-            )
-    return counter.memory()
-
-
 @contextmanager
 def gradients_counted(model: nn.Module, counter: LiveStorages) -> Iterator[None]:
     """Counts each tensor as a gradient as soon as it is accumulated in a parameter."""

@@ -17,7 +17,7 @@ from hf_cod.training.owlore.eight_bit import codebook
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.owlore.trained_increments import check_beside_adapters
 from hf_cod.training.owlore.trainer_arguments import owlore
-from hf_cod.training.runs.training_settings import DRAW_BY_SCORES, LEARNING_RATES
+from hf_cod.training.runs.training_settings import DRAW_BY_SCORES, FIXED, LEARNING_RATES
 
 Setup = Callable[[nn.Module, "LayerScores | None", OwLoreSettings, float, int], "tuple[nn.Module, Any]"]
 """(model, scores, settings, learning rate, LoRA's rank) -> (model to train, Trainer's optimizer_cls_and_kwargs)."""
@@ -66,7 +66,7 @@ def _galore(
 
 
 def _lisa(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int) -> tuple[nn.Module, Any]:
-    whole = replace(settings, rank=None, floor=1.0, train_embeddings=True)
+    whole = replace(settings, **FIXED["lisa"])
     return model, owlore(None, lr=lr, **asdict(whole))
 
 

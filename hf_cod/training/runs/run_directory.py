@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from hf_cod.io.files import write_json
 from hf_cod.io.output_checks import check_place
-from hf_cod.io.reading import naming_file, read_json
+from hf_cod.io.reading import as_read, naming_file, read_json
 from hf_cod.io.schema import check_value
 from hf_cod.training.runs.checkpoint_files import newest_whole
 
@@ -76,7 +75,7 @@ def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) ->
     changed = check_claim(directory, wanted, finished=finished)
     if changed:
         (directory / SCORES_FILE).unlink(missing_ok=True)
-    noted, wanted = _noted(directory / SETTINGS), json.loads(json.dumps(wanted))
+    noted, wanted = _noted(directory / SETTINGS), as_read(wanted)
     if {**noted, **wanted} != noted:
         write_json(directory / SETTINGS, {**noted, **wanted})
 
@@ -88,7 +87,7 @@ def check_claim(directory: Path, wanted: dict[str, Any], *, finished: bool = Fal
         ValueError: as `claim`.
     """
     _check_free(directory, finished)
-    wanted = json.loads(json.dumps(wanted))
+    wanted = as_read(wanted)
     noted = _noted(directory / SETTINGS)
     found = noted or (_reported(directory) if finished else {})
     held = _check_held(directory, known=bool(found) if finished else wanted.keys() <= found.keys())

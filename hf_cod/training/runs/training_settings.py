@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import following
+from hf_cod.io.settings import Default, DefaultName, DefaultNumber, check_effect, check_least, following, given
+from hf_cod.scoring.settings import COMPUTED, USE_THRESHOLD
 from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.training.owlore.settings import OwLoreSettings
 
@@ -33,6 +34,11 @@ METHODS = {
 LEARNING_RATES = {"owlore": 1e-3, "lisa": 3e-4, "galore": 1e-3, "owlore-peft": 1e-3, "lora": 3e-4, "full": 5e-5}
 # Methods that sample layers by their scores.
 DRAW_BY_SCORES = ("owlore", "owlore-peft")
+# Method -> settings of the sampling that it fixes.
+FIXED: dict[str, dict[str, Any]] = {"lisa": {"rank": None, "floor": 1.0, "train_embeddings": True}}
+_OF_SAMPLING = tuple(name for name in OwLoreSettings.__dataclass_fields__ if name != "seed")
+# Method -> settings of the sampling that have no effect; `methods.check_method` has those of adapters of OwLore.
+_UNUSED = {"galore": ("n_active", "floor", "deselected"), "lora": _OF_SAMPLING, "full": _OF_SAMPLING}
 
 
 @checked
@@ -43,9 +49,9 @@ class TrainingSettings:
     method: str = field(
         default="owlore", metadata={"help": f"fine-tuning method: {', '.join(METHODS)}", "choices": list(METHODS)}
     )
-    score: str = field(default="owl", metadata={"help": "owlore: score by which layers are sampled"})
+    score: str = field(default=DefaultName("owl"), metadata={"help": "owlore: score by which layers are sampled"})
     threshold: float = field(
-        default=13.0, metadata={"help": "owlore: outlier threshold M of the score owl (paper: 13)"}
+        default=DefaultNumber(13.0), metadata={"help": "owlore: outlier threshold M of the score owl (paper: 13)"}
     )
     learning_rate: float | None = field(
         default=None,
@@ -53,10 +59,11 @@ class TrainingSettings:
     )
     steps: int | None = field(
         default=None,
-        metadata={"help": f"optimizer steps; default: {DEFAULT_STEPS}, or as many as --passes over the samples take"},
+        metadata={"help": f"optimizer steps; default: {DEFAULT_STEPS}, or fewer if --passes is reached before"},
     )
     passes: float = field(
-        default=DEFAULT_PASSES, metadata={"help": "without --steps: most passes over the samples of the text"}
+        default=DefaultNumber(DEFAULT_PASSES),
+        metadata={"help": "maximum number of passes over the training samples; not with --steps"},
     )
     batch_size: int = following(
         f"samples in an optimizer step; default: {BATCH}, or the next multiple of --micro-batch-size"
@@ -66,17 +73,17 @@ class TrainingSettings:
     )
     sequence_length: int = field(default=256, metadata={"help": "tokens in a sample"})
     eval_samples: int = field(
-        default=32, metadata={"help": "held-out samples from the end of the text, to measure perplexity on"}
+        default=32, metadata={"help": "samples at the end of the text, which are not trained on, to measure perplexity"}
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "norm that gradients are clipped to; 0: no clipping"})
     checkpointing: bool = field(
         default=False, metadata={"help": "compute activations again in the backward pass: less memory, more time"}
     )
     bf16: bool = field(default=False, metadata={"help": "train under bfloat16 autocast"})
-    lora_rank: int = field(default=16, metadata={"help": "lora: rank of the adapters"})
+    lora_rank: int = field(default=Default(16), metadata={"help": "lora: rank of the adapters"})
     save_every: int = following(
-        f"steps between checkpoints, from which an interrupted run resumes; default: {SAVE_EVERY}, or the last "
-        "multiple of --log-every before it"
+        f"steps between the checkpoints that an interrupted run resumes from; default: {SAVE_EVERY}, rounded down to a "
+        "multiple of --log-every"
     )
     log_every: int = following(
         f"steps between logged losses; default: {LOG_EVERY}, or the largest number below it that divides --save-every"
@@ -86,11 +93,8 @@ class TrainingSettings:
         for name, valid in (("method", METHODS), ("score", SCORES)):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {getattr(self, name)!r}")
-        counts = ("steps", "batch_size", "micro_batch_size", "sequence_length", "eval_samples", "lora_rank")
-        for name in (*counts, "save_every", "log_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_least(self, steps=1, batch_size=1, micro_batch_size=1, sequence_length=1, eval_samples=1, lora_rank=1)
+        check_least(self, save_every=1, log_every=1)
         self._follow()
         if not 0 < self.passes < math.inf:
             raise ValueError(f"passes: expected a number above 0, got {self.passes}")
@@ -204,13 +208,37 @@ def check_fused(settings: TrainingSettings, sampling: OwLoreSettings) -> None:
         raise ValueError(f"fused: expected max_grad_norm 0, got {settings.max_grad_norm:g}")
 
 
-def check_scores(settings: TrainingSettings, file: str | None) -> None:
-    """Checks that scores are only given to a method that samples layers by them.
+def check_effects(settings: TrainingSettings, sampling: OwLoreSettings, scores_file: str | None) -> None:
+    """Checks that nothing is set that has no effect with the method, or beside another setting.
 
     Raises:
-        ValueError: the method does not sample layers by scores.
+        ValueError: a scores file or settings of a score for a method that does not sample layers by scores, settings of
+            another method, or settings that another one overrides.
     """
-    if file is not None and settings.method not in DRAW_BY_SCORES:
-        raise ValueError(
-            f"scores: expected none with {settings.method}, which does not sample layers by scores, got {file!r}"
-        )
+    method = settings.method
+    if method not in DRAW_BY_SCORES:
+        unscored = f"{method}, which does not sample layers by scores"
+        if scores_file is not None:
+            raise ValueError(f"scores: expected none with {unscored}, got {scores_file!r}")
+        check_effect(settings, ("score", "threshold"), unscored)
+    if scores_file is not None:
+        check_effect(settings, ("score", "threshold"), COMPUTED)
+    if settings.score not in USE_THRESHOLD:
+        check_effect(settings, ["threshold"], f"score {settings.score}, which does not depend on it")
+    if method != "lora":
+        check_effect(settings, ["lora_rank"], f"{method}, which trains no adapters of LoRA")
+    if not settings.follows_samples:
+        check_effect(settings, ["passes"], "a number of steps or tokens")
+    _check_sampling(method, sampling)
+
+
+def _check_sampling(method: str, sampling: OwLoreSettings) -> None:
+    """Checks that no setting of the sampling is set that the method does not use."""
+    for name in given(sampling, FIXED.get(method, {})):
+        if getattr(sampling, name) != FIXED[method][name]:
+            raise ValueError(f"{name}: expected {FIXED[method][name]} with {method}, got {getattr(sampling, name)!r}")
+    if method == "lora":
+        check_effect(sampling, ["rank"], "lora, whose rank is lora_rank")
+    check_effect(sampling, _UNUSED.get(method, ()), f"{method}, which does not use it")
+    if FIXED.get(method, {}).get("rank", sampling.rank) is None:
+        check_effect(sampling, ["scale"], "full rank, in which updates are not scaled")

@@ -327,7 +327,7 @@ def test_bad_input():
         diagnose(model, gpt_like(), TEXT, output=__file__, **QUICK)
     with pytest.raises(ValueError, match="sequence_length: expected at most the model's 64, got 65"):
         diagnose(model, gpt_like(), TEXT, sequence_length=65)
-    with pytest.raises(ValueError, match="expected tokenizer and texts, or batches"):
+    with pytest.raises(ValueError, match="batches: expected batches, or tokenizer and texts, got neither"):
         diagnose(model)
     with pytest.raises(ValueError, match="at least one sample"):
         diagnose(model, gpt_like(), "one two", **QUICK)

@@ -306,6 +306,9 @@ def test_bad_settings(tmp_path):
         LayerDiagnosticsCallback(every=0)
     with pytest.raises(ValueError, match="watch: expected 'warn', 'stop' or None, got 'shout'"):
         LayerDiagnosticsCallback(watch="shout")
+    unknown = [*PROBE, {"input_ids": torch.full((2, 16), 99)}]
+    with pytest.raises(ValueError, match=r"input_ids: expected token ids from 0 to 98 .* got 99 of batch"):
+        trained(tmp_path, [callback(probe=unknown)])
     with pytest.raises(ValueError, match="got DeepSpeed"):
         callback().on_train_begin(SimpleNamespace(deepspeed="zero3.json"), None, None)
     trained(tmp_path, [callback()], save_strategy="steps", save_steps=3)

@@ -43,6 +43,46 @@ def test_a_resumed_run_has_the_history_of_one_that_was_not_interrupted(tmp_path)
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    "number, old, new, told",
+    [
+        (1, '"every": 10', '"every": 11', "line 1: .* move the file away to resume"),
+        (1, '"probe": "abc"', '"probe": "abd"', "line 1: .* move the file away to resume"),
+        (3, "[1.0, 2.0]", "[1.0, 3.0]", "line 3: .* remove the line to resume"),
+        (3, '"step": 10', '"step": 14', "line 3: .* remove the line to resume"),
+        (3, '"effective_depth"', '"effective_depti"', "line 3: .* remove the line to resume"),
+        (3, '"checksum"', '"checksun"', "line 3: .* remove the line to resume"),
+    ],
+)
+def test_a_damaged_line_is_refused_before_a_run_resumes(number, old, new, told, tmp_path):
+    path = history_at(tmp_path / "history.jsonl").path
+    lines = path.read_text().splitlines(keepends=True)
+    assert old in lines[number - 1]
+    lines[number - 1] = lines[number - 1].replace(old, new)
+    path.write_text("".join(lines))
+    for work in (lambda: TrainingHistory.load(path), lambda: TrainingHistory(HEADER, path).start(20)):
+        with pytest.raises(ValueError, match=rf"history {told} in '.*history\.jsonl'"):
+            work()
+    assert path.read_text() == "".join(lines)
+    del lines[number - 1]
+    if number > 1:
+        path.write_text("".join(lines))
+        assert [entry["step"] for entry in TrainingHistory.load(path).lines] == [1, 20, 30]
+
+
+def test_a_history_without_checksums_is_continued_with_them(tmp_path):
+    path = history_at(tmp_path / "history.jsonl").path
+    as_now = path.read_text()
+    lines = [json.loads(text) for text in as_now.splitlines()]
+    for entry in lines:
+        entry.pop("checksum")
+    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in lines))  # as version 0.1 wrote it
+    resumed = TrainingHistory(HEADER, path)
+    resumed.start(step=20)
+    resumed.add(line(30))
+    assert path.read_text() == as_now
+
+
 def test_an_earlier_run_is_kept_and_another_probe_refused(tmp_path):
     path = history_at(tmp_path / "h.jsonl").path
     for name, value in (("probe", "other"), ("layers", 3)):

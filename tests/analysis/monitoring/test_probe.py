@@ -72,6 +72,33 @@ def test_bad_probes():
         probe_batches(["one"], gpt_like(), SETTINGS)
 
 
+ROWS = [{"input_ids": [3, 4, 5]}]
+IMAGES = [{"pixel_values": torch.zeros(3, 2, 2), "label": 1}]
+
+
+@pytest.mark.parametrize(
+    "probe, told",
+    [
+        ([*ROWS, {"text": "one"}], "expected input_ids in each item, as in the first, got text as item 1"),
+        ([*ROWS, {"input_ids": None}], "expected input_ids in each item, .* as item 1"),
+        ([*ROWS, "one"], "expected input_ids in each item, .* got str as item 1"),
+        ([{"input_ids": ["x"]}], "expected numbers in input_ids of item 0, got others"),
+        ([*ROWS, {"input_ids": "one"}], "expected numbers in input_ids of item 1, got others"),
+        ([*ROWS, {"input_ids": [[3]]}], r"expected one list of tokens .* got input_ids \(1, 1\) .* as item 1"),
+        ([*ROWS, {"input_ids": [3, 4], "attention_mask": [1]}], r"mask as long .* attention_mask \(1,\) as item 1"),
+        ([{"text": "one"}, {"words": "two"}], "expected text in each item, as in the first, got words as item 1"),
+        ([{"input_ids": [[3, 4], [5]]}], "expected numbers in input_ids of item 0"),
+        ([{"input_ids": [[3, 4]]}, {"input_ids": [[3], [4, 5]]}], "expected numbers in input_ids of item 1"),
+        ([{"input_ids": [[3, 4]]}, 7], "expected dicts of tensors, as in the first, got int as item 1"),
+        ([*IMAGES, {"label": 1}], "expected pixel_values in each item, as in the first, got label as item 1"),
+        ([*IMAGES, {"pixel_values": torch.zeros(3, 2, 4)}], r"of shape \(3, 2, 2\) in each item, got \(3, 2, 4\)"),
+    ],
+)
+def test_items_unlike_the_first(probe, told):
+    with pytest.raises(ValueError, match=f"^probe: .*{told}"):
+        probe_batches(probe, gpt_like(), SETTINGS)
+
+
 class Windows(torch.utils.data.Dataset):
     """Knows its items by number alone, as torch's map-style data sets do."""
 

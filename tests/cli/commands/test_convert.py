@@ -2,6 +2,7 @@
 
 import torch
 
+from hf_cod import RunReport
 from hf_cod.cli.main import main
 from hf_cod.io.models import load_model
 
@@ -10,7 +11,8 @@ def test_convert_to_lns_and_back_gives_equal_logits(checkpoint, capsys):
     stock, lns, back = (str(checkpoint / name) for name in ("model", "lns", "back"))
     assert main(["convert", "lns", stock, lns]) == 0
     assert main(["convert", "stock", lns, back]) == 0
-    assert "CodLlamaForCausalLM" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "CodLlamaForCausalLM" in shown and all(sentence in shown for sentence in RunReport.load(back).summary)
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         first, middle, last = (load_model(name)[0](ids).logits for name in (stock, lns, back))

@@ -1,9 +1,12 @@
 """hf-cod diagnose: what is written, resumed and reported of a tiny model."""
 
+from dataclasses import asdict
+
 import pytest
 
 from hf_cod.cli.main import main
 from hf_cod.io.report import RunReport
+from hf_cod.io.settings import ModelSettings, TextSettings
 from tests.cli.runs import QUICK, diagnose
 from tests.fresh_processes import run_fresh
 
@@ -14,6 +17,16 @@ def test_diagnose_writes_report_and_pictures(checkpoint, capsys):
     assert {"report.json", "report.md", "overview.png", "angular_distance.png", "layer_drop.png"} <= names
     shown = capsys.readouterr().out
     assert "Effective depth" in shown and "gradient" in shown
+
+
+def test_the_report_has_the_settings_of_its_inputs(checkpoint):
+    """As the reports of all commands with a model and a text."""
+    assert diagnose(checkpoint, "--no-plots", "--dtype", "float32") == 0
+    told = RunReport.load(checkpoint / "run").settings
+    expected = asdict(ModelSettings(dtype="float32")) | asdict(TextSettings(text=str(checkpoint / "text.txt")))
+    assert {name: told[name] for name in expected} == expected
+    assert diagnose(checkpoint, "--no-plots", "--dtype", "float32") == 0, "the same run"
+    assert not (checkpoint / "run" / "earlier-1").exists()
 
 
 @pytest.mark.process

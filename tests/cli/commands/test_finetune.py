@@ -15,9 +15,10 @@ from hf_cod import LayerScores, RunReport, pack_sparse, perplexity, prune, score
 from hf_cod.cli.commands import finetune
 from hf_cod.cli.commands.finetune_memory import EstimateSettings
 from hf_cod.cli.main import main
+from hf_cod.cli.output import finish
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.cli.sizes import in_gigabytes
-from hf_cod.cli.training import finish
+from hf_cod.cli.training import checkpoints_in
 from hf_cod.io.models import ModelSettings, embedded_model, load_model
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.packing import pack
@@ -31,15 +32,23 @@ from hf_cod.training.runs.training_settings import TrainingSettings
 from tests.tiny_models import MIXTURES, build
 from tests.tiny_training import dies_in_step_five
 
-QUICK = "--steps 10 --batch-size 8 --micro-batch-size 4 --sequence-length 64 --eval-samples 8 --n-active 3 --interval 3"
-QUICK += " --rank 8 --save-every 2 --log-every 2 --dtype float32 --device cpu --no-plots --learning-rate 1e-3"
+ANY = "--steps 10 --batch-size 8 --micro-batch-size 4 --sequence-length 64 --eval-samples 8 --save-every 2"
+ANY += " --log-every 2 --dtype float32 --device cpu --no-plots --learning-rate 1e-3"
+QUICK = f"{ANY} --n-active 3 --interval 3 --rank 8"
+# Method -> the same with its own options alone.
+QUICK_OF = {
+    **dict.fromkeys(("owlore", "owlore-peft"), QUICK),
+    "lisa": f"{ANY} --n-active 3 --interval 3",
+    "galore": f"{ANY} --interval 3 --rank 8",
+    **dict.fromkeys(("lora", "full"), ANY),
+}
 MODEL = embedded_model("lns")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
     output = tmp_path / "out"
-    assert main(["finetune", MODEL, "--method", method, *QUICK.split(), "--output", str(output)]) == 0
+    assert main(["finetune", MODEL, "--method", method, *QUICK_OF[method].split(), "--output", str(output)]) == 0
     assert "Perplexity goes from" in capsys.readouterr().out
     report = RunReport.load(output)
     found = report.results["perplexity"]
@@ -64,7 +73,7 @@ def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
     report.plot(output)
     assert (output / ("overview.png" if report.layers else "curve.png")).is_file()
     with pytest.raises(ValueError, match="output: expected a new directory"):
-        finetune.main([MODEL, "--method", method, *QUICK.split(), "--output", str(output)])
+        finetune.main([MODEL, "--method", method, *QUICK_OF[method].split(), "--output", str(output)])
 
 
 @pytest.mark.parametrize("method", [name for name, how in METHODS.items() if how.adapters])
@@ -142,7 +151,7 @@ def test_scores_below_zero_count_as_none_and_given_ones_are_kept(tmp_path, capsy
 
 @pytest.mark.parametrize("size, value", [("24GB", 24 * 10**9), ("1.5GiB", 3 * 2**29), ("512m", 512 * 10**6)])
 def test_sizes_of_devices(size, value):
-    assert EstimateSettings(device_memory=size).bytes_of_device() == value
+    assert EstimateSettings(True, device_memory=size).bytes_of_device() == value
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +245,7 @@ def test_a_training_whose_memory_cannot_be_estimated_goes_on(tmp_path, monkeypat
 
     monkeypatch.setattr(finetune, "estimate", fails)
     more = ["--method", "full", "--steps", "1", "--save-every", "2", "--eval-samples", "1"]
-    assert main(["finetune", MODEL, *QUICK.split(), *more, "--output", str(tmp_path / "out")]) == 0
+    assert main(["finetune", MODEL, *ANY.split(), *more, "--output", str(tmp_path / "out")]) == 0
     assert "there was no estimate" in " ".join(capsys.readouterr().out.split())
 
 
@@ -297,7 +306,8 @@ def test_only_checkpoints_are_cleared_away(tmp_path):
     (tmp_path / "checkpoint-3.zip").write_text("")
     (tmp_path / "checkpoint-4").write_text("")
     with OutputDirectory(tmp_path) as output:
-        finish(RunReport("finetune", "mine", {}, {}, {}, {}), output, PlotSettings(plots=False))
+        report = RunReport("finetune", "mine", {}, {}, {}, {})
+        finish(report, output, PlotSettings(plots=False), checkpoints_in(output))
     assert {path.name for path in tmp_path.glob("check*")} == {"checkpoint-2-kept", "checkpoint-3.zip", "checkpoint-4"}
 
 
@@ -313,7 +323,7 @@ def test_zeros_are_told_of_and_packed_weights_refused_before_anything_trains(tmp
     assert "84 matrices have zeros, which this training fills" in caplog.text + capsys.readouterr().err
     assert main(["finetune", str(tmp_path / "packed"), *short, "--output", str(tmp_path / "b")]) == 2
     assert "expected one with adapters (owlore-peft, lora)" in capsys.readouterr().err
-    adapted = [*short, "--method", "lora", "--output", str(tmp_path / "b")]
+    adapted = [*ANY.split(), "--steps", "1", "--method", "lora", "--output", str(tmp_path / "b")]
     assert main(["finetune", str(tmp_path / "packed"), *adapted]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     assert any("lora_A" in name for name, _ in loaded.named_modules()) and loaded.is_quantized

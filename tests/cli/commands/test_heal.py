@@ -20,7 +20,8 @@ from tests.tiny_training import dies_in_step_five
 
 TEACHER = embedded_model("lns")
 QUICK = "--teacher-dtype float32 --steps 6 --batch-size 8 --micro-batch-size 4 --sequence-length 64 --eval-samples 8"
-QUICK += " --n-active 3 --interval 2 --rank 8 --save-every 2 --log-every 2 --dtype float32 --device cpu"
+QUICK += " --save-every 2 --log-every 2 --dtype float32 --device cpu"
+SAMPLED = "--n-active 3 --interval 2 --rank 8"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def student(tmp_path_factory):
 
 @pytest.mark.process
 def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
-    command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), "--hidden", "0.1", "--output"]
+    command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), *SAMPLED.split(), "--hidden", "0.1", "--output"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     assert "of the lost log-perplexity is recovered" in " ".join(capsys.readouterr().out.split())
     dies_in_step_five([*command, str(tmp_path / "killed")])

@@ -112,7 +112,10 @@ def test_candidates_are_compared_with_the_maps_that_will_replace_them(replacemen
     how = ", with maps" if any(found["maps"] for found in plan.candidates.values()) else ""
     assert f"Loss on samples that the search did not use{how}: " in " ".join(report.summary)
     assert "compared its candidates with" in drop_layers(copy.deepcopy(model), plan, "none").notes[0]
-    with pytest.raises(ValueError, match=f"batches: expected at least one for replacement {replacement}, got none"):
+    with pytest.raises(
+        ValueError,
+        match=f"batches: expected batches, or tokenizer and texts, for replacement {replacement}, got neither",
+    ):
         drop_layers(model, plan)
     with pytest.raises(ValueError, match="replacement: expected one of none, linear, measured, got 'maps'"):
         plan_depth(model, 2, "search", batches=batches, replacement="maps")

@@ -256,7 +256,11 @@ def test_bad_input_changes_nothing():
         ([4], {}, r"layers: expected indices from 0 to 3 in ascending order, got \[4\]"),
         ([1, 1], {}, r"layers: expected indices from 0 to 3 in ascending order, got \[1, 1\]"),
         ([1], {"replacement": "best"}, "replacement: expected one of none, linear, measured, got 'best'"),
-        ([1], {"replacement": "linear"}, "batches: expected at least one for replacement linear, got none"),
+        (
+            [1],
+            {"replacement": "linear"},
+            "batches: expected batches, or tokenizer and texts, for replacement linear, got neither",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             drop_layers(model, layers, **more)

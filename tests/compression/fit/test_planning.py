@@ -77,6 +77,30 @@ def test_plans_meet_their_budget_and_are_the_best_of_what_was_measured(kind, kno
     assert set(plan.alone) == set(knobs)
 
 
+def test_texts_are_split_into_samples_for_calibration_and_for_the_choice(texts, trials):
+    """As by hand, and before the model is loaded only one form is accepted."""
+    tokenizer = load_model(MODEL)[1]
+    given = {"tokenizer": tokenizer, "texts": embedded_text(), "sequence_length": 64, "max_samples": 4, "batch_size": 2}
+    options = {"knobs": ["rank"], "verify": 1, "journal": trials}
+    plan = plan_fit(make, "parameter_share", 0.8, *texts, **options)
+    assert plan_fit(make, "parameter_share", 0.8, **given, tuning_samples=2, **options) == plan
+    for arguments, changes, message in [
+        (texts, given, "calibration: expected batches, or tokenizer and texts, got both"),
+        ((), {}, "calibration: expected batches, or tokenizer and texts, got neither"),
+        (texts[:1], {}, "tuning: expected batches, or tokenizer and texts, got neither"),
+        ((), {"texts": "one"}, "tokenizer: expected the model's tokenizer with texts, got none"),
+        ((), {"tokenizer": tokenizer}, "texts: expected texts with the tokenizer, or batches, got neither"),
+        ((), {**given, "tuning_samples": 0}, "tuning_samples: expected at least 1, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            plan_fit(pytest.fail, "parameter_share", 0.8, *arguments, **changes)
+    with pytest.raises(ValueError, match="max_samples: expected tokenizer and texts, which it applies to, got batches"):
+        plan_fit(make, "parameter_share", 0.8, *texts, max_samples=4)
+    short = {**given, "texts": tokenizer.decode(tokenizer(embedded_text())["input_ids"][:100])}
+    with pytest.raises(ValueError, match="texts: expected at least two samples, for calibration and for the choice"):
+        plan_fit(make, "parameter_share", 0.8, **short)
+
+
 def test_a_model_that_meets_the_budget_is_left_as_it_is(texts, tmp_path, monkeypatch, capsys):
     """Before anything is tried."""
     tried = []

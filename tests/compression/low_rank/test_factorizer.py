@@ -362,7 +362,7 @@ def test_a_matrix_without_a_sparse_part_and_bad_plans_of_them(tmp_path):
     for share in (0, 1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="rank_share: expected a share between 0 and 1, got"):
             factorize(model, 0.5, "oats", batches=batches, rank_share=share)
-    with pytest.raises(ValueError, match="batches: expected at least one for oats, got none"):
+    with pytest.raises(ValueError, match="batches: expected batches, or tokenizer and texts, for oats, got neither"):
         factorize(model, 0.5, "oats")
     assert not factors(model)
 
@@ -412,7 +412,9 @@ def test_bad_plans():
             factorize(model, plan, "plain")
     with pytest.raises(ValueError, match="method: expected one of whitened, plain, oats, got 'best'"):
         factorize(model, 0.5, "best")
-    with pytest.raises(ValueError, match="batches: expected at least one for whitened, got none"):
+    with pytest.raises(
+        ValueError, match="batches: expected batches, or tokenizer and texts, for whitened, got neither"
+    ):
         factorize(model, 0.5)
     for call in (factorize, plan_ranks):
         with pytest.raises(ValueError, match="batches: expected dicts of tensors for the model's forward, got str"):

@@ -242,9 +242,10 @@ def test_what_a_method_needs():
     statistics = collect_statistics(model, [batch_for(model)])
     with pytest.raises(ValueError, match=f"method: expected one of {', '.join(METHODS)}, got 'best'"):
         prune(model, 0.5, "best")
-    for batches in (None, []):
-        with pytest.raises(ValueError, match="batches: expected at least one for wanda, got none"):
-            prune(model, 0.5, batches=batches)
+    with pytest.raises(ValueError, match="batches: expected batches, or tokenizer and texts, for wanda, got neither"):
+        prune(model, 0.5)
+    with pytest.raises(ValueError, match="batches: expected at least one for wanda, got none"):
+        prune(model, 0.5, batches=[])
     with pytest.raises(ValueError, match="expected batches or statistics, got both"):
         prune(model, 0.5, batches=[batch_for(model)], statistics=statistics)
     with pytest.raises(ValueError, match="expected batches for sparsegpt, got statistics, which hold sums of squares"):

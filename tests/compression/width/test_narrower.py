@@ -438,9 +438,12 @@ def test_bad_plans():
     for options, message in [
         ({"method": "best"}, "method: expected one of fluctuation, taylor, magnitude, got 'best'"),
         ({"compensation": "luck"}, "compensation: expected one of least_squares, bias, none, got 'luck'"),
-        ({}, "batches: expected at least one for fluctuation with least_squares, got none"),
+        ({}, "batches: expected batches, or tokenizer and texts, for fluctuation with least_squares, got neither"),
         ({"batches": ["some text"]}, "batches: expected dicts of tensors for the model's forward, got str"),
-        ({"method": "taylor", "compensation": "none"}, "batches: expected at least one for taylor with none, got none"),
+        (
+            {"method": "taylor", "compensation": "none"},
+            "batches: expected batches, or tokenizer and texts, for taylor with none, got neither",
+        ),
         (
             {"method": "magnitude", "compensation": "none", "channel_multiple": 0},
             "channel_multiple: expected a whole number above 0",

@@ -1,7 +1,11 @@
 """Which pictures a report has, and how several reports share one."""
 
+from dataclasses import replace
+
 import pytest
+from matplotlib.cbook import is_math_text
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 from hf_cod.reporting.plots import plot_comparison, plot_report
 from hf_cod.reporting.plots.colours import INK
@@ -40,3 +44,15 @@ def test_what_a_run_did_not_measure_is_said_in_its_place(tmp_path):
     assert figure.axes[0].get_title().startswith("left\n") and (tmp_path / "compare.png").is_file()
     with pytest.raises(ValueError, match="runs: expected measures to plot, got none"):
         plot_comparison([report(layers={}, results={})], ["a"])
+
+
+def test_a_dollar_in_a_name_is_no_formula():
+    """Of a model, a label, a metric and a scores file."""
+    name = "a$b$c"
+    drop = {"metric": name, "lower_is_better": True, "intact": 1.0, "without": [1.5, 2.0]}
+    measured = report(model=name, results={"layer_drop": drop}, layers={"layer_drop": [0.5, 1.0]})
+    given = replace(scored(1.0, 2.0), model=name, settings={"score": "owl", "scores": f"{name}.json"})
+    figures = [plot_report(measured), plot_report(given), plot_comparison([given] * 2, [name, "x"])]
+    named = [text.get_text() for figure in figures for text in figure.findobj(Text) if "b" in text.get_text()]
+    assert sum(r"a\$b\$c" in text.lower() for text in named) >= 6
+    assert not [text for text in named if is_math_text(text)]

@@ -291,6 +291,7 @@ def model_count(model, index):
         (3, None, {}, "scores: expected those of a model with 4 layers, got 3"),
         (4, 7, {}, "scores: expected those of a model with .* weights in layer 0, got one with 7 .tiny."),
         (4, None, {"r": 0}, "r: expected at least 1, got 0"),
+        (4, None, {"r": 10**9}, "r: expected at most 100000, got 1000000000"),
         (4, None, {"relative_spread": 2.0}, "relative_spread: expected a share between 0 and 1, got 2.0"),
     ],
 )

@@ -9,7 +9,17 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from hf_cod import HealSettings, RankPlan, drop, factorize, find_decoder_layers, heal, pack_sparse, prune
+from hf_cod import (
+    HealSettings,
+    RankPlan,
+    drop,
+    factorize,
+    find_decoder_layers,
+    heal,
+    pack_sparse,
+    prune,
+    token_batches,
+)
 from hf_cod.io.packing import pack
 from hf_cod.layers.checks import pruned_matrices
 from hf_cod.models.shapes import LowRankLinear
@@ -27,17 +37,25 @@ from tests.tiny_tokenizers import bert_like, gpt_like
 
 WEIGHTS_TRAIN = [name for name, method in METHODS.items() if not method.adapters]
 SAMPLING = OwLoreSettings(n_active=2, interval=3, rank=8)
+# Method -> those of its settings that it uses.
+SAMPLING_OF = {
+    **dict.fromkeys(("owlore", "owlore-peft"), SAMPLING),
+    "lisa": OwLoreSettings(n_active=2, interval=3),
+    "galore": OwLoreSettings(interval=3, rank=8),
+}
 WINDOWS = torch.randint(3, 99, (20, 12), generator=torch.Generator().manual_seed(5))
 
 
 def settings(method, **changes):
     values = {"method": method, "steps": 6, "batch_size": 4, "micro_batch_size": 2, "sequence_length": 12}
-    values |= {"eval_samples": 4, "save_every": 100, "log_every": 2, "learning_rate": 1e-2, "lora_rank": 4}
+    values |= {"eval_samples": 4, "save_every": 100, "log_every": 2, "learning_rate": 1e-2}
+    values |= {"lora_rank": 4} if method == "lora" else {}
     return HealSettings(**{**values, **changes})
 
 
 def healed(student, teacher, method="full", output=None, **changes):
-    return heal(student, teacher, WINDOWS, settings(method, **changes), sampling=SAMPLING, output=output)
+    sampling = SAMPLING_OF.get(method)
+    return heal(student, teacher, WINDOWS, settings(method, **changes), sampling=sampling, output=output)
 
 
 def pruned(dtype=torch.float32):
@@ -277,6 +295,14 @@ def test_texts_and_the_end_of_them_to_measure_on():
     expected = heal(same, teacher, pack(tokenizer, [text], 12), settings("full"))
     assert report.results["curve"] == expected.results["curve"]
     assert report.results["perplexity"] == expected.results["perplexity"]
+    for given in (
+        {"texts": [text], "tokenizer": tokenizer},
+        {"batches": token_batches(tokenizer, text, sequence_length=12, max_samples=999)},
+    ):
+        again = build("llama", vocab_size=len(tokenizer))
+        drop(again, 3)
+        found = heal(again, teacher, settings=settings("full"), **given).results
+        assert found["curve"] == expected.results["curve"] and found["perplexity"] == expected.results["perplexity"]
     with pytest.raises(ValueError, match="tokenizer: expected the student's tokenizer for texts, got none"):
         heal(student, teacher, [text], settings("full"))
     with pytest.raises(
@@ -309,6 +335,23 @@ def test_pairs_that_do_not_go_together():
         heal(student, wide, WINDOWS, settings("full"), scores="mine")
     report = healed(student, wide)
     assert learnt(report), "logits alone can be learnt"
+
+
+def test_data_comes_in_one_of_three_forms():
+    student, teacher, batch = build("llama"), build("llama"), {"input_ids": WINDOWS}
+    padded = {**batch, "attention_mask": torch.ones_like(WINDOWS).tril()}
+    for given, message in [
+        ({}, "data: expected windows, batches, or tokenizer and texts, got none of them"),
+        ({"data": WINDOWS, "texts": "one"}, "data: expected windows, batches, or .*, got data and texts"),
+        ({"batches": [batch], "texts": "one"}, "data: expected windows, batches, or .*, got batches and texts"),
+        ({"batches": []}, "batches: expected at least one, got none"),
+        ({"batches": [{"pixel_values": WINDOWS}]}, "batches: expected input_ids without labels, got pixel_values in"),
+        ({"batches": [{**batch, "labels": WINDOWS}]}, "batches: expected input_ids without labels, got input_ids, lab"),
+        ({"batches": [batch, padded]}, "batches: expected samples of one length without padding, .* in batch 1; tok"),
+        ({"batches": [batch, {"input_ids": WINDOWS[:, 1:]}]}, "batches: expected samples of one length .* in batch 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            heal(student, teacher, settings=settings("full"), **given)
 
 
 @pytest.mark.parametrize("counted, told", [("n_gpu", "2 GPUs"), ("world_size", "2 processes")])

@@ -543,6 +543,8 @@ def test_bad_gradients_change_nothing_and_end_the_training_at_last(caplog):
         ({"n_active": 1, "rank": 4, "scale": 0.0}, "scale: expected a finite number above 0, got 0.0"),
         ({"n_active": 1, "rank": 4, "scale": float("nan")}, "scale: expected a finite number above 0, got nan"),
         ({"n_active": 1, "rank": 4, "lr": -1.0}, "lr: expected at least 0, got -1.0"),
+        ({"n_active": 1, "rank": 4, "eps": float("inf")}, "eps: expected a finite number of at least 0, got inf"),
+        ({"n_active": 1, "rank": 4, "lr": float("nan")}, "lr: expected a finite number of at least 0, got nan"),
         ({"n_active": 1, "rank": 4, "betas": (0.9, 1.0)}, "betas: expected two numbers in"),
         (
             {"n_active": 1, "rank": 4, "scores": LayerScores("other", "owl", [1.0] * 4, [7] * 4)},

@@ -58,6 +58,10 @@ def test_accumulation_makes_up_the_batch():
         ({"precision": "fp8"}, "precision: expected one of bf16"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"save_every": 0}, "save_every: expected at least 1, got 0"),
+        ({"sequence_length": 1}, "sequence_length: expected at least 2, got 1"),
+        ({"learning_rate": -1.0}, "learning_rate: expected a finite number above 0, got -1"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number above 0, got nan"),
+        ({"steps": "10"}, "steps: expected an integer or None, got '10'"),
     ],
 )
 def test_bad_settings(wrong, message):
