@@ -100,6 +100,7 @@ def test_functions_take_their_options_as_one_dataclass_or_its_fields(name):
     given = OTHER_NAMES.get(name, "settings")
     assert re.search(rf"\b{title}\b", parameters[given].annotation) and parameters[given].default is None
     assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values()), "an editor must see the fields by name"
+    assert {*options} <= parameters.keys(), "a field that cannot be passed by name"
     samples = SAMPLES if "samples" in parameters else []
     assert parameters.keys() <= {*own.split(), given, *options, *samples}, "an option that is no field of the dataclass"
     missing = {n: None for n, p in parameters.items() if p.default is p.empty}

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: Sequence[str]) -> int:
     """Runs a command; prints an error as one line, after a traceback with `--debug`."""
-    _quieten_transformers()
+    _quieten_libraries()
     command = importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[name][0]}")
     try:
         asked = {"--help", "-h", "--print-config", "--print_config"}.intersection(arguments)
@@ -119,11 +119,12 @@ def _status_of(error: Exception) -> int | None:
     return 1 if failed else None
 
 
-def _quieten_transformers() -> None:
-    """Silences loading reports and progress bars of transformers, unless the user has set TRANSFORMERS_VERBOSITY.
+def _quieten_libraries() -> None:
+    """Silences the progress bars of transformers and datasets, and transformers' loading reports, unless the user has
+    set TRANSFORMERS_VERBOSITY.
 
-    They would hide our one-line errors. This takes effect when transformers is imported, which is later. Its own switch
-    for progress bars is not used: it would also turn off those of huggingface_hub, which control ours.
+    They would hide our one-line errors. This takes effect when the libraries are imported, which is later. The switch
+    of transformers for progress bars is not used: it would also turn off those of huggingface_hub, which control ours.
     """
 
     def quieten(logging: Any) -> None:
@@ -132,6 +133,7 @@ def _quieten_transformers() -> None:
         logging.set_tqdm_hook(lambda _, args, more: logging.EmptyTqdm(*args, **more))
 
     register_post_import_hook(quieten, "transformers.utils.logging")
+    register_post_import_hook(lambda module: module.disable_progress_bars(), "datasets.utils.tqdm")
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.report import RunReport
 from hf_cod.reporting.result_card import SOURCES, public_value, source_of, write_cards
 from hf_cod.reporting.settings import CardSettings
+from hf_cod.scoring.settings import OPTIONS
 
 # Option -> settings in a report that follow from it, and that the command refuses next to it.
 DECIDED = {
-    "scores": ("score", "threshold", "per_module"),
+    "scores": ("score", *OPTIONS),
     "plan": ("criterion",),
     "tokens": ("steps",),
 }

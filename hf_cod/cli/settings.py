@@ -17,7 +17,8 @@ from hf_cod.io.settings import (
     check_least,
     given,
 )
-from hf_cod.scoring.settings import COMPUTED, OF_OWL, USE_THRESHOLD, AllocationSettings, ScoreSettings
+from hf_cod.scoring.settings import COMPUTED, AllocationSettings, ScoreSettings, options_of, score_with
+from hf_cod.scoring.settings import METHODS as SCORES
 
 
 @dataclass
@@ -63,12 +64,12 @@ class CompressionSettings(MeasuringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ScoreSettings(threshold=self.threshold)
+        ScoreSettings(**{name: getattr(self, name) for name in options_of(self)})
 
     @property
-    def of_owl(self) -> bool:
-        """Whether a setting of the score owl is given; the commands then use owl if no score is given."""
-        return bool(given(self, OF_OWL))
+    def implied_score(self) -> str | None:
+        """The score of which a setting is given, which the commands use if no score is given; None without settings."""
+        return next((score_with(name) for name in given(self, options_of(self))), None)
 
     def check_scored(self, scores_file: str | None, instead: str | None = None) -> None:
         """Checks that a scores file and settings of scores are only given if they have an effect.
@@ -81,16 +82,21 @@ class CompressionSettings(MeasuringSettings):
 
         Raises:
             ValueError: both a scores file and settings of scores are given, one of them with `instead`, or settings of
-                owl with a score that does not depend on them.
+                a score with another score that does not depend on them.
         """
         if instead and scores_file is not None:
             raise ValueError(f"scores: expected none with {instead}, which uses no scores, got {scores_file!r}")
         if instead or scores_file is not None:
-            check_effect(self, ("score", *OF_OWL), f"{instead}, which uses no scores" if instead else COMPUTED)
-        score, of_owl = getattr(self, "score", None), given(self, OF_OWL)
-        if of_owl and score not in USE_THRESHOLD:
-            got = score or "the default score of this command"
-            raise ValueError(f"{of_owl[0]}: expected score owl, which it is a setting of, got {got}; set --score owl")
+            names = ("score", *options_of(self))
+            check_effect(self, names, f"{instead}, which uses no scores" if instead else COMPUTED)
+        score = getattr(self, "score", None)
+        used = options_of(self, score) if score in SCORES else []
+        for name in given(self, options_of(self)):
+            if name not in used:
+                got, known = score or "the default score of this command", score_with(name)
+                raise ValueError(
+                    f"{name}: expected score {known}, which it is a setting of, got {got}; set --score {known}"
+                )
 
 
 @dataclass

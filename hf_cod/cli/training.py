@@ -16,7 +16,7 @@ from hf_cod.io.settings import TextSettings
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import check_method
-from hf_cod.training.runs.run_directory import check_claim, claim, half_checkpoints, last_steps, lost_checkpoints
+from hf_cod.training.runs.run_directory import check_claim, claiming, half_checkpoints, last_steps, lost_checkpoints
 from hf_cod.training.runs.trainer import check_one_process
 from hf_cod.training.runs.training_settings import TrainingSettings, check_effects, check_fused
 
@@ -70,8 +70,8 @@ def train_into(
     """
 
     def claimed(output: OutputDirectory) -> RunReport:
-        claim(directory, identity)
-        return run(output)
+        with claiming(directory, identity):
+            return run(output)
 
     output = OutputDirectory(
         directory,

@@ -19,6 +19,7 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
+from hf_cod.scoring.settings import METHODS as SCORES
 
 
 class Work:
@@ -77,7 +78,8 @@ class Work:
     def score(self, method: str, **chosen: Any) -> LayerScores:
         """The scores from the file if one was passed, else those computed by a method with the command's settings."""
         if self.scores is None:
-            own = {name: getattr(self.settings, name) for name in ("threshold", "per_module", "seed", "layers_path")}
+            names = [name for name in (*SCORES[method].settings, "layers_path") if hasattr(self.settings, name)]
+            own = {name: getattr(self.settings, name) for name in names}
             more = {**own, **chosen, "batches": self.calibration, "show_progress": True}
             self.scores = score_layers(self.model, method=method, **more)
         return self.scores

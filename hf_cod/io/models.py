@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -63,10 +65,8 @@ def load_model(
     settings = resolve(load_model, ModelSettings, settings, fields)
     source, options = _locate(name, settings)
     config = _build_config(name, source, options)
-    try:
+    with _naming(name, source, options):
         model = _load_with_head(source, config, {**options, **_placement(settings)})
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _unreadable(name, source, error) from error
     if "gguf_file" in options:
         _forget_gguf(model)
     if settings.device != "auto":
@@ -162,11 +162,24 @@ def _build_config(name: str, source: str, options: dict[str, Any]) -> Any:
         file: str | None = str(Path(source) / options["gguf_file"])
     else:
         file = check_model_config(source, options["revision"])
-    with building("a config that transformers can build", file or source):
-        try:
-            return AutoConfig.from_pretrained(source, **options)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise _unreadable(name, source, error) from error
+    with building("a config that transformers can build", file or source), _naming(name, source, options):
+        return AutoConfig.from_pretrained(source, **options)
+
+
+@contextmanager
+def _naming(name: str, source: str, options: dict[str, Any]) -> Iterator[None]:
+    """Turns errors of reading into a ValueError that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(name, source, error) from error
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if "gguf_file" not in options:
+            raise
+        # The GGUF reader does not check what it reads: a damaged file leads to errors of any type.
+        raise _unreadable(name, source, error) from error
 
 
 def _unreadable(name: str, source: str, error: Exception) -> ValueError:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_cod.io.arguments import checked, shown
+from hf_cod.io.display import one_line
 from hf_cod.io.files import looks_local
 from hf_cod.io.settings import SampleFields, SampleSettings, TextFields, TextSettings, resolve
 
@@ -91,7 +92,8 @@ def load_rows(settings: TextSettings) -> Any:
         else:
             rows = datasets.load_dataset(source, settings.text_config, split=settings.text_split, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"text: expected a text file or a dataset name, got {source!r}: {error}") from error
+        cause = one_line(error.__cause__ or error)  # datasets' own message does not give the reason
+        raise ValueError(f"text: expected a text file or a dataset name, got {source!r}: {cause}") from error
     if rows.column_names is not None and settings.text_column not in rows.column_names:
         raise ValueError(f"text_column: expected one of {', '.join(rows.column_names)}, got {settings.text_column!r}")
     return rows

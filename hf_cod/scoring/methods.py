@@ -32,7 +32,8 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import task_of
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.pruning_probe import PruningProbe
-from hf_cod.scoring.settings import CODEBOOK, SETTINGS_OF, ScoreFields, ScoreSettings
+from hf_cod.scoring.settings import CODEBOOK, ScoreFields, ScoreSettings
+from hf_cod.scoring.settings import METHODS as ROWS
 
 
 @checked
@@ -89,21 +90,21 @@ def score_layers(
             model, weights or activations that are not finite (says where).
     """
     chosen = resolve(score_layers, ScoreSettings, settings, fields, method=method)
-    method = chosen.method
+    method, row = chosen.method, ROWS[chosen.method]
     stack = find_decoder_layers(model, chosen.layers_path)
     batches = batches_of(model, batches, tokenizer, texts, samples, fields)
     request = _Request(model, stack, statistics, batches, chosen, show_progress)
-    if method in NEED_BATCHES:
+    if row.needs_batches:
         check_needed(batches, f"for the method {method}")
     check_batches(batches or ())
     if batches:
         check_inputs(stack.model, batches)
-    if method not in NEED_NO_WEIGHTS:
+    if row.needs_weights:
         execution_device(stack.model)  # raises for a model without weights
     sizes = sizes_of(stack)
     with naming_weights(stack.model):
         values = METHODS[method](request)
-        used = {key: getattr(chosen, key) for key in SETTINGS_OF.get(method, ())} | request.found
+        used = {key: getattr(chosen, key) for key in row.settings} | request.found
         return LayerScores(name_of(stack), method, values, sizes, used)
 
 
@@ -129,7 +130,8 @@ def _statistics(request: _Request) -> LayerStatistics:
     statistics = request.statistics
     if statistics is None:
         if not request.batches:
-            raise ValueError("statistics: expected statistics, batches, or tokenizer and texts for owl, got none")
+            method = request.settings.method
+            raise ValueError(f"statistics: expected statistics, batches, or tokenizer and texts for {method}, got none")
         statistics = collect_statistics(request.model, request.batches, **request.options)
     statistics.check(request.stack)
     return statistics
@@ -261,7 +263,7 @@ def _random(request: _Request) -> list[float]:
     return torch.rand(len(request.stack), generator=generator, dtype=torch.float64).tolist()
 
 
-# Method -> its function; the docstring of `score_layers` has the formulas, `settings.METHODS` a line for each.
+# Method -> its function; the docstring of `score_layers` has the formulas, `settings.METHODS` what each needs.
 METHODS: dict[str, Callable[[_Request], list[float]]] = {
     "owl": _owl,
     "angular": _angular,
@@ -276,8 +278,6 @@ METHODS: dict[str, Callable[[_Request], list[float]]] = {
     "depth": _depth,
     "random": _random,
 }
-NEED_BATCHES = ("angular", "block_influence", "gradient_norm", "fisher", "layer_drop", "sensitivity", "auto")
-NEED_NO_WEIGHTS = ("uniform", "depth", "random")
 # Scores and lambdas that auto tries.
 CANDIDATES = ("uniform", "owl", "angular", "fisher", "sensitivity")
 SPREADS = (0.08, 0.15, 0.25)

@@ -5,27 +5,55 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from hf_cod.functional.bits import BITS, SCALE_BITS
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value
 from hf_cod.io.settings import SampleFields, check_choice, layers_path_field
 
-# Score -> the property that gives a layer a high score; `score_layers` has the formulas.
+
+@dataclass(frozen=True)
+class Method:
+    """A method of scoring layers; `methods.METHODS` has its function.
+
+    Attributes:
+        description: the property that gives a layer a high score; `score_layers` has the formulas.
+        settings: the fields of `ScoreSettings` that it depends on. They are saved with the scores, and commands refuse
+            the others.
+        needs_batches: whether it runs the model on batches.
+        needs_weights: whether it reads weights; if not, it also scores models on the meta device.
+        uses_statistics: whether it uses `LayerStatistics`, so that saved statistics can be passed.
+    """
+
+    description: str
+    settings: tuple[str, ...] = ()
+    needs_batches: bool = False
+    needs_weights: bool = True
+    uses_statistics: bool = False
+
+
+_OF_OWL, _OF_PROBE = ("threshold", "per_module"), ("target", "pruner")
 METHODS = {
-    "owl": "a large share of outliers among |W_ij| ||X_j|| (OWL)",
-    "angular": "a large angle between its input and output, at the last token",
-    "block_influence": "a small cosine between its input and output",
-    "gradient_norm": "a large gradient of the loss with respect to its weights",
-    "fisher": "a high second-order cost of losing its outputs",
-    "layer_drop": "a high cost of removing it",
-    "weight_norm": "a large mean of |W_ij|, a baseline",
-    "sensitivity": "a steep rise of the loss with its sparsity",
-    "auto": "a high score by the best of several methods, measured on a few samples",
-    "uniform": "none: all layers have equal scores, a baseline",
-    "depth": "an early position, a baseline",
-    "random": "none: scores are random numbers from the seed, a baseline",
+    "owl": Method("a large share of outliers among |W_ij| ||X_j|| (OWL)", _OF_OWL, uses_statistics=True),
+    "angular": Method("a large angle between its input and output, at the last token", needs_batches=True),
+    "block_influence": Method("a small cosine between its input and output", needs_batches=True),
+    "gradient_norm": Method("a large gradient of the loss with respect to its weights", needs_batches=True),
+    "fisher": Method("a high second-order cost of losing its outputs", needs_batches=True),
+    "layer_drop": Method("a high cost of removing it", needs_batches=True),
+    "weight_norm": Method("a large mean of |W_ij|, a baseline"),
+    "sensitivity": Method(
+        "a steep rise of the loss with its sparsity", _OF_PROBE, needs_batches=True, uses_statistics=True
+    ),
+    "auto": Method(
+        "a high score by the best of several methods, measured on a few samples",
+        (*_OF_PROBE, *_OF_OWL),
+        needs_batches=True,
+        uses_statistics=True,
+    ),
+    "uniform": Method("nothing (all layers have equal scores), a baseline", needs_weights=False),
+    "depth": Method("an early position, a baseline", needs_weights=False),
+    "random": Method("a high random number from the seed, a baseline", ("seed",), needs_weights=False),
 }
 # How sensitivity and auto change a layer: two pruners, and rounding to 3 or 4 bits.
 CODEBOOK = "codebook"
@@ -50,18 +78,8 @@ RULES: dict[str, str] = {
     "bounded": "values are within the spread, and their weighted mean is the budget",
     "authors": "OWL's released formula, which guarantees neither",
 }
-USE_STATISTICS = ("owl", "sensitivity", "auto")  # of METHODS
-# Method -> the settings that it depends on.
-SETTINGS_OF = {
-    "owl": ("threshold", "per_module"),
-    "sensitivity": ("target", "pruner"),
-    "auto": ("target", "pruner", "threshold", "per_module"),
-    "random": ("seed",),
-}
-OF_OWL = SETTINGS_OF["owl"]
 # In errors on settings of a score beside a scores file.
 COMPUTED = "scores, which are already computed"
-USE_THRESHOLD = tuple(method for method, names in SETTINGS_OF.items() if "threshold" in names)
 DEFAULT_SPREAD = 0.08  # OWL (arXiv 2310.05175), lambda
 
 
@@ -73,8 +91,8 @@ class ScoreSettings:
     method: str = field(
         default="owl",
         metadata={
-            "help": "owl, angular, block_influence, gradient_norm, fisher, layer_drop, weight_norm, sensitivity, auto "
-            "(measures several on a few samples), or the baselines uniform, random, depth (earlier layers matter more)",
+            "help": "the property that gives a layer a high score. "
+            + "; ".join(f"{name}: {method.description}" for name, method in METHODS.items())
         },
     )
     threshold: float = field(
@@ -109,6 +127,21 @@ class ScoreSettings:
         if not low < self.target < high:
             what = "bits" if self.pruner == CODEBOOK else "a sparsity"
             raise ValueError(f"target: expected {what} between {low:.4g} and {high:.4g}, got {self.target}")
+
+
+# Settings of any score, in the order of the table; the seed is common to all random choices of a command.
+OPTIONS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.settings if name != "seed"))
+
+
+def options_of(settings: Any, score: str | None = None) -> list[str]:
+    """The fields of a command's settings that are settings of a score, or of any score if none is named."""
+    known = OPTIONS if score is None else METHODS[score].settings
+    return [name for name in OPTIONS if name in known and name in type(settings).__dataclass_fields__]
+
+
+def score_with(option: str) -> str:
+    """The first score that depends on a setting."""
+    return next(name for name, method in METHODS.items() if option in method.settings)
 
 
 class ScoreFields(SampleFields, total=False):

@@ -46,6 +46,13 @@ def test_a_file_that_is_no_gguf(tmp_path):
         load_model(str(tmp_path / "model.safetensors"))
 
 
+@pytest.mark.parametrize("content", [b"", b"PK" + bytes(99), b"GGUF\3\0\0\0", b"GGUF\3\0\0\0" + bytes([255] * 99)])
+def test_a_damaged_gguf(content, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model: expected a Hub id, .*, got '.*x\.gguf': .+"):
+        load_model(str(tmp_path / "x.gguf"))
+
+
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"model: expected a Hub id, a directory with a checkpoint, or a .gguf file"):
         load_model(str(tmp_path))

@@ -104,6 +104,11 @@ def test_texts_from_files(tmp_path):
     assert list(load_texts(TextSettings(text=str(tmp_path / "a.jsonl"), text_column="body"))) == ["x", "y"]
     with pytest.raises(ValueError, match="text_column: expected one of body, got 'text'"):
         load_texts(TextSettings(text=str(tmp_path / "a.jsonl")))
+    (tmp_path / "cut.jsonl").write_text('{"text": "x"}\n{"te')
+    with pytest.raises(
+        ValueError, match=r"text: expected a text file or a dataset name, got '.*cut\.jsonl': JSON parse"
+    ):
+        load_texts(TextSettings(text=str(tmp_path / "cut.jsonl")))
     (tmp_path / "b.txt").write_bytes(b"\x89PNG\xff")
     with pytest.raises(ValueError, match="text: expected a text file in UTF-8"):
         load_texts(TextSettings(text=str(tmp_path / "b.txt")))

@@ -1,4 +1,5 @@
 import math
+from typing import get_type_hints
 
 import peft
 import pytest
@@ -9,7 +10,9 @@ from torch import nn
 from hf_cod import LayerScores, allocate, collect_statistics, find_decoder_layers, score_layers
 from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
-from hf_cod.scoring.methods import METHODS, ScoreSettings
+from hf_cod.scoring.methods import METHODS
+from hf_cod.scoring.settings import METHODS as ROWS
+from hf_cod.scoring.settings import ScoreFields, ScoreSettings
 from tests import references
 from tests.tiny_models import batch_for, build
 
@@ -169,9 +172,35 @@ def test_save_and_load(tmp_path):
             LayerScores.load(tmp_path / f"{name}.json")
 
 
-def test_the_help_names_every_method():
+def test_the_help_describes_every_method():
     text = ScoreSettings.__dataclass_fields__["method"].metadata["help"]
-    assert all(name in text for name in METHODS)
+    assert all(f"{name}: {row.description}" in text for name, row in ROWS.items())
+
+
+def test_each_setting_belongs_to_a_method_and_can_be_passed_by_name():
+    of_methods = {name for row in ROWS.values() for name in row.settings}
+    assert {*ScoreSettings.__dataclass_fields__} == of_methods | {"method", "layers_path"}
+    assert of_methods <= {*get_type_hints(ScoreFields)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_needs_what_its_row_says(method):
+    row, model = ROWS[method], build("llama")
+    batches = [batch_for(model)]
+    with torch.device("meta"):
+        without_weights = build("llama")
+    statistics = collect_statistics(model, batches) if row.uses_statistics else None
+    needed = score_layers(model, statistics, method, batches=batches if row.needs_batches else None)
+    assert needed == score_layers(model, method=method, batches=batches)
+    assert {*row.settings} <= {*needed.settings}
+    if row.needs_batches or row.uses_statistics:
+        with pytest.raises(ValueError, match=r"^(batches|statistics): expected .*batches, or tokenizer"):
+            score_layers(model, method=method)
+    if row.needs_weights:
+        with pytest.raises(ValueError, match="got a model on the meta device"):
+            score_layers(without_weights, statistics, method, batches=batches)
+    else:
+        assert score_layers(without_weights, method=method).values == needed.values
 
 
 def test_bad_input():
@@ -196,7 +225,7 @@ def test_bad_input():
     statistics = collect_statistics(model, batches)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[3, 4] = math.inf
-    for method in set(METHODS) - {"uniform", "random", "depth"}:  # which look at nothing
+    for method in (name for name, row in ROWS.items() if row.needs_weights):
         for given in (statistics, None):
             with pytest.raises(ValueError, match=r"weights: expected finite .* in model.layers.2.mlp.up_proj"):
                 score_layers(model, given, method, batches=batches)

@@ -44,8 +44,8 @@ class NarrowOptions(SpeedSettings, SpreadSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         NarrowSettings(self.method, self.compensation, self.channel_multiple)
-        if self.score is None and self.of_owl:
-            self.score = DefaultName("owl")
+        if self.score is None and self.implied_score is not None:
+            self.score = DefaultName(self.implied_score)
         if self.score is not None:
             check_choice("score", self.score, SCORES)
         if not 0 < self.parameter_share <= 1:

@@ -54,7 +54,7 @@ class PruneOptions(SpreadSettings):
         super().__post_init__()
         PruneSettings(method=self.method)
         if self.score is None:
-            self.score = DefaultName("owl" if self.of_owl else DEFAULT_SCORE)
+            self.score = DefaultName(self.implied_score or DEFAULT_SCORE)
         check_choice("score", self.score, SCORES)
         if self.sparsity is not None and not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity: expected a share in 0..1, got {self.sparsity}")

@@ -74,8 +74,8 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
             )
         check_choice("rounding", self.rounding, ROUNDINGS)
         if self.score is None:
-            by_owl = self.rounding == "compensated" or self.of_owl
-            self.score = DefaultName(DEFAULT_SCORE if by_owl else BY_VALUE)
+            default = DEFAULT_SCORE if self.rounding == "compensated" else BY_VALUE
+            self.score = DefaultName(self.implied_score or default)
         check_choice("score", self.score, SCORES)
 
     @property
@@ -124,7 +124,7 @@ class Quantize(Step):
 
         chosen = self.settings
         if chosen.mixed:
-            tried = chosen.score in ("sensitivity", "auto")
+            tried = "pruner" in SCORES[str(chosen.score)].settings
             work.score(str(chosen.score), **({"pruner": CODEBOOK, "target": chosen.bits} if tried else {}))
         if chosen.explain:
             from hf_cod.cli.explained import explain_bits

@@ -21,7 +21,7 @@ from hf_cod.io.settings import (
     as_in,
     check_effect,
 )
-from hf_cod.scoring.settings import SETTINGS_OF, USE_STATISTICS, ScoreSettings
+from hf_cod.scoring.settings import METHODS, OPTIONS, ScoreSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,14 +46,14 @@ class ScoreOptions(SampleSettings, ScoreSettings):
     def __post_init__(self) -> None:
         SampleSettings.__post_init__(self)
         ScoreSettings.__post_init__(self)
-        used = SETTINGS_OF.get(self.method, ())
-        unused = [name for names in SETTINGS_OF.values() for name in names if name not in (*used, "seed")]
+        unused = [name for name in OPTIONS if name not in METHODS[self.method].settings]
         check_effect(self, unused, f"method {self.method}, which does not use it")
 
     @property
     def uses_statistics(self) -> bool:
-        """Whether the method uses statistics: owl, and methods that evaluate plans with Wanda."""
-        return self.method in USE_STATISTICS and not (self.method == "sensitivity" and self.pruner == "magnitude")
+        """Whether the method uses statistics; sensitivity needs none if it prunes by magnitude."""
+        by_magnitude = self.method == "sensitivity" and self.pruner == "magnitude"
+        return METHODS[self.method].uses_statistics and not by_magnitude
 
 
 @dataclass

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,23 @@ def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) ->
     noted, wanted = _noted(directory / SETTINGS), as_read(wanted)
     if {**noted, **wanted} != noted:
         write_json(directory / SETTINGS, {**noted, **wanted})
+
+
+@contextmanager
+def claiming(directory: Path, wanted: dict[str, Any]) -> Iterator[None]:
+    """Claims a directory for a block. A new run whose input is refused before it has written anything leaves no claim.
+
+    Raises:
+        ValueError: as `claim`.
+    """
+    new = not (directory / SETTINGS).exists()
+    claim(directory, wanted)
+    try:
+        yield
+    except ValueError:
+        if new and not last_steps(directory) and not (directory / SCORES_FILE).exists():
+            (directory / SETTINGS).unlink(missing_ok=True)
+        raise
 
 
 def check_claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) -> list[str]:

@@ -23,6 +23,7 @@ from hf_cod.layers.replicas import processes
 from hf_cod.layers.stack import unwrap
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
+from hf_cod.scoring.settings import options_of
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
 from hf_cod.training.runs.log_lines import LogLines, TrainingBar
 from hf_cod.training.runs.methods import METHODS
@@ -118,9 +119,8 @@ def scores_to_draw_by(
         return LayerScores.load(kept)
     few = windows[:SCORED_SAMPLES].split(settings.micro_batch_size)
     batches = [{"input_ids": part.to(model.device)} for part in few]
-    scores = score_layers(
-        model, method=settings.score, batches=batches, show_progress=True, threshold=settings.threshold
-    )
+    chosen: dict[str, Any] = {name: getattr(settings, name) for name in options_of(settings, settings.score)}
+    scores = score_layers(model, method=settings.score, batches=batches, show_progress=True, **chosen)
     scores = replace(scores, values=[max(0.0, value) for value in scores.values])
     scores.save(kept)
     return scores

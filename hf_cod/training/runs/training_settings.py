@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.settings import Default, DefaultName, DefaultNumber, check_effect, check_least, following, given
-from hf_cod.scoring.settings import COMPUTED, USE_THRESHOLD
+from hf_cod.scoring.settings import COMPUTED, options_of
 from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.training.owlore.settings import OwLoreSettings
 
@@ -215,16 +215,16 @@ def check_effects(settings: TrainingSettings, sampling: OwLoreSettings, scores_f
         ValueError: a scores file or settings of a score for a method that does not sample layers by scores, settings of
             another method, or settings that another one overrides.
     """
-    method = settings.method
+    method, options = settings.method, options_of(settings)
     if method not in DRAW_BY_SCORES:
         unscored = f"{method}, which does not sample layers by scores"
         if scores_file is not None:
             raise ValueError(f"scores: expected none with {unscored}, got {scores_file!r}")
-        check_effect(settings, ("score", "threshold"), unscored)
+        check_effect(settings, ("score", *options), unscored)
     if scores_file is not None:
-        check_effect(settings, ("score", "threshold"), COMPUTED)
-    if settings.score not in USE_THRESHOLD:
-        check_effect(settings, ["threshold"], f"score {settings.score}, which does not depend on it")
+        check_effect(settings, ("score", *options), COMPUTED)
+    unused = [name for name in options if name not in SCORES[settings.score].settings]
+    check_effect(settings, unused, f"score {settings.score}, which does not depend on it")
     if method != "lora":
         check_effect(settings, ["lora_rank"], f"{method}, which trains no adapters of LoRA")
     if not settings.follows_samples:

@@ -93,6 +93,7 @@ def test_another_tokenizer_is_refused(student, tmp_path, capsys):
     assert main([*command, str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "teacher: expected the student's tokenizer, with" in told
+    assert not (tmp_path / "out").exists()
     assert re.search(r"'.+' (as \d+|missing), got another with \d+ tokens, '.+' (as \d+|missing)", told)
 
 
