@@ -164,8 +164,8 @@ def run(
         statistics = collect_statistics(model, batches, layers_path=settings.layers_path, name=name, show_progress=True)
     if kept is None:
         statistics.save(file)
-    if not earlier:
-        journal.add("statistics", _digest(file))
+        if not earlier:
+            journal.add("statistics", _digest(file))
     chosen = {f.name: getattr(settings, f.name) for f in fields(ScoreSettings)}
     scores = score_layers(model, statistics, batches=batches, show_progress=True, **chosen)
     scores.save(directory / SCORES)

@@ -34,7 +34,7 @@ from hf_cod.training.healing.settings import HealFields, HealSettings
 from hf_cod.training.healing.zeros import kept_at_zero
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
-from hf_cod.training.runs.run_directory import begun_steps, claim, half_checkpoints
+from hf_cod.training.runs.run_directory import begun_steps, claim, half_checkpoints, lost_checkpoints
 from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, split_windows, train
 from hf_cod.training.runs.training_settings import check_effects, for_samples
 
@@ -136,7 +136,7 @@ def _directory(output: str | Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as aside:
             yield Path(aside)
     else:
-        with OutputDirectory(output, half=half_checkpoints) as directory:
+        with OutputDirectory(output, half=half_checkpoints, lost=lost_checkpoints) as directory:
             yield directory.path
 
 

@@ -56,6 +56,11 @@ def half_checkpoints(directory: Path) -> list[Path]:
     return [path for _, path in last_steps(directory) if not any((path / marker).exists() for marker in MARKERS)]
 
 
+def lost_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints of a run whose directory was deleted meanwhile: without its settings, it cannot be resumed."""
+    return [] if (directory / SETTINGS).is_file() else [path for _, path in last_steps(directory)]
+
+
 def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) -> None:
     """Marks a directory as this run's by writing its identity to `settings.json`; entries written earlier are kept.
 
