@@ -84,11 +84,11 @@ def main() -> None:
     parser = table_parser(__doc__)
     parser.add_argument("--budgets", nargs="+", type=budget, default=[budget(told) for told in BUDGETS])
     parser.add_argument("--knobs", nargs="+", help="methods to choose from; default: all that are applicable")
-    parser.add_argument("--verify", type=int, default=3, help="number of combinations that are measured completely")
+    parser.add_argument("--n-verified", type=int, default=3, help="number of combinations that are measured completely")
     parser.add_argument("--output", default="fit-table", help="directory for the table, plans and journals")
     arguments = parser.parse_args()
     output, bench = Path(arguments.output), Bench(arguments)
-    chosen = ("output", "budgets", "knobs", "verify")
+    chosen = ("output", "budgets", "knobs", "n_verified")
     journal = Journal(
         output / "journal.jsonl", fingerprint({k: v for k, v in vars(arguments).items() if k not in chosen})
     )
@@ -96,7 +96,7 @@ def main() -> None:
         journal.add("intact", perplexity(bench.make(), bench.report))
     rows: list[dict[str, Any]] = []
     for kind, value in arguments.budgets:
-        options = {"knobs": arguments.knobs, "verify": arguments.verify, "journal": bench.trials}
+        options = {"knobs": arguments.knobs, "n_verified": arguments.n_verified, "journal": bench.trials}
         plan = plan_fit(bench.make, kind, value, bench.calibration, bench.tuning, show_progress=True, **options)
         plan.save(output / f"plan-{kind}-{value:g}.json")
         rows += rows_of(plan, bench, journal)

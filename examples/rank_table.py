@@ -69,7 +69,7 @@ class Bench:
         """The factorized model, and the shares of parameters and of rank that it keeps."""
         model: Any = copy.deepcopy(self.model)
         report = factorize(model, plan, method, batches=self.calibration)
-        return model, [report.results["kept"], report.results["rank"]]
+        return model, [report.results["parameter_share"], report.results["full_rank_share"]]
 
 
 def candidates(score: str, kept: float) -> list[Candidate]:

@@ -57,7 +57,7 @@ class Bench:
         model: Any = copy.deepcopy(self.model)
         options: dict[str, Any] = {"batches": self.calibration, "channel_multiple": self.multiple}
         report = narrow(model, plan, method, self.compensation, **options)
-        return model, [report.results["kept"]]
+        return model, [report.results["parameter_share"]]
 
 
 def main() -> None:

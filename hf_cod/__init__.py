@@ -173,6 +173,11 @@ register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "register":
+        from hf_cod.io.deprecation import warn_renamed
+
+        warn_renamed("hf_cod", name, "hf_cod.models.register")
+        return import_module("hf_cod.models").register
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"hf_cod.{_HOMES[name]}"), name)

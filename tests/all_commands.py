@@ -35,7 +35,7 @@ RUNS = {
     "diagnose": f"diagnose {SOURCE} {SAMPLES}",
     "score": f"score {SOURCE} {SAMPLES}",
     "score-auto": f"score {SOURCE} {SAMPLES} --method auto",
-    "prune": f"prune {SOURCE} {MEASURED} --method sparsegpt --sparsity 0.6 --recover 2",
+    "prune": f"prune {SOURCE} {MEASURED} --method sparsegpt --sparsity 0.6 --recover-steps 2",
     "prune-pattern": f"prune {SOURCE} {MEASURED} --pattern N:4 --score random",
     "quantize": f"quantize {WIDE} {MEASURED} --bits 3.8 --block 32",
     "quantize-weighted": f"quantize {WIDE} {MEASURED} --bits 4 --block 32 --rounding weighted",
@@ -45,8 +45,8 @@ RUNS = {
     "narrow-taylor": (
         f"narrow {SOURCE} {MEASURED} --parameter-share 0.7 --channel-multiple 8 --method taylor --no-speed"
     ),
-    "drop-layers": f"drop-layers {SOURCE} {MEASURED} --layers 2 --no-protect --no-speed",
-    "fit": f"fit {WIDE} {MEASURED} --bits 6 --knobs rank bits --tuning-samples 4 --verify 1 --no-speed",
+    "drop-layers": f"drop-layers {SOURCE} {MEASURED} --n-removed 2 --no-protect --no-speed",
+    "fit": f"fit {WIDE} {MEASURED} --bits 6 --knobs rank bits --tuning-samples 4 --n-verified 1 --no-speed",
     "pack": "pack prune {}",
     "heal": f"heal factorize --teacher {SOURCE} {TRAINED} {OF_METHOD['owlore']} --deselected keep --no-speed",
     "heal-lora": f"heal prune --teacher {SOURCE} {TRAINED} --method lora {OF_METHOD['lora']} --no-speed",

@@ -16,11 +16,17 @@ from subprocess import CompletedProcess
 
 _CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 _CONTEXT = multiprocessing.get_context("forkserver" if _CAN_FORK else "spawn")
-if _CAN_FORK:
-    names = ("auto.modeling_auto", "auto.tokenization_auto", "llama.modeling_llama")
-    _CONTEXT.set_forkserver_preload(
-        ["torch", *(f"transformers.models.{name}" for name in names), "transformers.trainer"]
-    )
+_MODELS = ("auto.modeling_auto", "auto.tokenization_auto", "llama.modeling_llama")
+
+
+def preload(*modules: str) -> None:
+    """Has the server import more modules; without effect once it has started."""
+    if _CAN_FORK:
+        models = [f"transformers.models.{name}" for name in _MODELS]
+        _CONTEXT.set_forkserver_preload(["torch", *models, "transformers.trainer", *modules])
+
+
+preload()
 
 
 class FreshProcess:
@@ -53,6 +59,16 @@ class FreshProcess:
         }
         self._process = _CONTEXT.Process(target=_run, args=(job,))
         self._process.start()
+
+    def ended(self, seconds: float = 0) -> bool:
+        """Whether it has ended, or ends within so many seconds."""
+        self._process.join(seconds)
+        return self._process.exitcode is not None
+
+    def send(self, signal: int) -> None:
+        """Sends a signal to it, unless it has ended."""
+        if not self.ended():
+            os.kill(self._process.pid, signal)
 
     def wait(self, timeout: float = 1200) -> CompletedProcess:
         """What it printed and its exit status, when it has ended."""

@@ -204,7 +204,7 @@ def test_healing(method, bf16, batches):
 
 
 def test_a_plan_of_steps(batches):
-    plan = plan_fit(lambda: load("cuda"), "parameter_share", 0.8, *batches, knobs=["depth", "rank"], verify=1)
+    plan = plan_fit(lambda: load("cuda"), "parameter_share", 0.8, *batches, knobs=["depth", "rank"], n_verified=1)
     model = load("cuda")
     apply_steps(model, plan.steps, Applying(batches[0]))
     assert perplexity(model, batches[1]) < 1000

@@ -93,11 +93,17 @@ RENAMED = {
     "bytes": {"disk_bytes"},
     "size": {"memory_bytes", "layer_bytes", "layer_weights"},
     "memory": {"training_memory"},
+    "recovered": {"recovered_share"},
+    "score": {"score_settings"},
 }
 RENAMED_IN = {
+    "factorize": {"kept": {"parameter_share"}, "rank": {"full_rank_share"}},
+    "narrow": {"kept": {"parameter_share"}},
     "prune": {"modules": {"module_sparsity"}},
     "quantize": {"modules": {"module_bits"}, "bytes": {"planned_bytes"}},
 }
+# The same for measures by layer.
+RENAMED_LAYERS = {"kept": "parameter_share", "rank": "full_rank_share"}
 # Runs whose later draws find new bases: those have had one sign since 0.2, so that a resumed training goes on from its
 # checkpoint, but not to the bits of 0.1.
 REDRAWN = ("finetune", "finetune-peft", "heal")
@@ -105,6 +111,7 @@ MARKS = {"diagnose": mark_diagnose, "drop-layers": mark_drop_layers, "fit": mark
 MARKS |= dict.fromkeys(LAYER_BY_LAYER, lambda run, whole: mark_layers(run)) | dict.fromkeys(TRAININGS, mark_training)
 
 
+@pytest.mark.filterwarnings("default:option. .* is now called :DeprecationWarning")
 @pytest.mark.parametrize("version, name", cases(lambda version: EXPECTED[version]["runs"]))
 def test_interrupted_runs_resume(version, name, copied):
     """By the same command, elsewhere: what was done is taken as it is, and the end is that of an uninterrupted run."""
@@ -119,7 +126,8 @@ def test_interrupted_runs_resume(version, name, copied):
         assert taken(report, whole), report.notes
     names = {**RENAMED, **RENAMED_IN.get(name, {})}
     renamed = set().union(*(names.get(key, {key}) for key in whole.results))
-    assert set(whole.layers) <= set(report.layers) and renamed <= set(report.results)
+    assert {RENAMED_LAYERS.get(key, key) for key in whole.layers} <= set(report.layers)
+    assert renamed <= set(report.results)
     assert not list(run.glob("checkpoint-*")) and not (run / "journal").exists()
     if name != "diagnose":
         close = 0.1 if name in REDRAWN else 1e-4

@@ -44,12 +44,17 @@ CIRCLES_OF_MODELS = {
 }
 # Files that import a module by its name, to which the order cannot be read off -> which, and why.
 BY_NAME = {
-    "io/report.py": "reporting.plots, below it: a report can be asked for its picture",
+    "io/report.py": (
+        "reporting.plots, the one call of a lower room into a higher one: `RunReport.plot` is public, and io must not "
+        "import matplotlib. A registry would be filled by the same name, from the front door"
+    ),
     "models/configuration_cod.py": "families: the first config of a family registers its models",
     "models/families.py": "the modeling files, which take seconds to import",
     "models/__init__.py": "all of models, when a name is first used",
     "cli/main.py": "the command that was called",
-    "cli/recorded.py": "the command that a report is of, for its options",
+    "cli/recorded.py": (
+        "the command that a report is of, for its options; a circle, because each command records itself in its card"
+    ),
     "cli/completion.py": "all commands, for their options",
     "io/native_kernel.py": "the kernel that it has built",
 }

@@ -23,12 +23,12 @@ TESTED_BY = {
     ),
     "cli/commands/test_finetune.py": (
         "cli/commands/finetune_memory.py cli/sizes.py cli/training.py training/runs/estimate.py "
-        "training/runs/memory.py training/runs/methods.py training/runs/trainer.py"
+        "training/runs/memory.py training/runs/methods.py training/runs/new_adapters.py training/runs/trainer.py"
     ),
     "cli/commands/test_heal.py": "cli/__init__.py cli/samples.py",
     "cli/commands/test_quantize.py": "cli/explained.py",
     "cli/test_compression.py": "cli/closing.py cli/settings.py cli/step.py cli/work.py",
-    "cli/test_parser.py": "cli/completion.py",
+    "cli/test_parser.py": "cli/completion.py cli/field_options.py cli/option_names.py",
     "cli/test_terminal.py": "cli/messages.py",
     "compression/depth/test_criteria.py": (
         "compression/depth/depth_plan.py compression/depth/maps.py compression/depth/protection.py "
@@ -105,7 +105,8 @@ TESTED_BY = {
     ),
     "training/healing/test_recovery.py": "training/healing/masked_adapters.py",
     "training/owlore/test_optimizer.py": (
-        "training/owlore/active_layers.py training/owlore/eight_bit.py training/owlore/increment.py "
+        "training/owlore/active_layers.py training/owlore/eight_bit.py training/owlore/fitting.py "
+        "training/owlore/increment.py "
         "training/owlore/moments.py training/owlore/optimizer_state.py training/owlore/settings.py "
         "training/owlore/trained_increments.py "
         "training/owlore/update_in_backward.py"

@@ -8,6 +8,8 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+import hf_cod
+import hf_cod.models
 from hf_cod._registration import ADAPTERS, CONFIGS, FORMATS, REQUIRES, Late
 from hf_cod.compression.quantization.config import METHOD as BITS
 from hf_cod.compression.sparse.config import METHOD as SPARSE
@@ -49,3 +51,8 @@ def test_the_tables_name_what_there_is():
 )
 def test_whichever_is_imported_first(first):
     subprocess.run([sys.executable, "-c", first + CHECK], check=True)
+
+
+def test_register_has_its_old_name_for_one_release():
+    with pytest.warns(DeprecationWarning, match=r"register is now called hf_cod\.models\.register"):
+        assert hf_cod.register is hf_cod.models.register

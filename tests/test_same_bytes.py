@@ -21,7 +21,7 @@ TIMES = {"created", "seconds_a_step", "training_memory"}
 COMPRESSION = {"prune", "factorize", "narrow", "drop-layers", "quantize", "fit"}
 COMMANDS = {"training": "history"}  # kind of a report -> the command that writes it, if it is another name
 BY_STATE = {"parameters", "memory_bytes", "layer_bytes", "layer_weights"}
-OF_TIMES = re.compile(r"created|seconds|s per step|GB of memory|tokens/s")
+OF_TIMES = re.compile(r"created|seconds|s per step|GB of memory|Memory was not measured|training memory|tokens/s")
 
 
 def without_times(value):

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     # [end:samples]
 
     # [start:fit]
-    plan = plan_fit(load, "parameter_share", a.share, calibration, tuning, knobs=["width", "rank"], verify=1)
+    plan = plan_fit(load, "parameter_share", a.share, calibration, tuning, knobs=["width", "rank"], n_verified=1)
     print(plan.steps)
     model = load()
     found = {"intact": perplexity(model, report_on)}

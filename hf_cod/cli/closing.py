@@ -6,12 +6,15 @@ from typing import Any
 
 from hf_cod.io.report import format_number
 
+# For models that transformers alone cannot load, the last sentence.
+TO_LOAD = "To load it, import hf_cod before from_pretrained."
+
 
 def closing(results: dict[str, Any], made: str) -> list[str]:
     """Sentences on size, perplexity and speed of the saved model, compared with the intact model.
 
     Args:
-        results: results of a report of `compression.run`.
+        results: results of a report; perplexity and speed may be missing, as they are in those of pack.
         made: the key of the saved model in them, such as "pruned".
     """
     return [_size(results, made), *_perplexity(results, made), *describe_speed(results, made)]
@@ -54,7 +57,7 @@ def _megabytes(size: int) -> str:
 
 def _perplexity(results: dict[str, Any], made: str) -> list[str]:
     """Perplexity before and after, and of the "uniform" plan and the "recovered" model if they were measured."""
-    figures = results["perplexity"]
+    figures = results.get("perplexity", {})
     found = {name: format_number(value) for name, value in figures.items() if value is not None}
     if not found:
         return []
@@ -74,7 +77,7 @@ def _perplexity(results: dict[str, Any], made: str) -> list[str]:
 
 def describe_speed(results: dict[str, Any], after: str, before: str = "intact") -> list[str]:
     """A sentence on speed before and after, if results["speed"] holds `before` and `after`."""
-    if not results["speed"]:
+    if not results.get("speed"):
         return []
     old, new = results["speed"][before], results["speed"][after]
     told = {"prompt": f"for a prompt of {new['prompt_tokens']}", "generation": "in generation"}

@@ -4,8 +4,9 @@ Load, split the text, measure, plan, apply, save, reload, measure, report.
 
 A command provides its settings and a `Step`. Report keys have the same meaning for all commands. In `results`,
 "perplexity", "memory_bytes" and "speed" have values for "intact" and for the result of the step; "perplexity" also for
-the baselines. "disk_bytes" is the size of the saved weights, "evaluation" describes the samples for perplexity, "score"
-has the settings of the scores. "fallback" has the compared perplexities if the uniform plan replaced that by score.
+the baselines. "disk_bytes" is the size of the saved weights, "evaluation" describes the samples for perplexity,
+"score_settings" has the settings of the scores. "fallback" has the compared perplexities if the uniform plan replaced
+that by score.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.io.text import describe_batches
-from hf_cod.layers.size import bytes_of
+from hf_cod.layers.size import bytes_of, disk_bytes
 
 
 def compress(
@@ -105,7 +106,7 @@ def run(
     perplexity[step.trained or made] = work.perplexity()
     memory[made] = bytes_of(work.model)
     speed |= work.speed(made)
-    disk = sum(path.stat().st_size for path in output.results.glob("*.safetensors"))
+    disk = disk_bytes(output.results)
     measured = {"perplexity": perplexity, "memory_bytes": memory, "disk_bytes": disk, "speed": speed}
     if fallback:
         measured["fallback"] = fallback
@@ -127,7 +128,7 @@ def _complete(
         **counted,
         **measured,
         "evaluation": describe_batches(work.evaluation),
-        **({} if work.scores is None else {"score": work.scores.settings}),
+        **({} if work.scores is None else {"score_settings": work.scores.settings}),
     }
     told = {"model": work.source, **asdict(step.settings), **describe_batches(work.calibration)}
     given = {} if scores_file is None or work.scores is None else {"score": work.scores.method}

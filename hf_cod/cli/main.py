@@ -64,15 +64,16 @@ FROM_CHECKPOINTS = ("heal", "finetune")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 for a failure during the run, 2 for bad input, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    alone = arguments[0].replace("_", "-") if arguments and arguments[0].startswith("--") else None
+    if not arguments or arguments[0] == "-h" or alone == "--help":
         print(_overview())
         return 0
-    if arguments[0] == "--version":
+    if alone == "--version":
         from hf_cod._version import __version__
 
         print(f"hf-cod {__version__}")
         return 0
-    if arguments[0] == "--print-completion":
+    if alone == "--print-completion":
         from hf_cod.cli.completion import print_completion
 
         return print_completion(arguments[1:], COMMANDS)

@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from hf_cod.io.report import RunReport
 
 
+def one_directory(by_position: str | None, by_option: str | None) -> str | None:
+    """The output directory of a command that takes it by position or by `--output`; None: neither is given.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if by_position is not None and by_option is not None:
+        raise ValueError(f"output: expected one directory, got {by_position!r} and {by_option!r}")
+    return by_position or by_option
+
+
 def write_model(
     output: OutputDirectory,
     run: Callable[[OutputDirectory], RunReport | None],

@@ -9,20 +9,17 @@ import argparse
 import json
 import os
 import re
-import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
+from hf_cod.cli.field_options import add_field
+from hf_cod.cli.option_names import ALIASES, RENAMED
 from hf_cod.io.arguments import did_you_mean, unknown_name
 from hf_cod.io.deprecation import warn_renamed
 from hf_cod.io.reading import read_yaml
 
-# Option name in other tools -> name in hf-cod.
-ALIASES = {"--output-dir": "--output"}
-# Option name in an earlier version -> current name; accepted for one release, with a warning.
-RENAMED = {"--multiple": "--channel-multiple", "--parameters": "--parameter-share"}
 # Type of an option's value -> its name in errors.
 _TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}
 # Options of every command that are not part of a config file.
@@ -47,7 +44,7 @@ class SettingsParser(argparse.ArgumentParser):
             hints = get_type_hints(each)
             for found in fields(each):
                 if found.init:
-                    _add_field(self, found, hints[found.name])
+                    add_field(self, found, hints[found.name])
         common = self.add_argument_group("common options")
         common.add_argument("--config", metavar="FILE", help="YAML file of options; the command line takes precedence")
         common.add_argument("--print-config", action="store_true", help="print all options as a YAML file, and exit")
@@ -75,7 +72,7 @@ class SettingsParser(argparse.ArgumentParser):
             ValueError: a setting is out of range, or a config file has unknown or invalid entries.
             SystemExit: an unknown option (status 2), `--help` or `--print-config` (0).
         """
-        spelled = [_spelled(argument) for argument in arguments]
+        spelled = [self._spelled(argument) for argument in arguments]
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         early.add_argument("--config")
         early.add_argument("--print-config", action="store_true")
@@ -125,6 +122,27 @@ class SettingsParser(argparse.ArgumentParser):
         """Name in a config file -> argparse action of the option or positional argument."""
         return {action.dest: action for action in self._actions if action.dest not in _COMMON}
 
+    def _spelled(self, argument: str) -> str:
+        """An option with its current name, with dashes: `--learning_rate=1` becomes `--learning-rate=1`."""
+        if not argument.startswith("--") or argument == "--":
+            return argument
+        name, equals, value = argument.partition("=")
+        name = name.replace("_", "-")
+        current = self._current(name)
+        if current != name:
+            warn_renamed("option", name, current)
+        return ALIASES.get(current, current) + equals + value
+
+    def _current(self, option: str) -> str:
+        """The current name of an option of an earlier version; other options are returned as they are."""
+        known, new = self._option_string_actions, RENAMED.get(option, option)
+        return new if new in known and option not in known else option
+
+    def current_names(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings in a report of an earlier version by their current names."""
+        current = {name: self._current("--" + name.replace("_", "-"))[2:].replace("-", "_") for name in values}
+        return {current[name] if current[name] not in values else name: value for name, value in values.items()}
+
     def _read(self, path: Path) -> None:
         """Reads a config file; its values become the defaults."""
         content = read_yaml(path, "config") or {}
@@ -132,17 +150,18 @@ class SettingsParser(argparse.ArgumentParser):
             raise ValueError(f"config: expected option names with values, got {content!r} in {str(path)!r}")
         options, seen = self._options(), set()
         for key, value in content.items():
-            name = _spelled(f"--{key}")[2:].replace("-", "_")
+            name = self._spelled(f"--{key}")[2:].replace("-", "_")
             if name not in options:
-                near = did_you_mean([name], options)
+                near = did_you_mean([name], [other for other, action in options.items() if action.option_strings])
                 expected = f"{near and near + ' '}expected one of {', '.join(options)}"
                 raise ValueError(f"config: {expected}, got {key!r} in {str(path)!r}")
             if name in seen:
                 raise ValueError(f"config: expected each option once, got {key!r} twice in {str(path)!r}")
             seen.add(name)
             read = _converted(options[name], value, str(key))
-            # The same value as the default is not one that a user set: `--print-config` writes all options.
-            if read != options[name].default:
+            # The same value as the default is not one that a user set: `--print-config` writes all options. Without
+            # words a positional argument of several is empty, too.
+            if read != options[name].default and (read != [] or options[name].option_strings):
                 self.set_defaults(**{name: read})
             if value is not None:
                 _make_optional(options[name])
@@ -176,7 +195,7 @@ def _make_optional(action: argparse.Action) -> None:
     """Makes an argument optional on the command line."""
     action.required = False
     if not action.option_strings:
-        action.nargs = "*" if action.nargs == "+" else "?"
+        action.nargs = "*" if action.nargs in ("+", "*") else "?"
 
 
 def _in_home(value: Any) -> Any:
@@ -184,72 +203,6 @@ def _in_home(value: Any) -> Any:
     if isinstance(value, list):
         return [_in_home(each) for each in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
-
-
-def _spelled(argument: str) -> str:
-    """An option with its current name, with dashes: `--learning_rate=1` becomes `--learning-rate=1`."""
-    if not argument.startswith("--") or argument == "--":
-        return argument
-    name, equals, value = argument.partition("=")
-    name = name.replace("_", "-")
-    if name in RENAMED:
-        warn_renamed("option", name, RENAMED[name])
-        name = RENAMED[name]
-    return ALIASES.get(name, name) + equals + value
-
-
-def _add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) -> None:
-    """Adds the option of one field: booleans take no value (see `_add_switch`), lists take several."""
-    default = field.default if field.default_factory is MISSING else field.default_factory()
-    required = default is MISSING
-    told = str(field.metadata.get("help", "")).replace("%", "%%")
-    name = "--" + field.name.replace("_", "-")
-    kind, several = _kind(hint)
-    if kind is bool:
-        _add_switch(parser, name, field.name, bool(default), told)
-        return
-    if told and not required and default not in (None, [], ""):
-        told = f"{told} (default: {default})"
-    more: dict[str, Any] = {"nargs": field.metadata.get("nargs", "+")} if several else {}
-    if kind is not str:  # by which argparse would convert a marked default to a plain string
-        more["type"] = kind
-    choices = field.metadata.get("choices") or (get_args(hint) if get_origin(hint) is Literal else None)
-    parser.add_argument(
-        name,
-        dest=field.name,
-        default=None if required else default,
-        required=required,
-        choices=None if choices is None else list(choices),
-        metavar=field.name.upper(),
-        help=told,
-        **more,
-    )
-
-
-def _add_switch(parser: argparse.ArgumentParser, name: str, dest: str, default: bool, told: str) -> None:
-    """Adds a boolean option: both forms if it is on by default, else the positive form; one text says what on does.
-
-    The negative form of an option that is off by default is accepted, too: it overrides a config file.
-    """
-    if default:
-        both = parser.add_argument(name, dest=dest, action=argparse.BooleanOptionalAction, default=True)
-        both.help = told and f"{told} (default: on)"  # argparse would add "(default: True)" itself
-        return
-    off = f"--no-{name[2:]}"
-    parser.add_argument(off, dest=dest, action="store_false", default=False, help=argparse.SUPPRESS)
-    # Config files show the help text of the last option with the same name.
-    parser.add_argument(name, dest=dest, action="store_true", default=False, help=told)
-
-
-def _kind(hint: Any) -> tuple[type, bool]:
-    """(type of one value, whether several are accepted) for `int | None`, `list[str]`, `Literal["a", "b"]`, ..."""
-    if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (each for each in get_args(hint) if each is not type(None))
-    if get_origin(hint) is list:
-        return get_args(hint)[0], True
-    if get_origin(hint) is Literal:
-        return type(get_args(hint)[0]), False
-    return hint, False
 
 
 def _converted(action: argparse.Action, value: Any, key: str) -> Any:

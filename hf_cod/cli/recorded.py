@@ -43,7 +43,7 @@ def command_of(report: RunReport) -> str | None:
         return None
     module = import_module(f"hf_cod.cli.commands.{COMMANDS[report.kind][0]}")
     parser: SettingsParser = module.make_parser()
-    values = {**dict.fromkeys(SOURCES, source_of(report)), **report.settings}
+    values = {**dict.fromkeys(SOURCES, source_of(report)), **parser.current_names(report.settings)}
     decided = {name for option, names in DECIDED.items() if values.get(option) is not None for name in names}
     values = _needed(parser, {name: value for name, value in values.items() if name not in decided})
     return shlex.join(["hf-cod", report.kind, *parser.words({name: public_value(v) for name, v in values.items()})])

@@ -6,6 +6,7 @@ Imports only the standard library and other settings, so that `--help` is fast.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hf_cod.io.settings import (
     PLOT_FORMATS,
@@ -19,6 +20,10 @@ from hf_cod.io.settings import (
 )
 from hf_cod.scoring.settings import COMPUTED, AllocationSettings, ScoreSettings, options_of, score_with
 from hf_cod.scoring.settings import METHODS as SCORES
+
+if TYPE_CHECKING:
+    from hf_cod.scoring.allocation import LayerAllocation
+    from hf_cod.scoring.layer_scores import LayerScores
 
 
 @dataclass
@@ -115,6 +120,20 @@ class SpreadSettings(CompressionSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         AllocationSettings(spread=self.spread)
+
+    def allocate(self, scores: LayerScores) -> LayerAllocation:
+        """The plan of the command for these scores."""
+        raise NotImplementedError
+
+    def check_spread(self) -> None:
+        """Checks that spread and budget are compatible, with a plan for a model of one layer.
+
+        Raises:
+            ValueError: they are not.
+        """
+        from hf_cod.scoring.layer_scores import LayerScores
+
+        self.allocate(LayerScores("", "uniform", [1.0], [1]))
 
     def check_scored(self, scores_file: str | None, instead: str | None = None) -> None:
         """Checks also that a spread is not given with equal scores."""

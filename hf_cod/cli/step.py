@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
+    from hf_cod.scoring.layer_scores import LayerScores
 
 
 class Step(ABC):
@@ -24,6 +25,8 @@ class Step(ABC):
 
     command: ClassVar[str]
     done: ClassVar[str]
+    # Setting -> its name in an earlier version, by which runs of both versions have the same identity.
+    earlier: ClassVar[dict[str, str]] = {}
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -41,7 +44,11 @@ class Step(ABC):
 
     def identity(self) -> Any:
         """JSON-like identity of a run among runs of the same command on the same model and text."""
-        return asdict(self.settings)
+        return self.earlier_names(self.settings)
+
+    def earlier_names(self, settings: Any) -> dict[str, Any]:
+        """Settings by the names that an earlier version gave them."""
+        return {self.earlier.get(name, name): value for name, value in asdict(settings).items()}
 
     def disk_share(self) -> float:
         """Minimum size of the results as a share of the model's bytes; checked against free disk space at the start."""
@@ -92,12 +99,17 @@ class Step(ABC):
         return []
 
 
-def uniform_baseline(work: Work, settings: Any) -> dict[str, Any]:
+def uniform_baseline(plan: Any, settings: Any, scores: LayerScores | None) -> dict[str, Any]:
     """For `Step.baselines`: the plan that `settings.allocate` makes of equal scores, as "uniform".
 
-    Empty without `settings.baseline`, and if the plan is uniform or does not depend on scores.
+    Empty without `settings.baseline`, and if the plan is uniform.
+
+    Args:
+        plan: the plan to compare with.
+        settings: settings of the command, `SpreadSettings`.
+        scores: scores of the model's layers, of which the sizes are used; None if the plan does not depend on scores.
     """
-    if not settings.baseline or work.scores is None or work.scores.method == "uniform":
+    if not settings.baseline or scores is None or plan.method == "uniform":
         return {}
-    alike = replace(work.scores, values=[1.0] * len(work.scores.values), method="uniform")
+    alike = replace(scores, values=[1.0] * len(scores.values), method="uniform")
     return {"uniform": settings.allocate(alike)}

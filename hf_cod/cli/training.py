@@ -16,7 +16,7 @@ from hf_cod.io.settings import TextSettings
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import check_method
-from hf_cod.training.runs.run_directory import check_claim, claiming, half_checkpoints, last_steps
+from hf_cod.training.runs.run_directory import check_claim, claiming, half_checkpoints, last_steps, lost_checkpoints
 from hf_cod.training.runs.trainer import check_one_process
 from hf_cod.training.runs.training_settings import TrainingSettings, check_effects, check_fused
 
@@ -74,7 +74,12 @@ def train_into(
             return run(output)
 
     output = OutputDirectory(
-        directory, identity, check=lambda path: check_claim(path, identity), source=source, half=half_checkpoints
+        directory,
+        identity,
+        check=lambda path: check_claim(path, identity),
+        source=source,
+        half=half_checkpoints,
+        lost=lost_checkpoints,
     )
     write_model(output, claimed, pictures, spent=checkpoints_in)
     for what, name in _WRITTEN:

@@ -1,4 +1,4 @@
-"""Ranges of temperature and label share of a distillation loss; without torch, so that settings can use them."""
+"""Ranges of temperature and label weight of a distillation loss; without torch, so that settings can use them."""
 
 
 def check_mixture(temperature: float, share: float) -> None:
@@ -6,4 +6,4 @@ def check_mixture(temperature: float, share: float) -> None:
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
     if not 0 <= share <= 1:
-        raise ValueError(f"labels: expected a share in 0..1, got {share}")
+        raise ValueError(f"label_weight: expected a share in 0..1, got {share}")

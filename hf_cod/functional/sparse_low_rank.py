@@ -23,7 +23,7 @@ ITERATIONS = 80  # N, as in arXiv 2409.13652
 LEAST_SCALE = 1e-3
 
 
-def sizes_of_weights(shape: Shape, share: float, rank_share: float) -> tuple[int, int] | None:
+def sizes_of_weights(shape: Shape, share: float, factor_share: float) -> tuple[int, int] | None:
     """(r, k) for which a matrix keeps a share s of its weights; None if it is left unchanged.
 
         r = floor(kappa s m n / (m + n)),   k = floor(s m n) - r (m + n)     (arXiv 2409.13652, algorithm 2)
@@ -34,7 +34,7 @@ def sizes_of_weights(shape: Shape, share: float, rank_share: float) -> tuple[int
     m, n = shape
     if share >= 1 or not most_rank(shape):
         return None
-    r = max(1, math.floor(rank_share * share * m * n / (m + n) + ROUNDING))
+    r = max(1, math.floor(factor_share * share * m * n / (m + n) + ROUNDING))
     return r, max(0, math.floor(share * m * n + ROUNDING) - r * (m + n))
 
 

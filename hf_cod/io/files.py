@@ -277,12 +277,12 @@ class Journal:
             return check_value(self.entries[key], kind, f"journal {brief(key)}", {"nan": True})
 
     def add(self, key: str, value: Any) -> None:
-        """Records one result and fsyncs it."""
+        """Records one result and fsyncs it; a result that is recorded already is not written again."""
+        known = self.path is not None and key in self.entries and json.dumps(self.entries[key]) == json.dumps(value)
         self.entries[key] = value
-        if self.path is None:
-            return
-        record = json.dumps([self.work, key, value])
-        append_line(self.path, f'{record[:-1]}, "{checksum(record)}"]')
+        if self.path is not None and not known:
+            record = json.dumps([self.work, key, value])
+            append_line(self.path, f'{record[:-1]}, "{checksum(record)}"]')
 
 
 def _record_of(line: str) -> tuple[str, str, Any] | None:

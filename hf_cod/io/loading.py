@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.io.model_config import building
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ def read(model_class: Any, source: Any, **options: Any) -> tuple[Any, Mapping[st
     """
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that mismatched keys are listed, too
     try:
-        with building(f"a config and weights that {model_class.__name__} can be built from", source):
+        wanted = f"a config and weights that {model_class.__name__} can be built from"
+        with building(wanted, source), advice_silenced():  # of bitsandbytes, for a model that it quantized
             model, info = model_class.from_pretrained(source, **options, **told)
         return model, info
     except torch.OutOfMemoryError:

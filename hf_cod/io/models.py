@@ -225,7 +225,7 @@ def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
 
 def _read_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # the tokenizers library raises plain Exception
@@ -234,6 +234,9 @@ def _read_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
             f"tokenizer: expected tokenizer files that transformers can read, got {type(error).__name__} in {name!r}: "
             f"{cause}"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # GPT-2's class is made without files, too
+        raise ValueError(f"tokenizer: expected tokenizer files, got none in {name!r}; save the model's tokenizer there")
+    return tokenizer
 
 
 def _has_tokenizer(source: str, options: dict[str, Any]) -> bool:

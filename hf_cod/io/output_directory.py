@@ -38,6 +38,7 @@ class OutputDirectory:
         check: raises ValueError if the directory holds files that the command must not touch.
         source: the model's directory or name; must not be the output directory.
         half: returns paths in the directory that a killed run left half written.
+        lost: returns paths that this run wrote after the directory was deleted, and from which no run can resume.
 
     Attributes:
         journal: the directory of files for a resumed run.
@@ -56,14 +57,16 @@ class OutputDirectory:
         check: Callable[[Path], object] | None = None,
         source: str | None = None,
         half: Callable[[Path], Iterable[Path]] | None = None,
+        lost: Callable[[Path], Iterable[Path]] | None = None,
     ) -> None:
         self.path = Path(path)
         self.journal = self.path / JOURNAL
         self.completed = False
         self._run = as_read(run)
-        self._check, self._source, self._half = check, source, half
+        self._check, self._source, self._half, self._lost = check, source, half, lost
         self._lock: DirectoryLock | None = None
         self._made: list[Path] = []
+        self._manifest: Manifest | None = None
 
     def __enter__(self) -> OutputDirectory:
         try:
@@ -163,7 +166,7 @@ class OutputDirectory:
             OutputError: the directory was deleted, or files are missing.
         """
         self._check_there(beside)
-        manifest = Manifest.of_results(self.path, self._run, spent)
+        self._manifest = manifest = Manifest.of_results(self.path, self._run, spent)
         missing = manifest.complete(self.path)
         self._check_there([*beside, *missing])
         if missing:
@@ -192,10 +195,34 @@ class OutputDirectory:
                 self._clear()
         except (OSError, ValueError):
             pass  # the first exception is the one to report
-        if lock.release() and there:
-            remove_empty([self.journal, *self._made[1:]] if error is not None else [self.journal])
+        if lock.release():
+            if there:
+                remove_empty([self.journal, *self._made[1:]] if error is not None else [self.journal])
+            else:
+                self._remove_lost()
         if isinstance(error, Exception):
             self._explain(error, there)
+
+    def _remove_lost(self) -> None:
+        """Removes what was written after the directory was deleted, unless another command uses it meanwhile."""
+        lock = DirectoryLock(self.journal / LOCK, self.path)
+        try:
+            if not self.path.is_dir():
+                return
+            self.journal.mkdir(exist_ok=True)
+            lock.acquire()
+        except (OSError, ValueError):
+            return
+        try:
+            if self._manifest is not None:
+                self._manifest.withdraw(self.path)
+            self._clear()
+            for path in self._lost(self.path) if self._lost else ():
+                remove(path)
+        except (OSError, ValueError):
+            pass  # the first exception is the one to report
+        lock.release()
+        remove_empty([self.journal, *self._made[1:]])
 
     def _explain(self, error: Exception, there: bool) -> None:
         """Raises an OutputError if the disk or the directory was the cause of an error."""

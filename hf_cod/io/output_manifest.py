@@ -92,7 +92,7 @@ class Manifest:
         for name in self._order():
             if self._is_there(directory, name):
                 (directory / name).unlink()
-        (directory / JOURNAL / MANIFEST).unlink()
+        (directory / JOURNAL / MANIFEST).unlink(missing_ok=True)
 
     def _order(self) -> list[str]:
         return sorted(self.files, key=lambda name: (_LAST.index(name) if name in _LAST else -1, name))

@@ -139,6 +139,8 @@ def token_batches(
             token.
     """
     settings = resolve(token_batches, SampleSettings, settings, fields)
+    if isinstance(texts, str) and len(texts) < 256 and Path(texts).is_file():
+        raise ValueError(f"texts: expected text, got the name of a file, {texts!r}; pass what the file holds")
     texts = [texts] if isinstance(texts, str) else texts
     samples = _windows(tokenizer, texts, settings) if settings.pack else _single_texts(tokenizer, texts, settings)
     starts = range(0, len(samples), settings.batch_size)

@@ -1,8 +1,10 @@
-"""The size of a model: bytes of its tensors, number of its parameters and of weights in its layers' matrices."""
+"""The size of a model: bytes of tensors and files, number of parameters and of weights in the layers' matrices."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -39,6 +41,12 @@ def size_of(model: nn.Module, layers_path: str | None = None) -> ModelSize:
     return ModelSize(bytes_of(stack.model), bytes_of(stack.module_list), weights)
 
 
+def size_results(sizes: Mapping[str, ModelSize]) -> dict[str, dict[str, int]]:
+    """Entries of a report's `results`: "memory_bytes", "layer_bytes" and "layer_weights" of each state of a model."""
+    names = {"memory_bytes": "bytes", "layer_bytes": "layer_bytes", "layer_weights": "layer_weights"}
+    return {key: {state: getattr(size, name) for state, size in sizes.items()} for key, name in names.items()}
+
+
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters of a model."""
     return sum(p.numel() for p in model.parameters())
@@ -49,3 +57,8 @@ def bytes_of(module: nn.Module) -> int:
     tensors = [*module.parameters(), *module.buffers()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+def disk_bytes(directory: str | Path) -> int:
+    """Bytes of the weights that are saved in a directory, without those in its subdirectories."""
+    return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))

@@ -43,6 +43,11 @@ class Family:
         """The `model_type` of the configuration class of this package."""
         return self.config.model_type
 
+    @property
+    def title(self) -> str:
+        """The family's name in transformers, such as "Llama"."""
+        return self.stock_config.__name__.removesuffix("Config")
+
     @cached_property
     def models(self) -> dict[Any, "type[PreTrainedModel]"]:
         """Auto class -> model class of this package, from the `auto_map` of a saved model.

@@ -7,7 +7,7 @@ import shlex
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -20,6 +20,7 @@ from hf_cod.io.reading import read_json, read_text
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.io.schema import read_record
 from hf_cod.io.settings import resolve
+from hf_cod.models.families import FAMILIES, Family
 from hf_cod.reporting.result_card import TAG
 from hf_cod.reporting.settings import CardFields, CardSettings
 
@@ -33,8 +34,7 @@ PICTURES = {
     "effective_depth_by_step": "Effective depth during training, at the last token of a few windows.",
 }
 LITTLE_TEXT = 1e9  # tokens
-# Only Pre-LN, and placements that differ from it by constants, can be computed by a stock Llama.
-FOLDABLE = ("pre", "lns", "scaled_init")
+LLAMA = "cod_llama"  # model type of the models of examples/pretrain.py
 
 
 def release(
@@ -78,24 +78,27 @@ def release(
             raise ValueError(f"run: expected a model with a tokenizer, got none in {str(trained)!r}")
         model.save_pretrained(directory.results)  # type: ignore[operator]
         tokenizer.save_pretrained(directory.results)
+        kind = cast(Any, model.config).model_type
         pictures = _draw(report, run, directory.results)
-        write_text(directory.results / readme.name, str(model_card(report, settings, pictures)))
+        write_text(directory.results / readme.name, str(model_card(report, settings, pictures, kind)))
         directory.finish()
     return readme
 
 
-def model_card(report: RunReport, settings: CardSettings, pictures: list[str]) -> ModelCard:
+def model_card(report: RunReport, settings: CardSettings, pictures: list[str], model_type: str = LLAMA) -> ModelCard:
     """The model card of a pre-trained model.
 
     Args:
         report: the report of the run.
         settings: entries of the card that the report does not contain.
         pictures: names (keys of `PICTURES`) of the plots that are saved next to the card.
+        model_type: the `model_type` of the model's config, one of this package's.
 
     Raises:
-        ValueError: a file named in the settings does not exist or has another format.
+        ValueError: a model of another type, or a file named in the settings does not exist or has another format.
     """
     name = settings.name or report.model.replace(" ", "-")
+    family = _family(model_type)
     perplexity = report.results["validation_perplexity"]
     data = ModelCardData(
         language=settings.language,
@@ -114,7 +117,12 @@ def model_card(report: RunReport, settings: CardSettings, pictures: list[str]) -
             )
         ],
     )
-    sections = [_what(report, name), _use(report, name, settings.where), _results(report, pictures), _training(report)]
+    sections = [
+        _what(report, name, family),
+        _use(report, name, settings.where, family),
+        _results(report, pictures),
+        _training(report),
+    ]
     sections += [_texts(settings.sources)] if settings.sources else []
     sections += [_comparison(settings.comparison)] if settings.comparison else []
     sections.append(f"## Source\n\n[The Curse of Depth in Large Language Models]({PAPER}), Sun et al. 2025.")
@@ -142,19 +150,26 @@ def _validated_on(told: dict[str, Any]) -> str:
     return f"{text}, {told['validation_split']}" if told.get("validation_split") else f"held-out pieces of {text}"
 
 
-def _what(report: RunReport, name: str) -> str:
+def _family(model_type: str) -> Family:
+    families = {family.model_type: family for family in FAMILIES}
+    if model_type not in families:
+        raise ValueError(f"run: expected a model of type {', '.join(families)}, got {model_type!r}")
+    return families[model_type]
+
+
+def _what(report: RunReport, name: str, family: Family) -> str:
     counted = report.results["parameters"]
     millions = (counted if isinstance(counted, int) else counted["trained"]) / 1e6  # a number in reports of 0.1
     tokens: int = report.results["tokens"]
     small = " It is small and trained on little text: use it for measurements, not for text generation."
     return (
-        f"# {escaped(name)}\n\nA Llama of {report.n_layers} layers and {millions:.1f} million parameters with "
+        f"# {escaped(name)}\n\nA {family.title} of {report.n_layers} layers and {millions:.1f} million parameters with "
         f"norm placement `{report.settings['norm_placement']}`, trained from scratch on "
         f"{tokens / 1e6:.3g} million tokens." + small * (tokens < LITTLE_TEXT)
     )
 
 
-def _use(report: RunReport, name: str, where: str | None) -> str:
+def _use(report: RunReport, name: str, where: str | None, family: Family) -> str:
     lines = [
         "## Load it\n",
         *([where, ""] if where else []),
@@ -165,13 +180,14 @@ def _use(report: RunReport, name: str, where: str | None) -> str:
         "If hf_cod is installed and imported, the model loads without `trust_remote_code`; "
         f"`hf-cod diagnose {shlex.quote(name)}` measures its layers.",
     ]
-    if report.settings["norm_placement"] in FOLDABLE:
+    stock = family.title
+    if report.settings["norm_placement"] in family.foldable:
         lines.append(
-            "\nConversion to a stock Llama with equal logits, for vLLM, llama.cpp and other software for Llama:\n\n"
-            f"```sh\nhf-cod convert stock {shlex.quote(name)} as-llama\n```"
+            f"\nConversion to a stock {stock} with equal logits, for vLLM, llama.cpp and other software for {stock}:"
+            f"\n\n```sh\nhf-cod convert stock {shlex.quote(name)} as-{stock.lower()}\n```"
         )
     else:
-        lines.append("\nThis placement cannot be converted to a stock Llama: its norms act on the residual stream.")
+        lines.append(f"\nThis placement cannot be converted to a stock {stock}, which computes the norms elsewhere.")
     return "\n".join(lines)
 
 

@@ -194,7 +194,7 @@ def _numbers(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(name, value) of results that are one number, or one number per model; longer results are only in report.json."""
     for name, value in results.items():
         shown, found = name.replace("_", " "), value if isinstance(value, dict) else {"": value}
-        if name not in ("modules", "module_sparsity", "module_bits", "score", "evaluation", "plan"):
+        if name not in ("modules", "module_sparsity", "module_bits", "score", "score_settings", "evaluation", "plan"):
             for part, number in found.items():
                 if isinstance(number, (int, float)) and not isinstance(number, bool):
                     figure = f"{number:,}" if isinstance(number, int) else format_number(number)

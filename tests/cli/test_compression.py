@@ -119,7 +119,7 @@ def test_report_keys_and_the_order_of_its_sentences(folder, capsys):
     assert set(report.results["memory_bytes"]) == {"intact", "scaled"} and report.results["speed"] == {}
     assert report.results["evaluation"]["samples"] == 5 and report.settings["samples"] == 4
     scores = LayerScores.load(folder / "out" / "scores.json")
-    assert report.layers["score"] == scores.values and report.results["score"] == scores.settings
+    assert report.layers["score"] == scores.values and report.results["score_settings"] == scores.settings
     assert report.settings["by"] == "tests" and report.settings["scores"] is None
     begins = [line.partition(" ")[0] for line in report.summary]
     assert (begins[0], begins[1], begins[2], begins[-1]) == ("Scaled.", "The", "Perplexity", "To")

@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import shutil
-import subprocess
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -16,6 +15,7 @@ from hf_cod.cli.main import main
 from hf_cod.io import directory_lock
 from hf_cod.io.output_directory import OutputDirectory
 from tests.fresh_processes import run_fresh
+from tests.small_disks import can_mount, resize, small_disk
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -147,7 +147,24 @@ def test_an_output_that_is_deleted_meanwhile_is_no_success(name, syncs, command,
             status = main(command(name, out))
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-cod")]
         assert status == 1 and len(said) == 1 and "deleted; results are lost" in said[0], (moment, said)
-        shutil.rmtree(out, ignore_errors=True)
+    assert main(command(name, out)) == 0
+    check_done(name, out)
+
+
+@pytest.mark.parametrize("name", WITH_MODEL)
+def test_an_output_that_is_deleted_while_results_are_moved(name, command, tmp_path, monkeypatch, capsys):
+    out, replace = tmp_path / "out", os.replace
+
+    def deletes(source, target):
+        replace(source, target)
+        if target == out / "model.safetensors":
+            shutil.rmtree(out / "journal")  # a deletion does not see what is moved meanwhile
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", deletes)
+        assert main(command(name, out)) == 1
+    assert "results are lost" in capsys.readouterr().err
+    assert not (out / "model.safetensors").exists()
     assert main(command(name, out)) == 0
     check_done(name, out)
 
@@ -166,35 +183,22 @@ def test_weights_that_cannot_be_written_by_other_libraries(name, command, tmp_pa
     check_done(name, out)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own, in memory, where the system lets us have one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    made = mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=4m", "hf-cod", str(folder)], capture_output=True)
-    if not made or made.returncode:
-        pytest.skip("no file system can be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
+@pytest.mark.skipif(not can_mount(), reason="no file system can be mounted here")
 @pytest.mark.parametrize("name", ["prune", "finetune", "score", "diagnose", "pack"])
-def test_a_small_disk(name, command, small_disk, capsys):
-    out, filler = small_disk / "out", small_disk / "filler"
-    sizes = random.Random(1)
-    for _ in range(4):
-        free = shutil.disk_usage(small_disk).free
-        filler.write_bytes(bytes(max(0, free - sizes.choice([1, 5, 9, 40, 90, 200, 400]) * 4096)))
-        capsys.readouterr()
-        status = main(command(name, out))
-        filler.unlink()
-        if status == 0:
-            break
-        check_failed(name, status, out, capsys)
-    if status:
-        assert main(command(name, out)) == 0
-    check_done(name, out)
+def test_a_small_disk(name, command, tmp_path, capsys):
+    disk, sizes = tmp_path / "disk", random.Random(1)
+    out = disk / "out"
+    with small_disk(disk, 4 << 20):
+        for _ in range(4):
+            resize(disk, shutil.disk_usage(disk).used + sizes.choice([1, 5, 9, 40, 90, 200, 400]) * 4096)
+            capsys.readouterr()
+            status = main(command(name, out))
+            if status == 0:
+                break
+            check_failed(name, status, out, capsys)
+        resize(disk, 4 << 20)
+        assert status == 0 or main(command(name, out)) == 0
+        check_done(name, out)
 
 
 @pytest.mark.parametrize("name", ["prune", "finetune", "pack"])

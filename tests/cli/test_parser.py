@@ -4,12 +4,13 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Literal
 
 import pytest
 import yaml
 
-from hf_cod.cli.commands import narrow, prune
+from hf_cod.cli.commands import diagnose, finetune, narrow, prune
 from hf_cod.cli.main import COMMANDS, main
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.report import RunReport
@@ -78,6 +79,37 @@ def test_options_of_an_earlier_version_are_taken_with_a_warning(tmp_path):
     )
     assert shown.returncode == 2 and f"hf-cod narrow: warning: option: {told}" in shown.stderr
     assert "parameter_share: expected a share above 0 and at most 1, got 1.5" in shown.stderr
+
+
+EARLIER = {
+    "factorize m --score owl --rank 0.3": "full_rank_share",
+    "factorize m --method oats --rank_share 0.3": "factor_share",
+    "drop-layers m --layers 2": "n_removed",
+    "pack m --minimum 0.3": "min_sparsity",
+    "fit m --bits 3 --verify 2": "n_verified",
+    "prune m --recover 2": "recover_steps",
+    "heal m --teacher t --text t --labels 0.5": "label_weight",
+    "heal m --teacher t --text t --hidden 0.5": "hidden_weight",
+}
+
+
+@pytest.mark.parametrize("command", EARLIER)
+def test_each_earlier_name_is_taken(command, tmp_path):
+    name, *words, option, value = command.split()
+    (tmp_path / "run.yaml").write_text(f"{option[2:]}: {value}\n")
+    for given in ([option, value], ["--config", str(tmp_path / "run.yaml")]):
+        parser = import_module(f"hf_cod.cli.commands.{name.replace('-', '_')}").make_parser()
+        with pytest.warns(DeprecationWarning, match=f"is now called --{EARLIER[command].replace('_', '-')};"):
+            *_, found = parser.parse([*words, *given])
+        assert str(getattr(found, EARLIER[command])) == value
+
+
+@pytest.mark.filterwarnings("error::DeprecationWarning")
+def test_an_earlier_name_is_unknown_to_commands_that_never_had_it(capsys):
+    with pytest.raises(SystemExit):
+        diagnose.make_parser().parse(["m", "--parameters", "0.3"])
+    assert "unrecognized arguments: --parameters" in capsys.readouterr().err
+    assert finetune.make_parser().parse(["m", "--text", "t", "--rank", "16"])[-1].rank == 16
 
 
 def test_home_is_meant_by_a_tilde_wherever_a_path_is_given(tmp_path, monkeypatch):
@@ -197,6 +229,7 @@ def test_a_printed_config_is_read_back(tmp_path, capsys):
     assert parse("m", "--config", str(tmp_path / "run.yaml"))[0] == Options(0.25, None, ["a"], "a", False, False)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_prints_a_config_that_it_reads(name, tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
@@ -207,6 +240,14 @@ def test_every_command_prints_a_config_that_it_reads(name, tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
         main([name, "--config", str(tmp_path / "run.yaml"), "--print-config"])
     assert done.value.code == 0 and capsys.readouterr().out == shown
+
+
+def test_the_nearest_name_of_an_unknown_key_is_an_option(tmp_path, capsys):
+    """Not a positional argument: quantize has a model and no method."""
+    (tmp_path / "run.yaml").write_text("metod: wanda\n")
+    assert main(["quantize", "m", "--config", str(tmp_path / "run.yaml")]) == 2
+    shown = capsys.readouterr().err
+    assert "got 'metod'" in shown and "did you mean model" not in shown
 
 
 def test_defaults_in_a_config_are_not_given(tmp_path, capsys):
@@ -239,7 +280,7 @@ def test_a_command_runs_from_a_config_quietly_and_by_other_tools_names(tmp_path,
 
 @pytest.mark.parametrize("shell, word", [("bash", "complete -o"), ("zsh", "#compdef hf-cod"), ("fish", "complete -c")])
 def test_completion_knows_commands_and_options(shell, word, capsys):
-    assert main(["--print-completion", shell]) == 0
+    assert main(["--print_completion", shell]) == 0
     shown = capsys.readouterr().out
     assert word in shown and "drop-layers" in shown and "sequence-length" in shown
 

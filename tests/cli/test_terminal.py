@@ -21,9 +21,9 @@ WHOLE_BAR = re.compile(r"(.*: )?100%\|█+\| (\d+)/\2 \[.*\]")
 COMMANDS = {
     "finetune": "--steps 6 --batch-size 4 --micro-batch-size 2 --n-active 1 --interval 2 --rank 4 --save-every 3 "
     "--log-every 3 --dtype float32",
-    "prune": "--max-samples 4 --batch-size 2 --recover 5",
+    "prune": "--max-samples 4 --batch-size 2 --recover-steps 5",
     "quantize": "--max-samples 4 --batch-size 2 --bits 4",
-    "drop-layers": "--max-samples 8 --batch-size 2 --layers 2 --no-speed",
+    "drop-layers": "--max-samples 8 --batch-size 2 --n-removed 2 --no-speed",
     "fit": "--max-samples 4 --tuning-samples 4 --batch-size 2 --parameter-share 0.6 --no-speed",
 }
 

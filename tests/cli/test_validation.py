@@ -43,14 +43,14 @@ BAD = {
         ["sequence_length", "max_samples", "batch_size", "micro_batch_size", "eval_samples", "tuning_samples"], COUNT
     ),
     **dict.fromkeys(
-        ["steps", "lora_rank", "save_every", "log_every", "n_active", "interval", "recover_rank", "layers"], COUNT
+        ["steps", "lora_rank", "save_every", "log_every", "n_active", "interval", "recover_rank", "n_removed"], COUNT
     ),
     "channel_multiple": COUNT,
     **dict.fromkeys(
         ["threshold", "passes", "learning_rate", "recover_learning_rate", "scale", "temperature"], POSITIVE
     ),
-    **dict.fromkeys(["floor", "minimum", "heal labels"], SHARE),
-    **{key: ["0", *SHARE] for key in ["parameter_share", "rank_share"]},
+    **dict.fromkeys(["floor", "min_sparsity", "label_weight"], SHARE),
+    **{key: ["0", *SHARE] for key in ["parameter_share", "factor_share"]},
     **{
         key: ["x"]
         for key in [
@@ -77,17 +77,17 @@ BAD = {
     "sparsity": SHARE,
     "pattern": ["2of4", "4:2", "0:4"],
     "spread": ["-0.1", "nan", "inf", "x", "0.9"],
-    "recover": ["-1", "x"],
+    "recover_steps": ["-1", "x"],
     "rank": ["-1", "x"],
-    "factorize rank": ["0", *SHARE],
+    "full_rank_share": ["0", *SHARE],
     "target": ["0", "1", "nan", "x"],
     "bits": ["2", "3.05", "8", "nan", "x"],
     "fit bits": ["0", "-1", "nan", "x"],
     "block": ["0", "48", "x"],
-    "verify": ["-1", "x"],
+    "n_verified": ["-1", "x"],
     "tokens": ["0", "many", "-2M"],
-    "hidden": ["-1", "nan", "inf", "x"],
-    "teacher_layers": ["x", "1"],  # without a weight of hidden
+    "hidden_weight": ["-1", "nan", "inf", "x"],
+    "teacher_layers": ["x", "1"],  # without a hidden_weight
     "max_grad_norm": ["-1", "nan", "inf", "x"],
     "post_layers": ["x"],
     "diagnose output": ["text.txt"],  # these two keep what is there
@@ -100,10 +100,10 @@ TOGETHER = {
     "prune model --sparsity 0.9 --spread 0.2": "spread: expected 0..0.1",
     "narrow model --parameter-share 0.9 --spread 0.2": "spread: expected",
     "factorize model --score angular --parameter-share 0.9 --spread 0.2": "spread: expected",
-    "factorize model --rank 0.5 --parameter-share 0.5": "rank: expected either rank or parameter_share",
+    "factorize model --full-rank-share 0.5 --parameter-share 0.5": "full_rank_share: expected either",
     "factorize model --method plain --score fisher": "score: expected spectrum",
     "quantize model --bits 3.3 --block 32 --no-double-quant": "bits: expected 3, 4, or stored bits",
-    "drop-layers model --layers 2 --parameter-share 0.5": "layers: expected either layers or parameter_share",
+    "drop-layers model --n-removed 2 --parameter-share 0.5": "n_removed: expected either n_removed or parameter_share",
     "fit model": "budget: expected one of --memory, --parameter-share and --bits, got none",
     "heal model --teacher model --tokens 2M --steps 3": "tokens: expected none with steps",
     "finetune model --batch-size 6 --micro-batch-size 4": "micro_batch_size: expected batch_size 6 to be a multiple",
@@ -150,10 +150,10 @@ TOGETHER = {
     "diagnose model --metrics gradient_norm --drop-metric loss": "drop_metric: expected none with metrics other than",
     "prune model --score uniform --spread 0.1": "spread: expected none with score uniform",
     "factorize model --method oats --spread 0.1": "spread: expected none with score uniform",
-    "prune model --recover-rank 4": "recover_rank: expected none with recover 0, which trains nothing, got 4",
-    "prune model --recover-learning-rate 1": "recover_learning_rate: expected none with recover 0",
+    "prune model --recover-rank 4": "recover_rank: expected none with recover_steps 0, which trains nothing, got 4",
+    "prune model --recover-learning-rate 1": "recover_learning_rate: expected none with recover_steps 0",
     "finetune model --device-memory 8GB": "device_memory: expected none with a training",
-    "heal model --teacher model --labels 1 --temperature 2": "temperature: expected none with labels 1",
+    "heal model --teacher model --label-weight 1 --temperature 2": "temperature: expected none with label_weight 1",
     **{
         f"{command} {more}": f"{option.replace('-', '_')}: expected none with {told}"
         for command in ("finetune model", "heal model --teacher model")
@@ -230,8 +230,8 @@ def test_bad_values(no_model, capsys, command, option, name, value):
         positional += ["--bits", "3.3"]
     if option in positional:
         del positional[positional.index(option) :][:2]
-    more = ["--score", "angular"] if command == "factorize" and name in ("spread", "rank") else []
-    more += ["--method", "oats"] if command == "factorize" and name == "rank_share" else []
+    more = ["--score", "angular"] if command == "factorize" and name in ("spread", "full_rank_share") else []
+    more += ["--method", "oats"] if command == "factorize" and name == "factor_share" else []
     more += ["--estimate"] if name == "device_memory" else []
     assert main([command, *positional, *more, f"{option}={value}"]) == 2
     shown = capsys.readouterr().err

@@ -25,15 +25,15 @@ SMALL = {
     "factorize": QUICK,
     "narrow": {**QUICK, "--channel-multiple": "8"},
     "drop-layers": QUICK,
-    "fit": {**QUICK, "--tuning-samples": "4", "--verify": "0"},
+    "fit": {**QUICK, "--tuning-samples": "4", "--n-verified": "0"},
     "heal": TRAINING,
     "finetune": TRAINING,
 }
 # Small values of options where they stand on a page, and options of a command that are added where they do not.
-REPLACED = {"--steps": "2", "--tokens": "64", "--lora-rank": "2", "--layers": "1"}
+REPLACED = {"--steps": "2", "--tokens": "64", "--lora-rank": "2", "--n-removed": "1"}
 ADDED = {"heal": {"--tokens": "64"}, "finetune": {"--steps": "2"}, "fit": {"--knobs": "rank"}}
 # A budget within reach of so small a model.
-TOGETHER = {"--bits": "3.6", "--knobs": "bits", "--verify": "0"}
+TOGETHER = {"--bits": "3.6", "--knobs": "bits", "--n-verified": "0"}
 # What names its output by its place, not by an option.
 BY_PLACE = ("pack", "convert", "card")
 # Why a command is parsed and not run here.

@@ -119,7 +119,7 @@ def small(code):
     """The steps and tokens of a page that takes minutes, as few."""
     quick = "steps=2, batch_size=2, micro_batch_size=2, sequence_length=16, eval_samples=2"
     for there, here in (
-        ('tokens="2M", hidden=0.1', quick),
+        ('tokens="2M", hidden_weight=0.1', quick),
         ('method="lora")', f'method="lora", {quick})'),
         ('SFTConfig("sft"', 'SFTConfig("sft", use_cpu=True, bf16=False'),
     ):

@@ -106,7 +106,7 @@ def test_bad_input():
     for call, message in [
         (lambda: logit_loss(z, t[..., :7]), r"teacher: expected logits of \(2, 5, 11\), got \(2, 5, 7\)"),
         (lambda: logit_loss(z, t, 0.0), "temperature: expected a number above 0, got 0.0"),
-        (lambda: logit_loss(z, t, share=1.5), r"labels: expected a share in 0..1, got 1.5"),
+        (lambda: logit_loss(z, t, share=1.5), r"label_weight: expected a share in 0..1, got 1.5"),
         (lambda: logit_loss(z, t, share=0.5), "labels: expected some for a share of 0.5, got none"),
         (lambda: hidden_loss(z, t[..., :7]), r"teacher: expected hidden states of \(2, 5, 11\), got"),
     ]:

@@ -18,8 +18,8 @@ def test_what_may_be_mixed(temperature, share):
         (0, 0.5, "temperature: expected a number above 0, got 0"),
         (math.inf, 0.5, "temperature: expected a number above 0, got inf"),
         (math.nan, 0.5, "temperature: expected a number above 0, got nan"),
-        (1, -0.1, r"labels: expected a share in 0\.\.1, got -0\.1"),
-        (1, 1.1, r"labels: expected a share in 0\.\.1, got 1\.1"),
+        (1, -0.1, r"label_weight: expected a share in 0\.\.1, got -0\.1"),
+        (1, 1.1, r"label_weight: expected a share in 0\.\.1, got 1\.1"),
     ],
 )
 def test_what_may_not(temperature, share, message):

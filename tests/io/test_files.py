@@ -117,6 +117,17 @@ def test_a_journal_keeps_the_lines_of_other_work_and_drops_what_was_cut(tmp_path
     assert Journal(path, "mine")["b"] == 3 and Journal(path, "other").entries == {"a": 2}
 
 
+def test_a_journal_holds_a_result_once(tmp_path):
+    """A resumed run may add a result that it has read."""
+    path = tmp_path / "journal.jsonl"
+    Journal(path, "mine").add("a", [1.5, None])
+    journal = Journal(path, "mine")
+    journal.add("a", (1.5, None))
+    assert len(path.read_text().splitlines()) == 1
+    journal.add("a", 2)
+    assert Journal(path, "mine")["a"] == 2
+
+
 def test_a_journal_without_a_path_lives_in_memory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     journal = Journal(None, "mine")

@@ -138,6 +138,15 @@ def test_a_tokenizer_that_cannot_be_read(file, text, told, tmp_path):
         load_tokenizer("someone/no-such-tokenizer")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "bert"])
+def test_a_directory_without_tokenizer(name, tmp_path):
+    """The classes of some models are made without files, with no tokens but the special ones."""
+    build(name).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path))[1] is None
+    with pytest.raises(ValueError, match="tokenizer: expected tokenizer files"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_revision_is_for_the_hub(tmp_path):
     build("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"revision: expected none with the local model '.*', got 'v2'"):

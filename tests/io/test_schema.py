@@ -37,7 +37,7 @@ from tests.tiny_models import build
 
 CONFIGS = {
     "quantized": OwlBnbConfig(bits=3.5, skip=["lm_head"], compute_dtype="bfloat16", modules={"layers.0.up": 3}),
-    "packed": SparseConfig(minimum=0.4, modules={"layers.0.up": 7}),
+    "packed": SparseConfig(min_sparsity=0.4, modules={"layers.0.up": 7}),
 }
 
 

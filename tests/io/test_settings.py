@@ -19,6 +19,8 @@ from hf_cod import (
     DropLayersSettings,
     FactorizeSettings,
     FitPlan,
+    FitSettings,
+    HealSettings,
     LayerAllocation,
     LayerMonitor,
     LayerSampler,
@@ -35,6 +37,7 @@ from hf_cod import (
     SamplerSettings,
     SampleSettings,
     ScoreSettings,
+    SparseConfig,
     StorageSettings,
     WidthSettings,
     allocate,
@@ -205,7 +208,7 @@ def test_an_object_and_fields_plan_and_change_alike():
 def packed(**given):
     model = build("llama")
     prune(model, 0.5, "magnitude")
-    return pack_sparse(model, **given).hf_quantizer.quantization_config.minimum
+    return pack_sparse(model, **given).hf_quantizer.quantization_config.min_sparsity
 
 
 @pytest.mark.parametrize(
@@ -236,7 +239,11 @@ def packed(**given):
             DropLayersSettings("linear"),
             lambda settings: settings["replacement"] == "linear",
         ),
-        (lambda model, **given: packed(**given), PackSettings(minimum=0.25), lambda minimum: minimum == 0.25),
+        (
+            lambda model, **given: packed(**given),
+            PackSettings(min_sparsity=0.25),
+            lambda min_sparsity: min_sparsity == 0.25,
+        ),
     ],
     ids=["plan_ranks", "plan_width", "lora_ranks", "LayerSampler", "drop_layers", "pack_sparse"],
 )
@@ -305,6 +312,27 @@ def test_old_names_are_taken_with_a_warning():
         assert LayerStatistics("m", path="a.b", squares={}, tokens={}).layers_path == "a.b"
     with pytest.warns(DeprecationWarning, match="DepthPlan: method is now called criterion"):
         assert DepthPlan("m", "angular", [1], [1, 1]).method == "angular"
+    with pytest.warns(DeprecationWarning, match="FactorizeSettings: rank_share is now called factor_share"):
+        chosen = FactorizeSettings(rank_share=0.4)
+    with pytest.warns(DeprecationWarning, match="FactorizeSettings: rank_share is now called factor_share"):
+        assert chosen.rank_share == chosen.factor_share == 0.4
+    with pytest.warns(DeprecationWarning, match="factorize: rank_share is now called factor_share"):
+        factorize(build("llama"), 0.6, "oats", batches=[batch_for(model)], rank_share=0.4)
+    for settings, old, value in (
+        (PackSettings, "minimum", 0.3),
+        (SparseConfig, "minimum", 0.3),
+        (FitSettings, "verify", 2),
+        (HealSettings, "labels", 0.5),
+        (HealSettings, "hidden", 0.5),
+    ):
+        with pytest.warns(DeprecationWarning, match=f"{settings.__name__}: {old} is now called"):
+            chosen = settings(**{old: value})
+        with pytest.warns(DeprecationWarning, match=f"{old} is now called"):
+            assert getattr(chosen, old) == value
+    with pytest.warns(DeprecationWarning, match="pack_sparse: minimum is now called min_sparsity"):
+        assert packed(minimum=0.3) == 0.3
+    with pytest.warns(DeprecationWarning, match="plan_fit: verify is now called n_verified"), pytest.raises(ValueError):
+        plan_fit(lambda: model, "bits", 3.0, [], [], verify=1)
     with pytest.warns(DeprecationWarning, match="drop: path"):
         assert drop(model, 1, path="model.layers") == [0, 2, 3]
 

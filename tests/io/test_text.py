@@ -101,6 +101,8 @@ def test_texts_from_files(tmp_path):
     (tmp_path / "a.txt").write_text("plain words", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in ("x", "y")))
     assert list(load_texts(TextSettings(text=str(tmp_path / "a.txt")))) == ["plain words"]
+    with pytest.raises(ValueError, match=r"texts: expected text, got the name of a file, '.*a\.txt'"):
+        token_batches(gpt_like(), str(tmp_path / "a.txt"))
     assert list(load_texts(TextSettings(text=str(tmp_path / "a.jsonl"), text_column="body"))) == ["x", "y"]
     with pytest.raises(ValueError, match="text_column: expected one of body, got 'text'"):
         load_texts(TextSettings(text=str(tmp_path / "a.jsonl")))

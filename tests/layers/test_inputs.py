@@ -38,7 +38,7 @@ from tests.tiny_models import build, outputs
 
 
 def fit(model, batches):
-    return plan_fit(lambda: model, "parameter_share", 0.9, batches, batches, knobs=["rank"], verify=1)
+    return plan_fit(lambda: model, "parameter_share", 0.9, batches, batches, knobs=["rank"], n_verified=1)
 
 
 def scoring(method):

@@ -55,7 +55,7 @@ def test_a_release_loads_without_this_package_and_its_card_holds_what_the_report
     released = tmp_path / "released"
     options = ["--name", "me/tiny-lns", "--license", "cc-by-sa-4.0", "--sources", str(tmp_path / "sources.json")]
     options += ["--comparison", str(tmp_path / "comparison.md")]
-    assert main(["card", str(run), str(released), *options]) == 0
+    assert main(["card", str(run), "--output", str(released), *options]) == 0
     card = ModelCard.load(released / "README.md")
     assert card.data.license == "cc-by-sa-4.0" and card.data.pipeline_tag == "text-generation"
     (figure,) = card.data.eval_results
@@ -90,6 +90,17 @@ def test_card_says_what_cannot_be_folded_and_what_diverged(run):
     report.results["validation_perplexity"] = math.inf
     report.notes.append("the run diverged; layers were not measured")
     assert "the run diverged" in model_card(report, CardSettings(), []).text
+
+
+def test_what_can_be_folded_depends_on_the_family(run):
+    """A stock OLMo 2 has its norms after the sublayers, so it represents `reordered` and not `lns`."""
+    report = RunReport.load(run)
+    assert "cannot be converted to a stock Olmo2" in model_card(report, CardSettings(), [], "cod_olmo2").text
+    report.settings["norm_placement"] = "reordered"
+    assert "hf-cod convert stock tiny-lns as-olmo2" in model_card(report, CardSettings(), [], "cod_olmo2").text
+    assert "cannot be converted to a stock Llama" in model_card(report, CardSettings(), []).text
+    with pytest.raises(ValueError, match=r"run: expected a model of type cod_llama, .*, got 'gpt2'"):
+        model_card(report, CardSettings(), [], "gpt2")
 
 
 def test_the_card_of_an_earlier_report_is_the_same(run):

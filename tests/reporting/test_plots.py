@@ -39,7 +39,7 @@ def test_a_notebook_shows_the_figure():
 
 def scored(values, method="owl", found=None, **settings):
     settings = {"method": method, "threshold": 5.0, **settings}
-    return report(kind="score", settings=settings, layers={"score": values}, results={"score": found or {}})
+    return report(kind="score", settings=settings, layers={"score": values}, results={"score_settings": found or {}})
 
 
 def pruned(values, mean):
@@ -83,7 +83,7 @@ def test_sparsity_says_what_the_dashed_line_is_and_that_nothing_is_zero():
     assert axes.get_title() == "Sparsity of each layer by wanda (dashed: 71.0% of all weights)"
     axes = pruned([0.0, 0.0], 0.0).plot().axes[0]
     assert [text.get_text() for text in axes.texts] == ["0 in every layer"] and axes.get_ylim() == (0, 1)
-    packed = report(kind="pack", settings={"minimum": 0.5}, layers={"sparsity": [0.6, 0.8]}, results={})
+    packed = report(kind="pack", settings={"min_sparsity": 0.5}, layers={"sparsity": [0.6, 0.8]}, results={})
     assert packed.plot().axes[0].get_title() == "Sparsity of each layer"
 
 

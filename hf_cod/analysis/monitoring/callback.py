@@ -14,8 +14,8 @@ from hf_cod.analysis.monitoring.history import FILE_NAME
 from hf_cod.analysis.monitoring.monitor import LayerMonitor
 from hf_cod.analysis.monitoring.settings import CallbackFields, MonitorSettings
 from hf_cod.io.arguments import checked
+from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.io.settings import resolve
-from hf_cod.layers.bitsandbytes_advice import advice_silenced
 
 with advice_silenced():  # of bitsandbytes, which is imported with PEFT
     from transformers.trainer_callback import CallbackHandler, TrainerCallback

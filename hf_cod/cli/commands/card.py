@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_cod.cli.output import require_plots
+from hf_cod.cli.output import one_directory, require_plots
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.reporting.settings import CardSettings
 
@@ -25,9 +25,9 @@ def make_parser() -> SettingsParser:
         "plots, into OUTPUT.",
     )
     parser.add_argument("directory", help="output directory of a command, or of examples/pretrain.py")
-    parser.add_argument(
-        "output", nargs="?", help="directory to write, for examples/pretrain.py only; it can be uploaded to the Hub"
-    )
+    told = "directory to write, for examples/pretrain.py only; it can be uploaded to the Hub"
+    parser.add_argument("target", nargs="?", metavar="output", help=told)
+    parser.add_argument("--output", help=f"{told}; instead of the second argument")
     return parser
 
 
@@ -36,11 +36,12 @@ def main(arguments: Sequence[str]) -> int:
     settings, rest = make_parser().parse(arguments)
     from hf_cod.reporting.result_card import report_of
 
+    output = one_directory(rest.target, rest.output)
     report, name = report_of(rest.directory)
-    if report.kind == "pretrain" and rest.output is None:
+    if report.kind == "pretrain" and output is None:
         raise ValueError(f"output: expected a directory for the model of {rest.directory!r}, got none")
-    if rest.output is not None:
-        return _release(rest.directory, rest.output, settings)
+    if output is not None:
+        return _release(rest.directory, output, settings)
     return _card(Path(rest.directory), report, name, settings)
 
 
@@ -58,10 +59,10 @@ def _card(directory: Path, report: RunReport, name: str, settings: CardSettings)
 
 
 def _release(run: str, output: str, settings: CardSettings) -> int:
+    from hf_cod.layers.size import disk_bytes
     from hf_cod.reporting.model_card import release
 
     require_plots()
     card = release(run, output, settings)
-    size = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
-    print(f"written to {card.resolve()}; weights {size / 2**20:.1f} MiB")
+    print(f"written to {card.resolve()}; weights {disk_bytes(output) / 2**20:.1f} MiB")
     return 0

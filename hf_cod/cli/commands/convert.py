@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import write_model
+from hf_cod.cli.output import one_directory, write_model
 from hf_cod.cli.parser import SettingsParser, model_title
 from hf_cod.io.display import say
 from hf_cod.models.authors import AUTHORS_NORM_TYPES
@@ -38,7 +38,8 @@ def make_parser() -> SettingsParser:
     )
     parser.add_argument("to", choices=["stock", "lns", "authors"], help="the conversion, see above")
     parser.add_argument("source", help="directory of the checkpoint, or its Hub id")
-    parser.add_argument("output", help="new directory for the result")
+    parser.add_argument("directory", nargs="?", metavar="output", help="new directory for the result")
+    parser.add_argument("--output", help="new directory for the result, instead of the third argument")
     parser.add_argument(
         "--norm-type",
         type=str.lower,
@@ -52,6 +53,9 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     (chosen,) = make_parser().parse(arguments)
+    chosen.output = one_directory(chosen.directory, chosen.output)
+    if chosen.output is None:
+        raise ValueError("output: expected a new directory for the result, got none")
     if chosen.to == "authors" and chosen.norm_type is None:
         raise ValueError(f"norm_type: expected one of {', '.join(AUTHORS_NORM_TYPES)}, got none; set --norm-type")
     for name in ("norm_type", "post_layers"):
@@ -91,7 +95,7 @@ def _report(model: Any, chosen: Any) -> RunReport:
     from hf_cod.io.report import RunReport, environment
 
     settings = {name: getattr(chosen, name) for name in ("to", "source", "norm_type", "post_layers")}
-    settings["output"] = Path(chosen.output).resolve().name  # a positional argument of the command
+    settings["output"] = Path(chosen.output).resolve().name  # the command requires it
     return RunReport(
         kind="convert",
         model=model_title(chosen.source),

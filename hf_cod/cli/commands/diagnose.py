@@ -84,7 +84,7 @@ def run(
     except MeasurementError as error:
         if not error.report.layers:
             raise
-        print(f"hf-cod: error: {one_line(error)}; earlier measurements are kept", file=sys.stderr)
+        print(f"hf-cod diagnose: error: {one_line(error)}; earlier measurements are kept", file=sys.stderr)
         return with_inputs(error.report, loading, text), 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import MeasuringSettings, ResultsOutput, SpeedSettings
@@ -25,7 +25,7 @@ DEFAULT_SHARE = 0.8
 class DropLayersOptions(SpeedSettings, MeasuringSettings):
     """Settings of the choice of layers, and of the samples for it."""
 
-    layers: int | None = field(
+    n_removed: int | None = field(
         default=None, metadata={"help": "number of layers to remove; default: as many as --parameter-share requires"}
     )
     parameter_share: float | None = field(
@@ -40,10 +40,10 @@ class DropLayersOptions(SpeedSettings, MeasuringSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         DepthSettings(criterion=self.criterion, replacement=self.replacement)
-        if self.layers is not None and self.parameter_share is not None:
-            raise ValueError("layers: expected either layers or parameter_share, got both")
-        if self.layers is not None and self.layers < 1:
-            raise ValueError(f"layers: expected at least 1 layer to remove, got {self.layers}")
+        if self.n_removed is not None and self.parameter_share is not None:
+            raise ValueError("n_removed: expected either n_removed or parameter_share, got both")
+        if self.n_removed is not None and self.n_removed < 1:
+            raise ValueError(f"n_removed: expected at least 1 layer to remove, got {self.n_removed}")
         if self.parameter_share is not None and not 0 < self.parameter_share < 1:
             raise ValueError(f"parameter_share: expected a share between 0 and 1, got {self.parameter_share}")
 
@@ -53,15 +53,15 @@ class DropLayersOptions(SpeedSettings, MeasuringSettings):
         Raises:
             ValueError: the number of layers, the criterion, or the protection is set.
         """
-        decided = ("layers", "parameter_share", "criterion", "protect")
+        decided = ("n_removed", "parameter_share", "criterion", "protect")
         given = [f.name for f in fields(self) if f.name in decided and getattr(self, f.name) != f.default]
         if given:
             raise ValueError(f"plan: expected no {given[0]}, which is part of the plan, got both")
 
     def count(self, depth: int) -> int:
         """Number of layers to remove out of `depth`: the smallest that leaves at most the share of parameters."""
-        if self.layers is not None:
-            return self.layers
+        if self.n_removed is not None:
+            return self.n_removed
         share = DEFAULT_SHARE if self.parameter_share is None else self.parameter_share
         removed = math.ceil((1 - share) * depth - 1e-9)
         if removed >= depth:
@@ -109,6 +109,7 @@ class DropLayers(Step):
     """Removes layers by a plan that is computed or read from a file."""
 
     command, done = "drop-layers", "dropped"
+    earlier: ClassVar[dict[str, str]] = {"n_removed": "layers"}
 
     def __init__(self, settings: DropLayersOptions, plan_file: str | None) -> None:
         super().__init__(settings)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
-from hf_cod.cli.step import Step
-from hf_cod.compression.low_rank.settings import RANK_SHARE, WEIGHINGS, FactorizeSettings
+from hf_cod.cli.step import Step, uniform_baseline
+from hf_cod.compression.low_rank.settings import FACTOR_SHARE, WEIGHINGS, FactorizeSettings
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import METHODS as SCORES
 
@@ -46,64 +46,64 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
     )
     parameter_share: float | None = field(
         default=None,
-        metadata={"help": f"share of the layers' weights to keep; default: {DEFAULT_SHARE}, or determined by rank"},
+        metadata={
+            "help": f"share of the layers' weights to keep; default: {DEFAULT_SHARE}, or determined by full_rank_share"
+        },
     )
-    rank: float | None = field(
+    full_rank_share: float | None = field(
         default=None,
         metadata={
             "help": "share of full rank to keep, instead of parameter_share; requires a score of layers (such as "
             "--score angular). Matrices that factors would enlarge are left unchanged"
         },
     )
-    rank_share: float = as_in(FactorizeSettings, "rank_share")
+    factor_share: float = as_in(FactorizeSettings, "factor_share")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        FactorizeSettings(method=self.method, rank_share=self.rank_share)
+        FactorizeSettings(method=self.method, factor_share=self.factor_share)
         if self.method == "oats" and self.score is None:
             self.score = DefaultName("uniform")
         if self.score is not None:
             check_choice("score", self.score, CHOICES)
-        for name in ("parameter_share", "rank"):
+        for name in ("parameter_share", "full_rank_share"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name}: expected a share above 0 and at most 1, got {share}")
-        if self.method != "oats" and self.rank_share != RANK_SHARE:
-            raise ValueError(f"rank_share: expected method oats, got {self.method}")
-        if self.method == "oats" and (self.rank is not None or self.score in OF_MATRICES):
-            got = self.score if self.rank is None else "rank"
+        if self.method != "oats" and self.factor_share != FACTOR_SHARE:
+            raise ValueError(f"factor_share: expected method oats, got {self.method}")
+        if self.method == "oats" and (self.full_rank_share is not None or self.score in OF_MATRICES):
+            got = self.score if self.full_rank_share is None else "full_rank_share"
             raise ValueError(f"method: expected parameter_share and a score of layers for oats, got {got}")
         if self.method == "plain" and self.score == FISHER:
             raise ValueError(f"score: expected {SPECTRUM} or a score of layers for plain, got {FISHER}")
-        if self.rank is not None and self.parameter_share is not None:
-            raise ValueError("rank: expected either rank or parameter_share, got both")
+        if self.full_rank_share is not None and self.parameter_share is not None:
+            raise ValueError("full_rank_share: expected either full_rank_share or parameter_share, got both")
 
     @property
     def budget(self) -> float:
-        """The share of parameters to keep, if no rank is set."""
+        """The share of parameters to keep, if no share of full rank is set."""
         return DEFAULT_SHARE if self.parameter_share is None else self.parameter_share
 
     def check_scores(self, scores_file: str | None) -> None:
-        """Checks that a rank or a spread has scores of layers (by name or from a file), and that the spread fits.
+        """Checks that a share of full rank or a spread has scores of layers, by name or from a file, and that it fits.
 
         Raises:
             ValueError: there are no scores of layers, or the spread does not fit the budget.
         """
-        given = next((name for name in ("rank", "spread") if getattr(self, name) is not None), None)
+        given = next((name for name in ("full_rank_share", "spread") if getattr(self, name) is not None), None)
         if given is not None and scores_file is None and self.score in (None, *OF_MATRICES):
             got = self.score or "none"
             raise ValueError(f"{given}: expected a score of layers, got {got}; set --score or --scores")
         if self.spread is not None:
-            from hf_cod.scoring.layer_scores import LayerScores
-
-            self.allocate(LayerScores("", "uniform", [1.0], [1]))  # raises if the spread does not fit the budget
+            self.check_spread()
 
     def allocate(self, scores: LayerScores) -> LayerAllocation:
         """For each layer, the share of rank or of weights to keep."""
         from hf_cod.scoring.allocation import allocate
 
-        if self.rank is not None:
-            return allocate(scores, "rank", self.rank, self.spread)
+        if self.full_rank_share is not None:
+            return allocate(scores, "rank", self.full_rank_share, self.spread)
         return allocate(scores, "parameter_share", self.budget, self.spread)
 
 
@@ -135,6 +135,7 @@ class Factorize(Step):
     """Low-rank factors, by a plan of ranks or of shares of layers."""
 
     command, done = "factorize", "factorized"
+    earlier: ClassVar[dict[str, str]] = {"full_rank_share": "rank", "factor_share": "rank_share"}
 
     def plan(self, work: Work) -> LayerAllocation | RankPlan:
         """Ranks of matrices, or shares of layers by score."""
@@ -148,18 +149,17 @@ class Factorize(Step):
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
         """The same share for all layers."""
-        if not self.settings.baseline or (work.scores is not None and work.scores.method == "uniform"):
-            return {}
         from hf_cod.scoring.methods import score_layers
 
-        alike = score_layers(work.model, method="uniform", layers_path=self.settings.layers_path)
-        return {"uniform": replace(self.settings, score="uniform", spread=None).allocate(alike)}
+        # A plan of ranks of matrices has no scores of layers.
+        scores = work.scores or score_layers(work.model, method="uniform", layers_path=self.settings.layers_path)
+        return uniform_baseline(plan, self.settings, scores)
 
     def apply(self, work: Work, plan: Any) -> RunReport:
         """Factorizes the matrices."""
         from hf_cod.compression.low_rank.factorizer import factorize
 
-        more = {"batches": work.calibration, "rank_share": self.settings.rank_share, "name": work.name}
+        more = {"batches": work.calibration, "factor_share": self.settings.factor_share, "name": work.name}
         return factorize(work.model, plan, self.settings.method, **more, **work.options)
 
     def files(self, plan: Any) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def _check_weights(model: Any, method: str) -> None:
     pruned = pruned_matrices(find_decoder_layers(model))
     if pruned:
         logger.warning(
-            "%d matrices have zeros, which this training fills; hf-cod heal and hf-cod prune --recover keep zeros",
+            "%d matrices have zeros, which this training fills; hf-cod heal and hf-cod prune --recover-steps keep them",
             len(pruned),
         )
 

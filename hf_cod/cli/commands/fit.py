@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import MeasuringSettings, ResultsOutput, SpeedSettings
@@ -37,7 +37,7 @@ class FitOptions(SpeedSettings, MeasuringSettings):
     )
     knobs: list[str] = as_in(FitSettings, "knobs", default_factory=list)  # noqa: RUF009 - as_in makes a field
     tuning_samples: int = as_in(FitSettings, "tuning_samples")
-    verify: int = as_in(FitSettings, "verify")
+    n_verified: int = as_in(FitSettings, "n_verified")
     plan_only: bool = field(default=False, metadata={"help": "print the plan and the trade-off, and write no model"})
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class FitOptions(SpeedSettings, MeasuringSettings):
             raise ValueError(
                 f"budget: expected one of --memory, --parameter-share and --bits, got {' and '.join(given) or 'none'}"
             )
-        FitSettings(knobs=self.knobs or None, verify=self.verify, tuning_samples=self.tuning_samples)
+        FitSettings(knobs=self.knobs or None, n_verified=self.n_verified, tuning_samples=self.tuning_samples)
         self.check_budget()
         self.speed = self.speed and not self.plan_only
 
@@ -97,6 +97,7 @@ class Fit(Step):
     """Several methods in sequence, by a measured plan."""
 
     command, done = "fit", "fitted"
+    earlier: ClassVar[dict[str, str]] = {"n_verified": "verify"}
     before: ModelSize
 
     def samples(self) -> FitOptions:
@@ -121,7 +122,11 @@ class Fit(Step):
         self.before = size_of(work.model, self.settings.layers_path)
         self.environment = environment_of(work.model)
         work.model = None
-        chosen: dict[str, Any] = {"knobs": self.settings.knobs or None, "verify": self.settings.verify, **work.options}
+        chosen: dict[str, Any] = {
+            "knobs": self.settings.knobs or None,
+            "n_verified": self.settings.n_verified,
+            **work.options,
+        }
         kind, budget = self.settings.budget()
         plan = plan_fit(work.load, kind, budget, work.calibration, tuning, **chosen)
         print_plan(plan, alone=self.settings.plan_only)
@@ -146,11 +151,10 @@ class Fit(Step):
 
     def measure(self, saved: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         """Size of the layers in bytes, and number of weights in their matrices."""
-        from hf_cod.layers.size import size_of
+        from hf_cod.layers.size import size_of, size_results
 
         after = size_of(saved.model, self.settings.layers_path)
-        names = ("layer_bytes", "layer_weights")
-        return {}, {n: {"intact": getattr(self.before, n), "fitted": getattr(after, n)} for n in names}
+        return {}, size_results({"intact": self.before, "fitted": after})
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
         """The plan, and the bits per weight."""
@@ -183,13 +187,13 @@ def _print_tables(plan: FitPlan, console: Console) -> None:
 
     from hf_cod.compression.fit.knobs import describe_steps
 
-    tried = Table("tried", "layers left", "loss expected", "measured", box=box.SIMPLE_HEAD)
+    tried = Table("tried", "size left", "loss expected", "measured", box=box.SIMPLE_HEAD)
     for row in sorted(plan.tried, key=lambda row: row["loss"]):
         tried.add_row(
             describe_steps(row["steps"]), f"{row['left']:.1%}", f"{row['expected']:.3f}", f"{row['loss']:.3f}"
         )
     console.print(tried)
-    curve = Table("layers left", "least loss expected", "by", box=box.SIMPLE_HEAD)
+    curve = Table("size left", "least loss expected", "by", box=box.SIMPLE_HEAD)
     for left, loss, steps in plan.curve[1::2]:
         curve.add_row(f"{left:.0%}", f"{loss:.3f}", describe_steps(steps))
     console.print(curve)

@@ -51,9 +51,7 @@ class NarrowOptions(SpeedSettings, SpreadSettings):
         if not 0 < self.parameter_share <= 1:
             raise ValueError(f"parameter_share: expected a share above 0 and at most 1, got {self.parameter_share}")
         if self.spread is not None:
-            from hf_cod.scoring.layer_scores import LayerScores
-
-            self.allocate(LayerScores("", "uniform", [1.0], [1]))  # raises if the spread does not fit the budget
+            self.check_spread()
 
     def allocate(self, scores: LayerScores) -> LayerAllocation:
         """For each layer, the share of weights to keep."""
@@ -100,7 +98,7 @@ class Narrow(Step):
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
         """The same share for all layers."""
-        return uniform_baseline(work, self.settings)
+        return uniform_baseline(plan, self.settings, work.scores)
 
     def apply(self, work: Work, plan: Any) -> RunReport:
         """Narrows the layers."""

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import write_model
+from hf_cod.cli.output import one_directory, write_model
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.compression.sparse.settings import PackSettings
 from hf_cod.io.display import say
@@ -54,10 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.io.output_checks import check_unused
     from hf_cod.io.output_directory import OutputDirectory
 
-    if rest.directory is not None and settings.output is not None:
-        raise ValueError(f"output: expected one directory, got {rest.directory!r} and {settings.output!r}")
-    directory = Path(rest.directory or settings.output or default_directory("pack", rest.model))
-    told = ["pack", rest.model, asdict(loading), settings.minimum, settings.layers_path]
+    directory = Path(one_directory(rest.directory, settings.output) or default_directory("pack", rest.model))
+    told = ["pack", rest.model, asdict(loading), settings.min_sparsity, settings.layers_path]
     output = OutputDirectory(directory, told, check=check_unused, source=rest.model)
     write_model(output, partial(run, rest.model, loading, settings))
     say(f"\nwritten to {directory.resolve()}")
@@ -70,48 +68,40 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
     from hf_cod.compression.sparse.quantizer import pack_sparse
     from hf_cod.io.models import load_model
     from hf_cod.layers.running import busy
-    from hf_cod.layers.size import bytes_of
+    from hf_cod.layers.size import bytes_of, disk_bytes
     from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.models.checkpoint import copy_companions
 
     with busy(f"loading {model_title(source)}"):
         model: Any = load_model(source, loading)[0]
     stack = find_decoder_layers(model, settings.layers_path)
-    dense_bytes = sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
+    memory = {"intact": bytes_of(model)}
     with busy("packing"):
         pack_sparse(model, settings=settings)
-    output.require(bytes_of(model))
+    memory["packed"] = bytes_of(model)
+    output.require(memory["packed"])
     model.save_pretrained(output.results)
     copy_companions(Path(source) if Path(source).is_dir() else source, output.results)
-    packed_bytes = sum(path.stat().st_size for path in output.results.glob("*.safetensors"))
-    told = {"model": source, "minimum": settings.minimum, "layers_path": settings.layers_path}
-    return with_inputs(describe(stack, model_title(source), told, dense_bytes, packed_bytes), loading)
+    told = {"model": source, "min_sparsity": settings.min_sparsity, "layers_path": settings.layers_path}
+    sizes = {"memory_bytes": memory, "disk_bytes": disk_bytes(output.results)}
+    return with_inputs(describe(stack, model_title(source), told, sizes), loading)
 
 
-def describe(
-    stack: DecoderLayers, name: str, settings: dict[str, Any], dense_bytes: int, packed_bytes: int
-) -> RunReport:
-    """The report: sparsity of each layer, sizes of the weights on disk."""
+def describe(stack: DecoderLayers, name: str, settings: dict[str, Any], sizes: dict[str, Any]) -> RunReport:
+    """The report: sparsity of each layer; `sizes` holds the results on memory and disk."""
+    from hf_cod.cli.closing import TO_LOAD, closing
     from hf_cod.compression.sparse.linear import SparseLinear
-    from hf_cod.io.report import RunReport, environment, format_number
-    from hf_cod.layers.size import bytes_of
+    from hf_cod.io.report import RunReport, environment
 
     packed = {key: m for key, m in stack.model.named_modules() if isinstance(m, SparseLinear)}
-    sizes = f"Weights: {dense_bytes / 1e6:,.1f} MB dense, {packed_bytes / 1e6:,.1f} MB packed on disk"
     return RunReport(
         kind="pack",
         model=name,
         settings=settings,
         environment=environment(dtype=next(iter(packed.values())).values.dtype),
         layers={"sparsity": [_sparsity(stack, index) for index in range(len(stack))]},
-        results={
-            "memory_bytes": {"intact": dense_bytes, "packed": bytes_of(stack.model)},
-            "disk_bytes": packed_bytes,
-            "module_sparsity": {key: m.sparsity for key, m in packed.items()},
-        },
-        summary=[
-            f"{len(packed)} matrices packed. {sizes}, {format_number(packed_bytes / dense_bytes)} of the dense size.",
-        ],
+        results={**sizes, "module_sparsity": {key: m.sparsity for key, m in packed.items()}},
+        summary=[f"{len(packed)} matrices packed.", *closing(sizes, "packed"), TO_LOAD],
     )
 
 

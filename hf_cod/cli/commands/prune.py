@@ -6,8 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpreadSettings
@@ -61,7 +60,7 @@ class PruneOptions(SpreadSettings):
         if self.fixed and (self.sparsity is not None or self.spread is not None):
             raise ValueError(f"pattern: expected no sparsity or spread with {self.pattern}, which determines them")
         if not self.fixed:
-            self.check_budget()
+            self.check_spread()
 
     @property
     def fixed(self) -> str | None:
@@ -90,33 +89,23 @@ class PruneOptions(SpreadSettings):
 
         return allocate(scores, "sparsity", self.budget, self.spread, group=self.group)
 
-    def check_budget(self) -> None:
-        """Checks that budget, spread and group are compatible.
-
-        Raises:
-            ValueError: they are not.
-        """
-        from hf_cod.scoring.layer_scores import LayerScores
-
-        self.allocate(LayerScores("", "uniform", [1.0], [1]))
-
 
 @dataclass
 class RecoveryOptions:
     """Settings of recovery training after pruning."""
 
-    recover: int = field(
+    recover_steps: int = field(
         default=0, metadata={"help": "training steps with LoRA after pruning; zeros are kept (requires peft)"}
     )
     recover_rank: int = as_in(RecoverySettings, "rank")
     recover_learning_rate: float = as_in(RecoverySettings, "learning_rate")
 
     def __post_init__(self) -> None:
-        check_least(self, recover=0, recover_rank=1)
+        check_least(self, recover_steps=0, recover_rank=1)
         if not 0 < self.recover_learning_rate < math.inf:
             raise ValueError(f"recover_learning_rate: expected a number above 0, got {self.recover_learning_rate}")
-        if not self.recover:
-            check_effect(self, ("recover_rank", "recover_learning_rate"), "recover 0, which trains nothing")
+        if not self.recover_steps:
+            check_effect(self, ("recover_rank", "recover_learning_rate"), "recover_steps 0, which trains nothing")
 
 
 def make_parser() -> SettingsParser:
@@ -136,8 +125,10 @@ def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     loading, text, settings, recovery, files, rest = make_parser().parse(arguments)
     settings.check_scored(files.scores, f"pattern {settings.fixed}" if settings.fixed else None)
-    if recovery.recover and find_spec("peft") is None:
-        raise ImportError("recover: LoRA requires the peft package: pip install 'hf_cod[recovery]'")
+    if recovery.recover_steps:
+        from hf_cod.training.runs.new_adapters import require_peft
+
+        require_peft("recover_steps")
     from hf_cod.cli.compression import compress
 
     return compress(Prune(settings, recovery), rest.model, loading, text, files)
@@ -147,6 +138,7 @@ class Prune(Step):
     """Pruning by a plan of the sparsity of layers, or by one pattern for all layers."""
 
     command, done = "prune", "pruned"
+    earlier: ClassVar[dict[str, str]] = {"recover_steps": "recover"}
 
     def __init__(self, settings: PruneOptions, recovery: RecoveryOptions) -> None:
         super().__init__(settings)
@@ -154,7 +146,7 @@ class Prune(Step):
 
     def identity(self) -> Any:
         """The settings, including those of recovery."""
-        return [super().identity(), asdict(self.recovery)]
+        return [super().identity(), self.earlier_names(self.recovery)]
 
     def disk_share(self) -> float:
         """Zeros are stored in the same format as other weights."""
@@ -184,7 +176,7 @@ class Prune(Step):
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
         """The same sparsity for all layers."""
-        return uniform_baseline(work, self.settings)
+        return uniform_baseline(plan, self.settings, work.scores)
 
     def apply(self, work: Work, plan: Any) -> RunReport:
         """Prunes the matrices."""
@@ -195,7 +187,7 @@ class Prune(Step):
     @property
     def trained(self) -> str | None:
         """The key "recovered", if recovery is requested."""
-        return "recovered" if self.recovery.recover else None
+        return "recovered" if self.recovery.recover_steps else None
 
     def train(self, work: Work) -> None:
         """Trains with LoRA; zeros are kept."""
@@ -204,7 +196,7 @@ class Prune(Step):
         recover(
             work.model,
             work.calibration,
-            self.recovery.recover,
+            self.recovery.recover_steps,
             rank=self.recovery.recover_rank,
             learning_rate=self.recovery.recover_learning_rate,
             seed=self.settings.seed,

@@ -180,4 +180,6 @@ class Quantize(Step):
 
     def last_words(self) -> list[str]:
         """How to load the model."""
-        return ["To load it, import hf_cod before from_pretrained."]
+        from hf_cod.cli.closing import TO_LOAD
+
+        return [TO_LOAD]

@@ -133,7 +133,7 @@ def run(
 ) -> RunReport:
     """Collects statistics (or reads existing ones), scores the layers, writes both; returns the report.
 
-    Its results have, as "score", the settings of the method and its choices; `told` are the settings of its inputs.
+    Its results have, as "score_settings", the settings of the method and its choices; `told` are those of its inputs.
     """
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics, collect_statistics
     from hf_cod.io.report import RunReport
@@ -164,13 +164,13 @@ def run(
         statistics = collect_statistics(model, batches, layers_path=settings.layers_path, name=name, show_progress=True)
     if kept is None:
         statistics.save(file)
-    if not earlier:
-        journal.add("statistics", _digest(file))
+        if not earlier:
+            journal.add("statistics", _digest(file))
     chosen = {f.name: getattr(settings, f.name) for f in fields(ScoreSettings)}
     scores = score_layers(model, statistics, batches=batches, show_progress=True, **chosen)
     scores.save(directory / SCORES)
     layers: dict[str, list[Any]] = {"score": scores.values, "parameters": scores.parameters}
-    results = {"score": scores.settings}
+    results = {"score_settings": scores.settings}
     return replace(report, layers=layers, results=results, summary=_summary(scores), notes=_notes(statistics))
 
 

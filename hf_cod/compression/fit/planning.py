@@ -35,7 +35,7 @@ TIGHTENINGS = 4
 CURVE = tuple(share / 100 for share in range(95, 5, -5))
 
 
-@renamed(path="layers_path")
+@renamed(path="layers_path", verify="n_verified")
 @checked
 def plan_fit(
     make: Callable[[], nn.Module],
@@ -57,8 +57,8 @@ def plan_fit(
 
     1. Each knob is measured alone at a few levels: its cost (nats a token on `tuning`) and the remaining size.
     2. All combinations of levels are compared, on the assumption that costs add up and savings multiply.
-    3. The best level of each knob alone, and the `verify` best combinations of several knobs, are applied and measured,
-       because the assumption is approximate. If a measured size exceeds the budget, levels are increased. The
+    3. The best level of each knob alone, and the `n_verified` best combinations of several knobs, are applied and
+       measured, because the assumption is approximate. If a measured size exceeds the budget, levels are increased. The
        combination with the least measured loss is the plan.
 
     The loss of the plan on `tuning` is therefore at most that of any single method at the measured levels that meet the
@@ -81,10 +81,11 @@ def plan_fit(
         show_progress: show a progress bar.
         settings: the knobs to choose from, and the number of combinations to measure.
         **fields: or fields of `FitSettings` by name: `knobs`, names of `KNOBS` to choose from (default: all that can
-            reduce the size in the unit of `kind`, without those that cannot be applied to this model), and `verify`,
-            the number of combinations of several knobs to measure, in addition to each knob alone; for texts, also
-            `tuning_samples`, and fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
-            Levels at which a method fails are always excluded. The plan's notes name all excluded knobs and levels.
+            reduce the size in the unit of `kind`, without those that cannot be applied to this model), and
+            `n_verified`, the number of combinations of several knobs to measure, in addition to each knob alone; for
+            texts, also `tuning_samples`, and fields of `SampleSettings`: sequence_length, max_samples, batch_size,
+            pack, seed. Levels at which a method fails are always excluded. The plan's notes name all excluded knobs and
+            levels.
 
     Raises:
         ValueError: an unknown kind or knob; an invalid budget; a budget out of range (says the least possible), before
@@ -118,7 +119,7 @@ def plan_fit(
         return search.plan()
     search.measure_alone(show_progress)
     search.check_reach()
-    search.verify(how.verify, show_progress)
+    search.verify(how.n_verified, show_progress)
     return search.plan()
 
 
@@ -244,7 +245,7 @@ class _Search:
             budget = self._budget
             raise ValueError(
                 f"{budget.kind}: expected a budget that a measured combination meets, got "
-                f"{budget.told(budget.value)}; a larger verify measures more combinations"
+                f"{budget.told(budget.value)}; a larger n_verified measures more combinations"
             )
         best = min((trial for _, trial in self._tried.values()), key=lambda trial: trial.loss)
         curve = []

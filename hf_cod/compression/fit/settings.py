@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_cod.io.arguments import checked
+from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.io.settings import SampleFields, check_least
 
 # Kind of a budget -> its unit.
@@ -24,6 +25,7 @@ KNOBS = {
 }
 
 
+@renamed(verify="n_verified")
 @checked
 @dataclass
 class FitSettings:
@@ -37,21 +39,22 @@ class FitSettings:
             "nargs": "*",
         },
     )
-    verify: int = field(
+    n_verified: int = field(
         default=3, metadata={"help": "number of combinations of knobs to measure, in addition to each alone"}
     )
     tuning_samples: int = field(default=16, metadata={"help": "samples for choosing the plan, beside --max-samples"})
+    verify = OldAttribute("n_verified")
 
     def __post_init__(self) -> None:
         unknown = [knob for knob in self.knobs or () if knob not in KNOBS]
         if unknown:
             raise ValueError(f"knobs: expected some of {', '.join(KNOBS)}, got {unknown[0]!r}")
-        check_least(self, verify=0, tuning_samples=1)
+        check_least(self, n_verified=0, tuning_samples=1)
 
 
 class FitFields(SampleFields, total=False):
     """Fields of `FitSettings`, and of samples, that `plan_fit` takes by name."""
 
     knobs: Sequence[str] | None
-    verify: int
+    n_verified: int
     tuning_samples: int

@@ -35,11 +35,11 @@ from hf_cod.scoring.allocation import LayerAllocation, same_share
 METHODS = {"whitened": True, "plain": False, "oats": True}
 _OF_ZEROS = (
     "{:,} of them are in sparse parts. The zeros of these parts are not counted here; they are stored until the model "
-    "is packed (hf-cod pack --minimum, or pack_sparse)."
+    "is packed (hf-cod pack --min-sparsity, or pack_sparse)."
 )
 
 
-@renamed(path="layers_path")
+@renamed(path="layers_path", rank_share="factor_share")
 @checked
 def factorize(
     model: nn.Module,
@@ -71,11 +71,12 @@ def factorize(
     save_pretrained, generate, device_map and PEFT (name "all-linear") work, and so does from_pretrained, with this
     package installed, or without it by trust_remote_code.
 
-    The report's `layers` hold `kept` (share of the layer's weights), `rank` (mean share of full rank, weighted by
-    weights), `error` (share of the outputs' energy that is lost, mean over factorized matrices) and `parameters` (of
-    the intact layer); its `results` hold `kept` and `rank` of all layers, `parameters` of the full model before and
-    after, `ranks` by matrix, and for oats `nonzeros`. Zeros of sparse parts are not counted; they take memory and time
-    until `pack_sparse` stores the model without them.
+    The report's `layers` hold `parameter_share` (share of the layer's weights that is kept), `full_rank_share` (mean
+    share of full rank that is kept, weighted by weights), `error` (share of the outputs' energy that is lost, mean over
+    factorized matrices) and `parameters` (of the intact layer); its `results` hold `parameter_share` and
+    `full_rank_share` of all layers, `parameters` of the full model before and after, `ranks` by matrix, and for oats
+    `nonzeros`. Zeros of sparse parts are not counted; they take memory and time until `pack_sparse` stores the model
+    without them.
 
     Args:
         model: a transformers model with plain weights. After an interruption (NaN or infinity, out of memory, Ctrl-C)
@@ -95,9 +96,9 @@ def factorize(
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
         settings: how matrices are factorized.
-        **fields: or fields of `FactorizeSettings` by name: `rank_share`, for oats, the part of the kept weights that is
-            in the thin factors, between 0 and 1; other methods ignore it; for texts, also
-            fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
+        **fields: or fields of `FactorizeSettings` by name: `factor_share`, for oats, the part of the kept weights that
+            is in the thin factors, between 0 and 1; other methods ignore it; for texts, also fields of
+            `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: an unknown method, a plan for another model or out of range (says the least possible), missing
@@ -114,7 +115,7 @@ def factorize(
     if batches:
         check_inputs(stack.model, batches)
     _check_model(stack)
-    chosen = _plan(stack, plan, how.rank_share if method == "oats" else None)
+    chosen = _plan(stack, plan, how.factor_share if method == "oats" else None)
     check_ranks(stack, chosen)
     described = RankReporter(stack, name)
     work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks, chosen.nonzeros)
@@ -222,14 +223,14 @@ class RankReporter:
             settings=settings,
             environment=environment_of(self.stack.model),
             layers={
-                "kept": [1 - less / size for less, size in zip(saved, self.sizes, strict=True)],
-                "rank": [1 - less / size for less, size in zip(cut, self.sizes, strict=True)],
+                "parameter_share": [1 - less / size for less, size in zip(saved, self.sizes, strict=True)],
+                "full_rank_share": [1 - less / size for less, size in zip(cut, self.sizes, strict=True)],
                 "error": [sum(found) / len(found) if found else 0.0 for found in errors],
                 "parameters": self.sizes,
             },
             results={
-                "kept": kept,
-                "rank": rank,
+                "parameter_share": kept,
+                "full_rank_share": rank,
                 "parameters": {"intact": self.parameters, "factorized": self.parameters - sum(saved)},
                 "ranks": plan.ranks,
                 **({"nonzeros": plan.nonzeros} if plan.nonzeros else {}),
@@ -267,13 +268,13 @@ def _check_model(stack: DecoderLayers) -> None:
         raise ValueError(f"model: expected dense matrices, got factors in {before}; factorize the original model")
 
 
-def _plan(stack: DecoderLayers, plan: LayerAllocation | RankPlan | float, rank_share: float | None) -> RankPlan:
+def _plan(stack: DecoderLayers, plan: LayerAllocation | RankPlan | float, factor_share: float | None) -> RankPlan:
     if isinstance(plan, RankPlan):
-        if bool(plan.nonzeros) != (rank_share is not None):
+        if bool(plan.nonzeros) != (factor_share is not None):
             wanted, got = ("no nonzeros", "some") if plan.nonzeros else ("nonzeros for oats, next to ranks", "none")
             raise ValueError(
                 f"plan: expected {wanted}, got {got}; oats takes one share, or an allocation of parameter_share"
             )
         return plan
     allocation = plan if isinstance(plan, LayerAllocation) else same_share(stack, plan)
-    return plan_of_allocation(stack, allocation, rank_share)
+    return plan_of_allocation(stack, allocation, factor_share)

@@ -69,19 +69,21 @@ def experts_told(stack: DecoderLayers) -> str:
     return "; banks of experts are excluded" if any(stack.experts(index) for index in range(len(stack))) else ""
 
 
-def plan_of_allocation(stack: DecoderLayers, allocation: LayerAllocation, rank_share: float | None = None) -> RankPlan:
+def plan_of_allocation(
+    stack: DecoderLayers, allocation: LayerAllocation, factor_share: float | None = None
+) -> RankPlan:
     """Ranks with which each layer keeps its share; all matrices of a layer keep the same share of rank or of weights.
 
     Args:
         stack: the layers.
         allocation: of "parameter_share" or "rank".
-        rank_share: the part of a matrix's kept weights that is in the factors; the rest is in a sparse part. It
+        factor_share: the part of a matrix's kept weights that is in the factors; the rest is in a sparse part. It
             requires an allocation of "parameter_share". None: all weights are in the factors.
 
     Raises:
         ValueError: an allocation of another kind or for another model; a share out of range (says the least possible).
     """
-    kinds = KINDS if rank_share is None else KINDS[:1]
+    kinds = KINDS if factor_share is None else KINDS[:1]
     if allocation.kind not in kinds:
         raise ValueError(f"plan: expected an allocation of {' or '.join(kinds)}, got one of {allocation.kind}")
     if len(allocation.values) != len(stack):
@@ -95,8 +97,8 @@ def plan_of_allocation(stack: DecoderLayers, allocation: LayerAllocation, rank_s
         rank_of = rank_of_share
         if allocation.kind == "parameter_share":
             share, rank_of = _share_of_matrices(stack, index, share), rank_of_weights
-        if rank_share is not None:
-            sizes = {n: sizes_of_weights(shape, share, rank_share) for n, shape in factorizable(stack, index).items()}
+        if factor_share is not None:
+            sizes = {n: sizes_of_weights(shape, share, factor_share) for n, shape in factorizable(stack, index).items()}
             ranks |= {name: size[0] for name, size in sizes.items() if size is not None}
             nonzeros |= {name: size[1] for name, size in sizes.items() if size is not None}
             continue

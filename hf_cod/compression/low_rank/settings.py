@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hf_cod.io.arguments import checked
+from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.io.settings import SampleFields, check_choice
 
 # Method -> the error that it minimizes; `factorize` has the formulas.
@@ -18,9 +19,10 @@ WEIGHINGS = {
     "fisher": "lost share of each output, times its cost in the model's loss",
     "spectrum": "lost share of each output",
 }
-RANK_SHARE = 0.25  # kappa of arXiv 2409.13652
+FACTOR_SHARE = 0.25  # kappa of arXiv 2409.13652
 
 
+@renamed(rank_share="factor_share")
 @checked
 @dataclass
 class FactorizeSettings:
@@ -34,20 +36,22 @@ class FactorizeSettings:
             "choices": list(METHODS),
         },
     )
-    rank_share: float = field(
-        default=RANK_SHARE, metadata={"help": "oats: share of the kept weights that the low-rank factors take, 0 to 1"}
+    factor_share: float = field(
+        default=FACTOR_SHARE,
+        metadata={"help": "oats: share of the kept weights that the low-rank factors take, 0 to 1"},
     )
+    rank_share = OldAttribute("factor_share")
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
-        if not 0 < self.rank_share < 1:
-            raise ValueError(f"rank_share: expected a share between 0 and 1, got {self.rank_share}")
+        if not 0 < self.factor_share < 1:
+            raise ValueError(f"factor_share: expected a share between 0 and 1, got {self.factor_share}")
 
 
 class FactorizeFields(SampleFields, total=False):
     """Fields of `FactorizeSettings`, and of samples, that `factorize` takes by name."""
 
-    rank_share: float
+    factor_share: float
 
 
 @checked

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_cod.compression.quantization.scales import NESTED_BLOCK
-from hf_cod.layers.bitsandbytes_advice import advice_silenced
+from hf_cod.io.bitsandbytes_advice import advice_silenced
 
 try:
     with advice_silenced():

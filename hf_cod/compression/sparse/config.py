@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_cod.compression.sparse.settings import PackSettings
 from hf_cod.compression.stored_quantization import StoredQuantization
 from hf_cod.io.arguments import checked
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.schema import check_fields, limits
 from hf_cod.layers.replacement_modules import INSTALL
 
 METHOD = "hf_cod_sparse"
 
 
+@renamed(minimum="min_sparsity")
 @checked
 @dataclass(kw_only=True)
 class SparseConfig(PackSettings, StoredQuantization):
@@ -23,11 +25,13 @@ class SparseConfig(PackSettings, StoredQuantization):
     checkpoint contains its own config.
 
     Attributes:
-        minimum: matrices in which at least this share of the weights is zero are packed.
+        min_sparsity: matrices in which at least this share of the weights is zero are packed.
         modules: name -> number of stored weights of each packed matrix; filled in by packing.
         quant_method: the name under which this package is registered in transformers.
         install: an instruction for loading without this package installed; saved in config.json.
     """
+
+    EARLIER: ClassVar[dict[str, str]] = {"minimum": "min_sparsity"}
 
     modules: dict[str, int] = field(default_factory=dict, metadata=limits(least=0))
     quant_method: Any = METHOD

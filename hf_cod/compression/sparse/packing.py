@@ -13,8 +13,8 @@ from hf_cod.layers.replacement_modules import replace
 from hf_cod.layers.stack import walk
 
 
-def pack_linears(model: nn.Module, minimum: float) -> dict[str, int]:
-    """Packs each Linear in which at least the share `minimum` is zero, one at a time; others are left unchanged.
+def pack_linears(model: nn.Module, min_sparsity: float) -> dict[str, int]:
+    """Packs each Linear in which at least the share `min_sparsity` is zero, one at a time; others are left unchanged.
 
     Returns:
         Name -> number of stored weights.
@@ -32,13 +32,13 @@ def pack_linears(model: nn.Module, minimum: float) -> dict[str, int]:
             raise ValueError(f"model: expected finite weights, got NaN or inf in {name}")
         zeros = 1 - linear.weight.count_nonzero().item() / max(1, linear.weight.numel())
         most = max(most, (zeros, name))
-        if zeros >= minimum:
+        if zeros >= min_sparsity:
             chosen.append(name)
     if not chosen and not any(isinstance(module, SparseLinear) for module in model.modules()):
         turned = any(is_linear(module) and is_transposed(module) for module in model.modules())
         others = " and Conv1D, which is not packed" if turned else ""
         raise ValueError(
-            f"minimum: expected a model with a Linear in which at least {minimum:.0%} is zero, got at most "
+            f"min_sparsity: expected a model with a Linear in which at least {min_sparsity:.0%} is zero, got at most "
             f"{most[0]:.1%} ({most[1]}){others}; prune it first"
         )
     counts = {}

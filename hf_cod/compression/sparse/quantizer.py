@@ -15,6 +15,7 @@ from hf_cod.compression.sparse.linear import SparseLinear
 from hf_cod.compression.sparse.packing import pack_linears
 from hf_cod.compression.sparse.settings import PackFields, PackSettings
 from hf_cod.io.arguments import checked
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
 from hf_cod.layers.replacement_modules import ignore_signs, names_in, replace, signs
 from hf_cod.models.own_config import own_config
@@ -52,7 +53,7 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         mark_stored(model)
         if not self.pre_quantized:
-            self.quantization_config.modules = pack_linears(model, self.quantization_config.minimum)
+            self.quantization_config.modules = pack_linears(model, self.quantization_config.min_sparsity)
             return
         for name in self.quantization_config.modules:
             model.get_submodule(name).check(name)
@@ -87,26 +88,27 @@ class SparseQuantizer(HfQuantizer):
         return True
 
 
+@renamed(minimum="min_sparsity")
 @checked
 def pack_sparse(
     model: PreTrainedModel,
-    minimum: float | None = None,
+    min_sparsity: float | None = None,
     *,
     settings: PackSettings | None = None,
     **fields: Unpack[PackFields],
 ) -> PreTrainedModel:
     """Stores a model's sparse matrices without their zeros, in place; small batches run faster on CPUs with AVX2.
 
-    Linears in which at least `minimum` is zero become `SparseLinear`. Conv1D (GPT-2), banks of experts and shared
+    Linears in which at least `min_sparsity` is zero become `SparseLinear`. Conv1D (GPT-2), banks of experts and shared
     weights, such as a head tied to the embeddings, are left dense. `save_pretrained` writes the packed form,
     `from_pretrained` reads it where hf_cod is imported, and `model.dequantize()` makes the model dense again.
 
     Args:
         model: a transformers model in float32 or bfloat16, without adapters. Other dtypes are stored, but not faster.
-        minimum: the least share of zeros at which a matrix is packed; default: 0.5. Storage becomes smaller from 1/16
-            on in bfloat16; for time, see docs/benchmarks/speed.md.
+        min_sparsity: the least share of zeros at which a matrix is packed; default: 0.5. Storage becomes smaller from
+            1/16 on in bfloat16; for time, see docs/benchmarks/speed.md.
         settings: which matrices are packed.
-        **fields: or fields of `PackSettings` by name; there are none other than `minimum` yet.
+        **fields: or fields of `PackSettings` by name; there are none other than `min_sparsity` yet.
 
     Returns:
         The same model.
@@ -115,13 +117,13 @@ def pack_sparse(
         ValueError: no matrix is sparse enough; the model is quantized, offloaded or has adapters; a weight is NaN or
             infinite (says where).
     """
-    least = resolve(pack_sparse, PackSettings, settings, fields, minimum=minimum).minimum
+    least = resolve(pack_sparse, PackSettings, settings, fields, min_sparsity=min_sparsity).min_sparsity
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model without wrappers, got {type(model).__name__}")
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, SparseQuantizer):
         raise ValueError(f"model: expected plain weights, got quantized ones ({type(quantizer).__name__})")
-    config = quantizer.quantization_config if quantizer else SparseConfig(minimum=least)
+    config = quantizer.quantization_config if quantizer else SparseConfig(min_sparsity=least)
     config.modules = {**config.modules, **pack_linears(model, least)}
     quantizer = quantizer or SparseQuantizer(config, pre_quantized=True)
     # As set by from_pretrained, so that saving, PEFT and Trainer recognize the model as packed.

@@ -57,7 +57,7 @@ class WidthReporter:
             environment=environment_of(self.stack.model),
             layers=self._layers(kept, left, [note["errors"] for note in notes]),
             results={
-                "kept": share,
+                "parameter_share": share,
                 "parameters": {"intact": self.parameters, "narrowed": count_parameters(self.stack.model)},
                 "heads": plan.heads,
                 "channels": plan.channels,
@@ -85,7 +85,7 @@ class WidthReporter:
         }
         found["error"] = [sum(each) / len(each) if each else None for each in errors]
         return {
-            "kept": [after / before for after, before in zip(left, self.sizes, strict=True)],
+            "parameter_share": [after / before for after, before in zip(left, self.sizes, strict=True)],
             **{name: values for name, values in found.items() if any(value is not None for value in values)},
             "parameters": self.sizes,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def _intervals(report: RunReport, measure: str) -> list[list[float]]:
 
 def _score(axes: Axes, report: RunReport) -> None:
     """Bars per layer; for OWL, the layerwise outlier distribution."""
-    settings, found = report.settings, report.results.get("score", {})
+    settings = report.settings
+    found = report.results.get("score_settings") or report.results.get("score", {})  # the latter in reports of 0.1
     method = settings.get("score") or settings["method"]
     title, label = f"Score of each layer: {literal(method.replace('_', ' '))}", SCORE_LABELS.get(method, "score")
     if settings.get("scores"):  # scores from a file: the report does not contain their method
@@ -125,7 +127,8 @@ def _healed(axes: Axes, report: RunReport) -> None:
     for place, value in enumerate(values):
         axes.text(place, value, format_number(value), ha="center", va="bottom")
     log_if_wide(axes, values)
-    share = report.results["recovered"]
+    name = "recovered_share" if "recovered_share" in report.results else "recovered"  # the latter in reports of 0.1
+    share = report.results[name]
     back = "" if share is None else f": {share:.0%} of the lost log-perplexity recovered"
     axes.set(ylabel="perplexity", title=f"Healing{back}")
     axes.margins(y=0.1)
@@ -155,10 +158,10 @@ def _bits(axes: Axes, report: RunReport) -> None:
     )
 
 
-def _kept(axes: Axes, report: RunReport) -> None:
+def _parameter_share(axes: Axes, report: RunReport, name: str = "parameter_share") -> None:
     """Share of weights that each layer keeps, and that all layers together keep."""
-    mean = report.results["kept"]
-    _bars(axes, _numbers(report.layers["kept"]))
+    mean = report.results[name]
+    _bars(axes, _numbers(report.layers[name]))
     axes.axhline(mean, color="black", linestyle="--", linewidth=1)
     axes.set(ylabel="share of weights", title=f"Weights that each layer keeps (dashed: {mean:.1%} of all)")
 
@@ -235,7 +238,8 @@ PANELS: dict[str, Callable[..., None]] = {
     **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},
     "trained": _per_layer("trained", "Optimizer steps in which each layer was trained", "optimizer steps"),
     "sparsity": _sparsity,
-    "kept": _kept,
+    "parameter_share": _parameter_share,
+    "kept": partial(_parameter_share, name="kept"),  # in reports of 0.1
     "share_of_heads": _per_layer("share_of_heads", "Share of attention heads that each layer keeps", "share of heads"),
     "share_of_channels": _per_layer(
         "share_of_channels", "Share of MLP channels that each layer keeps", "share of channels"

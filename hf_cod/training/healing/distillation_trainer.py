@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hf_cod.layers.bitsandbytes_advice import advice_silenced
+from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.training.healing.objective import Objective
 
 with advice_silenced():  # of bitsandbytes, which is imported with PEFT

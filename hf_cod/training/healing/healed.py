@@ -9,7 +9,7 @@ from typing import Any
 from hf_cod.io.report import RunReport, format_number
 from hf_cod.layers.checks import name_of, pruned_matrices
 from hf_cod.layers.devices import environment_of
-from hf_cod.layers.size import ModelSize, size_of
+from hf_cod.layers.size import ModelSize, size_of, size_results
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.training.healing.matching import Matching
 from hf_cod.training.healing.settings import HealSettings
@@ -56,8 +56,8 @@ def healing_report(
     results = {
         "curve": training.curve,
         "perplexity": found,
-        **_told_bytes(sizes),
-        "recovered": share,
+        **size_results(sizes),
+        "recovered_share": share,
         "tokens": tokens,
         "seconds_a_step": training.seconds,
         "training_memory": training_memory(training.memory),
@@ -72,12 +72,6 @@ def healing_report(
         summary=summary,
         notes=[] if matching is None else [f"hidden states: layers matched {matching.how}"],
     )
-
-
-def _told_bytes(sizes: dict[str, ModelSize]) -> dict[str, dict[str, int]]:
-    """Results on size, under the keys that the compressing commands use."""
-    names = {"memory_bytes": "bytes", "layer_bytes": "layer_bytes", "layer_weights": "layer_weights"}
-    return {key: {state: getattr(size, name) for state, size in sizes.items()} for key, name in names.items()}
 
 
 def _told_size(sizes: dict[str, ModelSize], zeros: bool) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.io.arguments import checked
+from hf_cod.io.deprecation import renamed
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
@@ -33,11 +34,12 @@ from hf_cod.training.healing.settings import HealFields, HealSettings
 from hf_cod.training.healing.zeros import kept_at_zero
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
-from hf_cod.training.runs.run_directory import begun_steps, claim, half_checkpoints
+from hf_cod.training.runs.run_directory import begun_steps, claim, half_checkpoints, lost_checkpoints
 from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, split_windows, train
 from hf_cod.training.runs.training_settings import check_effects, for_samples
 
 
+@renamed(labels="label_weight", hidden="hidden_weight")
 @checked
 def heal(
     student: nn.Module,
@@ -59,12 +61,12 @@ def heal(
     """Trains a compressed student in place to predict what its teacher predicts, to recover lost quality.
 
     As in Minitron (arXiv 2407.14679), the default loss is distillation alone: `functional.distillation.logit_loss`.
-    `settings.hidden` adds `hidden_loss`, mean over layers. The compression is preserved: zeros of pruned matrices (of
-    at least 1 % of a matrix) stay exactly 0, factors keep their ranks, and narrow layers keep their widths. The teacher
-    is not changed.
+    `settings.hidden_weight` adds `hidden_loss`, mean over layers. The compression is preserved: zeros of pruned
+    matrices (of at least 1 % of a matrix) stay exactly 0, factors keep their ranks, narrow layers keep their widths.
+    The teacher is not changed.
 
-    The report's `results` hold `curve` (step, loss), `perplexity` of "teacher", "before" and "after", `recovered` (the
-    recovered share of the lost log-perplexity; None if none was lost), `memory_bytes`, `layer_bytes` and
+    The report's `results` hold `curve` (step, loss), `perplexity` of "teacher", "before" and "after", `recovered_share`
+    (the recovered share of the lost log-perplexity; None if none was lost), `memory_bytes`, `layer_bytes` and
     `layer_weights` of "teacher" and "healed", `tokens`, `seconds_a_step` and `training_memory` (`used_bytes`: peak of
     a step, including the teacher; None after less than two steps). Its `layers` hold `trained` (steps), `score` and
     `teacher_layer`, as far as they apply.
@@ -86,7 +88,7 @@ def heal(
         output: directory for checkpoints: the same call with the same unhealed student resumes an interrupted run, and
             ends with the same bits. None: a temporary directory.
         name: the student's name in the report.
-        **fields: fields of `HealSettings` by name: method, tokens, steps, learning_rate, temperature, hidden, ...
+        **fields: fields of `HealSettings` by name: method, tokens, steps, learning_rate, hidden_weight, ...
 
     Raises:
         ValueError: a student and a teacher that do not match, other work in `output`, too little text, bad settings,
@@ -110,8 +112,8 @@ def heal(
         mine,
         theirs,
         settings.temperature,
-        settings.labels,
-        settings.hidden,
+        settings.label_weight,
+        settings.hidden_weight,
         matching.layers if matching else (),
     )
     with evaluation_mode(theirs), _directory(output) as directory:
@@ -134,7 +136,7 @@ def _directory(output: str | Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as aside:
             yield Path(aside)
     else:
-        with OutputDirectory(output, half=half_checkpoints) as directory:
+        with OutputDirectory(output, half=half_checkpoints, lost=lost_checkpoints) as directory:
             yield directory.path
 
 

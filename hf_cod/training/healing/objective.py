@@ -20,21 +20,21 @@ from hf_cod.layers.task import model_inputs, targets
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a batch: `logit_loss` + `hidden` * `hidden_loss`, the latter mean over the matched layers.
+    """The loss of a batch: `logit_loss` + `hidden_weight` * `hidden_loss`, the latter mean over the matched layers.
 
     Attributes:
         student: the student's layers, without the student's wrappers.
         teacher: the teacher's layers.
-        temperature, labels: settings of `logit_loss`.
-        hidden: weight of `hidden_loss`.
-        teacher_layers: for each layer of the student, the teacher's layer; empty if `hidden` is 0.
+        temperature, label_weight: settings of `logit_loss`.
+        hidden_weight: weight of `hidden_loss`.
+        teacher_layers: for each layer of the student, the teacher's layer; empty if `hidden_weight` is 0.
     """
 
     student: DecoderLayers
     teacher: DecoderLayers
     temperature: float = 1.0
-    labels: float = 0.0
-    hidden: float = 0.0
+    label_weight: float = 0.0
+    hidden_weight: float = 0.0
     teacher_layers: Sequence[int] = ()
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -49,14 +49,14 @@ class Objective:
         wanted, theirs = self._teach(batch, logits.device)
         mask = batch.get("attention_mask")
         keep = None if mask is None else mask.bool()
-        labels = targets(batch, "causal_lm") if self.labels else None
-        loss = logit_loss(logits, wanted, self.temperature, keep, labels, self.labels)
-        if self.hidden:
+        labels = targets(batch, "causal_lm") if self.label_weight else None
+        loss = logit_loss(logits, wanted, self.temperature, keep, labels, self.label_weight)
+        if self.hidden_weight:
             errors = []
             for x, y in zip(mine, theirs, strict=True):  # each layer on its own device
                 kept = None if keep is None else keep.to(x.device)
                 errors.append(hidden_loss(x, y.to(x.device), kept).to(loss.device))
-            loss = loss + self.hidden * torch.stack(errors).mean()
+            loss = loss + self.hidden_weight * torch.stack(errors).mean()
         return loss
 
     @torch.no_grad()

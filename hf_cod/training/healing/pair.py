@@ -24,7 +24,7 @@ def check_pair(
     Raises:
         ValueError: models that are no causal language models; the same model twice; a student whose weights are
             quantized, packed, adapted or offloaded, or whose zeros the method would fill; different vocabularies; with
-            `hidden`, hidden states of different widths.
+            `hidden_weight`, hidden states of different widths.
     """
     if student is teacher:
         raise ValueError("teacher: expected another model than the student, got the same; use copy.deepcopy first")
@@ -44,13 +44,13 @@ def check_pair(
     sizes = [int(getattr(stack.config, "vocab_size", 0)) for stack in (mine, theirs)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"teacher: expected the student's vocabulary of {sizes[0]} tokens, got {sizes[1]}")
-    if not settings.hidden:
+    if not settings.hidden_weight:
         return mine, theirs, None
     widths = [int(stack.config.hidden_size) for stack in (mine, theirs)]
     if widths[0] != widths[1]:
         raise ValueError(
-            f"hidden: expected 0 with a teacher of another width than the student's {widths[0]}, because hidden states "
-            f"of different widths cannot be compared, got {settings.hidden} and width {widths[1]}"
+            f"hidden_weight: expected 0 with a teacher of another width than the student's {widths[0]}, because hidden "
+            f"states of different widths cannot be compared, got {settings.hidden_weight} and width {widths[1]}"
         )
     return mine, theirs, match_layers(mine, theirs, settings.teacher_layers)
 

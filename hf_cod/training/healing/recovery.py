@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.io.arguments import checked
+from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import IGNORED_LABEL, Batches, Texts, Tokenizer
 from hf_cod.layers.batches import check_needed, required_batches
-from hf_cod.layers.bitsandbytes_advice import advice_silenced
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
@@ -24,6 +24,7 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
 from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
 from hf_cod.training.healing.settings import RecoveryFields, RecoverySettings
+from hf_cod.training.runs.new_adapters import require_peft, with_adapters
 
 with advice_silenced():  # of bitsandbytes, which is imported with PEFT
     from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
@@ -115,18 +116,13 @@ def recover(
 @contextmanager
 def _adapted(stack: DecoderLayers, rank: int, seed: int) -> Iterator[list[Any]]:
     """Adds PEFT's LoRA layers with a masked forward pass to all Linears of the layers; removes them after the block."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError(
-            "recover: training adapters requires the peft package: pip install 'hf_cod[recovery]'"
-        ) from error
+    require_peft("recover")
+    from peft import LoraConfig
+
     model: Any = stack.model
     names = [name for index in range(len(stack)) for name in stack.linears(index)]
     with modes_restored(model), gradients_restored(model.parameters()):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            wrapped: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names))
+        wrapped = with_adapters(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), seed)
         try:
             adapters = lora_layers(model)
             for adapter in adapters:

@@ -9,6 +9,7 @@ from typing import TypedDict
 
 from hf_cod.functional.mixture import check_mixture
 from hf_cod.io.arguments import checked
+from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.io.settings import SampleFields, check_effect, check_least
 from hf_cod.training.runs.training_settings import MANY_PASSES, TrainingSettings, warn_of_passes
 
@@ -16,6 +17,7 @@ RECOVERY_STEPS = 100
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
+@renamed(labels="label_weight", hidden="hidden_weight")
 @checked
 @dataclass
 class HealSettings(TrainingSettings):
@@ -28,21 +30,25 @@ class HealSettings(TrainingSettings):
     temperature: float = field(
         default=1.0, metadata={"help": "temperature T of the predictions of student and teacher"}
     )
-    labels: float = field(
+    label_weight: float = field(
         default=0.0,
-        metadata={"help": "weight of the cross-entropy of the next token, 0 to 1; 1 - labels is that of distillation"},
+        metadata={
+            "help": "weight of the cross-entropy of the next token, 0 to 1; 1 - label_weight is that of distillation"
+        },
     )
-    hidden: float = field(
+    hidden_weight: float = field(
         default=0.0,
         metadata={"help": "weight of the error of hidden states after matched layers, added to the loss of the logits"},
     )
     teacher_layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "with --hidden: for each layer of the student, the number of the teacher's layer that it is "
+            "help": "with --hidden-weight: for each layer of the student, the number of the teacher's layer that it is "
             "compared with, from 0; default: by config or weights, else evenly spread"
         },
     )
+    labels = OldAttribute("label_weight")
+    hidden = OldAttribute("hidden_weight")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,13 +56,13 @@ class HealSettings(TrainingSettings):
             count_tokens(self.tokens)
             if self.steps is not None:
                 raise ValueError(f"tokens: expected none with steps, got {self.tokens!r} and {self.steps}")
-        check_mixture(self.temperature, self.labels)
-        if not 0 <= self.hidden < math.inf:
-            raise ValueError(f"hidden: expected a weight of at least 0, got {self.hidden}")
-        if self.teacher_layers is not None and not self.hidden:
-            raise ValueError("teacher_layers: expected hidden above 0 with them, got 0")
-        if self.labels == 1:
-            check_effect(self, ["temperature"], "labels 1, which leave out the distillation loss")
+        check_mixture(self.temperature, self.label_weight)
+        if not 0 <= self.hidden_weight < math.inf:
+            raise ValueError(f"hidden_weight: expected a weight of at least 0, got {self.hidden_weight}")
+        if self.teacher_layers is not None and not self.hidden_weight:
+            raise ValueError("teacher_layers: expected hidden_weight above 0 with them, got 0")
+        if self.label_weight == 1:
+            check_effect(self, ["temperature"], "label_weight 1, which leave out the distillation loss")
 
     @property
     def total_steps(self) -> int:
@@ -92,8 +98,8 @@ class HealFields(TypedDict, total=False):
     passes: float
     tokens: str | None
     temperature: float
-    labels: float
-    hidden: float
+    label_weight: float
+    hidden_weight: float
     teacher_layers: list[int] | None
 
 

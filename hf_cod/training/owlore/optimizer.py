@@ -13,23 +13,17 @@ from torch import nn
 from hf_cod.functional.randomness import generator_of
 from hf_cod.io.arguments import checked
 from hf_cod.io.settings import resolve
-from hf_cod.layers.replicas import (
-    broadcast_weights,
-    digest_bits,
-    digest_structure,
-    digest_weights,
-    processes,
-    together,
-)
+from hf_cod.layers.replicas import broadcast_weights, digest_bits, digest_structure, digest_weights, processes, together
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.active_layers import SHARDED, ActiveLayers, refuse_shards, release
 from hf_cod.training.owlore.eight_bit import codebook
+from hf_cod.training.owlore.fitting import check_rank, fitted
 from hf_cod.training.owlore.moments import adam_direction, apply_direction, is_projected, refresh_basis
 from hf_cod.training.owlore.optimizer_state import KEY, check_state, states_of
-from hf_cod.training.owlore.sampling import check_hyperparameters, check_rank, fitted, make_sampler
-from hf_cod.training.owlore.settings import DEFAULT_LR, OwLoreFields, OwLoreSettings
+from hf_cod.training.owlore.sampling import make_sampler
+from hf_cod.training.owlore.settings import DEFAULT_LR, OwLoreFields, OwLoreSettings, check_hyperparameters
 from hf_cod.training.owlore.trained_increments import Increments
 from hf_cod.training.owlore.update_in_backward import UpdateInBackward
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from hf_cod.functional.randomness import generator_of
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import Default, check_number, resolve
+from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.active_layers import ActiveLayers
 from hf_cod.training.owlore.settings import OwLoreSettings, SamplerFields, SamplerSettings
-
-logger = logging.getLogger(__name__)
 
 
 class LayerSampler:
@@ -155,45 +151,3 @@ def make_sampler(
     trainable = [index for index, parameters in enumerate(layers.layers) if parameters]
     values = [1.0] * len(layers.layers) if scores is None else scores
     return LayerSampler(values, settings.n_active, settings.seed, settings.floor, layers=trainable)
-
-
-def fitted(settings: OwLoreSettings, layers: ActiveLayers) -> OwLoreSettings:
-    """The settings with defaults that fit the model: no more layers than can train, no rank above their width.
-
-    What a user gave stays, and is refused elsewhere where it does not fit. All numbers are plain ones, which a
-    checkpoint can hold.
-    """
-    widest = None if layers.other_adapters else max(_widths(layers), default=None)
-    most = {"n_active": sum(map(bool, layers.layers)), "rank": widest}
-    reasons = {"n_active": "as many layers can train", "rank": "the width of the layers' matrices"}
-    plain: dict[str, Any] = {}
-    for name, bound in most.items():
-        value = getattr(settings, name)
-        if value is None:
-            continue
-        plain[name] = int(value)
-        if isinstance(value, Default) and bound is not None and value > bound:
-            plain[name] = bound
-            logger.warning("%s: %d instead of the default %d: %s", name, bound, value, reasons[name])
-    return replace(settings, **plain)
-
-
-def _widths(layers: ActiveLayers) -> list[int]:
-    return [min(p.shape[-2:]) for parameters in layers.layers for p in parameters if p.ndim >= 2]
-
-
-def check_rank(rank: int | None, layers: ActiveLayers) -> None:
-    """Raises ValueError if a rank does not fit the trainable parameters."""
-    if rank is not None and layers.other_adapters:
-        raise ValueError(f"rank: expected None with LoRA adapters, whose matrices are of low rank already, got {rank}")
-    widths = _widths(layers)
-    if rank is not None and widths and rank > max(widths):
-        raise ValueError(f"rank: expected at most {max(widths)}, the width of the layers' matrices, got {rank}")
-
-
-def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Raises ValueError if a hyperparameter is out of range."""
-    for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
-        check_number(name, value, 0)
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import Default, as_in, check_choice, check_least
+from hf_cod.io.settings import Default, as_in, check_choice, check_least, check_number
 
 DEFAULT_FLOOR = 0.2
 DEFAULT_LR = 3e-4
@@ -144,3 +144,11 @@ class LoraRankSettings:
 
 class LoraRankFields(TypedDict, total=False):
     """Fields of `LoraRankSettings` that `lora_ranks` takes by name; there are no others yet."""
+
+
+def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raises ValueError if a hyperparameter is out of range."""
+    for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
+        check_number(name, value, 0)
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")

@@ -14,8 +14,7 @@ from hf_cod.io.settings import resolve
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
-from hf_cod.training.owlore.sampling import check_hyperparameters
-from hf_cod.training.owlore.settings import DEFAULT_LR, OwLoreFields, OwLoreSettings
+from hf_cod.training.owlore.settings import DEFAULT_LR, OwLoreFields, OwLoreSettings, check_hyperparameters
 
 logger = logging.getLogger(__name__)
 

@@ -205,6 +205,7 @@ def _directory(settings: PretrainSettings) -> OutputDirectory:
         str(settings.output),
         check=lambda path: run_directory.check_claim(path, wanted, finished=True),
         half=run_directory.half_checkpoints,
+        lost=run_directory.lost_checkpoints,
     )
 
 

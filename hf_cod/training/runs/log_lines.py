@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.io.report import format_number
-from hf_cod.layers.bitsandbytes_advice import advice_silenced
 
 with advice_silenced():  # of bitsandbytes, which is imported with PEFT
     from transformers.trainer_callback import ProgressCallback, TrainerCallback

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from hf_cod.training.owlore.eight_bit import codebook
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.owlore.trained_increments import check_beside_adapters
 from hf_cod.training.owlore.trainer_arguments import owlore
+from hf_cod.training.runs.new_adapters import require_peft, with_adapters
 from hf_cod.training.runs.training_settings import DRAW_BY_SCORES, FIXED, LEARNING_RATES
 
 Setup = Callable[[nn.Module, "LayerScores | None", OwLoreSettings, float, int], "tuple[nn.Module, Any]"]
@@ -45,17 +45,16 @@ def _full(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lo
 
 
 def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int) -> tuple[nn.Module, Any]:
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError("method: lora requires the peft package: pip install 'hf_cod[recovery]'") from error
+    require_peft("method lora")
+    from peft import LoraConfig
+
     stack = find_decoder_layers(model)
     # Full names, because a factorized layer has other modules than a dense one.
     names = [name for i in range(len(stack)) for name in stack.linears(i)]
     heads = list(stack.task_heads) or None  # a classifier may be new: it trains in full
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names, modules_to_save=heads)
     keep_unpacked(model)
-    return _adapted(model, config, settings.seed), None
+    return with_adapters(model, config, settings.seed), None
 
 
 def _galore(
@@ -87,7 +86,7 @@ def _owlore_peft(
     if settings.rank is None:
         raise ValueError(_NO_RANK)
     heads = list(find_decoder_layers(model).task_heads) or None  # a classifier may be new: it trains in full
-    wrapped = _adapted(model, OwLoreConfig(r=settings.rank, modules_to_save=heads), settings.seed)
+    wrapped = with_adapters(model, OwLoreConfig(r=settings.rank, modules_to_save=heads), settings.seed)
     others = {key: value for key, value in asdict(settings).items() if key != "rank"}
     return wrapped, owlore(scores, lr=lr, **others)
 
@@ -99,27 +98,14 @@ def check_method(method: str, settings: OwLoreSettings) -> None:
         ValueError: settings that its adapters decide themselves, or no rank for them.
         ImportError: a package is missing; says how to add it.
     """
-    if METHODS[method].adapters and find_spec("peft") is None:
-        raise ImportError(f"method: {method} needs the peft package: pip install 'hf_cod[recovery]'")
+    if METHODS[method].adapters:
+        require_peft(f"method {method}")
     if method == "owlore-peft":
         if settings.rank is None:
             raise ValueError(_NO_RANK)
         check_beside_adapters(settings, but=("rank",))
     if settings.moments == "8bit":
         codebook(signed=True)
-
-
-def _adapted(model: nn.Module, config: Any, seed: int) -> Any:
-    """The model with new adapters, initialized by `seed`, and a config that is saved in a fixed order."""
-    from peft import get_peft_model
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        wrapped: Any = get_peft_model(model, config)
-    for used in wrapped.peft_config.values():
-        if isinstance(used.target_modules, set):  # whose order differs from process to process
-            used.target_modules = sorted(used.target_modules)
-    return wrapped
 
 
 METHODS: dict[str, Method] = {

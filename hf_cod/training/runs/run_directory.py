@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint-"
 SETTINGS, SCORES_FILE, REPORT = "settings.json", "scores.json", "report.json"
 MARKERS = ("trainer_state.json", "progress.json")  # last file of a checkpoint: Trainer's, and our own loop's
+# Name of a setting in runs of an earlier version -> its current name.
+RENAMED = {"labels": "label_weight", "hidden": "hidden_weight"}
 _EXPECTED = "output: expected a new directory, or that of an interrupted run"
 
 
@@ -52,6 +54,11 @@ def half_checkpoints(directory: Path) -> list[Path]:
     if not _noted(directory / SETTINGS):
         return []
     return [path for _, path in last_steps(directory) if not any((path / marker).exists() for marker in MARKERS)]
+
+
+def lost_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints of a run whose directory was deleted meanwhile: without its settings, it cannot be resumed."""
+    return [] if (directory / SETTINGS).is_file() else [path for _, path in last_steps(directory)]
 
 
 def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) -> None:
@@ -153,9 +160,10 @@ def _reported(directory: Path) -> dict[str, Any]:
 
 
 def _noted(note: Path) -> dict[str, Any]:
-    """The identity that a run has written; empty if there is none."""
+    """The identity that a run has written, by the current names of settings; empty if there is none."""
     if not note.is_file():
         return {}
     found = read_json(note, "settings")
     with naming_file(note):
-        return check_value(found, dict[str, Any], "settings")
+        noted: dict[str, Any] = check_value(found, dict[str, Any], "settings")
+        return {RENAMED.get(name, name): value for name, value in noted.items()}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +15,7 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from hf_cod.layers.bitsandbytes_advice import advice_silenced
+from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.layers.modes import cache_restored, one_thread
 from hf_cod.layers.replicas import processes
 from hf_cod.layers.stack import unwrap
@@ -25,13 +23,14 @@ from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
 from hf_cod.scoring.settings import options_of
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
+from hf_cod.training.runs.interrupt import SaveOnInterrupt
 from hf_cod.training.runs.log_lines import LogLines, TrainingBar
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.run_directory import SCORES_FILE
 from hf_cod.training.runs.training_settings import TrainingSettings
 
 with advice_silenced():  # of bitsandbytes, which is imported with PEFT
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +154,7 @@ def train(
 
     Raises:
         ValueError: several processes, or several GPUs that Trainer would replicate the model on.
-        KeyboardInterrupt: Ctrl-C; with `lasting`, a checkpoint of the last step is saved first.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; with `lasting`, a checkpoint of the last step is saved first.
     """
     from transformers import Trainer, default_data_collator
 
@@ -255,45 +254,3 @@ def _steps_of_layers(optimizer: OwLoreAdamW, steps: int) -> list[int]:
         for layer in optimizer.sampler.draw(first // interval):
             found[layer] += min(interval, steps - first)
     return found
-
-
-class SaveOnInterrupt(TrainerCallback):
-    """Stops training on Ctrl-C: the first one completes the step and saves a checkpoint, a second one stops at once.
-
-    Active only in a run of one process and in its main thread, the only one that can handle signals. An ignored signal
-    (a background job of a script) is left unchanged, and so is one whose handler was not set by Python, because it
-    could not be restored.
-
-    Attributes:
-        asked: whether the first Ctrl-C was received.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Any = None
-
-    def on_train_begin(self, args: Any, *others: Any, **about: Any) -> None:
-        """Installs the signal handler if the conditions above hold."""
-        alone = args.world_size == 1 and threading.current_thread() is threading.main_thread()
-        if alone and signal.getsignal(signal.SIGINT) not in (None, signal.SIG_IGN):
-            self._before = signal.signal(signal.SIGINT, self._ask)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """Stops and saves after Ctrl-C; also logs the loss, because a resumed run does not have it."""
-        if self.asked:
-            control.should_log = control.should_save = control.should_training_stop = True
-
-    def close(self) -> None:
-        """Restores the signal handler; must be called after training, also after an exception."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        self.close()
-        print(
-            "\nsaving a checkpoint after this step, then stopping; press Ctrl-C again to stop at once",
-            file=sys.stderr,
-            flush=True,
-        )

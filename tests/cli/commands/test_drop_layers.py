@@ -70,7 +70,8 @@ def test_an_earlier_plan_and_a_named_number(checkpoint):
         f"plan: used on {checkpoint / 'model'}, but computed for m, which has layers of the same sizes"
     ]
     assert (
-        drop_layers(checkpoint, "two", "--layers", "3", "--criterion", "layer_drop", "--no-protect", "--no-plots") == 0
+        drop_layers(checkpoint, "two", "--n-removed", "3", "--criterion", "layer_drop", "--no-protect", "--no-plots")
+        == 0
     )
     assert load_model(str(checkpoint / "two"))[0].config.num_hidden_layers == 1
 
@@ -80,7 +81,7 @@ def test_a_model_of_ours_says_how_it_loads(checkpoint, capsys):
     CodLlamaForCausalLM(CodLlamaConfig(**config, num_hidden_layers=3, norm_placement="lns")).save_pretrained(
         checkpoint / "model"
     )
-    assert drop_layers(checkpoint, "out", "--layers", "1", "--criterion", "angular", "--no-plots", "--no-speed") == 0
+    assert drop_layers(checkpoint, "out", "--n-removed", "1", "--criterion", "angular", "--no-plots", "--no-speed") == 0
     assert "As before, it loads if hf_cod is imported" in capsys.readouterr().out
 
 
@@ -98,7 +99,7 @@ def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
         "from hf_cod.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    more = ["--layers", "2", "--no-plots", "--no-protect"]
+    more = ["--n-removed", "2", "--no-plots", "--no-protect"]
     killed = run_fresh(code, *arguments(checkpoint, "run", *more))
     assert killed.returncode == 9
     assert len((checkpoint / "run" / "journal" / "journal.jsonl").read_text().splitlines()) == 9
@@ -111,9 +112,9 @@ def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--layers", "0"], "layers: expected at least 1 layer to remove, got 0"),
-        (["--layers", "4"], "n_removed: expected 1..3 of 4 layers to remove, got 4"),
-        (["--layers", "1", "--parameter-share", "0.5"], "layers: expected either layers or parameter_share"),
+        (["--n-removed", "0"], "n_removed: expected at least 1 layer to remove, got 0"),
+        (["--n-removed", "4"], "n_removed: expected 1..3 of 4 layers to remove, got 4"),
+        (["--n-removed", "1", "--parameter-share", "0.5"], "n_removed: expected either n_removed or parameter_share"),
         (
             ["--parameter-share", "0.1"],
             "parameter_share: expected at least 0.25, which leaves one of 4 layers, got 0.1",
@@ -122,7 +123,7 @@ def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
         (["--criterion", "best"], "criterion: expected one of search, layer_drop"),
         (["--replacement", "best"], "replacement: expected one of none, linear, measured"),
         (["--plan", "none.json"], "depth_plan: expected a file"),
-        (["--plan", "none.json", "--layers", "2"], "plan: expected no layers, which is part of the plan"),
+        (["--plan", "none.json", "--n-removed", "2"], "plan: expected no n_removed, which is part of the plan"),
         (["--plan", "none.json", "--no-protect"], "plan: expected no protect, which is part of the plan"),
         (["--eval-samples", "0"], "eval_samples: expected at least 1"),
     ],

@@ -20,12 +20,12 @@ def test_factorize_writes_a_model_that_loads_and_a_report_of_it(checkpoint, caps
     assert factorize(checkpoint, "out", *more) == 0
     names = {path.name for path in (checkpoint / "out").iterdir()}
     plan = "rank_plan.json" if score == "spectrum" else "allocation.json"
-    assert {"model.safetensors", "modeling_shaped.py", plan, "report.md", "kept.png", "error.png"} <= names
+    assert {"model.safetensors", "modeling_shaped.py", plan, "report.md", "parameter_share.png", "error.png"} <= names
     assert "journal" not in names and {p.name: p.read_bytes() for p in (checkpoint / "model").iterdir()} == source
     report, shown = RunReport.load(checkpoint / "out"), capsys.readouterr().out
     model, tokenizer = load_model(str(checkpoint / "out"))
     assert sum(p.numel() for p in model.parameters()) == report.results["parameters"]["factorized"]
-    assert 0.5 < report.results["kept"] <= 0.6 and report.results["disk_bytes"] == (
+    assert 0.5 < report.results["parameter_share"] <= 0.6 and report.results["disk_bytes"] == (
         (checkpoint / "out" / "model.safetensors").stat().st_size
     )
     found = report.results["perplexity"]
@@ -48,14 +48,19 @@ def test_factorize_by_rank_and_earlier_scores(checkpoint):
     size = find_decoder_layers(load_model(str(checkpoint / "model"))[0]).count_weights(0)
     LayerScores("m", "mine", [1.0, 2.0, 3.0, 4.0], [size] * 4).save(checkpoint / "scores.json")
     given = ["--scores", str(checkpoint / "scores.json"), "--no-baseline", "--no-plots", "--no-speed"]
-    assert factorize(checkpoint, "out", *given, "--rank", "0.3", "--method", "plain") == 0
+    assert factorize(checkpoint, "out", *given, "--full-rank-share", "0.3", "--method", "plain") == 0
     report = RunReport.load(checkpoint / "out")
-    assert report.layers["score"] == [1.0, 2.0, 3.0, 4.0] and report.layers["rank"] == sorted(report.layers["rank"])
+    assert report.layers["score"] == [1.0, 2.0, 3.0, 4.0] and report.layers["full_rank_share"] == sorted(
+        report.layers["full_rank_share"]
+    )
     assert "uniform" not in report.results["perplexity"] and report.settings["score"] == "mine"
     assert report.results["speed"] == {} and not any("second" in line for line in report.summary)
     assert factorize(checkpoint, "spread", *given, "--parameter-share", "0.6", "--spread", "0.15") == 0
     report = RunReport.load(checkpoint / "spread")
-    assert report.layers["kept"] == sorted(report.layers["kept"]) and len(set(report.layers["kept"])) > 2
+    assert (
+        report.layers["parameter_share"] == sorted(report.layers["parameter_share"])
+        and len(set(report.layers["parameter_share"])) > 2
+    )
 
 
 def test_factorize_follows_spectra_where_there_is_no_loss(checkpoint):
@@ -80,9 +85,9 @@ def test_factorize_by_oats_writes_a_model_that_packs(checkpoint, capsys):
     more = ["--method", "oats", "--parameter-share", "0.6", "--no-plots"]
     assert factorize(checkpoint, "out", *more) == 0
     report = RunReport.load(checkpoint / "out")
-    assert report.settings["score"] == "uniform" and 0.55 < report.results["kept"] <= 0.6
+    assert report.settings["score"] == "uniform" and 0.55 < report.results["parameter_share"] <= 0.6
     assert "are in sparse parts" in capsys.readouterr().out and "uniform" not in report.results["perplexity"]
-    assert main(["pack", str(checkpoint / "out"), str(checkpoint / "packed"), "--minimum", "0.3"]) == 0
+    assert main(["pack", str(checkpoint / "out"), str(checkpoint / "packed"), "--min-sparsity", "0.3"]) == 0
     model, _ = load_model(str(checkpoint / "packed"))
     assert type(model.model.layers[2].mlp.up_proj.sparse).__name__ == "SparseLinear"
 
@@ -118,25 +123,31 @@ def test_a_killed_factorization_goes_on_where_it_stopped(checkpoint):
     [
         (["--parameter-share", "0.001"], "parameter_share: expected a share in 0."),
         (["--parameter-share", "1.5"], "parameter_share: expected a share above 0 and at most 1, got 1.5"),
-        (["--rank", "0.5"], "rank: expected a score of layers, got none"),
-        (["--rank", "0.5", "--score", "spectrum"], "rank: expected a score of layers, got spectrum"),
+        (["--full-rank-share", "0.5"], "full_rank_share: expected a score of layers, got none"),
         (
-            ["--rank", "0.5", "--score", "owl", "--parameter-share", "0.5"],
-            "rank: expected either rank or parameter_share",
+            ["--full-rank-share", "0.5", "--score", "spectrum"],
+            "full_rank_share: expected a score of layers, got spectrum",
+        ),
+        (
+            ["--full-rank-share", "0.5", "--score", "owl", "--parameter-share", "0.5"],
+            "full_rank_share: expected either full_rank_share or parameter_share",
         ),
         (["--score", "fisher", "--method", "plain"], "score: expected spectrum or a score of layers for plain, got"),
         (
-            ["--method", "oats", "--rank", "0.5"],
-            "method: expected parameter_share and a score of layers for oats, got rank",
+            ["--method", "oats", "--full-rank-share", "0.5"],
+            "method: expected parameter_share and a score of layers for oats, got full_rank_share",
         ),
         (["--method", "oats", "--score", "fisher"], "and a score of layers for oats, got fisher"),
-        (["--method", "oats", "--rank-share", "1"], "rank_share: expected a share between 0 and 1, got 1.0"),
-        (["--rank", "2", "--score", "owl"], "rank: expected a share above 0 and at most 1, got 2.0"),
+        (["--method", "oats", "--factor-share", "1"], "factor_share: expected a share between 0 and 1, got 1.0"),
+        (
+            ["--full-rank-share", "2", "--score", "owl"],
+            "full_rank_share: expected a share above 0 and at most 1, got 2.0",
+        ),
         (["--score", "auto"], "score: expected one of fisher, spectrum, owl"),
         (["--method", "best"], "method: expected one of whitened, plain, oats"),
         (["--spread", "0.1"], "spread: expected a score of layers, got none"),
-        (["--rank-share", "0.4"], "rank_share: expected method oats, got whitened"),
-        (["--score", "owl", "--rank", "0.9"], "plan: expected ranks at which factors have fewer weights"),
+        (["--factor-share", "0.4"], "factor_share: expected method oats, got whitened"),
+        (["--score", "owl", "--full-rank-share", "0.9"], "plan: expected ranks at which factors have fewer weights"),
     ],
 )
 def test_factorize_with_bad_input(checkpoint, capsys, arguments, message):

@@ -3,8 +3,8 @@
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from hf_cod.training.owlore.optimizer import OwLoreAdamW
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.estimate import estimate_memory
 from hf_cod.training.runs.methods import METHODS
-from hf_cod.training.runs.trainer import SaveOnInterrupt, scores_to_draw_by
+from hf_cod.training.runs.trainer import scores_to_draw_by
 from hf_cod.training.runs.training_settings import TrainingSettings
 from tests.tiny_models import MIXTURES, build
 from tests.tiny_training import dies_in_step_five
@@ -115,6 +115,17 @@ def test_new_adapters_follow_the_seed_alone(method, tmp_path):
     assert names == sorted(names) and len(names) > 1
     if method == "lora":  # OwLore's adapters begin without a basis
         assert drawn(1, before=5) != drawn(2, before=5)
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [("finetune {} --method lora", "method lora"), ("prune {} --recover 2", "recover")],
+)
+def test_without_peft_adapters_are_refused_before_a_model_is_loaded(command, what, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(command.format("nowhere").split()) == 2
+    expected = f"error: {what}: training adapters requires the peft package: pip install 'hf_cod[recovery]'\n"
+    assert capsys.readouterr().err.endswith(expected)
 
 
 def test_estimates_say_what_fits(capsys, tmp_path):
@@ -216,22 +227,6 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in(whole, ctrl_c, tmp_path
     for name, value in weights.items():
         assert torch.equal(resumed[name], value), name
     assert not list(tmp_path.glob("*/checkpoint-*"))  # nobody needs them any more
-
-
-@pytest.mark.parametrize("known", [signal.SIG_IGN, None])
-def test_a_signal_that_is_ignored_or_of_an_unknown_handler_is_left_alone(known, monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        if known is None:
-            monkeypatch.setattr(signal, "getsignal", lambda number: None)  # what is not Python's
-        else:
-            signal.signal(signal.SIGINT, known)
-        interrupt = SaveOnInterrupt()
-        interrupt.on_train_begin(SimpleNamespace(world_size=1))
-        monkeypatch.undo()
-        assert signal.getsignal(signal.SIGINT) is (before if known is None else known)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

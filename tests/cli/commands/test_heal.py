@@ -60,7 +60,7 @@ def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
     assert "75.0% of the teacher's; the student takes" in page and "Tokens per second: " in page and "(teacher " in page
     found = report.results["perplexity"]
     lost, back = math.log(found["before"] / found["teacher"]), math.log(found["before"] / found["after"])
-    assert lost > 0 and report.results["recovered"] == pytest.approx(back / lost)
+    assert lost > 0 and report.results["recovered_share"] == pytest.approx(back / lost)
     assert sum(report.layers["trained"]) == 3 * 6 and report.layers["teacher_layer"] == [0, 1, 2, 3, 4, 8, 9, 10, 11]
     model, tokenizer = load_model(str(tmp_path / "whole"), ModelSettings(device="cpu"))
     held_out = pack(tokenizer, [embedded_text()], 64)[-8:].long()

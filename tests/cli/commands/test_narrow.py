@@ -17,12 +17,12 @@ def test_narrow_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys,
     more += ["--spread", "0.2"] if score == "angular" else []
     assert narrow(checkpoint, "out", *more) == 0
     names = {path.name for path in (checkpoint / "out").iterdir()}
-    pictures = {"kept.png", "share_of_heads.png", "share_of_channels.png", "error.png", "score.png"}
+    pictures = {"parameter_share.png", "share_of_heads.png", "share_of_channels.png", "error.png", "score.png"}
     assert {"model.safetensors", "scores.json", "allocation.json", "report.md", *pictures} <= names
     assert ("modeling_shaped.py" in names) == (score == "angular")
     assert "journal" not in names and {p.name: p.read_bytes() for p in (checkpoint / "model").iterdir()} == source
     page = (checkpoint / "out" / "report.md").read_text()
-    assert "| layer | kept | share of heads | share of channels |" in page
+    assert "| layer | parameter share | share of heads | share of channels |" in page
     report, shown = RunReport.load(checkpoint / "out"), capsys.readouterr().out
     assert report.results["stock"] == (score == "uniform")
     assert ("transformers loads it without this package" in shown) == (score == "uniform")

@@ -65,13 +65,13 @@ def test_auto_says_what_it_chose(checkpoint, capsys):
 
 
 def test_prune_and_recover(checkpoint, capsys):
-    more = ["--score", "uniform", "--recover", "20", "--recover-learning-rate", "0.01", "--no-plots"]
+    more = ["--score", "uniform", "--recover-steps", "20", "--recover-learning-rate", "0.01", "--no-plots"]
     assert prune(checkpoint, "out", *more) == 0
     report = RunReport.load(checkpoint / "out")
     found = report.results["perplexity"]
     assert found["recovered"] < found["pruned"] and report.results["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert "by recovery" in capsys.readouterr().out
-    assert prune(checkpoint, "other", "--recover", "-1") == 2
+    assert prune(checkpoint, "other", "--recover-steps", "-1") == 2
 
 
 @pytest.mark.process

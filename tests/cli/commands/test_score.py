@@ -75,6 +75,7 @@ def test_score_takes_the_statistics_that_are_there(checkpoint, monkeypatch):
     assert main(arguments) == 0 and len(counted) == 1
     first = RunReport.load(out).layers["score"]
     assert main([*arguments, "--threshold", "3"]) == 0 and len(counted) == 1
+    assert len((out / "journal.jsonl").read_text().splitlines()) == 1
     assert RunReport.load(out / "earlier-1").layers["score"] == first != RunReport.load(out).layers["score"]
     assert main([*arguments, "--threshold", "3", "--seed", "1"]) == 0 and len(counted) == 2
     assert main(arguments) == 0 and len(counted) == 3, "the file holds other samples' statistics now"

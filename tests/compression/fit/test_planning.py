@@ -61,7 +61,7 @@ def trials(tmp_path_factory):
 def test_plans_meet_their_budget_and_are_the_best_of_what_was_measured(kind, knobs, budget, texts, trials):
     intact = size_of(make())
     budget = budget or intact.bytes - 0.5 * intact.layer_bytes
-    plan = plan_fit(make, kind, budget, *texts, knobs=knobs, verify=1, journal=trials)
+    plan = plan_fit(make, kind, budget, *texts, knobs=knobs, n_verified=1, journal=trials)
     model = make()
     apply_steps(model, plan.steps, Applying(texts[0]))
     size = size_of(model)
@@ -82,7 +82,7 @@ def test_texts_are_split_into_samples_for_calibration_and_for_the_choice(texts, 
     """As by hand, and before the model is loaded only one form is accepted."""
     tokenizer = load_model(MODEL)[1]
     given = {"tokenizer": tokenizer, "texts": embedded_text(), "sequence_length": 64, "max_samples": 4, "batch_size": 2}
-    options = {"knobs": ["rank"], "verify": 1, "journal": trials}
+    options = {"knobs": ["rank"], "n_verified": 1, "journal": trials}
     plan = plan_fit(make, "parameter_share", 0.8, *texts, **options)
     assert plan_fit(make, "parameter_share", 0.8, **given, tuning_samples=2, **options) == plan
     for arguments, changes, message in [
@@ -136,7 +136,7 @@ def test_what_the_model_cannot_do_is_left_out_and_told(texts, monkeypatch):
     breaking("depth", [1.0, 2.0], lambda level: False)
     breaking("sparsity", [0.1, 0.2, 0.3], lambda level: level != 0.2)
     monkeypatch.setitem(sys.modules, "hf_cod.compression.quantization.bnb", None)
-    plan = plan_fit(make, "bits", 13.5, *texts, verify=0)
+    plan = plan_fit(make, "bits", 13.5, *texts, n_verified=0)
     assert {knob: found["levels"] for knob, found in plan.alone.items()} == {
         "rank": [0.1, 0.2],
         "width": [0.2, 0.3],
@@ -190,7 +190,7 @@ def test_models_of_failed_trials_are_not_kept(texts, monkeypatch):
     monkeypatch.setitem(KNOBS, "width", replace(KNOBS["width"], apply=fails))
     for knob, level in {"depth": 1.0, "rank": 0.1}.items():
         monkeypatch.setitem(KNOBS, knob, replace(KNOBS[knob], levels=lambda *_, level=level: [level]))
-    plan = plan_fit(making, "parameter_share", 0.91, *texts, verify=0)
+    plan = plan_fit(making, "parameter_share", 0.91, *texts, n_verified=0)
     assert plan.notes[0] == "width is left out: out of memory"
     assert len(alive) == 7 and max(alive) == 0  # the intact one twice, width at three levels, the others at one
 
@@ -207,7 +207,7 @@ def test_trials_share_what_is_measured_before_anything_changes(texts, tmp_path, 
     monkeypatch.setattr(Journal, "add", noted)
     for knob, levels in {"rank": [0.2, 0.3], "depth": [1.0, 2.0]}.items():
         monkeypatch.setitem(KNOBS, knob, replace(KNOBS[knob], levels=lambda *_, levels=levels: levels))
-    plan_fit(make, "parameter_share", 0.8, *texts, knobs=["depth", "rank"], verify=0, journal=tmp_path)
+    plan_fit(make, "parameter_share", 0.8, *texts, knobs=["depth", "rank"], n_verified=0, journal=tmp_path)
     assert any(key.startswith("without ") for _, key in found)
     assert len(found) == len(set(found)), "nothing is measured twice"
 
@@ -216,7 +216,7 @@ def test_no_single_method_is_lost(texts, tmp_path, monkeypatch):
     """What was measured within the budget counts, where the level between was not found, or is worse."""
     for knob, found in {"rank": [0.2, 0.4], "depth": [1.0]}.items():
         monkeypatch.setitem(KNOBS, knob, replace(KNOBS[knob], levels=lambda *_, found=found: found))
-    options = {"knobs": ["depth", "rank"], "verify": 0, "journal": tmp_path}
+    options = {"knobs": ["depth", "rank"], "n_verified": 0, "journal": tmp_path}
     plan = plan_fit(make, "parameter_share", 0.82, *texts, **options)
     assert all(left < 0.82 for left in plan.alone["rank"]["left"])
     assert plan.loss == min(plan.alone["rank"]["losses"]) and [*plan.steps] == ["rank"]
@@ -280,7 +280,7 @@ def test_bad_arguments(texts):
 
 def test_the_command_shows_the_plan_and_then_runs_it(tmp_path, capsys):
     output = tmp_path / "out"
-    command = ["fit", MODEL, "--memory", "7MB", "--knobs", "rank", "bits", "--verify", "1", *QUICK.split()]
+    command = ["fit", MODEL, "--memory", "7MB", "--knobs", "rank", "bits", "--n-verified", "1", *QUICK.split()]
     command += ["--output", str(output)]
     assert main([*command, "--plan-only"]) == 0
     assert capsys.readouterr().out.count("Chosen:") == 1 and not (output / "config.json").exists()
@@ -334,7 +334,7 @@ def test_the_plan_against_all_combinations_on_a_small_grid(texts):
         apply_steps(model, steps, Applying(texts[0]))
         if 8 * size_of(model).layer_bytes / intact <= budget:
             losses.append(math.log(perplexity(model, texts[1])))
-    plan = plan_fit(make, "bits", budget, *texts, knobs=["rank", "bits"], verify=3)
+    plan = plan_fit(make, "bits", budget, *texts, knobs=["rank", "bits"], n_verified=3)
     print(f"loss of the plan {plan.loss:.4f}, of the best of {len(losses)} within the budget {min(losses):.4f}")
     assert losses and plan.loss <= min(losses) + 0.01
 

@@ -21,7 +21,7 @@ from hf_cod import (
     prune,
 )
 from hf_cod.compression.low_rank.factorizer import METHODS
-from hf_cod.compression.low_rank.settings import RANK_SHARE
+from hf_cod.compression.low_rank.settings import FACTOR_SHARE
 from hf_cod.functional.factorization import DAMPING
 from hf_cod.functional.factorization import factorize as whitened
 from hf_cod.functional.ranks import count, most_rank, rank_of_weights
@@ -95,7 +95,9 @@ def test_applied_saved_and_loaded_again(family, tmp_path):
     report = factorize(model, kept, batches=[batch])
     found = report.results["parameters"]
     assert found == {"intact": before, "factorized": sum(p.numel() for p in model.parameters())}
-    assert kept - 0.12 < report.results["kept"] <= kept  # rounded down, at the rank of 5 or so that it takes here
+    assert (
+        kept - 0.12 < report.results["parameter_share"] <= kept
+    )  # rounded down, at the rank of 5 or so that it takes here
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert len(factors(loaded)) == len(factors(model)) == len(report.results["ranks"])
@@ -146,11 +148,11 @@ def test_an_allocation_is_met_layer_by_layer(kind):
     scores = LayerScores("m", "mine", [3.0, 1.0, 2.0, 2.5], [stack.count_weights(0)] * 4)
     plan = allocate(scores, kind, 0.4, 0.1)
     report = factorize(model, plan, batches=[batch_for(model)])
-    found = report.layers["kept" if kind == "parameter_share" else "rank"]
+    found = report.layers["parameter_share" if kind == "parameter_share" else "full_rank_share"]
     assert [value - share for value, share in zip(found, plan.values, strict=True)] == pytest.approx([0] * 4, abs=0.05)
     assert all(value <= share + 1e-9 for value, share in zip(found, plan.values, strict=True))
     assert report.settings["plan"] == f"{kind} 0.4 by mine"
-    assert len(set(report.layers["kept"])) > 2
+    assert len(set(report.layers["parameter_share"])) > 2
 
 
 def test_kept_is_what_is_counted_in_the_model():
@@ -158,7 +160,9 @@ def test_kept_is_what_is_counted_in_the_model():
     before = find_decoder_layers(model).count_weights(2)
     report = factorize(model, 0.5, batches=[batch_for(model)])
     left = sum(p.numel() for p in model.model.layers[2].parameters() if p.dim() == 2)
-    assert report.layers["kept"][2] == pytest.approx(left / before) and report.layers["parameters"][2] == before
+    assert (
+        report.layers["parameter_share"][2] == pytest.approx(left / before) and report.layers["parameters"][2] == before
+    )
     assert all(0 < error < 1 for error in report.layers["error"])
 
 
@@ -166,7 +170,7 @@ def test_equal_scores_and_a_single_layer():
     model = build("llama", layers=1)
     scores = LayerScores("m", "mine", [2.0], [find_decoder_layers(model).count_weights(0)])
     report = factorize(model, allocate(scores, "parameter_share", 0.7), batches=[batch_for(model)])
-    assert report.layers["kept"][0] <= 0.7
+    assert report.layers["parameter_share"][0] <= 0.7
     one, two = build("llama"), build("llama")
     scores = LayerScores("m", "mine", [2.0] * 4, [find_decoder_layers(one).count_weights(0)] * 4)
     factorize(one, allocate(scores, "parameter_share", 0.7), batches=[batch_for(one)])
@@ -196,7 +200,7 @@ def test_a_plan_by_spectra_keeps_the_budget(family, text, tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert RankPlan.load(plan.save(tmp_path / "plan.json")) == plan
     report = factorize(model, plan, batches=two_batches(model))
-    assert 0.85 < report.results["kept"] <= 0.9
+    assert 0.85 < report.results["parameter_share"] <= 0.9
     assert len(set(plan.ranks.values())) > 1
 
 
@@ -289,11 +293,14 @@ def test_sparse_parts_against_the_formula_and_as_they_are_counted(family, dtype,
     """The first layer's inputs are those of the intact model; in bfloat16 some of what is kept may be rounded to 0."""
     model = build(family, dtype=dtype)
     intact, batches = copy.deepcopy(model), two_batches(model)
-    report = factorize(model, 0.6, "oats", batches=batches, rank_share=0.4)
+    report = factorize(model, 0.6, "oats", batches=batches, factor_share=0.4)
     ranks, nonzeros = report.results["ranks"], report.results["nonzeros"]
     total = sum(report.layers["parameters"])
     assert ranks.keys() == nonzeros.keys() == factors(model).keys()
-    assert report.results["kept"] == pytest.approx(0.6, abs=len(ranks) / total) and report.results["kept"] <= 0.6
+    assert (
+        report.results["parameter_share"] == pytest.approx(0.6, abs=len(ranks) / total)
+        and report.results["parameter_share"] <= 0.6
+    )
     shapes = {name: tuple(module.weight.shape) for name, module in factors(model).items()}
     whole = sum(count(shapes[name], None) for name in ranks)
     left = sum(count(shapes[name], ranks[name], nonzeros[name]) for name in ranks)
@@ -360,8 +367,8 @@ def test_a_matrix_without_a_sparse_part_and_bad_plans_of_them(tmp_path):
     with pytest.raises(ValueError, match="plan: expected an allocation of parameter_share, got one of rank"):
         factorize(model, allocation, "oats", batches=batches)
     for share in (0, 1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="rank_share: expected a share between 0 and 1, got"):
-            factorize(model, 0.5, "oats", batches=batches, rank_share=share)
+        with pytest.raises(ValueError, match="factor_share: expected a share between 0 and 1, got"):
+            factorize(model, 0.5, "oats", batches=batches, factor_share=share)
     with pytest.raises(ValueError, match="batches: expected batches, or tokenizer and texts, for oats, got neither"):
         factorize(model, 0.5, "oats")
     assert not factors(model)
@@ -372,7 +379,7 @@ def test_experts_stay_whole_and_are_counted():
     banks = [p.detach().clone() for p in model.parameters() if p.dim() == 3]
     report = factorize(model, 0.9, batches=two_batches(model))
     assert all(torch.equal(a, b) for a, b in zip(banks, (p for p in model.parameters() if p.dim() == 3), strict=True))
-    assert report.results["kept"] <= 0.9
+    assert report.results["parameter_share"] <= 0.9
     with pytest.raises(ValueError, match=r"parameter_share: expected at least 0.\d+ in layer \d \(rank 1 "):
         factorize(build("mixtral"), 0.5, batches=two_batches(model))
 
@@ -480,7 +487,7 @@ def test_what_helps_on_a_real_model(smollm2, brown_text):
         intact = perplexity(model, measuring)
         plan = plan_ranks(model, 0.8, name, batches=calibration) if name == "fisher" else 0.8
         report = factorize(model, plan, name if name in METHODS else "whitened", batches=calibration)
-        assert 0.79 < report.results["kept"] <= 0.8
+        assert 0.79 < report.results["parameter_share"] <= 0.8
         found[name] = perplexity(model, measuring)
     print(found)
     assert intact < found["fisher"] < found["whitened"] / 1.5 and found["whitened"] < found["plain"] / 20
@@ -493,7 +500,7 @@ def test_a_sparse_part_helps_matrices_of_a_real_model(smollm2, brown_text):
     inputs = references.linear_inputs(model, batches, 3)
     for name in ("self_attn.k_proj", "self_attn.o_proj"):
         W, X = inputs[f"model.layers.3.{name}"]
-        H, (r, k) = X.double().T @ X.double(), sizes_of_weights(tuple(W.shape), 0.7, RANK_SHARE)
+        H, (r, k) = X.double().T @ X.double(), sizes_of_weights(tuple(W.shape), 0.7, FACTOR_SHARE)
         *_, oats = decompose(W, r, k, H)
         B, A, _ = whitened(W, rank_of_weights(tuple(W.shape), 0.7), H)
         lost = W.double() - B @ A

@@ -101,7 +101,7 @@ def test_dtype_is_honoured(dtype, tmp_path):
 def test_a_dense_checkpoint_is_packed_while_it_is_loaded(tmp_path):
     model = sparse_model()
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=SparseConfig(minimum=0.6))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=SparseConfig(min_sparsity=0.6))
     assert any(isinstance(m, SparseLinear) for m in loaded.modules())
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)
     loaded.save_pretrained(tmp_path / "packed")
@@ -112,12 +112,12 @@ def test_only_what_is_sparse_enough_is_packed():
     model = build("llama")
     prune(model.model.layers[1], 0.9)
     prune(model.model.layers[2], 0.4)
-    pack_sparse(model, minimum=0.6)
+    pack_sparse(model, min_sparsity=0.6)
     assert len(model.config.quantization_config.modules) == 7
     assert all(name.startswith("model.layers.1.") for name in model.config.quantization_config.modules)
-    pack_sparse(model, minimum=0.2)
+    pack_sparse(model, min_sparsity=0.2)
     assert len(model.config.quantization_config.modules) == 14
-    pack_sparse(model, minimum=0.95)
+    pack_sparse(model, min_sparsity=0.95)
     assert len(model.config.quantization_config.modules) == 14, "what is packed stays packed"
 
 
@@ -177,7 +177,9 @@ def test_adapters_learn_beside_packed_matrices(tmp_path):
 
 def test_bad_models():
     dense = build("llama")
-    with pytest.raises(ValueError, match=r"minimum: expected a model with a Linear in which at least 50% is zero, got"):
+    with pytest.raises(
+        ValueError, match=r"min_sparsity: expected a model with a Linear in which at least 50% is zero, got"
+    ):
         pack_sparse(dense)
     assert not hasattr(dense, "hf_quantizer") or dense.hf_quantizer is None
     with pytest.raises(ValueError, match=r"got at most 0.0% \(no matrix\) and Conv1D, which is not packed"):
@@ -187,8 +189,8 @@ def test_bad_models():
             ValueError, match=r"adapters whose initialization changes it: pissa, olora\); call model.dequantize"
         ):
             peft.get_peft_model(pack_sparse(sparse_model()), peft.LoraConfig(r=2, init_lora_weights=start))
-    with pytest.raises(ValueError, match="minimum: expected a share of zeros between 0 and 1, got 50"):
-        pack_sparse(sparse_model(), minimum=50)
+    with pytest.raises(ValueError, match="min_sparsity: expected a share of zeros between 0 and 1, got 50"):
+        pack_sparse(sparse_model(), min_sparsity=50)
     with pytest.raises(ValueError, match="model: expected a loaded transformers model, got Linear"):
         pack_sparse(nn.Linear(2, 2))
     broken = sparse_model()

@@ -174,7 +174,7 @@ def test_applied_saved_and_loaded_again(family, tmp_path):
         report = narrow(model, plan, batches=[batch], channel_multiple=4)
         found = report.results["parameters"]
         assert found == {"intact": before, "narrowed": sum(p.numel() for p in model.parameters())}
-        assert report.results["kept"] == pytest.approx(0.65, abs=0.03)
+        assert report.results["parameter_share"] == pytest.approx(0.65, abs=0.03)
         assert report.results["stock"] == (name == "alike" and family in STOCK) == (type(model) is stock)
         model.save_pretrained(tmp_path / name)
         loaded = type(model).from_pretrained(tmp_path / name)
@@ -290,16 +290,16 @@ def test_an_allocation_is_met_and_a_narrow_model_narrowed_again():
     model = build("llama", hidden_size=64, intermediate_size=192, num_attention_heads=8, num_key_value_heads=4)
     plan = different(budget=0.6, spread=0.2)
     report = narrow(model, plan, batches=[batch_for(model)], channel_multiple=8)
-    assert report.results["kept"] == pytest.approx(plan.mean, abs=0.01)
-    off = [kept - share for kept, share in zip(report.layers["kept"], plan.values, strict=True)]
+    assert report.results["parameter_share"] == pytest.approx(plan.mean, abs=0.01)
+    off = [kept - share for kept, share in zip(report.layers["parameter_share"], plan.values, strict=True)]
     assert off == pytest.approx([0] * 4, abs=0.03)
     left = sum(p.numel() for p in model.model.layers[2].parameters() if p.dim() == 2)
-    assert left == report.layers["kept"][2] * report.layers["parameters"][2]
+    assert left == report.layers["parameter_share"][2] * report.layers["parameters"][2]
     assert report.settings["plan"] == "parameter_share 0.6 by mine"
     heads = [layer.self_attn.q_proj.out_features // 8 for layer in model.model.layers]
     assert heads == report.results["heads"] and len(set(heads)) > 1
     again = narrow(model, 0.8, "magnitude", "none", channel_multiple=8)
-    assert again.results["kept"] == pytest.approx(0.8, abs=0.05)
+    assert again.results["parameter_share"] == pytest.approx(0.8, abs=0.05)
     assert outputs(model).isfinite().all() and "error" not in again.layers
 
 
@@ -507,6 +507,6 @@ def test_least_squares_saves_a_real_model(smollm2, brown_text):
         intact = perplexity(model, measuring)
         report = narrow(model, 0.8, "fluctuation", compensation, batches=narrowing)
         assert report.results["stock"] and report.results["heads"] == [6] * 30
-        assert 0.79 < report.results["kept"] < 0.81
+        assert 0.79 < report.results["parameter_share"] < 0.81
         found[compensation] = perplexity(model, measuring)
     assert intact < found["least_squares"] < found["none"]

@@ -15,7 +15,7 @@ from tests.reporting.reports import report
 
 def scored(*values):
     settings = {"method": "owl", "threshold": 5.0}
-    return report(kind="score", settings=settings, layers={"score": [*values]}, results={"score": {}})
+    return report(kind="score", settings=settings, layers={"score": [*values]}, results={"score_settings": {}})
 
 
 def test_one_measure_is_one_picture_by_its_name(tmp_path):

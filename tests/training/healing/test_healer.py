@@ -123,7 +123,7 @@ def test_zeros_stay_zeros(method, dtype):
 def test_zeros_stay_zeros_in_bfloat16_under_checkpointing():
     student = pruned(torch.bfloat16)
     before = zeros_of(student)
-    report = healed(student, build("llama", dtype=torch.bfloat16), "owlore", checkpointing=True, hidden=0.5)
+    report = healed(student, build("llama", dtype=torch.bfloat16), "owlore", checkpointing=True, hidden_weight=0.5)
     assert learnt(report)
     assert all((zeros >= before[name]).all() for name, zeros in zeros_of(student).items())
     assert not student.model.gradient_checkpointing
@@ -183,7 +183,7 @@ def test_sparse_parts_beside_factors_keep_their_zeros(method, tmp_path):
 def test_a_dropped_student_with_hidden_states_reloads_in_a_fresh_process(tmp_path):
     student, teacher = build("llama"), build("llama")
     drop(student, [1])
-    report = healed(student, teacher, "full", hidden=1.0, labels=0.2, temperature=2.0)
+    report = healed(student, teacher, "full", hidden_weight=1.0, label_weight=0.2, temperature=2.0)
     assert report.layers["teacher_layer"] == [0, 2, 3] and "by nearest weights" in report.notes[0]
     assert learnt(report)
     student.save_pretrained(tmp_path)
@@ -321,8 +321,13 @@ def test_pairs_that_do_not_go_together():
     for pair, method, changes, message in [
         ((student, student), "full", {}, "teacher: expected another model than the student, got the same"),
         ((student, build("llama", vocab_size=98)), "full", {}, "the student's vocabulary of 99 tokens, got 98"),
-        ((student, wide), "full", {"hidden": 1.0}, "hidden: expected 0 with a teacher of another width .* 32, .* 64"),
-        ((build("llama", layers=5), student), "full", {"hidden": 1.0}, "at most the teacher's 4 layers, got 5"),
+        (
+            (student, wide),
+            "full",
+            {"hidden_weight": 1.0},
+            "hidden_weight: expected 0 with a teacher of another width .* 32, .* 64",
+        ),
+        ((build("llama", layers=5), student), "full", {"hidden_weight": 1.0}, "at most the teacher's 4 layers, got 5"),
         ((student, build("bert")), "full", {}, "teacher: expected a causal language model, got BertForMaskedLM"),
         ((pruned(), student), "owlore-peft", {}, "method: expected owlore, lisa, galore, lora or full for a student"),
         ((packed, student), "lora", {}, "student: .* plain .*heal a model before it is quantized or packed"),
@@ -408,9 +413,9 @@ def test_settings_and_shares():
         ({"tokens": "2M", "steps": 300}, "tokens: expected none with steps, got '2M' and 300"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"temperature": 0.0}, "temperature: expected a number above 0, got 0.0"),
-        ({"labels": 2.0}, r"labels: expected a share in 0..1, got 2.0"),
-        ({"hidden": -1.0}, "hidden: expected a weight of at least 0, got -1.0"),
-        ({"teacher_layers": [0]}, "teacher_layers: expected hidden above 0"),
+        ({"label_weight": 2.0}, r"label_weight: expected a share in 0..1, got 2.0"),
+        ({"hidden_weight": -1.0}, "hidden_weight: expected a weight of at least 0, got -1.0"),
+        ({"teacher_layers": [0]}, "teacher_layers: expected hidden_weight above 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             HealSettings(**values)

@@ -12,7 +12,7 @@ _LOGGER = logging.getLogger("bitsandbytes.backends.cpu.ops")
 
 @contextmanager
 def advice_silenced() -> Iterator[None]:
-    """For a block with the first import of bitsandbytes, direct or by PEFT or Trainer: the import logs no warning."""
+    """For a block with the first import of bitsandbytes, also by PEFT or transformers: the import logs no warning."""
     level = _LOGGER.level
     _LOGGER.setLevel(logging.ERROR)
     try:

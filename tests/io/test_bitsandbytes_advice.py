@@ -1,4 +1,4 @@
-"""No command prints what bitsandbytes logs when it is imported (on CPUs with AVX-512 BF16, without `kernels`)."""
+"""Nothing prints what bitsandbytes logs when it is imported (on CPUs with AVX-512 BF16, without `kernels`)."""
 
 import logging
 import os
@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 
-from hf_cod.layers.bitsandbytes_advice import advice_silenced
+from hf_cod.io.bitsandbytes_advice import advice_silenced
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -18,7 +19,8 @@ COMMANDS = {
     "finetune --estimate": "finetune model --estimate",
     "finetune": f"finetune model {TRAINED} --method lora --lora-rank 2 --output tuned",
     "heal": f"heal model --teacher model {TRAINED} --method lora --lora-rank 2 --no-speed --output healed",
-    "prune --recover": f"prune model {TEXT} --max-samples 4 --batch-size 2 --recover 2 --no-plots --output pruned",
+    "prune --recover-steps": f"prune model {TEXT} --max-samples 4 --batch-size 2 --recover-steps 2 "
+    "--no-plots --output pruned",
 }
 # Lines of our own: warnings, and records of a training without a progress bar.
 OURS = re.compile(r"hf-cod \S+: warning: |\S+: step \d+ of \d+|step \d+ of \d+|$")
@@ -40,6 +42,26 @@ def test_standard_error_has_no_lines_of_other_libraries(command, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if not OURS.match(line)] == []
+
+
+@pytest.mark.process
+def test_no_public_name_prints_when_it_is_imported():
+    """OwLoreConfig first: the line is logged by the first import of bitsandbytes."""
+    code = "import hf_cod\nfor name in ('OwLoreConfig', *hf_cod.__all__): getattr(hf_cod, name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.process
+def test_loading_a_model_that_bitsandbytes_quantized_prints_nothing(tmp_path):
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    build("llama").save_pretrained(tmp_path / "dense")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    model.save_pretrained(tmp_path / "model")
+    code = f"from hf_cod.io.models import load_model; load_model({str(tmp_path / 'model')!r})"
+    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_advice_is_silenced_within_the_block_only():

@@ -1,0 +1,18 @@
+"""Names of options in other tools and in earlier versions of hf_cod."""
+
+# Option name in other tools -> name in hf-cod.
+ALIASES = {"--output-dir": "--output"}
+# Option name in an earlier version -> current name; accepted for one release, with a warning, by commands that have
+# the current name and do not use the earlier one for something else.
+RENAMED = {
+    "--multiple": "--channel-multiple",
+    "--parameters": "--parameter-share",
+    "--rank": "--full-rank-share",
+    "--rank-share": "--factor-share",
+    "--layers": "--n-removed",
+    "--minimum": "--min-sparsity",
+    "--verify": "--n-verified",
+    "--recover": "--recover-steps",
+    "--labels": "--label-weight",
+    "--hidden": "--hidden-weight",
+}
