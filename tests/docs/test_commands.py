@@ -50,6 +50,12 @@ def parser_of(command):
     return importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[command][0]}").make_parser()
 
 
+def test_the_overview_names_the_commands_that_measure_speed():
+    (sentence,) = re.findall(r"on disk\. ([^.;]*)`--no-speed` skips", (ROOT / "docs/how-to/index.md").read_text())
+    measuring = {name for name in COMMANDS if "--no-speed" in parser_of(name).format_usage()}
+    assert {*re.findall(r"`([a-z-]+)`", sentence)} == measuring
+
+
 @pytest.mark.parametrize("page", CASES)
 def test_the_parsers_take_them(page, capsys):
     for command, *arguments in commands(page):
