@@ -119,7 +119,7 @@ def test_new_adapters_follow_the_seed_alone(method, tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "what"),
-    [("finetune {} --method lora", "method lora"), ("prune {} --recover 2", "recover")],
+    [("finetune {} --method lora", "method lora"), ("prune {} --recover-steps 2", "recover_steps")],
 )
 def test_without_peft_adapters_are_refused_before_a_model_is_loaded(command, what, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -279,12 +279,19 @@ def test_a_training_that_fails_while_it_is_counted_leaves_nothing_behind(tmp_pat
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
-def test_a_directory_of_another_run_is_refused(tmp_path, capsys):
+def test_a_directory_of_another_run_is_refused(tmp_path, capsys, monkeypatch):
     output = tmp_path / "out"
-    command = ["finetune", MODEL, *QUICK.split(), "--output", str(output), "--eval-samples", "99999"]
-    assert main(command) == 2  # behind its note of settings
-    assert main([*command, "--steps", "11"]) == 2
-    assert "text: expected more than the 99999" in capsys.readouterr().err, "nothing was begun"
+    command = ["finetune", MODEL, *QUICK.split(), "--output", str(output)]
+    assert main([*command, "--eval-samples", "99999"]) == 2
+    assert "text: expected more than the 99999" in capsys.readouterr().err and not output.exists()
+
+    def fails(*_):
+        raise RuntimeError("no power")
+
+    monkeypatch.setattr(OwLoreAdamW, "step", fails)
+    assert main([*command, "--steps", "12"]) == 1
+    assert main([*command, "--steps", "11"]) == 1
+    assert "no power" in capsys.readouterr().err, "a run without a checkpoint is replaced"
     (output / "checkpoint-2").mkdir()
     assert main([*command, "--steps", "12"]) == 2
     assert "steps: expected 11, as in the run in" in capsys.readouterr().err
