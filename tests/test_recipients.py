@@ -162,6 +162,8 @@ def test_the_command_of_a_card_has_the_settings_of_the_run(name, folder):
     given = [word.removeprefix("{}/") for word in MADE[name][0]]
     if words[0] not in ("convert", "pack"):
         given += ["--text", "text.txt"]
+    if words[0] == "convert":  # whose output has no default
+        given += ["--output", "another"]
     assert settings_of(words) == settings_of(given)
     assert {word for word in words if word.startswith("--")} <= set(given), "no option at its default"
 

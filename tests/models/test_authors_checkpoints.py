@@ -101,7 +101,7 @@ def test_the_command_takes_the_norm_type_in_any_case(tmp_path):
 
 def test_bad_checkpoints_of_the_authors():
     _, state = authors_state("pre")
-    with pytest.raises(ValueError, match=r"norm_type: expected one of pre, .*; got 'mono'"):
+    with pytest.raises(ValueError, match=r"norm_type: expected one of pre, .*, got 'mono'"):
         from_authors(state, "mono", AUTHORS_CONFIG)
     with pytest.raises(ValueError, match=r"config: expected the contents of config.json"):
         from_authors(state, "pre")

@@ -13,7 +13,8 @@ ALONE = SimpleNamespace(world_size=1)
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
 def number(request):
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {each: signal.signal(each, handler) for each, handler in usual.items()}  # workers of xdist ignore one
     yield request.param
     for each, handler in before.items():
         signal.signal(each, handler)
