@@ -197,9 +197,9 @@ def _report(
         layers=layers,
         results=results,
         summary=[
-            f"Perplexity goes from {format_number(before)} to {format_number(after)} on {told['eval_samples']} held-out "
-            f"samples, after {told['steps']} steps by {told['method']} (learning rate {told['learning_rate']:g}, "
-            f"{format_number(figures['seconds_a_step'])} s per step).",
+            f"Perplexity goes from {format_number(before)} to {format_number(after)} on {told['eval_samples']} "
+            f"held-out samples, after {told['steps']} steps by {told['method']} (learning rate "
+            f"{told['learning_rate']:g}, {format_number(figures['seconds_a_step'])} s per step).",
             _told_memory(figures["training_memory"]),
             *([_told_lost(figures["lost_energy"])] if "lost_energy" in figures else []),
         ],
