@@ -22,6 +22,7 @@ OWN_READERS = {
     "io/files.py": "copies and fsyncs files; reads journals, whose damaged lines are dropped",
     "io/tensors.py": "verifies the checksum of a file",
     "io/text.py": "texts of the user, of any size",
+    "io/rows.py": "files of the user, searched for NUL bytes in parts",
     "io/packaged_files.py": "unpacks a wheel that pip has verified",
     "layers/replicas.py": "messages of the other processes",
     "models/checkpoint.py": "models/ imports no other folder",
@@ -39,7 +40,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FILES = sorted((ROOT / "hf_cod").rglob("*.py"))
 LONGEST_BODY, LONGEST_FILE, LONGEST_MODELING_FILE = 40, 300, 450
 # Files and functions beyond these limits, to be shortened, with their lines now: no line more.
-LONG_FILES = {"io/text.py": 349, "io/files.py": 302, "layers/stack.py": 301}
+LONG_FILES = {"io/text.py": 304, "io/files.py": 302, "layers/stack.py": 301}
 LONG_BODIES: dict[tuple[str, str], int] = {}
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 

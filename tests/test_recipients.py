@@ -1,9 +1,11 @@
 """Who is sent what a command wrote: the card beside it loads it, and without hf_cod the error says what it requires."""
 
+import json
 import re
 import shlex
 import shutil
 from dataclasses import asdict
+from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 
@@ -135,6 +137,27 @@ def test_a_card_says_how_it_was_made(name, folder):
     assert card.data.base_model is None, "a directory is no Hub id"
     assert f"hf-cod {command} " in card.text and str(folder.parent) not in card.content
     assert "pip install" in card.text and RunReport.load(folder / name).summary[0].split()[0] in card.text
+
+
+def excluded_by_the_page() -> list[str]:
+    return re.findall(r"--exclude (\S+)", (Path("docs") / "how-to" / "share.md").read_text(encoding="utf-8"))
+
+
+def test_the_page_excludes_no_file_that_loading_reads(folder):
+    required = {file.name for file in (folder / "base").iterdir()} | {"adapter_config.json"}
+    assert not [name for name in required for pattern in excluded_by_the_page() if fnmatch(name, pattern)]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_the_page_excludes_has_all_paths_of_the_machine(name, folder):
+    place(folder, name)
+    files = {str(file.relative_to(folder / name)): file for file in (folder / name).rglob("*") if file.is_file()}
+    holding = {path for path, file in files.items() if str(folder).encode() in file.read_bytes()}
+    assert "report.json" in holding, "the base is named by its whole path"
+    for path in holding - {found for found in files for pattern in excluded_by_the_page() if fnmatch(found, pattern)}:
+        config = json.loads(files[path].read_text(encoding="utf-8"))
+        assert files[path].name == "adapter_config.json" and config.pop("base_model_name_or_path")
+        assert str(folder) not in json.dumps(config), "the page says which entry to change"
 
 
 def command_of(directory: Path) -> list[str]:

@@ -270,7 +270,7 @@ def _plural(hint: Any) -> str:
     if hint in names:
         return names[hint]
     word = " or ".join(_word(part).removeprefix("a ").removeprefix("an ") for part in _parts(hint))
-    return f"{word}s" if word.isidentifier() or " " not in word else f"({word})"
+    return f"{word}{'' if word.endswith('s') else 's'}" if " " not in word else f"({word})"
 
 
 def shown(value: Any) -> str:

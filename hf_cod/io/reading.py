@@ -90,7 +90,10 @@ def parse_json(text: str, field: str, nan: bool = False) -> Any:
         )
         if "\\ud" in text.lower():
             json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (json.JSONDecodeError, RecursionError, UnicodeEncodeError) as error:
+    except json.JSONDecodeError as error:
+        got = "an empty text" if not text.strip() else f"other text: {error}"
+        raise ValueError(f"{field}: expected JSON, got {got}") from error
+    except (RecursionError, UnicodeEncodeError) as error:
         raise ValueError(f"{field}: expected JSON, got {error}") from error
     if text.count("[") + text.count("{") > MOST_DEPTH and _depth(found) > MOST_DEPTH:
         raise ValueError(f"{field}: expected at most {MOST_DEPTH} levels of nesting, got more")
@@ -174,6 +177,9 @@ def open_tensors(path: str | Path, field: str, what: str) -> Iterator[Any]:
     """
     from safetensors import SafetensorError, safe_open
 
+    if not Path(path).is_file():
+        got = "is a directory" if Path(path).is_dir() else "does not exist"
+        raise ValueError(f"{field}: expected {what}, got {str(path)!r}, which {got}")
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -236,5 +242,7 @@ def _read_bytes(path: Path, field: str, most: int | None) -> bytes:
         if most is not None and len(raw) > most:
             raise ValueError(f"{field}: expected at most {most:,} bytes, got more")
         return raw
+    except FileNotFoundError as error:
+        raise ValueError(f"{field}: expected a file, got a path which does not exist") from error
     except OSError as error:
         raise ValueError(f"{field}: expected a file, got {error.strerror or error}") from error

@@ -61,7 +61,7 @@ class RunReport:
         layers: measure -> one value per layer, from layer 0 on (None if it could not be measured).
         results: all results other than values per layer; documented by the function that returns the report.
         summary: the results in sentences.
-        notes: omitted measurements, with reasons.
+        notes: omitted measurements, with reasons, and warnings.
     """
 
     kind: str
@@ -192,6 +192,11 @@ def format_number(value: float | None) -> str:
     if 10_000 <= abs(value) < 10_000_000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def told_share(share: float, digits: int = 0) -> str:
+    """A recovered share for display; a negative one, after a training that made the model worse, is "nothing"."""
+    return "nothing" if share < 0 else f"{share:.{digits}%}"
 
 
 def standing_out(values: Sequence[float | None], count: int, least: bool = False) -> list[int]:

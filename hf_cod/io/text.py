@@ -11,22 +11,19 @@ import torch
 from torch import Tensor
 
 from hf_cod.io.arguments import checked, shown
-from hf_cod.io.display import one_line
 from hf_cod.io.files import looks_local
+from hf_cod.io.rows import FILE_READERS, check_no_nul, column_of, load_rows
 from hf_cod.io.settings import SampleFields, SampleSettings, TextFields, TextSettings, resolve
 
 Batch = Mapping[str, Tensor]
 """Arguments of a model's forward: input_ids (S, T), attention_mask (S, T), labels if the task has labels, ..."""
 
-# Suffix of a local file -> reader of `datasets`; plain text requires none.
-FILE_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 PLAIN_TEXT = (".txt", ".md", ".text", "")
 KNOWN_ENDINGS = (*PLAIN_TEXT[:-1], *FILE_READERS)
 MASKED_SHARE = 0.15  # BERT (arXiv 1810.04805), section 3.1
 IGNORED_LABEL = -100  # label of ignored positions in torch and transformers
 # A stream is read up to this multiple of the required tokens, so that the samples are chosen and not just the prefix.
 STREAM_SURPLUS = 4
-CHUNK = 1 << 20  # bytes searched at a time
 
 
 def embedded_text() -> str:
@@ -58,7 +55,7 @@ def load_texts(settings: TextSettings | None = None, **fields: Unpack[TextFields
     if not path.exists() and (path.suffix in KNOWN_ENDINGS or looks_local(source)):
         raise ValueError(f"text: expected a text file or a dataset name, got {source!r}, which does not exist")
     if path.is_file() and path.suffix in PLAIN_TEXT:
-        _check_no_nul(path)
+        check_no_nul(path)
         try:
             return [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
@@ -66,49 +63,7 @@ def load_texts(settings: TextSettings | None = None, **fields: Unpack[TextFields
     if (path / "config.json").is_file():
         raise ValueError(f"text: expected a text file or a dataset name, got {source!r}, the directory of a model")
     rows = load_rows(settings)
-    return (row[settings.text_column] for row in rows)
-
-
-def load_rows(settings: TextSettings) -> Any:
-    """The rows of a dataset (streamed) or of a local file that `datasets` reads.
-
-    Raises:
-        ValueError: no source given, no such file or dataset, or no such column.
-        ImportError: `datasets` is not installed.
-    """
-    source = settings.text
-    if source is None:
-        raise ValueError("text: expected a dataset name or a file of rows, got none")
-    path = Path(source)
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"text: {source!r} requires the datasets package: pip install 'hf_cod[data]'") from error
-    try:
-        if path.is_file() and path.suffix in FILE_READERS:
-            if path.suffix != ".parquet":
-                _check_no_nul(path)
-            rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=str(path), split="train")
-        else:
-            rows = datasets.load_dataset(source, settings.text_config, split=settings.text_split, streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = one_line(error.__cause__ or error)  # datasets' own message does not give the reason
-        raise ValueError(f"text: expected a text file or a dataset name, got {source!r}: {cause}") from error
-    if rows.column_names is not None and settings.text_column not in rows.column_names:
-        raise ValueError(f"text_column: expected one of {', '.join(rows.column_names)}, got {settings.text_column!r}")
-    return rows
-
-
-def _check_no_nul(path: Path) -> None:
-    """Checks that a text file has no NUL bytes: readers truncate a line at NUL, or read it as a character."""
-    with path.open("rb") as file:
-        for number, chunk in enumerate(iter(lambda: file.read(CHUNK), b"")):
-            place = chunk.find(b"\0")
-            if place >= 0:
-                raise ValueError(
-                    f"text: expected text, got a NUL byte at {number * CHUNK + place} in {str(path)!r}, which is a "
-                    "binary file or not in UTF-8"
-                )
+    return column_of(rows, settings)
 
 
 @checked

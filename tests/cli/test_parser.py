@@ -200,7 +200,7 @@ def test_a_boolean_of_a_config_file_is_overridden_either_way(tmp_path, written, 
         ("[" * 9999, "config: expected YAML, got .*run.yaml"),
         ("steps: 1\nsteps: 2", "config: expected YAML, got the name 'steps' twice in .*run.yaml"),
         ("steps: 2026-13-01", "config: expected YAML, got month must be in 1..12 in .*run.yaml"),
-        (None, "config: expected a file, got No such file"),
+        (None, "config: expected a file, got a path which does not exist"),
     ],
 )
 def test_bad_config_files(tmp_path, text, message):

@@ -30,7 +30,7 @@ BUILT = {
 WHOLE = {
     "model: expected named entries, got [1]": "[1]",
     "model: expected named entries, got None": "null",
-    "model: expected JSON, got ": "{",
+    "model: expected JSON, got other text: ": "{",
     "model: expected each name once, got 'a' twice": '{"a": 1, "a": 1}',
 }
 

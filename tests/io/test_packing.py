@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save
 
 from hf_cod.io.packing import PackedStream, PackedText, pack, pack_once, train_tokenizer
-from hf_cod.io.text import TextSettings, embedded_text, load_rows
+from hf_cod.io.rows import load_rows
+from hf_cod.io.text import TextSettings, embedded_text
 from tests.tiny_tokenizers import WORDS, gpt_like
 
 TEXTS = [" ".join(WORDS[: 1 + i % 10]) for i in range(60)]

@@ -60,7 +60,7 @@ def _runs(layers: list[int]) -> str:
 
 def _late_share(share: float) -> str:
     return (
-        f"The late half of the layers turns the hidden state by {share:.0%} of all angular distance "
+        f"The late half of the layers has {share:.0%} of the summed angular distances "
         "(50% if all layers contribute equally)."
     )
 
@@ -85,10 +85,16 @@ def _layer_drop(report: RunReport) -> str:
         return f"The removal of each single layer has the same effect: {name} changes from {intact} to {worst}."
     if harm[0] <= 0:
         return f"No single removal is harmful: {name} is {intact} with all layers, {worst} to {best} without one."
-    helps = sum(value < 0 for value in harm)
-    better = f" It is better without one of {helps} of the layers than with all." if helps else ""
+    better = _helpful(sorted(i for i, value in zip(order, harm, strict=True) if value < 0))
     layers = "layer" if named == 1 else "layers"
     return (
         f"Removing one layer is most harmful for {layers} {most} and least for {layers} {least}: {name} changes from "
         f"{intact} to {worst} and {best}.{better}"
     )
+
+
+def _helpful(layers: list[int]) -> str:
+    """A sentence, after a space, on the layers whose removal improves the model; empty if there are none."""
+    if len(layers) > 2:
+        return f" It improves if any single one of {len(layers)} layers is removed: {_runs(layers)}."
+    return f" It improves if layer {' or layer '.join(map(str, layers))} is removed." if layers else ""

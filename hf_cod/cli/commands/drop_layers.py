@@ -99,7 +99,10 @@ def main(arguments: Sequence[str]) -> int:
         from hf_cod.compression.depth.depth_plan import DepthPlan
 
         settings.check_beside_plan()
-        DepthPlan.load(files.plan)  # checked before the model is loaded
+        try:
+            DepthPlan.load(files.plan)  # checked before the model is loaded
+        except ValueError as error:
+            raise ValueError(f"plan{str(error).removeprefix(DepthPlan.FIELD)}") from error  # the option's name
     from hf_cod.cli.compression import compress
 
     return compress(DropLayers(settings, files.plan), rest.model, loading, text, files)

@@ -181,12 +181,13 @@ def _report(
     name: str,
 ) -> RunReport:
     from hf_cod.io.report import RunReport, environment, format_number
+    from hf_cod.training.runs.harm import harm_of_training
 
     results = {"curve": training.curve, **figures}
     layers: dict[str, list[Any]] = {} if scores is None else {"score": scores.values}
     if training.trained is not None:
         layers["trained"] = training.trained
-    before, after = (format_number(figures["perplexity"][key]) for key in ("before", "after"))
+    before, after = (figures["perplexity"][key] for key in ("before", "after"))
     parameter = next(model.parameters())
     return RunReport(
         kind="finetune",
@@ -196,12 +197,13 @@ def _report(
         layers=layers,
         results=results,
         summary=[
-            f"Perplexity goes from {before} to {after} on {told['eval_samples']} held-out samples, after "
-            f"{told['steps']} steps by {told['method']} (learning rate {told['learning_rate']:g}, "
-            f"{format_number(figures['seconds_a_step'])} s per step).",
+            f"Perplexity goes from {format_number(before)} to {format_number(after)} on {told['eval_samples']} "
+            f"held-out samples, after {told['steps']} steps by {told['method']} (learning rate "
+            f"{told['learning_rate']:g}, {format_number(figures['seconds_a_step'])} s per step).",
             _told_memory(figures["training_memory"]),
             *([_told_lost(figures["lost_energy"])] if "lost_energy" in figures else []),
         ],
+        notes=harm_of_training(before, after, told["learning_rate"]),
     )
 
 

@@ -31,9 +31,11 @@ def plot_report(report: RunReport, directory: str | Path | None = None, plot_for
     """Plots a report; given a directory, saves one plot per panel there and, for several panels, an overview.
 
     Raises:
-        ValueError: the report has no measures to plot, or the format is not one of `PLOT_FORMATS`.
+        ValueError: the report has no measures to plot, the format is not one of `PLOT_FORMATS`, or the directory is a
+            file.
     """
     check_choice("plot_format", plot_format, PLOT_FORMATS)
+    _check_directory(directory)
     there = [name for name in PANELS if _has(report, name)]
     panels = [PANELS[name] for name in OVERVIEW if name in there] or [PANELS[name] for name in there]
     if not panels:
@@ -66,9 +68,10 @@ def plot_comparison(
     Given a directory, saves the figure there as "compare".
 
     Raises:
-        ValueError: no report has measures to plot, or the format is not one of `PLOT_FORMATS`.
+        ValueError: no report has measures to plot, the format is not one of `PLOT_FORMATS`, or `directory` is a file.
     """
     check_choice("plot_format", plot_format, PLOT_FORMATS)
+    _check_directory(directory)
     drawn = [name for name in PANELS if any(_has(report, name) for report in reports)]
     names = [name for name in OVERVIEW if name in drawn] or drawn
     if not names:
@@ -140,6 +143,11 @@ def _drawn(figure: Any, plot_format: str) -> bytes:
     picture = BytesIO()
     figure.savefig(picture, format=plot_format, dpi=DPI)
     return picture.getvalue()
+
+
+def _check_directory(directory: str | Path | None) -> None:
+    if directory is not None and Path(directory).is_file():
+        raise ValueError(f"directory: expected a directory, got {str(directory)!r}, which is a file")
 
 
 def _save(figure: Any, path: Path) -> None:

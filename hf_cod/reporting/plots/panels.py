@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from hf_cod.io.report import RunReport, format_number, standing_out
+from hf_cod.io.report import RunReport, format_number, standing_out, told_share
 from hf_cod.reporting.plots.colours import INK, NEAR_IS_YELLOW, PALE
 from hf_cod.reporting.plots.names import literal
 from hf_cod.reporting.plots.trade_off import trade_off
@@ -129,7 +129,7 @@ def _healed(axes: Axes, report: RunReport) -> None:
     log_if_wide(axes, values)
     name = "recovered_share" if "recovered_share" in report.results else "recovered"  # the latter in reports of 0.1
     share = report.results[name]
-    back = "" if share is None else f": {share:.0%} of the lost log-perplexity recovered"
+    back = "" if share is None else f": {told_share(share)} of the lost log-perplexity recovered"
     axes.set(ylabel="perplexity", title=f"Healing{back}")
     axes.margins(y=0.1)
     axes.spines[["top", "right"]].set_visible(False)

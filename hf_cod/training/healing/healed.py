@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from hf_cod.io.report import RunReport, format_number
+from hf_cod.io.report import RunReport, format_number, told_share
 from hf_cod.layers.checks import name_of, pruned_matrices
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.size import ModelSize, size_of, size_results
@@ -14,6 +14,7 @@ from hf_cod.layers.stack import DecoderLayers
 from hf_cod.training.healing.matching import Matching
 from hf_cod.training.healing.settings import HealSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.harm import harm_of_training
 from hf_cod.training.runs.memory import training_memory
 from hf_cod.training.runs.trainer import Training
 
@@ -43,7 +44,7 @@ def healing_report(
     """The report that `heal` returns; `found` holds the perplexities "teacher", "before" and "after"."""
     tokens = settings.total_steps * settings.batch_size * settings.sequence_length
     share = recovered_share(**found)
-    back = "" if share is None else f": {share:.1%} of the lost log-perplexity is recovered"
+    back = "" if share is None else f": {told_share(share, 1)} of the lost log-perplexity is recovered"
     written = {key: format_number(value) for key, value in found.items()}
     summary = [
         f"Perplexity goes from {written['before']} to {written['after']} (teacher {written['teacher']}) on held-out "
@@ -70,7 +71,10 @@ def healing_report(
         layers=layers,
         results=results,
         summary=summary,
-        notes=[] if matching is None else [f"hidden states: layers matched {matching.how}"],
+        notes=[
+            *harm_of_training(found["before"], found["after"], settings.rate),
+            *([] if matching is None else [f"hidden states: layers matched {matching.how}"]),
+        ],
     )
 
 

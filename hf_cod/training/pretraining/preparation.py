@@ -20,8 +20,9 @@ from hf_cod.io.files import directory_aside, fingerprint
 from hf_cod.io.models import load_tokenizer
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.packing import PackedStream, PackedText, pack, pack_once, tokenizer_identity, train_tokenizer
+from hf_cod.io.rows import load_rows
 from hf_cod.io.settings import TextSettings
-from hf_cod.io.text import load_rows, load_texts
+from hf_cod.io.text import load_texts
 from hf_cod.layers.replicas import first_process_first, is_first, together
 from hf_cod.models import CodLlamaForCausalLM
 from hf_cod.training.pretraining.recipes import PretrainSettings, Recipe, model_config

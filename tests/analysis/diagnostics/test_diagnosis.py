@@ -272,7 +272,13 @@ def test_findings_say_when_a_removal_helps_and_when_nothing_can_be_seen():
         "No single removal is harmful: accuracy is 0.5 with all layers, 0.5 to 0.7 without one."
     ]
     assert "is most harmful for layer 0 and least for layer 1" in summarize(report)[0]
-    assert "It is better without one of 1 of the layers than with all." in summarize(report)[0]
+    assert summarize(report)[0].endswith(" It improves if layer 1 is removed.")
+    two = {"layer_drop": {**drop, "without": [0.6, 0.2, 0.7]}}
+    assert summarize(report_of([0.1, -0.3, 0.2], two))[0].endswith(" It improves if layer 0 or layer 2 is removed.")
+    three = {"layer_drop": {**drop, "without": [0.6, 0.7, 0.2, 0.8]}}
+    assert summarize(report_of([0.1, 0.2, -0.3, 0.3], three))[0].endswith(
+        " It improves if any single one of 3 layers is removed: 0 to 1, 3."
+    )
     nothing = {"layer_drop": {**drop, "intact": 0.0, "without": [0.0, 0.0, 0.0]}}
     report = RunReport("diagnose", "m", {}, {}, {"layer_drop": [0.0, 0.0, 0.0]}, nothing)
     assert summarize(report) == ["The intact model's accuracy is 0, so the removal of a layer cannot lower it."]

@@ -65,6 +65,16 @@ def test_what_never_trains_is_told_once(checkpoint, capsys):
     assert capsys.readouterr().err.count("of its weights never train") == 1
 
 
+def test_a_training_that_makes_the_model_worse_says_so(tmp_path, capsys):
+    command = ["finetune", MODEL, "--method", "full", *ANY.split(), "--learning-rate", "0.5"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    note = "the training raised the perplexity from "
+    assert f"note: {note}" in " ".join(capsys.readouterr().out.split())
+    assert [told.startswith(note) for told in RunReport.load(tmp_path / "out").notes] == [True]
+    for page in ("README.md", "report.md"):
+        assert f"- {note}" in (tmp_path / "out" / page).read_text()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
     output = tmp_path / "out"
@@ -72,7 +82,7 @@ def test_each_method_learns_and_what_it_saves_loads(method, tmp_path, capsys):
     assert "Perplexity goes from" in capsys.readouterr().out
     report = RunReport.load(output)
     found = report.results["perplexity"]
-    assert found["after"] < found["before"]
+    assert found["after"] < found["before"] and report.notes == []
     assert [step for step, _ in report.results["curve"]] == [2, 4, 6, 8, 10]
     model = AutoModelForCausalLM.from_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(output)

@@ -34,6 +34,16 @@ def student(tmp_path_factory):
     return str(folder)
 
 
+def test_a_healing_that_makes_the_model_worse_says_so(student, tmp_path, capsys):
+    command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), "--method", "full", "--no-speed"]
+    assert main([*command, "--steps", "2", "--learning-rate", "0.5", "--output", str(tmp_path / "out")]) == 0
+    report = RunReport.load(tmp_path / "out")
+    assert report.results["recovered_share"] < 0 and report.notes[0].startswith("the training raised the perplexity")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "): nothing of the lost log-perplexity is recovered." in printed and "note: the training raised" in printed
+    assert report.plot().axes[1].get_title() == "Healing: nothing of the lost log-perplexity recovered"
+
+
 @pytest.mark.process
 def test_a_killed_run_ends_as_one_that_was_not(student, tmp_path, capsys):
     command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), *SAMPLED.split(), "--hidden", "0.1", "--output"]

@@ -1,0 +1,73 @@
+"""Rows of datasets and of local files that `datasets` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_cod.io.display import one_line
+from hf_cod.io.settings import TextSettings
+
+# Suffix of a local file -> reader of `datasets`; plain text requires none.
+FILE_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+CHUNK = 1 << 20  # bytes searched at a time
+
+
+def load_rows(settings: TextSettings) -> Any:
+    """The rows of a dataset (streamed) or of a local file that `datasets` reads.
+
+    Raises:
+        ValueError: no source given, no such file or dataset, or no such column.
+        ImportError: `datasets` is not installed.
+    """
+    source = settings.text
+    if source is None:
+        raise ValueError("text: expected a dataset name or a file of rows, got none")
+    path = Path(source)
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"text: {source!r} requires the datasets package: pip install 'hf_cod[data]'") from error
+    try:
+        if path.is_file() and path.suffix in FILE_READERS:
+            if path.suffix != ".parquet":
+                check_no_nul(path)
+            rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=str(path), split="train")
+        else:
+            rows = datasets.load_dataset(source, settings.text_config, split=settings.text_split, streaming=True)
+    except StopIteration as error:  # what datasets raises for an empty file
+        raise ValueError(f"text: expected a text file or a dataset name, got {source!r}, which has no rows") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = one_line(error.__cause__ or error)  # datasets' own message does not give the reason
+        raise ValueError(f"text: expected a text file or a dataset name, got {source!r}: {cause}") from error
+    if rows.column_names is not None and settings.text_column not in rows.column_names:
+        raise ValueError(f"text_column: expected one of {', '.join(rows.column_names)}, got {settings.text_column!r}")
+    return rows
+
+
+def column_of(rows: Any, settings: TextSettings) -> Iterator[str]:
+    """The texts of the rows; files that turn out to be of another kind while they are streamed are an error."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        for row in rows:
+            yield row[settings.text_column]
+    except KeyError as error:  # the columns of a stream may be unknown before the first row
+        raise ValueError(f"text_column: expected one of {', '.join(row)}, got {settings.text_column!r}") from error
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(
+            f"text: expected files of rows that datasets reads, got {settings.text!r}: {one_line(error)}"
+        ) from error
+
+
+def check_no_nul(path: Path) -> None:
+    """Checks that a text file has no NUL bytes: readers truncate a line at NUL, or read it as a character."""
+    with path.open("rb") as file:
+        for number, chunk in enumerate(iter(lambda: file.read(CHUNK), b"")):
+            place = chunk.find(b"\0")
+            if place >= 0:
+                raise ValueError(
+                    f"text: expected text, got a NUL byte at {number * CHUNK + place} in {str(path)!r}, which is a "
+                    "binary file or not in UTF-8"
+                )
