@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, CompressionSettings
 from hf_cod.cli.step import Step
-from hf_cod.compression.quantization.settings import QuantizeSettings, StorageSettings, check_bits
+from hf_cod.compression.quantization.settings import QuantizeSettings, StorageSettings, check_bits, check_mixture
 from hf_cod.functional.bits import BITS
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import CODEBOOK
@@ -30,10 +30,6 @@ ROUNDINGS = {
 # In the table of mixtures, compared with equal scores (earlier layers first): with compensation owl is the best of all
 # scores (61.3 against 64.0); with nearest rounding owl is worse (91.3 against 89.2), and angular is the best.
 DEFAULT_SCORE, BY_VALUE = "owl", "angular"
-# Complete blocks store at most 5 bits (four, and a scale of 32 bits for each 32 weights), padded rows of small matrices
-# more. The exact limits depend on the shapes of the model and are checked after loading; 8 bits are refused at once.
-MOST_BITS = 7.99
-SCALE_BITS, TOLERANCE = 8, 0.02  # bits of a quantized scale; tolerance for rounded values
 
 
 @dataclass
@@ -66,12 +62,7 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
         CompressionSettings.__post_init__(self)
         StorageSettings.__post_init__(self)
         check_bits(self.bits)
-        least = min(BITS) + (SCALE_BITS if self.double_quant else 32) / self.block  # of complete blocks: the minimum
-        if self.bits > MOST_BITS or min(BITS) < self.bits < least - TOLERANCE:
-            raise ValueError(
-                f"bits: expected 3, 4, or stored bits per weight (including scales) from {least:.2f} to "
-                f"{least + 1:.2f}, got {self.bits:g}"
-            )
+        check_mixture(self.bits, self)
         check_choice("rounding", self.rounding, ROUNDINGS)
         if self.score is None:
             default = DEFAULT_SCORE if self.rounding == "compensated" else BY_VALUE
