@@ -39,7 +39,7 @@ def make_parser() -> SettingsParser:
         help=f"pair: the embedded models; smollm2: {HUB_MODEL} (30 layers, 135M parameters) from the Hub or a Python "
         "package, a minute or two on two CPU cores",
     )
-    parser.add_argument("--output", default="hf-cod-demo", help="directory for reports and plots")
+    parser.add_argument("--output", default="hf-cod-demo", help="directory for reports and plots; default: hf-cod-demo")
     return parser
 
 
