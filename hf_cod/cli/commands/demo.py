@@ -130,7 +130,7 @@ def _quantized(directory: Path) -> None:
         say(f"\nnot quantized: {error}")
         return
     say("\nquantizing pre")
-    step = Quantize(QuantizeOptions(max_samples=8, eval_samples=16))
+    step = Quantize(QuantizeOptions(max_samples=8, eval_samples=16, force=True))
     text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
     model = embedded_model(EMBEDDED_PLACEMENTS[0])
     with OutputDirectory(directory) as output:

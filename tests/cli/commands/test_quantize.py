@@ -26,7 +26,7 @@ def quantize(model, output, *more):
 
 
 def test_what_is_written_loads_and_its_report_is_true(model, tmp_path, capsys):
-    assert quantize(model, tmp_path / "out", "--explain") == 0
+    assert quantize(model, tmp_path / "out", "--explain", "--force") == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {
         "model.safetensors",
