@@ -55,7 +55,7 @@ class Bench:
         key = method, threshold, (S, pruner) if method in ("auto", "sensitivity") else None
         if key not in self.found:
             self.restore()
-            options: dict = {"target": S, "pruner": pruner}
+            options: dict = {"target": S, "pruner": pruner} if method in ("auto", "sensitivity") else {}
             options |= {} if threshold is None else {"threshold": threshold}
             self.found[key] = score_layers(self.model, self.statistics, method, batches=self.calibration, **options)
         return self.found[key]

@@ -59,7 +59,7 @@ class Bench:
 
     def scores(self, method: str, seed: int) -> LayerScores:
         """Computed on the first half."""
-        options: dict[str, Any] = {"seed": seed}
+        options: dict[str, Any] = {"seed": seed} if method == "random" else {}
         if method in ("sensitivity", "auto"):
             options |= {"pruner": "codebook", "target": self.arguments.bits}
         return score_layers(self.load()[0], self.statistics, method, batches=self.calibration, **options)

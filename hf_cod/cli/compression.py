@@ -93,9 +93,9 @@ def run(
         perplexity[name] = work.perplexity()
         work.renew()
     report, made = step.apply(work, plan), step.done
-    fallback = _harm(step, work, plan, perplexity.get("uniform"))
+    fallback = _harm(step, work, plan, perplexity.get(step.rival))
     if fallback:
-        plan = baselines["uniform"]
+        plan = baselines[step.rival]
         work.renew()
         report = step.apply(work, plan)
     if step.trained is not None:

@@ -148,7 +148,8 @@ class PlotSettings:
 
     plots: bool = field(default=True, metadata={"help": "save plots (requires matplotlib)"})
     plot_format: str = field(
-        default=PLOT_FORMATS[0], metadata={"help": "file format of plots", "choices": PLOT_FORMATS}
+        default=PLOT_FORMATS[0],
+        metadata={"help": f"file format of plots: {', '.join(PLOT_FORMATS)}", "choices": PLOT_FORMATS},
     )
 
     def __post_init__(self) -> None:

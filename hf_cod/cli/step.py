@@ -27,6 +27,8 @@ class Step(ABC):
     done: ClassVar[str]
     # Setting -> its name in an earlier version, by which runs of both versions have the same identity.
     earlier: ClassVar[dict[str, str]] = {}
+    # Name of the baseline that replaces a plan with a higher perplexity, unless `settings.force` is set.
+    rival: ClassVar[str] = "uniform"
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -61,7 +63,7 @@ class Step(ABC):
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
         """Name -> alternative plan, whose perplexity is measured for comparison.
 
-        "uniform" is the same for all layers. It is applied instead of the plan if its perplexity is lower, unless
+        `rival` is the same for all layers. It is applied instead of the plan if its perplexity is lower, unless
         `settings.force` is set.
         """
         return {}

@@ -21,7 +21,7 @@ from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.functional import budget, outliers
 from hf_cod.functional.bits import BITS, SCALE_BITS
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import SampleSettings, resolve
+from hf_cod.io.settings import SampleSettings, check_effect, resolve
 from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, check_batches, split_samples
 from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import name_of, sizes_of
@@ -32,7 +32,7 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import task_of
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.pruning_probe import PruningProbe
-from hf_cod.scoring.settings import CODEBOOK, ScoreFields, ScoreSettings
+from hf_cod.scoring.settings import CODEBOOK, OPTIONS, ScoreFields, ScoreSettings
 from hf_cod.scoring.settings import METHODS as ROWS
 
 
@@ -77,8 +77,9 @@ def score_layers(
         samples: how texts are cut into samples; default: `SampleSettings()`.
         show_progress: show progress bars.
         settings: how layers are scored.
-        **fields: or fields of `ScoreSettings` by name: threshold, per_module, target, pruner, seed, layers_path; for
-            texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
+        **fields: or fields of `ScoreSettings` by name: threshold, per_module, target, pruner, seed, layers_path; one
+            that the method does not use is refused (in `settings` it is ignored); for texts, also fields of
+            `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     `sensitivity` and `auto` measure on the first `PROBE_SAMPLES` samples. They prune by `pruner` (default: Wanda, with
     the statistics of the intact model), and restore the weights. `auto` builds the allocation of each candidate score
@@ -86,11 +87,13 @@ def score_layers(
     the `chosen` score, its `spread` (the default of `allocate`) and the `losses` of all, in nats per token.
 
     Raises:
-        ValueError: an unknown method, a missing input of the method, texts instead of batches, statistics of another
-            model, weights or activations that are not finite (says where).
+        ValueError: an unknown method, a setting of another method, a missing input of the method, texts instead of
+            batches, statistics of another model, weights or activations that are not finite (says where).
     """
     chosen = resolve(score_layers, ScoreSettings, settings, fields, method=method)
     method, row = chosen.method, ROWS[chosen.method]
+    of_others = {*OPTIONS, *([] if texts is not None else ["seed"])} - {*row.settings}  # texts are cut by the seed
+    check_effect(chosen, [name for name in fields if name in of_others], f"method {method}, which does not use it")
     stack = find_decoder_layers(model, chosen.layers_path)
     batches = batches_of(model, batches, tokenizer, texts, samples, fields)
     request = _Request(model, stack, statistics, batches, chosen, show_progress)

@@ -203,6 +203,27 @@ def test_each_method_needs_what_its_row_says(method):
         assert score_layers(without_weights, method=method).values == needed.values
 
 
+@pytest.mark.parametrize(
+    "method, given",
+    [
+        ("angular", {"threshold": 3}),
+        ("angular", {"pruner": "magnitude"}),
+        ("sensitivity", {"per_module": True}),
+        ("owl", {"target": 0.3}),
+        ("owl", {"seed": 5}),
+    ],
+)
+def test_settings_of_another_method_are_refused(method, given):
+    model, (name,) = build("llama"), given
+    batches = [batch_for(model)]
+    with pytest.raises(ValueError, match=rf"{name}: expected none with method {method}, which does not use it, got"):
+        score_layers(model, method=method, batches=batches, **given)
+    default = {name: getattr(ScoreSettings(), name)}
+    assert score_layers(model, method=method, batches=batches, **default).method == method
+    shared = ScoreSettings(**given)  # settings that serve several methods
+    assert score_layers(model, method=method, batches=batches, settings=shared).method == method
+
+
 def test_bad_input():
     model = build("llama")
     batches = [batch_for(model)]

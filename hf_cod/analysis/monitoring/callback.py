@@ -12,6 +12,7 @@ import torch
 
 from hf_cod.analysis.monitoring.history import FILE_NAME
 from hf_cod.analysis.monitoring.monitor import LayerMonitor
+from hf_cod.analysis.monitoring.probe import check_probe
 from hf_cod.analysis.monitoring.settings import CallbackFields, MonitorSettings
 from hf_cod.io.arguments import checked
 from hf_cod.io.bitsandbytes_advice import advice_silenced
@@ -77,6 +78,7 @@ class LayerDiagnosticsCallback(TrainerCallback):
             raise ValueError(f"watch: expected 'warn', 'stop' or None, got {watch!r}")
         # Errors are raised here, not at the start of training.
         self.settings = resolve(LayerDiagnosticsCallback, MonitorSettings, settings, fields, every=every)
+        check_probe(probe)
         self.probe, self.output_dir, self.watch = probe, output_dir, watch
         self.monitor: LayerMonitor | None = None
         self._line: dict[str, Any] | None = None  # measured, not yet logged

@@ -10,10 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from hf_cod.io.arguments import shown
 from hf_cod.io.settings import SampleSettings
 from hf_cod.io.text import Batch, embedded_text, token_batches
 
 TEXT_COLUMN = "text"
+EXPECTED = "probe: expected texts, a dataset with a column text or input_ids, or batches of tensors"
+
+
+def check_probe(probe: Any) -> None:
+    """Checks that a probe has items; `probe_batches` checks the items.
+
+    Raises:
+        ValueError: it has none.
+    """
+    items = _items(probe)
+    if isinstance(items, (bytes, bytearray)) or not isinstance(items, Iterable):
+        raise ValueError(f"{EXPECTED}, got {shown(probe)}")
 
 
 def probe_batches(probe: Any, tokenizer: Any, settings: SampleSettings) -> list[Batch]:
@@ -43,9 +56,7 @@ def probe_batches(probe: Any, tokenizer: Any, settings: SampleSettings) -> list[
     if isinstance(first, Mapping) and any(isinstance(v, Tensor) and v.dim() > 1 for v in _inputs(first).values()):
         return _stacked(items, settings) if _is_one_sample(first) else _whole_batches(items, settings)
     found = f"rows with {', '.join(map(str, first))}" if isinstance(first, Mapping) else type(first).__name__
-    raise ValueError(
-        f"probe: expected texts, a dataset with a column text or input_ids, or batches of tensors, got {found}"
-    )
+    raise ValueError(f"{EXPECTED}, got {found}")
 
 
 def _items(probe: Any) -> Any:

@@ -20,7 +20,11 @@ def make_parser() -> SettingsParser:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a diagnosed run, or its report.json")
     parser.add_argument("--labels", nargs="+", help="one name per run; default: the names of the models")
-    parser.add_argument("--output", default="hf-cod-compare", help="directory for compare.md and compare.png")
+    parser.add_argument(
+        "--output",
+        default="hf-cod-compare",
+        help="directory for compare.md and compare.png (or pdf, svg, see --plot-format); default: hf-cod-compare",
+    )
     return parser
 
 

@@ -39,7 +39,7 @@ def make_parser() -> SettingsParser:
         help=f"pair: the embedded models; smollm2: {HUB_MODEL} (30 layers, 135M parameters) from the Hub or a Python "
         "package, a minute or two on two CPU cores",
     )
-    parser.add_argument("--output", default="hf-cod-demo", help="directory for reports and plots")
+    parser.add_argument("--output", default="hf-cod-demo", help="directory for reports and plots; default: hf-cod-demo")
     return parser
 
 
@@ -130,7 +130,7 @@ def _quantized(directory: Path) -> None:
         say(f"\nnot quantized: {error}")
         return
     say("\nquantizing pre")
-    step = Quantize(QuantizeOptions(max_samples=8, eval_samples=16))
+    step = Quantize(QuantizeOptions(max_samples=8, eval_samples=16, force=True))
     text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
     model = embedded_model(EMBEDDED_PLACEMENTS[0])
     with OutputDirectory(directory) as output:

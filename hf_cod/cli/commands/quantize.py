@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, CompressionSettings
 from hf_cod.cli.step import Step
-from hf_cod.compression.quantization.settings import QuantizeSettings, StorageSettings, check_bits
+from hf_cod.compression.quantization.settings import QuantizeSettings, StorageSettings, check_bits, check_mixture
 from hf_cod.functional.bits import BITS
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import CODEBOOK
@@ -30,10 +30,6 @@ ROUNDINGS = {
 # In the table of mixtures, compared with equal scores (earlier layers first): with compensation owl is the best of all
 # scores (61.3 against 64.0); with nearest rounding owl is worse (91.3 against 89.2), and angular is the best.
 DEFAULT_SCORE, BY_VALUE = "owl", "angular"
-# Complete blocks store at most 5 bits (four, and a scale of 32 bits for each 32 weights), padded rows of small matrices
-# more. The exact limits depend on the shapes of the model and are checked after loading; 8 bits are refused at once.
-MOST_BITS = 7.99
-SCALE_BITS, TOLERANCE = 8, 0.02  # bits of a quantized scale; tolerance for rounded values
 
 
 @dataclass
@@ -60,18 +56,20 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
         default=True,
         metadata={"help": "also measure all layers at 3 bits and at 4 bits, for comparison; 3 x the time"},
     )
+    force: bool = field(
+        default=False,
+        metadata={
+            "help": "always apply the mixture; default: all layers get 3 bits if that has the lower perplexity. With "
+            "--no-baseline the two are not compared, and the mixture is applied"
+        },
+    )
     explain: bool = field(default=False, metadata={"help": "print the score and the bits of each layer"})
 
     def __post_init__(self) -> None:
         CompressionSettings.__post_init__(self)
         StorageSettings.__post_init__(self)
         check_bits(self.bits)
-        least = min(BITS) + (SCALE_BITS if self.double_quant else 32) / self.block  # of complete blocks: the minimum
-        if self.bits > MOST_BITS or min(BITS) < self.bits < least - TOLERANCE:
-            raise ValueError(
-                f"bits: expected 3, 4, or stored bits per weight (including scales) from {least:.2f} to "
-                f"{least + 1:.2f}, got {self.bits:g}"
-            )
+        check_mixture(self.bits, self)
         check_choice("rounding", self.rounding, ROUNDINGS)
         if self.score is None:
             default = DEFAULT_SCORE if self.rounding == "compensated" else BY_VALUE
@@ -110,7 +108,15 @@ def main(arguments: Sequence[str]) -> int:
 class Quantize(Step):
     """Three and four bits by scores of layers; a plan has the bits of each layer, a baseline one value for all."""
 
-    command, done = "quantize", "quantized"
+    command, done, rival = "quantize", "quantized", "three"
+
+    def identity(self) -> Any:
+        """The settings; without `force`, which version 0.1 did not have, those of that version."""
+        return {name: value for name, value in super().identity().items() if name != "force" or value}
+
+    def __init__(self, settings: QuantizeOptions) -> None:
+        super().__init__(settings)
+        self._planned: LayerAllocation | None = None
 
     def check(self, work: Work) -> None:
         """Checks that a mixture with these bits exists for the shapes of the model."""
@@ -132,7 +138,9 @@ class Quantize(Step):
             explain_bits(work.stack, chosen, work.scores)
         scores = work.scores if chosen.mixed else None
         plan = plan_bits(work.stack, chosen.bits, self._storage(), scores, chosen.skip)
-        return as_allocation(work.stack, plan, self._storage(), scores.method if scores else "uniform")
+        method = scores.method if scores else "uniform"
+        self._planned = as_allocation(work.stack, plan, self._storage(), method)
+        return self._planned
 
     def baselines(self, work: Work, plan: LayerAllocation) -> dict[str, Any]:
         """All layers at three bits, and all at four."""
@@ -161,8 +169,12 @@ class Quantize(Step):
         """All layers at the same bits use no score."""
         return {} if self.settings.mixed else {"score": None}
 
-    def files(self, plan: LayerAllocation) -> dict[str, Any]:
+    def files(self, plan: LayerAllocation | float) -> dict[str, Any]:
         """The bits of each layer."""
+        if isinstance(plan, float):
+            assert self._planned is not None
+            alike = [plan] * len(self._planned.values)
+            plan = replace(self._planned, budget=plan, values=alike, method="uniform")
         return {"allocation.json": plan}
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
@@ -174,7 +186,9 @@ class Quantize(Step):
         if found.get("three") is not None:
             three, four = (format_number(found[name]) for name in ("three", "four"))
             ends.append(f"Perplexity with all layers at 3 bits: {three}; at 4 bits: {four}.")
-            if does_harm(found["three"], found["quantized"]):
+            if "fallback" in report.results:
+                ends.append("All layers have 3 bits, which had the lower perplexity, with less memory; see the note.")
+            elif does_harm(found["three"], found["quantized"]):
                 ends.append("On these samples 3 bits for all layers (--bits 3) are better, with less memory.")
         return [*report.summary, *ends]
 

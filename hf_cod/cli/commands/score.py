@@ -166,8 +166,8 @@ def run(
         statistics.save(file)
         if not earlier:
             journal.add("statistics", _digest(file))
-    chosen = {f.name: getattr(settings, f.name) for f in fields(ScoreSettings)}
-    scores = score_layers(model, statistics, batches=batches, show_progress=True, **chosen)
+    chosen = ScoreSettings(**{f.name: getattr(settings, f.name) for f in fields(ScoreSettings)})
+    scores = score_layers(model, statistics, batches=batches, show_progress=True, settings=chosen)
     scores.save(directory / SCORES)
     layers: dict[str, list[Any]] = {"score": scores.values, "parameters": scores.parameters}
     results = {"score_settings": scores.settings}

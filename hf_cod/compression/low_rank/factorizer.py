@@ -17,7 +17,7 @@ from hf_cod.functional.ranks import count
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport
-from hf_cod.io.settings import SampleSettings, resolve
+from hf_cod.io.settings import SampleSettings, check_effect, resolve
 from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
@@ -97,7 +97,7 @@ def factorize(
         show_progress: show a progress bar.
         settings: how matrices are factorized.
         **fields: or fields of `FactorizeSettings` by name: `factor_share`, for oats, the part of the kept weights that
-            is in the thin factors, between 0 and 1; other methods ignore it; for texts, also fields of
+            is in the thin factors, between 0 and 1; for texts, also fields of
             `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
@@ -108,6 +108,8 @@ def factorize(
     """
     how = resolve(factorize, FactorizeSettings, settings, fields, method=method)
     method = how.method
+    if method != "oats" and "factor_share" in fields:
+        check_effect(how, ["factor_share"], f"method {method}, which does not use it")
     stack = find_decoder_layers(model, layers_path)
     batches = batches_of(model, batches, tokenizer, texts, samples, fields)
     if METHODS[method]:

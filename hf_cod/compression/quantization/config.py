@@ -10,19 +10,19 @@ from typing import Any
 import torch
 
 from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
-from hf_cod.compression.quantization.settings import QuantizeSettings, StorageFields
+from hf_cod.compression.quantization.settings import QuantizeSettings, StorageFields, check_mixture
 from hf_cod.compression.stored_quantization import StoredQuantization
 from hf_cod.functional.bits import BITS
-from hf_cod.io.arguments import checked
+from hf_cod.io.arguments import checked, shown
 from hf_cod.io.schema import brief, check_fields
-from hf_cod.io.settings import SampleFields
+from hf_cod.io.settings import SampleFields, check_effect
 from hf_cod.layers.replacement_modules import INSTALL
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 
 METHOD = "owl_bnb"
 # Used for quantizing, and not saved in config.json.
-_NOT_SAVED = ("scores", "allocation", "statistics")
+_NOT_SAVED: dict[str, Any] = {"scores": LayerScores, "allocation": LayerAllocation, "statistics": LayerStatistics}
 
 
 @checked
@@ -63,15 +63,28 @@ class OwlBnbConfig(QuantizeSettings, StoredQuantization):
         self.compute_dtype = _compute_dtype(self.compute_dtype)
         check_fields(self)
         super().__post_init__()
-        if isinstance(self.scores, (str, Path)):
-            self.scores = LayerScores.load(self.scores)
-        if isinstance(self.allocation, (str, Path)):
-            self.allocation = LayerAllocation.load(self.allocation)
-        if isinstance(self.statistics, (str, Path)):
-            self.statistics = LayerStatistics.load(self.statistics)
+        for name, kind in _NOT_SAVED.items():
+            value = getattr(self, name)
+            if isinstance(value, (str, Path)):
+                setattr(self, name, kind.load(value))
+            elif value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name}: expected {kind.__name__} or a file of {name}, got {shown(value)}")
+        if not self.modules:  # a stored config has the bits that resulted
+            self._check_bits()
         wrong = {name: bits for name, bits in self.modules.items() if bits not in BITS}
         if wrong:
             raise ValueError(f"modules: expected {' or '.join(map(str, BITS))} bits each, got {wrong}")
+
+    def _check_bits(self) -> None:
+        """Checks that one of bits, scores and allocation determines the bits of the layers."""
+        if self.allocation is not None:
+            if self.scores is not None:
+                raise ValueError("scores: expected none with an allocation, which has the bits of each layer, got both")
+            check_effect(self, ["bits"], "an allocation, which has the bits of each layer")
+            return
+        check_mixture(self.bits, self)
+        if self.scores is not None and self.bits in BITS:
+            raise ValueError(f"scores: expected none with bits {self.bits:g}, which uses no scores, got LayerScores")
 
     def to_dict(self) -> dict[str, Any]:
         """The entry in config.json."""

@@ -6,10 +6,14 @@ import math
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from hf_cod.functional.bits import BITS
+from hf_cod.functional.bits import BITS, SCALE_BITS
 from hf_cod.io.arguments import checked
 
 BLOCKS = (32, 64, 128, 256)
+# Complete blocks store at most 5 bits (four, and a scale of 32 bits for each 32 weights), padded rows of small matrices
+# more. The exact limits depend on the shapes of the model and are checked after loading; 8 bits are refused at once.
+MOST_BITS = 7.99
+TOLERANCE = 0.02  # for rounded values
 
 
 @checked
@@ -44,8 +48,8 @@ class QuantizeSettings(StorageSettings):
     bits: float = field(
         default=3.5,
         metadata={
-            "help": "stored bits a weight, scales included: from 3.13 (all layers in 3 bits) to 4.13 (all in 4); "
-            "exactly 3 or 4 means all layers in that width"
+            "help": "stored bits a weight, scales included: from 3.13 (all layers in 3 bits) to 4.13 (all in 4), more "
+            "in models with rows that are not whole blocks; exactly 3 or 4 means all layers in that width"
         },
     )
     skip: list[str] = field(
@@ -66,3 +70,17 @@ def check_bits(bits: float) -> None:
     """
     if not min(BITS) <= bits < math.inf:
         raise ValueError(f"bits: expected 3, 4, or stored bits between them, such as 3.5, got {bits}")
+
+
+def check_mixture(bits: float, storage: StorageSettings) -> None:
+    """Checks that some model can be stored in `bits`, before the shapes of the model are known.
+
+    Raises:
+        ValueError: `bits` is less than the scales of a 3-bit model require, or far above all layers in 4 bits.
+    """
+    least = min(BITS) + (64 * SCALE_BITS if storage.double_quant else 32) / storage.block  # SCALE_BITS is of block 64
+    if bits > MOST_BITS or min(BITS) < bits < least - TOLERANCE:
+        raise ValueError(
+            f"bits: expected 3, 4, or stored bits per weight (including scales) from {least:.2f} to {least + 1:.2f} "
+            f"(more with rows that are not whole blocks of {storage.block}), got {bits:g}"
+        )

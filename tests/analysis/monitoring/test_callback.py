@@ -40,6 +40,12 @@ def callback(**settings):
     return LayerDiagnosticsCallback(**{"every": 2, "probe": PROBE, **settings})
 
 
+@pytest.mark.parametrize("probe, shown", [(5, "5"), (b"text", "b'text'"), (object(), "object")])
+def test_a_probe_without_items_is_refused_at_the_call(probe, shown):
+    with pytest.raises(ValueError, match=f"probe: expected texts, a dataset .*, got {shown}"):
+        LayerDiagnosticsCallback(probe=probe)
+
+
 def history_of(folder):
     return TrainingHistory.load(folder).lines
 

@@ -5,7 +5,7 @@ import torch
 
 import hf_cod
 from hf_cod import LayerAllocation, OwlBnbConfig, find_decoder_layers, perplexity
-from hf_cod.cli.commands.quantize import QuantizeOptions
+from hf_cod.cli.commands.quantize import Quantize, QuantizeOptions
 from hf_cod.cli.main import main
 from hf_cod.io.models import embedded_model, load_model
 from hf_cod.io.report import RunReport, format_number
@@ -26,7 +26,7 @@ def quantize(model, output, *more):
 
 
 def test_what_is_written_loads_and_its_report_is_true(model, tmp_path, capsys):
-    assert quantize(model, tmp_path / "out", "--explain") == 0
+    assert quantize(model, tmp_path / "out", "--explain", "--force") == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {
         "model.safetensors",
@@ -141,7 +141,10 @@ def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
     "arguments, message",
     [
         (["--bits", "2"], "bits: expected 3, 4, or stored bits between them, such as 3.5, got 2"),
-        (["--bits", "3.1", "--no-baseline"], "from 3.12 to 4.12, got 3.1"),
+        (
+            ["--bits", "3.1", "--no-baseline"],
+            "from 3.13 to 4.13 (more with rows that are not whole blocks of 64), got 3.1",
+        ),
         (["--score", "best"], "score: expected one of owl"),
         (["--rounding", "up"], "rounding: expected one of compensated, weighted, nearest, got"),
         (["--scores", "none.json"], "scores: expected a file"),
@@ -155,6 +158,33 @@ def test_bad_input(model, tmp_path, capsys, arguments, message):
         status = stop.code
     shown = capsys.readouterr().err
     assert status == 2 and message in shown and "Traceback" not in shown
+
+
+def test_three_bits_replace_a_mixture_that_is_worse(model, tmp_path, capsys, monkeypatch):
+    """The perplexities are made up; everything else is real."""
+    more = ["--score", "depth", "--rounding", "nearest", "--no-plots"]
+    bits = {}
+    for name, given in {"fallback": [], "forced": ["--force"]}.items():
+        found = iter([50.0, 60.0, 55.0, 70.0, 60.0] if not given else [50.0, 60.0, 55.0, 70.0])
+        monkeypatch.setattr("hf_cod.cli.work.Work.perplexity", lambda work, found=found: next(found))
+        assert quantize(model, tmp_path / name, *more, *given) == 0
+        report, shown = RunReport.load(tmp_path / name), " ".join(capsys.readouterr().out.split())
+        saved = load_model(str(tmp_path / name))[0]
+        bits[name] = set(saved.config.quantization_config.modules.values())
+        assert next(found, None) is None and bits[name] == set(report.results["module_bits"].values())
+        assert ("fallback" in report.results) == ("score depth had a higher perplexity" in shown) == (not given)
+        assert ("All layers have 3 bits" in shown) == (not given)
+        assert ("3 bits for all layers (--bits 3) are better" in shown) == bool(given)
+    assert bits == {"fallback": {3}, "forced": {3, 4}}
+    report = RunReport.load(tmp_path / "fallback")
+    plan = LayerAllocation.load(tmp_path / "fallback" / "allocation.json")
+    assert report.results["fallback"] == {"score": "depth", "perplexity": 70.0, "alike": 60.0}
+    assert (plan.values, plan.budget, plan.method) == ([3.0] * 12, 3.0, "uniform")
+
+
+def test_version_0_1_and_a_run_without_force_have_one_identity():
+    identities = [Quantize(QuantizeOptions(force=force)).identity() for force in (False, True)]
+    assert "force" not in identities[0] and identities[1] == {**identities[0], "force": True}
 
 
 def test_the_default_score_follows_the_rounding():

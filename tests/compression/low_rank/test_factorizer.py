@@ -369,6 +369,10 @@ def test_a_matrix_without_a_sparse_part_and_bad_plans_of_them(tmp_path):
     for share in (0, 1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="factor_share: expected a share between 0 and 1, got"):
             factorize(model, 0.5, "oats", batches=batches, factor_share=share)
+    with pytest.raises(
+        ValueError, match=r"factor_share: expected none with method plain, which does not use it, got 0.5"
+    ):
+        factorize(model, 0.5, "plain", factor_share=0.5)
     with pytest.raises(ValueError, match="batches: expected batches, or tokenizer and texts, for oats, got neither"):
         factorize(model, 0.5, "oats")
     assert not factors(model)

@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from hf_cod import LayerScores, OwlBnbConfig, find_decoder_layers, quantize
+from hf_cod import LayerScores, OwlBnbConfig, allocate, find_decoder_layers, quantize
 from hf_cod.compression.quantization.plan import plan_bits, plan_of, stored_bits
 from hf_cod.compression.quantization.settings import StorageSettings
 from tests.compression.quantization.matrices import llama, quantized
@@ -12,6 +12,10 @@ LAYERS = 4
 
 def scores(values, parameters=36_864):
     return LayerScores("tiny", "made up", values, [parameters] * len(values))
+
+
+def allocation():
+    return allocate(scores([1.0, 2.0, 3.0, 4.0]), "bits", 3.5)
 
 
 def plan(model, bits, *args, **settings):
@@ -69,8 +73,31 @@ def test_bits_that_cannot_be_meant(bits):
 def test_bits_out_of_reach():
     with pytest.raises(ValueError, match=r"bits: expected 3, 4, or 3\.1\d\d to 4\.1\d\d stored bits .*, got 4.7"):
         quantize(llama(), OwlBnbConfig(bits=4.7))
-    with pytest.raises(ValueError, match=r"bits: expected 3, 4, or 3\.5\d\d to 4\.5\d\d stored bits"):
-        quantize(llama(), OwlBnbConfig(bits=3.3, double_quant=False))
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"bits": 8}, r"bits: expected 3, 4, or stored bits .* from 3\.13 to 4\.13 .*, got 8"),
+        (
+            {"bits": 3.3, "double_quant": False},
+            r"bits: expected 3, 4, or stored bits .* from 3\.50 to 4\.50 .*, got 3\.3",
+        ),
+        ({"bits": 3.3, "allocation": allocation()}, r"bits: expected none with an allocation, .*, got 3\.3"),
+        ({"scores": scores([1.0] * LAYERS), "allocation": allocation()}, "scores: expected none with an allocation"),
+        ({"bits": 3, "scores": scores([1.0] * LAYERS)}, "scores: expected none with bits 3, which uses no scores"),
+        ({"scores": {}}, "scores: expected LayerScores or a file of scores, got dict"),
+        ({"allocation": [3, 4]}, "allocation: expected LayerAllocation or a file of allocation, got a list of int"),
+        ({"statistics": 5}, "statistics: expected LayerStatistics or a file of statistics, got 5"),
+    ],
+)
+def test_settings_without_an_effect_are_refused_when_they_are_given(given, message):
+    with pytest.raises(ValueError, match=message):
+        OwlBnbConfig(**given)
+
+
+def test_stored_bits_of_padded_rows_load():
+    assert OwlBnbConfig(bits=12.5, modules={"layers.0.up_proj": 3}).bits == 12.5
 
 
 def test_scores_of_another_model():
