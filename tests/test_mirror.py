@@ -23,7 +23,8 @@ TESTED_BY = {
     ),
     "cli/commands/test_finetune.py": (
         "cli/commands/finetune_memory.py cli/sizes.py cli/training.py training/runs/estimate.py "
-        "training/runs/memory.py training/runs/methods.py training/runs/new_adapters.py training/runs/trainer.py"
+        "training/runs/finite.py training/runs/memory.py training/runs/methods.py training/runs/new_adapters.py "
+        "training/runs/trainer.py"
     ),
     "cli/commands/test_heal.py": "cli/__init__.py cli/samples.py",
     "cli/commands/test_quantize.py": "cli/explained.py",

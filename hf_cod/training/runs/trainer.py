@@ -23,6 +23,7 @@ from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
 from hf_cod.scoring.settings import options_of
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
+from hf_cod.training.runs.finite import check_trained
 from hf_cod.training.runs.interrupt import SaveOnInterrupt
 from hf_cod.training.runs.log_lines import LogLines, TrainingBar
 from hf_cod.training.runs.methods import METHODS
@@ -154,6 +155,7 @@ def train(
 
     Raises:
         ValueError: several processes, or several GPUs that Trainer would replicate the model on.
+        RuntimeError: the weights are not finite after training.
         KeyboardInterrupt: Ctrl-C or SIGTERM; with `lasting`, a checkpoint of the last step is saved first.
     """
     from transformers import Trainer, default_data_collator
@@ -190,6 +192,7 @@ def train(
             interrupt.close()
     if interrupt.asked and trainer.state.global_step < settings.total_steps:
         raise KeyboardInterrupt
+    check_trained(model)
     seconds = (time.perf_counter() - start) / max(1, settings.total_steps - begun)
     curve = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     made = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
