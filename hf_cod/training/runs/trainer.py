@@ -6,8 +6,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,6 @@ with advice_silenced():  # of bitsandbytes, which is imported with PEFT
 
 logger = logging.getLogger(__name__)
 
-TRAINER_STATE = "trainer_state.json"
 SCORED_SAMPLES = 16
 
 
@@ -161,12 +162,14 @@ def train(
     from transformers import Trainer, default_data_collator
 
     from hf_cod.io.packing import PackedText
+    from hf_cod.training.runs.checkpoint_files import STATE
+    from hf_cod.training.runs.checkpoint_of_run import check_of_run
     from hf_cod.training.runs.memory import MemoryCallback
-    from hf_cod.training.runs.run_directory import last_checkpoint
+    from hf_cod.training.runs.run_directory import last_checkpoint, last_steps
 
     interrupt = SaveOnInterrupt()
     # Trainer sets use_cache to False, which would be saved with the model.
-    with one_thread(model), cache_restored(unwrap(model).config):
+    with one_thread(model), cache_restored(unwrap(model).config), _own_names(model):
         trainer = (make_trainer or Trainer)(
             model=model,
             args=_arguments(settings, seed, directory, model.device, lasting),
@@ -181,11 +184,13 @@ def train(
         else:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(TrainingBar())
-        checkpoint = last_checkpoint(directory, TRAINER_STATE)
-        begun = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
-        start = time.perf_counter()
         try:
             _check_alone(trainer.args)
+            if last_steps(directory):
+                trainer.create_optimizer()  # as Trainer does later; checkpoints are compared with it
+            checkpoint = last_checkpoint(directory, STATE, partial(check_of_run, trainer))
+            begun = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+            start = time.perf_counter()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             memory.close()
@@ -198,6 +203,25 @@ def train(
     made = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     trained = _steps_of_layers(made, settings.total_steps) if isinstance(made, OwLoreAdamW) else None
     return Training(curve, seconds, memory.bytes_used(), trained)
+
+
+@contextmanager
+def _own_names(model: Any) -> Iterator[None]:
+    """Saves checkpoints with the model's own names of weights, because Trainer resumes without converting names.
+
+    Otherwise the experts of a mixture are saved under the names of published models, and are not loaded.
+    """
+    if hasattr(model, "peft_config"):  # adapters are saved with their own names
+        yield
+        return
+    before = vars(model).get("save_pretrained")
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+        if before is not None:
+            model.save_pretrained = before
 
 
 def _arguments(settings: TrainingSettings, seed: int, directory: Path, device: torch.device, lasting: bool) -> Any:
