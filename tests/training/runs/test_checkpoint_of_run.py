@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_cod.training.owlore.optimizer import OwLoreAdamW
+from hf_cod.training.owlore.saved_moments import layouts
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.trainer import train
@@ -143,3 +145,16 @@ def test_the_experts_of_a_mixture_resume(tmp_path, caplog):
     found = trained("full", tmp_path, family="mixtral")
     assert "damaged" not in caplog.text
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("moments, least", [("float32", 4096), ("8bit", 32)])
+def test_layouts_are_those_of_a_step(moments, least, monkeypatch):
+    monkeypatch.setattr("hf_cod.training.owlore.eight_bit.LEAST", least)
+    model = build("llama")
+    optimizer = OwLoreAdamW(model, n_active=4, rank=2, moments=moments)
+    model(torch.arange(3, 12)[None], labels=torch.arange(3, 12)[None]).loss.backward()
+    optimizer.step()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter, expected in zip(parameters, layouts(optimizer), strict=True):
+        found = {name: (value.dtype, tuple(value.shape)) for name, value in optimizer.state[parameter].items()}
+        assert found == expected
