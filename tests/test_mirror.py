@@ -23,7 +23,8 @@ TESTED_BY = {
     ),
     "cli/commands/test_finetune.py": (
         "cli/commands/finetune_memory.py cli/sizes.py cli/training.py training/runs/estimate.py "
-        "training/runs/memory.py training/runs/methods.py training/runs/new_adapters.py training/runs/trainer.py"
+        "training/runs/finite.py training/runs/memory.py training/runs/methods.py training/runs/new_adapters.py "
+        "training/runs/trainer.py"
     ),
     "cli/commands/test_heal.py": "cli/__init__.py cli/samples.py",
     "cli/commands/test_quantize.py": "cli/explained.py",
@@ -112,6 +113,7 @@ TESTED_BY = {
         "training/owlore/trained_increments.py "
         "training/owlore/update_in_backward.py"
     ),
+    "training/runs/test_checkpoint_of_run.py": "training/owlore/saved_moments.py",
     "io/test_output_directory.py": "io/output_manifest.py io/output_checks.py io/directory_lock.py",
 }
 ELSEWHERE = {module: test for test, modules in TESTED_BY.items() for module in modules.split()}

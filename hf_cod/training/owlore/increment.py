@@ -221,6 +221,23 @@ class Increment(nn.Module):
         else:
             self._free()
 
+    def check_saved(self, saved: dict[str, Tensor], prefix: str) -> None:
+        """Checks saved tensors, of which empty ones are missing, before they are loaded.
+
+        Raises:
+            ValueError: they are of another rank, dtype or matrix.
+        """
+        partners = [{"N", "P"} & saved.keys(), {"A", "B"} & saved.keys()]
+        if "lost" not in saved or any(len(pair) == 1 for pair in partners):
+            raise ValueError(f"adapter: expected {', '.join(TENSORS)}, got others ({prefix.rstrip('.')})")
+        for name, tensor in saved.items():
+            if tensor.dtype != getattr(self, name).dtype:
+                raise ValueError(
+                    f"adapter: expected {name} of another dtype, got {tensor.dtype} ({prefix.rstrip('.')})"
+                )
+        empty = {"N": self.N[:0], "P": self.P[:, :0], "A": self.A[:0], "B": self.B[:, :0]}
+        self._check({name: saved.get(name, empty.get(name, self.lost)) for name in TENSORS}, prefix)
+
     def _check(self, found: dict[str, Tensor], prefix: str) -> None:
         """Raises ValueError if tensors are of another rank or of another matrix."""
         rank = found["P"].shape[1]

@@ -6,8 +6,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
 from hf_cod.scoring.settings import options_of
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
+from hf_cod.training.runs.finite import check_trained
 from hf_cod.training.runs.interrupt import SaveOnInterrupt
 from hf_cod.training.runs.log_lines import LogLines, TrainingBar
 from hf_cod.training.runs.methods import METHODS
@@ -34,7 +37,6 @@ with advice_silenced():  # of bitsandbytes, which is imported with PEFT
 
 logger = logging.getLogger(__name__)
 
-TRAINER_STATE = "trainer_state.json"
 SCORED_SAMPLES = 16
 
 
@@ -154,17 +156,20 @@ def train(
 
     Raises:
         ValueError: several processes, or several GPUs that Trainer would replicate the model on.
+        RuntimeError: the weights are not finite after training.
         KeyboardInterrupt: Ctrl-C or SIGTERM; with `lasting`, a checkpoint of the last step is saved first.
     """
     from transformers import Trainer, default_data_collator
 
     from hf_cod.io.packing import PackedText
+    from hf_cod.training.runs.checkpoint_files import STATE
+    from hf_cod.training.runs.checkpoint_of_run import check_of_run
     from hf_cod.training.runs.memory import MemoryCallback
-    from hf_cod.training.runs.run_directory import last_checkpoint
+    from hf_cod.training.runs.run_directory import last_checkpoint, last_steps
 
     interrupt = SaveOnInterrupt()
     # Trainer sets use_cache to False, which would be saved with the model.
-    with one_thread(model), cache_restored(unwrap(model).config):
+    with one_thread(model), cache_restored(unwrap(model).config), _own_names(model):
         trainer = (make_trainer or Trainer)(
             model=model,
             args=_arguments(settings, seed, directory, model.device, lasting),
@@ -179,22 +184,44 @@ def train(
         else:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(TrainingBar())
-        checkpoint = last_checkpoint(directory, TRAINER_STATE)
-        begun = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
-        start = time.perf_counter()
         try:
             _check_alone(trainer.args)
+            if last_steps(directory):
+                trainer.create_optimizer()  # as Trainer does later; checkpoints are compared with it
+            checkpoint = last_checkpoint(directory, STATE, partial(check_of_run, trainer))
+            begun = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+            start = time.perf_counter()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             memory.close()
             interrupt.close()
     if interrupt.asked and trainer.state.global_step < settings.total_steps:
         raise KeyboardInterrupt
+    check_trained(model)
     seconds = (time.perf_counter() - start) / max(1, settings.total_steps - begun)
     curve = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     made = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     trained = _steps_of_layers(made, settings.total_steps) if isinstance(made, OwLoreAdamW) else None
     return Training(curve, seconds, memory.bytes_used(), trained)
+
+
+@contextmanager
+def _own_names(model: Any) -> Iterator[None]:
+    """Saves checkpoints with the model's own names of weights, because Trainer resumes without converting names.
+
+    Otherwise the experts of a mixture are saved under the names of published models, and are not loaded.
+    """
+    if hasattr(model, "peft_config"):  # adapters are saved with their own names
+        yield
+        return
+    before = vars(model).get("save_pretrained")
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+        if before is not None:
+            model.save_pretrained = before
 
 
 def _arguments(settings: TrainingSettings, seed: int, directory: Path, device: torch.device, lasting: bool) -> Any:

@@ -274,6 +274,14 @@ def test_a_training_whose_memory_cannot_be_estimated_goes_on(tmp_path, monkeypat
     assert "there was no estimate" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_training_that_ends_in_nan_writes_no_model(tmp_path, capsys):
+    more = ["--method", "full", "--steps", "4", "--learning-rate", "1e30", "--eval-samples", "1"]
+    assert main(["finetune", MODEL, *ANY.split(), *more, "--output", str(tmp_path / "out")]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "weights: expected finite numbers after training, got NaN" in line and "lower --learning-rate" in line
+    assert not [*(tmp_path / "out").glob("*.safetensors")]
+
+
 def test_a_training_that_fails_while_it_is_counted_leaves_nothing_behind(tmp_path, monkeypatch):
     step, done = OwLoreAdamW.step, []
 

@@ -1,13 +1,18 @@
 """A training resumes from the newest checkpoint that is whole and its own, and says which it left out, and why."""
 
+import json
 import pickle
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from hf_cod.training.runs.run_directory import last_checkpoint
 from tests.training.runs.checkpoints import MARKER, whole_checkpoint
+
+
+def accept(path, step):
+    """The checkpoint is of this run."""
+
 
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors")
 
@@ -30,7 +35,7 @@ def run(tmp_path):
 
 
 def test_the_newest_is_taken(run, caplog):
-    assert last_checkpoint(run, MARKER) == run / "checkpoint-4" and not caplog.records
+    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-4" and not caplog.records
 
 
 def cut(path):
@@ -49,7 +54,7 @@ DAMAGES = {
 @pytest.mark.parametrize("name", STATES)
 def test_a_damaged_file_gives_way_to_the_checkpoint_before(name, damage, run, caplog):
     DAMAGES[damage](run / "checkpoint-4" / name)
-    assert last_checkpoint(run, MARKER) == run / "checkpoint-2"
+    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2"
     (line,) = caplog.messages
     assert "checkpoint-4 is damaged" in line and "resumes from checkpoint-2" in line and "\n" not in line
 
@@ -59,42 +64,71 @@ def test_a_damaged_file_gives_way_to_the_checkpoint_before(name, damage, run, ca
 def test_states_that_are_not_ours(name, what, run, caplog, tmp_path):
     written = tmp_path / "written"
     torch.save(Evil(written) if what == "evil" else {"other": torch.zeros(3)}, run / "checkpoint-4" / name)
-    assert last_checkpoint(run, MARKER) == run / "checkpoint-2" and len(caplog.messages) == 1
+    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2" and len(caplog.messages) == 1
     (run / "checkpoint-4" / name).write_bytes(pickle.dumps(Evil(written)))
-    assert last_checkpoint(run, MARKER) == run / "checkpoint-2" and not written.exists()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tensors: tensors.pop("model.norm.weight"),
-        lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}),
-        lambda tensors: tensors.update({"extra": torch.ones(3)}),
-    ],
-    ids=["missing", "shape", "extra"],
-)
-def test_weights_of_another_model(change, run, caplog):
-    path = run / "checkpoint-4" / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, {"format": "pt"})
-    assert last_checkpoint(run, MARKER) == run / "checkpoint-2"
-    assert "of another model" in caplog.text
+    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2" and not written.exists()
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"global_step": 2}', "{"])
 def test_a_state_of_the_trainer_that_is_not_of_that_step(content, run, caplog):
     (run / "checkpoint-4" / MARKER).write_text(content)
-    assert last_checkpoint(run, MARKER) == run / "checkpoint-2" and len(caplog.messages) == 1
+    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2" and len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unknown": 1},
+        {"epoch": "x"},
+        {"stateful_callbacks": "x"},
+        {"log_history": [{"loss": 1.0}]},
+        {"log_history": [{"step": 1, "loss": "x"}]},
+    ],
+    ids=str,
+)
+def test_entries_of_the_trainer_that_are_not_as_it_writes_them(change, run, caplog):
+    path = run / "checkpoint-4" / MARKER
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2" and len(caplog.messages) == 1
+
+
+def test_a_norm_of_gradients_that_is_nan_is_as_the_trainer_writes_it(run, caplog):
+    path = run / "checkpoint-4" / MARKER
+    state = json.loads(path.read_text())
+    state["log_history"][0]["grad_norm"] = float("nan")
+    path.write_text(json.dumps(state))
+    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-4" and not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("scheduler.pt", {"last_epoch": "x"}),
+        ("scheduler.pt", {"last_epoch": 10**6}),
+        ("scheduler.pt", {"step": "x"}),
+        ("scheduler.pt", {"base_lrs": [float("nan")]}),
+        ("rng_state.pth", {"cpu": torch.zeros(3, dtype=torch.uint8)}),
+        ("rng_state.pth", {"python": "x"}),
+        ("rng_state.pth", {"numpy": "x"}),
+        ("rng_state.pth", {"cuda": torch.zeros(3)}),
+    ],
+    ids=str,
+)
+def test_states_with_other_values(name, change, run, caplog):
+    path = run / "checkpoint-4" / name
+    torch.save({**torch.load(path, weights_only=False), **change}, path)
+    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2"
+    (line,) = caplog.messages
+    assert f"damaged ({name.split('.')[0]}" in line
 
 
 def test_a_checkpoint_without_its_last_file_is_left_out_in_silence(run, caplog):
     (run / "checkpoint-4" / MARKER).unlink()
-    assert last_checkpoint(run, MARKER) == run / "checkpoint-2" and not caplog.messages
+    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2" and not caplog.messages
 
 
 def test_with_none_that_is_whole_the_training_begins_anew_and_says_so(run, caplog):
     for step in (2, 4):
         cut(run / f"checkpoint-{step}" / "optimizer.pt")
-    assert last_checkpoint(run, MARKER) is None
+    assert last_checkpoint(run, MARKER, accept) is None
     assert len(caplog.messages) == 2 and all("starts from step 0" in line for line in caplog.messages)

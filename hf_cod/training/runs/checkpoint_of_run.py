@@ -1,0 +1,181 @@
+"""Compares the files of a checkpoint with the model and the optimizer that resume from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_cod.io.reading import open_tensors, read_state
+from hf_cod.io.schema import brief
+from hf_cod.training.owlore.increment import TENSORS, Increment
+from hf_cod.training.owlore.optimizer import OwLoreAdamW
+from hf_cod.training.owlore.saved_moments import Layout, check_own_entries, layers_with_state, layouts
+from hf_cod.training.runs.checkpoint_files import (
+    OPTIMIZER,
+    SCHEDULER,
+    STATE,
+    WEIGHTS,
+    finite,
+    read_scheduler,
+    read_trainer_state,
+)
+from hf_cod.training.runs.finite import not_finite
+
+_RATES = ("lr", "initial_lr")  # what the schedule of the learning rate sets
+
+
+def check_of_run(trainer: Any, checkpoint: Path, step: int) -> None:
+    """Checks that a Trainer whose optimizer exists can resume from a checkpoint.
+
+    Raises:
+        ValueError: weights or optimizer state are of another model or run, or not finite.
+    """
+    state = read_trainer_state(checkpoint / STATE, step)
+    for name, own in (("max_steps", trainer.args.max_steps), ("train_batch_size", trainer.args.train_batch_size)):
+        if state.get(name) not in (None, own):
+            raise ValueError(f"{name}: expected {own}, got {state[name]}")
+    check_weights(trainer.model, checkpoint)
+    path = checkpoint / OPTIMIZER
+    if path.is_file():
+        check_optimizer(trainer.optimizer, read_state(path, path.name), step)
+    path = checkpoint / SCHEDULER
+    if path.is_file():
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        if (found := read_scheduler(path, step)["base_lrs"]) != rates:
+            raise ValueError(f"{path.name}: expected the learning rates {brief(rates)}, got {brief(found)}")
+
+
+def check_weights(model: Any, checkpoint: Path) -> None:
+    """Compares names, shapes and dtypes of saved weights with those that the model would save.
+
+    Raises:
+        ValueError: they differ, or values are not finite.
+    """
+    own = _own_weights(model)
+    increments = {f"{name.rpartition('.')[0]}.": m for name, m in model.named_modules() if isinstance(m, Increment)}
+    found: set[str] = set()
+    grown: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in increments}
+    for path in sorted(checkpoint.glob(WEIGHTS)):
+        with open_tensors(path, path.name, "whole weights") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                tensor = file.get_tensor(key)
+                prefix, _, last = key.rpartition(".")
+                if f"{prefix}." in increments and last in TENSORS:  # their ranks grow
+                    grown[f"{prefix}."][last] = tensor
+                else:
+                    _check_one(key, tensor, own.get(key))
+                if not_finite([(key, tensor)]):
+                    raise ValueError(f"weights: expected finite numbers, got NaN or infinity in {key}")
+                found.add(key)
+    for prefix, increment in increments.items():
+        increment.check_saved(grown[prefix], prefix)
+    held = {_place(own[key]) for key in found & own.keys()}
+    missing = [
+        key
+        for key, tensor in own.items()
+        if key not in found and f"{key.rpartition('.')[0]}." not in increments and _place(tensor) not in held
+    ]
+    if missing:
+        raise ValueError(f"weights: expected {missing[0]}, got none")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], step: int) -> None:
+    """Compares a saved state of an optimizer with the parameters that it trains.
+
+    Raises:
+        ValueError: groups, names, shapes or dtypes differ, or values are not finite.
+    """
+    own = optimizer.state_dict()
+    if saved.keys() != own.keys():
+        raise ValueError(f"{OPTIMIZER}: expected the entries {', '.join(own)}, got {brief(', '.join(map(str, saved)))}")
+    _check_groups(own["param_groups"], saved["param_groups"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, OwLoreAdamW):
+        check_own_entries(optimizer, saved, step)
+        expected, needed = layouts(optimizer), layers_with_state(optimizer, step)
+    else:
+        expected, needed = [_adam(p) for p in parameters], {None}
+    states = saved["state"]
+    if not isinstance(states, dict) or not set(states) <= set(range(len(parameters))):
+        raise ValueError(f"{OPTIMIZER}: expected states of {len(parameters)} parameters, got others")
+    for number, state in states.items():
+        if state != {} or type(state) is not dict:
+            _check_state(number, state, expected[number], step)
+    _check_present(own["param_groups"], states, needed)
+
+
+def _check_present(groups: list[dict[str, Any]], states: dict[int, Any], needed: set[int | None]) -> None:
+    """Checks that what has trained has a state; a single parameter may never have had a gradient."""
+    for layer in needed:
+        numbers = [n for group in groups if group.get("layer") == layer for n in group["params"]]
+        if numbers and not any(states.get(number) for number in numbers):
+            where = "" if layer is None else f" of layer {layer}"
+            raise ValueError(f"{OPTIMIZER}: expected the moments{where}, got none")
+
+
+def _check_groups(own: list[dict[str, Any]], saved: Any) -> None:
+    if type(saved) is not list or len(saved) != len(own):
+        raise ValueError(f"{OPTIMIZER}: expected {len(own)} groups of parameters, got others")
+    for mine, theirs in zip(own, saved, strict=True):
+        if type(theirs) is not dict or theirs.get("params") != mine["params"]:
+            raise ValueError(f"{OPTIMIZER}: expected groups of {len(mine['params'])} parameters, got others")
+        if set(theirs) - {"initial_lr"} != set(mine) - {"initial_lr"}:
+            raise ValueError(f"{OPTIMIZER}: expected the settings {', '.join(mine)}, got {', '.join(map(str, theirs))}")
+        for name, value in theirs.items():
+            if name in _RATES:
+                right = finite(value) and 0 <= value <= mine["lr"]
+            elif isinstance(mine[name], bool | None):  # how a step is computed, which depends on the device
+                right = isinstance(value, bool | None)
+            else:
+                right = name == "params" or (type(value) is not Tensor and value == mine[name])
+            if not right:
+                raise ValueError(
+                    f"{OPTIMIZER}: expected {name} {brief(mine.get(name, mine['lr']))}, got {brief(value)}"
+                )
+
+
+def _check_state(number: int, state: Any, expected: Layout, step: int) -> None:
+    field = f"{OPTIMIZER}: parameter {number}"
+    if type(state) is not dict or state.keys() != expected.keys():
+        raise ValueError(f"{field}: expected the entries {', '.join(expected)}, got others")
+    for name, (dtype, shape) in expected.items():
+        value = state[name]
+        if not isinstance(value, Tensor) or (value.dtype, tuple(value.shape)) != (dtype, shape):
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else brief(value)
+            raise ValueError(f"{field}: expected {name} of {dtype} {shape}, got {got}")
+        if not_finite([(name, value)]):
+            raise ValueError(f"{field}: expected finite numbers, got NaN or infinity in {name}")
+    if not 0 <= float(state["step"]) <= step:
+        raise ValueError(f"{field}: expected step {step}, got {float(state['step']):g}")
+    if bool((state["exp_avg_sq"] < 0).any()):
+        raise ValueError(f"{field}: expected squares, got negative numbers in exp_avg_sq")
+
+
+def _check_one(key: str, tensor: Tensor, own: Tensor | None) -> None:
+    if own is None:
+        raise ValueError(f"weights: expected those of this model, got {brief(key)}")
+    if (tensor.dtype, tensor.shape) != (own.dtype, own.shape):
+        raise ValueError(
+            f"weights: expected {key} of {own.dtype} {tuple(own.shape)}, got {tensor.dtype} {tuple(tensor.shape)}"
+        )
+
+
+def _own_weights(model: Any) -> dict[str, Tensor]:
+    if not hasattr(model, "peft_config"):
+        return dict(model.state_dict())
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(model))
+
+
+def _adam(parameter: Tensor) -> Layout:
+    moment = (parameter.dtype, tuple(parameter.shape))
+    return {"step": (torch.float32, ()), "exp_avg": moment, "exp_avg_sq": moment}
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size]:
+    """Tied weights have one place; the file holds one of them."""
+    return tensor.data_ptr(), tensor.shape

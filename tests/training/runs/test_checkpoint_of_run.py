@@ -1,0 +1,160 @@
+"""A training resumes from a checkpoint only if its weights and optimizer state are those of its own model."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_cod.training.owlore.optimizer import OwLoreAdamW
+from hf_cod.training.owlore.saved_moments import layouts
+from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.methods import METHODS
+from hf_cod.training.runs.trainer import train
+from hf_cod.training.runs.training_settings import TrainingSettings
+from tests.tiny_models import build
+
+SAMPLING = OwLoreSettings(n_active=2, interval=3, rank=2)
+WEIGHTS = {"full": "model", "owlore": "model", "lora": "adapter_model", "owlore-peft": "adapter_model"}
+
+
+def trained(method, folder, lora_rank=2, family="llama"):
+    """The weights after a training, which resumes if the folder has checkpoints."""
+    sampling = SAMPLING if method in ("owlore", "owlore-peft") else OwLoreSettings()
+    settings = TrainingSettings(
+        method=method,
+        steps=4,
+        save_every=1,
+        batch_size=2,
+        micro_batch_size=2,
+        sequence_length=16,
+        learning_rate=1e-2,
+        **({"lora_rank": lora_rank} if method == "lora" else {}),
+    )
+    model, optimizer = METHODS[method].setup(build(family), None, sampling, 1e-2, lora_rank)
+    windows = torch.randint(3, 20, (8, 16), generator=torch.Generator().manual_seed(0))
+    train(model, optimizer, windows, settings, 0, folder)
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Method -> (the folder of a run with its last two checkpoints, its weights)."""
+    made = {}
+
+    def run(method):
+        if method not in made:
+            folder = tmp_path_factory.mktemp(method)
+            made[method] = folder, trained(method, folder)
+        return made[method]
+
+    return run
+
+
+def state(change):
+    def damage(folder, name):
+        path = folder / "optimizer.pt"
+        saved = torch.load(path, weights_only=False)
+        change(saved)
+        torch.save(saved, path)
+
+    return damage
+
+
+def weights(change):
+    def damage(folder, name):
+        path = folder / f"{name}.safetensors"
+        save_file(change(load_file(path)), path, {"format": "pt"})
+
+    return damage
+
+
+def each(change):
+    def damage(saved):
+        for moments in saved["state"].values():
+            moments.update({name: change(value) for name, value in moments.items()})
+
+    return state(damage)
+
+
+DAMAGES = {
+    "emptied": state(lambda saved: saved.update(state={})),
+    "more": state(lambda saved: saved.update(more=1)),
+    "group": state(lambda saved: saved["param_groups"].pop()),
+    "rate": state(lambda saved: [group.update(lr=float("nan")) for group in saved["param_groups"]]),
+    "betas": state(lambda saved: [group.pop("betas") for group in saved["param_groups"]]),
+    "text": each(lambda value: "x"),
+    "int8": each(lambda value: value.to(torch.int8)),
+    "shapes": each(lambda value: value.reshape(-1)[:1].clone() if value.ndim else value),
+    "nan": each(lambda value: value * float("nan") if value.ndim and value.is_floating_point() else value),
+    "weights nan": weights(lambda found: {name: value * float("nan") for name, value in found.items()}),
+    "weights less": weights(lambda found: dict([*found.items()][1:])),
+    "weights more": weights(lambda found: {**found, "extra": torch.ones(1)}),
+    "weights none": weights(lambda found: {}),
+    "weights flat": weights(lambda found: {name: value.reshape(1, -1) for name, value in found.items()}),
+    "weights half": weights(lambda found: {name: value.half() for name, value in found.items()}),
+}
+
+
+def copied(source, folder, step):
+    """A run that was interrupted after this step."""
+    for kept in (step - 1, step):
+        shutil.copytree(source / f"checkpoint-{kept}", folder / f"checkpoint-{kept}")
+    return folder / f"checkpoint-{step}"
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_checkpoints_of_the_same_run_are_taken(method, runs, tmp_path, caplog):
+    folder, expected = runs(method)
+    shutil.rmtree(copied(folder, tmp_path, 4))
+    found = trained(method, tmp_path)
+    assert not [line for line in caplog.messages if "damaged" in line]
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    "method, damage",
+    [
+        *[(method, damage) for method in ("lora", "owlore") for damage in DAMAGES],
+        *[("full", damage) for damage in ("shapes", "weights less")],
+        *[("owlore-peft", damage) for damage in DAMAGES if damage.startswith("weights") or damage == "shapes"],
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(method, damage, runs, tmp_path, caplog):
+    folder, expected = runs(method)
+    DAMAGES[damage](copied(folder, tmp_path, 4), WEIGHTS[method])
+    found = trained(method, tmp_path)
+    (line,) = [line for line in caplog.messages if "damaged" in line]
+    assert "checkpoint-4 is damaged" in line and "resumes from checkpoint-3" in line
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_the_optimizer_of_another_rank(runs, tmp_path, caplog):
+    folder, expected = runs("lora")
+    trained("lora", tmp_path / "other", lora_rank=1)
+    newest = copied(folder, tmp_path / "run", 4)
+    shutil.copy(tmp_path / "other" / "checkpoint-4" / "optimizer.pt", newest)
+    found = trained("lora", tmp_path / "run")
+    assert "resumes from checkpoint-3" in caplog.text
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_the_experts_of_a_mixture_resume(tmp_path, caplog):
+    expected = trained("full", tmp_path, family="mixtral")
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    found = trained("full", tmp_path, family="mixtral")
+    assert "damaged" not in caplog.text
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("moments, least", [("float32", 4096), ("8bit", 32)])
+def test_layouts_are_those_of_a_step(moments, least, monkeypatch):
+    monkeypatch.setattr("hf_cod.training.owlore.eight_bit.LEAST", least)
+    model = build("llama")
+    optimizer = OwLoreAdamW(model, n_active=4, rank=2, moments=moments)
+    model(torch.arange(3, 12)[None], labels=torch.arange(3, 12)[None]).loss.backward()
+    optimizer.step()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter, expected in zip(parameters, layouts(optimizer), strict=True):
+        found = {name: (value.dtype, tuple(value.shape)) for name, value in optimizer.state[parameter].items()}
+        assert found == expected
