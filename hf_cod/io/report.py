@@ -17,7 +17,7 @@ import transformers
 
 from hf_cod._version import __version__
 from hf_cod.io.arguments import checked
-from hf_cod.io.files import write_json, write_text
+from hf_cod.io.files import check_file, write_json, write_text
 from hf_cod.io.markdown import escaped
 from hf_cod.io.reading import as_read, naming_file, read_json, take_format
 from hf_cod.io.schema import check_value, read_record
@@ -98,11 +98,13 @@ class RunReport:
             The new place of the earlier report; None if there was none, or it belongs to the same run.
 
         Raises:
-            ValueError: `directory` is a file.
+            ValueError: `directory` is a file, or has a directory with the name of a report.
         """
         directory = Path(directory)
         if directory.is_file():
             raise ValueError(f"output: expected a directory, got {str(directory)!r}, which is a file")
+        for name in ("report.json", "report.md"):
+            check_file("output", directory / name)
         if not (directory / "report.json").is_file():
             return None
         earlier = RunReport.load(directory)
