@@ -318,3 +318,11 @@ def test_a_foreign_journal_in_python_is_kept(place):
     with pytest.raises(ValueError, match=r"journal: expected \[work, key, result\] in each line, got"):
         diagnose(model, batches=two_batches(model), output=place / "out")
     assert (place / "out" / "journal.jsonl").read_text() == "dear diary...\n"
+
+
+@pytest.mark.parametrize("value", ["x", True, -1, [8]])
+def test_a_wrong_length_in_a_tokenizer_config(value, place, capsys):
+    path = place / "model" / "tokenizer_config.json"
+    write_json(path, {**json.loads(path.read_text()), "model_max_length": value})
+    arguments = ["score", "model", "--text", "text.txt", "--output", "out", *QUICK]
+    check_refused(arguments, place, capsys, "model_max_length", repr(value))
