@@ -144,11 +144,17 @@ class RunReport:
         return report
 
     def _check_read(self) -> None:
-        """Checks that each measure has one value per layer."""
+        """Checks that each measure has one value per layer, and the results that plots read."""
         for name, values in self.layers.items():
             check_value(values, list[float | None], f"layers[{name!r}]", {"nan": True})
             if len(values) != self.n_layers:
                 raise ValueError(f"layers[{name!r}]: expected {self.n_layers} values, got {len(values)}")
+        for name in ("curve", "validation"):
+            if self.results.get(name) is not None:
+                _check_pairs(self.results[name], f"results.{name}")
+        intervals = check_value(self.results.get("intervals") or {}, dict[str, Any], "results.intervals")
+        for name, pairs in intervals.items():
+            _check_pairs(pairs, f"results.intervals[{name!r}]")
 
     @checked
     def plot(self, directory: str | Path | None = None, plot_format: str = "png") -> Any:
@@ -181,6 +187,13 @@ class RunReport:
         parts += ["Settings: " + ", ".join(escaped(f"{k} = {v}") for k, v in self.settings.items()) + ".", ""]
         parts += ["Made with " + ", ".join(escaped(f"{k} {v}") for k, v in self.environment.items()) + ".", ""]
         return "\n".join(parts)
+
+
+def _check_pairs(pairs: Any, field: str) -> None:
+    """Checks a list of pairs of numbers, such as [step, loss]."""
+    for pair in check_value(pairs, list[list[float | None]], field, {"nan": True}):
+        if len(pair) != 2:
+            raise ValueError(f"{field}: expected pairs of numbers, got {len(pair)}")
 
 
 def _pictures_in(directory: Path) -> list[Path]:
