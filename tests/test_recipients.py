@@ -232,6 +232,11 @@ def test_the_command_of_a_card_has_the_revision_of_a_model_of_the_hub():
     assert recorded.command_of(report) == "hf-cod prune me/m --revision v2 --sparsity 0.5"
 
 
+def test_control_characters_in_the_command_of_a_card_are_written_for_the_shell():
+    report = RunReport("prune", "m", {"model": "me/a\x1b[31m[red]b'\u202ec\\", "sparsity": 0.5}, {}, {}, {})
+    assert recorded.command_of(report) == "hf-cod prune $'a\\x1b[31m[red]b\\'\\u202ec\\\\' --sparsity 0.5"
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_card_takes_each_of_them(name, folder):
     readme = place(folder, name) / "README.md"

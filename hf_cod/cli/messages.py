@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from hf_cod.io.display import HarmlessFormatter
+from hf_cod.io.display import HarmlessFormatter, one_line
 
 # Its warnings say that scores, a plan or statistics belong to another model: once for the scores, again for the plan.
 _OTHER_MODELS = "hf_cod.layers.checks"
@@ -37,11 +37,11 @@ def warnings_shown(command: str) -> Iterator[None]:
 
 
 def _show(others: Callable[..., None], logger: logging.Logger, message: Any, category: Any, *where: Any) -> None:
-    """Logs a warning about an option; passes other Python warnings on."""
+    """Logs a warning about an option; passes other Python warnings on, as one line without control characters."""
     if str(message).startswith("option: "):
         logger.warning(str(message))
     else:
-        others(message, category, *where)
+        others(one_line(str(message)), category, *where)
 
 
 class _AboveBars(logging.Handler):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from importlib import import_module
@@ -11,6 +10,7 @@ from typing import Any
 
 from hf_cod.cli.main import COMMANDS
 from hf_cod.cli.parser import SettingsParser
+from hf_cod.io.display import shell_word
 from hf_cod.io.report import RunReport
 from hf_cod.reporting.result_card import SOURCES, public_value, source_of, write_cards
 from hf_cod.reporting.settings import CardSettings
@@ -46,7 +46,8 @@ def command_of(report: RunReport) -> str | None:
     values = {**dict.fromkeys(SOURCES, source_of(report)), **parser.current_names(report.settings)}
     decided = {name for option, names in DECIDED.items() if values.get(option) is not None for name in names}
     values = _needed(parser, {name: value for name, value in values.items() if name not in decided})
-    return shlex.join(["hf-cod", report.kind, *parser.words({name: public_value(v) for name, v in values.items()})])
+    words = parser.words({name: public_value(v) for name, v in values.items()})
+    return " ".join(map(shell_word, ["hf-cod", report.kind, *words]))
 
 
 def _needed(parser: SettingsParser, values: Mapping[str, Any]) -> dict[str, Any]:

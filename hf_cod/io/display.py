@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 
 # Control characters (ESC begins the escape sequences of terminals); invisible characters that end a line or change its
 # direction (Unicode line separators and direction marks); and lone surrogates, which no encoding can print.
@@ -30,6 +31,22 @@ def one_line(text: object) -> str:
     """As `terminal_text`, with the lines of a message joined by spaces."""
     said = type(text).__name__ if isinstance(text, Exception) and not str(text) else str(text)
     return terminal_text(" ".join(said.split("\n")))
+
+
+def shell_word(word: str) -> str:
+    r"""A word of a shell command, quoted; with control characters, as bash and zsh read them ($'\x1b', $'\u202e')."""
+    if not _HARMFUL.search(word):
+        return shlex.quote(word)
+    quoted = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{_HARMFUL.sub(_in_shell, quoted)}'"
+
+
+def _in_shell(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:  # stands for a byte that is not UTF-8 in the name of a file
+        code -= 0xDC00
+        return f"\\x{code:02x}"
+    return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}"
 
 
 def _shown(found: re.Match[str]) -> str:

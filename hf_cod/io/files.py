@@ -236,9 +236,9 @@ class Journal:
         self.work = work
         self.entries: dict[str, Any] = {}
         if self.path is not None:
-            check_file("journal", self.path)
-        if self.path is not None and self.path.exists():
-            self._read(self.path)
+            check_journal(self.path)
+            if self.path.exists():
+                self._read(self.path)
 
     def _read(self, path: Path) -> None:
         whole = []
@@ -283,6 +283,23 @@ class Journal:
         if self.path is not None and not known:
             record = json.dumps([self.work, key, value])
             append_line(self.path, f'{record[:-1]}, "{checksum(record)}"]')
+
+
+def check_journal(path: Path) -> None:
+    """Checks that a path is a journal, also a damaged one, or does not exist; the file of somebody else is kept.
+
+    Raises:
+        ValueError: it is a directory, or a file in which no line has the form of a result.
+    """
+    check_file("journal", path)
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if any(lines) and not any(line.startswith('["') or line.endswith('"]') or line == "[" for line in lines):
+        raise ValueError(
+            f"journal: expected [work, key, result] in each line, got {str(path)!r}, in which no line has this form; "
+            "move it, or name another directory"
+        )
 
 
 def _record_of(line: str) -> tuple[str, str, Any] | None:

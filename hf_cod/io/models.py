@@ -234,6 +234,9 @@ def _read_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
             f"tokenizer: expected tokenizer files that transformers can read, got {type(error).__name__} in {name!r}: "
             f"{cause}"
         ) from error
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0:
+        raise ValueError(f"tokenizer: expected a positive number as model_max_length, got {longest!r} in {name!r}")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # GPT-2's class is made without files, too
         raise ValueError(f"tokenizer: expected tokenizer files, got none in {name!r}; save the model's tokenizer there")
     return tokenizer

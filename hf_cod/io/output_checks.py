@@ -7,9 +7,12 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from hf_cod.io.display import one_line
 from hf_cod.io.output_manifest import JOURNAL, MANIFEST, RESULTS
+from hf_cod.io.settings import PLOT_FORMATS
 
 LOCK = "lock"  # in the journal
 REPORT = "report.json"  # in the directory of a finished run
@@ -18,6 +21,7 @@ _KEPT = re.compile(r"\.?[0-9a-f]{16}-\d{5}\.safetensors(\..*)?|\.?\w+\.jsonl(\..
 # Temporary files of hf_cod: a dot, the final name, a dot, and eight characters.
 _LEFT = re.compile(r"\.[\w-]+\.(json|jsonl|md|pdf|png|safetensors|svg)\.[a-z0-9_]{8}")
 _OF_MODELS = (".json", ".safetensors", ".jinja", ".txt", ".model", ".py")
+_OF_RESULTS = (".json", ".jsonl", ".md", ".safetensors", *(f".{name}" for name in PLOT_FORMATS))
 _HOUR = 3600.0
 
 
@@ -57,6 +61,41 @@ def check_unused(directory: Path) -> None:
             "output: expected a new directory, an empty one, or that of an interrupted run, got "
             f"{str(directory)!r}, {held}"
         )
+
+
+def check_names(directory: Path) -> None:
+    """Checks that no directory in a directory has the name of a file that a command may write there.
+
+    Raises:
+        ValueError: one has.
+    """
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if path.suffix in _OF_RESULTS and path.is_dir():
+            raise ValueError(f"output: expected files in {str(directory)!r}, got the directory {str(path)!r}")
+
+
+def check_reused(directory: Path, readers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Checks that a command may write its results next to its earlier ones.
+
+    Args:
+        directory: the output directory; it need not exist.
+        readers: name of a result -> function that reads it, and raises ValueError for a file of somebody else.
+
+    Raises:
+        ValueError: a file with the name of a result is not a result, or a directory has the name of a file.
+    """
+    if not directory.is_dir():
+        return
+    check_names(directory)
+    for path in sorted(directory.iterdir()):
+        if path.name in readers:
+            try:
+                readers[path.name](path)
+            except ValueError as error:
+                raise ValueError(
+                    f"output: expected a directory without {path.name}, or with that of an earlier run, got "
+                    f"{str(path)!r}: {one_line(error)}; move it, or name another --output"
+                ) from error
 
 
 def _is_ours(journal: Path) -> bool:

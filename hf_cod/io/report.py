@@ -17,7 +17,7 @@ import transformers
 
 from hf_cod._version import __version__
 from hf_cod.io.arguments import checked
-from hf_cod.io.files import write_json, write_text
+from hf_cod.io.files import check_file, write_json, write_text
 from hf_cod.io.markdown import escaped
 from hf_cod.io.reading import as_read, naming_file, read_json, take_format
 from hf_cod.io.schema import check_value, read_record
@@ -98,11 +98,13 @@ class RunReport:
             The new place of the earlier report; None if there was none, or it belongs to the same run.
 
         Raises:
-            ValueError: `directory` is a file.
+            ValueError: `directory` is a file, or has a directory with the name of a report.
         """
         directory = Path(directory)
         if directory.is_file():
             raise ValueError(f"output: expected a directory, got {str(directory)!r}, which is a file")
+        for name in ("report.json", "report.md"):
+            check_file("output", directory / name)
         if not (directory / "report.json").is_file():
             return None
         earlier = RunReport.load(directory)
@@ -142,11 +144,17 @@ class RunReport:
         return report
 
     def _check_read(self) -> None:
-        """Checks that each measure has one value per layer."""
+        """Checks that each measure has one value per layer, and the results that plots read."""
         for name, values in self.layers.items():
             check_value(values, list[float | None], f"layers[{name!r}]", {"nan": True})
             if len(values) != self.n_layers:
                 raise ValueError(f"layers[{name!r}]: expected {self.n_layers} values, got {len(values)}")
+        for name in ("curve", "validation"):
+            if self.results.get(name) is not None:
+                _check_pairs(self.results[name], f"results.{name}")
+        intervals = check_value(self.results.get("intervals") or {}, dict[str, Any], "results.intervals")
+        for name, pairs in intervals.items():
+            _check_pairs(pairs, f"results.intervals[{name!r}]")
 
     @checked
     def plot(self, directory: str | Path | None = None, plot_format: str = "png") -> Any:
@@ -179,6 +187,13 @@ class RunReport:
         parts += ["Settings: " + ", ".join(escaped(f"{k} = {v}") for k, v in self.settings.items()) + ".", ""]
         parts += ["Made with " + ", ".join(escaped(f"{k} {v}") for k, v in self.environment.items()) + ".", ""]
         return "\n".join(parts)
+
+
+def _check_pairs(pairs: Any, field: str) -> None:
+    """Checks a list of pairs of numbers, such as [step, loss]."""
+    for pair in check_value(pairs, list[list[float | None]], field, {"nan": True}):
+        if len(pair) != 2:
+            raise ValueError(f"{field}: expected pairs of numbers, got {len(pair)}")
 
 
 def _pictures_in(directory: Path) -> list[Path]:

@@ -47,14 +47,17 @@ def save_tensors(
     return write_aside(path, lambda file: [file.write(part) for part in parts])
 
 
-def is_whole(path: str | Path, known: set[str]) -> bool:
+def is_whole(path: str | Path, known: set[str], of: Mapping[str, str] | None = None) -> bool:
     """Whether a file of `save_tensors` is undamaged.
 
     Args:
         path: the file.
         known: keys of its metadata other than the checksum. A file with only these keys was written by an earlier
             version without checksum; for it, only the size is checked.
+        of: further metadata, which says what the file belongs to. A file with other values counts as damaged; one
+            without these keys was written by an earlier version.
     """
+    of = {} if of is None else of
     try:
         with Path(path).open("rb") as file:
             length = int.from_bytes(file.read(_PREFIX), "little")
@@ -64,7 +67,7 @@ def is_whole(path: str | Path, known: set[str]) -> bool:
             header = parse_json(file.read(length).decode(), "header")
             told = header[METADATA]
             expected = told.pop(DIGEST, None)
-            if set(told) != known:
+            if set(told) not in (known, known | set(of)) or any(told.get(key, of[key]) != of[key] for key in of):
                 return False
             if expected is None:
                 return size == max(

@@ -42,8 +42,8 @@ Note = None | list[str] | LayerNote
 class FinishedLayers:
     """The finished layers, with a note for each.
 
-    A file with a wrong checksum is removed with a warning, and its layer counts as unfinished. Files of earlier
-    versions have no checksum and are used unchecked.
+    A file with a wrong checksum, or of other work or another layer, is removed with a warning, and its layer counts as
+    unfinished. Files of earlier versions have neither and are used unchecked.
 
     Args:
         directory: directory of the files, or None to keep nothing on disk.
@@ -94,19 +94,23 @@ class FinishedLayers:
         path = self._path(index)
         if path is not None:
             tensors = {name: tensor.contiguous() for name, tensor in self._tensors_of(index).items()}
-            save_tensors(path, tensors, {_NOTE: json.dumps(note)}, checked=True)
+            save_tensors(path, tensors, {_NOTE: json.dumps(note), **self._identity(index)}, checked=True)
 
     def _find(self, index: int) -> bool:
         """Looks for the file of a layer; a damaged one is removed."""
         path = self._path(index)
         if path is None or not path.is_file():
             return False
-        if not is_whole(path, {_NOTE}):
+        if not is_whole(path, {_NOTE}, self._identity(index)):
             logger.warning("%s is damaged: layer %d is computed again", path, index)
             path.unlink()
             return False
         self._whole.add(index)
         return True
+
+    def _identity(self, index: int) -> dict[str, str]:
+        """What the metadata of a layer's file says, so that a renamed file is not taken for another one."""
+        return {"work": self._work, "layer": str(index)}
 
     def _path(self, index: int) -> Path | None:
         return None if self._directory is None else self._directory / f"{self._work}-{index:05d}.safetensors"

@@ -5,13 +5,17 @@ They restore each module and each parameter at the end of the block, also on an 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 _held: WeakKeyDictionary[nn.Module, threading.Thread] = WeakKeyDictionary()  # module -> the thread that uses it
 _holding = threading.Lock()
@@ -26,7 +30,19 @@ def one_thread(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: another thread is in such a block.
     """
-    mine, modules = threading.current_thread(), [*model.modules()]
+    taken = _take(model, threading.current_thread())
+    try:
+        yield
+    finally:
+        with _holding:
+            for module in (each() for each in taken):
+                if module is not None:
+                    _held.pop(module, None)
+
+
+def _take(model: nn.Module, mine: threading.Thread) -> list[ref[nn.Module]]:
+    """The modules that this thread did not hold before. Weak references, so that replaced modules are freed at once."""
+    modules = [*model.modules()]
     with _holding:
         others = [_held[m] for m in modules if _held.get(m, mine) is not mine]
         other = next((thread for thread in others if thread.is_alive()), None)
@@ -37,12 +53,23 @@ def one_thread(model: nn.Module) -> Iterator[None]:
             )
         new = [module for module in modules if _held.get(module) is not mine]
         _held.update(dict.fromkeys(new, mine))
-    try:
-        yield
-    finally:
-        with _holding:
-            for module in new:
-                _held.pop(module, None)
+    return [ref(module) for module in new]
+
+
+def for_one_thread(function: Decorated) -> Decorated:
+    """Decorator of a function whose first argument is the model that it changes: each call is such a block.
+
+    Put it above `checked`, which reads the annotations where the function is defined.
+    """
+    first = next(iter(inspect.signature(function).parameters))
+
+    @functools.wraps(function)
+    def alone(*arguments: Any, **options: Any) -> Any:
+        model = arguments[0] if arguments else options.get(first)
+        with one_thread(model) if isinstance(model, nn.Module) else nullcontext():
+            return function(*arguments, **options)
+
+    return cast(Decorated, alone)
 
 
 @contextmanager

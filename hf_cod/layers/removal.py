@@ -18,6 +18,7 @@ from torch import nn
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
+from hf_cod.layers.modes import for_one_thread, one_thread
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
 from hf_cod.models.own_config import own_config
 
@@ -56,18 +57,20 @@ def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
         layers_path: the stack's module name, if it cannot be found.
 
     Raises:
-        ValueError: a layer that does not exist, or no layer would be left.
+        ValueError: a layer that does not exist, no layer would be left, or another thread uses the model.
     """
     stack = find_decoder_layers(model, layers_path)
     changes = _Changes()
-    try:
-        _shrink(stack, _kept(stack, layers), changes)
-        yield
-    finally:
-        changes.undo()
+    with one_thread(model):
+        try:
+            _shrink(stack, _kept(stack, layers), changes)
+            yield
+        finally:
+            changes.undo()
 
 
 @renamed(path="layers_path")
+@for_one_thread
 @checked
 def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None = None) -> list[int]:
     """Removes `layers` from the model permanently; generate, save_pretrained and from_pretrained work on the result.
@@ -99,6 +102,7 @@ def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
 
 
 @renamed(path="layers_path")
+@for_one_thread
 def check_drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None = None) -> None:
     """Checks that `drop` can remove these layers; the model is not changed.
 

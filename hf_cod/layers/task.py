@@ -60,10 +60,15 @@ def targets(batch: Batch, task: str) -> Tensor:
     """The target token ids, aligned with the logits; IGNORED_LABEL at positions without a target.
 
     For a causal model position t predicts token t + 1, so the last position predicts nothing, and padding is ignored.
+
+    Raises:
+        ValueError: a batch of a causal model has neither labels nor token ids.
     """
     if task != "causal_lm" or "labels" in batch:
         labels = batch["labels"]
     else:
+        if "input_ids" not in batch:
+            raise ValueError(f"batches: expected input_ids or labels for a loss, got {', '.join(map(str, batch))}")
         labels = batch["input_ids"]
         if "attention_mask" in batch:
             labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_cod import LayerScores, LayerStatistics, RankPlan, factorize, pack_sparse, quantize
+from hf_cod import LayerScores, LayerStatistics, RankPlan, diagnose, factorize, pack_sparse, quantize
 from hf_cod.cli import main
 from hf_cod.io.files import write_json
 from tests.earlier_files.read import FILES
 from tests.reporting.reports import report
-from tests.tiny_models import build
+from tests.tiny_models import build, two_batches
 from tests.tiny_tokenizers import gpt_like
 
 QUICK = ["--sequence-length", "8", "--max-samples", "4", "--batch-size", "2"]
@@ -287,3 +287,42 @@ def test_damaged_configs(content, place, capsys):
     check_refused(["convert", "lns", "model", "out"], place, capsys, "config.json")
     report().save(place / "model")
     check_refused(["card", "model"], place, capsys, "config.json")
+
+
+# Path in the output directory -> contents of somebody else, None for a directory.
+FOREIGN = {
+    "journal.jsonl": "dear diary...\n2026 was long\n",
+    "report.json": '{"mine": 1}',
+    "report.json/": None,
+    "report.md/": None,
+    "journal.jsonl/": None,
+}
+OF_SCORE = {"scores.json": "[1, 2]", "statistics.safetensors": "mine", "scores.json/": None, "score.png/": None}
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [*(("diagnose", name) for name in FOREIGN), *(("score", name) for name in FOREIGN | OF_SCORE)]
+)
+def test_files_of_others_with_names_of_results_are_kept(command, name, place, capsys):
+    path, content = place / "out" / name, (FOREIGN | OF_SCORE)[name]
+    (place / "out").mkdir()
+    path.mkdir() if content is None else path.write_text(content)
+    arguments = [command, "model", "--text", "text.txt", "--output", "out", *QUICK]
+    check_refused(arguments, place, capsys, f"out/{name}".rstrip("/"))
+
+
+def test_a_foreign_journal_in_python_is_kept(place):
+    (place / "out").mkdir()
+    (place / "out" / "journal.jsonl").write_text("dear diary...\n")
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"journal: expected \[work, key, result\] in each line, got"):
+        diagnose(model, batches=two_batches(model), output=place / "out")
+    assert (place / "out" / "journal.jsonl").read_text() == "dear diary...\n"
+
+
+@pytest.mark.parametrize("value", ["x", True, -1, [8]])
+def test_a_wrong_length_in_a_tokenizer_config(value, place, capsys):
+    path = place / "model" / "tokenizer_config.json"
+    write_json(path, {**json.loads(path.read_text()), "model_max_length": value})
+    arguments = ["score", "model", "--text", "text.txt", "--output", "out", *QUICK]
+    check_refused(arguments, place, capsys, "model_max_length", repr(value))

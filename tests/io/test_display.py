@@ -2,11 +2,14 @@
 
 import logging
 import shutil
+import subprocess
+import sys
+import warnings
 
 import pytest
 
 from hf_cod.cli import main
-from hf_cod.io.display import one_line, terminal_text
+from hf_cod.io.display import one_line, shell_word, terminal_text
 from tests.reporting.reports import report
 
 # Name -> how a terminal shows it.
@@ -76,3 +79,28 @@ def test_warnings_that_a_command_gives_are_harmless(capsys, monkeypatch):
     monkeypatch.setattr("hf_cod.cli.commands.env.main", command)
     assert main(["env"]) == 0
     assert capsys.readouterr().err == "hf-cod env: warning: \\x1b[2J held a report\n"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "\x00" not in name and "\ud800" not in name])
+def test_a_shell_reads_a_quoted_name_as_it_was_and_a_terminal_obeys_nothing_in_it(name):
+    word = shell_word(name)
+    assert terminal_text(word) == word
+    command = f"LC_ALL=C.UTF-8; printf %s {word}"
+    assert subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout.decode() == name
+
+
+def test_warnings_of_other_libraries_are_one_harmless_line(capsys, monkeypatch):
+    def warn(_):
+        warnings.warn("Glyph 27 (\x1b[31m) is\nmissing", UserWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("hf_cod.cli.commands.compare.main", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", _print_warning)
+        assert main(["compare"]) == 0
+    assert capsys.readouterr().err == "Glyph 27 (\\x1b[31m) is missing\n"
+
+
+def _print_warning(message, category, *where):
+    print(message, file=sys.stderr)

@@ -72,3 +72,22 @@ def test_layers_stand_out_only_from_unequal_ones():
     assert standing_out([1.0, 5.0, 3.0], 2, least=True) == [0, 2]
     assert standing_out([4.0, 1.0, 1.0, 1.0], 2) == [0], "which second one would be arbitrary"
     assert standing_out([1.0] * 5, 3) == standing_out([0.70001, 0.70002, 0.7], 2) == []
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        {"intervals": "x"},
+        {"intervals": {"variance": "x"}},
+        {"intervals": {"variance": [["x", 1.0]]}},
+        {"intervals": {"variance": [[1.0]]}},
+        {"curve": [["x"]]},
+        {"curve": [[1, 2.0, 3.0]]},
+        {"validation": 7},
+    ],
+)
+def test_results_that_plots_read_are_checked(results, tmp_path):
+    path = RunReport("diagnose", "m", {}, {}, {"variance": [1.0]}, {}).save(tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "results": results}))
+    with pytest.raises(ValueError, match=rf"results\.{next(iter(results))}.*: expected"):
+        RunReport.load(tmp_path)

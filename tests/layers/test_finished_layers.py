@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_cod import collect_statistics, find_decoder_layers, plan_depth, prune
+from hf_cod import collect_statistics, find_decoder_layers, plan_depth, prune, quantize
 from hf_cod.io.files import Journal
 from hf_cod.io.tensors import is_whole, save_tensors
-from tests.tiny_models import build, two_batches
+from tests.tiny_models import build, outputs, two_batches
 
 
 def flipped(content, place):
@@ -64,6 +64,26 @@ def test_a_finished_layer_of_an_earlier_version_is_taken(pruned):
     model = build("llama")
     prune(model, 0.5, batches=two_batches(model), journal=journal)
     assert not (find_decoder_layers(model)[1].mlp.up_proj.weight == 7).any()
+
+
+@pytest.mark.parametrize("change", [prune, quantize])
+@pytest.mark.parametrize("source", ["another layer", "another work"])
+def test_a_file_of_another_layer_or_work_counts_as_damaged(change, source, tmp_path, caplog):
+    budgets = {prune: ({"plan": 0.5}, {"plan": 0.3}), quantize: ({"bits": 4}, {"bits": 3})}[change]
+    results = []
+    for name, budget in zip(("journal", "other"), budgets, strict=True):
+        model = build("llama", intermediate_size=64, hidden_size=64)
+        change(model, **budget, batches=two_batches(model), journal=tmp_path / name)
+        results.append(outputs(model))
+    mine = sorted((tmp_path / "journal").iterdir())
+    foreign = sorted((tmp_path / "other").iterdir())
+    content = (mine[2] if source == "another layer" else foreign[1]).read_bytes()
+    mine[1].write_bytes(content)
+    model = build("llama", intermediate_size=64, hidden_size=64)
+    with caplog.at_level(logging.WARNING):
+        change(model, **budgets[0], batches=two_batches(model), journal=tmp_path / "journal")
+    assert torch.equal(outputs(model), results[0])
+    assert [r.getMessage() for r in caplog.records] == [f"{mine[1]} is damaged: layer 1 is computed again"]
 
 
 def test_any_flipped_byte_of_a_small_file_is_seen(tmp_path):

@@ -260,3 +260,12 @@ def test_heal_and_its_windows():
 def test_perplexity_says_that_it_has_nothing_to_predict():
     with pytest.raises(ValueError, match="batches: expected at least one token to predict, got none"):
         perplexity(build("llama", layers=2), [{"input_ids": ids(2, 1)}])
+
+
+def test_embeddings_alone_where_a_loss_needs_token_ids():
+    model = build("llama")
+    batches = [{"inputs_embeds": torch.randn(2, 5, model.config.hidden_size)}]
+    with pytest.raises(ValueError, match=r"^batches: expected input_ids or labels for a loss, got inputs_embeds"):
+        perplexity(model, batches)
+    with pytest.raises(ValueError, match=r"^batches: expected input_ids or labels for a loss, got inputs_embeds"):
+        score_layers(model, method="fisher", batches=batches)

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_cod.analysis.evaluation.metrics import Metric
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.display import one_line
 from hf_cod.io.files import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
@@ -101,7 +102,7 @@ def _value(journal: Journal, metric: Metric, n_batches: int, layer: int) -> floa
     try:
         return metric.value(rows)
     except Exception as error:
-        raise ValueError(f"metric: {metric.name} failed {_where(layer)}: {error}") from error
+        raise ValueError(f"metric: {metric.name} failed {_where(layer)}: {one_line(error)}") from error
 
 
 def _where(layer: int) -> str:
@@ -112,5 +113,7 @@ def _record(journal: Journal, metric: Metric, number: int, layer: int, outputs: 
     try:
         rows = metric.rows(outputs, batch, intact)
     except Exception as error:
-        raise ValueError(f"metric: {metric.name} failed on batch {number} {_where(layer)}: {error}") from error
+        raise ValueError(
+            f"metric: {metric.name} failed on batch {number} {_where(layer)}: {one_line(error)}"
+        ) from error
     journal.add(_key(number, layer), rows)

@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     pictures, chosen = make_parser().parse(arguments)
     from hf_cod.cli.terminal import print_comparison
     from hf_cod.io.files import write_text
+    from hf_cod.io.output_checks import check_names
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
     from hf_cod.reporting.comparison import compare
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     comparison = compare([RunReport.load(run) for run in chosen.runs], chosen.labels)
     directory = Path(chosen.output)
     picture = f"compare.{pictures.plot_format}" if pictures.plots else None
-    with OutputDirectory(directory) as output:
+    with OutputDirectory(directory, check=check_names) as output:
         if picture is not None:
             comparison.plot(output.results, pictures.plot_format)
         write_text(output.results / "compare.md", comparison.to_markdown(picture))

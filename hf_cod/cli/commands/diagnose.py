@@ -53,12 +53,21 @@ def main(arguments: Sequence[str]) -> int:
     if output.plots:
         require_plots()
     path = output.output or default_directory("diagnose", rest.model)
-    with OutputDirectory(path, source=rest.model) as directory:
+    with OutputDirectory(path, source=rest.model, check=_check_reused) as directory:
         model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.diagnose in Python")
         name = model_title(rest.model)
         report, status = run(model, tokenizer, texts, settings, directory.path, name, loading, text)
         finish(report, directory, output)
     return status
+
+
+def _check_reused(directory: Path) -> None:
+    """Checks that files with the names of our results are ours."""
+    from hf_cod.io.files import check_journal
+    from hf_cod.io.output_checks import REPORT, check_reused
+    from hf_cod.io.report import RunReport
+
+    check_reused(directory, {REPORT: RunReport.load, "journal.jsonl": check_journal})
 
 
 def run(

@@ -29,13 +29,14 @@ def main(arguments: Sequence[str]) -> int:
     pictures, chosen = make_parser().parse(arguments)
     from hf_cod.analysis.monitoring.history import TrainingHistory
     from hf_cod.cli.terminal import print_report
+    from hf_cod.io.output_checks import check_names
     from hf_cod.io.output_directory import OutputDirectory
 
     history = TrainingHistory.load(chosen.run)
     assert history.path is not None
     report = history.report()
     directory = Path(chosen.output) if chosen.output else history.path.parent
-    with OutputDirectory(directory) as output:
+    with OutputDirectory(directory, check=check_names) as output:
         report.keep_earlier(directory)
         save_report(report, output, pictures)
         output.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
         require_plots()
     if output.statistics is not None:
         LayerStatistics.load(output.statistics)
-    with OutputDirectory(directory, source=rest.model) as place:
+    with OutputDirectory(directory, source=rest.model, check=_check_reused) as place:
         model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers")
         check_length(model, settings.sequence_length)
         batches = cut_into_batches(tokenizer, texts, settings)
@@ -172,6 +172,24 @@ def run(
     layers: dict[str, list[Any]] = {"score": scores.values, "parameters": scores.parameters}
     results = {"score_settings": scores.settings}
     return replace(report, layers=layers, results=results, summary=_summary(scores), notes=_notes(statistics))
+
+
+def _check_reused(directory: Path) -> None:
+    """Checks that files with the names of our results are ours."""
+    from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
+    from hf_cod.io.files import check_journal
+    from hf_cod.io.output_checks import REPORT, check_reused
+    from hf_cod.io.report import RunReport
+    from hf_cod.scoring.layer_scores import LayerScores
+
+    ours: dict[str, Callable[[Path], object]] = {
+        SCORES: LayerScores.load,
+        REPORT: RunReport.load,
+        "journal.jsonl": check_journal,
+    }
+    if not (directory / "journal.jsonl").is_file():  # it has the digest of our statistics: damaged ones are replaced
+        ours[STATISTICS] = LayerStatistics.load
+    check_reused(directory, ours)
 
 
 def _kept(file: Path, journal: Journal) -> LayerStatistics | None:

@@ -17,6 +17,7 @@ from hf_cod.io.files import Journal
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batch, Texts, Tokenizer
 from hf_cod.layers.batches import required_batches
+from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.size import ModelSize, size_of
 
 Steps = dict[str, float]
@@ -82,6 +83,7 @@ class Trials:
         return Trial(steps, loss, size)
 
 
+@for_one_thread
 @checked
 def apply_steps(
     model: nn.Module,

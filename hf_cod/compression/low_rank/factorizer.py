@@ -24,6 +24,7 @@ from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.size import count_parameters
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -40,6 +41,7 @@ _OF_ZEROS = (
 
 
 @renamed(path="layers_path", rank_share="factor_share")
+@for_one_thread
 @checked
 def factorize(
     model: nn.Module,

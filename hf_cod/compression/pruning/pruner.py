@@ -23,6 +23,7 @@ from hf_cod.layers.checks import check_sizes, check_writable, name_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.running import naming_weights
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
@@ -31,6 +32,7 @@ from hf_cod.scoring.allocation import LayerAllocation
 
 
 @renamed(path="layers_path")
+@for_one_thread
 @checked
 def prune(
     model: nn.Module,

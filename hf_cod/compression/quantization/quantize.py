@@ -25,6 +25,7 @@ from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
@@ -33,6 +34,7 @@ from hf_cod.models.own_config import own_config
 
 
 @renamed(path="layers_path")
+@for_one_thread
 @checked
 def quantize(
     model: PreTrainedModel,

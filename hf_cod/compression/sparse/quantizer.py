@@ -17,6 +17,7 @@ from hf_cod.compression.sparse.settings import PackFields, PackSettings
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
+from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.replacement_modules import ignore_signs, names_in, replace, signs
 from hf_cod.models.own_config import own_config
 from hf_cod.models.stored_config import mark_stored, unmark_stored
@@ -89,6 +90,7 @@ class SparseQuantizer(HfQuantizer):
 
 
 @renamed(minimum="min_sparsity")
+@for_one_thread
 @checked
 def pack_sparse(
     model: PreTrainedModel,

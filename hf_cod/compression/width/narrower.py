@@ -29,6 +29,7 @@ from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_sizes, check_writable
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -39,6 +40,7 @@ from hf_cod.scoring.allocation import LayerAllocation
 
 
 @renamed(path="layers_path", multiple="channel_multiple")
+@for_one_thread
 @checked
 def narrow(
     model: nn.Module,

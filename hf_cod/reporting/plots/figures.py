@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from hf_cod.io.files import write_aside
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import PLOT_FORMATS, check_choice
-from hf_cod.reporting.plots.names import literal
+from hf_cod.reporting.plots.names import fonts_silenced, literal
 from hf_cod.reporting.plots.panels import BY_STEP, OVERVIEW, PANELS, angular_distance, log_if_wide
 
 DPI = 150
@@ -27,6 +27,7 @@ class Picture(Figure):
         return _drawn(self, "png")
 
 
+@fonts_silenced()
 def plot_report(report: RunReport, directory: str | Path | None = None, plot_format: str = "png") -> Figure:
     """Plots a report; given a directory, saves one plot per panel there and, for several panels, an overview.
 
@@ -60,6 +61,7 @@ def plot_report(report: RunReport, directory: str | Path | None = None, plot_for
     return figure
 
 
+@fonts_silenced()
 def plot_comparison(
     reports: Sequence[RunReport], labels: Sequence[str], directory: str | Path | None = None, plot_format: str = "png"
 ) -> Figure:
@@ -139,6 +141,7 @@ def _shorten(name: str) -> str:
     return literal(name if len(name) <= 48 else "..." + name[-45:])
 
 
+@fonts_silenced()
 def _drawn(figure: Any, plot_format: str) -> bytes:
     picture = BytesIO()
     figure.savefig(picture, format=plot_format, dpi=DPI)

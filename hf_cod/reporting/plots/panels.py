@@ -140,7 +140,7 @@ def _sparsity(axes: Axes, report: RunReport) -> None:
     _bars(axes, _numbers(report.layers["sparsity"]), least=True)
     title = "Sparsity of each layer"
     if "method" in report.settings:
-        title += f" by {report.settings['method']}"
+        title += f" by {literal(str(report.settings['method']))}"
     if "sparsity" in report.results:
         axes.axhline(report.results["sparsity"], color="black", linestyle="--", linewidth=1)
         title += f" (dashed: {report.results['sparsity']:.1%} of all weights)"

@@ -23,7 +23,7 @@ from hf_cod.io.text import Batch, Batches, Texts, Tokenizer
 from hf_cod.layers.checks import check_length, pruned_matrices
 from hf_cod.layers.fingerprints import digest_batches
 from hf_cod.layers.finished_layers import fingerprint_of_work
-from hf_cod.layers.modes import checkpointing_restored, gradients_restored, modes_restored
+from hf_cod.layers.modes import checkpointing_restored, for_one_thread, gradients_restored, modes_restored
 from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.training.healing.healed import healing_report
@@ -40,6 +40,7 @@ from hf_cod.training.runs.training_settings import check_effects, for_samples
 
 
 @renamed(labels="label_weight", hidden="hidden_weight")
+@for_one_thread
 @checked
 def heal(
     student: nn.Module,

@@ -18,7 +18,7 @@ from hf_cod.layers.batches import check_needed, required_batches
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
-from hf_cod.layers.modes import gradients_restored, modes_restored
+from hf_cod.layers.modes import for_one_thread, gradients_restored, modes_restored
 from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
@@ -31,6 +31,7 @@ with advice_silenced():  # of bitsandbytes, which is imported with PEFT
 
 
 @renamed(path="layers_path")
+@for_one_thread
 @checked
 def recover(
     model: nn.Module,

@@ -10,7 +10,7 @@ from hf_cod.analysis.diagnostics.layer_drop import measure_layer_drop
 from hf_cod.analysis.evaluation.choice import find_metric, perplexity
 from hf_cod.io.files import Journal
 from tests import references
-from tests.tiny_models import CAUSAL, FAMILIES, batch_for, build
+from tests.tiny_models import CAUSAL, FAMILIES, batch_for, build, two_batches
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
@@ -177,3 +177,12 @@ def test_a_metric_that_fails_at_the_end_is_told():
     metric.value = lambda rows: 1 / 0
     with pytest.raises(ValueError, match="metric: fragile failed with the intact model: division by zero"):
         measure_layer_drop(build("llama"), [batch_for(build("llama"))], metric)
+
+
+def test_an_error_without_text_is_named_by_its_type():
+    def silent(outputs, batch):
+        raise AttributeError
+
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"failed on batch 0 with the intact model: AttributeError$"):
+        measure_layer_drop(model, two_batches(model), find_metric(silent, "causal_lm"))

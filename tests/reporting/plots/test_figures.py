@@ -1,5 +1,6 @@
 """Which pictures a report has, and how several reports share one."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ from matplotlib.cbook import is_math_text
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
+from hf_cod.io.display import terminal_text
 from hf_cod.reporting.plots import plot_comparison, plot_report
 from hf_cod.reporting.plots.colours import INK
 from hf_cod.reporting.plots.panels import PANELS
@@ -56,3 +58,13 @@ def test_a_dollar_in_a_name_is_no_formula():
     named = [text.get_text() for figure in figures for text in figure.findobj(Text) if "b" in text.get_text()]
     assert sum(r"a\$b\$c" in text.lower() for text in named) >= 6
     assert not [text for text in named if is_math_text(text)]
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31mb", "\u202egnp", "模型", "\N{GRINNING FACE}", "مرحبا", "two\nlines"])
+def test_names_that_the_font_lacks_give_no_warning_and_control_characters_are_visible(name, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plot_report(report(model=name), tmp_path)
+        figure._repr_png_()
+        plot_comparison([report(), report(model=name)], ["a", name], tmp_path)
+    assert figure.get_suptitle().startswith(terminal_text(name))
