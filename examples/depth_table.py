@@ -22,7 +22,8 @@ from table_healing import Healing, add_healing, describe_healing
 from hf_cod import drop_layers, perplexity, plan_depth
 from hf_cod.compression.depth.criteria import CRITERIA
 from hf_cod.compression.depth.settings import REPLACEMENTS
-from hf_cod.io.files import Journal, fingerprint, write_json, write_text
+from hf_cod.io.files import fingerprint, write_json, write_text
+from hf_cod.io.journal import Journal
 from hf_cod.io.models import ModelSettings, load_model
 from hf_cod.io.text import Batch
 

@@ -18,7 +18,8 @@ from owl_table import cut_samples, table_parser
 from hf_cod import FitPlan, apply_steps, perplexity, plan_fit
 from hf_cod.compression.fit.knobs import Applying, describe_steps
 from hf_cod.compression.fit.settings import KINDS
-from hf_cod.io.files import Journal, fingerprint, write_json, write_text
+from hf_cod.io.files import fingerprint, write_json, write_text
+from hf_cod.io.journal import Journal
 from hf_cod.io.models import ModelSettings, load_model
 from hf_cod.layers.size import size_of
 

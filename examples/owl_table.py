@@ -22,7 +22,8 @@ import torch
 
 from hf_cod import LayerScores, allocate, collect_statistics, find_decoder_layers, perplexity, prune, score_layers
 from hf_cod.compression.pruning.methods import METHODS
-from hf_cod.io.files import Journal, fingerprint, write_json, write_text
+from hf_cod.io.files import fingerprint, write_json, write_text
+from hf_cod.io.journal import Journal
 from hf_cod.io.models import ModelSettings, load_model
 from hf_cod.io.text import Batch, SampleSettings, TextSettings, load_texts, split_samples, token_batches
 from hf_cod.scoring.methods import SPREADS  # those of auto: each score is tried with the same ones

@@ -29,7 +29,8 @@ from hf_cod import (
     quantize,
     score_layers,
 )
-from hf_cod.io.files import Journal, fingerprint, write_json, write_text
+from hf_cod.io.files import fingerprint, write_json, write_text
+from hf_cod.io.journal import Journal
 from hf_cod.io.models import ModelSettings, load_model
 from hf_cod.io.text import SampleSettings, TextSettings, load_texts, token_batches
 from hf_cod.layers.replacement_modules import replace as replace_module

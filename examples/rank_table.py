@@ -22,7 +22,8 @@ from table_healing import Healing, add_healing, describe_healing
 from hf_cod import LayerAllocation, LayerScores, RankPlan, allocate, factorize, perplexity, plan_ranks, score_layers
 from hf_cod.compression.low_rank.factorizer import METHODS
 from hf_cod.compression.low_rank.settings import WEIGHINGS
-from hf_cod.io.files import Journal, fingerprint, write_json, write_text
+from hf_cod.io.files import fingerprint, write_json, write_text
+from hf_cod.io.journal import Journal
 from hf_cod.io.models import ModelSettings, load_model
 
 THRESHOLDS = (5.0, 10.0)

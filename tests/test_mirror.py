@@ -30,6 +30,7 @@ TESTED_BY = {
     "cli/commands/test_quantize.py": "cli/explained.py",
     "cli/test_compression.py": "cli/closing.py cli/settings.py cli/step.py cli/work.py",
     "cli/test_parser.py": "cli/completion.py cli/field_options.py cli/option_names.py",
+    "io/test_files.py": "io/journal.py",
     "io/test_text.py": "io/rows.py",
     "cli/test_terminal.py": "cli/messages.py",
     "compression/depth/test_criteria.py": (

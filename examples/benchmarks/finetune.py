@@ -32,7 +32,8 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from hf_cod import LayerScores, score_layers
-from hf_cod.io.files import Journal, fingerprint, write_json, write_text
+from hf_cod.io.files import fingerprint, write_json, write_text
+from hf_cod.io.journal import Journal
 from hf_cod.io.models import best_device
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import to_device

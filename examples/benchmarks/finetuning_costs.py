@@ -14,7 +14,7 @@ from allocator import peak_added
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from hf_cod.io.files import Journal
+from hf_cod.io.journal import Journal
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.estimate import estimate_memory, fill_adapters, take_worst_draw
 from hf_cod.training.runs.memory import PARTS, Memory, train_steps

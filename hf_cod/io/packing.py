@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from hf_cod.io.files import Journal, fingerprint, write_aside
+from hf_cod.io.files import fingerprint, write_aside
+from hf_cod.io.journal import Journal
 from hf_cod.io.reading import open_tensors
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_cod.io.files import Journal, fingerprint
+from hf_cod.io.files import fingerprint
+from hf_cod.io.journal import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.stack import unwrap
 from hf_cod.layers.stock_four_bit import unpacked

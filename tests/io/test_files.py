@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from hf_cod.io import files
-from hf_cod.io.files import Journal, JsonFile, fingerprint, looks_local
+from hf_cod.io.files import JsonFile, fingerprint, looks_local
+from hf_cod.io.journal import Journal
 
 
 @dataclass(frozen=True)

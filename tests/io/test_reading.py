@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from hf_cod import LayerScores, LayerStatistics, RunReport, TrainingHistory
-from hf_cod.io.files import Journal
+from hf_cod.io.journal import Journal
 from hf_cod.training.runs.run_directory import claim
 from tests.io.mutations import HOSTILE, RECORDS, Raw, content_of, forbidden, mutated, places_of, put, text_of
 from tests.reporting.reports import report

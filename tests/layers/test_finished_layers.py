@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_cod import collect_statistics, find_decoder_layers, plan_depth, prune, quantize
-from hf_cod.io.files import Journal
+from hf_cod.io.journal import Journal
 from hf_cod.io.tensors import is_whole, save_tensors
 from tests.tiny_models import build, outputs, two_batches
 

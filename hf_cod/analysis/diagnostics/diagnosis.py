@@ -18,7 +18,7 @@ from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, METRICS, Diagn
 from hf_cod.analysis.evaluation.choice import find_metric
 from hf_cod.functional import depth
 from hf_cod.io.arguments import checked
-from hf_cod.io.files import Journal
+from hf_cod.io.journal import Journal
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, BatchStream, Texts, Tokenizer, describe_batches

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_cod.analysis.evaluation.metrics import Metric
 from hf_cod.functional.depth import bootstrap_interval
-from hf_cod.io.files import Journal
+from hf_cod.io.journal import Journal
 
 CONFIDENCE = 0.95
 # With fewer samples the coverage of a percentile bootstrap is clearly below its confidence level.

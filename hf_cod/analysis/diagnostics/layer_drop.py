@@ -11,7 +11,7 @@ from torch import nn
 from hf_cod.analysis.evaluation.metrics import Metric
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.display import one_line
-from hf_cod.io.files import Journal
+from hf_cod.io.journal import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _check_reused(directory: Path) -> None:
     """Checks that files with the names of our results are ours."""
-    from hf_cod.io.files import check_journal
+    from hf_cod.io.journal import check_journal
     from hf_cod.io.output_checks import REPORT, check_reused
     from hf_cod.io.report import RunReport
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
-    from hf_cod.io.files import Journal
+    from hf_cod.io.journal import Journal
     from hf_cod.io.report import RunReport
     from hf_cod.scoring.layer_scores import LayerScores
 
@@ -177,7 +177,7 @@ def run(
 def _check_reused(directory: Path) -> None:
     """Checks that files with the names of our results are ours."""
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
-    from hf_cod.io.files import check_journal
+    from hf_cod.io.journal import check_journal
     from hf_cod.io.output_checks import REPORT, check_reused
     from hf_cod.io.report import RunReport
     from hf_cod.scoring.layer_scores import LayerScores

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hf_cod.analysis.evaluation.metrics import Metric, as_loss
-from hf_cod.io.files import Journal
+from hf_cod.io.journal import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.partial_forward import check_independent, layer_states, run_layer, running_only

@@ -13,7 +13,7 @@ from torch import nn
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.compression.fit.knobs import KNOBS, Applying, ApplyingFields
 from hf_cod.io.arguments import checked
-from hf_cod.io.files import Journal
+from hf_cod.io.journal import Journal
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batch, Texts, Tokenizer
 from hf_cod.layers.batches import required_batches

@@ -178,12 +178,7 @@ def train(
             optimizer_cls_and_kwargs=optimizer,
             callbacks=[memory := MemoryCallback(beside), *callbacks, *([interrupt] if lasting else [])],
         )
-        if trainer.args.disable_tqdm:
-            trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(LogLines())
-        else:
-            trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(TrainingBar())
+        _show_progress(trainer)
         try:
             _check_alone(trainer.args)
             if last_steps(directory):
@@ -203,6 +198,16 @@ def train(
     made = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     trained = _steps_of_layers(made, settings.total_steps) if isinstance(made, OwLoreAdamW) else None
     return Training(curve, seconds, memory.bytes_used(), trained)
+
+
+def _show_progress(trainer: Any) -> None:
+    """Our bar, or a line for each record if bars are off, in place of Trainer's."""
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLines())
+    else:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(TrainingBar())
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoModel
 from hf_cod import find_decoder_layers, skip
 from hf_cod.analysis.diagnostics.layer_drop import measure_layer_drop
 from hf_cod.analysis.evaluation.choice import find_metric, perplexity
-from hf_cod.io.files import Journal
+from hf_cod.io.journal import Journal
 from tests import references
 from tests.tiny_models import CAUSAL, FAMILIES, batch_for, build, two_batches
 

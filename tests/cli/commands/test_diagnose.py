@@ -34,7 +34,7 @@ def test_a_killed_run_goes_on_where_it_stopped(checkpoint):
     """A process that dies in the middle of the sweep, and a second one with the same command."""
     code = (
         "import sys, os\n"
-        "from hf_cod.io.files import Journal\n"
+        "from hf_cod.io.journal import Journal\n"
         "add, count = Journal.add, [0]\n"
         "def dies(self, key, value):\n"
         "    add(self, key, value)\n"

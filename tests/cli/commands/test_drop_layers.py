@@ -89,7 +89,7 @@ def test_a_model_of_ours_says_how_it_loads(checkpoint, capsys):
 def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
     code = (
         "import sys, os\n"
-        "from hf_cod.io.files import Journal\n"
+        "from hf_cod.io.journal import Journal\n"
         "add, count = Journal.add, [0]\n"
         "def dies(self, key, value):\n"
         "    add(self, key, value)\n"

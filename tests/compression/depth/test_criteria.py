@@ -11,7 +11,7 @@ from hf_cod.compression.depth.criteria import CRITERIA
 from hf_cod.compression.depth.maps import Maps
 from hf_cod.compression.depth.protection import JUMP
 from hf_cod.compression.depth.removal_probe import RemovalProbe
-from hf_cod.io.files import Journal
+from hf_cod.io.journal import Journal
 from tests import references
 from tests.compression.depth.references import best_removal, loss_without
 from tests.tiny_models import CAUSAL, batch_for, build

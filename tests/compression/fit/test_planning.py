@@ -19,7 +19,7 @@ from hf_cod import FitPlan, RunReport, apply_steps, drop, perplexity, plan_fit
 from hf_cod.cli.commands.fit import print_plan
 from hf_cod.cli.main import main
 from hf_cod.compression.fit.knobs import KNOBS, Applying
-from hf_cod.io.files import Journal
+from hf_cod.io.journal import Journal
 from hf_cod.io.models import embedded_model, load_model
 from hf_cod.io.text import SampleSettings, embedded_text, split_samples, token_batches
 from hf_cod.layers.size import size_of
