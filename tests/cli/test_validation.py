@@ -236,8 +236,7 @@ def test_bad_values(no_model, capsys, command, option, name, value):
     assert main([command, *positional, *more, f"{option}={value}"]) == 2
     shown = capsys.readouterr().err
     (line,) = [line for line in shown.splitlines() if "error: " in line]
-    field = {"plan": "depth_plan"}.get(name, name)  # what its file is called
-    assert line.startswith(f"hf-cod {command}: error: {field}: expected ") and ", got " in line
+    assert line.startswith(f"hf-cod {command}: error: {name}: expected ") and ", got " in line
 
 
 @pytest.mark.parametrize("command", TOGETHER)

@@ -41,8 +41,8 @@ OPTIONS = {
 }
 # These work without batches by default.
 OPTIONAL = {"quantize"}
-# These have a seed of their own; the keyword sets both.
-SEEDED = {"recover", "score_layers"}
+# These have a seed of their own, also for batches; the keyword sets both.
+SEEDED = {"recover"}
 
 
 def model_for(function):

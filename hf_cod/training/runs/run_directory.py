@@ -33,7 +33,9 @@ def last_steps(directory: str | Path) -> list[tuple[int, Path]]:
     return sorted(((int(step), path) for step, path in named if step.isdecimal() and path.is_dir()), reverse=True)
 
 
-def last_checkpoint(directory: str | Path, marker: str, check: Callable[[Path, int], object]) -> Path | None:
+def last_checkpoint(
+    directory: str | Path, marker: str, check: Callable[[Path, int], object] = lambda path, step: None
+) -> Path | None:
     """The newest complete checkpoint, to resume from; logs a warning for each newer damaged one.
 
     Args:

@@ -126,10 +126,10 @@ def test_report_holds_every_measure_and_draws_heat_maps(tmp_path):
     assert RunReport.load(tmp_path).results == report.results
 
 
-def test_columns_of_a_heat_map_end_half_way_between_steps(tmp_path):
+def test_columns_of_a_heat_map_end_half_way_between_steps_and_at_the_outer_ones(tmp_path):
     figure = history_at(tmp_path / "h.jsonl", steps=(10, 20, 40)).report().plot()
     mesh = figure.axes[1].collections[0]
-    assert mesh.get_coordinates()[0, :, 0].tolist() == [5, 15, 30, 50]
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [10, 15, 30, 40]
     single = history_at(tmp_path / "s.jsonl", steps=(7,)).report().plot()
     assert single.axes[1].collections[0].get_coordinates()[0, :, 0].tolist() == [6.5, 7.5]
 
