@@ -17,7 +17,7 @@ from wrapt import register_post_import_hook
 
 from hf_cod.cli.messages import warnings_shown
 from hf_cod.io.arguments import did_you_mean
-from hf_cod.io.display import one_line
+from hf_cod.io.display import first_line, one_line
 
 # Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
 COMMANDS = {
@@ -107,7 +107,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         # Of a failure in the work the first line: what follows are torch's own traces.
-        said = one_line(error if status == 2 else (str(error).strip() or type(error).__name__).splitlines()[0])
+        said = one_line(error) if status == 2 else first_line(error)
         print(f"hf-cod {name}: error: {said}", file=sys.stderr)
         return status
 

@@ -49,6 +49,11 @@ def _in_shell(found: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error, for libraries whose errors end in traces; its type if it has no text."""
+    return terminal_text((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
 def _shown(found: re.Match[str]) -> str:
     return ascii(found[0])[1:-1]
 

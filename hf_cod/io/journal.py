@@ -31,16 +31,12 @@ class Journal:
         self.work = work
         self.entries: dict[str, Any] = {}
         if self.path is not None:
-            check_journal(self.path)
-            if self.path.exists():
-                self._read(self.path)
+            self._read(self.path)
 
     def _read(self, path: Path) -> None:
-        whole = []
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        whole, lines = [], check_journal(path)
         for number, line in enumerate(lines):
-            with naming_file(path):
-                record = _record_of(line)
+            record = _record_of(line)
             if record is None:
                 if number < len(lines) - 1:  # else the empty tail, or a line that the interruption cut
                     logger.warning("%s has a damaged line: its result is computed again", path)
@@ -49,7 +45,7 @@ class Journal:
             work, key, value = record
             if work == self.work:
                 self.entries[key] = value
-        if [*whole, ""] != lines:
+        if lines and [*whole, ""] != lines:
             write_text(path, "".join(f"{line}\n" for line in whole))
 
     def __contains__(self, key: str) -> bool:
@@ -80,21 +76,22 @@ class Journal:
             append_line(self.path, f'{record[:-1]}, "{checksum(record)}"]')
 
 
-def check_journal(path: Path) -> None:
-    """Checks that a path is a journal, also a damaged one, or does not exist; the file of somebody else is kept.
+def check_journal(path: Path) -> list[str]:
+    """The lines of a journal, also a damaged one; none if it does not exist. Files of other origin are refused.
 
     Raises:
         ValueError: it is a directory, or a file in which no line has the form of a result.
     """
     check_file("journal", path)
     if not path.is_file():
-        return
+        return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if any(lines) and not any(line.startswith('["') or line.endswith('"]') or line == "[" for line in lines):
         raise ValueError(
             f"journal: expected [work, key, result] in each line, got {str(path)!r}, in which no line has this form; "
             "move it, or name another directory"
         )
+    return lines
 
 
 def _record_of(line: str) -> tuple[str, str, Any] | None:
@@ -103,8 +100,6 @@ def _record_of(line: str) -> tuple[str, str, Any] | None:
         record = parse_json(line, "journal", nan=True)
     except ValueError:
         return None
-    if isinstance(record, dict):  # not a journal of ours: refused, so that a foreign file is not rewritten
-        raise ValueError(f"journal: expected [work, key, result] in each line, got {brief(record)}")
     if not isinstance(record, list) or not all(isinstance(entry, str) for entry in record[:2]):
         return None
     if len(record) == 4:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hf_cod.io.bitsandbytes_advice import advice_silenced
+from hf_cod.io.display import first_line
 from hf_cod.io.model_config import building
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def read(model_class: Any, source: Any, **options: Any) -> tuple[Any, Mapping[st
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         if "above report" in first:  # which is not shown at the default verbosity
             first = "they cannot be converted; TRANSFORMERS_VERBOSITY=warning lists them"
         raise ValueError(f"model: expected weights of {model_class.__name__}, got others: {first}") from error

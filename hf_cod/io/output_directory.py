@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from hf_cod.io.directory_lock import DirectoryLock
+from hf_cod.io.display import first_line
 from hf_cod.io.output_checks import LOCK, REPORT, check_place, check_space, leftovers, make_writable, remove_empty
 from hf_cod.io.output_manifest import JOURNAL, RESULTS, Manifest, remove
 from hf_cod.io.reading import as_read
@@ -115,7 +116,7 @@ class OutputDirectory:
         self.completed = self._run is not None
 
     def _remove_stale_journal(self) -> None:
-        """Removes what is left of a journal if its run was killed after all results were in their final places.
+        """Removes the empty journal of a run that was killed after all results were in their final places.
 
         The directory is then that of a finished run, which a command may refuse before it acquires the lock.
         """
@@ -244,7 +245,7 @@ class OutputDirectory:
 def _of_writing(error: BaseException | None) -> str | None:
     """The message of a failed write, also if it is the cause of another error; None for other errors."""
     while error is not None:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = first_line(error)
         if (isinstance(error, OSError) and error.errno in _WRITING) or any(text in str(error) for text in _TOLD):
             return said
         error = error.__cause__ or error.__context__

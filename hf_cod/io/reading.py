@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_cod.io.display import one_line
+from hf_cod.io.display import first_line, one_line
 from hf_cod.io.schema import brief
 
 # Far larger than any file that hf_cod writes; reading a larger file would only fill the memory.
@@ -127,7 +127,7 @@ def read_yaml(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
         try:
             return yaml.load(text, Loader)
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-01
-            raise ValueError(f"{field}: expected YAML, got {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{field}: expected YAML, got {first_line(error)}") from error
 
 
 def _depth(value: Any) -> int:
@@ -200,7 +200,7 @@ def read_state(path: str | Path, field: str) -> Any:
         with safe_globals():
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged archive, or a pickle that would run code, may raise anything
-        raise ValueError(f"{field}: expected a torch state file, got {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{field}: expected a torch state file, got {first_line(error)}") from error
 
 
 def read_text(path: str | Path, field: str, most: int = MOST_BYTES, errors: str = "strict") -> str:

@@ -59,23 +59,15 @@ def batches_of(
     return [*(mask_tokens(tokenizer, cut, settings.seed) if masked else cut)]
 
 
-def required_batches(
-    model: nn.Module,
-    batches: Given | None,
-    tokenizer: Any,
-    texts: Any,
-    samples: SampleSettings | None,
-    given: Mapping[str, Any],
-) -> Given | list[Batch]:
-    """The same, for functions that require batches.
+def required(batches: Given | None) -> Given:
+    """The batches, for functions that require them.
 
     Raises:
-        ValueError: neither batches nor texts; see also `batches_of`.
+        ValueError: there are none.
     """
-    found = batches_of(model, batches, tokenizer, texts, samples, given)
-    if found is None:
+    if batches is None:
         raise ValueError(f"batches: {EITHER}, got neither")
-    return found
+    return batches
 
 
 def check_needed(batches: Iterable[Batch] | None, purpose: str) -> None:

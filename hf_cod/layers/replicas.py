@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_cod.io.display import first_line
+
 # Seconds that a process waits for the others at the same line of code. torch's own limits are 10 minutes (NCCL) and 30
 # (gloo); if a process raises before that line, or does not reach it, the others shall end within a minute.
 # Processes exchange values over torch's rendezvous store and not by a collective: the store has a limit per call, does
@@ -62,7 +64,7 @@ def together(what: str, limit: float | None = None) -> Iterator[dict[str, Any]]:
         yield values
     except Exception as error:
         failure = error
-    message = None if failure is None else _line(failure)
+    message = None if failure is None else first_line(failure)
     found = _exchange({"what": what, "failure": message, "values": {} if message else values}, limit or LIMIT)
     if failure is not None:
         raise failure
@@ -220,10 +222,6 @@ def _compare_values(first: Mapping[str, Any], other: Mapping[str, Any], rank: in
             )
 
 
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -245,7 +243,7 @@ def _finish(work: Any) -> None:
     try:
         work.wait()
     except RuntimeError as error:
-        raise RuntimeError(f"processes: expected all to continue, got one that ended ({_line(error)})") from error
+        raise RuntimeError(f"processes: expected all to continue, got one that ended ({first_line(error)})") from error
 
 
 def _on_wire(flat: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from hf_cod.io.journal import Journal
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, BatchStream, Texts, Tokenizer, describe_batches
-from hf_cod.layers.batches import required_batches
+from hf_cod.layers.batches import batches_of, required
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.fingerprints import Journals
@@ -139,12 +139,12 @@ def _prepared(
 ) -> list[Batch]:
     """The batches to measure on, after checks."""
     if texts is None:
-        return _checked_batches(required_batches(model, batches, tokenizer, texts, None, {}))
+        return _checked_batches(required(batches_of(model, batches, tokenizer, texts, None, {})))
     config: Any = getattr(unwrap(model), "config", None)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and chosen.sequence_length > longest:
         raise ValueError(f"sequence_length: expected at most the model's {longest}, got {chosen.sequence_length}")
-    return [*required_batches(model, batches, tokenizer, texts, chosen, {})]
+    return [*required(batches_of(model, batches, tokenizer, texts, chosen, {}))]
 
 
 def _checked_batches(batches: Iterable[Any]) -> list[Batch]:

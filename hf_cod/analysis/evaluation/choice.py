@@ -21,7 +21,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import SampleFields, SampleSettings
 from hf_cod.io.text import Batch, Batches, Texts, Tokenizer
-from hf_cod.layers.batches import required_batches
+from hf_cod.layers.batches import batches_of, required
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import evaluation_mode
@@ -107,7 +107,7 @@ def perplexity(
     Raises:
         ValueError: the model is not a language model, or it requires labels and the batches have none.
     """
-    batches = required_batches(model, batches, tokenizer, texts, samples, fields)
+    batches = required(batches_of(model, batches, tokenizer, texts, samples, fields))
     base, device = unwrap(model), execution_device(model)
     metric = find_metric("perplexity", task_of(model, batches))
     check_inputs(base, batches)

@@ -23,7 +23,7 @@ from hf_cod.io.schema import brief, is_path
 from hf_cod.io.settings import SampleFields, SampleSettings
 from hf_cod.io.tensors import save_tensors
 from hf_cod.io.text import BatchStream, Texts, Tokenizer
-from hf_cod.layers.batches import required_batches
+from hf_cod.layers.batches import batches_of, required
 from hf_cod.layers.checks import name_of, warn_of_other_name
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import InputCheck
@@ -178,7 +178,7 @@ def collect_statistics(
             shared by two layers, a mixture of experts that cannot be observed.
     """
     stack = find_decoder_layers(model, layers_path)
-    batches = required_batches(model, batches, tokenizer, texts, samples, fields)
+    batches = required(batches_of(model, batches, tokenizer, texts, samples, fields))
     recorder, checked = StatisticsRecorder(stack), InputCheck(stack.model)
     trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
     device = execution_device(stack.model)

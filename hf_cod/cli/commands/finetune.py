@@ -13,6 +13,7 @@ from hf_cod.cli.commands.finetune_memory import EstimateSettings, estimate, prin
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import TrainingOutput
 from hf_cod.cli.sizes import in_gigabytes
+from hf_cod.io.display import first_line
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.training_settings import TrainingSettings, for_samples
@@ -153,8 +154,7 @@ def _expected(
     try:
         return estimate(model.config, settings.method, settings, sampling, loading.trust_remote_code)
     except Exception as error:
-        told = str(error).strip() or type(error).__name__
-        logger.warning("memory is not estimated: %s", told.splitlines()[0])
+        logger.warning("memory is not estimated: %s", first_line(error))
         return None
 
 

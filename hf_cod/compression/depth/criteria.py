@@ -24,7 +24,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, describe_batches, split_samples
-from hf_cod.layers.batches import required_batches
+from hf_cod.layers.batches import batches_of, required
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.inputs import check_inputs
@@ -102,7 +102,7 @@ def plan_depth(
     stack = find_decoder_layers(model, layers_path)
     check_count(n_removed, len(stack), "n_removed")
     check_independent(stack, "layers")
-    batches = required_batches(model, batches, tokenizer, texts, samples, fields)
+    batches = required(batches_of(model, batches, tokenizer, texts, samples, fields))
     check_inputs(stack.model, batches)
     forward = measure_forward(model, batches, layers_path=layers_path, show_progress=show_progress)
     protected = _protected(stack, how.protect, forward)

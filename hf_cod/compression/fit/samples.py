@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_cod.io.settings import SampleSettings
 from hf_cod.io.text import Batch, check_batches, describe_batches, split_samples
-from hf_cod.layers.batches import EITHER, SAMPLE_FIELDS, check_either, required_batches
+from hf_cod.layers.batches import EITHER, SAMPLE_FIELDS, batches_of, check_either, required
 from hf_cod.layers.inputs import check_inputs
 
 
@@ -46,15 +46,15 @@ def calibration_and_tuning(
     `tuning_samples` samples are cut from the texts in addition to `max_samples`; the later ones are those for tuning.
 
     Raises:
-        ValueError: too little text, or batches on which the model cannot run; see also `required_batches`.
+        ValueError: too little text, or batches on which the model cannot run; see also `batches_of`.
     """
     if calibration is None or tuning is None:
         cut = replace(samples or SampleSettings(), **{n: v for n, v in given.items() if n in SAMPLE_FIELDS})
         both = replace(cut, max_samples=cut.max_samples + tuning_samples)
-        batches = required_batches(model, None, tokenizer, texts, both, {})
+        batches = required(batches_of(model, None, tokenizer, texts, both, {}))
         calibration, tuning = split_off(batches, tuning_samples / both.max_samples)
     else:
-        required_batches(model, calibration, tokenizer, texts, samples, given)  # checks the other arguments
+        required(batches_of(model, calibration, tokenizer, texts, samples, given))  # checks the other arguments
     for name, found in (("calibration", calibration), ("tuning", tuning)):
         check_inputs(model, found, name)
     return calibration, tuning

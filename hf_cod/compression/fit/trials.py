@@ -16,7 +16,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.journal import Journal
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batch, Texts, Tokenizer
-from hf_cod.layers.batches import required_batches
+from hf_cod.layers.batches import batches_of, required
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.size import ModelSize, size_of
 
@@ -112,7 +112,7 @@ def apply_steps(
         ValueError: an unknown knob, or an error of a method.
     """
     given = fields.get("batches", None if how is None else how.batches)
-    batches = required_batches(model, given, tokenizer, texts, samples, fields)
+    batches = required(batches_of(model, given, tokenizer, texts, samples, fields))
     chosen = resolve(apply_steps, Applying, how, fields, batches=batches)
     for knob, level in steps.items():
         if knob not in KNOBS:

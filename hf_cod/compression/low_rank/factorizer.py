@@ -99,8 +99,8 @@ def factorize(
         show_progress: show a progress bar.
         settings: how matrices are factorized.
         **fields: or fields of `FactorizeSettings` by name: `factor_share`, for oats, the part of the kept weights that
-            is in the thin factors, between 0 and 1; for texts, also fields of
-            `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
+            is in the thin factors, between 0 and 1; for texts, also fields of `SampleSettings`: sequence_length,
+            max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: an unknown method, a plan for another model or out of range (says the least possible), missing

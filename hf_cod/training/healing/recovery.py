@@ -14,7 +14,7 @@ from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import IGNORED_LABEL, Batches, Texts, Tokenizer
-from hf_cod.layers.batches import check_needed, required_batches
+from hf_cod.layers.batches import batches_of, check_needed, required
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
@@ -78,7 +78,7 @@ def recover(
     """
     how = resolve(recover, RecoverySettings, settings, fields, steps=steps)
     stack = find_decoder_layers(model, layers_path)
-    batches = required_batches(model, batches, tokenizer, texts, samples, fields)
+    batches = required(batches_of(model, batches, tokenizer, texts, samples, fields))
     check_needed(batches, "to recover on")
     check_inputs(stack.model, batches)
     task = task_of(stack.model, batches)
