@@ -114,7 +114,7 @@ def read_yaml(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             names = [(name.tag, name.value) for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
             for name in names:
