@@ -95,9 +95,9 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.cli.terminal import print_report
+    from hf_cod.io.masking import mask_tokens
     from hf_cod.io.output_directory import OutputDirectory
-    from hf_cod.io.text import load_texts, mask_tokens
-    from hf_cod.io.text import token_batches as cut_into_batches
+    from hf_cod.io.text import load_texts, token_batches
     from hf_cod.layers.checks import check_length
     from hf_cod.layers.task import task_of
 
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
     with OutputDirectory(directory, source=rest.model, check=_check_reused) as place:
         model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers")
         check_length(model, settings.sequence_length)
-        batches = cut_into_batches(tokenizer, texts, settings)
+        batches = token_batches(tokenizer, texts, settings)
         if task_of(model) == "masked_lm":
             batches = mask_tokens(tokenizer, batches, settings.seed)
         told = asdict(loading) | asdict(text)
