@@ -72,6 +72,7 @@ class TrainingSettings:
     )
     passes: float = field(
         default=DefaultNumber(DEFAULT_PASSES),
+        kw_only=True,  # it is newer than the fields behind it, which keep their places
         metadata={"help": "maximum number of passes over the training samples; not with --steps"},
     )
     batch_size: int = following(
