@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import require_plots, save_report
+from hf_cod.cli.output import require_plots, save_report, say_written
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
-from hf_cod.io.display import say
 from hf_cod.io.settings import (
     DefaultName,
     DefaultNumber,
@@ -82,7 +81,7 @@ def make_parser() -> SettingsParser:
         "statistics.safetensors and scores.json for other commands. Another score of the same model on the same "
         "samples, and a resumed run, reuse existing statistics.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 
@@ -118,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
         save_report(report, place, output)
         place.finish(beside=[STATISTICS, SCORES])
     print_report(report)
-    say(f"\nwritten to {directory.resolve()}")
+    say_written(directory)
     return 0
 
 
