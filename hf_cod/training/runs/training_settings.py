@@ -76,12 +76,13 @@ class TrainingSettings:
         metadata={"help": "maximum number of passes over the training samples; not with --steps"},
     )
     batch_size: int = following(
-        f"samples in an optimizer step; default: {BATCH}, or the next multiple of --micro-batch-size"
+        f"samples per optimizer step, of one or more forward passes; default: {BATCH}, or the next multiple of "
+        "--micro-batch-size"
     )
     micro_batch_size: int = following(
-        f"samples in a forward pass; default: {MICRO_BATCH}, or the largest number below it that divides --batch-size"
+        f"samples per forward pass; default: {MICRO_BATCH}, or the largest number below it that divides --batch-size"
     )
-    sequence_length: int = field(default=256, metadata={"help": "tokens in a sample"})
+    sequence_length: int = field(default=256, metadata={"help": "tokens per sample"})
     eval_samples: int = field(
         default=32, metadata={"help": "samples at the end of the text, which are not trained on, to measure perplexity"}
     )
