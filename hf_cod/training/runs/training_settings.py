@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
-from hf_cod.io.arguments import checked
+from hf_cod.io.arguments import checked, shown
 from hf_cod.io.settings import (
     Default,
     DefaultName,
@@ -218,20 +218,20 @@ def check_fused(settings: TrainingSettings, sampling: OwLoreSettings) -> None:
         raise ValueError(f"fused: expected max_grad_norm 0, got {settings.max_grad_norm:g}")
 
 
-def check_effects(settings: TrainingSettings, sampling: OwLoreSettings, scores_file: str | None) -> None:
+def check_effects(settings: TrainingSettings, sampling: OwLoreSettings, scores: Any) -> None:
     """Checks that nothing is set that has no effect with the method, or beside another setting.
 
     Raises:
-        ValueError: a scores file or settings of a score for a method that does not sample layers by scores, settings of
-            another method, or settings that another one overrides.
+        ValueError: scores, their file or settings of a score for a method that does not sample layers by scores,
+            settings of another method, or settings that another one overrides.
     """
     method, options = settings.method, options_of(settings)
     if method not in DRAW_BY_SCORES:
         unscored = f"{method}, which does not sample layers by scores"
-        if scores_file is not None:
-            raise ValueError(f"scores: expected none with {unscored}, got {scores_file!r}")
+        if scores is not None:
+            raise ValueError(f"scores: expected none with {unscored}, got {shown(scores)}")
         check_effect(settings, ("score", *options), unscored)
-    if scores_file is not None:
+    if scores is not None:
         check_effect(settings, ("score", *options), COMPUTED)
     unused = [name for name in options if name not in SCORES[settings.score].settings]
     check_effect(settings, unused, f"score {settings.score}, which does not depend on it")
