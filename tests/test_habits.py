@@ -41,7 +41,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FILES = sorted((ROOT / "hf_cod").rglob("*.py"))
 LONGEST_BODY, LONGEST_FILE, LONGEST_MODELING_FILE = 40, 300, 450
 # Files and functions beyond these limits, to be shortened, with their lines now: no line more.
-LONG_FILES = {"io/text.py": 304, "layers/stack.py": 301}
+LONG_FILES: dict[str, int] = {}
 LONG_BODIES: dict[tuple[str, str], int] = {}
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 

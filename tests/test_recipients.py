@@ -262,3 +262,12 @@ def test_card_refuses(folder, tmp_path, capsys):
     readme.write_text(before)
     assert main(["card", str(folder / "pruned"), "--sources", "x"]) == 2
     assert "sources: expected none for a run of prune" in capsys.readouterr().err
+
+
+def test_a_card_in_a_directory_with_control_characters(folder, tmp_path, capsys):
+    directory = tmp_path / "a\x1b[31mb"
+    shutil.copytree(place(folder, "pruned"), directory)
+    capsys.readouterr()
+    assert main(["card", str(directory)]) == 0
+    shown = capsys.readouterr()
+    assert "a\\x1b[31mb" in shown.out and "\x1b" not in shown.out + shown.err

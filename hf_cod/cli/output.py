@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_cod.cli.settings import PlotSettings
+from hf_cod.io.display import say
 
 if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
@@ -71,6 +73,16 @@ def finish(
     save_report(report, output, pictures)
     card_outputs(output.results, report, output.path.resolve().name)
     output.finish(spent)
+
+
+def say_written(path: Path, more: str = "") -> None:
+    """Prints the last line of a command: where its results are.
+
+    Args:
+        path: the directory or file of the results.
+        more: what follows on the same line.
+    """
+    say(f"\nwritten to {path.resolve()}{more}")
 
 
 def save_report(report: RunReport, output: OutputDirectory, pictures: PlotSettings | None) -> None:

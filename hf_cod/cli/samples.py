@@ -10,10 +10,10 @@ from torch import nn
 
 from hf_cod.cli.parser import model_title
 from hf_cod.cli.settings import MeasuringSettings
+from hf_cod.io.masking import mask_tokens
 from hf_cod.io.models import load_model
 from hf_cod.io.settings import ModelSettings, TextSettings
-from hf_cod.io.text import Batch, describe_batches, load_texts, mask_tokens, split_samples
-from hf_cod.io.text import token_batches as cut_into_batches
+from hf_cod.io.text import Batch, describe_batches, load_texts, split_samples, token_batches
 from hf_cod.layers.checks import check_length
 from hf_cod.layers.running import busy
 from hf_cod.layers.task import task_of
@@ -68,11 +68,11 @@ def split_text(
     second: Sequence[Batch]
     if settings.eval_text is not None:
         other = load_texts(replace(text, text=settings.eval_text))
-        first = cut_into_batches(tokenizer, load_texts(text), settings)
-        second = cut_into_batches(tokenizer, other, replace(settings, max_samples=measuring))
+        first = token_batches(tokenizer, load_texts(text), settings)
+        second = token_batches(tokenizer, other, replace(settings, max_samples=measuring))
     else:
         both = replace(settings, max_samples=calibrating + measuring)
-        batches = cut_into_batches(tokenizer, load_texts(text), both)
+        batches = token_batches(tokenizer, load_texts(text), both)
         drawn = describe_batches(batches)["samples"]
         if drawn < 2:
             raise ValueError(

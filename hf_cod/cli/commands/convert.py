@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import one_directory, write_model
+from hf_cod.cli.output import one_directory, say_written, write_model
 from hf_cod.cli.parser import SettingsParser, model_title
-from hf_cod.io.display import say
 from hf_cod.models.authors import AUTHORS_NORM_TYPES
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     told = ["convert", chosen.to, chosen.source, chosen.norm_type, chosen.post_layers]
     output = OutputDirectory(chosen.output, told, check=check_unused, source=chosen.source)
     write_model(output, partial(run, chosen))
-    say(f"\nwritten to {output.path.resolve()}")
+    say_written(output.path)
     return 0
 
 

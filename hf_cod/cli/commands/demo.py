@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.commands.diagnose import finish, run
 from hf_cod.cli.commands.quantize import Quantize, QuantizeOptions
-from hf_cod.cli.output import require_plots
+from hf_cod.cli.output import require_plots, say_written
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
@@ -82,7 +82,7 @@ def _pair(directory: OutputDirectory) -> int:
         say(f"• {line}")
     _quantized(output / "quantized")
     directory.finish(beside=[f"{placement}/report.json" for placement in EMBEDDED_PLACEMENTS])
-    say(f"\nwritten to {output.resolve()}; the figures are compare.png and quantized/overview.png")
+    say_written(output, "; the figures are compare.png and quantized/overview.png")
     return 0
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
-from hf_cod.cli.output import require_plots, save_report
+from hf_cod.cli.output import require_plots, save_report, say_written
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
-from hf_cod.io.display import one_line, say
+from hf_cod.io.display import one_line
 from hf_cod.io.settings import ModelSettings, TextSettings
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def make_parser() -> SettingsParser:
         description="Measures the contribution of each layer of a model: angular distance between layers, cost of its "
         "removal, gradient norm and output variance. After an interruption the same command resumes.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 
@@ -104,4 +104,4 @@ def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -
     save_report(report, output, pictures)
     output.finish()
     print_report(report)
-    say(f"\nwritten to {output.path.resolve()}")
+    say_written(output.path)

@@ -117,7 +117,7 @@ def make_parser() -> SettingsParser:
         "becomes smaller only after hf-cod pack, which leaves out its zeros. After an interruption the same command "
         "resumes. The input model is never changed.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 

@@ -92,7 +92,7 @@ def estimate(
         config,
         method,
         sampling,
-        batch_size=settings.micro_batch_size,
+        micro_batch_size=settings.micro_batch_size,
         sequence_length=settings.sequence_length,
         dtype=config.dtype or torch.float32,
         checkpointing=settings.checkpointing,

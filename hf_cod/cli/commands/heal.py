@@ -45,7 +45,7 @@ def make_parser() -> SettingsParser:
         "outputs of the original model (the teacher), and writes a model that loads in the same way as the student. "
         "Zeros, ranks and widths do not change. After an interruption the same command resumes.",
     )
-    parser.add_argument("student", help="Hub id, directory, or GGUF file")
+    parser.add_model("student")
     return parser
 
 

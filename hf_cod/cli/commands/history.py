@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_cod.cli.output import save_report
+from hf_cod.cli.output import save_report, say_written
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
-from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
@@ -41,5 +40,5 @@ def main(arguments: Sequence[str]) -> int:
         save_report(report, output, pictures)
         output.finish()
     print_report(report)
-    say(f"\nwritten to {directory.resolve()}")
+    say_written(directory)
     return 0

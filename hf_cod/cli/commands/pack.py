@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import one_directory, write_model
+from hf_cod.cli.output import one_directory, say_written, write_model
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.compression.sparse.settings import PackSettings
-from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, as_in
 from hf_cod.scoring.settings import ScoreSettings
 
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     told = ["pack", rest.model, asdict(loading), settings.min_sparsity, settings.layers_path]
     output = OutputDirectory(directory, told, check=check_unused, source=rest.model)
     write_model(output, partial(run, rest.model, loading, settings))
-    say(f"\nwritten to {directory.resolve()}")
+    say_written(directory)
     return 0
 
 

@@ -117,7 +117,7 @@ def make_parser() -> SettingsParser:
         "that from_pretrained loads. After an interruption the same command resumes. The input model is never changed. "
         "Zeros alone do not make a model faster; see hf-cod pack.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import require_plots, save_report
+from hf_cod.cli.output import require_plots, save_report, say_written
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
-from hf_cod.io.display import say
 from hf_cod.io.settings import (
     DefaultName,
     DefaultNumber,
@@ -82,7 +81,7 @@ def make_parser() -> SettingsParser:
         "statistics.safetensors and scores.json for other commands. Another score of the same model on the same "
         "samples, and a resumed run, reuse existing statistics.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 
@@ -95,9 +94,9 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.cli.terminal import print_report
+    from hf_cod.io.masking import mask_tokens
     from hf_cod.io.output_directory import OutputDirectory
-    from hf_cod.io.text import load_texts, mask_tokens
-    from hf_cod.io.text import token_batches as cut_into_batches
+    from hf_cod.io.text import load_texts, token_batches
     from hf_cod.layers.checks import check_length
     from hf_cod.layers.task import task_of
 
@@ -110,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     with OutputDirectory(directory, source=rest.model, check=_check_reused) as place:
         model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers")
         check_length(model, settings.sequence_length)
-        batches = cut_into_batches(tokenizer, texts, settings)
+        batches = token_batches(tokenizer, texts, settings)
         if task_of(model) == "masked_lm":
             batches = mask_tokens(tokenizer, batches, settings.seed)
         told = asdict(loading) | asdict(text)
@@ -118,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
         save_report(report, place, output)
         place.finish(beside=[STATISTICS, SCORES])
     print_report(report)
-    say(f"\nwritten to {directory.resolve()}")
+    say_written(directory)
     return 0
 
 

@@ -120,10 +120,6 @@ class SamplerSettings:
             raise ValueError(f"floor: expected a share between 0 and 1, got {self.floor}")
 
 
-class SamplerFields(TypedDict, total=False):
-    """Fields of `SamplerSettings` that `LayerSampler` takes by name; there are no others yet."""
-
-
 @checked
 @dataclass
 class LoraRankSettings:
@@ -140,10 +136,6 @@ class LoraRankSettings:
             raise ValueError(f"r: expected at most {MOST_RANK}, got {self.r}")
         if not 0 <= self.relative_spread <= 1:
             raise ValueError(f"relative_spread: expected a share between 0 and 1, got {self.relative_spread}")
-
-
-class LoraRankFields(TypedDict, total=False):
-    """Fields of `LoraRankSettings` that `lora_ranks` takes by name; there are no others yet."""
 
 
 def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
