@@ -26,7 +26,7 @@ from hf_cod.reporting.settings import CardFields, CardSettings
 
 PAPER = "https://arxiv.org/abs/2502.05795"
 PICTURES = {
-    "curve": "Loss by step.",
+    "curve": "Loss by training step.",
     "angular_distance": "Angular distance between layer l and layer l + n; yellow: small distance.",
     "layer_drop": "Perplexity without each single layer.",
     "variance": "Variance of each layer's output.",
@@ -147,7 +147,7 @@ def _validated_on(told: dict[str, Any]) -> str:
     text = Path(told["text"]).name if told.get("text") else "an embedded novel"
     if told.get("validation_text"):
         return Path(told["validation_text"]).name
-    return f"{text}, {told['validation_split']}" if told.get("validation_split") else f"held-out pieces of {text}"
+    return f"{text}, {told['validation_split']}" if told.get("validation_split") else f"held-out parts of {text}"
 
 
 def _family(model_type: str) -> Family:
@@ -207,7 +207,7 @@ def _results(report: RunReport, pictures: list[str]) -> str:
     lines += [f"| {name} | {value} |" for name, value in rows]
     lines += [
         "",
-        f"Measured on {found['validation_tokens']:,} held-out tokens (layer measures: on the first ones).",
+        f"Measured on {found['validation_tokens']:,} held-out tokens (measures by layer: on the first of them).",
         "",
     ]
     lines += [f"- {escaped(sentence)}" for sentence in [*report.summary, *report.notes]]

@@ -182,7 +182,7 @@ def _shown(value: Any) -> str:
 
 def _figures(report: RunReport) -> str:
     rows = [*_numbers(report.results)]
-    lines = ["## Figures\n", *[f"- {escaped(line)}" for line in report.summary]]
+    lines = ["## Results\n", *[f"- {escaped(line)}" for line in report.summary]]
     if rows:
         lines += ["\n| figure | value |\n|---|---|", *[f"| {escaped(name)} | {value} |" for name, value in rows]]
     if report.notes:

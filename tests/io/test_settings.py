@@ -418,7 +418,7 @@ def test_each_field_has_one_help_text():
             thing = getattr(hf_cod, name)
             assert all(field.metadata.get("help") for field in fields(thing)), name
     copied = as_in(ScoreSettings, "threshold")
-    assert copied.default == 5.0 and copied.metadata["help"].startswith("owl: weights")
+    assert copied.default == 5.0 and copied.metadata["help"].startswith("owl: outliers")
 
 
 @pytest.mark.parametrize(

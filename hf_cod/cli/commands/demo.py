@@ -82,7 +82,7 @@ def _pair(directory: OutputDirectory) -> int:
         say(f"• {line}")
     _quantized(output / "quantized")
     directory.finish(beside=[f"{placement}/report.json" for placement in EMBEDDED_PLACEMENTS])
-    say_written(output, "; the figures are compare.png and quantized/overview.png")
+    say_written(output, "; the plots are compare.png and quantized/overview.png")
     return 0
 
 
@@ -93,22 +93,23 @@ def explain(reports: Sequence[RunReport]) -> list[str]:
     pre, _lns = reports
     depth = pre.n_layers
     lines = [
-        f"Effective depth is the number of equal layers that would turn the hidden state as these {depth} do: {depth} "
-        "if all turn it equally far, 1 if a single layer does everything."
+        f"Effective depth shows how evenly the {depth} layers contribute: it is {depth} if all turn the hidden state "
+        "equally far, and 1 if a single layer does everything."
     ]
     if all(report.layers.get("variance") for report in reports):
         first, second = (format_number(report.layers["variance"][-1]) for report in reports)
         lines.append(
-            f"LayerNorm Scaling (lns) holds the variance of the hidden state: {second} after the last layer, {first} "
-            "without it (pre). Where the variance grows with depth, each further layer adds less to it: that is the "
-            "Curse of Depth."
+            f"LayerNorm Scaling (lns) bounds the variance of the hidden state: {second} after the last layer, {first} "
+            "without it (pre). Where the variance grows with depth, each further layer changes the hidden state by a "
+            "smaller share: this is the Curse of Depth."
         )
     found = [report.results.get("layer_drop") for report in reports]
     if all(found):
         first, second = (format_number(each["intact"]) for each in found if each)
         lines.append(
-            f"In perplexity the two differ little ({first} pre, {second} lns): they have {depth} layers and 3.4 "
-            "million parameters and were trained once each on 10 million tokens, too little to rank the placements."
+            f"In perplexity the two differ little ({first} pre, {second} lns). They have {depth} layers and 3.4 "
+            "million parameters and were trained once each on 10 million tokens, which is too little to rank the "
+            "placements."
         )
     lines.append(
         "The paper (arXiv 2502.05795) reports lower perplexity with LayerNorm Scaling for models of 130 million to 1 "

@@ -42,7 +42,10 @@ class PruneOptions(SpreadSettings):
         },
     )
     sparsity: float | None = field(
-        default=None, metadata={"help": f"share of zeros; default: {DEFAULT_SPARSITY}, or determined by pattern"}
+        default=None,
+        metadata={
+            "help": f"share of zeros in the layers' matrices; default: {DEFAULT_SPARSITY}, or determined by pattern"
+        },
     )
     pattern: str | None = field(
         default=None,

@@ -78,8 +78,8 @@ def make_parser() -> SettingsParser:
         [ModelSettings, TextSettings, ScoreOptions, ScoreOutput],
         prog="hf-cod score",
         description="Scores the importance of each layer, by OWL's share of outliers or another method, and writes "
-        "statistics.safetensors and scores.json for other commands. Another score of the same model on the same "
-        "samples, and a resumed run, reuse existing statistics.",
+        "statistics.safetensors and scores.json for other commands. Statistics in the output directory are reused by a "
+        "resumed run, and by another method on the same model and samples.",
     )
     parser.add_model()
     return parser

@@ -41,8 +41,8 @@ class OwLoreSettings:
     floor: float = field(
         default=DEFAULT_FLOOR,
         metadata={
-            "help": "share of the sampling probability that all layers get alike; above 0, every layer is sampled; "
-            "1 is LISA"
+            "help": "share of the sampling probability that is distributed uniformly over the layers; above 0, every "
+            "layer is sampled; 1 is LISA"
         },
     )
     deselected: str = field(
@@ -77,7 +77,7 @@ class OwLoreSettings:
             "accumulation, no clipping (max_grad_norm 0), no loss scaling, and one process"
         },
     )
-    seed: int = field(default=0, metadata={"help": "seed of the sampling of layers"})
+    seed: int = field(default=0, metadata={"help": "seed of all random choices"})
 
     def __post_init__(self) -> None:
         self.rank = self.rank or None

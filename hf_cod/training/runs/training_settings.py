@@ -64,7 +64,10 @@ class TrainingSettings:
     )
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "peak learning rate, after a warm-up over a tenth of the steps; default: the method's"},
+        metadata={
+            "help": "peak learning rate, after a warm-up over a tenth of the steps; default: "
+            + ", ".join(f"{rate:g} ({method})" for method, rate in LEARNING_RATES.items())
+        },
     )
     steps: int | None = field(
         default=None,
