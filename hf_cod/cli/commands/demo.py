@@ -134,7 +134,7 @@ def explain(reports: Sequence[RunReport]) -> list[str]:
 
 
 def _quantized(directory: Path, pictures: PlotSettings) -> bool:
-    """Quantizes the Pre-LN model to three and four bits, prints size and perplexity; False if bitsandbytes is missing."""
+    """Quantizes the Pre-LN model to 3.5 bits, prints size and perplexity; False if bitsandbytes is missing."""
     from hf_cod.cli import compression
     from hf_cod.cli.output import finish as finish_model
     from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model
