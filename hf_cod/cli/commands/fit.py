@@ -158,7 +158,8 @@ class Fit(Step):
     def _budget(self) -> Budget:
         from hf_cod.compression.fit.budget import Budget
 
-        return Budget(*self.settings.budget(), self.before)
+        kind, value = self.settings.budget()
+        return Budget(kind, value, self.before)
 
     def files(self, plan: FitPlan) -> dict[str, Any]:
         """The plan."""
