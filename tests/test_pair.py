@@ -15,6 +15,7 @@ from hf_cod.cli.commands import demo
 from hf_cod.cli.main import main
 from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
 from hf_cod.io.report import format_number
+from hf_cod.io.requirements import requirement
 from hf_cod.io.settings import PLOT_FORMATS
 from hf_cod.io.text import SampleSettings, token_batches
 from tests.fresh_processes import run_fresh
@@ -103,6 +104,7 @@ def test_what_the_shipped_cards_say_works(placement, tmp_path, monkeypatch):
     """Every command of the card, one after another, in an empty directory."""
     name = f"hf-cod-tiny-{placement}"
     card = (EMBEDDED.parents[2] / "model_cards" / name / "README.md").read_text(encoding="utf-8")
+    assert f"only `pip install torch '{requirement('transformers')}'`" in card
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```(python|sh)\n(.*?)```", card, re.S)
     assert [kind for kind, _ in blocks] == ["python", "python", "sh"]

@@ -136,7 +136,9 @@ def test_a_card_says_how_it_was_made(name, folder):
     assert card.data.library_name == ("peft" if (directory / "adapter_config.json").is_file() else "transformers")
     assert card.data.base_model is None, "a directory is no Hub id"
     assert f"hf-cod {command} " in card.text and str(folder.parent) not in card.content
-    assert "pip install" in card.text and RunReport.load(folder / name).summary[0].split()[0] in card.text
+    (install,) = re.findall(r"^pip install .*$", card.text, re.M)
+    assert ("hf_cod" in install) == (name in ONLY_HERE) and re.search(r"(hf_cod.*|transformers)>=\d", install)
+    assert RunReport.load(folder / name).summary[0].split()[0] in card.text
 
 
 def excluded_by_the_page() -> list[str]:

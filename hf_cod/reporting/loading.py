@@ -15,6 +15,7 @@ from hf_cod.io.files import looks_local
 from hf_cod.io.markdown import escaped
 from hf_cod.io.model_config import find_model_config, read_model_config
 from hf_cod.io.reading import naming_file, read_json
+from hf_cod.io.requirements import requirement
 from hf_cod.io.schema import read_record
 from hf_cod.models.stored_config import REQUIRES
 
@@ -32,6 +33,7 @@ AUTO_CLASSES = {
 }
 # Quantization method -> the extra of hf_cod that its weights require.
 EXTRAS = {"owl_bnb": "bitsandbytes", "hf_cod_sparse": None}
+PEFT = "recovery"  # the extra with peft
 OWLORE = "OWLORE"  # as 0.1 named it
 OWN_PREFIXES = ("Shaped", "Cod")
 # File -> (variable, class that reads it); the first file that exists is used.
@@ -116,7 +118,7 @@ def _adapter(config: dict[str, Any], name: str) -> Loading:
     beneath = _needs(_config_of(base), (config.get("auto_mapping") or {}).get("base_model_class"))
     needs = beneath
     if config.get("peft_type") in (REQUIRES, OWLORE):
-        needs = replace(beneath, ours=True, extras=(*beneath.extras, "recovery"))
+        needs = replace(beneath, ours=True, extras=(*beneath.extras, PEFT))
     words = not AUTO_CLASSES[needs.auto][1].startswith("image-class")
     lines = [*_imports(needs, ("tokenizer", "AutoTokenizer") if words else None, "from peft import PeftModel"), ""]
     lines.append(_load("base", needs, public_name(base)))
@@ -187,10 +189,13 @@ def _code(needs: _Needs) -> str:
 
 
 def _install(needs: _Needs, *others: str) -> str:
+    """With the lowest versions that are tested: a config.json of transformers 5 means other things to version 4."""
     if needs.ours:
-        extras = f"[{','.join(needs.extras)}]" if needs.extras else ""
-        return shlex.join(["pip", "install", f"hf_cod{extras}", *(each for each in others if not extras)])
-    return shlex.join(["pip", "install", "torch", "transformers", *others])
+        added = [each for each in others if PEFT not in needs.extras]
+        packages = [requirement("hf_cod", *needs.extras), *map(requirement, added)]
+    else:
+        packages = ["torch", *map(requirement, ("transformers", *others))]
+    return shlex.join(["pip", "install", *packages])
 
 
 def _remarks(needs: _Needs) -> list[str]:
