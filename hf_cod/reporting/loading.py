@@ -11,12 +11,11 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.models.auto import modeling_auto
 
+from hf_cod.io.adapters import ADAPTER, read_adapter_config
 from hf_cod.io.files import looks_local
 from hf_cod.io.markdown import escaped
 from hf_cod.io.model_config import find_model_config, read_model_config
-from hf_cod.io.reading import naming_file, read_json
 from hf_cod.io.requirements import requirement
-from hf_cod.io.schema import read_record
 from hf_cod.models.stored_config import REQUIRES
 
 # Auto class -> (its table of class names in transformers, pipeline_tag of the Hub); the first match is used.
@@ -86,8 +85,8 @@ def loading_of(directory: str | Path, name: str) -> Loading:
         ValueError: the config cannot be read; names the file.
     """
     directory = Path(directory)
-    if (directory / "adapter_config.json").is_file():
-        return _adapter(_read_adapter_config(directory / "adapter_config.json"), name)
+    if (directory / ADAPTER).is_file():
+        return _adapter(read_adapter_config(directory / ADAPTER), name)
     needs = _needs(read_model_config(directory / "config.json"))
     found = next(((kind, auto) for file, (kind, auto) in PROCESSORS.items() if (directory / file).is_file()), None)
     lines = [*_imports(needs, found), "", _load("model", needs, name)]
@@ -128,22 +127,6 @@ def _adapter(config: dict[str, Any], name: str) -> Loading:
     beside = f"This is an adapter: it also requires the weights of {escaped(public_name(base))}."
     remarks = [beside, *_remarks(needs)]
     return Loading("\n".join(lines), _install(needs, "peft"), remarks, "peft", AUTO_CLASSES[needs.auto][1], base)
-
-
-@dataclass(frozen=True)
-class _AdapterHead:
-    """Entries of adapter_config.json that loading depends on."""
-
-    base_model_name_or_path: str | None = None
-    peft_type: str | None = None
-    auto_mapping: dict[str, str | None] | None = None
-
-
-def _read_adapter_config(path: Path) -> dict[str, Any]:
-    content = read_json(path, "adapter")
-    with naming_file(path):
-        read_record(_AdapterHead, content, "adapter", extra=True)
-    return content  # type: ignore[no-any-return]
 
 
 def _config_of(base: str) -> dict[str, Any]:

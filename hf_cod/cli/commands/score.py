@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
     if output.statistics is not None:
         LayerStatistics.load(output.statistics)
     with OutputDirectory(directory, source=rest.model, check=_check_reused) as place:
-        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers")
+        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers", adapters=True)
         check_length(model, settings.sequence_length)
         batches = cut_into_batches(tokenizer, texts, settings)
         if task_of(model) == "masked_lm":
