@@ -2,6 +2,7 @@
 
 import re
 import socket
+import sys
 
 import pytest
 import torch
@@ -9,9 +10,13 @@ from matplotlib.image import imread
 from transformers import AutoModelForCausalLM
 
 from hf_cod import RunReport, fold_lns, perplexity
+from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
+from hf_cod.cli.commands import demo
 from hf_cod.cli.main import main
 from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
 from hf_cod.io.report import format_number
+from hf_cod.io.requirements import requirement
+from hf_cod.io.settings import PLOT_FORMATS
 from hf_cod.io.text import SampleSettings, token_batches
 from tests.fresh_processes import run_fresh
 
@@ -51,6 +56,26 @@ def test_demo_says_which_file_it_took_from_a_package(tmp_path, monkeypatch, caps
     assert embedded_model("pre") in capsys.readouterr().out.splitlines()[0]
 
 
+def test_demo_draws_in_the_format_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    """All its figures, and the pages show them; none at all with --no-plots, which needs no matplotlib."""
+    small = {"max_samples": 2, "batch_size": 2}
+    monkeypatch.setattr(demo, "DiagnoseSettings", lambda **given: DiagnoseSettings(**given | small))
+    drawn, bare = tmp_path / "drawn", tmp_path / "bare"
+    assert main(["demo", "--plot-format", "svg", "--output", str(drawn)]) == 0
+    pictures = {str(path.relative_to(drawn)) for path in drawn.rglob("*") if path.suffix[1:] in PLOT_FORMATS}
+    assert {"compare.svg", "pre/overview.svg", "lns/overview.svg", "quantized/overview.svg"} <= pictures
+    assert all(name.endswith(".svg") for name in pictures)
+    assert "see compare.svg and quantized/overview.svg" in capsys.readouterr().out
+    assert "](compare.svg)" in (drawn / "compare.md").read_text(encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "hf_cod.reporting.plots", None)
+    monkeypatch.setitem(sys.modules, "hf_cod.compression.quantization.bnb", None)
+    assert main(["demo", "--no-plots", "--output", str(bare)]) == 0
+    assert {path.suffix for path in bare.rglob("*") if path.is_file()} <= {".md", ".json", ".jsonl", ""}
+    assert "](" not in (bare / "compare.md").read_text(encoding="utf-8")
+    assert main(["demo", "--output", str(tmp_path / "none")]) == 2
+    assert "or use --no-plots" in capsys.readouterr().err
+
+
 def test_demo_needs_no_network(tmp_path, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise AssertionError("the demo went to the network")
@@ -79,6 +104,7 @@ def test_what_the_shipped_cards_say_works(placement, tmp_path, monkeypatch):
     """Every command of the card, one after another, in an empty directory."""
     name = f"hf-cod-tiny-{placement}"
     card = (EMBEDDED.parents[2] / "model_cards" / name / "README.md").read_text(encoding="utf-8")
+    assert f"only `pip install torch '{requirement('transformers')}'`" in card
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```(python|sh)\n(.*?)```", card, re.S)
     assert [kind for kind, _ in blocks] == ["python", "python", "sh"]

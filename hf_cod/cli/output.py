@@ -70,7 +70,7 @@ def finish(
     """
     from hf_cod.cli.recorded import card_outputs
 
-    save_report(report, output, pictures)
+    save_report(report, output.results, pictures)
     card_outputs(output.results, report, output.path.resolve().name)
     output.finish(spent)
 
@@ -85,11 +85,11 @@ def say_written(path: Path, more: str = "") -> None:
     say(f"\nwritten to {path.resolve()}{more}")
 
 
-def save_report(report: RunReport, output: OutputDirectory, pictures: PlotSettings | None) -> None:
-    """Saves the report and its plots in the results of an output directory; None: no plots."""
+def save_report(report: RunReport, results: Path, pictures: PlotSettings | None) -> None:
+    """Saves the report and its plots in a directory, such as the results of an output directory; None: no plots."""
     if pictures is not None and pictures.plots:
-        report.plot(output.results, pictures.plot_format)
-    report.save(output.results)  # after the plots, so that report.md shows them
+        report.plot(results, pictures.plot_format)
+    report.save(results)  # after the plots, so that report.md shows them
 
 
 def require_plots() -> None:

@@ -20,7 +20,7 @@ from hf_cod.layers.task import task_of
 
 
 def load_with_tokenizer(
-    source: str, loading: ModelSettings, instead: str = "hf_cod in Python"
+    source: str, loading: ModelSettings, instead: str = "hf_cod in Python", adapters: bool = False
 ) -> tuple[nn.Module, Any]:
     """Loads a model and its tokenizer.
 
@@ -28,12 +28,19 @@ def load_with_tokenizer(
         source: Hub id, directory or GGUF file.
         loading: settings of model loading.
         instead: what to use for a model without tokenizer; part of the error message.
+        adapters: whether adapters that cannot be merged are accepted, because the model is only measured.
 
     Raises:
-        ValueError: the model does not exist, or has no tokenizer, without which text cannot be cut into samples.
+        ValueError: the model does not exist, or has no tokenizer, without which text cannot be cut into samples; or it
+            has adapters that cannot be merged.
     """
     with busy(f"loading {model_title(source)}"):
         model, tokenizer = load_model(source, loading)
+    if not adapters and hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"model: expected a model, got an adapter on a quantized base in {source!r}; only diagnose, score and the "
+            "teacher of heal accept it"
+        )
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use {instead}")
     return model, tokenizer

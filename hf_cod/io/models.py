@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
+from hf_cod.io.adapters import base_of, places, with_adapter
 from hf_cod.io.display import one_line
 from hf_cod.io.files import looks_local
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
@@ -50,7 +51,8 @@ def load_model(
     model is loaded without head: results with a randomly initialised head would be meaningless.
 
     Args:
-        name: a Hub id, a directory, or a path that ends in ".gguf".
+        name: a Hub id, a directory, or a path that ends in ".gguf". The directory of an adapter stands for its base
+            with the adapter: merged, or as a PEFT model if the base is quantized.
         settings: dtype, device, revision and trust_remote_code.
         **fields: fields of `ModelSettings` as keywords; they override `settings`.
 
@@ -64,6 +66,11 @@ def load_model(
     """
     settings = resolve(load_model, ModelSettings, settings, fields)
     source, options = _locate(name, settings)
+    base = base_of(source)
+    if base is not None:
+        model, tokenizer = load_model(base, settings)
+        with _naming(name, source, options):
+            return with_adapter(model, source).eval(), _load_tokenizer(name, source, options) or tokenizer
     config = _build_config(name, source, options)
     with _naming(name, source, options):
         model = _load_with_head(source, config, {**options, **_placement(settings)})
@@ -83,6 +90,9 @@ def load_config(name: str, settings: ModelSettings | None = None, **fields: Unpa
     """
     settings = resolve(load_config, ModelSettings, settings, fields)
     source, options = _locate(name, settings)
+    base = base_of(source)
+    if base is not None:
+        return load_config(base, settings)
     config = _build_config(name, source, options)
     if settings.dtype != "auto":
         config.dtype = getattr(torch, settings.dtype)
@@ -139,6 +149,8 @@ def on_hub(repo_id: str) -> bool:
 def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     """Source and options for `from_pretrained`."""
     path = Path(name).expanduser()
+    if path.is_dir():
+        path = next(iter(places(path)), path)
     if path.exists():
         check_effect(settings, ["revision"], f"the local model {name!r}")
     source, options = (

@@ -18,6 +18,7 @@ from hf_cod.io.models import load_model
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.reading import read_json, read_text
 from hf_cod.io.report import RunReport, format_number
+from hf_cod.io.requirements import requirement
 from hf_cod.io.schema import read_record
 from hf_cod.io.settings import resolve
 from hf_cod.models.families import FAMILIES, Family
@@ -173,7 +174,8 @@ def _use(report: RunReport, name: str, where: str | None, family: Family) -> str
     lines = [
         "## Load it\n",
         *([where, ""] if where else []),
-        "The directory contains the model's code, so only transformers is required:\n",
+        "The directory contains the model's code, so hf_cod is not required, only "
+        f"`{shlex.join(['pip', 'install', 'torch', requirement('transformers')])}`:\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
         f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, trust_remote_code=True)",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}, trust_remote_code=True)\n```\n",

@@ -93,6 +93,7 @@ class ScoreSettings:
         metadata={
             "help": "the property that gives a layer a high score. "
             + "; ".join(f"{name}: {method.description}" for name, method in METHODS.items())
+            + ". For hf-cod prune --scores use angular, the default of prune"
         },
     )
     threshold: float = field(

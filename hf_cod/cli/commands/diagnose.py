@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         require_plots()
     path = output.output or default_directory("diagnose", rest.model)
     with OutputDirectory(path, source=rest.model, check=_check_reused) as directory:
-        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.diagnose in Python")
+        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.diagnose in Python", adapters=True)
         name = model_title(rest.model)
         report, status = run(model, tokenizer, texts, settings, directory.path, name, loading, text)
         finish(report, directory, output)
@@ -101,7 +101,7 @@ def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -
     """Plots, saves and prints a report."""
     from hf_cod.cli.terminal import print_report
 
-    save_report(report, output, pictures)
+    save_report(report, output.results, pictures)
     output.finish()
     print_report(report)
     say_written(output.path)

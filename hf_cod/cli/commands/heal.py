@@ -126,7 +126,7 @@ def load_teacher(source: TeacherSettings, loading: ModelSettings, tokenizer: Any
 
     its_loading = replace(loading, dtype=source.teacher_dtype, revision=source.teacher_revision)
     try:
-        teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading)
+        teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading, adapters=True)
     except ValueError as error:
         raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from error
     check_tokenizers(tokenizer, its_tokenizer)

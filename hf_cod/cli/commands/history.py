@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     directory = Path(chosen.output) if chosen.output else history.path.parent
     with OutputDirectory(directory, check=check_names) as output:
         report.keep_earlier(directory)
-        save_report(report, output, pictures)
+        save_report(report, output.results, pictures)
         output.finish()
     print_report(report)
     say_written(directory)

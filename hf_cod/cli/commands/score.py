@@ -107,14 +107,14 @@ def main(arguments: Sequence[str]) -> int:
     if output.statistics is not None:
         LayerStatistics.load(output.statistics)
     with OutputDirectory(directory, source=rest.model, check=_check_reused) as place:
-        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers")
+        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers", adapters=True)
         check_length(model, settings.sequence_length)
         batches = token_batches(tokenizer, texts, settings)
         if task_of(model) == "masked_lm":
             batches = mask_tokens(tokenizer, batches, settings.seed)
         told = asdict(loading) | asdict(text)
         report = run(model, batches, settings, output.statistics, directory, model_title(rest.model), told)
-        save_report(report, place, output)
+        save_report(report, place.results, output)
         place.finish(beside=[STATISTICS, SCORES])
     print_report(report)
     say_written(directory)
