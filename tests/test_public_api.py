@@ -21,7 +21,7 @@ OPTIONS = {
         "SampleSettings",
         "model batches tokenizer texts layers_path name show_progress",
     ),
-    "diagnose": ("DiagnoseSettings", "model tokenizer texts batches output name show_progress"),
+    "diagnose": ("DiagnoseSettings", "model tokenizer texts batches output journal name show_progress"),
     "drop_layers": ("DropLayersSettings", "model plan batches tokenizer texts layers_path name"),
     "evaluate_tasks": ("TaskSettings", "model tokenizer tasks"),
     "factorize": ("FactorizeSettings", "model plan batches tokenizer texts journal layers_path name show_progress"),
