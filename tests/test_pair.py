@@ -50,7 +50,7 @@ def test_the_embedded_lns_model_folds_into_a_stock_llama():
 
 
 def test_demo_says_which_file_it_took_from_a_package(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("hf_cod.io.models.on_hub", lambda name: False)
+    monkeypatch.setattr("hf_cod.io.hub.on_hub", lambda name: False)
     monkeypatch.setattr("hf_cod.io.packaged_files.from_package", lambda *package: embedded_model("pre"))
     assert main(["demo", "smollm2", "--output", str(tmp_path)]) == 0
     assert embedded_model("pre") in capsys.readouterr().out.splitlines()[0]
