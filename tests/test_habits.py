@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 OWN_READERS = {
     "io/reading.py": "the reader",
     "io/loading.py": "loads models and checks their weights",
+    "io/adapters.py": "loads adapters",
+    "io/requirements.py": "pyproject.toml of this package",
     "io/models.py": "loads configs and tokenizers, and finds the tokenizer of a GGUF file",
     "io/files.py": "copies and fsyncs files",
     "io/journal.py": "reads journals, whose damaged lines are dropped",

@@ -1,5 +1,6 @@
 """The two models that the package carries, the demo on them, and the cards that they are shared with."""
 
+import json
 import re
 import socket
 import sys
@@ -20,6 +21,8 @@ from hf_cod.io.settings import PLOT_FORMATS
 from hf_cod.io.text import SampleSettings, token_batches
 from tests.fresh_processes import run_fresh
 
+ROOT = EMBEDDED.parents[2]
+
 
 def held_out_batches(tokenizer):
     text = (EMBEDDED / "held_out.txt").read_text(encoding="utf-8")
@@ -38,6 +41,33 @@ def test_the_pair_is_equal_but_for_the_placement():
         assert perplexity(model.float(), held_out_batches(cutter)) < 150
 
 
+def test_the_page_says_what_the_pair_is():
+    """Sizes as in the configs, the licence of each text as in sources.json, and of the weights as in the cards."""
+    page = " ".join(
+        (ROOT / "docs/how-to/demo.md").read_text(encoding="utf-8").split("## The embedded models")[1].split()
+    )
+    config = load_model(embedded_model("lns"))[0].config
+    sizes = (
+        f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads, MLP "
+        f"width {config.intermediate_size}, a vocabulary of {config.vocab_size} tokens and a context of "
+        f"{config.max_position_embeddings} tokens"
+    )
+    assert sizes in page
+    sources = json.loads((EMBEDDED / "sources.json").read_text(encoding="utf-8"))
+    told = re.findall(r"\| ([^|]+) \| ([^|]+) \|", page.partition("|---|---|")[2].partition("- **Licences")[0])
+    licences = [each["license"].partition(" (")[0] for each in sources["sources"].values()]
+    assert [licence for _, licence in told] == licences and f"{sources['held_out']:.0%}".replace("%", " %") in page
+    for placement in EMBEDDED_PLACEMENTS:
+        card = (ROOT / "model_cards" / f"hf-cod-tiny-{placement}" / "README.md").read_text(encoding="utf-8")
+        for text in (page, (EMBEDDED.parent / "README.md").read_text(encoding="utf-8")):
+            (licence,) = re.findall(r"^license: (.*)", card, re.M)
+            assert licence == "cc-by-sa-4.0" and "CC BY-SA 4.0" in text
+        ((steps, rate),) = re.findall(r"(\d+ steps of .*? tokens); Adam .*? rate (\S+) after", card)
+        assert steps in page and float(*re.findall(r"learning rate (\S+) with", page)) == float(rate)
+    named = {path.name for path in (*EMBEDDED.iterdir(), *EMBEDDED.parent.iterdir())} - {"pair", "README.md"}
+    assert all(name in (EMBEDDED.parent / "README.md").read_text(encoding="utf-8") for name in named)
+
+
 def test_the_embedded_lns_model_folds_into_a_stock_llama():
     model, tokenizer = load_model(embedded_model("lns"))
     model = model.float()
@@ -50,7 +80,7 @@ def test_the_embedded_lns_model_folds_into_a_stock_llama():
 
 
 def test_demo_says_which_file_it_took_from_a_package(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("hf_cod.io.models.on_hub", lambda name: False)
+    monkeypatch.setattr("hf_cod.io.hub.on_hub", lambda name: False)
     monkeypatch.setattr("hf_cod.io.packaged_files.from_package", lambda *package: embedded_model("pre"))
     assert main(["demo", "smollm2", "--output", str(tmp_path)]) == 0
     assert embedded_model("pre") in capsys.readouterr().out.splitlines()[0]
@@ -103,7 +133,7 @@ def test_demo_needs_no_network(tmp_path, monkeypatch, capsys):
 def test_what_the_shipped_cards_say_works(placement, tmp_path, monkeypatch):
     """Every command of the card, one after another, in an empty directory."""
     name = f"hf-cod-tiny-{placement}"
-    card = (EMBEDDED.parents[2] / "model_cards" / name / "README.md").read_text(encoding="utf-8")
+    card = (ROOT / "model_cards" / name / "README.md").read_text(encoding="utf-8")
     assert f"only `pip install torch '{requirement('transformers')}'`" in card
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```(python|sh)\n(.*?)```", card, re.S)

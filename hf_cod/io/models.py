@@ -10,8 +10,6 @@ from typing import Any, Unpack
 
 import torch
 import transformers
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -34,7 +32,6 @@ HEADS = {
 }
 EMBEDDED = Path(__file__).parent.parent / "assets" / "pair"
 EMBEDDED_PLACEMENTS = ("pre", "lns")
-HUB_TIMEOUT = 5.0  # seconds
 # A model with one of these files has a tokenizer.
 TOKENIZER_FILES = (
     *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
@@ -129,21 +126,6 @@ def load_tokenizer(name: str) -> Any:
 def best_device() -> str:
     """Device type of the accelerator if there is one, else "cpu"."""
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
-
-
-def on_hub(repo_id: str) -> bool:
-    """Whether a Hub repository is available: in the local cache, or online."""
-    if try_to_load_from_cache(repo_id, "config.json"):
-        return True
-    try:
-        HfApi().model_info(repo_id, timeout=HUB_TIMEOUT)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        return False
-    except Exception as error:  # httpx's own errors, which huggingface_hub does not wrap and which we do not import
-        if type(error).__module__.startswith("httpx"):
-            return False
-        raise
-    return True
 
 
 def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:

@@ -38,14 +38,16 @@ def make_parser() -> SettingsParser:
     parser.add_argument("to", choices=["stock", "lns", "authors"], help="the conversion, see above")
     parser.add_argument("source", help="directory of the checkpoint, or its Hub id")
     parser.add_argument("directory", nargs="?", metavar="output", help="new directory for the result; required")
-    parser.add_argument("--output", help="new directory for the result, instead of the third argument")
+    parser.add_argument("--output", help="new directory for the result, instead of the third argument (default: that)")
     parser.add_argument(
         "--norm-type",
         type=str.lower,
         choices=list(AUTHORS_NORM_TYPES),
-        help="for authors: NORM_TYPE of the training, in upper or lower case",
+        help="for authors: NORM_TYPE of the training, in upper or lower case; no default",
     )
-    parser.add_argument("--post-layers", type=int, help="for authors with post_pre: POST_NUM of the training")
+    parser.add_argument(
+        "--post-layers", type=int, help="for authors with post_pre: POST_NUM of the training; no default"
+    )
     return parser
 
 

@@ -157,7 +157,8 @@ def _quantized(directory: Path, pictures: PlotSettings) -> bool:
 
 
 def _smollm2(output: OutputDirectory, pictures: PlotSettings) -> int:
-    from hf_cod.io.models import load_model, on_hub
+    from hf_cod.io.hub import on_hub
+    from hf_cod.io.models import load_model
     from hf_cod.io.packaged_files import from_package
     from hf_cod.io.text import embedded_text
 

@@ -53,8 +53,8 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
     full_rank_share: float | None = field(
         default=None,
         metadata={
-            "help": "share of full rank to keep, instead of parameter_share; requires a score of layers (such as "
-            "--score angular). Matrices that factors would enlarge are left unchanged"
+            "help": "share of full rank to keep, instead of parameter_share (default: that); requires a score of "
+            "layers (such as --score angular). Matrices that factors would enlarge are left unchanged"
         },
     )
     factor_share: float = as_in(FactorizeSettings, "factor_share")

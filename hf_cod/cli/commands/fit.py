@@ -35,13 +35,14 @@ class FitOptions(SpeedSettings, MeasuringSettings):
     """Settings of the budget, and of the search."""
 
     memory: str | None = field(
-        default=None, metadata={"help": "budget: size of the full model in memory, such as 4GB or 600MiB"}
+        default=None, metadata={"help": "budget: size of the full model in memory, such as 4GB or 600MiB; no default"}
     )
     parameter_share: float | None = field(
-        default=None, metadata={"help": "budget: share of the weights of the layers' matrices to keep, all dense"}
+        default=None,
+        metadata={"help": "budget: share of the weights of the layers' matrices to keep, all dense; no default"},
     )
     bits: float | None = field(
-        default=None, metadata={"help": "budget: stored bits per original weight of the layers' matrices"}
+        default=None, metadata={"help": "budget: stored bits per original weight of the layers' matrices; no default"}
     )
     knobs: list[str] = as_in(FitSettings, "knobs", default_factory=list)  # noqa: RUF009 - as_in makes a field
     tuning_samples: int = as_in(FitSettings, "tuning_samples")

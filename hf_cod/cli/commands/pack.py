@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 class PackOptions(PackSettings):
     """Settings of packing and of the output directory."""
 
-    output: str | None = field(default=None, metadata={"help": "output directory, instead of the second argument"})
+    output: str | None = field(
+        default=None, metadata={"help": "output directory, instead of the second argument, with its default"}
+    )
     layers_path: str | None = as_in(ScoreSettings, "layers_path")
 
 

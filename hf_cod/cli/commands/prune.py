@@ -49,7 +49,10 @@ class PruneOptions(SpreadSettings):
     )
     pattern: str | None = field(
         default=None,
-        metadata={"help": "2:4 keeps 2 of each 4 adjacent weights in all layers; N:8 sets N for each layer by score"},
+        metadata={
+            "help": "2:4 keeps 2 of each 4 adjacent weights in all layers; N:8 sets N for each layer by score; "
+            "default: no pattern"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -98,7 +101,10 @@ class RecoveryOptions:
     """Settings of recovery training after pruning."""
 
     recover_steps: int = field(
-        default=0, metadata={"help": "training steps with LoRA after pruning; zeros are kept (requires peft)"}
+        default=0,
+        metadata={
+            "help": "training steps with LoRA after pruning; zeros are kept; 0: no training (otherwise requires peft)"
+        },
     )
     recover_rank: int = as_in(RecoverySettings, "rank")
     recover_learning_rate: float = as_in(RecoverySettings, "learning_rate")

@@ -63,7 +63,7 @@ class ScoreOutput(PlotSettings):
         default=None,
         metadata={
             "help": "statistics.safetensors of a run with another output directory, instead of collecting them again; "
-            "statistics of the same samples in this output directory are always reused"
+            "statistics of the same samples in this output directory are always reused (default: those, or none)"
         },
     )
     output: str | None = field(

@@ -28,7 +28,8 @@ class WidthSettings:
     """The rounding of numbers of channels."""
 
     channel_multiple: int = field(
-        default=CHANNEL_MULTIPLE, metadata={"help": "round numbers of channels to multiples of this"}
+        default=CHANNEL_MULTIPLE,
+        metadata={"help": "round numbers of channels to multiples of this, for which kernels are fast"},
     )
 
     def __post_init__(self) -> None:

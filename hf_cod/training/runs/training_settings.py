@@ -94,7 +94,9 @@ class TrainingSettings:
         default=False, metadata={"help": "compute activations again in the backward pass: less memory, more time"}
     )
     bf16: bool = field(default=False, metadata={"help": "train under bfloat16 autocast"})
-    lora_rank: int = field(default=Default(16), metadata={"help": "lora: rank of the adapters"})
+    lora_rank: int = field(
+        default=Default(16), metadata={"help": "lora: rank of the adapters; more rank, more trained weights"}
+    )
     save_every: int = following(
         f"steps between the checkpoints that an interrupted run resumes from; default: {SAVE_EVERY}, rounded down to a "
         "multiple of --log-every"
