@@ -21,8 +21,8 @@ QUICK = {
     "benchmarks/smaller.py": "--prompt 8 --new-tokens 2 --rounds 1 --layers 2",
     "owl_table.py": "--methods wanda --scores uniform owl --sparsities 0.5 --tuning-samples 2 --report-samples 2",
     "quantization_table.py": "--scores uniform --roundings nearest --seeds 1 --report-samples 2",
-    "rank_table.py": "--methods plain --scores uniform owl --parameter-shares 0.8 --tuning-samples 2 --report-samples 2",
-    "width_table.py": "--methods magnitude --scores uniform --parameter-shares 0.8 --tuning-samples 2 --report-samples 2",
+    "rank_table.py": "--methods plain --scores uniform owl --removed 0.2 --tuning-samples 2 --report-samples 2",
+    "width_table.py": "--methods magnitude --scores uniform --removed 0.2 --tuning-samples 2 --report-samples 2",
     "depth_table.py": "--criteria angular --layers 1 --tuning-samples 2 --report-samples 2",
 }
 ON_A_MODEL = ("benchmarks/diagnose.py", "benchmarks/owl.py", "benchmarks/smaller.py")
