@@ -26,6 +26,10 @@ MOST_DIGITS = 40
 MOST_DEPTH = 60
 
 
+class _NoFileError(ValueError):
+    """There is no file that can be read; the message names its path."""
+
+
 def read_json(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
     """The content of a JSON file.
 
@@ -144,6 +148,8 @@ def naming_file(path: str | Path) -> Iterator[None]:
     """Adds the file name to a ValueError about the content of a file."""
     try:
         yield
+    except _NoFileError:
+        raise
     except ValueError as error:
         raise ValueError(f"{error} in {str(path)!r}") from error
 
@@ -233,7 +239,7 @@ def _read_text(path: Path, field: str, most: int, errors: str = "strict") -> str
 def _read_bytes(path: Path, field: str, most: int | None) -> bytes:
     try:
         if path.is_dir():
-            raise ValueError(f"{field}: expected a file, got a directory")
+            raise _NoFileError(f"{field}: expected a file, got {str(path)!r}, which is a directory")
         size = path.stat().st_size
         if most is not None and size > most:
             raise ValueError(f"{field}: expected at most {most:,} bytes, got {size:,}")
@@ -243,6 +249,6 @@ def _read_bytes(path: Path, field: str, most: int | None) -> bytes:
             raise ValueError(f"{field}: expected at most {most:,} bytes, got more")
         return raw
     except FileNotFoundError as error:
-        raise ValueError(f"{field}: expected a file, got a path which does not exist") from error
+        raise _NoFileError(f"{field}: expected a file, got {str(path)!r}, which does not exist") from error
     except OSError as error:
-        raise ValueError(f"{field}: expected a file, got {error.strerror or error}") from error
+        raise _NoFileError(f"{field}: expected a file, got {str(path)!r}: {error.strerror or error}") from error

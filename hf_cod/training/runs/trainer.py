@@ -193,8 +193,8 @@ def train(
         finally:
             memory.close()
             interrupt.close()
-    if interrupt.asked and trainer.state.global_step < settings.total_steps:
-        raise KeyboardInterrupt
+    if trainer.state.global_step < settings.total_steps:
+        interrupt.raise_asked()
     check_trained(model)
     seconds = (time.perf_counter() - start) / max(1, settings.total_steps - begun)
     curve = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
