@@ -29,7 +29,8 @@ def check_place(directory: Path, source: str | None = None) -> None:
     """Checks that a path is a directory or does not exist.
 
     Raises:
-        ValueError: the path is a file, a broken link, or the model's own directory.
+        ValueError: the path is a file, a broken link, or the model's own directory, or its journal is a link, through
+            which the command would write somewhere else.
     """
     try:
         if source is not None and directory.resolve() == Path(source).expanduser().resolve():
@@ -43,6 +44,9 @@ def check_place(directory: Path, source: str | None = None) -> None:
         raise ValueError(f"output: expected a directory, got {str(directory)!r}, a broken link")
     if there and not directory.is_dir():
         raise ValueError(f"output: expected a directory, got the file {str(directory)!r}")
+    for path in (directory / JOURNAL, *(directory / JOURNAL / name for name in (LOCK, RESULTS, MANIFEST))):
+        if path.is_symlink():
+            raise ValueError(f"output: expected a journal of hf_cod, got {str(path)!r}, a link; remove it")
 
 
 def check_unused(directory: Path) -> None:
