@@ -293,22 +293,41 @@ def test_damaged_configs(content, place, capsys):
 FOREIGN = {
     "journal.jsonl": "dear diary...\n2026 was long\n",
     "report.json": '{"mine": 1}',
+    "report.md": "# My report\n",
     "report.json/": None,
     "report.md/": None,
     "journal.jsonl/": None,
 }
-OF_SCORE = {"scores.json": "[1, 2]", "statistics.safetensors": "mine", "scores.json/": None, "score.png/": None}
+OF_DIAGNOSE = {"overview.png": "mine", "layer_drop.svg": "mine"}
+OF_SCORE = {
+    "score.png": "mine",
+    "scores.json": "[1, 2]",
+    "statistics.safetensors": "mine",
+    "scores.json/": None,
+    "score.png/": None,
+}
 
 
 @pytest.mark.parametrize(
     ("command", "name"), [*(("diagnose", name) for name in FOREIGN), *(("score", name) for name in FOREIGN | OF_SCORE)]
 )
 def test_files_of_others_with_names_of_results_are_kept(command, name, place, capsys):
-    path, content = place / "out" / name, (FOREIGN | OF_SCORE)[name]
+    path, content = place / "out" / name, (FOREIGN | OF_SCORE | OF_DIAGNOSE)[name]
     (place / "out").mkdir()
     path.mkdir() if content is None else path.write_text(content)
     arguments = [command, "model", "--text", "text.txt", "--output", "out", *QUICK]
     check_refused(arguments, place, capsys, f"out/{name}".rstrip("/"))
+
+
+@pytest.mark.parametrize("name", ["compare.md", "compare.png"])
+def test_files_of_others_with_names_of_a_comparison_are_kept(name, place, capsys):
+    report().save(place / "one")
+    (place / "out").mkdir()
+    (place / "out" / name).write_text("# mine")
+    check_refused(["compare", "one", "one", "--output", "out"], place, capsys, f"out/{name}")
+    (place / "out" / name).unlink()
+    for _ in range(2):  # an earlier comparison is replaced
+        assert main(["compare", "one", "one", "--output", "out", "--quiet"]) == 0
 
 
 def test_a_foreign_journal_in_python_is_kept(place):
