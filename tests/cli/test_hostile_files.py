@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from hf_cod import LayerScores, LayerStatistics, RankPlan, diagnose, factorize, pack_sparse, quantize
 from hf_cod.cli import main
@@ -267,6 +268,32 @@ def test_names_of_code_that_are_paths(module, place, capsys):
     config = place / "model" / "tokenizer_config.json"
     write_json(config, {**json.loads(config.read_text()), "auto_map": {"AutoTokenizer": [module, None]}})
     check_refused(["convert", "lns", "model", "out"], place, capsys, "auto_map")
+
+
+COMMANDS_THAT_SAVE = {
+    "prune": ["prune", "model", "--text", "text.txt", *QUICK],
+    "drop-layers": ["drop-layers", "model", "--text", "text.txt", *QUICK, "--n-removed", "1"],
+    "pack": ["pack", "model"],
+    "finetune": ["finetune", "model", "--text", "text.txt", "--sequence-length", "8", "--steps", "1", "--no-plots"],
+    "heal": [*BY_SCORES["heal"][:-1], "--sequence-length", "8", "--no-plots"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS_THAT_SAVE)
+def test_an_adapter_beside_a_model(command, place, capsys):
+    """transformers adds it to the weights, and saves the adapter alone."""
+    peft = pytest.importorskip("peft")
+    name = "factorized" if command == "heal" else "model"
+    base = AutoModelForCausalLM.from_pretrained(place / name, trust_remote_code=True)
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(place / name)
+    (place / name / "README.md").unlink()
+    status = main([*COMMANDS_THAT_SAVE[command], "--output", "out"])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert status == 2 and "model: expected a directory without an adapter, got adapter_config.json" in line
+    assert not (place / "out" / "report.json").exists() and not (place / "out" / "config.json").exists()
+    if command == "prune":
+        assert main(["diagnose", "model", "--text", "text.txt", *QUICK, "--no-plots", "--output", "measured"]) == 0
+        assert "the adapter in 'model' is added to its weights" in capsys.readouterr().err
 
 
 def test_what_is_whole_is_taken(place, capsys):
