@@ -72,10 +72,10 @@ class InputCheck:
         if "input_ids" in batch:
             self._check_beside(batch, where)
         if "inputs_embeds" in batch and self._width is not None:
-            found = tuple(batch["inputs_embeds"].shape)
-            if len(found) != 3 or found[-1] != self._width:
+            shape = tuple(batch["inputs_embeds"].shape)
+            if len(shape) != 3 or shape[-1] != self._width:
                 expected = f"(samples, tokens, {self._width})"
-                raise ValueError(f"inputs_embeds: expected {expected}, got {found} {where}")
+                raise ValueError(f"inputs_embeds: expected {expected}, got {shape} {where}")
 
     def _check_names(self, batch: Batch, where: str) -> None:
         both = [name for name in _MAIN if name in batch]
