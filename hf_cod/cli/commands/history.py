@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from hf_cod.cli.output import save_report
+from hf_cod.cli.output import save_report, say_written
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
-from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
@@ -41,8 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     check = partial(check_reused, readers={REPORT: RunReport.load}, pictures=("overview",))
     with OutputDirectory(directory, check=check) as output:
         report.keep_earlier(directory)
-        save_report(report, output, pictures)
+        save_report(report, output.results, pictures)
         output.finish()
     print_report(report)
-    say(f"\nwritten to {directory.resolve()}")
+    say_written(directory)
     return 0
