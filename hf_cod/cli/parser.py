@@ -73,7 +73,8 @@ class SettingsParser(argparse.ArgumentParser):
         expand it.
 
         Raises:
-            ValueError: a setting is out of range, or a config file has unknown or invalid entries.
+            ValueError: a setting is out of range, or empty (such as "$OUT" where it is not set), or a config file has
+                unknown or invalid entries.
             SystemExit: an unknown option (status 2), `--help` or `--print-config` (0).
         """
         spelled = [self._spelled(argument) for argument in arguments]
@@ -81,6 +82,7 @@ class SettingsParser(argparse.ArgumentParser):
         early.add_argument("--config")
         early.add_argument("--print-config", action="store_true")
         known, _ = early.parse_known_args(spelled)
+        may_be_empty = [name for name, action in self._options().items() if action.default == ""]
         if known.config is not None:
             self._read(Path(_in_home(known.config)))
         if known.print_config:
@@ -96,6 +98,8 @@ class SettingsParser(argparse.ArgumentParser):
             print(self._as_config(found))
             self.exit()
         for name, value in vars(found).items():
+            if name not in may_be_empty and "" in (value if isinstance(value, list) else [value]):
+                raise ValueError(f"{name}: expected a value, got an empty one")
             setattr(found, name, _in_home(value))
         made = [each(**{f.name: getattr(found, f.name) for f in fields(each) if f.init}) for each in self.settings]
         return *made, found

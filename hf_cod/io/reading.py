@@ -110,7 +110,9 @@ def as_read(value: Any) -> Any:
 
 
 def read_yaml(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
-    """The content of a YAML file.
+    """The content of a YAML file. Numbers and dates are text, as they are written.
+
+    YAML 1.1 would read 010 as 8, 1:30 as 90, and the name of a commit such as 0123456 as 42798.
 
     Raises:
         ValueError: no such file, a file that is too large, or content that is not YAML in UTF-8 (repeated names are
@@ -118,7 +120,14 @@ def read_yaml(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
     """
     import yaml
 
+    numbers = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
+
     class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [(tag, pattern) for tag, pattern in known if tag not in numbers]
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             names = [(name.tag, name.value) for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
             for name in names:
@@ -130,7 +139,7 @@ def read_yaml(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
         text = _read_text(Path(path), field, most)
         try:
             return yaml.load(text, Loader)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-01
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an explicit tag of other text
             raise ValueError(f"{field}: expected YAML, got {first_line(error)}") from error
 
 
