@@ -21,7 +21,7 @@ TIMES = {"created", "seconds_a_step", "training_memory"}
 COMPRESSION = {"prune", "factorize", "narrow", "drop-layers", "quantize", "fit"}
 COMMANDS = {"training": "history"}  # kind of a report -> the command that writes it, if it is another name
 BY_STATE = {"parameters", "memory_bytes", "layer_bytes", "layer_weights"}
-OF_TIMES = re.compile(r"created|seconds|s per step|GB of memory|Memory was not measured|training memory|tokens/s")
+OF_TIMES = re.compile(r"created|seconds|GB of memory|Memory was not measured|training memory|tokens/s")
 
 
 def without_times(value):
@@ -29,7 +29,12 @@ def without_times(value):
         return {key: without_times(item) for key, item in value.items() if key not in TIMES}
     if isinstance(value, list):
         return [without_times(item) for item in value if not (isinstance(item, str) and OF_TIMES.search(item))]
-    return value
+    return timeless(value) if isinstance(value, str) else value
+
+
+def timeless(text):
+    """A sentence on a training without its seconds, which a run lacks that resumed with no step left."""
+    return re.sub(r", [\d.e-]+ s per step", "", text)
 
 
 def contents(file):
@@ -37,7 +42,8 @@ def contents(file):
     if file.name == "report.json":
         return json.dumps(without_times(json.loads(file.read_text(encoding="utf-8"))))  # in the order of the file
     if file.name in ("report.md", "README.md"):
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if not OF_TIMES.search(line)]
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return [timeless(line) for line in lines if not OF_TIMES.search(line)]
     return file.read_bytes()
 
 

@@ -245,7 +245,7 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in(whole, ctrl_c, tmp_path
         (["--method", "prefix"], "method"),
         (["--micro-batch-size", "3"], "micro_batch_size: expected batch_size 8 to be a multiple of it, got 3"),
         (["--eval-samples", "99999"], "text: expected more than the 99999 windows of 64 tokens that are held out"),
-        (["--n-active", "13"], "n_active: expected between 1 and the model's 12 layers, got 13"),
+        (["--n-active", "13"], "n_active: expected between 1 and the 12 layers of the scores, got 13"),
         (["--device-memory", "much"], "device_memory: expected a size such as 24GB or 80GiB, got 'much'"),
         (["--log-every", "0"], "log_every: expected at least 1, got 0"),
         (["--learning-rate", "-1"], "learning_rate: expected a number above 0, got -1"),
