@@ -5,6 +5,7 @@ Nothing here needs the Hub. What cannot be fetched fails with the name of the pa
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -18,7 +19,12 @@ from huggingface_hub import cached_assets_path
 
 from hf_cod.cli.commands.demo import PACKAGED_MODEL
 from hf_cod.io.models import ModelSettings, load_model
-from hf_cod.io.packaged_files import from_package
+
+_FILE = Path(__file__).parents[1] / "examples" / "benchmarks" / "packaged_files.py"
+_spec = importlib.util.spec_from_file_location("packaged_files", _FILE)
+packaged_files = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(packaged_files)
+from_package = packaged_files.from_package
 
 MPNET_PARTS = 5
 DINOV2_LAYERS = 12

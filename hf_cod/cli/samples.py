@@ -10,13 +10,12 @@ from torch import nn
 
 from hf_cod.cli.parser import model_title
 from hf_cod.cli.settings import MeasuringSettings
-from hf_cod.io.masking import mask_tokens
 from hf_cod.io.models import load_model
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.io.text import Batch, describe_batches, load_texts, split_samples, token_batches
+from hf_cod.layers.batches import with_labels
 from hf_cod.layers.checks import check_length
 from hf_cod.layers.running import busy
-from hf_cod.layers.task import task_of
 
 
 def load_with_tokenizer(
@@ -88,6 +87,5 @@ def split_text(
             )
         share = calibrating / (calibrating + measuring)
         first, second = split_samples(batches, min(drawn - 1, max(1, round(drawn * share))))
-    if task_of(model) == "masked_lm":
-        return mask_tokens(tokenizer, first, settings.seed), mask_tokens(tokenizer, second, settings.seed)
-    return first, second
+    seed = settings.seed
+    return with_labels(model, tokenizer, first, seed), with_labels(model, tokenizer, second, seed)

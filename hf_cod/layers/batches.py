@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ def batches_of(
 ) -> Given | list[Batch] | None:
     """The given batches, or those of `token_batches` for the given texts; None if neither was passed.
 
-    A masked language model gets labels of masked tokens (`mask_tokens`), as in the commands.
+    A masked language model gets labels of masked tokens (`with_labels`), as in the commands.
 
     Args:
         model: the model that runs on the batches.
@@ -55,9 +55,17 @@ def batches_of(
     settings = replace(samples or SampleSettings(), **changed)
     base = unwrap(model)
     check_length(base, settings.sequence_length)
-    cut = token_batches(tokenizer, texts, settings)
-    masked = type(base).__name__.endswith(MASKED_LM_SUFFIXES)
-    return [*(mask_tokens(tokenizer, cut, settings.seed) if masked else cut)]
+    return [*with_labels(base, tokenizer, token_batches(tokenizer, texts, settings), settings.seed)]
+
+
+def with_labels(model: nn.Module, tokenizer: Any, batches: Sequence[Batch], seed: int) -> Sequence[Batch]:
+    """Batches of tokens for a loss of the model: those of a masked language model get labels of masked tokens.
+
+    Raises:
+        ValueError: the tokenizer of a masked language model has no mask token.
+    """
+    masked = type(unwrap(model)).__name__.endswith(MASKED_LM_SUFFIXES)
+    return mask_tokens(tokenizer, batches, seed) if masked else batches
 
 
 def required(batches: Given | None) -> Given:

