@@ -243,7 +243,7 @@ def test_the_last_step_is_measured():
 def test_a_probe_that_the_model_does_not_take_is_told_at_once():
     model = build("llama")
     with pytest.raises(ValueError, match="probe: expected batches that fit the model, got on the first one"):
-        LayerMonitor(model, [{"input_ids": torch.full((2, 5), 10), "past_key_values": torch.ones(2, 5)}])
+        LayerMonitor(model, [{"input_ids": torch.full((2, 5), 10), "attention_mask": torch.ones(2, 3, 5, 7)}])
     with pytest.raises(ValueError, match="got DeepSpeed, whose gradients cannot be read"):
         LayerMonitor(type("DeepSpeedEngine", (torch.nn.Sequential,), {})(model), PROBE)
 
