@@ -75,9 +75,9 @@ def test_a_command_writes_the_same_bytes_twice(name, runs):
     assert not wrong
 
 
-def documented():
-    """Key of results -> commands, by the table of the page."""
-    table = read("docs/reference/files.md").partition("| key of")[2].partition("\n\n")[0]
+def documented(part):
+    """Key of results, or of layers -> commands, by the table of the page."""
+    table = read("docs/reference/files.md").partition(f"| key of `{part}`")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| (`[^|]+`) \| .+ \| ([^|]+) \|$", table, re.M)
     found = {}
     for keys, commands in rows:
@@ -93,12 +93,14 @@ def documented():
 @pytest.mark.process
 @pytest.mark.parametrize("name", RUNS)
 def test_keys_of_reports_are_documented(name, runs):
-    known = documented()
+    known = {part: documented(part) for part in ("results", "layers")}
     for file in (runs[0] / name).rglob("report.json"):
         report = json.loads(file.read_text(encoding="utf-8"))
+        command = COMMANDS.get(report["kind"], report["kind"])
+        for part, keys in known.items():
+            lacking = [key for key in report[part] if command not in keys.get(key, ())]
+            assert not lacking, f"{lacking} in {part} of {command} are not in docs/reference/files.md"
         for key, value in report["results"].items():
-            command = COMMANDS.get(report["kind"], report["kind"])
-            assert command in known.get(key, ()), f"{key} of {command} is not in docs/reference/files.md"
             if key in BY_STATE:
                 assert value and all(isinstance(number, int) for number in value.values()), (key, value)
             if key == "training_memory":

@@ -14,7 +14,7 @@ from hf_cod.io.models import load_model
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.io.text import Batch, describe_batches, load_texts, split_samples, token_batches
 from hf_cod.layers.batches import with_labels
-from hf_cod.layers.checks import check_length
+from hf_cod.layers.checks import check_length, check_without_adapter
 from hf_cod.layers.running import busy
 
 
@@ -27,19 +27,16 @@ def load_with_tokenizer(
         source: Hub id, directory or GGUF file.
         loading: settings of model loading.
         instead: what to use for a model without tokenizer; part of the error message.
-        adapters: whether adapters that cannot be merged are accepted, because the model is only measured.
+        adapters: whether adapters that are not merged are accepted, because the model is only measured.
 
     Raises:
         ValueError: the model does not exist, or has no tokenizer, without which text cannot be cut into samples; or it
-            has adapters that cannot be merged.
+            has an adapter (see `check_without_adapter`).
     """
     with busy(f"loading {model_title(source)}"):
         model, tokenizer = load_model(source, loading)
-    if not adapters and hasattr(model, "merge_and_unload"):
-        raise ValueError(
-            f"model: expected a model, got an adapter on a quantized base in {source!r}; only diagnose, score and the "
-            "teacher of heal accept it"
-        )
+    if not adapters:
+        check_without_adapter(model, source)
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use {instead}")
     return model, tokenizer

@@ -14,12 +14,18 @@ from hf_cod.layers.stack import DecoderLayers
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_without_adapter(model: nn.Module) -> None:
-    """Checks that transformers loaded no adapter from the model's directory: saving would write the adapter alone.
+def check_without_adapter(model: nn.Module, source: str) -> None:
+    """Checks that a model, which is to be changed and saved, was loaded without an adapter.
 
     Raises:
-        ValueError: it did.
+        ValueError: it has one: of a quantized base, into which it cannot be merged, or loaded by transformers from the
+            model's own directory, so that saving would write the adapter alone.
     """
+    if hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"model: expected a model, got an adapter on a quantized base in {source!r}; only diagnose, score and the "
+            "teacher of heal accept it"
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             "model: expected a directory without an adapter, got adapter_config.json next to the weights; save the "

@@ -42,9 +42,10 @@ def probe_batches(probe: Any, tokenizer: Any, settings: SampleSettings) -> list[
     Raises:
         ValueError: an empty probe, items of another type, rows without tokens, or text without a tokenizer.
     """
+    check_probe(probe)
     items = _items(probe)
-    first = next(iter(items), None) if isinstance(items, Iterable) else None
-    if isinstance(items, Iterable) and iter(items) is items:  # the first item of an iterator is consumed
+    first = next(iter(items), None)
+    if iter(items) is items:  # the first item of an iterator is consumed
         items = itertools.chain([first], items)
     if isinstance(first, str):
         return _from_texts(items, tokenizer, settings)
@@ -55,8 +56,6 @@ def probe_batches(probe: Any, tokenizer: Any, settings: SampleSettings) -> list[
         return _from_texts((row[TEXT_COLUMN] for _, row in _rows(items, TEXT_COLUMN)), tokenizer, settings)
     if isinstance(first, Mapping) and any(isinstance(v, Tensor) and v.dim() > 1 for v in _inputs(first).values()):
         return _stacked(items, settings) if _is_one_sample(first) else _whole_batches(items, settings)
-    if not isinstance(items, Iterable):
-        raise ValueError(f"{EXPECTED}, got {shown(probe)}")
     found = f"rows with {', '.join(map(str, first))}" if isinstance(first, Mapping) else type(first).__name__
     raise ValueError(f"{EXPECTED}, got {found}")
 

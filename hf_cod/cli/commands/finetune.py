@@ -118,10 +118,9 @@ def _loaded(source: str, loading: ModelSettings, settings: TrainingSettings) -> 
         ValueError: they cannot; gives the reason.
     """
     from hf_cod.cli.samples import load_with_tokenizer
-    from hf_cod.layers.checks import check_length, check_without_adapter
+    from hf_cod.layers.checks import check_length
 
     model, tokenizer = load_with_tokenizer(source, loading, "hf_cod.owlore with Trainer")
-    check_without_adapter(model)
     check_length(model, settings.sequence_length)
     _check_weights(model, settings.method)
     return model, tokenizer

@@ -76,7 +76,7 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
 
     with busy(f"loading {model_title(source)}"):
         model: Any = load_model(source, loading)[0]
-        check_without_adapter(model)
+        check_without_adapter(model, source)
     stack = find_decoder_layers(model, settings.layers_path)
     memory = {"intact": bytes_of(model)}
     with busy("packing"):
