@@ -179,7 +179,7 @@ def for_samples(settings: Trained, samples: int, begun: int | None = None) -> Tr
         ValueError: one step alone would pass over the samples more than `MANY_PASSES` times.
     """
     # Trainer holds all micro batches of a step in memory, and the first step might never end.
-    if settings.batch_size > max(MANY_PASSES * samples, BATCH, settings.micro_batch_size):
+    if settings.batch_size > max(MANY_PASSES * samples, BATCH):
         raise ValueError(
             f"batch_size: expected at most {MANY_PASSES} times the {samples} training samples, got "
             f"{settings.batch_size}; use a smaller --batch-size or a longer text"

@@ -115,7 +115,7 @@ def test_settings_by_position_are_those_of_the_first_version():
 
 def test_a_step_of_many_passes_over_the_samples_is_refused():
     for batch_size in (2001, 10**12):
-        settings = TrainingSettings(batch_size=batch_size, micro_batch_size=1)
+        settings = TrainingSettings(batch_size=batch_size, micro_batch_size=batch_size)
         with pytest.raises(ValueError, match=f"^batch_size: expected at most 20 times the 100 .* got {batch_size};"):
             for_samples(settings, 100)
     assert for_samples(TrainingSettings(batch_size=2000), 100).batch_size == 2000
