@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.io.display import first_line
 from hf_cod.io.model_config import building
+from hf_cod.io.reading import open_tensors
 
 logger = logging.getLogger(__name__)
 
 # Number of names that an error lists for each kind of wrong key.
 NAMED = 3
 POOLER = "pooler"
+# quant_method of the checkpoints whose files have the dtypes of the model.
+OWN_QUANTIZATIONS = ("owl_bnb", "hf_cod_sparse")
 
 
 def load_exactly(model_class: Any, source: Any, **options: Any) -> Any:
@@ -45,6 +51,7 @@ def read(model_class: Any, source: Any, **options: Any) -> tuple[Any, Mapping[st
         wanted = f"a config and weights that {model_class.__name__} can be built from"
         with building(wanted, source), advice_silenced():  # of bitsandbytes, for a model that it quantized
             model, info = model_class.from_pretrained(source, **options, **told)
+        _check_kinds(model, source, options)
         return model, info
     except torch.OutOfMemoryError:
         raise
@@ -53,6 +60,48 @@ def read(model_class: Any, source: Any, **options: Any) -> tuple[Any, Mapping[st
         if "above report" in first:  # which is not shown at the default verbosity
             first = "they cannot be converted; TRANSFORMERS_VERBOSITY=warning lists them"
         raise ValueError(f"model: expected weights of {model_class.__name__}, got others: {first}") from error
+
+
+def _check_kinds(model: Any, source: Any, options: Mapping[str, Any]) -> None:
+    """Checks that weights are floating-point numbers in the files where they are in the model, else not.
+
+    transformers converts them without a word: 0.3 that somebody stored as a whole number is then 0. Weights that
+    another package has quantized are not compared, since their files differ from the model.
+
+    Raises:
+        ValueError: a tensor of the other kind; names it.
+    """
+    if _quantization_of(model) not in (None, *OWN_QUANTIZATIONS):
+        return
+    expected = {key: tensor.is_floating_point() for key, tensor in model.state_dict().items()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for path in _weight_files(source, options):
+        with open_tensors(path, "model", "a whole safetensors file") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                floating = expected.get(key, expected.get(key.removeprefix(prefix), expected.get(prefix + key)))
+                stored = file.get_slice(key).get_dtype()
+                if floating is not None and floating != stored.startswith(("F", "BF")):
+                    wanted = "floating-point numbers" if floating else "whole numbers"
+                    raise ValueError(f"model: expected {wanted} as {key}, got {stored} in {str(source)!r}")
+
+
+def _quantization_of(model: Any) -> str | None:
+    """The quant_method of a model's config; None without quantization."""
+    config = getattr(model.config, "quantization_config", None)
+    return config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+
+
+def _weight_files(source: Any, options: Mapping[str, Any]) -> list[str]:
+    """The safetensors files of a checkpoint that was just loaded; none for other formats."""
+    if "gguf_file" in options:
+        return []
+    told = {"revision": options.get("revision"), "local_files_only": True}
+    told |= {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    whole = cached_file(source, SAFE_WEIGHTS_NAME, **told)
+    if whole is not None:
+        return [whole]
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **told)
+    return [] if index is None else [str(path) for path in sorted(Path(index).parent.glob("*.safetensors"))]
 
 
 def check_loaded(model: Any, info: Mapping[str, Any]) -> None:

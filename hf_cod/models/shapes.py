@@ -22,8 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Upper limit of the numbers that a module computes with.
-MOST = 1 << 24
+# Numbers with which a module computes and which may be less than by the config: of heads and of channels. Others, such
+# as an index of a layer, would change what the model computes without any weight of another shape.
+NUMBERS = (
+    *("num_heads", "num_attention_heads", "num_key_value_heads", "num_key_value_groups", "all_head_size"),
+    *("split_size", "intermediate_size"),
+)
 SIZES = ("in_features", "out_features", "rank")
 # Value 1: the module has the part.
 BIAS, SPARSE = FLAGS = ("bias", "sparse")
@@ -203,8 +207,9 @@ def _check_size(own: dict[str, int], sizes: dict[str, int], name: str) -> None:
 
 def _set_numbers(module: nn.Module, changes: dict[str, int], name: str) -> None:
     for key, value in changes.items():
-        if type(getattr(module, key, None)) is not int:
+        own = getattr(module, key, None)
+        if key not in NUMBERS or type(own) is not int:
             raise ValueError(f"module_shapes: expected numbers that {type(module).__name__} {name} has, got {key!r}")
-        if value > MOST:
-            raise ValueError(f"module_shapes: expected {key} of {name} up to {MOST}, got {value}")
+        if value > own:
+            raise ValueError(f"module_shapes: expected {key} of {name} up to {own}, got {value}")
         setattr(module, key, value)

@@ -80,6 +80,36 @@ def test_a_damaged_checkpoint_is_an_error(family, damage, headless, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("headless", [False, True], ids=["head", "headless"])
+@pytest.mark.parametrize("dtype, stored", [(torch.int64, "I64"), (torch.bool, "BOOL")])
+def test_weights_that_were_stored_as_whole_numbers(dtype, stored, headless, tmp_path):
+    model = build("llama")
+    (model.base_model if headless else model).save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda weights: weights.update({of_layer(weights, 1)[1]: torch.ones(32, 48, dtype=dtype)}))
+    with pytest.raises(ValueError, match=rf"^model: expected floating-point numbers as \S+\.mlp\.\S+, got {stored} in"):
+        load_model(str(tmp_path))
+
+
+def test_codes_that_were_stored_as_floating_point_numbers(tmp_path):
+    model = build("llama")
+    quantize(model, bits=4, block=32)
+    model.save_pretrained(tmp_path)
+
+    def as_floats(weights):
+        name = next(name for name in weights if weights[name].dtype == torch.uint8)
+        weights[name] = weights[name].float() + 0.5
+
+    change_weights(tmp_path, as_floats)
+    with pytest.raises(ValueError, match=r"^model: expected whole numbers as \S+, got F32 in"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_another_floating_point_dtype_load(dtype, tmp_path):
+    build("llama").to(dtype).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert load_model(str(tmp_path))[0].dtype == dtype
+
+
 def test_an_expert_that_is_missing_and_one_of_another_shape(tmp_path):
     model = build("mixtral")
     model.save_pretrained(tmp_path)

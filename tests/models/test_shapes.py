@@ -275,6 +275,9 @@ def test_every_family_goes_through_files(family, tmp_path):
         ({"model.layers.1.mlp.up_proj": {"width": 5}}, "expected in_features, out_features, rank, bias, sparse of"),
         ({"model.layers.1.mlp.up_proj": {"sparse": 1}}, "expected a rank with the sparse part of layers.1.mlp.up"),
         ({"model.layers.1.self_attn": {"heads": 5}}, "expected numbers that LlamaAttention layers.1.self_attn has"),
+        ({"model.layers.1.self_attn": {"layer_idx": 3}}, "expected numbers that .* has, got 'layer_idx'"),
+        ({"model.embed_tokens": {"embedding_dim": 3}}, "expected numbers that .* has, got 'embedding_dim'"),
+        ({"model.layers.1.mlp": {"intermediate_size": 49}}, "expected intermediate_size of .* up to 48, got 49"),
     ],
 )
 def test_bad_shapes(shapes, message):

@@ -14,6 +14,8 @@ from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.compression.fit.knobs import KNOBS, Applying, ApplyingFields
 from hf_cod.io.arguments import checked
 from hf_cod.io.journal import Journal
+from hf_cod.io.reading import naming_file
+from hf_cod.io.schema import brief, check_value, limits
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batch, Texts, Tokenizer
 from hf_cod.layers.batches import batches_of, required
@@ -80,7 +82,18 @@ class Trials:
                 raise ValueError(f"loss: expected a finite one, got {loss} with {steps}")
             self._journal.add(key, [loss, asdict(size_of(model, self._how.layers_path))])
         loss, size = self._journal.result(key, tuple[float, ModelSize])
+        self._check(key, loss, size)
         return Trial(steps, loss, size)
+
+    def _check(self, key: str, loss: float, size: ModelSize) -> None:
+        """Checks a trial from the journal, which may be another one's file: the plan is chosen by these numbers."""
+        with naming_file(self._journal.path or "memory"):
+            field = f"journal {brief(key)}"
+            check_value(loss, float, f"{field}[0]", limits(least=0))
+            for name, value in asdict(size).items():
+                check_value(value, int, f"{field}[1].{name}", limits(least=1))
+            if size.layer_bytes > size.bytes:
+                raise ValueError(f"{field}[1].layer_bytes: expected up to {size.bytes} (bytes), got {size.layer_bytes}")
 
 
 @for_one_thread

@@ -174,7 +174,16 @@ def for_samples(settings: Trained, samples: int, begun: int | None = None) -> Tr
         settings: the user's.
         samples: windows to train on.
         begun: number of steps with which an interrupted run began, if this one resumes it.
+
+    Raises:
+        ValueError: one step alone would pass over the samples more than `MANY_PASSES` times.
     """
+    # Trainer holds all micro batches of a step in memory, and the first step might never end.
+    if settings.batch_size > max(MANY_PASSES * samples, BATCH):
+        raise ValueError(
+            f"batch_size: expected at most {MANY_PASSES} times the {samples} training samples, got "
+            f"{settings.batch_size}; use a smaller --batch-size or a longer text"
+        )
     if settings.follows_samples:
         most = max(1, math.ceil(settings.passes * samples / settings.batch_size))
         steps = begun or min(DEFAULT_STEPS, most)

@@ -7,7 +7,7 @@ import re
 import sys
 import weakref
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from hf_cod.cli.main import main
 from hf_cod.compression.fit.budget import Budget
 from hf_cod.compression.fit.knobs import KNOBS, Applying
 from hf_cod.compression.fit.planning import NOT_COMBINED
+from hf_cod.compression.fit.trials import Trials
 from hf_cod.io.journal import Journal
 from hf_cod.io.models import embedded_model, load_model
 from hf_cod.io.text import SampleSettings, embedded_text, split_samples, token_batches
@@ -260,6 +261,26 @@ def test_what_was_measured_is_not_measured_again(texts, trials, tmp_path, monkey
     assert FitPlan.load(first.save(tmp_path / "plan.json")) == first
     with pytest.raises(TypeError):  # another budget needs other trials
         plan_fit(make, "parameter_share", 0.62, *texts, knobs=["rank"], journal=trials)
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        ("loss", math.nan, r"\[0\]: expected a finite number of at least 0, got nan"),
+        ("loss", -5.0, r"\[0\]: expected a finite number of at least 0, got -5\.0"),
+        ("bytes", 0, r"\[1\]\.bytes: expected a whole number of at least 1, got 0"),
+        ("layer_weights", -1, r"\[1\]\.layer_weights: expected a whole number of at least 1, got -1"),
+        ("layer_bytes", 1 << 60, r"\[1\]\.layer_bytes: expected up to \d+ \(bytes\), got 1152921504606846976"),
+    ],
+)
+def test_trials_that_cannot_be_are_refused(place, value, message, texts, tmp_path):
+    measured = Trials(make, *texts, tmp_path, "work", None)
+    trial = measured.measure({})
+    size = asdict(trial.size)
+    edited = [value, size] if place == "loss" else [trial.loss, {**size, place: value}]
+    Journal(tmp_path / "trials.jsonl", "work").add("trial ", edited)
+    with pytest.raises(ValueError, match=rf"^journal 'trial '{message}"):
+        Trials(make, *texts, tmp_path, "work", None).measure({})
 
 
 @pytest.mark.parametrize(

@@ -111,3 +111,12 @@ def test_settings_by_position_are_those_of_the_first_version():
     settings = HealSettings("lora", "angular", 13.0, 1e-3, 7, 8, 2, 32)
     given = settings.steps, settings.batch_size, settings.micro_batch_size, settings.sequence_length
     assert given == (7, 8, 2, 32)
+
+
+def test_a_step_of_many_passes_over_the_samples_is_refused():
+    for batch_size in (2001, 10**12):
+        settings = TrainingSettings(batch_size=batch_size, micro_batch_size=batch_size)
+        with pytest.raises(ValueError, match=f"^batch_size: expected at most 20 times the 100 .* got {batch_size};"):
+            for_samples(settings, 100)
+    assert for_samples(TrainingSettings(batch_size=2000), 100).batch_size == 2000
+    assert for_samples(TrainingSettings(steps=1), 1).batch_size == 16, "the default is never refused"
