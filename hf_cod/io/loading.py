@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.io.display import first_line
@@ -95,13 +94,13 @@ def _weight_files(source: Any, options: Mapping[str, Any]) -> list[str]:
     """The safetensors files of a checkpoint that was just loaded; none for other formats."""
     if "gguf_file" in options:
         return []
-    told = {"revision": options.get("revision"), "local_files_only": True}
-    told |= {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    whole = cached_file(source, SAFE_WEIGHTS_NAME, **told)
+    place: dict[str, Any] = {"revision": options.get("revision"), "local_files_only": True}
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    whole = cached_file(source, SAFE_WEIGHTS_NAME, **place, **quiet)
     if whole is not None:
         return [whole]
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **told)
-    return [] if index is None else [str(path) for path in sorted(Path(index).parent.glob("*.safetensors"))]
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **place, **quiet)
+    return [] if index is None else get_checkpoint_shard_files(source, index, **place)[0]
 
 
 def check_loaded(model: Any, info: Mapping[str, Any]) -> None:
