@@ -1,7 +1,7 @@
 """Tiny random models of the architectures of transformers, for `architectures.py`.
 
-A config is made from the defaults of its type: each field of `SIZES` that it knows takes the tiny value, also in configs
-inside it. `CHANGES` holds what a type requires beside that.
+A config is made from the defaults of its type: each field of `SIZES` that it knows takes the tiny value, in configs
+inside it as well. `CHANGES` holds what a type requires beside that.
 """
 
 from __future__ import annotations
