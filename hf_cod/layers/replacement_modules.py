@@ -56,6 +56,16 @@ def names_in(model: Any, recorded: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def keep_names(model: Any) -> None:
+    """Lets `save_pretrained` write the model's own names of tensors.
+
+    For some families it writes the names of their first checkpoints, and joins matrices that the model holds apart:
+    rules for dense weights, which give wrong names to tensors of other formats, or fail on them. `from_pretrained`
+    reads both; transformers' `dequantize` restores the rules.
+    """
+    model._weight_conversions = []
+
+
 def signs(*emptied: str) -> dict[str, Tensor]:
     """Tensors to write next to the others, as a message for users who load the checkpoint without this package.
 

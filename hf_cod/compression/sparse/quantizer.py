@@ -18,7 +18,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
 from hf_cod.layers.modes import for_one_thread
-from hf_cod.layers.replacement_modules import ignore_signs, names_in, replace, signs
+from hf_cod.layers.replacement_modules import ignore_signs, keep_names, names_in, replace, signs
 from hf_cod.models.own_config import own_config
 from hf_cod.models.stored_config import mark_stored, unmark_stored
 
@@ -53,6 +53,7 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         mark_stored(model)
+        keep_names(model)
         if not self.pre_quantized:
             self.quantization_config.modules = pack_linears(model, self.quantization_config.min_sparsity)
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft import PeftConfig
@@ -12,7 +12,8 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from hf_cod.io.settings import Default
-from hf_cod.layers.orientation import shape_of
+from hf_cod.layers.direct_use import UNCALLED, direct_use
+from hf_cod.layers.orientation import computes_otherwise, shape_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, is_linear_like
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.training.adapters.layer import OwLoreLinear
@@ -29,6 +30,7 @@ class OwLoreModel(BaseTuner):
 
     prefix = "owlore_"
     tuner_layer_cls = OwLoreLinear
+    _excluded: dict[str, str]
 
     def lost_energy(self, adapter_name: str | None = None) -> dict[str, float]:
         """For each matrix, the share of its update's squared norm that folding cut off (`Increment.lost_energy`).
@@ -73,7 +75,11 @@ class OwLoreModel(BaseTuner):
         """
         stack = find_decoder_layers(self.model)
         found = {name: module for index in range(len(stack)) for name, module in stack.linears(index).items()}
+        self._excluded = _not_adaptable(stack, found)
         if peft_config.target_modules is None:
+            for name, reason in self._excluded.items():
+                logger.warning("%s gets no adapter: %s", name, reason)
+            found = {name: module for name, module in found.items() if name not in self._excluded}
             peft_config.target_modules = set(found)  # PEFT shortens the names to unique suffixes
             inside = {id(p) for module in found.values() for p in module.parameters()}
             warn_of_untrained(stack, [p for p in self.model.parameters() if id(p) in inside])
@@ -127,6 +133,18 @@ class OwLoreModel(BaseTuner):
                 f"target_modules: expected matrices of the layers in {stack.layers_path}, got {name} "
                 f"({type(target).__name__}); name other modules that are to train in modules_to_save"
             )
+        if name in self._excluded:
+            raise ValueError(f"target_modules: expected other matrices than {name}: {self._excluded[name]}")
+
+
+def _not_adaptable(stack: DecoderLayers, matrices: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Name -> the reason why an adapter on a matrix would have no effect, or a wrong one."""
+    direct = direct_use(stack.model).reasons
+    found = {name: direct[name] for name in matrices if direct.get(name) == UNCALLED}
+    for name, module in matrices.items():
+        if computes_otherwise(module):
+            found[name] = f"a {type(module).__name__}, which computes something else than a Linear"
+    return found
 
 
 def _held(config: Any, name: str, target: nn.Module) -> tuple[int, int]:
