@@ -8,6 +8,7 @@ the module is not being called is recorded, whatever the model does with it, so 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -112,8 +113,13 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, on_zero
         block.enter_context(_attributes_restored(model))
         block.enter_context(torch.random.fork_rng(_cuda_devices(model)))
         _prepare(model, training, on_zeros)
-        watched = {name.lstrip("."): _watch(m, block) for name, m in walk(model, "") if _is_watched(m)}
+        named = {name.lstrip("."): m for name, m in walk(model, "") if _is_watched(m)}
+        each = {module: _watch(module, block) for module in named.values()}  # a module may have two names
+        watched = {name: each[module] for name, module in named.items()}
         try:
+            empty = next((name for name, parameters in watched.items() if not parameters.size), None)
+            if empty is not None:  # torch ends the process where attention has no channels
+                raise ValueError(f"{empty} has no weights")
             inputs, device = probe_inputs(model, batch)
             with torch.no_grad(), device:
                 model(**inputs)
@@ -125,9 +131,10 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, on_zero
 
 
 def _prepare(model: nn.Module, training: bool, on_zeros: bool) -> None:
-    """Sets the mode, without compiled code, and without what changes a model in train mode."""
+    """Sets the mode, without hooks and compiled code, and without what changes a model in train mode."""
     model.train(training)
     for module in model.modules():
+        vars(module).update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
         if isinstance(module, _BatchNorm):  # it would change its buffers
             module.eval()
         if getattr(module, "gradient_checkpointing", False):  # it would warn
@@ -149,6 +156,7 @@ class _Watched(dict[str, Any]):
         self.depth = 0
         self.called = False
         self.read = False
+        self.size = parameters["weight"].numel()
         self._copy: Tensor | None = None
         self._written = False
 

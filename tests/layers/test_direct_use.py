@@ -101,7 +101,7 @@ def joins(block, x):
 
 
 def by_name(block, x):
-    return x @ getattr(block, "second").weight.data.T
+    return x @ block.second.weight.data.T
 
 
 def calls(block, x):
@@ -132,6 +132,15 @@ def test_each_use_but_a_call_is_found(use, kind, expected, device):
 def test_what_did_not_run_is_like_what_ran():
     """An expert to which no token was routed."""
     assert direct_use(Model(casts, running=1)).reasons == {"blocks.0.second": READ, "blocks.1.second": READ}
+
+
+def test_a_module_with_two_names():
+    model = Model(calls)
+    model.blocks[1].second = model.blocks[0].second
+    assert direct_use(model).reasons == {}
+    model = Model(casts)
+    model.blocks[1].second = model.blocks[0].second
+    assert direct_use(model).reasons == {"blocks.0.second": READ, "blocks.1.second": READ}
 
 
 def scales(block, x):
@@ -172,8 +181,10 @@ def test_the_model_is_left_as_it_was():
     model = Model(keeps).train()
     model.blocks[1].eval()
     before = [(dict(vars(m)), m.training, dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
-    state = torch.get_rng_state()
-    assert direct_use(model).reasons
+    state, seen = torch.get_rng_state(), []
+    model.blocks[0].register_forward_hook(lambda *_: seen.append(_))
+    assert direct_use(model).reasons and not seen, "hooks of others see nothing"
+    model.blocks[0]._forward_hooks.clear()
     assert torch.equal(torch.get_rng_state(), state)
     for module, (attributes, *others) in zip(model.modules(), before, strict=True):
         assert vars(module).keys() == attributes.keys() and type(module._parameters) is dict
