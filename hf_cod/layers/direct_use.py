@@ -12,15 +12,18 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.pytorch_utils import Conv1D
 
 from hf_cod.io.text import Batch
 from hf_cod.layers.modes import modes_restored
+from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.probe_inputs import probe_inputs
 from hf_cod.layers.running import hidden_input
 from hf_cod.layers.stack import holds_experts, is_linear_like, walk
@@ -193,9 +196,16 @@ class _Watched(dict[str, Any]):
 def _watch(module: nn.Module, block: ExitStack) -> _Watched:
     watched = _Watched(module._parameters)
     vars(module)["_parameters"] = watched  # nn.Module.__getattr__ looks into it
+    if type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module):
+        # What it computes does not matter here, and to read all weights would be most of the pass's time.
+        vars(module)["forward"] = partial(_zeros, shape_of(module)[0])
     block.callback(module.register_forward_pre_hook(watched.enter).remove)
     block.callback(module.register_forward_hook(watched.leave).remove)
     return watched
+
+
+def _zeros(out: int, input: Tensor) -> Tensor:
+    return input.new_zeros(*input.shape[:-1], out)
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -28,8 +28,9 @@ def probe_inputs(model: Any, batch: Batch | None = None) -> tuple[dict[str, Any]
     inputs = _by_config(model) if batch is None else _first_sample(model_inputs(batch))
     dtype = first.dtype if first.is_floating_point() else torch.float32
     inputs = {name: t.to(dtype) if batch is None and t.is_floating_point() else t for name, t in inputs.items()}
-    context = torch.device(device) if device.type in ("meta", "cpu") else nullcontext()
-    return to_device(inputs, device), context
+    # What forward creates is on the model's device, also while from_pretrained builds everything on the meta device.
+    meta = "meta" in (device.type, torch.get_default_device().type)
+    return to_device(inputs, device), torch.device(device) if meta else nullcontext()
 
 
 def _first_sample(batch: dict[str, Any]) -> dict[str, Any]:
