@@ -61,7 +61,7 @@ TESTED_BY = {
     "compression/sparse/test_linear.py": "compression/sparse/product.py",
     "compression/sparse/test_quantizer.py": (
         "compression/sparse/checkpoint.py compression/sparse/config.py compression/sparse/packing.py "
-        "compression/sparse/settings.py layers/replacement_modules.py"
+        "compression/sparse/settings.py"
     ),
     "compression/width/test_narrower.py": (
         "analysis/statistics/input_products.py compression/width/gradients.py compression/width/matrices.py "

@@ -84,7 +84,7 @@ class OwlBnbQuantizer(HfQuantizer):
                 module.bind()
         self.statistics = None
         mark_stored(model)
-        keep_names(model)
+        keep_names(model, self.quantization_config.modules)
         model.is_loaded_in_4bit = True  # by which PEFT and accelerate recognize quantized layers
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

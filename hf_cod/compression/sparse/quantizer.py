@@ -53,12 +53,12 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         mark_stored(model)
-        keep_names(model)
         if not self.pre_quantized:
             self.quantization_config.modules = pack_linears(model, self.quantization_config.min_sparsity)
-            return
-        for name in self.quantization_config.modules:
-            model.get_submodule(name).check(name)
+        else:
+            for name in self.quantization_config.modules:
+                model.get_submodule(name).check(name)
+        keep_names(model, self.quantization_config.modules)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's tensors, and the marker that makes loading without this package fail with an instruction."""
