@@ -80,7 +80,7 @@ def run(
     loading: ModelSettings,
     text: TextSettings,
 ) -> tuple[RunReport, int]:
-    """Diagnoses a model; the report has the settings of model loading and text, too.
+    """Diagnoses a model, with the journal in `directory`; the report has the settings of model loading and text, too.
 
     If a measure fails, prints the error and returns the earlier results with exit status 1.
     """
@@ -88,7 +88,7 @@ def run(
     from hf_cod.cli.recorded import with_inputs
 
     try:
-        report = diagnose(model, tokenizer, texts, output=directory, name=name, **asdict(settings))
+        report = diagnose(model, tokenizer, texts, journal=directory, name=name, **asdict(settings))
         return with_inputs(report, loading, text), 0
     except MeasurementError as error:
         if not error.report.layers:
@@ -101,7 +101,7 @@ def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -
     """Plots, saves and prints a report."""
     from hf_cod.cli.terminal import print_report
 
-    save_report(report, output, pictures)  # again, with the plots and all settings
+    save_report(report, output, pictures)
     output.finish()
     print_report(report)
     say(f"\nwritten to {output.path.resolve()}")
