@@ -23,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_cod.io.text import Batch
 from hf_cod.layers.modes import modes_restored
-from hf_cod.layers.orientation import shape_of
+from hf_cod.layers.orientation import computes_otherwise, shape_of
 from hf_cod.layers.probe_inputs import probe_inputs
 from hf_cod.layers.running import hidden_input
-from hf_cod.layers.stack import holds_experts, is_linear_like, walk
+from hf_cod.layers.stack import DecoderLayers, holds_experts, is_linear_like, walk
 from hf_cod.layers.stock_four_bit import without_repacking
 
 UNCALLED = "the model uses its weight without calling it"
@@ -93,6 +93,18 @@ def check_unwritten(model: nn.Module, batches: Sequence[Batch] | None = None) ->
             f"changes {use.written[0]}; a model that is saved after a forward pass would change it again"
         )
     return use
+
+
+def not_adaptable(stack: DecoderLayers) -> dict[str, str]:
+    """Name -> the reason why an adapter on a matrix of the layers would have no effect, or a wrong one."""
+    direct = direct_use(stack.model).reasons
+    found: dict[str, str] = {}
+    for name, module in (item for index in range(len(stack)) for item in stack.linears(index).items()):
+        if direct.get(name) == UNCALLED:
+            found[name] = UNCALLED
+        elif computes_otherwise(module):
+            found[name] = f"a {type(module).__name__}, which computes something else than a Linear"
+    return found
 
 
 def _examined(model: nn.Module, batch: Batch | None) -> DirectUse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftConfig
@@ -12,8 +12,8 @@ from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from hf_cod.io.settings import Default
-from hf_cod.layers.direct_use import UNCALLED, direct_use
-from hf_cod.layers.orientation import computes_otherwise, shape_of
+from hf_cod.layers.direct_use import not_adaptable
+from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, is_linear_like
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.training.adapters.layer import OwLoreLinear
@@ -75,7 +75,7 @@ class OwLoreModel(BaseTuner):
         """
         stack = find_decoder_layers(self.model)
         found = {name: module for index in range(len(stack)) for name, module in stack.linears(index).items()}
-        self._excluded = _not_adaptable(stack, found)
+        self._excluded = not_adaptable(stack)
         if peft_config.target_modules is None:
             for name, reason in self._excluded.items():
                 logger.warning("%s gets no adapter: %s", name, reason)
@@ -135,16 +135,6 @@ class OwLoreModel(BaseTuner):
             )
         if name in self._excluded:
             raise ValueError(f"target_modules: expected other matrices than {name}: {self._excluded[name]}")
-
-
-def _not_adaptable(stack: DecoderLayers, matrices: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Name -> the reason why an adapter on a matrix would have no effect, or a wrong one."""
-    direct = direct_use(stack.model).reasons
-    found = {name: direct[name] for name in matrices if direct.get(name) == UNCALLED}
-    for name, module in matrices.items():
-        if computes_otherwise(module):
-            found[name] = f"a {type(module).__name__}, which computes something else than a Linear"
-    return found
 
 
 def _held(config: Any, name: str, target: nn.Module) -> tuple[int, int]:
