@@ -74,6 +74,7 @@ TESTED_BY = {
     "layers/test_direct_use.py": "layers/probe_inputs.py",
     "layers/test_modes.py": "layers/partial_forward.py",
     "layers/test_removal.py": "layers/units.py",
+    "layers/test_stack.py": "layers/weights.py",
     "models/test_authors_checkpoints.py": "models/__init__.py models/authors.py",
     "models/test_convert_files.py": "models/checkpoint.py",
     "models/test_loading.py": (

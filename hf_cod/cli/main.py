@@ -63,7 +63,19 @@ FROM_CHECKPOINTS = ("heal", "finetune")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 for a failure during the run, 2 for bad input, 130 for Ctrl-C."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        try:
+            return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # of standard output
+        if not isinstance(error, BrokenPipeError):  # by which its reader, such as head, says that it has enough
+            print(f"hf-cod: error: {first_line(error)}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
     alone = arguments[0].replace("_", "-") if arguments and arguments[0].startswith("--") else None
     if not arguments or arguments[0] == "-h" or alone == "--help":
         print(_overview())

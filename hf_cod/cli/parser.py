@@ -53,6 +53,10 @@ class SettingsParser(argparse.ArgumentParser):
         )
         common.add_argument("--debug", action="store_true", help="also print the traceback of an error")
 
+    def add_model(self, name: str = "model") -> None:
+        """Adds the positional argument of the model that a command reads."""
+        self.add_argument(name, help="Hub id, directory, or GGUF file")
+
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with status 2.
 

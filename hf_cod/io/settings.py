@@ -133,7 +133,8 @@ def following(text: str) -> Any:
 def layers_path_field() -> Any:
     """The field `layers_path`, for settings of functions that look up the layers of a model."""
     return field(
-        default=None, metadata={"help": "name of the module list of layers, for models where it is not detected"}
+        default=None,
+        metadata={"help": "name of the module list of layers, for models where it is not detected; default: detected"},
     )
 
 
@@ -220,7 +221,7 @@ class TextSettings:
     )
     text_column: str = field(default="text", metadata={"help": "column of the dataset that holds the text"})
     text_split: str = field(default="train", metadata={"help": "split of the dataset"})
-    text_config: str | None = field(default=None, metadata={"help": "configuration of the dataset"})
+    text_config: str | None = field(default=None, metadata={"help": "configuration of the dataset; default: its own"})
 
     def check_source(self) -> None:
         """Checks that column, split and configuration are set only together with `text`.

@@ -1,7 +1,11 @@
 """What all commands share: errors, options, names, help."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -134,3 +138,24 @@ def test_help(capsys):
             main([name, "--help"])
         assert done.value.code == 0
     assert "--sequence-length" in capsys.readouterr().out
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["env", "--print-config"]])
+def test_a_reader_that_ends_early_gets_no_traceback(arguments):
+    """As in `hf-cod --help | head -3`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "hf_cod", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert done.returncode in (0, 1) and done.stderr.count(b"\n") <= 1, done.stderr.decode()
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_cannot_be_written_is_an_error_in_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "hf_cod", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("hf-cod: error: ") and done.stderr.count("\n") == 1

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Literal
@@ -18,6 +19,8 @@ from hf_cod.scoring.methods import score_layers
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
+# Options of every command, whose texts say what happens without them.
+COMMON = ("help", "config", "print_config", "quiet", "debug")
 QUICK = ["--sequence-length", "8", "--max-samples", "4", "--batch-size", "2", "--no-plots"]
 
 
@@ -171,6 +174,20 @@ def test_the_help_of_a_boolean_says_what_its_first_form_does(name, capsys):
     assert [f"--no-{option}" for option in both] == re.findall(r"--no-[a-z-]+", usage)
     assert not re.search(r"^  --no-", shown, re.MULTILINE)
     assert " ".join(shown.split()).count("(default: on)") == len(both)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_each_option_says_its_default_and_its_effect(name):
+    """In words or by a number; that there is none, where one of several is required."""
+    module = import_module(f"hf_cod.cli.commands.{COMMANDS[name][0]}")
+    for action in module.make_parser()._actions:
+        told = action.help or ""
+        if told == SUPPRESS:
+            continue
+        assert len(told.split()) > 1, action.dest
+        if action.option_strings and not action.required and action.dest not in COMMON:
+            assert "default" in told, f"{name} {action.option_strings[0]}: {told}"
+            assert told.count("(default: ") <= 1, f"{name} {action.option_strings[0]}: {told}"
 
 
 @pytest.mark.parametrize("written, option", [("plots: false", "--plots"), ("loud: true", "--no-loud")])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_cod.cli.output import say_written
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
-from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
@@ -47,5 +47,5 @@ def main(arguments: Sequence[str]) -> int:
         write_text(output.results / "compare.md", comparison.to_markdown(picture))
         output.finish()
     print_comparison(comparison)
-    say(f"written to {directory.resolve()}")
+    say_written(directory)
     return 0

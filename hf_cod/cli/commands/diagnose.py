@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
-from hf_cod.cli.output import require_plots, save_report
+from hf_cod.cli.output import require_plots, save_report, say_written
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
-from hf_cod.io.display import one_line, say
+from hf_cod.io.display import one_line
 from hf_cod.io.settings import ModelSettings, TextSettings
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def make_parser() -> SettingsParser:
         description="Measures the contribution of each layer of a model: angular distance between layers, cost of its "
         "removal, gradient norm and output variance. After an interruption the same command resumes.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         require_plots()
     path = output.output or default_directory("diagnose", rest.model)
     with OutputDirectory(path, source=rest.model, check=_check_reused) as directory:
-        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.diagnose in Python")
+        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.diagnose in Python", adapters=True)
         name = model_title(rest.model)
         report, status = run(model, tokenizer, texts, settings, directory.path, name, loading, text)
         finish(report, directory, output)
@@ -101,7 +101,7 @@ def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -
     """Plots, saves and prints a report."""
     from hf_cod.cli.terminal import print_report
 
-    save_report(report, output, pictures)
+    save_report(report, output.results, pictures)
     output.finish()
     print_report(report)
-    say(f"\nwritten to {output.path.resolve()}")
+    say_written(output.path)

@@ -38,7 +38,7 @@ def make_parser() -> SettingsParser:
         description="Fine-tunes a model on text, by default a few layers at a time (OwLore), and writes a model that "
         "from_pretrained loads. After an interruption the same command resumes.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 

@@ -45,7 +45,7 @@ def make_parser() -> SettingsParser:
         "outputs of the original model (the teacher), and writes a model that loads in the same way as the student. "
         "Zeros, ranks and widths do not change. After an interruption the same command resumes.",
     )
-    parser.add_argument("student", help="Hub id, directory, or GGUF file")
+    parser.add_model("student")
     return parser
 
 
@@ -126,7 +126,7 @@ def load_teacher(source: TeacherSettings, loading: ModelSettings, tokenizer: Any
 
     its_loading = replace(loading, dtype=source.teacher_dtype, revision=source.teacher_revision)
     try:
-        teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading)
+        teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading, adapters=True)
     except ValueError as error:
         raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from error
     check_tokenizers(tokenizer, its_tokenizer)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_cod.cli.output import save_report
+from hf_cod.cli.output import save_report, say_written
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
-from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
@@ -38,8 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     directory = Path(chosen.output) if chosen.output else history.path.parent
     with OutputDirectory(directory, check=check_names) as output:
         report.keep_earlier(directory)
-        save_report(report, output, pictures)
+        save_report(report, output.results, pictures)
         output.finish()
     print_report(report)
-    say(f"\nwritten to {directory.resolve()}")
+    say_written(directory)
     return 0

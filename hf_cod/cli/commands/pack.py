@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import one_directory, write_model
+from hf_cod.cli.output import one_directory, say_written, write_model
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.compression.sparse.settings import PackSettings
-from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, as_in
 from hf_cod.scoring.settings import ScoreSettings
 
@@ -25,7 +24,9 @@ if TYPE_CHECKING:
 class PackOptions(PackSettings):
     """Settings of packing and of the output directory."""
 
-    output: str | None = field(default=None, metadata={"help": "output directory, instead of the second argument"})
+    output: str | None = field(
+        default=None, metadata={"help": "output directory, instead of the second argument, with its default"}
+    )
     layers_path: str | None = as_in(ScoreSettings, "layers_path")
 
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     told = ["pack", rest.model, asdict(loading), settings.min_sparsity, settings.layers_path]
     output = OutputDirectory(directory, told, check=check_unused, source=rest.model)
     write_model(output, partial(run, rest.model, loading, settings))
-    say(f"\nwritten to {directory.resolve()}")
+    say_written(directory)
     return 0
 
 

@@ -159,7 +159,7 @@ def test_estimates_count_what_adapters_have_learnt():
     config = AutoConfig.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     shapes = [m.weight.shape for layer in model.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
-    how = {"batch_size": 1, "sequence_length": 8}
+    how = {"micro_batch_size": 1, "sequence_length": 8}
     found = estimate_memory(config, "owlore-peft", OwLoreSettings(n_active=1, rank=8), **how)
     whole = estimate_memory(config, "full", OwLoreSettings(), **how)
     learnt = sum(4 * 16 * (m + n) for m, n in shapes)
@@ -170,7 +170,7 @@ def test_estimates_count_what_adapters_have_learnt():
 def test_estimates_of_mixtures_of_experts(family):
     """In float32, for which the fake form of their product is not made."""
     found = estimate_memory(
-        build(family).config, "owlore", OwLoreSettings(n_active=1, rank=8), batch_size=1, sequence_length=8
+        build(family).config, "owlore", OwLoreSettings(n_active=1, rank=8), micro_batch_size=1, sequence_length=8
     )
     assert found.total > 1.2 * found.weights > 0
 
