@@ -116,6 +116,7 @@ TESTED_BY = {
         "training/owlore/trained_increments.py "
         "training/owlore/update_in_backward.py"
     ),
+    "training/runs/test_interrupt.py": "io/interruption.py",
     "training/runs/test_checkpoint_of_run.py": "training/owlore/saved_moments.py",
     "io/test_output_directory.py": "io/output_manifest.py io/output_checks.py io/directory_lock.py",
 }

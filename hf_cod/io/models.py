@@ -73,6 +73,8 @@ def load_model(
         model = _load_with_head(source, config, {**options, **_placement(settings)})
     if "gguf_file" in options:
         _forget_gguf(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        logger.warning("model: the adapter in %r is added to its weights, as transformers does", name)
     if settings.device != "auto":
         model.to(torch.device(settings.device or best_device()))
     return model.eval(), _load_tokenizer(name, source, options)

@@ -165,6 +165,16 @@ def check_number(name: str, value: float | None, least: float) -> None:
         raise ValueError(f"{name}: expected {word} {least}, got {value}")
 
 
+def check_seed(seed: int, least: int = -(2**63), most: int = 2**64 - 1) -> None:
+    """Checks the range of a seed; the default range is that of torch's generators.
+
+    Raises:
+        ValueError: the seed is out of range.
+    """
+    if not least <= seed <= most:
+        raise ValueError(f"seed: expected a whole number from {least} to {most}, got {seed}")
+
+
 # File formats of plots: one raster format and two vector formats.
 PLOT_FORMATS = ("png", "pdf", "svg")
 
@@ -263,6 +273,7 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         check_least(self, sequence_length=2, max_samples=1, batch_size=1)
+        check_seed(self.seed)
 
 
 class SampleFields(TypedDict, total=False):

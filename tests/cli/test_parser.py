@@ -203,12 +203,12 @@ def test_a_boolean_of_a_config_file_is_overridden_either_way(tmp_path, written, 
     [
         (
             "rates: 1",
-            "config: did you mean rate\\? expected one of rate, steps, .*, model, got 'rates' in .*",
+            "config: did you mean rate\\? expected an option, got 'rates' in .*",
         ),
-        ("rate: fast", "rate: expected float, got 'fast'"),
-        ("steps: 1.5", "steps: expected int, got 1.5"),
-        ("steps: true", "steps: expected int, got True"),
-        ("plots: 1", "plots: expected true or false, got 1"),
+        ("rate: fast", "rate: expected a number, got 'fast' in .*run.yaml"),
+        ("steps: 1.5", "steps: expected a whole number, got '1.5' in .*run.yaml"),
+        ("steps: true", "steps: expected a whole number, got True"),
+        ("plots: 1", "plots: expected true or false, got '1'"),
         ("names: a", "names: expected a list, got 'a'"),
         ("kind: c", "kind: expected one of a, b, got 'c'"),
         ("rate: [1]", "rate: expected one value, got"),
@@ -216,8 +216,12 @@ def test_a_boolean_of_a_config_file_is_overridden_either_way(tmp_path, written, 
         ("a: [", "config: expected YAML, got .*run.yaml"),
         ("[" * 9999, "config: expected YAML, got .*run.yaml"),
         ("steps: 1\nsteps: 2", "config: expected YAML, got the name 'steps' twice in .*run.yaml"),
-        ("steps: 2026-13-01", "config: expected YAML, got month must be in 1..12 in .*run.yaml"),
-        (None, "config: expected a file, got a path which does not exist"),
+        ("steps: 2026-13-01", "steps: expected a whole number, got '2026-13-01'"),
+        ("steps: 1:30", "steps: expected a whole number, got '1:30'"),
+        ("steps: 0x10", "steps: expected a whole number, got '0x10'"),
+        ("rate: 1:30.5", "rate: expected a number, got '1:30.5'"),
+        ("steps: !!int five", "config: expected YAML, got .*run.yaml"),
+        (None, "config: expected a file, got .*run.yaml', which does not exist$"),
     ],
 )
 def test_bad_config_files(tmp_path, text, message):
@@ -225,6 +229,24 @@ def test_bad_config_files(tmp_path, text, message):
         (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         parse("m", "--config", str(tmp_path / "run.yaml"))
+
+
+def test_numbers_in_a_config_file_are_those_of_the_command_line(tmp_path):
+    """YAML 1.1 has octal numbers, and numbers of base 60."""
+    (tmp_path / "run.yaml").write_text("steps: 010\nrate: 1e-3\nnames: [0123456, 2026-01-01, 1:30, 1e3]\n")
+    settings = parse("m", "--config", str(tmp_path / "run.yaml"))[0]
+    assert (
+        settings == parse("m", "--steps", "010", "--rate", "1e-3", "--names", "0123456", "2026-01-01", "1:30", "1e3")[0]
+    )
+    assert settings == Options(0.001, 10, ["0123456", "2026-01-01", "1:30", "1e3"])
+
+
+@pytest.mark.parametrize("arguments", [["m", "--names", "a", ""], ["m", "--names="], [""]])
+def test_an_empty_value_is_refused(arguments):
+    """A variable of the shell that is not set: the default would be used instead."""
+    name = "names" if len(arguments) > 1 else "model"
+    with pytest.raises(ValueError, match=f"{name}: expected a value, got an empty one"):
+        parse(*arguments)
 
 
 def test_an_option_twice_in_two_spellings(tmp_path):

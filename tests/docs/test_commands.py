@@ -42,7 +42,7 @@ NOT_RUN = {
     "^demo": "takes a minute; tests/test_pair.py runs it",
     "^card hf-cod-pretrain": "needs a pre-training run; tests/reporting/test_model_card.py runs it",
     "^convert authors": "needs a checkpoint of the authors; tests/models runs it",
-    "^finetune .*--estimate": "trains each method for two steps; tests/cli/commands/test_finetune.py runs it",
+    "^finetune .*--estimate": "measures one pass of each method; tests/cli/commands/test_finetune.py runs it",
 }
 CASES = [page for page in NAMES if commands(page)]
 

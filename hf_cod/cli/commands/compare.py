@@ -33,7 +33,6 @@ def main(arguments: Sequence[str]) -> int:
     pictures, chosen = make_parser().parse(arguments)
     from hf_cod.cli.terminal import print_comparison
     from hf_cod.io.files import write_text
-    from hf_cod.io.output_checks import check_names
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
     from hf_cod.reporting.comparison import compare
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     comparison = compare([RunReport.load(run) for run in chosen.runs], chosen.labels)
     directory = Path(chosen.output)
     picture = f"compare.{pictures.plot_format}" if pictures.plots else None
-    with OutputDirectory(directory, check=check_names) as output:
+    with OutputDirectory(directory, check=_check_reused) as output:
         if picture is not None:
             comparison.plot(output.results, pictures.plot_format)
         write_text(output.results / "compare.md", comparison.to_markdown(picture))
@@ -49,3 +48,17 @@ def main(arguments: Sequence[str]) -> int:
     print_comparison(comparison)
     say_written(directory)
     return 0
+
+
+def _check_reused(directory: Path) -> None:
+    """Checks that files with the names of our results are those of an earlier comparison."""
+    from hf_cod.io.output_checks import check_pages, check_readable
+    from hf_cod.io.reading import read_text
+    from hf_cod.io.schema import brief
+
+    def check_page(path: Path) -> None:
+        if not (text := read_text(path, "compare")).startswith("# compare: "):
+            raise ValueError(f"compare: expected a page of hf-cod compare, got {brief(text)}")
+
+    check_pages(directory, "compare.md", "compare.md", ("compare",))
+    check_readable(directory, {"compare.md": check_page})

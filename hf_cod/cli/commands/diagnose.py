@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
+from hf_cod.analysis.diagnostics.settings import METRICS, DiagnoseSettings
 from hf_cod.cli.output import require_plots, save_report, say_written
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
@@ -67,7 +67,7 @@ def _check_reused(directory: Path) -> None:
     from hf_cod.io.output_checks import REPORT, check_reused
     from hf_cod.io.report import RunReport
 
-    check_reused(directory, {REPORT: RunReport.load, "journal.jsonl": check_journal})
+    check_reused(directory, {REPORT: RunReport.load, "journal.jsonl": check_journal}, ("overview", *METRICS))
 
 
 def run(

@@ -81,6 +81,7 @@ def run(
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
+    from hf_cod.layers.checks import check_without_adapter
     from hf_cod.layers.size import bytes_of
     from hf_cod.layers.speed import speeds_of
     from hf_cod.layers.stack import find_decoder_layers
@@ -88,6 +89,7 @@ def run(
     from hf_cod.training.healing.healer import heal
 
     model, tokenizer = load_with_tokenizer(student, loading)
+    check_without_adapter(model)
     teacher = load_teacher(source, loading, tokenizer)
     output.require(bytes_of(model))
     held_out = None

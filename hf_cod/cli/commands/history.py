@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from hf_cod.cli.output import save_report, say_written
@@ -28,14 +29,16 @@ def main(arguments: Sequence[str]) -> int:
     pictures, chosen = make_parser().parse(arguments)
     from hf_cod.analysis.monitoring.history import TrainingHistory
     from hf_cod.cli.terminal import print_report
-    from hf_cod.io.output_checks import check_names
+    from hf_cod.io.output_checks import REPORT, check_reused
     from hf_cod.io.output_directory import OutputDirectory
+    from hf_cod.io.report import RunReport
 
     history = TrainingHistory.load(chosen.run)
     assert history.path is not None
     report = history.report()
     directory = Path(chosen.output) if chosen.output else history.path.parent
-    with OutputDirectory(directory, check=check_names) as output:
+    check = partial(check_reused, readers={REPORT: RunReport.load}, pictures=("overview",))
+    with OutputDirectory(directory, check=check) as output:
         report.keep_earlier(directory)
         save_report(report, output.results, pictures)
         output.finish()

@@ -68,6 +68,7 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
     from hf_cod.cli.recorded import with_inputs
     from hf_cod.compression.sparse.quantizer import pack_sparse
     from hf_cod.io.models import load_model
+    from hf_cod.layers.checks import check_without_adapter
     from hf_cod.layers.running import busy
     from hf_cod.layers.size import bytes_of, disk_bytes
     from hf_cod.layers.stack import find_decoder_layers
@@ -75,6 +76,7 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
 
     with busy(f"loading {model_title(source)}"):
         model: Any = load_model(source, loading)[0]
+        check_without_adapter(model)
     stack = find_decoder_layers(model, settings.layers_path)
     memory = {"intact": bytes_of(model)}
     with busy("packing"):

@@ -188,7 +188,7 @@ def _check_reused(directory: Path) -> None:
     }
     if not (directory / "journal.jsonl").is_file():  # it has the digest of our statistics: damaged ones are replaced
         ours[STATISTICS] = LayerStatistics.load
-    check_reused(directory, ours)
+    check_reused(directory, ours, ("score",))
 
 
 def _kept(file: Path, journal: Journal) -> LayerStatistics | None:

@@ -10,7 +10,7 @@ from typing import TypedDict
 from hf_cod.functional.mixture import check_mixture
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
-from hf_cod.io.settings import SampleFields, check_effect, check_least
+from hf_cod.io.settings import SampleFields, check_effect, check_least, check_seed
 from hf_cod.training.runs.training_settings import MANY_PASSES, TrainingSettings, warn_of_passes
 
 RECOVERY_STEPS = 100
@@ -127,6 +127,7 @@ class RecoverySettings:
 
     def __post_init__(self) -> None:
         check_least(self, steps=1, rank=1)
+        check_seed(self.seed)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
 

@@ -47,13 +47,13 @@ class Training:
 
     Attributes:
         curve: (step, loss) as logged, including steps before an interruption.
-        seconds: seconds per step.
+        seconds: seconds per step; None if all steps were made before the run was resumed.
         memory: peak bytes of a step; None after fewer than two steps.
         trained: for each layer, the steps that it trained; None if layers were not sampled.
     """
 
     curve: list[list[float]]
-    seconds: float
+    seconds: float | None
     memory: int | None
     trained: list[int] | None
 
@@ -193,10 +193,11 @@ def train(
         finally:
             memory.close()
             interrupt.close()
-    if interrupt.asked and trainer.state.global_step < settings.total_steps:
-        raise KeyboardInterrupt
+    if trainer.state.global_step < settings.total_steps:
+        interrupt.raise_asked()
     check_trained(model)
-    seconds = (time.perf_counter() - start) / max(1, settings.total_steps - begun)
+    left = settings.total_steps - begun
+    seconds = (time.perf_counter() - start) / left if left > 0 else None
     curve = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     made = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     trained = _steps_of_layers(made, settings.total_steps) if isinstance(made, OwLoreAdamW) else None

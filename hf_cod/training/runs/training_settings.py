@@ -15,6 +15,7 @@ from hf_cod.io.settings import (
     check_choice,
     check_effect,
     check_least,
+    check_seed,
     following,
     given,
 )
@@ -228,8 +229,9 @@ def check_effects(settings: TrainingSettings, sampling: OwLoreSettings, scores: 
 
     Raises:
         ValueError: scores, their file or settings of a score for a method that does not sample layers by scores,
-            settings of another method, or settings that another one overrides.
+            settings of another method, settings that another one overrides, or a seed that Trainer does not accept.
     """
+    check_seed(sampling.seed, 0, 2**32 - 1)  # the range of Trainer
     method, options = settings.method, options_of(settings)
     if method not in DRAW_BY_SCORES:
         unscored = f"{method}, which does not sample layers by scores"

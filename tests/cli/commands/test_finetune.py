@@ -367,3 +367,18 @@ def test_zeros_are_told_of_and_packed_weights_refused_before_anything_trains(tmp
     assert main(["finetune", str(tmp_path / "packed"), *adapted]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     assert any("lora_A" in name for name, _ in loaded.named_modules()) and loaded.is_quantized
+
+
+def test_a_run_that_resumes_with_no_step_left_has_no_time_of_a_step(tmp_path, monkeypatch):
+    """It failed while the model was saved; what the second start takes is no training."""
+
+    def fails(*args):
+        raise RuntimeError("stopped")
+
+    command = ["finetune", MODEL, *QUICK.split(), "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_cod.cli.commands.finetune._saved", fails)
+        assert main(command) == 1
+    assert main(command) == 0
+    report = RunReport.load(tmp_path / "out")
+    assert report.results["seconds_a_step"] is None and "per step" not in report.summary[0]
