@@ -18,6 +18,7 @@ from torch import nn
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
+from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.modes import for_one_thread, one_thread
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
 from hf_cod.models.own_config import own_config
@@ -85,11 +86,13 @@ def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
         The old indices of the kept layers, in order.
 
     Raises:
-        ValueError: a layer that does not exist, no layer would be left, layers that share keys and values, or an
-            architecture whose config cannot describe the result (a model from that config would differ). The model is
-            unchanged in all these cases.
+        ValueError: a layer that does not exist, no layer would be left, layers that share keys and values, a model
+            that changes its weights in eval mode (RWKV), or an architecture whose config cannot describe the result (a
+            model from that config would differ). The model is unchanged in all these cases.
     """
-    kept = _kept(find_decoder_layers(model, layers_path), layers)
+    stack = find_decoder_layers(model, layers_path)
+    kept = _kept(stack, layers)
+    check_unwritten(stack.model)
     own_config(model)
     stack = find_decoder_layers(model, layers_path)
     changes = _Changes()

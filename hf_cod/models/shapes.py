@@ -99,6 +99,13 @@ class ShapedModel:
         build_shapes(self.base_model, self.config.module_shapes)
         super().post_init()  # type: ignore[misc]  # a class of transformers follows in the MRO
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, because the weights are initialised by the family's own code. For other code, transformers does not
+        initialise modules without parameters, through which Falcon-H1 sets buffers of its layers.
+        """
+        return False
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves as transformers does, after a check that the config records the model's ranks.
 

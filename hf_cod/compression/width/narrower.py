@@ -27,6 +27,7 @@ from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_sizes, check_writable
+from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import for_one_thread
@@ -115,8 +116,9 @@ def narrow(
         ValueError: an unknown method or compensation, a plan for another model or out of range (says the least
             possible), a number of heads that splits a group, missing batches, no heads or channels of a known
             structure, weights that cannot be replaced (adapters, quantized, offloaded, shared, factorized), a model
-            class of neither transformers nor hf_cod, NaN or infinity in gradients; in these cases the model is left
-            unchanged. NaN or infinity in weights or activations (says where): see `model`.
+            class of neither transformers nor hf_cod, a model that changes its weights in eval mode (RWKV), NaN or
+            infinity in gradients; in these cases the model is left unchanged. NaN or infinity in weights or activations
+            (says where): see `model`.
     """
     how = resolve(narrow, NarrowSettings, settings, fields, method=method, compensation=compensation)
     method, compensation = how.method, how.compensation
@@ -128,6 +130,7 @@ def narrow(
     if batches:
         check_inputs(stack.model, batches)
     _check_model(stack)
+    check_unwritten(stack.model, batches)
     units = [find_units(stack, index) for index in range(len(stack))]
     chosen = _plan(stack, units, plan, how.channel_multiple)
     kept = kept_units(units, chosen)
