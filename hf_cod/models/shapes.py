@@ -7,6 +7,7 @@ to the base model, so that it is valid with every head) -> its differences from 
      "layers.3.mlp.gate_proj": {"rank": 64, "sparse": 1},       # W = expand reduce + sparse
      "layers.3.self_attn.q_proj": {"out_features": 256},        # fewer heads ...
      "layers.3.self_attn": {"num_key_value_groups": 1},         # ... and a number that the attention computes with
+     "layers.3.self_attn.q_norm": {"weight": 256},              # ... or a vector with a number for each of their rows
      "layers.3.mlp.down_proj": {"in_features": 96, "bias": 1}}  # a bias where the family has none
 
 Modules are built in the constructor and not by a quantizer of transformers, which could replace modules, too, because
@@ -201,8 +202,14 @@ def _check_size(own: dict[str, int], sizes: dict[str, int], name: str) -> None:
             raise ValueError(f"module_shapes: expected 1 for {key} of {name}, got {sizes[key]}")
 
 
-def _set_numbers(module: nn.Module, changes: dict[str, int], name: str) -> None:
+def _set_numbers(module: Any, changes: dict[str, int], name: str) -> None:
     for key, value in changes.items():
+        vector = module._parameters.get(key)
+        if vector is not None and vector.dim() == 1 and value <= len(vector):
+            setattr(module, key, nn.Parameter(vector.new_empty(value), requires_grad=vector.requires_grad))
+            if isinstance(getattr(module, "normalized_shape", None), tuple):
+                module.normalized_shape = (value,)
+            continue
         if type(getattr(module, key, None)) is not int:
             raise ValueError(f"module_shapes: expected numbers that {type(module).__name__} {name} has, got {key!r}")
         if value > MOST:
