@@ -26,7 +26,8 @@ from hf_cod.layers.orientation import is_linear, shape_of, turned
 from hf_cod.layers.removal import LAYER_INDEX_ATTRIBUTES
 from hf_cod.layers.stack import DecoderLayers, is_norm
 from hf_cod.layers.unit_checks import first_that_fits
-from hf_cod.layers.units import CHANNELS, HEADS, KINDS, LayerUnits, Units
+from hf_cod.layers.units import CHANNELS, HEADS, KINDS, Changes, LayerUnits, Units, changes_of
+from hf_cod.models.shaping import check_shapeable, lost_in_reload
 
 _PARTS = {HEADS: "attention", CHANNELS: "MLP"}
 _SHARED = -1
@@ -55,8 +56,31 @@ def _found(stack: DecoderLayers, indices: Any) -> dict[int, LayerUnits]:
         measured = _measured(copies.pop(alike[0]), has_experts)
         for index in alike:
             prefix = f"{stack.layers_path}.{index}."
-            found[index] = LayerUnits([units.inside(prefix) for units in measured.found], measured.whole)
+            found[index] = LayerUnits([units.inside(prefix) for units in measured.found], list(measured.whole))
+    _exclude_lost(stack, found)
     return found
+
+
+def _exclude_lost(stack: DecoderLayers, found: dict[int, LayerUnits]) -> None:
+    """Excludes units of modules that a reloaded model would replace by those of other sizes."""
+    changes: Changes = {}
+    for units in (units for layer in found.values() for units in layer.found):
+        for name, sizes in changes_of(units, units.count - 1).items():
+            changes[name] = {**changes.get(name, {}), **sizes}
+    try:
+        check_shapeable(stack.model)
+    except ValueError:
+        return  # its models are not saved with shapes of their own; `narrow` refuses them
+    lost = lost_in_reload(stack.model, changes)
+    for layer in found.values():
+        for units in list(layer.found):
+            names = [name for name in changes_of(units, 1) if name in lost]
+            if names:
+                layer.found.remove(units)
+                layer.whole.append(
+                    f"{_PARTS[units.kind]} is not narrowed: a reloaded model would lose its {lost[names[0]]}: "
+                    "the model replaces the module"
+                )
 
 
 def _structure(layer: nn.Module) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_cod.functional.channels import rows_of
@@ -150,6 +151,19 @@ def set_units(root: nn.Module, units: Units, kept: int, tensors: dict[str, Tenso
         changes.setdefault(name, {}).update({key: each * kept for key, each in numbers.items()})
         for key, each in numbers.items():
             setattr(module, key, each * kept)
+    return changes
+
+
+def changes_of(units: Units, kept: int) -> Changes:
+    """The sizes that `set_units` would change, without biases that are added."""
+    chosen = torch.arange(kept)
+    changes: Changes = {name: {"out_features": len(rows_of(chosen, own))} for name, own in units.readers.items()}
+    changes[units.writer] = {"in_features": len(rows_of(chosen, units.columns))}
+    for name, owners in units.vectors.items():
+        module, _, key = name.rpartition(".")
+        changes.setdefault(module, {})[key] = len(rows_of(chosen, owners))
+    for name, numbers in units.numbers.items():
+        changes.setdefault(name, {}).update({key: each * kept for key, each in numbers.items()})
     return changes
 
 

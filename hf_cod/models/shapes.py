@@ -206,6 +206,8 @@ def _set_numbers(module: Any, changes: dict[str, int], name: str) -> None:
     for key, value in changes.items():
         vector = module._parameters.get(key)
         if vector is not None and vector.dim() == 1 and value <= len(vector):
+            if value == len(vector):
+                continue
             setattr(module, key, nn.Parameter(vector.new_empty(value), requires_grad=vector.requires_grad))
             if isinstance(getattr(module, "normalized_shape", None), tuple):
                 module.normalized_shape = (value,)
