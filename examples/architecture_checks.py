@@ -200,7 +200,8 @@ def _zeroed_as(narrower: Any, intact: Any) -> Any:
             continue
         cut = 0 if left.shape[0] != weight.shape[0] else 1
         here, there = weight.movedim(cut, 0), left.movedim(cut, 0)
-        kept = (here[:, None] == there).all(-1).any(1)
+        rows = {row.numpy().tobytes() for row in there}
+        kept = torch.tensor([row.numpy().tobytes() in rows for row in here])
         _require(int(kept.sum()) == len(there), f"{name} has other rows than the intact matrix")
         here[~kept] = 0
         module = intact.get_submodule(name.rpartition(".")[0])

@@ -71,16 +71,19 @@ def _exclude_lost(stack: DecoderLayers, found: dict[int, LayerUnits]) -> None:
         check_shapeable(stack.model)
     except ValueError:
         return  # its models are not saved with shapes of their own; `narrow` refuses them
-    lost = lost_in_reload(stack.model, changes)
+    try:
+        lost = lost_in_reload(stack.model, changes)
+    except Exception as error:  # whatever a constructor raises
+        reason = (
+            f"a reloaded model cannot have fewer ({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
+        )
+        lost = dict.fromkeys(changes, reason)
     for layer in found.values():
         for units in list(layer.found):
             names = [name for name in changes_of(units, 1) if name in lost]
             if names:
                 layer.found.remove(units)
-                layer.whole.append(
-                    f"{_PARTS[units.kind]} is not narrowed: a reloaded model would lose its {lost[names[0]]}: "
-                    "the model replaces the module"
-                )
+                layer.whole.append(f"{_PARTS[units.kind]} is not narrowed: {lost[names[0]]}")
 
 
 def _structure(layer: nn.Module) -> tuple[Any, ...]:

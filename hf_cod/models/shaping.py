@@ -68,7 +68,7 @@ def lost_in_reload(model: Any, changes: dict[str, dict[str, int]]) -> dict[str, 
         changes: see `record_shapes`.
 
     Returns:
-        Name of a module -> its size that would be lost.
+        Name of a module -> a sentence that says which of its sizes would be lost.
     """
     shapes = _inside_base(model, changes)
     config = copy.deepcopy(model.config)
@@ -88,7 +88,7 @@ def lost_in_reload(model: Any, changes: dict[str, dict[str, int]]) -> dict[str, 
                 has = {}  # the forward has replaced this module, and would do so again
         wrong = [key for key, value in sizes.items() if has.get(key) != value]
         if wrong:
-            lost[name] = wrong[0]
+            lost[name] = f"a reloaded model would lose {wrong[0]} of its {short}, because it replaces the module"
     return lost
 
 

@@ -76,9 +76,11 @@ def narrow(
 
     A key and value head is removed with all query heads that read it. With a method or compensation that requires the
     layers' inputs, layers are changed one after another; the calibration inputs of a layer are the outputs of the
-    changed layers before it. Heads and channels of one layer are measured together. Parts of a layer with another
-    structure (`layers/units.py`: experts, latent attention, norms over all heads) are left unchanged and named in the
-    report's notes; the other parts of the layer then meet its share alone.
+    changed layers before it. Heads and channels of one layer are measured together. Which rows and columns belong to a
+    head or channel is measured on a copy of a layer with random weights (`layers/unit_discovery.py`). Before any weight
+    changes, the copy with fewer units is compared with the copy with zeroed ones; where they differ (experts, positions
+    by head, recurrent layers), the part is left unchanged, and the report's notes say why. The other parts of the layer
+    then meet its share alone.
 
     If all layers have the same width and the family's config can describe it, the result is a stock model. Otherwise,
     the model and its config get a subclass of their classes (`models/shaping.py`), and loading requires this package or
