@@ -34,8 +34,7 @@ def first_that_fits(taken: LayerCopy, options: Sequence[Units]) -> Units | str:
         reason = ""
         for units in options:
             if units.kind == HEADS and units.count == len(units.columns):
-                reason = reason or "each of its channels has a state over tokens of its own, as in a recurrent layer"
-                continue
+                return "each of its channels has a state over tokens of its own, as in a recurrent layer"
             zeroed = [(kept, _zeroed(taken, units, kept).run()) for kept in _choices_of_units(units.count)]
             for numbers in _choices(taken.layer, units):
                 tried = replace(units, numbers=numbers)

@@ -24,13 +24,13 @@ from torch.nn import functional as F
 from hf_cod.layers.layer_copies import LayerCopy, NotRunError, copy_layers
 from hf_cod.layers.orientation import is_linear, shape_of, turned
 from hf_cod.layers.removal import LAYER_INDEX_ATTRIBUTES
+from hf_cod.layers.row_owners import mixes_tokens, owners_of
 from hf_cod.layers.stack import DecoderLayers, is_norm
 from hf_cod.layers.unit_checks import first_that_fits
 from hf_cod.layers.units import CHANNELS, HEADS, KINDS, Changes, LayerUnits, Units, changes_of
 from hf_cod.models.shaping import check_shapeable, lost_in_reload
 
 _PARTS = {HEADS: "attention", CHANNELS: "MLP"}
-_SHARED = -1
 _HEAD_SIZES = ("v_head_dim", "head_dim", "attention_head_size", "head_size", "d_kv", "key_value_proj_dim")
 
 
@@ -241,7 +241,7 @@ def _units_of(taken: LayerCopy, writer: _Call, pending: list[_Call], vectors: di
     width = writer.input.shape[-1]
     found: list[Units] = []
     for size in (d for d in range(1, width // 2 + 1) if width % d == 0):
-        owners = _owners(writer.input, sources, width // size)
+        owners = owners_of(writer.input, sources, width // size)
         if owners is None:
             continue
         own = {name: rows for name, rows in zip(names, owners, strict=True) if (rows >= 0).any()}
@@ -249,7 +249,7 @@ def _units_of(taken: LayerCopy, writer: _Call, pending: list[_Call], vectors: di
         if not readers and size == 1:
             break  # the matrix depends on these at most as a whole, through the hidden state
         if readers:
-            kind = HEADS if _mixes_tokens(writer.input, [call.output for call in readers]) else CHANNELS
+            kind = HEADS if mixes_tokens(writer.input, [call.output for call in readers]) else CHANNELS
             rows = {call.name: own[call.name] for call in readers}
             found.append(_made(taken, kind, width // size, writer.name, rows, {n: own[n] for n in vectors if n in own}))
             if kind == CHANNELS:
@@ -272,46 +272,3 @@ def _made(
         sizes = [size for size in sizes if type(size) is int and size and (width // count) % size == 0]
         heads = width // count // sizes[0] if sizes else 1
     return Units(kind, count, heads, readers, writer, columns, vectors, {}, weights // count)
-
-
-def _owners(X: Tensor, sources: list[Tensor], count: int) -> list[Tensor] | None:
-    """The unit of each row of each source; None if a row belongs to some units only, or units own unequal numbers."""
-    units = torch.arange(X.shape[-1], device=X.device) // (X.shape[-1] // count)
-    noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(1)).to(X.device)
-    found = [torch.zeros(source.shape[-1], dtype=torch.long) for source in sources]
-    shared: list[Tensor] = []
-    for bit in range(max(1, (count - 1).bit_length())):
-        has = (units >> bit) & 1 == 1
-        active = [_active(X, sources, noise * mask) for mask in (has, ~has)]
-        # A row that acts in neither has no unit; one that acts in both for each bit belongs to all of them.
-        both = [one == zero for one, zero in zip(*active, strict=True)]
-        if shared and not all(map(torch.equal, shared, both)):
-            return None
-        shared = both
-        for rows, one in zip(found, active[0], strict=True):
-            rows += one.long() << bit
-    for i, rows in enumerate(found):
-        rows[shared[i]] = _SHARED
-        counts = torch.bincount(rows[rows >= 0], minlength=count)
-        if (counts != counts[0]).any():
-            return None
-    return found
-
-
-def _active(X: Tensor, sources: list[Tensor], seed: Tensor) -> list[Tensor]:
-    gradients = torch.autograd.grad(X, sources, seed, retain_graph=True, allow_unused=True)
-    found = []
-    for source, gradient in zip(sources, gradients, strict=True):
-        nothing = torch.zeros(source.shape[-1], dtype=torch.bool)
-        found.append(nothing if gradient is None else gradient.reshape(-1, len(nothing)).ne(0).any(0).cpu())
-    return found
-
-
-def _mixes_tokens(X: Tensor, outputs: list[Tensor]) -> bool:
-    """Whether the input of a matrix at odd tokens depends on even ones."""
-    if X.dim() < 3:
-        return False
-    seed = torch.zeros_like(X)
-    seed[:, 1::2] = 1
-    gradients = torch.autograd.grad(X, outputs, seed, retain_graph=True, allow_unused=True)
-    return any(g is not None and g.dim() > 2 and bool(g[:, ::2].ne(0).any()) for g in gradients)

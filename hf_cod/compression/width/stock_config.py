@@ -37,8 +37,8 @@ def set_stock_config(stack: DecoderLayers, units: Sequence[LayerUnits], kept: Se
         Whether the config now holds the sizes; it is then the model's own copy. If not, the config is unchanged.
     """
     model: Any = stack.model
-    alike = all((found.found == [] or own == kept[0]) for found, own in zip(units, kept, strict=True))
-    if isinstance(model, ShapedModel) or stack.config is None or not alike:
+    equal = all((found.found == [] or own == kept[0]) for found, own in zip(units, kept, strict=True))
+    if isinstance(model, ShapedModel) or stack.config is None or not equal:
         return False
     own_config(model)
     stack = find_decoder_layers(model, stack.layers_path)
@@ -50,7 +50,8 @@ def set_stock_config(stack: DecoderLayers, units: Sequence[LayerUnits], kept: Se
                 setattr(stack.config, name, value)
             with torch.device("meta"):
                 built = type(model)(type(model.config).from_dict(copy.deepcopy(model.config.to_dict())))
-            said = first_difference(dict(walk(model, "model")), dict(walk(built, "model"))) is None
+            alike = first_difference(dict(walk(model, "model")), dict(walk(built, "model"))) is None
+            said = alike and _buffers(model) == _buffers(built)
         except Exception:  # each family refuses sizes with another error
             logger.debug("the config cannot hold %s", fields, exc_info=True)
         finally:
@@ -63,7 +64,7 @@ def set_stock_config(stack: DecoderLayers, units: Sequence[LayerUnits], kept: Se
 
 
 def _choices(config: Any, units: LayerUnits, kept: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Config field -> size, with and without a size of heads."""
+    """Config field -> size, without and with a size of heads."""
     heads, channels = units[HEADS], units[CHANNELS]
     sizes: dict[str, int] = {}
     if channels is not None and CHANNELS in kept:
@@ -74,5 +75,10 @@ def _choices(config: Any, units: LayerUnits, kept: Mapping[str, int]) -> Iterato
     sizes["num_attention_heads"] = kept[HEADS] * heads.heads
     if getattr(config, "num_key_value_heads", None) == heads.count:
         sizes["num_key_value_heads"] = kept[HEADS]
-    yield {**sizes, "head_dim": len(heads.columns) // (heads.count * heads.heads)}
     yield sizes
+    yield {**sizes, "head_dim": len(heads.columns) // (heads.count * heads.heads)}
+
+
+def _buffers(model: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of tables such as the frequencies of rotary positions, which depend on sizes of heads."""
+    return {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
