@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from hf_cod.functional.channels import rows_of
 from hf_cod.layers.layer_copies import LayerCopy
@@ -107,7 +108,8 @@ def _choices(layer: nn.Module, units: Units) -> Iterator[dict[str, dict[str, int
             named.append((module_name, key, value // units.count))
         elif value == width or value in sizes:
             sized.append((module_name, key, value // units.count))
-    for chosen in [named, *([*named, each] for each in sized), [*named, *sized]]:
+    told = [each for each in named if "." not in each[1]]
+    for chosen in [told, *([*told, each] for each in sized), [*told, *sized], named, [*named, *sized]]:
         found: dict[str, dict[str, int]] = {}
         for module_name, key, each in chosen:
             found.setdefault(module_name, {})[key] = each
@@ -129,3 +131,7 @@ def _numbers(layer: nn.Module, units: Units) -> Iterator[tuple[str, str, int]]:
             for key, value in vars(module).items():
                 if type(value) is int and key not in LAYER_INDEX_ATTRIBUTES:
                     yield name, key, value
+                elif isinstance(value, PreTrainedConfig):
+                    for each in ("num_attention_heads", "num_key_value_heads"):
+                        if type(vars(value).get(each)) is int:
+                            yield name, f"{key}.{each}", getattr(value, each)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_cod.functional.channels import rows_of
 from hf_cod.layers.orientation import set_shape, turned
 from hf_cod.layers.stack import is_norm
+from hf_cod.models.shapes import set_number
 
 HEADS, CHANNELS = KINDS = ("heads", "channels")
 Changes = dict[str, dict[str, int]]
@@ -38,7 +39,8 @@ class Units:
         columns: (in,) the unit of each column of the writer.
         vectors: name of each other parameter with one number for each row, such as a norm over all heads -> (size,)
             the unit of each number, or -1.
-        numbers: module's name -> name of its attribute -> contribution of one unit to it.
+        numbers: module's name -> name of its attribute, or "config.NAME" for a number that it reads from its config ->
+            contribution of one unit to it.
         weights: number of weights of one unit in the matrices.
     """
 
@@ -150,7 +152,7 @@ def set_units(root: nn.Module, units: Units, kept: int, tensors: dict[str, Tenso
         module = root.get_submodule(name)
         changes.setdefault(name, {}).update({key: each * kept for key, each in numbers.items()})
         for key, each in numbers.items():
-            setattr(module, key, each * kept)
+            set_number(module, key, each * kept)
     return changes
 
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from .configuration_shaped import MODEL_TYPE, shaped_config
 from .modeling_shaped import shaped_model, stock_heads
 from .own_config import own_config
-from .shapes import ShapedModel, build_shapes, recorded_sizes
+from .shapes import ShapedModel, build_shapes, number_of, recorded_sizes
 
 
 def check_shapeable(model: Any) -> None:
@@ -82,7 +82,7 @@ def lost_in_reload(model: Any, changes: dict[str, dict[str, int]]) -> dict[str, 
         if isinstance(module, nn.Linear | Conv1D):
             has: dict[str, Any] = recorded_sizes(module)
         else:
-            values = {key: getattr(module, key, None) for key in sizes}
+            values = {key: number_of(module, key) for key in sizes}
             has = {key: len(value) if isinstance(value, Tensor) else value for key, value in values.items()}
             if type(module) is not type(model.base_model.get_submodule(short)):
                 has = {}  # the forward has replaced this module, and would do so again

@@ -1,5 +1,6 @@
 """Heads and channels that are found by measurement: fewer of them equal zeroed ones, on every kind of layer."""
 
+import copy
 import importlib
 import sys
 from functools import partial
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_cod import WidthPlan, find_decoder_layers, narrow, plan_width
+from hf_cod import WidthPlan, drop, find_decoder_layers, narrow, plan_width
 from hf_cod.layers.unit_discovery import find_units
 from tests.fresh_processes import run_fresh
 from tests.tiny_models import build, outputs, two_batches
@@ -30,11 +31,12 @@ KINDS = {
     "granite_swa": "a parameter with a number for each head",
     "moshi": "a matrix inside a module, a fused gated MLP",
     "openai-gpt": "the number of heads has a name of its own",
+    "phi3": "the number of heads is read from the config each time",
     "xglm": "a view to the width of the hidden state",
     "big_bird": "a module that the forward replaces",
 }
 # Of these, the tests run by default.
-FAST = ("gpt_neox", "falcon", "olmo2", "minicpm3", "granite_swa", "xglm", "big_bird")
+FAST = ("gpt_neox", "falcon", "olmo2", "minicpm3", "granite_swa", "phi3", "xglm", "big_bird")
 
 
 @pytest.fixture
@@ -154,6 +156,29 @@ def test_positions_by_head_are_excluded_with_the_reason(examples):
         "layers 0 to 3: attention is not narrowed: it fails with fewer heads (RuntimeError"
     )
     assert all(kept < 128 for kept in report.results["channels"])
+
+
+def test_numbers_that_a_module_reads_from_its_config(examples, tmp_path):
+    """Each attention then has a view of the config with its own numbers; whatever else is set later is seen in it."""
+    model = examples("tiny_architectures").build("phi3")
+    plan = WidthPlan(0.7, [2, 4, 2, 4], [48] * 4, "mine")
+    report = narrow(model, plan, "magnitude", "none")
+    assert not report.notes and model.config.num_attention_heads == 4
+    assert model.config.module_shapes["layers.0.self_attn"]["config.num_attention_heads"] == 2
+    batch = {"input_ids": torch.arange(3, 12)[None]}
+    expected = outputs(model, batch)
+    drop(model, 1)
+    narrower, dropped = copy.deepcopy(model), outputs(model, batch)
+    assert not torch.equal(dropped, expected)
+    model.save_pretrained(tmp_path)
+    for found in (type(model).from_pretrained(tmp_path), narrower):
+        assert torch.equal(outputs(found, batch), dropped)
+        found.set_attn_implementation("eager")
+        attention = found.model.layers[0].self_attn
+        assert attention.config.num_attention_heads == 2 and attention.config.num_hidden_layers == 3
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert loaded.model.layers[0].self_attn.config._attn_implementation == "eager"
+    torch.testing.assert_close(outputs(loaded, batch), dropped)
 
 
 def test_measuring_changes_nothing():

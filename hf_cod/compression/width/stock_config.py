@@ -60,7 +60,17 @@ def set_stock_config(stack: DecoderLayers, units: Sequence[LayerUnits], kept: Se
                 vars(stack.config).update(before)
         if said:
             break
+    if said:
+        _without_views(model)
     return said
+
+
+def _without_views(model: Any) -> None:
+    """Modules read the config itself again, which now holds the numbers that their views had."""
+    for module in model.modules():
+        viewed = getattr(type(vars(module).get("config")), "viewed", None)
+        if viewed is not None:
+            module.config = viewed
 
 
 def _choices(config: Any, units: LayerUnits, kept: Mapping[str, int]) -> Iterator[dict[str, int]]:
