@@ -72,6 +72,7 @@ TESTED_BY = {
     "functional/test_low_rank.py": "functional/randomness.py",
     "io/test_settings.py": "compression/depth/settings.py io/deprecation.py",
     "layers/test_modes.py": "layers/partial_forward.py",
+    "layers/test_stack.py": "layers/weights.py",
     "layers/test_unit_discovery.py": (
         "layers/layer_copies.py layers/row_owners.py layers/unit_checks.py layers/units.py"
     ),
@@ -116,6 +117,7 @@ TESTED_BY = {
         "training/owlore/trained_increments.py "
         "training/owlore/update_in_backward.py"
     ),
+    "training/runs/test_interrupt.py": "io/interruption.py",
     "training/runs/test_checkpoint_of_run.py": "training/owlore/saved_moments.py",
     "io/test_output_directory.py": "io/output_manifest.py io/output_checks.py io/directory_lock.py",
 }

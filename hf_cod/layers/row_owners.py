@@ -15,7 +15,9 @@ def owners_of(X: Tensor, sources: list[Tensor], count: int) -> list[Tensor] | No
     noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(1)).to(X.device)
     found = [torch.zeros(source.shape[-1], dtype=torch.long) for source in sources]
     shared: list[Tensor] = []
-    for bit in range(max(1, (count - 1).bit_length())):
+    bits = range(max(1, (count - 1).bit_length()))
+    # The highest and the lowest bit first: rows of wider units have one value of the former, and both of the latter.
+    for bit in sorted(bits, key=lambda bit: min(bit, bits[-1] - bit)):
         has = (units >> bit) & 1 == 1
         active = [_active(X, sources, noise * mask) for mask in (has, ~has)]
         # A row that acts in neither has no unit; one that acts in both for each bit belongs to all of them.

@@ -236,6 +236,9 @@ def _units_of(taken: LayerCopy, writer: _Call, pending: list[_Call], vectors: di
     """The units of the columns of a matrix, for each width of units with which each row has one unit or all."""
     if not writer.input.requires_grad or not pending or any(call.module is writer.module for call in pending):
         return []
+    places = {name.partition(".")[0] for name in (writer.name, *(call.name for call in pending))}
+    if "." in writer.name:  # else the matrices are in the layer itself
+        vectors = {name: p for name, p in vectors.items() if name.partition(".")[0] in places}
     sources = [call.output for call in pending] + [*vectors.values()]
     names = [call.name for call in pending] + [*vectors]
     width = writer.input.shape[-1]
