@@ -72,7 +72,7 @@ TESTED_BY = {
     "functional/test_low_rank.py": "functional/randomness.py",
     "io/test_settings.py": "compression/depth/settings.py io/deprecation.py",
     "layers/test_modes.py": "layers/partial_forward.py",
-    "layers/test_removal.py": "layers/units.py",
+    "layers/test_removal.py": "layers/config_surgery.py layers/units.py",
     "models/test_authors_checkpoints.py": "models/__init__.py models/authors.py",
     "models/test_convert_files.py": "models/checkpoint.py",
     "models/test_loading.py": (
