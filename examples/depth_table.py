@@ -40,7 +40,7 @@ class Bench:
 
     def plan(self, criterion: str, count: int, replacement: str) -> list[int]:
         """The layers to remove; for search, the candidate that is best with its replacement."""
-        options: dict[str, Any] = {"width": self.width, "journal": self.search, "show_progress": True}
+        options: dict[str, Any] = {"search_width": self.width, "journal": self.search, "show_progress": True}
         options["replacement"] = replacement
         return plan_depth(self.model, count, criterion, batches=self.deciding, **options).layers
 

@@ -142,7 +142,7 @@ class Ground:
             process.send(signal)
             ended = process.wait()
             self._took(name, seen, ended)
-            assert ended.returncode in (0, -signal), f"ended with {ended.returncode}: {ended.stderr}"
+            assert ended.returncode in (0, -signal, 128 + signal), f"ended with {ended.returncode}: {ended.stderr}"
             return self._end(name, ended.returncode == 0)
 
     def deleted(self, name: str, until: Callable[[Seen], bool]) -> str:

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 OWN_READERS = {
     "io/reading.py": "the reader",
     "io/loading.py": "loads models and checks their weights",
+    "io/adapters.py": "loads adapters",
+    "io/requirements.py": "pyproject.toml of this package",
     "io/models.py": "loads configs and tokenizers, and finds the tokenizer of a GGUF file",
     "io/files.py": "copies and fsyncs files",
     "io/journal.py": "reads journals, whose damaged lines are dropped",
@@ -41,7 +43,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FILES = sorted((ROOT / "hf_cod").rglob("*.py"))
 LONGEST_BODY, LONGEST_FILE, LONGEST_MODELING_FILE = 40, 300, 450
 # Files and functions beyond these limits, to be shortened, with their lines now: no line more.
-LONG_FILES = {"io/text.py": 304, "layers/stack.py": 301}
+LONG_FILES: dict[str, int] = {}
 LONG_BODIES: dict[tuple[str, str], int] = {}
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 

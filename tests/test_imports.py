@@ -30,7 +30,7 @@ OPTIONAL = {
     "evaluate": ["analysis/evaluation"],
     "lm_eval": ["analysis/evaluation"],
     "gguf": ["io"],
-    "peft": ["training"],
+    "peft": ["io", "training"],
     "bitsandbytes": ["layers", "compression/quantization", "training"],
 }
 # Pairs that travel to the Hub together: transformers' copier looks for the model beside its configuration, and the

@@ -73,6 +73,7 @@ TESTED_BY = {
     "io/test_settings.py": "compression/depth/settings.py io/deprecation.py",
     "layers/test_modes.py": "layers/partial_forward.py",
     "layers/test_removal.py": "layers/config_surgery.py layers/units.py",
+    "layers/test_stack.py": "layers/weights.py",
     "models/test_authors_checkpoints.py": "models/__init__.py models/authors.py",
     "models/test_convert_files.py": "models/checkpoint.py",
     "models/test_loading.py": (
@@ -114,6 +115,7 @@ TESTED_BY = {
         "training/owlore/trained_increments.py "
         "training/owlore/update_in_backward.py"
     ),
+    "training/runs/test_interrupt.py": "io/interruption.py",
     "training/runs/test_checkpoint_of_run.py": "training/owlore/saved_moments.py",
     "io/test_output_directory.py": "io/output_manifest.py io/output_checks.py io/directory_lock.py",
 }

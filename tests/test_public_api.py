@@ -21,7 +21,7 @@ OPTIONS = {
         "SampleSettings",
         "model batches tokenizer texts layers_path name show_progress",
     ),
-    "diagnose": ("DiagnoseSettings", "model tokenizer texts batches output name show_progress"),
+    "diagnose": ("DiagnoseSettings", "model tokenizer texts batches output journal name show_progress"),
     "drop_layers": ("DropLayersSettings", "model plan batches tokenizer texts layers_path name"),
     "evaluate_tasks": ("TaskSettings", "model tokenizer tasks"),
     "factorize": ("FactorizeSettings", "model plan batches tokenizer texts journal layers_path name show_progress"),
@@ -130,3 +130,10 @@ def test_functions_that_take_batches_take_texts_alike():
             for one in {*taking, "tokenizer", "texts", "samples"} & parameters.keys():
                 assert parameters[one].default is None, f"{name}: {one}"
             assert "token_batches" in inspect.getdoc(getattr(hf_cod, name)), f"{name}: how batches are made"
+
+
+@pytest.mark.parametrize("name", sorted({*OPTIONS, *WITHOUT.split(), "Applying"} - {"MeasurementError"}))
+def test_paths_are_also_taken_as_strings(name):
+    for parameter in inspect.signature(getattr(hf_cod, name)).parameters.values():
+        kinds = {part.strip().rpartition(".")[2] for part in str(parameter.annotation).split("|")}
+        assert "Path" not in kinds or "str" in kinds, f"{name}: {parameter}"

@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from hf_cod.cli import recorded
 from hf_cod.cli.main import COMMANDS, main
+from hf_cod.io.adapters import places
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport
 from tests.earlier_files import checkpoints
@@ -136,7 +137,45 @@ def test_a_card_says_how_it_was_made(name, folder):
     assert card.data.library_name == ("peft" if (directory / "adapter_config.json").is_file() else "transformers")
     assert card.data.base_model is None, "a directory is no Hub id"
     assert f"hf-cod {command} " in card.text and str(folder.parent) not in card.content
-    assert "pip install" in card.text and RunReport.load(folder / name).summary[0].split()[0] in card.text
+    (install,) = re.findall(r"^pip install .*$", card.text, re.M)
+    assert ("hf_cod" in install) == (name in ONLY_HERE) and re.search(r"(hf_cod.*|transformers)>=\d", install)
+    assert RunReport.load(folder / name).summary[0].split()[0] in card.text
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_model_is_in_the_output_directory_itself(name, folder):
+    """Of each command alike; adapters take its place where they cannot be merged, and else lie beside it."""
+    place(folder, name)
+    there = [str(found.relative_to(folder / name)) for found in places(folder / name)]
+    assert there == {"lora": [".", "adapter"], "owlore": [".", "adapter"]}.get(name, ["."])
+    assert (folder / name / "config.json").is_file() == (name != "on-quantized")
+
+
+@pytest.mark.parametrize(
+    "name, inside", [("lora", ""), ("lora", "adapter"), ("owlore", "adapter"), ("on-quantized", "")]
+)
+def test_commands_take_the_directory_of_an_adapter(name, inside, folder, tmp_path, capsys):
+    """The output directory itself, and the adapter in it: what is measured is the base with the adapter."""
+    place(folder, name)
+    made = folder / name / inside
+    assert main(["card", str(made)]) == 0
+    with torch.no_grad():
+        logits = load_model(str(made))[0](torch.arange(3, 12)[None]).logits
+    torch.testing.assert_close(logits, expected(folder, name), atol=1e-4, rtol=1e-4)
+    measured = tmp_path / "measured"
+    text = ["--text", str(folder / "text.txt"), "--sequence-length", "8", "--max-samples", "4", "--no-plots"]
+    assert main(["diagnose", str(made), *text, "--output", str(measured)]) == 0
+    assert RunReport.load(measured).n_layers == checkpoints.WIDE_SIZES["num_hidden_layers"]
+    assert main(["compare", str(measured), str(measured), "--no-plots", "--output", str(tmp_path / "compared")]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(folder / name), str(measured), "--output", str(tmp_path / "no")]) == 2
+    assert "got one of finetune (" in (error := capsys.readouterr().err) and "hf-cod diagnose first" in error
+
+
+def test_other_commands_refuse_an_adapter_that_cannot_be_merged(folder, tmp_path, capsys):
+    made = str(place(folder, "on-quantized"))
+    assert main(["prune", made, "--text", str(folder / "text.txt"), "--output", str(tmp_path / "no")]) == 2
+    assert f"model: expected a model, got an adapter on a quantized base in {made!r}" in capsys.readouterr().err
 
 
 def excluded_by_the_page() -> list[str]:
@@ -262,3 +301,12 @@ def test_card_refuses(folder, tmp_path, capsys):
     readme.write_text(before)
     assert main(["card", str(folder / "pruned"), "--sources", "x"]) == 2
     assert "sources: expected none for a run of prune" in capsys.readouterr().err
+
+
+def test_a_card_in_a_directory_with_control_characters(folder, tmp_path, capsys):
+    directory = tmp_path / "a\x1b[31mb"
+    shutil.copytree(place(folder, "pruned"), directory)
+    capsys.readouterr()
+    assert main(["card", str(directory)]) == 0
+    shown = capsys.readouterr()
+    assert "a\\x1b[31mb" in shown.out and "\x1b" not in shown.out + shown.err

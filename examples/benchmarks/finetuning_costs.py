@@ -78,7 +78,7 @@ def measure_memory(a: argparse.Namespace, journal: Journal) -> list[dict[str, An
                 estimate = estimate_memory(
                     AutoConfig.from_pretrained(a.model),
                     *chosen(name, a.n_active, a.rank),
-                    batch_size=a.cost_batch,
+                    micro_batch_size=a.cost_batch,
                     sequence_length=a.cost_tokens,
                     checkpointing=checkpointing,
                     lora_rank=a.lora_rank,
@@ -118,7 +118,7 @@ def claim_7b(methods: Sequence[str], measure: bool = False) -> tuple[list[dict[s
             found: Memory = estimate_memory(
                 config,
                 *chosen(name, N_ACTIVE_7B, RANK_7B),
-                batch_size=1,
+                micro_batch_size=1,
                 sequence_length=TOKENS_7B,
                 dtype=torch.bfloat16,
                 checkpointing=checkpointing,

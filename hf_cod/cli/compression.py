@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.cli.closing import closing, does_harm, harm_notes
-from hf_cod.cli.output import require_plots, write_model
+from hf_cod.cli.output import require_plots, say_written, write_model
 from hf_cod.cli.parser import default_directory
 from hf_cod.cli.recorded import with_inputs
 from hf_cod.cli.samples import check_texts, split_text
@@ -61,7 +61,7 @@ def compress(
     if write_model(output, work, files, spent=OutputDirectory.journaled) is None:
         say(f"\nno model was written; measurements are kept in {directory.resolve()}")
     else:
-        say(f"\nwritten to {directory.resolve()}")
+        say_written(directory)
     return 0
 
 

@@ -48,6 +48,7 @@ def _add_switch(parser: argparse.ArgumentParser, name: str, dest: str, default: 
     off = f"--no-{name[2:]}"
     parser.add_argument(off, dest=dest, action="store_false", default=False, help=argparse.SUPPRESS)
     # Config files show the help text of the last option with the same name.
+    told = told if not told or "default" in told else f"{told} (default: off)"
     parser.add_argument(name, dest=dest, action="store_true", default=False, help=told)
 
 

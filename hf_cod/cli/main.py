@@ -18,6 +18,7 @@ from wrapt import register_post_import_hook
 from hf_cod.cli.messages import warnings_shown
 from hf_cod.io.arguments import did_you_mean
 from hf_cod.io.display import first_line, one_line
+from hf_cod.io.interruption import Terminated, sigterm_raises
 
 # Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
 COMMANDS = {
@@ -62,8 +63,23 @@ FROM_CHECKPOINTS = ("heal", "finetune")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for a failure during the run, 2 for bad input, 130 for Ctrl-C."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    """Runs one command; returns the exit status.
+
+    It is 0, 1 for a failure during the run, 2 for bad input, 130 after Ctrl-C, and 143 after SIGTERM.
+    """
+    try:
+        try:
+            return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # of standard output
+        if not isinstance(error, BrokenPipeError):  # by which its reader, such as head, says that it has enough
+            print(f"hf-cod: error: {first_line(error)}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at exit
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
     alone = arguments[0].replace("_", "-") if arguments and arguments[0].startswith("--") else None
     if not arguments or arguments[0] == "-h" or alone == "--help":
         print(_overview())
@@ -92,14 +108,14 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     try:
         asked = {"--help", "-h", "--print-config", "--print_config"}.intersection(arguments)
         quiet = _quiet() if "--quiet" in arguments and not asked else nullcontext()
-        with quiet, warnings_shown(name):
+        with quiet, warnings_shown(name), sigterm_raises():
             return command.main(arguments)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         resume = "; the same command resumes" if name in RESUMABLE else ""
         if name in FROM_CHECKPOINTS:
             resume = "; the same command resumes from its last checkpoint"
         print(f"hf-cod {name}: stopped{resume}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
     except Exception as error:
         status = _status_of(error)
         if status is None:  # a bug in hf_cod: shown with its traceback

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_cod.cli.settings import PlotSettings
+from hf_cod.io.display import say
 
 if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
@@ -68,16 +70,26 @@ def finish(
     """
     from hf_cod.cli.recorded import card_outputs
 
-    save_report(report, output, pictures)
+    save_report(report, output.results, pictures)
     card_outputs(output.results, report, output.path.resolve().name)
     output.finish(spent)
 
 
-def save_report(report: RunReport, output: OutputDirectory, pictures: PlotSettings | None) -> None:
-    """Saves the report and its plots in the results of an output directory; None: no plots."""
+def say_written(path: Path, more: str = "") -> None:
+    """Prints the last line of a command: where its results are.
+
+    Args:
+        path: the directory or file of the results.
+        more: what follows on the same line.
+    """
+    say(f"\nwritten to {path.resolve()}{more}")
+
+
+def save_report(report: RunReport, results: Path, pictures: PlotSettings | None) -> None:
+    """Saves the report and its plots in a directory, such as the results of an output directory; None: no plots."""
     if pictures is not None and pictures.plots:
-        report.plot(output.results, pictures.plot_format)
-    report.save(output.results)  # after the plots, so that report.md shows them
+        report.plot(results, pictures.plot_format)
+    report.save(results)  # after the plots, so that report.md shows them
 
 
 def require_plots() -> None:

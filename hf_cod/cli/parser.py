@@ -18,7 +18,7 @@ from hf_cod.cli.field_options import add_field
 from hf_cod.cli.option_names import ALIASES, RENAMED
 from hf_cod.io.arguments import did_you_mean, unknown_name
 from hf_cod.io.deprecation import warn_renamed
-from hf_cod.io.reading import read_yaml
+from hf_cod.io.reading import naming_file, read_yaml
 
 # Type of an option's value -> its name in errors.
 _TYPES: dict[Any, str] = {int: "a whole number", float: "a number"}
@@ -53,6 +53,10 @@ class SettingsParser(argparse.ArgumentParser):
         )
         common.add_argument("--debug", action="store_true", help="also print the traceback of an error")
 
+    def add_model(self, name: str = "model") -> None:
+        """Adds the positional argument of the model that a command reads."""
+        self.add_argument(name, help="Hub id, directory, or GGUF file")
+
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with status 2.
 
@@ -69,7 +73,8 @@ class SettingsParser(argparse.ArgumentParser):
         expand it.
 
         Raises:
-            ValueError: a setting is out of range, or a config file has unknown or invalid entries.
+            ValueError: a setting is out of range, or empty (such as "$OUT" where it is not set), or a config file has
+                unknown or invalid entries.
             SystemExit: an unknown option (status 2), `--help` or `--print-config` (0).
         """
         spelled = [self._spelled(argument) for argument in arguments]
@@ -77,6 +82,7 @@ class SettingsParser(argparse.ArgumentParser):
         early.add_argument("--config")
         early.add_argument("--print-config", action="store_true")
         known, _ = early.parse_known_args(spelled)
+        may_be_empty = [name for name, action in self._options().items() if action.default == ""]
         if known.config is not None:
             self._read(Path(_in_home(known.config)))
         if known.print_config:
@@ -92,6 +98,8 @@ class SettingsParser(argparse.ArgumentParser):
             print(self._as_config(found))
             self.exit()
         for name, value in vars(found).items():
+            if name not in may_be_empty and "" in (value if isinstance(value, list) else [value]):
+                raise ValueError(f"{name}: expected a value, got an empty one")
             setattr(found, name, _in_home(value))
         made = [each(**{f.name: getattr(found, f.name) for f in fields(each) if f.init}) for each in self.settings]
         return *made, found
@@ -146,17 +154,22 @@ class SettingsParser(argparse.ArgumentParser):
     def _read(self, path: Path) -> None:
         """Reads a config file; its values become the defaults."""
         content = read_yaml(path, "config") or {}
+        with naming_file(path):
+            self._take(content)
+
+    def _take(self, content: Any) -> None:
+        """Takes the content of a config file as defaults."""
         if not isinstance(content, Mapping):
-            raise ValueError(f"config: expected option names with values, got {content!r} in {str(path)!r}")
+            raise ValueError(f"config: expected option names with values, got {content!r}")
         options, seen = self._options(), set()
         for key, value in content.items():
             name = self._spelled(f"--{key}")[2:].replace("-", "_")
             if name not in options:
                 near = did_you_mean([name], [other for other, action in options.items() if action.option_strings])
-                expected = f"{near and near + ' '}expected one of {', '.join(options)}"
-                raise ValueError(f"config: {expected}, got {key!r} in {str(path)!r}")
+                expected = f"{near} expected an option" if near else f"expected one of {', '.join(options)}"
+                raise ValueError(f"config: {expected}, got {key!r}")
             if name in seen:
-                raise ValueError(f"config: expected each option once, got {key!r} twice in {str(path)!r}")
+                raise ValueError(f"config: expected each option once, got {key!r} twice")
             seen.add(name)
             read = _converted(options[name], value, str(key))
             # The same value as the default is not one that a user set: `--print-config` writes all options. Without
@@ -228,7 +241,7 @@ def _converted(action: argparse.Action, value: Any, key: str) -> Any:
                 raise ValueError
             read.append(kind(each) if kind is str else kind(str(each)))
         except ValueError:
-            raise ValueError(f"{key}: expected {kind.__name__}, got {each!r}") from None
+            raise ValueError(f"{key}: expected {_TYPES.get(kind, kind.__name__)}, got {each!r}") from None
         if action.choices is not None and read[-1] not in action.choices:
             raise ValueError(unknown_name(key, each, [*action.choices]))
     return read if several else read[0]

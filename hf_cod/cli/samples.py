@@ -10,17 +10,17 @@ from torch import nn
 
 from hf_cod.cli.parser import model_title
 from hf_cod.cli.settings import MeasuringSettings
+from hf_cod.io.masking import mask_tokens
 from hf_cod.io.models import load_model
 from hf_cod.io.settings import ModelSettings, TextSettings
-from hf_cod.io.text import Batch, describe_batches, load_texts, mask_tokens, split_samples
-from hf_cod.io.text import token_batches as cut_into_batches
+from hf_cod.io.text import Batch, describe_batches, load_texts, split_samples, token_batches
 from hf_cod.layers.checks import check_length
 from hf_cod.layers.running import busy
 from hf_cod.layers.task import task_of
 
 
 def load_with_tokenizer(
-    source: str, loading: ModelSettings, instead: str = "hf_cod in Python"
+    source: str, loading: ModelSettings, instead: str = "hf_cod in Python", adapters: bool = False
 ) -> tuple[nn.Module, Any]:
     """Loads a model and its tokenizer.
 
@@ -28,12 +28,19 @@ def load_with_tokenizer(
         source: Hub id, directory or GGUF file.
         loading: settings of model loading.
         instead: what to use for a model without tokenizer; part of the error message.
+        adapters: whether adapters that cannot be merged are accepted, because the model is only measured.
 
     Raises:
-        ValueError: the model does not exist, or has no tokenizer, without which text cannot be cut into samples.
+        ValueError: the model does not exist, or has no tokenizer, without which text cannot be cut into samples; or it
+            has adapters that cannot be merged.
     """
     with busy(f"loading {model_title(source)}"):
         model, tokenizer = load_model(source, loading)
+    if not adapters and hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"model: expected a model, got an adapter on a quantized base in {source!r}; only diagnose, score and the "
+            "teacher of heal accept it"
+        )
     if tokenizer is None:
         raise ValueError(f"model: expected a model with a tokenizer, got {source!r}; use {instead}")
     return model, tokenizer
@@ -68,11 +75,11 @@ def split_text(
     second: Sequence[Batch]
     if settings.eval_text is not None:
         other = load_texts(replace(text, text=settings.eval_text))
-        first = cut_into_batches(tokenizer, load_texts(text), settings)
-        second = cut_into_batches(tokenizer, other, replace(settings, max_samples=measuring))
+        first = token_batches(tokenizer, load_texts(text), settings)
+        second = token_batches(tokenizer, other, replace(settings, max_samples=measuring))
     else:
         both = replace(settings, max_samples=calibrating + measuring)
-        batches = cut_into_batches(tokenizer, load_texts(text), both)
+        batches = token_batches(tokenizer, load_texts(text), both)
         drawn = describe_batches(batches)["samples"]
         if drawn < 2:
             raise ValueError(

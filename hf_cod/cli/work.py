@@ -13,6 +13,7 @@ from hf_cod.cli.samples import load_with_tokenizer
 from hf_cod.io.models import load_model
 from hf_cod.io.settings import ModelSettings
 from hf_cod.io.text import Batch
+from hf_cod.layers.checks import check_without_adapter
 from hf_cod.layers.running import busy, progress
 from hf_cod.layers.speed import Speeds, speeds_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -45,6 +46,7 @@ class Work:
         self.scores = None if scores_file is None else LayerScores.load(scores_file)
         self.source, self._loading, self.settings = source, loading, settings
         self.model, self.tokenizer = load_with_tokenizer(source, loading)
+        check_without_adapter(self.model)
         self.name = model_title(source)
         self.options: dict[str, Any] = {
             "journal": journal,

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils.hub import cached_file
 
 from hf_cod.io.display import one_line
+from hf_cod.io.hub import why_unreachable
 from hf_cod.io.reading import naming_file, parse_json, read_text
 from hf_cod.io.schema import brief, read_record
 
@@ -76,13 +77,18 @@ def check_model_config(source: str, revision: str | None = None, field: str = "m
     Raises:
         ValueError: no such repository, or as `read_model_config`.
     """
+    expected = f"{field}: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {source!r}"
+    if not Path(source).is_dir():
+        why = why_unreachable(source, revision=revision)
+        if why is not None:
+            raise ValueError(
+                f"{expected}: there is no such directory, it is not in the cache of the Hub, and the Hub cannot be "
+                f"reached ({why})"
+            )
     try:
         path = find_model_config(source, revision)
     except OSError as error:
-        raise ValueError(
-            f"{field}: expected a Hub id, a directory with a checkpoint, or a .gguf file, got {source!r}: "
-            f"{one_line(error)}"
-        ) from error
+        raise ValueError(f"{expected}: {one_line(error)}") from error
     if path is not None:
         read_model_config(path)
     return path

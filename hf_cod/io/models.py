@@ -10,13 +10,12 @@ from typing import Any, Unpack
 
 import torch
 import transformers
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
+from hf_cod.io.adapters import base_of, places, with_adapter
 from hf_cod.io.display import one_line
 from hf_cod.io.files import looks_local
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
@@ -33,7 +32,6 @@ HEADS = {
 }
 EMBEDDED = Path(__file__).parent.parent / "assets" / "pair"
 EMBEDDED_PLACEMENTS = ("pre", "lns")
-HUB_TIMEOUT = 5.0  # seconds
 # A model with one of these files has a tokenizer.
 TOKENIZER_FILES = (
     *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
@@ -50,7 +48,8 @@ def load_model(
     model is loaded without head: results with a randomly initialised head would be meaningless.
 
     Args:
-        name: a Hub id, a directory, or a path that ends in ".gguf".
+        name: a Hub id, a directory, or a path that ends in ".gguf". The directory of an adapter stands for its base
+            with the adapter: merged, or as a PEFT model if the base is quantized.
         settings: dtype, device, revision and trust_remote_code.
         **fields: fields of `ModelSettings` as keywords; they override `settings`.
 
@@ -64,11 +63,18 @@ def load_model(
     """
     settings = resolve(load_model, ModelSettings, settings, fields)
     source, options = _locate(name, settings)
+    base = base_of(source)
+    if base is not None:
+        model, tokenizer = load_model(base, settings)
+        with _naming(name, source, options):
+            return with_adapter(model, source).eval(), _load_tokenizer(name, source, options) or tokenizer
     config = _build_config(name, source, options)
     with _naming(name, source, options):
         model = _load_with_head(source, config, {**options, **_placement(settings)})
     if "gguf_file" in options:
         _forget_gguf(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        logger.warning("model: the adapter in %r is added to its weights, as transformers does", name)
     if settings.device != "auto":
         model.to(torch.device(settings.device or best_device()))
     return model.eval(), _load_tokenizer(name, source, options)
@@ -83,6 +89,9 @@ def load_config(name: str, settings: ModelSettings | None = None, **fields: Unpa
     """
     settings = resolve(load_config, ModelSettings, settings, fields)
     source, options = _locate(name, settings)
+    base = base_of(source)
+    if base is not None:
+        return load_config(base, settings)
     config = _build_config(name, source, options)
     if settings.dtype != "auto":
         config.dtype = getattr(torch, settings.dtype)
@@ -121,24 +130,11 @@ def best_device() -> str:
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
 
 
-def on_hub(repo_id: str) -> bool:
-    """Whether a Hub repository is available: in the local cache, or online."""
-    if try_to_load_from_cache(repo_id, "config.json"):
-        return True
-    try:
-        HfApi().model_info(repo_id, timeout=HUB_TIMEOUT)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        return False
-    except Exception as error:  # httpx's own errors, which huggingface_hub does not wrap and which we do not import
-        if type(error).__module__.startswith("httpx"):
-            return False
-        raise
-    return True
-
-
 def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     """Source and options for `from_pretrained`."""
     path = Path(name).expanduser()
+    if path.is_dir():
+        path = next(iter(places(path)), path)
     if path.exists():
         check_effect(settings, ["revision"], f"the local model {name!r}")
     source, options = (

@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from hf_cod.io.display import one_line
@@ -29,7 +29,8 @@ def check_place(directory: Path, source: str | None = None) -> None:
     """Checks that a path is a directory or does not exist.
 
     Raises:
-        ValueError: the path is a file, a broken link, or the model's own directory.
+        ValueError: the path is a file, a broken link, or the model's own directory, or its journal is a link, through
+            which the command would write somewhere else.
     """
     try:
         if source is not None and directory.resolve() == Path(source).expanduser().resolve():
@@ -43,6 +44,9 @@ def check_place(directory: Path, source: str | None = None) -> None:
         raise ValueError(f"output: expected a directory, got {str(directory)!r}, a broken link")
     if there and not directory.is_dir():
         raise ValueError(f"output: expected a directory, got the file {str(directory)!r}")
+    for path in (directory / JOURNAL, *(directory / JOURNAL / name for name in (LOCK, RESULTS, MANIFEST))):
+        if path.is_symlink():
+            raise ValueError(f"output: expected a journal of hf_cod, got {str(path)!r}, a link; remove it")
 
 
 def check_unused(directory: Path) -> None:
@@ -74,20 +78,53 @@ def check_names(directory: Path) -> None:
             raise ValueError(f"output: expected files in {str(directory)!r}, got the directory {str(path)!r}")
 
 
-def check_reused(directory: Path, readers: Mapping[str, Callable[[Path], object]]) -> None:
+def check_pages(directory: Path, record: str, page: str, pictures: Collection[str] = ()) -> None:
+    """Checks that a page and plots, whose origin cannot be read from them, are next to the record that they belong to.
+
+    Args:
+        directory: the output directory; it need not exist.
+        record: name of the file that a command writes with its page.
+        page: name of the page.
+        pictures: names of plots, without suffix.
+
+    Raises:
+        ValueError: there is a page or a plot, but no record.
+    """
+    if (directory / record).is_file():
+        return
+    for name in (page, *(f"{picture}.{suffix}" for picture in pictures for suffix in PLOT_FORMATS)):
+        if (directory / name).is_file():
+            raise ValueError(
+                f"output: expected a directory without {name}, or with that of an earlier run, got "
+                f"{str(directory / name)!r} without {record}; move it, or name another --output"
+            )
+
+
+def check_reused(
+    directory: Path, readers: Mapping[str, Callable[[Path], object]], pictures: Collection[str] = ()
+) -> None:
     """Checks that a command may write its results next to its earlier ones.
 
     Args:
         directory: the output directory; it need not exist.
         readers: name of a result -> function that reads it, and raises ValueError for a file of somebody else.
+        pictures: names of its plots, without suffix.
 
     Raises:
         ValueError: a file with the name of a result is not a result, or a directory has the name of a file.
     """
-    if not directory.is_dir():
-        return
+    check_pages(directory, REPORT, "report.md", pictures)
+    check_readable(directory, readers)
+
+
+def check_readable(directory: Path, readers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Checks that files with the names of results are results; see `check_reused`.
+
+    Raises:
+        ValueError: one is not, or a directory has the name of a file.
+    """
     check_names(directory)
-    for path in sorted(directory.iterdir()):
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
         if path.name in readers:
             try:
                 readers[path.name](path)

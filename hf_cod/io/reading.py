@@ -26,6 +26,10 @@ MOST_DIGITS = 40
 MOST_DEPTH = 60
 
 
+class _NoFileError(ValueError):
+    """There is no file that can be read; the message names its path."""
+
+
 def read_json(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
     """The content of a JSON file.
 
@@ -106,7 +110,9 @@ def as_read(value: Any) -> Any:
 
 
 def read_yaml(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
-    """The content of a YAML file.
+    """The content of a YAML file. Numbers and dates are text, as they are written.
+
+    YAML 1.1 would read 010 as 8, 1:30 as 90, and the name of a commit such as 0123456 as 42798.
 
     Raises:
         ValueError: no such file, a file that is too large, or content that is not YAML in UTF-8 (repeated names are
@@ -114,7 +120,14 @@ def read_yaml(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
     """
     import yaml
 
+    numbers = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
+
     class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {  # noqa: RUF012
+            first: [(tag, pattern) for tag, pattern in known if tag not in numbers]
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             names = [(name.tag, name.value) for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
             for name in names:
@@ -126,7 +139,7 @@ def read_yaml(path: str | Path, field: str, most: int = MOST_BYTES) -> Any:
         text = _read_text(Path(path), field, most)
         try:
             return yaml.load(text, Loader)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-01
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an explicit tag of other text
             raise ValueError(f"{field}: expected YAML, got {first_line(error)}") from error
 
 
@@ -144,6 +157,8 @@ def naming_file(path: str | Path) -> Iterator[None]:
     """Adds the file name to a ValueError about the content of a file."""
     try:
         yield
+    except _NoFileError:
+        raise
     except ValueError as error:
         raise ValueError(f"{error} in {str(path)!r}") from error
 
@@ -233,7 +248,7 @@ def _read_text(path: Path, field: str, most: int, errors: str = "strict") -> str
 def _read_bytes(path: Path, field: str, most: int | None) -> bytes:
     try:
         if path.is_dir():
-            raise ValueError(f"{field}: expected a file, got a directory")
+            raise _NoFileError(f"{field}: expected a file, got {str(path)!r}, which is a directory")
         size = path.stat().st_size
         if most is not None and size > most:
             raise ValueError(f"{field}: expected at most {most:,} bytes, got {size:,}")
@@ -243,6 +258,6 @@ def _read_bytes(path: Path, field: str, most: int | None) -> bytes:
             raise ValueError(f"{field}: expected at most {most:,} bytes, got more")
         return raw
     except FileNotFoundError as error:
-        raise ValueError(f"{field}: expected a file, got a path which does not exist") from error
+        raise _NoFileError(f"{field}: expected a file, got {str(path)!r}, which does not exist") from error
     except OSError as error:
-        raise ValueError(f"{field}: expected a file, got {error.strerror or error}") from error
+        raise _NoFileError(f"{field}: expected a file, got {str(path)!r}: {error.strerror or error}") from error

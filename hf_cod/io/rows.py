@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.io.display import one_line
+from hf_cod.io.hub import why_unreachable
 from hf_cod.io.settings import TextSettings
 
 # Suffix of a local file -> reader of `datasets`; plain text requires none.
@@ -29,6 +30,13 @@ def load_rows(settings: TextSettings) -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(f"text: {source!r} requires the datasets package: pip install 'hf_cod[data]'") from error
+    if not path.exists():
+        why = why_unreachable(source, "README.md", kind="dataset")
+        if why is not None:
+            raise ValueError(
+                f"text: expected a text file or a dataset name, got {source!r}: there is no such file, it is not in "
+                f"the cache of the Hub, and the Hub cannot be reached ({why})"
+            )
     try:
         if path.is_file() and path.suffix in FILE_READERS:
             if path.suffix != ".parquet":

@@ -133,7 +133,8 @@ def following(text: str) -> Any:
 def layers_path_field() -> Any:
     """The field `layers_path`, for settings of functions that look up the layers of a model."""
     return field(
-        default=None, metadata={"help": "name of the module list of layers, for models where it is not detected"}
+        default=None,
+        metadata={"help": "name of the module list of layers, for models where it is not detected; default: detected"},
     )
 
 
@@ -162,6 +163,16 @@ def check_number(name: str, value: float | None, least: float) -> None:
     if value is not None and not least <= value < math.inf:
         word = "at least" if math.isfinite(value) else "a finite number of at least"
         raise ValueError(f"{name}: expected {word} {least}, got {value}")
+
+
+def check_seed(seed: int, least: int = -(2**63), most: int = 2**64 - 1) -> None:
+    """Checks the range of a seed; the default range is that of torch's generators.
+
+    Raises:
+        ValueError: the seed is out of range.
+    """
+    if not least <= seed <= most:
+        raise ValueError(f"seed: expected a whole number from {least} to {most}, got {seed}")
 
 
 # File formats of plots: one raster format and two vector formats.
@@ -220,7 +231,7 @@ class TextSettings:
     )
     text_column: str = field(default="text", metadata={"help": "column of the dataset that holds the text"})
     text_split: str = field(default="train", metadata={"help": "split of the dataset"})
-    text_config: str | None = field(default=None, metadata={"help": "configuration of the dataset"})
+    text_config: str | None = field(default=None, metadata={"help": "configuration of the dataset; default: its own"})
 
     def check_source(self) -> None:
         """Checks that column, split and configuration are set only together with `text`.
@@ -262,6 +273,7 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         check_least(self, sequence_length=2, max_samples=1, batch_size=1)
+        check_seed(self.seed)
 
 
 class SampleFields(TypedDict, total=False):

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from hf_cod.io.masking import mask_tokens
 from hf_cod.io.settings import SampleSettings
-from hf_cod.io.text import Batch, mask_tokens, token_batches
+from hf_cod.io.text import Batch, token_batches
 from hf_cod.layers.checks import check_length
 from hf_cod.layers.stack import unwrap
 from hf_cod.layers.task import MASKED_LM_SUFFIXES

@@ -14,6 +14,19 @@ from hf_cod.layers.stack import DecoderLayers
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_without_adapter(model: nn.Module) -> None:
+    """Checks that transformers loaded no adapter from the model's directory: saving would write the adapter alone.
+
+    Raises:
+        ValueError: it did.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "model: expected a directory without an adapter, got adapter_config.json next to the weights; save the "
+            "merged model (merge_and_unload of PEFT), or move the adapter"
+        )
+
+
 def check_writable(stack: DecoderLayers) -> None:
     """Checks that each matrix can be changed in place.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_cod.io.text import IGNORED_LABEL, Batch, check_batches
@@ -13,10 +14,19 @@ from hf_cod.layers.task import CAUSAL_LM_SUFFIXES, LABELS, MASKED_LM_SUFFIXES
 
 # Inputs that replace a model's main input, and inputs of the decoder of an encoder-decoder.
 _EMBEDDED = ("inputs_embeds", "encoder_outputs")
+_MAIN = ("input_ids", "inputs_embeds")
 _DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
 # Encoder-decoders that derive the decoder's tokens from the encoder's.
 _SHIFT_THEIR_OWN = ("bart", "bigbird_pegasus", "led", "mbart", "mvp", "plbart")
-_TENSORS = ("input_ids", "attention_mask", "pixel_values", "decoder_input_ids", *LABELS)
+_TENSORS = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "pixel_values",
+    "decoder_input_ids",
+    *LABELS,
+)
 
 
 class InputCheck:
@@ -31,16 +41,16 @@ class InputCheck:
         self._field, self._model = field, model
         self._name = type(model).__name__
         self._needed = _needed(model)
-        self._tokens = _count_tokens(model)
+        self._tokens, self._width = _embedding_sizes(model)
         self._positions = learnt_positions(model)
 
     def check(self, batch: Any, number: int) -> None:
         """Checks that the model can run on a batch.
 
         Raises:
-            ValueError: a batch without the model's inputs, without samples or without tokens; values that are no
-                tensors; tokens or labels outside the vocabulary; more tokens than learned positions; a mask of another
-                shape, or one that masks a whole sample.
+            ValueError: a batch without the model's inputs, with two of them, without samples or without tokens; values
+                that are no dense tensors; tokens or labels outside the vocabulary; more tokens than learned positions;
+                a mask of another shape, with NaN, or one that masks a whole sample.
         """
         where = f"of batch {number}"
         check_batches([batch])
@@ -50,6 +60,9 @@ class InputCheck:
             if not isinstance(batch[name], Tensor):
                 found = type(batch[name]).__name__
                 raise ValueError(f"{self._field}: expected tensors, got {found} as {name!r} {where}; use torch.tensor")
+            if batch[name].layout is not torch.strided or batch[name].is_nested or batch[name].is_meta:
+                found = "one on the meta device" if batch[name].is_meta else "a sparse or nested one"
+                raise ValueError(f"{name}: expected a dense tensor with values, got {found} {where}")
             if not batch[name].numel():
                 what = f"{name} {tuple(batch[name].shape)}"
                 raise ValueError(f"{self._field}: expected at least one sample and one token, got {what} {where}")
@@ -58,8 +71,16 @@ class InputCheck:
                 self._check_ids(name, batch[name], where, "pixel_values" in batch)
         if "input_ids" in batch:
             self._check_beside(batch, where)
+        if "inputs_embeds" in batch and self._width is not None:
+            shape = tuple(batch["inputs_embeds"].shape)
+            if len(shape) != 3 or shape[-1] != self._width:
+                expected = f"(samples, tokens, {self._width})"
+                raise ValueError(f"inputs_embeds: expected {expected}, got {shape} {where}")
 
     def _check_names(self, batch: Batch, where: str) -> None:
+        both = [name for name in _MAIN if name in batch]
+        if len(both) > 1:
+            raise ValueError(f"{self._field}: expected one of {' and '.join(both)}, got both {where}")
         missing = [names for names in self._needed if not any(name in batch for name in names)]
         if missing:
             expected = " and ".join(names[0] for names in missing)
@@ -67,9 +88,10 @@ class InputCheck:
             raise ValueError(f"{self._field}: expected {expected} for {self._name}, got {found} {where}")
 
     def _check_ids(self, name: str, ids: Tensor, where: str, with_images: bool) -> None:
-        if ids.is_floating_point() or ids.dim() < 2:
+        known_shape = ids.dim() == 2 or (ids.dim() > 2 and self._name.endswith("ForMultipleChoice"))
+        if ids.dtype is not torch.int64 or not known_shape:  # embeddings accept int32, too, but losses do not
             found = f"{ids.dtype} {tuple(ids.shape)}"
-            raise ValueError(f"{name}: expected whole numbers (samples, tokens), got {found} {where}")
+            raise ValueError(f"{name}: expected whole numbers (samples, tokens), got {found} {where}; use torch.int64")
         least, most = (int(value) for value in ids.aminmax())
         # Some models mark images by placeholders outside the vocabulary.
         if self._tokens is not None and not with_images and (least < 0 or most >= self._tokens):
@@ -85,6 +107,8 @@ class InputCheck:
                 f"{self._field}: expected at most {most} tokens per sample, the learned positions of {table}, got "
                 f"{shape[-1]} {where}"
             )
+        if mask is not None and mask.is_floating_point() and bool(mask.isnan().any()):
+            raise ValueError(f"attention_mask: expected 0 and 1, got NaN {where}")
         if mask is not None and mask.dim() == 2 == len(shape):
             if tuple(mask.shape) != shape:
                 raise ValueError(f"attention_mask: expected {shape}, as input_ids, got {tuple(mask.shape)} {where}")
@@ -95,6 +119,10 @@ class InputCheck:
                     f"attention_mask: expected at least one unmasked token per sample, got none in sample {sample} "
                     f"{where}"
                 )
+        positions = batch.get("position_ids")
+        if positions is not None and positions.shape[-1] != shape[-1]:
+            found = tuple(positions.shape)
+            raise ValueError(f"position_ids: expected {shape[-1]} per sample, as input_ids has, got {found} {where}")
         if "labels" in batch and self._name.endswith((*CAUSAL_LM_SUFFIXES, *MASKED_LM_SUFFIXES)):
             self._check_labels(batch["labels"], shape, where)
 
@@ -148,10 +176,11 @@ def _needed(model: Any) -> list[tuple[str, ...]]:
     return needed
 
 
-def _count_tokens(model: Any) -> int | None:
-    """The number of token embeddings of a model; None if it has none, or if the number is unknown."""
+def _embedding_sizes(model: Any) -> tuple[int | None, int | None]:
+    """Number and width of a model's token embeddings; None if it has none, or if they are unknown."""
     try:
-        count = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # raised by transformers for architectures without embeddings
-        return None
-    return count if isinstance(count, int) else None
+        return None, None
+    count, width = (getattr(embeddings, name, None) for name in ("num_embeddings", "embedding_dim"))
+    return (count if isinstance(count, int) else None), (width if isinstance(width, int) else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from weakref import WeakSet
 
 from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from tqdm import std
 from tqdm.auto import tqdm
 
 from hf_cod.layers.modes import cache_restored, modes_restored
@@ -18,6 +20,9 @@ from hf_cod.layers.stock_four_bit import without_repacking
 Item = TypeVar("Item")
 # Bars that exist; a finished one is disabled.
 _BARS: WeakSet[Any] = WeakSet()
+_IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+# Seconds between lines of progress where no terminal shows a bar.
+_INTERVAL = 30.0
 
 
 class NonFiniteError(ValueError):
@@ -68,14 +73,42 @@ def evaluation_mode(stack: DecoderLayers, *, repacking: bool = False) -> Iterato
 
 
 def progress(items: Iterable[Item], title: str, show: bool, total: int | None = None) -> Any:
-    """A progress bar that disappears when it is finished. None without a terminal, if the Hub's progress bars are
-    disabled (HF_HUB_DISABLE_PROGRESS_BARS, `hf-cod --quiet`), or inside of the work that another bar shows.
+    """A progress bar that disappears when it is finished; without a terminal, a line every half minute.
+
+    There is none if the Hub's progress bars are disabled (HF_HUB_DISABLE_PROGRESS_BARS, `hf-cod --quiet`), or inside
+    of the work that another bar shows.
     """
     nested = any(not bar.disable for bar in _BARS)
     wanted = show and not nested and not are_progress_bars_disabled()
-    bar = tqdm(items, desc=title, disable=None if wanted else True, leave=False, total=total)
+    bar: Any
+    if wanted and not sys.stderr.isatty() and not _IN_NOTEBOOK:
+        bar = _Lines(items, desc=title, total=total, delay=_INTERVAL, mininterval=_INTERVAL, miniters=1)
+    else:
+        bar = tqdm(items, desc=title, disable=None if wanted else True, leave=False, total=total)
     _BARS.add(bar)
     return bar
+
+
+class _Lines(std.tqdm):
+    """Progress as lines of text, for a log file."""
+
+    disable: bool
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Prints how much is done, and an estimate of the time left."""
+        done = self.format_dict
+        left = ""
+        if done["total"] and self.n:
+            seconds = done["elapsed"] / self.n * (done["total"] - self.n)
+            left = f" of {done['total']}, about {self.format_interval(seconds)} left"
+        print(f"{self.desc}: {self.n}{left}", file=sys.stderr, flush=True)
+        return True
+
+    def close(self) -> None:
+        """Prints nothing; the work says itself what it has done."""
+        if not self.disable:
+            self.disable = True
+            self._decr_instances(self)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -22,15 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.layers.orientation import is_linear, is_transposed, shape_of, turned
-from hf_cod.layers.stock_four_bit import unpacked
+from hf_cod.layers.weights import weight_of
 
 # Components that wrappers insert into module names: torch.compile of a layer, FSDP, PEFT around a Linear.
 _WRAPPER_COMPONENTS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.|$)")
-
-# Dtypes of weights that are read directly; any other weight is read through its module's forward.
-_PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Number of columns that are decoded at a time through a module's forward.
-_COLUMNS = 1024
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -125,7 +119,7 @@ class DecoderLayers(Sequence):
         done one module at a time, so the extra memory is that of one module.
         """
         for name, module in self.linears(index).items():
-            yield name, _matrix(module)
+            yield name, weight_of(module)
         for name, bank in self.experts(index).items():
             with align_module_device(bank):
                 found = [(key, p.detach()) for key, p in _expert_parameters(bank)]
@@ -227,32 +221,6 @@ def _holds_experts(module: nn.Module) -> bool:
 
 def _expert_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 3)
-
-
-def _matrix(module: Any) -> Tensor:
-    """The weight (out, in) of a Linear-like module: its own tensor if it is plain, else decoded by its forward."""
-    with align_module_device(module):
-        if callable(getattr(module, "unpack", None)):  # a packed matrix; unpack is faster than its forward
-            return module.unpack()
-        weight: Any = getattr(module, "weight", None)
-        if type(weight) in (nn.Parameter, Tensor) and weight.dtype in _PLAIN_DTYPES:
-            return turned(module, weight.detach())
-    with unpacked(module):
-        return _decoded(module)
-
-
-@torch.no_grad()
-def _decoded(module: Any) -> Tensor:
-    """W^T = forward(I) - forward(0), which holds for every quantized Linear, independent of its storage format."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device is None:
-        device = next(t.device for t in (*module.parameters(), *module.buffers()))
-    dtypes = (getattr(module, "compute_dtype", None), getattr(getattr(module, "weight", None), "dtype", None))
-    dtype = next((d for d in dtypes if d in _PLAIN_DTYPES), torch.float32)
-    width = shape_of(module)[1]
-    offset = module(torch.zeros(1, width, device=device, dtype=dtype))
-    unit_inputs = torch.eye(width, device=device, dtype=dtype).split(_COLUMNS)
-    return torch.cat([(module(rows) - offset).mT for rows in unit_inputs], 1)
 
 
 def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -94,7 +94,10 @@ def compare(reports: Sequence[RunReport], labels: Sequence[str] | None = None) -
         raise ValueError(f"runs: expected at least two, got {len(reports)}")
     for report in reports:
         if report.kind != "diagnose":
-            raise ValueError(f"runs: expected reports of diagnose, got one of {report.kind} ({report.model})")
+            raise ValueError(
+                f"runs: expected reports of diagnose, got one of {report.kind} ({report.model}); measure the model by "
+                "hf-cod diagnose first, which takes its directory"
+            )
         for name, kind in _READ.items():
             check_value(report.results.get(name), kind | None, f"results[{name!r}] of {report.model}", {"nan": True})
         rows = report.results.get("angular_distance") or []

@@ -11,11 +11,11 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.models.auto import modeling_auto
 
+from hf_cod.io.adapters import ADAPTER, read_adapter_config
 from hf_cod.io.files import looks_local
 from hf_cod.io.markdown import escaped
 from hf_cod.io.model_config import find_model_config, read_model_config
-from hf_cod.io.reading import naming_file, read_json
-from hf_cod.io.schema import read_record
+from hf_cod.io.requirements import requirement
 from hf_cod.models.stored_config import REQUIRES
 
 # Auto class -> (its table of class names in transformers, pipeline_tag of the Hub); the first match is used.
@@ -32,6 +32,7 @@ AUTO_CLASSES = {
 }
 # Quantization method -> the extra of hf_cod that its weights require.
 EXTRAS = {"owl_bnb": "bitsandbytes", "hf_cod_sparse": None}
+PEFT = "recovery"  # the extra with peft
 OWLORE = "OWLORE"  # as 0.1 named it
 OWN_PREFIXES = ("Shaped", "Cod")
 # File -> (variable, class that reads it); the first file that exists is used.
@@ -84,8 +85,8 @@ def loading_of(directory: str | Path, name: str) -> Loading:
         ValueError: the config cannot be read; names the file.
     """
     directory = Path(directory)
-    if (directory / "adapter_config.json").is_file():
-        return _adapter(_read_adapter_config(directory / "adapter_config.json"), name)
+    if (directory / ADAPTER).is_file():
+        return _adapter(read_adapter_config(directory / ADAPTER), name)
     needs = _needs(read_model_config(directory / "config.json"))
     found = next(((kind, auto) for file, (kind, auto) in PROCESSORS.items() if (directory / file).is_file()), None)
     lines = [*_imports(needs, found), "", _load("model", needs, name)]
@@ -116,7 +117,7 @@ def _adapter(config: dict[str, Any], name: str) -> Loading:
     beneath = _needs(_config_of(base), (config.get("auto_mapping") or {}).get("base_model_class"))
     needs = beneath
     if config.get("peft_type") in (REQUIRES, OWLORE):
-        needs = replace(beneath, ours=True, extras=(*beneath.extras, "recovery"))
+        needs = replace(beneath, ours=True, extras=(*beneath.extras, PEFT))
     words = not AUTO_CLASSES[needs.auto][1].startswith("image-class")
     lines = [*_imports(needs, ("tokenizer", "AutoTokenizer") if words else None, "from peft import PeftModel"), ""]
     lines.append(_load("base", needs, public_name(base)))
@@ -126,22 +127,6 @@ def _adapter(config: dict[str, Any], name: str) -> Loading:
     beside = f"This is an adapter: it also requires the weights of {escaped(public_name(base))}."
     remarks = [beside, *_remarks(needs)]
     return Loading("\n".join(lines), _install(needs, "peft"), remarks, "peft", AUTO_CLASSES[needs.auto][1], base)
-
-
-@dataclass(frozen=True)
-class _AdapterHead:
-    """Entries of adapter_config.json that loading depends on."""
-
-    base_model_name_or_path: str | None = None
-    peft_type: str | None = None
-    auto_mapping: dict[str, str | None] | None = None
-
-
-def _read_adapter_config(path: Path) -> dict[str, Any]:
-    content = read_json(path, "adapter")
-    with naming_file(path):
-        read_record(_AdapterHead, content, "adapter", extra=True)
-    return content  # type: ignore[no-any-return]
 
 
 def _config_of(base: str) -> dict[str, Any]:
@@ -187,10 +172,13 @@ def _code(needs: _Needs) -> str:
 
 
 def _install(needs: _Needs, *others: str) -> str:
+    """With the lowest versions that are tested: a config.json of transformers 5 means other things to version 4."""
     if needs.ours:
-        extras = f"[{','.join(needs.extras)}]" if needs.extras else ""
-        return shlex.join(["pip", "install", f"hf_cod{extras}", *(each for each in others if not extras)])
-    return shlex.join(["pip", "install", "torch", "transformers", *others])
+        added = [each for each in others if PEFT not in needs.extras]
+        packages = [requirement("hf_cod", *needs.extras), *map(requirement, added)]
+    else:
+        packages = ["torch", *map(requirement, ("transformers", *others))]
+    return shlex.join(["pip", "install", *packages])
 
 
 def _remarks(needs: _Needs) -> list[str]:

@@ -18,6 +18,7 @@ from hf_cod.io.models import load_model
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.reading import read_json, read_text
 from hf_cod.io.report import RunReport, format_number
+from hf_cod.io.requirements import requirement
 from hf_cod.io.schema import read_record
 from hf_cod.io.settings import resolve
 from hf_cod.models.families import FAMILIES, Family
@@ -26,7 +27,7 @@ from hf_cod.reporting.settings import CardFields, CardSettings
 
 PAPER = "https://arxiv.org/abs/2502.05795"
 PICTURES = {
-    "curve": "Loss by step.",
+    "curve": "Loss by training step.",
     "angular_distance": "Angular distance between layer l and layer l + n; yellow: small distance.",
     "layer_drop": "Perplexity without each single layer.",
     "variance": "Variance of each layer's output.",
@@ -147,7 +148,7 @@ def _validated_on(told: dict[str, Any]) -> str:
     text = Path(told["text"]).name if told.get("text") else "an embedded novel"
     if told.get("validation_text"):
         return Path(told["validation_text"]).name
-    return f"{text}, {told['validation_split']}" if told.get("validation_split") else f"held-out pieces of {text}"
+    return f"{text}, {told['validation_split']}" if told.get("validation_split") else f"held-out parts of {text}"
 
 
 def _family(model_type: str) -> Family:
@@ -173,7 +174,8 @@ def _use(report: RunReport, name: str, where: str | None, family: Family) -> str
     lines = [
         "## Load it\n",
         *([where, ""] if where else []),
-        "The directory contains the model's code, so only transformers is required:\n",
+        "The directory contains the model's code, so hf_cod is not required, only "
+        f"`{shlex.join(['pip', 'install', 'torch', requirement('transformers')])}`:\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
         f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, trust_remote_code=True)",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}, trust_remote_code=True)\n```\n",
@@ -207,7 +209,7 @@ def _results(report: RunReport, pictures: list[str]) -> str:
     lines += [f"| {name} | {value} |" for name, value in rows]
     lines += [
         "",
-        f"Measured on {found['validation_tokens']:,} held-out tokens (layer measures: on the first ones).",
+        f"Measured on {found['validation_tokens']:,} held-out tokens (measures by layer: on the first of them).",
         "",
     ]
     lines += [f"- {escaped(sentence)}" for sentence in [*report.summary, *report.notes]]

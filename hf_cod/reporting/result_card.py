@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from hf_cod.io.adapters import PLACES, places
 from hf_cod.io.files import write_text
 from hf_cod.io.markdown import escaped
 from hf_cod.io.reading import read_text
@@ -17,9 +18,6 @@ from hf_cod.reporting.settings import CardSettings
 
 TAG = "curse-of-depth"
 CARD = "README.md"
-# Places in a run's directory where a model or an adapter may be saved.
-PLACES = (".", "model", "adapter")
-MARKS = ("config.json", "adapter_config.json")
 # Settings that name the input model of a run.
 SOURCES = ("model", "student", "source")
 WHAT = {
@@ -69,12 +67,6 @@ def write_cards(
         card = result_card(place, report, called, command, settings)
         written.append(write_text(place / CARD, str(card)))
     return written
-
-
-def places(directory: str | Path) -> list[Path]:
-    """The directories of a run (itself first, then `model` and `adapter` in it) that hold a model or an adapter."""
-    found = [Path(directory) / place for place in PLACES]
-    return [place for place in found if any((place / mark).is_file() for mark in MARKS)]
 
 
 def report_of(directory: str | Path) -> tuple[RunReport, str]:
@@ -182,7 +174,7 @@ def _shown(value: Any) -> str:
 
 def _figures(report: RunReport) -> str:
     rows = [*_numbers(report.results)]
-    lines = ["## Figures\n", *[f"- {escaped(line)}" for line in report.summary]]
+    lines = ["## Results\n", *[f"- {escaped(line)}" for line in report.summary]]
     if rows:
         lines += ["\n| figure | value |\n|---|---|", *[f"| {escaped(name)} | {value} |" for name, value in rows]]
     if report.notes:

@@ -16,14 +16,18 @@ class CardSettings:
     name: str = field(default="", metadata={"help": "name or Hub id of the model; default: name of the directory"})
     license: str = field(default="other", metadata={"help": "licence of the weights, as an identifier of the Hub"})
     sources: str | None = field(
-        default=None, metadata={"help": "sources.json of examples/pretraining_text.py: the texts and their licences"}
+        default=None,
+        metadata={"help": "sources.json of examples/pretraining_text.py: the texts and their licences; default: none"},
     )
-    language: str | None = field(default=None, metadata={"help": "language code of the text, such as en"})
+    language: str | None = field(
+        default=None, metadata={"help": "language code of the text, such as en; default: not in the card"}
+    )
     where: str | None = field(
         default=None, metadata={"help": "Markdown text on how to get this directory; default: none"}
     )
     comparison: str | None = field(
-        default=None, metadata={"help": "comparison.md of examples/compare_placements.py, to include in the card"}
+        default=None,
+        metadata={"help": "comparison.md of examples/compare_placements.py, to include in the card; default: none"},
     )
 
 

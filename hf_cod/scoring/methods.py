@@ -70,7 +70,10 @@ def score_layers(
     Args:
         model: a transformers model, wrapped or not; it is not changed.
         statistics: statistics of this model, from `collect_statistics`.
-        method: see the table; default: owl.
+        method: see the table; default: owl, the score of OWL and OwLore, which statistics suffice for. Commands that
+            score layers themselves have the default that measured best for what they do: prune angular, narrow auto,
+            factorize fisher, quantize owl or angular. This function does not know the purpose of the scores: for
+            pruning, pass method="angular" and batches.
         batches: dicts for the model's forward; `token_batches` makes them from texts.
         tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
         texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.

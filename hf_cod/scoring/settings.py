@@ -93,10 +93,12 @@ class ScoreSettings:
         metadata={
             "help": "the property that gives a layer a high score. "
             + "; ".join(f"{name}: {method.description}" for name, method in METHODS.items())
+            + ". For hf-cod prune --scores use angular, the default of prune"
         },
     )
     threshold: float = field(
-        default=5.0, metadata={"help": "owl: weights above this multiple (M) of the mean are outliers (paper: 5 or 7)"}
+        default=5.0,
+        metadata={"help": "owl: outliers are |W_ij| ||X_j|| above this multiple (M) of the mean (paper: 5 or 7)"},
     )
     per_module: bool = field(
         default=False, metadata={"help": "owl: compare each matrix with its own mean instead of the layer's"}
@@ -169,7 +171,7 @@ class AllocationSettings:
         },
     )
     choices: Sequence[float] | None = field(
-        default=None, metadata={"help": "allowed values, rising; default for bits: 3 and 4, else any"}
+        default=None, metadata={"help": "allowed values in ascending order; default for bits: 3 and 4, else any"}
     )
     group: int | None = field(
         default=None, metadata={"help": "N:M sparsity with this M and a separate N for each layer"}

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from hf_cod import LayerScores, LayerStatistics, RankPlan, diagnose, factorize, pack_sparse, quantize
 from hf_cod.cli import main
@@ -269,6 +270,32 @@ def test_names_of_code_that_are_paths(module, place, capsys):
     check_refused(["convert", "lns", "model", "out"], place, capsys, "auto_map")
 
 
+COMMANDS_THAT_SAVE = {
+    "prune": ["prune", "model", "--text", "text.txt", *QUICK],
+    "drop-layers": ["drop-layers", "model", "--text", "text.txt", *QUICK, "--n-removed", "1"],
+    "pack": ["pack", "model"],
+    "finetune": ["finetune", "model", "--text", "text.txt", "--sequence-length", "8", "--steps", "1", "--no-plots"],
+    "heal": [*BY_SCORES["heal"][:-1], "--sequence-length", "8", "--no-plots"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS_THAT_SAVE)
+def test_an_adapter_beside_a_model(command, place, capsys):
+    """transformers adds it to the weights, and saves the adapter alone."""
+    peft = pytest.importorskip("peft")
+    name = "factorized" if command == "heal" else "model"
+    base = AutoModelForCausalLM.from_pretrained(place / name, trust_remote_code=True)
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(place / name)
+    (place / name / "README.md").unlink()
+    status = main([*COMMANDS_THAT_SAVE[command], "--output", "out"])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert status == 2 and "model: expected a directory without an adapter, got adapter_config.json" in line
+    assert not (place / "out" / "report.json").exists() and not (place / "out" / "config.json").exists()
+    if command == "prune":
+        assert main(["diagnose", "model", "--text", "text.txt", *QUICK, "--no-plots", "--output", "measured"]) == 0
+        assert "the adapter in 'model' is added to its weights" in capsys.readouterr().err
+
+
 def test_what_is_whole_is_taken(place, capsys):
     """The same files, unchanged: so the refusals above are of what was changed."""
     model = build("llama")
@@ -293,22 +320,41 @@ def test_damaged_configs(content, place, capsys):
 FOREIGN = {
     "journal.jsonl": "dear diary...\n2026 was long\n",
     "report.json": '{"mine": 1}',
+    "report.md": "# My report\n",
     "report.json/": None,
     "report.md/": None,
     "journal.jsonl/": None,
 }
-OF_SCORE = {"scores.json": "[1, 2]", "statistics.safetensors": "mine", "scores.json/": None, "score.png/": None}
+OF_DIAGNOSE = {"overview.png": "mine", "layer_drop.svg": "mine"}
+OF_SCORE = {
+    "score.png": "mine",
+    "scores.json": "[1, 2]",
+    "statistics.safetensors": "mine",
+    "scores.json/": None,
+    "score.png/": None,
+}
 
 
 @pytest.mark.parametrize(
     ("command", "name"), [*(("diagnose", name) for name in FOREIGN), *(("score", name) for name in FOREIGN | OF_SCORE)]
 )
 def test_files_of_others_with_names_of_results_are_kept(command, name, place, capsys):
-    path, content = place / "out" / name, (FOREIGN | OF_SCORE)[name]
+    path, content = place / "out" / name, (FOREIGN | OF_SCORE | OF_DIAGNOSE)[name]
     (place / "out").mkdir()
     path.mkdir() if content is None else path.write_text(content)
     arguments = [command, "model", "--text", "text.txt", "--output", "out", *QUICK]
     check_refused(arguments, place, capsys, f"out/{name}".rstrip("/"))
+
+
+@pytest.mark.parametrize("name", ["compare.md", "compare.png"])
+def test_files_of_others_with_names_of_a_comparison_are_kept(name, place, capsys):
+    report().save(place / "one")
+    (place / "out").mkdir()
+    (place / "out" / name).write_text("# mine")
+    check_refused(["compare", "one", "one", "--output", "out"], place, capsys, f"out/{name}")
+    (place / "out" / name).unlink()
+    for _ in range(2):  # an earlier comparison is replaced
+        assert main(["compare", "one", "one", "--output", "out", "--quiet"]) == 0
 
 
 def test_a_foreign_journal_in_python_is_kept(place):

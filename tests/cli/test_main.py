@@ -1,9 +1,15 @@
 """What all commands share: errors, options, names, help."""
 
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from transformers import LlamaForCausalLM
 
 from hf_cod.cli.main import COMMANDS, main
 from hf_cod.io.report import RunReport
@@ -11,6 +17,8 @@ from hf_cod.scoring.layer_scores import LayerScores
 from tests.cli.runs import QUICK, TEXT
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
+
+USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 @pytest.mark.parametrize("command", ["factorize", "narrow"])
@@ -134,3 +142,42 @@ def test_help(capsys):
             main([name, "--help"])
         assert done.value.code == 0
     assert "--sequence-length" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_says_how_it_resumes_and_leaves_nothing_half(number, status, checkpoint, capsys, monkeypatch):
+    before = {each: signal.signal(each, usual) for each, usual in USUAL.items()}  # workers of xdist ignore one
+    prune = ["prune", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), "--output", "out", *QUICK]
+    monkeypatch.chdir(checkpoint)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_, **__: os.kill(os.getpid(), number))
+            assert main(prune) == status
+        assert signal.getsignal(number) is USUAL[number]
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert "hf-cod prune: stopped; the same command resumes" in capsys.readouterr().err
+    assert not (checkpoint / "out" / "journal" / "result").exists()
+    assert main(prune) == 0
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["env", "--print-config"]])
+def test_a_reader_that_ends_early_gets_no_traceback(arguments):
+    """As in `hf-cod --help | head -3`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "hf_cod", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert done.returncode in (0, 1) and done.stderr.count(b"\n") <= 1, done.stderr.decode()
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_cannot_be_written_is_an_error_in_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "hf_cod", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("hf-cod: error: ") and done.stderr.count("\n") == 1

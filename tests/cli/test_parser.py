@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Literal
@@ -18,6 +19,8 @@ from hf_cod.scoring.methods import score_layers
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
+# Options of every command, whose texts say what happens without them.
+COMMON = ("help", "config", "print_config", "quiet", "debug")
 QUICK = ["--sequence-length", "8", "--max-samples", "4", "--batch-size", "2", "--no-plots"]
 
 
@@ -173,6 +176,20 @@ def test_the_help_of_a_boolean_says_what_its_first_form_does(name, capsys):
     assert " ".join(shown.split()).count("(default: on)") == len(both)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_each_option_says_its_default_and_its_effect(name):
+    """In words or by a number; that there is none, where one of several is required."""
+    module = import_module(f"hf_cod.cli.commands.{COMMANDS[name][0]}")
+    for action in module.make_parser()._actions:
+        told = action.help or ""
+        if told == SUPPRESS:
+            continue
+        assert len(told.split()) > 1, action.dest
+        if action.option_strings and not action.required and action.dest not in COMMON:
+            assert "default" in told, f"{name} {action.option_strings[0]}: {told}"
+            assert told.count("(default: ") <= 1, f"{name} {action.option_strings[0]}: {told}"
+
+
 @pytest.mark.parametrize("written, option", [("plots: false", "--plots"), ("loud: true", "--no-loud")])
 def test_a_boolean_of_a_config_file_is_overridden_either_way(tmp_path, written, option):
     file = tmp_path / "run.yaml"
@@ -186,12 +203,12 @@ def test_a_boolean_of_a_config_file_is_overridden_either_way(tmp_path, written, 
     [
         (
             "rates: 1",
-            "config: did you mean rate\\? expected one of rate, steps, .*, model, got 'rates' in .*",
+            "config: did you mean rate\\? expected an option, got 'rates' in .*",
         ),
-        ("rate: fast", "rate: expected float, got 'fast'"),
-        ("steps: 1.5", "steps: expected int, got 1.5"),
-        ("steps: true", "steps: expected int, got True"),
-        ("plots: 1", "plots: expected true or false, got 1"),
+        ("rate: fast", "rate: expected a number, got 'fast' in .*run.yaml"),
+        ("steps: 1.5", "steps: expected a whole number, got '1.5' in .*run.yaml"),
+        ("steps: true", "steps: expected a whole number, got True"),
+        ("plots: 1", "plots: expected true or false, got '1'"),
         ("names: a", "names: expected a list, got 'a'"),
         ("kind: c", "kind: expected one of a, b, got 'c'"),
         ("rate: [1]", "rate: expected one value, got"),
@@ -199,8 +216,12 @@ def test_a_boolean_of_a_config_file_is_overridden_either_way(tmp_path, written, 
         ("a: [", "config: expected YAML, got .*run.yaml"),
         ("[" * 9999, "config: expected YAML, got .*run.yaml"),
         ("steps: 1\nsteps: 2", "config: expected YAML, got the name 'steps' twice in .*run.yaml"),
-        ("steps: 2026-13-01", "config: expected YAML, got month must be in 1..12 in .*run.yaml"),
-        (None, "config: expected a file, got a path which does not exist"),
+        ("steps: 2026-13-01", "steps: expected a whole number, got '2026-13-01'"),
+        ("steps: 1:30", "steps: expected a whole number, got '1:30'"),
+        ("steps: 0x10", "steps: expected a whole number, got '0x10'"),
+        ("rate: 1:30.5", "rate: expected a number, got '1:30.5'"),
+        ("steps: !!int five", "config: expected YAML, got .*run.yaml"),
+        (None, "config: expected a file, got .*run.yaml', which does not exist$"),
     ],
 )
 def test_bad_config_files(tmp_path, text, message):
@@ -208,6 +229,24 @@ def test_bad_config_files(tmp_path, text, message):
         (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         parse("m", "--config", str(tmp_path / "run.yaml"))
+
+
+def test_numbers_in_a_config_file_are_those_of_the_command_line(tmp_path):
+    """YAML 1.1 has octal numbers, and numbers of base 60."""
+    (tmp_path / "run.yaml").write_text("steps: 010\nrate: 1e-3\nnames: [0123456, 2026-01-01, 1:30, 1e3]\n")
+    settings = parse("m", "--config", str(tmp_path / "run.yaml"))[0]
+    assert (
+        settings == parse("m", "--steps", "010", "--rate", "1e-3", "--names", "0123456", "2026-01-01", "1:30", "1e3")[0]
+    )
+    assert settings == Options(0.001, 10, ["0123456", "2026-01-01", "1:30", "1e3"])
+
+
+@pytest.mark.parametrize("arguments", [["m", "--names", "a", ""], ["m", "--names="], [""]])
+def test_an_empty_value_is_refused(arguments):
+    """A variable of the shell that is not set: the default would be used instead."""
+    name = "names" if len(arguments) > 1 else "model"
+    with pytest.raises(ValueError, match=f"{name}: expected a value, got an empty one"):
+        parse(*arguments)
 
 
 def test_an_option_twice_in_two_spellings(tmp_path):

@@ -20,7 +20,6 @@ POSITIONAL = {
 # Only a model, a data set or a finished run shows whether these are bad, or any value is good.
 FREE = [
     "layers_path",
-    "seed",
     "revision",
     "teacher",
     "teacher_revision",
@@ -46,6 +45,8 @@ BAD = {
         ["steps", "lora_rank", "save_every", "log_every", "n_active", "interval", "recover_rank", "n_removed"], COUNT
     ),
     "channel_multiple": COUNT,
+    "seed": ["x", str(10**30)],
+    **{key: ["x", "-1", str(2**32)] for key in ["finetune seed", "heal seed"]},
     **dict.fromkeys(
         ["threshold", "passes", "learning_rate", "recover_learning_rate", "scale", "temperature"], POSITIVE
     ),

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from hf_cod.cli.main import COMMANDS, main
+from hf_cod.scoring.settings import ScoreSettings
 from tests.docs.pages import NAMES, ROOT, commands
 from tests.docs.tiny import save_models, write_texts
 
@@ -41,7 +42,7 @@ NOT_RUN = {
     "^demo": "takes a minute; tests/test_pair.py runs it",
     "^card hf-cod-pretrain": "needs a pre-training run; tests/reporting/test_model_card.py runs it",
     "^convert authors": "needs a checkpoint of the authors; tests/models runs it",
-    "^finetune .*--estimate": "trains each method for two steps; tests/cli/commands/test_finetune.py runs it",
+    "^finetune .*--estimate": "measures one pass of each method; tests/cli/commands/test_finetune.py runs it",
 }
 CASES = [page for page in NAMES if commands(page)]
 
@@ -54,6 +55,20 @@ def test_the_overview_names_the_commands_that_measure_speed():
     (sentence,) = re.findall(r"on disk\. ([^.;]*)`--no-speed` skips", (ROOT / "docs/how-to/index.md").read_text())
     measuring = {name for name in COMMANDS if "--no-speed" in parser_of(name).format_usage()}
     assert {*re.findall(r"`([a-z-]+)`", sentence)} == measuring
+
+
+def test_the_page_on_scores_gives_the_defaults_of_the_code():
+    """Each command has its own, by the tables; those that do not know what scores are for have the papers'."""
+    page = (ROOT / "docs/how-to/score.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]+) \| `([a-z]+)`", page, re.M)
+    told = {name: score for names, score in rows for name in re.findall(r"`(\w+)`", names)}
+    parsed = {name: parser_of(name).parse(["m"]) for name in ("prune", "factorize", "quantize", "finetune", "score")}
+    assert told["prune"] == parsed["prune"][2].score == "angular"
+    assert told["quantize"] == parsed["quantize"][2].score
+    for name in ("narrow", "factorize"):
+        assert f"default: {told[name]}" in " ".join(parser_of(name).format_help().split())
+    papers = {parsed["finetune"][2].score, parsed["score"][2].method, ScoreSettings().method}
+    assert papers == {"owl"} == {told[name] for name in ("finetune", "heal", "score", "score_layers")}
 
 
 @pytest.mark.parametrize("page", CASES)

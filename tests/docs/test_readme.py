@@ -1,6 +1,7 @@
 """README is short, its first two bash blocks are what CI runs, and its highlights stand where it links to."""
 
 import re
+import tomllib
 
 from tests.docs.pages import ROOT, blocks, read
 
@@ -17,6 +18,20 @@ def test_the_first_two_bash_blocks():
     first, second = blocks(README, "bash")[:2]
     assert first.strip() == "pip install -q '.[all]' && hf-cod demo"
     assert second.startswith("pip install -q -e '.[test]' && ") and "pytest" in second
+
+
+def test_a_package_index_shows_no_broken_picture_or_link():
+    """As hatch-fancy-pypi-readme makes the description of pyproject.toml: only what lies beside README is taken out."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "readme" in project["project"]["dynamic"]
+    described = README
+    for each in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        described = re.sub(each["pattern"], each["replacement"], described)
+    links = r"\]\(([^)\s]+)\)"
+    kept = re.findall(links, described)
+    assert kept == [link for link in re.findall(links, README) if link.startswith(("https:", "#"))]
+    assert "![" in README and "![" not in described and "see your model's layers, fine-tune on one" in described
+    assert len(described.splitlines()) >= len(README.splitlines()) - 2
 
 
 def test_the_highlights_stand_on_the_pages_that_they_link():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_cod.io.models import ModelSettings, load_model, load_tokenizer, on_hub
+from hf_cod.io.models import ModelSettings, load_model, load_tokenizer
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -56,10 +56,6 @@ def test_a_damaged_gguf(content, tmp_path):
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"model: expected a Hub id, a directory with a checkpoint, or a .gguf file"):
         load_model(str(tmp_path))
-
-
-def test_the_hub_is_out_of_reach_offline():
-    assert on_hub("someone/no-such-model") is False
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])

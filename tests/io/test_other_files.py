@@ -67,7 +67,7 @@ def test_load(kind, others):
 
 
 def test_load_says_what_is_there_instead(others):
-    assert "got a path which does not exist" in refused(
+    assert "which does not exist" in refused(
         lambda: LayerScores.load(others["missing.json"]), "scores", others["missing.json"]
     )
     assert "expected JSON, got other text: " in refused(

@@ -68,6 +68,18 @@ def test_a_hostile_output_is_refused_and_nothing_is_written(hostile, name, messa
     assert message in str(refused.value) and tree(hostile) == before
 
 
+@pytest.mark.parametrize("name", ["journal", "journal/lock", "journal/result", "journal/manifest.json"])
+def test_a_journal_that_is_a_link_is_refused(tmp_path, name):
+    link, elsewhere = tmp_path / "run" / name, tmp_path / "elsewhere"
+    link.parent.mkdir(parents=True)
+    elsewhere.write_text("precious") if "." in name or name.endswith("lock") else elsewhere.mkdir()
+    link.symlink_to(elsewhere)
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=rf"output: expected a journal of hf_cod, got '.*{name}', a link; remove it"):
+        OutputDirectory(tmp_path / "run", run=1).__enter__()
+    assert tree(tmp_path) == before
+
+
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError(30, "Read-only file system")

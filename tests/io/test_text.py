@@ -8,7 +8,6 @@ from hf_cod.io.text import (
     TextSettings,
     embedded_text,
     load_texts,
-    mask_tokens,
     split_samples,
     token_batches,
 )
@@ -79,22 +78,6 @@ def test_short_text_and_bad_numbers_are_refused():
         SampleSettings(batch_size=0)
     with pytest.raises(ValueError, match="expected more than the 2 special tokens, got 2"):
         token_batches(bert_like(), TEXT, SampleSettings(sequence_length=2))
-
-
-def test_masking_is_seeded_and_spares_special_tokens():
-    tokenizer = bert_like()
-    settings = SampleSettings(sequence_length=40, max_samples=8, batch_size=8)
-    plain = token_batches(tokenizer, TEXT, settings)
-    (masked,) = mask_tokens(tokenizer, plain, seed=1)
-    hidden = masked["labels"] != -100
-    assert torch.equal(masked["labels"][hidden], plain[0]["input_ids"][hidden])
-    assert (masked["input_ids"][hidden] == tokenizer.mask_token_id).all()
-    assert torch.equal(masked["input_ids"][~hidden], plain[0]["input_ids"][~hidden])
-    assert not hidden[:, 0].any() and not hidden[:, -1].any() and hidden.any(-1).all()
-    assert 0.08 < hidden.float().mean() < 0.25
-    assert torch.equal(masked["labels"], mask_tokens(tokenizer, plain, seed=1)[0]["labels"])
-    with pytest.raises(ValueError, match="mask token"):
-        mask_tokens(gpt_like(), plain, seed=1)
 
 
 def test_texts_from_files(tmp_path):

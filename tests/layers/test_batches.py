@@ -10,7 +10,7 @@ import torch
 
 import hf_cod
 from hf_cod import LayerStatistics, RunReport, SampleSettings, collect_statistics, perplexity, token_batches
-from hf_cod.io.text import mask_tokens
+from hf_cod.io.masking import mask_tokens
 from tests.tiny_models import build
 from tests.tiny_tokenizers import bert_like, gpt_like
 

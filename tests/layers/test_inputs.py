@@ -97,6 +97,32 @@ ODD = {
         r"(batches|calibration): .* one token, got input_ids \(2, 0\) of batch 0",
     ),
     "nothing": ([{}], r"(batches|calibration): expected input_ids for GPT2LMHeadModel, got nothing of batch 0"),
+    "bool": (
+        [{"input_ids": ids(2, 9) > 5}],
+        r"input_ids: expected whole numbers .* got torch.bool \(2, 9\) of batch 0",
+    ),
+    "int32": (
+        [{"input_ids": ids(2, 9).int()}],
+        "input_ids: expected whole numbers .* got torch.int32 .* use torch.int64",
+    ),
+    "three dimensions": ([{"input_ids": ids(1, 2, 9)}], r"input_ids: .*\(samples, tokens\).* got .*\(1, 2, 9\)"),
+    "meta": (
+        [{"input_ids": ids(2, 9).to("meta")}],
+        "input_ids: expected a dense tensor with values, got one on the meta",
+    ),
+    "sparse": ([{"input_ids": ids(2, 9).to_sparse()}], "input_ids: expected a dense tensor with values, got a sparse"),
+    "both inputs": (
+        [{"input_ids": ids(2, 9), "inputs_embeds": torch.zeros(2, 9, 32)}],
+        "expected one of input_ids and inputs_embeds, got both of batch 0",
+    ),
+    "positions": (
+        [{"input_ids": ids(2, 9), "position_ids": torch.zeros(2, 3, dtype=torch.long)}],
+        r"position_ids: expected 9 per sample, as input_ids has, got \(2, 3\) of batch 0",
+    ),
+    "mask of NaN": (
+        [{"input_ids": ids(2, 9), "attention_mask": torch.full((2, 9), float("nan"))}],
+        "attention_mask: expected 0 and 1, got NaN of batch 0",
+    ),
     "images": ([{"pixel_values": torch.zeros(1, 3, 8, 8)}], r"expected input_ids for GPT2LM.*, got pixel_values"),
     "all padding": (
         [*GOOD, {"input_ids": ids(3, 9), "attention_mask": HIDDEN}],

@@ -1,11 +1,14 @@
 """How a directory is loaded, as its card says it, and what the card's metadata say of its base."""
 
 import json
+import re
+import shlex
 
 import pytest
 from huggingface_hub import ModelCard
 
 from hf_cod.io.report import RunReport
+from hf_cod.io.requirements import requirement
 from hf_cod.reporting.loading import hub_id, loading_of, public_name
 from hf_cod.reporting.result_card import write_cards
 
@@ -29,7 +32,27 @@ def written(folder, name, **content):
 def test_the_class_that_loads_an_architecture(architecture, auto, tag, tmp_path):
     found = loading_of(written(tmp_path, "config.json", architectures=[architecture]), "me/it")
     assert f'model = {auto}.from_pretrained("me/it")' in found.python and found.pipeline_tag == tag
-    assert found.install == "pip install torch transformers" and "tokenizer" not in found.python
+    assert found.install == f"pip install torch '{requirement('transformers')}'" and "tokenizer" not in found.python
+
+
+@pytest.mark.parametrize(
+    "base, kind, packages",
+    [
+        ({}, "LORA", ["torch", requirement("transformers"), requirement("peft")]),
+        ({}, "OWLORE", [requirement("hf_cod", "recovery")]),
+        ({"quant_method": "owl_bnb"}, "LORA", [requirement("hf_cod", "bitsandbytes"), requirement("peft")]),
+        ({"quant_method": "owl_bnb"}, "OWLORE", [requirement("hf_cod", "bitsandbytes", "recovery")]),
+        ({"quant_method": "hf_cod_sparse"}, "LORA", [requirement("hf_cod"), requirement("peft")]),
+    ],
+)
+def test_an_adapter_is_installed_with_the_lowest_versions(base, kind, packages, tmp_path):
+    """Those of its base, too."""
+    stored = {"quantization_config": base} if base else {}
+    config = written(tmp_path / "base", "config.json", architectures=["LlamaForCausalLM"], model_type="llama", **stored)
+    adapter = {"base_model_name_or_path": str(config), "peft_type": kind}
+    found = loading_of(written(tmp_path / "adapter", "adapter_config.json", **adapter), "me/it")
+    assert shlex.split(found.install) == ["pip", "install", *packages]
+    assert all(re.search(r">=\d", each) for each in packages if each != "torch")
 
 
 def test_a_hub_id_is_named_and_a_path_is_not(tmp_path, monkeypatch):

@@ -133,7 +133,7 @@ def test_the_trade_off_marks_the_plan_that_was_chosen():
     plan = {"steps": tried[2]["steps"], "tried": tried, "curve": [[0.3, 2.0, {}], [0.9, 1.0, {}]], "intact_loss": 0.5}
     axes = report(kind="fit", layers={}, results={"plan": plan}).plot().axes[0]
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend == ["lowest expected loss", "chosen plan", "one method, measured", "intact model"]
+    assert legend == ["lowest expected loss, not measured", "chosen plan", "one method, measured", "intact model"]
     (star,) = [line for line in axes.lines if line.get_marker() == "*"]
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([0.3], [2.5])
 

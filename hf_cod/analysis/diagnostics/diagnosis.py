@@ -55,6 +55,7 @@ def diagnose(
     batches: BatchStream | None = None,
     drop_metric: Any = None,
     output: str | Path | None = None,
+    journal: str | Path | None = None,
     name: str | None = None,
     show_progress: bool = True,
     settings: DiagnoseSettings | None = None,
@@ -87,8 +88,9 @@ def diagnose(
         batches: instead of tokenizer and texts: dicts for the model's forward (images, labelled data);
             `token_batches` makes them from texts.
         drop_metric: metric of the layer drop: a name, module or callable, see `evaluation.choice.find_metric`.
-        output: a directory to which results are written as they are measured, so that an interrupted run resumes (a
-            layer drop by a callable metric restarts, since code cannot be compared).
+        output: a directory in which the report is saved.
+        journal: a directory to which results are written as they are measured, so that an interrupted run resumes (a
+            layer drop by a callable metric restarts, since code cannot be compared); default: `output`.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show progress bars.
         settings: settings of the measures.
@@ -114,10 +116,11 @@ def diagnose(
         layers={},
         results={},
     )
-    journals = Journals(output, model, batches)
-    if output is not None:
+    place = output if journal is None else journal
+    journals = Journals(place, model, batches)
+    if place is not None:
         report.settings["inputs"] = journals.inputs  # identifies weights and samples
-        report.keep_earlier(output, resumable=metric.identity is not None)
+        report.keep_earlier(place, resumable=metric.identity is not None)
     wanted = _applicable(chosen.metrics, stack, task, report)
     if texts is not None and report.settings["samples"] < chosen.max_samples:
         report.notes.append(f"the text has {report.settings['samples']} samples, fewer than {chosen.max_samples}")

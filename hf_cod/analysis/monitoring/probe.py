@@ -55,6 +55,8 @@ def probe_batches(probe: Any, tokenizer: Any, settings: SampleSettings) -> list[
         return _from_texts((row[TEXT_COLUMN] for _, row in _rows(items, TEXT_COLUMN)), tokenizer, settings)
     if isinstance(first, Mapping) and any(isinstance(v, Tensor) and v.dim() > 1 for v in _inputs(first).values()):
         return _stacked(items, settings) if _is_one_sample(first) else _whole_batches(items, settings)
+    if not isinstance(items, Iterable):
+        raise ValueError(f"{EXPECTED}, got {shown(probe)}")
     found = f"rows with {', '.join(map(str, first))}" if isinstance(first, Mapping) else type(first).__name__
     raise ValueError(f"{EXPECTED}, got {found}")
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_cod.cli.output import one_directory, require_plots
+from hf_cod.cli.output import one_directory, require_plots, say_written
 from hf_cod.cli.parser import SettingsParser
+from hf_cod.io.display import say
 from hf_cod.reporting.settings import CardSettings
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def make_parser() -> SettingsParser:
     parser.add_argument("directory", help="output directory of a command, or of examples/pretrain.py")
     told = "directory to write, for examples/pretrain.py only; it can be uploaded to the Hub"
     parser.add_argument("target", nargs="?", metavar="output", help=told)
-    parser.add_argument("--output", help=f"{told}; instead of the second argument")
+    parser.add_argument("--output", help=f"{told}; instead of the second argument (default: that)")
     return parser
 
 
@@ -54,7 +55,7 @@ def _card(directory: Path, report: RunReport, name: str, settings: CardSettings)
             raise ValueError(f"{field}: expected none for a run of {report.kind}, got {getattr(settings, field)!r}")
     check_cards(directory)
     for card in card_outputs(directory, report, name, settings):
-        print(f"written to {card.resolve()}")
+        say(f"written to {card.resolve()}")
     return 0
 
 
@@ -64,5 +65,5 @@ def _release(run: str, output: str, settings: CardSettings) -> int:
 
     require_plots()
     card = release(run, output, settings)
-    print(f"written to {card.resolve()}; weights {disk_bytes(output) / 2**20:.1f} MiB")
+    say_written(card, f"; weights {disk_bytes(output) / 1e6:.1f} MB")
     return 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_cod.cli.output import say_written
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
-from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
@@ -33,7 +33,6 @@ def main(arguments: Sequence[str]) -> int:
     pictures, chosen = make_parser().parse(arguments)
     from hf_cod.cli.terminal import print_comparison
     from hf_cod.io.files import write_text
-    from hf_cod.io.output_checks import check_names
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
     from hf_cod.reporting.comparison import compare
@@ -41,11 +40,25 @@ def main(arguments: Sequence[str]) -> int:
     comparison = compare([RunReport.load(run) for run in chosen.runs], chosen.labels)
     directory = Path(chosen.output)
     picture = f"compare.{pictures.plot_format}" if pictures.plots else None
-    with OutputDirectory(directory, check=check_names) as output:
+    with OutputDirectory(directory, check=_check_reused) as output:
         if picture is not None:
             comparison.plot(output.results, pictures.plot_format)
         write_text(output.results / "compare.md", comparison.to_markdown(picture))
         output.finish()
     print_comparison(comparison)
-    say(f"written to {directory.resolve()}")
+    say_written(directory)
     return 0
+
+
+def _check_reused(directory: Path) -> None:
+    """Checks that files with the names of our results are those of an earlier comparison."""
+    from hf_cod.io.output_checks import check_pages, check_readable
+    from hf_cod.io.reading import read_text
+    from hf_cod.io.schema import brief
+
+    def check_page(path: Path) -> None:
+        if not (text := read_text(path, "compare")).startswith("# compare: "):
+            raise ValueError(f"compare: expected a page of hf-cod compare, got {brief(text)}")
+
+    check_pages(directory, "compare.md", "compare.md", ("compare",))
+    check_readable(directory, {"compare.md": check_page})

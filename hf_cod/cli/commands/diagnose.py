@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.analysis.diagnostics.settings import DiagnoseSettings
-from hf_cod.cli.output import require_plots, save_report
+from hf_cod.analysis.diagnostics.settings import METRICS, DiagnoseSettings
+from hf_cod.cli.output import require_plots, save_report, say_written
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
-from hf_cod.io.display import one_line, say
+from hf_cod.io.display import one_line
 from hf_cod.io.settings import ModelSettings, TextSettings
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def make_parser() -> SettingsParser:
         description="Measures the contribution of each layer of a model: angular distance between layers, cost of its "
         "removal, gradient norm and output variance. After an interruption the same command resumes.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         require_plots()
     path = output.output or default_directory("diagnose", rest.model)
     with OutputDirectory(path, source=rest.model, check=_check_reused) as directory:
-        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.diagnose in Python")
+        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.diagnose in Python", adapters=True)
         name = model_title(rest.model)
         report, status = run(model, tokenizer, texts, settings, directory.path, name, loading, text)
         finish(report, directory, output)
@@ -67,7 +67,7 @@ def _check_reused(directory: Path) -> None:
     from hf_cod.io.output_checks import REPORT, check_reused
     from hf_cod.io.report import RunReport
 
-    check_reused(directory, {REPORT: RunReport.load, "journal.jsonl": check_journal})
+    check_reused(directory, {REPORT: RunReport.load, "journal.jsonl": check_journal}, ("overview", *METRICS))
 
 
 def run(
@@ -80,7 +80,7 @@ def run(
     loading: ModelSettings,
     text: TextSettings,
 ) -> tuple[RunReport, int]:
-    """Diagnoses a model; the report has the settings of model loading and text, too.
+    """Diagnoses a model, with the journal in `directory`; the report has the settings of model loading and text, too.
 
     If a measure fails, prints the error and returns the earlier results with exit status 1.
     """
@@ -88,7 +88,7 @@ def run(
     from hf_cod.cli.recorded import with_inputs
 
     try:
-        report = diagnose(model, tokenizer, texts, output=directory, name=name, **asdict(settings))
+        report = diagnose(model, tokenizer, texts, journal=directory, name=name, **asdict(settings))
         return with_inputs(report, loading, text), 0
     except MeasurementError as error:
         if not error.report.layers:
@@ -101,7 +101,7 @@ def finish(report: RunReport, output: OutputDirectory, pictures: PlotSettings) -
     """Plots, saves and prints a report."""
     from hf_cod.cli.terminal import print_report
 
-    save_report(report, output, pictures)  # again, with the plots and all settings
+    save_report(report, output.results, pictures)
     output.finish()
     print_report(report)
-    say(f"\nwritten to {output.path.resolve()}")
+    say_written(output.path)

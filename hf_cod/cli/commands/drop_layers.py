@@ -88,7 +88,7 @@ def make_parser() -> SettingsParser:
         description="Removes the least important layers of a model. A stock model remains a stock checkpoint, which "
         "loads without hf_cod. After an interruption the same command resumes. The input model is never changed.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 

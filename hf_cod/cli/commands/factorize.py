@@ -53,8 +53,8 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
     full_rank_share: float | None = field(
         default=None,
         metadata={
-            "help": "share of full rank to keep, instead of parameter_share; requires a score of layers (such as "
-            "--score angular). Matrices that factors would enlarge are left unchanged"
+            "help": "share of full rank to keep, instead of parameter_share (default: that); requires a score of "
+            "layers (such as --score angular). Matrices that factors would enlarge are left unchanged"
         },
     )
     factor_share: float = as_in(FactorizeSettings, "factor_share")
@@ -117,7 +117,7 @@ def make_parser() -> SettingsParser:
         "becomes smaller only after hf-cod pack, which leaves out its zeros. After an interruption the same command "
         "resumes. The input model is never changed.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 

@@ -38,7 +38,7 @@ def make_parser() -> SettingsParser:
         description="Fine-tunes a model on text, by default a few layers at a time (OwLore), and writes a model that "
         "from_pretrained loads. After an interruption the same command resumes.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 
@@ -118,9 +118,10 @@ def _loaded(source: str, loading: ModelSettings, settings: TrainingSettings) -> 
         ValueError: they cannot; gives the reason.
     """
     from hf_cod.cli.samples import load_with_tokenizer
-    from hf_cod.layers.checks import check_length
+    from hf_cod.layers.checks import check_length, check_without_adapter
 
     model, tokenizer = load_with_tokenizer(source, loading, "hf_cod.owlore with Trainer")
+    check_without_adapter(model)
     check_length(model, settings.sequence_length)
     _check_weights(model, settings.method)
     return model, tokenizer
@@ -199,12 +200,18 @@ def _report(
         summary=[
             f"Perplexity goes from {format_number(before)} to {format_number(after)} on {told['eval_samples']} "
             f"held-out samples, after {told['steps']} steps by {told['method']} (learning rate "
-            f"{told['learning_rate']:g}, {format_number(figures['seconds_a_step'])} s per step).",
+            f"{told['learning_rate']:g}{_told_time(figures['seconds_a_step'])}).",
             _told_memory(figures["training_memory"]),
             *([_told_lost(figures["lost_energy"])] if "lost_energy" in figures else []),
         ],
         notes=harm_of_training(before, after, told["learning_rate"]),
     )
+
+
+def _told_time(seconds: float | None) -> str:
+    from hf_cod.io.report import format_number
+
+    return "" if seconds is None else f", {format_number(seconds)} s per step"
 
 
 def _lost_energy(trained: Any) -> dict[str, float] | None:

@@ -20,7 +20,10 @@ class EstimateSettings:
 
     estimate: bool = field(
         default=False,
-        metadata={"help": "only print the estimated memory of each method, by purpose; no weights are loaded"},
+        metadata={
+            "help": "only print the estimated memory of each method (weights, gradients, optimizer state, ...); no "
+            "weights are loaded"
+        },
     )
     device_memory: str | None = field(
         default=None,
@@ -92,7 +95,7 @@ def estimate(
         config,
         method,
         sampling,
-        batch_size=settings.micro_batch_size,
+        micro_batch_size=settings.micro_batch_size,
         sequence_length=settings.sequence_length,
         dtype=config.dtype or torch.float32,
         checkpointing=settings.checkpointing,

@@ -17,9 +17,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from hf_cod.cli.work import Work
+    from hf_cod.compression.fit.budget import Budget
     from hf_cod.compression.fit.fit_plan import FitPlan
     from hf_cod.io.report import RunReport
     from hf_cod.layers.size import ModelSize
+
+
+UNKNOWN = "-"
+INTERPOLATED = (
+    "not measured. The expected loss assumes that the losses of the single methods add up, and is interpolated between "
+    "their measured levels. The size is expected as well."
+)
 
 
 @dataclass
@@ -27,13 +35,14 @@ class FitOptions(SpeedSettings, MeasuringSettings):
     """Settings of the budget, and of the search."""
 
     memory: str | None = field(
-        default=None, metadata={"help": "budget: size of the full model in memory, such as 4GB or 600MiB"}
+        default=None, metadata={"help": "budget: size of the full model in memory, such as 4GB or 600MiB; no default"}
     )
     parameter_share: float | None = field(
-        default=None, metadata={"help": "budget: share of the weights of the layers' matrices to keep, all dense"}
+        default=None,
+        metadata={"help": "budget: share of the weights of the layers' matrices to keep, all dense; no default"},
     )
     bits: float | None = field(
-        default=None, metadata={"help": "budget: stored bits per original weight of the layers' matrices"}
+        default=None, metadata={"help": "budget: stored bits per original weight of the layers' matrices; no default"}
     )
     knobs: list[str] = as_in(FitSettings, "knobs", default_factory=list)  # noqa: RUF009 - as_in makes a field
     tuning_samples: int = as_in(FitSettings, "tuning_samples")
@@ -81,7 +90,7 @@ def make_parser() -> SettingsParser:
         "from_pretrained loads if hf_cod is imported. After an interruption the same command resumes. The input model "
         "is never changed.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 
@@ -99,6 +108,7 @@ class Fit(Step):
     command, done = "fit", "fitted"
     earlier: ClassVar[dict[str, str]] = {"n_verified": "verify"}
     before: ModelSize
+    fitted: ModelSize
 
     def samples(self) -> FitOptions:
         """The tuning samples are added to the calibration samples, from which they are split later."""
@@ -145,28 +155,44 @@ class Fit(Step):
         results = {"plan": asdict(plan)}
         return RunReport("fit", work.name, {}, self.environment, {}, results, [_told_plan(plan)], plan.notes)
 
+    @property
+    def _budget(self) -> Budget:
+        from hf_cod.compression.fit.budget import Budget
+
+        kind, value = self.settings.budget()
+        return Budget(kind, value, self.before)
+
     def files(self, plan: FitPlan) -> dict[str, Any]:
         """The plan."""
         return {"fit_plan.json": plan}
 
     def measure(self, saved: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        """Size of the layers in bytes, and number of weights in their matrices."""
+        """Size of the layers in bytes, and number of weights in their matrices.
+
+        Raises:
+            ValueError: the saved model exceeds the budget.
+        """
         from hf_cod.layers.size import size_of, size_results
 
         after = size_of(saved.model, self.settings.layers_path)
+        self._budget.check_met_by(after)
+        self.fitted = after
         return {}, size_results({"intact": self.before, "fitted": after})
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
-        """The plan, and the bits per weight."""
+        """The plan, the budget, and the bits per weight."""
         from hf_cod.io.report import format_number
 
+        budget = self._budget
+        most, used = budget.told(budget.value), budget.told(budget.used(self.fitted))
+        met = f"The budget is met: {budget.kind} {used}, at most {most}."
         weights = report.results["layer_weights"]
         bits = 8 * report.results["layer_bytes"]["fitted"] / weights["intact"]
         stored = (
             f"The layers take {format_number(bits)} bits per original weight of their matrices; "
             f"{weights['fitted'] / weights['intact']:.1%} of these weights are left."
         )
-        return [*report.summary, stored]
+        return [*report.summary, met, stored]
 
 
 def print_plan(plan: FitPlan, alone: bool) -> None:
@@ -193,10 +219,14 @@ def _print_tables(plan: FitPlan, console: Console) -> None:
             describe_steps(row["steps"]), f"{row['left']:.1%}", f"{row['expected']:.3f}", f"{row['loss']:.3f}"
         )
     console.print(tried)
-    curve = Table("size left", "least loss expected", "by", box=box.SIMPLE_HEAD)
+    curve = Table("size left", "least loss expected", "measured", "by", box=box.SIMPLE_HEAD)
     for left, loss, steps in plan.curve[1::2]:
-        curve.add_row(f"{left:.0%}", f"{loss:.3f}", describe_steps(steps))
+        measured = plan.measured_loss(steps)
+        curve.add_row(
+            f"{left:.0%}", f"{loss:.3f}", UNKNOWN if measured is None else f"{measured:.3f}", describe_steps(steps)
+        )
     console.print(curve)
+    console.print(f"{UNKNOWN}: {INTERPOLATED}\n", highlight=False)
 
 
 def _split(batches: Sequence[Any], settings: FitOptions) -> tuple[list[Any], list[Any]]:

@@ -45,7 +45,7 @@ def make_parser() -> SettingsParser:
         "outputs of the original model (the teacher), and writes a model that loads in the same way as the student. "
         "Zeros, ranks and widths do not change. After an interruption the same command resumes.",
     )
-    parser.add_argument("student", help="Hub id, directory, or GGUF file")
+    parser.add_model("student")
     return parser
 
 
@@ -81,6 +81,7 @@ def run(
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
+    from hf_cod.layers.checks import check_without_adapter
     from hf_cod.layers.size import bytes_of
     from hf_cod.layers.speed import speeds_of
     from hf_cod.layers.stack import find_decoder_layers
@@ -88,6 +89,7 @@ def run(
     from hf_cod.training.healing.healer import heal
 
     model, tokenizer = load_with_tokenizer(student, loading)
+    check_without_adapter(model)
     teacher = load_teacher(source, loading, tokenizer)
     output.require(bytes_of(model))
     held_out = None
@@ -126,7 +128,7 @@ def load_teacher(source: TeacherSettings, loading: ModelSettings, tokenizer: Any
 
     its_loading = replace(loading, dtype=source.teacher_dtype, revision=source.teacher_revision)
     try:
-        teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading)
+        teacher, its_tokenizer = load_with_tokenizer(source.teacher, its_loading, adapters=True)
     except ValueError as error:
         raise ValueError(f"teacher: {str(error).removeprefix('model: ')}") from error
     check_tokenizers(tokenizer, its_tokenizer)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from hf_cod.cli.output import save_report
+from hf_cod.cli.output import save_report, say_written
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import PlotSettings
-from hf_cod.io.display import say
 
 
 def make_parser() -> SettingsParser:
@@ -29,17 +29,19 @@ def main(arguments: Sequence[str]) -> int:
     pictures, chosen = make_parser().parse(arguments)
     from hf_cod.analysis.monitoring.history import TrainingHistory
     from hf_cod.cli.terminal import print_report
-    from hf_cod.io.output_checks import check_names
+    from hf_cod.io.output_checks import REPORT, check_reused
     from hf_cod.io.output_directory import OutputDirectory
+    from hf_cod.io.report import RunReport
 
     history = TrainingHistory.load(chosen.run)
     assert history.path is not None
     report = history.report()
     directory = Path(chosen.output) if chosen.output else history.path.parent
-    with OutputDirectory(directory, check=check_names) as output:
+    check = partial(check_reused, readers={REPORT: RunReport.load}, pictures=("overview",))
+    with OutputDirectory(directory, check=check) as output:
         report.keep_earlier(directory)
-        save_report(report, output, pictures)
+        save_report(report, output.results, pictures)
         output.finish()
     print_report(report)
-    say(f"\nwritten to {directory.resolve()}")
+    say_written(directory)
     return 0

@@ -70,7 +70,7 @@ def make_parser() -> SettingsParser:
         "supports; otherwise from_pretrained loads it if hf_cod is imported, or with trust_remote_code. After an "
         "interruption the same command resumes. The input model is never changed.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 

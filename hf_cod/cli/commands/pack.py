@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import one_directory, write_model
+from hf_cod.cli.output import one_directory, say_written, write_model
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.compression.sparse.settings import PackSettings
-from hf_cod.io.display import say
 from hf_cod.io.settings import ModelSettings, as_in
 from hf_cod.scoring.settings import ScoreSettings
 
@@ -25,7 +24,9 @@ if TYPE_CHECKING:
 class PackOptions(PackSettings):
     """Settings of packing and of the output directory."""
 
-    output: str | None = field(default=None, metadata={"help": "output directory, instead of the second argument"})
+    output: str | None = field(
+        default=None, metadata={"help": "output directory, instead of the second argument, with its default"}
+    )
     layers_path: str | None = as_in(ScoreSettings, "layers_path")
 
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     told = ["pack", rest.model, asdict(loading), settings.min_sparsity, settings.layers_path]
     output = OutputDirectory(directory, told, check=check_unused, source=rest.model)
     write_model(output, partial(run, rest.model, loading, settings))
-    say(f"\nwritten to {directory.resolve()}")
+    say_written(directory)
     return 0
 
 
@@ -67,6 +68,7 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
     from hf_cod.cli.recorded import with_inputs
     from hf_cod.compression.sparse.quantizer import pack_sparse
     from hf_cod.io.models import load_model
+    from hf_cod.layers.checks import check_without_adapter
     from hf_cod.layers.running import busy
     from hf_cod.layers.size import bytes_of, disk_bytes
     from hf_cod.layers.stack import find_decoder_layers
@@ -74,6 +76,7 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
 
     with busy(f"loading {model_title(source)}"):
         model: Any = load_model(source, loading)[0]
+        check_without_adapter(model)
     stack = find_decoder_layers(model, settings.layers_path)
     memory = {"intact": bytes_of(model)}
     with busy("packing"):

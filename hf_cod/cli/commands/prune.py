@@ -42,11 +42,17 @@ class PruneOptions(SpreadSettings):
         },
     )
     sparsity: float | None = field(
-        default=None, metadata={"help": f"share of zeros; default: {DEFAULT_SPARSITY}, or determined by pattern"}
+        default=None,
+        metadata={
+            "help": f"share of zeros in the layers' matrices; default: {DEFAULT_SPARSITY}, or determined by pattern"
+        },
     )
     pattern: str | None = field(
         default=None,
-        metadata={"help": "2:4 keeps 2 of each 4 adjacent weights in all layers; N:8 sets N for each layer by score"},
+        metadata={
+            "help": "2:4 keeps 2 of each 4 adjacent weights in all layers; N:8 sets N for each layer by score; "
+            "default: no pattern"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -95,7 +101,10 @@ class RecoveryOptions:
     """Settings of recovery training after pruning."""
 
     recover_steps: int = field(
-        default=0, metadata={"help": "training steps with LoRA after pruning; zeros are kept (requires peft)"}
+        default=0,
+        metadata={
+            "help": "training steps with LoRA after pruning; zeros are kept; 0: no training (otherwise requires peft)"
+        },
     )
     recover_rank: int = as_in(RecoverySettings, "rank")
     recover_learning_rate: float = as_in(RecoverySettings, "learning_rate")
@@ -117,7 +126,7 @@ def make_parser() -> SettingsParser:
         "that from_pretrained loads. After an interruption the same command resumes. The input model is never changed. "
         "Zeros alone do not make a model faster; see hf-cod pack.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 

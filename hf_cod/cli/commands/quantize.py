@@ -91,7 +91,7 @@ def make_parser() -> SettingsParser:
         "and writes a model that from_pretrained loads if hf_cod is imported. After an interruption the same command "
         "resumes. The input model is never changed.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_cod.cli.output import require_plots, save_report
+from hf_cod.cli.output import require_plots, save_report, say_written
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import PlotSettings
-from hf_cod.io.display import say
 from hf_cod.io.settings import (
     DefaultName,
     DefaultNumber,
@@ -64,7 +63,7 @@ class ScoreOutput(PlotSettings):
         default=None,
         metadata={
             "help": "statistics.safetensors of a run with another output directory, instead of collecting them again; "
-            "statistics of the same samples in this output directory are always reused"
+            "statistics of the same samples in this output directory are always reused (default: those, or none)"
         },
     )
     output: str | None = field(
@@ -79,10 +78,10 @@ def make_parser() -> SettingsParser:
         [ModelSettings, TextSettings, ScoreOptions, ScoreOutput],
         prog="hf-cod score",
         description="Scores the importance of each layer, by OWL's share of outliers or another method, and writes "
-        "statistics.safetensors and scores.json for other commands. Another score of the same model on the same "
-        "samples, and a resumed run, reuse existing statistics.",
+        "statistics.safetensors and scores.json for other commands. Statistics in the output directory are reused by a "
+        "resumed run, and by another method on the same model and samples.",
     )
-    parser.add_argument("model", help="Hub id, directory, or GGUF file")
+    parser.add_model()
     return parser
 
 
@@ -95,9 +94,9 @@ def main(arguments: Sequence[str]) -> int:
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.cli.terminal import print_report
+    from hf_cod.io.masking import mask_tokens
     from hf_cod.io.output_directory import OutputDirectory
-    from hf_cod.io.text import load_texts, mask_tokens
-    from hf_cod.io.text import token_batches as cut_into_batches
+    from hf_cod.io.text import load_texts, token_batches
     from hf_cod.layers.checks import check_length
     from hf_cod.layers.task import task_of
 
@@ -108,17 +107,17 @@ def main(arguments: Sequence[str]) -> int:
     if output.statistics is not None:
         LayerStatistics.load(output.statistics)
     with OutputDirectory(directory, source=rest.model, check=_check_reused) as place:
-        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers")
+        model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers", adapters=True)
         check_length(model, settings.sequence_length)
-        batches = cut_into_batches(tokenizer, texts, settings)
+        batches = token_batches(tokenizer, texts, settings)
         if task_of(model) == "masked_lm":
             batches = mask_tokens(tokenizer, batches, settings.seed)
         told = asdict(loading) | asdict(text)
         report = run(model, batches, settings, output.statistics, directory, model_title(rest.model), told)
-        save_report(report, place, output)
+        save_report(report, place.results, output)
         place.finish(beside=[STATISTICS, SCORES])
     print_report(report)
-    say(f"\nwritten to {directory.resolve()}")
+    say_written(directory)
     return 0
 
 
@@ -189,7 +188,7 @@ def _check_reused(directory: Path) -> None:
     }
     if not (directory / "journal.jsonl").is_file():  # it has the digest of our statistics: damaged ones are replaced
         ours[STATISTICS] = LayerStatistics.load
-    check_reused(directory, ours)
+    check_reused(directory, ours, ("score",))
 
 
 def _kept(file: Path, journal: Journal) -> LayerStatistics | None:

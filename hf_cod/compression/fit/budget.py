@@ -56,27 +56,55 @@ class Budget:
             return size.layer_weights / self.intact.layer_weights
         return size.layer_bytes / self.intact.layer_bytes
 
-    def is_met_by(self, size: ModelSize) -> bool:
-        """Whether a model of this size is within the budget."""
-        return self.left(size) <= self.most * (1 + 1e-9)
+    def used(self, size: ModelSize) -> float:
+        """The size of a model in the unit of the budget."""
+        if self.kind == "parameter_share":
+            return size.layer_weights / self.intact.layer_weights
+        if self.kind == "bits":
+            return 8 * size.layer_bytes / self.intact.layer_weights
+        return size.bytes
 
-    def check_reach(self, left: Mapping[str, float], within: float = 1.0, notes: Sequence[str] = ()) -> None:
-        """Checks that all knobs together can meet the budget, on the assumption that their savings multiply.
+    def is_met_by(self, size: ModelSize) -> bool:
+        """Whether a model of this size is within the budget, without tolerance."""
+        return self.used(size) <= self.value
+
+    def check_met_by(self, size: ModelSize) -> None:
+        """Checks that a model is within the budget.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if not self.is_met_by(size):
+            raise ValueError(
+                f"{self.kind}: expected at most {self.value:.9g} with the plan's steps, got {self.used(size):.9g}; the "
+                "methods gave other sizes than when the plan was measured: repeat the command in a new directory"
+            )
+
+    def check_reach(
+        self,
+        left: Mapping[str, float],
+        within: float = 1.0,
+        notes: Sequence[str] = (),
+        combined: bool = True,
+    ) -> None:
+        """Checks that the knobs can meet the budget, on the assumption that their savings multiply.
 
         Args:
             left: knob -> the least remaining share of the layers with this knob alone.
             within: a factor on the least share, as a tolerance for rounding.
             notes: the reasons why other knobs, or levels, are excluded.
+            combined: whether combinations of knobs are measured, or only each alone.
 
         Raises:
             ValueError: they cannot; says the least possible.
         """
-        least = _least_together(left)
+        least = _least_together(left) if combined else min(left.values())
         if self.most < within * least:
-            together = " together" if len(left) > 1 else ""
+            how = "" if len(left) == 1 else " together" if combined else " alone"
+            more = [] if combined or len(left) == 1 else ["n_verified of 1 or more also measures combinations"]
             raise ValueError(
                 f"{self.kind}: expected at least {self.told(self._in_unit(least))}, the least that {', '.join(left)} "
-                f"can reach{together}, got {self.told(self.value)}{''.join(f'; {note}' for note in notes)}"
+                f"can reach{how}, got {self.told(self.value)}{''.join(f'; {note}' for note in [*more, *notes])}"
             )
 
     def told(self, value: float) -> str:

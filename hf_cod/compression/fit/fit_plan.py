@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypedDict
 
@@ -49,7 +50,8 @@ class FitPlan(JsonFile):
         alone: knob -> {"levels", "losses", "left"}: the loss and the remaining share of the layers of each level that
             was measured alone.
         tried: the measured combinations, each {"steps", "expected", "loss", "left"}.
-        curve: the least expected loss for each remaining share, as [share, nats a token, steps].
+        curve: the least expected loss for each remaining share, as [share, nats a token, steps]; estimates from
+            `alone`, not measured (`measured_loss` of the steps tells which were).
         notes: the knobs and levels that could not be tried, with reasons; the knobs that do not meet the budget alone.
     """
 
@@ -69,6 +71,17 @@ class FitPlan(JsonFile):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", current_value("kind", self.kind, OLD_KINDS, above=1))
+
+    def measured_loss(self, steps: Mapping[str, float]) -> float | None:
+        """The loss that was measured with exactly these steps; None if it was not measured."""
+        for row in self.tried:
+            if row["steps"] == steps:
+                return float(row["loss"])
+        if not steps:
+            return self.intact_loss
+        found = self.alone.get(next(iter(steps))) if len(steps) == 1 else None
+        losses = {} if found is None else dict(zip(found["levels"], found["losses"], strict=True))
+        return losses.get(next(iter(steps.values())))
 
     def check_read(self) -> None:
         """Checks that measurements are complete, with one loss for each level."""

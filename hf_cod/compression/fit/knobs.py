@@ -56,10 +56,10 @@ class Applying:
     """
 
     batches: Batches
-    journal: Path | None = None
+    journal: str | Path | None = None
     layers_path: str | None = None
     show_progress: bool = False
-    measured: Path | None = None
+    measured: str | Path | None = None
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for the functions that change the model."""
@@ -79,10 +79,10 @@ class ApplyingFields(SampleFields, total=False):
     """Fields of `Applying`, and of samples, that `apply_steps` takes by name."""
 
     batches: Batches
-    journal: Path | None
+    journal: str | Path | None
     layers_path: str | None
     show_progress: bool
-    measured: Path | None
+    measured: str | Path | None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ from hf_cod.scoring.settings import OLD_KINDS
 ROUNDING = 0.95
 # How often the levels of a set of knobs are increased while its measured size is above the budget.
 TIGHTENINGS = 4
+NOT_COMBINED = (
+    "no combination of methods was measured (n_verified is 0): the plan is the best single method that was measured"
+)
 # Points of the trade-off curve: remaining shares of the layers.
 CURVE = tuple(share / 100 for share in range(95, 5, -5))
 
@@ -59,7 +62,8 @@ def plan_fit(
     2. All combinations of levels are compared, on the assumption that costs add up and savings multiply.
     3. The best level of each knob alone, and the `n_verified` best combinations of several knobs, are applied and
        measured, because the assumption is approximate. If a measured size exceeds the budget, levels are increased. The
-       combination with the least measured loss is the plan.
+       combination with the least measured loss is the plan. Only measured combinations whose measured size is within
+       the budget can be the plan; with `n_verified=0` these are single methods.
 
     The loss of the plan on `tuning` is therefore at most that of any single method at the measured levels that meet the
     budget. The notes name methods that do not meet the budget alone. If the intact model meets the budget, nothing is
@@ -110,7 +114,7 @@ def plan_fit(
     target = Budget(kind, budget, size_of(intact, layers_path))
     if levels:
         least = {knob: KNOBS[knob].left(stack, found[-1]) for knob, found in levels.items()}
-        target.check_reach(least, ROUNDING, list(notes.values()))
+        target.check_reach(least, ROUNDING, list(notes.values()), combined=how.n_verified > 0)
     work = fingerprint(Journals(journal or "", intact, calibration).inputs, digest_batches(tuning))
     del intact, stack
     trials = Trials(make, calibration, tuning, journal, work, layers_path)
@@ -118,7 +122,7 @@ def plan_fit(
     if search.is_met_intact():
         return search.plan()
     search.measure_alone(show_progress)
-    search.check_reach()
+    search.check_reach(combined=how.n_verified > 0)
     search.verify(how.n_verified, show_progress)
     return search.plan()
 
@@ -147,7 +151,7 @@ class _Search:
 
     def is_met_intact(self) -> bool:
         """Whether the intact model meets the budget; it is then the plan."""
-        if self._budget.most < 1:
+        if not self._budget.is_met_by(self._intact.size):
             return False
         self._tried[""] = (self._intact.loss, self._intact)
         return True
@@ -199,9 +203,10 @@ class _Search:
                     f"{KNOBS[knob].describe(levels[step - 1])}, and {rest}, are left out: {errors[step]}"
                 )
 
-    def check_reach(self) -> None:
-        """Raises an error if all knobs together, at their last levels, do not meet the budget."""
-        self._budget.check_reach({knob: 1 - saved[-1] for knob, saved in self._saved.items()}, notes=self._notes)
+    def check_reach(self, combined: bool) -> None:
+        """Raises an error if the knobs, together or each alone, do not meet the budget at their last levels."""
+        least = {knob: 1 - saved[-1] for knob, saved in self._saved.items()}
+        self._budget.check_reach(least, notes=self._notes, combined=combined)
 
     def verify(self, number: int, show_progress: bool) -> None:
         """Measures the best level of each knob alone, and the best combinations of several knobs."""
@@ -212,6 +217,8 @@ class _Search:
             self._meet(used)
             if len(used) == 1:
                 self._add_measured(*used)
+        if not number and len(singles) > 1:
+            self._notes.append(NOT_COMBINED)
 
     def _add_measured(self, knob: str) -> None:
         """For a knob alone, considers also the levels that were measured before the combinations."""

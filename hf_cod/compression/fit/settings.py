@@ -42,7 +42,9 @@ class FitSettings:
     n_verified: int = field(
         default=3, metadata={"help": "number of combinations of knobs to measure, in addition to each alone"}
     )
-    tuning_samples: int = field(default=16, metadata={"help": "samples for choosing the plan, beside --max-samples"})
+    tuning_samples: int = field(
+        default=16, metadata={"help": "samples for choosing the plan, in addition to --max-samples"}
+    )
     verify = OldAttribute("n_verified")
 
     def __post_init__(self) -> None:

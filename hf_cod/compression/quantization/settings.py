@@ -54,7 +54,10 @@ class QuantizeSettings(StorageSettings):
     )
     skip: list[str] = field(
         default_factory=list,
-        metadata={"help": "parts of names of matrices that are not quantized, such as down_proj", "nargs": "*"},
+        metadata={
+            "help": "parts of names of matrices that are not quantized, such as down_proj; default: none",
+            "nargs": "*",
+        },
     )
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from hf_cod.compression.sparse.checkpoint import check_files
 from hf_cod.compression.sparse.config import METHOD, SparseConfig
 from hf_cod.compression.sparse.linear import SparseLinear
 from hf_cod.compression.sparse.packing import pack_linears
-from hf_cod.compression.sparse.settings import PackFields, PackSettings
+from hf_cod.compression.sparse.settings import PackSettings
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
@@ -97,7 +97,6 @@ def pack_sparse(
     min_sparsity: float | None = None,
     *,
     settings: PackSettings | None = None,
-    **fields: Unpack[PackFields],
 ) -> PreTrainedModel:
     """Stores a model's sparse matrices without their zeros, in place; small batches run faster on CPUs with AVX2.
 
@@ -109,8 +108,7 @@ def pack_sparse(
         model: a transformers model in float32 or bfloat16, without adapters. Other dtypes are stored, but not faster.
         min_sparsity: the least share of zeros at which a matrix is packed; default: 0.5. Storage becomes smaller from
             1/16 on in bfloat16; for time, see docs/benchmarks/speed.md.
-        settings: which matrices are packed.
-        **fields: or fields of `PackSettings` by name; there are none other than `min_sparsity` yet.
+        settings: `PackSettings`, instead of single fields.
 
     Returns:
         The same model.
@@ -119,7 +117,7 @@ def pack_sparse(
         ValueError: no matrix is sparse enough; the model is quantized, offloaded or has adapters; a weight is NaN or
             infinite (says where).
     """
-    least = resolve(pack_sparse, PackSettings, settings, fields, min_sparsity=min_sparsity).min_sparsity
+    least = resolve(pack_sparse, PackSettings, settings, {}, min_sparsity=min_sparsity).min_sparsity
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model without wrappers, got {type(model).__name__}")
     quantizer: Any = getattr(model, "hf_quantizer", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypedDict
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
@@ -23,7 +22,3 @@ class PackSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.min_sparsity <= 1:
             raise ValueError(f"min_sparsity: expected a share of zeros between 0 and 1, got {self.min_sparsity}")
-
-
-class PackFields(TypedDict, total=False):
-    """Fields of `PackSettings` that `pack_sparse` takes by name; there are no others yet."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Unpack
 
 from torch import nn
 
-from hf_cod.compression.width.settings import WidthFields, WidthSettings
+from hf_cod.compression.width.settings import WidthSettings
 from hf_cod.compression.width.width_plan import WidthPlan, plan_of_allocation
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
@@ -26,7 +25,6 @@ def plan_width(
     *,
     layers_path: str | None = None,
     settings: WidthSettings | None = None,
-    **fields: Unpack[WidthFields],
 ) -> WidthPlan:
     """Decides how many attention heads and MLP channels each layer keeps; the model is not changed.
 
@@ -40,14 +38,13 @@ def plan_width(
         channel_multiple: numbers of channels are rounded to multiples of this, as close to the budget as possible;
             default: 32.
         layers_path: module name of the layer stack, if it cannot be found automatically.
-        settings: the rounding of numbers of channels.
-        **fields: or fields of `WidthSettings` by name; there are none other than `channel_multiple` yet.
+        settings: `WidthSettings`, instead of single fields.
 
     Raises:
         ValueError: no heads or channels of a known structure, a share out of range (says the least possible), an
             allocation of another kind or for another model.
     """
-    how = resolve(plan_width, WidthSettings, settings, fields, channel_multiple=channel_multiple)
+    how = resolve(plan_width, WidthSettings, settings, {}, channel_multiple=channel_multiple)
     stack = find_decoder_layers(model, layers_path)
     units = [find_units(stack, index) for index in range(len(stack))]
     return plan_of_units(stack, units, parameter_share, how.channel_multiple)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypedDict
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.settings import SampleFields, as_in, check_choice
@@ -29,15 +28,12 @@ class WidthSettings:
     """The rounding of numbers of channels."""
 
     channel_multiple: int = field(
-        default=CHANNEL_MULTIPLE, metadata={"help": "round numbers of channels to multiples of this"}
+        default=CHANNEL_MULTIPLE,
+        metadata={"help": "round numbers of channels to multiples of this, for which kernels are fast"},
     )
 
     def __post_init__(self) -> None:
         check_channel_multiple(self.channel_multiple)
-
-
-class WidthFields(TypedDict, total=False):
-    """Fields of `WidthSettings` that `plan_width` takes by name; there are no others yet."""
 
 
 @checked

@@ -25,7 +25,7 @@ PLACES = ((4, 4, "left", "bottom"), (4, -4, "left", "top"), (-4, 4, "right", "bo
 
 
 def trade_off(axes: Axes, report: RunReport) -> None:
-    """Loss by share of weights kept: lowest expected loss, measured combinations, and the chosen plan.
+    """Loss by share of weights kept: lowest expected loss (interpolated), measured combinations, and the chosen plan.
 
     A name that would overlap an earlier one in all places is left out, and so is the mark in the legend if the star
     covers all of its kind.
@@ -33,7 +33,7 @@ def trade_off(axes: Axes, report: RunReport) -> None:
     plan = report.results["plan"]
     if plan["curve"]:  # empty for a model that meets the budget without compression
         left, loss, _ = zip(*plan["curve"], strict=True)
-        axes.plot(left, loss, color=PALE, label="lowest expected loss")
+        axes.plot(left, loss, color=PALE, linestyle=":", label="lowest expected loss, not measured")
     rows = sorted(plan["tried"], key=lambda row: row["steps"] != plan["steps"])
     marks = [_mark_of(row["steps"], plan["steps"]) for row in rows]
     lines = [

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from hf_cod.io.schema import brief
 from hf_cod.io.settings import Default
 from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, is_linear_like
@@ -57,13 +58,25 @@ class OwLoreModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT's method, but with keys for empty tensors, too, which are missing in the model's state dict."""
+        """As PEFT's method, but with keys for empty tensors, too, which are missing in the model's state dict.
+
+        PEFT ignores missing and unexpected tensors, with a warning at most; here they are errors.
+
+        Raises:
+            ValueError: tensors are missing, unknown, not finite, or no floating-point numbers.
+        """
         keys = {}
         for name, _ in _increments(model, adapter_name):
             for tensor in TENSORS:
                 key = f"{name.removeprefix(_WRAPPER)}.owlore_increment.{tensor}"
                 keys[key] = keys[_WRAPPER + key] = f"{name}.owlore_increment.{adapter_name}.{tensor}"
-        return {keys.get(key, key): value for key, value in state_dict.items()}
+        found = {keys.get(key, key): value for key, value in state_dict.items()}
+        _check_known(model, {*keys.values()}, found)
+        for name, _ in _increments(model, adapter_name):
+            place = f"{name}.owlore_increment.{adapter_name}."
+            saved = {tensor: found[place + tensor] for tensor in TENSORS if place + tensor in found}
+            _check_saved(name.removeprefix(_WRAPPER), saved, config.held)
+        return found
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
         """Targets all matrices of the layers if `target_modules` is None.
@@ -140,6 +153,40 @@ def _held(config: Any, name: str, target: nn.Module) -> tuple[int, int]:
     if max(P, B) > most:
         raise ValueError(f"held: expected at most {most} columns, the width of {name}, got {max(P, B)}")
     return P, B
+
+
+def _check_known(model: nn.Module, own: set[str], found: dict[str, Tensor]) -> None:
+    """Raises ValueError for a tensor that is neither of an increment nor of a module of the model."""
+    known = {name.replace("_fsdp_wrapped_module.", "").removeprefix(_WRAPPER) for name in model.state_dict()}
+    for key in found:
+        if key not in own and key.replace("_fsdp_wrapped_module.", "").removeprefix(_WRAPPER) not in known:
+            raise ValueError(f"adapter: expected tensors of this model's adapter, got {brief(key)}")
+
+
+def _check_saved(name: str, saved: dict[str, Tensor], held: dict[str, tuple[int, int]]) -> None:
+    """Checks that all tensors of a matrix were saved; empty ones are left out.
+
+    Args:
+        name: name of the matrix.
+        saved: its tensors.
+        held: columns of P and B by matrix, as the config has them; empty if the config has none.
+
+    Raises:
+        ValueError: tensors are missing, not finite, or no floating-point numbers.
+    """
+    alone = [pair for pair in ("NP", "AB") if len(saved.keys() & {*pair}) == 1]
+    if "lost" not in saved or alone:
+        wanted = " and ".join(alone[0]) if alone else "lost"
+        raise ValueError(f"adapter: expected {wanted} of {name}, got {', '.join(saved) or 'no tensors'}")
+    wanted_ranks = tuple(held.get(name, (0, 0)))
+    ranks = (saved["P"].shape[-1] if "P" in saved else 0, saved["B"].shape[-1] if "B" in saved else 0)
+    if held and ranks != wanted_ranks:
+        raise ValueError(f"adapter: expected {wanted_ranks} columns of P and B of {name}, got {ranks}")
+    for key, tensor in saved.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"adapter: expected floating-point numbers in {key} of {name}, got {tensor.dtype}")
+        if not tensor.is_meta and not bool(tensor.isfinite().all()):
+            raise ValueError(f"adapter: expected finite numbers, got NaN or infinity in {key} of {name}")
 
 
 def _increments(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Increment]]:

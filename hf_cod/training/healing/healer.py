@@ -26,6 +26,7 @@ from hf_cod.layers.finished_layers import fingerprint_of_work
 from hf_cod.layers.modes import checkpointing_restored, for_one_thread, gradients_restored, modes_restored
 from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import DecoderLayers
+from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.healing.healed import healing_report
 from hf_cod.training.healing.masked_adapters import lora_layers, mask_forward, merge_masked
 from hf_cod.training.healing.objective import Objective
@@ -54,7 +55,7 @@ def heal(
     teacher_tokenizer: Tokenizer = None,
     held_out: Tensor | None = None,
     sampling: OwLoreSettings | None = None,
-    scores: str | None = None,
+    scores: LayerScores | str | Path | None = None,
     output: str | Path | None = None,
     name: str | None = None,
     **fields: Unpack[HealFields],
@@ -85,7 +86,7 @@ def heal(
         teacher_tokenizer: if given, it is compared with the student's.
         held_out: windows to measure perplexity on (N, T); default: the last `settings.eval_samples` of the data.
         sampling: settings of methods that sample layers.
-        scores: a file of `LayerScores` to sample layers by, instead of scoring the student.
+        scores: `LayerScores` or their file, to sample layers by, instead of scoring the student.
         output: directory for checkpoints: the same call with the same unhealed student resumes an interrupted run, and
             ends with the same bits. None: a temporary directory.
         name: the student's name in the report.

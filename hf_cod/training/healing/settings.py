@@ -10,7 +10,7 @@ from typing import TypedDict
 from hf_cod.functional.mixture import check_mixture
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
-from hf_cod.io.settings import SampleFields, check_effect, check_least
+from hf_cod.io.settings import SampleFields, check_effect, check_least, check_seed
 from hf_cod.training.runs.training_settings import MANY_PASSES, TrainingSettings, warn_of_passes
 
 RECOVERY_STEPS = 100
@@ -25,10 +25,16 @@ class HealSettings(TrainingSettings):
 
     tokens: str | None = field(
         default=None,
-        metadata={"help": "number of training tokens, such as 2M, instead of steps; the text repeats if it is shorter"},
+        metadata={
+            "help": "number of training tokens, such as 2M, instead of steps; the text repeats if it is shorter; "
+            "default: by steps"
+        },
     )
     temperature: float = field(
-        default=1.0, metadata={"help": "temperature T of the predictions of student and teacher"}
+        default=1.0,
+        metadata={
+            "help": "temperature T of the predictions of student and teacher; above 1, unlikely tokens count more"
+        },
     )
     label_weight: float = field(
         default=0.0,
@@ -115,12 +121,13 @@ class RecoverySettings:
             f"{RECOVERY_STEPS}, or fewer if {MANY_PASSES} passes over the batches take fewer"
         },
     )
-    rank: int = field(default=8, metadata={"help": "rank of the adapters"})
+    rank: int = field(default=8, metadata={"help": "rank of the adapters; more rank, more trained weights"})
     learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate of the adapters"})
     seed: int = field(default=0, metadata={"help": "seed of the initial adapters and of the order of the batches"})
 
     def __post_init__(self) -> None:
         check_least(self, steps=1, rank=1)
+        check_seed(self.seed)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.sampling import check_model
-from hf_cod.training.owlore.settings import LoraRankFields, LoraRankSettings
+from hf_cod.training.owlore.settings import LoraRankSettings
 
 
 @renamed(width="relative_spread")
@@ -28,7 +28,6 @@ def lora_ranks(
     relative_spread: float | None = None,
     *,
     settings: LoraRankSettings | None = None,
-    **fields: Unpack[LoraRankFields],
 ) -> dict[str, Any]:
     """Keyword arguments of PEFT's LoraConfig: layers with higher scores get a higher rank, with the same mean rank.
 
@@ -44,7 +43,6 @@ def lora_ranks(
         r: mean rank; default: 16.
         relative_spread: half the width of the interval of ranks, as a share of r; scores only; default: 0.5.
         settings: `LoraRankSettings`, instead of single fields.
-        **fields: fields of `LoraRankSettings` by name; all of them are arguments above.
 
     Returns:
         r, lora_alpha, rank_pattern, alpha_pattern: keyword arguments of LoraConfig.
@@ -52,7 +50,7 @@ def lora_ranks(
     Raises:
         ValueError: scores of another model, an allocation of another kind, a rank or spread out of range.
     """
-    how = resolve(lora_ranks, LoraRankSettings, settings, fields, r=r, relative_spread=relative_spread)
+    how = resolve(lora_ranks, LoraRankSettings, settings, {}, r=r, relative_spread=relative_spread)
     stack = find_decoder_layers(model)
     check_model(scores, stack)
     ranks = _ranks(scores, how.r, how.relative_spread)

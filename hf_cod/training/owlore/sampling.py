@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.training.owlore.active_layers import ActiveLayers
-from hf_cod.training.owlore.settings import OwLoreSettings, SamplerFields, SamplerSettings
+from hf_cod.training.owlore.settings import OwLoreSettings, SamplerSettings
 
 
 class LayerSampler:
@@ -43,7 +42,6 @@ class LayerSampler:
             default: 0.2.
         layers: layers that can be sampled, L in number; None: all.
         settings: `SamplerSettings`, instead of single fields.
-        **fields: fields of `SamplerSettings` by name; all of them are arguments above.
 
     Attributes:
         probabilities: one per layer: p, whose sum is 1; for an allocation, its values.
@@ -63,9 +61,8 @@ class LayerSampler:
         layers: Sequence[int] | None = None,
         *,
         settings: SamplerSettings | None = None,
-        **fields: Unpack[SamplerFields],
     ) -> None:
-        how = resolve(LayerSampler, SamplerSettings, settings, fields, n_active=n_active, seed=seed, floor=floor)
+        how = resolve(LayerSampler, SamplerSettings, settings, {}, n_active=n_active, seed=seed, floor=floor)
         given = scores.values if isinstance(scores, (LayerScores, LayerAllocation)) else scores
         values = torch.tensor(list(given), dtype=torch.float64)
         possible = torch.zeros(len(values), dtype=torch.bool)

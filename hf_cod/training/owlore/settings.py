@@ -41,8 +41,8 @@ class OwLoreSettings:
     floor: float = field(
         default=DEFAULT_FLOOR,
         metadata={
-            "help": "share of the sampling probability that all layers get alike; above 0, every layer is sampled; "
-            "1 is LISA"
+            "help": "share of the sampling probability that is distributed uniformly over the layers; above 0, every "
+            "layer is sampled; 1 is LISA"
         },
     )
     deselected: str = field(
@@ -77,7 +77,7 @@ class OwLoreSettings:
             "accumulation, no clipping (max_grad_norm 0), no loss scaling, and one process"
         },
     )
-    seed: int = field(default=0, metadata={"help": "seed of the sampling of layers"})
+    seed: int = field(default=0, metadata={"help": "seed of all random choices"})
 
     def __post_init__(self) -> None:
         self.rank = self.rank or None
@@ -120,10 +120,6 @@ class SamplerSettings:
             raise ValueError(f"floor: expected a share between 0 and 1, got {self.floor}")
 
 
-class SamplerFields(TypedDict, total=False):
-    """Fields of `SamplerSettings` that `LayerSampler` takes by name; there are no others yet."""
-
-
 @checked
 @dataclass
 class LoraRankSettings:
@@ -140,10 +136,6 @@ class LoraRankSettings:
             raise ValueError(f"r: expected at most {MOST_RANK}, got {self.r}")
         if not 0 <= self.relative_spread <= 1:
             raise ValueError(f"relative_spread: expected a share between 0 and 1, got {self.relative_spread}")
-
-
-class LoraRankFields(TypedDict, total=False):
-    """Fields of `LoraRankSettings` that `lora_ranks` takes by name; there are no others yet."""
 
 
 def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -73,6 +73,9 @@ def owlore(
     common = {name: value for name, value in common.items() if value is not None}
     numbers: dict[str, Any] = {**DEFAULTS, **common}
     check_hyperparameters(**numbers)
+    if scores is not None and how.n_active > len(scores.values):
+        layers = len(scores.values)
+        raise ValueError(f"n_active: expected between 1 and the {layers} layers of the scores, got {how.n_active}")
     return OwLoreFactory, {"scores": scores, "settings": how, **common}
 
 

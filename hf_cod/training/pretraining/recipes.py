@@ -26,7 +26,7 @@ class Recipe:
         steps: optimizer steps.
         batch_size: sequences in one optimizer step, over all processes.
         micro_batch_size: sequences in one forward pass of one process; affects memory and speed, not the result.
-        sequence_length: tokens in a sequence.
+        sequence_length: tokens per sequence.
         tokenizer: Hub id or directory; None to train a byte-pair encoding on the text.
         text: dataset or file; None for the embedded novel.
         text_config: configuration of the dataset.
@@ -116,12 +116,12 @@ class PretrainSettings(TextSettings):
     learning_rate: float | None = field(default=None, metadata={"help": "peak learning rate; default: the preset's"})
     steps: int | None = field(default=None, metadata={"help": "optimizer steps; default: the preset's"})
     batch_size: int | None = field(
-        default=None, metadata={"help": "sequences in one step, over all processes; default: the preset's"}
+        default=None, metadata={"help": "sequences per optimizer step, over all processes; default: the preset's"}
     )
     micro_batch_size: int | None = field(
-        default=None, metadata={"help": "sequences in one forward pass of a process; default: the preset's"}
+        default=None, metadata={"help": "sequences per forward pass of a process; default: the preset's"}
     )
-    sequence_length: int | None = field(default=None, metadata={"help": "tokens in a sequence; default: the preset's"})
+    sequence_length: int | None = field(default=None, metadata={"help": "tokens per sequence; default: the preset's"})
     tokenizer: str | None = field(
         default=None,
         metadata={"help": "Hub id or directory; default: the preset's; the preset tiny trains one on the text"},

@@ -121,7 +121,7 @@ def read_trainer_state(path: Path, step: int) -> dict[str, Any]:
                 check_value(state[name], kind, name)
         log = check_value(state.get("log_history", []), list[dict[str, float]], "log_history", {"nan": True})
         for entry in log:
-            check_value(entry.get("step"), float, "log_history[step]", {"least": 0})
+            check_value(entry.get("step"), float, "log_history[step]", {"least": 0, "most": step})
         try:
             TrainerState(**state)
         except Exception as error:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.io.reading import open_tensors, read_state
 from hf_cod.io.schema import brief
 from hf_cod.training.owlore.increment import TENSORS, Increment
@@ -24,6 +25,9 @@ from hf_cod.training.runs.checkpoint_files import (
 )
 from hf_cod.training.runs.finite import not_finite
 
+with advice_silenced():  # of bitsandbytes, which is imported with PEFT
+    from transformers.trainer_callback import ExportableState
+
 _RATES = ("lr", "initial_lr")  # what the schedule of the learning rate sets
 
 
@@ -33,19 +37,45 @@ def check_of_run(trainer: Any, checkpoint: Path, step: int) -> None:
     Raises:
         ValueError: weights or optimizer state are of another model or run, or not finite.
     """
-    state = read_trainer_state(checkpoint / STATE, step)
-    for name, own in (("max_steps", trainer.args.max_steps), ("train_batch_size", trainer.args.train_batch_size)):
-        if state.get(name) not in (None, own):
-            raise ValueError(f"{name}: expected {own}, got {state[name]}")
+    _check_state_of_trainer(trainer, read_trainer_state(checkpoint / STATE, step))
     check_weights(trainer.model, checkpoint)
+    saved = None
     path = checkpoint / OPTIMIZER
     if path.is_file():
-        check_optimizer(trainer.optimizer, read_state(path, path.name), step)
+        saved = read_state(path, path.name)
+        check_optimizer(trainer.optimizer, saved, step)
     path = checkpoint / SCHEDULER
     if path.is_file():
-        rates = [group["lr"] for group in trainer.optimizer.param_groups]
-        if (found := read_scheduler(path, step)["base_lrs"]) != rates:
-            raise ValueError(f"{path.name}: expected the learning rates {brief(rates)}, got {brief(found)}")
+        _check_scheduler(trainer, read_scheduler(path, step), saved, step)
+
+
+def _check_state_of_trainer(trainer: Any, state: dict[str, Any]) -> None:
+    """Checks what Trainer reads of its state without a check."""
+    for name, own in (("max_steps", trainer.args.max_steps), ("train_batch_size", trainer.args.train_batch_size)):
+        if state.get(name) != own:
+            raise ValueError(f"{name}: expected {own}, got {state.get(name)}")
+    for kind in ("logging", "eval", "save"):
+        every = state.get(f"{kind}_steps", 1)
+        if getattr(trainer.args, f"{kind}_strategy") == "steps" and every <= 0:
+            raise ValueError(f"{kind}_steps: expected a number above 0, got {every}")
+    noted = state.get("stateful_callbacks", {})
+    for callback in (*trainer.callback_handler.callbacks, trainer.control):
+        if isinstance(callback, ExportableState) and type(callback).__name__ not in noted:
+            found = ", ".join(noted) or "none"
+            raise ValueError(f"stateful_callbacks: expected {type(callback).__name__}, got {brief(found)}")
+
+
+def _check_scheduler(trainer: Any, state: dict[str, Any], saved: dict[str, Any] | None, step: int) -> None:
+    """Compares the state of the learning rate's schedule with the optimizer and its saved state."""
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    if state["base_lrs"] != rates:
+        raise ValueError(f"{SCHEDULER}: expected the learning rates {brief(rates)}, got {brief(state['base_lrs'])}")
+    # Loss scaling skips steps, which are not counted; Accelerate counts one for each process.
+    if trainer.args.world_size == 1 and trainer.accelerator.scaler is None and state["last_epoch"] != step:
+        raise ValueError(f"{SCHEDULER}: expected step {step}, got {state['last_epoch']}")
+    current = None if saved is None else [group["lr"] for group in saved["param_groups"]]
+    if current not in (None, state["_last_lr"]):
+        raise ValueError(f"{OPTIMIZER}: expected the learning rates {brief(state['_last_lr'])}, got {brief(current)}")
 
 
 def check_weights(model: Any, checkpoint: Path) -> None:

@@ -24,7 +24,7 @@ def estimate_memory(
     method: str,
     settings: OwLoreSettings,
     *,
-    batch_size: int,
+    micro_batch_size: int,
     sequence_length: int,
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
@@ -48,12 +48,12 @@ def estimate_memory(
         config: the model's config.
         method: a name of `METHODS`.
         settings: settings of methods that sample layers or project gradients.
-        batch_size: samples in a forward pass.
-        sequence_length: tokens in a sample.
+        micro_batch_size: samples per forward pass.
+        sequence_length: tokens per sample.
         dtype: dtype of the weights.
         checkpointing: compute the activations of a layer again in the backward pass.
         autocast: run the forward pass under bfloat16 autocast.
-        accumulation: forward passes in an optimizer step.
+        accumulation: forward passes per optimizer step.
         max_grad_norm: norm that gradients are clipped to; 0: no clipping.
         lora_rank: rank of the method lora.
         trust_remote_code: whether a model's own code may run.
@@ -69,7 +69,7 @@ def estimate_memory(
     optimizer = make_optimizer(trained, how, 0.0)
     take_worst_draw(optimizer)
     with fake, torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-        ids = torch.zeros((batch_size, sequence_length), dtype=torch.long)
+        ids = torch.zeros((micro_batch_size, sequence_length), dtype=torch.long)
         batch = {"input_ids": ids, "labels": ids.clone()}
         memory = count_memory(trained, optimizer, batch, accumulation=accumulation, max_grad_norm=max_grad_norm)
     if isinstance(optimizer, OwLoreAdamW) and settings.deselected == "keep":

@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 from hf_cod.io.bitsandbytes_advice import advice_silenced
+from hf_cod.io.interruption import Terminated
 
 with advice_silenced():  # of bitsandbytes, which is imported with PEFT
     from transformers.trainer_callback import TrainerCallback
@@ -21,11 +22,11 @@ class SaveOnInterrupt(TrainerCallback):
     script) is left unchanged, and so is one whose handler was not set by Python, because it could not be restored.
 
     Attributes:
-        asked: whether the first signal was received.
+        asked: the first signal that was received, or None.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked: int | None = None
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, *others: Any, **about: Any) -> None:
@@ -38,7 +39,7 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Stops and saves after a signal; also logs the loss, because a resumed run does not have it."""
-        if self.asked:
+        if self.asked is not None:
             control.should_log = control.should_save = control.should_training_stop = True
 
     def close(self) -> None:
@@ -46,8 +47,13 @@ class SaveOnInterrupt(TrainerCallback):
         while self._before:
             signal.signal(*self._before.popitem())
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
+    def raise_asked(self) -> None:
+        """Raises the exception of the signal, if one was received."""
+        if self.asked is not None:
+            raise Terminated if self.asked == signal.SIGTERM else KeyboardInterrupt
+
+    def _ask(self, number: int, _: Any) -> None:
+        self.asked = number
         self.close()
         print(
             "\nsaving a checkpoint after this step, then stopping; press Ctrl-C again to stop at once",

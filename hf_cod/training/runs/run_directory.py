@@ -20,6 +20,7 @@ from hf_cod.training.runs.checkpoint_files import newest_whole
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint-"
+_OF_CHECKPOINTS = (".bin", ".json", ".pt", ".pth", ".safetensors")  # suffixes of files
 SETTINGS, SCORES_FILE, REPORT = "settings.json", "scores.json", "report.json"
 MARKERS = ("trainer_state.json", "progress.json")  # last file of a checkpoint: Trainer's, and our own loop's
 # Name of a setting in runs of an earlier version -> its current name.
@@ -151,7 +152,21 @@ def _check_held(directory: Path, known: bool) -> list[str]:
     odd = set(held) - {path.name for _, path in last_steps(directory)}
     if odd:  # Trainer deletes older checkpoints by the prefix of their names
         raise ValueError(f"output: expected only checkpoints named checkpoint-* in {str(directory)!r}, got {min(odd)}")
+    for name in held:
+        _check_kinds(directory / name)
     return held
+
+
+def _check_kinds(checkpoint: Path) -> None:
+    """Checks that files of a checkpoint are files; Trainer writes the checkpoint of the same step over them.
+
+    Raises:
+        ValueError: there is a link, which would be written through, or a directory with the name of a file.
+    """
+    for path in (checkpoint, *checkpoint.rglob("*")):
+        kind = "a link" if path.is_symlink() else "no file"
+        if path.is_symlink() or (path.suffix in _OF_CHECKPOINTS and not path.is_file()):
+            raise ValueError(f"output: expected the files of a checkpoint, got {str(path)!r}, {kind}; remove it")
 
 
 def _reported(directory: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
+from hf_cod.io.arguments import shown
 from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.layers.modes import cache_restored, one_thread
 from hf_cod.layers.replicas import processes
@@ -46,13 +47,13 @@ class Training:
 
     Attributes:
         curve: (step, loss) as logged, including steps before an interruption.
-        seconds: seconds per step.
+        seconds: seconds per step; None if all steps were made before the run was resumed.
         memory: peak bytes of a step; None after fewer than two steps.
         trained: for each layer, the steps that it trained; None if layers were not sampled.
     """
 
     curve: list[list[float]]
-    seconds: float
+    seconds: float | None
     memory: int | None
     trained: list[int] | None
 
@@ -94,28 +95,30 @@ def split_windows(windows: Tensor, settings: TrainingSettings) -> tuple[Tensor, 
 
 
 def scores_to_draw_by(
-    model: Any, windows: Tensor, settings: TrainingSettings, file: str | None, directory: Path
+    model: Any, windows: Tensor, settings: TrainingSettings, given: LayerScores | str | Path | None, directory: Path
 ) -> LayerScores | None:
-    """Scores of the model before training; saved, because a resumed run must sample by the same scores.
+    """The given scores or those in the given file, else scores of the model before training.
+
+    They are saved, because a resumed run must sample by the same scores.
 
     Negative scores (removing or pruning the layer improved the model) count as 0: the floor alone determines how often
     such layers are sampled.
 
     Raises:
-        ValueError: a file with other scores than the run started with, or one that cannot be read.
+        ValueError: other scores than the run started with, or a file that cannot be read.
     """
     if not METHODS[settings.method].needs_scores:
         return None
     kept = directory / SCORES_FILE
-    if file is not None:
-        given = LayerScores.load(file)
-        if kept.is_file() and LayerScores.load(kept) != given:
+    if given is not None:
+        scores = given if isinstance(given, LayerScores) else LayerScores.load(given)
+        if kept.is_file() and LayerScores.load(kept) != scores:
             raise ValueError(
-                f"scores: expected the scores that the run in {str(directory)!r} started with, got {file!r}; set "
+                f"scores: expected the scores that the run in {str(directory)!r} started with, got {shown(given)}; set "
                 "another --output"
             )
-        given.save(kept)
-        return given
+        scores.save(kept)
+        return scores
     if kept.is_file():
         return LayerScores.load(kept)
     few = windows[:SCORED_SAMPLES].split(settings.micro_batch_size)
@@ -190,10 +193,11 @@ def train(
         finally:
             memory.close()
             interrupt.close()
-    if interrupt.asked and trainer.state.global_step < settings.total_steps:
-        raise KeyboardInterrupt
+    if trainer.state.global_step < settings.total_steps:
+        interrupt.raise_asked()
     check_trained(model)
-    seconds = (time.perf_counter() - start) / max(1, settings.total_steps - begun)
+    left = settings.total_steps - begun
+    seconds = (time.perf_counter() - start) / left if left > 0 else None
     curve = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     made = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     trained = _steps_of_layers(made, settings.total_steps) if isinstance(made, OwLoreAdamW) else None

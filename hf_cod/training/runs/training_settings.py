@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
-from hf_cod.io.arguments import checked
+from hf_cod.io.arguments import checked, shown
 from hf_cod.io.settings import (
     Default,
     DefaultName,
@@ -15,6 +15,7 @@ from hf_cod.io.settings import (
     check_choice,
     check_effect,
     check_least,
+    check_seed,
     following,
     given,
 )
@@ -64,7 +65,10 @@ class TrainingSettings:
     )
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "peak learning rate, after a warm-up over a tenth of the steps; default: the method's"},
+        metadata={
+            "help": "peak learning rate, after a warm-up over a tenth of the steps; default: "
+            + ", ".join(f"{rate:g} ({method})" for method, rate in LEARNING_RATES.items())
+        },
     )
     steps: int | None = field(
         default=None,
@@ -72,15 +76,17 @@ class TrainingSettings:
     )
     passes: float = field(
         default=DefaultNumber(DEFAULT_PASSES),
+        kw_only=True,  # it is newer than the fields behind it, which keep their places
         metadata={"help": "maximum number of passes over the training samples; not with --steps"},
     )
     batch_size: int = following(
-        f"samples in an optimizer step; default: {BATCH}, or the next multiple of --micro-batch-size"
+        f"samples per optimizer step, of one or more forward passes; default: {BATCH}, or the next multiple of "
+        "--micro-batch-size"
     )
     micro_batch_size: int = following(
-        f"samples in a forward pass; default: {MICRO_BATCH}, or the largest number below it that divides --batch-size"
+        f"samples per forward pass; default: {MICRO_BATCH}, or the largest number below it that divides --batch-size"
     )
-    sequence_length: int = field(default=256, metadata={"help": "tokens in a sample"})
+    sequence_length: int = field(default=256, metadata={"help": "tokens per sample"})
     eval_samples: int = field(
         default=32, metadata={"help": "samples at the end of the text, which are not trained on, to measure perplexity"}
     )
@@ -89,7 +95,9 @@ class TrainingSettings:
         default=False, metadata={"help": "compute activations again in the backward pass: less memory, more time"}
     )
     bf16: bool = field(default=False, metadata={"help": "train under bfloat16 autocast"})
-    lora_rank: int = field(default=Default(16), metadata={"help": "lora: rank of the adapters"})
+    lora_rank: int = field(
+        default=Default(16), metadata={"help": "lora: rank of the adapters; more rank, more trained weights"}
+    )
     save_every: int = following(
         f"steps between the checkpoints that an interrupted run resumes from; default: {SAVE_EVERY}, rounded down to a "
         "multiple of --log-every"
@@ -216,20 +224,21 @@ def check_fused(settings: TrainingSettings, sampling: OwLoreSettings) -> None:
         raise ValueError(f"fused: expected max_grad_norm 0, got {settings.max_grad_norm:g}")
 
 
-def check_effects(settings: TrainingSettings, sampling: OwLoreSettings, scores_file: str | None) -> None:
+def check_effects(settings: TrainingSettings, sampling: OwLoreSettings, scores: Any) -> None:
     """Checks that nothing is set that has no effect with the method, or beside another setting.
 
     Raises:
-        ValueError: a scores file or settings of a score for a method that does not sample layers by scores, settings of
-            another method, or settings that another one overrides.
+        ValueError: scores, their file or settings of a score for a method that does not sample layers by scores,
+            settings of another method, settings that another one overrides, or a seed that Trainer does not accept.
     """
+    check_seed(sampling.seed, 0, 2**32 - 1)  # the range of Trainer
     method, options = settings.method, options_of(settings)
     if method not in DRAW_BY_SCORES:
         unscored = f"{method}, which does not sample layers by scores"
-        if scores_file is not None:
-            raise ValueError(f"scores: expected none with {unscored}, got {scores_file!r}")
+        if scores is not None:
+            raise ValueError(f"scores: expected none with {unscored}, got {shown(scores)}")
         check_effect(settings, ("score", *options), unscored)
-    if scores_file is not None:
+    if scores is not None:
         check_effect(settings, ("score", *options), COMPUTED)
     unused = [name for name in options if name not in SCORES[settings.score].settings]
     check_effect(settings, unused, f"score {settings.score}, which does not depend on it")

@@ -65,7 +65,7 @@ def test_batches_are_used_as_they_are():
 def test_bad_probes():
     with pytest.raises(ValueError, match="probe: expected a tokenizer"):
         probe_batches(TEXTS, None, SETTINGS)
-    for wrong, found in (([], "NoneType"), (7, "NoneType"), ([7], "int"), ([{"words": "x"}], "rows with words")):
+    for wrong, found in (([], "NoneType"), (7, "7"), ([7], "int"), ([{"words": "x"}], "rows with words")):
         with pytest.raises(ValueError, match=f"probe: expected texts.*got {found}"):
             probe_batches(wrong, gpt_like(), SETTINGS)
     with pytest.raises(ValueError, match="texts: expected at least one sample"):

@@ -1,5 +1,7 @@
 """hf-cod diagnose: what is written, resumed and reported of a tiny model."""
 
+import errno
+import os
 from dataclasses import asdict
 
 import pytest
@@ -27,6 +29,18 @@ def test_the_report_has_the_settings_of_its_inputs(checkpoint):
     assert {name: told[name] for name in expected} == expected
     assert diagnose(checkpoint, "--no-plots", "--dtype", "float32") == 0, "the same run"
     assert not (checkpoint / "run" / "earlier-1").exists()
+
+
+def test_a_report_is_written_with_its_plots_or_not_at_all(checkpoint, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunReport, "plot", full)
+        assert diagnose(checkpoint) == 1
+    assert "kept for the same command to resume: journal.jsonl" in capsys.readouterr().err
+    assert [path.name for path in (checkpoint / "run").iterdir()] == ["journal.jsonl"]
+    assert diagnose(checkpoint) == 0
 
 
 @pytest.mark.process

@@ -159,7 +159,7 @@ def test_estimates_count_what_adapters_have_learnt():
     config = AutoConfig.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     shapes = [m.weight.shape for layer in model.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
-    how = {"batch_size": 1, "sequence_length": 8}
+    how = {"micro_batch_size": 1, "sequence_length": 8}
     found = estimate_memory(config, "owlore-peft", OwLoreSettings(n_active=1, rank=8), **how)
     whole = estimate_memory(config, "full", OwLoreSettings(), **how)
     learnt = sum(4 * 16 * (m + n) for m, n in shapes)
@@ -170,7 +170,7 @@ def test_estimates_count_what_adapters_have_learnt():
 def test_estimates_of_mixtures_of_experts(family):
     """In float32, for which the fake form of their product is not made."""
     found = estimate_memory(
-        build(family).config, "owlore", OwLoreSettings(n_active=1, rank=8), batch_size=1, sequence_length=8
+        build(family).config, "owlore", OwLoreSettings(n_active=1, rank=8), micro_batch_size=1, sequence_length=8
     )
     assert found.total > 1.2 * found.weights > 0
 
@@ -367,3 +367,18 @@ def test_zeros_are_told_of_and_packed_weights_refused_before_anything_trains(tmp
     assert main(["finetune", str(tmp_path / "packed"), *adapted]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     assert any("lora_A" in name for name, _ in loaded.named_modules()) and loaded.is_quantized
+
+
+def test_a_run_that_resumes_with_no_step_left_has_no_time_of_a_step(tmp_path, monkeypatch):
+    """It failed while the model was saved; what the second start takes is no training."""
+
+    def fails(*args):
+        raise RuntimeError("stopped")
+
+    command = ["finetune", MODEL, *QUICK.split(), "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_cod.cli.commands.finetune._saved", fails)
+        assert main(command) == 1
+    assert main(command) == 0
+    report = RunReport.load(tmp_path / "out")
+    assert report.results["seconds_a_step"] is None and "per step" not in report.summary[0]

@@ -124,7 +124,7 @@ def test_scores_are_for_methods_that_draw_layers(student, tmp_path, capsys):
 def test_each_model_is_loaded_in_its_own_revision(tmp_path, monkeypatch):
     asked = {}
 
-    def load(name, loading):
+    def load(name, loading, **_):
         asked[name] = loading.revision
         if len(asked) == 2:
             raise ValueError("model: enough")

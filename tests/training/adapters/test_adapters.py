@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import save_as_lora
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_cod import LayerScores, OwLoreAdamW, OwLoreConfig, owlore, pack_sparse
@@ -423,6 +423,33 @@ def test_low_memory_loading(tmp_path):
     model.save_pretrained(tmp_path)
     other = PeftModel.from_pretrained(build("llama"), tmp_path, low_cpu_mem_usage=True)
     assert torch.equal(logits(other.eval()), logits(model))
+
+
+FIRST = "base_model.model.model.layers.0.mlp.up_proj.owlore_increment."
+DAMAGED = {
+    "lost": lambda saved: saved.pop(FIRST + "lost"),
+    "N and P of": lambda saved: saved.pop(FIRST + "N"),
+    r"columns of P and B of .*got \(0": lambda saved: [saved.pop(FIRST + name) for name in "NP"],
+    "no tensors": lambda saved: [saved.pop(key) for key in [*saved] if ".layers.0." in key],
+    "finite": lambda saved: saved.update({FIRST + "N": saved[FIRST + "N"] * float("nan")}),
+    "floating": lambda saved: saved.update({FIRST + "N": saved[FIRST + "N"].int()}),
+    "'foo'": lambda saved: saved.update({"foo": torch.ones(1)}),
+    "layers.9": lambda saved: saved.update({FIRST.replace("0", "9") + "lost": torch.ones(())}),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGED)
+def test_an_adapter_with_other_tensors_is_refused(tmp_path, message):
+    """PEFT only warns of missing tensors: the base model would be taken for the adapted one."""
+    model = adapted()
+    train(model, OwLoreAdamW(model, lr=1e-2, n_active=4, interval=50), 2)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    saved = load_file(file)
+    DAMAGED[message](saved)
+    save_file(saved, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"adapter: expected .*, got .*({message})|adapter: expected .*({message})"):
+        PeftModel.from_pretrained(build("llama"), tmp_path)
 
 
 def test_auto_class_loads(tmp_path):

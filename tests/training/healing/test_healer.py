@@ -18,6 +18,7 @@ from hf_cod import (
     heal,
     pack_sparse,
     prune,
+    score_layers,
     token_batches,
 )
 from hf_cod.io.packing import pack
@@ -338,8 +339,27 @@ def test_pairs_that_do_not_go_together():
         healed(student, wide, sequence_length=16)
     with pytest.raises(ValueError, match="with full, which does not sample layers by scores, got 'mine'"):
         heal(student, wide, WINDOWS, settings("full"), scores="mine")
+    with pytest.raises(ValueError, match=r"with full, which does not sample layers by scores, got LayerScores$"):
+        heal(student, wide, WINDOWS, settings("full"), scores=score_layers(student, method="depth"))
     report = healed(student, wide)
     assert learnt(report), "logits alone can be learnt"
+
+
+def test_scores_are_given_as_they_are_or_by_their_file(tmp_path):
+    teacher = build("llama")
+    scores = score_layers(factorized(), method="depth")
+    others = replace(scores, values=scores.values[::-1])
+    file, how = scores.save(tmp_path / "scores.json"), {"sampling": SAMPLING, "output": tmp_path / "run"}
+    found = []
+    for given in (scores, file, str(file)):
+        student = factorized()
+        report = heal(student, teacher, WINDOWS, settings("owlore"), scores=given, sampling=SAMPLING)
+        assert report.layers["score"] == scores.values
+        found.append(logits(student))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    heal(factorized(), teacher, WINDOWS, settings("owlore"), scores=scores, **how)
+    with pytest.raises(ValueError, match=r"scores that the run in .* started with, got LayerScores; set another"):
+        heal(factorized(), teacher, WINDOWS, settings("owlore"), scores=others, **how)
 
 
 def test_data_comes_in_one_of_three_forms():

@@ -6,8 +6,10 @@ import pytest
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from hf_cod import OwLoreSettings, owlore
+from hf_cod import LayerScores, OwLoreSettings, owlore
 from tests.tiny_models import batch_for, build
+
+EIGHT = LayerScores("other", "owl", [1.0] * 8, [7] * 8)
 
 LOGGER = "hf_cod.training.owlore.trainer_arguments"
 
@@ -110,6 +112,7 @@ def test_outside_of_a_trainer_the_defaults_hold():
         ({"n_actve": 5}, "owlore: did you mean n_active\\? expected one of .*, got 'n_actve'"),
         ({"learning_rate": 1e-3}, "owlore: expected one of .*, got 'learning_rate'"),
         ({"n_active": 0}, "n_active: expected at least 1, got 0"),
+        ({"n_active": 20, "scores": EIGHT}, "n_active: expected between 1 and the 8 layers of the scores, got 20"),
         ({"n_active": "five"}, "n_active: expected an integer, got 'five'"),
         ({"rank": 4.5}, "rank: expected an integer or None, got 4.5"),
         ({"moments": "4bit"}, "moments: did you mean 8bit\\? expected one of float32, 8bit, got '4bit'"),

@@ -1,5 +1,6 @@
 """A training resumes from a checkpoint only if its weights and optimizer state are those of its own model."""
 
+import json
 import shutil
 
 import pytest
@@ -61,6 +62,22 @@ def state(change):
     return damage
 
 
+def scheduler(**changes):
+    def damage(folder, name):
+        path = folder / "scheduler.pt"
+        torch.save({**torch.load(path, weights_only=False), **changes}, path)
+
+    return damage
+
+
+def trainer_state(**changes):
+    def damage(folder, name):
+        path = folder / "trainer_state.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return damage
+
+
 def weights(change):
     def damage(folder, name):
         path = folder / f"{name}.safetensors"
@@ -87,6 +104,12 @@ DAMAGES = {
     "int8": each(lambda value: value.to(torch.int8)),
     "shapes": each(lambda value: value.reshape(-1)[:1].clone() if value.ndim else value),
     "nan": each(lambda value: value * float("nan") if value.ndim and value.is_floating_point() else value),
+    "rate of another step": state(lambda saved: [group.update(lr=1e-9) for group in saved["param_groups"]]),
+    "schedule": scheduler(last_epoch=1, _step_count=2),
+    "batch": trainer_state(train_batch_size=None),
+    "logging": trainer_state(logging_steps=0),
+    "callbacks": trainer_state(stateful_callbacks={}),
+    "log": trainer_state(log_history=[{"step": 99, "loss": 1.0}]),
     "weights nan": weights(lambda found: {name: value * float("nan") for name, value in found.items()}),
     "weights less": weights(lambda found: dict([*found.items()][1:])),
     "weights more": weights(lambda found: {**found, "extra": torch.ones(1)}),
@@ -116,7 +139,7 @@ def test_checkpoints_of_the_same_run_are_taken(method, runs, tmp_path, caplog):
     "method, damage",
     [
         *[(method, damage) for method in ("lora", "owlore") for damage in DAMAGES],
-        *[("full", damage) for damage in ("shapes", "weights less")],
+        *[("full", damage) for damage in ("shapes", "weights less", "rate of another step", "schedule")],
         *[("owlore-peft", damage) for damage in DAMAGES if damage.startswith("weights") or damage == "shapes"],
     ],
 )

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from hf_cod.io.interruption import Terminated
 from hf_cod.training.runs.interrupt import SaveOnInterrupt
 
 ALONE = SimpleNamespace(world_size=1)
@@ -28,9 +29,11 @@ def test_a_signal_ends_the_training_after_its_step_with_a_checkpoint(number, cap
     assert not interrupt.asked and not control.should_save
     os.kill(os.getpid(), number)
     interrupt.on_step_end(None, None, control)
-    assert interrupt.asked and control.should_log and control.should_save and control.should_training_stop
+    assert interrupt.asked == number and control.should_log and control.should_save and control.should_training_stop
     assert signal.getsignal(number) == before  # the second one stops at once
     assert "saving a checkpoint after this step" in capfd.readouterr().err
+    with pytest.raises(Terminated if number == signal.SIGTERM else KeyboardInterrupt):
+        interrupt.raise_asked()
 
 
 @pytest.mark.parametrize("known", [signal.SIG_IGN, None])

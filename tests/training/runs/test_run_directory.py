@@ -49,6 +49,24 @@ def test_before_its_first_checkpoint_a_run_has_left_nothing(tmp_path):
     assert not (tmp_path / "scores.json").exists(), "they are those of other settings"
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "checkpoint-3", "optimizer.pt/"])
+def test_a_checkpoint_that_would_be_written_through_is_refused(tmp_path, name):
+    """Trainer writes a checkpoint of the same step into the same files."""
+    run, precious = tmp_path / "run", tmp_path / "precious"
+    claim(run, WANTED)
+    inside = checkpoint(run, 3)
+    if name == "checkpoint-3":
+        inside.rename(precious)
+        inside.symlink_to(precious)
+    elif name == "optimizer.pt":
+        precious.write_text("precious")
+        (inside / name).symlink_to(precious)
+    else:
+        (inside / name).mkdir()
+    with pytest.raises(ValueError, match=rf"output: expected the files of a checkpoint, got '.*{name[:12]}', .*remove"):
+        claim(run, WANTED)
+
+
 def test_a_finished_run(tmp_path):
     claim(tmp_path, WANTED)
     (tmp_path / "report.json").write_text(json.dumps({"settings": WANTED}))

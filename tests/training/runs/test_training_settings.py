@@ -104,3 +104,10 @@ def test_recovery_makes_as_many_steps_as_its_batches_bear(caplog):
         assert RecoverySettings(steps=40).steps_on(2) == 40 and caplog.messages == []
         assert RecoverySettings(steps=100).steps_on(2) == 100
     assert caplog.messages[0].startswith("steps: 100 are 50 passes over the 2 training samples")
+
+
+def test_settings_by_position_are_those_of_the_first_version():
+    """`passes` is newer than what stands behind it, and is given by name alone."""
+    settings = HealSettings("lora", "angular", 13.0, 1e-3, 7, 8, 2, 32)
+    given = settings.steps, settings.batch_size, settings.micro_batch_size, settings.sequence_length
+    assert given == (7, 8, 2, 32)

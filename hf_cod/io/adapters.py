@@ -1,0 +1,93 @@
+"""Output directories of commands: where in one the model is, and adapters in place of a model.
+
+A model is in the output directory itself. `finetune` also saves adapters: of a base with plain weights in `adapter`,
+beside the merged model; of a quantized base in the directory itself, in place of a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_cod.io.bitsandbytes_advice import advice_silenced
+from hf_cod.io.model_config import CONFIG
+from hf_cod.io.reading import naming_file, read_json
+from hf_cod.io.schema import brief, read_record
+
+ADAPTER = "adapter_config.json"
+# Where a model may be in an output directory: in itself, before 0.2 in `model`, an adapter also in `adapter`.
+PLACES = (".", "model", "adapter")
+MARKS = (CONFIG, ADAPTER)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Entries of adapter_config.json that loading depends on."""
+
+    base_model_name_or_path: str | None = None
+    peft_type: str | None = None
+    auto_mapping: dict[str, str | None] | None = None
+
+
+def read_adapter_config(path: str | Path) -> dict[str, Any]:
+    """The content of an adapter_config.json.
+
+    Raises:
+        ValueError: not a JSON object, or its entries that loading depends on have another type; names the file.
+    """
+    content: dict[str, Any] = read_json(path, "adapter")
+    with naming_file(path):
+        read_record(_Head, content, "adapter", extra=True)
+    return content
+
+
+def places(directory: str | Path) -> list[Path]:
+    """The directories of a run (itself first, then `model` and `adapter` in it) that hold a model or an adapter."""
+    found = [Path(directory) / place for place in PLACES]
+    return [place for place in found if any((place / mark).is_file() for mark in MARKS)]
+
+
+def base_of(directory: str | Path) -> str | None:
+    """The base model of the adapter in a directory; None if there is a model, or no adapter.
+
+    Raises:
+        ValueError: the adapter's configuration names no base, or another adapter.
+    """
+    if not _is_adapter(directory):
+        return None
+    path = Path(directory) / ADAPTER
+    base: str | None = read_adapter_config(path).get("base_model_name_or_path")
+    with naming_file(path):
+        if not base:
+            raise ValueError(f"base_model_name_or_path: expected the base model of the adapter, got {brief(base)}")
+        if any(map(_is_adapter, places(base)[:1])):
+            raise ValueError(f"base_model_name_or_path: expected a model, got another adapter in {base!r}")
+    return base
+
+
+def _is_adapter(directory: str | Path) -> bool:
+    """Whether a directory holds an adapter in place of a model."""
+    return (Path(directory) / ADAPTER).is_file() and not (Path(directory) / CONFIG).is_file()
+
+
+def with_adapter(base: nn.Module, directory: str | Path) -> nn.Module:
+    """The base with its adapter: merged, or, if the base is quantized, as a PEFT model.
+
+    Raises:
+        ImportError: peft is not installed; the message gives the pip command.
+    """
+    try:
+        with advice_silenced():  # of bitsandbytes, which is imported with PEFT
+            from peft import PeftModel
+    except ImportError as error:
+        raise ImportError(
+            f"model: the adapter in {str(directory)!r} requires the peft package: pip install 'hf_cod[recovery]'"
+        ) from error
+    model: nn.Module = PeftModel.from_pretrained(base, str(directory))
+    if getattr(base, "is_quantized", False):
+        return model
+    merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+    return merged

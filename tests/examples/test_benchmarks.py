@@ -1,0 +1,42 @@
+"""Benchmarks and tables that README and the documentation name run to their end, on an embedded model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_cod.io.models import embedded_model
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MODEL = ["--model", str(embedded_model("pre"))]
+SAMPLES = ["--sequence-length", "32", "--calibration-samples", "4"]
+QUICK = {
+    "benchmarks/callback.py": "--batch 2 --tokens 16 --steps 4 --every 2 --rounds 1",
+    "benchmarks/diagnose.py": "--batch-size 2 --sequence-length 16 --rounds 1 --slow-rounds 1",
+    "benchmarks/owl.py": "--samples 4 --sequence-length 16 --batch-size 2 --rounds 1",
+    "benchmarks/placements.py": "--batch 1 --tokens 8 --rounds 1 --placements pre lns",
+    "benchmarks/quantization.py": "--parts loading --width 64 --layers 2 --rounds 1",
+    "benchmarks/smaller.py": "--prompt 8 --new-tokens 2 --rounds 1 --layers 2",
+    "owl_table.py": "--methods wanda --scores uniform owl --sparsities 0.5 --tuning-samples 2 --report-samples 2",
+    "quantization_table.py": "--scores uniform --roundings nearest --seeds 1 --report-samples 2",
+    "rank_table.py": "--methods plain --scores uniform owl --removed 0.2 --tuning-samples 2 --report-samples 2",
+    "width_table.py": "--methods magnitude --scores uniform --removed 0.2 --tuning-samples 2 --report-samples 2",
+    "depth_table.py": "--criteria angular --layers 1 --tuning-samples 2 --report-samples 2",
+}
+ON_A_MODEL = ("benchmarks/diagnose.py", "benchmarks/owl.py", "benchmarks/smaller.py")
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("script", QUICK)
+def test_a_script_runs_to_its_end(script, tmp_path):
+    table = script.endswith("_table.py")
+    words = [*QUICK[script].split(), *(SAMPLES if table else ()), *(MODEL if table or script in ON_A_MODEL else ())]
+    output = tmp_path / ("table" if table else "figures.json")
+    command = [sys.executable, "-W", "error::DeprecationWarning:hf_cod", str(EXAMPLES / script), *words]
+    ended = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "Deprecat" not in ended.stderr
+    assert json.loads((output / "table.json" if table else output).read_text(encoding="utf-8"))
