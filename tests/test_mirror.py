@@ -61,7 +61,7 @@ TESTED_BY = {
     "compression/sparse/test_linear.py": "compression/sparse/product.py",
     "compression/sparse/test_quantizer.py": (
         "compression/sparse/checkpoint.py compression/sparse/config.py compression/sparse/packing.py "
-        "compression/sparse/settings.py layers/replacement_modules.py"
+        "compression/sparse/settings.py"
     ),
     "compression/width/test_narrower.py": (
         "analysis/statistics/input_products.py compression/width/gradients.py compression/width/matrices.py "
@@ -71,9 +71,13 @@ TESTED_BY = {
     "examples/test_pretrain.py": "training/pretraining/preparation.py",
     "functional/test_low_rank.py": "functional/randomness.py",
     "io/test_settings.py": "compression/depth/settings.py io/deprecation.py",
+    "layers/test_direct_use.py": "layers/probe_inputs.py",
     "layers/test_modes.py": "layers/partial_forward.py",
-    "layers/test_removal.py": "layers/units.py",
+    "layers/test_removal.py": "layers/config_surgery.py",
     "layers/test_stack.py": "layers/weights.py",
+    "layers/test_unit_discovery.py": (
+        "layers/layer_copies.py layers/row_owners.py layers/unit_checks.py layers/units.py"
+    ),
     "models/test_authors_checkpoints.py": "models/__init__.py models/authors.py",
     "models/test_convert_files.py": "models/checkpoint.py",
     "models/test_loading.py": (

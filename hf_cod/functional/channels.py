@@ -18,58 +18,57 @@ from hf_cod.functional.depth import wide
 
 DAMPING = 0.01  # share of each column's energy
 
-Rows = Sequence[tuple[Tensor, int]]
-"""For each reading matrix: a tensor (out, ...), and its number of fused parts, each with the rows of all units."""
+Rows = Sequence[tuple[Tensor, Tensor]]
+"""For each reading matrix: a tensor (out, ...), and the unit of each row (out,), -1 for rows that all units share."""
 
 
-def rows_of(units: Tensor, count: int, size: int, parts: int = 1) -> Tensor:
-    """Indices of the rows (or columns) that units own.
+def rows_of(units: Tensor, owners: Tensor) -> Tensor:
+    """Indices of the rows (or columns) that remain if only these units are kept: theirs, and those that all share.
 
     Args:
-        units: (kept,) indices of units, rising.
-        count: number of all units.
-        size: number of all rows.
-        parts: see `Rows`.
+        units: (kept,) indices of units.
+        owners: (size,) the unit of each row, or -1.
 
     Returns:
-        (kept size / count,) rising.
+        (remaining,) rising.
     """
-    return torch.arange(size, device=units.device).view(parts, count, -1)[:, units].flatten()
+    return ((owners < 0) | torch.isin(owners, units)).nonzero().flatten()
 
 
-def per_unit(rows: Rows, columns: Tensor, count: int) -> Tensor:
+def per_unit(rows: Rows, count: int) -> Tensor:
     """Sums over the rows and columns of each unit.
 
     Args:
-        rows: one number for each row, (out,) of each reading matrix.
-        columns: one number for each column of the writing matrix, (in,).
+        rows: one number for each row or column, and the unit of each.
         count: number of units.
 
     Returns:
         (count,) float64.
     """
-    total = wide(columns).view(count, -1).sum(1)
-    for values, parts in rows:
-        total += wide(values).view(parts, count, -1).sum((0, 2)).to(total)
+    total = wide(rows[0][0]).new_zeros(count)
+    for values, owners in rows:
+        owned = owners >= 0
+        total.index_add_(0, owners[owned].to(total.device), wide(values)[owned.to(values.device)].to(total))
     return total
 
 
-def magnitude(readers: Rows, W: Tensor, count: int) -> Tensor:
+def magnitude(readers: Rows, W: Tensor, columns: Tensor, count: int) -> Tensor:
     """Norm of a unit's weights: I_u = sqrt( sum_{w in u} w^2 ).
 
     Args:
         readers: weights (out, in) of the reading matrices.
         W: weight of the writing matrix.
+        columns: unit of each of its columns.
         count: number of units.
 
     Returns:
         (count,) float64.
     """
-    rows = [(wide(R).square().sum(1), parts) for R, parts in readers]
-    return per_unit(rows, wide(W).square().sum(0), count).sqrt()
+    rows = [(wide(R).square().sum(1), owners) for R, owners in readers]
+    return per_unit([(wide(W).square().sum(0), columns), *rows], count).sqrt()
 
 
-def fluctuation(W: Tensor, M: Tensor, count: int) -> Tensor:
+def fluctuation(W: Tensor, M: Tensor, columns: Tensor, count: int) -> Tensor:
     """Variance of a unit's outputs around their mean: I_u = sum_{j in u} Var(X_j) ||W_:j||^2.
 
     A bias can replace the mean (`mean_bias`), but not the variance. FLAP (An et al. 2023, arXiv 2312.11983, equation
@@ -78,6 +77,7 @@ def fluctuation(W: Tensor, M: Tensor, count: int) -> Tensor:
     Args:
         W: weight of the writing matrix.
         M: products of its inputs.
+        columns: unit of each of its columns.
         count: number of units.
 
     Returns:
@@ -87,7 +87,7 @@ def fluctuation(W: Tensor, M: Tensor, count: int) -> Tensor:
     n = M[-1, -1]
     mean = M[:-1, -1] / n
     variance = (M.diagonal()[:-1] / n - mean.square()).clamp(min=0)
-    return per_unit([], variance * wide(W).square().sum(0).to(M), count)
+    return per_unit([(variance * wide(W).square().sum(0).to(M), columns)], count)
 
 
 def largest(importance: Tensor, kept: int) -> Tensor:

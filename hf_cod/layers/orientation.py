@@ -6,15 +6,58 @@ is copied to the Hub.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def is_plain(module: nn.Module | None) -> bool:
-    """Whether this is exactly a Linear or a Conv1D; subclasses may store their weight in another form."""
-    return type(module) in (nn.Linear, Conv1D)
+    """Whether this is a Linear or a Conv1D, or a subclass that computes the same: measured, not known by name.
+
+    Subclasses may store their weight in another form, return more than the product, or change their input.
+    """
+    if module is None or type(module) in (nn.Linear, Conv1D):
+        return module is not None
+    return _is_dense(module) and _computes_alike(module)
+
+
+def computes_otherwise(module: nn.Module) -> bool:
+    """Whether this is a subclass of Linear or Conv1D with a dense weight whose output is not the product, such as a
+    router that returns its choice as well, or a matrix that is applied by groups.
+    """
+    return _is_dense(module) and not is_plain(module)
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """Whether a Linear or Conv1D has a floating-point weight, perhaps a bias, and nothing else."""
+    weight = module._parameters.get("weight") if is_linear(module) else None
+    if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES or weight.dim() != 2:
+        return False
+    return not [*module.children()] and not [*module.buffers()] and module._parameters.keys() <= {"weight", "bias"}
+
+
+def _computes_alike(module: nn.Module) -> bool:
+    """Whether a small copy of the module, with random weights, returns x W^T + b."""
+    small: Any = copy.copy(module)  # shares the attributes that its forward may read, such as a factor
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = 12, 8  # few, and divisible by most numbers of groups
+    shapes = ((rows, columns), (rows,), (5, columns))
+    W, b, x = (torch.randn(*shape, generator=generator, device="cpu") for shape in shapes)
+    set_shape(small, rows, columns)
+    bias = None if module._parameters.get("bias") is None else nn.Parameter(b)
+    small._parameters = {"weight": nn.Parameter(turned(module, W).contiguous()), "bias": bias}
+    expected = nn.functional.linear(x, W, bias)
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            got = type(small).forward(small, x)
+    except Exception:  # whatever a forward raises that expects another shape
+        return False
+    return isinstance(got, Tensor) and got.shape == expected.shape and bool(torch.allclose(got, expected, atol=1e-5))
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from hf_cod.layers.running import NonFiniteError, hidden_input, hidden_output
 from hf_cod.layers.stack import DecoderLayers
 
 State = tuple[Tensor, tuple[Any, ...] | None]
-"""The output of a layer: its hidden state (S, T, d), and the other elements if it returns a tuple."""
+"""The output of a layer: its hidden state (S, T, d), and the other elements if it returns a tuple or list."""
 
 
 def check_independent(stack: DecoderLayers, field: str) -> None:
@@ -108,7 +108,7 @@ def check_finite(states: list[Any], number: int) -> None:
 
 def state_of(output: Any) -> State:
     """A layer's output as a state."""
-    return hidden_output(output), tuple(output[1:]) if isinstance(output, tuple) else None
+    return hidden_output(output), tuple(output[1:]) if isinstance(output, (tuple, list)) else None
 
 
 class _Passage(nn.Module):

@@ -18,29 +18,12 @@ from torch import nn
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
+from hf_cod.layers.config_surgery import Changes, building_errors, mend_config
+from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.modes import for_one_thread, one_thread
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
 from hf_cod.models.own_config import own_config
-
-# Attributes that hold the index of a module's layer.
-LAYER_INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number", "layer_num")
-# Config fields that list the layers of one kind by index.
-INDEX_LIST_FIELDS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")
-# Config fields that count leading layers of one kind.
-LEADING_COUNT_FIELDS = ("first_k_dense_replace", "max_window_layers")
-# Lists that may have as many entries as there are layers, but are not per layer.
-NOT_PER_LAYER_FIELDS = (
-    "architectures",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "keys_to_ignore_at_inference",
-    "label2id",
-    "id2label",
-    "out_features",
-    "out_indices",
-    "stage_names",
-)
+from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
 
 
 @renamed(path="layers_path")
@@ -60,7 +43,7 @@ def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
         ValueError: a layer that does not exist, no layer would be left, or another thread uses the model.
     """
     stack = find_decoder_layers(model, layers_path)
-    changes = _Changes()
+    changes = Changes()
     with one_thread(model):
         try:
             _shrink(stack, _kept(stack, layers), changes)
@@ -85,14 +68,16 @@ def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
         The old indices of the kept layers, in order.
 
     Raises:
-        ValueError: a layer that does not exist, no layer would be left, layers that share keys and values, or an
-            architecture whose config cannot describe the result (a model from that config would differ). The model is
-            unchanged in all these cases.
+        ValueError: a layer that does not exist, no layer would be left, layers that share keys and values, a model
+            that changes its weights in eval mode (RWKV), or an architecture whose config cannot describe the result (a
+            model from that config would differ). The model is unchanged in all these cases.
     """
-    kept = _kept(find_decoder_layers(model, layers_path), layers)
+    stack = find_decoder_layers(model, layers_path)
+    kept = _kept(stack, layers)
+    check_unwritten(stack.model)
     own_config(model)
     stack = find_decoder_layers(model, layers_path)
-    changes = _Changes()
+    changes = Changes()
     try:
         _drop(stack, kept, changes)
     except BaseException:
@@ -110,38 +95,23 @@ def check_drop(model: nn.Module, layers: int | Iterable[int], layers_path: str |
         ValueError: in the same cases as `drop`.
     """
     stack = find_decoder_layers(model, layers_path)
-    changes = _Changes()
+    changes = Changes()
     try:
         _drop(stack, _kept(stack, layers), changes)
     finally:
         changes.undo()
 
 
-def _drop(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
+def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
     if stack.config is None:
         raise ValueError(f"model: expected a config that counts the layers of {stack.layers_path}, got none; use skip")
     if getattr(stack.config, "is_encoder_decoder", False):
         raise ValueError(f"model: expected one stack of layers, got an encoder-decoder ({type(stack.model).__name__})")
     if getattr(stack.config, "num_kv_shared_layers", 0):
         raise ValueError("model: expected layers with their own keys and values, got num_kv_shared_layers > 0")
-    _shrink(stack, kept, changes)
+    with building_errors(stack.model):
+        _shrink(stack, kept, changes)
     _check_config_builds(stack)
-
-
-class _Changes:
-    """Attribute assignments that can be undone in reverse order."""
-
-    def __init__(self) -> None:
-        self._undo: list[tuple[Any, str, Any]] = []
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        self._undo.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
-
-    def undo(self) -> None:
-        while self._undo:
-            owner, name, value = self._undo.pop()
-            setattr(owner, name, value)
 
 
 def _kept(stack: DecoderLayers, layers: int | Iterable[int]) -> list[int]:
@@ -155,7 +125,7 @@ def _kept(stack: DecoderLayers, layers: int | Iterable[int]) -> list[int]:
     return kept
 
 
-def _shrink(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
+def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
     layers = [stack[i] for i in kept]
     changes.set(stack.module_list, "_modules", OrderedDict((str(i), layer) for i, layer in enumerate(layers)))
     for new, (old, layer) in enumerate(zip(kept, layers, strict=True)):
@@ -164,28 +134,10 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: _Changes) -> None:
                 if module.__dict__.get(name) == old:
                     changes.set(module, name, new)
     if stack.config is not None:
-        _mend_config(stack.config, kept, changes)
+        mend_config(stack.config, kept, changes)
     whole: Any = getattr(stack.model, "config", None)  # for a tower this is not the config that counts its layers
     if getattr(whole, "module_shapes", None):
         changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
-
-
-def _mend_config(config: Any, kept: list[int], changes: _Changes) -> None:
-    depth = config.num_hidden_layers
-    if hasattr(config, "layer_depths") and config.layer_depths is None:
-        # Models of this package: LNS, Mix-LN and DeepNorm depend on a layer's depth, which must not change here.
-        changes.set(config, "layer_depths", list(range(depth)))
-        changes.set(config, "original_num_hidden_layers", depth)
-    changes.set(config, "num_hidden_layers", len(kept))
-    for name, value in list(vars(config).items()):
-        if name.startswith("_") or name in NOT_PER_LAYER_FIELDS:
-            continue
-        if name in INDEX_LIST_FIELDS and value is not None:
-            changes.set(config, name, [new for new, old in enumerate(kept) if old in value])
-        elif name in LEADING_COUNT_FIELDS and value is not None:
-            changes.set(config, name, sum(old < value for old in kept))
-        elif isinstance(value, (list, tuple)) and len(value) == depth:
-            changes.set(config, name, type(value)(value[i] for i in kept))
 
 
 def _renumbered(shapes: dict[str, Any], stack: DecoderLayers, kept: list[int]) -> dict[str, Any]:
@@ -206,10 +158,16 @@ def _renumbered(shapes: dict[str, Any], stack: DecoderLayers, kept: list[int]) -
 def _check_config_builds(stack: DecoderLayers) -> None:
     """Checks that a model built from the updated config has the kept layers, so that a reload gives the same model."""
     config: Any = stack.model.config
-    with torch.device("meta"):
+    with building_errors(stack.model), torch.device("meta"):
         # By way of a dictionary, as in a reload, so that derived values of the config are computed again.
         built: Any = type(stack.model)(type(config).from_dict(copy.deepcopy(config.to_dict())))
         rebuilt = find_decoder_layers(built, stack.layers_path)
+    if len(rebuilt) != len(stack):
+        raise ValueError(
+            f"layers: expected a config of {type(stack.model).__name__} that counts the layers of {stack.layers_path}, "
+            f"got one that would build {len(rebuilt)} instead of {len(stack)}; use skip"
+        )
+    _check_outside(stack, rebuilt)
     for index, (mine, other) in enumerate(zip(stack, rebuilt, strict=True)):
         difference = first_difference(dict(walk(mine, "layer")), dict(walk(other, "layer")))
         if difference:
@@ -217,6 +175,19 @@ def _check_config_builds(stack: DecoderLayers) -> None:
                 f"layers: expected kept layers that the config of {type(stack.model).__name__} can describe, got ones "
                 f"of which it would build layer {index} differently ({difference}); remove whole periods of the "
                 "pattern of layers, or use skip"
+            )
+
+
+def _check_outside(stack: DecoderLayers, rebuilt: DecoderLayers) -> None:
+    """Checks the weights outside of the layers: some models keep a table for all layers there."""
+    inside = f"{stack.layers_path}."
+    shapes = {name: tuple(p.shape) for name, p in rebuilt.model.named_parameters() if not name.startswith(inside)}
+    for name, parameter in stack.model.named_parameters():
+        # Adapters and packed weights have other names or types than the weights of the built model.
+        if name in shapes and parameter.is_floating_point() and tuple(parameter.shape) != shapes[name]:
+            raise ValueError(
+                f"layers: expected weights outside of the layers that do not depend on their number, got {name} of "
+                f"shape {tuple(parameter.shape)}, which would be {shapes[name]} for the kept layers"
             )
 
 

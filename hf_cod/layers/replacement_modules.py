@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 INSTALL = "pip install hf_cod, then import hf_cod before from_pretrained"
 # Written next to the weights and never read. Without this package AutoConfig rejects the checkpoint
@@ -54,6 +55,27 @@ def names_in(model: Any, recorded: Iterable[str]) -> dict[str, str]:
         elif not (of_another and with_head and not name.startswith(prefix)):
             raise ValueError(f"modules: expected modules of {mine}, got {name!r}")
     return found
+
+
+def keep_names(model: Any, modules: Iterable[str]) -> None:
+    """Lets `save_pretrained` write the model's own names of tensors, if it would write others for these modules.
+
+    For some families transformers writes the names of their first checkpoints, and joins matrices that the model holds
+    apart (`core_model_loading`). These rules are for dense weights: with tensors of other formats they fail, or
+    give files that only Auto classes can read. `from_pretrained` reads own names, too. Transformers' `dequantize`
+    restores the rules.
+    """
+    tensors = {
+        f"{name}.{key}": torch.empty_like(tensor, device="meta")
+        for name in modules
+        for key, tensor in model.get_submodule(name).state_dict().items()
+    }
+    try:
+        unchanged = revert_weight_conversion(model, tensors).keys() == tensors.keys()
+    except Exception:  # whatever a rule raises on tensors that are not those of a Linear
+        unchanged = False
+    if not unchanged:
+        model._weight_conversions = []
 
 
 def signs(*emptied: str) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ class DecoderLayers(Sequence):
         """Name -> module of each bank of experts of layer `index`: modules that hold their weights as 3-D parameters
         (experts x rows x columns), as transformers' mixtures of experts do. Experts that are Linears are in `linears`.
         """
-        return {name: m for name, m in self._modules_of(index) if _holds_experts(m)}
+        return {name: m for name, m in self._modules_of(index) if holds_experts(m)}
 
     def input_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape of a tensor with one number per input channel: (in,) for each Linear-like module, (experts, in)
@@ -214,7 +214,8 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm")
 
 
-def _holds_experts(module: nn.Module) -> bool:
+def holds_experts(module: nn.Module) -> bool:
+    """Whether `module` is a bank of experts, which holds its weights as 3-D parameters."""
     # The kernel of a one-dimensional convolution also has three dimensions.
     return not isinstance(module, _ConvNd) and any(True for _ in _expert_parameters(module))
 

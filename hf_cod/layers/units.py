@@ -1,67 +1,68 @@
 """Heads and channels that can be removed from a layer independently of its other parts.
 
-Like `stack.py`, this file depends on the internals of models: the tables list the supported structures. A structure
-that fits none exactly (norms over all heads, a number per head, experts, latent attention) is not narrowed, and the
-reason is reported.
+No table of names says which matrices belong together: `unit_discovery.py` measures on a copy of the layer with random
+weights which rows of which matrices act on which columns of a later one, and `unit_checks.py` compares the copy with
+fewer units to the copy with zeroed ones. What depends on single heads in another way (positions by head, norms with a
+mean over all heads, a number that a module computes with) fails this comparison, is excluded, and the reason is
+reported.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from hf_cod.layers.orientation import is_plain, shape_of
-from hf_cod.layers.stack import DecoderLayers, is_norm, walk
+import torch
+from torch import Tensor, nn
+
+from hf_cod.functional.channels import rows_of
+from hf_cod.layers.orientation import set_shape, turned
+from hf_cod.layers.stack import is_norm
+from hf_cod.models.shapes import set_number
 
 HEADS, CHANNELS = KINDS = ("heads", "channels")
-# (attention module, its matrices that read the hidden state, the one that writes to it) inside a layer.
-_ATTENTIONS = (
-    ("self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.o_proj"),
-    ("self_attn", ("q_proj", "k_proj", "v_proj"), "self_attn.out_proj"),
-    ("attention", ("q_proj", "k_proj", "v_proj"), "attention.o_proj"),
-    ("attention.self", ("query", "key", "value"), "attention.output.dense"),
-    ("attn", ("c_attn",), "attn.c_proj"),
-)
-# (the matrices that read the hidden state, the one that writes to it) inside a layer.
-_MLPS = (
-    (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-    (("mlp.gate_up_proj",), "mlp.down_proj"),
-    (("mlp.c_fc",), "mlp.c_proj"),
-    (("mlp.fc1",), "mlp.fc2"),
-    (("fc1",), "fc2"),
-    (("intermediate.dense",), "output.dense"),
-)
-# Fused matrices and their number of parts, stacked along the rows.
-_FUSED = {"c_attn": 3, "gate_up_proj": 2}
-_HEAD_SIZES = ("head_dim", "attention_head_size")
-# Attributes proportional to the number of heads of an attention, or of channels of an MLP.
-_NUMBERS = {
-    HEADS: ("num_heads", "num_attention_heads", "num_key_value_heads", "all_head_size", "split_size"),
-    CHANNELS: ("intermediate_size",),
-}
+Changes = dict[str, dict[str, int]]
+"""Module's name -> its changed sizes, as in `models/shapes.py`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Units:
     """The heads or channels of one layer, each of which can be removed separately.
 
     Attributes:
         kind: "heads" or "channels".
-        count: number of units; for heads, of key and value heads, each with all query heads that read it.
+        count: number of units; for heads, of the smallest groups that share no key and value head, unless all do.
         heads: number of query heads in one unit; 1 for channels.
-        readers: name -> number of fused parts of each matrix whose rows, in each part, are those of unit 0, unit 1, ...
-        writer: name of the matrix whose columns are those of unit 0, unit 1, ...
-        numbers: module's name -> name of its attribute -> contribution of one unit to it.
+        readers: name of each matrix with rows of units -> (out,) the unit of each row; -1 for rows that all units
+            share.
+        writer: name of the matrix whose columns are those of the units.
+        columns: (in,) the unit of each column of the writer.
+        vectors: name of each other parameter with one number for each row, such as a norm over all heads -> (size,)
+            the unit of each number, or -1.
+        numbers: module's name -> name of its attribute, or "config.NAME" for a number that it reads from its config ->
+            contribution of one unit to it.
         weights: number of weights of one unit in the matrices.
     """
 
     kind: str
     count: int
     heads: int
-    readers: dict[str, int]
+    readers: dict[str, Tensor]
     writer: str
+    columns: Tensor
+    vectors: dict[str, Tensor]
     numbers: dict[str, dict[str, int]]
     weights: int
+
+    def inside(self, prefix: str) -> Units:
+        """The same units with names that begin with `prefix`."""
+        return replace(
+            self,
+            readers={prefix + name: owners for name, owners in self.readers.items()},
+            writer=prefix + self.writer,
+            vectors={prefix + name: owners for name, owners in self.vectors.items()},
+            numbers={(prefix + name).rstrip("."): each for name, each in self.numbers.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -80,93 +81,94 @@ class LayerUnits:
         return next((units for units in self.found if units.kind == kind), None)
 
 
-def find_units(stack: DecoderLayers, index: int) -> LayerUnits:
-    """The heads and channels of a layer that can be removed."""
-    layer = _Layer(stack, index)
-    units = LayerUnits()
-    for find, what in ((_heads, "attention"), (_channels, "MLP")):
-        found = find(layer)
-        if isinstance(found, Units):
-            units.found.append(found)
-        else:
-            units.whole.append(f"{what} is not narrowed: {found}")
-    return units
+def tensors_of_units(root: nn.Module, units: Units) -> dict[str, Tensor]:
+    """Name -> weight, bias or vector of which a part belongs to units."""
+    modules = {name: root.get_submodule(name) for name in (*units.readers, units.writer)}
+    found = {f"{n}.{key}": p.detach() for n, m in modules.items() for key, p in m.named_parameters(recurse=False)}
+    return found | {name: root.get_parameter(name).detach() for name in units.vectors}
 
 
-class _Layer:
-    """The modules of a layer, by names inside it."""
+def kept_rows(root: nn.Module, units: Units, kept: Tensor) -> dict[str, Tensor]:
+    """The rows of kept units: name -> weight, bias or vector with their rows, and with those that all units share.
 
-    def __init__(self, stack: DecoderLayers, index: int) -> None:
-        self.prefix = f"{stack.layers_path}.{index}."
-        self.modules = dict(walk(stack[index], self.prefix[:-1]))
-        self.has_experts = bool(stack.experts(index))
+    Norms over all heads are scaled: n numbers of which some are 0 have a mean square that is lower by n' / n than that
+    of the n' others, so that fewer heads equal zeroed ones only with weights multiplied by sqrt(n / n').
 
-    def plain(self, *names: str) -> bool:
-        """Whether all of these are Linears or Conv1D."""
-        return all(is_plain(self.modules.get(self.prefix + name)) for name in names)
-
-    def shape(self, name: str) -> tuple[int, int]:
-        """(out, in) of a matrix."""
-        return shape_of(self.modules[self.prefix + name])
-
-    def number(self, module: str, *names: str) -> int | None:
-        """The first of these integer attributes that a module has."""
-        values = vars(self.modules[self.prefix + module]) if self.prefix + module in self.modules else {}
-        return next((values[name] for name in names if type(values.get(name)) is int), None)
-
-    def units(self, kind: str, count: int, heads: int, module: str, readers: tuple[str, ...], writer: str) -> Units:
-        own = {name: self.number(module, name) for name in _NUMBERS[kind]}
-        numbers = {name: value // count for name, value in own.items() if value and value % count == 0}
-        weights = sum(math.prod(self.shape(name)) for name in (*readers, writer)) // count
-        named = {self.prefix + name: _parts(name) for name in readers}
-        place = {self.prefix + module: numbers} if numbers else {}
-        return Units(kind, count, heads, named, self.prefix + writer, place, weights)
-
-    def others(self, module: str, matrices: tuple[str, ...], head_dim: int | None = None) -> list[str]:
-        """Parameters of a module other than those of its matrices and of norms over single heads."""
-        known = [self.prefix + name for name in matrices]
-        inside = self.prefix + module
-        found = []
-        for name, m in self.modules.items():
-            if (name == inside or name.startswith(inside + ".")) and name not in known:
-                own = list(m.named_parameters(recurse=False))
-                if own and not (is_norm(m) and head_dim and all(p.numel() == head_dim for _, p in own)):
-                    found += [f"{name.removeprefix(self.prefix)}.{key}" for key, _ in own]
-        return found
+    Args:
+        root: the module in which the units' names are valid.
+        units: of the intact layer.
+        kept: (kept,) indices of units.
+    """
+    found: dict[str, Tensor] = {}
+    for name, owners in units.readers.items():
+        module: Any = root.get_submodule(name)
+        W = turned(module, module.weight.detach())
+        rows = rows_of(kept.cpu(), owners).to(W.device)
+        found[f"{name}.weight"] = turned(module, W[rows])
+        if module.bias is not None:
+            found[f"{name}.bias"] = module.bias.detach()[rows]
+    for name, owners in units.vectors.items():
+        values = root.get_parameter(name).detach()
+        rows = rows_of(kept.cpu(), owners).to(values.device)
+        module = root.get_submodule(name.rpartition(".")[0])
+        scale = (len(owners) / len(rows)) ** 0.5 if is_norm(module) and name.endswith(".weight") else 1
+        found[name] = values[rows] * scale
+    return found
 
 
-def _heads(layer: _Layer) -> Units | str:
-    for module, own, writer in _ATTENTIONS:
-        readers = tuple(f"{module}.{name}" for name in own)
-        if not layer.plain(*readers, writer):
-            continue
-        size = layer.number(module, *_HEAD_SIZES)
-        rows, (_, width) = [layer.shape(name)[0] for name in readers], layer.shape(writer)
-        others = layer.others(module, (*readers, writer), size)
-        if others:
-            return f"{others[0]} applies to all heads"
-        keys = width if len(rows) == 1 else rows[1]
-        fits = rows == ([3 * width] if len(rows) == 1 else [width, keys, keys])
-        if not size or not fits or keys % size or width % keys:
-            return f"{rows} rows and {width} columns do not fit heads of size {size}"
-        return layer.units(HEADS, keys // size, width // keys, module, readers, writer)
-    return "unknown names of its query, key, value and output matrices"
+def set_units(root: nn.Module, units: Units, kept: int, tensors: dict[str, Tensor]) -> Changes:
+    """Sets the tensors of an intact layer to those of `kept` units; a tensor that is not given is kept.
+
+    Args:
+        root: the module in which the units' names are valid.
+        units: of the intact layer.
+        kept: number of units.
+        tensors: name -> weight, bias or vector with the rows and columns of these units.
+
+    Returns:
+        The changed sizes.
+    """
+    changes: Changes = {}
+    for name in (*units.readers, units.writer):
+        module: Any = root.get_submodule(name)
+        had_bias = module.bias is not None
+        like = module.weight
+        for key in ("weight", "bias"):
+            if f"{name}.{key}" in tensors:
+                _set_parameter(module, key, tensors[f"{name}.{key}"], like)
+        rows, columns = turned(module, module.weight).shape
+        set_shape(module, rows, columns)
+        changes[name] = {"in_features": columns} if name == units.writer else {"out_features": rows}
+        if module.bias is not None and not had_bias:
+            changes[name]["bias"] = 1
+    for name in units.vectors:
+        module_name, _, key = name.rpartition(".")
+        module = root.get_submodule(module_name)
+        _set_parameter(module, key, tensors[name], getattr(module, key))
+        if isinstance(getattr(module, "normalized_shape", None), tuple):
+            module.normalized_shape = tuple(getattr(module, key).shape)
+        changes.setdefault(module_name, {})[key] = len(tensors[name])
+    for name, numbers in units.numbers.items():
+        module = root.get_submodule(name)
+        changes.setdefault(name, {}).update({key: each * kept for key, each in numbers.items()})
+        for key, each in numbers.items():
+            set_number(module, key, each * kept)
+    return changes
 
 
-def _channels(layer: _Layer) -> Units | str:
-    for readers, writer in _MLPS:
-        if not layer.plain(*readers, writer):
-            continue
-        rows, (_, width) = [layer.shape(name)[0] for name in readers], layer.shape(writer)
-        module = writer.rpartition(".")[0]
-        others = layer.others(module, (*readers, writer)) if module == "mlp" else []
-        if others:
-            return f"{others[0]} applies to all channels"
-        if rows != [_parts(name) * width for name in readers]:
-            return f"{rows} rows do not fit {width} columns"
-        return layer.units(CHANNELS, width, 1, module, readers, writer)
-    return "experts are not supported" if layer.has_experts else "unknown names of its matrices"
+def changes_of(units: Units, kept: int) -> Changes:
+    """The sizes that `set_units` would change, without biases that are added."""
+    chosen = torch.arange(kept)
+    changes: Changes = {name: {"out_features": len(rows_of(chosen, own))} for name, own in units.readers.items()}
+    changes[units.writer] = {"in_features": len(rows_of(chosen, units.columns))}
+    for name, owners in units.vectors.items():
+        module, _, key = name.rpartition(".")
+        changes.setdefault(module, {})[key] = len(rows_of(chosen, owners))
+    for name, numbers in units.numbers.items():
+        changes.setdefault(name, {}).update({key: each * kept for key, each in numbers.items()})
+    return changes
 
 
-def _parts(name: str) -> int:
-    return _FUSED.get(name.rpartition(".")[2], 1)
+def _set_parameter(module: Any, key: str, values: Tensor, like: Tensor) -> None:
+    values = values.to(device=like.device, dtype=like.dtype).contiguous()
+    setattr(module, key, nn.Parameter(values, requires_grad=like.requires_grad))

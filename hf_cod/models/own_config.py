@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .shapes import view_of
+
 
 def own_config(model: nn.Module) -> None:
     """Replaces the configs of a model, wrapped or not, by copies, before a config is changed.
@@ -26,4 +28,9 @@ def own_config(model: nn.Module) -> None:
     storage = [getattr(config, "quantization_config", None) for *_, config in held]
     copies: dict[int, Any] = {id(settings): settings for settings in storage}
     for attributes, name, config in held:
-        attributes[name] = copy.deepcopy(config, copies)
+        kind: Any = type(config)
+        numbers = getattr(kind, "own_numbers", None)
+        if numbers is None:
+            attributes[name] = copy.deepcopy(config, copies)
+        else:
+            attributes[name] = view_of(copy.deepcopy(kind.viewed, copies), numbers)

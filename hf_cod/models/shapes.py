@@ -7,6 +7,8 @@ to the base model, so that it is valid with every head) -> its differences from 
      "layers.3.mlp.gate_proj": {"rank": 64, "sparse": 1},       # W = expand reduce + sparse
      "layers.3.self_attn.q_proj": {"out_features": 256},        # fewer heads ...
      "layers.3.self_attn": {"num_key_value_groups": 1},         # ... and a number that the attention computes with
+     "layers.3.self_attn": {"config.num_attention_heads": 4},   # ... or that it reads from the config each time
+     "layers.3.self_attn.q_norm": {"weight": 256},              # ... or a vector with a number for each of their rows
      "layers.3.mlp.down_proj": {"in_features": 96, "bias": 1}}  # a bias where the family has none
 
 Modules are built in the constructor and not by a quantizer of transformers, which could replace modules, too, because
@@ -22,12 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Numbers with which a module computes and which may be less than by the config: of heads and of channels. Others, such
-# as an index of a layer, would change what the model computes without any weight of another shape.
-NUMBERS = (
-    *("num_heads", "num_attention_heads", "num_key_value_heads", "num_key_value_groups", "all_head_size"),
-    *("split_size", "intermediate_size"),
-)
+# Attributes in which modules keep the index of their layer. It never changes without the layer's place.
+LAYER_INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number", "layer_num")
 SIZES = ("in_features", "out_features", "rank")
 # Value 1: the module has the part.
 BIAS, SPARSE = FLAGS = ("bias", "sparse")
@@ -102,6 +100,13 @@ class ShapedModel:
         """Builds the modules; called at the end of every constructor, before weights are initialised or loaded."""
         build_shapes(self.base_model, self.config.module_shapes)
         super().post_init()  # type: ignore[misc]  # a class of transformers follows in the MRO
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, because the weights are initialised by the family's own code. For other code, transformers does not
+        initialise modules without parameters, through which Falcon-H1 sets buffers of its layers.
+        """
+        return False
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves as transformers does, after a check that the config records the model's ranks.
@@ -205,11 +210,57 @@ def _check_size(own: dict[str, int], sizes: dict[str, int], name: str) -> None:
             raise ValueError(f"module_shapes: expected 1 for {key} of {name}, got {sizes[key]}")
 
 
-def _set_numbers(module: nn.Module, changes: dict[str, int], name: str) -> None:
+def number_of(module: Any, key: str) -> Any:
+    """The number of that name of a module, or of its config for "config.NAME"."""
+    owner, _, name = key.rpartition(".")
+    return getattr(getattr(module, owner, None) if owner else module, name, None)
+
+
+def set_number(module: Any, key: str, value: int) -> None:
+    """Sets a number of a module; for "config.NAME" the module's own view of its config, in which all else is shared.
+
+    A view has the class and the attributes of the config, also those that are set later, such as the implementation of
+    attention.
+    """
+    owner, _, name = key.rpartition(".")
+    if not owner:
+        setattr(module, name, value)
+        return
+    config = module.config
+    numbers = {**getattr(type(config), "own_numbers", {}), name: value}
+    module.config = view_of(config, numbers)
+
+
+def view_of(config: Any, numbers: dict[str, int]) -> Any:
+    """A view of a config, or of that behind a view, with other numbers."""
+    original = getattr(type(config), "viewed", None) or config
+    contents: dict[str, Any] = {name: _constant(value) for name, value in numbers.items()}
+    contents |= {"own_numbers": numbers, "viewed": original, "__module__": type(original).__module__}
+    made: Any = object.__new__(type(type(original).__name__, (type(original),), contents))
+    object.__setattr__(made, "__dict__", vars(original))
+    return made
+
+
+def _set_numbers(module: Any, changes: dict[str, int], name: str) -> None:
     for key, value in changes.items():
-        own = getattr(module, key, None)
-        if key not in NUMBERS or type(own) is not int:
+        vector = module._parameters.get(key)
+        if vector is not None and vector.dim() == 1 and value <= len(vector):
+            if value == len(vector):
+                continue
+            setattr(module, key, nn.Parameter(vector.new_empty(value), requires_grad=vector.requires_grad))
+            if isinstance(getattr(module, "normalized_shape", None), tuple):
+                module.normalized_shape = (value,)
+            continue
+        own = number_of(module, key)
+        if type(own) is not int or key in LAYER_INDEX_ATTRIBUTES or isinstance(module, nn.Embedding):
             raise ValueError(f"module_shapes: expected numbers that {type(module).__name__} {name} has, got {key!r}")
         if value > own:
             raise ValueError(f"module_shapes: expected {key} of {name} up to {own}, got {value}")
-        setattr(module, key, value)
+        set_number(module, key, value)
+
+
+def _constant(value: int) -> property:
+    def read(self: Any) -> int:
+        return value
+
+    return property(read)

@@ -2,15 +2,19 @@
 
 # Classes are hashable, although mypy infers otherwise from their instances' __hash__.
 # mypy: disable-error-code="arg-type"
+import copy
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from .configuration_shaped import MODEL_TYPE, shaped_config
 from .modeling_shaped import shaped_model, stock_heads
 from .own_config import own_config
-from .shapes import ShapedModel, build_shapes
+from .shapes import ShapedModel, build_shapes, number_of, recorded_sizes
 
 
 def check_shapeable(model: Any) -> None:
@@ -44,19 +48,62 @@ def record_shapes(model: Any, changes: dict[str, dict[str, int]]) -> None:
         ValueError: a module outside the base model (a head), or a shape that the module cannot have.
     """
     check_shapeable(model)
+    shapes = _inside_base(model, changes)
+    build_shapes(model.base_model, shapes)
+    own_config(model)
+    base, was_shaped = type(model), isinstance(model, ShapedModel)
+    _shape_config(model.config, shapes, was_shaped)
+    if not was_shaped:
+        model.__class__ = shaped_model(base, type(model.config))
+        model._weight_conversions = None  # files then use the model's names of weights
+
+
+def lost_in_reload(model: Any, changes: dict[str, dict[str, int]]) -> dict[str, str]:
+    """Modules that would not have these sizes if the model was loaded again, because the model replaces them.
+
+    A model is built without memory for weights; nothing is changed.
+
+    Args:
+        model: see `check_shapeable`.
+        changes: see `record_shapes`.
+
+    Returns:
+        Name of a module -> a sentence that says which of its sizes would be lost.
+    """
+    shapes = _inside_base(model, changes)
+    config = copy.deepcopy(model.config)
+    was_shaped = isinstance(model, ShapedModel)
+    _shape_config(config, shapes, was_shaped)
+    with torch.device("meta"):
+        built: Any = (type(model) if was_shaped else shaped_model(type(model), type(config)))(config)
+    lost: dict[str, str] = {}
+    for name, short, sizes in zip(changes, shapes, changes.values(), strict=True):
+        module = built.base_model.get_submodule(short)
+        if isinstance(module, nn.Linear | Conv1D):
+            has: dict[str, Any] = recorded_sizes(module)
+        else:
+            values = {key: number_of(module, key) for key in sizes}
+            has = {key: len(value) if isinstance(value, Tensor) else value for key, value in values.items()}
+            if type(module) is not type(model.base_model.get_submodule(short)):
+                has = {}  # the forward has replaced this module, and would do so again
+        wrong = [key for key, value in sizes.items() if has.get(key) != value]
+        if wrong:
+            lost[name] = f"a reloaded model would lose {wrong[0]} of its {short}, because it replaces the module"
+    return lost
+
+
+def _inside_base(model: Any, changes: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     outside = [name for name in changes if not name.startswith(prefix)]
     if outside:
         raise ValueError(f"module_shapes: expected modules inside {prefix.rstrip('.')}, got {outside[0]!r}")
-    shapes = {name.removeprefix(prefix): sizes for name, sizes in changes.items()}
-    build_shapes(model.base_model, shapes)
-    own_config(model)
-    config, base, family = model.config, type(model), type(model.config)
-    if not isinstance(model, ShapedModel):
+    return {name.removeprefix(prefix): sizes for name, sizes in changes.items()}
+
+
+def _shape_config(config: Any, shapes: dict[str, dict[str, int]], is_shaped: bool) -> None:
+    if not is_shaped:
         config.base_model_type = config.model_type
-        config.__class__ = shaped_config(family)
+        config.__class__ = shaped_config(type(config))
         config.model_type = MODEL_TYPE  # on the instance, because a config from a file has the attribute, too
-        model.__class__ = shaped_model(base, type(config))
-        model._weight_conversions = None  # files then use the model's names of weights
     known = getattr(config, "module_shapes", None) or {}
     config.module_shapes = {**known, **{name: {**known.get(name, {}), **sizes} for name, sizes in shapes.items()}}

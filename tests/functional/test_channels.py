@@ -22,16 +22,31 @@ def owned(unit, count, size, parts):
     return [part * block + unit * each + i for part in range(parts) for i in range(each)]
 
 
+def owners(count, size, parts=1):
+    """The unit of each row."""
+    found = torch.full((size,), -1)
+    for unit in range(count):
+        found[owned(unit, count, size, parts)] = unit
+    return found
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3])
-def test_a_unit_owns_its_rows_in_every_part(parts):
+def test_rows_that_remain_are_those_of_kept_units_in_every_part(parts):
     kept = torch.tensor([0, 2])
     expected = sorted(row for unit in (0, 2) for row in owned(unit, 4, 24, parts))
-    assert channels.rows_of(kept, 4, 24, parts).tolist() == expected
+    assert channels.rows_of(kept, owners(4, 24, parts)).tolist() == expected
+
+
+def test_shared_rows_always_remain_and_count_for_no_unit():
+    units = torch.tensor([0, 1, -1, 1, -1])
+    assert channels.rows_of(torch.tensor([0]), units).tolist() == [0, 2, 4]
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    assert channels.per_unit([(values, units), (values, units)], 3).tolist() == [2, 20, 0]
 
 
 def test_magnitude():
     reader, fused, W = normal(12, 5), normal(24, 5, seed=1), normal(7, 8, seed=2)
-    found = channels.magnitude([(reader, 1), (fused, 3)], W, 4)
+    found = channels.magnitude([(reader, owners(4, 12)), (fused, owners(4, 24, 3))], W, owners(4, 8), 4)
     for unit in range(4):
         weights = [reader[owned(unit, 4, 12, 1)], fused[owned(unit, 4, 24, 3)], W[:, owned(unit, 4, 8, 1)]]
         assert float(found[unit]) == pytest.approx(torch.cat([w.flatten() for w in weights]).norm().item())
@@ -39,7 +54,7 @@ def test_magnitude():
 
 def test_fluctuation_is_the_variance_of_inputs_times_squared_norms():
     X, W = 3 + normal(50, 8), normal(7, 8, seed=1)
-    found = channels.fluctuation(W, moments(X), 4)
+    found = channels.fluctuation(W, moments(X), owners(4, 8), 4)
     for unit in range(4):
         columns = owned(unit, 4, 8, 1)
         expected = sum(float(X[:, j].var(unbiased=False) * W[:, j].norm() ** 2) for j in columns)

@@ -5,13 +5,57 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_cod.layers.orientation import is_linear, is_plain, is_transposed, new_matrix, set_shape, shape_of, turned
+from hf_cod.layers.orientation import (
+    computes_otherwise,
+    is_linear,
+    is_plain,
+    is_transposed,
+    new_matrix,
+    set_shape,
+    shape_of,
+    turned,
+)
 
 OUT, IN = 3, 5
 
 
-class Subclass(nn.Linear):
-    pass
+class Alike(nn.Linear):
+    """As Falcon's."""
+
+    def forward(self, input):
+        product = input @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+class Router(nn.Linear):
+    """As Llama 4's: more than the product."""
+
+    def forward(self, input):
+        product = super().forward(input)
+        return product.sigmoid(), product
+
+
+class Scaled(nn.Linear):
+    factor = 1.5
+
+    def forward(self, input):
+        return super().forward(input) * self.factor
+
+
+class Grouped(nn.Linear):
+    """As DeepSeek-V4's: each half of the rows reads its own half of the inputs."""
+
+    def forward(self, input):
+        parts = self.weight.chunk(2)
+        return torch.cat([nn.functional.linear(x, W) for x, W in zip(input.chunk(2, -1), parts, strict=True)], -1)
+
+
+class Noisy(nn.Linear):
+    """With a further parameter, which a check cannot judge."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.noise = nn.Parameter(torch.zeros(()))
 
 
 class Bank(nn.Module):
@@ -34,8 +78,31 @@ def test_both_kinds_are_seen_as_out_and_in(module, stored):
     assert torch.equal(turned(module, W), module.weight), "the way back"
 
 
-def test_subclasses_and_others():
-    assert is_linear(Subclass(IN, OUT)) and not is_plain(Subclass(IN, OUT))
+@pytest.mark.parametrize("kind", [Alike, Router, Scaled, Grouped, Noisy])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_subclasses_are_judged_by_what_they_compute(kind, device, biased):
+    module = kind(IN, OUT).to(device)
+    module.bias = module.bias if biased else None
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    assert is_linear(module) and is_plain(module) == (kind is Alike)
+    assert computes_otherwise(module) == (kind in (Router, Scaled, Grouped))
+    if device == "cpu":
+        assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+    assert shape_of(module) == (OUT, IN)
+
+
+def test_a_factor_of_the_instance_counts():
+    module = Scaled(IN, OUT)
+    module.factor = 1.0
+    assert is_plain(module) and not computes_otherwise(module)
+
+
+def test_others():
+    assert not computes_otherwise(nn.Linear(IN, OUT)) and not computes_otherwise(Conv1D(OUT, IN))
+    quantized = nn.Linear(IN, OUT).to(torch.float8_e4m3fn)
+    quantized.__class__ = Alike
+    assert not is_plain(quantized) and not computes_otherwise(quantized)
     assert not is_linear(nn.Embedding(3, 3)) and not is_plain(None) and not is_transposed(nn.Embedding(3, 3))
 
 

@@ -10,6 +10,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from examples.tiny_architectures import build as build_type
 from hf_cod import WidthPlan, drop, find_decoder_layers, narrow, skip
 from hf_cod.layers.removal import check_drop
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM
@@ -252,3 +253,50 @@ def test_each_tower_keeps_its_record_of_shapes(tmp_path):
     model.save_pretrained(tmp_path)
     state = type(model).from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["bart", "marian", "prophetnet", "gpt_neo"])
+def test_drop_where_the_config_counts_or_describes_layers_in_a_second_field(kind, tmp_path):
+    sizes = {
+        "bart": {"d_model": 32, "encoder_layers": 4, "decoder_layers": 4, "decoder_attention_heads": 4},
+        "marian": {"d_model": 32, "encoder_layers": 4, "decoder_layers": 4, "decoder_attention_heads": 4},
+        "prophetnet": {"hidden_size": 32, "num_encoder_layers": 4, "num_decoder_layers": 4},
+        "gpt_neo": {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]},
+    }[kind]
+    if kind == "prophetnet":
+        sizes |= {"num_decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    ids = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **ids)).eval()
+    batch = {"input_ids": torch.arange(3, 11)[None]}
+    with skip(model, [1]):
+        expected = output(model, batch)
+    assert drop(model, [1]) == [0, 2, 3]
+    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(output(loaded, batch), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_drop_renumbers_overrides_by_layer(tmp_path):
+    model = build_type("gemma4_unified_text")
+    batch = {"input_ids": torch.arange(3, 11)[None]}
+    with skip(model, [1]):
+        expected = output(model, batch)
+    assert drop(model, [1]) == [0, 2, 3]
+    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(output(loaded, batch), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("gemma3n_text", "weights outside of the layers"), ("dory", "StrictDataclassClassValidationError")],
+)
+def test_drop_refuses_in_one_line_what_a_config_cannot_say(kind, reason):
+    model = build_type(kind)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=reason) as caught:
+        drop(model, [1])
+    assert "\n" not in str(caught.value)
+    assert snapshot(model) == before

@@ -130,16 +130,20 @@ def _check_weights(model: Any, method: str) -> None:
     """Checks that the method can train the weights as they are stored; warns about zeros that training fills.
 
     Raises:
-        ValueError: the weights are quantized or packed, and the method has no adapters.
+        ValueError: the weights are quantized or packed, and the method has no adapters; or the model changes its
+            weights by itself.
     """
     from hf_cod.layers.checks import pruned_matrices
+    from hf_cod.layers.direct_use import check_unwritten
     from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.training.runs.methods import METHODS
 
     if getattr(model, "is_quantized", False) and not METHODS[method].adapters:
         beside = ", ".join(name for name, known in METHODS.items() if known.adapters)
         raise ValueError(f"method: expected one with adapters ({beside}) for quantized or packed weights, got {method}")
-    pruned = pruned_matrices(find_decoder_layers(model))
+    stack = find_decoder_layers(model)
+    check_unwritten(stack.model)
+    pruned = pruned_matrices(stack)
     if pruned:
         logger.warning(
             "%d matrices have zeros, which this training fills; hf-cod heal and hf-cod prune --recover-steps keep them",

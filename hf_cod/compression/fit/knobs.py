@@ -28,7 +28,7 @@ from hf_cod.layers.checks import check_writable
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.removal import check_drop
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
-from hf_cod.layers.units import find_units
+from hf_cod.layers.unit_discovery import find_all_units
 from hf_cod.models.shaping import check_shapeable
 from hf_cod.scoring.allocation import allocate
 from hf_cod.scoring.methods import score_layers
@@ -191,7 +191,7 @@ def _check_rank(stack: DecoderLayers) -> None:
 
 def _check_width(stack: DecoderLayers) -> None:
     _check_rank(stack)
-    units = [find_units(stack, index) for index in range(len(stack))]
+    units = find_all_units(stack)
     if not any(layer.found for layer in units):
         raise ValueError(f"model: expected heads or channels of a known structure, got none; {units[0].whole[0]}")
 

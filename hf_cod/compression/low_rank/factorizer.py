@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -10,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
-from hf_cod.compression.low_rank.rank_plan import RankPlan, check_ranks, factorizable, plan_of_allocation
+from hf_cod.compression.low_rank.rank_plan import (
+    RankPlan,
+    check_ranks,
+    factorizable,
+    not_factorizable,
+    plan_of_allocation,
+)
 from hf_cod.compression.low_rank.settings import FactorizeFields, FactorizeSettings
 from hf_cod.functional import factorization, sparse_low_rank
 from hf_cod.functional.ranks import count
@@ -22,6 +29,7 @@ from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.devices import environment_of
+from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import for_one_thread
@@ -105,8 +113,9 @@ def factorize(
     Raises:
         ValueError: an unknown method, a plan for another model or out of range (says the least possible), missing
             batches, weights that cannot be replaced (adapters, quantized, offloaded, shared, already factorized), a
-            model class of neither transformers nor hf_cod; in these cases the model is left unchanged. NaN or infinity
-            in weights or activations (says where): see `model`.
+            model class of neither transformers nor hf_cod, a model that changes its weights in eval mode (RWKV); in
+            these cases the model is left unchanged. NaN or infinity in weights or activations (says where): see
+            `model`.
     """
     how = resolve(factorize, FactorizeSettings, settings, fields, method=method)
     method = how.method
@@ -119,9 +128,10 @@ def factorize(
     if batches:
         check_inputs(stack.model, batches)
     _check_model(stack)
+    use = check_unwritten(stack.model, batches)
     chosen = _plan(stack, plan, how.factor_share if method == "oats" else None)
     check_ranks(stack, chosen)
-    described = RankReporter(stack, name)
+    described = RankReporter(stack, name, use.notes)
     work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks, chosen.nonzeros)
     change = LayerChange(stack, chosen)
     finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
@@ -205,11 +215,14 @@ class RankReporter:
     Args:
         stack: the layers.
         name: the model's name, or None.
+        notes: for the report.
     """
 
-    def __init__(self, stack: DecoderLayers, name: str | None) -> None:
+    def __init__(self, stack: DecoderLayers, name: str | None, notes: Sequence[str] = ()) -> None:
         self.stack = stack
         self.name = name or name_of(stack)
+        left = {name: why for index in range(len(stack)) for name, why in not_factorizable(stack, index).items()}
+        self.notes = [*notes, *(f"{name} is not factorized: {reason}" for name, reason in left.items())]
         self.shapes = [factorizable(stack, index) for index in range(len(stack))]
         self.sizes = sizes_of(stack)
         self.parameters = count_parameters(stack.model)
@@ -245,9 +258,12 @@ class RankReporter:
                 *([_OF_ZEROS.format(sum(plan.nonzeros.values()))] if plan.nonzeros else []),
             ],
             notes=[
-                f"no token entered {matrix}: factorized with method plain"
-                for note in finished.notes.values()
-                for matrix in note["unseen"]
+                *self.notes,
+                *(
+                    f"no token entered {matrix}: factorized with method plain"
+                    for note in finished.notes.values()
+                    for matrix in note["unseen"]
+                ),
             ],
         )
 

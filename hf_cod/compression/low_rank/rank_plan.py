@@ -12,6 +12,7 @@ from hf_cod.io.deprecation import current_value
 from hf_cod.io.files import JsonFile
 from hf_cod.io.schema import limits
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
+from hf_cod.layers.direct_use import direct_use
 from hf_cod.layers.orientation import is_plain, shape_of
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.scoring.allocation import LayerAllocation
@@ -52,10 +53,23 @@ class RankPlan(JsonFile):
 
 def factorizable(stack: DecoderLayers, index: int) -> dict[str, Shape]:
     """Name -> (out, in) of each Linear and Conv1D of a layer whose factors can have fewer weights. Banks of experts are
-    excluded.
+    excluded, and so are the matrices of `not_factorizable`.
     """
-    shapes = {name: shape_of(m) for name, m in stack.linears(index).items() if is_plain(m)}
+    excluded = not_factorizable(stack, index)
+    shapes = {name: shape_of(m) for name, m in stack.linears(index).items() if name not in excluded}
     return {name: shape for name, shape in shapes.items() if most_rank(shape)}
+
+
+def not_factorizable(stack: DecoderLayers, index: int) -> dict[str, str]:
+    """Name -> the reason why a matrix of a layer cannot be replaced by factors, whatever its shape."""
+    direct = direct_use(stack.model).reasons
+    found: dict[str, str] = {}
+    for name, module in stack.linears(index).items():
+        if not is_plain(module):
+            found[name] = f"a {type(module).__name__}, which computes something else than a Linear"
+        elif name in direct:
+            found[name] = direct[name]
+    return found
 
 
 def least_weights(stack: DecoderLayers, index: int) -> int:

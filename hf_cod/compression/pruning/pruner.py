@@ -21,6 +21,7 @@ from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_sizes, check_writable, name_of
 from hf_cod.layers.devices import environment_of
+from hf_cod.layers.direct_use import DirectUse, check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import for_one_thread
@@ -90,7 +91,8 @@ def prune(
     Raises:
         ValueError: an unknown method, a plan out of range or for another model, a pattern that does not divide the
             rows, missing batches or statistics, weights that cannot be pruned in place (adapters, quantized,
-            offloaded, shared by two matrices), NaN or infinity in weights or activations (says where).
+            offloaded, shared by two matrices), NaN or infinity in weights or activations (says where), a model that
+            changes its weights in eval mode (RWKV).
     """
     method = resolve(prune, PruneSettings, settings, fields, method=method).method
     stack = find_decoder_layers(model, layers_path)
@@ -100,6 +102,7 @@ def prune(
         check_inputs(stack.model, batches)
     targets = _targets(plan, stack)
     check_writable(stack)
+    use = check_unwritten(stack.model, batches)
     for M in {target.pattern[1] for target in targets if target.pattern is not None}:
         check_pattern(stack, M)
     if statistics is not None:
@@ -117,7 +120,7 @@ def prune(
         told |= describe_batches(batches)
     else:
         change_each(stack, prune_one, finished, "pruning", show_progress, statistics)
-    return _report(stack, targets, finished, told, name)
+    return _report(stack, targets, finished, told, name, use)
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -191,7 +194,12 @@ def _finished(
 
 
 def _report(
-    stack: DecoderLayers, targets: list[Target], finished: FinishedLayers, settings: dict[str, Any], name: str | None
+    stack: DecoderLayers,
+    targets: list[Target],
+    finished: FinishedLayers,
+    settings: dict[str, Any],
+    name: str | None,
+    use: DirectUse,
 ) -> RunReport:
     layers, results = measure_sparsity(stack)
     return RunReport(
@@ -205,6 +213,10 @@ def _report(
             f"{results['sparsity']:.2%} of {sum(layers['parameters']):,} weights in the layers' matrices are zero."
         ],
         notes=[
-            f"no token entered {matrix}: pruned by magnitude" for layer in finished.notes.values() for matrix in layer
+            f"{matrix} is pruned by magnitude: {use.reasons[matrix]}"
+            if matrix in use.reasons
+            else f"no token entered {matrix}: pruned by magnitude"
+            for layer in finished.notes.values()
+            for matrix in layer
         ],
     )

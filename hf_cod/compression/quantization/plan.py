@@ -18,6 +18,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
+from hf_cod.layers.direct_use import direct_use
 from hf_cod.layers.orientation import is_plain, shape_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
@@ -60,10 +61,11 @@ def quantizable(
     layers: list[dict[str, tuple[int, int]]] = []
     left: dict[str, str] = {}
     owners = Counter(id(p) for _, p in stack.model.named_parameters(remove_duplicate=False))
+    direct = direct_use(stack.model).reasons
     for index in range(len(stack)):
         layers.append({})
         for name, module in stack.linears(index).items():
-            size, reason = shape_of(module), _reason(name, module, storage, skip, owners)
+            size, reason = shape_of(module), _reason(name, module, skip, owners) or direct.get(name)
             if reason:
                 left[name] = reason
             else:
@@ -257,13 +259,13 @@ def _check_scores(scores: LayerScores, stack: DecoderLayers) -> None:
             )
 
 
-def _reason(name: str, module: Any, storage: StorageSettings, skip: Sequence[str], owners: Counter[int]) -> str | None:
+def _reason(name: str, module: Any, skip: Sequence[str], owners: Counter[int]) -> str | None:
     """The reason why a matrix cannot be quantized, or None."""
     out, width = shape_of(module)
     if any(part in name for part in skip):
         return "skipped"
     if not is_plain(module):
-        return f"a {type(module).__name__}, not a Linear"
+        return f"a {type(module).__name__}, which computes something else than a Linear"
     if owners[id(module.weight)] > 1:
         return "it shares its weight with another module"
     if not out * width:

@@ -23,6 +23,7 @@ from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of
 from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import execution_device
+from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import for_one_thread
@@ -87,7 +88,7 @@ def quantize(
         ImportError: bitsandbytes is not installed.
         ValueError: bits out of range (says the least and the most), scores or statistics of another model, both
             statistics and batches, weights that cannot be replaced (adapters, quantized, offloaded, shared), NaN or
-            infinity in weights or activations (says where).
+            infinity in weights or activations (says where), a model that changes its weights in eval mode (RWKV).
     """
     import hf_cod.compression.quantization.bnb  # noqa: F401 - fails before any work if bitsandbytes is missing
 
@@ -106,6 +107,7 @@ def quantize(
     if batches is not None:
         check_inputs(stack.model, batches)
     check_writable(stack)
+    use = check_unwritten(stack.model, batches)
     plan = plan_by(stack, config)
     change = _LayerChange(stack, plan, config)
     sums = {} if statistics is None else statistics.digests()
@@ -120,7 +122,7 @@ def quantize(
         change_each(stack, change, finished, bar, show_progress)
     _mark(model, recorded(config, plan))
     told = {} if batches is None else describe_batches(batches)
-    return _report(stack, plan, config, finished, title, told)
+    return _report(stack, plan, config, finished, title, told, use.notes)
 
 
 class _LayerChange:
@@ -193,6 +195,7 @@ def _report(
     finished: FinishedLayers,
     title: str,
     batches: dict[str, int],
+    unchecked: list[str],
 ) -> RunReport:
     notes: list[Any] = [finished.notes[index] for index in range(len(stack))]
     layers = layer_table(stack, plan, config)
@@ -212,6 +215,7 @@ def _report(
         ],
         notes=[
             *what_is_lost(config, plan, calibrated=bool(batches)),
+            *unchecked,
             *(f"no token entered {name}: rounded to nearest" for note in notes for name in note["unseen"]),
             *(f"{name} is not quantized: {reason}" for name, reason in plan.left.items()),
         ],

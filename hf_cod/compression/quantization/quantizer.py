@@ -14,8 +14,9 @@ from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
 from hf_cod.compression.quantization.config import OwlBnbConfig
 from hf_cod.compression.quantization.plan import plan_by, recorded, what_is_lost
 from hf_cod.compression.quantization.rounding import new_module, round_matrix
+from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.orientation import is_linear, new_matrix
-from hf_cod.layers.replacement_modules import ignore_signs, names_in, signs
+from hf_cod.layers.replacement_modules import ignore_signs, keep_names, names_in, signs
 from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.models.stored_config import mark_stored, unmark_stored
@@ -49,9 +50,10 @@ class OwlBnbQuantizer(HfQuantizer):
         stack = find_decoder_layers(model)
         if config.statistics is not None:
             config.statistics.check(stack)
+        use = check_unwritten(stack.model)
         plan = plan_by(stack, config)
         self.statistics = config.statistics
-        for sentence in what_is_lost(config, plan, calibrated=False):
+        for sentence in (*what_is_lost(config, plan, calibrated=False), *use.notes):
             logger.warning("%s", sentence)
         self.quantization_config = recorded(config, plan)
         for name, reason in plan.left.items():
@@ -82,6 +84,7 @@ class OwlBnbQuantizer(HfQuantizer):
                 module.bind()
         self.statistics = None
         mark_stored(model)
+        keep_names(model, self.quantization_config.modules)
         model.is_loaded_in_4bit = True  # by which PEFT and accelerate recognize quantized layers
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from hf_cod.compression.sparse.linear import SparseLinear
-from hf_cod.layers.orientation import is_linear, is_transposed
+from hf_cod.layers.direct_use import check_unwritten
+from hf_cod.layers.orientation import is_linear, is_plain, is_transposed
 from hf_cod.layers.replacement_modules import replace
 from hf_cod.layers.stack import walk
+
+logger = logging.getLogger(__name__)
 
 
 def pack_linears(model: nn.Module, min_sparsity: float) -> dict[str, int]:
@@ -24,8 +28,12 @@ def pack_linears(model: nn.Module, min_sparsity: float) -> dict[str, int]:
     """
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("model: expected one without adapters, got some; merge or remove them first")
+    direct = check_unwritten(model).reasons
     chosen, most = [], (0.0, "no matrix")
     for name, linear in _own_linears(model):
+        if name in direct:
+            logger.warning("%s is not packed: %s", name, direct[name])
+            continue
         if linear.weight.device.type == "meta":
             raise ValueError(f"model: expected weights in memory, got offloaded ones ({name})")
         if not bool(torch.isfinite(linear.weight).all()):
@@ -57,6 +65,6 @@ def _own_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for name, module in modules:
-        # Subclasses of Linear are already quantized or packed.
-        if type(module) is nn.Linear and owners[id(module.weight)] == 1:
+        # Other subclasses of Linear are already quantized or packed.
+        if isinstance(module, nn.Linear) and is_plain(module) and owners[id(module.weight)] == 1:
             yield name, module

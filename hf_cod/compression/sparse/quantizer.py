@@ -18,7 +18,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
 from hf_cod.layers.modes import for_one_thread
-from hf_cod.layers.replacement_modules import ignore_signs, names_in, replace, signs
+from hf_cod.layers.replacement_modules import ignore_signs, keep_names, names_in, replace, signs
 from hf_cod.models.own_config import own_config
 from hf_cod.models.stored_config import mark_stored, unmark_stored
 
@@ -55,9 +55,10 @@ class SparseQuantizer(HfQuantizer):
         mark_stored(model)
         if not self.pre_quantized:
             self.quantization_config.modules = pack_linears(model, self.quantization_config.min_sparsity)
-            return
-        for name in self.quantization_config.modules:
-            model.get_submodule(name).check(name)
+        else:
+            for name in self.quantization_config.modules:
+                model.get_submodule(name).check(name)
+        keep_names(model, self.quantization_config.modules)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The model's tensors, and the marker that makes loading without this package fail with an instruction."""

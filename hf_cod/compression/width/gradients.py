@@ -41,12 +41,10 @@ def measure_taylor(
 
     def read(p: Tensor) -> None:
         if id(p) in owners:
-            own, parts, along_rows = owners[id(p)]
+            own, units_of, along_rows = owners[id(p)]
             assert p.grad is not None
             products = (p.detach().double() * p.grad.double()).sum(1 if along_rows else 0).cpu()
-            nothing = torch.zeros(own.count, dtype=torch.float64)
-            rows, columns = ([(products, parts)], nothing) if parts else ([], products)
-            sums[own.writer] += per_unit(rows, columns, own.count)
+            sums[own.writer] += per_unit([(products, units_of)], own.count)
 
     measured = 0
     for _ in gradient_norms(stack, batches, "taylor", show_progress, read):
@@ -57,11 +55,11 @@ def measure_taylor(
     return {writer: values / measured for writer, values in total.items()}
 
 
-def _owners(stack: DecoderLayers, units: Sequence[LayerUnits]) -> dict[int, tuple[Units, int, bool]]:
-    """id of a weight -> its units, its parts (0 for the writer), and whether units are rows of the stored weight."""
+def _owners(stack: DecoderLayers, units: Sequence[LayerUnits]) -> dict[int, tuple[Units, Tensor, bool]]:
+    """id of a weight -> its units, that of each row (column of the writer), whether these are rows as it is stored."""
     owners = {}
     for own in (own for layer in units for own in layer.found):
-        for name, parts in (*own.readers.items(), (own.writer, 0)):
+        for name, rows in (*own.readers.items(), (own.writer, own.columns)):
             module = stack.model.get_submodule(name)
-            owners[id(module.weight)] = own, parts, bool(parts) != is_transposed(module)
+            owners[id(module.weight)] = own, rows, (name != own.writer) != is_transposed(module)
     return owners

@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_cod.functional.channels import rows_of
-from hf_cod.layers.orientation import set_shape, turned
+from hf_cod.layers.orientation import turned
 from hf_cod.layers.stack import DecoderLayers
-from hf_cod.layers.units import Units
-
-Changes = dict[str, dict[str, int]]
-"""Module's name -> its changed sizes, as in `models/shapes.py`."""
+from hf_cod.layers.units import Changes, Units, kept_rows, set_units
 
 
 @torch.no_grad()
@@ -30,14 +26,7 @@ def cut(stack: DecoderLayers, units: Units, kept: Tensor, W: Tensor, bias: Tenso
     Raises:
         ValueError: NaN or infinity; the layer is left unchanged.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, parts in units.readers.items():
-        reader: Any = stack.model.get_submodule(name)
-        old = turned(reader, reader.weight.detach())
-        rows = rows_of(kept.to(old.device), units.count, len(old), parts)
-        tensors[f"{name}.weight"] = turned(reader, old[rows])
-        if reader.bias is not None:
-            tensors[f"{name}.bias"] = reader.bias.detach()[rows]
+    tensors = kept_rows(stack.model, units, kept)
     writer: Any = stack.model.get_submodule(units.writer)
     tensors[f"{units.writer}.weight"] = turned(writer, W)
     if bias is not None:
@@ -46,34 +35,4 @@ def cut(stack: DecoderLayers, units: Units, kept: Tensor, W: Tensor, bias: Tenso
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(f"weights: expected finite ones of fewer {units.kind}, got NaN or infinity in {broken[0]}")
-    return put_back(stack, units, len(kept), tensors)
-
-
-def tensors_of(stack: DecoderLayers, units: Units) -> dict[str, Tensor]:
-    """The weights and biases of the matrices."""
-    modules = {name: stack.model.get_submodule(name) for name in (*units.readers, units.writer)}
-    return {f"{n}.{key}": p.detach() for n, m in modules.items() for key, p in m.named_parameters(recurse=False)}
-
-
-@torch.no_grad()
-def put_back(stack: DecoderLayers, units: Units, kept: int, tensors: dict[str, Tensor]) -> Changes:
-    """Sets the weights and biases of an intact layer to those of `kept` units; a bias not in `tensors` is kept."""
-    changes: Changes = {}
-    for name in (*units.readers, units.writer):
-        module: Any = stack.model.get_submodule(name)
-        had_bias = module.bias is not None
-        old = module.weight
-        for key in ("weight", "bias"):
-            if f"{name}.{key}" in tensors:
-                values = tensors[f"{name}.{key}"].to(device=old.device, dtype=old.dtype).contiguous()
-                setattr(module, key, nn.Parameter(values, requires_grad=old.requires_grad))
-        rows, columns = turned(module, module.weight).shape
-        set_shape(module, rows, columns)
-        changes[name] = {"in_features": columns} if name == units.writer else {"out_features": rows}
-        if module.bias is not None and not had_bias:
-            changes[name]["bias"] = 1
-    for name, numbers in units.numbers.items():
-        changes[name] = {key: each * kept for key, each in numbers.items()}
-        for key, value in changes[name].items():
-            setattr(stack.model.get_submodule(name), key, value)
-    return changes
+    return set_units(stack.model, units, len(kept), tensors)

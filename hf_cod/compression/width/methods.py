@@ -28,12 +28,12 @@ class Method:
 
 def _fluctuation(weights: dict[str, Tensor], units: Units, M: Tensor | None) -> Tensor:
     assert M is not None
-    return channels.fluctuation(weights[units.writer], M, units.count)
+    return channels.fluctuation(weights[units.writer], M, units.columns, units.count)
 
 
 def _magnitude(weights: dict[str, Tensor], units: Units, M: Tensor | None) -> Tensor:
-    readers = [(weights[name], parts) for name, parts in units.readers.items()]
-    return channels.magnitude(readers, weights[units.writer], units.count)
+    readers = [(weights[name], owners) for name, owners in units.readers.items()]
+    return channels.magnitude(readers, weights[units.writer], units.columns, units.count)
 
 
 METHODS = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.input_products import MomentsRecorder
 from hf_cod.compression.width.gradients import Importance, measure_taylor
-from hf_cod.compression.width.matrices import Changes, cut, put_back, tensors_of
+from hf_cod.compression.width.matrices import cut
 from hf_cod.compression.width.methods import COMPENSATIONS, METHODS, needs_inputs
 from hf_cod.compression.width.planning import check_units, plan_of_units
 from hf_cod.compression.width.settings import NarrowFields, NarrowSettings
@@ -27,13 +27,15 @@ from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_sizes, check_writable
+from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
-from hf_cod.layers.units import LayerUnits, find_units
+from hf_cod.layers.unit_discovery import find_all_units
+from hf_cod.layers.units import Changes, LayerUnits, set_units, tensors_of_units
 from hf_cod.models.shapes import LowRankLinear
 from hf_cod.models.shaping import check_shapeable, record_shapes
 from hf_cod.scoring.allocation import LayerAllocation
@@ -75,9 +77,11 @@ def narrow(
 
     A key and value head is removed with all query heads that read it. With a method or compensation that requires the
     layers' inputs, layers are changed one after another; the calibration inputs of a layer are the outputs of the
-    changed layers before it. Heads and channels of one layer are measured together. Parts of a layer with another
-    structure (`layers/units.py`: experts, latent attention, norms over all heads) are left unchanged and named in the
-    report's notes; the other parts of the layer then meet its share alone.
+    changed layers before it. Heads and channels of one layer are measured together. Which rows and columns belong to a
+    head or channel is measured on a copy of a layer with random weights (`layers/unit_discovery.py`). Before any weight
+    changes, the copy with fewer units is compared with the copy with zeroed ones; where they differ (experts, positions
+    by head, recurrent layers), the part is left unchanged, and the report's notes say why. The other parts of the layer
+    then meet its share alone.
 
     If all layers have the same width and the family's config can describe it, the result is a stock model. Otherwise,
     the model and its config get a subclass of their classes (`models/shaping.py`), and loading requires this package or
@@ -115,8 +119,9 @@ def narrow(
         ValueError: an unknown method or compensation, a plan for another model or out of range (says the least
             possible), a number of heads that splits a group, missing batches, no heads or channels of a known
             structure, weights that cannot be replaced (adapters, quantized, offloaded, shared, factorized), a model
-            class of neither transformers nor hf_cod, NaN or infinity in gradients; in these cases the model is left
-            unchanged. NaN or infinity in weights or activations (says where): see `model`.
+            class of neither transformers nor hf_cod, a model that changes its weights in eval mode (RWKV), NaN or
+            infinity in gradients; in these cases the model is left unchanged. NaN or infinity in weights or activations
+            (says where): see `model`.
     """
     how = resolve(narrow, NarrowSettings, settings, fields, method=method, compensation=compensation)
     method, compensation = how.method, how.compensation
@@ -128,7 +133,8 @@ def narrow(
     if batches:
         check_inputs(stack.model, batches)
     _check_model(stack)
-    units = [find_units(stack, index) for index in range(len(stack))]
+    check_unwritten(stack.model, batches)
+    units = find_all_units(stack)
     chosen = _plan(stack, units, plan, how.channel_multiple)
     kept = kept_units(units, chosen)
     described = WidthReporter(stack, units, name)
@@ -148,7 +154,7 @@ def narrow(
         else:
             change_each(stack, change, finished, "narrowing", show_progress)
     finally:
-        stock = not change.done or set_stock_config(stack)
+        stock = not change.done or set_stock_config(stack, units, kept)
         if not stock:  # also after an error: otherwise the changed model could not be loaded after saving
             record_shapes(stack.model, change.done)
     return described.report(chosen, kept, finished, told, stock)
@@ -195,8 +201,8 @@ class LayerChange:
                 unseen.append(own.writer)
                 method, compensate = METHODS["magnitude"], COMPENSATIONS["none"]
             importance = self._taylor[own.writer] if method.measure is None else method.measure(weights, own, M)
-            kept = channels.largest(importance, self._kept[index][own.kind]).to(W.device)
-            k = channels.rows_of(kept, own.count, W.shape[1])
+            kept = channels.largest(importance, self._kept[index][own.kind]).cpu()
+            k = channels.rows_of(kept, own.columns).to(W.device)
             narrower, bias = compensate(W, M, k)
             if M is not None:
                 errors.append(channels.lost_energy(W, M, k, narrower, bias))
@@ -205,12 +211,13 @@ class LayerChange:
 
     def tensors_of(self, index: int) -> dict[str, Tensor]:
         """The cut matrices of a layer, and their biases."""
-        return {key: tensor for own in self._cut[index] for key, tensor in tensors_of(self._stack, own).items()}
+        found = [tensors_of_units(self._stack.model, own) for own in self._cut[index]]
+        return {key: tensor for tensors in found for key, tensor in tensors.items()}
 
     def put_back(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Sets the matrices of an intact layer to these tensors."""
         for own in self._cut[index]:
-            self._note(put_back(self._stack, own, self._kept[index][own.kind], tensors))
+            self._note(set_units(self._stack.model, own, self._kept[index][own.kind], tensors))
 
     def _note(self, changes: Changes) -> None:
         for name, sizes in changes.items():

@@ -12,7 +12,8 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import resolve
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
-from hf_cod.layers.units import LayerUnits, find_units
+from hf_cod.layers.unit_discovery import find_all_units
+from hf_cod.layers.units import LayerUnits
 from hf_cod.scoring.allocation import LayerAllocation, same_share
 
 
@@ -46,7 +47,7 @@ def plan_width(
     """
     how = resolve(plan_width, WidthSettings, settings, {}, channel_multiple=channel_multiple)
     stack = find_decoder_layers(model, layers_path)
-    units = [find_units(stack, index) for index in range(len(stack))]
+    units = find_all_units(stack)
     return plan_of_units(stack, units, parameter_share, how.channel_multiple)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_cod.io.schema import brief
 from hf_cod.io.settings import Default
+from hf_cod.layers.direct_use import not_adaptable
 from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, is_linear_like
 from hf_cod.layers.stock_four_bit import keep_unpacked
@@ -30,6 +31,7 @@ class OwLoreModel(BaseTuner):
 
     prefix = "owlore_"
     tuner_layer_cls = OwLoreLinear
+    _excluded: dict[str, str]
 
     def lost_energy(self, adapter_name: str | None = None) -> dict[str, float]:
         """For each matrix, the share of its update's squared norm that folding cut off (`Increment.lost_energy`).
@@ -86,7 +88,11 @@ class OwLoreModel(BaseTuner):
         """
         stack = find_decoder_layers(self.model)
         found = {name: module for index in range(len(stack)) for name, module in stack.linears(index).items()}
+        self._excluded = not_adaptable(stack)
         if peft_config.target_modules is None:
+            for name, reason in self._excluded.items():
+                logger.warning("%s gets no adapter: %s", name, reason)
+            found = {name: module for name, module in found.items() if name not in self._excluded}
             peft_config.target_modules = set(found)  # PEFT shortens the names to unique suffixes
             inside = {id(p) for module in found.values() for p in module.parameters()}
             warn_of_untrained(stack, [p for p in self.model.parameters() if id(p) in inside])
@@ -140,6 +146,8 @@ class OwLoreModel(BaseTuner):
                 f"target_modules: expected matrices of the layers in {stack.layers_path}, got {name} "
                 f"({type(target).__name__}); name other modules that are to train in modules_to_save"
             )
+        if name in self._excluded:
+            raise ValueError(f"target_modules: expected other matrices than {name}: {self._excluded[name]}")
 
 
 def _held(config: Any, name: str, target: nn.Module) -> tuple[int, int]:

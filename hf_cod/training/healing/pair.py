@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from hf_cod.layers.checks import check_writable, pruned_matrices
+from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import task_of
 from hf_cod.training.healing.matching import Matching, match_layers
@@ -36,6 +37,7 @@ def check_pair(
         check_writable(mine)
     except ValueError as error:
         raise ValueError(f"student: {error}; heal a model before it is quantized or packed") from error
+    check_unwritten(mine.model)
     if settings.method == "owlore-peft" and pruned_matrices(mine):
         raise ValueError(
             "method: expected owlore, lisa, galore, lora or full for a student with zeros, which stay zeros, got "

@@ -17,6 +17,7 @@ from hf_cod.io.text import IGNORED_LABEL, Batches, Texts, Tokenizer
 from hf_cod.layers.batches import batches_of, check_needed, required
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.direct_use import check_unwritten, not_adaptable
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import for_one_thread, gradients_restored, modes_restored
 from hf_cod.layers.running import progress
@@ -86,6 +87,7 @@ def recover(
         why = "batches without labels" if task == "unlabelled" else type(stack.model).__name__
         raise ValueError(f"recover: expected a language model, and labels for a masked one, got {why}")
     check_writable(stack)
+    check_unwritten(stack.model)
     device = execution_device(stack.model)
     generator, steps = torch.Generator().manual_seed(how.seed), how.steps_on(len(batches))
     with _adapted(stack, how.rank, how.seed) as adapters, torch.enable_grad():
@@ -121,7 +123,8 @@ def _adapted(stack: DecoderLayers, rank: int, seed: int) -> Iterator[list[Any]]:
     from peft import LoraConfig
 
     model: Any = stack.model
-    names = [name for index in range(len(stack)) for name in stack.linears(index)]
+    excluded = not_adaptable(stack)
+    names = [name for index in range(len(stack)) for name in stack.linears(index) if name not in excluded]
     with modes_restored(model), gradients_restored(model.parameters()):
         wrapped = with_adapters(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), seed)
         try:

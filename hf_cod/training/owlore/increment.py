@@ -261,7 +261,7 @@ class _FirstGradient(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, N: Tensor, increment: Increment) -> Tensor:
         ctx.save_for_backward(x)
         ctx.increment = increment
-        return y.view_as(y)
+        return y.clone()  # models may add to it in place (Falcon), which autograd does not allow on a view
 
     @staticmethod
     @once_differentiable

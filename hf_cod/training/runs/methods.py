@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_cod.layers.direct_use import not_adaptable
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.layer_scores import LayerScores
@@ -50,7 +51,8 @@ def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lo
 
     stack = find_decoder_layers(model)
     # Full names, because a factorized layer has other modules than a dense one.
-    names = [name for i in range(len(stack)) for name in stack.linears(i)]
+    excluded = not_adaptable(stack)
+    names = [name for i in range(len(stack)) for name in stack.linears(i) if name not in excluded]
     heads = list(stack.task_heads) or None  # a classifier may be new: it trains in full
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names, modules_to_save=heads)
     keep_unpacked(model)

@@ -164,10 +164,9 @@ def test_what_the_model_cannot_do_is_left_out_and_told(texts, monkeypatch):
 
 @pytest.mark.parametrize(
     "family, knobs",
-    [("llama", []), ("gpt_oss", ["width"]), ("mixtral", []), ("bert_headless", [])],
+    [("llama", []), ("gpt_oss", []), ("mixtral", []), ("bert_headless", [])],
 )
 def test_what_a_model_shows_at_once(family, knobs):
-    """Of these, heads and channels of GPT-OSS have no known structure."""
     stack = find_decoder_layers(build(family))
     for knob in KNOBS:
         with pytest.raises(ValueError, match="known structure") if knob in knobs else nullcontext():

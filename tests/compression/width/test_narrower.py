@@ -28,7 +28,7 @@ from hf_cod.functional.channels import DAMPING, fluctuation
 from hf_cod.io.models import ModelSettings, load_model
 from hf_cod.io.text import SampleSettings, split_samples, token_batches
 from hf_cod.layers.finished_layers import FinishedLayers
-from hf_cod.layers.units import find_units
+from hf_cod.layers.unit_discovery import find_all_units, find_units
 from tests import references
 from tests.fresh_processes import run_fresh
 from tests.tiny_models import CAUSAL, MIXTURES, OTHERS, PLAIN, batch_for, build, double, outputs, two_batches
@@ -69,6 +69,9 @@ def by_hand(model, batches, report):
             new[:, k] = W[:, k] + torch.linalg.lstsq(left, right).solution.T
             module = model.get_submodule(units.writer)
             module.weight.data.copy_(new.T if isinstance(module, Conv1D) else new)
+            if units.vectors:  # a norm over all heads: the mean is that of the others and zeros
+                for name, owners in units.readers.items():
+                    model.get_submodule(name).weight.data[~torch.isin(owners, torch.tensor(kept))] = 0
     return model
 
 
@@ -81,7 +84,9 @@ def test_every_family_against_the_formula(family):
     expected = by_hand(intact, batches, report)
     assert len(set(report.results["channels"])) > 1
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in intact.parameters())
-    torch.testing.assert_close(outputs(model, batches[0]), outputs(expected, batches[0]), rtol=1e-6, atol=1e-8)
+    # OLMo 2's norm over all heads computes in float32, and adds epsilon to the mean of fewer numbers.
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if family == "olmo2" else {"rtol": 1e-6, "atol": 1e-8}
+    torch.testing.assert_close(outputs(model, batches[0]), outputs(expected, batches[0]), **tolerance)
 
 
 def test_variances_beside_large_means():
@@ -98,7 +103,9 @@ def test_variances_beside_large_means():
         recorder.finish(0)
     W, X = references.linear_inputs(model, [batch], 0)[writer]
     expected = X.double().var(0, unbiased=False) * W.double().square().sum(0)
-    torch.testing.assert_close(fluctuation(W, recorder.of(writer), X.shape[1]), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        fluctuation(W, recorder.of(writer), torch.arange(X.shape[1]), X.shape[1]), expected, rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -106,7 +113,7 @@ def test_taylor_against_gradients_one_by_one(family):
     """Every weight of a unit times its gradient, for each batch alone."""
     model = build(family, layers=2, dtype=torch.float64)
     stack, batches = find_decoder_layers(model), two_batches(model)
-    units = [find_units(stack, index) for index in range(2)]
+    units = find_all_units(stack)
     found = measure_taylor(stack, units, batches, False)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     for own in (own for layer in units for own in layer.found):
@@ -121,13 +128,8 @@ def test_taylor_against_gradients_one_by_one(family):
                 for name, w, g in zip(names, weights, grads, strict=True):
                     product = (w * g).detach()
                     product = product.T if isinstance(model.get_submodule(name), Conv1D) else product
-                    parts = own.readers.get(name)
-                    product = product.T if parts is None else product  # a row is what a unit owns
-                    block = len(product) // (parts or 1)
-                    each = block // own.count
-                    for part in range(parts or 1):
-                        start = part * block + unit * each
-                        total += float(product[start : start + each].sum())
+                    product = product.T if name == own.writer else product  # a row is what a unit owns
+                    total += float(product[own.readers.get(name, own.columns) == unit].sum())
                 expected[unit] += abs(total) / len(batches)
         torch.testing.assert_close(found[own.writer], expected)
 
@@ -151,13 +153,11 @@ def test_units_that_do_nothing_go_without_a_trace(method, compensation):
 
 
 def silence(stack, own, which):
-    for name, parts in (*own.readers.items(), (own.writer, 0)):
+    for name, owners in (*own.readers.items(), (own.writer, own.columns)):
         module = stack.model.get_submodule(name)
         W = module.weight.T if isinstance(module, Conv1D) else module.weight
-        rows = W.T if parts == 0 else W
-        view = rows.reshape(max(parts, 1), own.count, -1, rows.shape[1]).clone()
-        view[:, which] = 0
-        rows.copy_(view.reshape(rows.shape))
+        rows = W.T if name == own.writer else W
+        rows[torch.isin(owners, torch.tensor(which))] = 0
 
 
 @pytest.mark.parametrize("family", [*CAUSAL, *OTHERS])
@@ -379,16 +379,11 @@ def test_after_an_error_the_model_can_be_saved_as_it_is(tmp_path):
 
 
 def test_what_has_another_structure_stays_whole_and_is_named():
-    olmo2 = narrow(build("olmo2"), 0.7, "magnitude", "none", channel_multiple=8)
-    assert olmo2.results["heads"] == [None] * 4 and "share_of_heads" not in olmo2.layers
-    assert olmo2.notes == ["layers 0 to 3: attention is not narrowed: self_attn.q_norm.weight applies to all heads"]
     mixture = narrow(build("qwen2_moe"), 0.9, "magnitude", "none", channel_multiple=8)
     assert [value is None for value in mixture.layers["share_of_channels"]] == [True, False, True, True]
     assert mixture.notes == ["layers 0, 2, 3: MLP is not narrowed: experts are not supported"]
     with pytest.raises(ValueError, match=r"in layer 0 \(one group .*; MLP is not narrowed: experts are not"):
         narrow(build("qwen2_moe"), 0.1, "magnitude", "none", channel_multiple=8)
-    with pytest.raises(ValueError, match=r"known structure in GptOssForCausalLM, got none; .* self_attn.sinks applies"):
-        narrow(build("gpt_oss"), 0.9, "magnitude", "none")
 
 
 def test_a_plan_goes_through_a_file(tmp_path):
@@ -463,7 +458,7 @@ def test_plans_of_another_model_are_refused(tmp_path, caplog):
     stack = find_decoder_layers(other)
     scores = LayerScores("some/other", "mine", [1.0, 2.0, 3.0, 4.0], [stack.count_weights(0)] * 4)
     plan = allocate(scores, "parameter_share", 0.6)
-    widths = plan_of_allocation(stack, [find_units(stack, index) for index in range(4)], plan, 8)
+    widths = plan_of_allocation(stack, find_all_units(stack), plan, 8)
     assert WidthPlan.load(widths.save(tmp_path / "plan.json")) == widths
     mine = find_decoder_layers(model).count_weights(0)
     for wrong in (plan, widths):

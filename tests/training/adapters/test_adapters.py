@@ -8,7 +8,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import save_as_lora
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hf_cod import LayerScores, OwLoreAdamW, OwLoreConfig, owlore, pack_sparse
 from hf_cod.training.adapters import registry
@@ -568,3 +568,61 @@ def test_the_default_rank_is_lowered_to_the_width(caplog, tmp_path):
     assert "r: 32 instead of the default 128: the width of the layers' matrices" in caplog.text
     model.save_pretrained(tmp_path)
     assert type(OwLoreConfig.from_pretrained(tmp_path).r) is int and OwLoreConfig.from_pretrained(tmp_path).r == 32
+
+
+FAMILIES = {
+    # Adds to the output of a matrix in place.
+    "falcon": {"hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48, "parallel_attn": True},
+    # Its router is a Linear that returns a tuple.
+    "phimoe": {
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    # Multiplies a weight without calling its module.
+    "mamba": {"hidden_size": 32, "time_step_rank": 16},
+}
+
+
+def of_family(kind):
+    torch.manual_seed(0)
+    common = {"vocab_size": 99, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**common, **FAMILIES[kind]))
+
+
+@pytest.mark.parametrize("kind, excluded", [("falcon", None), ("phimoe", "router"), ("mamba", "dt_proj")])
+def test_each_adapter_has_an_effect(kind, excluded, caplog):
+    """Each matrix that gets one trains; the others are told, and refused where they are named."""
+    base = of_family(kind)
+    before = copy.deepcopy(base.state_dict())
+    model = get_peft_model(base, OwLoreConfig(r=4)).train()
+    assert (excluded is None) == ("gets no adapter" not in caplog.text) and str(excluded or "") in caplog.text
+    train(model, OwLoreAdamW(model, lr=1e-2, n_active=2), 2)
+    increments = {name: m for name, m in model.named_modules() if isinstance(m, Increment)}
+    assert increments and all(m.dense().any() for m in increments.values())
+    assert not any(f".{excluded}." in name for name in increments)
+    plain = {name.replace(".base_layer", ""): tensor for name, tensor in base.state_dict().items()}
+    assert all(torch.equal(plain[name], tensor) for name, tensor in before.items())
+    if excluded:
+        with pytest.raises(ValueError, match=f"target_modules: expected other matrices than .*{excluded}"):
+            get_peft_model(of_family(kind), OwLoreConfig(r=4, target_modules=[excluded]))
+
+
+def test_a_first_gradient_through_a_change_in_place():
+    """Equal to the gradient of a model that adds without changing its output."""
+    gradients = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        increment = Increment(6, 4, rank=4, max_rank=4)
+        increment.begin(0)
+        x, y = torch.randn(3, 6), torch.randn(3, 4, requires_grad=True)
+        out = increment(y * 1, x)
+        out = out.mul_(3).add_(y) if in_place else 3 * out + y
+        out.pow(2).sum().backward()
+        gradients.append((y.grad, increment.N.grad))
+    assert all(g is not None and g.any() for g in gradients[0])
+    for mine, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, expected)

@@ -1,0 +1,114 @@
+"""Makes a config describe a shorter stack: its counts, its lists by layer and its lists of layer indices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from hf_cod.io.display import one_line
+
+# Config fields that list the layers of one kind by index.
+INDEX_LIST_FIELDS = (
+    "mlp_only_layers",
+    "moe_layers",
+    "attn_layer_indices",
+    "full_attn_idxs",
+    "cross_attention_layers",
+)
+# Config fields that count leading layers of one kind.
+LEADING_COUNT_FIELDS = ("first_k_dense_replace", "max_window_layers")
+# Config fields that count the layers of the decoder where `num_hidden_layers` counts those of the encoder.
+DECODER_COUNT_FIELDS = ("decoder_layers", "num_decoder_layers")
+# Lists that may have as many entries as there are layers, but are not per layer.
+NOT_PER_LAYER_FIELDS = (
+    "architectures",
+    "attention_types",  # pairs of a pattern and a number of repeats, written from `attention_layers`
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "id2label",
+    "out_features",
+    "out_indices",
+    "stage_names",
+)
+# What transformers raises for a config that it cannot describe or build.
+_OF_BUILDING = (TypeError, AttributeError, LookupError, ArithmeticError, NotImplementedError, StrictDataclassError)
+
+
+class Changes:
+    """Attribute assignments that can be undone in reverse order."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Any, str, Any]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Assigns an attribute that exists."""
+        self._undo.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        """Assigns the earlier values."""
+        while self._undo:
+            owner, name, value = self._undo.pop()
+            setattr(owner, name, value)
+
+
+@contextmanager
+def building_errors(model: nn.Module) -> Iterator[None]:
+    """Turns the errors of config classes for values that they cannot describe into ValueError."""
+    try:
+        yield
+    except _OF_BUILDING as error:
+        raise ValueError(
+            f"layers: expected kept layers that the config of {type(model).__name__} can describe, "
+            f"got {type(error).__name__}: {one_line(str(error))}; use skip"
+        ) from error
+
+
+def mend_config(config: Any, kept: list[int], changes: Changes) -> None:
+    """Changes `config` so that it describes only the `kept` layers, given by their old indices."""
+    depth = config.num_hidden_layers
+    if hasattr(config, "layer_depths") and config.layer_depths is None:
+        # Models of this package: LNS, Mix-LN and DeepNorm depend on a layer's depth, which must not change here.
+        changes.set(config, "layer_depths", list(range(depth)))
+        changes.set(config, "original_num_hidden_layers", depth)
+    # ProphetNet's config only reads num_hidden_layers.
+    only_read = isinstance(getattr(type(config), "num_hidden_layers", None), property)
+    counted = "num_encoder_layers" if only_read and "num_encoder_layers" in vars(config) else "num_hidden_layers"
+    changes.set(config, counted, len(kept))
+    if not getattr(config, "is_encoder_decoder", False):  # the decoder alone, such as BartForCausalLM
+        for name in DECODER_COUNT_FIELDS:
+            if vars(config).get(name) == depth:
+                changes.set(config, name, len(kept))
+    _mend_lists(config, depth, kept, changes)
+    _mend_overrides(config, kept, changes)
+    if "attention_types" in vars(config) and "attention_layers" in vars(config):  # GPT-Neo
+        changes.set(config, "attention_types", [[[kind], 1] for kind in config.attention_layers])
+
+
+def _mend_lists(config: Any, depth: int, kept: list[int], changes: Changes) -> None:
+    for name, value in list(vars(config).items()):
+        if name.startswith("_") or name in NOT_PER_LAYER_FIELDS:
+            continue
+        if name in INDEX_LIST_FIELDS and value is not None:
+            changes.set(config, name, [new for new, old in enumerate(kept) if old in value])
+        elif name in LEADING_COUNT_FIELDS and value is not None:
+            changes.set(config, name, sum(old < value for old in kept))
+        elif isinstance(value, (list, tuple)) and len(value) == depth:
+            changes.set(config, name, type(value)(value[i] for i in kept))
+
+
+def _mend_overrides(config: Any, kept: list[int], changes: Changes) -> None:
+    """Renumbers `per_layer_config`; its public form reads as whole configs, so the overrides are taken from below."""
+    stored = vars(config).get("_heterogeneity_spec")
+    if stored is not None:
+        old = stored.per_layer_overrides
+        overrides = {new: old[index] for new, index in enumerate(kept) if index in old}
+        changes.set(config, "_heterogeneity_spec", dataclasses.replace(stored, per_layer_overrides=overrides))

@@ -1,0 +1,271 @@
+"""Matrices that a model uses other than by calling their module, found by one forward pass of a few tokens.
+
+Some models read `wo.weight.dtype` (T5), multiply `dt_proj.weight` (Mamba), or rescale a weight in place (RWKV). Hooks
+on such a module do not see what the matrix is multiplied with, and a replacement, which stores the matrix in another
+form, would be misread. In the pass the parameters of each Linear-like module are watched: each read of `weight` while
+the module is not being called is recorded, whatever the model does with it, so that no list of models is needed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.pytorch_utils import Conv1D
+
+from hf_cod.io.text import Batch
+from hf_cod.layers.modes import modes_restored
+from hf_cod.layers.orientation import computes_otherwise, shape_of
+from hf_cod.layers.probe_inputs import probe_inputs
+from hf_cod.layers.running import hidden_input
+from hf_cod.layers.stack import DecoderLayers, holds_experts, is_linear_like, walk
+from hf_cod.layers.stock_four_bit import without_repacking
+
+UNCALLED = "the model uses its weight without calling it"
+READ = "the model reads its weight itself, beside calling it"
+
+
+@dataclass(frozen=True)
+class DirectUse:
+    """What one forward pass showed.
+
+    Attributes:
+        reasons: name of a Linear-like module -> `UNCALLED` or `READ`, for each whose weight the model uses directly.
+        written: names of weights that the model changes by itself in eval mode.
+        failure: the error that ended the pass; None if it was complete.
+    """
+
+    reasons: Mapping[str, str]
+    written: Sequence[str]
+    failure: str | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence for a report if the pass failed, else none."""
+        if self.failure is None:
+            return []
+        return [
+            "not checked: whether the model uses matrices other than by calling their modules, because a forward pass "
+            f"of a few tokens failed ({self.failure})"
+        ]
+
+
+# Model -> identities of its modules when it was examined, and what was found.
+_known: WeakKeyDictionary[nn.Module, tuple[list[int], DirectUse]] = WeakKeyDictionary()
+
+
+def direct_use(model: nn.Module, batches: Sequence[Batch] | None = None) -> DirectUse:
+    """Examines a model; its weights, modes, attributes and random numbers are left as they were.
+
+    The result is kept while the model has the same modules, so that further calls cost nothing.
+
+    Args:
+        model: a transformers model without wrappers; it may be on the meta device.
+        batches: one sample of the first is the input; None: a few tokens, or a blank image or sound.
+    """
+    structure = [id(module) for module in model.modules()]
+    known = _known.get(model)
+    if known is not None and known[0] == structure and (known[1].failure is None or not batches):
+        return known[1]
+    found = _examined(model, batches[0] if batches else None)
+    _known[model] = (structure, found)
+    return found
+
+
+def check_unwritten(model: nn.Module, batches: Sequence[Batch] | None = None) -> DirectUse:
+    """`direct_use` of a model that is to be saved.
+
+    Raises:
+        ValueError: the model changes its weights by itself; a saved model would change them once more.
+    """
+    use = direct_use(model, batches)
+    if use.written:
+        raise ValueError(
+            f"model: expected weights that stay the same in eval mode, got {type(model).__name__}, whose forward "
+            f"changes {use.written[0]}; a model that is saved after a forward pass would change it again"
+        )
+    return use
+
+
+def not_adaptable(stack: DecoderLayers) -> dict[str, str]:
+    """Name -> the reason why an adapter on a matrix of the layers would have no effect, or a wrong one."""
+    direct = direct_use(stack.model).reasons
+    found: dict[str, str] = {}
+    for name, module in (item for index in range(len(stack)) for item in stack.linears(index).items()):
+        if direct.get(name) == UNCALLED:
+            found[name] = UNCALLED
+        elif computes_otherwise(module):
+            found[name] = f"a {type(module).__name__}, which computes something else than a Linear"
+    return found
+
+
+def _examined(model: nn.Module, batch: Batch | None) -> DirectUse:
+    """Eval mode shows what is used directly. What is rescaled already is only seen in train mode, which undoes it."""
+    found, training = _pass(model, batch), _pass(model, batch, training=True)
+    if found.failure is not None and any(p.is_meta for p in model.parameters()):
+        found = _pass(model, batch, on_zeros=True)
+    return replace(found, written=[*found.written, *training.written])
+
+
+def _pass(model: nn.Module, batch: Batch | None, training: bool = False, on_zeros: bool = False) -> DirectUse:
+    """One forward pass; with `on_zeros`, weights on the meta device are zeros on the CPU that take no memory, and banks
+    of experts do not run.
+    """
+    versions = {name: _version(p) for name, p in model.named_parameters()}
+    failure = None
+    with ExitStack() as block:
+        # First, because it reads the weights of bitsandbytes' layers.
+        block.enter_context(without_repacking(model))
+        block.enter_context(modes_restored(model))
+        block.enter_context(_attributes_restored(model))
+        block.enter_context(torch.random.fork_rng(_cuda_devices(model)))
+        _prepare(model, training, on_zeros)
+        named = {name.lstrip("."): m for name, m in walk(model, "") if _is_watched(m)}
+        each = {module: _watch(module, block) for module in named.values()}  # a module may have two names
+        watched = {name: each[module] for name, module in named.items()}
+        try:
+            empty = next((name for name, parameters in watched.items() if not parameters.size), None)
+            if empty is not None:  # torch ends the process where attention has no channels
+                raise ValueError(f"{empty} has no weights")
+            inputs, device = probe_inputs(model, batch)
+            with torch.no_grad(), device:
+                model(**inputs)
+        except Exception as error:  # whatever a model raises on inputs that may be none for it
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+    written = [f"{name}.weight" for name, parameters in watched.items() if parameters.is_written()]
+    written += [name for name, p in model.named_parameters() if _version(p) != versions[name]]
+    return DirectUse(_alike(model, watched), written, failure)
+
+
+def _prepare(model: nn.Module, training: bool, on_zeros: bool) -> None:
+    """Sets the mode, without hooks and compiled code, and without what changes a model in train mode."""
+    model.train(training)
+    for module in model.modules():
+        vars(module).update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
+        if isinstance(module, _BatchNorm):  # it would change its buffers
+            module.eval()
+        if getattr(module, "gradient_checkpointing", False):  # it would warn
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        if vars(module).get("_compiled_call_impl") is not None:
+            module._compiled_call_impl = None
+    if on_zeros:
+        for module in model.modules():
+            _put_zeros(module)
+            if holds_experts(module):  # their kernels require memory for each weight
+                module.forward = lambda *args, **kwargs: torch.zeros_like(hidden_input(args, kwargs))
+
+
+class _Watched(dict[str, Any]):
+    """The parameters of a module; reads of its weight from outside of its call are recorded, and get a copy."""
+
+    def __init__(self, parameters: Mapping[str, Any]) -> None:
+        super().__init__(parameters)
+        self.depth = 0
+        self.called = False
+        self.read = False
+        self.size = parameters["weight"].numel()
+        self._copy: Tensor | None = None
+        self._written = False
+
+    def __getitem__(self, name: str) -> Any:
+        tensor = super().__getitem__(name)
+        if self.depth or name != "weight" or tensor is None:
+            return tensor
+        self.read = True
+        if type(tensor) is not nn.Parameter:  # quantized by another library, whose attributes a copy would lose
+            return tensor
+        if self._copy is None:
+            self._copy = nn.Parameter(tensor.detach().clone(), requires_grad=False)
+        return self._copy
+
+    def enter(self, *_: Any) -> None:
+        """A forward pre-hook: what the module itself reads is its own; the copy is freed."""
+        self.depth, self.called = self.depth + 1, True
+        self._written = self.is_written()
+        self._copy = None
+
+    def leave(self, *_: Any) -> None:
+        """A forward hook."""
+        self.depth -= 1
+
+    def is_written(self) -> bool:
+        """Whether the model has changed the copy."""
+        if self._written or self._copy is None:
+            return self._written
+        weight = super().__getitem__("weight")
+        # `copy.data` changes without a new version.
+        return bool(_version(self._copy)) or not (weight.is_meta or torch.equal(weight, self._copy))
+
+
+def _watch(module: nn.Module, block: ExitStack) -> _Watched:
+    watched = _Watched(module._parameters)
+    vars(module)["_parameters"] = watched  # nn.Module.__getattr__ looks into it
+    if type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module):
+        # What it computes does not matter here, and to read all weights would be most of the pass's time.
+        vars(module)["forward"] = partial(_zeros, shape_of(module)[0])
+    block.callback(module.register_forward_pre_hook(watched.enter).remove)
+    block.callback(module.register_forward_hook(watched.leave).remove)
+    return watched
+
+
+def _zeros(out: int, input: Tensor) -> Tensor:
+    return input.new_zeros(*input.shape[:-1], out)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return is_linear_like(module) and module._parameters.get("weight") is not None
+
+
+def _alike(model: nn.Module, watched: Mapping[str, _Watched]) -> dict[str, str]:
+    """The reason for each matrix that was read, and for those of the same place in modules of the same class, such as
+    experts to which no token was routed.
+    """
+
+    def place(name: str) -> tuple[type, str]:
+        parent, _, child = name.rpartition(".")
+        return type(model.get_submodule(parent)), child
+
+    places: dict[tuple[type, str], str] = {}
+    for name, parameters in watched.items():
+        if parameters.read:
+            places[place(name)] = READ if parameters.called else UNCALLED
+    return {name: places[place(name)] for name in watched if place(name) in places} if places else {}
+
+
+@contextmanager
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Restores each module's attributes, such as RWKV's record of what it has rescaled."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            attributes.clear()
+            attributes.update(values)
+
+
+def _put_zeros(module: nn.Module) -> None:
+    def zeros(tensor: Tensor | None) -> Any:
+        if tensor is None or not tensor.is_meta:
+            return tensor
+        made = torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
+        return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+
+    for kind in ("_parameters", "_buffers"):
+        vars(module)[kind] = {name: zeros(tensor) for name, tensor in vars(module)[kind].items()}
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})

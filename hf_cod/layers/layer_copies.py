@@ -1,0 +1,177 @@
+"""Copies of single layers with random weights, on which structure is measured; the model itself is not changed."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from torch import Tensor, nn
+
+from hf_cod.layers.running import evaluation_mode, hidden_input, hidden_output
+from hf_cod.layers.stack import DecoderLayers, is_norm
+
+# With fewer tokens, a channel behind a ReLU may be silent on all of them.
+SAMPLES, TOKENS = 4, 12
+_SPECIAL = ("_token_id", "_token_index", "_ids")
+
+
+@dataclass
+class LayerCopy:
+    """A copy of one layer in float32 with random weights, and inputs of the model's own form for it.
+
+    Attributes:
+        layer: the copy.
+        args, kwargs: what the model gives to the layer, with a random hidden state.
+    """
+
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def width(self) -> int:
+        """Size of the hidden state."""
+        return hidden_input(self.args, self.kwargs).shape[-1]
+
+    def run(self) -> Tensor:
+        """The hidden state behind the layer."""
+        return hidden_output(self.layer(*self.args, **self.kwargs))
+
+    def again(self) -> LayerCopy:
+        """A copy with the same weights and inputs."""
+        return LayerCopy(copy.deepcopy(self.layer), self.args, self.kwargs)
+
+
+class NotRunError(Exception):
+    """A layer cannot be run on a random input; the message says why."""
+
+
+def copy_layers(stack: DecoderLayers, indices: Iterable[int]) -> dict[int, LayerCopy | NotRunError]:
+    """Copies of these layers, made one forward pass of the model as far as the last of them.
+
+    Layers that the forward pass does not run, or that cannot be run alone, have the reason instead.
+    """
+    wanted = sorted(indices)
+    try:
+        seen = _inputs_of(stack, wanted)
+    except Exception as error:  # whatever a model raises on inputs that it does not take
+        reason = NotRunError(f"the model cannot be run on a random input ({_told(error)})")
+        return dict.fromkeys(wanted, reason)
+    found: dict[int, LayerCopy | NotRunError] = {}
+    for index in wanted:
+        try:
+            found[index] = _copied(stack[index], *seen[index])
+        except KeyError:
+            found[index] = NotRunError("the model does not run the layer on a random input")
+        except Exception as error:  # as above
+            found[index] = NotRunError(f"the layer cannot be run on a random input ({_told(error)})")
+    return found
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
+
+
+class _Seen(Exception):
+    """All inputs are known; the rest of the forward pass is not needed."""
+
+
+def _inputs_of(stack: DecoderLayers, wanted: list[int]) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
+    seen: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.setdefault(index, (args, dict(kwargs)))
+            if index == wanted[-1]:
+                raise _Seen
+
+        return hook
+
+    handles = [stack[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in wanted]
+    trunk: Any = getattr(stack.model, "base_model", stack.model)
+    inputs: dict[str, Any] = {**_random_inputs(stack.model)}
+    if "use_cache" in inspect.signature(trunk.forward).parameters:
+        inputs["use_cache"] = False
+    try:
+        with evaluation_mode(stack), torch.no_grad():
+            trunk(**inputs)
+    except _Seen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _random_inputs(model: Any) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    table = model.get_input_embeddings()
+    device = next(model.parameters()).device
+    device = getattr(getattr(table, "_hf_hook", None), "execution_device", None) or device
+    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        config = model.config.get_text_config() if not hasattr(model.config, "image_size") else model.config
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+        pixels = torch.randn(SAMPLES, getattr(config, "num_channels", 3), *size, generator=generator)
+        return {"pixel_values": pixels.to(device, next(model.parameters()).dtype)}
+    words = table.num_embeddings if hasattr(table, "num_embeddings") else len(table.weight)
+    special = _special_tokens(model.config)
+    plain = torch.tensor([token for token in range(words) if token not in special])
+    chosen = plain[torch.randint(len(plain), (SAMPLES, TOKENS), generator=generator)]
+    return {"input_ids": chosen.to(device)}
+
+
+def _special_tokens(config: Any) -> set[int]:
+    """Tokens that a model treats in another way, such as padding and the places of images."""
+    values = [value for name, value in vars(config).items() if name.endswith(_SPECIAL)]
+    return {value for value in values if isinstance(value, int)}
+
+
+def _copied(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCopy:
+    made = copy.deepcopy(layer)
+    remove_hook_from_module(made, recurse=True)
+    made = made.float().eval()
+    generator = torch.Generator().manual_seed(0)
+    for module in made.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        for name, p in list(module.named_parameters(recurse=False)):
+            values = _random(p.shape, is_norm(module) and name != "bias", generator)
+            device = "cpu" if p.is_meta else p.device
+            setattr(module, name, nn.Parameter(values.to(device), requires_grad=True))
+    args = tuple(_plain(value) for value in args)
+    kwargs = {name: _plain(value) for name, value in kwargs.items()}
+    hidden = hidden_input(args, kwargs)
+    random = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+    if args:
+        args = (random, *args[1:])
+    else:
+        kwargs["hidden_states"] = random
+    taken = LayerCopy(made, args, kwargs)
+    with torch.no_grad():
+        if not taken.again().run().isfinite().all():
+            raise ValueError("its outputs are not finite")
+    return taken
+
+
+def _random(shape: torch.Size, is_scale: bool, generator: torch.Generator) -> Tensor:
+    """Weights of a matrix keep the scale of its inputs. Vectors are near 1 in norms, else near 0: a large bias would
+    silence channels behind a ReLU on all tokens.
+    """
+    values = torch.randn(shape, generator=generator)
+    if len(shape) > 1:
+        return values / shape[-1] ** 0.5
+    return 1 + 0.3 * values if is_scale else 0.1 * values
+
+
+def _plain(value: Any) -> Any:
+    """Floating-point tensors, also in tuples, in float32."""
+    if isinstance(value, Tensor):
+        return value.detach().float() if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_plain(each) for each in value)
+    return value

@@ -1,0 +1,67 @@
+"""A small input on which any transformers model runs, to find out what its forward does."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_cod.io.text import Batch
+from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.task import model_inputs
+
+TOKENS = 8
+_OF_TEXT = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels", "token_type_ids"}
+
+
+def probe_inputs(model: Any, batch: Batch | None = None) -> tuple[dict[str, Any], AbstractContextManager[Any]]:
+    """The inputs of one sample, and the device context in which the forward has to run.
+
+    Args:
+        model: a transformers model, which may be on the meta device.
+        batch: its first sample is used, of text the first `TOKENS` tokens; None: an input by the model's config.
+    """
+    first = next(model.parameters())
+    device = first.device if first.is_meta else execution_device(model)
+    inputs = _by_config(model) if batch is None else _first_sample(model_inputs(batch))
+    dtype = first.dtype if first.is_floating_point() else torch.float32
+    inputs = {name: t.to(dtype) if batch is None and t.is_floating_point() else t for name, t in inputs.items()}
+    # What forward creates is on the model's device, also while from_pretrained builds everything on the meta device.
+    meta = "meta" in (device.type, torch.get_default_device().type)
+    return to_device(inputs, device), torch.device(device) if meta else nullcontext()
+
+
+def _first_sample(batch: dict[str, Any]) -> dict[str, Any]:
+    text = _OF_TEXT.issuperset(batch)
+    tensors = {name: t[:1] if isinstance(t, Tensor) and t.dim() else t for name, t in batch.items()}
+    if not text:
+        return tensors
+    # Without the mask: all of the first tokens may be padding.
+    return {name: t[:, :TOKENS] for name, t in tensors.items() if name.endswith("input_ids")}
+
+
+def _by_config(model: Any) -> dict[str, Tensor]:
+    config: Any = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", "input_ids")
+    ids = torch.arange(1, TOKENS + 1, device="cpu")[None]
+    inputs = {"input_ids": ids}
+    if main == "pixel_values" or _has_two_towers(model):
+        images = getattr(config, "vision_config", config)
+        size = getattr(images, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        pixels = torch.zeros(1, getattr(images, "num_channels", 3), height, width, device="cpu")
+        inputs = {"pixel_values": pixels, **(inputs if _has_two_towers(model) else {})}
+    elif main == "input_features":  # log-mel spectra, such as Whisper's, which has a fixed length
+        frames = 2 * getattr(config, "max_source_positions", 50)
+        inputs = {main: torch.zeros(1, getattr(config, "num_mel_bins", 80), frames, device="cpu")}
+    elif main == "input_values":  # sound
+        inputs = {main: torch.zeros(1, 4000, device="cpu")}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def _has_two_towers(model: nn.Module) -> bool:
+    return hasattr(model, "get_text_features") and hasattr(model, "get_image_features")

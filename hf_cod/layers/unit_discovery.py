@@ -1,0 +1,277 @@
+"""Finds the heads and channels of a layer by measurement, on a copy with random weights.
+
+A *writer* is a matrix whose input columns fall into units; its *readers* are the matrices that ran since the writer
+before it, and act on its input. The unit of a column is its number divided by the width of a unit, and the unit of
+each row of a reader is read bit by bit: one backward pass from the columns of all units whose number has the bit, and
+one from the others. A row that belongs to one unit acts in exactly one of the two for each bit. The smallest width of
+units for which no row belongs to some units only is that of the model: 1 for the channels of an MLP, the size of a head
+for attention, that of a group of heads where these share keys and values. Interleaved, blocked and unequal parts of
+fused matrices, gates, and matrices that all units share (multi-query attention, latent attention) need no case of
+their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_cod.layers.layer_copies import LayerCopy, NotRunError, copy_layers
+from hf_cod.layers.orientation import is_linear, shape_of, turned
+from hf_cod.layers.row_owners import mixes_tokens, owners_of
+from hf_cod.layers.stack import DecoderLayers, is_norm
+from hf_cod.layers.unit_checks import first_that_fits
+from hf_cod.layers.units import CHANNELS, HEADS, KINDS, Changes, LayerUnits, Units, changes_of
+from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
+from hf_cod.models.shaping import check_shapeable, lost_in_reload
+
+_PARTS = {HEADS: "attention", CHANNELS: "MLP"}
+_HEAD_SIZES = ("v_head_dim", "head_dim", "attention_head_size", "head_size", "d_kv", "key_value_proj_dim")
+
+
+def find_units(stack: DecoderLayers, index: int) -> LayerUnits:
+    """The heads and channels of a layer that can be removed."""
+    return _found(stack, [index])[index]
+
+
+def find_all_units(stack: DecoderLayers) -> list[LayerUnits]:
+    """The heads and channels of each layer that can be removed. Layers of one structure are measured once."""
+    found = _found(stack, range(len(stack)))
+    return [found[index] for index in range(len(stack))]
+
+
+def _found(stack: DecoderLayers, indices: Any) -> dict[int, LayerUnits]:
+    structures: dict[Any, list[int]] = {}
+    for index in indices:
+        structures.setdefault(_structure(stack[index]), []).append(index)
+    copies = copy_layers(stack, [alike[0] for alike in structures.values()])
+    found = {}
+    for alike in structures.values():
+        has_experts = bool(stack.experts(alike[0]))
+        measured = _measured(copies.pop(alike[0]), has_experts)
+        for index in alike:
+            prefix = f"{stack.layers_path}.{index}."
+            found[index] = LayerUnits([units.inside(prefix) for units in measured.found], list(measured.whole))
+    _exclude_lost(stack, found)
+    return found
+
+
+def _exclude_lost(stack: DecoderLayers, found: dict[int, LayerUnits]) -> None:
+    """Excludes units of modules that a reloaded model would replace by those of other sizes."""
+    changes: Changes = {}
+    for units in (units for layer in found.values() for units in layer.found):
+        for name, sizes in changes_of(units, units.count - 1).items():
+            changes[name] = {**changes.get(name, {}), **sizes}
+    try:
+        check_shapeable(stack.model)
+    except ValueError:
+        return  # its models are not saved with shapes of their own; `narrow` refuses them
+    try:
+        lost = lost_in_reload(stack.model, changes)
+    except Exception as error:  # whatever a constructor raises
+        reason = (
+            f"a reloaded model cannot have fewer ({type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
+        )
+        lost = dict.fromkeys(changes, reason)
+    for layer in found.values():
+        for units in list(layer.found):
+            names = [name for name in changes_of(units, 1) if name in lost]
+            if names:
+                layer.found.remove(units)
+                layer.whole.append(f"{_PARTS[units.kind]} is not narrowed: {lost[names[0]]}")
+
+
+def _structure(layer: nn.Module) -> tuple[Any, ...]:
+    """What layers of equal structure have in common: classes, shapes, plain settings."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((key, tuple(p.shape), p.dtype) for key, p in module.named_parameters(recurse=False)),
+            tuple(
+                (key, value)
+                for key, value in vars(module).items()
+                if isinstance(value, (int, float, str)) and key not in (*LAYER_INDEX_ATTRIBUTES, "training")
+            ),
+        )
+        for name, module in layer.named_modules()
+    )
+
+
+def _measured(taken: LayerCopy | NotRunError, has_experts: bool) -> LayerUnits:
+    if isinstance(taken, NotRunError):
+        reasons: dict[str, str] = dict.fromkeys(KINDS, str(taken))
+        chosen: dict[str, Units] = {}
+    else:
+        chosen, reasons = _chosen(taken, KINDS if not has_experts else (HEADS,))
+    if has_experts:
+        reasons[CHANNELS] = "experts are not supported"
+    nothing = {
+        HEADS: "no matrix has columns that belong to single heads",
+        CHANNELS: "no matrix has columns that belong to single channels",
+    }
+    whole = [f"{_PARTS[k]} is not narrowed: {reasons.get(k, nothing[k])}" for k in KINDS if k not in chosen]
+    return LayerUnits([chosen[kind] for kind in KINDS if kind in chosen], whole)
+
+
+def _chosen(taken: LayerCopy, kinds: Sequence[str]) -> tuple[dict[str, Units], dict[str, str]]:
+    """Kind -> the units of the layer, and for kinds without: why there are none."""
+    chosen: dict[str, Units] = {}
+    reasons: dict[str, str] = {}
+    try:
+        for plain_norms in (False, True):
+            with torch.enable_grad():
+                candidates = _candidates(taken, plain_norms)
+            for options in candidates:
+                kind = options[0].kind
+                if kind not in kinds or kind in chosen:
+                    continue
+                fitting = first_that_fits(taken, options)
+                if isinstance(fitting, Units):
+                    chosen[kind] = fitting
+                else:
+                    reasons.setdefault(kind, fitting)
+    except Exception as error:  # whatever a layer raises without the rest of its model
+        told = f"it cannot be measured alone ({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})"
+        reasons = {kind: reasons.get(kind, told) for kind in kinds}
+    return chosen, reasons
+
+
+@dataclass
+class _Call:
+    """A matrix in a forward pass."""
+
+    name: str
+    module: Any
+    input: Tensor
+    output: Tensor
+
+
+def _candidates(taken: LayerCopy, plain_norms: bool) -> list[list[Units]]:
+    """For each writer the units that the gradients show, the smallest first; the writers with most weights first.
+
+    Args:
+        taken: the copy.
+        plain_norms: whether norms over all rows of a matrix only multiply: each of their outputs then depends on one
+            input, as if the mean were a constant.
+    """
+    taken = taken.again()  # a layer may keep a state of its run
+    with _recorded(taken.layer, plain_norms) as calls:
+        taken.run()
+    vectors = {
+        f"{name}.{key}".lstrip("."): p
+        for name, module in taken.layer.named_modules()
+        if not is_linear(module)
+        for key, p in module.named_parameters(recurse=False)
+        if p.dim() == 1 and p.numel() > 1
+    }
+    found: list[list[Units]] = []
+    pending: list[_Call] = []
+    for call in calls:
+        to_stream = shape_of(call.module)[0] == taken.width  # latent projections write to other matrices
+        options = _units_of(taken, call, pending, vectors) if to_stream else []
+        if options:
+            found.append(options)
+            pending = []
+        elif call.output.requires_grad:
+            pending.append(call)
+    return sorted(found, key=lambda options: -options[0].weights * options[0].count)
+
+
+@contextmanager
+def _recorded(layer: nn.Module, plain_norms: bool) -> Iterator[list[_Call]]:
+    """Appends each call of a Linear or Conv1D to the list, with tensors whose gradients can be asked for."""
+    calls: list[_Call] = []
+
+    def record(name: str) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+            if not _multiplies(module, args, output):
+                return None
+            kept = output * 1
+            calls.append(_Call(name, module, args[0], kept))
+            return kept * 1  # the model may change it in place
+
+        return hook
+
+    def multiply(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        weight = getattr(module, "weight", None)
+        over_all = any(
+            shape_of(call.module)[0] == len(weight) == args[0].shape[-1] for call in calls if weight is not None
+        )
+        return args[0] * weight if over_all else None
+
+    # Matrices in a list are experts, or one of several attentions.
+    lists = [name for name, module in layer.named_modules() if isinstance(module, nn.ModuleList)]
+    handles = []
+    for name, module in layer.named_modules():
+        if is_linear(module) and not any(name.startswith(f"{each}.") for each in lists):
+            handles.append(module.register_forward_hook(record(name)))
+        elif plain_norms and is_norm(module):
+            handles.append(module.register_forward_hook(multiply))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _multiplies(module: Any, args: tuple[Any, ...], output: Any) -> bool:
+    """Whether the forward of a Linear, or of a subclass of it, is the product with its weight, plus its bias."""
+    if not args or not isinstance(output, Tensor) or getattr(module, "weight", None) is None:
+        return False
+    with torch.no_grad():
+        W = turned(module, module.weight)
+        if args[0].shape[-1] != W.shape[1]:
+            return False
+        expected = F.linear(args[0], W, module.bias)
+        return expected.shape == output.shape and torch.allclose(output, expected, rtol=1e-3, atol=1e-4)
+
+
+def _units_of(taken: LayerCopy, writer: _Call, pending: list[_Call], vectors: dict[str, nn.Parameter]) -> list[Units]:
+    """The units of the columns of a matrix, for each width of units with which each row has one unit or all."""
+    if not writer.input.requires_grad or not pending or any(call.module is writer.module for call in pending):
+        return []
+    places = {name.partition(".")[0] for name in (writer.name, *(call.name for call in pending))}
+    if "." in writer.name:  # else the matrices are in the layer itself
+        vectors = {name: p for name, p in vectors.items() if name.partition(".")[0] in places}
+    sources = [call.output for call in pending] + [*vectors.values()]
+    names = [call.name for call in pending] + [*vectors]
+    width = writer.input.shape[-1]
+    found: list[Units] = []
+    for size in (d for d in range(1, width // 2 + 1) if width % d == 0):
+        owners = owners_of(writer.input, sources, width // size)
+        if owners is None:
+            continue
+        own = {name: rows for name, rows in zip(names, owners, strict=True) if (rows >= 0).any()}
+        readers = [call for call in pending if call.name in own]
+        if not readers and size == 1:
+            break  # the matrix depends on these at most as a whole, through the hidden state
+        if readers:
+            kind = HEADS if mixes_tokens(writer.input, [call.output for call in readers]) else CHANNELS
+            rows = {call.name: own[call.name] for call in readers}
+            found.append(_made(taken, kind, width // size, writer.name, rows, {n: own[n] for n in vectors if n in own}))
+            if kind == CHANNELS:
+                break
+    return found
+
+
+def _made(
+    taken: LayerCopy, kind: str, count: int, writer: str, readers: dict[str, Tensor], vectors: dict[str, Tensor]
+) -> Units:
+    shapes = {name: shape_of(taken.layer.get_submodule(name)) for name in (*readers, writer)}
+    width = shapes[writer][1]
+    columns = torch.arange(width) // (width // count)
+    weights = width * shapes[writer][0] + sum(int((own >= 0).sum()) * shapes[n][1] for n, own in readers.items())
+    heads = 1
+    if kind == HEADS:
+        scope = writer.partition(".")[0]
+        modules = [m for name, m in taken.layer.named_modules() if name.partition(".")[0] == scope]
+        sizes = [vars(m).get(key) for key in _HEAD_SIZES for m in modules]
+        sizes = [size for size in sizes if type(size) is int and size and (width // count) % size == 0]
+        heads = width // count // sizes[0] if sizes else 1
+    return Units(kind, count, heads, readers, writer, columns, vectors, {}, weights // count)
