@@ -30,10 +30,10 @@ from hf_cod import (
     quantize,
     skip,
 )
+from hf_cod.layers.stacks import named_stacks
 
 Builder = Callable[[], PreTrainedModel]
 _IDS = torch.randint(5, 80, (3, 9), generator=torch.Generator().manual_seed(1))
-BATCHES = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in (_IDS, _IDS[:2] + 3)]
 # Two programs of one sum: experts and attention choose theirs by the shapes in a batch.
 ROUNDING = 1e-5
 
@@ -42,11 +42,29 @@ class WrongResult(Exception):
     """A result that differs from the reference, without an error or a note."""
 
 
+def batches_for(model: Any) -> list[dict[str, Tensor]]:
+    """Two batches; those of an encoder-decoder also have tokens for the decoder, a few less than for the encoder."""
+    ids = (_IDS, _IDS[:2] + 3)
+    if not model.config.is_encoder_decoder:
+        return [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
+    read = [_read(model, each) for each in ids]
+    return [{**inputs, "decoder_input_ids": each.flip(1)[:, :7]} for inputs, each in zip(read, ids, strict=True)]
+
+
+def _read(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """What a model, or its encoder, reads of one batch: tokens or sound."""
+    if model.main_input_name == "input_ids":
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    frames = 2 * getattr(model.config, "max_source_positions", 32)
+    shape = (len(ids), getattr(model.config, "num_mel_bins", 8), frames)
+    return {model.main_input_name: torch.randn(shape, generator=torch.Generator().manual_seed(2))}
+
+
 def check_diagnosis(build: Builder) -> str | None:
     """Angles against hooks on the layers; the model is left as it was."""
     model = build()
     before, logits = copy.deepcopy(model.state_dict()), _logits(model)
-    report = diagnose(model, batches=BATCHES, show_progress=False)
+    report = diagnose(model, batches=batches_for(model), show_progress=False)
     for index, expected in enumerate(_naive_angles(model)):
         got = report.layers["angular_distance"][index]
         _require(got is None or abs(got - expected) < 1e-3, f"angle of layer {index}: {got}, by hooks {expected:.4f}")
@@ -60,7 +78,7 @@ def check_prune(build: Builder) -> str | None:
     """Zeros counted = promised; weights counted + excluded = all weights of the layers; a reload is equal."""
     model = build()
     stack = find_decoder_layers(model)
-    report = prune(model, 0.5, "wanda", batches=BATCHES)
+    report = prune(model, 0.5, "wanda", batches=batches_for(model))
     matrices = [weight for index in range(len(stack)) for _, weight in stack.matrices(index)]
     share = sum(int((W == 0).sum()) for W in matrices) / sum(W.numel() for W in matrices)
     _require(abs(share - 0.5) < 0.02, f"{share:.3f} of the weights are 0 instead of 0.5")
@@ -69,14 +87,20 @@ def check_prune(build: Builder) -> str | None:
 
 
 def check_drop(build: Builder) -> str | None:
-    """Skip = drop; generation with a cache = without; a reload is equal."""
-    model = build()
-    with skip(model, 1):
-        skipped = _logits(model)
-    drop(model, 1)
-    logits = _logits(model)
-    _same(skipped, logits, "skip against drop", 0)
-    _same(_logits(reloaded(model)), logits, "reload", ROUNDING)
+    """Skip = drop; generation with a cache = without; a reload is equal. Of several stacks, on each."""
+    told = [_dropped(build, stack.name) for stack in named_stacks(build())] or [_dropped(build, None)]
+    return next((note for note in told if note), None)
+
+
+def _dropped(build: Builder, stack: str | None) -> str | None:
+    for layers in (0, 1):
+        model = build()
+        with skip(model, layers, stack):
+            skipped = _logits(model)
+        drop(model, layers, stack)
+        logits = _logits(model)
+        _same(skipped, logits, "skip against drop", 0)
+        _same(_logits(reloaded(model)), logits, "reload", ROUNDING)
     return _generates_alike(model, build())
 
 
@@ -109,7 +133,7 @@ def check_narrow(build: Builder) -> str | None:
     _require(sum(p.numel() for p in model.parameters()) < size, "no weight was removed")
     _same(_logits(model), _logits(_zeroed_as(model, build())), "the model with zeros", ROUNDING)
     model = build()
-    report = narrow(model, 0.85, "fluctuation", batches=BATCHES)
+    report = narrow(model, 0.85, "fluctuation", batches=batches_for(model))
     _same(_logits(reloaded(model)), _logits(model), "reload", ROUNDING)
     _generates_alike(model, build())
     return _first_of([note for note in report.notes if "not narrowed" in note])
@@ -161,7 +185,7 @@ def reloaded(model: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def _logits(model: Any) -> Tensor:
-    return model(**BATCHES[0]).logits
+    return model(**batches_for(model)[0]).logits
 
 
 def _distance(got: Tensor, expected: Tensor) -> float:
@@ -225,7 +249,7 @@ def _naive_angles(model: Any) -> list[float]:
 
     handles = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(stack)]
     try:
-        for batch in BATCHES:
+        for batch in batches_for(model):
             with torch.no_grad():
                 model(**batch)
     finally:
@@ -251,8 +275,7 @@ def _generated(model: Any, use_cache: bool) -> Tensor:
     """The logits of each generated token."""
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     told = {"output_logits": True, "return_dict_in_generate": True}
-    mask = torch.ones_like(_IDS[:1])
-    return torch.stack(model.generate(_IDS[:1], attention_mask=mask, use_cache=use_cache, **settings, **told).logits)
+    return torch.stack(model.generate(**_read(model, _IDS[:1]), use_cache=use_cache, **settings, **told).logits)
 
 
 def _trained(model: Any, checkpointing: bool) -> dict[str, Tensor]:
@@ -277,6 +300,7 @@ def _step(model: Any, optimizer: Any, steps: int) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     for _ in range(steps):
-        model(**BATCHES[0], labels=_IDS).loss.backward()
+        batch = batches_for(model)[0]
+        model(**batch, labels=batch.get("decoder_input_ids", _IDS)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from architecture_checks import BATCHES, CHECKS, WrongResult
+from architecture_checks import CHECKS, WrongResult, batches_for
 from tiny_architectures import build, types
 from tqdm import tqdm
 
@@ -48,7 +48,8 @@ def tried(kind: str, check: str) -> dict[str, str]:
 def not_built(kind: str) -> str | None:
     """Why a tiny model of a type cannot be built or run here; None if it can."""
     try:
-        if not build(kind)(**BATCHES[0]).logits.isfinite().all():
+        model = build(kind)
+        if not model(**batches_for(model)[0]).logits.isfinite().all():
             return "its logits are not finite"
     except Exception as error:  # whatever a config of these sizes raises
         return f"{type(error).__name__}: {_line(error)}"

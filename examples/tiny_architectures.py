@@ -68,7 +68,7 @@ SIZES: dict[str, Any] = {
     **_each("eoa_token_id eoa_token_index", 96),
 }
 # Fields that are set even where a config's default is None.
-ALWAYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ALWAYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 _HALVES = ["linear_attention", "full_attention"] * 2
 _HEADS = {"head_dim": 8}
@@ -104,32 +104,46 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+# Begins the names of encoder-decoders; some of their types are also those of causal models.
+SEQ2SEQ = "seq2seq/"
+
+
 def types() -> list[str]:
-    """All types of transformers' causal models, in alphabetical order."""
-    return sorted(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """All types of transformers' causal models, in alphabetical order, then those of its encoder-decoders."""
+    both = {*auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES}
+    return sorted(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) + [SEQ2SEQ + kind for kind in sorted(both)]
 
 
 def tiny_config(kind: str) -> Any:
     """A config of the type `kind` whose model has four layers and a width of 32."""
+    kind = kind.removeprefix(SEQ2SEQ)
     made = CONFIG_MAPPING[kind]
     return made(**{**_values(made), **CHANGES.get(kind, {})})
 
 
 def build(kind: str, seed: int = 0) -> PreTrainedModel:
-    """A random causal model of the type `kind`, in float32 and eval mode; always the same one.
+    """A random model of the type `kind`, in float32 and eval mode; always the same one.
+
+    Args:
+        kind: the type of a causal model, or `SEQ2SEQ` and that of an encoder-decoder.
+        seed: seed of the weights.
 
     Raises:
         Exception: whatever transformers raises where a config of these sizes is none, or a package is missing.
         ValueError: the model would be large.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
+    made: Any = AutoModelForCausalLM
+    if kind.startswith(SEQ2SEQ):
+        writes = kind.removeprefix(SEQ2SEQ) in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        made = AutoModelForSeq2SeqLM if writes else AutoModelForSpeechSeq2Seq
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(tiny_config(kind)).parameters())
+        size = sum(p.numel() for p in made.from_config(tiny_config(kind)).parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"{kind}: expected a tiny model, got {size / 1e6:.0f} million parameters")
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(tiny_config(kind)).float().eval()
+    return made.from_config(tiny_config(kind)).float().eval()
 
 
 def _values(made: type[PreTrainedConfig]) -> dict[str, Any]:

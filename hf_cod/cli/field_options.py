@@ -24,8 +24,10 @@ def add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) -> 
     if kind is not str:  # by which argparse would convert a marked default to a plain string
         more["type"] = kind
     choices = field.metadata.get("choices") or (get_args(hint) if get_origin(hint) is Literal else None)
+    also = [f"--{field.metadata['also']}"] if "also" in field.metadata else []
     parser.add_argument(
         name,
+        *also,
         dest=field.name,
         default=None if required else default,
         required=required,

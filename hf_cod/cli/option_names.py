@@ -1,7 +1,7 @@
 """Names of options in other tools and in earlier versions of hf_cod."""
 
-# Option name in other tools -> name in hf-cod.
-ALIASES = {"--output-dir": "--output"}
+# Option name in other tools, or a second name -> name in hf-cod; for commands that have the latter.
+ALIASES = {"--output-dir": "--output", "--stack": "--layers-path"}
 # Option name in an earlier version -> current name; accepted for one release, with a warning, by commands that have
 # the current name and do not use the earlier one for something else.
 RENAMED = {

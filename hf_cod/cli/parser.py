@@ -139,7 +139,8 @@ class SettingsParser(argparse.ArgumentParser):
         current = self._current(name)
         if current != name:
             warn_renamed("option", name, current)
-        return ALIASES.get(current, current) + equals + value
+        other = ALIASES.get(current)
+        return (other if other in self._option_string_actions else current) + equals + value
 
     def _current(self, option: str) -> str:
         """The current name of an option of an earlier version; other options are returned as they are."""

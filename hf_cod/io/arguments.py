@@ -16,6 +16,8 @@ from difflib import get_close_matches
 from numbers import Real
 from typing import Annotated, Any, Literal, TypeVar, Union, Unpack, cast, get_args, get_origin, get_type_hints
 
+from hf_cod.io.stack_argument import documented, path_of_stack, takes_stack, with_stack
+
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 # Class -> its name in errors.
@@ -59,6 +61,9 @@ def checked(thing: Decorated) -> Decorated:
 
 def _checking(function: Callable[..., Any], title: str, owner: type | None) -> Callable[..., Any]:
     signature = _opened(function)
+    named = takes_stack(signature)
+    if named:
+        signature = with_stack(signature)
     names = list(dict.fromkeys([*_options(function), *signature.parameters]))
 
     @functools.cache
@@ -82,6 +87,8 @@ def _checking(function: Callable[..., Any], title: str, owner: type | None) -> C
             bound = signature.bind(*arguments, **options).arguments
         except TypeError:  # an argument is missing, or passed twice: Python's own error is clear
             return function(*arguments, **options)
+        if named:
+            options = path_of_stack(bound, options)
         for name, value in bound.items():
             default = signature.parameters[name].default
             if name in hints() and value is not default and not (name in alone() and isinstance(value, str)):
@@ -89,6 +96,8 @@ def _checking(function: Callable[..., Any], title: str, owner: type | None) -> C
         return function(*arguments, **options)
 
     with_checks.__signature__ = signature  # type: ignore[attr-defined]
+    if named:
+        with_checks.__doc__ = documented(function)
     return with_checks
 
 

@@ -134,7 +134,11 @@ def layers_path_field() -> Any:
     """The field `layers_path`, for settings of functions that look up the layers of a model."""
     return field(
         default=None,
-        metadata={"help": "name of the module list of layers, for models where it is not detected; default: detected"},
+        metadata={
+            "help": "layers to work on, of a model with several stacks: encoder, decoder, text, vision, ..., or a "
+            "module list by its name; default: the decoder, or the only stack",
+            "also": "stack",
+        },
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from hf_cod.io.continuation import split_in_two
 from hf_cod.io.masking import mask_tokens
 from hf_cod.io.settings import SampleSettings
 from hf_cod.io.text import Batch, token_batches
@@ -33,7 +34,8 @@ def batches_of(
 ) -> Given | list[Batch] | None:
     """The given batches, or those of `token_batches` for the given texts; None if neither was passed.
 
-    A masked language model gets labels of masked tokens (`with_labels`), as in the commands.
+    A masked language model gets labels of masked tokens, an encoder-decoder halves of the samples (`with_labels`), as
+    in the commands.
 
     Args:
         model: the model that runs on the batches.
@@ -59,13 +61,19 @@ def batches_of(
 
 
 def with_labels(model: nn.Module, tokenizer: Any, batches: Sequence[Batch], seed: int) -> Sequence[Batch]:
-    """Batches of tokens for a loss of the model: those of a masked language model get labels of masked tokens.
+    """Batches of tokens for a loss of the model: those of a masked language model get labels of masked tokens, those of
+    an encoder-decoder are split into the input of its encoder and the target of its decoder (`split_in_two`).
 
     Raises:
         ValueError: the tokenizer of a masked language model has no mask token.
     """
-    masked = type(unwrap(model)).__name__.endswith(MASKED_LM_SUFFIXES)
-    return mask_tokens(tokenizer, batches, seed) if masked else batches
+    base: Any = unwrap(model)
+    config: Any = getattr(base, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and base.main_input_name == "input_ids":
+        found = [getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id")]
+        start = next((token for token in found if token is not None), 0)
+        return split_in_two(batches, start, found[-1] if found[-1] is not None else 0)
+    return mask_tokens(tokenizer, batches, seed) if type(base).__name__.endswith(MASKED_LM_SUFFIXES) else batches
 
 
 def required(batches: Given | None) -> Given:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from hf_cod.io.display import one_line
+from hf_cod.layers.stacks import COUNT_FIELDS, DECODER, DECODER_COUNT_FIELDS, ENCODER_COUNT_FIELDS, counts
 
 # Config fields that list the layers of one kind by index.
 INDEX_LIST_FIELDS = (
@@ -22,8 +23,6 @@ INDEX_LIST_FIELDS = (
 )
 # Config fields that count leading layers of one kind.
 LEADING_COUNT_FIELDS = ("first_k_dense_replace", "max_window_layers")
-# Config fields that count the layers of the decoder where `num_hidden_layers` counts those of the encoder.
-DECODER_COUNT_FIELDS = ("decoder_layers", "num_decoder_layers")
 # Lists that may have as many entries as there are layers, but are not per layer.
 NOT_PER_LAYER_FIELDS = (
     "architectures",
@@ -42,6 +41,9 @@ NOT_PER_LAYER_FIELDS = (
 _OF_BUILDING = (TypeError, AttributeError, LookupError, ArithmeticError, NotImplementedError, StrictDataclassError)
 
 
+_ABSENT = object()
+
+
 class Changes:
     """Attribute assignments that can be undone in reverse order."""
 
@@ -53,11 +55,19 @@ class Changes:
         self._undo.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
+    def add(self, owner: Any, name: str, value: Any) -> None:
+        """Assigns an attribute that the object itself does not have."""
+        self._undo.append((owner, name, _ABSENT))
+        setattr(owner, name, value)
+
     def undo(self) -> None:
         """Assigns the earlier values."""
         while self._undo:
             owner, name, value = self._undo.pop()
-            setattr(owner, name, value)
+            if value is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
 
 
 @contextmanager
@@ -72,30 +82,77 @@ def building_errors(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def mend_config(config: Any, kept: list[int], changes: Changes) -> None:
-    """Changes `config` so that it describes only the `kept` layers, given by their old indices."""
-    depth = config.num_hidden_layers
+def mend_config(config: Any, depth: int, kept: list[int], changes: Changes, side: str | None = None) -> None:
+    """Changes `config` so that it describes only the `kept` layers, given by their old indices.
+
+    Args:
+        config: a config that counts the layers.
+        depth: their number before.
+        kept: the layers that are left.
+        changes: records what is changed.
+        side: "encoder" or "decoder" if the config is that of both; the other side's numbers stay as they are.
+    """
     if hasattr(config, "layer_depths") and config.layer_depths is None:
         # Models of this package: LNS, Mix-LN and DeepNorm depend on a layer's depth, which must not change here.
         changes.set(config, "layer_depths", list(range(depth)))
         changes.set(config, "original_num_hidden_layers", depth)
-    # ProphetNet's config only reads num_hidden_layers.
-    only_read = isinstance(getattr(type(config), "num_hidden_layers", None), property)
-    counted = "num_encoder_layers" if only_read and "num_encoder_layers" in vars(config) else "num_hidden_layers"
-    changes.set(config, counted, len(kept))
-    if not getattr(config, "is_encoder_decoder", False):  # the decoder alone, such as BartForCausalLM
-        for name in DECODER_COUNT_FIELDS:
-            if vars(config).get(name) == depth:
-                changes.set(config, name, len(kept))
-    _mend_lists(config, depth, kept, changes)
+    counting = _counting_fields(config, depth, side)
+    if side is not None and not counting:  # each side has its own config inside this one
+        return
+    for name in counting:
+        changes.set(config, name, len(kept))
+    _mend_lists(config, depth, kept, changes, side)
     _mend_overrides(config, kept, changes)
     if "attention_types" in vars(config) and "attention_layers" in vars(config):  # GPT-Neo
         changes.set(config, "attention_types", [[[kind], 1] for kind in config.attention_layers])
+    if side is not None:
+        _mend_cache_depth(config, changes)
 
 
-def _mend_lists(config: Any, depth: int, kept: list[int], changes: Changes) -> None:
+def _counting_fields(config: Any, depth: int, side: str | None) -> list[str]:
+    """The fields that count the layers of a stack, or of one side of an encoder-decoder."""
+    own = DECODER_COUNT_FIELDS if side == DECODER else ENCODER_COUNT_FIELDS
+    names = [name for name in own if counts(config, name) == depth] if side else []
+    # ProphetNet's config only reads num_hidden_layers.
+    only_read = isinstance(getattr(type(config), "num_hidden_layers", None), property)
+    others = [name for name in COUNT_FIELDS if not (only_read and name == "num_hidden_layers")]
+    if side is None:
+        names = [name for name in others if counts(config, name) == depth]
+    elif not names and side != DECODER:  # T5 counts its encoder's layers so
+        names = ["num_hidden_layers"] if counts(config, "num_hidden_layers") == depth else []
+    return names
+
+
+def _mend_cache_depth(config: Any, changes: Changes) -> None:
+    """Makes room for all layers of the decoder in the KV cache.
+
+    `generate` sizes it by `config.get_text_config(decoder=True)`, which takes the encoder's number where a config has
+    no field `decoder_layers`, as T5's.
+    """
+    wanted = next((count for name in DECODER_COUNT_FIELDS if (count := counts(config, name)) is not None), 0)
+    if cache_depth(config) >= wanted or "decoder_layers" in vars(config):
+        return
+    attempt = Changes()
+    attempt.add(config, "decoder_layers", wanted)
+    try:
+        cache_depth(config)
+    except NotImplementedError:  # ProphetNet's config only reads num_hidden_layers
+        attempt.undo()
+        return
+    attempt.undo()
+    changes.add(config, "decoder_layers", wanted)
+
+
+def cache_depth(config: Any) -> int:
+    """The number of layers in the KV cache that transformers makes for a config."""
+    return config.get_text_config(decoder=True).num_hidden_layers
+
+
+def _mend_lists(config: Any, depth: int, kept: list[int], changes: Changes, side: str | None) -> None:
     for name, value in list(vars(config).items()):
         if name.startswith("_") or name in NOT_PER_LAYER_FIELDS:
+            continue
+        if side is not None and name.startswith(DECODER) != (side == DECODER):
             continue
         if name in INDEX_LIST_FIELDS and value is not None:
             changes.set(config, name, [new for new, old in enumerate(kept) if old in value])

@@ -18,10 +18,11 @@ from torch import nn
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.layers.config_surgery import Changes, building_errors, mend_config
+from hf_cod.layers.config_surgery import Changes, building_errors, cache_depth, mend_config
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.modes import for_one_thread, one_thread
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
+from hf_cod.layers.stacks import DECODER, ENCODER, inside_another, module_lists
 from hf_cod.models.own_config import own_config
 from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
 
@@ -105,13 +106,26 @@ def check_drop(model: nn.Module, layers: int | Iterable[int], layers_path: str |
 def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
     if stack.config is None:
         raise ValueError(f"model: expected a config that counts the layers of {stack.layers_path}, got none; use skip")
-    if getattr(stack.config, "is_encoder_decoder", False):
-        raise ValueError(f"model: expected one stack of layers, got an encoder-decoder ({type(stack.model).__name__})")
     if getattr(stack.config, "num_kv_shared_layers", 0):
         raise ValueError("model: expected layers with their own keys and values, got num_kv_shared_layers > 0")
     with building_errors(stack.model):
         _shrink(stack, kept, changes)
+    _check_cache(stack)
     _check_config_builds(stack)
+
+
+def _check_cache(stack: DecoderLayers) -> None:
+    """Checks that the KV cache of an encoder-decoder still has room for each layer of its decoder."""
+    model: Any = stack.model
+    if stack.name != ENCODER or not model.can_generate():
+        return
+    decoder = len(find_decoder_layers(model, DECODER))
+    if cache_depth(model.config) < decoder:
+        raise ValueError(
+            f"layers: expected at least {decoder} layers in the encoder of {type(model).__name__}, because "
+            f"transformers sizes the KV cache of the {decoder} decoder layers by them, got {len(stack)}; first remove "
+            "layers of the decoder, or use skip"
+        )
 
 
 def _kept(stack: DecoderLayers, layers: int | Iterable[int]) -> list[int]:
@@ -126,18 +140,43 @@ def _kept(stack: DecoderLayers, layers: int | Iterable[int]) -> list[int]:
 
 
 def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
-    layers = [stack[i] for i in kept]
+    layers, depth = [stack[i] for i in kept], len(stack)
+    _hand_on(stack, kept, changes)
     changes.set(stack.module_list, "_modules", OrderedDict((str(i), layer) for i, layer in enumerate(layers)))
     for new, (old, layer) in enumerate(zip(kept, layers, strict=True)):
         for module in layer.modules():
             for name in LAYER_INDEX_ATTRIBUTES:
                 if module.__dict__.get(name) == old:
                     changes.set(module, name, new)
-    if stack.config is not None:
-        mend_config(stack.config, kept, changes)
     whole: Any = getattr(stack.model, "config", None)  # for a tower this is not the config that counts its layers
+    side = stack.name if stack.name in (ENCODER, DECODER) else None
+    if stack.config is not None:
+        mend_config(stack.config, depth, kept, changes, side if stack.config is whole else None)
+    if side is not None and stack.config is not whole:  # each side of T5 has a copy of the config
+        mend_config(whole, depth, kept, changes, side)
     if getattr(whole, "module_shapes", None):
         changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
+
+
+def _hand_on(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
+    """Moves what only the first layer has to the layer that becomes the first.
+
+    All layers of T5 use the position biases that the first one computes from its table. A first layer that lacks
+    something that the others have is of another kind, and nothing is moved.
+    """
+    if kept[0] == 0:
+        return
+    (first, heir), others = (dict(stack[i].named_modules()) for i in (0, kept[0])), [*stack][1:]
+    if any(name not in first or type(first[name]) is not type(module) for name, module in heir.items()):
+        return
+    elsewhere = {name for layer in others for name, _ in layer.named_modules()}
+    for name in first.keys() - elsewhere:
+        parent, _, child = name.rpartition(".")
+        if parent in elsewhere:
+            changes.set(heir[parent], "_modules", {**heir[parent]._modules, child: first[name]})
+            for key, value in vars(first[parent]).items():
+                if isinstance(value, bool) and key not in _MODES and vars(heir[parent]).get(key) is (not value):
+                    changes.set(heir[parent], key, value)
 
 
 def _renumbered(shapes: dict[str, Any], stack: DecoderLayers, kept: list[int]) -> dict[str, Any]:
@@ -181,6 +220,13 @@ def _check_config_builds(stack: DecoderLayers) -> None:
 def _check_outside(stack: DecoderLayers, rebuilt: DecoderLayers) -> None:
     """Checks the weights outside of the layers: some models keep a table for all layers there."""
     inside = f"{stack.layers_path}."
+    lists, built = module_lists(stack.model), module_lists(rebuilt.model)
+    for name in (name for name in lists.keys() & built.keys() if not inside_another(name, lists)):
+        if len(lists[name]) != len(built[name]):
+            raise ValueError(
+                f"layers: expected a config of {type(stack.model).__name__} that counts the layers of {name} apart, "
+                f"got one that would build {len(built[name])} instead of {len(lists[name])}; use skip"
+            )
     shapes = {name: tuple(p.shape) for name, p in rebuilt.model.named_parameters() if not name.startswith(inside)}
     for name, parameter in stack.model.named_parameters():
         # Adapters and packed weights have other names or types than the weights of the built model.

@@ -63,11 +63,14 @@ def evaluation_mode(stack: DecoderLayers, *, repacking: bool = False) -> Iterato
 
     bitsandbytes' 4-bit layers repack their weights inside only with `repacking`, as in normal inference.
     """
+    # An encoder-decoder passes the choice of its own config on to its decoder.
     config: Any = stack.config
-    with modes_restored(stack.model), cache_restored(config):
+    whole: Any = getattr(stack.model, "config", None)
+    with modes_restored(stack.model), cache_restored(config), cache_restored(whole):
         stack.model.eval()
-        if getattr(config, "use_cache", None) is not None:
-            config.use_cache = False
+        for each in (config, whole):
+            if getattr(each, "use_cache", None) is not None:
+                each.use_cache = False
         with nullcontext() if repacking else without_repacking(stack.model):
             yield
 

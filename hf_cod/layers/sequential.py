@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -32,8 +32,8 @@ class Recorder(Sums, Protocol):
     def attached(self) -> AbstractContextManager[None]:
         """Adds hooks to the modules, and removes them at the end of the block."""
 
-    def start(self, mask: Tensor | None) -> None:
-        """Starts a batch with its attention mask (S, T), or None."""
+    def start(self, inputs: Mapping[str, Any]) -> None:
+        """Starts a batch with the inputs of the model, whose masks say which tokens are padding."""
 
     def finish(self, number: int) -> None:
         """Ends a batch."""
@@ -137,7 +137,7 @@ def _run(
         for number, batch in enumerate(batches):
             inputs = model_inputs(to_device(batch, device))
             if recorder is not None:
-                recorder.start(inputs.get("attention_mask"))
+                recorder.start(inputs)
             state = run_layer(stack, index, inputs, before[number])
             if recorder is not None:
                 recorder.finish(number)

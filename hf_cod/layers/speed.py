@@ -101,8 +101,11 @@ def _seconds(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float 
         return time.perf_counter() - start, None
     clock = _Clock()
     with _greedy(model, 1 + new_tokens):
+        begin = time.perf_counter()
         model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=clock)
     start, first, *_, last = clock.times
+    # The encoder of an encoder-decoder has read the prompt before the first call.
+    start = begin if getattr(model.config, "is_encoder_decoder", False) else start
     return first - start, (last - first) / new_tokens
 
 
@@ -125,7 +128,8 @@ def _greedy(model: Any, count: int) -> Iterator[None]:
     without beam search, and without an end-of-sequence token.
     """
     own = model.generation_config
-    model.generation_config = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0)
+    starts = {name: getattr(own, name) for name in ("bos_token_id", "decoder_start_token_id")}
+    model.generation_config = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0, **starts)
     try:
         yield
     finally:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from accelerate.utils import align_module_device
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.layers.orientation import is_linear, is_transposed, shape_of, turned
+from hf_cod.layers.stacks import DECODER, ENCODER, TEXT, counting_config, named_stacks, path_of_stack, side_of
 from hf_cod.layers.weights import weight_of
 
 # Components that wrappers insert into module names: torch.compile of a layer, FSDP, PEFT around a Linear.
@@ -57,7 +59,8 @@ class DecoderLayers(Sequence):
         model: the unwrapped transformers model.
         layers_path: the stack's name inside `model`, such as "model.layers" or "transformer.h".
         module_list: the `nn.ModuleList` over which the model's forward iterates.
-        config: the text or vision config whose `num_hidden_layers` counts these layers; None if there is none.
+        config: the text or vision config that counts these layers; None if there is none. The two sides of an
+            encoder-decoder may have one in common.
     """
 
     model: nn.Module
@@ -135,6 +138,23 @@ class DecoderLayers(Sequence):
         """Name -> module of each normalisation of layer `index`, in the order of registration."""
         return {name: m for name, m in self._modules_of(index) if is_norm(m)}
 
+    @cached_property
+    def name(self) -> str | None:
+        """The name of these layers in a model with several stacks, see `find_decoder_layers`; None if it has one."""
+        named = {stack.path: stack.name for stack in named_stacks(self.model)}
+        return side_of(self.model, self.layers_path) or named.get(self.layers_path)
+
+    def mask(self, inputs: Mapping[str, Any]) -> Any:
+        """The mask (S, T) of the tokens of these layers among the inputs of the model; None if there is none.
+
+        A decoder beside an encoder has its own tokens; images and sound have no mask here.
+        """
+        if self.name == DECODER:
+            return inputs.get("decoder_attention_mask")
+        if self.name == ENCODER and not {"input_ids", "inputs_embeds"} & inputs.keys():
+            return None
+        return inputs.get("attention_mask") if self.name in (None, ENCODER) or TEXT in self.name else None
+
     @property
     def embeddings(self) -> nn.Module | None:
         """The input embedding (of tokens or patches); None if the model has none."""
@@ -174,34 +194,25 @@ class DecoderLayers(Sequence):
 def find_decoder_layers(model: nn.Module, layers_path: str | None = None) -> DecoderLayers:
     """Finds the stack of layers of a transformers model, wrapped or not.
 
-    The stack is the `nn.ModuleList` whose length is the config's `num_hidden_layers`; of several, the one inside
-    `model.get_decoder()` (the text side of a vision-language model, the decoder of an encoder-decoder).
+    The stack is the `nn.ModuleList` whose length is the config's `num_hidden_layers`. Of several it is the decoder of
+    an encoder-decoder, and the text side of a vision-language model. Each of several has a name: "encoder" or
+    "decoder", or what its config is called in the model's config ("text", "vision", "audio").
 
     Args:
         model: any transformers model (text or vision), also inside PEFT, DDP or torch.compile.
-        layers_path: the stack's module name, for models where this rule fails.
+        layers_path: the stack's name if the model has several ("encoder", "decoder", "text", "vision", ...), or the
+            name of its module list.
 
     Raises:
-        ValueError: `model` is no model, or no stack or more than one fits; the message lists all module lists.
+        ValueError: `model` is no model, or no stack or more than one fits; the message lists the stacks by name, or all
+            module lists.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a loaded model, got {model!r}; load it by from_pretrained of an Auto class")
     base = unwrap(model)
-    lists = {name: m for name, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    if layers_path is not None and layers_path not in lists:
-        raise ValueError(f"layers_path: expected the name of a module list, got {layers_path!r}; {_describe(lists)}")
-    depth = getattr(_text_config(base), "num_hidden_layers", None)
-    fitting = [name for name, m in lists.items() if len(m) == depth and not _inside_another(name, lists)]
-    found = fitting if layers_path is None else [layers_path]
-    if len(found) > 1 and hasattr(base, "get_decoder"):
-        inside = {id(m) for m in base.get_decoder().modules()}  # type: ignore[operator]
-        found = [name for name in found if id(lists[name]) in inside]
-    if len(found) != 1:
-        raise ValueError(
-            f"model: expected one module list of {depth} layers (num_hidden_layers) in {type(base).__name__}, "
-            f"got {len(found)}; {_describe(lists)}; pass the name of the right one as layers_path="
-        )
-    return DecoderLayers(base, found[0], lists[found[0]], _config_of(base, found[0], lists[found[0]]))
+    path = path_of_stack(base, layers_path)
+    layers: Any = base.get_submodule(path)
+    return DecoderLayers(base, path, layers, counting_config(base, path, len(layers)))
 
 
 def is_linear_like(module: nn.Module) -> bool:
@@ -233,34 +244,6 @@ def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     yield name, module
     for child_name, child in module.named_children():
         yield from walk(child, f"{name}.{child_name}")
-
-
-def _config_of(model: nn.Module, path: str, layers: nn.ModuleList) -> Any:
-    """The config of the nearest module around the stack that counts its layers: a vision tower has its own."""
-    parts = path.split(".")
-    for end in range(len(parts) - 1, -1, -1):
-        config = _text_config(model.get_submodule(".".join(parts[:end])))
-        if getattr(config, "num_hidden_layers", None) == len(layers):
-            return config
-    return None
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-
-
-def _inside_another(name: str, lists: dict[str, nn.ModuleList]) -> bool:
-    """Whether a module list is inside another one, as experts and heads in each layer; these are never the stack."""
-    return any(name.startswith(other + ".") for other in lists)
-
-
-def _describe(lists: dict[str, nn.ModuleList]) -> str:
-    if not lists:
-        return "the model has no module lists"
-    outer = [name for name in lists if not _inside_another(name, lists)]
-    rows = [f"{name} ({len(lists[name])} x {type(lists[name][0]).__name__})" for name in outer]
-    return "module lists: " + ", ".join(rows)
 
 
 def _ask(model: nn.Module, getter: str) -> nn.Module | None:

@@ -12,25 +12,20 @@ from hf_cod.layers.stack import unwrap
 
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 MASKED_LM_SUFFIXES = ("ForMaskedLM",)
-LANGUAGE_MODELS = ("causal_lm", "masked_lm")  # tasks
+LANGUAGE_MODELS = ("causal_lm", "masked_lm", "seq2seq_lm")  # tasks
 # Names of the targets of heads; a question-answering head has a span.
 LABELS = ("labels", "start_positions", "end_positions")
 
 
 def task_of(model: nn.Module, batches: Sequence[Batch] = ()) -> str:
-    """The task of a model: "causal_lm", "masked_lm", "classes", "regression", "multi_label" or "labels" (any other
-    head), "headless", or "unlabelled" for a model that requires labels if the batches have none.
-
-    Raises:
-        ValueError: an encoder-decoder, which would require a target text in addition to each input.
+    """The task of a model: "causal_lm", "masked_lm", "seq2seq_lm" (an encoder-decoder that writes), "classes",
+    "regression", "multi_label" or "labels" (any other head), "headless", or "unlabelled" for a model that requires
+    labels if the batches have none.
     """
-    base = unwrap(model)
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"model: expected a decoder or an encoder, got an encoder-decoder "
-            f"({type(base).__name__}); measure its encoder alone, loaded with AutoModelForTextEncoding"
-        )
+    base: Any = unwrap(model)
     name = type(base).__name__
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False) and _writes(base):
+        return "unlabelled" if any("labels" not in batch for batch in batches) else "seq2seq_lm"
     if name.endswith(CAUSAL_LM_SUFFIXES):
         return "causal_lm"
     if "For" not in name:
@@ -41,6 +36,11 @@ def task_of(model: nn.Module, batches: Sequence[Batch] = ()) -> str:
         return "masked_lm"
     labels = batches[0].get("labels") if batches else None
     return "labels" if labels is None else _task_of_labels(base, labels)
+
+
+def _writes(model: Any) -> bool:
+    """Whether an encoder-decoder has an output projection onto its vocabulary."""
+    return callable(getattr(model, "can_generate", None)) and model.can_generate()
 
 
 def _task_of_labels(base: Any, labels: Tensor) -> str:
@@ -60,6 +60,7 @@ def targets(batch: Batch, task: str) -> Tensor:
     """The target token ids, aligned with the logits; IGNORED_LABEL at positions without a target.
 
     For a causal model position t predicts token t + 1, so the last position predicts nothing, and padding is ignored.
+    The decoder's tokens of an encoder-decoder are already shifted, so that position t predicts label t.
 
     Raises:
         ValueError: a batch of a causal model has neither labels nor token ids.

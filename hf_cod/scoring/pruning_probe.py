@@ -25,7 +25,7 @@ from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.partial_forward import State, check_independent, run_layer, running_only
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers
-from hf_cod.layers.task import model_inputs, task_of
+from hf_cod.layers.task import LANGUAGE_MODELS, model_inputs, task_of
 from hf_cod.scoring.settings import CODEBOOK
 
 
@@ -52,7 +52,7 @@ class PruningProbe:
         show_progress: bool,
     ) -> None:
         task = task_of(stack.model, batches)
-        if task not in ("causal_lm", "masked_lm"):
+        if task not in LANGUAGE_MODELS:
             raise ValueError(f"model: expected a language model to probe, got {type(stack.model).__name__}")
         check_independent(stack, "auto")
         check_writable(stack)

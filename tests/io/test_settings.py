@@ -367,7 +367,7 @@ def test_new_names_do_not_warn_and_signatures_show_them():
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)
         assert find_decoder_layers(build("llama"), layers_path="model.layers").layers_path == "model.layers"
-    assert [*inspect.signature(find_decoder_layers).parameters] == ["model", "layers_path"]
+    assert [*inspect.signature(find_decoder_layers).parameters] == ["model", "layers_path", "stack"]
     assert "layers_path" in inspect.signature(Applying).parameters
 
     @renamed(old="new")

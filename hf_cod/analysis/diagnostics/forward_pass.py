@@ -104,7 +104,7 @@ def measure_forward(
     with torch.no_grad(), evaluation_mode(stack), recorder.attached():
         for number, batch in enumerate(progress(batches, "forward pass", show_progress)):
             inputs = model_inputs(to_device(batch, device))
-            recorder.start(inputs.get("attention_mask"), len(next(iter(inputs.values()))))
+            recorder.start(stack.mask(inputs), len(next(iter(inputs.values()))))
             trunk(**inputs)
             recorder.finish(number)
     return recorder.measures()

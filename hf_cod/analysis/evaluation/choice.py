@@ -33,6 +33,7 @@ from hf_cod.layers.task import LANGUAGE_MODELS, model_inputs, task_of
 OWN_METRIC = {
     "causal_lm": "perplexity",
     "masked_lm": "perplexity",
+    "seq2seq_lm": "perplexity",
     "classes": "accuracy",
     "regression": "loss",
     "multi_label": "loss",

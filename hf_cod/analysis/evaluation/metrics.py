@@ -73,7 +73,7 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 
 class Perplexity:
     """exp( - 1/N sum_i log p(x_i | x_<i) ) over all N predicted tokens of all samples; for a masked language model over
-    its masked tokens, given all others.
+    its masked tokens, given all others, and for an encoder-decoder over the labels, given the input.
     """
 
     name = "perplexity"
@@ -169,7 +169,7 @@ class OutputAngle:
         a, b = wide(_main_output(outputs)), wide(_main_output(intact))
         angle = nn.functional.cosine_similarity(a, b, dim=-1).clamp(-1, 1).arccos() / math.pi  # (S, T), or (S,)
         angle = angle.reshape(len(a), -1)
-        mask = batch.get("attention_mask")
+        mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
         weight = torch.ones_like(angle) if mask is None or mask.shape != angle.shape else mask.to(angle)
         return torch.stack([(angle * weight).sum(-1), weight.sum(-1)], -1).tolist()
 

@@ -4,8 +4,9 @@ together with sums of the inputs, the statistics for removing columns of a matri
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,9 @@ class ProductsRecorder:
         """Adds the hooks to the modules, and removes them at the end of the block."""
         return self._inputs.attached()
 
-    def start(self, mask: Tensor | None) -> None:
-        """Starts a batch with its attention mask (S, T), or None."""
-        self._inputs.start(mask)
+    def start(self, inputs: Mapping[str, Any]) -> None:
+        """Starts a batch with the inputs of the model, whose masks say which tokens are padding."""
+        self._inputs.start(inputs)
 
     def finish(self, number: int) -> None:
         """Ends a batch: checks the sums."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -187,7 +187,7 @@ def collect_statistics(
         for number, batch in enumerate(progress(batches, "statistics", show_progress)):
             checked.check(batch, number)  # one by one, since batches may come from a stream
             inputs = model_inputs(to_device(batch, device))
-            recorder.start(inputs.get("attention_mask"))
+            recorder.start(inputs)
             trunk(**inputs)
             recorder.finish(number)
             seen += 1
@@ -218,9 +218,9 @@ class StatisticsRecorder:
         """Adds the hooks to the modules, and removes them at the end of the block."""
         return self._inputs.attached()
 
-    def start(self, mask: Tensor | None) -> None:
-        """Starts a batch with its attention mask (S, T), or None."""
-        self._inputs.start(mask)
+    def start(self, inputs: Mapping[str, Any]) -> None:
+        """Starts a batch with the inputs of the model, whose masks say which tokens are padding."""
+        self._inputs.start(inputs)
         self._batch: list[tuple[str, int | None, Tensor, int]] = []
 
     def finish(self, number: int) -> None:

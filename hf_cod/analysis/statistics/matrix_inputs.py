@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.expert_banks import observed
 from hf_cod.layers.stack import DecoderLayers
+from hf_cod.layers.stacks import DECODER
 
 Read = Callable[[str, "int | None", "Tensor | None", str], None]
 """(matrix's name, expert or None, its inputs (n, in), its own name). If a matrix has the same input tensor as the one
@@ -33,13 +34,16 @@ class MatrixInputs:
 
     def __init__(self, stack: DecoderLayers, layers: Iterable[int], read: Read) -> None:
         self._linears, self._banks = _own_modules(stack, layers)
-        self._read = read
-        self.start(None)
+        self._read, self._stack = read, stack
+        self.start({})
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Adds the hooks to the modules, and removes them at the end of the block."""
         with ExitStack() as attachments:
+            if self._stack.name == DECODER:
+                encoder: Any = self._stack.model.get_encoder()  # type: ignore[operator]
+                attachments.callback(encoder.register_forward_hook(self._keep_encoded).remove)
             if self._banks:
                 attachments.enter_context(observed(self._banks, self._read_expert))
             for name, module in self._linears.items():
@@ -47,16 +51,16 @@ class MatrixInputs:
                 attachments.callback(handle.remove)
             yield
 
-    def start(self, mask: Tensor | None) -> None:
-        """Starts a batch with its attention mask (S, T), or None."""
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask: expected (samples, tokens) with 0 for padding, got shape {tuple(mask.shape)}, from "
-                "which padding cannot be derived"
-            )
-        # For a mask without padding a gather is avoided.
-        self._mask = None if mask is None or bool(mask.all()) else mask.bool().flatten()
+    def start(self, inputs: Mapping[str, Any]) -> None:
+        """Starts a batch with the inputs of the model, whose masks (S, T) say which tokens are padding."""
+        self._mask = _padding(self._stack.mask(inputs))
+        # The cross-attention of a decoder reads the tokens of the encoder.
+        self._encoded_mask = _padding(inputs.get("attention_mask")) if self._stack.name == DECODER else None
+        self._encoded: Any = None
         self._last: tuple[Any, str] | None = None
+
+    def _keep_encoded(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._encoded = weakref.ref(output[0])
 
     def _hook_of(self, name: str) -> Any:
         def read(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -64,7 +68,7 @@ class MatrixInputs:
             if self._last is not None and self._last[0]() is x:
                 self._read(name, None, None, self._last[1])
                 return
-            self._read(name, None, self._real_rows(name, x.detach().flatten(0, -2)), name)
+            self._read(name, None, self._real_rows(name, x), name)
             self._last = (weakref.ref(x), name)
 
         return read
@@ -73,15 +77,27 @@ class MatrixInputs:
         rows = x if self._mask is None else x[self._mask.to(x.device)[tokens]]
         self._read(name, expert, rows, name)
 
-    def _real_rows(self, name: str, rows: Tensor) -> Tensor:
-        if self._mask is None:
+    def _real_rows(self, name: str, x: Tensor) -> Tensor:
+        encoded = self._encoded is not None and self._encoded() is x
+        mask, rows = self._encoded_mask if encoded else self._mask, x.detach().flatten(0, -2)
+        if mask is None:
             return rows
-        if len(rows) != len(self._mask):
+        if len(rows) != len(mask):
             raise ValueError(
-                f"attention_mask: expected {len(rows)} tokens as at the input of {name}, got {len(self._mask)}; "
+                f"attention_mask: expected {len(rows)} tokens as at the input of {name}, got {len(mask)}; "
                 "use samples without padding"
             )
-        return rows[self._mask.to(rows.device)]
+        return rows[mask.to(rows.device)]
+
+
+def _padding(mask: Tensor | None) -> Tensor | None:
+    """(S T,): 1 for real tokens; None without padding, where a gather is avoided."""
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask: expected (samples, tokens) with 0 for padding, got shape {tuple(mask.shape)}, from "
+            "which padding cannot be derived"
+        )
+    return None if mask is None or bool(mask.all()) else mask.bool().flatten()
 
 
 def check_finite_input(sums: Tensor, name: str, number: int) -> None:

@@ -54,7 +54,7 @@ def measure_loss_weights(
             number = count_predictions(batch, task)
             if number:
                 predictions += number
-                sums.mask = batch.get("attention_mask")
+                sums.mask = stack.mask(batch)
                 with torch.enable_grad():
                     (mean_loss(stack.model, batch, task) * number).backward()
     if not predictions:

@@ -103,7 +103,7 @@ class BlockReplacer:
             for batch, before, wanted in zip(self._batches, self._before, self._behind[block.last], strict=True):
                 with _outputs_of(matrix) as added:
                     hidden, _ = run_layer(self._stack, front, model_inputs(batch), before)
-                mask = batch.get("attention_mask")
+                mask = self._stack.mask(batch)
                 rows = slice(None) if mask is None else mask.bool().flatten().to(hidden.device)
                 # Widened first, so that bf16 does not round the difference.
                 r = (wide(wanted.to(hidden.device)) - wide(hidden)).flatten(0, 1)[rows]

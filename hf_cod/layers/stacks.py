@@ -1,0 +1,203 @@
+"""The stacks of layers of a model and their names: encoder and decoder, or towers of text, images and sound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+# Config fields that count the layers of one side of an encoder-decoder.
+ENCODER_COUNT_FIELDS = ("encoder_layers", "num_encoder_layers")
+DECODER_COUNT_FIELDS = ("decoder_layers", "num_decoder_layers")
+# Config fields that count the layers of a stack.
+COUNT_FIELDS = ("num_hidden_layers", *ENCODER_COUNT_FIELDS, *DECODER_COUNT_FIELDS, "depth")
+ENCODER, DECODER, TEXT = "encoder", "decoder", "text"
+
+
+@dataclass(frozen=True)
+class NamedStack:
+    """A stack of layers beside others.
+
+    Attributes:
+        name: "encoder" or "decoder"; for towers the name of their config in the model's config ("text", "vision",
+            "audio"), which is "text" for the model's own config.
+        path: name of its module list inside the model.
+        depth: number of layers.
+    """
+
+    name: str
+    path: str
+    depth: int
+
+
+def module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Name -> module list that is not empty, those inside other lists included."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+
+
+def named_stacks(model: Any) -> list[NamedStack]:
+    """The stacks of a model that has several; a name is unique, and a stack of which that cannot be said has none."""
+    lists = module_lists(model)
+    found = []
+    for path, layers in lists.items():
+        config = counting_config(model, path, len(layers))
+        if config is not None and not inside_another(path, lists) and [*layers[0].children()]:
+            name = side_of(model, path) or _tower_of(model.config, config)
+            if name is not None:
+                found.append(NamedStack(name, path, len(layers)))
+    names = [stack.name for stack in found]
+    found = [stack for stack in found if names.count(stack.name) == 1]
+    return found if len(found) > 1 else []
+
+
+def path_of_stack(model: Any, name: str | None) -> str:
+    """The name of a module list of layers inside a model.
+
+    Args:
+        model: a transformers model without wrappers.
+        name: the stack's name, or that of its module list; None: the default, see `find_decoder_layers`.
+
+    Raises:
+        ValueError: there is no such stack; without a name, no stack or more than one fits.
+    """
+    lists = module_lists(model)
+    return _default_path(model, lists) if name is None else _path_of(model, lists, name)
+
+
+def side_of(model: Any, path: str) -> str | None:
+    """ "encoder" or "decoder" if the module of this name is part of that side of an encoder-decoder, else None."""
+    for name, module in _sides(model).items():
+        if any(inner is module for inner in _ancestors(model, path)):
+            return name
+    return None
+
+
+def counting_config(model: nn.Module, path: str, depth: int) -> Any:
+    """The config of the nearest module around a module list that counts its layers; None if there is none.
+
+    An encoder-decoder may have one config for both sides, and a tower has its own.
+    """
+    for module in _ancestors(model, path):
+        config = text_config(module)
+        if any(counts(config, name) == depth for name in COUNT_FIELDS):
+            return config
+    return None
+
+
+def counts(config: Any, name: str) -> int | None:
+    """The number of layers in a field of `COUNT_FIELDS`; None if a config has no such field."""
+    found = getattr(config, name, None)
+    return found if isinstance(found, int) else None
+
+
+def text_config(module: nn.Module) -> Any:
+    """The config of the text that a module writes; the module's own if that has no other inside."""
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return config
+    found = config.get_text_config(decoder=True)
+    # Of a config for both sides it is a copy, in which the fields of the decoder have replaced those of the encoder.
+    return config if type(found) is type(config) else found
+
+
+def inside_another(name: str, lists: dict[str, nn.ModuleList]) -> bool:
+    """Whether a module list is inside another one, as experts and heads in each layer; these are never a stack."""
+    return any(name.startswith(other + ".") for other in lists)
+
+
+def _path_of(model: nn.Module, lists: dict[str, nn.ModuleList], name: str) -> str:
+    """The module list that a user chose by its own name, or by that of the stack."""
+    if name in lists:
+        return name
+    stacks = named_stacks(model)
+    for stack in stacks:
+        if name == stack.name:
+            return stack.path
+    if stacks:
+        raise ValueError(
+            f"stack: expected one of {_described(stacks)} of {type(model).__name__}, or the name of a module list, got "
+            f"{name!r}"
+        )
+    raise ValueError(f"layers_path: expected the name of a module list, got {name!r}; {_describe(lists)}")
+
+
+def _default_path(model: Any, lists: dict[str, nn.ModuleList]) -> str:
+    stacks = named_stacks(model)
+    if stacks and _are_alternatives(model):
+        raise ValueError(
+            f"stack: expected the name of one of the stacks of {type(model).__name__}, {_described(stacks)}, got none"
+        )
+    paths = {stack.name: stack.path for stack in stacks}
+    if DECODER in paths:
+        return paths[DECODER]
+    depth = getattr(text_config(model), "num_hidden_layers", None)
+    found = [name for name, m in lists.items() if len(m) == depth and not inside_another(name, lists)]
+    if len(found) > 1 and hasattr(model, "get_decoder"):
+        inside = {id(m) for m in model.get_decoder().modules()}
+        found = [name for name in found if id(lists[name]) in inside]
+    if len(found) != 1 and TEXT in paths and model.can_generate():
+        return paths[TEXT]
+    if len(found) != 1:
+        told = f"its stacks are {_described(stacks)}" if stacks else _describe(lists)
+        raise ValueError(
+            f"model: expected one module list of {depth} layers (num_hidden_layers) in {type(model).__name__}, "
+            f"got {len(found)}; {told}; pass the name of the right one as layers_path="
+        )
+    return found[0]
+
+
+def _are_alternatives(model: Any) -> bool:
+    """Whether a model is two towers beside each other, such as CLIP, neither of which is the main one."""
+    return hasattr(model, "get_text_features") and hasattr(model, "get_image_features") and not model.can_generate()
+
+
+def _described(stacks: list[NamedStack]) -> str:
+    return ", ".join(f"{stack.name!r} ({stack.path}, {stack.depth} layers)" for stack in stacks)
+
+
+def _describe(lists: dict[str, nn.ModuleList]) -> str:
+    if not lists:
+        return "the model has no module lists"
+    outer = [name for name in lists if not inside_another(name, lists)]
+    rows = [f"{name} ({len(lists[name])} x {type(lists[name][0]).__name__})" for name in outer]
+    return "module lists: " + ", ".join(rows)
+
+
+def _sides(model: Any) -> dict[str, nn.Module]:
+    """The two sides of an encoder-decoder; empty for other models, also for one side alone."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return {}
+    try:
+        sides = {ENCODER: model.get_encoder(), DECODER: model.get_decoder()}
+    except (AttributeError, NotImplementedError):  # raised by transformers for architectures without them
+        return {}
+    encoder, decoder = sides.values()
+    apart = all(one is not other for one in encoder.modules() for other in (decoder, model))
+    return sides if apart and all(inner is not encoder for inner in decoder.modules()) else {}
+
+
+def _ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules around the module of this name, the nearest first."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        yield model.get_submodule(".".join(parts[:end]))
+
+
+def _tower_of(whole: Any, config: Any) -> str | None:
+    """The name of a tower by its config in the model's config."""
+    if config is whole:
+        return TEXT
+    inner = [*_inner_configs(whole)]
+    same = [field for field, found in inner if found is config]
+    alike = [field for field, found in inner if found.model_type == config.model_type]
+    return next((field.removesuffix("_config") for field in [*same, *alike]), None)
+
+
+def _inner_configs(config: Any) -> Iterator[tuple[str, Any]]:
+    for field, inner in vars(config).items():
+        if isinstance(inner, PreTrainedConfig) and not field.startswith("_"):
+            yield field, inner
+            yield from _inner_configs(inner)
