@@ -48,7 +48,10 @@ def batches_for(model: Any) -> list[dict[str, Tensor]]:
     if not model.config.is_encoder_decoder:
         return [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
     read = [_read(model, each) for each in ids]
-    return [{**inputs, "decoder_input_ids": each.flip(1)[:, :7]} for inputs, each in zip(read, ids, strict=True)]
+    return [
+        {**inputs, "decoder_input_ids": each.flip(1)[:, :7].contiguous()}
+        for inputs, each in zip(read, ids, strict=True)
+    ]
 
 
 def _read(model: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -93,7 +96,7 @@ def check_drop(build: Builder) -> str | None:
 
 
 def _dropped(build: Builder, stack: str | None) -> str | None:
-    for layers in (0, 1):
+    for layers in (1,) if stack is None else (0, 1):
         model = build()
         with skip(model, layers, stack):
             skipped = _logits(model)

@@ -68,7 +68,7 @@ SIZES: dict[str, Any] = {
     **_each("eoa_token_id eoa_token_index", 96),
 }
 # Fields that are set even where a config's default is None.
-ALWAYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+ALWAYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _HALVES = ["linear_attention", "full_attention"] * 2
 _HEADS = {"head_dim": 8}
@@ -118,7 +118,8 @@ def tiny_config(kind: str) -> Any:
     """A config of the type `kind` whose model has four layers and a width of 32."""
     kind = kind.removeprefix(SEQ2SEQ)
     made = CONFIG_MAPPING[kind]
-    return made(**{**_values(made), **CHANGES.get(kind, {})})
+    start = {"decoder_start_token_id": SIZES["decoder_start_token_id"]} if made().is_encoder_decoder else {}
+    return made(**{**_values(made), **start, **CHANGES.get(kind, {})})
 
 
 def build(kind: str, seed: int = 0) -> PreTrainedModel:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
+    PreTrainedModel,
 )
+
+from examples.tiny_architectures import tiny_config
 
 _COMMON = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 _GQA = {**_COMMON, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -117,3 +123,28 @@ def double(batches):
 def outputs(model, batch=None):
     """The first of what the model returns, in eval mode."""
     return model.eval()(**(batch or batch_for(model))).to_tuple()[0]
+
+
+def build_encoder_decoder(kind: str, **sizes: Any) -> PreTrainedModel:
+    """A random encoder-decoder of four layers each, in eval mode.
+
+    Args:
+        kind: its type in transformers.
+        **sizes: config values that differ from those of `examples/tiny_architectures.py`.
+    """
+    from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+
+    config = tiny_config(kind)
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    return (AutoModelForSpeechSeq2Seq if kind == "whisper" else AutoModelForSeq2SeqLM).from_config(config).eval()
+
+
+def seq2seq_batch(model: Any) -> dict[str, Tensor]:
+    """Tokens, or sound, for the encoder, and fewer tokens for the decoder."""
+    ids = torch.randint(5, 80, (2, 9), generator=torch.Generator().manual_seed(1))
+    if model.main_input_name == "input_ids":
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :7].flip(1)}
+    shape = (2, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+    return {"input_features": torch.randn(shape, generator=torch.Generator().manual_seed(2)), "decoder_input_ids": ids}

@@ -118,11 +118,19 @@ def _random_inputs(model: Any) -> dict[str, Tensor]:
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
         pixels = torch.randn(SAMPLES, getattr(config, "num_channels", 3), *size, generator=generator)
         return {"pixel_values": pixels.to(device, next(model.parameters()).dtype)}
+    if getattr(model, "main_input_name", "input_ids") == "input_features":  # sound, such as Whisper's
+        shape = (SAMPLES, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+        sound = torch.randn(shape, generator=generator).to(device, next(model.parameters()).dtype)
+        start = torch.full((SAMPLES, TOKENS), model.config.decoder_start_token_id or 0, device=device)
+        return {"input_features": sound, "decoder_input_ids": start}
     words = table.num_embeddings if hasattr(table, "num_embeddings") else len(table.weight)
     special = _special_tokens(model.config)
     plain = torch.tensor([token for token in range(words) if token not in special])
     chosen = plain[torch.randint(len(plain), (SAMPLES, TOKENS), generator=generator)]
-    return {"input_ids": chosen.to(device)}
+    inputs = {"input_ids": chosen.to(device)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs
 
 
 def _special_tokens(config: Any) -> set[int]:

@@ -50,13 +50,19 @@ def test_tasks():
     ]  # fmt: skip
 
 
-def test_encoder_decoder_is_refused():
+def test_perplexity_of_an_encoder_decoder_is_that_of_its_labels_and_its_own_loss():
     from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-    model = T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=1, vocab_size=9))
-    with pytest.raises(ValueError, match=r"encoder-decoder \(T5For.*\); .* AutoModelForTextEncoding"):
-        task_of(model)
-    assert task_of(T5EncoderModel(model.config)) == "headless", "the way out that the error names"
+    sizes = {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_heads": 2, "num_layers": 1, "vocab_size": 19}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    ids = torch.randint(1, 19, (2, 6), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids[:, :4], "decoder_input_ids": torch.nn.functional.pad(ids[:, :3], (1, 0))}
+    assert task_of(model) == task_of(model, [batch]) == "seq2seq_lm"
+    assert task_of(model, [{"input_ids": ids}]) == "unlabelled"
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids[:, :4]).loss
+    assert perplexity(model, [batch]) == pytest.approx(float(loss.exp()), rel=1e-5)
+    assert task_of(T5EncoderModel(model.config)) == "headless"
 
 
 def test_an_evaluate_module_counts_as_our_accuracy(tmp_path):

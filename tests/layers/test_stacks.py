@@ -1,0 +1,235 @@
+import copy
+import math
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel, GitConfig, GitForCausalLM
+
+from hf_cod import (
+    OwlBnbConfig,
+    collect_statistics,
+    diagnose,
+    drop,
+    drop_layers,
+    find_decoder_layers,
+    perplexity,
+    prune,
+    quantize,
+    score_layers,
+    skip,
+)
+from hf_cod.cli.main import main
+from hf_cod.io.models import load_model
+from hf_cod.io.report import RunReport
+from tests.fresh_processes import run_fresh
+from tests.tiny_models import build_encoder_decoder, seq2seq_batch
+from tests.tiny_tokenizers import bert_like
+
+KINDS = ["t5", "bart", "whisper"]
+MORE = ["marian", "mbart", "pegasus", "blenderbot", "mt5", "umt5", "longt5", "led", "m2m_100"]
+ALL = [*KINDS, *(pytest.param(kind, marks=pytest.mark.families) for kind in MORE)]
+SIDES = ["encoder", "decoder"]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**seq2seq_batch(model)).logits
+
+
+def generated(model, use_cache):
+    inputs = {name: t for name, t in seq2seq_batch(model).items() if not name.startswith("decoder")}
+    how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 1}
+    told = {"output_logits": True, "return_dict_in_generate": True}
+    return torch.stack(model.generate(**inputs, use_cache=use_cache, **how, **told).logits)
+
+
+def without_its_effect(model, side, layer):
+    """A copy of a T5 in which one layer adds nothing, but still computes what the others read of it."""
+    model = copy.deepcopy(model)
+    for name, weight in find_decoder_layers(model, stack=side)[layer].named_parameters():
+        if name.endswith((".o.weight", ".wo.weight")):
+            torch.nn.init.zeros_(weight)
+    return model
+
+
+@pytest.mark.parametrize("removed", [0, [1, 3]])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("kind", ALL)
+def test_drop_on_each_side_of_an_encoder_decoder(kind, side, removed, tmp_path):
+    model, other = build_encoder_decoder(kind), "decoder" if side == "encoder" else "encoder"
+    intact = logits(model)
+    with skip(model, removed, stack=side):
+        skipped = logits(model)
+        torch.testing.assert_close(generated(model, True), generated(model, False), atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(model), intact), "the end of skip leaves no trace"
+    kept = drop(model, removed, stack=side)
+    assert torch.equal(logits(model), skipped) and not torch.equal(skipped, intact)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert len(find_decoder_layers(loaded, stack=side)) == len(kept)
+    assert len(find_decoder_layers(loaded, stack=other)) == 4
+    torch.testing.assert_close(logits(loaded), skipped, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(generated(loaded, True), generated(loaded, False), atol=1e-5, rtol=1e-5)
+    assert len(drop(loaded, 0, stack=other)) == 3, "after the reload the other side can follow"
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_without_its_first_layer_t5_keeps_the_position_biases(side):
+    """They lie in the first layer, and all layers read them."""
+    model = build_encoder_decoder("t5")
+    first = find_decoder_layers(model, stack=side)[0]
+    torch.nn.init.normal_(first.layer[0].SelfAttention.relative_attention_bias.weight)
+    for layers in (0, 2):
+        expected = logits(without_its_effect(model, side, layers))
+        with skip(model, layers, stack=side):
+            torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.process
+def test_a_process_without_this_package_loads_a_shortened_t5(tmp_path):
+    model = build_encoder_decoder("t5")
+    drop(model, [0, 2], stack="encoder")
+    model.save_pretrained(tmp_path / "model")
+    torch.save({**seq2seq_batch(model), "expected": logits(model)}, tmp_path / "batch.pt")
+    code = (
+        "import sys, torch, transformers\n"
+        "batch = torch.load(sys.argv[1] + '/batch.pt')\n"
+        "expected = batch.pop('expected')\n"
+        "model = transformers.AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1] + '/model').eval()\n"
+        "assert torch.allclose(model(**batch).logits, expected, atol=1e-6)\n"
+        "how = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)\n"
+        "ids = [model.generate(batch['input_ids'], use_cache=cache, **how) for cache in (True, False)]\n"
+        "assert torch.equal(*ids) and 'hf_cod' not in sys.modules\n"
+    )
+    done = run_fresh(code, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_decoder_is_the_default_and_an_earlier_refusal_is_gone():
+    model = build_encoder_decoder("t5", num_decoder_layers=3)
+    assert len(find_decoder_layers(model)) == len(find_decoder_layers(model, stack="decoder")) == 3
+    assert len(find_decoder_layers(model, layers_path="encoder")) == 4
+    assert drop_layers(model, 1).layers
+
+
+def test_what_a_config_cannot_say_of_an_encoder_is_refused_and_nothing_has_changed():
+    model = build_encoder_decoder("prophetnet")
+    before = copy.deepcopy(model.config.to_dict())
+    with pytest.raises(ValueError, match=r"^layers: expected at least 4 layers in the encoder of ProphetNet.* got 3;"):
+        drop(model, 0, stack="encoder")
+    assert model.config.to_dict() == before and len(find_decoder_layers(model, stack="encoder")) == 4
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_measurements_are_those_of_the_named_side(kind, side):
+    model = build_encoder_decoder(kind)
+    batch, found = seq2seq_batch(model), []
+    stack = find_decoder_layers(model, stack=side)
+    for layer in stack:
+        layer.register_forward_hook(
+            lambda m, args, kwargs, out: found.append((args[0], out[0] if isinstance(out, tuple) else out)),
+            with_kwargs=True,
+        )
+    logits(model)
+    cosines = [torch.cosine_similarity(x[:, -1].double(), y[:, -1].double(), dim=-1) for x, y in found]
+    expected = [float((cosine.clamp(-1, 1).arccos() / math.pi).mean()) for cosine in cosines]
+    report = diagnose(model, batches=[batch], stack=side, show_progress=False)
+    torch.testing.assert_close(report.layers["angular_distance"], expected, atol=1e-6, rtol=1e-5)
+    assert score_layers(model, method="owl", batches=[batch], stack=side).values
+
+
+def test_padding_of_both_sides_counts_nowhere():
+    """The cross-attention reads the tokens of the encoder, all else those of the decoder."""
+    model = build_encoder_decoder("bart")
+    ids = torch.randint(5, 80, (2, 6), generator=torch.Generator().manual_seed(3))
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    other = torch.tensor([[1] * 5 + [0], [1] * 6])  # as many tokens as the encoder's, but others
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids, "decoder_attention_mask": other}
+    alone = [
+        {"input_ids": ids[i : i + 1, : mask[i].sum()], "decoder_input_ids": ids[i : i + 1, : other[i].sum()]}
+        for i in range(2)
+    ]
+    for side in SIDES:
+        padded, plain = (collect_statistics(model, batches, stack=side) for batches in ([batch], alone))
+        assert padded.tokens == plain.tokens
+        for name, squares in plain.squares.items():
+            torch.testing.assert_close(padded.squares[name], squares, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("side", SIDES)
+def test_a_layer_s_drop_in_perplexity_is_that_of_skip(kind, side):
+    model = build_encoder_decoder(kind)
+    batch = seq2seq_batch(model)
+    batch["labels"] = batch["decoder_input_ids"].roll(-1, 1)
+    report = diagnose(model, batches=[batch], metrics=["layer_drop"], stack=side, show_progress=False)
+    intact = perplexity(model, [batch])
+    for index, found in enumerate(report.layers["layer_drop"]):
+        with skip(model, index, stack=side):
+            assert found == pytest.approx(perplexity(model, [batch]) - intact, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_pruning_and_quantization_change_the_named_side_alone(side):
+    model = build_encoder_decoder("bart")
+    before = copy.deepcopy(model.state_dict())
+    prune(model, 0.5, "sparsegpt", batches=[seq2seq_batch(model)], stack=side)
+    inside = f"{find_decoder_layers(model, stack=side).layers_path}."
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.startswith(inside) for name in changed)
+    quantize(model, OwlBnbConfig(bits=4), stack=side)
+    packed = [name for name, m in model.named_modules() if hasattr(m, "bits")]
+    assert packed and all(name.startswith(inside) for name in packed)
+
+
+def towers(kind):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
+    words = {**sizes, "vocab_size": 99, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
+    images = {**sizes, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    if kind == "clip":
+        return CLIPModel(CLIPConfig(text_config=words, vision_config=images)).eval()
+    return GitForCausalLM(GitConfig(**words, vision_config=images)).eval()
+
+
+@pytest.mark.parametrize("kind", ["clip", "git"])
+def test_towers_of_equal_depth_have_names(kind, tmp_path):
+    model = towers(kind)
+    ids = torch.randint(5, 80, (2, 7), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 16, 16)}
+    text, vision = (find_decoder_layers(model, stack=name) for name in ("text", "vision"))
+    assert "vision" in vision.layers_path and "vision" not in text.layers_path
+    assert vision.config is model.config.vision_config
+    if kind == "git":
+        assert find_decoder_layers(model).layers_path == text.layers_path, "it generates text"
+    else:
+        with pytest.raises(
+            ValueError, match=r"^stack: expected the name of one .* 'text' \(.*\), 'vision' \(.*\), got"
+        ):
+            find_decoder_layers(model)
+    for stack in ("vision", "text"):
+        with skip(model, 0, stack=stack), torch.no_grad():
+            expected = model(**batch)[0]
+        drop(model, 0, stack=stack)
+        with torch.no_grad():
+            assert torch.equal(model(**batch)[0], expected)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(type(model).from_pretrained(tmp_path).eval()(**batch)[0], expected)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_command_works_on_the_named_side(side, tmp_path):
+    model = build_encoder_decoder("t5")
+    model.generation_config.decoder_start_token_id = 0
+    model.save_pretrained(tmp_path / "model")
+    bert_like().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten " * 40)
+    text = ["--text", str(tmp_path / "text.txt"), "--sequence-length", "12", "--max-samples", "4", "--no-plots"]
+    more = ["--eval-samples", "4", "--n-removed", "1", "--stack", side, "--output", str(tmp_path / "out")]
+    assert main(["drop-layers", str(tmp_path / "model"), *text, *more]) == 0
+    loaded, _ = load_model(str(tmp_path / "out"))
+    assert [len(find_decoder_layers(loaded, stack=name)) for name in SIDES] == [3 + (name != side) for name in SIDES]
+    report = RunReport.load(tmp_path / "out")
+    assert report.settings["layers_path"] == side and report.results["perplexity"]["dropped"] > 1
