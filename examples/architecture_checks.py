@@ -156,7 +156,9 @@ def check_adapter(build: Builder) -> str | None:
 
     base = build()
     before, logits = copy.deepcopy(base.state_dict()), _logits(base)
-    model: Any = get_peft_model(base, OwLoreConfig(r=4, task_type="CAUSAL_LM"))
+    # PEFT's class of a task names the inputs that it passes on.
+    task = None if base.config.is_encoder_decoder else "CAUSAL_LM"
+    model: Any = get_peft_model(base, OwLoreConfig(r=4, task_type=task))
     optimizer = OwLoreAdamW(model, lr=1e-1, n_active=2)
     _step(model, optimizer, 2)
     _require(not torch.equal(_logits(model.eval()), logits), "the outputs have not moved")

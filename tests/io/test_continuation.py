@@ -1,6 +1,7 @@
 import torch
 
 from hf_cod import perplexity, token_batches
+from hf_cod.io.continuation import split_in_two
 from tests.tiny_models import build_encoder_decoder
 from tests.tiny_tokenizers import bert_like
 
@@ -21,3 +22,15 @@ def test_the_encoder_reads_the_first_half_of_each_sample_and_the_decoder_writes_
             losses, count = losses + float(loss) * (len(tokens) - half), count + len(tokens) - half
     found = perplexity(model, tokenizer=tokenizer, texts=TEXTS, **options)
     torch.testing.assert_close(found, float(torch.tensor(losses / count).exp()), atol=0, rtol=1e-4)
+
+
+def test_samples_of_different_lengths():
+    ids, mask = torch.tensor([[5, 6, 7, 8, 9], [5, 0, 0, 0, 0]]), torch.tensor([[1] * 5, [1] + [0] * 4])
+    (batch,) = split_in_two([{"input_ids": ids, "attention_mask": mask}], start=1, padding=0)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6, 7], [5, 0, 0]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "decoder_input_ids": [[1, 8], [1, 0]],
+        "decoder_attention_mask": [[1, 1], [1, 0]],
+        "labels": [[8, 9], [-100, -100]],
+    }

@@ -3,6 +3,8 @@ import inspect
 import pytest
 
 from hf_cod import DiagnoseSettings, collect_statistics, find_decoder_layers, prune
+from hf_cod.io.stack_argument import takes_stack
+from hf_cod.layers.stack import DecoderLayers
 from tests.tiny_models import build_encoder_decoder
 
 
@@ -10,6 +12,7 @@ def test_a_stack_stands_in_signature_and_documentation_of_what_takes_a_path():
     for function in (find_decoder_layers, collect_statistics, prune):
         assert inspect.signature(function).parameters["stack"].default is None
         assert "        stack: instead of layers_path: " in function.__doc__
+    assert not takes_stack(inspect.signature(DecoderLayers)), "of data that have a path it is no choice"
     assert DiagnoseSettings(stack="encoder") == DiagnoseSettings(layers_path="encoder")
 
 
