@@ -247,6 +247,8 @@ def _naive_angles(model: Any) -> list[float]:
     def hook(index: int) -> Any:
         def measure(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             x, y = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
+            if x.dim() == 4 and x.shape[2] == _IDS.shape[1]:  # streams first, as of Gemma 3n
+                x, y = x.movedim(0, 2), y.movedim(0, 2)
             cosine = F.cosine_similarity(x.double().flatten(2)[:, -1], y.double().flatten(2)[:, -1], dim=-1)
             angles[index].append(torch.arccos(cosine.clamp(-1, 1)) / torch.pi)
 

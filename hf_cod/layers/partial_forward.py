@@ -42,7 +42,11 @@ def run_layer(stack: DecoderLayers, layer: int, inputs: Mapping[str, Tensor], be
     trunk: Any = getattr(stack.model, "base_model", stack.model)
     with running_only(stack, range(layer, layer + 1), before) as outputs:
         trunk(**inputs)
-    return outputs[-1]
+    if outputs:
+        return outputs[-1]
+    if before is None:
+        raise ValueError(f"layers: expected inputs on which layer {layer} runs, got others")
+    return before  # the model passes over the layer on these inputs
 
 
 @contextmanager
@@ -62,10 +66,10 @@ def running_only(stack: DecoderLayers, layers: range, before: State | None) -> I
     rest = None if before is None else before[1]
     for i in range(len(stack)):
         if i < layers.start:
-            stored = before[0] if before is not None and i == layers.start - 1 else None
-            passages[str(i)] = _Passage(stack[i], stored, lambda: rest)
+            # In place of each, because the model may pass over the last one.
+            passages[str(i)] = _Passage(stack[i], None if before is None else before[0], lambda: rest)
         elif i >= layers.stop:
-            passages[str(i)] = _Passage(stack[i], None, lambda: outputs[-1][1])
+            passages[str(i)] = _Passage(stack[i], None, lambda: outputs[-1][1] if outputs else rest)
     handles = [stack[i].register_forward_hook(keep) for i in layers[-1:]]
     try:
         stack.module_list._modules = passages
@@ -78,15 +82,26 @@ def running_only(stack: DecoderLayers, layers: range, before: State | None) -> I
 
 @contextmanager
 def layer_states(stack: DecoderLayers) -> Iterator[list[Any]]:
-    """Appends the state before each layer, and after the last one, to the list while the block runs the model."""
+    """Appends the state before each layer, and after the last one, to the list while the block runs the model.
+
+    A layer that the model passes over has the state of the next one that runs.
+    """
     states: list[Any] = []
+    last: list[State] = []
 
-    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        states.append((hidden_input(args, kwargs), state_of(output)[1]))
-        if module is stack[len(stack) - 1]:
-            states.append(state_of(output))
+    def keep(index: int, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        before = (hidden_input(args, kwargs), state_of(output)[1])
+        states.extend([before] * (index + 1 - len(states)))
+        last[:] = [state_of(output)]
 
-    handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in stack]
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        states.extend(last * (len(stack) + 1 - len(states)))
+
+    def hook_of(index: int) -> Any:
+        return lambda module, args, kwargs, output: keep(index, args, kwargs, output)
+
+    handles = [layer.register_forward_hook(hook_of(i), with_kwargs=True) for i, layer in enumerate(stack)]
+    handles.append(stack.model.register_forward_hook(end))
     try:
         yield states
     finally:

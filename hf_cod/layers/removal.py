@@ -22,7 +22,7 @@ from hf_cod.layers.config_surgery import Changes, building_errors, cache_depth, 
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.modes import for_one_thread, one_thread
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
-from hf_cod.layers.stacks import DECODER, ENCODER, inside_another, module_lists
+from hf_cod.layers.stacks import DECODER, ENCODER, ancestors, inside_another, module_lists
 from hf_cod.models.own_config import own_config
 from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
 
@@ -151,11 +151,22 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
     whole: Any = getattr(stack.model, "config", None)  # for a tower this is not the config that counts its layers
     side = stack.name if stack.name in (ENCODER, DECODER) else None
     if stack.config is not None:
+        before = {name: value for name, value in vars(stack.config).items() if isinstance(value, (list, tuple))}
         mend_config(stack.config, depth, kept, changes, side if stack.config is whole else None)
+        _mend_copies(stack, before, changes)
     if side is not None and stack.config is not whole:  # each side of T5 has a copy of the config
         mend_config(whole, depth, kept, changes, side)
     if getattr(whole, "module_shapes", None):
         changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
+
+
+def _mend_copies(stack: DecoderLayers, before: dict[str, Any], changes: Changes) -> None:
+    """Changes the copies of the config's lists in the modules around the stack, such as Mllama's indices of layers."""
+    for module in ancestors(stack.model, stack.layers_path):
+        for name, value in before.items():
+            now = getattr(stack.config, name)
+            if now != value and vars(module).get(name) == value:
+                changes.set(module, name, now)
 
 
 def _hand_on(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:

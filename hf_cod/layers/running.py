@@ -130,6 +130,22 @@ def hidden_input(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+def one_vector(x: Tensor, samples: int, tokens: int | None) -> Tensor:
+    """(S, T, d): hidden states with one vector per token. The residual streams of a token, of a model that has several
+    (mHC, AltUp), become one vector, so that measures count what a layer does to each of them.
+
+    Args:
+        x: (S, T, d), or (S, T, n, d) or (n, S, T, d) with n streams.
+        samples: S.
+        tokens: T, None if it is unknown.
+    """
+    if x.dim() == 4 and len(x) == samples and tokens in (None, x.shape[1]):
+        return x.flatten(2)
+    if x.dim() == 4 and x.shape[1] == samples and tokens in (None, x.shape[2]):
+        return x.movedim(0, 2).flatten(2)
+    return x
+
+
 def hidden_output(output: Any) -> Tensor:
     """The output hidden state of a layer, which returns it alone or first in a tuple."""
     return output[0] if isinstance(output, (tuple, list)) else output

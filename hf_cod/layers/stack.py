@@ -155,6 +155,14 @@ class DecoderLayers(Sequence):
             return None
         return inputs.get("attention_mask") if self.name in (None, ENCODER) or TEXT in self.name else None
 
+    def count_tokens(self, inputs: Mapping[str, Any]) -> int | None:
+        """The number of tokens of a sample that these layers read; None if it is unknown, as of images and sound."""
+        side = "decoder_" if self.name == DECODER else ""
+        if self.name not in (None, ENCODER, DECODER) and TEXT not in str(self.name):
+            return None
+        found = [inputs.get(f"{side}{name}") for name in ("input_ids", "inputs_embeds")]
+        return next((tensor.shape[1] for tensor in found if tensor is not None and tensor.dim() > 1), None)
+
     @property
     def embeddings(self) -> nn.Module | None:
         """The input embedding (of tokens or patches); None if the model has none."""

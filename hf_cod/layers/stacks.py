@@ -70,7 +70,7 @@ def path_of_stack(model: Any, name: str | None) -> str:
 def side_of(model: Any, path: str) -> str | None:
     """ "encoder" or "decoder" if the module of this name is part of that side of an encoder-decoder, else None."""
     for name, module in _sides(model).items():
-        if any(inner is module for inner in _ancestors(model, path)):
+        if any(inner is module for inner in ancestors(model, path)):
             return name
     return None
 
@@ -80,7 +80,7 @@ def counting_config(model: nn.Module, path: str, depth: int) -> Any:
 
     An encoder-decoder may have one config for both sides, and a tower has its own.
     """
-    for module in _ancestors(model, path):
+    for module in ancestors(model, path):
         config = text_config(module)
         if any(counts(config, name) == depth for name in COUNT_FIELDS):
             return config
@@ -106,6 +106,13 @@ def text_config(module: nn.Module) -> Any:
 def inside_another(name: str, lists: dict[str, nn.ModuleList]) -> bool:
     """Whether a module list is inside another one, as experts and heads in each layer; these are never a stack."""
     return any(name.startswith(other + ".") for other in lists)
+
+
+def ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules around the module of this name, the nearest first."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, -1, -1):
+        yield model.get_submodule(".".join(parts[:end]))
 
 
 def _path_of(model: nn.Module, lists: dict[str, nn.ModuleList], name: str) -> str:
@@ -177,13 +184,6 @@ def _sides(model: Any) -> dict[str, nn.Module]:
     encoder, decoder = sides.values()
     apart = all(one is not other for one in encoder.modules() for other in (decoder, model))
     return sides if apart and all(inner is not encoder for inner in decoder.modules()) else {}
-
-
-def _ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The modules around the module of this name, the nearest first."""
-    parts = path.split(".")
-    for end in range(len(parts) - 1, -1, -1):
-        yield model.get_submodule(".".join(parts[:end]))
 
 
 def _tower_of(whole: Any, config: Any) -> str | None:

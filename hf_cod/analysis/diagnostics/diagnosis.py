@@ -202,6 +202,8 @@ def _measure(
         report.layers.update(found["layers"])
         report.results.update(found["results"])
         report.results["intervals"] = dict(found["results"].get("intervals", {}))
+        for layer in found["results"].get("not_run", []):
+            report.notes.append(f"layer {layer} did not run on these inputs")
     if "gradient_norm" in wanted:
         journal = journals.of("gradient_norm")
         if "gradient_norm" not in journal:
@@ -238,6 +240,11 @@ def _forward_results(measures: ForwardMeasures, metrics: Sequence[str], seed: in
         _keep_intervals(results, block_influence=ends_of(measures.influence, seed))
     if "output_variance" in metrics:
         layers.update(measures.output_variance())
+    if measures.not_run:
+        results["not_run"] = list(measures.not_run)
+        for name in ("angular_distance", "block_influence", "added_share"):
+            if name in layers:
+                layers[name] = [None if i in measures.not_run else v for i, v in enumerate(layers[name])]
     return {"layers": layers, "results": results}
 
 

@@ -42,7 +42,11 @@ def _effective_depth(report: RunReport) -> str:
 def _idle_layers(report: RunReport) -> list[str]:
     """A sentence on layers that turn the hidden state by no more than rounding can, if there are any."""
     resolution = report.results.get("idle_below", -1)  # earlier reports lack it
-    idle = [i for i, angle in enumerate(report.layers.get("angular_distance", [])) if angle <= resolution]
+    idle = [
+        i
+        for i, angle in enumerate(report.layers.get("angular_distance", []))
+        if angle is not None and angle <= resolution
+    ]
     precision = "the hidden state by more than the precision of its dtype"
     if not idle:
         return []

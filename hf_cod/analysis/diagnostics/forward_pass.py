@@ -16,7 +16,14 @@ from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
-from hf_cod.layers.running import NonFiniteError, evaluation_mode, hidden_input, hidden_output, progress
+from hf_cod.layers.running import (
+    NonFiniteError,
+    evaluation_mode,
+    hidden_input,
+    hidden_output,
+    one_vector,
+    progress,
+)
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import model_inputs
 
@@ -35,6 +42,8 @@ class ForwardMeasures:
         outputs: (L + 1, 4), `depth.moments` of the stack's input and of each layer's output, over all samples' tokens.
         updates: (L, 4), `depth.moments` of each layer's update: its output minus its input.
         dtype: dtype of the hidden states; the least precise one if there are several.
+        not_run: layers that the model passed over on all of these inputs, such as cross-attention without images. Their
+            output is their input.
     """
 
     distances: Tensor
@@ -42,6 +51,7 @@ class ForwardMeasures:
     outputs: Tensor
     updates: Tensor
     dtype: torch.dtype
+    not_run: tuple[int, ...] = ()
 
     def angular_distance(self) -> Tensor:
         """(L, L): mean distance d(x^l, x^(l+n)) at [l, n - 1], NaN where l + n > L."""
@@ -80,7 +90,9 @@ def measure_forward(
     """Measures all layers in one forward pass per batch, without the head.
 
     Hidden states are read by hooks at the layers, so the last one is the output of the last layer. (In the
-    `hidden_states` that transformers returns the last one is the output of the final norm.)
+    `hidden_states` that transformers returns the last one is the output of the final norm.) If a model has several
+    residual streams (mHC, AltUp), x^l are those of a token as one vector. Tokens that a model adds inside, such as
+    prompts, count like those of the inputs; then padding and token "first" are refused.
 
     Args:
         model: a transformers model, wrapped or not, in any dtype; also offloaded by accelerate.
@@ -104,7 +116,7 @@ def measure_forward(
     with torch.no_grad(), evaluation_mode(stack), recorder.attached():
         for number, batch in enumerate(progress(batches, "forward pass", show_progress)):
             inputs = model_inputs(to_device(batch, device))
-            recorder.start(stack.mask(inputs), len(next(iter(inputs.values()))))
+            recorder.start(stack.mask(inputs), len(next(iter(inputs.values()))), stack.count_tokens(inputs))
             trunk(**inputs)
             recorder.finish(number)
     return recorder.measures()
@@ -127,6 +139,8 @@ class ForwardRecorder:
         self._updates = torch.zeros(len(stack), 4, dtype=torch.float64)
         self._dtype = torch.float32
         self._mask: Tensor | None = None
+        self._ran: set[int] = set()
+        self.start(None, 0)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -141,28 +155,38 @@ class ForwardRecorder:
             for handle in handles:
                 handle.remove()
 
-    def start(self, mask: Tensor | None, samples: int) -> None:
-        """Starts a batch of `samples` samples with its attention mask (S, T), or None."""
-        self._samples = samples
+    def start(self, mask: Tensor | None, samples: int, tokens: int | None = None) -> None:
+        """Starts a batch of `samples` samples of `tokens` tokens (None: unknown) with its attention mask (S, T), or
+        None.
+        """
+        self._samples, self._tokens = samples, tokens
         # For a mask without padding a gather is avoided.
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()
-        self._states: list[Tensor] = []
-        self._batch_influence: list[Tensor] = []
-        self._batch_outputs: list[Tensor] = []
-        self._batch_updates: list[Tensor] = []
+        # By number of the state, or of the layer.
+        self._states: dict[int, Tensor] = {}
+        self._batch_influence: dict[int, Tensor] = {}
+        self._batch_outputs: dict[int, Tensor] = {}
+        self._batch_updates: dict[int, Tensor] = {}
 
     def finish(self, number: int) -> None:
         """Ends a batch: checks it and adds it to the sums."""
-        outputs, updates = (_rows_on_cpu(rows) for rows in (self._batch_outputs, self._batch_updates))
+        L = len(self.stack)
+        if not self._batch_outputs:
+            raise ValueError(
+                f"batches: expected inputs on which the layers of {self.stack.layers_path} run, got others as batch "
+                f"{number}"
+            )
+        outputs = _rows_on_cpu(_carried(self._batch_outputs, L + 1))
+        updates = _rows_on_cpu(_completed(self._batch_updates, L, counted=True))
         self._check_finite(outputs, number)
         if "output_variance" in self.metrics:
             self._outputs = _merge(self._outputs, outputs)
             self._updates = _merge(self._updates, updates)
         if "block_influence" in self.metrics:
-            self._influence.append(torch.stack([row.cpu() for row in self._batch_influence], -1))
+            self._influence.append(torch.stack([row.cpu() for row in _completed(self._batch_influence, L)], -1))
         if "angular_distance" in self.metrics:
-            first = self._states[0].device
-            states = torch.stack([x.to(first) for x in self._states], -2)  # (S, L + 1, d) or (S, T, L + 1, d)
+            found = _carried(self._states, L + 1)
+            states = torch.stack([x.to(found[0].device) for x in found], -2)  # (S, L + 1, d) or (S, T, L + 1, d)
             self._distances.append(self._pair_distances(states).cpu())
         self.start(None, 0)
 
@@ -175,36 +199,53 @@ class ForwardRecorder:
             self._outputs,
             self._updates,
             self._dtype,
+            tuple(index for index in range(L) if index not in self._ran),
         )
 
     def _hook_of(self, index: int) -> Any:
         def read(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            x, y = hidden_input(args, kwargs).detach(), hidden_output(output).detach()
+            x, y = (
+                one_vector(state.detach(), self._samples, self._tokens)
+                for state in (hidden_input(args, kwargs), hidden_output(output))
+            )
             if x.dim() != 3 or len(x) != self._samples:
                 raise ValueError(
                     f"model: expected hidden states (samples, tokens, width) of {self._samples} samples, "
                     f"got {tuple(x.shape)}"
                 )
-            if index == 0:
-                self._keep(x)
-            self._keep(y)
+            if not self._batch_outputs:
+                self._check_tokens(x)
+                self._keep(x, index)
+            self._keep(y, index + 1)
+            self._ran.add(index)
             if "block_influence" in self.metrics:
-                self._batch_influence.append(depth.block_influence(x, y, self._mask_on(x)))
+                self._batch_influence[index] = depth.block_influence(x, y, self._mask_on(x))
             if "output_variance" in self.metrics:
                 # At least float32, because the small update of a deep layer is lost in bfloat16.
                 update = y.float() - x.float()
-                self._batch_updates.append(depth.moments(update, self._mask_on(x)))
+                self._batch_updates[index] = depth.moments(update, self._mask_on(x))
 
         return read
 
-    def _keep(self, x: Tensor) -> None:
+    def _check_tokens(self, x: Tensor) -> None:
+        """Checks that padding and the first token can be told where the model adds or drops tokens inside."""
+        if self._tokens in (None, x.shape[1]) or (self._mask is None and self.token != "first"):
+            return
+        what = "a batch with padding" if self._mask is not None else "token 'first'"
+        raise ValueError(
+            f"model: expected hidden states of the {self._tokens} tokens of a sample, got {x.shape[1]}: "
+            f"{type(self.stack.model).__name__} adds or drops tokens inside, so {what} cannot be measured; use samples "
+            "without padding and token 'last' or 'all'"
+        )
+
+    def _keep(self, x: Tensor, state: int) -> None:
         self._dtype = max(self._dtype, x.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         if "angular_distance" in self.metrics:
-            self._states.append(x if self.token == "all" else self._at_token(x))
+            self._states[state] = x if self.token == "all" else self._at_token(x)
         if "output_variance" in self.metrics:
-            self._batch_outputs.append(depth.moments(x, self._mask_on(x)))
+            self._batch_outputs[state] = depth.moments(x, self._mask_on(x))
         else:  # a sum is enough to detect NaN and infinity
-            self._batch_outputs.append(torch.stack([depth.wide(x.sum(dtype=torch.float32))] * 4))
+            self._batch_outputs[state] = torch.stack([depth.wide(x.sum(dtype=torch.float32))] * 4)
 
     def _mask_on(self, x: Tensor) -> Tensor | None:
         if self._mask is not None and self._mask.shape != x.shape[:2]:
@@ -234,6 +275,24 @@ class ForwardRecorder:
         broken = (~outputs[:, 1:3].isfinite().all(-1)).nonzero()
         if len(broken):
             raise NonFiniteError(int(broken[0]), number)
+
+
+def _carried(found: dict[int, Tensor], count: int) -> list[Tensor]:
+    """The states in order; the output of a layer that did not run is its input."""
+    states, current = [], found[min(found)]
+    for state in range(count):
+        current = found.get(state, current)
+        states.append(current)
+    return states
+
+
+def _completed(found: dict[int, Tensor], count: int, counted: bool = False) -> list[Tensor]:
+    """One row per layer; a layer that did not run changes nothing. Of rows that begin with a count it stays."""
+    if not found:
+        return []
+    idle = torch.zeros_like(found[min(found)])
+    idle[: int(counted)] = found[min(found)][: int(counted)]
+    return [found.get(layer, idle) for layer in range(count)]
 
 
 def _rows_on_cpu(rows: list[Tensor]) -> Tensor:

@@ -3,8 +3,17 @@ import itertools
 import pytest
 import torch
 from accelerate import disk_offload
-from transformers import CONFIG_MAPPING, AutoModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
+from examples.tiny_architectures import build as build_type
+from examples.tiny_architectures import tiny_config
+from hf_cod import diagnose, find_decoder_layers, perplexity, skip
 from hf_cod.analysis.diagnostics.forward_pass import measure_forward
 from tests import references
 from tests.tiny_models import FAMILIES, batch_for, build
@@ -124,3 +133,88 @@ def test_hidden_states_with_tokens_first_are_refused():
     model = AutoModel.from_config(config).eval()
     with pytest.raises(ValueError, match="of 3 samples, got"):
         measure_forward(model, [batch_for(model)])
+
+
+IDS = torch.randint(5, 80, (3, 9), generator=torch.Generator().manual_seed(1))
+PADDED = {"input_ids": IDS, "attention_mask": torch.tensor([[1] * 9, [1] * 9, [1] * 7 + [0] * 2])}
+
+
+def angles_by_hooks(model, batch, merge):
+    """Angle of each layer at the last real token, and the layers that ran."""
+    found, last = {}, batch["attention_mask"].sum(-1) - 1
+
+    def hook_of(index):
+        def hook(module, args, kwargs, out):
+            x, y = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
+            x, y = (merge(state.double())[torch.arange(len(last)), last] for state in (x, y))
+            cosine = torch.cosine_similarity(x, y, dim=-1).clamp(-1, 1)
+            found[index] = float((cosine.arccos() / torch.pi).mean())
+
+        return hook
+
+    stack = find_decoder_layers(model)
+    handles = [layer.register_forward_hook(hook_of(i), with_kwargs=True) for i, layer in enumerate(stack)]
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "merge"),
+    [
+        ("deepseek_v4", lambda x: x.flatten(2)),  # (samples, tokens, streams, width)
+        ("gemma3n_text", lambda x: torch.cat([*x], -1)),  # (streams, samples, tokens, width)
+    ],
+)
+def test_all_streams_of_a_token_are_one_vector(kind, merge):
+    model = build_type(kind)
+    expected = angles_by_hooks(model, PADDED, merge)
+    found = measure_forward(model, [PADDED])
+    torch.testing.assert_close(found.angular_distance()[:, 0].tolist(), [*expected.values()], atol=1e-6, rtol=1e-5)
+    assert found.not_run == () and not found.influence.isnan().any()
+
+
+@pytest.mark.parametrize("idle", [0, 1, 3])
+def test_layers_that_do_not_run_are_reported_and_shift_nothing(idle):
+    config = tiny_config("mllama")
+    config.text_config.cross_attention_layers = [idle]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    expected = angles_by_hooks(model, PADDED, lambda x: x)
+    assert [*expected] == [i for i in range(4) if i != idle]
+    report = diagnose(model, batches=[PADDED], metrics=["angular_distance", "layer_drop"], show_progress=False)
+    assert report.results["not_run"] == [idle] and f"layer {idle} did not run on these inputs" in report.notes
+    found = report.layers["angular_distance"]
+    torch.testing.assert_close(found, [expected.get(i) for i in range(4)], atol=1e-6, rtol=1e-5)
+    intact = perplexity(model, [PADDED])
+    for index, drop in enumerate(report.layers["layer_drop"]):
+        with skip(model, index):
+            assert drop == pytest.approx(perplexity(model, [PADDED]) - intact, rel=1e-3, abs=1e-3)
+
+
+def test_tokens_that_a_model_adds_itself():
+    model = build_type("cpmant")
+    found = measure_forward(model, [{"input_ids": IDS}])
+    assert found.angular_distance()[:, 0].min() > 0
+    for batch, token in ((PADDED, "last"), ({"input_ids": IDS}, "first")):
+        with pytest.raises(
+            ValueError, match=r"^model: expected hidden states of the 9 tokens .* CpmAnt.* adds or drops"
+        ):
+            measure_forward(model, [batch], token=token)
+
+
+def test_layers_of_which_none_run_are_refused():
+    model = build_tower()
+    with pytest.raises(
+        ValueError, match=r"^batches: expected inputs on which the layers of .*vision.* run, got others"
+    ):
+        measure_forward(model, [{"input_ids": IDS}], layers_path="vision")
+
+
+def build_tower():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
+    images = {"model_type": "clip_vision_model", **sizes, "image_size": 16, "patch_size": 8}
+    words = {"model_type": "llama", **sizes, "vocab_size": 99}
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=images, text_config=words)).eval()
