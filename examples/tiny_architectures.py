@@ -48,7 +48,7 @@ SIZES: dict[str, Any] = {
     **_each("kv_lora_rank q_lora_rank qk_nope_head_dim v_head_dim index_head_dim o_lora_rank", 8),
     **_each("qk_rope_head_dim index_topk rotary_dim sliding_window mamba_dt_rank time_step_rank", 4),
     **_each("mamba_d_state mamba_chunk_size chunk_size state_size ssm_state_size block_size", 8),
-    **_each("mamba_n_heads linear_num_value_heads linear_num_heads mamba_num_heads", 4),
+    **_each("mamba_n_heads n_mamba_heads linear_num_value_heads linear_num_heads mamba_num_heads", 4),
     **_each("mamba_d_head mamba_head_dim mamba_headdim image_size", 16),
     **_each("linear_key_head_dim linear_value_head_dim linear_head_dim patch_size num_mel_bins", 8),
     **_each("hidden_size_per_layer_input query_pre_attn_scalar", 8),

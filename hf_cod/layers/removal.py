@@ -139,7 +139,20 @@ def _kept(stack: DecoderLayers, layers: int | Iterable[int]) -> list[int]:
     return kept
 
 
+def _check_unshared(stack: DecoderLayers) -> None:
+    """Checks that no two layers have a weight in common: a model like Zamba2 finds such a block by their numbers."""
+    owner: dict[int, int] = {}
+    for index, layer in enumerate(stack):
+        for name, weight in layer.named_parameters():
+            if owner.setdefault(id(weight), index) != index:
+                raise ValueError(
+                    f"layers: expected layers with weights of their own, got {stack.layers_path}.{index}.{name}, which "
+                    f"layer {owner[id(weight)]} shares"
+                )
+
+
 def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
+    _check_unshared(stack)
     layers, depth = [stack[i] for i in kept], len(stack)
     _hand_on(stack, kept, changes)
     changes.set(stack.module_list, "_modules", OrderedDict((str(i), layer) for i, layer in enumerate(layers)))

@@ -149,6 +149,8 @@ def _default_path(model: Any, lists: dict[str, nn.ModuleList]) -> str:
         return paths[TEXT]
     if len(found) != 1:
         told = f"its stacks are {_described(stacks)}" if stacks else _describe(lists)
+        if not found and depth is not None and all(len(m) < depth for m in lists.values()):
+            told += "; a model that runs the same layers several times cannot be treated layer by layer"
         raise ValueError(
             f"model: expected one module list of {depth} layers (num_hidden_layers) in {type(model).__name__}, "
             f"got {len(found)}; {told}; pass the name of the right one as layers_path="

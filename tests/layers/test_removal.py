@@ -300,3 +300,22 @@ def test_drop_refuses_in_one_line_what_a_config_cannot_say(kind, reason):
         drop(model, [1])
     assert "\n" not in str(caught.value)
     assert snapshot(model) == before
+
+
+def test_layers_that_share_weights_are_refused():
+    model = build_type("zamba2")
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"^layers: expected layers with weights of their own, .* which layer 1 shares$"
+    ):
+        drop(model, 0)
+    with pytest.raises(ValueError, match="which layer 1 shares"), skip(model, 0):
+        pass
+    assert snapshot(model) == before
+
+
+def test_a_model_that_runs_one_layer_several_times_has_no_stack():
+    sizes = {"hidden_size": 32, "embedding_size": 16, "intermediate_size": 48, "num_attention_heads": 4}
+    model = AutoModel.from_config(CONFIG_MAPPING["albert"](**sizes, vocab_size=99, num_hidden_layers=4))
+    with pytest.raises(ValueError, match="runs the same layers several times"):
+        drop(model, 0)

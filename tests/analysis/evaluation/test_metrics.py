@@ -56,11 +56,12 @@ def test_perplexity_of_an_encoder_decoder_is_that_of_its_labels_and_its_own_loss
     sizes = {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_heads": 2, "num_layers": 1, "vocab_size": 19}
     model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
     ids = torch.randint(1, 19, (2, 6), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "labels": ids[:, :4], "decoder_input_ids": torch.nn.functional.pad(ids[:, :3], (1, 0))}
+    labels = ids[:, :4].contiguous()
+    batch = {"input_ids": ids, "labels": labels, "decoder_input_ids": torch.nn.functional.pad(ids[:, :3], (1, 0))}
     assert task_of(model) == task_of(model, [batch]) == "seq2seq_lm"
     assert task_of(model, [{"input_ids": ids}]) == "unlabelled"
     with torch.no_grad():
-        loss = model(input_ids=ids, labels=ids[:, :4]).loss
+        loss = model(input_ids=ids, labels=labels).loss
     assert perplexity(model, [batch]) == pytest.approx(float(loss.exp()), rel=1e-5)
     assert task_of(T5EncoderModel(model.config)) == "headless"
 
