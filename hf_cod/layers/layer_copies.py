@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
+from hf_cod.layers.meta_weights import is_on_meta, on_zeros
 from hf_cod.layers.running import evaluation_mode, hidden_input, hidden_output
 from hf_cod.layers.stack import DecoderLayers, is_norm
 
@@ -94,12 +96,11 @@ def _inputs_of(stack: DecoderLayers, wanted: list[int]) -> dict[int, tuple[tuple
 
     handles = [stack[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in wanted]
     trunk: Any = getattr(stack.model, "base_model", stack.model)
-    inputs: dict[str, Any] = {**_random_inputs(stack.model)}
-    if "use_cache" in inspect.signature(trunk.forward).parameters:
-        inputs["use_cache"] = False
+    zeros = on_zeros(stack.model) if is_on_meta(stack.model) else nullcontext()
+    told = {"use_cache": False} if "use_cache" in inspect.signature(trunk.forward).parameters else {}
     try:
-        with evaluation_mode(stack), torch.no_grad():
-            trunk(**inputs)
+        with evaluation_mode(stack), torch.no_grad(), zeros:
+            trunk(**_random_inputs(stack.model), **told)
     except _Seen:
         pass
     finally:
