@@ -95,6 +95,24 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.stack([w.new_tensor(w.numel()), w.sum(), w.square().sum(), x.abs().max().to(w)])
 
 
+def carried(found: dict[int, Tensor], count: int) -> list[Tensor]:
+    """The states in order; the output of a layer that did not run is its input."""
+    states, current = [], found[min(found)]
+    for state in range(count):
+        current = found.get(state, current)
+        states.append(current)
+    return states
+
+
+def completed(found: dict[int, Tensor], count: int, counted: bool = False) -> list[Tensor]:
+    """One row per layer; a layer that did not run changes nothing. Of rows that begin with a count it stays."""
+    if not found:
+        return []
+    idle = torch.zeros_like(found[min(found)])
+    idle[: int(counted)] = found[min(found)][: int(counted)]
+    return [found.get(layer, idle) for layer in range(count)]
+
+
 def effective_depth(contributions: Tensor) -> Tensor:
     """Effective depth: the number of layers that contribute, weighted by how much each of them does.
 

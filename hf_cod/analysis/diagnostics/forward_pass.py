@@ -176,16 +176,16 @@ class ForwardRecorder:
                 f"batches: expected inputs on which the layers of {self.stack.layers_path} run, got others as batch "
                 f"{number}"
             )
-        outputs = _rows_on_cpu(_carried(self._batch_outputs, L + 1))
-        updates = _rows_on_cpu(_completed(self._batch_updates, L, counted=True))
+        outputs = _rows_on_cpu(depth.carried(self._batch_outputs, L + 1))
+        updates = _rows_on_cpu(depth.completed(self._batch_updates, L, counted=True))
         self._check_finite(outputs, number)
         if "output_variance" in self.metrics:
             self._outputs = _merge(self._outputs, outputs)
             self._updates = _merge(self._updates, updates)
         if "block_influence" in self.metrics:
-            self._influence.append(torch.stack([row.cpu() for row in _completed(self._batch_influence, L)], -1))
+            self._influence.append(torch.stack([row.cpu() for row in depth.completed(self._batch_influence, L)], -1))
         if "angular_distance" in self.metrics:
-            found = _carried(self._states, L + 1)
+            found = depth.carried(self._states, L + 1)
             states = torch.stack([x.to(found[0].device) for x in found], -2)  # (S, L + 1, d) or (S, T, L + 1, d)
             self._distances.append(self._pair_distances(states).cpu())
         self.start(None, 0)
@@ -275,24 +275,6 @@ class ForwardRecorder:
         broken = (~outputs[:, 1:3].isfinite().all(-1)).nonzero()
         if len(broken):
             raise NonFiniteError(int(broken[0]), number)
-
-
-def _carried(found: dict[int, Tensor], count: int) -> list[Tensor]:
-    """The states in order; the output of a layer that did not run is its input."""
-    states, current = [], found[min(found)]
-    for state in range(count):
-        current = found.get(state, current)
-        states.append(current)
-    return states
-
-
-def _completed(found: dict[int, Tensor], count: int, counted: bool = False) -> list[Tensor]:
-    """One row per layer; a layer that did not run changes nothing. Of rows that begin with a count it stays."""
-    if not found:
-        return []
-    idle = torch.zeros_like(found[min(found)])
-    idle[: int(counted)] = found[min(found)][: int(counted)]
-    return [found.get(layer, idle) for layer in range(count)]
 
 
 def _rows_on_cpu(rows: list[Tensor]) -> Tensor:
