@@ -93,6 +93,8 @@ def layer_states(stack: DecoderLayers) -> Iterator[list[Any]]:
         before = (hidden_input(args, kwargs), state_of(output)[1])
         states.extend([before] * (index + 1 - len(states)))
         last[:] = [state_of(output)]
+        if index == len(stack) - 1:
+            states.extend(last)
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
         states.extend(last * (len(stack) + 1 - len(states)))
@@ -101,7 +103,8 @@ def layer_states(stack: DecoderLayers) -> Iterator[list[Any]]:
         return lambda module, args, kwargs, output: keep(index, args, kwargs, output)
 
     handles = [layer.register_forward_hook(hook_of(i), with_kwargs=True) for i, layer in enumerate(stack)]
-    handles.append(stack.model.register_forward_hook(end))
+    trunk: Any = getattr(stack.model, "base_model", stack.model)
+    handles.append(trunk.register_forward_hook(end))
     try:
         yield states
     finally:
