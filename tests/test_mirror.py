@@ -32,6 +32,7 @@ TESTED_BY = {
     "cli/test_parser.py": "cli/completion.py cli/field_options.py cli/option_names.py",
     "io/test_files.py": "io/journal.py",
     "io/test_text.py": "io/rows.py",
+    "io/test_whole_checkpoint.py": "io/generation.py io/unread_weights.py",
     "cli/test_terminal.py": "cli/messages.py",
     "compression/depth/test_criteria.py": (
         "compression/depth/depth_plan.py compression/depth/maps.py compression/depth/protection.py "

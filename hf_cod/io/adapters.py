@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from hf_cod.io.bitsandbytes_advice import advice_silenced
+from hf_cod.io.display import first_line
 from hf_cod.io.model_config import CONFIG
 from hf_cod.io.reading import naming_file, read_json
 from hf_cod.io.schema import brief, read_record
@@ -77,6 +78,7 @@ def with_adapter(base: nn.Module, directory: str | Path) -> nn.Module:
     """The base with its adapter: merged, or, if the base is quantized, as a PEFT model.
 
     Raises:
+        ValueError: the adapter does not fit the base, or has no weights that can be merged (prompt tuning).
         ImportError: peft is not installed; the message gives the pip command.
     """
     try:
@@ -86,8 +88,20 @@ def with_adapter(base: nn.Module, directory: str | Path) -> nn.Module:
         raise ImportError(
             f"model: the adapter in {str(directory)!r} requires the peft package: pip install 'hf_cod[recovery]'"
         ) from error
-    model: nn.Module = PeftModel.from_pretrained(base, str(directory))
+    kind = read_adapter_config(Path(directory) / ADAPTER).get("peft_type")
+    try:
+        model: nn.Module = PeftModel.from_pretrained(base, str(directory))
+    except RuntimeError as error:  # of load_state_dict
+        raise ValueError(
+            f"model: expected an adapter that fits its base, got {brief(kind)} in {str(directory)!r}: "
+            f"{first_line(error)}"
+        ) from error
     if getattr(base, "is_quantized", False):
         return model
+    if not hasattr(model, "merge_and_unload"):  # prompt tuning and other virtual tokens
+        raise ValueError(
+            f"model: expected an adapter that can be merged into its base, got {brief(kind)} in {str(directory)!r}; "
+            "use the base model"
+        )
     merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
-    return merged
+    return merged.requires_grad_(True)  # PEFT froze the base, which is now a model as any other

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
     from hf_cod.io.text import Batch
+    from hf_cod.io.whole_checkpoint import WholeCheckpoint
     from hf_cod.scoring.layer_scores import LayerScores
     from hf_cod.training.runs.memory import Memory
     from hf_cod.training.runs.trainer import Training
@@ -74,6 +75,7 @@ def run(
     from hf_cod.cli.recorded import with_inputs
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
+    from hf_cod.io.whole_checkpoint import WholeCheckpoint
     from hf_cod.layers.running import progress
     from hf_cod.layers.size import bytes_of
     from hf_cod.training.runs.memory import training_memory
@@ -82,6 +84,7 @@ def run(
     from hf_cod.training.runs.trainer import scores_to_draw_by, split_windows, train
 
     model, tokenizer = _loaded(source, loading, settings)
+    whole = WholeCheckpoint(source, loading, model, tokenizer)
     # Adapters of a quantized model are saved without the model.
     output.require(0 if getattr(model, "is_quantized", False) else bytes_of(model))
     windows = pack(tokenizer, load_texts(text), settings.sequence_length)
@@ -97,8 +100,8 @@ def run(
     needed = _expected(model, settings, sampling, loading)
     training = train(trained, optimizer, train_windows, settings, sampling.seed, output.path)
     lost = _lost_energy(trained)
-    whole = _saved(trained, tokenizer, chosen.adapters, output.results)
-    after = held_out_perplexity(whole, progress(batches, "perplexity", show=True))
+    merged, notes = _saved(trained, whole, chosen.adapters, output.results)
+    after = held_out_perplexity(merged, progress(batches, "perplexity", show=True))
     given = {} if scores is None else {"score": scores.method, "scores": scores_file}
     told = {"model": source, **settings.resolved(), **asdict(sampling), **given}
     figures = {
@@ -107,8 +110,8 @@ def run(
         "training_memory": training_memory(training.memory, needed),
         **({} if lost is None else {"lost_energy": lost}),
     }
-    report = _report(whole, training, told, scores, figures, model_title(source))
-    return with_inputs(report, loading, text)
+    report = _report(merged, training, told, scores, figures, model_title(source))
+    return with_inputs(replace(report, notes=[*report.notes, *notes]), loading, text)
 
 
 def _loaded(source: str, loading: ModelSettings, settings: TrainingSettings) -> tuple[Any, Any]:
@@ -162,18 +165,19 @@ def _expected(
         return None
 
 
-def _saved(trained: Any, tokenizer: Any, adapters: bool, results: Path) -> Any:
+def _saved(trained: Any, whole: WholeCheckpoint, adapters: bool, results: Path) -> tuple[Any, list[str]]:
     """Saves the trained model; for adapters, saves the adapters and the merged model.
 
     Adapters cannot be merged into a quantized base model. They are then saved instead of the model, as Trainer does;
     transformers loads them with the base model that they name.
+
+    Returns:
+        The saved model, and notes for the report.
     """
     if adapters and not getattr(trained.get_base_model(), "is_quantized", False):
         trained.save_pretrained(results / "adapter")
         trained = trained.merge_and_unload()
-    trained.save_pretrained(results)
-    tokenizer.save_pretrained(results)
-    return trained
+    return trained, whole.save(trained, results)
 
 
 def _report(

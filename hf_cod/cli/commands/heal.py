@@ -80,7 +80,9 @@ def run(
     from hf_cod.cli.recorded import with_inputs
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.io.packing import pack
+    from hf_cod.io.quantized import check_unquantized
     from hf_cod.io.text import load_texts
+    from hf_cod.io.whole_checkpoint import WholeCheckpoint
     from hf_cod.layers.size import bytes_of
     from hf_cod.layers.speed import speeds_of
     from hf_cod.layers.stack import find_decoder_layers
@@ -88,6 +90,8 @@ def run(
     from hf_cod.training.healing.healer import heal
 
     model, tokenizer = load_with_tokenizer(student, loading)
+    check_unquantized(model, student, "student")
+    whole = WholeCheckpoint(student, loading, model, tokenizer)
     teacher = load_teacher(source, loading, tokenizer)
     output.require(bytes_of(model))
     held_out = None
@@ -97,8 +101,7 @@ def run(
     told: dict[str, Any] = {"sampling": sampling, "scores": scores_file, "held_out": held_out, "output": output.path}
     told["name"] = model_title(student)
     report = heal(model, teacher, load_texts(text), settings, tokenizer=tokenizer, **told)
-    model.save_pretrained(output.results)  # type: ignore[operator]  # a model of transformers
-    tokenizer.save_pretrained(output.results)
+    notes = whole.save(model, output.results)
     speed = {}
     if source.speed:
         stacks = {"teacher": find_decoder_layers(teacher), "healed": find_decoder_layers(model)}
@@ -110,6 +113,7 @@ def run(
         report,
         settings={"student": student, "teacher": source.teacher, **report.settings, **drawn},
         results=results,
+        notes=[*report.notes, *notes],
         summary=[*report.summary, *describe_speed(results, "healed", "teacher")],
     )
     return with_inputs(report, source, loading, text)
