@@ -206,7 +206,7 @@ def _placement(settings: ModelSettings) -> dict[str, Any]:
 
 def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
     named = (getattr(config, "architectures", None) or ["ForCausalLM"])[0]
-    auto = next((name for suffix, name in HEADS.items() if named.endswith(suffix)), "AutoModel")
+    auto = _auto_of(config, named) or next((name for end, name in HEADS.items() if named.endswith(end)), "AutoModel")
     model_class = getattr(transformers, named, getattr(transformers, auto))
     model, info = read(model_class, source, **options)
     head = [key for key in model.state_dict() if in_head(model, key)]
@@ -217,6 +217,15 @@ def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
         return load_exactly(AutoModel, source, **options)
     check_loaded(model, info)
     return model
+
+
+def _auto_of(config: Any, named: str) -> str | None:
+    """The Auto class that loads a class with code in the checkpoint, by the config's `auto_map`; None if none does."""
+    for auto, value in (getattr(config, "auto_map", None) or {}).items():
+        names = [str(name).rpartition(".")[2] for name in (value if isinstance(value, list) else [value])]
+        if named in names and auto.startswith("AutoModel") and hasattr(transformers, auto):
+            return str(auto)
+    return None
 
 
 def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:

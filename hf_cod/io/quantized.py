@@ -18,6 +18,8 @@ NAMES = {
     "fp8": "FP8",
     "mxfp4": "MXFP4",
 }
+# Formats that transformers dequantizes while it loads them on a machine that cannot run them.
+_DEQUANTIZED = ("FP8", "MXFP4")
 
 
 def quantization_of(config: Any) -> str | None:
@@ -55,11 +57,13 @@ def check_unquantized(model: Any, source: str, field: str = "model") -> None:
 def check_unquantized_config(content: Mapping[str, Any], source: str, field: str = "model") -> None:
     """As `check_unquantized`, for a config.json, before the weights are loaded.
 
+    Formats that transformers may dequantize while it loads them pass.
+
     Raises:
         ValueError: the weights are quantized or packed; says what to do.
     """
     method = quantization_of(content)
-    if method is not None:
+    if method not in (None, *_DEQUANTIZED):
         raise ValueError(f"{field}: {_expected(method, source)}")
 
 

@@ -137,6 +137,12 @@ class Factorize(Step):
     command, done = "factorize", "factorized"
     earlier: ClassVar[dict[str, str]] = {"full_rank_share": "rank", "factor_share": "rank_share"}
 
+    def check(self, work: Work) -> None:
+        """Checks that the class of the model can be saved with other shapes."""
+        from hf_cod.models.shaping import check_shapeable
+
+        check_shapeable(work.model)
+
     def plan(self, work: Work) -> LayerAllocation | RankPlan:
         """Ranks of matrices, or shares of layers by score."""
         chosen = self.settings

@@ -88,6 +88,12 @@ class Narrow(Step):
 
     command, done = "narrow", "narrowed"
 
+    def check(self, work: Work) -> None:
+        """Checks that the class of the model can be saved with other shapes."""
+        from hf_cod.models.shaping import check_shapeable
+
+        check_shapeable(work.model)
+
     def plan(self, work: Work) -> Any:
         """For each layer, the share of weights to keep."""
         share = self.settings.parameter_share

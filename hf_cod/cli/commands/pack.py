@@ -73,11 +73,13 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
     from hf_cod.layers.running import busy
     from hf_cod.layers.size import bytes_of, disk_bytes
     from hf_cod.layers.stack import find_decoder_layers
+    from hf_cod.models.stored_config import check_storable
 
     with busy(f"loading {model_title(source)}"):
         loaded, tokenizer = load_model(source, loading)
         model: Any = loaded
         check_without_adapter(model, source)
+    check_storable(model)
     whole = WholeCheckpoint(source, loading, model, tokenizer)
     stack = find_decoder_layers(model, settings.layers_path)
     memory = {"intact": bytes_of(model)}

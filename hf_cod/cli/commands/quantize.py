@@ -119,9 +119,11 @@ class Quantize(Step):
         self._planned: LayerAllocation | None = None
 
     def check(self, work: Work) -> None:
-        """Checks that a mixture with these bits exists for the shapes of the model."""
+        """Checks that a mixture with these bits exists for the shapes of the model, and that it can be loaded again."""
         from hf_cod.compression.quantization.plan import plan_bits
+        from hf_cod.models.stored_config import check_storable
 
+        check_storable(work.model)
         plan_bits(work.stack, self.settings.bits, self._storage(), None, self.settings.skip)
 
     def plan(self, work: Work) -> LayerAllocation:
