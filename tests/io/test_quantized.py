@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_cod
@@ -94,8 +95,6 @@ def test_a_missing_package_is_named_with_the_format(folder, tmp_path, method, co
 
 def fp8(path):
     """As DeepSeek stores its models: 8-bit weights with a scale a block."""
-    from safetensors.torch import load_file, save_file
-
     model = build("llama", **WIDE)
     model.save_pretrained(path)
     gpt_like().save_pretrained(path)
@@ -154,3 +153,15 @@ def test_adapters_that_cannot_be_merged_say_so(folder, tmp_path, capsys):
     )
     with pytest.raises(ValueError, match="model: expected an adapter that fits its base, got"):
         load_model(str(lora), device="cpu")
+
+
+@pytest.mark.parametrize("command", ["prune", "quantize", "drop-layers"])
+def test_experts_that_are_each_on_their_own_in_the_files(folder, tmp_path, command):
+    """As Mixtral was published; transformers merges them while it loads them."""
+    build("mixtral", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "model")
+    gpt_like().save_pretrained(tmp_path / "model")
+    keys = load_file(tmp_path / "model" / "model.safetensors").keys()
+    assert "model.layers.0.block_sparse_moe.experts.1.w1.weight" in keys
+    text = ["--text", folder / "text.txt", "--output", tmp_path / "made", *QUICK]
+    assert main([str(each) for each in [command, tmp_path / "model", *text, *COMMANDS[command]]]) == 0
+    load_model(str(tmp_path / "made"), device="cpu")
