@@ -49,8 +49,6 @@ class WholeCheckpoint:
         self._unread: dict[str, str] = {}
         self._shapes = _shapes(model.config)
         for source, options in _sources(name, loading):
-            if "gguf_file" in options:
-                continue
             self._files |= find_companions(source, options["revision"], (*WITH_CODE, CONFIG))
             if base_of(source) is None:
                 self._unread |= unread_weights(model, weight_files(source, options))
@@ -114,6 +112,8 @@ class WholeCheckpoint:
 def _sources(name: str, loading: ModelSettings) -> list[tuple[str, dict[str, Any]]]:
     """The model's source and options; for an adapter first those of its base."""
     source, options = locate(name, loading)
+    if "gguf_file" in options:  # everything is in the one file
+        return []
     base = base_of(source)
     return [*([] if base is None else _sources(base, loading)), (source, options)]
 

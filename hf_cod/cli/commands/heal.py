@@ -91,8 +91,8 @@ def run(
 
     model, tokenizer = load_with_tokenizer(student, loading)
     check_unquantized(model, student, "student")
-    whole = WholeCheckpoint(student, loading, model, tokenizer)
     teacher = load_teacher(source, loading, tokenizer)
+    whole = WholeCheckpoint(student, loading, model, tokenizer)
     output.require(bytes_of(model))
     held_out = None
     if source.eval_text is not None:
