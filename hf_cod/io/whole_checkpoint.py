@@ -7,7 +7,6 @@ an error then, and not afterwards.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hf_cod.io.generation import mend_generation
 from hf_cod.io.loading import weight_files
 from hf_cod.io.model_config import CONFIG
 from hf_cod.io.models import locate
+from hf_cod.io.reading import parse_json, read_text
 from hf_cod.io.settings import ModelSettings
 from hf_cod.io.unread_weights import append_weights, promises, unread_weights, withdraw
 from hf_cod.models.checkpoint import WITH_CODE, copy_companion, find_companions
@@ -127,7 +127,7 @@ def _shapes(config: Any) -> dict[str, Any]:
             return value
         return {name: kept(inner) for name, inner in value.items() if name not in left_out}
 
-    found: dict[str, Any] = kept(json.loads(json.dumps(config.to_dict(), default=str)))
+    found: dict[str, Any] = kept(parse_json(config.to_json_string(use_diff=False), "model", nan=True))
     return found
 
 
@@ -136,7 +136,8 @@ def _modules(directory: Path) -> set[str]:
     found = set()
     for name in (*WITH_CODE, CONFIG):
         if (directory / name).is_file():
-            auto_map = json.loads((directory / name).read_text(encoding="utf-8")).get("auto_map") or {}
+            content = parse_json(read_text(directory / name, "model"), "model", nan=True)
+            auto_map = content.get("auto_map") or {}
             values = [each for value in auto_map.values() for each in (value if isinstance(value, list) else [value])]
             found |= {str(value).split(".")[0] for value in values if value is not None and "--" not in str(value)}
     return found

@@ -75,7 +75,6 @@ def run(
     from hf_cod.cli.recorded import with_inputs
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
-    from hf_cod.io.whole_checkpoint import WholeCheckpoint
     from hf_cod.layers.running import progress
     from hf_cod.layers.size import bytes_of
     from hf_cod.training.runs.memory import training_memory
@@ -83,8 +82,7 @@ def run(
     from hf_cod.training.runs.run_directory import begun_steps, claim
     from hf_cod.training.runs.trainer import scores_to_draw_by, split_windows, train
 
-    model, tokenizer = _loaded(source, loading, settings)
-    whole = WholeCheckpoint(source, loading, model, tokenizer)
+    model, tokenizer, whole = _loaded(source, loading, settings)
     # Adapters of a quantized model are saved without the model.
     output.require(0 if getattr(model, "is_quantized", False) else bytes_of(model))
     windows = pack(tokenizer, load_texts(text), settings.sequence_length)
@@ -114,19 +112,20 @@ def run(
     return with_inputs(replace(report, notes=[*report.notes, *notes]), loading, text)
 
 
-def _loaded(source: str, loading: ModelSettings, settings: TrainingSettings) -> tuple[Any, Any]:
-    """The model and its tokenizer, which can be trained with these settings.
+def _loaded(source: str, loading: ModelSettings, settings: TrainingSettings) -> tuple[Any, Any, WholeCheckpoint]:
+    """The model, its tokenizer and everything that came with it; it can be trained with these settings.
 
     Raises:
         ValueError: they cannot; gives the reason.
     """
     from hf_cod.cli.samples import load_with_tokenizer
+    from hf_cod.io.whole_checkpoint import WholeCheckpoint
     from hf_cod.layers.checks import check_length
 
     model, tokenizer = load_with_tokenizer(source, loading, "hf_cod.owlore with Trainer")
     check_length(model, settings.sequence_length)
     _check_weights(model, settings.method)
-    return model, tokenizer
+    return model, tokenizer, WholeCheckpoint(source, loading, model, tokenizer)
 
 
 def _check_weights(model: Any, method: str) -> None:

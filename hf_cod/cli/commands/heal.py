@@ -17,6 +17,7 @@ from hf_cod.training.owlore.settings import OwLoreSettings
 if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
+    from hf_cod.io.whole_checkpoint import WholeCheckpoint
 
 
 @dataclass
@@ -78,21 +79,15 @@ def run(
     """Loads both models, heals the student, saves it, and measures the speed of both in turns."""
     from hf_cod.cli.closing import describe_speed
     from hf_cod.cli.recorded import with_inputs
-    from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.io.packing import pack
-    from hf_cod.io.quantized import check_unquantized
     from hf_cod.io.text import load_texts
-    from hf_cod.io.whole_checkpoint import WholeCheckpoint
     from hf_cod.layers.size import bytes_of
     from hf_cod.layers.speed import speeds_of
     from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.scoring.layer_scores import LayerScores
     from hf_cod.training.healing.healer import heal
 
-    model, tokenizer = load_with_tokenizer(student, loading)
-    check_unquantized(model, student, "student")
-    teacher = load_teacher(source, loading, tokenizer)
-    whole = WholeCheckpoint(student, loading, model, tokenizer)
+    model, tokenizer, teacher, whole = load_both(student, loading, source)
     output.require(bytes_of(model))
     held_out = None
     if source.eval_text is not None:
@@ -117,6 +112,22 @@ def run(
         summary=[*report.summary, *describe_speed(results, "healed", "teacher")],
     )
     return with_inputs(report, source, loading, text)
+
+
+def load_both(student: str, loading: ModelSettings, source: TeacherSettings) -> tuple[Any, Any, Any, WholeCheckpoint]:
+    """Loads student, tokenizer and teacher, and everything that came with the student.
+
+    Raises:
+        ValueError: a model cannot be loaded, the student is quantized or packed, or the tokenizers differ.
+    """
+    from hf_cod.cli.samples import load_with_tokenizer
+    from hf_cod.io.quantized import check_unquantized
+    from hf_cod.io.whole_checkpoint import WholeCheckpoint
+
+    model, tokenizer = load_with_tokenizer(student, loading)
+    check_unquantized(model, student, "student")
+    teacher = load_teacher(source, loading, tokenizer)
+    return model, tokenizer, teacher, WholeCheckpoint(student, loading, model, tokenizer)
 
 
 def load_teacher(source: TeacherSettings, loading: ModelSettings, tokenizer: Any) -> Any:
