@@ -165,3 +165,9 @@ def test_experts_that_are_each_on_their_own_in_the_files(folder, tmp_path, comma
     text = ["--text", folder / "text.txt", "--output", tmp_path / "made", *QUICK]
     assert main([str(each) for each in [command, tmp_path / "model", *text, *COMMANDS[command]]]) == 0
     load_model(str(tmp_path / "made"), device="cpu")
+
+
+def test_ranks_are_not_planned_for_quantized_weights(folder):
+    model, _ = load_model(str(folder / "bnb"), device="cpu")
+    with pytest.raises(ValueError, match="model: expected plain floating-point weights, got weights stored by bitsand"):
+        hf_cod.plan_ranks(model, 0.7)

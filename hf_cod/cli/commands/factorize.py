@@ -138,10 +138,10 @@ class Factorize(Step):
     earlier: ClassVar[dict[str, str]] = {"full_rank_share": "rank", "factor_share": "rank_share"}
 
     def check(self, work: Work) -> None:
-        """Checks that the class of the model can be saved with other shapes."""
-        from hf_cod.models.shaping import check_shapeable
+        """Checks that the matrices can be replaced by others, and the result can be saved."""
+        from hf_cod.layers.checks import check_reshapeable
 
-        check_shapeable(work.model)
+        check_reshapeable(work.stack, "factorize")
 
     def plan(self, work: Work) -> LayerAllocation | RankPlan:
         """Ranks of matrices, or shares of layers by score."""

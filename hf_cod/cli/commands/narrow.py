@@ -89,10 +89,10 @@ class Narrow(Step):
     command, done = "narrow", "narrowed"
 
     def check(self, work: Work) -> None:
-        """Checks that the class of the model can be saved with other shapes."""
-        from hf_cod.models.shaping import check_shapeable
+        """Checks that the matrices can be replaced by others, and the result can be saved."""
+        from hf_cod.layers.checks import check_reshapeable
 
-        check_shapeable(work.model)
+        check_reshapeable(work.stack, "narrow")
 
     def plan(self, work: Work) -> Any:
         """For each layer, the share of weights to keep."""

@@ -27,7 +27,7 @@ from hf_cod.io.report import RunReport
 from hf_cod.io.settings import SampleSettings, check_effect, resolve
 from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of, check_needed
-from hf_cod.layers.checks import check_writable, name_of, sizes_of
+from hf_cod.layers.checks import check_reshapeable, name_of, sizes_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
@@ -37,7 +37,7 @@ from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.size import count_parameters
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.shapes import SPARSE, LowRankLinear
-from hf_cod.models.shaping import check_shapeable, record_shapes
+from hf_cod.models.shaping import record_shapes
 from hf_cod.scoring.allocation import LayerAllocation, same_share
 
 # Method -> whether it requires batches; `settings.METHODS` describes each.
@@ -127,7 +127,7 @@ def factorize(
         check_needed(batches, f"for {method}")
     if batches:
         check_inputs(stack.model, batches)
-    _check_model(stack)
+    check_reshapeable(stack, "factorize")
     use = check_unwritten(stack.model, batches)
     chosen = _plan(stack, plan, how.factor_share if method == "oats" else None)
     check_ranks(stack, chosen)
@@ -278,14 +278,6 @@ def _rank_weights(shapes: dict[str, Any], ranks: dict[str, int]) -> float:
     """The sum over matrices of the lost share of rank, times the number of weights."""
     lost = {name: 1 - ranks[name] / min(shape) for name, shape in shapes.items() if name in ranks}
     return sum(share * math.prod(shapes[name]) for name, share in lost.items())
-
-
-def _check_model(stack: DecoderLayers) -> None:
-    check_shapeable(stack.model)
-    check_writable(stack)
-    before = next((name for name, m in stack.model.named_modules() if isinstance(m, LowRankLinear)), None)
-    if before is not None:
-        raise ValueError(f"model: expected dense matrices, got factors in {before}; factorize the original model")
 
 
 def _plan(stack: DecoderLayers, plan: LayerAllocation | RankPlan | float, factor_share: float | None) -> RankPlan:

@@ -18,6 +18,7 @@ from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.quantized import check_unquantized
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, split_samples
 from hf_cod.layers.batches import batches_of, check_needed
@@ -79,11 +80,12 @@ def plan_ranks(
         **fields: for texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
-        ValueError: an unknown method, fisher without a loss, a budget out of range (says the least possible), or
-            weights or activations that are not finite.
+        ValueError: quantized or packed weights, an unknown method, fisher without a loss, a budget out of range (says
+            the least possible), or weights or activations that are not finite.
     """
     method = resolve(plan_ranks, RankSettings, settings, fields, method=method).method
     stack = find_decoder_layers(model, layers_path)
+    check_unquantized(stack.model, name_of(stack))
     batches = batches_of(model, batches, tokenizer, texts, samples, fields)
     if method == "fisher":
         check_needed(batches, "for fisher")

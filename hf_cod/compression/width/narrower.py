@@ -26,7 +26,7 @@ from hf_cod.io.report import RunReport
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of, check_needed
-from hf_cod.layers.checks import check_sizes, check_writable
+from hf_cod.layers.checks import check_reshapeable, check_sizes
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
@@ -36,8 +36,7 @@ from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.unit_discovery import find_all_units
 from hf_cod.layers.units import Changes, LayerUnits, set_units, tensors_of_units
-from hf_cod.models.shapes import LowRankLinear
-from hf_cod.models.shaping import check_shapeable, record_shapes
+from hf_cod.models.shaping import record_shapes
 from hf_cod.scoring.allocation import LayerAllocation
 
 
@@ -225,12 +224,8 @@ class LayerChange:
 
 
 def _check_model(stack: DecoderLayers) -> None:
-    check_shapeable(stack.model)
-    check_writable(stack)
+    check_reshapeable(stack, "narrow")
     check_independent(stack, "narrow")
-    before = next((name for name, m in stack.model.named_modules() if isinstance(m, LowRankLinear)), None)
-    if before is not None:
-        raise ValueError(f"model: expected dense matrices, got factors in {before}; narrow the original model")
 
 
 def _plan(
