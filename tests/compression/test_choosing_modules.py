@@ -5,16 +5,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_cod import (
+    OwlBnbConfig,
     RunReport,
     allocate,
     factorize,
     find_decoder_layers,
     narrow,
+    plan_bits,
     plan_ranks,
     plan_width,
+    quantize,
     score_layers,
 )
 from hf_cod.models.shapes import LowRankLinear
+from tests.compression.quantization.matrices import llama
 from tests.tiny_models import batch_for, build, two_batches
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -127,3 +131,34 @@ def test_the_choice_is_of_the_layers_alone():
     with pytest.raises(ValueError, match=r"exclude: .*got 'lm_head', which matches none"):
         factorize(model, 0.8, "plain", exclude=["lm_head"])
     assert find_decoder_layers(model).count_weights(0)
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_excluded_matrices_are_not_quantized_and_sizes_are_kept(calibrated, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model, original = llama(), llama()
+    chosen = {"include": r".*\.[123]\..*", "exclude": ["down_proj"]}
+    batches = two_batches(model) if calibrated else None
+    report = quantize(model, bits=3.6, batches=batches, journal=tmp_path / "journal", **chosen)
+    wanted = [n for n, m in original.named_modules() if ".layers." in n and n.endswith("proj")]
+    wanted = {n for n in wanted if ".0." not in n and not n.endswith("down_proj")}
+    assert report.results["module_bits"].keys() == wanted
+    stored = {n: m for n, m in model.named_modules() if n in wanted}
+    same_but(model, original, wanted)
+    size = sum(t.untyped_storage().nbytes() for m in stored.values() for t in m.parameters())
+    assert size == pytest.approx(report.results["planned_bytes"], rel=0.01)
+    (note,) = (note for note in report.notes if "are not quantized, by include" in note)
+    assert "down_proj (layers 0 to 3)" in note and report.settings["exclude"] == ["down_proj"]
+    assert torch.equal(logits(loaded_again(model, tmp_path / "model")), logits(model))
+    files = [*(tmp_path / "journal").glob("*.safetensors")]
+    quantize(llama(), bits=3.6, batches=batches, journal=tmp_path / "journal", exclude=["q_proj"])
+    assert len([*(tmp_path / "journal").glob("*.safetensors")]) == 2 * len(files), "other work"
+    dense = model.dequantize()
+    same_but(dense, original, wanted)
+    plan = plan_bits(original, 3.6, **chosen)
+    assert plan.bits == report.results["module_bits"] and plan.stored == report.results["bits"]
+
+
+def test_a_stored_config_has_no_choice_beside_its_modules():
+    with pytest.raises(ValueError, match="exclude: expected none with modules"):
+        OwlBnbConfig(modules={"a": 3}, exclude=["q_proj"])
