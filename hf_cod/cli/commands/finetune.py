@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import TrainingOutput
 from hf_cod.cli.sizes import in_gigabytes
 from hf_cod.io.display import first_line
+from hf_cod.io.module_names import without_unset
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.training_settings import TrainingSettings, for_samples
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     check_training(settings, sampling, files, text)
     directory = Path(files.output or default_directory("finetune", rest.model))
-    told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
+    told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved()}
+    told |= without_unset(asdict(sampling))
     if settings.follows_samples:
         del told["steps"]
     work = partial(run, rest.model, loading, text, settings, sampling, files.scores)
@@ -74,8 +76,10 @@ def run(
     from hf_cod.cli.recorded import with_inputs
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
+    from hf_cod.layers.module_choice import choose_modules
     from hf_cod.layers.running import progress
     from hf_cod.layers.size import bytes_of
+    from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.training.runs.memory import training_memory
     from hf_cod.training.runs.methods import METHODS
     from hf_cod.training.runs.run_directory import begun_steps, claim
@@ -91,6 +95,7 @@ def run(
     batches: list[Batch] = [{"input_ids": part} for part in held_out.split(settings.micro_batch_size)]
     before = held_out_perplexity(model, progress(batches, "perplexity", show=True))
     scores = scores_to_draw_by(model, train_windows, settings, scores_file, output.path)
+    excluded = choose_modules(find_decoder_layers(model), sampling).notes("trained")
     chosen = METHODS[settings.method]
     trained: Any
     trained, optimizer = chosen.setup(model, scores, sampling, settings.rate, settings.lora_rank)
@@ -108,6 +113,7 @@ def run(
         **({} if lost is None else {"lost_energy": lost}),
     }
     report = _report(whole, training, told, scores, figures, model_title(source))
+    report = replace(report, notes=[*excluded, *report.notes])
     return with_inputs(report, loading, text)
 
 

@@ -70,7 +70,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
         eps: Adam's epsilon.
         weight_decay: decoupled weight decay.
         settings: `OwLoreSettings`, instead of single fields.
-        **fields: fields of `OwLoreSettings` by name: n_active, interval, rank, ...
+        **fields: fields of `OwLoreSettings` by name: n_active, interval, rank, ...; `include` and `exclude` choose the
+            matrices that train, as PEFT's target_modules and exclude_modules; norms train in each layer with one.
 
     Raises:
         ValueError: bad settings, more layers than the model has, a rank above a layer's width, scores of another model,
@@ -116,7 +117,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         if self.settings.moments == "8bit":
             codebook(signed=True), codebook(signed=False)  # now, rather than in a step, if bitsandbytes is missing
         others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
-        self.layers = ActiveLayers(model, others)
+        self.layers = ActiveLayers(model, others, self.settings)
         self.increments = Increments(list(self.layers.stack), self.layers.layers)
         self.settings = fitted(self.increments.settings(self.settings), self.layers)
         self.sampler = make_sampler(scores, self.layers, self.settings)

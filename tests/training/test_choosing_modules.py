@@ -1,0 +1,84 @@
+"""`include` and `exclude` in training: what is not chosen is bit-equal, what is chosen has moved."""
+
+import pytest
+import torch
+
+from hf_cod import OwLoreAdamW, owlore
+from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.methods import METHODS, set_up
+from tests.tiny_models import build
+
+CHOSEN = {"include": r".*\.[123]\..*", "exclude": ["q_proj", "mlp.up_proj"]}
+
+
+def is_chosen(name):
+    """Of a parameter's name; norms train in the layers with chosen matrices."""
+    return ".layers.0." not in name and not any(part in name for part in ("q_proj", "up_proj"))
+
+
+def trained(model, optimizer, steps=12):
+    for step in range(steps):
+        ids = torch.randint(3, 99, (2, 12), generator=torch.Generator().manual_seed(step))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def settings(**more):
+    return OwLoreSettings(n_active=2, interval=2, rank=4, **more)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_chosen_matrices_train(method):
+    if METHODS[method].adapters:
+        pytest.importorskip("peft")
+    how = settings(**CHOSEN)
+    model, original = build("llama"), build("llama")
+    wrapped, optimizer = set_up(method, model, None, how, 1e-2, 4)
+    trained(wrapped, optimizer)
+    after = wrapped.merge_and_unload() if METHODS[method].adapters else wrapped
+    before = dict(original.named_parameters())
+    moved = {name for name, p in after.named_parameters() if ".layers." in name and not torch.equal(p, before[name])}
+    expected = {name for name in before if ".layers." in name and is_chosen(name)}
+    if METHODS[method].adapters:
+        expected = {name for name in expected if "norm" not in name}
+    assert moved == expected
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_experts_are_named_by_bank(family):
+    model, original = build(family), build(family)
+    trained(model, OwLoreAdamW(model, lr=1e-2, settings=settings(exclude=["experts"])))
+    for (name, p), q in zip(model.named_parameters(), original.parameters(), strict=True):
+        if ".experts." in name:
+            assert torch.equal(p, q), name
+    assert not torch.equal(
+        model.model.layers[0].self_attn.q_proj.weight, original.model.layers[0].self_attn.q_proj.weight
+    )
+
+
+def test_a_released_model_trains_in_full_again():
+    model = build("llama")
+    OwLoreAdamW(model, settings=settings(exclude=["q_proj"])).release()
+    assert all(p.requires_grad for p in model.model.layers.parameters())
+
+
+def test_a_state_of_another_choice_is_refused():
+    states = OwLoreAdamW(build("llama"), settings=settings(exclude=["q_proj"])).state_dict()
+    OwLoreAdamW(build("llama"), settings=settings(exclude=["q_proj"])).load_state_dict(states)
+    with pytest.raises(ValueError, match=r"exclude: expected \['q_proj'\] as in the checkpoint, got \['o_proj'\]"):
+        OwLoreAdamW(build("llama"), settings=settings(exclude=["o_proj"])).load_state_dict(states)
+
+
+def test_names_that_match_nothing_are_refused():
+    with pytest.raises(ValueError, match="include: expected names of the layers' matrices, such as q_proj"):
+        OwLoreAdamW(build("llama"), include=["qproj"])
+    with pytest.raises(ValueError, match="exclude: expected "):
+        owlore(exclude=[])
+
+
+def test_adapters_have_a_choice_of_their_own():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"exclude: expected none in a model with adapters, .* exclude_modules"):
+        OwLoreAdamW(model, rank=None, exclude=["q_proj"])
