@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import TrainingOutput
 from hf_cod.cli.sizes import in_gigabytes
 from hf_cod.io.display import first_line
-from hf_cod.io.module_names import without_unset
+from hf_cod.io.module_names import ModuleSettings, Names, without_unset
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.training_settings import TrainingSettings, for_samples
@@ -76,16 +76,14 @@ def run(
     from hf_cod.cli.recorded import with_inputs
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
-    from hf_cod.layers.module_choice import choose_modules
     from hf_cod.layers.running import progress
     from hf_cod.layers.size import bytes_of
-    from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.training.runs.memory import training_memory
     from hf_cod.training.runs.methods import METHODS
     from hf_cod.training.runs.run_directory import begun_steps, claim
     from hf_cod.training.runs.trainer import scores_to_draw_by, split_windows, train
 
-    model, tokenizer = _loaded(source, loading, settings)
+    model, tokenizer = _loaded(source, loading, settings, sampling)
     # Adapters of a quantized model are saved without the model.
     output.require(0 if getattr(model, "is_quantized", False) else bytes_of(model))
     windows = pack(tokenizer, load_texts(text), settings.sequence_length)
@@ -95,7 +93,6 @@ def run(
     batches: list[Batch] = [{"input_ids": part} for part in held_out.split(settings.micro_batch_size)]
     before = held_out_perplexity(model, progress(batches, "perplexity", show=True))
     scores = scores_to_draw_by(model, train_windows, settings, scores_file, output.path)
-    excluded = choose_modules(find_decoder_layers(model), sampling).notes("trained")
     chosen = METHODS[settings.method]
     trained: Any
     trained, optimizer = chosen.setup(model, scores, sampling, settings.rate, settings.lora_rank)
@@ -113,11 +110,12 @@ def run(
         **({} if lost is None else {"lost_energy": lost}),
     }
     report = _report(whole, training, told, scores, figures, model_title(source))
-    report = replace(report, notes=[*excluded, *report.notes])
     return with_inputs(report, loading, text)
 
 
-def _loaded(source: str, loading: ModelSettings, settings: TrainingSettings) -> tuple[Any, Any]:
+def _loaded(
+    source: str, loading: ModelSettings, settings: TrainingSettings, sampling: OwLoreSettings
+) -> tuple[Any, Any]:
     """The model and its tokenizer, which can be trained with these settings.
 
     Raises:
@@ -129,6 +127,7 @@ def _loaded(source: str, loading: ModelSettings, settings: TrainingSettings) -> 
     model, tokenizer = load_with_tokenizer(source, loading, "hf_cod.owlore with Trainer")
     check_length(model, settings.sequence_length)
     _check_weights(model, settings.method)
+    _excluded(model, sampling.include, sampling.exclude)  # here, because names that match nothing are an error
     return model, tokenizer
 
 
@@ -155,6 +154,18 @@ def _check_weights(model: Any, method: str) -> None:
             "%d matrices have zeros, which this training fills; hf-cod heal and hf-cod prune --recover-steps keep them",
             len(pruned),
         )
+
+
+def _excluded(model: Any, include: Names, exclude: Names) -> list[str]:
+    """A note that names the matrices that do not train, if any were excluded.
+
+    Raises:
+        ValueError: a name matches no matrix.
+    """
+    from hf_cod.layers.module_choice import choose_modules
+    from hf_cod.layers.stack import find_decoder_layers
+
+    return choose_modules(find_decoder_layers(model), ModuleSettings(include, exclude)).notes("trained")
 
 
 def _expected(
@@ -213,7 +224,8 @@ def _report(
             _told_memory(figures["training_memory"]),
             *([_told_lost(figures["lost_energy"])] if "lost_energy" in figures else []),
         ],
-        notes=harm_of_training(before, after, told["learning_rate"]),
+        notes=_excluded(model, told["include"], told["exclude"])
+        + harm_of_training(before, after, told["learning_rate"]),
     )
 
 
