@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,12 +22,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 
 from hf_cod.io.text import Batch
+from hf_cod.layers.meta_weights import is_on_meta, on_zeros
 from hf_cod.layers.modes import cache_restored, modes_restored
 from hf_cod.layers.orientation import computes_otherwise, shape_of
 from hf_cod.layers.probe_inputs import probe_inputs
-from hf_cod.layers.running import hidden_input
 from hf_cod.layers.sensitive_modules import LatentProjections
-from hf_cod.layers.stack import DecoderLayers, holds_experts, is_linear_like, walk
+from hf_cod.layers.stack import DecoderLayers, is_linear_like, walk
 from hf_cod.layers.stock_four_bit import without_repacking
 
 UNCALLED = "the model uses its weight without calling it"
@@ -113,15 +113,13 @@ def not_adaptable(stack: DecoderLayers) -> dict[str, str]:
 def _examined(model: nn.Module, batch: Batch | None) -> DirectUse:
     """Eval mode shows what is used directly. What is rescaled already is only seen in train mode, which undoes it."""
     found, training = _pass(model, batch), _pass(model, batch, training=True)
-    if found.failure is not None and any(p.is_meta for p in model.parameters()):
-        found = _pass(model, batch, on_zeros=True)
+    if found.failure is not None and is_on_meta(model):
+        found = _pass(model, batch, zeros=True)
     return replace(found, written=[*found.written, *training.written])
 
 
-def _pass(model: nn.Module, batch: Batch | None, training: bool = False, on_zeros: bool = False) -> DirectUse:
-    """One forward pass; with `on_zeros`, weights on the meta device are zeros on the CPU that take no memory, and banks
-    of experts do not run.
-    """
+def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: bool = False) -> DirectUse:
+    """One forward pass; with `zeros`, as in `on_zeros`."""
     versions = {name: _version(p) for name, p in model.named_parameters()}
     failure = None
     with ExitStack() as block:
@@ -131,7 +129,8 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, on_zero
         block.enter_context(_attributes_restored(model))
         block.enter_context(_without_cache(model))
         block.enter_context(torch.random.fork_rng(_cuda_devices(model)))
-        _prepare(model, training, on_zeros)
+        _prepare(model, training)
+        block.enter_context(on_zeros(model) if zeros else nullcontext())
         named = {name.lstrip("."): m for name, m in walk(model, "") if _is_watched(m)}
         each = {module: _watch(module, block) for module in named.values()}  # a module may have two names
         watched = {name: each[module] for name, module in named.items()}
@@ -151,7 +150,7 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, on_zero
     return DirectUse(_alike(model, watched), written, latent.found, failure)
 
 
-def _prepare(model: nn.Module, training: bool, on_zeros: bool) -> None:
+def _prepare(model: nn.Module, training: bool) -> None:
     """Sets the mode, without hooks and compiled code, and without what changes a model in train mode."""
     model.train(training)
     for module in model.modules():
@@ -162,11 +161,6 @@ def _prepare(model: nn.Module, training: bool, on_zeros: bool) -> None:
             module.gradient_checkpointing = False  # type: ignore[assignment]
         if vars(module).get("_compiled_call_impl") is not None:
             module._compiled_call_impl = None
-    if on_zeros:
-        for module in model.modules():
-            _put_zeros(module)
-            if holds_experts(module):  # their kernels require memory for each weight
-                module.forward = lambda *args, **kwargs: torch.zeros_like(hidden_input(args, kwargs))
 
 
 class _Watched(dict[str, Any]):
@@ -267,17 +261,6 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
         for attributes, values in before:
             attributes.clear()
             attributes.update(values)
-
-
-def _put_zeros(module: nn.Module) -> None:
-    def zeros(tensor: Tensor | None) -> Any:
-        if tensor is None or not tensor.is_meta:
-            return tensor
-        made = torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
-        return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
-
-    for kind in ("_parameters", "_buffers"):
-        vars(module)[kind] = {name: zeros(tensor) for name, tensor in vars(module)[kind].items()}
 
 
 def _version(tensor: Tensor) -> int:

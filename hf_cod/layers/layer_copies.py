@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from hf_cod.layers.meta_weights import is_on_meta, on_zeros
 from hf_cod.layers.running import evaluation_mode, hidden_input, hidden_output
 from hf_cod.layers.stack import DecoderLayers, is_norm
 
@@ -93,19 +96,33 @@ def _inputs_of(stack: DecoderLayers, wanted: list[int]) -> dict[int, tuple[tuple
         return hook
 
     handles = [stack[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in wanted]
+    zeros = on_zeros(stack.model) if is_on_meta(stack.model) else nullcontext()
     trunk: Any = getattr(stack.model, "base_model", stack.model)
-    inputs: dict[str, Any] = {**_random_inputs(stack.model)}
-    if "use_cache" in inspect.signature(trunk.forward).parameters:
-        inputs["use_cache"] = False
     try:
-        with evaluation_mode(stack), torch.no_grad():
-            trunk(**inputs)
+        with evaluation_mode(stack), torch.no_grad(), zeros:
+            try:
+                _run(trunk)
+            finally:
+                if not seen:  # the layers of a tower that does not run on the main input
+                    _run(_tower_of(stack))
     except _Seen:
         pass
     finally:
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _run(trunk: Any) -> None:
+    told = {"use_cache": False} if "use_cache" in inspect.signature(trunk.forward).parameters else {}
+    trunk(**_random_inputs(trunk), **told)
+
+
+def _tower_of(stack: DecoderLayers) -> Any:
+    """The smallest model of transformers around the layers."""
+    around = [name for name, module in stack.model.named_modules() if isinstance(module, PreTrainedModel)]
+    inside = [name for name in around if not name or f"{stack.layers_path}.".startswith(f"{name}.")]
+    return stack.model.get_submodule(max(inside, key=len, default=""))
 
 
 def _random_inputs(model: Any) -> dict[str, Tensor]:
