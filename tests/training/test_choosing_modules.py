@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_cod import OwLoreAdamW, owlore
+from hf_cod import OwLoreAdamW, heal, owlore
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS, set_up
 from tests.tiny_models import build
@@ -82,3 +82,22 @@ def test_adapters_have_a_choice_of_their_own():
     model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"exclude: expected none in a model with adapters, .* exclude_modules"):
         OwLoreAdamW(model, rank=None, exclude=["q_proj"])
+
+
+@pytest.mark.parametrize("method", ["owlore", "lora", "full"])
+def test_healing_takes_a_choice(method):
+    if METHODS[method].adapters:
+        pytest.importorskip("peft")
+    student, teacher = build("llama"), build("llama", layers=4)
+    with torch.no_grad():
+        for number, p in enumerate(student.parameters()):
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    windows = torch.randint(3, 99, (60, 16), generator=torch.Generator().manual_seed(0))
+    how = settings(exclude=["q_proj"]) if method == "owlore" else OwLoreSettings(exclude=["q_proj"])
+    sizes = {"sequence_length": 16, "eval_samples": 4, "batch_size": 2, "micro_batch_size": 2}
+    report = heal(student, teacher, data=windows, method=method, steps=4, sampling=how, **sizes)
+    assert report.settings["exclude"] == ["q_proj"]
+    assert any("4 matrices" in note and "are not trained" in note for note in report.notes)
+    moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert any("k_proj" in name for name in moved) and not [name for name in moved if "q_proj" in name]
