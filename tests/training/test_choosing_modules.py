@@ -68,6 +68,8 @@ def test_a_state_of_another_choice_is_refused():
     OwLoreAdamW(build("llama"), settings=settings(exclude=["q_proj"])).load_state_dict(states)
     with pytest.raises(ValueError, match=r"exclude: expected \['q_proj'\] as in the checkpoint, got \['o_proj'\]"):
         OwLoreAdamW(build("llama"), settings=settings(exclude=["o_proj"])).load_state_dict(states)
+    with pytest.raises(ValueError, match=r"exclude: expected \['q_proj'\] as in the checkpoint, got None"):
+        OwLoreAdamW(build("llama"), settings=settings()).load_state_dict(states)
 
 
 def test_names_that_match_nothing_are_refused():

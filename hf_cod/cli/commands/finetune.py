@@ -14,7 +14,7 @@ from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import TrainingOutput
 from hf_cod.cli.sizes import in_gigabytes
 from hf_cod.io.display import first_line
-from hf_cod.io.module_names import ModuleSettings, Names, without_unset
+from hf_cod.io.module_names import ModuleSettings, Names
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.training_settings import TrainingSettings, for_samples
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     check_training(settings, sampling, files, text)
     directory = Path(files.output or default_directory("finetune", rest.model))
     told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved()}
-    told |= without_unset(asdict(sampling))
+    told |= asdict(sampling)
     if settings.follows_samples:
         del told["steps"]
     work = partial(run, rest.model, loading, text, settings, sampling, files.scores)

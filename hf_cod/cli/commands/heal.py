@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import CompressionSettings, SpeedSettings, TrainingOutput
-from hf_cod.io.module_names import without_unset
 from hf_cod.io.settings import DTYPES, ModelSettings, TextSettings, as_in
 from hf_cod.training.healing.settings import HealSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     check_training(settings, sampling, files, text, source.eval_text)
     directory = Path(files.output or default_directory("heal", rest.student))
     told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved()}
-    told |= without_unset(asdict(sampling))
+    told |= asdict(sampling)
     del told["speed"]  # does not affect the training
     if settings.follows_samples:
         del told["steps"]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.io.module_names import without_unset
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
@@ -214,7 +213,7 @@ def _work(
     """The identity of this run: settings, models and text."""
     return {
         **settings.resolved(),
-        **without_unset(asdict(sampling)),
+        **asdict(sampling),
         "student's weights": fingerprint_of_work(directory, student, None),
         "teacher's weights": fingerprint_of_work(directory, teacher, None),
         "windows": digest_batches([{"input_ids": windows}]),

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_cod.functional.randomness import generator_of
 from hf_cod.io.arguments import checked
+from hf_cod.io.module_names import without_unset
 from hf_cod.io.settings import resolve
 from hf_cod.layers.replicas import broadcast_weights, digest_bits, digest_structure, digest_weights, processes, together
 from hf_cod.layers.stock_four_bit import keep_unpacked
@@ -219,7 +220,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
     def _described(self) -> dict[str, Any]:
         """The settings that must be the same when a run is resumed, as plain numbers and strings."""
         free = ("fused", "deselected")
-        settings = {k: v for k, v in asdict(self.settings).items() if k not in free}
+        settings = {k: v for k, v in without_unset(asdict(self.settings)).items() if k not in free}
         probabilities = [round(p, 12) for p in self.sampler.probabilities]
         return {**settings, **self.increments.described(), "probabilities": probabilities}
 
