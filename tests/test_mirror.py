@@ -44,7 +44,8 @@ TESTED_BY = {
         "compression/fit/samples.py compression/fit/settings.py compression/fit/trials.py layers/size.py"
     ),
     "compression/low_rank/test_factorizer.py": (
-        "compression/low_rank/rank_plan.py compression/low_rank/settings.py compression/low_rank/spectra.py"
+        "compression/low_rank/rank_plan.py compression/low_rank/rank_report.py compression/low_rank/settings.py "
+        "compression/low_rank/spectra.py"
     ),
     "compression/pruning/test_pruner.py": (
         "compression/pruning/methods.py compression/pruning/settings.py layers/checks.py layers/fingerprints.py"

@@ -84,7 +84,7 @@ def _parameters(stack: DecoderLayers, index: int) -> Iterator[tuple[str, Any]]:
     for name, module in stack.linears(index).items():
         yield name, getattr(module, "weight", None)
     for name, bank in stack.experts(index).items():
-        yield from ((f"{name}.{key}", p) for key, p in bank.named_parameters(recurse=False) if p.dim() == 3)
+        yield from ((f"{name}.{key}", p) for key, p in stack.parameters_of(name, bank))
 
 
 def _check_plain(name: str, weight: Any) -> None:

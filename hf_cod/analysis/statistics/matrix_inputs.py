@@ -33,7 +33,7 @@ class MatrixInputs:
 
     def __init__(self, stack: DecoderLayers, layers: Iterable[int], read: Read) -> None:
         self._linears, self._banks = _own_modules(stack, layers)
-        self._read = read
+        self._read, self._excluded = read, stack.excluded
         self.start(None)
 
     @contextmanager
@@ -70,6 +70,8 @@ class MatrixInputs:
         return read
 
     def _read_expert(self, name: str, expert: int, x: Tensor, tokens: Tensor) -> None:
+        if name in self._excluded:
+            return
         rows = x if self._mask is None else x[self._mask.to(x.device)[tokens]]
         self._read(name, expert, rows, name)
 
@@ -102,7 +104,8 @@ def _own_modules(stack: DecoderLayers, layers: Iterable[int]) -> tuple[dict[str,
     banks: dict[str, nn.Module] = {}
     owner: dict[int, int] = {}
     for index in layers:
-        for kind, found in ((linears, stack.linears(index)), (banks, stack.experts(index))):
+        used = {name: bank for name, bank in stack.experts(index).items() if any(stack.parameters_of(name, bank))}
+        for kind, found in ((linears, stack.linears(index)), (banks, used)):
             for name, module in found.items():
                 other = owner.setdefault(id(module), index)
                 if other != index:

@@ -14,6 +14,7 @@ from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import TrainingOutput
 from hf_cod.cli.sizes import in_gigabytes
 from hf_cod.io.display import first_line
+from hf_cod.io.module_names import ModuleSettings, Names
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.training_settings import TrainingSettings, for_samples
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     check_training(settings, sampling, files, text)
     directory = Path(files.output or default_directory("finetune", rest.model))
-    told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
+    told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved()}
+    told |= asdict(sampling)
     if settings.follows_samples:
         del told["steps"]
     work = partial(run, rest.model, loading, text, settings, sampling, files.scores)
@@ -82,7 +84,7 @@ def run(
     from hf_cod.training.runs.run_directory import begun_steps, claim
     from hf_cod.training.runs.trainer import scores_to_draw_by, split_windows, train
 
-    model, tokenizer, whole = _loaded(source, loading, settings)
+    model, tokenizer, whole = _loaded(source, loading, settings, sampling)
     # Adapters of a quantized model are saved without the model.
     output.require(0 if getattr(model, "is_quantized", False) else bytes_of(model))
     windows = pack(tokenizer, load_texts(text), settings.sequence_length)
@@ -112,7 +114,9 @@ def run(
     return with_inputs(replace(report, notes=[*report.notes, *notes]), loading, text)
 
 
-def _loaded(source: str, loading: ModelSettings, settings: TrainingSettings) -> tuple[Any, Any, WholeCheckpoint]:
+def _loaded(
+    source: str, loading: ModelSettings, settings: TrainingSettings, sampling: OwLoreSettings
+) -> tuple[Any, Any, WholeCheckpoint]:
     """The model, its tokenizer and everything that came with it; it can be trained with these settings.
 
     Raises:
@@ -125,6 +129,7 @@ def _loaded(source: str, loading: ModelSettings, settings: TrainingSettings) -> 
     model, tokenizer = load_with_tokenizer(source, loading, "hf_cod.owlore with Trainer")
     check_length(model, settings.sequence_length)
     _check_weights(model, settings.method)
+    _excluded(model, sampling.include, sampling.exclude)  # here, because names that match nothing are an error
     return model, tokenizer, WholeCheckpoint(source, loading, model, tokenizer)
 
 
@@ -151,6 +156,18 @@ def _check_weights(model: Any, method: str) -> None:
             "%d matrices have zeros, which this training fills; hf-cod heal and hf-cod prune --recover-steps keep them",
             len(pruned),
         )
+
+
+def _excluded(model: Any, include: Names, exclude: Names) -> list[str]:
+    """A note that names the matrices that do not train, if any were excluded.
+
+    Raises:
+        ValueError: a name matches no matrix.
+    """
+    from hf_cod.layers.module_choice import choose_modules
+    from hf_cod.layers.stack import find_decoder_layers
+
+    return choose_modules(find_decoder_layers(model), ModuleSettings(include, exclude)).notes("trained")
 
 
 def _expected(
@@ -210,7 +227,8 @@ def _report(
             _told_memory(figures["training_memory"]),
             *([_told_lost(figures["lost_energy"])] if "lost_energy" in figures else []),
         ],
-        notes=harm_of_training(before, after, told["learning_rate"]),
+        notes=_excluded(model, told["include"], told["exclude"])
+        + harm_of_training(before, after, told["learning_rate"]),
     )
 
 

@@ -57,7 +57,8 @@ def main(arguments: Sequence[str]) -> int:
 
     check_training(settings, sampling, files, text, source.eval_text)
     directory = Path(files.output or default_directory("heal", rest.student))
-    told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
+    told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved()}
+    told |= asdict(sampling)
     del told["speed"]  # does not affect the training
     if settings.follows_samples:
         del told["steps"]
