@@ -193,6 +193,10 @@ class Prune(Step):
 
         return prune(work.model, plan, self.settings.method, batches=work.calibration, name=work.name, **work.options)
 
+    def last_words(self) -> list[str]:
+        """What makes the model smaller."""
+        return ["Zeros are stored like other weights; hf-cod pack makes the model smaller."]
+
     @property
     def trained(self) -> str | None:
         """The key "recovered", if recovery is requested."""
