@@ -229,7 +229,14 @@ class SampleScore:
 
 def _main_output(outputs: Any) -> Tensor:
     names = ("last_hidden_state", "logits", "start_logits")
-    return next(outputs[name] for name in names if name in outputs)
+    found = next((name for name in names if name in outputs), None)
+    if found is None:
+        raise ValueError(
+            f"metric: expected outputs with {', '.join(names[:-1])} or {names[-1]}, got {', '.join(outputs)}; pass a "
+            "function of (outputs, batch)"
+        )
+    output: Tensor = outputs[found]
+    return output
 
 
 def _predictions(outputs: Any, batch: Batch, task: str) -> list[Any]:

@@ -11,12 +11,12 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from hf_cod import MeasurementError, RunReport, diagnose
+from hf_cod import MeasurementError, RunReport, diagnose, pack_sparse, prune
 from hf_cod.analysis.diagnostics import diagnosis
 from hf_cod.analysis.diagnostics.diagnosis import METRICS
 from hf_cod.analysis.diagnostics.findings import summarize
 from tests.references import without_layer
-from tests.tiny_models import FAMILIES, batch_for, build
+from tests.tiny_models import FAMILIES, batch_for, build, two_batches
 from tests.tiny_tokenizers import bert_like, gpt_like
 
 TEXT = "one two three four five six seven eight nine ten " * 40
@@ -343,3 +343,17 @@ def test_bad_input():
         model.model.layers[2].mlp.down_proj.weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match="first in the output of layer 2"):
         diagnose(model, gpt_like(), TEXT, **QUICK)
+
+
+def test_another_packed_model_in_the_same_directory_is_measured_again(tmp_path):
+    """Matrices of packed models are buffers. Embeddings, norms and masks are the same here."""
+    found = []
+    for factor in (1.0, -0.5):
+        model = build("llama")
+        prune(model, 0.5, method="magnitude")
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.data *= factor
+        pack_sparse(model, 0.4)
+        found.append(diagnose(model, batches=two_batches(model), output=tmp_path, show_progress=False))
+    alone = diagnose(model, batches=two_batches(model), show_progress=False)
+    assert found[1].layers == alone.layers != found[0].layers
