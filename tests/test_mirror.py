@@ -68,7 +68,7 @@ TESTED_BY = {
         "compression/width/methods.py compression/width/planning.py compression/width/settings.py "
         "compression/width/stock_config.py compression/width/width_plan.py compression/width/width_report.py"
     ),
-    "examples/test_pretrain.py": "training/pretraining/preparation.py",
+    "examples/test_pretrain.py": "training/pretraining/checkpoints.py training/pretraining/preparation.py",
     "functional/test_low_rank.py": "functional/randomness.py",
     "io/test_settings.py": "compression/depth/settings.py io/deprecation.py",
     "layers/test_modes.py": "layers/partial_forward.py",
