@@ -14,7 +14,9 @@ TESTS = Path(__file__).parent
 # Test file -> the modules that it tests beside the one of its name, through a public door. A new module needs a test
 # file of its own name; it comes here only if that would test the same again.
 TESTED_BY = {
-    "analysis/diagnostics/test_diagnosis.py": "analysis/diagnostics/findings.py analysis/diagnostics/settings.py",
+    "analysis/diagnostics/test_diagnosis.py": (
+        "analysis/diagnostics/findings.py analysis/diagnostics/journaled.py analysis/diagnostics/settings.py"
+    ),
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
     "analysis/evaluation/test_metrics.py": "analysis/evaluation/choice.py layers/task.py",
     "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",
