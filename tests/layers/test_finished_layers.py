@@ -152,6 +152,6 @@ def test_tensors_of_another_form_with_a_right_checksum_are_refused(method, chang
     name = next(key for key, tensor in sorted(tensors.items()) if tensor.is_floating_point())
     save_tensors(file, {**tensors, name: change(tensors[name])}, metadata, checked=True)
     model = build("llama")
-    with pytest.raises(ValueError, match="expected .*, got .*safetensors'") as error:
+    with pytest.raises(ValueError, match=r"expected .*, got .*safetensors'") as error:
         method(model, batches=two_batches(model), journal=tmp_path)
     assert "\n" not in str(error.value)
