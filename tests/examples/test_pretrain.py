@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_cod.io.report import RunReport
 from hf_cod.io.text import embedded_text
+from hf_cod.training.pretraining.checkpoints import PROGRESS
 from hf_cod.training.pretraining.preparation import prepare
 from hf_cod.training.pretraining.recipes import PretrainSettings
 from tests.fresh_processes import run_fresh
@@ -122,7 +123,7 @@ def of_another_model(path):
 
 DAMAGES = {
     "pretrain": [("model.safetensors", of_another_model), ("optimizer.pt", cut), ("rng_state.pth", cut)],
-    "pretrain_accelerate": [("model.safetensors", of_another_model), ("optimizer.bin", cut), ("progress.json", cut)],
+    "pretrain_accelerate": [("model.safetensors", of_another_model), ("optimizer.bin", cut), (PROGRESS, cut)],
 }
 
 
