@@ -143,8 +143,8 @@ def _status_of(error: BaseException) -> int | None:
 
 
 def _quieten_libraries() -> None:
-    """Silences the progress bars of transformers and datasets, and transformers' loading reports, unless the user has
-    set TRANSFORMERS_VERBOSITY.
+    """Silences the progress bars of transformers and datasets, transformers' loading reports and what datasets logs before
+    it raises the same as an error, unless the user has set TRANSFORMERS_VERBOSITY or DATASETS_VERBOSITY.
 
     They would hide our one-line errors. This takes effect when the libraries are imported, which is later. The switch
     of transformers for progress bars is not used: it would also turn off those of huggingface_hub, which control ours.
@@ -155,7 +155,12 @@ def _quieten_libraries() -> None:
             logging.set_verbosity_error()
         logging.set_tqdm_hook(lambda _, args, more: logging.EmptyTqdm(*args, **more))
 
+    def quieten_datasets(logging: Any) -> None:
+        if "DATASETS_VERBOSITY" not in os.environ:
+            logging.set_verbosity(logging.CRITICAL)
+
     register_post_import_hook(quieten, "transformers.utils.logging")
+    register_post_import_hook(quieten_datasets, "datasets.utils.logging")
     register_post_import_hook(lambda module: module.disable_progress_bars(), "datasets.utils.tqdm")
 
 

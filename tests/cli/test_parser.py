@@ -146,7 +146,7 @@ def test_paths_of_a_command_in_a_home_directory(tmp_path, monkeypatch):
         (["--stepps", "3"], "unrecognized arguments: --stepps 3; did you mean --steps?"),
         (["--rates=1", "--nmaes", "a"], "--rates=1 --nmaes a; did you mean --rate, --names?"),
         (["--no-plot"], "unrecognized arguments: --no-plot; did you mean --no-plots?"),
-        (["--max_steps", "3"], "unrecognized arguments: --max_steps 3; did you mean --steps?"),
+        (["--max-steps", "3"], "unrecognized arguments: --max-steps 3; did you mean --steps?"),
         (["--xyzzy"], "unrecognized arguments: --xyzzy\n"),
         (["n"], "unrecognized arguments: n\n"),
     ],
