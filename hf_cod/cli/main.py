@@ -143,8 +143,8 @@ def _status_of(error: BaseException) -> int | None:
 
 
 def _quieten_libraries() -> None:
-    """Silences the progress bars of transformers and datasets, transformers' loading reports and what datasets logs before
-    it raises the same as an error, unless the user has set TRANSFORMERS_VERBOSITY or DATASETS_VERBOSITY.
+    """Silences the progress bars of transformers and datasets, transformers' loading reports, and what datasets logs
+    before it raises the same as an error, unless the user has set TRANSFORMERS_VERBOSITY or DATASETS_VERBOSITY.
 
     They would hide our one-line errors. This takes effect when the libraries are imported, which is later. The switch
     of transformers for progress bars is not used: it would also turn off those of huggingface_hub, which control ours.
