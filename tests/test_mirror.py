@@ -14,7 +14,9 @@ TESTS = Path(__file__).parent
 # Test file -> the modules that it tests beside the one of its name, through a public door. A new module needs a test
 # file of its own name; it comes here only if that would test the same again.
 TESTED_BY = {
-    "analysis/diagnostics/test_diagnosis.py": "analysis/diagnostics/findings.py analysis/diagnostics/settings.py",
+    "analysis/diagnostics/test_diagnosis.py": (
+        "analysis/diagnostics/findings.py analysis/diagnostics/journaled.py analysis/diagnostics/settings.py"
+    ),
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
     "analysis/evaluation/test_metrics.py": "analysis/evaluation/choice.py layers/task.py",
     "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",
@@ -70,7 +72,7 @@ TESTED_BY = {
         "compression/width/methods.py compression/width/planning.py compression/width/settings.py "
         "compression/width/stock_config.py compression/width/width_plan.py compression/width/width_report.py"
     ),
-    "examples/test_pretrain.py": "training/pretraining/preparation.py",
+    "examples/test_pretrain.py": "training/pretraining/checkpoints.py training/pretraining/preparation.py",
     "functional/test_low_rank.py": "functional/randomness.py",
     "io/test_settings.py": "compression/depth/settings.py io/deprecation.py",
     "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py",

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from hf_cod.io.adapters import base_of, places, with_adapter
+from hf_cod.io.adapters import base_of, check_adapter_files, places, with_adapter
 from hf_cod.io.display import one_line
 from hf_cod.io.files import looks_local
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
@@ -65,6 +65,8 @@ def load_model(
     settings = resolve(load_model, ModelSettings, settings, fields)
     source, options = locate(name, settings)
     base = base_of(source)
+    if "gguf_file" not in options:
+        check_adapter_files(Path(source))
     if base is not None:
         model, tokenizer = load_model(base, settings)
         with _naming(name, source, options):

@@ -202,6 +202,10 @@ class Prune(Step):
         more = {**given_names(self.settings), **work.options}
         return prune(work.model, plan, self.settings.method, batches=work.calibration, name=work.name, **more)
 
+    def last_words(self) -> list[str]:
+        """What makes the model smaller."""
+        return ["Zeros are stored like other weights; hf-cod pack makes the model smaller."]
+
     @property
     def trained(self) -> str | None:
         """The key "recovered", if recovery is requested."""

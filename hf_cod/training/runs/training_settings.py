@@ -191,7 +191,7 @@ def for_samples(settings: Trained, samples: int, begun: int | None = None) -> Tr
         if steps < DEFAULT_STEPS:
             logger.warning(
                 "steps: %d instead of the default %d: %g passes over the %d training samples; use --passes or --steps "
-                "for more",
+                "for more or fewer",
                 steps,
                 DEFAULT_STEPS,
                 round(steps * settings.batch_size / samples, 1),
