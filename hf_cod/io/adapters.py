@@ -102,9 +102,8 @@ def with_adapter(base: nn.Module, directory: str | Path) -> nn.Module:
     """The base with its adapter: merged, or, if the base is quantized, as a PEFT model.
 
     Raises:
-        ValueError: the adapter does not fit the base, or has no weights that can be merged (prompt tuning).
+        ValueError: an adapter that PEFT cannot load, weights of another one, or none that can be merged (prompt tuning).
         ImportError: peft is not installed; the message gives the pip command.
-        ValueError: an adapter that PEFT cannot load, or weights of another one.
     """
     try:
         with advice_silenced():  # of bitsandbytes, which is imported with PEFT
@@ -113,6 +112,7 @@ def with_adapter(base: nn.Module, directory: str | Path) -> nn.Module:
         raise ImportError(
             f"model: the adapter in {str(directory)!r} requires the peft package: pip install 'hf_cod[recovery]'"
         ) from error
+    kind = read_adapter_config(Path(directory) / ADAPTER).get("peft_type")
     try:
         model: nn.Module = PeftModel.from_pretrained(base, str(directory))
     except (ImportError, MemoryError, torch.OutOfMemoryError):

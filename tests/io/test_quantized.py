@@ -151,7 +151,7 @@ def test_adapters_that_cannot_be_merged_say_so(folder, tmp_path, capsys):
     (lora / "adapter_config.json").write_text(
         json.dumps({**edited, "base_model_name_or_path": str(tmp_path / "narrow")})
     )
-    with pytest.raises(ValueError, match="model: expected an adapter that fits its base, got"):
+    with pytest.raises(ValueError, match="model: expected an adapter that PEFT can load, got"):
         load_model(str(lora), device="cpu")
 
 
