@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -21,10 +22,11 @@ from hf_cod import LayerDiagnosticsCallback
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.packing import PackedStream
 from hf_cod.io.report import RunReport
+from hf_cod.training.pretraining.checkpoints import check_of_trainer
 from hf_cod.training.pretraining.preparation import prepare
 from hf_cod.training.pretraining.recipes import FINAL_LEARNING_RATE_SHARE, PretrainSettings, accumulation_steps
 from hf_cod.training.pretraining.results import save_results
-from hf_cod.training.runs.run_directory import last_checkpoint
+from hf_cod.training.runs.run_directory import last_checkpoint, last_steps
 
 STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that Trainer writes
 
@@ -78,7 +80,9 @@ def pretrain(settings: PretrainSettings) -> RunReport | None:
         processing_class=prepared.tokenizer,
         callbacks=[LayerDiagnosticsCallback(every=settings.diagnose_every, probe=prepared.probe)],
     )
-    checkpoint = last_checkpoint(arguments.output_dir, STATE_FILE)
+    if last_steps(arguments.output_dir):
+        trainer.create_optimizer()  # as Trainer does later; checkpoints are compared with it
+    checkpoint = last_checkpoint(arguments.output_dir, STATE_FILE, partial(check_of_trainer, trainer))
     if checkpoint is not None and isinstance(prepared.train, PackedStream):
         prepared.train.start_at(int(checkpoint.name.rsplit("-", 1)[1]) * settings.recipe.batch_size)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

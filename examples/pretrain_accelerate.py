@@ -10,11 +10,11 @@ command resumes an interrupted run.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,12 +28,12 @@ from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.files import write_json
 from hf_cod.io.packing import PackedStream
 from hf_cod.io.report import RunReport
+from hf_cod.training.pretraining.checkpoints import PROGRESS, check_of_loop, read_progress
 from hf_cod.training.pretraining.preparation import Prepared, prepare
 from hf_cod.training.pretraining.recipes import FINAL_LEARNING_RATE_SHARE, PretrainSettings, accumulation_steps
 from hf_cod.training.pretraining.results import save_results
 from hf_cod.training.runs.run_directory import last_checkpoint, last_steps
 
-MARKER = "progress.json"  # the last file of a checkpoint: step and history
 KEPT_CHECKPOINTS = 2
 
 
@@ -70,10 +70,11 @@ class Run:
 
     def resume(self) -> None:
         """Resumes from the newest complete checkpoint, if there is one."""
-        folder = last_checkpoint(str(self.settings.output), MARKER)
+        check = partial(check_of_loop, self.prepared.model, self.optimizer.optimizer)
+        folder = last_checkpoint(str(self.settings.output), PROGRESS, check)
         if folder is not None:
             self.accelerator.load_state(str(folder))
-            progress = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+            progress = read_progress(folder, int(folder.name.rpartition("-")[2]))
             self.step, self.history = progress["step"], progress["history"]
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -128,7 +129,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             progress = {"step": self.step, "history": self.history}
-            write_json(output / f"checkpoint-{self.step}" / MARKER, progress)
+            write_json(output / f"checkpoint-{self.step}" / PROGRESS, progress)
             for _, folder in last_steps(output)[KEPT_CHECKPOINTS:]:
                 shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()

@@ -14,7 +14,9 @@ TESTS = Path(__file__).parent
 # Test file -> the modules that it tests beside the one of its name, through a public door. A new module needs a test
 # file of its own name; it comes here only if that would test the same again.
 TESTED_BY = {
-    "analysis/diagnostics/test_diagnosis.py": "analysis/diagnostics/findings.py analysis/diagnostics/settings.py",
+    "analysis/diagnostics/test_diagnosis.py": (
+        "analysis/diagnostics/findings.py analysis/diagnostics/journaled.py analysis/diagnostics/settings.py"
+    ),
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
     "analysis/evaluation/test_metrics.py": "analysis/evaluation/choice.py layers/task.py",
     "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",
@@ -32,6 +34,7 @@ TESTED_BY = {
     "cli/test_parser.py": "cli/completion.py cli/field_options.py cli/option_names.py",
     "io/test_files.py": "io/journal.py",
     "io/test_text.py": "io/rows.py",
+    "io/test_whole_checkpoint.py": "io/generation.py io/unread_weights.py",
     "cli/test_terminal.py": "cli/messages.py",
     "compression/depth/test_criteria.py": (
         "compression/depth/depth_plan.py compression/depth/maps.py compression/depth/protection.py "
@@ -43,7 +46,8 @@ TESTED_BY = {
         "compression/fit/samples.py compression/fit/settings.py compression/fit/trials.py layers/size.py"
     ),
     "compression/low_rank/test_factorizer.py": (
-        "compression/low_rank/rank_plan.py compression/low_rank/settings.py compression/low_rank/spectra.py"
+        "compression/low_rank/rank_plan.py compression/low_rank/rank_report.py compression/low_rank/settings.py "
+        "compression/low_rank/spectra.py"
     ),
     "compression/pruning/test_pruner.py": (
         "compression/pruning/methods.py compression/pruning/settings.py layers/checks.py layers/fingerprints.py"
@@ -68,7 +72,7 @@ TESTED_BY = {
         "compression/width/methods.py compression/width/planning.py compression/width/settings.py "
         "compression/width/stock_config.py compression/width/width_plan.py compression/width/width_report.py"
     ),
-    "examples/test_pretrain.py": "training/pretraining/preparation.py",
+    "examples/test_pretrain.py": "training/pretraining/checkpoints.py training/pretraining/preparation.py",
     "functional/test_low_rank.py": "functional/randomness.py",
     "io/test_settings.py": "compression/depth/settings.py io/deprecation.py",
     "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py",

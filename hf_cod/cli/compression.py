@@ -101,7 +101,7 @@ def run(
     if step.trained is not None:
         perplexity[made] = work.perplexity()
         step.train(work)
-    _save(output.results, work, step.files(plan))
+    report = replace(report, notes=[*report.notes, *_save(output.results, work, step.files(plan))])
     work.reload(output.results)
     perplexity[step.trained or made] = work.perplexity()
     memory[made] = bytes_of(work.model)
@@ -160,11 +160,11 @@ def _harm(step: Step, work: Work, plan: Any, alike: float | None) -> dict[str, A
     return {"score": score, "perplexity": by_score, "uniform": alike}
 
 
-def _save(directory: Path, work: Work, files: dict[str, Any]) -> None:
-    """Saves model, tokenizer, scores and the files of the step."""
-    work.model.save_pretrained(directory)
-    work.tokenizer.save_pretrained(directory)
+def _save(directory: Path, work: Work, files: dict[str, Any]) -> list[str]:
+    """Saves the model with everything that came with it, scores and the files of the step; returns notes."""
+    notes = work.whole.save(work.model, directory)
     if work.scores is not None:
         work.scores.save(directory / "scores.json")
     for name, record in files.items():
         record.save(directory / name)
+    return notes

@@ -55,9 +55,13 @@ def _add_switch(parser: argparse.ArgumentParser, name: str, dest: str, default: 
 
 
 def _kind(hint: Any) -> tuple[type, bool]:
-    """(type of one value, whether several are accepted) for `int | None`, `list[str]`, `Literal["a", "b"]`, ..."""
+    """(type of one value, whether several are accepted) for `int | None`, `list[str]`, `Literal["a", "b"]`, ...
+
+    A string or a list of strings is read as a list; the settings make one string of it where that is meant.
+    """
     if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (each for each in get_args(hint) if each is not type(None))
+        parts = [each for each in get_args(hint) if each is not type(None)]
+        (hint,) = [each for each in parts if get_origin(each) is list] or parts
     if get_origin(hint) is list:
         return get_args(hint)[0], True
     if get_origin(hint) is Literal:

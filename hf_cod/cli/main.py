@@ -18,7 +18,7 @@ from wrapt import register_post_import_hook
 from hf_cod.cli.messages import warnings_shown
 from hf_cod.io.arguments import did_you_mean
 from hf_cod.io.display import first_line, one_line
-from hf_cod.io.interruption import Terminated, sigterm_raises
+from hf_cod.io.interruption import Terminated, interruption_behind, sigterm_raises
 
 # Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
 COMMANDS = {
@@ -110,13 +110,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         quiet = _quiet() if "--quiet" in arguments and not asked else nullcontext()
         with quiet, warnings_shown(name), sigterm_raises():
             return command.main(arguments)
-    except KeyboardInterrupt as stop:
-        resume = "; the same command resumes" if name in RESUMABLE else ""
-        if name in FROM_CHECKPOINTS:
-            resume = "; the same command resumes from its last checkpoint"
-        print(f"hf-cod {name}: stopped{resume}", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        stop = interruption_behind(error)
+        if stop is not None:
+            return _stopped(name, stop)
         status = _status_of(error)
         if status is None:  # a bug in hf_cod: shown with its traceback
             raise
@@ -128,7 +125,15 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return status
 
 
-def _status_of(error: Exception) -> int | None:
+def _stopped(name: str, stop: KeyboardInterrupt) -> int:
+    resume = "; the same command resumes" if name in RESUMABLE else ""
+    if name in FROM_CHECKPOINTS:
+        resume = "; the same command resumes from its last checkpoint"
+    print(f"hf-cod {name}: stopped{resume}", file=sys.stderr)
+    return 143 if isinstance(stop, Terminated) else 130
+
+
+def _status_of(error: BaseException) -> int | None:
     """2 for bad input, 1 for failures during the run (files, devices, memory), None for other errors."""
     if isinstance(error, ValueError | ImportError):
         return 2
@@ -138,8 +143,8 @@ def _status_of(error: Exception) -> int | None:
 
 
 def _quieten_libraries() -> None:
-    """Silences the progress bars of transformers and datasets, and transformers' loading reports, unless the user has
-    set TRANSFORMERS_VERBOSITY.
+    """Silences the progress bars of transformers and datasets, transformers' loading reports, and what datasets logs
+    before it raises the same as an error, unless the user has set TRANSFORMERS_VERBOSITY or DATASETS_VERBOSITY.
 
     They would hide our one-line errors. This takes effect when the libraries are imported, which is later. The switch
     of transformers for progress bars is not used: it would also turn off those of huggingface_hub, which control ours.
@@ -150,7 +155,12 @@ def _quieten_libraries() -> None:
             logging.set_verbosity_error()
         logging.set_tqdm_hook(lambda _, args, more: logging.EmptyTqdm(*args, **more))
 
+    def quieten_datasets(logging: Any) -> None:
+        if "DATASETS_VERBOSITY" not in os.environ:
+            logging.set_verbosity(logging.CRITICAL)
+
     register_post_import_hook(quieten, "transformers.utils.logging")
+    register_post_import_hook(quieten_datasets, "datasets.utils.logging")
     register_post_import_hook(lambda module: module.disable_progress_bars(), "datasets.utils.tqdm")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from hf_cod.cli.field_options import add_field
-from hf_cod.cli.option_names import ALIASES, RENAMED
+from hf_cod.cli.option_names import ALIASES, ELSEWHERE, RENAMED
 from hf_cod.io.arguments import did_you_mean, unknown_name
 from hf_cod.io.deprecation import warn_renamed
 from hf_cod.io.reading import naming_file, read_yaml
@@ -90,9 +90,12 @@ class SettingsParser(argparse.ArgumentParser):
                 _make_optional(action)
         found, unknown = self.parse_known_intermixed_args(spelled)
         if unknown:
-            options = [f"--{word.lstrip('-').partition('=')[0]}" for word in unknown if word.startswith("-")]
+            options = [
+                f"--{word.lstrip('-').partition('=')[0].replace('_', '-')}" for word in unknown if word[0] == "-"
+            ]
             known_options = [name for name in self._option_string_actions if name.startswith("--")]
-            near = did_you_mean(options, known_options)
+            meant = [ELSEWHERE[each] if ELSEWHERE.get(each) in known_options else each for each in options]
+            near = did_you_mean(meant, known_options)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{near and '; ' + near}")
         if known.print_config:
             print(self._as_config(found))

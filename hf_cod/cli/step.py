@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hf_cod.io.module_names import without_unset
+
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
@@ -50,7 +52,7 @@ class Step(ABC):
 
     def earlier_names(self, settings: Any) -> dict[str, Any]:
         """Settings by the names that an earlier version gave them."""
-        return {self.earlier.get(name, name): value for name, value in asdict(settings).items()}
+        return {self.earlier.get(name, name): value for name, value in without_unset(asdict(settings)).items()}
 
     def disk_share(self) -> float:
         """Minimum size of the results as a share of the model's bytes; checked against free disk space at the start."""

@@ -10,6 +10,7 @@ from hf_cod.cli.output import require_plots, write_model
 from hf_cod.cli.samples import check_texts
 from hf_cod.cli.settings import PlotSettings, TrainingOutput
 from hf_cod.io.display import say
+from hf_cod.io.module_names import without_unset
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import TextSettings
@@ -75,7 +76,7 @@ def train_into(
 
     output = OutputDirectory(
         directory,
-        identity,
+        without_unset(identity),
         check=lambda path: check_claim(path, identity),
         source=source,
         half=half_checkpoints,

@@ -11,8 +11,10 @@ from hf_cod.analysis.evaluation.choice import held_out_perplexity
 from hf_cod.cli.parser import model_title
 from hf_cod.cli.samples import load_with_tokenizer
 from hf_cod.io.models import load_model
+from hf_cod.io.quantized import check_unquantized
 from hf_cod.io.settings import ModelSettings
 from hf_cod.io.text import Batch
+from hf_cod.io.whole_checkpoint import WholeCheckpoint
 from hf_cod.layers.running import busy, progress
 from hf_cod.layers.speed import Speeds, speeds_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -31,6 +33,7 @@ class Work:
         tokenizer: its tokenizer.
         calibration, evaluation: disjoint samples for calibration and for evaluation.
         scores: scores of the layers, from a file or computed; None before that.
+        whole: everything that came with the model, for saving it.
         options: keyword arguments of every method: journal, layers_path, show_progress.
         name: name of the model in reports.
     """
@@ -45,6 +48,8 @@ class Work:
         self.scores = None if scores_file is None else LayerScores.load(scores_file)
         self.source, self._loading, self.settings = source, loading, settings
         self.model, self.tokenizer = load_with_tokenizer(source, loading)
+        check_unquantized(self.model, source)
+        self.whole = WholeCheckpoint(source, loading, self.model, self.tokenizer)
         self.name = model_title(source)
         self.options: dict[str, Any] = {
             "journal": journal,

@@ -10,17 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_cod.io.bitsandbytes_advice import advice_silenced
+from hf_cod.io.display import one_line
 from hf_cod.io.model_config import CONFIG
-from hf_cod.io.reading import naming_file, read_json
+from hf_cod.io.reading import naming_file, open_tensors, read_json
 from hf_cod.io.schema import brief, read_record
 
 ADAPTER = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Where a model may be in an output directory: in itself, before 0.2 in `model`, an adapter also in `adapter`.
 PLACES = (".", "model", "adapter")
 MARKS = (CONFIG, ADAPTER)
+SHOWN_ERROR = 200  # characters of an error of PEFT
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,27 @@ def places(directory: str | Path) -> list[Path]:
     return [place for place in found if any((place / mark).is_file() for mark in MARKS)]
 
 
+def check_adapter_files(directory: Path) -> None:
+    """Checks that a directory without a model has both files of an adapter, or none.
+
+    Raises:
+        ValueError: one of them is missing; says which.
+    """
+    if (directory / CONFIG).is_file():
+        return
+    weights = next((name for name in WEIGHTS if (directory / name).is_file()), None)
+    if weights and not (directory / ADAPTER).is_file():
+        missing, found = ADAPTER, weights
+    elif (directory / ADAPTER).is_file() and not weights:
+        missing, found = WEIGHTS[0], ADAPTER
+    else:
+        return
+    raise ValueError(
+        f"model: expected {missing} next to {found}, got none in {str(directory)!r}; copy it there, or save the "
+        "adapter again with save_pretrained"
+    )
+
+
 def base_of(directory: str | Path) -> str | None:
     """The base model of the adapter in a directory; None if there is a model, or no adapter.
 
@@ -77,6 +102,7 @@ def with_adapter(base: nn.Module, directory: str | Path) -> nn.Module:
     """The base with its adapter: merged, or, if the base is quantized, as a PEFT model.
 
     Raises:
+        ValueError: an adapter that PEFT cannot load, weights of another one, or none that can be merged (prompt tuning).
         ImportError: peft is not installed; the message gives the pip command.
     """
     try:
@@ -86,8 +112,37 @@ def with_adapter(base: nn.Module, directory: str | Path) -> nn.Module:
         raise ImportError(
             f"model: the adapter in {str(directory)!r} requires the peft package: pip install 'hf_cod[recovery]'"
         ) from error
-    model: nn.Module = PeftModel.from_pretrained(base, str(directory))
+    kind = read_adapter_config(Path(directory) / ADAPTER).get("peft_type")
+    try:
+        model: nn.Module = PeftModel.from_pretrained(base, str(directory))
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # PEFT does not check what it reads: a damaged adapter leads to errors of any type
+        cause = f"{type(error).__name__}: {one_line(error)[:SHOWN_ERROR]}"
+        raise ValueError(f"model: expected an adapter that PEFT can load, got {cause} in {str(directory)!r}") from error
+    _check_weights(model, Path(directory))
     if getattr(base, "is_quantized", False):
         return model
+    if not hasattr(model, "merge_and_unload"):  # prompt tuning and other virtual tokens
+        raise ValueError(
+            f"model: expected an adapter that can be merged into its base, got {brief(kind)} in {str(directory)!r}; "
+            "use the base model"
+        )
     merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
-    return merged
+    return merged.requires_grad_(True)  # PEFT froze the base, which is now a model as any other
+
+
+def _check_weights(model: nn.Module, directory: Path) -> None:
+    """Checks that the file has all weights of the adapter: PEFT leaves others as they were initialised."""
+    from peft import get_peft_model_state_dict
+
+    file = directory / WEIGHTS[0]
+    if not file.is_file():
+        return
+    with open_tensors(file, "model", "weights of an adapter") as tensors:
+        found = set(tensors.keys())
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    missing = sorted(own.keys() - found)
+    if missing:
+        got = brief(sorted(found - own.keys())[0]) if found - own.keys() else "none"
+        raise ValueError(f"model: expected the adapter's weight {missing[0]}, got {got} in {str(directory)!r}")

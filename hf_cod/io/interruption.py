@@ -13,6 +13,17 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM was received."""
 
 
+def interruption_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The KeyboardInterrupt that an error is, was caused by, or hides; None if there is none.
+
+    An extension module that is interrupted while it is imported raises an ImportError from it.
+    """
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, KeyboardInterrupt):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
     """Raises Terminated in the block on the first SIGTERM, so that temporary files are removed; a second one ends it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,25 @@ class Journal:
         """
         with naming_file(self.path or "memory"):
             return check_value(self.entries[key], kind, f"journal {brief(key)}", {"nan": True})
+
+    def is_sound(self, key: str, check: Callable[[Any], object]) -> bool:
+        """Whether there is a result that passes a check. One that does not counts as damaged: it is dropped with a
+        warning, to be computed again.
+
+        Args:
+            key: the key of the result.
+            check: raises ValueError for a value that cannot be this result.
+        """
+        if key not in self.entries:
+            return False
+        try:
+            check(self.entries[key])
+        except ValueError as error:
+            where = self.path or "the journal"
+            logger.warning("%s has a damaged result (%s): it is computed again", where, error)
+            del self.entries[key]
+            return False
+        return True
 
     def add(self, key: str, value: Any) -> None:
         """Records one result and fsyncs it; a result that is recorded already is not written again."""

@@ -18,6 +18,7 @@ from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.io.display import first_line
 from hf_cod.io.model_config import building
 from hf_cod.io.reading import open_tensors
+from hf_cod.io.unread_weights import is_promised
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def _check_kinds(model: Any, source: Any, options: Mapping[str, Any]) -> None:
         return
     expected = {key: tensor.is_floating_point() for key, tensor in model.state_dict().items()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for path in _weight_files(source, options):
+    for path in weight_files(source, options):
         with open_tensors(path, "model", "a whole safetensors file") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 floating = expected.get(key, expected.get(key.removeprefix(prefix), expected.get(prefix + key)))
@@ -90,8 +91,13 @@ def _quantization_of(model: Any) -> str | None:
     return config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
 
 
-def _weight_files(source: Any, options: Mapping[str, Any]) -> list[str]:
-    """The safetensors files of a checkpoint that was just loaded; none for other formats."""
+def weight_files(source: Any, options: Mapping[str, Any]) -> list[str]:
+    """The safetensors files of a checkpoint that was just loaded; none for other formats.
+
+    Args:
+        source: the directory or Hub id.
+        options: what it was loaded with; `revision` and `gguf_file` are used.
+    """
     if "gguf_file" in options:
         return []
     place: dict[str, Any] = {"revision": options.get("revision"), "local_files_only": True}
@@ -108,7 +114,8 @@ def check_loaded(model: Any, info: Mapping[str, Any]) -> None:
 
     The lists of transformers do not contain weights that are tied, computed, or ignored by the model's class. Three
     more cases are allowed: heads of other tasks in the checkpoint (a warning names them); a missing pooler of a
-    model without head (it is removed from the model); and a missing bias of a head (it is 0).
+    model without head (it is removed from the model); and a missing bias of a head (it is 0). Layers for multi-token
+    prediction, which transformers loads in no model, are not counted, whether or not its list names them.
 
     Args:
         model: the loaded model; an unused pooler is removed.
@@ -119,10 +126,11 @@ def check_loaded(model: Any, info: Mapping[str, Any]) -> None:
     """
     missing = {key for key in info["missing_keys"] if not _is_zero_bias_of_head(model, key)}
     missing -= _without_pooler(model, missing)
-    others = {key for key in info["unexpected_keys"] if _is_of_another_head(model, key)}
+    unexpected = {key for key in info["unexpected_keys"] if not is_promised(model.config, key)}
+    others = {key for key in unexpected if _is_of_another_head(model, key)}
     told = [
         _told("missing", sorted(missing)),
-        _told("unexpected", sorted(set(info["unexpected_keys"]) - others)),
+        _told("unexpected", sorted(unexpected - others)),
         _told("of another shape", [_misfit(*entry) for entry in sorted(info["mismatched_keys"])]),
     ]
     if any(told):

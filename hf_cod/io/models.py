@@ -15,11 +15,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from hf_cod.io.adapters import base_of, places, with_adapter
+from hf_cod.io.adapters import base_of, check_adapter_files, places, with_adapter
 from hf_cod.io.display import one_line
 from hf_cod.io.files import looks_local
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
 from hf_cod.io.model_config import building, check_model_config
+from hf_cod.io.quantized import naming_package
 from hf_cod.io.settings import ModelFields, ModelSettings, check_effect, resolve
 
 logger = logging.getLogger(__name__)
@@ -62,14 +63,16 @@ def load_model(
         ImportError: a GGUF file without the gguf package.
     """
     settings = resolve(load_model, ModelSettings, settings, fields)
-    source, options = _locate(name, settings)
+    source, options = locate(name, settings)
     base = base_of(source)
+    if "gguf_file" not in options:
+        check_adapter_files(Path(source))
     if base is not None:
         model, tokenizer = load_model(base, settings)
         with _naming(name, source, options):
             return with_adapter(model, source).eval(), _load_tokenizer(name, source, options) or tokenizer
     config = _build_config(name, source, options)
-    with _naming(name, source, options):
+    with naming_package(config, name), _naming(name, source, options):
         model = _load_with_head(source, config, {**options, **_placement(settings)})
     if "gguf_file" in options:
         _forget_gguf(model)
@@ -88,7 +91,7 @@ def load_config(name: str, settings: ModelSettings | None = None, **fields: Unpa
         ImportError: a GGUF file without the gguf package.
     """
     settings = resolve(load_config, ModelSettings, settings, fields)
-    source, options = _locate(name, settings)
+    source, options = locate(name, settings)
     base = base_of(source)
     if base is not None:
         return load_config(base, settings)
@@ -96,6 +99,37 @@ def load_config(name: str, settings: ModelSettings | None = None, **fields: Unpa
     if settings.dtype != "auto":
         config.dtype = getattr(torch, settings.dtype)
     return config
+
+
+def locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
+    """Source and options for `from_pretrained`.
+
+    Args:
+        name: a Hub id, a directory, which may be an output directory, or a path that ends in ".gguf".
+        settings: dtype, device, revision and trust_remote_code.
+
+    Raises:
+        ValueError: there is no such file or directory, or a revision of a local model.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = next(iter(places(path)), path)
+    if path.exists():
+        check_effect(settings, ["revision"], f"the local model {name!r}")
+    source, options = (
+        str(path) if path.is_dir() else name,
+        {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code},
+    )
+    if path.suffix == ".gguf":
+        source, options["gguf_file"] = str(path.parent), path.name
+        _require_gguf()
+        if not path.is_file():
+            raise ValueError(f"model: expected a GGUF file, got {name!r}, which does not exist")
+    elif path.is_file():
+        raise ValueError(f"model: expected a directory or a .gguf file, got {name!r}; pass the directory that holds it")
+    elif not path.exists() and looks_local(name):
+        raise ValueError(f"model: expected a Hub id, a directory or a .gguf file, got {name!r}, which does not exist")
+    return source, options
 
 
 def embedded_model(placement: str) -> str:
@@ -128,29 +162,6 @@ def load_tokenizer(name: str) -> Any:
 def best_device() -> str:
     """Device type of the accelerator if there is one, else "cpu"."""
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
-
-
-def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
-    """Source and options for `from_pretrained`."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        path = next(iter(places(path)), path)
-    if path.exists():
-        check_effect(settings, ["revision"], f"the local model {name!r}")
-    source, options = (
-        str(path) if path.is_dir() else name,
-        {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code},
-    )
-    if path.suffix == ".gguf":
-        source, options["gguf_file"] = str(path.parent), path.name
-        _require_gguf()
-        if not path.is_file():
-            raise ValueError(f"model: expected a GGUF file, got {name!r}, which does not exist")
-    elif path.is_file():
-        raise ValueError(f"model: expected a directory or a .gguf file, got {name!r}; pass the directory that holds it")
-    elif not path.exists() and looks_local(name):
-        raise ValueError(f"model: expected a Hub id, a directory or a .gguf file, got {name!r}, which does not exist")
-    return source, options
 
 
 def _build_config(name: str, source: str, options: dict[str, Any]) -> Any:
@@ -197,7 +208,7 @@ def _placement(settings: ModelSettings) -> dict[str, Any]:
 
 def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
     named = (getattr(config, "architectures", None) or ["ForCausalLM"])[0]
-    auto = next((name for suffix, name in HEADS.items() if named.endswith(suffix)), "AutoModel")
+    auto = _auto_of(config, named) or next((name for end, name in HEADS.items() if named.endswith(end)), "AutoModel")
     model_class = getattr(transformers, named, getattr(transformers, auto))
     model, info = read(model_class, source, **options)
     head = [key for key in model.state_dict() if in_head(model, key)]
@@ -208,6 +219,15 @@ def _load_with_head(source: str, config: Any, options: dict[str, Any]) -> Any:
         return load_exactly(AutoModel, source, **options)
     check_loaded(model, info)
     return model
+
+
+def _auto_of(config: Any, named: str) -> str | None:
+    """The Auto class that loads a class with code in the checkpoint, by the config's `auto_map`; None if none does."""
+    for auto, value in (getattr(config, "auto_map", None) or {}).items():
+        names = [str(name).rpartition(".")[2] for name in (value if isinstance(value, list) else [value])]
+        if named in names and auto.startswith("AutoModel") and hasattr(transformers, auto):
+            return str(auto)
+    return None
 
 
 def _load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.layers.stack import DecoderLayers
+from hf_cod.models.shapes import LowRankLinear
+from hf_cod.models.shaping import check_shapeable
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,11 +62,29 @@ def check_writable(stack: DecoderLayers) -> None:
                 raise ValueError(f"weights: expected finite numbers, got NaN or infinity in {name}")
 
 
+def check_reshapeable(stack: DecoderLayers, doing: str) -> None:
+    """Checks that the matrices of a model can be replaced by others of another shape, and that the result can be saved.
+
+    Args:
+        stack: the layers.
+        doing: what is to be done with the model, in one word.
+
+    Raises:
+        ValueError: a class of neither transformers nor this package, or as `check_writable`; or matrices that are
+            factors already.
+    """
+    check_shapeable(stack.model)
+    check_writable(stack)
+    before = next((name for name, m in stack.model.named_modules() if isinstance(m, LowRankLinear)), None)
+    if before is not None:
+        raise ValueError(f"model: expected dense matrices, got factors in {before}; {doing} the original model")
+
+
 def _parameters(stack: DecoderLayers, index: int) -> Iterator[tuple[str, Any]]:
     for name, module in stack.linears(index).items():
         yield name, getattr(module, "weight", None)
     for name, bank in stack.experts(index).items():
-        yield from ((f"{name}.{key}", p) for key, p in bank.named_parameters(recurse=False) if p.dim() == 3)
+        yield from ((f"{name}.{key}", p) for key, p in stack.parameters_of(name, bank))
 
 
 def _check_plain(name: str, weight: Any) -> None:

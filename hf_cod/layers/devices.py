@@ -26,6 +26,30 @@ def execution_device(model: nn.Module) -> torch.device:
     raise ValueError("model: expected weights, got a model on the meta device; load it with from_pretrained")
 
 
+def check_in_memory(model: nn.Module) -> None:
+    """Checks that each weight has values, in memory or where accelerate loads them from.
+
+    In computations on a CPU, torch takes a weight on the meta device for one of arbitrary values.
+
+    Raises:
+        ValueError: a weight is on the meta device, with nothing to load it from; names it.
+    """
+    execution_device(model)
+    left = [("", model)]
+    while left:
+        name, module = left.pop()
+        hook = getattr(module, "_hf_hook", None)
+        hooks = [each for each in (hook, *getattr(hook, "hooks", ())) if getattr(each, "offload", False)]
+        missing = next((key for key, p in module.named_parameters(recurse=False) if p.is_meta and not hooks), None)
+        if missing is not None:
+            raise ValueError(
+                f"model: expected weights in memory, got one on the meta device, {name}{missing}; load the model with "
+                "from_pretrained"
+            )
+        if not any(each.place_submodules for each in hooks):
+            left += [(f"{name}{child_name}.", child) for child_name, child in module.named_children()]
+
+
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """The batch on `device`; values that are no tensors, such as flags of forward, are unchanged."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

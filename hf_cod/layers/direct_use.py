@@ -23,9 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_cod.io.text import Batch
 from hf_cod.layers.meta_weights import is_on_meta, on_zeros
-from hf_cod.layers.modes import modes_restored
+from hf_cod.layers.modes import cache_restored, modes_restored
 from hf_cod.layers.orientation import computes_otherwise, shape_of
 from hf_cod.layers.probe_inputs import probe_inputs
+from hf_cod.layers.sensitive_modules import LatentProjections
 from hf_cod.layers.stack import DecoderLayers, is_linear_like, walk
 from hf_cod.layers.stock_four_bit import without_repacking
 
@@ -40,11 +41,13 @@ class DirectUse:
     Attributes:
         reasons: name of a Linear-like module -> `UNCALLED` or `READ`, for each whose weight the model uses directly.
         written: names of weights that the model changes by itself in eval mode.
+        latent: names of latent projections (`sensitive_modules.py`).
         failure: the error that ended the pass; None if it was complete.
     """
 
     reasons: Mapping[str, str]
     written: Sequence[str]
+    latent: Sequence[str] = ()
     failure: str | None = None
 
     @property
@@ -124,12 +127,15 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
         block.enter_context(without_repacking(model))
         block.enter_context(modes_restored(model))
         block.enter_context(_attributes_restored(model))
+        block.enter_context(_without_cache(model))
         block.enter_context(torch.random.fork_rng(_cuda_devices(model)))
         _prepare(model, training)
         block.enter_context(on_zeros(model) if zeros else nullcontext())
         named = {name.lstrip("."): m for name, m in walk(model, "") if _is_watched(m)}
         each = {module: _watch(module, block) for module in named.values()}  # a module may have two names
         watched = {name: each[module] for name, module in named.items()}
+        latent = LatentProjections()
+        latent.attach(model, named, block)
         try:
             empty = next((name for name, parameters in watched.items() if not parameters.size), None)
             if empty is not None:  # torch ends the process where attention has no channels
@@ -141,7 +147,7 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
             failure = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
     written = [f"{name}.weight" for name, parameters in watched.items() if parameters.is_written()]
     written += [name for name, p in model.named_parameters() if _version(p) != versions[name]]
-    return DirectUse(_alike(model, watched), written, failure)
+    return DirectUse(_alike(model, watched), written, latent.found, failure)
 
 
 def _prepare(model: nn.Module, training: bool) -> None:
@@ -232,6 +238,17 @@ def _alike(model: nn.Module, watched: Mapping[str, _Watched]) -> dict[str, str]:
         if parameters.read:
             places[place(name)] = READ if parameters.called else UNCALLED
     return {name: places[place(name)] for name in watched if place(name) in places} if places else {}
+
+
+@contextmanager
+def _without_cache(model: Any) -> Iterator[None]:
+    """Without a cache, which would copy what a latent projection hands on."""
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    with cache_restored(text):
+        if getattr(text, "use_cache", None) is not None:
+            text.use_cache = False
+        yield
 
 
 @contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_cod.io.files import fingerprint
 from hf_cod.io.journal import Journal
@@ -44,7 +44,7 @@ class Journals:
 
 
 def _digest_model(model: nn.Module) -> str:
-    """A hash of config, adapters and a few entries of each weight.
+    """A hash of config, adapters and a few entries of each weight, buffers that hold weights included.
 
     Of offloaded weights only names are included: do not reuse a directory for two offloaded models of one config.
     """
@@ -53,13 +53,25 @@ def _digest_model(model: nn.Module) -> str:
     rows: list[Any] = [described, getattr(config, "_attn_implementation", None)]
     for name, module in model.named_modules():
         rows += [[name, key, str(getattr(module, key))] for key in ADAPTER_STATE if hasattr(module, key)]
-    for name, p in model.named_parameters():
-        sample: list[float] = []
-        if p.device.type != "meta" and p.numel():
-            flat = p.detach().flatten()
-            sample = flat[:: max(1, len(flat) // WEIGHT_SAMPLE)].double().cpu().tolist()
-        rows.append([name, str(p.dtype), sample])
+    rows += [[name, str(p.dtype), _sample(p.detach())] for name, p in model.named_parameters()]
+    rows += [[name, str(b.dtype), _sample(b)] for name, b in _saved_buffers(model)]
     return fingerprint(rows)
+
+
+def _sample(weight: Tensor) -> list[float]:
+    if weight.device.type == "meta" or not weight.numel():
+        return []
+    flat = weight.flatten()
+    found: list[float] = flat[:: max(1, len(flat) // WEIGHT_SAMPLE)].double().cpu().tolist()
+    return found
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that belong to a checkpoint, such as the values of packed matrices; others follow from the config."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer
 
 
 def digest_batches(batches: Sequence[Batch]) -> str:

@@ -81,12 +81,26 @@ class FinishedLayers:
             # Copied into memory of torch's own: in a mapped file's, products round by how its tensors are aligned.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         with naming_file(path):
+            bad = next((n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())), None)
+            if bad is not None:
+                raise ValueError(f"journal: expected finite numbers, got NaN or infinity in {bad}")
             checked = check_value(parse_json(note, "journal note", nan=True), Note, "journal note", {"nan": True})
             try:
                 self._put_back(index, tensors)
             except (KeyError, RuntimeError, IndexError, TypeError, AttributeError) as error:
                 raise ValueError(f"journal: expected the tensors of layer {index}, got others: {error}") from error
+            self._check_put(index, tensors)
         self.notes[index] = checked
+
+    def _check_put(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Checks that the layer now has tensors of the same names, dtypes and shapes."""
+        now = self._tensors_of(index)
+        for name in sorted(now.keys() | tensors.keys()):
+            mine, theirs = (
+                (each[name].dtype, tuple(each[name].shape)) if name in each else "nothing" for each in (now, tensors)
+            )
+            if mine != theirs:
+                raise ValueError(f"journal: expected {mine} as {name} of layer {index}, got {theirs}")
 
     def add(self, index: int, note: Any) -> None:
         """Records a finished layer with a JSON-like note; it is on disk when this returns."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_cod.io.text import IGNORED_LABEL, Batch, check_batches
 from hf_cod.layers.checks import learnt_positions
+from hf_cod.layers.devices import check_in_memory
 from hf_cod.layers.task import CAUSAL_LM_SUFFIXES, LABELS, MASKED_LM_SUFFIXES
 
 # Inputs that replace a model's main input, and inputs of the decoder of an encoder-decoder.
@@ -35,9 +36,13 @@ class InputCheck:
     Args:
         model: a transformers model without wrappers.
         field: name of the batches in errors.
+
+    Raises:
+        ValueError: the model has weights without values (`check_in_memory`).
     """
 
     def __init__(self, model: nn.Module, field: str = "batches") -> None:
+        check_in_memory(model)
         self._field, self._model = field, model
         self._name = type(model).__name__
         self._needed = _needed(model)
@@ -148,7 +153,7 @@ def check_inputs(model: nn.Module, batches: Iterable[Any], field: str = "batches
     """Checks that there are batches, and that the model can run on each; see `InputCheck.check`.
 
     Raises:
-        ValueError: the model cannot run on a batch; says on which one and why.
+        ValueError: the model cannot run on a batch; says on which one and why. Or it has weights without values.
     """
     check_batches(batches)
     if isinstance(batches, Mapping):

@@ -61,12 +61,17 @@ class DecoderLayers(Sequence):
         module_list: the `nn.ModuleList` over which the model's forward iterates.
         config: the text or vision config that counts these layers; None if there is none. The two sides of an
             encoder-decoder may have one in common.
+        excluded: names of matrices that are not listed, because a setting excludes them (`module_choice.py`);
+            `count_weights` counts them.
+        included: names of matrices that a setting includes by name.
     """
 
     model: nn.Module
     layers_path: str
     module_list: nn.ModuleList
     config: Any
+    excluded: frozenset[str] = frozenset()
+    included: frozenset[str] = frozenset()
 
     path = OldAttribute("layers_path")
 
@@ -97,7 +102,8 @@ class DecoderLayers(Sequence):
         their quantized replacements. Of a PEFT adapter the base Linear is included, the adapter's own factors are not.
         Names are those of the bare model ("model.layers.3.mlp.up_proj"), also if it is wrapped.
         """
-        return {name: m for name, m in self._modules_of(index) if is_linear_like(m)}
+        found = self._modules_of(index)
+        return {name: m for name, m in found if is_linear_like(m) and name not in self.excluded}
 
     def experts(self, index: int) -> dict[str, nn.Module]:
         """Name -> module of each bank of experts of layer `index`: modules that hold their weights as 3-D parameters
@@ -111,7 +117,7 @@ class DecoderLayers(Sequence):
         """
         shapes: dict[str, tuple[int, ...]] = {name: shape_of(m)[1:] for name, m in self.linears(index).items()}
         for name, bank in self.experts(index).items():
-            for key, p in _expert_parameters(bank):
+            for key, p in self.parameters_of(name, bank):
                 shapes[f"{name}.{key}"] = (p.shape[0], p.shape[1 if is_transposed(bank) else 2])
         return shapes
 
@@ -125,14 +131,19 @@ class DecoderLayers(Sequence):
             yield name, weight_of(module)
         for name, bank in self.experts(index).items():
             with align_module_device(bank):
-                found = [(key, p.detach()) for key, p in _expert_parameters(bank)]
+                found = [(key, p.detach()) for key, p in self.parameters_of(name, bank)]
             for key, weight in found:
                 yield f"{name}.{key}", turned(bank, weight)
 
+    def parameters_of(self, name: str, bank: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """(parameter's name, parameter) of each matrix of a bank of experts that is not excluded."""
+        return ((key, p) for key, p in _expert_parameters(bank) if f"{name}.{key}" not in self.excluded)
+
     def count_weights(self, index: int) -> int:
         """Number of weights in the matrices of layer `index`, experts included: those that can be compressed."""
-        plain = sum(math.prod(shape_of(m)) for m in self.linears(index).values())
-        return plain + sum(p.numel() for m in self.experts(index).values() for _, p in _expert_parameters(m))
+        modules = [module for _, module in self._modules_of(index)]
+        plain = sum(math.prod(shape_of(m)) for m in modules if is_linear_like(m))
+        return plain + sum(p.numel() for m in modules if holds_experts(m) for _, p in _expert_parameters(m))
 
     def norms(self, index: int) -> dict[str, nn.Module]:
         """Name -> module of each normalisation of layer `index`, in the order of registration."""

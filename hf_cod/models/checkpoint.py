@@ -8,12 +8,15 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils.hub import cached_file, list_repo_templates
 
 # Files next to the weights that a conversion copies.
 COMPANIONS = (
@@ -32,6 +35,16 @@ COMPANIONS = (
     "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
+CHAT_TEMPLATE_DIR = "additional_chat_templates"
+# Of these, and of config.json, the files whose `auto_map` names custom code.
+WITH_CODE = (
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -54,41 +67,86 @@ def is_reading_error(error: Exception) -> bool:
     return of_network or isinstance(error, OSError | SafetensorError)
 
 
-def find_companions(source: str | Path) -> dict[str, str]:
-    """Name -> path of the tokenizer and processor files of a directory or a Hub repository, including custom code.
+def find_companions(
+    source: str | Path, revision: str | None = None, with_code: Iterable[str] = WITH_CODE
+) -> dict[str, str]:
+    """Name -> path of the files beside the weights in a directory or a Hub repository, including custom code.
+
+    These are the files of the tokenizer, of the processors and of the chat templates.
+
+    Args:
+        source: A directory or a Hub id.
+        revision: Revision on the Hub.
+        with_code: The configs whose custom code is included; with "config.json", the code of the model, too.
 
     Raises:
         ValueError: If the Hub did not answer; the model would be saved without its tokenizer.
     """
-    found = _find(source, COMPANIONS)
-    configs = [found[name] for name in ("tokenizer_config.json", "processor_config.json") if name in found]
-    return {**found, **_find(source, sorted({module for config in configs for module in _own_code(config)}))}
+    found = _find(source, [*COMPANIONS, *_templates(source, revision)], revision)
+    configs = _find(source, with_code, revision).values()
+    return {**found, **_find_code(source, {module for config in configs for module in _own_code(config)}, revision)}
 
 
-def copy_companions(source: str | Path, directory: Path) -> None:
+def copy_companions(source: str | Path, directory: Path, revision: str | None = None) -> None:
     """Copies the files that `find_companions` finds into a directory.
 
     Raises:
         ValueError: If the Hub did not answer.
     """
-    for name, found in find_companions(source).items():
-        shutil.copyfile(found, directory / name)
+    for name, found in find_companions(source, revision).items():
+        copy_companion(found, directory / name)
 
 
-def _find(source: str | Path, names: Iterable[str]) -> dict[str, str]:
+def copy_companion(found: str, target: Path) -> None:
+    """Copies one file; makes its directory."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(found, target)
+
+
+def _templates(source: str | Path, revision: str | None) -> list[str]:
+    """Names of the chat templates beside the default one."""
+    if Path(source).is_dir():
+        names = [path.name for path in sorted((Path(source) / CHAT_TEMPLATE_DIR).glob("*.jinja"))]
+    else:
+        with _answering(source, CHAT_TEMPLATE_DIR):
+            names = list_repo_templates(str(source), local_files_only=constants.HF_HUB_OFFLINE, revision=revision)
+    # Transformers gives names with the suffix if it asks the Hub, and without it from the cache.
+    return [f"{CHAT_TEMPLATE_DIR}/{name.removesuffix('.jinja')}.jinja" for name in names]
+
+
+def _find(source: str | Path, names: Iterable[str], revision: str | None = None) -> dict[str, str]:
     found = {}
     for name in names:
-        try:
-            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-        except Exception as error:
-            if not is_reading_error(error):
-                raise
-            raise ValueError(
-                f"source: expected an answer from the Hub for {name} of {str(source)!r}, got an error: {error}; "
-                "nothing was written, and downloaded files are kept; run it again"
-            ) from error
+        with _answering(source, name):
+            path = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if path is not None:  # None where there is no such file
             found[name] = path
+    return found
+
+
+@contextmanager
+def _answering(source: str | Path, name: str) -> Iterator[None]:
+    """Turns a failed download into a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        if not is_reading_error(error):
+            raise
+        raise ValueError(
+            f"source: expected an answer from the Hub for {name} of {str(source)!r}, got an error: {error}; "
+            "nothing was written, and downloaded files are kept; run it again"
+        ) from error
+
+
+def _find_code(source: str | Path, files: Iterable[str], revision: str | None) -> dict[str, str]:
+    """Code files, and those that they import from the same directory."""
+    found: dict[str, str] = {}
+    names = set(files)
+    while names:
+        new = _find(source, sorted(names), revision)
+        found |= new
+        imported = {module for path in new.values() for module in get_relative_imports(path)}
+        names = {f"{module}.py" for module in imported if module.isidentifier()} - found.keys()
     return found
 
 
@@ -125,9 +183,9 @@ def save_aside(model: PreTrainedModel, output: Path, companions_from: str | Path
     try:
         model.save_pretrained(partial)
         for name, found in companions.items():
-            shutil.copyfile(found, partial / name)
+            copy_companion(found, partial / name)
         mode = (partial / "config.json").stat().st_mode
-        for path in partial.iterdir():
+        for path in filter(Path.is_file, partial.rglob("*")):
             path.chmod(mode)  # safetensors writes files that only their owner can read, whatever the umask is
             with path.open("rb") as file:
                 os.fsync(file.fileno())

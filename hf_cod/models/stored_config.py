@@ -60,6 +60,22 @@ class _Stored:
         return _empty, (self.family,), self.__dict__
 
 
+def check_storable(model: Any) -> None:
+    """Checks, before any work, that a model can be saved and loaded with weights in a format of this package.
+
+    Raises:
+        ValueError: a model with code of its own, which transformers would run without this package.
+    """
+    config = model.config
+    if isinstance(config, _Stored) or type(config) is StoredConfig:
+        return
+    if config.model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            "model: expected a model type of transformers, which packed and quantized weights require, got "
+            f"{config.model_type!r} with code of its own; prune, drop-layers and finetune accept it"
+        )
+
+
 def mark_stored(model: Any) -> None:
     """Makes the model's config.json state that loading requires this package. A second call does nothing."""
     config = model.config

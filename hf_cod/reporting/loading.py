@@ -90,7 +90,9 @@ def loading_of(directory: str | Path, name: str) -> Loading:
     if (directory / ADAPTER).is_file():
         return _adapter(read_adapter_config(directory / ADAPTER), name)
     needs = _needs(read_model_config(directory / "config.json"))
-    found = next(((kind, auto) for file, (kind, auto) in PROCESSORS.items() if (directory / file).is_file()), None)
+    there = [kind for file, kind in PROCESSORS.items() if (directory / file).is_file()]
+    # Older processors have no file of their own, but those of their parts.
+    found = ("processor", "AutoProcessor") if len(there) > 1 else next(iter(there), None)
     lines = [*_imports(needs, found), "", _load("model", needs, name)]
     if found is not None:
         lines.append(f"{found[0]} = {found[1]}.from_pretrained({json.dumps(name)}{_code(needs)})")

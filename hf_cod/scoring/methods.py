@@ -25,7 +25,7 @@ from hf_cod.io.settings import SampleSettings, check_effect, resolve
 from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, check_batches, split_samples
 from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import name_of, sizes_of
-from hf_cod.layers.devices import execution_device
+from hf_cod.layers.devices import check_in_memory
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.running import naming_weights
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -106,7 +106,7 @@ def score_layers(
     if batches:
         check_inputs(stack.model, batches)
     if row.needs_weights:
-        execution_device(stack.model)  # raises for a model without weights
+        check_in_memory(stack.model)
     sizes = sizes_of(stack)
     with naming_weights(stack.model):
         values = METHODS[method](request)

@@ -8,6 +8,7 @@ import torch
 
 from hf_cod import LayerScores, find_decoder_layers, perplexity
 from hf_cod.cli.compression import compress
+from hf_cod.cli.main import main
 from hf_cod.cli.settings import CompressionOutput, SpreadSettings
 from hf_cod.cli.step import Step
 from hf_cod.io.files import JsonFile
@@ -15,6 +16,7 @@ from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, environment, format_number
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.io.text import SampleSettings, token_batches
+from tests.cli.runs import QUICK
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -181,3 +183,32 @@ def test_a_model_that_a_step_refuses_is_not_measured(folder, monkeypatch):
     with pytest.raises(ValueError, match="model: expected another one"):
         run(folder, refused=True)
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["quantize", "factorize", "narrow"])
+def test_a_choice_of_modules_is_applied_recorded_and_part_of_the_run(command, checkpoint, capsys):
+    if command == "quantize":
+        pytest.importorskip("bitsandbytes")
+    more = {
+        "quantize": "--bits 3 --explain",
+        "factorize": "--no-speed --no-baseline",
+        "narrow": "--channel-multiple 8 --no-speed --no-baseline",
+    }
+    files = ["--text", str(checkpoint / "text.txt"), "--output", str(checkpoint / "out"), "--no-plots"]
+    arguments = [command, str(checkpoint / "model"), *files, *QUICK, *more[command].split()]
+    assert main([*arguments, "--exclude", "q_proj", "o_proj"]) == 0
+    report = RunReport.load(checkpoint / "out")
+    assert report.settings["exclude"] == ["q_proj", "o_proj"] and report.settings["include"] is None
+    assert any("8 matrices" in note and "by exclude ['q_proj', 'o_proj']" in note for note in report.notes)
+    old, new = (load_model(str(checkpoint / name))[0] for name in ("model", "out"))
+    kept = {n: p for n, p in old.named_parameters() if "q_proj" in n or "o_proj" in n}
+    assert len(kept) == 8 and all(torch.equal(new.get_parameter(name), p) for name, p in kept.items())
+    changed = {n for n, p in old.named_parameters() if n not in kept and not _same(new, n, p)}
+    assert any("down_proj" in name for name in changed)
+    assert main([*arguments, "--exclude", "q_prj", "--output", str(checkpoint / "other")]) == 2
+    assert "exclude: expected names of the layers' matrices, such as q_proj" in capsys.readouterr().err
+
+
+def _same(model, name, parameter):
+    found = dict(model.named_parameters()).get(name)
+    return found is not None and found.shape == parameter.shape and torch.equal(found, parameter)

@@ -1,6 +1,8 @@
 """Files that strangers made, at the command line: exit 2, one line that says what is wrong, and nothing is written."""
 
+import io
 import json
+import logging
 import shutil
 
 import pytest
@@ -187,6 +189,20 @@ def test_texts(name, content, place, capsys):
     (place / name).write_bytes(content)
     arguments = ["diagnose", "model", "--text", name, *QUICK, "--no-plots", "--output", "out"]
     check_refused(arguments, place, capsys, name)
+
+
+def test_a_text_whose_last_row_is_cut_off(place, capsys):
+    """datasets logs what it raises, too."""
+    (place / "text.jsonl").write_text(json.dumps({"text": TEXT}) + "\n" + '{"text": "one tw')
+    logged = io.StringIO()
+    handler, logger = logging.StreamHandler(logged), logging.getLogger("datasets")
+    logger.addHandler(handler)
+    try:
+        arguments = ["diagnose", "model", "--text", "text.jsonl", *QUICK, "--no-plots", "--output", "out"]
+        check_refused(arguments, place, capsys, "text.jsonl")
+    finally:
+        logger.removeHandler(handler)
+    assert not logged.getvalue()
 
 
 SHAPES = "model.layers.0.mlp.up_proj".removeprefix("model.")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,14 +145,26 @@ def test_help(capsys):
     assert "--sequence-length" in capsys.readouterr().out
 
 
+def stopped_in_an_import(stop):
+    """As extension modules do that are interrupted while they are imported."""
+    try:
+        stop()
+    except KeyboardInterrupt as error:
+        raise ImportError("initialization failed") from error
+
+
+@pytest.mark.parametrize("place", [lambda stop: stop(), stopped_in_an_import], ids=["anywhere", "import"])
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_command_says_how_it_resumes_and_leaves_nothing_half(number, status, checkpoint, capsys, monkeypatch):
+def test_a_stopped_command_says_how_it_resumes_and_leaves_nothing_half(
+    number, status, place, checkpoint, capsys, monkeypatch
+):
+    stop = lambda *_, **__: place(partial(os.kill, os.getpid(), number))  # noqa: E731
     before = {each: signal.signal(each, usual) for each, usual in USUAL.items()}  # workers of xdist ignore one
     prune = ["prune", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), "--output", "out", *QUICK]
     monkeypatch.chdir(checkpoint)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_, **__: os.kill(os.getpid(), number))
+            patch.setattr(LlamaForCausalLM, "save_pretrained", stop)
             assert main(prune) == status
         assert signal.getsignal(number) is USUAL[number]
     finally:

@@ -13,6 +13,7 @@ import yaml
 
 from hf_cod.cli.commands import diagnose, finetune, narrow, prune
 from hf_cod.cli.main import COMMANDS, main
+from hf_cod.cli.option_names import ELSEWHERE
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.report import RunReport
 from hf_cod.scoring.methods import score_layers
@@ -145,6 +146,7 @@ def test_paths_of_a_command_in_a_home_directory(tmp_path, monkeypatch):
         (["--stepps", "3"], "unrecognized arguments: --stepps 3; did you mean --steps?"),
         (["--rates=1", "--nmaes", "a"], "--rates=1 --nmaes a; did you mean --rate, --names?"),
         (["--no-plot"], "unrecognized arguments: --no-plot; did you mean --no-plots?"),
+        (["--max-steps", "3"], "unrecognized arguments: --max-steps 3; did you mean --steps?"),
         (["--xyzzy"], "unrecognized arguments: --xyzzy\n"),
         (["n"], "unrecognized arguments: n\n"),
     ],
@@ -153,6 +155,13 @@ def test_an_unknown_option_brings_the_nearest_one(given, told, capsys):
     with pytest.raises(SystemExit) as done:
         parse("m", *given)
     assert done.value.code == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given, meant", ELSEWHERE.items())
+def test_options_of_other_tools_bring_ours(given, meant, capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "m", given, "3"])
+    assert f"unrecognized arguments: {given} 3; did you mean {meant}?" in capsys.readouterr().err
 
 
 def test_a_config_file_gives_defaults_and_the_command_line_wins(tmp_path):

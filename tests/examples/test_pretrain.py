@@ -4,17 +4,19 @@ import importlib.util
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_cod.io.report import RunReport
 from hf_cod.io.text import embedded_text
+from hf_cod.training.pretraining.checkpoints import PROGRESS
 from hf_cod.training.pretraining.preparation import prepare
 from hf_cod.training.pretraining.recipes import PretrainSettings
 from tests.fresh_processes import run_fresh
@@ -93,7 +95,7 @@ def text(tmp_path):
 
 @pytest.mark.process
 @pytest.mark.parametrize("name", BOTH)
-def test_a_killed_run_ends_as_one_that_was_not(name, tmp_path, text):
+def test_a_killed_run_ends_as_one_that_was_not(name, tmp_path, text, caplog):
     report, weights, history = run(name, tmp_path / "whole", *text)
     assert [step for step, _ in report.results["curve"]] == list(range(1, STEPS + 1))
     assert [step for step, _ in report.results["validation"]] == [4, 8]
@@ -102,10 +104,50 @@ def test_a_killed_run_ends_as_one_that_was_not(name, tmp_path, text):
     assert killed.returncode == 9, killed.stderr[-2000:]
     assert not (tmp_path / "killed" / "report.json").exists()
     resumed, resumed_weights, resumed_history = run(name, tmp_path / "killed", *text)
+    assert "is damaged" not in caplog.text
     assert resumed.results == report.results and resumed.layers == report.layers, f"killed at step {dies_at}"
     assert resumed_history == history
     for key, value in weights.items():
         assert torch.equal(resumed_weights[key], value), (key, dies_at)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def of_another_model(path):
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+    save_file(tensors, path, {"format": "pt"})
+
+
+DAMAGES = {
+    "pretrain": [("model.safetensors", of_another_model), ("optimizer.pt", cut), ("rng_state.pth", cut)],
+    "pretrain_accelerate": [("model.safetensors", of_another_model), ("optimizer.bin", cut), (PROGRESS, cut)],
+}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", BOTH)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(name, tmp_path, text, caplog):
+    _, weights, _ = run(name, tmp_path / "whole", *text)
+    assert dies(name, 5, *text, "--output", tmp_path / "killed").returncode == 9
+    for number, (file, damage) in enumerate(DAMAGES[name]):
+        shutil.copytree(tmp_path / "killed", tmp_path / str(number))
+        damage(tmp_path / str(number) / "checkpoint-4" / file)
+        caplog.clear()
+        _, resumed, _ = run(name, tmp_path / str(number), *text)
+        (told,) = [message for message in caplog.messages if "is damaged" in message]
+        assert "training resumes from checkpoint-2" in told
+        assert all(torch.equal(resumed[key], value) for key, value in weights.items()), file
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", BOTH)
+def test_micro_batches_of_another_size_resume(name, tmp_path, text, caplog):
+    assert dies(name, 8, *text, "--output", tmp_path / "killed").returncode == 9
+    run(name, tmp_path / "killed", *text, "--micro-batch-size", "2")
+    assert "is damaged" not in caplog.text
 
 
 @pytest.mark.process

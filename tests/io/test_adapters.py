@@ -4,8 +4,12 @@ import json
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hf_cod.io.adapters import base_of
+from hf_cod.io.files import write_json
 from hf_cod.io.models import load_config, load_model
 from tests.tiny_models import build
 
@@ -13,6 +17,7 @@ from tests.tiny_models import build
 def adapter(folder, base):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "peft_type": "LORA"}))
+    (folder / "adapter_model.safetensors").touch()
     return folder
 
 
@@ -52,3 +57,61 @@ def test_an_adapter_needs_a_model_beneath(tmp_path):
     (second / "adapter_config.json").write_text("[1]")
     with pytest.raises(ValueError, match="adapter: expected"):
         load_model(str(second))
+
+
+def saved_adapter(folder):
+    peft = pytest.importorskip("peft")
+    build("llama").save_pretrained(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder / "made")
+    return folder / "made"
+
+
+def without_a_weight(made):
+    tensors = load_file(made / "adapter_model.safetensors")
+    del tensors[min(tensors)]
+    save_file(tensors, made / "adapter_model.safetensors")
+
+
+def with_garbage(made):
+    (made / "adapter_model.safetensors").unlink()
+    (made / "adapter_model.bin").write_bytes(b"garbage")
+
+
+def changed(**entries):
+    def change(made):
+        content = json.loads((made / "adapter_config.json").read_text()) | entries
+        write_json(made / "adapter_config.json", {key: value for key, value in content.items() if value is not None})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda made: (made / "adapter_config.json").unlink(),
+            r"adapter_config.json next to adapter_model.safetensors, ",
+        ),
+        (
+            lambda made: (made / "adapter_model.safetensors").unlink(),
+            r"adapter_model.safetensors next to adapter_config",
+        ),
+        (without_a_weight, r"the adapter's weight base_model.*lora_A.weight, got none in .*made"),
+        (
+            lambda made: save_file({"a": torch.ones(2)}, made / "adapter_model.safetensors"),
+            r"the adapter's weight .*, got 'a' in",
+        ),
+        (with_garbage, "an adapter that PEFT can load, got UnpicklingError"),
+        (changed(peft_type=None), "an adapter that PEFT can load, got KeyError"),
+        (changed(peft_type="ODD"), "an adapter that PEFT can load, got KeyError"),
+        (changed(r=4), "an adapter that PEFT can load, got RuntimeError: .*size mismatch"),
+    ],
+)
+def test_half_and_damaged_adapters(damage, message, tmp_path):
+    made = saved_adapter(tmp_path)
+    load_model(str(made))
+    damage(made)
+    with pytest.raises(ValueError, match=f"expected {message}") as error:
+        load_model(str(made))
+    assert "\n" not in str(error.value)

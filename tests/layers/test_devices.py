@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
-from hf_cod.layers.devices import environment_of, execution_device, to_device
+from hf_cod.layers.devices import check_in_memory, environment_of, execution_device, to_device
 
 
 def test_the_first_weight_that_has_a_device():
@@ -20,6 +22,22 @@ def test_a_hook_of_offloaded_weights_decides():
     model = nn.Sequential(nn.Linear(2, 2))
     model[0]._hf_hook = SimpleNamespace(execution_device="meta")
     assert execution_device(model) == torch.device("meta")
+
+
+def test_weights_on_the_meta_device_are_named_unless_accelerate_loads_them(tmp_path):
+    half = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"up": nn.Linear(2, 2, device="meta")}))
+    with pytest.raises(ValueError, match=r"model: expected weights in memory, got .* device, 1\.up\.weight; load"):
+        check_in_memory(half)
+    check_in_memory(cpu_offload(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
+    for place_submodules in (False, True):
+        model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+        disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+        if place_submodules:
+            model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+            hook = AlignDevicesHook("cpu", offload=True, weights_map=model[0].state_dict(), place_submodules=True)
+            add_hook_to_module(model[0], hook)
+        assert all(p.is_meta for p in model.parameters())
+        check_in_memory(model)
 
 
 def test_the_environment_states_device_and_dtype_of_a_model():

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_cod import collect_statistics, find_decoder_layers, plan_depth, prune, quantize
@@ -133,3 +134,24 @@ def test_statistics_are_the_same_bytes_each_time(tmp_path):
     model = build("llama")
     files = [collect_statistics(model, two_batches(model)).save(tmp_path / str(n)).read_bytes() for n in range(8)]
     assert len(set(files)) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t[..., :-1].clone(), lambda t: t.to(torch.int16), lambda t: t * torch.nan]
+)
+@pytest.mark.parametrize(
+    "method", [lambda m, **more: prune(m, 0.5, **more), lambda m, **more: quantize(m, bits=4, **more)]
+)
+def test_tensors_of_another_form_with_a_right_checksum_are_refused(method, change, tmp_path):
+    model = build("llama")
+    method(model, batches=two_batches(model), journal=tmp_path)
+    file = sorted(tmp_path.iterdir())[1]
+    with safe_open(file, "pt") as opened:
+        metadata = {key: value for key, value in opened.metadata().items() if key in ("note", "work", "layer")}
+    tensors = load_file(file)
+    name = next(key for key, tensor in sorted(tensors.items()) if tensor.is_floating_point())
+    save_tensors(file, {**tensors, name: change(tensors[name])}, metadata, checked=True)
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"expected .*, got .*safetensors'") as error:
+        method(model, batches=two_batches(model), journal=tmp_path)
+    assert "\n" not in str(error.value)

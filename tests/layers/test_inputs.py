@@ -209,6 +209,12 @@ def on_meta():
         return AutoModelForCausalLM.from_config(build("gpt2", layers=2).config).eval()
 
 
+def partly_on_meta():
+    model = build("gpt2", layers=2)
+    model.transformer.h[1].ln_1.to("meta")
+    return model
+
+
 def clip():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
     text = {**sizes, "vocab_size": 99, "max_position_embeddings": 64, "eos_token_id": 2}
@@ -222,6 +228,7 @@ def t5():
 
 MODELS = {
     "meta": (on_meta, r"expected (weights|a loss|.* weights in memory).* (meta|offloaded)"),
+    "partly on meta": (partly_on_meta, r"expected (a loss and floating-point )?weights in memory, got "),
     "clip": (clip, r"expected (pixel_values for CLIPModel, got input_ids|.* CLIPModel|.* without a head)"),
     "t5": (t5, r"expected (decoder_input_ids for T5\w+, got input_ids|.* batches without labels|heads)"),
 }
@@ -240,6 +247,12 @@ def test_weights_alone_of_a_model_without_weights():
     with pytest.raises(ValueError, match="model: expected weights, got a model on the meta device"):
         score_layers(on_meta(), method="weight_norm")
     assert score_layers(on_meta(), method="depth").values == [2, 1]
+
+
+@pytest.mark.parametrize("function", [diagnose, lambda model, batches: plan_depth(model, 1, batches=batches)])
+def test_towers_whose_outputs_have_no_angle(function):
+    with pytest.raises(ValueError, match=r"metric: .*expected outputs with .* or start_logits, got logits_per_image, "):
+        function(clip(), batches=[{"input_ids": ids(2, 9), "pixel_values": torch.zeros(2, 3, 16, 16)}])
 
 
 def test_what_needs_no_weights_works_on_meta():

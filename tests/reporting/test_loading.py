@@ -36,6 +36,22 @@ def test_the_class_that_loads_an_architecture(architecture, auto, tag, tmp_path)
 
 
 @pytest.mark.parametrize(
+    "files, auto",
+    [
+        (["tokenizer_config.json"], "AutoTokenizer"),
+        (["preprocessor_config.json"], "AutoImageProcessor"),
+        (["tokenizer_config.json", "preprocessor_config.json"], "AutoProcessor"),
+        (["tokenizer_config.json", "processor_config.json"], "AutoProcessor"),
+    ],
+)
+def test_what_prepares_the_inputs(files, auto, tmp_path):
+    for name in files:
+        written(tmp_path, name)
+    found = loading_of(written(tmp_path, "config.json", architectures=["LlavaForConditionalGeneration"]), "me/it")
+    assert f'{auto}.from_pretrained("me/it")' in found.python
+
+
+@pytest.mark.parametrize(
     "base, kind, packages",
     [
         ({}, "LORA", ["torch", requirement("transformers"), requirement("peft")]),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from hf_cod.analysis.diagnostics.findings import summarize
 from hf_cod.analysis.diagnostics.forward_pass import ForwardMeasures, measure_forward
 from hf_cod.analysis.diagnostics.gradients import measure_gradient_norm, why_no_gradients
 from hf_cod.analysis.diagnostics.intervals import CONFIDENCE, LEAST_SAMPLES, drop_ends, ends_of
+from hf_cod.analysis.diagnostics.journaled import ForwardResults, check_forward, check_norms
 from hf_cod.analysis.diagnostics.layer_drop import keys_of, measure_layer_drop
 from hf_cod.analysis.diagnostics.settings import FORWARD_METRICS, METRICS, DiagnoseFields, DiagnoseSettings
 from hf_cod.analysis.evaluation.choice import find_metric
@@ -29,13 +31,6 @@ from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
 from hf_cod.layers.task import task_of
-
-
-class ForwardResults(TypedDict):
-    """Results of the forward pass, as stored in a journal."""
-
-    layers: dict[str, list[float | None]]
-    results: dict[str, Any]
 
 
 class MeasurementError(ValueError):
@@ -195,7 +190,8 @@ def _measure(
     forward = [name for name in wanted if name in FORWARD_METRICS]
     if forward:
         journal = journals.of("forward", forward, chosen.token, chosen.seed)
-        if "forward" not in journal:
+        count = len(find_decoder_layers(model, chosen.layers_path))
+        if not journal.is_sound("forward", partial(check_forward, metrics=forward, layers=count)):
             measures = measure_forward(model, batches, forward, chosen.token, **options)
             journal.add("forward", _forward_results(measures, forward, chosen.seed))
         found = journal.result("forward", ForwardResults)
@@ -206,7 +202,8 @@ def _measure(
             report.notes.append(f"layer {layer} did not run on these inputs")
     if "gradient_norm" in wanted:
         journal = journals.of("gradient_norm")
-        if "gradient_norm" not in journal:
+        count = len(find_decoder_layers(model, chosen.layers_path))
+        if not journal.is_sound("gradient_norm", partial(check_norms, layers=count)):
             journal.add("gradient_norm", measure_gradient_norm(model, batches, **options))
         report.layers["gradient_norm"] = journal.result("gradient_norm", list[float | None])
     if "layer_drop" in wanted:

@@ -68,7 +68,7 @@ def gradient_norms(
     task = task_of(stack.model, batches)
     reason = why_no_gradients(stack, task)
     if reason:
-        raise ValueError(f"{field}: expected a loss and floating-point weights in memory, but {reason}")
+        raise ValueError(f"{field}: expected a loss and floating-point weights in memory, got none: {reason}")
     check_inputs(stack.model, batches)
     device = execution_device(stack.model)
     measured = False

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_cod.analysis.evaluation.metrics import Metric
+from hf_cod.analysis.evaluation.metrics import Metric, check_rows
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.display import one_line
 from hf_cod.io.journal import Journal
@@ -61,7 +62,8 @@ def measure_layer_drop(
     bar = progress(range(len(batches) * (len(stack) + 1)), "layer drop", show_progress)
     with torch.no_grad(), evaluation_mode(stack), bar:
         for number, batch in enumerate(batches):
-            if all(_key(number, layer) in journal for layer in range(-1, len(stack))):
+            sound = partial(check_rows, metric, batch=batch)
+            if all([journal.is_sound(_key(number, layer), sound) for layer in range(-1, len(stack))]):
                 bar.update(len(stack) + 1)
             else:
                 _measure_batch(stack, number, to_device(batch, device), metric, journal, bar)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.functional.depth import wide
+from hf_cod.io.schema import brief, check_value
 from hf_cod.io.text import IGNORED_LABEL, Batch
 from hf_cod.layers.task import targets
 
@@ -47,6 +48,26 @@ def as_loss(metric: Metric, value: float) -> float:
     if metric.name == "perplexity":
         return math.log(value)
     return value if metric.lower_is_better else -value
+
+
+def check_rows(metric: Metric, rows: Any, batch: Batch) -> None:
+    """Checks that rows from a file can be those of a metric on a batch.
+
+    Raises:
+        ValueError: another number of rows than samples, or values that the metric cannot give.
+    """
+    name = f"rows of {metric.name}"
+    check_value(rows, list[Any], name)
+    samples = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+    if len(rows) != samples:
+        raise ValueError(f"{name}: expected {samples}, got {len(rows)}")
+    if isinstance(metric, HeadLoss):
+        check_value(rows, list[float], name, {"least": 0})
+    if isinstance(metric, Perplexity | Accuracy | OutputAngle):
+        check_value(rows, list[tuple[float, float]], name, {"least": 0})
+        for number, (value, count) in enumerate(rows):
+            if count != int(count) or (value > count and not isinstance(metric, Perplexity)):
+                raise ValueError(f"{name}[{number}]: expected a sum and a count, got {brief([value, count])}")
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
@@ -229,7 +250,14 @@ class SampleScore:
 
 def _main_output(outputs: Any) -> Tensor:
     names = ("last_hidden_state", "logits", "start_logits")
-    return next(outputs[name] for name in names if name in outputs)
+    found = next((name for name in names if name in outputs), None)
+    if found is None:
+        raise ValueError(
+            f"metric: expected outputs with {', '.join(names[:-1])} or {names[-1]}, got {', '.join(outputs)}; pass a "
+            "function of (outputs, batch)"
+        )
+    output: Tensor = outputs[found]
+    return output
 
 
 def _predictions(outputs: Any, batch: Batch, task: str) -> list[Any]:

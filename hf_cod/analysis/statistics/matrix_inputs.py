@@ -34,7 +34,7 @@ class MatrixInputs:
 
     def __init__(self, stack: DecoderLayers, layers: Iterable[int], read: Read) -> None:
         self._linears, self._banks = _own_modules(stack, layers)
-        self._read, self._stack = read, stack
+        self._read, self._stack, self._excluded = read, stack, stack.excluded
         self.start({})
 
     @contextmanager
@@ -74,6 +74,8 @@ class MatrixInputs:
         return read
 
     def _read_expert(self, name: str, expert: int, x: Tensor, tokens: Tensor) -> None:
+        if name in self._excluded:
+            return
         rows = x if self._mask is None else x[self._mask.to(x.device)[tokens]]
         self._read(name, expert, rows, name)
 
@@ -118,7 +120,8 @@ def _own_modules(stack: DecoderLayers, layers: Iterable[int]) -> tuple[dict[str,
     banks: dict[str, nn.Module] = {}
     owner: dict[int, int] = {}
     for index in layers:
-        for kind, found in ((linears, stack.linears(index)), (banks, stack.experts(index))):
+        used = {name: bank for name, bank in stack.experts(index).items() if any(stack.parameters_of(name, bank))}
+        for kind, found in ((linears, stack.linears(index)), (banks, used)):
             for name, module in found.items():
                 other = owner.setdefault(id(module), index)
                 if other != index:

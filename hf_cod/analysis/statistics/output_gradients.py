@@ -44,7 +44,7 @@ def measure_loss_weights(
     task = task_of(stack.model, batches)
     reason = why_no_gradients(stack, task)
     if reason:
-        raise ValueError(f"batches: expected a loss and floating-point weights in memory, but {reason}")
+        raise ValueError(f"batches: expected a loss and floating-point weights in memory, got none: {reason}")
     check_inputs(stack.model, batches)
     device = execution_device(stack.model)
     predictions = 0

@@ -74,7 +74,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(chosen: Any, output: OutputDirectory) -> RunReport:
     """Converts a checkpoint and writes it to the results of `output`."""
-    from hf_cod.io.model_config import check_model_config
+    from hf_cod.io.adapters import base_of
+    from hf_cod.io.generation import mend_generation
+    from hf_cod.io.model_config import check_model_config, read_model_config
+    from hf_cod.io.quantized import check_unquantized_config
     from hf_cod.layers.size import bytes_of
     from hf_cod.models import fold_lns, from_authors, to_lns
     from hf_cod.models.checkpoint import copy_companions
@@ -84,15 +87,24 @@ def run(chosen: Any, output: OutputDirectory) -> RunReport:
         "lns": lambda: to_lns(chosen.source),
         "authors": lambda: from_authors(chosen.source, chosen.norm_type, post_layers=chosen.post_layers),
     }
-    check_model_config(chosen.source, field="source")
+    base = base_of(chosen.source)
+    if base is not None:
+        raise ValueError(
+            f"source: expected a model, got an adapter of {base!r} in {chosen.source!r}; merge it first "
+            "(merge_and_unload of PEFT, then save_pretrained)"
+        )
+    file = check_model_config(chosen.source, field="source")
+    if file is not None:
+        check_unquantized_config(read_model_config(file), chosen.source, "source")
     model = conversions[chosen.to]()
     output.require(bytes_of(model))
+    notes = mend_generation(model, chosen.source)
     model.save_pretrained(output.results)
     copy_companions(chosen.source, output.results)
-    return _report(model, chosen)
+    return _report(model, chosen, notes)
 
 
-def _report(model: Any, chosen: Any) -> RunReport:
+def _report(model: Any, chosen: Any, notes: list[str]) -> RunReport:
     from hf_cod.io.report import RunReport, environment
 
     settings = {name: getattr(chosen, name) for name in ("to", "source", "norm_type", "post_layers")}
@@ -105,4 +117,5 @@ def _report(model: Any, chosen: Any) -> RunReport:
         layers={},
         results={"parameters": {"converted": model.num_parameters()}},
         summary=[RESULTS[chosen.to], f"{type(model).__name__}, {model.num_parameters():,} parameters."],
+        notes=notes,
     )

@@ -10,6 +10,7 @@ from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
 from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.low_rank.settings import FACTOR_SHARE, WEIGHINGS, FactorizeSettings
+from hf_cod.io.module_names import ModuleSettings, Names, check_names, given_names
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import METHODS as SCORES
 
@@ -58,10 +59,13 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
         },
     )
     factor_share: float = as_in(FactorizeSettings, "factor_share")
+    include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
+    exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
     def __post_init__(self) -> None:
         super().__post_init__()
         FactorizeSettings(method=self.method, factor_share=self.factor_share)
+        check_names(self)
         if self.method == "oats" and self.score is None:
             self.score = DefaultName("uniform")
         if self.score is not None:
@@ -137,6 +141,12 @@ class Factorize(Step):
     command, done = "factorize", "factorized"
     earlier: ClassVar[dict[str, str]] = {"full_rank_share": "rank", "factor_share": "rank_share"}
 
+    def check(self, work: Work) -> None:
+        """Checks that the matrices can be replaced by others, and the result can be saved."""
+        from hf_cod.layers.checks import check_reshapeable
+
+        check_reshapeable(work.stack, "factorize")
+
     def plan(self, work: Work) -> LayerAllocation | RankPlan:
         """Ranks of matrices, or shares of layers by score."""
         chosen = self.settings
@@ -144,7 +154,7 @@ class Factorize(Step):
             from hf_cod.compression.low_rank.spectra import plan_ranks
 
             batches = work.calibration if chosen.method == "whitened" else None
-            return plan_ranks(work.model, chosen.budget, chosen.score, batches=batches, **work.options)
+            return plan_ranks(work.model, chosen.budget, chosen.score, batches=batches, **self._chosen, **work.options)
         return chosen.allocate(work.score(chosen.score))
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
@@ -160,7 +170,12 @@ class Factorize(Step):
         from hf_cod.compression.low_rank.factorizer import factorize
 
         more = {"batches": work.calibration, "factor_share": self.settings.factor_share, "name": work.name}
-        return factorize(work.model, plan, self.settings.method, **more, **work.options)
+        return factorize(work.model, plan, self.settings.method, **more, **self._chosen, **work.options)
+
+    @property
+    def _chosen(self) -> dict[str, Any]:
+        """The choice of matrices."""
+        return given_names(self.settings)
 
     def files(self, plan: Any) -> dict[str, Any]:
         """The plan."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from hf_cod.cli.parser import SettingsParser, default_directory, model_title
 from hf_cod.cli.settings import TrainingOutput
 from hf_cod.cli.sizes import in_gigabytes
 from hf_cod.io.display import first_line
+from hf_cod.io.module_names import ModuleSettings, Names
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.training_settings import TrainingSettings, for_samples
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
     from hf_cod.io.text import Batch
+    from hf_cod.io.whole_checkpoint import WholeCheckpoint
     from hf_cod.scoring.layer_scores import LayerScores
     from hf_cod.training.runs.memory import Memory
     from hf_cod.training.runs.trainer import Training
@@ -52,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     check_training(settings, sampling, files, text)
     directory = Path(files.output or default_directory("finetune", rest.model))
-    told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved(), **asdict(sampling)}
+    told = {"model": rest.model, **asdict(loading), **asdict(text), **settings.resolved()}
+    told |= asdict(sampling)
     if settings.follows_samples:
         del told["steps"]
     work = partial(run, rest.model, loading, text, settings, sampling, files.scores)
@@ -81,7 +84,7 @@ def run(
     from hf_cod.training.runs.run_directory import begun_steps, claim
     from hf_cod.training.runs.trainer import scores_to_draw_by, split_windows, train
 
-    model, tokenizer = _loaded(source, loading, settings)
+    model, tokenizer, whole = _loaded(source, loading, settings, sampling)
     # Adapters of a quantized model are saved without the model.
     output.require(0 if getattr(model, "is_quantized", False) else bytes_of(model))
     windows = pack(tokenizer, load_texts(text), settings.sequence_length)
@@ -97,8 +100,8 @@ def run(
     needed = _expected(model, settings, sampling, loading)
     training = train(trained, optimizer, train_windows, settings, sampling.seed, output.path)
     lost = _lost_energy(trained)
-    whole = _saved(trained, tokenizer, chosen.adapters, output.results)
-    after = held_out_perplexity(whole, progress(batches, "perplexity", show=True))
+    merged, notes = _saved(trained, whole, chosen.adapters, output.results)
+    after = held_out_perplexity(merged, progress(batches, "perplexity", show=True))
     given = {} if scores is None else {"score": scores.method, "scores": scores_file}
     told = {"model": source, **settings.resolved(), **asdict(sampling), **given}
     figures = {
@@ -107,23 +110,27 @@ def run(
         "training_memory": training_memory(training.memory, needed),
         **({} if lost is None else {"lost_energy": lost}),
     }
-    report = _report(whole, training, told, scores, figures, model_title(source))
-    return with_inputs(report, loading, text)
+    report = _report(merged, training, told, scores, figures, model_title(source))
+    return with_inputs(replace(report, notes=[*report.notes, *notes]), loading, text)
 
 
-def _loaded(source: str, loading: ModelSettings, settings: TrainingSettings) -> tuple[Any, Any]:
-    """The model and its tokenizer, which can be trained with these settings.
+def _loaded(
+    source: str, loading: ModelSettings, settings: TrainingSettings, sampling: OwLoreSettings
+) -> tuple[Any, Any, WholeCheckpoint]:
+    """The model, its tokenizer and everything that came with it; it can be trained with these settings.
 
     Raises:
         ValueError: they cannot; gives the reason.
     """
     from hf_cod.cli.samples import load_with_tokenizer
+    from hf_cod.io.whole_checkpoint import WholeCheckpoint
     from hf_cod.layers.checks import check_length
 
     model, tokenizer = load_with_tokenizer(source, loading, "hf_cod.owlore with Trainer")
     check_length(model, settings.sequence_length)
     _check_weights(model, settings.method)
-    return model, tokenizer
+    _excluded(model, sampling.include, sampling.exclude)  # here, because names that match nothing are an error
+    return model, tokenizer, WholeCheckpoint(source, loading, model, tokenizer)
 
 
 def _check_weights(model: Any, method: str) -> None:
@@ -151,6 +158,18 @@ def _check_weights(model: Any, method: str) -> None:
         )
 
 
+def _excluded(model: Any, include: Names, exclude: Names) -> list[str]:
+    """A note that names the matrices that do not train, if any were excluded.
+
+    Raises:
+        ValueError: a name matches no matrix.
+    """
+    from hf_cod.layers.module_choice import choose_modules
+    from hf_cod.layers.stack import find_decoder_layers
+
+    return choose_modules(find_decoder_layers(model), ModuleSettings(include, exclude)).notes("trained")
+
+
 def _expected(
     model: Any, settings: TrainingSettings, sampling: OwLoreSettings, loading: ModelSettings
 ) -> Memory | None:
@@ -162,18 +181,19 @@ def _expected(
         return None
 
 
-def _saved(trained: Any, tokenizer: Any, adapters: bool, results: Path) -> Any:
+def _saved(trained: Any, whole: WholeCheckpoint, adapters: bool, results: Path) -> tuple[Any, list[str]]:
     """Saves the trained model; for adapters, saves the adapters and the merged model.
 
     Adapters cannot be merged into a quantized base model. They are then saved instead of the model, as Trainer does;
     transformers loads them with the base model that they name.
+
+    Returns:
+        The saved model, and notes for the report.
     """
     if adapters and not getattr(trained.get_base_model(), "is_quantized", False):
         trained.save_pretrained(results / "adapter")
         trained = trained.merge_and_unload()
-    trained.save_pretrained(results)
-    tokenizer.save_pretrained(results)
-    return trained
+    return trained, whole.save(trained, results)
 
 
 def _report(
@@ -207,7 +227,8 @@ def _report(
             _told_memory(figures["training_memory"]),
             *([_told_lost(figures["lost_energy"])] if "lost_energy" in figures else []),
         ],
-        notes=harm_of_training(before, after, told["learning_rate"]),
+        notes=_excluded(model, told["include"], told["exclude"])
+        + harm_of_training(before, after, told["learning_rate"]),
     )
 
 

@@ -17,6 +17,7 @@ from hf_cod.training.owlore.settings import OwLoreSettings
 if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
     from hf_cod.io.report import RunReport
+    from hf_cod.io.whole_checkpoint import WholeCheckpoint
 
 
 @dataclass
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str]) -> int:
 
     check_training(settings, sampling, files, text, source.eval_text)
     directory = Path(files.output or default_directory("heal", rest.student))
-    told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved(), **asdict(sampling)}
+    told = {**asdict(loading), **asdict(text), **asdict(source), **settings.resolved()}
+    told |= asdict(sampling)
     del told["speed"]  # does not affect the training
     if settings.follows_samples:
         del told["steps"]
@@ -78,7 +80,6 @@ def run(
     """Loads both models, heals the student, saves it, and measures the speed of both in turns."""
     from hf_cod.cli.closing import describe_speed
     from hf_cod.cli.recorded import with_inputs
-    from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.io.packing import pack
     from hf_cod.io.text import load_texts
     from hf_cod.layers.size import bytes_of
@@ -87,8 +88,7 @@ def run(
     from hf_cod.scoring.layer_scores import LayerScores
     from hf_cod.training.healing.healer import heal
 
-    model, tokenizer = load_with_tokenizer(student, loading)
-    teacher = load_teacher(source, loading, tokenizer)
+    model, tokenizer, teacher, whole = load_both(student, loading, source)
     output.require(bytes_of(model))
     held_out = None
     if source.eval_text is not None:
@@ -97,8 +97,7 @@ def run(
     told: dict[str, Any] = {"sampling": sampling, "scores": scores_file, "held_out": held_out, "output": output.path}
     told["name"] = model_title(student)
     report = heal(model, teacher, load_texts(text), settings, tokenizer=tokenizer, **told)
-    model.save_pretrained(output.results)  # type: ignore[operator]  # a model of transformers
-    tokenizer.save_pretrained(output.results)
+    notes = whole.save(model, output.results)
     speed = {}
     if source.speed:
         stacks = {"teacher": find_decoder_layers(teacher), "healed": find_decoder_layers(model)}
@@ -110,9 +109,26 @@ def run(
         report,
         settings={"student": student, "teacher": source.teacher, **report.settings, **drawn},
         results=results,
+        notes=[*report.notes, *notes],
         summary=[*report.summary, *describe_speed(results, "healed", "teacher")],
     )
     return with_inputs(report, source, loading, text)
+
+
+def load_both(student: str, loading: ModelSettings, source: TeacherSettings) -> tuple[Any, Any, Any, WholeCheckpoint]:
+    """Loads student, tokenizer and teacher, and everything that came with the student.
+
+    Raises:
+        ValueError: a model cannot be loaded, the student is quantized or packed, or the tokenizers differ.
+    """
+    from hf_cod.cli.samples import load_with_tokenizer
+    from hf_cod.io.quantized import check_unquantized
+    from hf_cod.io.whole_checkpoint import WholeCheckpoint
+
+    model, tokenizer = load_with_tokenizer(student, loading)
+    check_unquantized(model, student, "student")
+    teacher = load_teacher(source, loading, tokenizer)
+    return model, tokenizer, teacher, WholeCheckpoint(student, loading, model, tokenizer)
 
 
 def load_teacher(source: TeacherSettings, loading: ModelSettings, tokenizer: Any) -> Any:

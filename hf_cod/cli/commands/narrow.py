@@ -10,6 +10,7 @@ from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpeedSettings, SpreadSettings
 from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.width.settings import NarrowSettings
+from hf_cod.io.module_names import ModuleSettings, Names, check_names, given_names
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import METHODS as SCORES
 
@@ -40,10 +41,13 @@ class NarrowOptions(SpeedSettings, SpreadSettings):
     )
     parameter_share: float = field(default=0.8, metadata={"help": "share of the layers' weights to keep"})
     channel_multiple: int = as_in(NarrowSettings, "channel_multiple")
+    include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
+    exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
     def __post_init__(self) -> None:
         super().__post_init__()
         NarrowSettings(self.method, self.compensation, self.channel_multiple)
+        check_names(self)
         if self.score is None and self.implied_score is not None:
             self.score = DefaultName(self.implied_score)
         if self.score is not None:
@@ -88,6 +92,12 @@ class Narrow(Step):
 
     command, done = "narrow", "narrowed"
 
+    def check(self, work: Work) -> None:
+        """Checks that the matrices can be replaced by others, and the result can be saved."""
+        from hf_cod.layers.checks import check_reshapeable
+
+        check_reshapeable(work.stack, "narrow")
+
     def plan(self, work: Work) -> Any:
         """For each layer, the share of weights to keep."""
         share = self.settings.parameter_share
@@ -112,6 +122,7 @@ class Narrow(Step):
             channel_multiple=self.settings.channel_multiple,
             batches=work.calibration,
             name=work.name,
+            **given_names(self.settings),
             **work.options,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,26 +68,30 @@ def run(source: str, loading: ModelSettings, settings: PackOptions, output: Outp
     from hf_cod.cli.recorded import with_inputs
     from hf_cod.compression.sparse.quantizer import pack_sparse
     from hf_cod.io.models import load_model
+    from hf_cod.io.whole_checkpoint import WholeCheckpoint
     from hf_cod.layers.checks import check_without_adapter
     from hf_cod.layers.running import busy
     from hf_cod.layers.size import bytes_of, disk_bytes
     from hf_cod.layers.stack import find_decoder_layers
-    from hf_cod.models.checkpoint import copy_companions
+    from hf_cod.models.stored_config import check_storable
 
     with busy(f"loading {model_title(source)}"):
-        model: Any = load_model(source, loading)[0]
+        loaded, tokenizer = load_model(source, loading)
+        model: Any = loaded
         check_without_adapter(model, source)
+    check_storable(model)
+    whole = WholeCheckpoint(source, loading, model, tokenizer)
     stack = find_decoder_layers(model, settings.layers_path)
     memory = {"intact": bytes_of(model)}
     with busy("packing"):
         pack_sparse(model, settings=settings)
     memory["packed"] = bytes_of(model)
     output.require(memory["packed"])
-    model.save_pretrained(output.results)
-    copy_companions(Path(source) if Path(source).is_dir() else source, output.results)
+    notes = whole.save(model, output.results)
     told = {"model": source, "min_sparsity": settings.min_sparsity, "layers_path": settings.layers_path}
     sizes = {"memory_bytes": memory, "disk_bytes": disk_bytes(output.results)}
-    return with_inputs(describe(stack, model_title(source), told, sizes), loading)
+    report = describe(stack, model_title(source), told, sizes)
+    return with_inputs(replace(report, notes=[*report.notes, *notes]), loading)
 
 
 def describe(stack: DecoderLayers, name: str, settings: dict[str, Any], sizes: dict[str, Any]) -> RunReport:

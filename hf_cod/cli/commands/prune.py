@@ -12,6 +12,7 @@ from hf_cod.cli.parser import SettingsParser
 from hf_cod.cli.settings import CompressionOutput, SpreadSettings
 from hf_cod.cli.step import Step, uniform_baseline
 from hf_cod.compression.pruning.settings import PruneSettings
+from hf_cod.io.module_names import ModuleSettings, Names, check_names, given_names
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice, check_effect, check_least
 from hf_cod.scoring.settings import METHODS as SCORES
 from hf_cod.scoring.settings import PRUNERS
@@ -20,6 +21,7 @@ from hf_cod.training.healing.settings import RecoverySettings
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
+    from hf_cod.layers.stack import DecoderLayers
     from hf_cod.scoring.allocation import LayerAllocation
     from hf_cod.scoring.layer_scores import LayerScores
 
@@ -54,10 +56,13 @@ class PruneOptions(SpreadSettings):
             "default: no pattern"
         },
     )
+    include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
+    exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
     def __post_init__(self) -> None:
         super().__post_init__()
         PruneSettings(method=self.method)
+        check_names(self)
         if self.score is None:
             self.score = DefaultName(self.implied_score or DEFAULT_SCORE)
         check_choice("score", self.score, SCORES)
@@ -89,11 +94,11 @@ class PruneOptions(SpreadSettings):
         """The sparsity over all layers together."""
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
-    def allocate(self, scores: LayerScores) -> LayerAllocation:
-        """The sparsity of each layer."""
+    def allocate(self, scores: LayerScores, weights: Sequence[int] | None = None) -> LayerAllocation:
+        """The sparsity of each layer; `weights` are the numbers of those to prune in each, by default all."""
         from hf_cod.scoring.allocation import allocate
 
-        return allocate(scores, "sparsity", self.budget, self.spread, group=self.group)
+        return allocate(scores, "sparsity", self.budget, self.spread, group=self.group, layer_parameters=weights)
 
 
 @dataclass
@@ -166,11 +171,13 @@ class Prune(Step):
         from hf_cod.compression.pruning.methods import check_pattern
         from hf_cod.compression.pruning.pruner import parse_pattern
         from hf_cod.layers.checks import check_writable
+        from hf_cod.layers.module_choice import choose_modules
 
-        check_writable(work.stack)
+        stack = choose_modules(work.stack, self.settings).stack
+        check_writable(stack)
         M = self.settings.group or (parse_pattern(self.settings.fixed)[1] if self.settings.fixed else None)
         if M is not None:
-            check_pattern(work.stack, M)
+            check_pattern(stack, M)
 
     def plan(self, work: Work) -> LayerAllocation | str:
         """An allocation by score, or the pattern."""
@@ -181,7 +188,8 @@ class Prune(Step):
             chosen["target"] = self.settings.budget
         if self.settings.method in PRUNERS:  # SparseGPT is expensive to evaluate; Wanda is used for the score instead
             chosen["pruner"] = self.settings.method
-        return self.settings.allocate(work.score(str(self.settings.score), **chosen))
+        scores = work.score(str(self.settings.score), **chosen)
+        return self.settings.allocate(scores, self._weights(work.stack) if given_names(self.settings) else None)
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
         """The same sparsity for all layers."""
@@ -191,7 +199,12 @@ class Prune(Step):
         """Prunes the matrices."""
         from hf_cod.compression.pruning.pruner import prune
 
-        return prune(work.model, plan, self.settings.method, batches=work.calibration, name=work.name, **work.options)
+        more = {**given_names(self.settings), **work.options}
+        return prune(work.model, plan, self.settings.method, batches=work.calibration, name=work.name, **more)
+
+    def last_words(self) -> list[str]:
+        """What makes the model smaller."""
+        return ["Zeros are stored like other weights; hf-cod pack makes the model smaller."]
 
     @property
     def trained(self) -> str | None:
@@ -220,8 +233,19 @@ class Prune(Step):
     def measure(self, saved: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         """Sparsity of the saved model."""
         from hf_cod.compression.pruning.methods import measure_sparsity
+        from hf_cod.layers.module_choice import choose_modules
 
-        return measure_sparsity(saved)
+        return measure_sparsity(choose_modules(saved, self.settings).stack)
+
+    def _weights(self, stack: DecoderLayers) -> list[int]:
+        """The number of weights in each layer's chosen matrices."""
+        from hf_cod.layers.module_choice import choose_modules
+
+        excluded = choose_modules(stack, self.settings).excluded
+        left = {index: 0 for index in range(len(stack))}
+        for name, weights in excluded.items():
+            left[stack.index_of(name) or 0] += weights
+        return [stack.count_weights(index) - weights for index, weights in left.items()]
 
     def told(self, plan: Any) -> dict[str, Any]:
         """The settings of recovery; a plan without scores has none."""

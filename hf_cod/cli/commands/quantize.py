@@ -11,6 +11,7 @@ from hf_cod.cli.settings import CompressionOutput, CompressionSettings
 from hf_cod.cli.step import Step
 from hf_cod.compression.quantization.settings import QuantizeSettings, StorageSettings, check_bits, check_mixture
 from hf_cod.functional.bits import BITS
+from hf_cod.io.module_names import Names, check_names, given_names
 from hf_cod.io.settings import DefaultName, ModelSettings, TextSettings, as_in, check_choice
 from hf_cod.scoring.settings import CODEBOOK
 from hf_cod.scoring.settings import METHODS as SCORES
@@ -18,6 +19,7 @@ from hf_cod.scoring.settings import METHODS as SCORES
 if TYPE_CHECKING:
     from hf_cod.cli.work import Work
     from hf_cod.io.report import RunReport
+    from hf_cod.layers.stack import DecoderLayers
     from hf_cod.scoring.allocation import LayerAllocation
 
 # Method of rounding -> description.
@@ -52,6 +54,8 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
         },
     )
     skip: list[str] = as_in(QuantizeSettings, "skip")  # noqa: RUF009 - as_in makes a field
+    include: Names = as_in(QuantizeSettings, "include")  # noqa: RUF009 - as_in makes a field
+    exclude: Names = as_in(QuantizeSettings, "exclude")  # noqa: RUF009 - as_in makes a field
     baseline: bool = field(
         default=True,
         metadata={"help": "also measure all layers at 3 bits and at 4 bits, for comparison; 3 x the time"},
@@ -69,6 +73,7 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
         CompressionSettings.__post_init__(self)
         StorageSettings.__post_init__(self)
         check_bits(self.bits)
+        check_names(self)
         check_mixture(self.bits, self)
         check_choice("rounding", self.rounding, ROUNDINGS)
         if self.score is None:
@@ -119,10 +124,12 @@ class Quantize(Step):
         self._planned: LayerAllocation | None = None
 
     def check(self, work: Work) -> None:
-        """Checks that a mixture with these bits exists for the shapes of the model."""
+        """Checks that a mixture with these bits exists for the shapes of the model, and that it can be loaded again."""
         from hf_cod.compression.quantization.plan import plan_bits
+        from hf_cod.models.stored_config import check_storable
 
-        plan_bits(work.stack, self.settings.bits, self._storage(), None, self.settings.skip)
+        check_storable(work.model)
+        plan_bits(self._stack(work), self.settings.bits, self._storage(), None, self.settings.skip)
 
     def plan(self, work: Work) -> LayerAllocation:
         """The bits of each layer; layers are scored only if they get different bits."""
@@ -135,9 +142,9 @@ class Quantize(Step):
         if chosen.explain:
             from hf_cod.cli.explained import explain_bits
 
-            explain_bits(work.stack, chosen, work.scores)
+            explain_bits(self._stack(work), chosen, work.scores)
         scores = work.scores if chosen.mixed else None
-        plan = plan_bits(work.stack, chosen.bits, self._storage(), scores, chosen.skip)
+        plan = plan_bits(self._stack(work), chosen.bits, self._storage(), scores, chosen.skip)
         method = scores.method if scores else "uniform"
         self._planned = as_allocation(work.stack, plan, self._storage(), method)
         return self._planned
@@ -154,13 +161,19 @@ class Quantize(Step):
 
         path, more = self.settings.layers_path, dict[str, Any](name=work.name)
         bits: dict[str, Any] = {"bits": plan} if isinstance(plan, float) else {"allocation": plan}
-        config = OwlBnbConfig(skip=self.settings.skip, **bits, **asdict(self._storage()))
+        config = OwlBnbConfig(skip=self.settings.skip, **given_names(self.settings), **bits, **asdict(self._storage()))
         if self.settings.rounding == "weighted":
             statistics = collect_statistics(work.model, work.calibration, layers_path=path, show_progress=True)
             config.statistics = statistics
         elif self.settings.rounding == "compensated":
             more["batches"] = work.calibration
         return quantize(work.model, config, **more, **work.options)
+
+    def _stack(self, work: Work) -> DecoderLayers:
+        """The layers, restricted to the chosen matrices."""
+        from hf_cod.layers.module_choice import choose_modules
+
+        return choose_modules(work.stack, self.settings).stack
 
     def _storage(self) -> StorageSettings:
         return StorageSettings(**{f.name: getattr(self.settings, f.name) for f in fields(StorageSettings)})

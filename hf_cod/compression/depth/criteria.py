@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -22,6 +23,7 @@ from hf_cod.compression.depth.search import LayerSearch
 from hf_cod.compression.depth.settings import DepthFields, DepthSettings
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.schema import check_value, limits
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, describe_batches, split_samples
 from hf_cod.layers.batches import batches_of, required
@@ -232,7 +234,7 @@ def _losses_with_maps(
         request.journals.of("losses with maps", request.settings.replacement, request.stack.layers_path),
     )
     for layers in progress(candidates, "choice with maps", request.show_progress):
-        if str(layers) in journal:
+        if journal.is_sound(str(layers), partial(_check_loss, most_maps=len(layers))):
             continue
         maps = Maps()
         try:
@@ -242,6 +244,12 @@ def _losses_with_maps(
             maps.take_back()
         journal.add(str(layers), [loss, sum(entry["used"] for entry in maps.replacements)])
     return [(loss, count) for loss, count in (journal.result(str(layers), tuple[float, int]) for layers in candidates)]
+
+
+def _check_loss(value: Any, most_maps: int) -> None:
+    """Checks a loss and a number of maps from a journal."""
+    _, maps = check_value(value, tuple[float, int], "loss with maps")
+    check_value(maps, int, "maps", limits(least=0, most=most_maps))
 
 
 def _choose(request: _Request, told: dict[str, dict[str, Any]], costs: list[float | None]) -> _Found:

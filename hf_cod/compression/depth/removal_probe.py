@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from hf_cod.analysis.evaluation.metrics import Metric, as_loss
+from hf_cod.analysis.evaluation.metrics import Metric, as_loss, check_rows
 from hf_cod.io.journal import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
@@ -62,7 +63,8 @@ class RemovalProbe:
         wanted = [tuple(sorted(removal)) for removal in removals]
         with evaluation_mode(self._stack):
             for number, batch in enumerate(progress(self._batches, title, self._show)):
-                left = {removed for removed in wanted if _key(number, removed) not in self._journal}
+                sound = partial(check_rows, self._metric, batch=batch)
+                left = {removed for removed in wanted if not self._journal.is_sound(_key(number, removed), sound)}
                 if left:
                     self._measure(number, to_device(batch, self._device), left)
         return [self._loss(removed) for removed in wanted]

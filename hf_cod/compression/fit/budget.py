@@ -12,6 +12,9 @@ from hf_cod.compression.fit.settings import KINDS
 from hf_cod.io.settings import check_choice
 from hf_cod.layers.size import ModelSize
 
+# A budget of memory of fewer bytes probably lacks its unit.
+BYTES = 1e5
+
 
 def check_budget(kind: str, value: float) -> None:
     """Checks the kind and the value of a budget.
@@ -102,6 +105,8 @@ class Budget:
         if self.most < within * least:
             how = "" if len(left) == 1 else " together" if combined else " alone"
             more = [] if combined or len(left) == 1 else ["n_verified of 1 or more also measures combinations"]
+            if self.kind == "memory" and self.value < BYTES:
+                more.insert(0, f"a number without a unit is in bytes, {self.value:g}MB would be {self.value:g} * 10^6")
             raise ValueError(
                 f"{self.kind}: expected at least {self.told(self._in_unit(least))}, the least that {', '.join(left)} "
                 f"can reach{how}, got {self.told(self.value)}{''.join(f'; {note}' for note in [*more, *notes])}"

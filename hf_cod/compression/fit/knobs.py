@@ -30,6 +30,7 @@ from hf_cod.layers.removal import check_drop
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.unit_discovery import find_all_units
 from hf_cod.models.shaping import check_shapeable
+from hf_cod.models.stored_config import check_storable
 from hf_cod.scoring.allocation import allocate
 from hf_cod.scoring.methods import score_layers
 
@@ -184,6 +185,11 @@ def _check_plain(stack: DecoderLayers) -> None:
     check_independent(stack, "model")
 
 
+def _check_stored(stack: DecoderLayers) -> None:
+    check_storable(stack.model)
+    _check_plain(stack)
+
+
 def _check_rank(stack: DecoderLayers) -> None:
     check_shapeable(stack.model)
     _check_plain(stack)
@@ -199,7 +205,7 @@ def _check_width(stack: DecoderLayers) -> None:
 def _check_bits(stack: DecoderLayers) -> None:
     import hf_cod.compression.quantization.bnb  # noqa: F401 - fails before any work if bitsandbytes is missing
 
-    _check_plain(stack)
+    _check_stored(stack)
 
 
 # Knob -> its method. Order matters: methods that remove structure come before sparsity and quantization.
@@ -232,7 +238,7 @@ KNOBS: dict[str, Knob] = {
         _shares(*range(50, 85, 5)),
         3,
         _sparse,
-        _check_plain,
+        _check_stored,
         lambda x: f"{x:.0%} of the weights zero and packed",
         _left_by_sparsity,
         structural=False,

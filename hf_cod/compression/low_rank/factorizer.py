@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,37 +13,31 @@ from hf_cod.compression.low_rank.rank_plan import (
     RankPlan,
     check_ranks,
     factorizable,
-    not_factorizable,
     plan_of_allocation,
 )
+from hf_cod.compression.low_rank.rank_report import RankReporter
 from hf_cod.compression.low_rank.settings import FactorizeFields, FactorizeSettings
 from hf_cod.functional import factorization, sparse_low_rank
-from hf_cod.functional.ranks import count
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.report import RunReport
 from hf_cod.io.settings import SampleSettings, check_effect, resolve
 from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of, check_needed
-from hf_cod.layers.checks import check_writable, name_of, sizes_of
-from hf_cod.layers.devices import environment_of
+from hf_cod.layers.checks import check_reshapeable
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import for_one_thread
+from hf_cod.layers.module_choice import choose_modules
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
-from hf_cod.layers.size import count_parameters
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.shapes import SPARSE, LowRankLinear
-from hf_cod.models.shaping import check_shapeable, record_shapes
+from hf_cod.models.shaping import record_shapes
 from hf_cod.scoring.allocation import LayerAllocation, same_share
 
 # Method -> whether it requires batches; `settings.METHODS` describes each.
 METHODS = {"whitened": True, "plain": False, "oats": True}
-_OF_ZEROS = (
-    "{:,} of them are in sparse parts. The zeros of these parts are not counted here; they are stored until the model "
-    "is packed (hf-cod pack --min-sparsity, or pack_sparse)."
-)
 
 
 @renamed(path="layers_path", rank_share="factor_share")
@@ -107,8 +99,9 @@ def factorize(
         show_progress: show a progress bar.
         settings: how matrices are factorized.
         **fields: or fields of `FactorizeSettings` by name: `factor_share`, for oats, the part of the kept weights that
-            is in the thin factors, between 0 and 1; for texts, also fields of `SampleSettings`: sequence_length,
-            max_samples, batch_size, pack, seed.
+            is in the thin factors, between 0 and 1; `include` and `exclude`, the matrices to factorize, as PEFT's
+            target_modules and exclude_modules (the budget is that of all matrices); for texts, also fields of
+            `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: an unknown method, a plan for another model or out of range (says the least possible), missing
@@ -127,15 +120,18 @@ def factorize(
         check_needed(batches, f"for {method}")
     if batches:
         check_inputs(stack.model, batches)
-    _check_model(stack)
+    choice = choose_modules(stack, how)
+    stack = choice.stack
+    check_reshapeable(stack, "factorize")
     use = check_unwritten(stack.model, batches)
     chosen = _plan(stack, plan, how.factor_share if method == "oats" else None)
     check_ranks(stack, chosen)
-    described = RankReporter(stack, name, use.notes)
-    work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks, chosen.nonzeros)
+    described = RankReporter(stack, name, [*choice.notes("factorized"), *use.notes])
+    work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks, chosen.nonzeros, *choice.identity)
     change = LayerChange(stack, chosen)
     finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
     told: dict[str, Any] = {"method": method, "plan": f"{chosen.kind} {chosen.budget:g} by {chosen.method}"}
+    told |= choice.given
     try:
         if METHODS[method] and batches:
             told |= describe_batches(batches)
@@ -207,85 +203,6 @@ class LayerChange:
         parent, _, child = name.rpartition(".")
         setattr(self._stack.model.get_submodule(parent), child, made.train(self._training[name]))
         self.done[name] = {"rank": made.rank, **({} if S is None else {SPARSE: 1})}
-
-
-class RankReporter:
-    """Records the sizes of a model before it is factorized, and makes the report afterwards.
-
-    Args:
-        stack: the layers.
-        name: the model's name, or None.
-        notes: for the report.
-    """
-
-    def __init__(self, stack: DecoderLayers, name: str | None, notes: Sequence[str] = ()) -> None:
-        self.stack = stack
-        self.name = name or name_of(stack)
-        left = {name: why for index in range(len(stack)) for name, why in not_factorizable(stack, index).items()}
-        self.notes = [*notes, *(f"{name} is not factorized: {reason}" for name, reason in left.items())]
-        self.shapes = [factorizable(stack, index) for index in range(len(stack))]
-        self.sizes = sizes_of(stack)
-        self.parameters = count_parameters(stack.model)
-
-    def report(self, plan: RankPlan, finished: FinishedLayers, settings: dict[str, Any]) -> RunReport:
-        """Counts the remaining weights, and makes the report."""
-        saved = [_saved(shapes, plan) for shapes in self.shapes]
-        cut = [_rank_weights(shapes, plan.ranks) for shapes in self.shapes]
-        errors = [list(finished.notes[index]["errors"].values()) for index in range(len(self.stack))]
-        total = sum(self.sizes)
-        kept, rank = 1 - sum(saved) / total, 1 - sum(cut) / total
-        return RunReport(
-            kind="factorize",
-            model=self.name,
-            settings=settings,
-            environment=environment_of(self.stack.model),
-            layers={
-                "parameter_share": [1 - less / size for less, size in zip(saved, self.sizes, strict=True)],
-                "full_rank_share": [1 - less / size for less, size in zip(cut, self.sizes, strict=True)],
-                "error": [sum(found) / len(found) if found else 0.0 for found in errors],
-                "parameters": self.sizes,
-            },
-            results={
-                "parameter_share": kept,
-                "full_rank_share": rank,
-                "parameters": {"intact": self.parameters, "factorized": self.parameters - sum(saved)},
-                "ranks": plan.ranks,
-                **({"nonzeros": plan.nonzeros} if plan.nonzeros else {}),
-            },
-            summary=[
-                f"{kept:.2%} of {total:,} weights in the layers' matrices are kept, {rank:.2%} of their rank; "
-                f"{len(plan.ranks)} of {sum(map(len, self.shapes))} matrices are factorized.",
-                *([_OF_ZEROS.format(sum(plan.nonzeros.values()))] if plan.nonzeros else []),
-            ],
-            notes=[
-                *self.notes,
-                *(
-                    f"no token entered {matrix}: factorized with method plain"
-                    for note in finished.notes.values()
-                    for matrix in note["unseen"]
-                ),
-            ],
-        )
-
-
-def _saved(shapes: dict[str, Any], plan: RankPlan) -> int:
-    cut = {name: shape for name, shape in shapes.items() if name in plan.ranks}
-    left = {name: count(shape, plan.ranks[name], plan.nonzeros.get(name, 0)) for name, shape in cut.items()}
-    return sum(count(shape, None) - left[name] for name, shape in cut.items())
-
-
-def _rank_weights(shapes: dict[str, Any], ranks: dict[str, int]) -> float:
-    """The sum over matrices of the lost share of rank, times the number of weights."""
-    lost = {name: 1 - ranks[name] / min(shape) for name, shape in shapes.items() if name in ranks}
-    return sum(share * math.prod(shapes[name]) for name, share in lost.items())
-
-
-def _check_model(stack: DecoderLayers) -> None:
-    check_shapeable(stack.model)
-    check_writable(stack)
-    before = next((name for name, m in stack.model.named_modules() if isinstance(m, LowRankLinear)), None)
-    if before is not None:
-        raise ValueError(f"model: expected dense matrices, got factors in {before}; factorize the original model")
 
 
 def _plan(stack: DecoderLayers, plan: LayerAllocation | RankPlan | float, factor_share: float | None) -> RankPlan:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
-from hf_cod.io.settings import SampleFields, check_choice
+from hf_cod.io.module_names import ModuleFields, ModuleSettings, Names, check_names
+from hf_cod.io.settings import SampleFields, as_in, check_choice
 
 # Method -> the error that it minimizes; `factorize` has the formulas.
 METHODS = {
@@ -40,15 +41,18 @@ class FactorizeSettings:
         default=FACTOR_SHARE,
         metadata={"help": "oats: share of the kept weights that the low-rank factors take, 0 to 1"},
     )
+    include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
+    exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
     rank_share = OldAttribute("factor_share")
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
         if not 0 < self.factor_share < 1:
             raise ValueError(f"factor_share: expected a share between 0 and 1, got {self.factor_share}")
+        check_names(self)
 
 
-class FactorizeFields(SampleFields, total=False):
+class FactorizeFields(ModuleFields, SampleFields, total=False):
     """Fields of `FactorizeSettings`, and of samples, that `factorize` takes by name."""
 
     factor_share: float
@@ -67,11 +71,14 @@ class RankSettings:
             "choices": list(WEIGHINGS),
         },
     )
+    include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
+    exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
     def __post_init__(self) -> None:
         if self.method is not None:
             check_choice("method", self.method, WEIGHINGS)
+        check_names(self)
 
 
-class RankFields(SampleFields, total=False):
+class RankFields(ModuleFields, SampleFields, total=False):
     """Fields of `RankSettings`, and of samples, that `plan_ranks` takes by name."""

@@ -18,12 +18,14 @@ from hf_cod.functional.factorization import spectrum
 from hf_cod.functional.ranks import ranks_of_spectra
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.quantized import check_unquantized
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, split_samples
 from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.module_choice import choose_modules
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.sequential import Sums, measure_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -76,14 +78,18 @@ def plan_ranks(
         layers_path: module name of the layer stack, if it cannot be found automatically.
         show_progress: show a progress bar.
         settings: how ranks are distributed over matrices.
-        **fields: for texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
+        **fields: or fields of `RankSettings` by name: `include` and `exclude`, the matrices to factorize, as PEFT's
+            target_modules and exclude_modules; for texts, also fields of `SampleSettings`: sequence_length,
+            max_samples, batch_size, pack, seed.
 
     Raises:
-        ValueError: an unknown method, fisher without a loss, a budget out of range (says the least possible), or
-            weights or activations that are not finite.
+        ValueError: quantized or packed weights, an unknown method, fisher without a loss, a budget out of range (says
+            the least possible), or weights or activations that are not finite.
     """
-    method = resolve(plan_ranks, RankSettings, settings, fields, method=method).method
-    stack = find_decoder_layers(model, layers_path)
+    how = resolve(plan_ranks, RankSettings, settings, fields, method=method)
+    method = how.method
+    stack = choose_modules(find_decoder_layers(model, layers_path), how).stack
+    check_unquantized(stack.model, name_of(stack))
     batches = batches_of(model, batches, tokenizer, texts, samples, fields)
     if method == "fisher":
         check_needed(batches, "for fisher")
@@ -132,9 +138,14 @@ def _spectra(
     check_independent(stack, "factorize")
     finished = FinishedLayers(
         journal,
-        fingerprint_of_work(journal, stack.model, batches, "spectra"),
+        fingerprint_of_work(journal, stack.model, batches, "spectra", *_excluded(stack)),
         lambda index: {name: found[name] for name in factorizable(stack, index)},
         lambda index, tensors: found.update(tensors),
     )
     measure_sequentially(stack, batches, ProductsRecorder, measure, finished, "spectra", show_progress)
     return found
+
+
+def _excluded(stack: DecoderLayers) -> list[list[str]]:
+    """What distinguishes spectra of chosen matrices from those of all."""
+    return [sorted(stack.excluded)] if stack.excluded else []

@@ -99,7 +99,7 @@ def prune_layer(stack: DecoderLayers, index: int, method: Method, sums: Sums | N
 def measure_sparsity(stack: DecoderLayers) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Counts zeros, for a report's `layers` {"sparsity", "parameters"} and `results` {"sparsity", "module_sparsity"}.
 
-    Each parameter of a bank of experts counts as one matrix.
+    Each parameter of a bank of experts counts as one matrix. A layer without matrices has the sparsity None.
     """
     layers: dict[str, list[Any]] = {"sparsity": [], "parameters": []}
     modules: dict[str, float] = {}
@@ -107,8 +107,8 @@ def measure_sparsity(stack: DecoderLayers) -> tuple[dict[str, list[Any]], dict[s
     for index in range(len(stack)):
         counts = {name: (int((W == 0).sum()), W.numel()) for name, W in stack.matrices(index)}
         modules |= {name: zero / size for name, (zero, size) in counts.items()}
-        here, size = (sum(column) for column in zip(*counts.values(), strict=True))
-        layers["sparsity"].append(here / size)
+        here, size = (sum(count[k] for count in counts.values()) for k in (0, 1))
+        layers["sparsity"].append(here / size if size else None)
         layers["parameters"].append(size)
         zeros += here
     return layers, {"sparsity": zeros / sum(layers["parameters"]), "module_sparsity": modules}

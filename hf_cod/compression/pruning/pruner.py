@@ -25,6 +25,7 @@ from hf_cod.layers.direct_use import DirectUse, check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import for_one_thread
+from hf_cod.layers.module_choice import ModuleChoice, choose_modules
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.running import naming_weights
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
@@ -66,6 +67,8 @@ def prune(
     forward pass. An N:M pattern keeps N of every M consecutive weights of a row, in every layer. Experts to which no
     token was routed are pruned by magnitude; the report names them.
 
+    With `include` and `exclude` the targets are those of the chosen matrices of a layer, and only these are counted.
+
     The report's `layers` hold `target` and `sparsity` (counted in the weights) and `parameters`, one value for each
     layer; its `results` hold `sparsity` (of all matrices together) and `module_sparsity` (name -> sparsity).
 
@@ -86,7 +89,9 @@ def prune(
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
         settings: how the weights to remove are chosen.
-        **fields: for texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
+        **fields: or fields of `PruneSettings` by name: `include` and `exclude`, the matrices to prune, as PEFT's
+            target_modules and exclude_modules: a list of names, or one regular expression for whole names; for texts,
+            also fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: an unknown method, a plan out of range or for another model, a pattern that does not divide the
@@ -94,33 +99,36 @@ def prune(
             offloaded, shared by two matrices), NaN or infinity in weights or activations (says where), a model that
             changes its weights in eval mode (RWKV).
     """
-    method = resolve(prune, PruneSettings, settings, fields, method=method).method
+    how = resolve(prune, PruneSettings, settings, fields, method=method)
+    method = how.method
     stack = find_decoder_layers(model, layers_path)
     batches = batches_of(model, batches, tokenizer, texts, samples, fields)
     chosen = _chosen(method, batches, statistics)
     if batches is not None:
         check_inputs(stack.model, batches)
     targets = _targets(plan, stack)
-    check_writable(stack)
+    choice = choose_modules(stack, how)
+    check_writable(choice.stack)
     use = check_unwritten(stack.model, batches)
     for M in {target.pattern[1] for target in targets if target.pattern is not None}:
-        check_pattern(stack, M)
+        check_pattern(choice.stack, M)
     if statistics is not None:
         statistics.check(stack)
-    told: dict[str, Any] = {"method": method, "plan": _described(plan)}
-    finished = _finished(journal, stack, batches, statistics, [method, [(t.sparsity, t.pattern) for t in targets]])
+    told: dict[str, Any] = {"method": method, "plan": _described(plan), **choice.given}
+    work = [method, [(t.sparsity, t.pattern) for t in targets], *choice.identity]
+    finished = _finished(journal, choice.stack, batches, statistics, work)
 
     def prune_one(index: int, sums: Sums | None) -> list[str]:
-        return prune_layer(stack, index, chosen, sums, targets[index])
+        return prune_layer(choice.stack, index, chosen, sums, targets[index])
 
     if chosen.recorder is not None and batches is not None:
         check_independent(stack, "prune")
         with naming_weights(stack.model):
-            change_sequentially(stack, batches, chosen.recorder, prune_one, finished, "pruning", show_progress)
+            change_sequentially(choice.stack, batches, chosen.recorder, prune_one, finished, "pruning", show_progress)
         told |= describe_batches(batches)
     else:
         change_each(stack, prune_one, finished, "pruning", show_progress, statistics)
-    return _report(stack, targets, finished, told, name, use)
+    return _report(choice, targets, finished, told, name, use)
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -194,29 +202,36 @@ def _finished(
 
 
 def _report(
-    stack: DecoderLayers,
+    choice: ModuleChoice,
     targets: list[Target],
     finished: FinishedLayers,
     settings: dict[str, Any],
     name: str | None,
     use: DirectUse,
 ) -> RunReport:
+    stack = choice.stack
     layers, results = measure_sparsity(stack)
     return RunReport(
         kind="prune",
         model=name or name_of(stack),
         settings=settings,
         environment=environment_of(stack.model),
-        layers={"target": [target.sparsity for target in targets], **layers},
+        layers={
+            "target": [t.sparsity if n else None for t, n in zip(targets, layers["parameters"], strict=True)],
+            **layers,
+        },
         results=results,
         summary=[
             f"{results['sparsity']:.2%} of {sum(layers['parameters']):,} weights in the layers' matrices are zero."
         ],
         notes=[
-            f"{matrix} is pruned by magnitude: {use.reasons[matrix]}"
-            if matrix in use.reasons
-            else f"no token entered {matrix}: pruned by magnitude"
-            for layer in finished.notes.values()
-            for matrix in layer
+            *choice.notes("pruned"),
+            *(
+                f"{matrix} is pruned by magnitude: {use.reasons[matrix]}"
+                if matrix in use.reasons
+                else f"no token entered {matrix}: pruned by magnitude"
+                for layer in finished.notes.values()
+                for matrix in layer
+            ),
         ],
     )

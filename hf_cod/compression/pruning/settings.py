@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hf_cod.io.arguments import checked
-from hf_cod.io.settings import SampleFields, check_choice
+from hf_cod.io.module_names import ModuleFields, ModuleSettings, Names, check_names
+from hf_cod.io.settings import SampleFields, as_in, check_choice
 
 # Method -> which weights are removed; `prune` has the formulas.
 METHODS = {
@@ -24,10 +25,13 @@ class PruneSettings:
         default="wanda",
         metadata={"help": f"pruning method: {', '.join(METHODS)}", "choices": list(METHODS)},
     )
+    include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
+    exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
+        check_names(self)
 
 
-class PruneFields(SampleFields, total=False):
+class PruneFields(ModuleFields, SampleFields, total=False):
     """Fields of `PruneSettings`, and of samples, that `prune` takes by name."""

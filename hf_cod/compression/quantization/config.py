@@ -14,6 +14,7 @@ from hf_cod.compression.quantization.settings import QuantizeSettings, StorageFi
 from hf_cod.compression.stored_quantization import StoredQuantization
 from hf_cod.functional.bits import BITS
 from hf_cod.io.arguments import checked, shown
+from hf_cod.io.module_names import FIELDS, ModuleFields
 from hf_cod.io.schema import brief, check_fields
 from hf_cod.io.settings import SampleFields, check_effect
 from hf_cod.layers.replacement_modules import INSTALL
@@ -43,6 +44,8 @@ class OwlBnbConfig(QuantizeSettings, StoredQuantization):
             between them for a layer with matrices of both widths.
         statistics: LayerStatistics or their file; with them the search for scales minimizes the error of the outputs.
         skip: parts of module names; matching matrices are not quantized.
+        include, exclude: the matrices to quantize, as PEFT's target_modules and exclude_modules. Routers, gates of one
+            row and latent projections are quantized only if `include` matches them.
         compute_dtype: torch.dtype or its name in which inputs and decoded weights are multiplied; None: the input's.
         score: the score that was used; filled in.
         modules: name -> bits of each quantized matrix; filled in.
@@ -69,7 +72,9 @@ class OwlBnbConfig(QuantizeSettings, StoredQuantization):
                 setattr(self, name, kind.load(value))
             elif value is not None and not isinstance(value, kind):
                 raise ValueError(f"{name}: expected {kind.__name__} or a file of {name}, got {shown(value)}")
-        if not self.modules:  # a stored config has the bits that resulted
+        if self.modules:
+            check_effect(self, FIELDS, "modules, which are the matrices to quantize")
+        else:  # a stored config has the bits that resulted
             self._check_bits()
         wrong = {name: bits for name, bits in self.modules.items() if bits not in BITS}
         if wrong:
@@ -88,13 +93,13 @@ class OwlBnbConfig(QuantizeSettings, StoredQuantization):
 
     def to_dict(self) -> dict[str, Any]:
         """The entry in config.json."""
-        kept = {name: value for name, value in self.__dict__.items() if name not in _NOT_SAVED}
+        kept = {name: value for name, value in self.__dict__.items() if name not in (*_NOT_SAVED, *FIELDS)}
         if self.compute_dtype is not None:
             kept["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         return copy.deepcopy(kept)
 
 
-class QuantizeFields(StorageFields, SampleFields, total=False):
+class QuantizeFields(ModuleFields, StorageFields, SampleFields, total=False):
     """Fields of `OwlBnbConfig`, and of samples, that `quantize` takes by name."""
 
     quant_method: Any

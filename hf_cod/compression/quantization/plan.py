@@ -16,10 +16,13 @@ from hf_cod.compression.quantization.settings import StorageFields, StorageSetti
 from hf_cod.functional.bits import BITS
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.module_names import ModuleSettings, Names
 from hf_cod.io.settings import resolve
 from hf_cod.layers.checks import check_sizes, name_of, sizes_of
 from hf_cod.layers.direct_use import direct_use
+from hf_cod.layers.module_choice import choose_modules
 from hf_cod.layers.orientation import is_plain, shape_of
+from hf_cod.layers.sensitive_modules import sensitive_modules
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
@@ -57,20 +60,26 @@ def stored_bits(size: tuple[int, int], bits: int, storage: StorageSettings) -> i
 def quantizable(
     stack: DecoderLayers, storage: StorageSettings, skip: Sequence[str] = ()
 ) -> tuple[list[dict[str, tuple[int, int]]], dict[str, str]]:
-    """Name -> (out, in) of the quantizable matrices of each layer; and name -> the reason, for all other matrices."""
+    """Name -> (out, in) of the quantizable matrices of each layer; and name -> the reason, for all other matrices that
+    `stack` lists. Routers, gates and latent projections are quantizable if `stack` includes them by name.
+    """
     layers: list[dict[str, tuple[int, int]]] = []
+    use = direct_use(stack.model)
+    sensitive = sensitive_modules(stack, use.latent)
     left: dict[str, str] = {}
     owners = Counter(id(p) for _, p in stack.model.named_parameters(remove_duplicate=False))
-    direct = direct_use(stack.model).reasons
     for index in range(len(stack)):
         layers.append({})
         for name, module in stack.linears(index).items():
-            size, reason = shape_of(module), _reason(name, module, skip, owners) or direct.get(name)
+            size, reason = shape_of(module), _reason(name, module, skip, owners) or use.reasons.get(name)
+            if name not in stack.included:
+                reason = reason or sensitive.get(name)
             if reason:
                 left[name] = reason
             else:
                 layers[-1][name] = size
-        left |= dict.fromkeys(stack.experts(index), "experts in one 3-D parameter")
+        banks = [name for name, bank in stack.experts(index).items() if any(stack.parameters_of(name, bank))]
+        left |= dict.fromkeys(banks, "experts in one 3-D parameter")
     return layers, left
 
 
@@ -83,6 +92,8 @@ def plan_bits(
     scores: LayerScores | None = None,
     skip: Sequence[str] = (),
     *,
+    include: Names = None,
+    exclude: Names = None,
     layers_path: str | None = None,
     **fields: Unpack[StorageFields],
 ) -> BitPlan:
@@ -98,6 +109,8 @@ def plan_bits(
         settings: how codes and scales are stored.
         scores: of this model, from `score_layers`.
         skip: parts of module names; matching matrices are not quantized.
+        include, exclude: the matrices to quantize, as PEFT's target_modules and exclude_modules. Routers, gates of one
+            row and latent projections are quantized only if `include` matches them.
         layers_path: module name of the layer stack, if it cannot be found automatically.
         **fields: or fields of `StorageSettings` by name: block, double_quant.
 
@@ -106,6 +119,7 @@ def plan_bits(
     """
     storage = resolve(plan_bits, StorageSettings, settings, fields)
     stack = model if isinstance(model, DecoderLayers) else find_decoder_layers(model, layers_path)
+    stack = choose_modules(stack, ModuleSettings(include, exclude)).stack
     layers, left = quantizable(stack, storage, skip)
     sizes = {name: size for layer in layers for name, size in layer.items()}
     if not sizes:
@@ -139,6 +153,10 @@ def plan_bits(
 
 def plan_by(stack: DecoderLayers, config: OwlBnbConfig) -> BitPlan:
     """The plan of a config: by its modules, else its allocation, else its bits and scores.
+
+    Args:
+        stack: the layers, restricted to the matrices that the config includes and does not exclude.
+        config: of the quantized model.
 
     Raises:
         ValueError: see `plan_bits` and `plan_of`; an allocation of another kind, or for another model.
@@ -212,6 +230,8 @@ def recorded(config: OwlBnbConfig, plan: BitPlan) -> OwlBnbConfig:
         scores=None,
         allocation=None,
         statistics=None,
+        include=None,
+        exclude=None,
     )
 
 
@@ -234,7 +254,7 @@ def plan_of(stack: DecoderLayers, bits: Mapping[str, float], storage: StorageSet
     Raises:
         ValueError: a name that is not a matrix of the layers, or that cannot be quantized; bits other than 3 and 4.
     """
-    layers, left = quantizable(stack, storage)
+    layers, left = quantizable(replace(stack, included=stack.included | bits.keys()), storage)
     known = {name: size for layer in layers for name, size in layer.items()}
     for name, width in bits.items():
         if name not in known:

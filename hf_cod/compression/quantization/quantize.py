@@ -27,8 +27,10 @@ from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import for_one_thread
+from hf_cod.layers.module_choice import choose_modules
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.replacement_modules import replace as replace_module
+from hf_cod.layers.sensitive_modules import left_notes
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.own_config import own_config
@@ -81,7 +83,7 @@ def quantize(
         layers_path: module name of the layer stack, if it cannot be found automatically.
         name: the model's name in the report; default: where it was loaded from.
         show_progress: show a progress bar.
-        **fields: or fields of `OwlBnbConfig` by name: bits, scores, allocation, statistics, skip, block, ...;
+        **fields: or fields of `OwlBnbConfig` by name: bits, scores, allocation, statistics, include, exclude, ...;
             for texts, also fields of `SampleSettings`: sequence_length, max_samples, batch_size, pack, seed.
 
     Raises:
@@ -106,11 +108,14 @@ def quantize(
         statistics.check(stack)
     if batches is not None:
         check_inputs(stack.model, batches)
+    choice = choose_modules(stack, config)
+    stack = choice.stack
     check_writable(stack)
     use = check_unwritten(stack.model, batches)
     plan = plan_by(stack, config)
     change = _LayerChange(stack, plan, config)
     sums = {} if statistics is None else statistics.digests()
+    # The bits name the chosen matrices.
     work = fingerprint_of_work(journal, model, batches, plan.bits, config.block, config.double_quant, sums)
     finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
     title = name or name_of(stack)
@@ -121,8 +126,10 @@ def quantize(
     else:
         change_each(stack, change, finished, bar, show_progress)
     _mark(model, recorded(config, plan))
-    told = {} if batches is None else describe_batches(batches)
-    return _report(stack, plan, config, finished, title, told, use.notes)
+    told = {**choice.given, **({} if batches is None else describe_batches(batches))}
+    calibrated = batches is not None
+    notes = [*what_is_lost(config, plan, calibrated), *use.notes, *choice.notes("quantized")]
+    return _report(stack, plan, config, finished, title, told, notes)
 
 
 class _LayerChange:
@@ -194,8 +201,8 @@ def _report(
     config: OwlBnbConfig,
     finished: FinishedLayers,
     title: str,
-    batches: dict[str, int],
-    unchecked: list[str],
+    told: dict[str, Any],
+    remarks: list[str],
 ) -> RunReport:
     notes: list[Any] = [finished.notes[index] for index in range(len(stack))]
     layers = layer_table(stack, plan, config)
@@ -206,7 +213,7 @@ def _report(
     return RunReport(
         kind="quantize",
         model=title,
-        settings={"block": config.block, "double_quant": config.double_quant, "score": score_of(config), **batches},
+        settings={"block": config.block, "double_quant": config.double_quant, "score": score_of(config), **told},
         environment=environment(execution_device(model), next(_floating(model)).dtype),
         layers=layers,
         results={"bits": plan.stored, "planned_bytes": round(plan.stored * weights / 8), "module_bits": plan.bits},
@@ -214,10 +221,9 @@ def _report(
             f"{weights:,} weights of the layers' matrices are stored in {plan.stored:.3f} bits each, scales included."
         ],
         notes=[
-            *what_is_lost(config, plan, calibrated=bool(batches)),
-            *unchecked,
+            *remarks,
             *(f"no token entered {name}: rounded to nearest" for note in notes for name in note["unseen"]),
-            *(f"{name} is not quantized: {reason}" for name, reason in plan.left.items()),
+            *left_notes(stack, plan.left),
         ],
     )
 

@@ -15,9 +15,11 @@ from hf_cod.compression.quantization.config import OwlBnbConfig
 from hf_cod.compression.quantization.plan import plan_by, recorded, what_is_lost
 from hf_cod.compression.quantization.rounding import new_module, round_matrix
 from hf_cod.layers.direct_use import check_unwritten
+from hf_cod.layers.module_choice import choose_modules
 from hf_cod.layers.orientation import is_linear, new_matrix
 from hf_cod.layers.replacement_modules import ignore_signs, keep_names, names_in, signs
 from hf_cod.layers.replacement_modules import replace as replace_module
+from hf_cod.layers.sensitive_modules import left_notes
 from hf_cod.layers.stack import find_decoder_layers
 from hf_cod.models.stored_config import mark_stored, unmark_stored
 
@@ -50,15 +52,15 @@ class OwlBnbQuantizer(HfQuantizer):
         stack = find_decoder_layers(model)
         if config.statistics is not None:
             config.statistics.check(stack)
+        stack = choose_modules(stack, config).stack
         use = check_unwritten(stack.model)
         plan = plan_by(stack, config)
         self.statistics = config.statistics
         for sentence in (*what_is_lost(config, plan, calibrated=False), *use.notes):
             logger.warning("%s", sentence)
         self.quantization_config = recorded(config, plan)
-        for name, reason in plan.left.items():
-            if reason != "skipped":
-                logger.warning("%s is not quantized: %s", name, reason)
+        for sentence in left_notes(stack, {n: why for n, why in plan.left.items() if why != "skipped"}):
+            logger.warning("%s", sentence)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor of the checkpoint is a matrix to quantize."""

@@ -100,7 +100,16 @@ def new_module(linear: Any, bits: int, storage: StorageSettings, compute_dtype: 
 
 
 def fill(module: Any, tensors: dict[str, Tensor]) -> None:
-    """Assigns the tensors of `round_matrix` to the module."""
+    """Assigns the tensors of `round_matrix` to the module.
+
+    Raises:
+        ValueError: names, dtypes or shapes are not those of the module; its kernels rely on them.
+    """
+    expected = {name: (t.dtype, tuple(t.shape)) for name, t in module.state_dict().items() if name != "bias"}
+    found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(f"{name}: expected {expected.get(name, 'nothing')}, got {found.get(name, 'nothing')}")
     for name, tensor in tensors.items():
         owner = module.scales if name.startswith("scales.") else module
         setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=False))

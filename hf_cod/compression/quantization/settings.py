@@ -8,6 +8,8 @@ from typing import TypedDict
 
 from hf_cod.functional.bits import BITS, SCALE_BITS
 from hf_cod.io.arguments import checked
+from hf_cod.io.module_names import ModuleSettings, Names, check_names
+from hf_cod.io.settings import as_in
 
 BLOCKS = (32, 64, 128, 256)
 # Complete blocks store at most 5 bits (four, and a scale of 32 bits for each 32 weights), padded rows of small matrices
@@ -59,10 +61,13 @@ class QuantizeSettings(StorageSettings):
             "nargs": "*",
         },
     )
+    include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
+    exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bits(self.bits)
+        check_names(self)
 
 
 def check_bits(bits: float) -> None:

@@ -14,7 +14,7 @@ from hf_cod.analysis.statistics.input_products import MomentsRecorder
 from hf_cod.compression.width.gradients import Importance, measure_taylor
 from hf_cod.compression.width.matrices import cut
 from hf_cod.compression.width.methods import COMPENSATIONS, METHODS, needs_inputs
-from hf_cod.compression.width.planning import check_units, plan_of_units
+from hf_cod.compression.width.planning import check_units, plan_of_units, without_excluded
 from hf_cod.compression.width.settings import NarrowFields, NarrowSettings
 from hf_cod.compression.width.stock_config import set_stock_config
 from hf_cod.compression.width.width_plan import WidthPlan, kept_units
@@ -26,18 +26,18 @@ from hf_cod.io.report import RunReport
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batches, Texts, Tokenizer, describe_batches
 from hf_cod.layers.batches import batches_of, check_needed
-from hf_cod.layers.checks import check_sizes, check_writable
+from hf_cod.layers.checks import check_reshapeable, check_sizes
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import for_one_thread
+from hf_cod.layers.module_choice import choose_modules
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.unit_discovery import find_all_units
 from hf_cod.layers.units import Changes, LayerUnits, set_units, tensors_of_units
-from hf_cod.models.shapes import LowRankLinear
-from hf_cod.models.shaping import check_shapeable, record_shapes
+from hf_cod.models.shaping import record_shapes
 from hf_cod.scoring.allocation import LayerAllocation
 
 
@@ -112,8 +112,10 @@ def narrow(
         show_progress: show a progress bar.
         settings: how heads and channels are selected, and the error compensation.
         **fields: or fields of `NarrowSettings` by name: `channel_multiple`; numbers of channels are rounded to
-            multiples of it, as close to the budget as possible; for texts, also fields of `SampleSettings`:
-            sequence_length, max_samples, batch_size, pack, seed.
+            multiples of it, as close to the budget as possible; `include` and `exclude`, the matrices that may be cut,
+            as PEFT's target_modules and exclude_modules (heads or channels are removed only if all their matrices may
+            be cut; the budget is that of all matrices); for texts, also fields of `SampleSettings`: sequence_length,
+            max_samples, batch_size, pack, seed.
 
     Raises:
         ValueError: an unknown method or compensation, a plan for another model or out of range (says the least
@@ -134,17 +136,18 @@ def narrow(
         check_inputs(stack.model, batches)
     _check_model(stack)
     check_unwritten(stack.model, batches)
-    units = find_all_units(stack)
+    choice = choose_modules(stack, how)
+    units = without_excluded(find_all_units(stack), choice)
     chosen = _plan(stack, units, plan, how.channel_multiple)
     kept = kept_units(units, chosen)
-    described = WidthReporter(stack, units, name)
-    work = fingerprint_of_work(journal, stack.model, batches, method, compensation, kept)
+    described = WidthReporter(stack, units, name, choice.notes("narrowed"))
+    work = fingerprint_of_work(journal, stack.model, batches, method, compensation, kept, *choice.identity)
     taylor: Importance = {}
     if METHODS[method].gradients and batches:
         taylor = measure_taylor(stack, units, batches, show_progress)
     change = LayerChange(stack, units, kept, method, compensation, taylor)
     finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
-    told: dict[str, Any] = {"method": method, "compensation": compensation}
+    told: dict[str, Any] = {"method": method, "compensation": compensation, **choice.given}
     told["plan"] = f"parameter_share {chosen.budget:g} by {chosen.method}"
     told |= describe_batches(batches) if batches and (sequential or taylor) else {}
     try:
@@ -225,12 +228,8 @@ class LayerChange:
 
 
 def _check_model(stack: DecoderLayers) -> None:
-    check_shapeable(stack.model)
-    check_writable(stack)
+    check_reshapeable(stack, "narrow")
     check_independent(stack, "narrow")
-    before = next((name for name, m in stack.model.named_modules() if isinstance(m, LowRankLinear)), None)
-    if before is not None:
-        raise ValueError(f"model: expected dense matrices, got factors in {before}; narrow the original model")
 
 
 def _plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 from torch import nn
 
@@ -10,7 +11,9 @@ from hf_cod.compression.width.settings import WidthSettings
 from hf_cod.compression.width.width_plan import WidthPlan, plan_of_allocation
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.module_names import ModuleFields
 from hf_cod.io.settings import resolve
+from hf_cod.layers.module_choice import ModuleChoice, choose_modules
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.unit_discovery import find_all_units
 from hf_cod.layers.units import LayerUnits
@@ -26,6 +29,7 @@ def plan_width(
     *,
     layers_path: str | None = None,
     settings: WidthSettings | None = None,
+    **fields: Unpack[ModuleFields],
 ) -> WidthPlan:
     """Decides how many attention heads and MLP channels each layer keeps; the model is not changed.
 
@@ -40,15 +44,33 @@ def plan_width(
             default: 32.
         layers_path: module name of the layer stack, if it cannot be found automatically.
         settings: `WidthSettings`, instead of single fields.
+        **fields: or fields of `WidthSettings` by name: `include` and `exclude`, the matrices that may be cut, as PEFT's
+            target_modules and exclude_modules.
 
     Raises:
         ValueError: no heads or channels of a known structure, a share out of range (says the least possible), an
             allocation of another kind or for another model.
     """
-    how = resolve(plan_width, WidthSettings, settings, {}, channel_multiple=channel_multiple)
+    how = resolve(plan_width, WidthSettings, settings, fields, channel_multiple=channel_multiple)
     stack = find_decoder_layers(model, layers_path)
-    units = find_all_units(stack)
+    units = without_excluded(find_all_units(stack), choose_modules(stack, how))
     return plan_of_units(stack, units, parameter_share, how.channel_multiple)
+
+
+def without_excluded(units: Sequence[LayerUnits], choice: ModuleChoice) -> list[LayerUnits]:
+    """The units all of whose matrices are chosen; for the others, the reason why they are not removed."""
+    found = []
+    for layer in units:
+        left, whole = [], [*layer.whole]
+        for own in layer.found:
+            names = [name for name in (*own.readers, own.writer) if name in choice.excluded]
+            if names:
+                ends = ", ".join(name.rpartition(".")[2] for name in names)
+                whole.append(f"{own.kind} are not removed: they are rows or columns of {ends}, excluded by name")
+            else:
+                left.append(own)
+        found.append(LayerUnits(left, whole))
+    return found
 
 
 def plan_of_units(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hf_cod.io.arguments import checked
+from hf_cod.io.module_names import ModuleFields, ModuleSettings, Names, check_names
 from hf_cod.io.settings import SampleFields, as_in, check_choice
 
 # Method -> which heads and channels are kept; `narrow` has the details.
@@ -31,9 +32,12 @@ class WidthSettings:
         default=CHANNEL_MULTIPLE,
         metadata={"help": "round numbers of channels to multiples of this, for which kernels are fast"},
     )
+    include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
+    exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
     def __post_init__(self) -> None:
         check_channel_multiple(self.channel_multiple)
+        check_names(self)
 
 
 @checked
@@ -57,14 +61,17 @@ class NarrowSettings:
         },
     )
     channel_multiple: int = as_in(WidthSettings, "channel_multiple")
+    include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
+    exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
         check_choice("compensation", self.compensation, COMPENSATIONS)
         check_channel_multiple(self.channel_multiple)
+        check_names(self)
 
 
-class NarrowFields(SampleFields, total=False):
+class NarrowFields(ModuleFields, SampleFields, total=False):
     """Fields of `NarrowSettings`, and of samples, that `narrow` takes by name."""
 
     channel_multiple: int

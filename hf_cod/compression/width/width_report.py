@@ -10,6 +10,7 @@ from hf_cod.io.report import RunReport
 from hf_cod.layers.checks import name_of, pruned_matrices, sizes_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.finished_layers import FinishedLayers
+from hf_cod.layers.module_choice import in_layers
 from hf_cod.layers.size import count_parameters
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import KINDS, LayerUnits
@@ -28,10 +29,13 @@ class WidthReporter:
         stack: the layers.
         units: of each layer.
         name: the model's name, or None.
+        notes: for the report.
     """
 
-    def __init__(self, stack: DecoderLayers, units: Sequence[LayerUnits], name: str | None) -> None:
-        self.stack, self.units = stack, units
+    def __init__(
+        self, stack: DecoderLayers, units: Sequence[LayerUnits], name: str | None, notes: Sequence[str] = ()
+    ) -> None:
+        self.stack, self.units, self.notes = stack, units, notes
         self.name = name or name_of(stack)
         self.sizes = sizes_of(stack)
         self.parameters = count_parameters(stack.model)
@@ -69,6 +73,7 @@ class WidthReporter:
                 STOCK if stock else NOT_STOCK,
             ],
             notes=[
+                *self.notes,
                 *_told_whole(self.units),
                 *(f"no token entered {matrix}: narrowed by magnitude, without compensation" for matrix in unseen),
                 *self._filled(),
@@ -107,16 +112,7 @@ def _told_whole(units: Sequence[LayerUnits]) -> list[str]:
     for index, layer in enumerate(units):
         for reason in layer.whole:
             layers.setdefault(reason, []).append(index)
-    return [f"{_told_layers(found)}: {reason}" for reason, found in layers.items()]
-
-
-def _told_layers(layers: Sequence[int]) -> str:
-    first, last = layers[0], layers[-1]
-    if len(layers) == 1:
-        return f"layer {first}"
-    if len(layers) == last - first + 1:
-        return f"layers {first} to {last}"
-    return f"layers {', '.join(map(str, layers))}"
+    return [f"{in_layers(found)}: {reason}" for reason, found in layers.items()]
 
 
 def _share(units: LayerUnits, kind: str, kept: dict[str, int]) -> float | None:

@@ -11,7 +11,7 @@ from hf_cod.io.report import RunReport
 from hf_cod.reporting.plots.colours import FAR_IS_YELLOW, INK, NEAR_IS_YELLOW
 
 # Above this ratio between the largest and the smallest value, a linear scale shows only the largest.
-LOG_RATIO = 50
+LOG_RATIO = 20
 
 
 def heat_map(measure: str, title: str, label: str, colours: str = FAR_IS_YELLOW) -> Callable[[Any, RunReport], None]:

@@ -9,6 +9,7 @@ from typing import Any
 from hf_cod.io.report import RunReport, format_number, told_share
 from hf_cod.layers.checks import name_of, pruned_matrices
 from hf_cod.layers.devices import environment_of
+from hf_cod.layers.module_choice import choose_modules
 from hf_cod.layers.size import ModelSize, size_of, size_results
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.training.healing.matching import Matching
@@ -72,6 +73,7 @@ def healing_report(
         results=results,
         summary=summary,
         notes=[
+            *choose_modules(stack, sampling).notes("trained"),
             *harm_of_training(found["before"], found["after"], settings.rate),
             *([] if matching is None else [f"hidden states: layers matched {matching.how}"]),
         ],

@@ -21,6 +21,7 @@ from hf_cod.io.report import RunReport
 from hf_cod.io.settings import resolve
 from hf_cod.io.text import Batch, Batches, Texts, Tokenizer
 from hf_cod.layers.checks import check_length, pruned_matrices
+from hf_cod.layers.devices import check_in_memory
 from hf_cod.layers.fingerprints import digest_batches
 from hf_cod.layers.finished_layers import fingerprint_of_work
 from hf_cod.layers.modes import checkpointing_restored, for_one_thread, gradients_restored, modes_restored
@@ -106,6 +107,7 @@ def heal(
         check_tokenizers(tokenizer, teacher_tokenizer)
     check_effects(settings, sampling, scores)
     for stack in (mine, theirs):
+        check_in_memory(stack.model)
         check_length(stack.model, settings.sequence_length)
     data = _one_of(data, batches, texts)
     windows, held_out = _windows(data, tokenizer, held_out, settings, int(mine.config.vocab_size))

@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hf_cod.io.module_names import given_names
+from hf_cod.layers.module_choice import ModuleChoice, choose_modules
 from hf_cod.layers.replicas import average, processes, refuse_wrapped
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.training.owlore.increment import Increment
@@ -43,23 +45,28 @@ class ActiveLayers:
         others: names of modules that always train, in addition to the layers: "norm" (the norm after the last layer),
             "embeddings" (input and output). Task heads always train (a classifier may be new, and is small), and so do
             the modules in PEFT's `modules_to_save`.
+        settings: `include` and `exclude` choose the matrices of the layers that train, with their biases. Norms train
+            in each layer with a chosen matrix. None: all.
 
     Attributes:
         layers: for each layer, its parameters; a parameter that two layers share belongs to the first.
         always: parameters that always train.
+        choice: the chosen matrices.
 
     Raises:
-        ValueError: no layers found, sharded parameters (FSDP, DeepSpeed), or a model wrapped by
-            DistributedDataParallel.
+        ValueError: names that match no matrix, a choice of matrices in a model with adapters, no layers found, sharded
+            parameters (FSDP, DeepSpeed), or a model wrapped by DistributedDataParallel.
     """
 
-    def __init__(self, model: nn.Module, others: Sequence[str] = ("norm",)) -> None:
+    def __init__(self, model: nn.Module, others: Sequence[str] = ("norm",), settings: Any = None) -> None:
         self.model, self.stack = model, find_decoder_layers(model)
         refuse_shards(model)
         refuse_wrapped(model, [p for layer in self.stack for p in layer.parameters()])
+        self.choice = _chosen(self.stack, settings)
         release(model)
         self._names = {name: p for name, p in self.stack.model.named_parameters() if p.requires_grad}
-        seen: set[int] = set()
+        left = left_by(self.choice)
+        seen = {id(p) for p in left}
         self.layers: list[list[nn.Parameter]] = [_trainable(layer, seen) for layer in self.stack]
         self.always: list[nn.Parameter] = []
         for module in (*_around(self.stack, others), *_saved_with_adapters(model)):
@@ -67,7 +74,7 @@ class ActiveLayers:
         if not any(self.layers):
             raise ValueError("model: expected trainable layers, got frozen or quantized ones; unfreeze them")
         if not _has_adapters(model):
-            warn_of_untrained(self.stack, [p for parameters in (*self.layers, self.always) for p in parameters])
+            warn_of_untrained(self.stack, [p for parameters in (*self.layers, self.always, left) for p in parameters])
         kept = {id(p) for parameters in (*self.layers, self.always) for p in parameters}
         for parameter in model.parameters():
             if id(parameter) not in kept:
@@ -133,6 +140,37 @@ class ActiveLayers:
         if processes() > 1 and not self.always:
             # DDP rejects a model without parameters to average; this parameter is not part of the loss.
             self.model.register_parameter(ANCHOR, nn.Parameter(torch.zeros((), device=_device(self.model))))
+
+
+def _chosen(stack: DecoderLayers, settings: Any) -> ModuleChoice:
+    """The matrices that train.
+
+    Raises:
+        ValueError: names that match no matrix, or a choice in a model with adapters, whose config has it.
+    """
+    names = {} if settings is None else given_names(settings)
+    if names and _has_adapters(stack.model):
+        name = next(iter(names))
+        raise ValueError(
+            f"{name}: expected none in a model with adapters, got {names[name]!r}; set target_modules and "
+            "exclude_modules of the adapter's config"
+        )
+    return choose_modules(stack, settings) if names else ModuleChoice(stack)
+
+
+def left_by(choice: ModuleChoice) -> list[nn.Parameter]:
+    """The parameters that a choice of matrices leaves: those of excluded matrices, and of layers with no other ones."""
+    if not choice.given:
+        return []
+    found: list[nn.Parameter] = []
+    for index, layer in enumerate(choice.stack):
+        if not choice.stack.input_shapes(index):
+            found += layer.parameters()
+    for name in choice.excluded:  # a module, or a parameter of a bank of experts
+        parent, _, key = name.rpartition(".")
+        each: Any = getattr(choice.stack.model.get_submodule(parent), key)
+        found += [each] if isinstance(each, nn.Parameter) else each.parameters()
+    return found
 
 
 def warn_of_untrained(stack: DecoderLayers, trained: Sequence[Tensor]) -> None:

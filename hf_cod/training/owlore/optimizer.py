@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_cod.functional.randomness import generator_of
 from hf_cod.io.arguments import checked
+from hf_cod.io.module_names import without_unset
 from hf_cod.io.settings import resolve
 from hf_cod.layers.replicas import broadcast_weights, digest_bits, digest_structure, digest_weights, processes, together
 from hf_cod.layers.stock_four_bit import keep_unpacked
@@ -70,7 +71,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
         eps: Adam's epsilon.
         weight_decay: decoupled weight decay.
         settings: `OwLoreSettings`, instead of single fields.
-        **fields: fields of `OwLoreSettings` by name: n_active, interval, rank, ...
+        **fields: fields of `OwLoreSettings` by name: n_active, interval, rank, ...; `include` and `exclude` choose the
+            matrices that train, as PEFT's target_modules and exclude_modules; norms train in each layer with one.
 
     Raises:
         ValueError: bad settings, more layers than the model has, a rank above a layer's width, scores of another model,
@@ -116,7 +118,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         if self.settings.moments == "8bit":
             codebook(signed=True), codebook(signed=False)  # now, rather than in a step, if bitsandbytes is missing
         others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
-        self.layers = ActiveLayers(model, others)
+        self.layers = ActiveLayers(model, others, self.settings)
         self.increments = Increments(list(self.layers.stack), self.layers.layers)
         self.settings = fitted(self.increments.settings(self.settings), self.layers)
         self.sampler = make_sampler(scores, self.layers, self.settings)
@@ -218,7 +220,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
     def _described(self) -> dict[str, Any]:
         """The settings that must be the same when a run is resumed, as plain numbers and strings."""
         free = ("fused", "deselected")
-        settings = {k: v for k, v in asdict(self.settings).items() if k not in free}
+        settings = {k: v for k, v in without_unset(asdict(self.settings)).items() if k not in free}
         probabilities = [round(p, 12) for p in self.sampler.probabilities]
         return {**settings, **self.increments.described(), "probabilities": probabilities}
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_cod.io.module_names import FIELDS
+
 KEY = "owlore"
 
 
@@ -31,7 +33,8 @@ def check_state(
     saved = state_dict.get(KEY)
     if saved is None:
         raise ValueError(f"state_dict: expected one of OwLoreAdamW, got one without {KEY!r}")
-    for name, value in described.items():
+    unset = {name: None for name in FIELDS if name not in described}
+    for name, value in {**described, **unset}.items():
         if saved.get(name) != value:
             raise ValueError(
                 f"{name}: expected {saved.get(name)!r} as in the checkpoint, got {value!r}; resume with the same "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypedDict
 
 from hf_cod.io.arguments import checked
+from hf_cod.io.module_names import ModuleFields, ModuleSettings, Names, check_names
 from hf_cod.io.settings import Default, as_in, check_choice, check_least, check_number
 
 DEFAULT_FLOOR = 0.2
@@ -78,8 +78,11 @@ class OwLoreSettings:
         },
     )
     seed: int = field(default=0, metadata={"help": "seed of all random choices"})
+    include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
+    exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
 
     def __post_init__(self) -> None:
+        check_names(self)
         self.rank = self.rank or None
         check_least(self, n_active=1, interval=1, rank=1)
         if not 0 < self.scale < float("inf"):
@@ -90,7 +93,7 @@ class OwLoreSettings:
             check_choice(name, getattr(self, name), allowed)
 
 
-class OwLoreFields(TypedDict, total=False):
+class OwLoreFields(ModuleFields, total=False):
     """Fields of `OwLoreSettings` that `OwLoreAdamW` takes by name."""
 
     n_active: int

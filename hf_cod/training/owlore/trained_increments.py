@@ -16,6 +16,8 @@ _NOT_OURS = {
     "rank": "set OwLoreConfig(r=...)",
     "scale": "updates of adapters are not scaled; set lr",
     "train_embeddings": "name them in OwLoreConfig(modules_to_save=...)",
+    "include": "set OwLoreConfig(target_modules=...)",
+    "exclude": "set OwLoreConfig(exclude_modules=...)",
     "deselected": "moments are always dropped when an increment is folded, because its basis is gone",
 }
 

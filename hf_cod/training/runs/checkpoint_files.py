@@ -87,13 +87,14 @@ def newest_whole(
 
     Args:
         checkpoints: (step, folder), the newest first.
-        marker: see `check_files`.
+        marker: the file that is written last. If it is Trainer's state, `check_files` checks the checkpoint first.
         skipped: called with each newer checkpoint and the reason why it is skipped.
         check: raises ValueError if the files of a (folder, step) are those of another run.
     """
     for step, path in checkpoints:
         try:
-            check_files(path, marker, step)
+            if marker == STATE:
+                check_files(path, marker, step)
             check(path, step)
         except ValueError as error:
             skipped(path, one_line(error))

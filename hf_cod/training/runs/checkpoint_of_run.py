@@ -31,13 +31,19 @@ with advice_silenced():  # of bitsandbytes, which is imported with PEFT
 _RATES = ("lr", "initial_lr")  # what the schedule of the learning rate sets
 
 
-def check_of_run(trainer: Any, checkpoint: Path, step: int) -> None:
+def check_of_run(trainer: Any, checkpoint: Path, step: int, *, same_batches: bool = True) -> None:
     """Checks that a Trainer whose optimizer exists can resume from a checkpoint.
+
+    Args:
+        trainer: the Trainer.
+        checkpoint: the checkpoint's folder.
+        step: its expected step.
+        same_batches: whether the size of its micro-batches must be that of the checkpoint.
 
     Raises:
         ValueError: weights or optimizer state are of another model or run, or not finite.
     """
-    _check_state_of_trainer(trainer, read_trainer_state(checkpoint / STATE, step))
+    _check_state_of_trainer(trainer, read_trainer_state(checkpoint / STATE, step), same_batches)
     check_weights(trainer.model, checkpoint)
     saved = None
     path = checkpoint / OPTIMIZER
@@ -49,9 +55,10 @@ def check_of_run(trainer: Any, checkpoint: Path, step: int) -> None:
         _check_scheduler(trainer, read_scheduler(path, step), saved, step)
 
 
-def _check_state_of_trainer(trainer: Any, state: dict[str, Any]) -> None:
+def _check_state_of_trainer(trainer: Any, state: dict[str, Any], same_batches: bool) -> None:
     """Checks what Trainer reads of its state without a check."""
-    for name, own in (("max_steps", trainer.args.max_steps), ("train_batch_size", trainer.args.train_batch_size)):
+    for name in ("max_steps", "train_batch_size") if same_batches else ("max_steps",):
+        own = getattr(trainer.args, name)
         if state.get(name) != own:
             raise ValueError(f"{name}: expected {own}, got {state.get(name)}")
     for kind in ("logging", "eval", "save"):
@@ -154,17 +161,16 @@ def _check_groups(own: list[dict[str, Any]], saved: Any) -> None:
             raise ValueError(f"{OPTIMIZER}: expected groups of {len(mine['params'])} parameters, got others")
         if set(theirs) - {"initial_lr"} != set(mine) - {"initial_lr"}:
             raise ValueError(f"{OPTIMIZER}: expected the settings {', '.join(mine)}, got {', '.join(map(str, theirs))}")
+        peak = mine.get("initial_lr", mine["lr"])  # a schedule that exists has set the first rate
         for name, value in theirs.items():
             if name in _RATES:
-                right = finite(value) and 0 <= value <= mine["lr"]
+                right = finite(value) and 0 <= value <= peak
             elif isinstance(mine[name], bool | None):  # how a step is computed, which depends on the device
                 right = isinstance(value, bool | None)
             else:
                 right = name == "params" or (type(value) is not Tensor and value == mine[name])
             if not right:
-                raise ValueError(
-                    f"{OPTIMIZER}: expected {name} {brief(mine.get(name, mine['lr']))}, got {brief(value)}"
-                )
+                raise ValueError(f"{OPTIMIZER}: expected {name} {brief(mine.get(name, peak))}, got {brief(value)}")
 
 
 def _check_state(number: int, state: Any, expected: Layout, step: int) -> None:

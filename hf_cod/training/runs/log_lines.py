@@ -1,4 +1,4 @@
-"""A training's progress: a bar on a terminal, else one line per record, with the time left."""
+"""A training's progress: a bar on a terminal, else one line after the first step and per record, with the time left."""
 
 from __future__ import annotations
 
@@ -34,14 +34,22 @@ class LogLines(TrainerCallback):
         if state.global_step and state.is_world_process_zero:
             print(f"resuming after step {state.global_step} of {state.max_steps}", flush=True)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        """After the first step prints the time left, unless its record says so."""
+        if state.is_world_process_zero and state.global_step == self._first + 1 and not control.should_log:
+            print(f"step {state.global_step} of {state.max_steps}: {self._left(state)} left", flush=True)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **about: Any) -> None:
         """Prints one line; the summary that Trainer logs at the end is left to the report."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        done = max(1, state.global_step - self._first)
-        seconds = (time.perf_counter() - self._begun) / done * (state.max_steps - state.global_step)
         loss = format_number(float(logs["loss"]))
-        print(f"step {state.global_step} of {state.max_steps}: loss {loss}, {duration(seconds)} left", flush=True)
+        print(f"step {state.global_step} of {state.max_steps}: loss {loss}, {self._left(state)} left", flush=True)
+
+    def _left(self, state: Any) -> str:
+        """The time of the remaining steps, if each takes as long as those before."""
+        done = max(1, state.global_step - self._first)
+        return duration((time.perf_counter() - self._begun) / done * (state.max_steps - state.global_step))
 
 
 def duration(seconds: float) -> str:

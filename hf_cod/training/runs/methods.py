@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_cod.io.module_names import FIELDS
 from hf_cod.layers.direct_use import not_adaptable
-from hf_cod.layers.stack import find_decoder_layers
+from hf_cod.layers.module_choice import choose_modules
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.training.owlore.active_layers import left_by
 from hf_cod.training.owlore.eight_bit import codebook
 from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.owlore.trained_increments import check_beside_adapters
@@ -42,27 +45,43 @@ class Method:
 
 
 def _full(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int) -> tuple[nn.Module, Any]:
-    return model.requires_grad_(True), None
+    model.requires_grad_(True)
+    for parameter in left_by(choose_modules(find_decoder_layers(model), settings)):
+        parameter.requires_grad_(False)
+    return model, None
 
 
 def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int) -> tuple[nn.Module, Any]:
     require_peft("method lora")
     from peft import LoraConfig
 
-    stack = find_decoder_layers(model)
+    stack = choose_modules(find_decoder_layers(model), settings).stack
     # Full names, because a factorized layer has other modules than a dense one.
-    excluded = not_adaptable(stack)
-    names = [name for i in range(len(stack)) for name in stack.linears(i) if name not in excluded]
+    names = _adaptable(stack)
     heads = list(stack.task_heads) or None  # a classifier may be new: it trains in full
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names, modules_to_save=heads)
     keep_unpacked(model)
     return with_adapters(model, config, settings.seed), None
 
 
+def _adaptable(stack: DecoderLayers) -> list[str]:
+    """The matrices that get adapters.
+
+    Raises:
+        ValueError: none is left.
+    """
+    reasons = not_adaptable(stack)
+    names = [name for index in range(len(stack)) for name in stack.linears(index) if name not in reasons]
+    if not names:
+        raise ValueError("include: expected matrices that adapters can be added to, got none of them")
+    return names
+
+
 def _galore(
     model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lora_rank: int
 ) -> tuple[nn.Module, Any]:
-    alike = replace(settings, n_active=len(find_decoder_layers(model)))
+    stack = choose_modules(find_decoder_layers(model), settings).stack
+    alike = replace(settings, n_active=sum(bool(stack.input_shapes(index)) for index in range(len(stack))))
     return model, owlore(None, lr=lr, **asdict(alike))
 
 
@@ -87,9 +106,12 @@ def _owlore_peft(
 
     if settings.rank is None:
         raise ValueError(_NO_RANK)
-    heads = list(find_decoder_layers(model).task_heads) or None  # a classifier may be new: it trains in full
-    wrapped = with_adapters(model, OwLoreConfig(r=settings.rank, modules_to_save=heads), settings.seed)
-    others = {key: value for key, value in asdict(settings).items() if key != "rank"}
+    choice = choose_modules(find_decoder_layers(model), settings)
+    heads = list(choice.stack.task_heads) or None  # a classifier may be new: it trains in full
+    targets = _adaptable(choice.stack) if choice.given else None
+    config = OwLoreConfig(r=settings.rank, target_modules=targets, modules_to_save=heads)
+    wrapped = with_adapters(model, config, settings.seed)
+    others = {key: value for key, value in asdict(settings).items() if key not in ("rank", *FIELDS)}
     return wrapped, owlore(scores, lr=lr, **others)
 
 
@@ -105,7 +127,7 @@ def check_method(method: str, settings: OwLoreSettings) -> None:
     if method == "owlore-peft":
         if settings.rank is None:
             raise ValueError(_NO_RANK)
-        check_beside_adapters(settings, but=("rank",))
+        check_beside_adapters(settings, but=("rank", *FIELDS))
     if settings.moments == "8bit":
         codebook(signed=True)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.io.files import write_json
+from hf_cod.io.module_names import without_unset
 from hf_cod.io.output_checks import check_place
 from hf_cod.io.reading import as_read, naming_file, read_json
 from hf_cod.io.schema import check_value
@@ -115,7 +116,7 @@ def check_claim(directory: Path, wanted: dict[str, Any], *, finished: bool = Fal
     wanted = as_read(wanted)
     noted = _noted(directory / SETTINGS)
     found = noted or (_reported(directory) if finished else {})
-    held = _check_held(directory, known=bool(found) if finished else wanted.keys() <= found.keys())
+    held = _check_held(directory, known=bool(found) if finished else without_unset(wanted).keys() <= found.keys())
     changed = [name for name, value in wanted.items() if name in found and found[name] != value]
     if changed and (held or (directory / REPORT).exists()):
         name = changed[0]

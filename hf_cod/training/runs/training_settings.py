@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from hf_cod.io.arguments import checked, shown
+from hf_cod.io.module_names import FIELDS
 from hf_cod.io.settings import (
     Default,
     DefaultName,
@@ -46,7 +47,7 @@ LEARNING_RATES = {"owlore": 1e-3, "lisa": 3e-4, "galore": 1e-3, "owlore-peft": 1
 DRAW_BY_SCORES = ("owlore", "owlore-peft")
 # Method -> settings of the sampling that it fixes.
 FIXED: dict[str, dict[str, Any]] = {"lisa": {"rank": None, "floor": 1.0, "train_embeddings": True}}
-_OF_SAMPLING = tuple(name for name in OwLoreSettings.__dataclass_fields__ if name != "seed")
+_OF_SAMPLING = tuple(name for name in OwLoreSettings.__dataclass_fields__ if name not in ("seed", *FIELDS))
 # Method -> settings of the sampling that have no effect; `methods.check_method` has those of adapters of OwLore.
 _UNUSED = {"galore": ("n_active", "floor", "deselected"), "lora": _OF_SAMPLING, "full": _OF_SAMPLING}
 
@@ -190,7 +191,7 @@ def for_samples(settings: Trained, samples: int, begun: int | None = None) -> Tr
         if steps < DEFAULT_STEPS:
             logger.warning(
                 "steps: %d instead of the default %d: %g passes over the %d training samples; use --passes or --steps "
-                "for more",
+                "for more or fewer",
                 steps,
                 DEFAULT_STEPS,
                 round(steps * settings.batch_size / samples, 1),

@@ -1,4 +1,5 @@
 import copy
+import json
 from pathlib import Path
 
 import datasets
@@ -11,12 +12,13 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from hf_cod import MeasurementError, RunReport, diagnose
+from hf_cod import MeasurementError, RunReport, diagnose, pack_sparse, prune
 from hf_cod.analysis.diagnostics import diagnosis
 from hf_cod.analysis.diagnostics.diagnosis import METRICS
 from hf_cod.analysis.diagnostics.findings import summarize
+from hf_cod.io.reading import checksum
 from tests.references import without_layer
-from tests.tiny_models import FAMILIES, batch_for, build
+from tests.tiny_models import FAMILIES, batch_for, build, two_batches
 from tests.tiny_tokenizers import bert_like, gpt_like
 
 TEXT = "one two three four five six seven eight nine ten " * 40
@@ -343,3 +345,59 @@ def test_bad_input():
         model.model.layers[2].mlp.down_proj.weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match="first in the output of layer 2"):
         diagnose(model, gpt_like(), TEXT, **QUICK)
+
+
+def test_another_packed_model_in_the_same_directory_is_measured_again(tmp_path):
+    """Matrices of packed models are buffers. Embeddings, norms and masks are the same here."""
+    found = []
+    for factor in (1.0, -0.5):
+        model = build("llama")
+        prune(model, 0.5, method="magnitude")
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.data *= factor
+        pack_sparse(model, 0.4)
+        found.append(diagnose(model, batches=two_batches(model), output=tmp_path, show_progress=False))
+    alone = diagnose(model, batches=two_batches(model), show_progress=False)
+    assert found[1].layers == alone.layers != found[0].layers
+
+
+def forge(path, change):
+    """Changes each result of a journal, and computes its checksum again."""
+    lines = []
+    for line in path.read_text().splitlines():
+        record = json.dumps([*json.loads(line)[:2], change(json.loads(line)[2])])
+        lines.append(f'{record[:-1]}, "{checksum(record)}"]\n')
+    path.write_text("".join(lines))
+
+
+def with_first_number(value, number):
+    """A copy of nested dicts and lists with another first number."""
+    if isinstance(value, dict):
+        first = next(iter(value))
+        return {**value, first: with_first_number(value[first], number)}
+    return [with_first_number(value[0], number), *value[1:]] if isinstance(value, list) else number
+
+
+CHANGES = {
+    "null": lambda value: None,
+    "text": lambda value: with_first_number(value, "x"),
+    "true": lambda value: with_first_number(value, True),
+    "below the range": lambda value: with_first_number(value, -5.0),
+    "infinite": lambda value: with_first_number(value, float("inf")),
+    "nested": lambda value: with_first_number(value, [1.0]),
+    "short": lambda value: value[:-1] if isinstance(value, list) else {**value, "layers": {}},
+    "empty": lambda value: type(value)(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_results_in_a_journal_that_cannot_be_this_models_are_computed_again(name, tmp_path, caplog):
+    model = build("llama")
+    whole = diagnose(model, batches=two_batches(model), output=tmp_path)
+    forge(tmp_path / "journal.jsonl", CHANGES[name])
+    resumed = diagnose(model, batches=two_batches(model), output=tmp_path)
+    assert (resumed.layers, resumed.results) == (whole.layers, whole.results)
+    assert "has a damaged result" in caplog.text
+    caplog.clear()
+    again = diagnose(model, batches=two_batches(model), output=tmp_path)
+    assert again.results == whole.results and not caplog.records

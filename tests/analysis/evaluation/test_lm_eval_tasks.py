@@ -1,5 +1,6 @@
 import builtins
 import json
+from functools import partial
 
 import lm_eval.tasks
 import pytest
@@ -90,8 +91,12 @@ def test_bad_tasks(task, monkeypatch):
     model, tokenizer = build("llama"), gpt_like()
     with pytest.raises(ValueError, match="tasks: expected at least one task of lm-eval, got none"):
         evaluate_tasks(model, tokenizer, [])
+    quick = partial(lm_eval.tasks.TaskManager, include_defaults=False)  # reading all of its tasks takes 20 s
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_defaults: quick())
+    lm_eval_tasks._known_tasks.cache_clear()
     with pytest.raises(ValueError, match=r"tasks: expected tasks that lm-eval can load, got \['no_such_task'\]"):
         evaluate_tasks(model, tokenizer, ["no_such_task"])
+    lm_eval_tasks._known_tasks.cache_clear()
     real = builtins.__import__
 
     def without(name, *rest):

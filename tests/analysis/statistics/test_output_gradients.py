@@ -99,7 +99,9 @@ def test_bfloat16_and_one_layer():
 
 def test_models_without_a_loss():
     model = build("llama").model
-    with pytest.raises(ValueError, match="batches: expected a loss and floating-point weights in memory, but LlamaMod"):
+    with pytest.raises(
+        ValueError, match="batches: expected a loss and floating-point weights in memory, got none: LlamaMod"
+    ):
         measure_loss_weights(find_decoder_layers(model), [batch_for(model)])
 
 

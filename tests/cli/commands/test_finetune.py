@@ -382,3 +382,22 @@ def test_a_run_that_resumes_with_no_step_left_has_no_time_of_a_step(tmp_path, mo
     assert main(command) == 0
     report = RunReport.load(tmp_path / "out")
     assert report.results["seconds_a_step"] is None and "per step" not in report.summary[0]
+
+
+def test_a_choice_of_modules_is_recorded_and_a_run_of_another_is_not_resumed(checkpoint, capsys):
+    def finetune_without(*names):
+        quick = "--sequence-length 8 --steps 4 --batch-size 2 --micro-batch-size 2 --eval-samples 4 --n-active 2"
+        files = ["--text", str(checkpoint / "text.txt"), "--output", str(checkpoint / "out"), "--no-plots"]
+        more = [*quick.split(), "--interval", "2", "--rank", "4", "--exclude", *names]
+        return main(["finetune", str(checkpoint / "model"), *files, *more])
+
+    assert finetune_without("q_proj", "up_proj") == 0
+    report = RunReport.load(checkpoint / "out")
+    assert report.settings["exclude"] == ["q_proj", "up_proj"] and report.settings["include"] is None
+    assert any("8 matrices" in note and "are not trained, by exclude" in note for note in report.notes)
+    old, new = (dict(load_model(str(checkpoint / name))[0].named_parameters()) for name in ("model", "out"))
+    assert all(torch.equal(old[n], new[n]) for n in old if "q_proj" in n or "up_proj" in n)
+    assert any(not torch.equal(old[n], new[n]) for n in old if "o_proj" in n)
+    capsys.readouterr()
+    assert finetune_without("o_proj") == 2
+    assert "output: expected" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 import pytest
 
 from hf_cod import LayerAllocation, find_decoder_layers, perplexity
-from hf_cod.cli.commands.prune import PruneOptions
+from hf_cod.cli.commands.prune import PruneOptions, make_parser
 from hf_cod.cli.main import main
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport, format_number
@@ -197,3 +197,26 @@ def test_a_score_that_does_harm_gives_way(checkpoint, capsys):
         assert (f"score {name} had a higher perplexity" in shown) == harmful == ("fallback" in report.results)
         found[name] = harmful
     assert True in found.values(), "else nothing was seen here"
+
+
+def test_a_choice_of_modules_is_recorded_and_the_budget_is_theirs(checkpoint, capsys):
+    more = ["--include", r".*\.[123]\..*", "--exclude", "up_proj", "q_proj", "--sparsity", "0.6", "--spread", "0.1"]
+    assert prune(checkpoint, "out", *more, "--force", "--no-plots") == 0
+    report = RunReport.load(checkpoint / "out")
+    assert report.settings["include"] == r".*\.[123]\..*" and report.settings["exclude"] == ["up_proj", "q_proj"]
+    old, new = (find_decoder_layers(load_model(str(checkpoint / name))[0]) for name in ("model", "out"))
+    kept, zeros, chosen = [], 0, 0
+    for index in range(4):
+        for (name, before), (_, after) in zip(old.matrices(index), new.matrices(index), strict=True):
+            if index == 0 or name.endswith(("up_proj", "q_proj")):
+                assert (before == after).all(), name
+                kept.append(name)
+            else:
+                zeros, chosen = zeros + int((after == 0).sum()), chosen + after.numel()
+    assert report.results["sparsity"] == zeros / chosen == pytest.approx(0.6, abs=2e-3)
+    assert f"{len(kept)} matrices" in next(note for note in report.notes if "are not pruned" in note)
+    words = make_parser().words(report.settings)
+    assert words[words.index("--include") + 1] == r".*\.[123]\..*"
+    assert make_parser().parse(words)[2].exclude == ["up_proj", "q_proj"]
+    assert prune(checkpoint, "other", "--exclude", "upproj") == 2
+    assert "exclude: expected names of the layers' matrices, such as up_proj" in capsys.readouterr().err

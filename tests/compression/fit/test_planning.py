@@ -57,7 +57,7 @@ def trials(tmp_path_factory):
     [
         ("parameter_share", ["rank"], 0.8),
         ("parameter_share", ["depth", "width"], 0.7),
-        ("bits", ["rank", "bits"], 3.4),
+        pytest.param("bits", ["rank", "bits"], 3.4, marks=pytest.mark.slow),
         ("memory", ["rank", "sparsity"], None),
     ],
 )

@@ -60,11 +60,12 @@ def test_a_dollar_in_a_name_is_no_formula():
     assert not [text for text in named if is_math_text(text)]
 
 
-@pytest.mark.parametrize("name", ["a\x1b[31mb", "\u202egnp", "模型", "\N{GRINNING FACE}", "مرحبا", "two\nlines"])
-def test_names_that_the_font_lacks_give_no_warning_and_control_characters_are_visible(name, tmp_path):
+def test_names_that_the_font_lacks_give_no_warning_and_control_characters_are_visible(tmp_path):
+    names = ["a\x1b[31mb", "\u202egnp", "模型", "\N{GRINNING FACE}", "مرحبا", "two\nlines"]
+    joined = " ".join(names)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = plot_report(report(model=name), tmp_path)
+        figure = plot_report(report(model=joined), tmp_path)
         figure._repr_png_()
-        plot_comparison([report(), report(model=name)], ["a", name], tmp_path)
-    assert figure.get_suptitle().startswith(terminal_text(name))
+        plot_comparison([report(model=name) for name in names], names, tmp_path)
+    assert figure.get_suptitle().startswith(terminal_text(joined))

@@ -29,7 +29,8 @@ def test_each_record_is_a_line_of_its_own(tmp_path, capsys):
     training = train(model, optimizer, windows, settings, 0, tmp_path, lasting=False)
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["step 2 of 4", "step 4 of 4"]
-    for line, (_, loss) in zip(lines, training.curve, strict=True):
+    assert [line.partition(":")[0] for line in lines] == ["step 1 of 4", "step 2 of 4", "step 4 of 4"]
+    assert lines[0].endswith(" s left") and "loss" not in lines[0], "the time is told before the first record"
+    for line, (_, loss) in zip(lines[1:], training.curve, strict=True):
         assert f": loss {loss:.4g}" in line and line.endswith(" s left")
     assert "\r" not in shown.out + shown.err and "{" not in shown.out

@@ -1,6 +1,7 @@
 """A run's directory: resumed by the same run, refused to others, and never one that holds something else."""
 
 import json
+import re
 
 import pytest
 
@@ -115,3 +116,23 @@ def test_what_is_only_named_like_a_checkpoint_and_a_file(tmp_path):
     with pytest.raises(ValueError, match="expected a directory, got the file"):
         claim(tmp_path / "file", WANTED)
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_run_that_excludes_modules_is_not_resumed_by_one_that_does_not(tmp_path):
+    for begun, resumed in ((["q_proj"], None), (None, ["q_proj"]), (["q_proj"], ["o_proj"])):
+        directory = tmp_path / str(len([*tmp_path.iterdir()]))
+        claim(directory, {"lr": 1, "include": None, "exclude": begun})
+        (directory / "checkpoint-2").mkdir()
+        claim(directory, {"lr": 1, "include": None, "exclude": begun})
+        claim(directory, {"lr": 1})
+        with pytest.raises(ValueError, match=re.escape(f"exclude: expected {begun!r}, as in the run")):
+            claim(directory, {"lr": 1, "include": None, "exclude": resumed})
+
+
+def test_a_run_of_an_earlier_version_has_no_choice_of_modules(tmp_path):
+    claim(tmp_path, {"lr": 1})
+    (tmp_path / "checkpoint-2").mkdir()
+    claim(tmp_path, {"lr": 1, "include": None, "exclude": None})
+    (tmp_path / "settings.json").write_text('{"lr": 1}')
+    with pytest.raises(ValueError, match="holds checkpoint-2 of another run"):
+        claim(tmp_path, {"lr": 1, "include": None, "exclude": ["q_proj"]})

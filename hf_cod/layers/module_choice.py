@@ -1,0 +1,112 @@
+"""The matrices of the layers that a function changes, by the settings `include` and `exclude`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hf_cod.io.module_names import given_names, matching
+from hf_cod.layers.orientation import shape_of
+from hf_cod.layers.stack import DecoderLayers
+
+
+@dataclass(frozen=True)
+class ModuleChoice:
+    """The chosen matrices.
+
+    Attributes:
+        stack: the layers, of whose matrices only the chosen ones are listed.
+        excluded: name of each matrix that is not chosen -> its number of weights.
+        given: the settings by which the matrices were chosen; empty if all were.
+    """
+
+    stack: DecoderLayers
+    excluded: Mapping[str, int] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    def notes(self, done: str) -> list[str]:
+        """A sentence for a report that counts and names what is excluded; none if nothing is.
+
+        Args:
+            done: what is not done to them, such as "pruned".
+        """
+        if not self.excluded:
+            return []
+        how = " and ".join(f"{name} {value!r}" for name, value in self.given.items())
+        count = "1 matrix" if len(self.excluded) == 1 else f"{len(self.excluded)} matrices"
+        return [
+            f"{count} of {sum(self.excluded.values()):,} weights are not {done}, by {how}: "
+            f"{'; '.join(by_place(self.excluded))}"
+        ]
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the fingerprint of a journal has in addition; empty if all matrices are chosen."""
+        return [sorted(self.excluded)] if self.excluded else []
+
+
+def choose_modules(stack: DecoderLayers, settings: Any) -> ModuleChoice:
+    """The matrices that `settings.include` and `settings.exclude` leave; where both match, exclude wins.
+
+    A bank of experts can be named as a whole, or by one of its parameters.
+
+    Raises:
+        ValueError: a name or an expression that matches no matrix, or a choice of no matrix.
+    """
+    given = given_names(settings)
+    if not given:
+        return ModuleChoice(stack)
+    names = _names(stack)
+    included = matching("include", given["include"], names) if "include" in given else set()
+    chosen = included or {*names}
+    if "exclude" in given:
+        chosen = chosen - matching("exclude", given["exclude"], names)
+    if not chosen:
+        raise ValueError(f"exclude: expected names that leave some of the included matrices, got {given['exclude']!r}")
+    excluded = {name: weights for name, weights in _sizes(stack).items() if name not in chosen}
+    view = replace(stack, excluded=frozenset(excluded), included=frozenset(included & chosen))
+    return ModuleChoice(view, excluded, given)
+
+
+def by_place(names: Iterable[str]) -> list[str]:
+    """Names of matrices in short: one for all layers that have it, with their numbers."""
+    places: dict[str, list[int]] = {}
+    for name in names:
+        number = re.search(r"\.(\d+)\.", name)
+        place = name if number is None else f"{name[: number.start()]}.*.{name[number.end() :]}"
+        places.setdefault(place, []).append(-1 if number is None else int(number[1]))
+    return [place if layers == [-1] else f"{place} ({in_layers(layers)})" for place, layers in places.items()]
+
+
+def in_layers(layers: list[int]) -> str:
+    """The numbers of layers in words, such as "layers 0 to 3"."""
+    first, last = layers[0], layers[-1]
+    if len(layers) == 1:
+        return f"layer {first}"
+    if layers == [*range(first, last + 1)]:
+        return f"layers {first} to {last}"
+    return f"layers {', '.join(map(str, layers))}"
+
+
+def _names(stack: DecoderLayers) -> dict[str, set[str]]:
+    """Matrix -> the names that it can be called by: its own, and that of its bank of experts."""
+    found: dict[str, set[str]] = {}
+    for index in range(len(stack)):
+        banks = stack.experts(index)
+        for name in stack.input_shapes(index):
+            bank = name.rpartition(".")[0]
+            found[name] = {name, bank} if bank in banks else {name}
+    return found
+
+
+def _sizes(stack: DecoderLayers) -> dict[str, int]:
+    """Matrix -> its number of weights, those of all experts together; nothing is loaded or decoded."""
+    found: dict[str, int] = {}
+    for index in range(len(stack)):
+        found |= {name: math.prod(shape_of(module)) for name, module in stack.linears(index).items()}
+        for bank, module in stack.experts(index).items():
+            found |= {f"{bank}.{key}": p.numel() for key, p in stack.parameters_of(bank, module)}
+    return found

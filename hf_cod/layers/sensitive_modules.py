@@ -1,0 +1,150 @@
+"""Matrices that are small and decide much, found by structure: routers, gates of one row, and latent projections.
+
+- A router has one row for each expert of its layer: an error in it sends tokens to other experts.
+- A gate of one row scales a whole branch of a layer by one number for each token.
+- A latent projection (multi-head latent attention; also the projection of Mamba's step sizes in Jamba) has fewer rows
+  than columns, and its output enters a norm whose output enters another matrix: all that follows passes through it.
+
+Names of modules are not used. Latent projections are found by the forward pass of `direct_use.py`, which shows tensors
+that are handed from module to module unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_cod.layers.module_choice import by_place
+from hf_cod.layers.orientation import shape_of
+from hf_cod.layers.stack import DecoderLayers, holds_experts, is_linear_like, is_norm, walk
+
+ROUTER = "a router, which has one row for each expert"
+GATE = "a gate of one row"
+LATENT = "a latent projection, whose output enters a norm and then another matrix"
+
+# Outputs that are remembered: a latent projection, its norm and the next matrix follow closely on each other.
+_RECENT = 8
+
+
+class LatentProjections:
+    """Finds latent projections while the model runs.
+
+    Attributes:
+        found: their names.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        # (output, name of the matrix that it comes from)
+        self._projected: deque[tuple[Tensor, str]] = deque(maxlen=_RECENT)
+        self._normed: deque[tuple[Tensor, str]] = deque(maxlen=_RECENT)
+
+    def attach(self, model: nn.Module, linears: Mapping[str, nn.Module], block: ExitStack) -> None:
+        """Adds hooks to matrices and norms until the end of `block`."""
+        for name, module in linears.items():
+            hooks = [module.register_forward_pre_hook(self._enters_matrix)]
+            if shape_of(module)[0] < shape_of(module)[1]:
+                hooks.append(module.register_forward_hook(self._leaves_matrix(name)))
+            for hook in hooks:
+                block.callback(hook.remove)
+        for module in model.modules():
+            if is_norm(module):
+                block.callback(module.register_forward_hook(self._leaves_norm).remove)
+
+    def _leaves_matrix(self, name: str) -> Callable[..., None]:
+        def remember(module: nn.Module, inputs: Any, output: Any) -> None:
+            if type(output) is Tensor:
+                self._projected.append((output, name))
+
+        return remember
+
+    def _leaves_norm(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        name = _source(self._projected, inputs)
+        if name is not None and type(output) is Tensor:
+            self._normed.append((output, name))
+
+    def _enters_matrix(self, module: nn.Module, inputs: Any) -> None:
+        name = _source(self._normed, inputs)
+        if name is not None and name not in self.found:
+            self.found.append(name)
+
+
+def _source(known: deque[tuple[Tensor, str]], inputs: Any) -> str | None:
+    """The matrix that a module's first input comes from: the same tensor or a view of it, so that sums do not count."""
+    given = inputs[0] if inputs else None
+    if type(given) is not Tensor:  # quantized by another library, or sharded
+        return None
+    return next((name for tensor, name in known if _memory(tensor) == _memory(given)), None)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Which memory a tensor is in, also on the meta device, where addresses are 0."""
+    return tensor.untyped_storage()._cdata
+
+
+def sensitive_modules(stack: DecoderLayers, latent: Sequence[str]) -> dict[str, str]:
+    """Name -> what a matrix of the layers is, for those that are not stored in few bits unless they are included.
+
+    Args:
+        stack: the layers.
+        latent: names of latent projections, which `direct_use` found.
+    """
+    found: dict[str, str] = {}
+    for index in range(len(stack)):
+        experts = _experts(stack[index], f"{stack.layers_path}.{index}")
+        for name, module in stack.linears(index).items():
+            out, width = shape_of(module)
+            if any(_beside(name, place) for place, count in experts.items() if out == count < width):
+                found[name] = ROUTER
+            elif out == 1 < width:
+                found[name] = GATE
+            elif name in latent:
+                found[name] = LATENT
+    return found
+
+
+def left_notes(stack: DecoderLayers, left: Mapping[str, str]) -> list[str]:
+    """Sentences on matrices that are not quantized; sensitive ones are counted by kind.
+
+    Args:
+        stack: the layers.
+        left: name -> the reason.
+    """
+    notes = []
+    for kind in (ROUTER, GATE, LATENT):
+        names = [name for name, reason in left.items() if reason == kind]
+        if names:
+            weights = sum(math.prod(shape_of(stack.model.get_submodule(name))) for name in names)
+            notes.append(
+                f"{len(names)} matri{'x' if len(names) == 1 else 'ces'} of {weights:,} weights not quantized, each "
+                f"{kind}: {'; '.join(by_place(names))}; `include` them by name to quantize them"
+            )
+    others = {name: reason for name, reason in left.items() if reason not in (ROUTER, GATE, LATENT)}
+    return [*notes, *(f"{name} is not quantized: {reason}" for name, reason in others.items())]
+
+
+def _experts(layer: nn.Module, path: str) -> dict[str, int]:
+    """Name -> number of experts, of each bank or list of experts in a layer."""
+    found: dict[str, int] = {}
+    for name, module in walk(layer, path):
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and _alike(module):
+            found[name] = len(module)
+        elif holds_experts(module):
+            found[name] = max(p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3)
+    return found
+
+
+def _alike(modules: nn.ModuleList) -> bool:
+    """Whether these are modules of one class with several matrices each, as experts are."""
+    several = all(sum(is_linear_like(m) for m in module.modules()) > 1 for module in modules)
+    return several and len({type(module) for module in modules}) == 1
+
+
+def _beside(name: str, experts: str) -> bool:
+    """Whether a matrix is beside these experts, in the same part of the layer, and not inside of one."""
+    return name.startswith(experts.rpartition(".")[0] + ".") and not name.startswith(experts + ".")
