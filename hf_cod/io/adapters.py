@@ -102,7 +102,8 @@ def with_adapter(base: nn.Module, directory: str | Path) -> nn.Module:
     """The base with its adapter: merged, or, if the base is quantized, as a PEFT model.
 
     Raises:
-        ValueError: an adapter that PEFT cannot load, weights of another one, or none that can be merged (prompt tuning).
+        ValueError: an adapter that PEFT cannot load, weights of another one, or none that can be merged (prompt
+            tuning).
         ImportError: peft is not installed; the message gives the pip command.
     """
     try:
