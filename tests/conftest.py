@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -33,6 +34,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if (family := family_of(item)) and family not in default_of(by_test[item.nodeid.partition("[")[0]]):
             item.add_marker(pytest.mark.families)
+
+
+def pytest_collection_finish():
+    """What was imported stays; otherwise each full collection of garbage would walk through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def family_of(item) -> str | None:

@@ -100,6 +100,7 @@ def test_demo_says_which_file_it_took_from_a_package(tmp_path, monkeypatch, caps
     assert loaded == [str(package / member)] and loaded[0] in capsys.readouterr().out.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_demo_draws_in_the_format_that_is_asked_for(tmp_path, monkeypatch, capsys):
     """All its figures, and the pages show them; none at all with --no-plots, which needs no matplotlib."""
     small = {"max_samples": 2, "batch_size": 2}

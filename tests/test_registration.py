@@ -46,7 +46,7 @@ def test_the_tables_name_what_there_is():
     [
         "import hf_cod.models.configuration_cod_llama",
         "from hf_cod import OwLoreConfig",
-        "import hf_cod; from transformers import LlamaForCausalLM",
+        pytest.param("import hf_cod; from transformers import LlamaForCausalLM", marks=pytest.mark.slow),
     ],
 )
 def test_whichever_is_imported_first(first):

@@ -90,9 +90,8 @@ class SettingsParser(argparse.ArgumentParser):
                 _make_optional(action)
         found, unknown = self.parse_known_intermixed_args(spelled)
         if unknown:
-            options = [
-                f"--{word.lstrip('-').partition('=')[0].replace('_', '-')}" for word in unknown if word[0] == "-"
-            ]
+            words = [word.lstrip("-").partition("=")[0] for word in unknown if word.startswith("-")]
+            options = [f"--{word.replace('_', '-')}" for word in words]
             known_options = [name for name in self._option_string_actions if name.startswith("--")]
             meant = [ELSEWHERE[each] if ELSEWHERE.get(each) in known_options else each for each in options]
             near = did_you_mean(meant, known_options)

@@ -14,14 +14,15 @@ class Terminated(KeyboardInterrupt):
 
 
 def interruption_behind(error: BaseException) -> KeyboardInterrupt | None:
-    """The KeyboardInterrupt that an error is, was caused by, or hides; None if there is none.
+    """The KeyboardInterrupt that an error is, or that made an import fail; None for other errors.
 
-    An extension module that is interrupted while it is imported raises an ImportError from it.
+    An extension module that is interrupted while it is imported raises an ImportError from it. Any other error after an
+    interruption, such as that of a disk that is full, is one of its own.
     """
     seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, KeyboardInterrupt):
+    while isinstance(seen, ImportError):
         seen = seen.__cause__ or seen.__context__
-    return seen
+    return seen if isinstance(seen, KeyboardInterrupt) else None
 
 
 @contextmanager

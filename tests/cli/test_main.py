@@ -13,6 +13,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from hf_cod.cli.main import COMMANDS, main
+from hf_cod.io.interruption import Terminated, interruption_behind
 from hf_cod.io.report import RunReport
 from hf_cod.scoring.layer_scores import LayerScores
 from tests.cli.runs import QUICK, TEXT
@@ -173,6 +174,17 @@ def test_a_stopped_command_says_how_it_resumes_and_leaves_nothing_half(
     assert "hf-cod prune: stopped; the same command resumes" in capsys.readouterr().err
     assert not (checkpoint / "out" / "journal" / "result").exists()
     assert main(prune) == 0
+
+
+def test_an_error_after_an_interruption_is_told():
+    """Such as that of a disk that is full while a checkpoint is saved."""
+    try:
+        try:
+            raise Terminated
+        except KeyboardInterrupt:
+            raise OSError("No space left on device")  # noqa: B904 - as in code that does not know
+    except OSError as error:
+        assert interruption_behind(error) is None
 
 
 @pytest.mark.process

@@ -149,6 +149,7 @@ def test_paths_of_a_command_in_a_home_directory(tmp_path, monkeypatch):
         (["--max-steps", "3"], "unrecognized arguments: --max-steps 3; did you mean --steps?"),
         (["--xyzzy"], "unrecognized arguments: --xyzzy\n"),
         (["n"], "unrecognized arguments: n\n"),
+        ([""], "unrecognized arguments: \n"),
     ],
 )
 def test_an_unknown_option_brings_the_nearest_one(given, told, capsys):

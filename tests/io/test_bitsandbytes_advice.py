@@ -22,15 +22,13 @@ COMMANDS = {
     "prune --recover-steps": f"prune model {TEXT} --max-samples 4 --batch-size 2 --recover-steps 2 "
     "--no-plots --output pruned",
 }
-SLOW = ("finetune --estimate", "heal")
+SLOW = ("finetune --estimate", "heal", "prune --recover-steps")
 # Lines of our own: warnings, and records of a training without a progress bar.
 OURS = re.compile(r"hf-cod \S+: warning: |\S+: step \d+ of \d+|step \d+ of \d+|$")
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(
-    "command", ["finetune", "prune --recover-steps", *[pytest.param(name, marks=pytest.mark.slow) for name in SLOW]]
-)
+@pytest.mark.parametrize("command", ["finetune", *[pytest.param(name, marks=pytest.mark.slow) for name in SLOW]])
 def test_standard_error_has_no_lines_of_other_libraries(command, tmp_path):
     """In a process that has imported nothing yet: the line is logged by the first import."""
     build("llama").save_pretrained(tmp_path / "model")

@@ -188,9 +188,9 @@ def _measure(
     """Fills the report measure by measure, cheapest first, so that a failure keeps the earlier results."""
     options: dict[str, Any] = {"layers_path": chosen.layers_path, "show_progress": show_progress}
     forward = [name for name in wanted if name in FORWARD_METRICS]
+    count = len(find_decoder_layers(model, chosen.layers_path))
     if forward:
         journal = journals.of("forward", forward, chosen.token, chosen.seed)
-        count = len(find_decoder_layers(model, chosen.layers_path))
         if not journal.is_sound("forward", partial(check_forward, metrics=forward, layers=count)):
             measures = measure_forward(model, batches, forward, chosen.token, **options)
             journal.add("forward", _forward_results(measures, forward, chosen.seed))
@@ -202,7 +202,6 @@ def _measure(
             report.notes.append(f"layer {layer} did not run on these inputs")
     if "gradient_norm" in wanted:
         journal = journals.of("gradient_norm")
-        count = len(find_decoder_layers(model, chosen.layers_path))
         if not journal.is_sound("gradient_norm", partial(check_norms, layers=count)):
             journal.add("gradient_norm", measure_gradient_norm(model, batches, **options))
         report.layers["gradient_norm"] = journal.result("gradient_norm", list[float | None])

@@ -53,7 +53,7 @@ def check_forward(value: Any, metrics: Sequence[str], layers: int) -> None:
         raise ValueError(f"results: expected {', '.join(_RESULTS)}, got {unknown[0]}")
     if "angular_distance" in metrics:
         rows = check_value(results.get("angular_distance"), list[Any], "angular_distance")
-        _check_row([None] * len(rows), "angular_distance", {}, layers)
+        _check_length(rows, "angular_distance", layers)
         for row in rows:
             _check_row(row, "angular_distance", limits(least=0, most=1), layers)
         check_value(results.get("idle_below"), float, "idle_below", limits(least=0, most=1))
@@ -64,7 +64,7 @@ def check_forward(value: Any, metrics: Sequence[str], layers: int) -> None:
     kind = dict[str, list[tuple[float | None, float | None] | None]]
     intervals = check_value(results.get("intervals", {}), kind, "intervals", {"nan": True})
     for name, pairs in intervals.items():
-        _check_row([None] * len(pairs), f"intervals of {name}", {}, layers)
+        _check_length(pairs, f"intervals of {name}", layers)
 
 
 def check_norms(value: Any, layers: int) -> None:
@@ -74,10 +74,14 @@ def check_norms(value: Any, layers: int) -> None:
         ValueError: another number of layers, or values that are no norms.
     """
     check_value(value, list[float | None], "gradient_norm", limits(least=0))
-    _check_row(value, "gradient_norm", {}, layers)
+    _check_length(value, "gradient_norm", layers)
 
 
 def _check_row(row: Any, name: str, limited: dict[str, Any], layers: int) -> None:
     check_value(row, list[float | None], name, {"nan": True, **limited})
+    _check_length(row, name, layers)
+
+
+def _check_length(row: Sequence[Any], name: str, layers: int) -> None:
     if len(row) != layers:
         raise ValueError(f"{name}: expected {layers} layers, got {len(row)}")

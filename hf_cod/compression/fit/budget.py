@@ -13,7 +13,7 @@ from hf_cod.io.settings import check_choice
 from hf_cod.layers.size import ModelSize
 
 # A budget of memory of fewer bytes probably lacks its unit.
-BYTES = 1e5
+UNLIKELY = 1e5
 
 
 def check_budget(kind: str, value: float) -> None:
@@ -105,7 +105,7 @@ class Budget:
         if self.most < within * least:
             how = "" if len(left) == 1 else " together" if combined else " alone"
             more = [] if combined or len(left) == 1 else ["n_verified of 1 or more also measures combinations"]
-            if self.kind == "memory" and self.value < BYTES:
+            if self.kind == "memory" and self.value < UNLIKELY:
                 more.insert(0, f"a number without a unit is in bytes, {self.value:g}MB would be {self.value:g} * 10^6")
             raise ValueError(
                 f"{self.kind}: expected at least {self.told(self._in_unit(least))}, the least that {', '.join(left)} "

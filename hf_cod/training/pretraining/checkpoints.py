@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_cod.io.reading import naming_file, parse_json, read_state, read_text
 from hf_cod.io.schema import check_value
+from hf_cod.training.runs.checkpoint_files import check_files
 from hf_cod.training.runs.checkpoint_of_run import check_of_run, check_optimizer, check_weights
 
 PROGRESS = "progress.json"
@@ -27,9 +28,11 @@ def check_of_trainer(trainer: Any, checkpoint: Path, step: int) -> None:
     """As `check_of_run`, for a run whose micro-batches may change their size; shards of FSDP are not compared.
 
     Raises:
-        ValueError: weights or optimizer state are of another model or run, or not finite.
+        ValueError: a file is damaged, weights or optimizer state are of another model or run, or not finite.
     """
-    if not _sharded(checkpoint):
+    if _sharded(checkpoint):
+        check_files(checkpoint, step)
+    else:
         check_of_run(trainer, checkpoint, step, same_batches=False)
 
 

@@ -53,18 +53,17 @@ _SCHEDULER = {
 }
 
 
-def check_files(checkpoint: Path, marker: str, step: int) -> None:
+def check_files(checkpoint: Path, step: int) -> None:
     """Checks the files of a checkpoint that Trainer reads.
 
     Args:
         checkpoint: the checkpoint's folder.
-        marker: name of the file that is written last, Trainer's own state.
         step: the expected step of the checkpoint.
 
     Raises:
         ValueError: a file is missing, truncated, or has other contents; the error names the file.
     """
-    read_trainer_state(checkpoint / marker, step)
+    read_trainer_state(checkpoint / STATE, step)
     sharded = any(path.is_dir() for path in checkpoint.iterdir())  # FSDP and DeepSpeed write folders
     for path in _files(checkpoint, OPTIMIZER, sharded):
         _entries(path, ("state", "param_groups"))
@@ -78,23 +77,17 @@ def check_files(checkpoint: Path, marker: str, step: int) -> None:
 
 
 def newest_whole(
-    checkpoints: list[tuple[int, Path]],
-    marker: str,
-    skipped: Callable[[Path, str], None],
-    check: Callable[[Path, int], object],
+    checkpoints: list[tuple[int, Path]], skipped: Callable[[Path, str], None], check: Callable[[Path, int], object]
 ) -> Path | None:
     """The newest complete checkpoint, from which a run can resume.
 
     Args:
         checkpoints: (step, folder), the newest first.
-        marker: the file that is written last. If it is Trainer's state, `check_files` checks the checkpoint first.
         skipped: called with each newer checkpoint and the reason why it is skipped.
-        check: raises ValueError if the files of a (folder, step) are those of another run.
+        check: raises ValueError if the files of a (folder, step) are damaged or those of another run.
     """
     for step, path in checkpoints:
         try:
-            if marker == STATE:
-                check_files(path, marker, step)
             check(path, step)
         except ValueError as error:
             skipped(path, one_line(error))

@@ -19,6 +19,7 @@ from hf_cod.training.runs.checkpoint_files import (
     SCHEDULER,
     STATE,
     WEIGHTS,
+    check_files,
     finite,
     read_scheduler,
     read_trainer_state,
@@ -41,8 +42,9 @@ def check_of_run(trainer: Any, checkpoint: Path, step: int, *, same_batches: boo
         same_batches: whether the size of its micro-batches must be that of the checkpoint.
 
     Raises:
-        ValueError: weights or optimizer state are of another model or run, or not finite.
+        ValueError: a file is damaged, weights or optimizer state are of another model or run, or not finite.
     """
+    check_files(checkpoint, step)
     _check_state_of_trainer(trainer, read_trainer_state(checkpoint / STATE, step), same_batches)
     check_weights(trainer.model, checkpoint)
     saved = None

@@ -35,19 +35,17 @@ def last_steps(directory: str | Path) -> list[tuple[int, Path]]:
     return sorted(((int(step), path) for step, path in named if step.isdecimal() and path.is_dir()), reverse=True)
 
 
-def last_checkpoint(
-    directory: str | Path, marker: str, check: Callable[[Path, int], object] = lambda path, step: None
-) -> Path | None:
+def last_checkpoint(directory: str | Path, marker: str, check: Callable[[Path, int], object]) -> Path | None:
     """The newest complete checkpoint, to resume from; logs a warning for each newer damaged one.
 
     Args:
         directory: the run's directory.
         marker: the file that is written last; if it is missing, the process died while it wrote the checkpoint.
-        check: raises ValueError if the files of a (folder, step) are not those of this run.
+        check: raises ValueError if the files of a (folder, step) are damaged or not those of this run.
     """
     written = [(step, path) for step, path in last_steps(directory) if (path / marker).is_file()]
     damaged: list[tuple[Path, str]] = []
-    found = newest_whole(written, marker, lambda path, why: damaged.append((path, why)), check)
+    found = newest_whole(written, lambda path, why: damaged.append((path, why)), check)
     for path, why in damaged:
         resumed = "training starts from step 0" if found is None else f"training resumes from {found.name}"
         logger.warning("%s is damaged (%s): %s", path, why, resumed)

@@ -22,6 +22,7 @@ def test_prune_writes_a_model_that_loads_and_a_report_of_it(checkpoint, capsys):
     assert {"model.safetensors", "scores.json", "allocation.json", "report.md", "sparsity.png", "score.png"} <= names
     assert "journal" not in names and {p.name: p.read_bytes() for p in (checkpoint / "model").iterdir()} == source
     report, shown = RunReport.load(checkpoint / "out"), capsys.readouterr().out
+    assert "hf-cod pack makes the model smaller" in shown
     model, tokenizer = load_model(str(checkpoint / "out"))
     stack = find_decoder_layers(model)
     zeros = [sum(int((W == 0).sum()) for _, W in stack.matrices(i)) for i in range(4)]

@@ -291,6 +291,10 @@ def test_trials_that_cannot_be_are_refused(place, value, message, texts, tmp_pat
             r"parameter_share: expected at least 0\.5, the least that rank can reach, got 0\.45",
         ),
         # Two thirds of the layers, three fifths of each by width, half of that by rank, 3.127 bits a weight; and norms
+        (
+            ("memory", 5, None),
+            r"memory: expected at least .*MB, .* got 5e-06MB; a number without a unit is in bytes, 5MB ",
+        ),
         (("bits", 0.5, None), r"bits: expected at least 0\.62\d*, the least that depth, width, rank, sparsity, bits"),
         (("bits", 8.0, ["rnk"]), "knobs: expected some of .*, got 'rnk'"),
         (("parameter_share", 0.5, ["bits"]), r"knobs: .* parameters \(depth, width, rank\), got bits"),

@@ -18,8 +18,14 @@ def layer_of(name):
     return int(name.split(".layers.")[1].split(".")[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(
+    "dtype, accumulation",
+    [
+        (torch.float32, 1),
+        (torch.bfloat16, 4),
+        *[pytest.param(*each, marks=pytest.mark.slow) for each in ((torch.float32, 4), (torch.bfloat16, 1))],
+    ],
+)
 def test_trainer_resumes_bit_for_bit(dtype, accumulation, tmp_path):
     """Killed at a random step, in the middle of an interval or not."""
 

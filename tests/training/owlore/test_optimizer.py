@@ -254,8 +254,14 @@ def test_small_updates_reach_bfloat16_weights_by_stochastic_rounding():
     assert moved["nearest"] == 0 and moved["stochastic"] == pytest.approx(0.02, rel=0.05)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(
+    "dtype, accumulation",
+    [
+        (torch.float32, 1),
+        (torch.bfloat16, 4),
+        *[pytest.param(*each, marks=pytest.mark.slow) for each in ((torch.float32, 4), (torch.bfloat16, 1))],
+    ],
+)
 @pytest.mark.parametrize("deselected", ["drop", "keep"])
 def test_trainer_resumes_bit_for_bit(dtype, accumulation, deselected, tmp_path):
     """Killed at a random step, in the middle of an interval or not."""

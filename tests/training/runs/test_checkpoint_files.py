@@ -6,13 +6,9 @@ import pickle
 import pytest
 import torch
 
+from hf_cod.training.runs.checkpoint_files import check_files
 from hf_cod.training.runs.run_directory import last_checkpoint
 from tests.training.runs.checkpoints import MARKER, whole_checkpoint
-
-
-def accept(path, step):
-    """The checkpoint is of this run."""
-
 
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors")
 
@@ -35,7 +31,7 @@ def run(tmp_path):
 
 
 def test_the_newest_is_taken(run, caplog):
-    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-4" and not caplog.records
+    assert last_checkpoint(run, MARKER, check_files) == run / "checkpoint-4" and not caplog.records
 
 
 def cut(path):
@@ -54,7 +50,7 @@ DAMAGES = {
 @pytest.mark.parametrize("name", STATES)
 def test_a_damaged_file_gives_way_to_the_checkpoint_before(name, damage, run, caplog):
     DAMAGES[damage](run / "checkpoint-4" / name)
-    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2"
+    assert last_checkpoint(run, MARKER, check_files) == run / "checkpoint-2"
     (line,) = caplog.messages
     assert "checkpoint-4 is damaged" in line and "resumes from checkpoint-2" in line and "\n" not in line
 
@@ -64,15 +60,15 @@ def test_a_damaged_file_gives_way_to_the_checkpoint_before(name, damage, run, ca
 def test_states_that_are_not_ours(name, what, run, caplog, tmp_path):
     written = tmp_path / "written"
     torch.save(Evil(written) if what == "evil" else {"other": torch.zeros(3)}, run / "checkpoint-4" / name)
-    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2" and len(caplog.messages) == 1
+    assert last_checkpoint(run, MARKER, check_files) == run / "checkpoint-2" and len(caplog.messages) == 1
     (run / "checkpoint-4" / name).write_bytes(pickle.dumps(Evil(written)))
-    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2" and not written.exists()
+    assert last_checkpoint(run, MARKER, check_files) == run / "checkpoint-2" and not written.exists()
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"global_step": 2}', "{"])
 def test_a_state_of_the_trainer_that_is_not_of_that_step(content, run, caplog):
     (run / "checkpoint-4" / MARKER).write_text(content)
-    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2" and len(caplog.messages) == 1
+    assert last_checkpoint(run, MARKER, check_files) == run / "checkpoint-2" and len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(
@@ -89,7 +85,7 @@ def test_a_state_of_the_trainer_that_is_not_of_that_step(content, run, caplog):
 def test_entries_of_the_trainer_that_are_not_as_it_writes_them(change, run, caplog):
     path = run / "checkpoint-4" / MARKER
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2" and len(caplog.messages) == 1
+    assert last_checkpoint(run, MARKER, check_files) == run / "checkpoint-2" and len(caplog.messages) == 1
 
 
 def test_a_norm_of_gradients_that_is_nan_is_as_the_trainer_writes_it(run, caplog):
@@ -97,7 +93,7 @@ def test_a_norm_of_gradients_that_is_nan_is_as_the_trainer_writes_it(run, caplog
     state = json.loads(path.read_text())
     state["log_history"][0]["grad_norm"] = float("nan")
     path.write_text(json.dumps(state))
-    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-4" and not caplog.messages
+    assert last_checkpoint(run, MARKER, check_files) == run / "checkpoint-4" and not caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -117,18 +113,18 @@ def test_a_norm_of_gradients_that_is_nan_is_as_the_trainer_writes_it(run, caplog
 def test_states_with_other_values(name, change, run, caplog):
     path = run / "checkpoint-4" / name
     torch.save({**torch.load(path, weights_only=False), **change}, path)
-    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2"
+    assert last_checkpoint(run, MARKER, check_files) == run / "checkpoint-2"
     (line,) = caplog.messages
     assert f"damaged ({name.split('.')[0]}" in line
 
 
 def test_a_checkpoint_without_its_last_file_is_left_out_in_silence(run, caplog):
     (run / "checkpoint-4" / MARKER).unlink()
-    assert last_checkpoint(run, MARKER, accept) == run / "checkpoint-2" and not caplog.messages
+    assert last_checkpoint(run, MARKER, check_files) == run / "checkpoint-2" and not caplog.messages
 
 
 def test_with_none_that_is_whole_the_training_begins_anew_and_says_so(run, caplog):
     for step in (2, 4):
         cut(run / f"checkpoint-{step}" / "optimizer.pt")
-    assert last_checkpoint(run, MARKER, accept) is None
+    assert last_checkpoint(run, MARKER, check_files) is None
     assert len(caplog.messages) == 2 and all("starts from step 0" in line for line in caplog.messages)

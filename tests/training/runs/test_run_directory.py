@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from hf_cod.training.runs.checkpoint_files import check_files
 from hf_cod.training.runs.run_directory import claim, last_checkpoint, last_steps
 from tests.training.runs.checkpoints import MARKER, whole_checkpoint
 
@@ -20,14 +21,14 @@ def checkpoint(folder, step, marker="{}"):
 
 
 def test_the_newest_whole_checkpoint(tmp_path):
-    assert last_checkpoint(tmp_path, MARKER, lambda path, step: None) is None
+    assert last_checkpoint(tmp_path, MARKER, check_files) is None
     whole = [whole_checkpoint(tmp_path, step) for step in (9, 10)]
     checkpoint(tmp_path, 11, marker='{"half')
     checkpoint(tmp_path, 12, marker=None)
     (tmp_path / "checkpoint-13").write_text("a file")
     checkpoint(tmp_path, "14-best")
     assert [step for step, _ in last_steps(tmp_path)] == [12, 11, 10, 9]
-    assert last_checkpoint(tmp_path, MARKER, lambda path, step: None) == whole[1]
+    assert last_checkpoint(tmp_path, MARKER, check_files) == whole[1]
 
 
 def test_the_same_run_resumes_and_another_one_is_refused(tmp_path):
