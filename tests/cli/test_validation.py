@@ -45,6 +45,7 @@ BAD = {
         ["steps", "lora_rank", "save_every", "log_every", "n_active", "interval", "recover_rank", "n_removed"], COUNT
     ),
     "channel_multiple": COUNT,
+    **{key: ["", "(", ".*["] for key in ["include", "exclude"]},
     "seed": ["x", str(10**30)],
     **{key: ["x", "-1", str(2**32)] for key in ["finetune seed", "heal seed"]},
     **dict.fromkeys(

@@ -105,7 +105,14 @@ def place(tmp_path, models, monkeypatch):
 def small(command, arguments, models, number):
     """The command of a page, with a tiny model and small settings."""
     stock, lns = str(models / "stock"), str(models / "lns")
-    names = {"MODEL": stock, "STUDENT": "thin", "LNS_MODEL": lns, "OUTPUT": f"output-{number}", "RUN": "diagnosed"}
+    names = {
+        "google-t5/t5-small": str(models / "t5"),
+        "MODEL": stock,
+        "STUDENT": "thin",
+        "LNS_MODEL": lns,
+        "OUTPUT": f"output-{number}",
+        "RUN": "diagnosed",
+    }
     arguments = [stock if a.startswith(("Qwen/", "meta-llama/")) else names.get(a, a) for a in arguments]
     options = parser_of(command)._option_string_actions
     given = {name for name in options if name in arguments}
