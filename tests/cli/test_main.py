@@ -139,6 +139,7 @@ def test_help(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMMANDS)
+    assert "If you do not know which one you need, use fit with a budget" in shown
     for name in COMMANDS:
         with pytest.raises(SystemExit) as done:
             main([name, "--help"])
