@@ -19,6 +19,7 @@ from hf_cod.cli.option_groups import FIRST, group_of, in_order
 from hf_cod.cli.option_names import ALIASES, ELSEWHERE, RENAMED
 from hf_cod.io.arguments import did_you_mean, unknown_name
 from hf_cod.io.deprecation import warn_renamed
+from hf_cod.io.inputs import check_inputs
 from hf_cod.io.reading import naming_file, read_yaml
 
 # Type of an option's value -> its name in errors.
@@ -89,15 +90,19 @@ class SettingsParser(argparse.ArgumentParser):
         hint = "; put it before the options" if positional else ""
         self.exit(2, f"{self.prog}: error: {message}{hint}\n")
 
-    def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
+    def parse(self, arguments: Sequence[str], inputs: bool = True) -> tuple[Any, ...]:
         """Returns one object per dataclass, then the namespace of all arguments; options and positionals may be mixed.
 
         A leading ~ is expanded to the home directory, also in config files and after `--output=`, where shells do not
         expand it.
 
+        Args:
+            arguments: the words of the command line after the command.
+            inputs: whether the paths of inputs are checked, before torch is imported for reading them.
+
         Raises:
-            ValueError: a setting is out of range, or empty (such as "$OUT" where it is not set), or a config file has
-                unknown or invalid entries.
+            ValueError: a setting is out of range, or empty (such as "$OUT" where it is not set), a config file has
+                unknown or invalid entries, or the path of an input does not exist.
             SystemExit: an unknown option (status 2), `--help` or `--print-config` (0).
         """
         spelled = [self._spelled(argument) for argument in arguments]
@@ -126,6 +131,8 @@ class SettingsParser(argparse.ArgumentParser):
             if name not in may_be_empty and "" in (value if isinstance(value, list) else [value]):
                 raise ValueError(f"{name}: expected a value, got an empty one")
             setattr(found, name, _in_home(value))
+        if inputs:  # before the settings, of which some import torch to check their values
+            check_inputs(vars(found))
         made = [each(**{f.name: getattr(found, f.name) for f in fields(each) if f.init}) for each in self.settings]
         return *made, found
 

@@ -39,7 +39,7 @@ class Options:
 def parse(*arguments):
     parser = SettingsParser([Options], prog="x")
     parser.add_argument("model")
-    return parser.parse(arguments)
+    return parser.parse(arguments, inputs=False)
 
 
 def test_help_imports_neither_torch_nor_transformers():
