@@ -60,8 +60,7 @@ def test_all_tests_that_are_left_out_by_default_run_in_ci():
 
 
 def test_lines_of_the_changelog_are_short():
-    lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
-    assert not [number for number, line in enumerate(lines, 1) if len(line) > 120]
+    assert not [number for number, line in enumerate(CHANGELOG.splitlines(), 1) if len(line) > 120]
 
 
 def test_one_version():
