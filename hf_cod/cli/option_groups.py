@@ -13,7 +13,7 @@ GROUPS = {
         *("name", "license", "language", "sources", "where", "comparison", "labels", "norm_type", "post_layers"),
     ),
     "model and text": (
-        *("dtype", "trust_remote_code", "revision", "stack", "layers_path", "teacher_dtype", "teacher_revision"),
+        *("dtype", "trust_remote_code", "revision", "layers_path", "teacher_dtype", "teacher_revision"),
         *("text_column", "text_split", "text_config", "eval_text"),
     ),
     "samples": (
@@ -22,8 +22,8 @@ GROUPS = {
     ),
     "scores and the plan by layer": ("threshold", "per_module", "target", "pruner", "spread", "baseline", "force"),
     "settings of the method": (
-        *("include", "exclude", "token", "drop_metric", "full_rank_share", "factor_share", "compensation", "channel_multiple"),
-        *("replacement", "protect", "rounding", "block", "double_quant", "skip", "knobs", "n_verified"),
+        *("include", "exclude", "token", "drop_metric", "full_rank_share", "factor_share", "compensation"),
+        *("channel_multiple", "replacement", "protect", "rounding", "block", "double_quant", "skip", "knobs", "n_verified"),
         *("recover_steps", "recover_rank", "recover_learning_rate"),
         *("temperature", "label_weight", "hidden_weight", "teacher_layers"),
         *("lora_rank", "n_active", "interval", "rank", "scale", "floor", "deselected", "train_embeddings", "moments"),
