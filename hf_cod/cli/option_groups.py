@@ -23,7 +23,17 @@ GROUPS = {
     "scores and the plan by layer": ("threshold", "per_module", "target", "pruner", "spread", "baseline", "force"),
     "settings of the method": (
         *("include", "exclude", "token", "drop_metric", "full_rank_share", "factor_share", "compensation"),
-        *("channel_multiple", "replacement", "protect", "rounding", "block", "double_quant", "skip", "knobs", "n_verified"),
+        *(
+            "channel_multiple",
+            "replacement",
+            "protect",
+            "rounding",
+            "block",
+            "double_quant",
+            "skip",
+            "knobs",
+            "n_verified",
+        ),
         *("recover_steps", "recover_rank", "recover_learning_rate"),
         *("temperature", "label_weight", "hidden_weight", "teacher_layers"),
         *("lora_rank", "n_active", "interval", "rank", "scale", "floor", "deselected", "train_embeddings", "moments"),
