@@ -37,6 +37,7 @@ TESTED_BY = {
     "io/test_text.py": "io/rows.py",
     "io/test_whole_checkpoint.py": "io/generation.py io/unread_weights.py",
     "cli/test_terminal.py": "cli/messages.py",
+    "layers/test_finished_layers.py": "layers/layer_notes.py",
     "compression/depth/test_criteria.py": (
         "compression/depth/depth_plan.py compression/depth/maps.py compression/depth/protection.py "
         "compression/depth/removal_probe.py compression/depth/search.py"
