@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import PreTrainedConfig
 
 from hf_cod.io.display import one_line
 from hf_cod.layers.stacks import COUNT_FIELDS, DECODER, DECODER_COUNT_FIELDS, ENCODER_COUNT_FIELDS, counts
@@ -102,6 +103,7 @@ def mend_config(config: Any, depth: int, kept: list[int], changes: Changes, side
     for name in counting:
         changes.set(config, name, len(kept))
     _mend_lists(config, depth, kept, changes, side)
+    _mend_stages(config, depth, kept, changes)
     _mend_overrides(config, kept, changes)
     if "attention_types" in vars(config) and "attention_layers" in vars(config):  # GPT-Neo
         changes.set(config, "attention_types", [[[kind], 1] for kind in config.attention_layers])
@@ -160,6 +162,65 @@ def _mend_lists(config: Any, depth: int, kept: list[int], changes: Changes, side
             changes.set(config, name, sum(old < value for old in kept))
         elif isinstance(value, (list, tuple)) and len(value) == depth:
             changes.set(config, name, type(value)(value[i] for i in kept))
+
+
+def _mend_stages(config: Any, depth: int, kept: list[int], changes: Changes) -> None:
+    """Mends the config of a backbone, whose stages are "stem" and one for each layer.
+
+    A stage that is handed on and whose layer is removed becomes that of the kept layer before it, as in the model.
+    """
+    names, handed = vars(config).get("stage_names"), vars(config).get("_out_indices")
+    if not names or len(names) != depth + 1:
+        return
+    left = [*names[: len(kept) + 1]]
+    changes.set(config, "stage_names", left)
+    if handed is None:
+        return
+    found = [sum(old < stage % len(names) for old in kept) for stage in handed]
+    if len({*found}) < len(found):
+        raise ValueError(f"layers: expected one kept layer for each stage of out_indices, got {handed}; use skip")
+    changes.set(config, "_out_indices", found)
+    changes.set(config, "_out_features", [left[stage] for stage in found])
+
+
+def derived_lists(config: Any, depth: int) -> dict[str, list[Any]]:
+    """Name -> list by layer, for those that a config computes, as Jamba's kinds of layers from their period.
+
+    Args:
+        config: a config that counts the layers.
+        depth: their number.
+    """
+    found = {}
+    for name in dir(type(config)):
+        if not isinstance(getattr(type(config), name, None), property) or hasattr(PreTrainedConfig, name):
+            continue
+        try:
+            value = getattr(config, name)
+        except Exception:  # noqa: S112 - whatever a property raises for a config that it does not describe
+            continue
+        if isinstance(value, (list, tuple)) and len(value) == depth:
+            found[name] = [*value]
+    return found
+
+
+def other_lists(config: Any, before: dict[str, list[Any]], kept: list[int]) -> dict[str, list[Any]]:
+    """Those of the `derived_lists` that a shortened config computes otherwise than for the kept layers: name -> theirs.
+
+    Args:
+        config: the config after the change.
+        before: its lists before.
+        kept: the layers that are left, by their old indices.
+    """
+    after = derived_lists(config, len(kept))
+    wanted = {name: [value[i] for i in kept] for name, value in before.items()}
+    return {name: value for name, value in wanted.items() if after.get(name) != value}
+
+
+def pin_lists(config: Any, lists: dict[str, list[Any]], changes: Changes) -> None:
+    """Makes a config give these lists instead of those that it computes."""
+    if lists:
+        # The class itself is called, because that of PreTrainedConfig would make it a dataclass again.
+        changes.set(config, "__class__", type(config).__class__(type(config).__name__, (type(config),), lists))
 
 
 def _mend_overrides(config: Any, kept: list[int], changes: Changes) -> None:

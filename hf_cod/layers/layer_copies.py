@@ -97,11 +97,10 @@ def _inputs_of(stack: DecoderLayers, wanted: list[int]) -> dict[int, tuple[tuple
 
     handles = [stack[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in wanted]
     zeros = on_zeros(stack.model) if is_on_meta(stack.model) else nullcontext()
-    trunk: Any = getattr(stack.model, "base_model", stack.model)
     try:
         with evaluation_mode(stack), torch.no_grad(), zeros:
             try:
-                _run(trunk)
+                _run(stack.trunk)
             finally:
                 if not seen:  # the layers of a tower that does not run on the main input
                     _run(_tower_of(stack))

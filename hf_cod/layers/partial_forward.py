@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_cod.layers.capturing import capturing_hooks, capturing_restored
 from hf_cod.layers.running import NonFiniteError, hidden_input, hidden_output
 from hf_cod.layers.stack import DecoderLayers
 
@@ -39,9 +40,8 @@ def run_layer(stack: DecoderLayers, layer: int, inputs: Mapping[str, Tensor], be
     Returns:
         The output of the layer.
     """
-    trunk: Any = getattr(stack.model, "base_model", stack.model)
     with running_only(stack, range(layer, layer + 1), before) as outputs:
-        trunk(**inputs)
+        stack.trunk(**inputs)
     if outputs:
         return outputs[-1]
     if before is None:
@@ -71,13 +71,14 @@ def running_only(stack: DecoderLayers, layers: range, before: State | None) -> I
         elif i >= layers.stop:
             passages[str(i)] = _Passage(stack[i], None, lambda: outputs[-1][1] if outputs else rest)
     handles = [stack[i].register_forward_hook(keep) for i in layers[-1:]]
-    try:
-        stack.module_list._modules = passages
-        yield outputs
-    finally:
-        stack.module_list._modules = modules
-        for handle in handles:
-            handle.remove()
+    with capturing_restored(stack.model):
+        try:
+            stack.module_list._modules = passages
+            yield outputs
+        finally:
+            stack.module_list._modules = modules
+            for handle in handles:
+                handle.remove()
 
 
 @contextmanager
@@ -103,8 +104,7 @@ def layer_states(stack: DecoderLayers) -> Iterator[list[Any]]:
         return lambda module, args, kwargs, output: keep(index, args, kwargs, output)
 
     handles = [layer.register_forward_hook(hook_of(i), with_kwargs=True) for i, layer in enumerate(stack)]
-    trunk: Any = getattr(stack.model, "base_model", stack.model)
-    handles.append(trunk.register_forward_hook(end))
+    handles.append(stack.trunk.register_forward_hook(end))
     try:
         yield states
     finally:
@@ -132,12 +132,19 @@ def state_of(output: Any) -> State:
 class _Passage(nn.Module):
     """Replaces a layer and returns the stored hidden state, or else its input.
 
-    All other attributes that the model reads (for example the attention type) are those of the replaced layer.
+    All other attributes that the model reads (for example the attention type) are those of the replaced layer, and
+    transformers captures its output in the same way: a vision tower may hand on the hidden states of its layers.
     """
 
     def __init__(self, layer: nn.Module, stored: Tensor | None, rest: Any) -> None:
         super().__init__()
         self.__dict__.update(layer=layer, stored=stored, rest=rest)  # the layer is not a submodule of this one
+        self._forward_hooks.update(capturing_hooks(layer))
+
+    @property
+    def __class__(self) -> type:  # type: ignore[misc]
+        """The class of the layer, by which transformers finds what to capture."""
+        return type(self.__dict__["layer"])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["layer"], name)

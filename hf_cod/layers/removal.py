@@ -18,7 +18,16 @@ from torch import nn
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
-from hf_cod.layers.config_surgery import Changes, building_errors, cache_depth, mend_config
+from hf_cod.layers.capturing import capturing_restored
+from hf_cod.layers.config_surgery import (
+    Changes,
+    building_errors,
+    cache_depth,
+    derived_lists,
+    mend_config,
+    other_lists,
+    pin_lists,
+)
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.modes import for_one_thread, one_thread
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
@@ -45,9 +54,9 @@ def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
     """
     stack = find_decoder_layers(model, layers_path)
     changes = Changes()
-    with one_thread(model):
+    with one_thread(model), capturing_restored(stack.model):
         try:
-            _shrink(stack, _kept(stack, layers), changes)
+            pin_lists(stack.config, _shrink(stack, _kept(stack, layers), changes), changes)
             yield
         finally:
             changes.undo()
@@ -109,7 +118,12 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
     if getattr(stack.config, "num_kv_shared_layers", 0):
         raise ValueError("model: expected layers with their own keys and values, got num_kv_shared_layers > 0")
     with building_errors(stack.model):
-        _shrink(stack, kept, changes)
+        for name, wanted in _shrink(stack, kept, changes).items():
+            raise ValueError(
+                f"layers: expected kept layers that the config of {type(stack.model).__name__} can describe, got "
+                f"{wanted} for {name}, which it computes otherwise; remove whole periods of the pattern of layers, or "
+                "use skip"
+            )
     _check_cache(stack)
     _check_config_builds(stack)
 
@@ -151,8 +165,10 @@ def _check_unshared(stack: DecoderLayers) -> None:
                 )
 
 
-def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
+def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> dict[str, list[Any]]:
+    """Keeps some layers; returns the lists by layer that the config computes otherwise than for these."""
     _check_unshared(stack)
+    computed = {} if stack.config is None else derived_lists(stack.config, len(stack))
     layers, depth = [stack[i] for i in kept], len(stack)
     _hand_on(stack, kept, changes)
     changes.set(stack.module_list, "_modules", OrderedDict((str(i), layer) for i, layer in enumerate(layers)))
@@ -171,6 +187,7 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
         mend_config(whole, depth, kept, changes, side)
     if getattr(whole, "module_shapes", None):
         changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
+    return {} if stack.config is None else other_lists(stack.config, computed, kept)
 
 
 def _mend_copies(stack: DecoderLayers, before: dict[str, Any], changes: Changes) -> None:

@@ -6,6 +6,7 @@ files of the package use this one and do not look for modules by name.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -196,9 +197,17 @@ class DecoderLayers(Sequence):
         return None
 
     @property
+    def trunk(self) -> Any:
+        """The module whose forward runs the layers on the model's inputs without the head, if there is one."""
+        base: Any = getattr(self.model, "base_model", self.model)
+        # The base of DINOv3 is its encoder, which takes embeddings.
+        wanted = getattr(self.model, "main_input_name", "input_ids")
+        return base if wanted in inspect.signature(base.forward).parameters else self.model
+
+    @property
     def task_heads(self) -> dict[str, nn.Module]:
         """Name -> module of a task outside the base model, such as a classifier; modules that hold `head` excluded."""
-        base: Any = getattr(self.model, "base_model", self.model)
+        base = self.trunk
         if base is self.model:
             return {}
         heads = {name: m for name, m in self.model.named_children() if m is not base and [*m.parameters()]}

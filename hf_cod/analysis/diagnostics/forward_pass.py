@@ -111,13 +111,12 @@ def measure_forward(
     stack = find_decoder_layers(model, layers_path)
     check_inputs(stack.model, batches)
     recorder = ForwardRecorder(stack, metrics, token)
-    trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
     device = execution_device(stack.model)
     with torch.no_grad(), evaluation_mode(stack), recorder.attached():
         for number, batch in enumerate(progress(batches, "forward pass", show_progress)):
             inputs = model_inputs(to_device(batch, device))
             recorder.start(stack.mask(inputs), len(next(iter(inputs.values()))), stack.count_tokens(inputs))
-            trunk(**inputs)
+            stack.trunk(**inputs)
             recorder.finish(number)
     return recorder.measures()
 

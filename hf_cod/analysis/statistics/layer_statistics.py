@@ -180,7 +180,6 @@ def collect_statistics(
     stack = find_decoder_layers(model, layers_path)
     batches = required(batches_of(model, batches, tokenizer, texts, samples, fields))
     recorder, checked = StatisticsRecorder(stack), InputCheck(stack.model)
-    trunk: Any = getattr(stack.model, "base_model", stack.model)  # the model without its head
     device = execution_device(stack.model)
     seen = 0
     with torch.no_grad(), naming_weights(stack.model), evaluation_mode(stack), recorder.attached():
@@ -188,7 +187,7 @@ def collect_statistics(
             checked.check(batch, number)  # one by one, since batches may come from a stream
             inputs = model_inputs(to_device(batch, device))
             recorder.start(inputs)
-            trunk(**inputs)
+            stack.trunk(**inputs)
             recorder.finish(number)
             seen += 1
     if not seen:

@@ -73,11 +73,10 @@ class BlockReplacer:
 
     @torch.no_grad()
     def _run_intact(self) -> None:
-        trunk: Any = getattr(self._stack.model, "base_model", self._stack.model)
         with evaluation_mode(self._stack):
             for batch in self._batches:
                 with layer_states(self._stack) as states:
-                    trunk(**model_inputs(batch))
+                    self._stack.trunk(**model_inputs(batch))
                 for last, kept in self._behind.items():
                     kept.append(states[last + 1][0].cpu())
                 self._before.append((states[0][0].cpu(), states[0][1]))
