@@ -108,7 +108,9 @@ def check_quantize(case: Case) -> str | None:
     dense: Any = copy.deepcopy(model).dequantize()
     same(quantized, outputs_of(case, dense), "dequantize()", 2e-2)
     done, told = sum(sizes[name] for name in report.results["module_bits"]), told_weights(report.notes, sizes)
-    require(done + told == sum(sizes.values()), f"{done:,} weights quantized, {told:,} excluded, {sum(sizes.values()):,}")
+    require(
+        done + told == sum(sizes.values()), f"{done:,} weights quantized, {told:,} excluded, {sum(sizes.values()):,}"
+    )
     return _first_of([note for note in report.notes if "not quantized" in note])
 
 

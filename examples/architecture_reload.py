@@ -1,45 +1,39 @@
 """Outputs of a saved model that a process of its own has loaded, with the package imported and nothing else done.
 
-Such processes are forked from a server that has imported modules and done nothing else. Where the system cannot fork,
-each of them starts from nothing.
+Such processes are forked, some 100 ms each, from a server that has imported modules and done nothing else.
 """
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import multiprocessing
+import os
+import signal
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
-_CONTEXT: Any = multiprocessing.get_context("forkserver" if _CAN_FORK else "spawn")
 SECONDS = 300
-_IMPORTS = [
-    "torch",
+_IMPORTS = (
     "transformers.trainer",
     "transformers.quantizers.auto",
-    "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "bitsandbytes",
     "hf_cod.compression.quantization.quantizer",
     "hf_cod.models.shapes",
-]
+)
 
 
 class ReloadError(Exception):
     """What was raised in the other process: its class, its place and its text."""
-
-
-def preload() -> None:
-    """Has the server import what every process requires; without effect once it has started."""
-    if _CAN_FORK:
-        _CONTEXT.set_forkserver_preload(_IMPORTS)
 
 
 def reloaded_outputs(
@@ -60,22 +54,50 @@ def reloaded_outputs(
         place = Path(folder)
         model.save_pretrained(place / "model")
         torch.save(batch, place / "batch.pt")
-        process = _CONTEXT.Process(target=_read, args=(folder, auto_class.__name__, outputs), daemon=True)
-        process.start()
-        process.join(SECONDS)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            raise ReloadError(f"no result in {SECONDS} s")
+        connection = _server()
+        connection.send((folder, auto_class.__name__, outputs))
+        status = connection.recv()
         if (place / "error").exists():
             raise ReloadError((place / "error").read_text())
         if not (place / "outputs.pt").exists():
-            raise ReloadError(f"the process ended with {process.exitcode}")
+            raise ReloadError(f"the process ended with status {status} and no result, within {SECONDS} s")
         return torch.load(place / "outputs.pt")
 
 
-def _read(folder: str, auto_class: str, outputs: Callable[[Any, dict[str, Tensor]], Tensor]) -> None:
-    """The work of the other process."""
+@cache
+def _server() -> Any:
+    """The connection to the server, which ends with this process."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there,), daemon=True)
+    process.start()
+    there.close()
+    atexit.register(here.close)
+    return here
+
+
+def _serve(connection: Any) -> None:
+    """Forks a process for each job, and answers with its exit status."""
+    for name in _IMPORTS:
+        importlib.import_module(name)
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")  # compiles what every from_pretrained uses
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        child = os.fork()
+        if child == 0:
+            signal.alarm(SECONDS)
+            _load(*job)
+            os._exit(0)
+        connection.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def _load(folder: str, auto_class: str, outputs: Callable[[Any, dict[str, Tensor]], Tensor]) -> None:
+    """The work of a new process; leaves its outputs or its error in the folder."""
     place = Path(folder)
     try:
         import transformers

@@ -16,7 +16,7 @@ import argparse
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,15 @@ import transformers
 from architecture_checks import CHECKS, checks_of
 from architecture_inputs import batches_for
 from architecture_references import ROUNDING, WrongResult, distance, outputs
-from architecture_reload import ReloadError, preload, reloaded_outputs
-from architecture_tables import EXCLUDED, REFUSED, WORKS, WRONG, page
+from architecture_reload import ReloadError, reloaded_outputs
+from architecture_tables import EXCLUDED, REFUSED, RESULTS, WORKS, WRONG, page
 from tiny_architectures import Case, kinds
 from tqdm import tqdm
 
 import hf_cod
 from hf_cod.io.files import fingerprint, write_json, write_text
 from hf_cod.io.journal import Journal
+
 
 def tried(case: Case, check: str) -> dict[str, str]:
     """What one check of one kind gives: {"result": one of the four, "why": a line}."""
@@ -75,7 +76,6 @@ def built(case: Case) -> dict[str, Any]:
 def main() -> None:
     """Runs the checks of the kinds of this shard, and writes the page after each."""
     arguments = _arguments()
-    preload()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -85,18 +85,18 @@ def main() -> None:
     results: dict[str, Any] = {}
     for kind in tqdm(_chosen(arguments), unit="type"):
         case = Case(kind)
-        found = {"built": _once(journal, f"{kind} built", partial(built, case))}
+        found = {"built": _once(journal, f"{kind} built", partial(built, case), ())}
         if found["built"]["why"] is None:
             for check in (check for check in checks_of(case) if check in arguments.checks):
-                found[check] = _once(journal, f"{kind} {check}", partial(tried, case, check))
+                found[check] = _once(journal, f"{kind} {check}", partial(tried, case, check), arguments.again)
         results[kind] = found
         write_json(output / "architectures.json", {"versions": _versions(), "results": results})
         write_text(output / "architectures.md", page(results, _versions()))
     print(page(results, _versions()))
 
 
-def _once(journal: Journal, key: str, work: Callable[[], Any]) -> Any:
-    if key not in journal:
+def _once(journal: Journal, key: str, work: Callable[[], Any], again: Sequence[str]) -> Any:
+    if key not in journal or journal[key].get("result") in again:
         journal.add(key, work())
     return journal[key]
 
@@ -109,6 +109,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", help="kinds, such as llama or encoder/bert; default: all")
     parser.add_argument("--checks", nargs="+", default=list(CHECKS), choices=list(CHECKS))
+    parser.add_argument("--again", nargs="+", default=[], choices=RESULTS, help="check again what had these results")
     parser.add_argument("--shard", default="0/1", help="I/N: every Nth kind, beginning with kind I")
     parser.add_argument("--output", default="architectures", help="directory for the page and the journal")
     return parser.parse_args()

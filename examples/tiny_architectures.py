@@ -79,8 +79,11 @@ ALWAYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _HALVES = ["linear_attention", "full_attention"] * 2
 _HEADS = {"head_dim": 8}
+_SECTIONS = {
+    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+}
 _LATENT = {"num_key_value_heads": 4, "head_dim": 4}
-# Type -> config values beside `SIZES`. Only what makes a type small, and valid, stands here.
+# Type, or group and type -> config values beside `SIZES`. Only what makes a type small, and valid, stands here.
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"], _LATENT),
     **dict.fromkeys(["glm_moe_dsa", "longcat_flash", "minicpm3", "sarvam_mla", "youtu", "dots3_note_text"], _LATENT),
@@ -89,6 +92,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
     "dory": {"sliding_window": 16},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2},
+    "encoder/reformer": {"is_decoder": False},
+    "esm": {"vocab_size": WORDS, "mask_token_id": 98, "pad_token_id": 0},
+    "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -98,6 +104,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "kimi_linear": {**_LATENT, "layer_types": _HALVES, "mlp_layer_types": ["dense", "sparse"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2},
+    **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm46v", "glm4v", "glm_ocr", "glmga"], _SECTIONS),
+    "kimi_k25": {"text_config": _LATENT},
+    "mistral4": _LATENT,
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "reformer": {
         "is_decoder": True,
@@ -105,7 +114,12 @@ CHANGES: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": [16, 16],
         "attn_layers": ["local", "lsh"] * 2,
     },
+    **dict.fromkeys(
+        ["donut-swin", "swin", "swinv2"],
+        {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 16, "window_size": 2, "image_size": 32, "patch_size": 4},
+    ),
     "xmod": {"default_language": "en_XX"},
+    "yolos": {"image_size": [16, 16]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "attention_hidden_size": 64},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -185,7 +199,9 @@ class Case:
 
 def kinds() -> list[str]:
     """Every kind: causal models, encoder-decoders, encoders, vision models, and those of vision and language."""
-    found = [group + kind for group in ("", SEQ2SEQ, ENCODER, VISION, LANGUAGE) for kind in sorted(_auto_classes(group))]
+    found = [
+        group + kind for group in ("", SEQ2SEQ, ENCODER, VISION, LANGUAGE) for kind in sorted(_auto_classes(group))
+    ]
     for kind in IMAGE_TYPES:
         found += [f"{LANGUAGE}{kind}{WITH_IMAGES}", f"{LANGUAGE}{kind}{WITH_IMAGES}@vision"]
     towers = [LANGUAGE + kind for kind, name in _auto_classes(LANGUAGE).items() if name == "AutoModel"]
@@ -207,10 +223,11 @@ def _auto_classes(group: str) -> dict[str, str]:
         masked = (kind for kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES if kind not in writers)
         return dict.fromkeys(masked, "AutoModelForMaskedLM")
     if group == VISION:
-        headless = dict.fromkeys(auto.MODEL_FOR_IMAGE_MAPPING_NAMES, "AutoModel")
-        return headless | dict.fromkeys(
-            auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "AutoModelForImageClassification"
+        classifiers, readers = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, _auto_classes(LANGUAGE)
+        headless = dict.fromkeys(
+            (kind for kind in auto.MODEL_FOR_IMAGE_MAPPING_NAMES if kind not in readers), "AutoModel"
         )
+        return headless | dict.fromkeys(classifiers, "AutoModelForImageClassification")
     towers = dict.fromkeys(auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES, "AutoModel")
     return towers | dict.fromkeys(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "AutoModelForImageTextToText")
 
