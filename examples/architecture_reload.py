@@ -5,7 +5,6 @@ Such processes are forked, some 100 ms each, from a server that has imported mod
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import multiprocessing
 import os
@@ -55,7 +54,7 @@ def reloaded_outputs(
         model.save_pretrained(place / "model")
         torch.save(batch, place / "batch.pt")
         connection = _server()
-        connection.send((folder, auto_class.__name__, outputs))
+        connection.send((_modeling_of(model), folder, auto_class.__name__, outputs))
         status = connection.recv()
         if (place / "error").exists():
             raise ReloadError((place / "error").read_text())
@@ -64,15 +63,27 @@ def reloaded_outputs(
         return torch.load(place / "outputs.pt")
 
 
+def _modeling_of(model: Any) -> list[str]:
+    """The modules of transformers that define the model."""
+    found = {type(module).__module__ for module in model.modules()}
+    return sorted(name for name in found if name.startswith("transformers.models."))
+
+
+def stop_server() -> None:
+    """Ends the server, which otherwise ends with this process; the next reload starts another."""
+    if _server.cache_info().currsize:
+        _server().close()
+        _server.cache_clear()
+
+
 @cache
 def _server() -> Any:
-    """The connection to the server, which ends with this process."""
+    """The connection to the server."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there,), daemon=True)
     process.start()
     there.close()
-    atexit.register(here.close)
     return here
 
 
@@ -85,9 +96,11 @@ def _serve(connection: Any) -> None:
     get_checkpoint_conversion_mapping("llama")  # compiles what every from_pretrained uses
     while True:
         try:
-            job = connection.recv()
+            modules, *job = connection.recv()
         except EOFError:
             return
+        for name in modules:
+            importlib.import_module(name)
         child = os.fork()
         if child == 0:
             signal.alarm(SECONDS)

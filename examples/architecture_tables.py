@@ -63,7 +63,8 @@ def _summary(results: Results) -> Iterator[str]:
         if not inside:
             continue
         banks = {kind for kind, found in checked.items() if found["built"]["experts"]}
-        yield f"\n### {title.capitalize()}\n\n{len(checked)} of {len(inside)} kinds are built; {_experts(len(banks))}.\n"
+        yield f"\n### {title.capitalize()}\n"
+        yield f"{len(checked)} of {len(inside)} kinds are built; {_experts(len(banks))}.\n"
         yield "| function | works | excludes | refused | wrong | works or excludes | without experts |"
         yield "|---|---:|---:|---:|---:|---:|---:|"
         for check in CHECKS:
@@ -82,7 +83,8 @@ def _share(count: Counter[str]) -> str:
 
 
 def _experts(number: int) -> str:
-    return f"{number} of them have banks of experts" if number else "none of them has banks of experts"
+    verb = "has" if number < 2 else "have"
+    return f"{number or 'none'} of them {verb} banks of experts"
 
 
 def _reasons(results: Results, result: str) -> Iterator[str]:

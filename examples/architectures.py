@@ -73,25 +73,41 @@ def built(case: Case) -> dict[str, Any]:
     return {"why": why, "experts": banks}
 
 
+def sweep(
+    chosen: Iterable[str], output: Path, checks: Sequence[str] = tuple(CHECKS), again: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Checks kinds, and writes the page after each.
+
+    Args:
+        chosen: the kinds.
+        output: the directory of the page and of the journal, from which results of the same versions are read.
+        checks: names of checks.
+        again: results with which a check is repeated.
+
+    Returns:
+        Kind -> {"built": see `built`, and for each check that was run what `tried` returns}.
+    """
+    journal = Journal(output / "journal.jsonl", fingerprint(_versions()))
+    results: dict[str, Any] = {}
+    for kind in tqdm(chosen, unit="kind"):
+        case = Case(kind)
+        results[kind] = {"built": _once(journal, f"{kind} built", partial(built, case), ())}
+        if results[kind]["built"]["why"] is None:
+            for check in (check for check in checks_of(case) if check in checks):
+                results[kind][check] = _once(journal, f"{kind} {check}", partial(tried, case, check), again)
+        write_json(output / "architectures.json", {"versions": _versions(), "results": results})
+        write_text(output / "architectures.md", page(results, _versions()))
+    return results
+
+
 def main() -> None:
-    """Runs the checks of the kinds of this shard, and writes the page after each."""
+    """Runs the checks of the kinds of this shard."""
     arguments = _arguments()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    output = Path(arguments.output)
-    journal = Journal(output / "journal.jsonl", fingerprint(_versions()))
-    results: dict[str, Any] = {}
-    for kind in tqdm(_chosen(arguments), unit="type"):
-        case = Case(kind)
-        found = {"built": _once(journal, f"{kind} built", partial(built, case), ())}
-        if found["built"]["why"] is None:
-            for check in (check for check in checks_of(case) if check in arguments.checks):
-                found[check] = _once(journal, f"{kind} {check}", partial(tried, case, check), arguments.again)
-        results[kind] = found
-        write_json(output / "architectures.json", {"versions": _versions(), "results": results})
-        write_text(output / "architectures.md", page(results, _versions()))
+    results = sweep(_chosen(arguments), Path(arguments.output), arguments.checks, arguments.again)
     print(page(results, _versions()))
 
 

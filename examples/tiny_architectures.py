@@ -79,9 +79,9 @@ ALWAYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _HALVES = ["linear_attention", "full_attention"] * 2
 _HEADS = {"head_dim": 8}
-_SECTIONS = {
-    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
-}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+_SECTIONS = {"text_config": {"rope_parameters": _ROPE}}
+_WINDOWS = {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 16, "window_size": 2, "image_size": 32, "patch_size": 4}
 _LATENT = {"num_key_value_heads": 4, "head_dim": 4}
 # Type, or group and type -> config values beside `SIZES`. Only what makes a type small, and valid, stands here.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -114,10 +114,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": [16, 16],
         "attn_layers": ["local", "lsh"] * 2,
     },
-    **dict.fromkeys(
-        ["donut-swin", "swin", "swinv2"],
-        {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 16, "window_size": 2, "image_size": 32, "patch_size": 4},
-    ),
+    **dict.fromkeys(["donut-swin", "swin", "swinv2"], _WINDOWS),
     "xmod": {"default_language": "en_XX"},
     "yolos": {"image_size": [16, 16]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "attention_hidden_size": 64},
@@ -224,10 +221,8 @@ def _auto_classes(group: str) -> dict[str, str]:
         return dict.fromkeys(masked, "AutoModelForMaskedLM")
     if group == VISION:
         classifiers, readers = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, _auto_classes(LANGUAGE)
-        headless = dict.fromkeys(
-            (kind for kind in auto.MODEL_FOR_IMAGE_MAPPING_NAMES if kind not in readers), "AutoModel"
-        )
-        return headless | dict.fromkeys(classifiers, "AutoModelForImageClassification")
+        headless = (kind for kind in auto.MODEL_FOR_IMAGE_MAPPING_NAMES if kind not in readers)
+        return dict.fromkeys(headless, "AutoModel") | dict.fromkeys(classifiers, "AutoModelForImageClassification")
     towers = dict.fromkeys(auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES, "AutoModel")
     return towers | dict.fromkeys(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "AutoModelForImageTextToText")
 
