@@ -52,13 +52,13 @@ def check_diagnosis(case: Case) -> str | None:
     model = case.build()
     before, intact = copy.deepcopy(model.state_dict()), outputs_of(case, model)
     report = diagnose(model, batches=batches_for(case, model), layers_path=case.stack, show_progress=False)
+    for name, tensor in model.state_dict().items():
+        require(torch.equal(tensor, before[name]), f"{name} has changed")
+    same(outputs_of(case, model), intact, "the model after the diagnosis", 0)
     for index, expected in enumerate(naive_angles(case, model)):
         got = report.layers["angular_distance"][index]
         alike = got is expected is None or (got is not None and expected is not None and abs(got - expected) < 1e-3)
         require(alike, f"angle of layer {index}: {got}, by hooks {expected}")
-    for name, tensor in model.state_dict().items():
-        require(torch.equal(tensor, before[name]), f"{name} has changed")
-    same(outputs_of(case, model), intact, "the model after the diagnosis", 0)
     return None
 
 

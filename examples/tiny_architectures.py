@@ -194,6 +194,16 @@ class Case:
         return config
 
 
+def build(kind: str) -> PreTrainedModel:
+    """A tiny random model of a kind; see `Case.build`."""
+    return Case(kind).build()
+
+
+def tiny_config(kind: str) -> Any:
+    """A config of a kind whose model has four layers and a width of 32."""
+    return Case(kind).config()
+
+
 def kinds() -> list[str]:
     """Every kind: causal models, encoder-decoders, encoders, vision models, and those of vision and language."""
     found = [

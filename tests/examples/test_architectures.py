@@ -24,27 +24,12 @@ PART = {
     "vision-language/clip@vision": {"diagnose": "refused"},
     "vision-language/llava+images": {},
 }
-NAMED = [
-    "seq2seq/t5",
-    "seq2seq/bart",
-    "seq2seq/whisper",
-    "seq2seq/marian",
-    "encoder/bert",
-    "encoder/modernbert",
-    "encoder/albert",
-    "encoder/deberta",
-    "encoder/deberta-v2",
-    "vision/vit",
-    "vision/dinov2",
-    "vision/dinov3_vit",
-    "vision/swin",
-    "vision-language/llava",
-    "vision-language/clip@text",
-    "vision-language/clip@vision",
-    "vision-language/qwen2_5_vl+images",
-    "vision-language/gemma3",
-    "vision-language/paligemma",
-]
+NAMED = {
+    "seq2seq/": ["t5", "bart", "whisper", "marian"],
+    "encoder/": ["bert", "modernbert", "albert", "deberta", "deberta-v2"],
+    "vision/": ["vit", "dinov2", "dinov3_vit", "swin"],
+    "vision-language/": ["clip@text", "clip@vision", "gemma3", "llava", "paligemma", "qwen2_5_vl+images"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +39,8 @@ def load():
         patch.syspath_prepend(str(FOLDER))
         yield importlib.import_module
         importlib.import_module("architecture_reload").stop_server()
-        for name in [name for name, m in sys.modules.items() if str(FOLDER) in str(getattr(m, "__file__", None))]:
+    for name in [name for name, m in sys.modules.items() if str(FOLDER) in str(getattr(m, "__file__", None))]:
+        if "." not in name:
             del sys.modules[name]
 
 
@@ -87,7 +73,8 @@ def test_the_sweep_finds_nothing_wrong(load, tmp_path):
 
 def test_the_kinds_are_those_of_transformers(load):
     found = load("tiny_architectures").kinds()
-    assert {*NAMED, *PART} <= {*found} and len(found) == len({*found}) > 450
+    named = {group + kind for group, kinds in NAMED.items() for kind in kinds}
+    assert named | {*PART} <= {*found} and len(found) == len({*found}) > 450
 
 
 def _moved(function):
@@ -112,6 +99,11 @@ def _reported(function, part, **values):
     return changed
 
 
+def _with(function, **changed):
+    """A function of the package with other arguments."""
+    return lambda *args, **options: function(*args, **{**options, **changed})
+
+
 SABOTAGES = {
     "angles": ("diagnose", "diagnose", partial(_reported, part="layers", angular_distance=[0.3] * 4), "angle of layer"),
     "diagnosis moves a weight": ("diagnose", "diagnose", _moved, "has changed"),
@@ -119,7 +111,7 @@ SABOTAGES = {
     "sparsity": ("prune", "prune", partial(_reported, part="results", sparsity=0.49), "the report differs"),
     "counts": ("prune", "prune", partial(_reported, part="layers", parameters=[1] * 4), "counts other weights"),
     "skip": ("drop", "skip", lambda skip: lambda *args: contextlib.nullcontext(), "skip against drop"),
-    "excluded": ("quantize", "quantize", partial(_reported, part="results", module_bits={}), "excluded of"),
+    "excluded": ("quantize", "quantize", partial(_reported, part="results", module_bits={}), "0 weights quantized"),
     "factors": ("factorize", "factorize", _moved, "the model of this rank"),
     "narrower": ("narrow", "narrow", _moved, "other rows|with zeros"),
     "two layers": ("owlore", "OwLoreAdamW", lambda made: lambda m, n_active, **o: made(m, n_active=2, **o), "instead"),
@@ -153,10 +145,10 @@ def test_a_reload_that_differs_or_fails_is_told(load):
     model = case.build()
     references.check_reload(case, model)
     model.lm_head.register_forward_hook(lambda module, args, out: 2 * out)  # which is not saved
-    with pytest.raises(references.WrongResult, match="reload differs by 5.0e-01|reload differs by 1"):
+    with pytest.raises(references.WrongResult, match="reload differs by"):
         references.check_reload(case, model)
     batch = {"input_ids": torch.full((1, 3), 1_000)}  # no such tokens
-    with pytest.raises(reload.ReloadError, match="IndexError .*py: "):
+    with pytest.raises(reload.ReloadError, match="IndexError"):
         reload.reloaded_outputs(model, case.auto_class, batch, references.outputs)
 
 
