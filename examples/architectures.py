@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -43,7 +44,8 @@ def tried(case: Case, check: str) -> dict[str, str]:
     except WrongResult as error:
         return {"result": WRONG, "why": str(error)}
     except ValueError as error:
-        return {"result": REFUSED, "why": _line(error)}
+        told = re.match(r"[a-z_]+: .*\bexpected\b", _line(error)) is not None  # else it is the error of another library
+        return {"result": REFUSED if told else WRONG, "why": _line(error) if told else f"ValueError: {_line(error)}"}
     except ReloadError as error:
         return {"result": WRONG, "why": f"reload: {_line(error)}"}
     except Exception as error:  # any other error is one that a user would see as a traceback
