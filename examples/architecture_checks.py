@@ -156,7 +156,9 @@ def check_owlore(case: Case) -> str | None:
     for name, gradient in plain.items():
         same(saving[name], gradient, f"the gradient of {name} with gradient checkpointing", 1e-4)
     moved = [_trained(case, checkpointing) for checkpointing in (False, True)]
-    for name in moved[0]:
+    require(moved[0].keys() == moved[1].keys(), "other weights move with gradient checkpointing")
+    for name in (name for name, change in moved[0].items() if change.dim() > 1):
+        # Not biases: that of keys has no gradient but rounding, which Adam scales up.
         same(moved[1][name], moved[0][name], f"{name} with gradient checkpointing", 1e-3)
     return None
 
