@@ -110,6 +110,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "reformer": {
         "is_decoder": True,
+        "axial_pos_embds": False,  # else training requires one length
         "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [16, 16],
         "attn_layers": ["local", "lsh"] * 2,
