@@ -15,9 +15,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,11 +39,14 @@ import hf_cod
 from hf_cod.io.files import fingerprint, write_json, write_text
 from hf_cod.io.journal import Journal
 
+SECONDS = 300  # for one check
+
 
 def tried(case: Case, check: str) -> dict[str, str]:
     """What one check of one kind gives: {"result": one of the four, "why": a line}."""
     try:
-        note = CHECKS[check](case)
+        with _limited():
+            note = CHECKS[check](case)
     except WrongResult as error:
         return {"result": WRONG, "why": str(error)}
     except ValueError as error:
@@ -52,6 +58,25 @@ def tried(case: Case, check: str) -> dict[str, str]:
         place = traceback.extract_tb(error.__traceback__)[-1]
         return {"result": WRONG, "why": f"{type(error).__name__} {os.path.basename(place.filename)}: {_line(error)}"}
     return {"result": EXCLUDED if note else WORKS, "why": note or ""}
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Raises TimeoutError after `SECONDS`; without effect outside of the main thread, or where there are no alarms."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"no end within {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def built(case: Case) -> dict[str, Any]:
