@@ -15,6 +15,7 @@ import torch
 from architecture_inputs import batches_for
 from architecture_references import (
     ROUNDING,
+    WrongResult,
     check_counted,
     check_reload,
     cut_to_ranks,
@@ -149,18 +150,21 @@ def check_narrow(case: Case) -> str | None:
 
 
 def check_owlore(case: Case) -> str | None:
-    """Layers that were not sampled are bit-equal, the sampled one has moved; gradients are the same with gradient
-    checkpointing, and so are the changes."""
-    plain, saving = (_gradients(case, checkpointing) for checkpointing in (False, True))
-    require(plain.keys() == saving.keys(), "other weights have gradients with gradient checkpointing")
-    for name, gradient in plain.items():
-        same(saving[name], gradient, f"the gradient of {name} with gradient checkpointing", 1e-4)
-    moved = [_trained(case, checkpointing) for checkpointing in (False, True)]
-    require(moved[0].keys() == moved[1].keys(), "other weights move with gradient checkpointing")
+    """Layers that were not sampled are bit-equal, the sampled one has moved; its gradients and its changes are those of
+    the model without OwLore, also with gradient checkpointing."""
+    intact = _gradients(case, checkpointing=False, sampled=False)
+    saves = _saves_memory(case, intact)
+    modes = (False, True) if saves else (False,)
+    for checkpointing in modes:
+        found = _gradients(case, checkpointing, sampled=True)
+        require(bool(found), "no weight has a gradient")
+        _same_gradients(found, intact, " with gradient checkpointing" if checkpointing else "")
+    moved = [_trained(case, checkpointing) for checkpointing in modes]
+    require(moved[0].keys() == moved[-1].keys(), "other weights move with gradient checkpointing")
     for name in (name for name, change in moved[0].items() if change.dim() > 1):
         # Not biases: that of keys has no gradient but rounding, which Adam scales up.
-        same(moved[1][name], moved[0][name], f"{name} with gradient checkpointing", 1e-3)
-    return None
+        same(moved[-1][name], moved[0][name], f"{name} with gradient checkpointing", 1e-3)
+    return None if saves else "gradients of the intact model differ with gradient checkpointing"
 
 
 def check_adapter(case: Case) -> str | None:
@@ -211,11 +215,32 @@ def _first_of(notes: list[str]) -> str | None:
     return f"{len(notes)} note{'s' if len(notes) > 1 else ''}, such as: {notes[0]}" if notes else None
 
 
-def _gradients(case: Case, checkpointing: bool) -> dict[str, Tensor]:
-    """The gradient of each weight that has one."""
+def _gradients(case: Case, checkpointing: bool, sampled: bool) -> dict[str, Tensor]:
+    """The gradient of each weight that has one; `sampled`: of those that OwLore trains."""
     model = _for_training(case.build(), checkpointing)
+    optimizer = OwLoreAdamW(model, n_active=1, rank=4) if sampled else None
     loss_of(case, model, model).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if optimizer is not None:
+        optimizer.release()
+    return found
+
+
+def _same_gradients(found: dict[str, Tensor], intact: dict[str, Tensor], how: str) -> None:
+    largest = max(float(gradient.abs().max()) for gradient in intact.values() if gradient.numel())
+    for name, gradient in found.items():
+        # A gradient that is nothing but rounding, as of the bias of keys, has no scale of its own.
+        if gradient.numel() and float(intact[name].abs().max()) > 1e-4 * largest:
+            same(gradient, intact[name], f"the gradient of {name}{how}", 1e-4)
+
+
+def _saves_memory(case: Case, intact: dict[str, Tensor]) -> bool:
+    """Whether transformers itself gets the same gradients with gradient checkpointing."""
+    try:
+        _same_gradients(_gradients(case, checkpointing=True, sampled=False), intact, "")
+    except (WrongResult, RuntimeError):
+        return False
+    return True
 
 
 def _trained(case: Case, checkpointing: bool) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ def naive_angles(case: Case, model: Any) -> list[float | None]:
 
     def hook(index: int) -> Any:
         def measure(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            x, y = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
+            x, y = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, (tuple, list)) else out
             if x.dim() == 4 and x.shape[2] == IDS.shape[1]:  # streams first, as of Gemma 3n
                 x, y = x.movedim(0, 2), y.movedim(0, 2)
             cosine = F.cosine_similarity(x.double().flatten(2)[:, -1], y.double().flatten(2)[:, -1], dim=-1)
@@ -128,11 +128,14 @@ def generates_alike(case: Case, model: Any) -> str | None:
 @cache
 def _generates(case: Case) -> bool:
     """Whether the intact model generates the same with a cache as without."""
-    intact = case.build()
     try:
-        return distance(_generated(case, intact, True), _generated(case, intact, False)) <= ROUNDING
+        for seed in (0, 1, 2):  # a choice of the best tokens or experts is equal for some weights only
+            intact = case.build(seed)
+            if distance(_generated(case, intact, True), _generated(case, intact, False)) > ROUNDING:
+                return False
     except Exception:  # whatever transformers raises where a model requires more than the inputs of forward
         return False
+    return True
 
 
 @torch.no_grad()
