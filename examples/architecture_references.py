@@ -12,6 +12,7 @@ from architecture_reload import reloaded_outputs
 from tiny_architectures import Case
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from transformers import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
@@ -149,19 +150,18 @@ def _generated(case: Case, model: Any, use_cache: bool) -> Tensor:
 
 def check_counted(stack: Any, counted: int) -> str | None:
     """Requires that each matrix of a Linear of the layers is among the `counted` weights; says what else there is."""
-    parameters = {id(p): (name, p) for layer in stack for name, p in layer.named_parameters() if p.dim() > 1}
-    whole = sum(p.numel() for _, p in parameters.values())
-    others, left = set(), 0
-    for layer in stack:
-        for module in layer.modules():
-            own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-            if not (hasattr(module, "in_features") or isinstance(module, Conv1D) or any(p.dim() == 3 for p in own)):
-                others.update([type(module).__name__] if own else [])
-                left += sum(p.numel() for p in own)
-    banks = {p.numel() for _, p in parameters.values() if p.dim() == 3}
+    whole = sum(p.numel() for p in {p for layer in stack for p in layer.parameters()} if p.dim() > 1)
+    others, left, banks = set(), 0, False
+    for module in {module for layer in stack for module in layer.modules()}:
+        own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
+        bank = any(p.dim() == 3 for p in own) and not isinstance(module, _ConvNd)
+        banks |= bank
+        if own and not (hasattr(module, "in_features") or isinstance(module, Conv1D) or bank):
+            others.add(type(module).__name__)
+            left += sum(p.numel() for p in own)
     if counted == whole:
         return None
-    require(counted + left == whole or bool(banks), f"{counted:,} weights counted and {left:,} others of {whole:,}")
+    require(counted + left == whole or banks, f"{counted:,} weights counted and {left:,} others of {whole:,}")
     return f"{whole - counted:,} of {whole:,} weights of the layers are in no matrix: {', '.join(sorted(others))}"
 
 

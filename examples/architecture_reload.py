@@ -22,7 +22,8 @@ from torch import Tensor
 
 SECONDS = 300
 _IMPORTS = (
-    "transformers.trainer",
+    "transformers.generation.utils",
+    "transformers.modeling_utils",
     "transformers.quantizers.auto",
     "transformers.models.llama.modeling_llama",
     "bitsandbytes",

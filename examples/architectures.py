@@ -1,12 +1,12 @@
 """Each function of the package on a tiny random model of every architecture of transformers, with checks.
 
-    python examples/architectures.py --output architectures                      # some 30 minutes of one core
+    python examples/architectures.py --output architectures                      # some 15 minutes of one core
     python examples/architectures.py --types llama encoder/bert --checks drop quantize
     python examples/architectures.py --shard 0/2                                 # every second kind
 
 The kinds are those of `tiny_architectures.py`: causal models, encoder-decoders, encoders, vision models, and models of
-vision and language. Each function works, excludes (works, and says what it leaves out), is refused (one ValueError), or
-is wrong (a difference, or any other error). An interrupted run resumes; shards with one output share their results.
+vision and language. Each function works, excludes (works, except for what the reason names), is refused (one
+ValueError), or is wrong (a difference, or any other error). An interrupted run resumes; shards with one output share their results.
 Writes architectures.md, which is the page of the documentation, and architectures.json.
 """
 

@@ -111,6 +111,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "reformer": {
         "is_decoder": True,
         "axial_pos_embds": False,  # else training requires one length
+        "hash_seed": 0,
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
         "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [16, 16],
         "attn_layers": ["local", "lsh"] * 2,

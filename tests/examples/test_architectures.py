@@ -15,7 +15,6 @@ FOLDER = Path(__file__).parents[2] / "examples"
 # Kind -> the results of its checks that are not "works".
 PART = {
     "llama": {},
-    "falcon": {},
     "mamba": {"prune": "excluded", "quantize": "excluded", "factorize": "excluded", "narrow": "refused"},
     "mixtral": {"prune": "excluded", "quantize": "excluded", "factorize": "refused", "narrow": "refused"},
     "seq2seq/t5": {"prune": "excluded", "quantize": "excluded", "factorize": "excluded", "narrow": "refused"},
