@@ -24,11 +24,11 @@ Results = dict[str, dict[str, Any]]
 _HEAD = """# Architectures
 
 Each function of the package, on a tiny random model of every kind of model that transformers builds from a config of
-four layers. A function *works*; works and *excludes* something, which is either weights that it does not reach (counted
-here; reports do not name all of them) or a part of the check that the intact model itself does not pass; is *refused* by
-one ValueError that names the reason; or is *wrong*: a difference without a message, or any other error. At the end of a
-name, `+images` stands for batches of text with images, and `@vision` for the stack of that name; without it the default
-stack is changed, and training is not checked on others.
+four layers. A function *works*; works and *excludes* something, which is either weights that it does not reach
+(counted here; reports do not name all of them) or a part of the check that the intact model itself does not pass; is
+*refused* by one ValueError that names the reason; or is *wrong*: a difference without a message, or any other error.
+At the end of a name, `+images` stands for batches of text with images, and `@vision` for the stack of that name;
+without it the default stack is changed, and training is not checked on others.
 
 {versions}. The command, which resumes and runs in shards:
 

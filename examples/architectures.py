@@ -6,7 +6,8 @@
 
 The kinds are those of `tiny_architectures.py`: causal models, encoder-decoders, encoders, vision models, and models of
 vision and language. Each function works, excludes (works, except for what the reason names), is refused (one
-ValueError), or is wrong (a difference, or any other error). An interrupted run resumes; shards with one output share their results.
+ValueError), or is wrong (a difference, or any other error). An interrupted run resumes. Shards with one output share
+their results: the whole command writes the page of all of them.
 Writes architectures.md, which is the page of the documentation, and architectures.json.
 """
 

@@ -31,11 +31,13 @@ TESTED_BY = {
     "cli/commands/test_heal.py": "cli/__init__.py cli/samples.py",
     "cli/commands/test_quantize.py": "cli/explained.py",
     "cli/test_compression.py": "cli/closing.py cli/settings.py cli/step.py cli/work.py",
-    "cli/test_parser.py": "cli/completion.py cli/field_options.py cli/option_names.py",
+    "cli/test_parser.py": "cli/completion.py cli/field_options.py cli/option_groups.py cli/option_names.py",
+    "cli/test_validation.py": "io/inputs.py",
     "io/test_files.py": "io/journal.py",
     "io/test_text.py": "io/rows.py",
     "io/test_whole_checkpoint.py": "io/generation.py io/unread_weights.py",
     "cli/test_terminal.py": "cli/messages.py",
+    "layers/test_finished_layers.py": "layers/layer_notes.py",
     "compression/depth/test_criteria.py": (
         "compression/depth/depth_plan.py compression/depth/maps.py compression/depth/protection.py "
         "compression/depth/removal_probe.py compression/depth/search.py"

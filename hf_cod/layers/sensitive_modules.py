@@ -2,8 +2,8 @@
 
 - A router has one row for each expert of its layer: an error in it sends tokens to other experts.
 - A gate of one row scales a whole branch of a layer by one number for each token.
-- A latent projection (multi-head latent attention; also the projection of Mamba's step sizes in Jamba) has fewer rows
-  than columns, and its output enters a norm whose output enters another matrix: all that follows passes through it.
+- A latent projection (multi-head latent attention) has fewer rows than columns, and its output enters a norm whose
+  output enters another matrix: all that follows passes through it.
 
 Names of modules are not used. Latent projections are found by the forward pass of `direct_use.py`, which shows tensors
 that are handed from module to module unchanged.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.functional.channels import rows_of
-from hf_cod.layers.orientation import set_shape, turned
+from hf_cod.layers.orientation import set_shape, shape_of, turned
 from hf_cod.layers.stack import is_norm
 from hf_cod.models.shapes import set_number
 
@@ -127,7 +127,11 @@ def set_units(root: nn.Module, units: Units, kept: int, tensors: dict[str, Tenso
 
     Returns:
         The changed sizes.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape; the layer is left unchanged.
     """
+    _check_shapes(root, units, kept, tensors)
     changes: Changes = {}
     for name in (*units.readers, units.writer):
         module: Any = root.get_submodule(name)
@@ -167,6 +171,30 @@ def changes_of(units: Units, kept: int) -> Changes:
     for name, numbers in units.numbers.items():
         changes.setdefault(name, {}).update({key: each * kept for key, each in numbers.items()})
     return changes
+
+
+def _check_shapes(root: nn.Module, units: Units, kept: int, tensors: dict[str, Tensor]) -> None:
+    """Checks tensors that may come from a file; those of matrices may be missing, and a bias of the writer be new."""
+    chosen = torch.arange(kept)
+    for name in (*units.readers, units.writer):
+        module: Any = root.get_submodule(name)
+        rows, columns = shape_of(module)
+        if name == units.writer:
+            columns = len(rows_of(chosen, units.columns))
+        else:
+            rows = len(rows_of(chosen, units.readers[name]))
+        if f"{name}.weight" in tensors:
+            weight = tensors[f"{name}.weight"]
+            _check_shape(f"{name}.weight", turned(module, weight) if weight.dim() == 2 else weight, (rows, columns))
+        if f"{name}.bias" in tensors:
+            _check_shape(f"{name}.bias", tensors[f"{name}.bias"], (rows,))
+    for name, owners in units.vectors.items():
+        _check_shape(name, tensors.get(name), (len(rows_of(chosen, owners)),))
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None or tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {None if tensor is None else tuple(tensor.shape)}")
 
 
 def _set_parameter(module: Any, key: str, values: Tensor, like: Tensor) -> None:

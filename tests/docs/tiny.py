@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from examples.tiny_architectures import SEQ2SEQ
+from examples.tiny_architectures import build as build_type
 from tests.tiny_models import build
 from tests.tiny_tokenizers import gpt_like
 
@@ -20,12 +22,13 @@ def model():
 
 
 def save_models(folder: Path) -> Path:
-    """`stock`, a Llama, and `lns`, the same with LayerNorm Scaling."""
+    """`stock`, a Llama, `lns`, the same with LayerNorm Scaling, and `t5`."""
     model().save_pretrained(folder / "stock")
     torch.manual_seed(0)
     config = AutoConfig.for_model("cod_llama", norm_placement="lns", num_hidden_layers=3, vocab_size=99, **SIZES)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "lns")
-    for name in ("stock", "lns"):
+    build_type(f"{SEQ2SEQ}t5").save_pretrained(folder / "t5")
+    for name in ("stock", "lns", "t5"):
         gpt_like().save_pretrained(folder / name)
     return folder
 

@@ -19,6 +19,7 @@ from hf_cod.functional.combination import Combination, best_combinations, filled
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value, renamed
 from hf_cod.io.files import fingerprint
+from hf_cod.io.journal import JournalError
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batches, Texts, Tokenizer
 from hf_cod.layers.fingerprints import Journals, digest_batches
@@ -164,6 +165,8 @@ class _Search:
         for knob, step in progress(todo, "trying each step alone", show_progress):
             try:
                 trial = self._trials.measure({knob: self._levels[knob][step - 1]})
+            except JournalError:  # else the plan would depend on a file that is not ours
+                raise
             except FAILURES as error:
                 if self._named and step == wanted[knob][-1] and knob not in self._alone:
                     raise
@@ -238,6 +241,8 @@ class _Search:
                 return
             try:
                 trial = self._trials.measure(self._steps(found[0]))
+            except JournalError:
+                raise
             except FAILURES as error:
                 self._notes.append(f"{describe_steps(self._steps(found[0]))}: {error}")
                 return

@@ -52,6 +52,15 @@ class LogLines(TrainerCallback):
         return duration((time.perf_counter() - self._begun) / done * (state.max_steps - state.global_step))
 
 
+class LastRecord(TrainerCallback):
+    """Logs the loss of the last step too, so that each run has a curve, however short it is."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        """Asks for a record after the last step."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 def duration(seconds: float) -> str:
     """Seconds in the two largest units, such as "2 h 5 min" or "40 s"."""
     whole = round(seconds)

@@ -28,7 +28,7 @@ from hf_cod.scoring.settings import options_of
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
 from hf_cod.training.runs.finite import check_trained
 from hf_cod.training.runs.interrupt import SaveOnInterrupt
-from hf_cod.training.runs.log_lines import LogLines, TrainingBar
+from hf_cod.training.runs.log_lines import LastRecord, LogLines, TrainingBar
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.run_directory import SCORES_FILE
 from hf_cod.training.runs.training_settings import TrainingSettings
@@ -179,7 +179,7 @@ def train(
             train_dataset=PackedText(windows, settings.total_steps * settings.batch_size, seed),
             data_collator=default_data_collator,
             optimizer_cls_and_kwargs=optimizer,
-            callbacks=[memory := MemoryCallback(beside), *callbacks, *([interrupt] if lasting else [])],
+            callbacks=[memory := MemoryCallback(beside), LastRecord(), *callbacks, *([interrupt] if lasting else [])],
         )
         _show_progress(trainer)
         try:

@@ -98,7 +98,7 @@ def test_variances_beside_large_means():
         stack[0].fc1.bias.fill_(3000.0)
     recorder = MomentsRecorder(stack, [0], [writer])
     with recorder.attached(), torch.no_grad():
-        recorder.start(batch["attention_mask"])
+        recorder.start(batch)
         model(**batch)
         recorder.finish(0)
     W, X = references.linear_inputs(model, [batch], 0)[writer]

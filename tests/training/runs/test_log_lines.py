@@ -20,16 +20,16 @@ def test_durations(seconds, told):
 
 
 def test_each_record_is_a_line_of_its_own(tmp_path, capsys):
-    """Step, loss and time left; no carriage return, and none of Trainer's dictionaries."""
+    """Step, loss and time left, of the last step too; no carriage return, and none of Trainer's dictionaries."""
     settings = TrainingSettings(
-        method="full", steps=4, batch_size=2, sequence_length=8, log_every=2, learning_rate=1e-5
+        method="full", steps=5, batch_size=2, sequence_length=8, log_every=2, learning_rate=1e-5
     )
     model, optimizer = METHODS["full"].setup(build("llama"), None, OwLoreSettings(), settings.rate, 1)
     windows = torch.arange(8 * 8).view(8, 8) % 64
     training = train(model, optimizer, windows, settings, 0, tmp_path, lasting=False)
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["step 1 of 4", "step 2 of 4", "step 4 of 4"]
+    assert [line.partition(":")[0] for line in lines] == [f"step {step} of 5" for step in (1, 2, 4, 5)]
     assert lines[0].endswith(" s left") and "loss" not in lines[0], "the time is told before the first record"
     for line, (_, loss) in zip(lines[1:], training.curve, strict=True):
         assert f": loss {loss:.4g}" in line and line.endswith(" s left")
