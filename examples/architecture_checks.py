@@ -1,26 +1,41 @@
 """What `architectures.py` checks of each function on a model: each check can fail, and says in words what was excluded.
 
-A check takes a function that builds the model, and returns a note or None. A difference that nobody was told of raises
-`WrongResult`; a ValueError of the package is a refusal.
+A check takes the kind of model, and returns a note or None. A difference that nobody was told of raises `WrongResult`;
+a ValueError of the package is a refusal.
 """
 
 from __future__ import annotations
 
 import copy
-import tempfile
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from architecture_inputs import batches_for
+from architecture_references import (
+    ROUNDING,
+    WrongResult,
+    check_counted,
+    check_reload,
+    cut_to_ranks,
+    generates_alike,
+    loss_of,
+    naive_angles,
+    outputs_of,
+    require,
+    same,
+    told_weights,
+    zeroed_as,
+)
+from tiny_architectures import Case
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_cod import (
     OwlBnbConfig,
     OwLoreAdamW,
     OwLoreConfig,
+    RankPlan,
     diagnose,
     drop,
     factorize,
@@ -32,144 +47,152 @@ from hf_cod import (
 )
 from hf_cod.layers.stacks import named_stacks
 
-Builder = Callable[[], PreTrainedModel]
-_IDS = torch.randint(5, 80, (3, 9), generator=torch.Generator().manual_seed(1))
-# Two programs of one sum: experts and attention choose theirs by the shapes in a batch.
-ROUNDING = 1e-5
 
-
-class WrongResult(Exception):
-    """A result that differs from the reference, without an error or a note."""
-
-
-def batches_for(model: Any) -> list[dict[str, Tensor]]:
-    """Two batches; those of an encoder-decoder also have tokens for the decoder, a few less than for the encoder."""
-    ids = (_IDS, _IDS[:2] + 3)
-    if not model.config.is_encoder_decoder:
-        return [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
-    read = [_read(model, each) for each in ids]
-    return [
-        {**inputs, "decoder_input_ids": each.flip(1)[:, :7].contiguous()}
-        for inputs, each in zip(read, ids, strict=True)
-    ]
-
-
-def _read(model: Any, ids: Tensor) -> dict[str, Tensor]:
-    """What a model, or its encoder, reads of one batch: tokens or sound."""
-    if model.main_input_name == "input_ids":
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    frames = 2 * getattr(model.config, "max_source_positions", 32)
-    shape = (len(ids), getattr(model.config, "num_mel_bins", 8), frames)
-    return {model.main_input_name: torch.randn(shape, generator=torch.Generator().manual_seed(2))}
-
-
-def check_diagnosis(build: Builder) -> str | None:
+def check_diagnosis(case: Case) -> str | None:
     """Angles against hooks on the layers; the model is left as it was."""
-    model = build()
-    before, logits = copy.deepcopy(model.state_dict()), _logits(model)
-    report = diagnose(model, batches=batches_for(model), show_progress=False)
-    for index, expected in enumerate(_naive_angles(model)):
-        got = report.layers["angular_distance"][index]
-        _require(got is None or abs(got - expected) < 1e-3, f"angle of layer {index}: {got}, by hooks {expected:.4f}")
+    model = case.build()
+    before, intact = copy.deepcopy(model.state_dict()), outputs_of(case, model)
+    report = diagnose(model, batches=batches_for(case, model), layers_path=case.stack, show_progress=False)
     for name, tensor in model.state_dict().items():
-        _require(torch.equal(tensor, before[name]), f"{name} has changed")
-    _same(_logits(model), logits, "the model after the diagnosis", 0)
+        require(torch.equal(tensor, before[name]), f"{name} has changed")
+    same(outputs_of(case, model), intact, "the model after the diagnosis", 0)
+    for index, expected in enumerate(naive_angles(case, model)):
+        got = report.layers["angular_distance"][index]
+        alike = got is expected is None or (got is not None and expected is not None and abs(got - expected) < 1e-3)
+        require(alike, f"angle of layer {index}: {got}, by hooks {expected}")
     return None
 
 
-def check_prune(build: Builder) -> str | None:
+def check_prune(case: Case) -> str | None:
     """Zeros counted = promised; weights counted + excluded = all weights of the layers; a reload is equal."""
-    model = build()
-    stack = find_decoder_layers(model)
-    report = prune(model, 0.5, "wanda", batches=batches_for(model))
+    model = case.build()
+    stack = find_decoder_layers(model, case.stack)
+    report = prune(model, 0.5, "wanda", batches=batches_for(case, model), layers_path=case.stack)
     matrices = [weight for index in range(len(stack)) for _, weight in stack.matrices(index)]
-    share = sum(int((W == 0).sum()) for W in matrices) / sum(W.numel() for W in matrices)
-    _require(abs(share - 0.5) < 0.02, f"{share:.3f} of the weights are 0 instead of 0.5")
-    _same(_logits(reloaded(model)), _logits(model), "reload", ROUNDING)
-    return _excluded(stack, sum(W.numel() for W in matrices), report.notes)
+    counted = sum(W.numel() for W in matrices)
+    share = sum(int((W == 0).sum()) for W in matrices) / counted
+    require(abs(share - 0.5) < 0.02, f"{share:.3f} of the weights are 0 instead of 0.5")
+    require(abs(share - report.results["sparsity"]) < 1e-6, f"{share} of the weights are 0, and the report differs")
+    require(sum(report.layers["parameters"]) == counted, f"the report counts other weights than the {counted:,}")
+    check_reload(case, model)
+    return check_counted(stack, counted)
 
 
-def check_drop(build: Builder) -> str | None:
+def check_drop(case: Case) -> str | None:
     """Skip = drop; generation with a cache = without; a reload is equal. Of several stacks, on each."""
-    told = [_dropped(build, stack.name) for stack in named_stacks(build())] or [_dropped(build, None)]
+    stacks = [case.stack] if case.stack else [stack.name for stack in named_stacks(case.build())] or [None]
+    told = [_dropped(case, stack) for stack in stacks]
     return next((note for note in told if note), None)
 
 
-def _dropped(build: Builder, stack: str | None) -> str | None:
+def _dropped(case: Case, stack: str | None) -> str | None:
     for layers in (1,) if stack is None else (0, 1):
-        model = build()
+        model = case.build()
+        intact = outputs_of(case, model)
         with skip(model, layers, stack):
-            skipped = _logits(model)
+            skipped = outputs_of(case, model)
+        same(outputs_of(case, model), intact, "the model after skip", 0)
         drop(model, layers, stack)
-        logits = _logits(model)
-        _same(skipped, logits, "skip against drop", 0)
-        _same(_logits(reloaded(model)), logits, "reload", ROUNDING)
-    return _generates_alike(model, build())
+        same(skipped, outputs_of(case, model), "skip against drop", 0)
+        check_reload(case, model)
+    return generates_alike(case, model)
 
 
-def check_quantize(build: Builder) -> str | None:
-    """Quantized = its own `dequantize()`; a reload is equal."""
-    model = build()
-    report = quantize(model, OwlBnbConfig(bits=4))
-    logits = _logits(model)
-    _same(_logits(reloaded(model)), logits, "reload", ROUNDING)
+def check_quantize(case: Case) -> str | None:
+    """Quantized = its own `dequantize()`; weights quantized + excluded = those of all matrices; a reload is equal."""
+    model = case.build()
+    stack = find_decoder_layers(model, case.stack)
+    sizes = {name: W.numel() for index in range(len(stack)) for name, W in stack.matrices(index)}
+    report = quantize(model, OwlBnbConfig(bits=4), layers_path=case.stack)
+    check_reload(case, model)
+    quantized = outputs_of(case, model)
     dense: Any = copy.deepcopy(model).dequantize()
-    _same(logits, _logits(dense), "dequantize()", 2e-2)
+    same(quantized, outputs_of(case, dense), "dequantize()", 2e-2)
+    done, told = sum(sizes[name] for name in report.results["module_bits"]), told_weights(report.notes, sizes)
+    require(
+        done + told == sum(sizes.values()), f"{done:,} weights quantized, {told:,} excluded, {sum(sizes.values()):,}"
+    )
     return _first_of([note for note in report.notes if "not quantized" in note])
 
 
-def check_factorize(build: Builder) -> str | None:
-    """Factorized at full rank = intact; a reload is equal."""
-    model = build()
-    intact = _logits(model)
-    factorize(model, 0.9, "plain")
-    _same(_logits(reloaded(model)), _logits(model), "reload", ROUNDING)
-    _require(not torch.equal(_logits(model), intact), "nothing has changed")
-    return None
+def check_factorize(case: Case) -> str | None:
+    """Factorized at the rank that matrices have = intact; a reload is equal."""
+    model = case.build()
+    stack = find_decoder_layers(model, case.stack)
+    matrices = [name for index in range(len(stack)) for name in stack.input_shapes(index)]
+    ranks = factorize(case.build(), 0.9, "plain", layers_path=case.stack).results["ranks"]
+    cut_to_ranks(model, ranks)
+    intact = outputs_of(case, model)
+    report = factorize(model, RankPlan("rank", 0.5, ranks, "given"), "plain", layers_path=case.stack)
+    require(report.results["ranks"] == ranks, "ranks differ from the plan")
+    for name, rank in ranks.items():
+        thin = sorted(min(p.shape) for p in model.get_submodule(name).parameters() if p.dim() == 2)
+        require(thin == [rank, rank], f"{name} has factors of ranks {thin} instead of {rank}")
+    same(outputs_of(case, model), intact, "the model of this rank", 1e-4)
+    check_reload(case, model)
+    left = len(matrices) - len(ranks)
+    return f"{left} of {len(matrices)} matrices have no factors" if left else None
 
 
-def check_narrow(build: Builder) -> str | None:
+def check_narrow(case: Case) -> str | None:
     """Fewer heads and channels = zeroed ones; a reload is equal; generation with a cache = without."""
-    model = build()
+    model = case.build()
     size = sum(p.numel() for p in model.parameters())
-    narrow(model, 0.85, "magnitude", "none", channel_multiple=8)
-    _require(sum(p.numel() for p in model.parameters()) < size, "no weight was removed")
-    _same(_logits(model), _logits(_zeroed_as(model, build())), "the model with zeros", ROUNDING)
-    model = build()
-    report = narrow(model, 0.85, "fluctuation", batches=batches_for(model))
-    _same(_logits(reloaded(model)), _logits(model), "reload", ROUNDING)
-    _generates_alike(model, build())
+    narrow(model, 0.85, "magnitude", "none", channel_multiple=8, layers_path=case.stack)
+    require(sum(p.numel() for p in model.parameters()) < size, "no weight was removed")
+    zeroed = outputs_of(case, zeroed_as(model, case.build()))
+    same(outputs_of(case, model), zeroed, "the model with zeros", ROUNDING)
+    model = case.build()
+    report = narrow(model, 0.85, "fluctuation", batches=batches_for(case, model), layers_path=case.stack)
+    check_reload(case, model)
+    generates_alike(case, model)
     return _first_of([note for note in report.notes if "not narrowed" in note])
 
 
-def check_owlore(build: Builder) -> str | None:
-    """Layers that were not sampled are bit-equal, the sampled one has moved; also with gradient checkpointing."""
-    moved = [_trained(build(), checkpointing) for checkpointing in (False, True)]
-    for name in moved[0]:
-        _same(moved[1][name], moved[0][name], f"{name} with gradient checkpointing", 1e-3)
-    return None
+def check_owlore(case: Case) -> str | None:
+    """Layers that were not sampled are bit-equal, the sampled one has moved; its gradients and its changes are those of
+    the model without OwLore, also with gradient checkpointing."""
+    intact = _gradients(case, checkpointing=False, sampled=False)
+    saves = _saves_memory(case, intact)
+    modes = (False, True) if saves else (False,)
+    for checkpointing in modes:
+        found = _gradients(case, checkpointing, sampled=True)
+        require(bool(found), "no weight has a gradient")
+        _same_gradients(found, intact, " with gradient checkpointing" if checkpointing else "")
+    moved = [_trained(case, checkpointing) for checkpointing in modes]
+    require(moved[0].keys() == moved[-1].keys(), "other weights move with gradient checkpointing")
+    for name in (name for name, change in moved[0].items() if change.dim() > 1):
+        # Not biases: that of keys has no gradient but rounding, which Adam scales up.
+        same(moved[-1][name], moved[0][name], f"{name} with gradient checkpointing", 1e-3)
+    return None if saves else "gradients of the intact model differ with gradient checkpointing"
 
 
-def check_adapter(build: Builder) -> str | None:
-    """OwLore adapters: one step of training moves the outputs, the base stays bit-equal."""
+def check_adapter(case: Case) -> str | None:
+    """OwLore adapters: training moves the outputs and the sampled layers' adapters; all else stays bit-equal."""
     from peft import get_peft_model
 
-    base = build()
-    before, logits = copy.deepcopy(base.state_dict()), _logits(base)
+    base = case.build()
+    stack = find_decoder_layers(base)
+    before, intact = copy.deepcopy(base.state_dict()), outputs_of(case, base)
     # PEFT's class of a task names the inputs that it passes on.
-    task = None if base.config.is_encoder_decoder else "CAUSAL_LM"
+    task = None if case.group else "CAUSAL_LM"
     model: Any = get_peft_model(base, OwLoreConfig(r=4, task_type=task))
     optimizer = OwLoreAdamW(model, lr=1e-1, n_active=2)
-    _step(model, optimizer, 2)
-    _require(not torch.equal(_logits(model.eval()), logits), "the outputs have not moved")
+    adapters = {name: p.detach().clone() for name, p in model.named_parameters() if ".base_layer." not in name}
+    _step(case, model, base, optimizer, 2)
+    found = dict(model.named_parameters())
+    moved = {stack.index_of(name) for name, p in adapters.items() if not torch.equal(found[name], p)}
+    require(len(moved) == 2 and None not in moved, f"adapters of layers {moved} have moved instead of two")
+    model.eval()
+    require(not torch.equal(outputs_of(case, base), intact), "the outputs have not moved")
     plain = {name.replace(".base_layer", ""): tensor for name, tensor in base.state_dict().items()}
     for name, tensor in before.items():
-        _require(torch.equal(plain[name], tensor), f"{name} of the base has moved")
+        require(torch.equal(plain[name], tensor), f"{name} of the base has moved")
     return None
 
 
 # Column of the table -> check.
-CHECKS: dict[str, Callable[[Builder], str | None]] = {
+CHECKS: dict[str, Callable[[Case], str | None]] = {
     "diagnose": check_diagnosis,
     "prune": check_prune,
     "drop": check_drop,
@@ -179,135 +202,78 @@ CHECKS: dict[str, Callable[[Builder], str | None]] = {
     "owlore": check_owlore,
     "adapter": check_adapter,
 }
+# Of a stack that is chosen by name: training has no such choice.
+TRAINING = ("owlore", "adapter")
 
 
-def reloaded(model: Any) -> PreTrainedModel:
-    """The model as written and read again."""
-    with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
-        return type(model).from_pretrained(directory).eval()
-
-
-@torch.no_grad()
-def _logits(model: Any) -> Tensor:
-    return model(**batches_for(model)[0]).logits
-
-
-def _distance(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
-
-
-def _same(got: Tensor, expected: Tensor, what: str, tolerance: float) -> None:
-    difference = _distance(got, expected)
-    _require(difference <= tolerance, f"{what} differs by {difference:.1e}")
-
-
-def _require(condition: bool, otherwise: str) -> None:
-    if not condition:
-        raise WrongResult(otherwise)
+def checks_of(case: Case) -> list[str]:
+    """The checks of a kind of model."""
+    return [check for check in CHECKS if case.stack is None or check not in TRAINING]
 
 
 def _first_of(notes: list[str]) -> str | None:
-    return f"{len(notes)} notes, such as: {notes[0]}" if notes else None
+    return f"{len(notes)} note{'s' if len(notes) > 1 else ''}, such as: {notes[0]}" if notes else None
 
 
-def _excluded(stack: Any, counted: int, notes: list[str]) -> str | None:
-    """How many weights of the layers no method reaches; it must stand in the notes of the report."""
-    whole = sum(p.numel() for layer in stack for p in layer.parameters() if p.dim() > 1)
-    if counted == whole:
-        return None
-    return f"{whole - counted:,} of {whole:,} weights of the layers are in no matrix; notes: {notes or 'none'}"
+def _gradients(case: Case, checkpointing: bool, sampled: bool) -> dict[str, Tensor]:
+    """The gradient of each weight that has one; `sampled`: of those that OwLore trains."""
+    model = _for_training(case.build(), checkpointing)
+    optimizer = OwLoreAdamW(model, n_active=1, rank=4) if sampled else None
+    loss_of(case, model, model).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if optimizer is not None:
+        optimizer.release()
+    return found
 
 
-@torch.no_grad()
-def _zeroed_as(narrower: Any, intact: Any) -> Any:
-    """The intact model with zeros for the rows and columns of its matrices that the narrower one lacks."""
-    smaller = dict(narrower.named_parameters())
-    for name, weight in intact.named_parameters():
-        left = smaller[name]
-        if weight.dim() != 2 or left.shape == weight.shape:
-            continue
-        cut = 0 if left.shape[0] != weight.shape[0] else 1
-        here, there = weight.movedim(cut, 0), left.movedim(cut, 0)
-        rows = {row.numpy().tobytes() for row in there}
-        kept = torch.tensor([row.numpy().tobytes() in rows for row in here])
-        _require(int(kept.sum()) == len(there), f"{name} has other rows than the intact matrix")
-        here[~kept] = 0
-        module = intact.get_submodule(name.rpartition(".")[0])
-        if module.bias is not None and cut == int(isinstance(module, Conv1D)):
-            module.bias[~kept] = 0
-    return intact
+def _same_gradients(found: dict[str, Tensor], intact: dict[str, Tensor], how: str) -> None:
+    largest = max(float(gradient.abs().max()) for gradient in intact.values() if gradient.numel())
+    for name, gradient in found.items():
+        # A gradient that is nothing but rounding, as of the bias of keys, has no scale of its own.
+        if gradient.numel() and float(intact[name].abs().max()) > 1e-4 * largest:
+            same(gradient, intact[name], f"the gradient of {name}{how}", 1e-4)
 
 
-def _naive_angles(model: Any) -> list[float]:
-    """Mean angle between input and output of each layer at the last token, in units of pi."""
-    stack = find_decoder_layers(model)
-    angles: list[list[Tensor]] = [[] for _ in stack]
-
-    def hook(index: int) -> Any:
-        def measure(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            x, y = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
-            if x.dim() == 4 and x.shape[2] == _IDS.shape[1]:  # streams first, as of Gemma 3n
-                x, y = x.movedim(0, 2), y.movedim(0, 2)
-            cosine = F.cosine_similarity(x.double().flatten(2)[:, -1], y.double().flatten(2)[:, -1], dim=-1)
-            angles[index].append(torch.arccos(cosine.clamp(-1, 1)) / torch.pi)
-
-        return measure
-
-    handles = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(stack)]
+def _saves_memory(case: Case, intact: dict[str, Tensor]) -> bool:
+    """Whether transformers itself gets the same gradients with gradient checkpointing."""
     try:
-        for batch in batches_for(model):
-            with torch.no_grad():
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [float(torch.cat(found).mean()) if found else 0.0 for found in angles]
+        _same_gradients(_gradients(case, checkpointing=True, sampled=False), intact, "")
+    except (WrongResult, RuntimeError):
+        return False
+    return True
 
 
-def _generates_alike(model: Any, intact: Any) -> str | None:
-    """Greedy generation with and without a cache, where the intact model gives the same with both."""
-    if not isinstance(model, GenerationMixin) or not model.can_generate():
-        return "no generation"
-    if _distance(_generated(intact, True), _generated(intact, False)) > ROUNDING:
-        return "the intact model generates otherwise with a cache"
-    _require(
-        _distance(_generated(model, True), _generated(model, False)) <= ROUNDING, "generation with a cache differs"
-    )
-    return None
-
-
-@torch.no_grad()
-def _generated(model: Any, use_cache: bool) -> Tensor:
-    """The logits of each generated token."""
-    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    told = {"output_logits": True, "return_dict_in_generate": True}
-    return torch.stack(model.generate(**_read(model, _IDS[:1]), use_cache=use_cache, **settings, **told).logits)
-
-
-def _trained(model: Any, checkpointing: bool) -> dict[str, Tensor]:
+def _trained(case: Case, checkpointing: bool) -> dict[str, Tensor]:
     """What two steps of OwLore with one sampled layer have moved: name -> change."""
+    model: Any = case.build()
     stack = find_decoder_layers(model)
-    if checkpointing and model.supports_gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _for_training(model, checkpointing)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    _step(model, OwLoreAdamW(model, lr=1e-2, n_active=1, rank=4, interval=100), 2)
+    _step(case, model, model, OwLoreAdamW(model, lr=1e-2, n_active=1, rank=4, interval=100), 2)
     moved = {
         name: p.detach() - before[name] for name, p in model.named_parameters() if not torch.equal(p, before[name])
     }
     layers = {stack.index_of(name) for name in moved} - {None}
-    _require(len(layers) == 1, f"layers {sorted(layers)} have moved instead of one")
+    require(len(layers) == 1, f"layers {sorted(layers)} have moved instead of one")
+    require(all(math.isfinite(float(change.sum())) for change in moved.values()), "changes are not finite")
     return moved
 
 
-def _step(model: Any, optimizer: Any, steps: int) -> None:
+def _for_training(model: Any, checkpointing: bool) -> Any:
+    """The model in training mode, without anything random."""
     torch.manual_seed(0)
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    if checkpointing and model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _step(case: Case, model: Any, base: Any, optimizer: Any, steps: int) -> None:
+    _for_training(model, False)
     for _ in range(steps):
-        batch = batches_for(model)[0]
-        model(**batch, labels=batch.get("decoder_input_ids", _IDS)).loss.backward()
+        loss_of(case, model, base).backward()
         optimizer.step()
         optimizer.zero_grad()

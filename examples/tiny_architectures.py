@@ -1,15 +1,18 @@
 """Tiny random models of the architectures of transformers, for `architectures.py`.
 
-A config is made from the defaults of its type: each field of `SIZES` that it knows takes the tiny value, in configs
-inside it as well. `CHANGES` holds what a type requires beside that.
+A *kind* is a model type with the group that it belongs to, such as "llama" (a causal model), "encoder/bert" or
+"vision-language/llava". Its config is made from the defaults of its type: each field of `SIZES` that it knows takes the
+tiny value, in configs inside it as well. `CHANGES` holds what a kind requires beside that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
@@ -26,8 +29,10 @@ def _each(names: str, value: Any) -> dict[str, Any]:
 # Config field -> tiny value. Widths are multiples of the 16 channels that matrices in three bits require.
 SIZES: dict[str, Any] = {
     **_each("vocab_size unpadded_vocab_size decoder_vocab_size vocab_size_per_layer_input", WORDS),
+    **_each("entity_vocab_size pronunciation_vocab_size shape_vocab_size", WORDS),
     **_each("hidden_size n_embd d_model dim attention_hidden_size embedding_size embedding_dim lru_width emb_dim", 32),
     **_each("input_embedding_size output_embedding_size word_embed_proj_dim projection_dim", 32),
+    **_each("embed_dim out_hidden_size text_hidden_size d_latents", 32),
     **_each("intermediate_size ffn_hidden_size d_ff dff dim_ff ffn_dim encoder_ffn_dim decoder_ffn_dim d_inner", 96),
     **_each("feed_forward_size dense_intermediate_size intermediate_size_mlp", 96),
     **_each("num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads", 4),
@@ -35,7 +40,7 @@ SIZES: dict[str, Any] = {
     **_each("num_key_value_heads num_kv_heads swa_num_key_value_heads", 2),
     **_each("head_dim dim_head kv_channels attention_head_dim swa_head_dim attention_head_size d_head d_kv", 8),
     **_each("num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_blocks", LAYERS),
-    **_each("num_encoder_layers num_decoder_layers", LAYERS),
+    **_each("num_encoder_layers num_decoder_layers depth", LAYERS),
     **_each("max_position_embeddings n_positions n_ctx model_max_length max_seq_len context_length", 64),
     **_each("max_source_positions max_target_positions original_max_position_embeddings", 64),
     **_each("moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size", 16),
@@ -51,6 +56,8 @@ SIZES: dict[str, Any] = {
     **_each("mamba_n_heads n_mamba_heads linear_num_value_heads linear_num_heads mamba_num_heads", 4),
     **_each("mamba_d_head mamba_head_dim mamba_headdim image_size", 16),
     **_each("linear_key_head_dim linear_value_head_dim linear_head_dim patch_size num_mel_bins", 8),
+    **_each("num_frames tubelet_size", 2),
+    **_each("num_patches num_latents num_query_tokens mm_tokens_per_image", 4),
     **_each("hidden_size_per_layer_input query_pre_attn_scalar", 8),
     **_each("initializer_range initializer_factor init_std", 0.2),
     "qk_head_dim": 12,
@@ -72,8 +79,11 @@ ALWAYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _HALVES = ["linear_attention", "full_attention"] * 2
 _HEADS = {"head_dim": 8}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+_SECTIONS = {"text_config": {"rope_parameters": _ROPE}}
+_WINDOWS = {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 16, "window_size": 2, "image_size": 32, "patch_size": 4}
 _LATENT = {"num_key_value_heads": 4, "head_dim": 4}
-# Type -> config values beside `SIZES`. Only what makes a type small, and valid, stands here.
+# Type, or group and type -> config values beside `SIZES`. Only what makes a type small, and valid, stands here.
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"], _LATENT),
     **dict.fromkeys(["glm_moe_dsa", "longcat_flash", "minicpm3", "sarvam_mla", "youtu", "dots3_note_text"], _LATENT),
@@ -82,8 +92,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
     "dory": {"sliding_window": 16},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2},
+    "encoder/reformer": {"is_decoder": False},
+    "esm": {"vocab_size": WORDS, "mask_token_id": 98, "pad_token_id": 0},
+    "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": [96] * 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"], _HEADS),
@@ -91,66 +104,154 @@ CHANGES: dict[str, dict[str, Any]] = {
     "kimi_linear": {**_LATENT, "layer_types": _HALVES, "mlp_layer_types": ["dense", "sparse"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2},
+    **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm46v", "glm4v", "glm_ocr", "glmga"], _SECTIONS),
+    "kimi_k25": {"text_config": _LATENT},
+    "mistral4": _LATENT,
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "reformer": {
         "is_decoder": True,
+        "axial_pos_embds": False,  # else training requires one length
+        "hash_seed": 0,
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
         "axial_pos_shape": [8, 8],
         "axial_pos_embds_dim": [16, 16],
         "attn_layers": ["local", "lsh"] * 2,
     },
+    **dict.fromkeys(["donut-swin", "swin", "swinv2"], _WINDOWS),
+    "switch_transformers": {"router_jitter_noise": 0.0},
     "xmod": {"default_language": "en_XX"},
+    "yolos": {"image_size": [16, 16]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "attention_hidden_size": 64},
     "zaya": {"num_experts_per_tok": 1},
 }
 
 
-# Begins the names of encoder-decoders; some of their types are also those of causal models.
-SEQ2SEQ = "seq2seq/"
+SEQ2SEQ, ENCODER, VISION, LANGUAGE = "seq2seq/", "encoder/", "vision/", "vision-language/"
+# End of a kind whose batches have images beside the text; `architecture_inputs.py` has what these types require.
+WITH_IMAGES = "+images"
+IMAGE_TYPES = ("gemma3", "llava", "paligemma", "qwen2_5_vl")
+# Field that lists a value for each stage of a hierarchical model -> its tiny values.
+STAGES: dict[str, Any] = {
+    "depths": lambda value: min(value, 2),
+    **_each("hidden_sizes embed_dims embed_dim", lambda value: value // 4),
+}
 
 
-def types() -> list[str]:
-    """All types of transformers' causal models, in alphabetical order, then those of its encoder-decoders."""
-    both = {*auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES}
-    return sorted(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) + [SEQ2SEQ + kind for kind in sorted(both)]
+@dataclass(frozen=True)
+class Case:
+    """A model to check.
+
+    Attributes:
+        kind: see above; "+images" at its end: batches with images; "@vision": the stack of that name.
+    """
+
+    kind: str
+
+    @property
+    def group(self) -> str:
+        """What its type is listed under: "" for causal models."""
+        return self.kind[: self.kind.index("/") + 1] if "/" in self.kind else ""
+
+    @property
+    def type(self) -> str:
+        """The model type."""
+        return self.kind.partition("@")[0].removesuffix(WITH_IMAGES).removeprefix(self.group)
+
+    @property
+    def stack(self) -> str | None:
+        """The stack of layers that is checked; None: the model's default."""
+        return self.kind.partition("@")[2] or None
+
+    @property
+    def images(self) -> bool:
+        """Whether batches of text have images as well."""
+        return self.kind.partition("@")[0].endswith(WITH_IMAGES)
+
+    @property
+    def auto_class(self) -> Any:
+        """The class of transformers that builds and loads the model."""
+        return getattr(transformers, _auto_classes(self.group)[self.type])
+
+    def build(self, seed: int = 0) -> PreTrainedModel:
+        """A random model in float32 and eval mode; always the same one.
+
+        Raises:
+            Exception: whatever transformers raises where a config of these sizes is none, or a package is missing.
+            ValueError: the model would be large.
+        """
+        with torch.device("meta"):
+            size = sum(p.numel() for p in self.auto_class.from_config(self.config()).parameters())
+        if size > MOST_PARAMETERS:
+            raise ValueError(f"{self.kind}: expected a tiny model, got {size / 1e6:.0f} million parameters")
+        torch.manual_seed(seed)
+        return self.auto_class.from_config(self.config()).float().eval()
+
+    def config(self) -> Any:
+        """A config whose model has four layers and a width of 32."""
+        made = CONFIG_MAPPING[self.type]
+        start = {"decoder_start_token_id": SIZES["decoder_start_token_id"]} if made().is_encoder_decoder else {}
+        values = _merged({**_values(made), **start}, CHANGES.get(self.type, {}))
+        config = made(**_merged(values, CHANGES.get(self.group + self.type, {}) if self.group else {}))
+        named = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(self.type)
+        if self.group == VISION and isinstance(named, tuple):  # one type, several classes
+            config.architectures = [named[0]]
+        return config
+
+
+def build(kind: str) -> PreTrainedModel:
+    """A tiny random model of a kind; see `Case.build`."""
+    return Case(kind).build()
 
 
 def tiny_config(kind: str) -> Any:
-    """A config of the type `kind` whose model has four layers and a width of 32."""
-    kind = kind.removeprefix(SEQ2SEQ)
-    made = CONFIG_MAPPING[kind]
-    start = {"decoder_start_token_id": SIZES["decoder_start_token_id"]} if made().is_encoder_decoder else {}
-    return made(**{**_values(made), **start, **CHANGES.get(kind, {})})
+    """A config of a kind whose model has four layers and a width of 32."""
+    return Case(kind).config()
 
 
-def build(kind: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of the type `kind`, in float32 and eval mode; always the same one.
+def kinds() -> list[str]:
+    """Every kind: causal models, encoder-decoders, encoders, vision models, and those of vision and language."""
+    found = [
+        group + kind for group in ("", SEQ2SEQ, ENCODER, VISION, LANGUAGE) for kind in sorted(_auto_classes(group))
+    ]
+    for kind in IMAGE_TYPES:
+        found += [f"{LANGUAGE}{kind}{WITH_IMAGES}", f"{LANGUAGE}{kind}{WITH_IMAGES}@vision"]
+    towers = [LANGUAGE + kind for kind, name in _auto_classes(LANGUAGE).items() if name == "AutoModel"]
+    return [kind for kind in found if kind not in towers] + [f"{kind}@{side}" for kind in towers for side in SIDES]
 
-    Args:
-        kind: the type of a causal model, or `SEQ2SEQ` and that of an encoder-decoder.
-        seed: seed of the weights.
 
-    Raises:
-        Exception: whatever transformers raises where a config of these sizes is none, or a package is missing.
-        ValueError: the model would be large.
-    """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+SIDES = ("text", "vision")
 
-    made: Any = AutoModelForCausalLM
-    if kind.startswith(SEQ2SEQ):
-        writes = kind.removeprefix(SEQ2SEQ) in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-        made = AutoModelForSeq2SeqLM if writes else AutoModelForSpeechSeq2Seq
-    with torch.device("meta"):
-        size = sum(p.numel() for p in made.from_config(tiny_config(kind)).parameters())
-    if size > MOST_PARAMETERS:
-        raise ValueError(f"{kind}: expected a tiny model, got {size / 1e6:.0f} million parameters")
-    torch.manual_seed(seed)
-    return made.from_config(tiny_config(kind)).float().eval()
+
+def _auto_classes(group: str) -> dict[str, str]:
+    """Type -> name of the auto class, of a group."""
+    if group == "":
+        return dict.fromkeys(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM")
+    if group == SEQ2SEQ:
+        speech = dict.fromkeys(auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, "AutoModelForSpeechSeq2Seq")
+        return speech | dict.fromkeys(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "AutoModelForSeq2SeqLM")
+    if group == ENCODER:
+        writers = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES  # encoder-decoders that also fill in masks
+        masked = (kind for kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES if kind not in writers)
+        return dict.fromkeys(masked, "AutoModelForMaskedLM")
+    if group == VISION:
+        classifiers, readers = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, _auto_classes(LANGUAGE)
+        headless = (kind for kind in auto.MODEL_FOR_IMAGE_MAPPING_NAMES if kind not in readers)
+        return dict.fromkeys(headless, "AutoModel") | dict.fromkeys(classifiers, "AutoModelForImageClassification")
+    towers = dict.fromkeys(auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES, "AutoModel")
+    return towers | dict.fromkeys(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "AutoModelForImageTextToText")
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    inner = {k: _merged(values[k], v) if isinstance(values.get(k), dict) else v for k, v in changes.items()}
+    return {**values, **inner}
 
 
 def _values(made: type[PreTrainedConfig]) -> dict[str, Any]:
     default = made()
     known = default.to_dict()
     values = {name: SIZES[name] for name in _sized(known)}
+    values |= {name: [*map(STAGES[name], known[name])] for name in STAGES if isinstance(known.get(name), (list, tuple))}
     for name, inner in vars(default).items():
         if isinstance(inner, PreTrainedConfig) and not name.startswith("_"):
             values[name] = {**_values(type(inner)), "model_type": inner.model_type}

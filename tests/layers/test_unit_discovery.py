@@ -3,7 +3,6 @@
 import copy
 import importlib
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,19 +38,24 @@ KINDS = {
 FAST = ("gpt_neox", "falcon", "olmo2", "minicpm3", "granite_swa", "phi3", "xglm", "big_bird")
 
 
-@pytest.fixture
-def examples(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
-    yield lambda name: importlib.import_module(name)
-    for name in ("architecture_checks", "tiny_architectures"):
-        sys.modules.pop(name, None)
+@pytest.fixture(scope="module")
+def examples():
+    """The modules of the sweep of architectures, by name; its server ends with the tests of this file."""
+    folder = str(Path(__file__).parents[2] / "examples")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield importlib.import_module
+        importlib.import_module("architecture_reload").stop_server()
+    for name in [name for name, m in sys.modules.items() if folder in str(getattr(m, "__file__", None))]:
+        if "." not in name:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[] if kind in FAST else pytest.mark.families) for kind in KINDS]
 )
 def test_fewer_units_equal_zeroed_ones_after_a_reload_and_with_a_cache(kind, examples):
-    told = examples("architecture_checks").check_narrow(partial(examples("tiny_architectures").build, kind))
+    told = examples("architecture_checks").check_narrow(examples("tiny_architectures").Case(kind))
     assert (told is None) == (kind != "big_bird")
 
 
@@ -82,7 +86,8 @@ def wide_codegen():
 def test_heads_that_cannot_be_parted_go_together(made, count, heads, examples):
     units = find_units(find_decoder_layers(made()), 0)["heads"]
     assert (units.count, units.heads) == (count, heads)
-    assert examples("architecture_checks").check_narrow(made) is None
+    case = type("Made", (examples("tiny_architectures").Case,), {"build": lambda self, seed=0: made()})("falcon")
+    assert examples("architecture_checks").check_narrow(case) is None
 
 
 class Interleaved(nn.Module):

@@ -284,7 +284,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
 
     def _finite(self) -> bool:
         """Whether all gradients are finite; counts the steps where they are not, and logs a warning."""
-        grads = [p.grad for p, _ in self._trained() if p.grad is not None]
+        grads = [p.grad for p, _ in self._trained() if p.grad is not None and p.grad.numel()]
         norms = torch.stack([norm.to(grads[0].device) for norm in torch._foreach_norm(grads, ord=float("inf"))])
         if bool(norms.isfinite().all()):
             self._failures = 0

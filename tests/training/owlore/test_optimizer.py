@@ -619,6 +619,16 @@ def test_what_never_trains_is_told(caplog):
     assert "never train" not in caplog.text
 
 
+def test_a_parameter_without_elements_is_no_error():
+    model = build("llama")
+    model.model.norm.register_parameter("empty", torch.nn.Parameter(torch.empty(1, 0, 8)))  # as DINOv3's registers
+    model.model.norm.register_forward_hook(lambda norm, args, out: out + norm.empty.sum())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    (after,) = train(model, OwLoreAdamW(model, lr=1e-2, n_active=1), 1)
+    assert model.model.norm.empty.grad is None or not model.model.norm.empty.grad.numel()
+    assert not all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_layers_are_drawn_by_an_allocation_of_probability():
     model = build("llama")
     plan = allocate(scored(model), "probability", budget=0.5, layer_parameters=[1] * 4)

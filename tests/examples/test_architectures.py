@@ -1,0 +1,169 @@
+"""The sweep of architectures: a fixed part of its kinds here, all of them behind the marker `slow`."""
+
+import contextlib
+import dataclasses
+import importlib
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "examples"
+# Kind -> the results of its checks that are not "works".
+PART = {
+    "llama": {},
+    "mamba": {"prune": "excluded", "quantize": "excluded", "factorize": "excluded", "narrow": "refused"},
+    "mixtral": {"prune": "excluded", "quantize": "excluded", "factorize": "refused", "narrow": "refused"},
+    "seq2seq/t5": {"prune": "excluded", "quantize": "excluded", "factorize": "excluded", "narrow": "refused"},
+    "encoder/bert": {},
+    "vision/vit": {},
+    "vision-language/clip@vision": {"diagnose": "refused"},
+    "vision-language/llava+images": {},
+}
+NAMED = {
+    "seq2seq/": ["t5", "bart", "whisper", "marian"],
+    "encoder/": ["bert", "modernbert", "albert", "deberta", "deberta-v2"],
+    "vision/": ["vit", "dinov2", "dinov3_vit", "swin"],
+    "vision-language/": ["clip@text", "clip@vision", "gemma3", "llava", "paligemma", "qwen2_5_vl+images"],
+}
+
+
+@pytest.fixture(scope="module")
+def load():
+    """The modules of the sweep, by name; its server ends with the tests of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield importlib.import_module
+        importlib.import_module("architecture_reload").stop_server()
+    for name in [name for name, m in sys.modules.items() if str(FOLDER) in str(getattr(m, "__file__", None))]:
+        if "." not in name:
+            del sys.modules[name]
+
+
+def results_of(load, kind):
+    sweep, case = load("architectures"), load("tiny_architectures").Case(kind)
+    assert sweep.built(case)["why"] is None
+    return {check: sweep.tried(case, check) for check in load("architecture_checks").checks_of(case)}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("kind", PART)
+def test_a_part_of_the_sweep(load, kind):
+    found = results_of(load, kind)
+    assert {check: entry["result"] for check, entry in found.items() if entry["result"] != "works"} == PART[kind], found
+
+
+@pytest.mark.slow
+def test_the_sweep_finds_nothing_wrong(load, tmp_path):
+    sweep = load("architectures")
+    results = sweep.sweep(load("tiny_architectures").kinds(), tmp_path)
+    wrong = {
+        (kind, check): entry["why"]
+        for kind, found in results.items()
+        for check, entry in found.items()
+        if entry.get("result") == "wrong"
+    }
+    assert not wrong
+    assert (tmp_path / "architectures.md").read_text().startswith("# Architectures")
+
+
+def test_the_kinds_are_those_of_transformers(load):
+    found = load("tiny_architectures").kinds()
+    named = {group + kind for group, kinds in NAMED.items() for kind in kinds}
+    assert named | {*PART} <= {*found} and len(found) == len({*found}) > 450
+
+
+def _moved(function):
+    """A function of the package that also moves a weight of the model."""
+
+    def moved(model, *args, **options):
+        result = function(model, *args, **options)
+        with torch.no_grad():
+            next(p for name, p in model.named_parameters() if "layers.2." in name and p.dim() == 2).mul_(1.5)
+        return result
+
+    return moved
+
+
+def _reported(function, part, **values):
+    """A function of the package whose report has other values."""
+
+    def changed(*args, **options):
+        report = function(*args, **options)
+        return dataclasses.replace(report, **{part: {**getattr(report, part), **values}})
+
+    return changed
+
+
+def _with(function, **changed):
+    """A function of the package with other arguments."""
+    return lambda *args, **options: function(*args, **{**options, **changed})
+
+
+SABOTAGES = {
+    "angles": ("diagnose", "diagnose", partial(_reported, part="layers", angular_distance=[0.3] * 4), "angle of layer"),
+    "diagnosis moves a weight": ("diagnose", "diagnose", _moved, "has changed"),
+    "zeros": ("prune", "prune", lambda prune: lambda model, share, *args, **o: prune(model, 0.4, *args, **o), "are 0"),
+    "sparsity": ("prune", "prune", partial(_reported, part="results", sparsity=0.49), "the report differs"),
+    "counts": ("prune", "prune", partial(_reported, part="layers", parameters=[1] * 4), "counts other weights"),
+    "skip": ("drop", "skip", lambda skip: lambda *args: contextlib.nullcontext(), "skip against drop"),
+    "excluded": ("quantize", "quantize", partial(_reported, part="results", module_bits={}), "0 weights quantized"),
+    "factors": ("factorize", "factorize", _moved, "the model of this rank"),
+    "narrower": ("narrow", "narrow", _moved, "other rows|with zeros"),
+    "two layers": ("owlore", "OwLoreAdamW", lambda made: lambda m, n_active, **o: made(m, n_active=2, **o), "instead"),
+    "one adapter": (
+        "adapter",
+        "OwLoreAdamW",
+        lambda made: lambda m, n_active, **o: made(m, n_active=1, **o),
+        "instead",
+    ),
+}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("sabotage", SABOTAGES)
+def test_each_check_can_fail(load, monkeypatch, sabotage):
+    check, name, change, message = SABOTAGES[sabotage]
+    checks = load("architecture_checks")
+    monkeypatch.setattr(checks, name, change(getattr(checks, name)))
+    found = load("architectures").tried(load("tiny_architectures").Case("llama"), check)
+    assert found["result"] == "wrong"
+    assert re.search(message, found["why"])
+
+
+@pytest.mark.process
+def test_a_reload_that_differs_or_fails_is_told(load):
+    references, reload, case = (
+        load("architecture_references"),
+        load("architecture_reload"),
+        load("tiny_architectures").Case("llama"),
+    )
+    model = case.build()
+    references.check_reload(case, model)
+    model.lm_head.register_forward_hook(lambda module, args, out: 2 * out)  # which is not saved
+    with pytest.raises(references.WrongResult, match="reload differs by"):
+        references.check_reload(case, model)
+    batch = {"input_ids": torch.full((1, 3), 1_000)}  # no such tokens
+    with pytest.raises(reload.ReloadError, match="IndexError"):
+        reload.reloaded_outputs(model, case.auto_class, batch, references.outputs)
+
+
+def test_the_page_counts_and_groups(load):
+    page = load("architecture_tables").page
+    built = {"built": {"why": None, "experts": False}}
+    refused = {"result": "refused", "why": "model: expected 4 layers in LlamaForCausalLM, got 0"}
+    other = {"result": "refused", "why": "model: expected 6 layers in GPT2LMHeadModel, got 0"}
+    results = {
+        "llama": built | {"drop": refused},
+        "gpt2": built | {"drop": other},
+        "mixtral": {"built": {"why": None, "experts": True}, "drop": {"result": "works", "why": ""}},
+        "encoder/bert": {"built": {"why": "ImportError: no timm", "experts": False}},
+    }
+    text = page(results, {"transformers": "5.24"})
+    assert "3 of 3 kinds are built; 1 of them has banks of experts" in text
+    assert "| drop | 1 | 0 | 2 | 0 | 33.3% | 0.0% |" in text
+    assert "got 0 | drop | `llama`, `gpt2` |" in text and "| ImportError: no timm | `encoder/bert` |" in text
+    assert "transformers 5.24" in text
