@@ -38,8 +38,10 @@ def command_line() -> Iterator[str]:
     yield "This page is generated from the parsers of the commands. Options are accepted with dashes and underscores.\n"
     yield "| command | does |\n|---|---|"
     yield from (f"| [`{name}`](#{name}) | {text} |" for name, (_, text) in COMMANDS.items())
-    for name, (module, _) in COMMANDS.items():
-        parser = importlib.import_module(f"hf_cod.cli.commands.{module}").make_parser()
+    parsers = {n: importlib.import_module(f"hf_cod.cli.commands.{m}").make_parser() for n, (m, _) in COMMANDS.items()}
+    common = next(iter(parsers.values()))._action_groups[-1]
+    yield from table(common)
+    for name, parser in parsers.items():
         yield f"\n## {name}\n"
         yield from described(parser)
 
@@ -48,10 +50,16 @@ def described(parser: SettingsParser) -> Iterator[str]:
     """One command: what it does, its arguments and its options."""
     description = parser.description or ""
     yield description if "\n" not in description else f"```text\n{description}\n```"
-    yield "\n| argument or option | default | meaning |\n|---|---|---|"
-    for action in sorted(parser._actions, key=lambda action: bool(action.option_strings)):
-        if action.dest not in ("help", "config", "print_config", "quiet") and action.help is not argparse.SUPPRESS:
-            yield option_row(action)
+    for group in parser._action_groups[:-1]:  # the last one has the common options
+        yield from table(group)
+
+
+def table(group: argparse._ArgumentGroup) -> Iterator[str]:
+    """A table of the arguments or options of a group, by its title."""
+    shown = [each for each in group._group_actions if each.help is not argparse.SUPPRESS and each.dest != "help"]
+    if shown:
+        yield f"\n| {str(group.title).capitalize()} | default | meaning |\n|---|---|---|"
+        yield from map(option_row, shown)
 
 
 def option_row(action: argparse.Action) -> str:

@@ -59,6 +59,10 @@ def test_all_tests_that_are_left_out_by_default_run_in_ci():
     assert all(job["timeout-minutes"] for job in jobs)
 
 
+def test_lines_of_the_changelog_are_short():
+    assert not [number for number, line in enumerate(CHANGELOG.splitlines(), 1) if len(line) > 120]
+
+
 def test_one_version():
     released = re.findall(r"^## \[(\d[\d.]*)\] - (\d{4}-\d\d-\d\d)$", CHANGELOG, re.M)
     assert released[0][0] == hf_cod.__version__

@@ -31,10 +31,12 @@ TESTED_BY = {
     "cli/commands/test_heal.py": "cli/__init__.py cli/samples.py",
     "cli/commands/test_quantize.py": "cli/explained.py",
     "cli/test_compression.py": "cli/closing.py cli/settings.py cli/step.py cli/work.py",
-    "cli/test_parser.py": "cli/completion.py cli/field_options.py cli/option_names.py",
+    "cli/test_parser.py": "cli/completion.py cli/field_options.py cli/option_groups.py cli/option_names.py",
+    "cli/test_validation.py": "io/inputs.py",
     "io/test_files.py": "io/journal.py",
     "io/test_text.py": "io/rows.py",
     "cli/test_terminal.py": "cli/messages.py",
+    "layers/test_finished_layers.py": "layers/layer_notes.py",
     "compression/depth/test_criteria.py": (
         "compression/depth/depth_plan.py compression/depth/maps.py compression/depth/protection.py "
         "compression/depth/removal_probe.py compression/depth/search.py"
@@ -42,7 +44,8 @@ TESTED_BY = {
     "compression/depth/test_dropper.py": "compression/depth/replacement.py",
     "compression/fit/test_planning.py": (
         "cli/commands/fit.py compression/fit/budget.py compression/fit/fit_plan.py compression/fit/knobs.py "
-        "compression/fit/samples.py compression/fit/settings.py compression/fit/trials.py layers/size.py"
+        "compression/fit/samples.py compression/fit/search.py compression/fit/settings.py compression/fit/trials.py "
+        "layers/size.py"
     ),
     "compression/low_rank/test_factorizer.py": (
         "compression/low_rank/rank_plan.py compression/low_rank/settings.py compression/low_rank/spectra.py"

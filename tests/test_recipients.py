@@ -218,8 +218,9 @@ def settings_of(words):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_the_command_of_a_card_has_the_settings_of_the_run(name, folder):
+def test_the_command_of_a_card_has_the_settings_of_the_run(name, folder, monkeypatch):
     place(folder, name)
+    monkeypatch.chdir(folder)
     words = command_of(folder / name)
     given = [word.removeprefix("{}/") for word in MADE[name][0]]
     if words[0] not in ("convert", "pack"):
@@ -268,7 +269,19 @@ def test_the_command_of_a_card_has_the_settings_of_model_and_text(name, folder, 
 
 def test_the_command_of_a_card_has_the_revision_of_a_model_of_the_hub():
     report = RunReport("prune", "m", {"model": "me/m", "revision": "v2", "sparsity": 0.5}, {}, {}, {})
-    assert recorded.command_of(report) == "hf-cod prune me/m --revision v2 --sparsity 0.5"
+    assert recorded.command_of(report) == "hf-cod prune me/m --sparsity 0.5 --revision v2"
+
+
+def test_a_card_lists_the_main_settings_and_no_defaults_with_their_meaning(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    asked = {"model": "me/m", "sparsity": 0.5, "method": "wanda", "pack": True, "revision": "main", "samples": 3}
+    (card,) = recorded.card_outputs(tmp_path, RunReport("prune", "m", asked, {}, {}, {}))
+    text = card.read_text()
+    assert "| method | wanda | pruning method: magnitude, wanda, sparsegpt |" in text and "| sparsity | 0.5 |" in text
+    assert "| pack |" not in text and "| revision |" not in text
+    assert "| samples | 3 | number of calibration samples |" in text
+    (card,) = recorded.card_outputs(tmp_path, RunReport("prune", "m", {**asked, "pack": False}, {}, {}, {}))
+    assert "| pack | False | join the texts and cut them into windows of equal length" in card.read_text()
 
 
 def test_control_characters_in_the_command_of_a_card_are_written_for_the_shell():

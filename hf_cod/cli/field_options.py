@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field
 from typing import Any, Literal, Union, get_args, get_origin
 
 
-def add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) -> None:
+def add_field(parser: argparse._ActionsContainer, field: Field[Any], hint: Any) -> None:
     """Adds the option of one field: booleans take no value (see `_add_switch`), lists take several."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
     required = default is MISSING
@@ -36,7 +36,7 @@ def add_field(parser: argparse.ArgumentParser, field: Field[Any], hint: Any) -> 
     )
 
 
-def _add_switch(parser: argparse.ArgumentParser, name: str, dest: str, default: bool, told: str) -> None:
+def _add_switch(parser: argparse._ActionsContainer, name: str, dest: str, default: bool, told: str) -> None:
     """Adds a boolean option: both forms if it is on by default, else the positive form; one text says what on does.
 
     The negative form of an option that is off by default is accepted, too: it overrides a config file.

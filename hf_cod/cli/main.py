@@ -55,6 +55,9 @@ RESUMABLE = (
     "finetune",
 )
 
+# Commands of which a user needs one to make a model smaller.
+COMPRESSING = ("fit", "quantize", "drop-layers", "narrow", "factorize", "prune", "pack")
+
 # Options without a command.
 _ALONE = ("--help", "--version", "--print-completion")
 
@@ -194,6 +197,10 @@ def _overview() -> str:
             "",
             "commands:",
             *rows,
+            "",
+            f"Commands that compress: {', '.join(COMPRESSING)}.",
+            "If you do not know which one you need, use fit with a budget: it measures the methods on your model, and",
+            "applies the best combination.",
             "",
             "hf-cod COMMAND --help describes a command, hf-cod --version prints the version, and",
             "hf-cod --print-completion SHELL prints a completion script for bash, zsh, fish and others.",

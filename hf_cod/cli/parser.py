@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from hf_cod.cli.field_options import add_field
+from hf_cod.cli.option_groups import FIRST, group_of, in_order
 from hf_cod.cli.option_names import ALIASES, ELSEWHERE, RENAMED
 from hf_cod.io.arguments import did_you_mean, unknown_name
 from hf_cod.io.deprecation import warn_renamed
+from hf_cod.io.inputs import check_inputs
 from hf_cod.io.reading import naming_file, read_yaml
 
 # Type of an option's value -> its name in errors.
@@ -28,6 +30,8 @@ _COMMON = ("help", "config", "print_config", "quiet", "debug")
 
 class SettingsParser(argparse.ArgumentParser):
     """A parser with one option per dataclass field, written with dashes (underscores are accepted, too).
+
+    Help lists the options in the groups of `option_groups`, below a usage line that has required arguments only.
 
     Every command also takes `--config FILE` (YAML, option names as keys; the command line wins), `--print-config`
     (prints such a file and exits), `--quiet` and `--debug`.
@@ -40,11 +44,14 @@ class SettingsParser(argparse.ArgumentParser):
     def __init__(self, settings: Sequence[type] = (), **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
         self.settings = list(settings)
-        for each in self.settings:
-            hints = get_type_hints(each)
-            for found in fields(each):
-                if found.init:
-                    add_field(self, found, hints[found.name])
+        hints = {name: hint for each in self.settings for name, hint in get_type_hints(each).items()}
+        settable = [found for each in self.settings for found in fields(each) if found.init]
+        groups: dict[str, Any] = {FIRST: self}
+        for found in sorted(settable, key=lambda found: in_order(found.name)):
+            title = group_of(found.name)
+            if title not in groups:
+                groups[title] = self.add_argument_group(title)
+            add_field(groups[title], found, hints[found.name])
         common = self.add_argument_group("common options")
         common.add_argument("--config", metavar="FILE", help="YAML file of options; the command line takes precedence")
         common.add_argument("--print-config", action="store_true", help="print all options as a YAML file, and exit")
@@ -57,6 +64,23 @@ class SettingsParser(argparse.ArgumentParser):
         """Adds the positional argument of the model that a command reads."""
         self.add_argument(name, help="Hub id, directory, or GGUF file")
 
+    def format_usage(self) -> str:
+        """A line with the required arguments; the help text lists the options in groups below it."""
+        if self.usage is not None:
+            return super().format_usage()
+        formatter = self.formatter_class(prog=f"{self.prog} [options]")
+        formatter.add_usage(None, [each for each in self._actions if each.required or not each.option_strings], [])
+        return formatter.format_help()
+
+    def format_help(self) -> str:
+        """The help text."""
+        usage = self.usage
+        try:
+            self.usage = self.format_usage().removeprefix("usage: ").strip()
+            return super().format_help()
+        finally:
+            self.usage = usage
+
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with status 2.
 
@@ -66,15 +90,19 @@ class SettingsParser(argparse.ArgumentParser):
         hint = "; put it before the options" if positional else ""
         self.exit(2, f"{self.prog}: error: {message}{hint}\n")
 
-    def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
+    def parse(self, arguments: Sequence[str], inputs: bool = True) -> tuple[Any, ...]:
         """Returns one object per dataclass, then the namespace of all arguments; options and positionals may be mixed.
 
         A leading ~ is expanded to the home directory, also in config files and after `--output=`, where shells do not
         expand it.
 
+        Args:
+            arguments: the words of the command line after the command.
+            inputs: whether the paths of inputs are checked, before torch is imported for reading them.
+
         Raises:
-            ValueError: a setting is out of range, or empty (such as "$OUT" where it is not set), or a config file has
-                unknown or invalid entries.
+            ValueError: a setting is out of range, or empty (such as "$OUT" where it is not set), a config file has
+                unknown or invalid entries, or the path of an input does not exist.
             SystemExit: an unknown option (status 2), `--help` or `--print-config` (0).
         """
         spelled = [self._spelled(argument) for argument in arguments]
@@ -103,6 +131,8 @@ class SettingsParser(argparse.ArgumentParser):
             if name not in may_be_empty and "" in (value if isinstance(value, list) else [value]):
                 raise ValueError(f"{name}: expected a value, got an empty one")
             setattr(found, name, _in_home(value))
+        if inputs:  # before the settings, of which some import torch to check their values
+            check_inputs(vars(found))
         made = [each(**{f.name: getattr(found, f.name) for f in fields(each) if f.init}) for each in self.settings]
         return *made, found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from importlib import import_module
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.cli.main import COMMANDS
+from hf_cod.cli.option_groups import FIRST, GROUPS
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.display import shell_word
 from hf_cod.io.report import RunReport
@@ -22,6 +24,8 @@ DECIDED = {
     "plan": ("criterion",),
     "tokens": ("steps",),
 }
+# Entry of a report's settings that is no option -> its meaning.
+MEASURED = {"samples": "number of calibration samples", "tokens": "number of calibration tokens"}
 
 
 def with_inputs(report: RunReport, *inputs: Any) -> RunReport:
@@ -34,20 +38,45 @@ def card_outputs(
     directory: Path, report: RunReport, name: str | None = None, settings: CardSettings | None = None
 ) -> list[Path]:
     """Writes the model card of each model and adapter in a run's directory; see `write_cards`."""
-    return write_cards(directory, report, name, command_of(report), settings)
+    return write_cards(directory, report, name, command_of(report), settings, meanings_of(report))
 
 
 def command_of(report: RunReport) -> str | None:
     """The command with the options that its settings need, without defaults; None for reports of other origin."""
     if report.kind not in COMMANDS:
         return None
-    module = import_module(f"hf_cod.cli.commands.{COMMANDS[report.kind][0]}")
-    parser: SettingsParser = module.make_parser()
+    parser = parser_of(report.kind)
     values = {**dict.fromkeys(SOURCES, source_of(report)), **parser.current_names(report.settings)}
     decided = {name for option, names in DECIDED.items() if values.get(option) is not None for name in names}
     values = _needed(parser, {name: value for name, value in values.items() if name not in decided})
     words = parser.words({name: public_value(v) for name, v in values.items()})
     return " ".join(map(shell_word, ["hf-cod", report.kind, *words]))
+
+
+def meanings_of(report: RunReport) -> dict[str, str] | None:
+    """Setting -> meaning, by the help text of its option: the main settings, and those that are not the defaults.
+
+    Settings that are no options follow from the samples or from the plan. None for reports of other origin.
+    """
+    if report.kind not in COMMANDS:
+        return None
+    parser = parser_of(report.kind)
+    options, current = parser._options(), parser.current_names({name: name for name in report.settings})
+    renamed = {earlier: name for name, earlier in current.items()}
+    found = {}
+    for name, value in report.settings.items():
+        option = options.get(renamed.get(name, name))
+        if option is None:
+            found[name] = MEASURED.get(name, "")
+        elif value != option.default or (option.dest in GROUPS[FIRST] and value is not False):
+            found[name] = re.split(r"; default:|; no default| \(default:", str(option.help).replace("%%", "%"))[0]
+    return found
+
+
+def parser_of(command: str) -> SettingsParser:
+    """The parser of a command."""
+    parser: SettingsParser = import_module(f"hf_cod.cli.commands.{COMMANDS[command][0]}").make_parser()
+    return parser
 
 
 def _needed(parser: SettingsParser, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,10 @@ from hf_cod.io.schema import brief, check_value
 logger = logging.getLogger(__name__)
 
 
+class JournalError(ValueError):
+    """A file in a journal holds what cannot be a result of this work. No fault of the work: it is not to be skipped."""
+
+
 class Journal:
     """Results of a long run as JSON lines, from which an interrupted run resumes.
 

@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 
 from hf_cod.io.adapters import base_of, check_adapter_files, places, with_adapter
 from hf_cod.io.display import one_line
-from hf_cod.io.files import looks_local
+from hf_cod.io.inputs import check_model_path
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
 from hf_cod.io.model_config import building, check_model_config
 from hf_cod.io.settings import ModelFields, ModelSettings, check_effect, resolve
@@ -143,15 +143,10 @@ def _locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
         str(path) if path.is_dir() else name,
         {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code},
     )
+    check_model_path(name)
     if path.suffix == ".gguf":
         source, options["gguf_file"] = str(path.parent), path.name
         _require_gguf()
-        if not path.is_file():
-            raise ValueError(f"model: expected a GGUF file, got {name!r}, which does not exist")
-    elif path.is_file():
-        raise ValueError(f"model: expected a directory or a .gguf file, got {name!r}; pass the directory that holds it")
-    elif not path.exists() and looks_local(name):
-        raise ValueError(f"model: expected a Hub id, a directory or a .gguf file, got {name!r}, which does not exist")
     return source, options
 
 

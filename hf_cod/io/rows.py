@@ -8,10 +8,9 @@ from typing import Any
 
 from hf_cod.io.display import one_line
 from hf_cod.io.hub import why_unreachable
+from hf_cod.io.inputs import FILE_READERS
 from hf_cod.io.settings import TextSettings
 
-# Suffix of a local file -> reader of `datasets`; plain text requires none.
-FILE_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 CHUNK = 1 << 20  # bytes searched at a time
 
 

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from hf_cod.io.arguments import checked, shown
-from hf_cod.io.files import looks_local
-from hf_cod.io.rows import FILE_READERS, check_no_nul, column_of, load_rows
+from hf_cod.io.inputs import PLAIN_TEXT, check_text_path
+from hf_cod.io.rows import check_no_nul, column_of, load_rows
 from hf_cod.io.settings import SampleFields, SampleSettings, TextFields, TextSettings, resolve
 
 Batch = Mapping[str, Tensor]
 """Arguments of a model's forward: input_ids (S, T), attention_mask (S, T), labels if the task has labels, ..."""
 
-PLAIN_TEXT = (".txt", ".md", ".text", "")
-KNOWN_ENDINGS = (*PLAIN_TEXT[:-1], *FILE_READERS)
 IGNORED_LABEL = -100  # label of ignored positions in torch and transformers
 # A stream is read up to this multiple of the required tokens, so that the samples are chosen and not just the prefix.
 STREAM_SURPLUS = 4
@@ -49,10 +47,7 @@ def load_texts(settings: TextSettings | None = None, **fields: Unpack[TextFields
     if source is None:
         return [embedded_text()]
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix not in (*PLAIN_TEXT, *FILE_READERS):
-        raise ValueError(f"text: expected a file that ends in {', '.join(KNOWN_ENDINGS)}, got {source!r}")
-    if not path.exists() and (path.suffix in KNOWN_ENDINGS or looks_local(source)):
-        raise ValueError(f"text: expected a text file or a dataset name, got {source!r}, which does not exist")
+    check_text_path(source)
     if path.is_file() and path.suffix in PLAIN_TEXT:
         check_no_nul(path)
         try:

@@ -6,14 +6,14 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_cod.io.files import fingerprint
+from hf_cod.io.journal import JournalError
 from hf_cod.io.reading import naming_file, open_tensors, parse_json
-from hf_cod.io.schema import check_value
 from hf_cod.io.tensors import is_whole, save_tensors
 from hf_cod.io.text import Batch
 from hf_cod.layers.fingerprints import Journals
@@ -21,22 +21,6 @@ from hf_cod.layers.fingerprints import Journals
 logger = logging.getLogger(__name__)
 
 _NOTE = "note"
-
-
-class LayerNote(TypedDict):
-    """Results of a layer for the report.
-
-    Attributes:
-        errors: errors of its matrices.
-        unseen: matrices that received no tokens.
-    """
-
-    errors: dict[str, float] | list[float]
-    unseen: list[str]
-
-
-Note = None | list[str] | LayerNote
-"""A layer's note: for pruning the unseen matrices; none if the layer is only measured."""
 
 
 class FinishedLayers:
@@ -50,6 +34,7 @@ class FinishedLayers:
         work: fingerprint of model, batches and settings; files with another fingerprint are not read.
         tensors_of: layer -> the tensors of its file, once it is finished.
         put_back: (layer, those tensors) puts them into the intact model.
+        check_note: (layer, its note) raises ValueError for what cannot be the note of this layer.
     """
 
     def __init__(
@@ -58,12 +43,13 @@ class FinishedLayers:
         work: str,
         tensors_of: Callable[[int], dict[str, Tensor]],
         put_back: Callable[[int, dict[str, Tensor]], None],
+        check_note: Callable[[int, Any], object],
     ) -> None:
         self._directory = None if directory is None else Path(directory)
         if self._directory is not None and self._directory.is_file():
             raise ValueError(f"journal: expected a directory, got the file {str(directory)!r}")
         self._work = work
-        self._tensors_of, self._put_back = tensors_of, put_back
+        self._tensors_of, self._put_back, self._check_note = tensors_of, put_back, check_note
         self._whole: set[int] = set()  # files that were found and checked
         self.notes: dict[int, Any] = {}
 
@@ -72,10 +58,20 @@ class FinishedLayers:
 
     @torch.no_grad()
     def restore(self, index: int) -> None:
-        """Puts a finished layer into the model."""
+        """Puts a finished layer into the model.
+
+        Raises:
+            JournalError: the file holds something else than this layer.
+        """
         path = self._path(index)
         if path is None or index in self.notes:
             return
+        try:
+            self._restore(index, path)
+        except ValueError as error:
+            raise JournalError(str(error)) from error
+
+    def _restore(self, index: int, path: Path) -> None:
         with open_tensors(path, "journal", f"a finished layer {index} (delete it to restart that layer)") as file:
             note = (file.metadata() or {}).get(_NOTE, "")
             # Copied into memory of torch's own: in a mapped file's, products round by how its tensors are aligned.
@@ -84,13 +80,14 @@ class FinishedLayers:
             bad = next((n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())), None)
             if bad is not None:
                 raise ValueError(f"journal: expected finite numbers, got NaN or infinity in {bad}")
-            checked = check_value(parse_json(note, "journal note", nan=True), Note, "journal note", {"nan": True})
+            noted = parse_json(note, "journal note", nan=True)
+            self._check_note(index, noted)
             try:
                 self._put_back(index, tensors)
-            except (KeyError, RuntimeError, IndexError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, RuntimeError, IndexError, TypeError, AttributeError) as error:
                 raise ValueError(f"journal: expected the tensors of layer {index}, got others: {error}") from error
             self._check_put(index, tensors)
-        self.notes[index] = checked
+        self.notes[index] = noted
 
     def _check_put(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Checks that the layer now has tensors of the same names, dtypes and shapes."""

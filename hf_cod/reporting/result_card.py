@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def write_cards(
     name: str | None = None,
     command: str | None = None,
     settings: CardSettings | None = None,
+    meanings: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Writes a model card for each model and adapter in a run's directory; existing cards are overwritten.
 
@@ -52,6 +53,7 @@ def write_cards(
         name: the final name of the directory; default: its current name.
         command: the shell command that reproduces the result.
         settings: a name for the Hub, licence and language.
+        meanings: setting -> what it means, for those that the card lists; default: it lists all, without a meaning.
 
     Returns:
         The paths of the cards.
@@ -64,7 +66,7 @@ def write_cards(
         called = name if inside == "." else f"{name}/{inside}"
         if settings.name:
             called = f"{settings.name}-{inside}" if written else settings.name
-        card = result_card(place, report, called, command, settings)
+        card = result_card(place, report, called, command, settings, meanings)
         written.append(write_text(place / CARD, str(card)))
     return written
 
@@ -98,7 +100,12 @@ def check_cards(directory: str | Path) -> None:
 
 
 def result_card(
-    directory: Path, report: RunReport, name: str, command: str | None, settings: CardSettings | None = None
+    directory: Path,
+    report: RunReport,
+    name: str,
+    command: str | None,
+    settings: CardSettings | None = None,
+    meanings: Mapping[str, str] | None = None,
 ) -> ModelCard:
     """The card of the model or adapter in one directory."""
     settings, loading = settings or CardSettings(), loading_of(directory, name)
@@ -106,7 +113,7 @@ def result_card(
         f"# {escaped(name)}",
         _what(report, loading),
         _use(loading),
-        _made(report, command),
+        _made(report, command, meanings),
         _figures(report),
         *_pictures(directory),
     ]
@@ -149,13 +156,18 @@ def _use(loading: Loading) -> str:
     return "\n".join(lines)
 
 
-def _made(report: RunReport, command: str | None) -> str:
+def _made(report: RunReport, command: str | None, meanings: Mapping[str, str] | None) -> str:
     lines = ["## How it was made\n"]
     if command is not None:
         lines += ["```sh", command, "```\n"]
     rows = [(name, value) for name, value in report.settings.items() if value not in (None, [], {})]
-    lines += ["| setting | value |\n|---|---|"]
-    lines += [f"| {escaped(name)} | {_shown(value)} |" for name, value in rows]
+    if meanings is None:
+        lines += ["| setting | value |\n|---|---|"]
+        lines += [f"| {escaped(name)} | {_shown(value)} |" for name, value in rows]
+    else:
+        lines += ["The main settings, and others that are not the defaults; `report.json` of the run has all.\n"]
+        lines += ["| setting | value | meaning |\n|---|---|---|"]
+        lines += [f"| {escaped(n)} | {_shown(v)} | {escaped(meanings[n])} |" for n, v in rows if n in meanings]
     versions = ", ".join(escaped(f"{key} {value}") for key, value in report.environment.items())
     return "\n".join([*lines, f"\nMade with {versions}."])
 

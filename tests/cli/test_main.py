@@ -122,7 +122,7 @@ def test_options_have_one_spelling(capsys):
     assert "--text-column" in shown and "--pack, --no-pack join the texts and cut them" in shown
     assert "_column" not in shown and "--no_" not in shown and "default: None" not in shown
     assert "(default: 256)" in shown and "(default: 0)" in shown
-    assert "[--trust-remote-code]" in shown and "TRUST_REMOTE_CODE" not in shown
+    assert "--trust-remote-code run the custom code" in shown and "TRUST_REMOTE_CODE" not in shown
 
 
 def test_arguments_may_stand_behind_options(checkpoint):
@@ -139,6 +139,7 @@ def test_help(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMMANDS)
+    assert "If you do not know which one you need, use fit with a budget" in shown
     for name in COMMANDS:
         with pytest.raises(SystemExit) as done:
             main([name, "--help"])

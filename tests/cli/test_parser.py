@@ -3,8 +3,8 @@
 import re
 import subprocess
 import sys
-from argparse import SUPPRESS
-from dataclasses import dataclass, field
+from argparse import SUPPRESS, BooleanOptionalAction
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Literal
 
@@ -13,6 +13,7 @@ import yaml
 
 from hf_cod.cli.commands import diagnose, finetune, narrow, prune
 from hf_cod.cli.main import COMMANDS, main
+from hf_cod.cli.option_groups import GROUPS
 from hf_cod.cli.option_names import ELSEWHERE
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.report import RunReport
@@ -38,7 +39,7 @@ class Options:
 def parse(*arguments):
     parser = SettingsParser([Options], prog="x")
     parser.add_argument("model")
-    return parser.parse(arguments)
+    return parser.parse(arguments, inputs=False)
 
 
 def test_help_imports_neither_torch_nor_transformers():
@@ -179,11 +180,40 @@ def test_the_help_of_a_boolean_says_what_its_first_form_does(name, capsys):
     """A text stands at `--X, --no-X` or at `--X`, never at `--no-X` alone, which does the opposite."""
     with pytest.raises(SystemExit):
         main([name, "--help"])
-    usage, _, shown = capsys.readouterr().out.partition("\noptions:")
+    shown = capsys.readouterr().out.partition("\noptions:")[2]
     both = re.findall(r"^  --([a-z-]+), --no-\1\b", shown, re.MULTILINE)
-    assert [f"--no-{option}" for option in both] == re.findall(r"--no-[a-z-]+", usage)
+    actions = import_module(f"hf_cod.cli.commands.{COMMANDS[name][0]}").make_parser()._actions
+    assert both == [action.option_strings[0][2:] for action in actions if isinstance(action, BooleanOptionalAction)]
     assert not re.search(r"^  --no-", shown, re.MULTILINE)
     assert " ".join(shown.split()).count("(default: on)") == len(both)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_begins_with_what_a_first_run_needs(name, capsys):
+    """One line of usage with what is required, at most a dozen options, and the others below, each in one group."""
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    usage, *sections = shown.split("\n\n")
+    assert usage.startswith(f"usage: hf-cod {name} [options]") and "\n" not in usage
+    assert ("--teacher TEACHER" in usage) == (name == "heal") and ("model" in usage) == ("\n  model " in shown)
+    listed = {
+        section.partition(":\n")[0]: re.findall(r"^  (?:-h, )?--([a-z0-9-]+)", section, re.M) for section in sections
+    }
+    groups = [title for title, options in listed.items() if options]
+    assert groups[0] == "options" and groups[-1] == "common options"
+    assert groups[1:-1] == [title for title in GROUPS if title in groups[1:-1]]
+    assert len(listed["options"]) <= 14 and {"text", "output"} & {*listed["options"]} | {name} & {"env", "pack"}
+    parser = import_module(f"hf_cod.cli.commands.{COMMANDS[name][0]}").make_parser()
+    for found in (f for each in parser.settings for f in fields(each) if f.init):
+        titles = [title for title, names in GROUPS.items() if found.name in names]
+        assert len(titles) == 1 and found.name.replace("_", "-") in listed[titles[0]], "give it one group"
+
+
+def test_groups_of_options_name_none_that_is_no_more():
+    parsers = [import_module(f"hf_cod.cli.commands.{module}").make_parser() for module, _ in COMMANDS.values()]
+    known = {name for parser in parsers for name in parser._options()}
+    assert {name for names in GROUPS.values() for name in names} <= known
 
 
 @pytest.mark.parametrize("name", COMMANDS)

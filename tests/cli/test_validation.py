@@ -1,6 +1,8 @@
 """Bad settings of every command: one line "field: expected ..., got ...", status 2, and no model was loaded for it."""
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -211,6 +213,7 @@ def no_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("one two three")
     Path("picture.png").write_text("no picture")
+    Path("scores.json").write_text("{}")
     for folder in ("model", "taken"):
         Path(folder).mkdir()
         (Path(folder) / "config.json").write_text("{}")
@@ -244,3 +247,42 @@ def test_bad_values(no_model, capsys, command, option, name, value):
 def test_settings_that_do_not_go_together(no_model, capsys, command):
     assert main(command.split()) == 2
     assert f"error: {TOGETHER[command]}" in capsys.readouterr().err
+
+
+NOT_THERE = {
+    "diagnose ./none": "model: expected a Hub id, a directory or a .gguf file, got './none', which does not exist",
+    "finetune runs/models/none": "model: expected a Hub id, a directory or a .gguf file, got 'runs/models/none', which",
+    "pack none.gguf": "model: expected a GGUF file, got 'none.gguf', which does not exist",
+    "fit text.txt --bits 3.5": "model: expected a directory or a .gguf file, got 'text.txt'; pass the directory",
+    "heal ./none --teacher model": "student: expected a Hub id, a directory or a .gguf file, got './none', which",
+    "heal model --teacher ./none": "teacher: expected a Hub id, a directory or a .gguf file, got './none', which",
+    "convert lns ./none converted": "source: expected a Hub id, a directory or a .gguf file, got './none', which does",
+    "finetune model --text none.jsonl": "text: expected a text file or a dataset name, got 'none.jsonl', which does",
+    "score model --text picture.png": "text: expected a file that ends in .txt, .md, .text, .json",
+    "prune model --eval-text ./none": "eval_text: expected a text file or a dataset name, got './none', which does not",
+    "quantize model --scores none": "scores: expected a file, got 'none', which does not exist",
+    "score model --statistics taken": "statistics: expected a file of statistics, got 'taken', which is a directory",
+    "drop-layers model --plan none.json": "plan: expected a file, got 'none.json', which does not exist",
+}
+
+
+def test_a_wrong_path_is_told_before_torch_is_imported(no_model):
+    """In one new process, in which a module that would take seconds must not be imported by any of these commands."""
+    code = (
+        "import sys\n"
+        "from hf_cod.cli.main import main\n"
+        "for command in sys.argv[1:]:\n"
+        "    assert main(command.split()) == 2, command\n"
+        "slow = {'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *NOT_THERE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command, line in zip(NOT_THERE, done.stderr.splitlines(), strict=True):
+        assert line.startswith(f"hf-cod {command.split()[0]}: error: {NOT_THERE[command]}")
+
+
+def test_a_name_that_may_be_on_the_hub_is_no_wrong_path():
+    words = ["Qwen/Qwen2.5-0.5B", "--teacher", "gpt2", "--text", "user/texts"]
+    *_, found = importlib.import_module("hf_cod.cli.commands.heal").make_parser().parse(words)
+    assert found.student == "Qwen/Qwen2.5-0.5B" and found.text == "user/texts"

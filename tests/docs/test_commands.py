@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 import yaml
 
-from hf_cod.cli.main import COMMANDS, main
+from hf_cod.cli.main import COMMANDS, COMPRESSING, main
 from hf_cod.scoring.settings import ScoreSettings
 from tests.docs.pages import NAMES, ROOT, commands
 from tests.docs.tiny import save_models, write_texts
@@ -53,8 +53,17 @@ def parser_of(command):
 
 def test_the_overview_names_the_commands_that_measure_speed():
     (sentence,) = re.findall(r"on disk\. ([^.;]*)`--no-speed` skips", (ROOT / "docs/how-to/index.md").read_text())
-    measuring = {name for name in COMMANDS if "--no-speed" in parser_of(name).format_usage()}
+    measuring = {name for name in COMMANDS if "speed" in parser_of(name)._options()}
     assert {*re.findall(r"`([a-z-]+)`", sentence)} == measuring
+
+
+def test_the_pages_say_which_command_compresses():
+    """The table of the how-to pages has those of `hf-cod --help`, and README names the one to begin with."""
+    page = (ROOT / "docs/how-to/index.md").read_text(encoding="utf-8")
+    section = page.partition("## Which command compresses?")[2].partition("\n## ")[0]
+    assert tuple(re.findall(r"^\| \[`([a-z-]+)`\]", section, re.M)) == COMPRESSING
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "which one you need, use `fit`" in readme and "docs/how-to/index.md#which-command-compresses" in readme
 
 
 def test_the_page_on_scores_gives_the_defaults_of_the_code():
@@ -78,7 +87,7 @@ def test_the_parsers_take_them(page, capsys):
             assert command in ("--version", "--print-completion")
             continue
         with suppress(SystemExit):  # --help and --print-config end there; so does an error, which says so
-            parser_of(command).parse(arguments)
+            parser_of(command).parse(arguments, inputs=False)  # earlier commands of the page write them
         assert "error:" not in capsys.readouterr().err, (command, arguments)
 
 

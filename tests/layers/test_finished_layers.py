@@ -2,15 +2,26 @@
 
 import json
 import logging
+import math
+import re
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hf_cod import collect_statistics, find_decoder_layers, plan_depth, prune, quantize
+from hf_cod import (
+    collect_statistics,
+    factorize,
+    find_decoder_layers,
+    narrow,
+    plan_depth,
+    plan_ranks,
+    prune,
+    quantize,
+)
 from hf_cod.io.journal import Journal
 from hf_cod.io.tensors import is_whole, save_tensors
+from tests.forged import forge_layer
 from tests.tiny_models import build, outputs, two_batches
 
 
@@ -136,22 +147,84 @@ def test_statistics_are_the_same_bytes_each_time(tmp_path):
     assert len(set(files)) == 1
 
 
-@pytest.mark.parametrize(
-    "change", [lambda t: t[..., :-1].clone(), lambda t: t.to(torch.int16), lambda t: t * torch.nan]
-)
-@pytest.mark.parametrize(
-    "method", [lambda m, **more: prune(m, 0.5, **more), lambda m, **more: quantize(m, bits=4, **more)]
-)
-def test_tensors_of_another_form_with_a_right_checksum_are_refused(method, change, tmp_path):
+OF_NOTES = {
+    "null": lambda note: None,
+    "another kind": lambda note: {} if isinstance(note, list) else [],
+    "a name": lambda note: ["[/red]"] if isinstance(note, list) else {**note, "unseen": ["[/red]"]},
+    "no number": lambda note: with_errors(note, "x"),
+    "negative": lambda note: with_errors(note, -5.0),
+    "NaN": lambda note: with_errors(note, math.nan),
+    "more": lambda note: [*note, "more"] if isinstance(note, list) else {**note, "more": 1},
+    "no errors": lambda note: None if isinstance(note, list) else {**note, "errors": type(note["errors"])()},
+}
+
+
+def with_errors(note, error):
+    if isinstance(note, list):
+        return [error]
+    errors = note["errors"]
+    return {**note, "errors": dict.fromkeys(errors, error) if isinstance(errors, dict) else [error] * len(errors)}
+
+
+def grown(tensor):
+    return torch.cat([tensor, tensor])
+
+
+def slowly(*methods):
+    return [pytest.param(method, marks=pytest.mark.slow) for method in methods]
+
+
+OF_TENSORS = {
+    "short": lambda t: t[..., :-1].clone(),
+    "grown": grown,
+    "another dimension": lambda t: t[None].clone(),
+    "whole numbers": lambda t: t.to(torch.int16),
+    "NaN": lambda t: t * torch.nan,
+}
+LAYER_METHODS = {
+    "prune": lambda m, **more: prune(m, 0.5, **more),
+    "quantize": lambda m, **more: quantize(m, bits=4, **more),
+    "factorize": lambda m, **more: factorize(m, 0.7, **more),
+    "oats": lambda m, **more: factorize(m, 0.7, "oats", **more),
+    "narrow": lambda m, **more: narrow(m, 0.7, **more),
+    "spectra": lambda m, **more: plan_ranks(m, 0.7, "spectrum", **more),
+}
+
+
+def refused(method, folder, **changes):
+    """The error of a method that resumes from a journal whose second layer was edited."""
     model = build("llama")
-    method(model, batches=two_batches(model), journal=tmp_path)
-    file = sorted(tmp_path.iterdir())[1]
-    with safe_open(file, "pt") as opened:
-        metadata = {key: value for key, value in opened.metadata().items() if key in ("note", "work", "layer")}
-    tensors = load_file(file)
-    name = next(key for key, tensor in sorted(tensors.items()) if tensor.is_floating_point())
-    save_tensors(file, {**tensors, name: change(tensors[name])}, metadata, checked=True)
+    LAYER_METHODS[method](model, batches=two_batches(model), journal=folder)
+    file = sorted(folder.iterdir())[1]
+    forge_layer(file, **changes)
     model = build("llama")
     with pytest.raises(ValueError, match=r"expected .*, got .*safetensors'") as error:
-        method(model, batches=two_batches(model), journal=tmp_path)
+        LAYER_METHODS[method](model, batches=two_batches(model), journal=folder)
     assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("change", OF_TENSORS)
+@pytest.mark.parametrize("method", ["prune", "factorize", "narrow", "spectra", *slowly("quantize", "oats")])
+def test_tensors_of_another_form_with_a_right_checksum_are_refused(method, change, tmp_path):
+    def edited(tensors):
+        name = next(key for key, tensor in sorted(tensors.items()) if tensor.is_floating_point())
+        return {**tensors, name: OF_TENSORS[change](tensors[name])}
+
+    refused(method, tmp_path, tensors=edited)
+
+
+@pytest.mark.parametrize("method", LAYER_METHODS)
+def test_missing_and_other_tensors_with_a_right_checksum_are_refused(method, tmp_path):
+    refused(method, tmp_path / "less", tensors=lambda found: dict(sorted(found.items())[1:]))
+    refused(method, tmp_path / "more", tensors=lambda found: {**found, "more": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("change", OF_NOTES)
+@pytest.mark.parametrize("method", ["narrow", "prune", *slowly("quantize", "factorize")])
+def test_notes_of_another_form_with_a_right_checksum_are_refused(method, change, tmp_path):
+    assert re.match("(journal )?(note|unseen|errors)", refused(method, tmp_path, note=OF_NOTES[change]))
+
+
+def test_a_note_of_a_layer_that_is_only_measured_is_refused(tmp_path):
+    assert refused("spectra", tmp_path, note=lambda note: {"errors": {}}).startswith("note: expected nothing")

@@ -7,6 +7,7 @@ hold), and all rows to one value.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.functional.depth import wide
-from hf_cod.io.schema import brief, check_value
+from hf_cod.io.schema import brief, check_value, limits
 from hf_cod.io.text import IGNORED_LABEL, Batch
 from hf_cod.layers.task import targets
 
@@ -22,6 +23,8 @@ from hf_cod.layers.task import targets
 LOWER_IS_BETTER = ("mse", "mae", "mape", "smape", "mase", "wer", "cer", "ter", "character", "brier_score")
 # Logits that are converted to losses at a time: a chunk and its exponentials fit in the cache.
 LOSS_CHUNK = 2**21
+# Nats per token above which the perplexity exceeds the range of floats.
+MOST_NATS = math.log(sys.float_info.max)
 
 
 class Metric(Protocol):
@@ -65,9 +68,24 @@ def check_rows(metric: Metric, rows: Any, batch: Batch) -> None:
         check_value(rows, list[float], name, {"least": 0})
     if isinstance(metric, Perplexity | Accuracy | OutputAngle):
         check_value(rows, list[tuple[float, float]], name, {"least": 0})
-        for number, (value, count) in enumerate(rows):
-            if count != int(count) or (value > count and not isinstance(metric, Perplexity)):
+        counts: Sequence[int | None] = (
+            [None] * samples if isinstance(metric, OutputAngle) else _counts(batch, metric.task)
+        )
+        most = MOST_NATS if isinstance(metric, Perplexity) else 1
+        for number, ((value, count), wanted) in enumerate(zip(rows, counts, strict=True)):
+            if count != (int(count) if wanted is None else wanted) or value > count * most:
                 raise ValueError(f"{name}[{number}]: expected a sum and a count, got {brief([value, count])}")
+
+
+def check_loss(metric: Metric, loss: Any) -> None:
+    """Checks that a number from a file can be the loss (`as_loss`) of a metric.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    known = {Perplexity: (0, MOST_NATS), HeadLoss: (0, None), Accuracy: (-1, 0), OutputAngle: (0, 1)}
+    least, most = known.get(type(metric), (None, None))
+    check_value(loss, float, f"loss of {metric.name}", limits(least=least, most=most))
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
@@ -258,6 +276,13 @@ def _main_output(outputs: Any) -> Tensor:
         )
     output: Tensor = outputs[found]
     return output
+
+
+def _counts(batch: Batch, task: str) -> list[int]:
+    """The number of predictions of each sample."""
+    wanted = targets(batch, task) != IGNORED_LABEL
+    counts: list[int] = wanted.reshape(len(wanted), -1).sum(-1).tolist()
+    return counts
 
 
 def _predictions(outputs: Any, batch: Batch, task: str) -> list[Any]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_cod.analysis.diagnostics.forward_pass import ForwardMeasures, measure_forward
 from hf_cod.analysis.evaluation.choice import find_metric
-from hf_cod.analysis.evaluation.metrics import Metric
+from hf_cod.analysis.evaluation.metrics import Metric, check_loss
 from hf_cod.compression.depth.depth_plan import GIVEN, MASSIVE, DepthPlan, check_count
 from hf_cod.compression.depth.maps import Maps
 from hf_cod.compression.depth.protection import massive_layers, removable
@@ -234,7 +234,7 @@ def _losses_with_maps(
         request.journals.of("losses with maps", request.settings.replacement, request.stack.layers_path),
     )
     for layers in progress(candidates, "choice with maps", request.show_progress):
-        if journal.is_sound(str(layers), partial(_check_loss, most_maps=len(layers))):
+        if journal.is_sound(str(layers), partial(_check_loss, metric=request.metric, most_maps=len(layers))):
             continue
         maps = Maps()
         try:
@@ -246,9 +246,10 @@ def _losses_with_maps(
     return [(loss, count) for loss, count in (journal.result(str(layers), tuple[float, int]) for layers in candidates)]
 
 
-def _check_loss(value: Any, most_maps: int) -> None:
+def _check_loss(value: Any, metric: Metric, most_maps: int) -> None:
     """Checks a loss and a number of maps from a journal."""
-    _, maps = check_value(value, tuple[float, int], "loss with maps")
+    loss, maps = check_value(value, tuple[float, int], "loss with maps")
+    check_loss(metric, loss)
     check_value(maps, int, "maps", limits(least=0, most=most_maps))
 
 

@@ -58,7 +58,7 @@ class RemovalProbe:
         (`as_loss`).
 
         Raises:
-            ValueError: a loss that is not a number; says without which layers.
+            ValueError: a loss that is not finite; says without which layers.
         """
         wanted = [tuple(sorted(removal)) for removal in removals]
         with evaluation_mode(self._stack):
@@ -105,8 +105,9 @@ class RemovalProbe:
     def _loss(self, removed: Removed) -> float:
         rows = [row for number in range(len(self._batches)) for row in self._rows(number, removed)]
         loss = as_loss(self._metric, self._metric.value(rows))
-        if math.isnan(loss):
-            raise ValueError(f"model: expected a loss, got NaN without layers {', '.join(map(str, removed))}")
+        if not math.isfinite(loss):
+            where = f"without layers {', '.join(map(str, removed))}" if removed else "of the intact model"
+            raise ValueError(f"model: expected a finite loss, got {loss} {where}")
         return loss
 
 

@@ -6,16 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import nn
 
 from hf_cod.analysis.evaluation.choice import held_out_perplexity
+from hf_cod.analysis.evaluation.metrics import MOST_NATS
 from hf_cod.compression.fit.knobs import KNOBS, Applying, ApplyingFields
 from hf_cod.io.arguments import checked
 from hf_cod.io.journal import Journal
-from hf_cod.io.reading import naming_file
-from hf_cod.io.schema import brief, check_value, limits
+from hf_cod.io.schema import check_value, limits
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batch, Texts, Tokenizer
 from hf_cod.layers.batches import batches_of, required
@@ -74,7 +74,7 @@ class Trials:
             ValueError: a loss that is not finite, or an error of a method.
         """
         key = "trial " + " ".join(f"{knob} {steps[knob]:g}" for knob in KNOBS if knob in steps)
-        if key not in self._journal:
+        if not self._journal.is_sound(key, _check):
             model = self._make()
             apply_steps(model, steps, self._how)
             loss = math.log(held_out_perplexity(model, self._tuning, self._how.layers_path))
@@ -82,18 +82,17 @@ class Trials:
                 raise ValueError(f"loss: expected a finite one, got {loss} with {steps}")
             self._journal.add(key, [loss, asdict(size_of(model, self._how.layers_path))])
         loss, size = self._journal.result(key, tuple[float, ModelSize])
-        self._check(key, loss, size)
         return Trial(steps, loss, size)
 
-    def _check(self, key: str, loss: float, size: ModelSize) -> None:
-        """Checks a trial from the journal, which may be another one's file: the plan is chosen by these numbers."""
-        with naming_file(self._journal.path or "memory"):
-            field = f"journal {brief(key)}"
-            check_value(loss, float, f"{field}[0]", limits(least=0))
-            for name, value in asdict(size).items():
-                check_value(value, int, f"{field}[1].{name}", limits(least=1))
-            if size.layer_bytes > size.bytes:
-                raise ValueError(f"{field}[1].layer_bytes: expected up to {size.bytes} (bytes), got {size.layer_bytes}")
+
+def _check(value: Any) -> None:
+    """Checks a trial from the journal, which may be another one's file: the plan is chosen by these numbers."""
+    loss, size = check_value(value, tuple[float, ModelSize], "trial")
+    check_value(loss, float, "loss", limits(least=0, most=MOST_NATS))
+    for name, number in asdict(size).items():
+        check_value(number, int, name, limits(least=1))
+    if size.layer_bytes > size.bytes:
+        raise ValueError(f"layer_bytes: expected up to {size.bytes} (bytes), got {size.layer_bytes}")
 
 
 @for_one_thread

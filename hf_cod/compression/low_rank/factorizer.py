@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -24,7 +25,9 @@ from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.layer_notes import NamedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
+from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.size import count_parameters
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -124,7 +127,8 @@ def factorize(
     described = RankReporter(stack, name)
     work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks, chosen.nonzeros)
     change = LayerChange(stack, chosen)
-    finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
+    check_note = partial(change.check_note, measured=bool(METHODS[method] and batches))
+    finished = FinishedLayers(journal, work, change.tensors_of, change.put_back, check_note)
     told: dict[str, Any] = {"method": method, "plan": f"{chosen.kind} {chosen.budget:g} by {chosen.method}"}
     try:
         if METHODS[method] and batches:
@@ -180,7 +184,17 @@ class LayerChange:
         """Replaces the matrices of an intact layer by these factors."""
         for name in self._names[index]:
             B, A = tensors[f"{name}.expand.weight"], tensors[f"{name}.reduce.weight"]
-            self._exchange(name, B, A, tensors.get(f"{name}.{SPARSE}.weight"))
+            S = tensors.get(f"{name}.{SPARSE}.weight")
+            m, n = shape_of(self._stack.model.get_submodule(name))
+            rank, sparse = self._plan.ranks[name], bool(self._plan.nonzeros.get(name))
+            shapes = [None if t is None else tuple(t.shape) for t in (B, A, S)]
+            if shapes != [(m, rank), (rank, n), (m, n) if sparse else None]:
+                raise ValueError(f"{name}: expected factors of {m} x {n} with rank {rank}, got {shapes}")
+            self._exchange(name, B, A, S)
+
+    def check_note(self, index: int, note: Any, measured: bool) -> None:
+        """Checks a note of a layer that was finished with batches (`measured`) or without."""
+        check_errors(note, NamedErrors, self._names[index], measured, without_tokens=True)
 
     def _exchange(self, name: str, B: Tensor, A: Tensor, S: Tensor | None = None) -> None:
         module: Any = self._stack.model.get_submodule(name)

@@ -24,6 +24,7 @@ from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.layer_notes import check_no_note
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.sequential import Sums, measure_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -130,11 +131,21 @@ def _spectra(
             measure(index, None)
         return found
     check_independent(stack, "factorize")
+
+    def put_back(index: int, tensors: dict[str, Tensor]) -> None:
+        shapes = {name: (min(shape),) for name, shape in factorizable(stack, index).items()}
+        for name in sorted(shapes.keys() | tensors.keys()):
+            values, shape = tensors.get(name), shapes.get(name)
+            if values is None or tuple(values.shape) != shape or not values.is_floating_point() or values.min() < 0:
+                raise ValueError(f"{name}: expected squares of singular values of shape {shape}, got others")
+        found.update(tensors)
+
     finished = FinishedLayers(
         journal,
         fingerprint_of_work(journal, stack.model, batches, "spectra"),
         lambda index: {name: found[name] for name in factorizable(stack, index)},
-        lambda index, tensors: found.update(tensors),
+        put_back,
+        lambda index, note: check_no_note(note),
     )
     measure_sequentially(stack, batches, ProductsRecorder, measure, finished, "spectra", show_progress)
     return found

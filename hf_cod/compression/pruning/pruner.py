@@ -23,6 +23,7 @@ from hf_cod.layers.checks import check_sizes, check_writable, name_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.layer_notes import check_unseen
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.running import naming_weights
@@ -187,7 +188,10 @@ def _finished(
                 raise ValueError(f"{name}: expected shape {tuple(W.shape)}, got {tuple(tensors[name].shape)}")
             W.copy_(tensors[name])
 
-    return FinishedLayers(journal, work, lambda index: dict(stack.matrices(index)), put_back)
+    def check_note(index: int, note: Any) -> None:
+        check_unseen(note, [name for name, _ in stack.matrices(index)], measured=bool(batches) or bool(sums))
+
+    return FinishedLayers(journal, work, lambda index: dict(stack.matrices(index)), put_back, check_note)
 
 
 def _report(

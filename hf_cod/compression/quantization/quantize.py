@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -25,6 +26,7 @@ from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.layer_notes import NamedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.replacement_modules import replace as replace_module
@@ -110,7 +112,8 @@ def quantize(
     change = _LayerChange(stack, plan, config)
     sums = {} if statistics is None else statistics.digests()
     work = fingerprint_of_work(journal, model, batches, plan.bits, config.block, config.double_quant, sums)
-    finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
+    check_note = partial(change.check_note, measured=batches is not None)
+    finished = FinishedLayers(journal, work, change.tensors_of, change.put_back, check_note)
     title = name or name_of(stack)
     bar = f"quantizing to {plan.stored:.2f} bits"
     if batches is not None:
@@ -162,6 +165,10 @@ class _LayerChange:
         for name in self._names[index]:
             found = {key.split("/", 1)[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}/")}
             self._exchange(name, found)
+
+    def check_note(self, index: int, note: Any, measured: bool) -> None:
+        """Checks a note of a layer that was finished with batches (`measured`) or without."""
+        check_errors(note, NamedErrors, self._names[index], measured)
 
     def _exchange(self, name: str, tensors: dict[str, Tensor]) -> None:
         linear: Any = self._stack.model.get_submodule(name)

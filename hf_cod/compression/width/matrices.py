@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.functional.channels import rows_of
-from hf_cod.layers.orientation import set_shape, turned
+from hf_cod.layers.orientation import set_shape, shape_of, turned
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.units import Units
 
@@ -57,8 +57,13 @@ def tensors_of(stack: DecoderLayers, units: Units) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_back(stack: DecoderLayers, units: Units, kept: int, tensors: dict[str, Tensor]) -> Changes:
-    """Sets the weights and biases of an intact layer to those of `kept` units; a bias not in `tensors` is kept."""
+    """Sets the weights and biases of an intact layer to those of `kept` units; a bias not in `tensors` is kept.
+
+    Raises:
+        ValueError: a tensor has another shape; the layer is left unchanged.
+    """
     changes: Changes = {}
+    _check_shapes(stack, units, kept, tensors)
     for name in (*units.readers, units.writer):
         module: Any = stack.model.get_submodule(name)
         had_bias = module.bias is not None
@@ -77,3 +82,20 @@ def put_back(stack: DecoderLayers, units: Units, kept: int, tensors: dict[str, T
         for key, value in changes[name].items():
             setattr(stack.model.get_submodule(name), key, value)
     return changes
+
+
+def _check_shapes(stack: DecoderLayers, units: Units, kept: int, tensors: dict[str, Tensor]) -> None:
+    for name in (*units.readers, units.writer):
+        module: Any = stack.model.get_submodule(name)
+        rows, columns = shape_of(module)
+        if name == units.writer:
+            columns = columns * kept // units.count
+        else:
+            rows = rows * kept // units.count
+        for key, shape in (("weight", (rows, columns)), ("bias", (rows,))):
+            tensor = tensors.get(f"{name}.{key}")
+            if tensor is None:
+                continue
+            found = tuple(turned(module, tensor).shape) if tensor.dim() == 2 else tuple(tensor.shape)
+            if found != shape:
+                raise ValueError(f"{name}.{key}: expected shape {shape}, got {found}")

@@ -29,6 +29,7 @@ from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_sizes, check_writable
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.layer_notes import ListedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
@@ -137,7 +138,8 @@ def narrow(
     if METHODS[method].gradients and batches:
         taylor = measure_taylor(stack, units, batches, show_progress)
     change = LayerChange(stack, units, kept, method, compensation, taylor)
-    finished = FinishedLayers(journal, work, change.tensors_of, change.put_back)
+    check_note = partial(change.check_note, measured=bool(sequential and batches))
+    finished = FinishedLayers(journal, work, change.tensors_of, change.put_back, check_note)
     told: dict[str, Any] = {"method": method, "compensation": compensation}
     told["plan"] = f"parameter_share {chosen.budget:g} by {chosen.method}"
     told |= describe_batches(batches) if batches and (sequential or taylor) else {}
@@ -211,6 +213,10 @@ class LayerChange:
         """Sets the matrices of an intact layer to these tensors."""
         for own in self._cut[index]:
             self._note(put_back(self._stack, own, self._kept[index][own.kind], tensors))
+
+    def check_note(self, index: int, note: Any, measured: bool) -> None:
+        """Checks a note of a layer that was finished with batches (`measured`) or without."""
+        check_errors(note, ListedErrors, [own.writer for own in self._cut[index]], measured)
 
     def _note(self, changes: Changes) -> None:
         for name, sizes in changes.items():

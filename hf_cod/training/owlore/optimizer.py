@@ -13,7 +13,9 @@ from torch import nn
 from hf_cod.functional.randomness import generator_of
 from hf_cod.io.arguments import checked
 from hf_cod.io.settings import resolve
+from hf_cod.layers.devices import check_in_memory
 from hf_cod.layers.replicas import broadcast_weights, digest_bits, digest_structure, digest_weights, processes, together
+from hf_cod.layers.stack import unwrap
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.scoring.allocation import LayerAllocation
 from hf_cod.scoring.layer_scores import LayerScores
@@ -74,8 +76,8 @@ class OwLoreAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: bad settings, more layers than the model has, a rank above a layer's width, scores of another model,
-            sharded parameters, a model that DDP has wrapped already, processes that differ; in `step`: ten steps in a
-            row with gradients that are not finite.
+            weights on the meta device, sharded parameters, a model that DDP has wrapped already, processes that
+            differ; in `step`: ten steps in a row with gradients that are not finite.
         ImportError: 8-bit moments without bitsandbytes.
     """
 
@@ -115,6 +117,7 @@ class OwLoreAdamW(torch.optim.Optimizer):
         check_hyperparameters(**common)
         if self.settings.moments == "8bit":
             codebook(signed=True), codebook(signed=False)  # now, rather than in a step, if bitsandbytes is missing
+        check_in_memory(unwrap(model))
         others = ["norm", "embeddings"] if self.settings.train_embeddings else ["norm"]
         self.layers = ActiveLayers(model, others)
         self.increments = Increments(list(self.layers.stack), self.layers.layers)

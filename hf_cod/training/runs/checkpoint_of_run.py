@@ -29,6 +29,8 @@ from hf_cod.training.runs.finite import not_finite
 with advice_silenced():  # of bitsandbytes, which is imported with PEFT
     from transformers.trainer_callback import ExportableState
 
+# A distillation loss of 0 is negative by rounding.
+ROUNDING = 1e-3
 _RATES = ("lr", "initial_lr")  # what the schedule of the learning rate sets
 
 
@@ -39,7 +41,8 @@ def check_of_run(trainer: Any, checkpoint: Path, step: int, *, same_batches: boo
         trainer: the Trainer.
         checkpoint: the checkpoint's folder.
         step: its expected step.
-        same_batches: whether the size of its micro-batches must be that of the checkpoint.
+        same_batches: whether the size of its micro-batches, and how often it logs and saves, must be those of the
+            checkpoint.
 
     Raises:
         ValueError: a file is damaged, weights or optimizer state are of another model or run, or not finite.
@@ -59,10 +62,13 @@ def check_of_run(trainer: Any, checkpoint: Path, step: int, *, same_batches: boo
 
 def _check_state_of_trainer(trainer: Any, state: dict[str, Any], same_batches: bool) -> None:
     """Checks what Trainer reads of its state without a check."""
-    for name in ("max_steps", "train_batch_size") if same_batches else ("max_steps",):
+    names = ("max_steps", "train_batch_size", "logging_steps", "save_steps") if same_batches else ("max_steps",)
+    for name in names:
         own = getattr(trainer.args, name)
         if state.get(name) != own:
-            raise ValueError(f"{name}: expected {own}, got {state.get(name)}")
+            raise ValueError(f"{name}: expected {own}, got {brief(state.get(name))}")
+    if same_batches:
+        _check_losses(state, trainer.args.logging_steps)
     for kind in ("logging", "eval", "save"):
         every = state.get(f"{kind}_steps", 1)
         if getattr(trainer.args, f"{kind}_strategy") == "steps" and every <= 0:
@@ -72,6 +78,18 @@ def _check_state_of_trainer(trainer: Any, state: dict[str, Any], same_batches: b
         if isinstance(callback, ExportableState) and type(callback).__name__ not in noted:
             found = ", ".join(noted) or "none"
             raise ValueError(f"stateful_callbacks: expected {type(callback).__name__}, got {brief(found)}")
+
+
+def _check_losses(state: dict[str, Any], every: int) -> None:
+    """Checks that Trainer's log has the loss of each of its steps, which the run reports."""
+    losses = [entry for entry in state.get("log_history", []) if "loss" in entry]
+    last = state["global_step"]
+    expected, found = [*range(every, last + 1, every)], [entry["step"] for entry in losses]
+    if found not in (expected, sorted({*expected, last})):  # a run logs its last step, too
+        raise ValueError(f"log_history: expected losses of steps {brief(expected)}, got {brief(found)}")
+    negative = next((entry["loss"] for entry in losses if entry["loss"] < -ROUNDING), None)
+    if negative is not None:
+        raise ValueError(f"log_history: expected losses of at least 0, got {negative}")
 
 
 def _check_scheduler(trainer: Any, state: dict[str, Any], saved: dict[str, Any] | None, step: int) -> None:

@@ -114,7 +114,7 @@ def check_claim(directory: Path, wanted: dict[str, Any], *, finished: bool = Fal
     noted = _noted(directory / SETTINGS)
     found = noted or (_reported(directory) if finished else {})
     held = _check_held(directory, known=bool(found) if finished else wanted.keys() <= found.keys())
-    changed = [name for name, value in wanted.items() if name in found and found[name] != value]
+    changed = [name for name, value in wanted.items() if name in found and not _is_same(found[name], value)]
     if changed and (held or (directory / REPORT).exists()):
         name = changed[0]
         raise ValueError(
@@ -122,6 +122,11 @@ def check_claim(directory: Path, wanted: dict[str, Any], *, finished: bool = Fal
             "--output"
         )
     return changed
+
+
+def _is_same(noted: Any, wanted: Any) -> bool:
+    """Whether a setting is the same; 0 and 1 are not false and true, which are equal to them."""
+    return bool(noted == wanted) and isinstance(noted, bool) == isinstance(wanted, bool)
 
 
 def begun_steps(directory: Path) -> int | None:

@@ -1,5 +1,4 @@
 import copy
-import json
 from pathlib import Path
 
 import datasets
@@ -16,7 +15,7 @@ from hf_cod import MeasurementError, RunReport, diagnose, pack_sparse, prune
 from hf_cod.analysis.diagnostics import diagnosis
 from hf_cod.analysis.diagnostics.diagnosis import METRICS
 from hf_cod.analysis.diagnostics.findings import summarize
-from hf_cod.io.reading import checksum
+from tests.forged import forge, with_first_number
 from tests.references import without_layer
 from tests.tiny_models import FAMILIES, batch_for, build, two_batches
 from tests.tiny_tokenizers import bert_like, gpt_like
@@ -359,23 +358,6 @@ def test_another_packed_model_in_the_same_directory_is_measured_again(tmp_path):
         found.append(diagnose(model, batches=two_batches(model), output=tmp_path, show_progress=False))
     alone = diagnose(model, batches=two_batches(model), show_progress=False)
     assert found[1].layers == alone.layers != found[0].layers
-
-
-def forge(path, change):
-    """Changes each result of a journal, and computes its checksum again."""
-    lines = []
-    for line in path.read_text().splitlines():
-        record = json.dumps([*json.loads(line)[:2], change(json.loads(line)[2])])
-        lines.append(f'{record[:-1]}, "{checksum(record)}"]\n')
-    path.write_text("".join(lines))
-
-
-def with_first_number(value, number):
-    """A copy of nested dicts and lists with another first number."""
-    if isinstance(value, dict):
-        first = next(iter(value))
-        return {**value, first: with_first_number(value[first], number)}
-    return [with_first_number(value[0], number), *value[1:]] if isinstance(value, list) else number
 
 
 CHANGES = {

@@ -123,8 +123,8 @@ def test_a_killed_search_goes_on_where_it_stopped(checkpoint):
         (["--criterion", "best"], "criterion: expected one of search, layer_drop"),
         (["--replacement", "best"], "replacement: expected one of none, linear, measured"),
         (["--plan", "none.json"], "plan: expected a file, got"),
-        (["--plan", "none.json", "--n-removed", "2"], "plan: expected no n_removed, which is part of the plan"),
-        (["--plan", "none.json", "--no-protect"], "plan: expected no protect, which is part of the plan"),
+        (["--plan", __file__, "--n-removed", "2"], "plan: expected no n_removed, which is part of the plan"),
+        (["--plan", __file__, "--no-protect"], "plan: expected no protect, which is part of the plan"),
         (["--eval-samples", "0"], "eval_samples: expected at least 1"),
     ],
 )

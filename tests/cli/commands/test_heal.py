@@ -114,10 +114,12 @@ def test_the_directory_of_either_model_is_refused(student, capsys):
 
 
 def test_scores_are_for_methods_that_draw_layers(student, tmp_path, capsys):
-    command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), "--method", "full", "--scores", "s.json"]
+    (tmp_path / "s.json").write_text("{}")
+    scores = str(tmp_path / "s.json")
+    command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), "--method", "full", "--scores", scores]
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
     shown = capsys.readouterr().err
-    assert "scores: expected none with full, which does not sample layers by scores, got 's.json'" in shown
+    assert f"scores: expected none with full, which does not sample layers by scores, got {scores!r}" in shown
     assert not (tmp_path / "out").exists()
 
 

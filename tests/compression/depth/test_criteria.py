@@ -14,6 +14,7 @@ from hf_cod.compression.depth.removal_probe import RemovalProbe
 from hf_cod.io.journal import Journal
 from tests import references
 from tests.compression.depth.references import best_removal, loss_without
+from tests.forged import forge, with_first_number
 from tests.tiny_models import CAUSAL, batch_for, build
 
 
@@ -119,6 +120,41 @@ def test_candidates_are_compared_with_the_maps_that_will_replace_them(replacemen
         drop_layers(model, plan)
     with pytest.raises(ValueError, match="replacement: expected one of none, linear, measured, got 'maps'"):
         plan_depth(model, 2, "search", batches=batches, replacement="maps")
+
+
+@pytest.mark.parametrize("only", ["without", "["])
+@pytest.mark.parametrize(
+    "number", [1e30, -5.0, *(pytest.param(number, marks=pytest.mark.slow) for number in (math.nan, "x", True, None))]
+)
+def test_results_in_a_journal_that_cannot_be_losses_are_measured_again(number, only, tmp_path, caplog):
+    """Rows of removals, and losses with maps."""
+    model = build("llama")
+    options = {"batches": batches_of(model), "protect": False, "replacement": "linear", "journal": tmp_path}
+    plan = plan_depth(model, 1, **options)
+    forge(tmp_path / "journal.jsonl", lambda value: with_first_number(value, number), only)
+    assert plan_depth(model, 1, **options) == plan
+    assert "has a damaged result" in caplog.text
+
+
+def test_rows_of_other_numbers_of_tokens_are_measured_again(tmp_path, caplog):
+    model = build("llama")
+    options = {"batches": batches_of(model), "protect": False, "journal": tmp_path}
+    plan = plan_depth(model, 1, **options)
+    forge(tmp_path / "journal.jsonl", lambda rows: [[loss, 1000] for loss, _ in rows])
+    assert plan_depth(model, 1, **options) == plan and "has a damaged result" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["of the intact model", "without layers 2"])
+def test_a_loss_beyond_the_range_of_perplexities_is_refused(where, monkeypatch):
+    model, rows = build("llama"), RemovalProbe._rows
+    wanted = () if where == "of the intact model" else (2,)
+
+    def beyond(self, batch, removed):
+        return [[1e6, 1.0]] if removed == wanted else rows(self, batch, removed)
+
+    monkeypatch.setattr(RemovalProbe, "_rows", beyond)
+    with pytest.raises(ValueError, match=rf"^model: expected a finite loss, got inf {where}$"):
+        plan_depth(model, 1, "layer_drop", batches=batches_of(model, 1), protect=False)
 
 
 def test_an_interrupted_comparison_takes_maps_back_and_goes_on(tmp_path, monkeypatch):

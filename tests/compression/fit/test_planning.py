@@ -13,20 +13,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import hf_cod.compression.fit.planning
+import hf_cod.compression.fit.search
 import hf_cod.compression.fit.trials
 from hf_cod import FitPlan, RunReport, apply_steps, drop, perplexity, plan_fit
 from hf_cod.cli.commands.fit import print_plan
 from hf_cod.cli.main import main
 from hf_cod.compression.fit.budget import Budget
 from hf_cod.compression.fit.knobs import KNOBS, Applying
-from hf_cod.compression.fit.planning import NOT_COMBINED
+from hf_cod.compression.fit.search import NOT_COMBINED
 from hf_cod.compression.fit.trials import Trials
 from hf_cod.io.journal import Journal
 from hf_cod.io.models import embedded_model, load_model
 from hf_cod.io.text import SampleSettings, embedded_text, split_samples, token_batches
 from hf_cod.layers.size import ModelSize, size_of
 from hf_cod.layers.stack import find_decoder_layers
+from tests.forged import forge, forge_layer
 from tests.tiny_models import build
 
 MODEL = embedded_model("pre")
@@ -225,7 +226,7 @@ def test_no_single_method_is_lost(texts, tmp_path, monkeypatch):
     assert all(left < 0.82 for left in plan.alone["rank"]["left"])
     assert plan.loss == min(plan.alone["rank"]["losses"]) and [*plan.steps] == ["rank"]
     assert plan.notes == ["depth alone does not meet the budget", NOT_COMBINED]
-    monkeypatch.setattr(hf_cod.compression.fit.planning, "TIGHTENINGS", 0)  # as if each choice had missed the budget
+    monkeypatch.setattr(hf_cod.compression.fit.search, "TIGHTENINGS", 0)  # as if each choice had missed the budget
     assert plan_fit(make, "parameter_share", 0.82, *texts, **options) == plan
 
 
@@ -266,21 +267,35 @@ def test_what_was_measured_is_not_measured_again(texts, trials, tmp_path, monkey
 @pytest.mark.parametrize(
     "place, value, message",
     [
-        ("loss", math.nan, r"\[0\]: expected a finite number of at least 0, got nan"),
-        ("loss", -5.0, r"\[0\]: expected a finite number of at least 0, got -5\.0"),
-        ("bytes", 0, r"\[1\]\.bytes: expected a whole number of at least 1, got 0"),
-        ("layer_weights", -1, r"\[1\]\.layer_weights: expected a whole number of at least 1, got -1"),
-        ("layer_bytes", 1 << 60, r"\[1\]\.layer_bytes: expected up to \d+ \(bytes\), got 1152921504606846976"),
+        ("loss", math.nan, "expected a finite number, got nan"),
+        ("loss", -5.0, "loss: expected a finite number in 0..709.783, got -5.0"),
+        ("loss", 1e30, "loss: expected a finite number in 0..709.783, got 1e+30"),
+        ("bytes", 0, "bytes: expected a whole number of at least 1, got 0"),
+        ("layer_weights", -1, "layer_weights: expected a whole number of at least 1, got -1"),
+        ("layer_bytes", 1 << 60, "(bytes), got 1152921504606846976"),
     ],
 )
-def test_trials_that_cannot_be_are_refused(place, value, message, texts, tmp_path):
+def test_trials_that_cannot_be_are_measured_again(place, value, message, texts, tmp_path, caplog):
     measured = Trials(make, *texts, tmp_path, "work", None)
     trial = measured.measure({})
     size = asdict(trial.size)
     edited = [value, size] if place == "loss" else [trial.loss, {**size, place: value}]
     Journal(tmp_path / "trials.jsonl", "work").add("trial ", edited)
-    with pytest.raises(ValueError, match=rf"^journal 'trial '{message}"):
-        Trials(make, *texts, tmp_path, "work", None).measure({})
+    assert Trials(make, *texts, tmp_path, "work", None).measure({}) == trial
+    assert f"{message}): it is computed again" in caplog.text
+
+
+def test_an_edited_journal_does_not_leave_a_step_out(texts, tmp_path):
+    """A trial that cannot be is measured again; a method's finished layer that cannot be is an error, not a method
+    that fails."""
+    options = {"knobs": ["rank"], "n_verified": 0, "journal": tmp_path}
+    plan = plan_fit(make, "parameter_share", 0.8, *texts, **options)
+    forge(tmp_path / "trials.jsonl", lambda value: None, "trial rank")
+    assert plan_fit(make, "parameter_share", 0.8, *texts, **options) == plan
+    (tmp_path / "trials.jsonl").unlink()
+    forge_layer(next(tmp_path.glob("*-00001.safetensors")), note=lambda note: [])
+    with pytest.raises(ValueError, match=r"^note: expected nothing, got \[\] in '.*safetensors'"):
+        plan_fit(make, "parameter_share", 0.8, *texts, **options)
 
 
 @pytest.mark.parametrize(

@@ -566,6 +566,15 @@ def test_bad_input(arguments, message):
         OwLoreAdamW(build("llama"), **arguments)
 
 
+@pytest.mark.parametrize("part", ["", "model.layers.2.mlp.up_proj"])
+def test_weights_on_the_meta_device_are_refused(part):
+    model = build("llama")
+    model.get_submodule(part).to("meta")
+    with pytest.raises(ValueError, match=f"^model: expected weights.*, got .* on the meta device.*{part}"):
+        OwLoreAdamW(model, n_active=1, rank=4)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_defaults_are_lowered_to_what_the_model_has(caplog, tmp_path):
     """With a note, and to plain numbers, which a checkpoint can hold; the same numbers, given, are refused above."""
     model = build("llama")

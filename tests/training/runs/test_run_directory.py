@@ -38,6 +38,9 @@ def test_the_same_run_resumes_and_another_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"rate: expected 0\.5, as in the run in .*, got 0\.7"):
         claim(tmp_path / "run", {**WANTED, "rate": 0.7})
     assert (tmp_path / "run" / "settings.json").read_text() == noted and json.loads(noted) == WANTED
+    (tmp_path / "run" / "settings.json").write_text(json.dumps({**WANTED, "rate": True}))
+    with pytest.raises(ValueError, match=r"rate: expected True, as in the run in .*, got 1\.0"):
+        claim(tmp_path / "run", {**WANTED, "rate": 1.0})
 
 
 def test_before_its_first_checkpoint_a_run_has_left_nothing(tmp_path):
