@@ -45,7 +45,8 @@ TESTED_BY = {
     "compression/depth/test_dropper.py": "compression/depth/replacement.py",
     "compression/fit/test_planning.py": (
         "cli/commands/fit.py compression/fit/budget.py compression/fit/fit_plan.py compression/fit/knobs.py "
-        "compression/fit/samples.py compression/fit/settings.py compression/fit/trials.py layers/size.py"
+        "compression/fit/samples.py compression/fit/search.py compression/fit/settings.py compression/fit/trials.py "
+        "layers/size.py"
     ),
     "compression/low_rank/test_factorizer.py": (
         "compression/low_rank/rank_plan.py compression/low_rank/rank_report.py compression/low_rank/settings.py "

@@ -218,8 +218,9 @@ def settings_of(words):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_the_command_of_a_card_has_the_settings_of_the_run(name, folder):
+def test_the_command_of_a_card_has_the_settings_of_the_run(name, folder, monkeypatch):
     place(folder, name)
+    monkeypatch.chdir(folder)
     words = command_of(folder / name)
     given = [word.removeprefix("{}/") for word in MADE[name][0]]
     if words[0] not in ("convert", "pack"):

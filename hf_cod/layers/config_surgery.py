@@ -196,7 +196,7 @@ def derived_lists(config: Any, depth: int) -> dict[str, list[Any]]:
             continue
         try:
             value = getattr(config, name)
-        except Exception:  # noqa: S112 - whatever a property raises for a config that it does not describe
+        except Exception:  # whatever a property raises for a config that it does not describe
             continue
         if isinstance(value, (list, tuple)) and len(value) == depth:
             found[name] = [*value]

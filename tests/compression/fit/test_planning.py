@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import hf_cod.compression.fit.planning
+import hf_cod.compression.fit.search
 import hf_cod.compression.fit.trials
 from hf_cod import FitPlan, RunReport, apply_steps, drop, perplexity, plan_fit
 from hf_cod.cli.commands.fit import print_plan
 from hf_cod.cli.main import main
 from hf_cod.compression.fit.budget import Budget
 from hf_cod.compression.fit.knobs import KNOBS, Applying
-from hf_cod.compression.fit.planning import NOT_COMBINED
+from hf_cod.compression.fit.search import NOT_COMBINED
 from hf_cod.compression.fit.trials import Trials
 from hf_cod.io.journal import Journal
 from hf_cod.io.models import embedded_model, load_model
@@ -225,7 +225,7 @@ def test_no_single_method_is_lost(texts, tmp_path, monkeypatch):
     assert all(left < 0.82 for left in plan.alone["rank"]["left"])
     assert plan.loss == min(plan.alone["rank"]["losses"]) and [*plan.steps] == ["rank"]
     assert plan.notes == ["depth alone does not meet the budget", NOT_COMBINED]
-    monkeypatch.setattr(hf_cod.compression.fit.planning, "TIGHTENINGS", 0)  # as if each choice had missed the budget
+    monkeypatch.setattr(hf_cod.compression.fit.search, "TIGHTENINGS", 0)  # as if each choice had missed the budget
     assert plan_fit(make, "parameter_share", 0.82, *texts, **options) == plan
 
 
