@@ -80,7 +80,7 @@ TESTED_BY = {
     "io/test_settings.py": "compression/depth/settings.py io/deprecation.py",
     "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py",
     "layers/test_modes.py": "layers/partial_forward.py",
-    "layers/test_removal.py": "layers/config_surgery.py",
+    "layers/test_removal.py": "layers/config_surgery.py layers/rebuilding.py",
     "layers/test_stack.py": "layers/weights.py",
     "layers/test_unit_discovery.py": (
         "layers/layer_copies.py layers/row_owners.py layers/unit_checks.py layers/units.py"

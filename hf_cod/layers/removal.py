@@ -6,14 +6,12 @@ its KV cache, and a config that still counts the removed layers builds another m
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_cod.io.arguments import checked
@@ -30,8 +28,9 @@ from hf_cod.layers.config_surgery import (
 )
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.modes import for_one_thread, one_thread
-from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
-from hf_cod.layers.stacks import DECODER, ENCODER, ancestors, inside_another, module_lists
+from hf_cod.layers.rebuilding import MODES, check_config_builds
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
+from hf_cod.layers.stacks import DECODER, ENCODER, ancestors
 from hf_cod.models.own_config import own_config
 from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
 
@@ -125,7 +124,7 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
                 "use skip"
             )
     _check_cache(stack)
-    _check_config_builds(stack)
+    check_config_builds(stack)
 
 
 def _check_cache(stack: DecoderLayers) -> None:
@@ -216,7 +215,7 @@ def _hand_on(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
         if parent in elsewhere:
             changes.set(heir[parent], "_modules", {**heir[parent]._modules, child: first[name]})
             for key, value in vars(first[parent]).items():
-                if isinstance(value, bool) and key not in _MODES and vars(heir[parent]).get(key) is (not value):
+                if isinstance(value, bool) and key not in MODES and vars(heir[parent]).get(key) is (not value):
                     changes.set(heir[parent], key, value)
 
 
@@ -233,72 +232,3 @@ def _renumbered(shapes: dict[str, Any], stack: DecoderLayers, kept: list[int]) -
         elif int(match[2]) in kept:
             found[f"{match[1]}{kept.index(int(match[2]))}{match[3]}"] = sizes
     return found
-
-
-def _check_config_builds(stack: DecoderLayers) -> None:
-    """Checks that a model built from the updated config has the kept layers, so that a reload gives the same model."""
-    config: Any = stack.model.config
-    with building_errors(stack.model), torch.device("meta"):
-        # By way of a dictionary, as in a reload, so that derived values of the config are computed again.
-        built: Any = type(stack.model)(type(config).from_dict(copy.deepcopy(config.to_dict())))
-        rebuilt = find_decoder_layers(built, stack.layers_path)
-    if len(rebuilt) != len(stack):
-        raise ValueError(
-            f"layers: expected a config of {type(stack.model).__name__} that counts the layers of {stack.layers_path}, "
-            f"got one that would build {len(rebuilt)} instead of {len(stack)}; use skip"
-        )
-    _check_outside(stack, rebuilt)
-    for index, (mine, other) in enumerate(zip(stack, rebuilt, strict=True)):
-        difference = first_difference(dict(walk(mine, "layer")), dict(walk(other, "layer")))
-        if difference:
-            raise ValueError(
-                f"layers: expected kept layers that the config of {type(stack.model).__name__} can describe, got ones "
-                f"of which it would build layer {index} differently ({difference}); remove whole periods of the "
-                "pattern of layers, or use skip"
-            )
-
-
-def _check_outside(stack: DecoderLayers, rebuilt: DecoderLayers) -> None:
-    """Checks the weights outside of the layers: some models keep a table for all layers there."""
-    inside = f"{stack.layers_path}."
-    lists, built = module_lists(stack.model), module_lists(rebuilt.model)
-    for name in (name for name in lists.keys() & built.keys() if not inside_another(name, lists)):
-        if len(lists[name]) != len(built[name]):
-            raise ValueError(
-                f"layers: expected a config of {type(stack.model).__name__} that counts the layers of {name} apart, "
-                f"got one that would build {len(built[name])} instead of {len(lists[name])}; use skip"
-            )
-    shapes = {name: tuple(p.shape) for name, p in rebuilt.model.named_parameters() if not name.startswith(inside)}
-    for name, parameter in stack.model.named_parameters():
-        # Adapters and packed weights have other names or types than the weights of the built model.
-        if name in shapes and parameter.is_floating_point() and tuple(parameter.shape) != shapes[name]:
-            raise ValueError(
-                f"layers: expected weights outside of the layers that do not depend on their number, got {name} of "
-                f"shape {tuple(parameter.shape)}, which would be {shapes[name]} for the kept layers"
-            )
-
-
-# Attributes of the present mode of a module, which no config determines.
-_MODES = ("training", "gradient_checkpointing")
-
-
-def first_difference(mine: Mapping[str, nn.Module], other: Mapping[str, nn.Module]) -> str | None:
-    """The first module, weight or plain setting in which two layers differ; adapters do not count."""
-    for name in [*other, *mine]:
-        here = _description(mine[name]) if name in mine else {}
-        there = _description(other[name]) if name in other else {}
-        for key in here.keys() | there.keys():
-            if here.get(key) != there.get(key):
-                return f"{name}.{key} is {here.get(key)!r}, would be {there.get(key)!r}"
-    return None
-
-
-def _description(module: nn.Module) -> dict[str, Any]:
-    """Shapes of a module's own floating-point weights, and its plain settings."""
-    weights = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
-    settings = {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, (int, float, str)) and key not in _MODES and not key.startswith("_")
-    }
-    return {**settings, **weights}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    AutoBackbone,
     AutoModel,
     AutoModelForCausalLM,
     LlavaConfig,
@@ -11,6 +12,7 @@ from transformers import (
 )
 
 from examples.tiny_architectures import build as build_type
+from examples.tiny_architectures import tiny_config
 from hf_cod import WidthPlan, drop, find_decoder_layers, narrow, skip
 from hf_cod.layers.removal import check_drop
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM
@@ -319,3 +321,52 @@ def test_a_model_that_runs_one_layer_several_times_has_no_stack():
     model = AutoModel.from_config(CONFIG_MAPPING["albert"](**sizes, vocab_size=99, num_hidden_layers=4))
     with pytest.raises(ValueError, match="runs the same layers several times"):
         drop(model, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "removed", "field"), [("jamba", 0, "layer_types"), ("recurrent_gemma", 1, "layers_block_type")]
+)
+def test_skip_where_the_config_computes_the_kinds_of_layers(kind, removed, field):
+    """The cache is made by these kinds; `drop` can only remove layers that leave the period of the pattern as it is."""
+    model = build_type(kind)
+    ids, before = torch.arange(3, 11)[None], snapshot(model)
+    kinds = model.config.layers_block_type
+    with skip(model, removed):
+        assert model.config.layers_block_type == [*kinds[:removed], *kinds[removed + 1 :]]
+        cached = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=True)
+        plain = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain)
+    assert snapshot(model) == before and model.config.layers_block_type == kinds
+    with pytest.raises(ValueError, match=rf"(?s)^layers: expected kept layers .*{field}"):
+        drop(model, removed)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(("stages", "left"), [(["stage1", "stage4"], ["stage1", "stage3"]), (["stage2"], ["stage1"])])
+def test_drop_moves_the_stages_that_a_backbone_returns(stages, left, tmp_path):
+    """A returned stage whose layer is removed is that of the layer before it."""
+    model = AutoBackbone.from_config(_returning(stages)).eval()
+    batch = {"pixel_values": torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+    with skip(model, 1):
+        expected = output(model, batch)
+    drop(model, 1)
+    assert model.config.out_features == left
+    assert all(torch.equal(a, b) for a, b in zip(output(model, batch), expected, strict=True))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    for found, wanted in zip(output(loaded, batch), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_two_returned_stages_need_two_layers():
+    model = AutoBackbone.from_config(_returning(["stage1", "stage2"])).eval()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"^layers: expected one kept layer for each stage of out_indices, got"):
+        drop(model, 1)
+    assert snapshot(model) == before
+
+
+def _returning(stages):
+    config = tiny_config("vision/dinov2")
+    config.out_features = stages
+    return config
