@@ -219,8 +219,8 @@ def other_lists(config: Any, before: dict[str, list[Any]], kept: list[int]) -> d
 def pin_lists(config: Any, lists: dict[str, list[Any]], changes: Changes) -> None:
     """Makes a config give these lists instead of those that it computes."""
     if lists:
-        # The class itself is called, because that of PreTrainedConfig would make it a dataclass again.
-        changes.set(config, "__class__", type(config).__class__(type(config).__name__, (type(config),), lists))
+        own: Any = type(config)
+        changes.set(config, "__class__", type(own)(own.__name__, (own,), lists))
 
 
 def _mend_overrides(config: Any, kept: list[int], changes: Changes) -> None:

@@ -141,8 +141,8 @@ class _Passage(nn.Module):
         self.__dict__.update(layer=layer, stored=stored, rest=rest)  # the layer is not a submodule of this one
         self._forward_hooks.update(capturing_hooks(layer))
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         """The class of the layer, by which transformers finds what to capture."""
         return type(self.__dict__["layer"])
 
