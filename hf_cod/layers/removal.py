@@ -169,7 +169,7 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> dict[str
     """Keeps some layers; returns the lists by layer that the config computes otherwise than for these."""
     _check_unshared(stack)
     computed = {} if stack.config is None else derived_lists(stack.config, len(stack))
-    layers, depth = [stack[i] for i in kept], len(stack)
+    layers, depth, called = [stack[i] for i in kept], len(stack), stack.name  # found by the length of the whole stack
     _hand_on(stack, kept, changes)
     changes.set(stack.module_list, "_modules", OrderedDict((str(i), layer) for i, layer in enumerate(layers)))
     for new, (old, layer) in enumerate(zip(kept, layers, strict=True)):
@@ -178,7 +178,7 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> dict[str
                 if module.__dict__.get(name) == old:
                     changes.set(module, name, new)
     whole: Any = getattr(stack.model, "config", None)  # for a tower this is not the config that counts its layers
-    side = stack.name if stack.name in (ENCODER, DECODER) else None
+    side = called if called in (ENCODER, DECODER) else None
     if stack.config is not None:
         before = {name: value for name, value in vars(stack.config).items() if isinstance(value, (list, tuple))}
         mend_config(stack.config, depth, kept, changes, side if stack.config is whole else None)
@@ -186,7 +186,7 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> dict[str
         _mend_copies(stack, before, changes)
     if side is not None and stack.config is not whole:  # each side of T5 has a copy of the config
         mend_config(whole, depth, kept, changes, side)
-    if stack.name == VISION and whole is not None:
+    if called == VISION and whole is not None:
         mend_features(whole, depth, kept, changes)
     if getattr(whole, "module_shapes", None):
         changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
