@@ -10,6 +10,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,8 @@ from hf_cod.layers.config_surgery import (
     pin_lists,
 )
 from hf_cod.layers.direct_use import check_unwritten
+from hf_cod.layers.key_sharing import SHARING_MODES, check_sources, mend_sharing, sharing_modes
+from hf_cod.layers.layer_tables import LayerTables, find_layer_tables
 from hf_cod.layers.modes import for_one_thread, one_thread
 from hf_cod.layers.rebuilding import MODES, check_config_builds
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -55,7 +58,9 @@ def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
     changes = Changes()
     with one_thread(model), capturing_restored(stack.model):
         try:
-            pin_lists(stack.config, _shrink(stack, _kept(stack, layers), changes), changes)
+            lists, tables = _shrink(stack, _kept(stack, layers), changes)
+            pin_lists(stack.config, lists, changes)
+            tables.check()
             yield
         finally:
             changes.undo()
@@ -88,7 +93,7 @@ def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
     stack = find_decoder_layers(model, layers_path)
     changes = Changes()
     try:
-        _drop(stack, kept, changes)
+        _drop(stack, kept, changes).cut(changes)
     except BaseException:
         changes.undo()
         raise
@@ -111,20 +116,25 @@ def check_drop(model: nn.Module, layers: int | Iterable[int], layers_path: str |
         changes.undo()
 
 
-def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
+def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> LayerTables:
+    """All that `drop` does, but for the weights of the tables."""
     if stack.config is None:
         raise ValueError(f"model: expected a config that counts the layers of {stack.layers_path}, got none; use skip")
-    if getattr(stack.config, "num_kv_shared_layers", 0):
+    if getattr(stack.config, "num_kv_shared_layers", 0) and sharing_modes(stack.config) is None:
         raise ValueError("model: expected layers with their own keys and values, got num_kv_shared_layers > 0")
     with building_errors(stack.model):
-        for name, wanted in _shrink(stack, kept, changes).items():
+        lists, tables = _shrink(stack, kept, changes)
+        for name, wanted in lists.items():
             raise ValueError(
                 f"layers: expected kept layers that the config of {type(stack.model).__name__} can describe, got "
                 f"{wanted} for {name}, which it computes otherwise; remove whole periods of the pattern of layers, or "
                 "use skip"
             )
     _check_cache(stack)
-    check_config_builds(stack)
+    tables.check_plain()
+    check_config_builds(stack, tables.shapes)
+    tables.check()
+    return tables
 
 
 def _check_cache(stack: DecoderLayers) -> None:
@@ -164,9 +174,15 @@ def _check_unshared(stack: DecoderLayers) -> None:
                 )
 
 
-def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> dict[str, list[Any]]:
-    """Keeps some layers; returns the lists by layer that the config computes otherwise than for these."""
+def _shrink(
+    stack: DecoderLayers, kept: list[int], changes: Changes
+) -> tuple[dict[str, list[Any]], LayerTables]:
+    """Keeps some layers; returns the lists by layer that the config computes otherwise than for these, and the tables
+    outside of the layers, which select the blocks of the kept ones."""
     _check_unshared(stack)
+    check_sources(stack.config, kept)
+    modes = sharing_modes(stack.config)
+    tables = find_layer_tables(stack, kept, partial(_mend_configs, stack, kept, len(stack)))
     computed = {} if stack.config is None else derived_lists(stack.config, len(stack))
     layers, depth = [stack[i] for i in kept], len(stack)
     _hand_on(stack, kept, changes)
@@ -176,6 +192,18 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> dict[str
             for name in LAYER_INDEX_ATTRIBUTES:
                 if module.__dict__.get(name) == old:
                     changes.set(module, name, new)
+    _mend_configs(stack, kept, depth, changes)
+    tables.select(changes)
+    if modes is not None:
+        mend_sharing(stack, kept, modes, changes)
+        computed.pop(SHARING_MODES, None)  # a layer that nobody shares with may hand on its keys and values
+    whole: Any = getattr(stack.model, "config", None)
+    if getattr(whole, "module_shapes", None):
+        changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
+    return {} if stack.config is None else other_lists(stack.config, computed, kept), tables
+
+
+def _mend_configs(stack: DecoderLayers, kept: list[int], depth: int, changes: Changes) -> None:
     whole: Any = getattr(stack.model, "config", None)  # for a tower this is not the config that counts its layers
     side = stack.name if stack.name in (ENCODER, DECODER) else None
     if stack.config is not None:
@@ -184,9 +212,6 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> dict[str
         _mend_copies(stack, before, changes)
     if side is not None and stack.config is not whole:  # each side of T5 has a copy of the config
         mend_config(whole, depth, kept, changes, side)
-    if getattr(whole, "module_shapes", None):
-        changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
-    return {} if stack.config is None else other_lists(stack.config, computed, kept)
 
 
 def _mend_copies(stack: DecoderLayers, before: dict[str, Any], changes: Changes) -> None:
