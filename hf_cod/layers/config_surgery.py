@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -43,6 +44,7 @@ NOT_PER_LAYER_FIELDS = (
 )
 # What transformers raises for a config that it cannot describe or build.
 _OF_BUILDING = (TypeError, AttributeError, LookupError, ArithmeticError, NotImplementedError, StrictDataclassError)
+_OWN = re.compile(r"[a-z_]+: expected ")  # errors of this package
 
 
 class Changes:
@@ -73,10 +75,12 @@ class Changes:
 
 @contextmanager
 def building_errors(model: nn.Module) -> Iterator[None]:
-    """Turns the errors of config classes for values that they cannot describe into ValueError."""
+    """Turns the errors of config classes for values that they cannot describe into one ValueError."""
     try:
         yield
-    except _OF_BUILDING as error:
+    except (ValueError, *_OF_BUILDING) as error:
+        if _OWN.match(str(error)):
+            raise
         raise ValueError(
             f"layers: expected kept layers that the config of {type(model).__name__} can describe, "
             f"got {type(error).__name__}: {one_line(str(error))}; use skip"

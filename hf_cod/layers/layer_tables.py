@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_cod.io.display import one_line
 from hf_cod.layers.config_surgery import Changes
-from hf_cod.layers.devices import check_in_memory
+from hf_cod.layers.devices import check_in_memory, execution_device
 from hf_cod.layers.partial_forward import running_only
 from hf_cod.layers.probe_inputs import probe_inputs
 from hf_cod.layers.running import evaluation_mode
@@ -117,8 +117,10 @@ class LayerTables:
             names.setdefault(id(p), []).append(name)
         for name, module in self._modules():
             p = getattr(module, "weight", None)
-            if not isinstance(module, (nn.Embedding, nn.Linear)) or type(p) is not nn.Parameter:
-                told = f"{type(module).__name__} with {type(p).__name__}"
+            if not isinstance(module, (nn.Embedding, nn.Linear)):
+                told = f"an adapter ({type(module).__module__}.{type(module).__name__})"
+            elif type(p) is not nn.Parameter:
+                told = f"{type(p).__name__} in {type(module).__name__}"
             elif not p.is_floating_point():
                 told = f"weights of {p.dtype}"
             elif p.is_meta and hasattr(module, "_hf_hook"):
@@ -180,9 +182,12 @@ def find_layer_tables(stack: DecoderLayers, kept: list[int], mend: Callable[[Cha
 
 
 def _built(stack: DecoderLayers) -> _Outside:
-    config: Any = stack.model.config
+    make: Any = type(stack.model)
+    # Not by way of a dictionary, as in a reload: `skip` also keeps layers that a class of configs would not accept.
+    config: Any = copy.deepcopy(stack.model.config)
+    config._attn_implementation = None  # that of the model may require a device
     with torch.device("meta"):
-        built: nn.Module = type(stack.model)(type(config).from_dict(copy.deepcopy(config.to_dict())))
+        built: nn.Module = make(config)
     inside = f"{stack.layers_path}."
     modules = {name: m for name, m in built.named_modules() if not f"{name}.".startswith(inside)}
     channels = {n: m.embedding_dim if isinstance(m, nn.Embedding) else m.out_features for n, m in _of_channels(modules)}
@@ -252,7 +257,7 @@ def _run(stack: DecoderLayers, channels: dict[str, int]) -> _Seen:
     def measure(name: str) -> Callable[..., None]:
         return lambda module, args, output: seen.update({name: output.shape[-1]})
 
-    inputs, where = probe_inputs(stack.model)
+    inputs, where = probe_inputs(stack.model, device=execution_device(stack.model))
     handles = [stack.model.get_submodule(name).register_forward_hook(measure(name)) for name in channels]
     try:
         with evaluation_mode(stack), running_only(stack, range(0), None), where:
