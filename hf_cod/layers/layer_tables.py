@@ -1,8 +1,9 @@
 """Modules outside of the layers that compute something for each of them, such as Gemma 3n's embeddings by layer.
 
-A *table* is an embedding or a Linear whose outputs are blocks, one for each layer: depth * width channels. Which modules
-are tables is found out by building the model on the meta device from its config before and after a change; in which
-order their blocks are, by running the model on a few tokens with layers that return their input, before and after.
+A *table* is an embedding or a Linear whose outputs are blocks, one for each layer: depth * width channels. Tables are
+found by building the model on the meta device from its config before and after a change. That their blocks are in the
+order of the layers is measured: the model runs on a few tokens with layers that return their input, before and after,
+and each kept layer has to get the same inputs.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ class LayerTables:
             reason = f"{type(error).__name__}: {one_line(str(error))}"
         if reason:
             raise ValueError(
-                f"layers: expected weights outside of the layers with one block for each, got {', '.join(self.widths)}, "
-                f"without whose other blocks the model of the kept layers is another one ({reason})"
+                f"layers: expected weights outside of the layers with one block for each, got {', '.join(self.widths)} "
+                f"in another order, or with another use ({reason})"
             )
 
     def check_plain(self) -> None:
@@ -113,10 +114,10 @@ class LayerTables:
             ValueError: adapters, quantized, offloaded or tied weights.
         """
         names: dict[int, list[str]] = {}
-        for name, p in self.stack.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(p), []).append(name)
+        for name, parameter in self.stack.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
         for name, module in self._modules():
-            p = getattr(module, "weight", None)
+            p: Any = getattr(module, "weight", None)
             if not isinstance(module, (nn.Embedding, nn.Linear)):
                 told = f"an adapter ({type(module).__module__}.{type(module).__name__})"
             elif type(p) is not nn.Parameter:

@@ -44,7 +44,8 @@ from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
 def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None = None) -> Iterator[None]:
     """Runs the block with `layers` removed. At its end model and config are restored, also on an exception.
 
-    Inside the block forward, generate with a KV cache and every metric work on the shorter model.
+    Inside the block forward, generate with a KV cache and every metric work on the shorter model. Tables with a block
+    for each layer (Gemma 3n, 4) return the blocks of the kept layers; their weights are not copied.
 
     Args:
         model: a transformers model, wrapped or not.
@@ -52,7 +53,8 @@ def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
         layers_path: the stack's module name, if it cannot be found.
 
     Raises:
-        ValueError: a layer that does not exist, no layer would be left, or another thread uses the model.
+        ValueError: a layer that does not exist, no layer would be left, a kept layer uses the keys and values of a
+            removed one, or another thread uses the model.
     """
     stack = find_decoder_layers(model, layers_path)
     changes = Changes()
@@ -76,15 +78,17 @@ def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
     other per-layer lists of the config. A model with a head first gets its own copy of the config, because another
     model may share it; a model without a head, such as `model.model`, keeps sharing its config with the full model. If
     a function depends on the layer's index (GPT-2 with `scale_attn_by_inverse_layer_idx`), it uses the new index, in
-    memory and after a reload. The norm placements of this package keep each layer's old depth.
+    memory and after a reload. The norm placements of this package keep each layer's old depth. Tables with a block for
+    each layer outside of the layers (Gemma 3n, 4) are cut.
 
     Returns:
         The old indices of the kept layers, in order.
 
     Raises:
-        ValueError: a layer that does not exist, no layer would be left, layers that share keys and values, a model
-            that changes its weights in eval mode (RWKV), or an architecture whose config cannot describe the result (a
-            model from that config would differ). The model is unchanged in all these cases.
+        ValueError: a layer that does not exist, no layer would be left, a kept layer uses the keys and values of a
+            removed one, a table by layer whose weight is no plain one in memory, a model that changes its weights in
+            eval mode (RWKV), or an architecture whose config cannot describe the result (a model from that config would
+            differ). The model is unchanged in all these cases.
     """
     stack = find_decoder_layers(model, layers_path)
     kept = _kept(stack, layers)
@@ -174,9 +178,7 @@ def _check_unshared(stack: DecoderLayers) -> None:
                 )
 
 
-def _shrink(
-    stack: DecoderLayers, kept: list[int], changes: Changes
-) -> tuple[dict[str, list[Any]], LayerTables]:
+def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[dict[str, list[Any]], LayerTables]:
     """Keeps some layers; returns the lists by layer that the config computes otherwise than for these, and the tables
     outside of the layers, which select the blocks of the kept ones."""
     _check_unshared(stack)
