@@ -8,8 +8,7 @@ and each kept layer has to get the same inputs.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from hf_cod.io.display import one_line
 from hf_cod.layers.config_surgery import Changes
 from hf_cod.layers.devices import check_in_memory, execution_device
+from hf_cod.layers.outside import build_outside, changed_numbers
 from hf_cod.layers.partial_forward import running_only
 from hf_cod.layers.probe_inputs import probe_inputs
 from hf_cod.layers.running import evaluation_mode
@@ -27,15 +27,6 @@ from hf_cod.layers.stack import DecoderLayers
 # Relative to the largest value. Products with fewer rows may be rounded otherwise, also in half precision; another
 # block is another number altogether.
 TOLERANCE = 0.03
-
-
-@dataclass(frozen=True)
-class _Outside:
-    """What a model has outside of its layers: name of an embedding or Linear -> its output channels, and (name of a
-    module, attribute) -> a whole number."""
-
-    channels: dict[str, int]
-    numbers: dict[tuple[str, str], int]
 
 
 @dataclass(frozen=True)
@@ -164,15 +155,15 @@ def find_layer_tables(stack: DecoderLayers, kept: list[int], mend: Callable[[Cha
     nothing = LayerTables(stack, kept, len(stack))
     trial = Changes()
     try:
-        before = _built(stack)
+        before = build_outside(stack)
         mend(trial)
-        after = _built(stack)
+        after = build_outside(stack)
     except Exception:  # whatever a config or a model raises for it; `drop` tells the reason
         return nothing
     finally:
         trial.undo()
-    widths = _widths(before, after, len(stack), len(kept))
-    numbers = dict(_numbers(stack.model, before, after, widths))
+    widths = _widths(before.channels, after.channels, len(stack), len(kept))
+    numbers = changed_numbers(stack.model, before, after, widths)
     seen = None
     if widths and _has_values(stack.model):
         try:
@@ -182,47 +173,13 @@ def find_layer_tables(stack: DecoderLayers, kept: list[int], mend: Callable[[Cha
     return LayerTables(stack, kept, len(stack), widths, numbers, seen)
 
 
-def _built(stack: DecoderLayers) -> _Outside:
-    make: Any = type(stack.model)
-    # Not by way of a dictionary, as in a reload: `skip` also keeps layers that a class of configs would not accept.
-    config: Any = copy.deepcopy(stack.model.config)
-    config._attn_implementation = None  # that of the model may require a device
-    with torch.device("meta"):
-        built: nn.Module = make(config)
-    inside = f"{stack.layers_path}."
-    modules = {name: m for name, m in built.named_modules() if not f"{name}.".startswith(inside)}
-    channels = {n: m.embedding_dim if isinstance(m, nn.Embedding) else m.out_features for n, m in _of_channels(modules)}
-    numbers = {
-        (name, key): value
-        for name, module in modules.items()
-        for key, value in vars(module).items()
-        if type(value) is int and not key.startswith("_")
-    }
-    return _Outside(channels, numbers)
-
-
-def _of_channels(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
-    return ((name, module) for name, module in modules.items() if isinstance(module, (nn.Embedding, nn.Linear)))
-
-
-def _widths(before: _Outside, after: _Outside, depth: int, left: int) -> dict[str, int]:
+def _widths(before: dict[str, int], after: dict[str, int], depth: int, left: int) -> dict[str, int]:
     found = {}
-    for name, channels in before.channels.items():
+    for name, channels in before.items():
         width, rest = divmod(channels, depth)
-        if channels != after.channels.get(name) == width * left and not rest:
+        if channels != after.get(name) == width * left and not rest:
             found[name] = width
     return found
-
-
-def _numbers(
-    model: nn.Module, before: _Outside, after: _Outside, widths: dict[str, int]
-) -> Iterator[tuple[tuple[str, str], int]]:
-    """Those that a model has from its config. Those of the tables remain, as long as their weights do."""
-    own = dict(model.named_modules())
-    for (name, key), number in before.numbers.items():
-        now = after.numbers.get((name, key))
-        if now not in (None, number) and name not in widths and vars(own.get(name, model)).get(key) == number:
-            yield (name, key), now
 
 
 def _has_values(model: nn.Module) -> bool:

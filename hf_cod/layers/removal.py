@@ -44,8 +44,8 @@ from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
 def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None = None) -> Iterator[None]:
     """Runs the block with `layers` removed. At its end model and config are restored, also on an exception.
 
-    Inside the block forward, generate with a KV cache and every metric work on the shorter model. Tables with a block
-    for each layer (Gemma 3n, 4) return the blocks of the kept layers; their weights are not copied.
+    Inside the block forward, generate with a KV cache and every metric work on the shorter model. Tables outside
+    of the layers that have a block for each (Gemma 3n, 4) return those of the kept layers; no weight is copied.
 
     Args:
         model: a transformers model, wrapped or not.
@@ -78,8 +78,8 @@ def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
     other per-layer lists of the config. A model with a head first gets its own copy of the config, because another
     model may share it; a model without a head, such as `model.model`, keeps sharing its config with the full model. If
     a function depends on the layer's index (GPT-2 with `scale_attn_by_inverse_layer_idx`), it uses the new index, in
-    memory and after a reload. The norm placements of this package keep each layer's old depth. Tables with a block for
-    each layer outside of the layers (Gemma 3n, 4) are cut.
+    memory and after a reload. The norm placements of this package keep each layer's old depth. Tables outside
+    of the layers that have a block for each (Gemma 3n, 4) are cut.
 
     Returns:
         The old indices of the kept layers, in order.
@@ -199,9 +199,6 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[di
     if modes is not None:
         mend_sharing(stack, kept, modes, changes)
         computed.pop(SHARING_MODES, None)  # a layer that nobody shares with may hand on its keys and values
-    whole: Any = getattr(stack.model, "config", None)
-    if getattr(whole, "module_shapes", None):
-        changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
     return {} if stack.config is None else other_lists(stack.config, computed, kept), tables
 
 
@@ -214,6 +211,8 @@ def _mend_configs(stack: DecoderLayers, kept: list[int], depth: int, changes: Ch
         _mend_copies(stack, before, changes)
     if side is not None and stack.config is not whole:  # each side of T5 has a copy of the config
         mend_config(whole, depth, kept, changes, side)
+    if getattr(whole, "module_shapes", None):
+        changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
 
 
 def _mend_copies(stack: DecoderLayers, before: dict[str, Any], changes: Changes) -> None:

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
 
 from examples.tiny_architectures import build
-from hf_cod import drop, find_decoder_layers, skip
+from hf_cod import drop, factorize, find_decoder_layers, skip
 from hf_cod.layers.removal import check_drop
 
 IDS = torch.arange(3, 12)[None]
@@ -85,6 +85,21 @@ def test_blocks_of_skipped_layers_have_no_gradient():
         model(input_ids=IDS, labels=IDS).loss.backward()
     gradient = tables_of(model)["model.embed_tokens_per_layer"].weight.grad.view(-1, 4, WIDTH).abs().sum((0, 2))
     assert (gradient > 0).tolist() == [False, True, False, True]
+
+
+def test_factors_keep_their_shapes(tmp_path):
+    """The config records the ranks of matrices by layer."""
+    model = model_of("gemma3n_text")
+    factorize(model, 0.6, "plain")
+    intact = output(model)
+    with skip(model, [0, 2]):
+        expected = output(model)
+    torch.testing.assert_close(output(model), intact, atol=0, rtol=0)
+    drop(model, [0, 2])
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    for each in (model, loaded):
+        torch.testing.assert_close(output(each), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_half_precision_is_kept():
