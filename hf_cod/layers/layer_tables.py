@@ -158,7 +158,7 @@ def find_layer_tables(stack: DecoderLayers, kept: list[int], mend: Callable[[Cha
         before = build_outside(stack)
         mend(trial)
         after = build_outside(stack)
-    except Exception:  # whatever a config or a model raises for it; `drop` tells the reason
+    except Exception:  # whatever a config or a model raises for it; `drop` reports the reason
         return nothing
     finally:
         trial.undo()
