@@ -23,6 +23,7 @@ from architecture_references import (
     loss_of,
     naive_angles,
     outputs_of,
+    passing_on,
     require,
     same,
     told_weights,
@@ -79,7 +80,9 @@ def check_prune(case: Case) -> str | None:
 
 
 def check_drop(case: Case) -> str | None:
-    """Skip = drop; generation with a cache = without; a reload is equal. Of several stacks, on each."""
+    """Skip = a layer that returns its input = drop; generation with a cache = without; a reload is equal. Of several
+    stacks, on each.
+    """
     stacks = [case.stack] if case.stack else [stack.name for stack in named_stacks(case.build())] or [None]
     told = [_dropped(case, stack) for stack in stacks]
     return next((note for note in told if note), None)
@@ -89,8 +92,12 @@ def _dropped(case: Case, stack: str | None) -> str | None:
     for layers in (1,) if stack is None else (0, 1):
         model = case.build()
         intact = outputs_of(case, model)
+        with passing_on(find_decoder_layers(model, stack), layers) as calls:
+            passed = outputs_of(case, model)
         with skip(model, layers, stack):
             skipped = outputs_of(case, model)
+        if calls:
+            same(skipped, passed, "skip against a layer that returns its input", 1e-4)
         same(outputs_of(case, model), intact, "the model after skip", 0)
         drop(model, layers, stack)
         same(skipped, outputs_of(case, model), "skip against drop", 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -12,11 +14,11 @@ from architecture_reload import reloaded_outputs
 from tiny_architectures import Case
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
 from transformers import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
 from hf_cod import find_decoder_layers
+from hf_cod.layers.running import hidden_input
 
 # Two programs of one sum: experts and attention choose theirs by the shapes in a batch.
 ROUNDING = 1e-5
@@ -148,13 +150,44 @@ def _generated(case: Case, model: Any, use_cache: bool) -> Tensor:
     return torch.stack(model.generate(**given, use_cache=use_cache, **settings, **told).logits)
 
 
+def _alike(one: Any, other: Any) -> bool:
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape
+
+
+@contextmanager
+def passing_on(stack: Any, index: int) -> Iterator[list[int]]:
+    """Within the block a layer runs, but hands on its input; what else layers return is that of the layer before. Adds
+    to the list for each call; a model that calls the `forward` of its layers (SqueezeBERT) has no hooks.
+    """
+    calls: list[int] = []
+    before: list[Any] = []
+
+    def return_input(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        calls.append(index)
+        hidden = hidden_input(args, kwargs)
+        if not isinstance(output, (tuple, list)):
+            return hidden
+        # Another state of the first layer, such as Pegasus-X's global tokens, is an input of it as well.
+        given = [args[i] if i < len(args) and _alike(args[i], own) else own for i, own in enumerate(output)]
+        return type(output)([hidden, *(before[-1] if before else given)[1:]])
+
+    handles = [stack[index].register_forward_hook(return_input, with_kwargs=True)]
+    if index:
+        handles.append(stack[index - 1].register_forward_hook(lambda module, args, output: before.append(output)))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def check_counted(stack: Any, counted: int) -> str | None:
     """Requires that each matrix of a Linear of the layers is among the `counted` weights; says what else there is."""
     whole = sum(p.numel() for p in {p for layer in stack for p in layer.parameters()} if p.dim() > 1)
     others, left, banks = set(), 0, False
     for module in {module for layer in stack for module in layer.modules()}:
         own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-        bank = any(p.dim() == 3 for p in own) and not isinstance(module, _ConvNd)
+        bank = any(p.dim() == 3 for p in own) and any("expert" in name for name in vars(module))
         banks |= bank
         if own and not (hasattr(module, "in_features") or isinstance(module, Conv1D) or bank):
             others.add(type(module).__name__)

@@ -71,6 +71,8 @@ SIZES: dict[str, Any] = {
     "audio_token_id": 92,
     **_each("vision_start_token_id boi_token_id boi_token_index", 93),
     **_each("vision_end_token_id eoi_token_id eoi_token_index", 94),
+    **_each("fullatt_block_indexes global_attn_indexes residual_block_indices deepstack_visual_indexes", [1, 3]),
+    **_each("window_block_indices intermediate_layers_indices", [0, 2]),
     "boa_token_id": 95,
     **_each("eoa_token_id eoa_token_index", 96),
 }
@@ -259,5 +261,10 @@ def _values(made: type[PreTrainedConfig]) -> dict[str, Any]:
 
 
 def _sized(known: dict[str, Any]) -> Iterable[str]:
-    """The fields of a config that take a tiny value: those that hold a number, and the special tokens."""
-    return (n for n in SIZES if n in known and (n in ALWAYS or isinstance(known[n], (int, float))))
+    """The fields of a config that take a tiny value: those that hold a number, or numbers of layers, and the special
+    tokens.
+    """
+    for name in SIZES.keys() & known.keys():
+        kinds = (list, tuple) if isinstance(SIZES[name], list) else (int, float)
+        if name in ALWAYS or isinstance(known[name], kinds):
+            yield name

@@ -23,6 +23,10 @@ INDEX_LIST_FIELDS = (
     "attn_layer_indices",
     "full_attn_idxs",
     "cross_attention_layers",
+    "global_attn_indexes",
+    "fullatt_block_indexes",
+    "window_block_indices",
+    "residual_block_indices",
 )
 # Config fields that count leading layers of one kind.
 LEADING_COUNT_FIELDS = ("first_k_dense_replace", "max_window_layers")
@@ -41,6 +45,8 @@ NOT_PER_LAYER_FIELDS = (
     "out_features",
     "out_indices",
     "stage_names",
+    "deepstack_visual_indexes",
+    "intermediate_layers_indices",
 )
 # What transformers raises for a config that it cannot describe or build.
 _OF_BUILDING = (TypeError, AttributeError, LookupError, ArithmeticError, NotImplementedError, StrictDataclassError)
@@ -107,7 +113,6 @@ def mend_config(config: Any, depth: int, kept: list[int], changes: Changes, side
     for name in counting:
         changes.set(config, name, len(kept))
     _mend_lists(config, depth, kept, changes, side)
-    _mend_stages(config, depth, kept, changes)
     _mend_overrides(config, kept, changes)
     if "attention_types" in vars(config) and "attention_layers" in vars(config):  # GPT-Neo
         changes.set(config, "attention_types", [[[kind], 1] for kind in config.attention_layers])
@@ -170,25 +175,6 @@ def _mend_lists(config: Any, depth: int, kept: list[int], changes: Changes, side
             changes.set(config, name, type(value)(value[i] for i in kept))
 
 
-def _mend_stages(config: Any, depth: int, kept: list[int], changes: Changes) -> None:
-    """Mends the config of a backbone, whose stages are "stem" and one for each layer.
-
-    A stage that is handed on and whose layer is removed becomes that of the kept layer before it, as in the model.
-    """
-    names, handed = vars(config).get("stage_names"), vars(config).get("_out_indices")
-    if not names or len(names) != depth + 1:
-        return
-    left = [*names[: len(kept) + 1]]
-    changes.set(config, "stage_names", left)
-    if handed is None:
-        return
-    found = [sum(old < stage % len(names) for old in kept) for stage in handed]
-    if len({*found}) < len(found):
-        raise ValueError(f"layers: expected one kept layer for each stage of out_indices, got {handed}; use skip")
-    changes.set(config, "_out_indices", found)
-    changes.set(config, "_out_features", [left[stage] for stage in found])
-
-
 def derived_lists(config: Any, depth: int) -> dict[str, list[Any]]:
     """Name -> list by layer, for those that a config computes, as Jamba's kinds of layers from their period.
 
@@ -220,6 +206,24 @@ def other_lists(config: Any, before: dict[str, list[Any]], kept: list[int]) -> d
     after = derived_lists(config, len(kept))
     wanted = {name: [value[i] for i in kept] for name, value in before.items()}
     return {name: value for name, value in wanted.items() if after.get(name) != value}
+
+
+def write_out(config: Any, before: dict[str, list[Any]], kept: list[int], changes: Changes) -> dict[str, list[Any]]:
+    """Writes out the pattern from which a config computes lists by layer (RecurrentGemma's `block_types`), if the kept
+    layers do not follow it; returns the lists that it still computes otherwise, as `other_lists`.
+    """
+    others = other_lists(config, before, kept)
+    for name, pattern in [*vars(config).items()] if others else []:
+        if isinstance(pattern, (list, tuple)) and pattern and not name.startswith("_"):
+            attempt = Changes()
+            attempt.set(config, name, type(pattern)(pattern[i % len(pattern)] for i in kept))
+            if len({*map(str, pattern)}) > 1 and not other_lists(config, before, kept):
+                written = getattr(config, name)
+                attempt.undo()
+                changes.set(config, name, written)
+                return {}
+            attempt.undo()
+    return others
 
 
 def pin_lists(config: Any, lists: dict[str, list[Any]], changes: Changes) -> None:

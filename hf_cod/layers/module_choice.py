@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -69,6 +70,22 @@ def choose_modules(stack: DecoderLayers, settings: Any) -> ModuleChoice:
     excluded = {name: weights for name, weights in _sizes(stack).items() if name not in chosen}
     view = replace(stack, excluded=frozenset(excluded), included=frozenset(included & chosen))
     return ModuleChoice(view, excluded, given)
+
+
+def other_notes(stack: DecoderLayers, done: str) -> list[str]:
+    """A sentence for a report that counts the weights of the layers that are in no matrix; none if all are in one.
+
+    Args:
+        stack: the layers.
+        done: what is not done to them, such as "pruned".
+    """
+    found: Counter[str] = Counter()
+    for index in range(len(stack)):
+        found.update(stack.other_weights(index))
+    if not found:
+        return []
+    kinds = ", ".join(f"{name} ({weights:,})" for name, weights in sorted(found.items()))
+    return [f"{found.total():,} weights of the layers are not {done}, because they are in no matrix: {kinds}"]
 
 
 def by_place(names: Iterable[str]) -> list[str]:

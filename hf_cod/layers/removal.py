@@ -24,16 +24,17 @@ from hf_cod.layers.config_surgery import (
     cache_depth,
     derived_lists,
     mend_config,
-    other_lists,
     pin_lists,
+    write_out,
 )
 from hf_cod.layers.direct_use import check_unwritten
+from hf_cod.layers.handed_on import mend_features, mend_handed_on
 from hf_cod.layers.key_sharing import SHARING_MODES, check_sources, mend_sharing, sharing_modes
 from hf_cod.layers.layer_tables import LayerTables, find_layer_tables
 from hf_cod.layers.modes import for_one_thread, one_thread
 from hf_cod.layers.rebuilding import MODES, check_config_builds
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
-from hf_cod.layers.stacks import DECODER, ENCODER, ancestors
+from hf_cod.layers.stacks import DECODER, ENCODER, VISION, ancestors
 from hf_cod.models.own_config import own_config
 from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
 
@@ -199,7 +200,7 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[di
     if modes is not None:
         mend_sharing(stack, kept, modes, changes)
         computed.pop(SHARING_MODES, None)  # a layer that nobody shares with may hand on its keys and values
-    return {} if stack.config is None else other_lists(stack.config, computed, kept), tables
+    return {} if stack.config is None else write_out(stack.config, computed, kept, changes), tables
 
 
 def _mend_configs(stack: DecoderLayers, kept: list[int], depth: int, changes: Changes) -> None:
@@ -208,9 +209,12 @@ def _mend_configs(stack: DecoderLayers, kept: list[int], depth: int, changes: Ch
     if stack.config is not None:
         before = {name: value for name, value in vars(stack.config).items() if isinstance(value, (list, tuple))}
         mend_config(stack.config, depth, kept, changes, side if stack.config is whole else None)
+        mend_handed_on(stack.config, depth, kept, changes)
         _mend_copies(stack, before, changes)
     if side is not None and stack.config is not whole:  # each side of T5 has a copy of the config
         mend_config(whole, depth, kept, changes, side)
+    if stack.name == VISION and whole is not None:
+        mend_features(whole, depth, kept, changes)
     if getattr(whole, "module_shapes", None):
         changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
 

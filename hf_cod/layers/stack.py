@@ -17,7 +17,6 @@ from typing import Any
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_cod.io.arguments import checked
@@ -146,6 +145,20 @@ class DecoderLayers(Sequence):
         plain = sum(math.prod(shape_of(m)) for m in modules if is_linear_like(m))
         return plain + sum(p.numel() for m in modules if holds_experts(m) for _, p in _expert_parameters(m))
 
+    def other_weights(self, index: int) -> dict[str, int]:
+        """Class of module -> number of weights of layer `index` that are in no matrix, such as those of convolutions
+        and embeddings; norms, biases and other vectors do not count.
+        """
+        found: dict[str, int] = {}
+        for _, module in self._modules_of(index):
+            if not is_linear_like(module):
+                listed = {id(p) for _, p in _expert_parameters(module)}
+                own = [p for p in module.parameters(recurse=False) if p.dim() > 1 and id(p) not in listed]
+                if own:
+                    name = type(module).__name__
+                    found[name] = found.get(name, 0) + sum(p.numel() for p in own)
+        return found
+
     def norms(self, index: int) -> dict[str, nn.Module]:
         """Name -> module of each normalisation of layer `index`, in the order of registration."""
         return {name: m for name, m in self._modules_of(index) if is_norm(m)}
@@ -254,13 +267,14 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Whether `module` is a bank of experts, which holds its weights as 3-D parameters."""
-    # The kernel of a one-dimensional convolution also has three dimensions.
-    return not isinstance(module, _ConvNd) and any(True for _ in _expert_parameters(module))
+    """Whether `module` is a bank of experts: it counts them in an attribute, and has 3-D parameters of that size."""
+    return any(True for _ in _expert_parameters(module))
 
 
 def _expert_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 3)
+    """Other 3-D parameters are heads, blocks of a matrix or kernels of a convolution."""
+    counts = {value for name, value in vars(module).items() if "expert" in name and type(value) is int}
+    return ((n, p) for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and p.shape[0] in counts)
 
 
 def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig
 ENCODER_COUNT_FIELDS = ("encoder_layers", "num_encoder_layers")
 DECODER_COUNT_FIELDS = ("decoder_layers", "num_decoder_layers")
 # Config fields that count the layers of a stack.
-COUNT_FIELDS = ("num_hidden_layers", *ENCODER_COUNT_FIELDS, *DECODER_COUNT_FIELDS, "depth")
-ENCODER, DECODER, TEXT = "encoder", "decoder", "text"
+COUNT_FIELDS = ("num_hidden_layers", *ENCODER_COUNT_FIELDS, *DECODER_COUNT_FIELDS, "depth", "num_blocks")
+ENCODER, DECODER, TEXT, VISION = "encoder", "decoder", "text", "vision"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import NamedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
-from hf_cod.layers.module_choice import choose_modules
+from hf_cod.layers.module_choice import choose_modules, other_notes
 from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -129,7 +129,7 @@ def factorize(
     use = check_unwritten(stack.model, batches)
     chosen = _plan(stack, plan, how.factor_share if method == "oats" else None)
     check_ranks(stack, chosen)
-    described = RankReporter(stack, name, [*choice.notes("factorized"), *use.notes])
+    described = RankReporter(stack, name, [*choice.notes("factorized"), *other_notes(stack, "factorized"), *use.notes])
     work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks, chosen.nonzeros, *choice.identity)
     change = LayerChange(stack, chosen)
     check_note = partial(change.check_note, measured=bool(METHODS[method] and batches))

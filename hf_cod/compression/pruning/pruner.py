@@ -26,7 +26,7 @@ from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import check_unseen
 from hf_cod.layers.modes import for_one_thread
-from hf_cod.layers.module_choice import ModuleChoice, choose_modules
+from hf_cod.layers.module_choice import ModuleChoice, choose_modules, other_notes
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.running import naming_weights
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
@@ -230,6 +230,7 @@ def _report(
         ],
         notes=[
             *choice.notes("pruned"),
+            *other_notes(stack, "pruned"),
             *(
                 f"{matrix} is pruned by magnitude: {use.reasons[matrix]}"
                 if matrix in use.reasons

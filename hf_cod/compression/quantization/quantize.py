@@ -29,7 +29,7 @@ from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import NamedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
-from hf_cod.layers.module_choice import choose_modules
+from hf_cod.layers.module_choice import choose_modules, other_notes
 from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.sensitive_modules import left_notes
@@ -131,7 +131,8 @@ def quantize(
     _mark(model, recorded(config, plan))
     told = {**choice.given, **({} if batches is None else describe_batches(batches))}
     calibrated = batches is not None
-    notes = [*what_is_lost(config, plan, calibrated), *use.notes, *choice.notes("quantized")]
+    left = [*choice.notes("quantized"), *other_notes(stack, "quantized")]
+    notes = [*what_is_lost(config, plan, calibrated), *use.notes, *left]
     return _report(stack, plan, config, finished, title, told, notes)
 
 

@@ -1,0 +1,77 @@
+"""Config fields that name layers whose hidden states the model hands on: stages of a backbone, features for a text.
+
+When such a layer is removed, the state after the kept layer before it takes its place, as if the removed one had
+returned its input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_cod.layers.config_surgery import Changes
+
+# Fields that mean the state after a layer, counted from 0.
+LAYER_FIELDS = ("deepstack_visual_indexes",)
+# Fields that mean the state after a number of layers: 0 is that before the first one.
+STATE_FIELDS = ("intermediate_layers_indices",)
+# The same in the config of a model around a vision tower; negative numbers count from the end.
+FEATURE_FIELDS = ("vision_feature_layer",)
+
+
+def mend_handed_on(config: Any, depth: int, kept: list[int], changes: Changes) -> None:
+    """Changes the fields of the config of a stack so that they name the same states of a shorter one.
+
+    Args:
+        config: the config that counts the layers.
+        depth: the number of layers before.
+        kept: the layers that are left, by their old indices.
+        changes: records what is changed.
+
+    Raises:
+        ValueError: two of the states would be the same one, or one would be that before the first layer.
+    """
+    for name in LAYER_FIELDS:
+        _mend(config, name, [sum(old <= layer for old in kept) - 1 for layer in _listed(config, name)], changes)
+    for name in STATE_FIELDS:
+        _mend(config, name, [sum(old < state for old in kept) for state in _listed(config, name)], changes)
+    _mend_stages(config, depth, kept, changes)
+
+
+def mend_features(config: Any, depth: int, kept: list[int], changes: Changes) -> None:
+    """The same for the config of a model that reads hidden states of its vision tower."""
+    for name in FEATURE_FIELDS:
+        found = []
+        for state in _listed(config, name):
+            left = sum(old < state % (depth + 1) for old in kept)
+            found.append(left if state >= 0 else left - len(kept) - 1)
+        _mend(config, name, found, changes)
+
+
+def _listed(config: Any, name: str) -> list[int]:
+    value = vars(config).get(name)
+    return [value] if isinstance(value, int) else [*(value or ())]
+
+
+def _mend(config: Any, name: str, found: list[int], changes: Changes) -> None:
+    before = vars(config).get(name)
+    if not found:
+        return
+    if len({*found}) < len({*_listed(config, name)}) or (name in LAYER_FIELDS and min(found) < 0):
+        raise ValueError(f"layers: expected one kept layer for each of {name}, got {before}; use skip")
+    changes.set(config, name, found[0] if isinstance(before, int) else type(before)(found))
+
+
+def _mend_stages(config: Any, depth: int, kept: list[int], changes: Changes) -> None:
+    """Mends the config of a backbone, whose stages are "stem" and one for each layer."""
+    names, handed = vars(config).get("stage_names"), vars(config).get("_out_indices")
+    if not names or len(names) != depth + 1:
+        return
+    left = [*names[: len(kept) + 1]]
+    changes.set(config, "stage_names", left)
+    if handed is None:
+        return
+    found = [sum(old < stage % len(names) for old in kept) for stage in handed]
+    if len({*found}) < len(found):
+        raise ValueError(f"layers: expected one kept layer for each stage of out_indices, got {handed}; use skip")
+    changes.set(config, "_out_indices", found)
+    changes.set(config, "_out_features", [left[stage] for stage in found])
