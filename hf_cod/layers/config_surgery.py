@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -28,6 +30,8 @@ INDEX_LIST_FIELDS = (
 )
 # Config fields that count leading layers of one kind.
 LEADING_COUNT_FIELDS = ("first_k_dense_replace", "max_window_layers")
+# Config fields that count the last layers of one kind.
+TRAILING_COUNT_FIELDS = ("num_kv_shared_layers",)
 # Lists that may have as many entries as there are layers, but are not per layer.
 NOT_PER_LAYER_FIELDS = (
     "architectures",
@@ -46,43 +50,43 @@ NOT_PER_LAYER_FIELDS = (
 )
 # What transformers raises for a config that it cannot describe or build.
 _OF_BUILDING = (TypeError, AttributeError, LookupError, ArithmeticError, NotImplementedError, StrictDataclassError)
-
-
-_ABSENT = object()
+_OWN = re.compile(r"[a-z_]+: expected ")  # errors of this package
 
 
 class Changes:
     """Attribute assignments that can be undone in reverse order."""
 
     def __init__(self) -> None:
-        self._undo: list[tuple[Any, str, Any]] = []
+        self._undo: list[Callable[[], None]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Assigns an attribute that exists."""
-        self._undo.append((owner, name, getattr(owner, name)))
+        self._undo.append(partial(setattr, owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
     def add(self, owner: Any, name: str, value: Any) -> None:
         """Assigns an attribute that the object itself does not have."""
-        self._undo.append((owner, name, _ABSENT))
+        self._undo.append(partial(delattr, owner, name))
         setattr(owner, name, value)
+
+    def call(self, undo: Callable[[], None]) -> None:
+        """Records how a change that was made elsewhere is undone."""
+        self._undo.append(undo)
 
     def undo(self) -> None:
         """Assigns the earlier values."""
         while self._undo:
-            owner, name, value = self._undo.pop()
-            if value is _ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
+            self._undo.pop()()
 
 
 @contextmanager
 def building_errors(model: nn.Module) -> Iterator[None]:
-    """Turns the errors of config classes for values that they cannot describe into ValueError."""
+    """Turns the errors of config classes for values that they cannot describe into one ValueError."""
     try:
         yield
-    except _OF_BUILDING as error:
+    except (ValueError, *_OF_BUILDING) as error:
+        if _OWN.match(str(error)):
+            raise
         raise ValueError(
             f"layers: expected kept layers that the config of {type(model).__name__} can describe, "
             f"got {type(error).__name__}: {one_line(str(error))}; use skip"
@@ -165,6 +169,8 @@ def _mend_lists(config: Any, depth: int, kept: list[int], changes: Changes, side
             changes.set(config, name, [new for new, old in enumerate(kept) if old in value])
         elif name in LEADING_COUNT_FIELDS and value is not None:
             changes.set(config, name, sum(old < value for old in kept))
+        elif name in TRAILING_COUNT_FIELDS and value is not None:
+            changes.set(config, name, sum(old >= depth - value for old in kept))
         elif isinstance(value, (list, tuple)) and len(value) == depth:
             changes.set(config, name, type(value)(value[i] for i in kept))
 

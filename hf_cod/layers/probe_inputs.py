@@ -16,15 +16,18 @@ TOKENS = 8
 _OF_TEXT = {"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels", "token_type_ids"}
 
 
-def probe_inputs(model: Any, batch: Batch | None = None) -> tuple[dict[str, Any], AbstractContextManager[Any]]:
+def probe_inputs(
+    model: Any, batch: Batch | None = None, device: torch.device | None = None
+) -> tuple[dict[str, Any], AbstractContextManager[Any]]:
     """The inputs of one sample, and the device context in which the forward has to run.
 
     Args:
         model: a transformers model, which may be on the meta device.
         batch: its first sample is used, of text the first `TOKENS` tokens; None: an input by the model's config.
+        device: where the model runs; None: that of its weights, the meta device also if they are offloaded.
     """
     first = next(model.parameters())
-    device = first.device if first.is_meta else execution_device(model)
+    device = device or (first.device if first.is_meta else execution_device(model))
     inputs = _by_config(model) if batch is None else _first_sample(model_inputs(batch))
     dtype = first.dtype if first.is_floating_point() else torch.float32
     inputs = {name: t.to(dtype) if batch is None and t.is_floating_point() else t for name, t in inputs.items()}

@@ -17,8 +17,13 @@ from hf_cod.layers.stacks import inside_another, module_lists
 MODES = ("training", "gradient_checkpointing")
 
 
-def check_config_builds(stack: DecoderLayers) -> None:
-    """Checks that a model built from the updated config has the kept layers, so that a reload gives the same model."""
+def check_config_builds(stack: DecoderLayers, cut: Mapping[str, tuple[int, ...]]) -> None:
+    """Checks that a model built from the updated config has the kept layers, so that a reload gives the same model.
+
+    Args:
+        stack: the kept layers.
+        cut: name -> shape of the weights outside of them that will be cut.
+    """
     config: Any = stack.model.config
     with building_errors(stack.model), torch.device("meta"):
         # By way of a dictionary, as in a reload, so that derived values of the config are computed again.
@@ -29,7 +34,7 @@ def check_config_builds(stack: DecoderLayers) -> None:
             f"layers: expected a config of {type(stack.model).__name__} that counts the layers of {stack.layers_path}, "
             f"got one that would build {len(rebuilt)} instead of {len(stack)}; use skip"
         )
-    _check_outside(stack, rebuilt)
+    _check_outside(stack, rebuilt, cut)
     for index, (mine, other) in enumerate(zip(stack, rebuilt, strict=True)):
         difference = first_difference(dict(walk(mine, "layer")), dict(walk(other, "layer")))
         if difference:
@@ -40,7 +45,7 @@ def check_config_builds(stack: DecoderLayers) -> None:
             )
 
 
-def _check_outside(stack: DecoderLayers, rebuilt: DecoderLayers) -> None:
+def _check_outside(stack: DecoderLayers, rebuilt: DecoderLayers, cut: Mapping[str, tuple[int, ...]]) -> None:
     """Checks the weights outside of the layers: some models keep a table for all layers there."""
     inside = f"{stack.layers_path}."
     lists, built = module_lists(stack.model), module_lists(rebuilt.model)
@@ -53,7 +58,8 @@ def _check_outside(stack: DecoderLayers, rebuilt: DecoderLayers) -> None:
     shapes = {name: tuple(p.shape) for name, p in rebuilt.model.named_parameters() if not name.startswith(inside)}
     for name, parameter in stack.model.named_parameters():
         # Adapters and packed weights have other names or types than the weights of the built model.
-        if name in shapes and parameter.is_floating_point() and tuple(parameter.shape) != shapes[name]:
+        shape = cut.get(name, tuple(parameter.shape))
+        if name in shapes and parameter.is_floating_point() and shape != shapes[name]:
             raise ValueError(
                 f"layers: expected weights outside of the layers that do not depend on their number, got {name} of "
                 f"shape {tuple(parameter.shape)}, which would be {shapes[name]} for the kept layers"

@@ -10,6 +10,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -28,6 +29,8 @@ from hf_cod.layers.config_surgery import (
 )
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.handed_on import mend_features, mend_handed_on
+from hf_cod.layers.key_sharing import SHARING_MODES, check_sources, mend_sharing, sharing_modes
+from hf_cod.layers.layer_tables import LayerTables, find_layer_tables
 from hf_cod.layers.modes import for_one_thread, one_thread
 from hf_cod.layers.rebuilding import MODES, check_config_builds
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -42,7 +45,8 @@ from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
 def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None = None) -> Iterator[None]:
     """Runs the block with `layers` removed. At its end model and config are restored, also on an exception.
 
-    Inside the block forward, generate with a KV cache and every metric work on the shorter model.
+    Inside the block forward, generate with a KV cache and every metric work on the shorter model. Tables outside
+    of the layers that have a block for each (Gemma 3n, 4) return those of the kept layers; no weight is copied.
 
     Args:
         model: a transformers model, wrapped or not.
@@ -50,13 +54,16 @@ def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
         layers_path: the stack's module name, if it cannot be found.
 
     Raises:
-        ValueError: a layer that does not exist, no layer would be left, or another thread uses the model.
+        ValueError: a layer that does not exist, no layer would be left, a kept layer uses the keys and values of a
+            removed one, or another thread uses the model.
     """
     stack = find_decoder_layers(model, layers_path)
     changes = Changes()
     with one_thread(model), capturing_restored(stack.model):
         try:
-            pin_lists(stack.config, _shrink(stack, _kept(stack, layers), changes), changes)
+            lists, tables = _shrink(stack, _kept(stack, layers), changes)
+            pin_lists(stack.config, lists, changes)
+            tables.check()
             yield
         finally:
             changes.undo()
@@ -72,15 +79,17 @@ def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
     other per-layer lists of the config. A model with a head first gets its own copy of the config, because another
     model may share it; a model without a head, such as `model.model`, keeps sharing its config with the full model. If
     a function depends on the layer's index (GPT-2 with `scale_attn_by_inverse_layer_idx`), it uses the new index, in
-    memory and after a reload. The norm placements of this package keep each layer's old depth.
+    memory and after a reload. The norm placements of this package keep each layer's old depth. Tables outside
+    of the layers that have a block for each (Gemma 3n, 4) are cut.
 
     Returns:
         The old indices of the kept layers, in order.
 
     Raises:
-        ValueError: a layer that does not exist, no layer would be left, layers that share keys and values, a model
-            that changes its weights in eval mode (RWKV), or an architecture whose config cannot describe the result (a
-            model from that config would differ). The model is unchanged in all these cases.
+        ValueError: a layer that does not exist, no layer would be left, a kept layer uses the keys and values of a
+            removed one, a table by layer whose weight is no plain one in memory, a model that changes its weights in
+            eval mode (RWKV), or an architecture whose config cannot describe the result (a model from that config would
+            differ). The model is unchanged in all these cases.
     """
     stack = find_decoder_layers(model, layers_path)
     kept = _kept(stack, layers)
@@ -89,7 +98,7 @@ def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
     stack = find_decoder_layers(model, layers_path)
     changes = Changes()
     try:
-        _drop(stack, kept, changes)
+        _drop(stack, kept, changes).cut(changes)
     except BaseException:
         changes.undo()
         raise
@@ -112,20 +121,25 @@ def check_drop(model: nn.Module, layers: int | Iterable[int], layers_path: str |
         changes.undo()
 
 
-def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> None:
+def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> LayerTables:
+    """All that `drop` does, but for the weights of the tables."""
     if stack.config is None:
         raise ValueError(f"model: expected a config that counts the layers of {stack.layers_path}, got none; use skip")
-    if getattr(stack.config, "num_kv_shared_layers", 0):
+    if getattr(stack.config, "num_kv_shared_layers", 0) and sharing_modes(stack.config) is None:
         raise ValueError("model: expected layers with their own keys and values, got num_kv_shared_layers > 0")
     with building_errors(stack.model):
-        for name, wanted in _shrink(stack, kept, changes).items():
+        lists, tables = _shrink(stack, kept, changes)
+        for name, wanted in lists.items():
             raise ValueError(
                 f"layers: expected kept layers that the config of {type(stack.model).__name__} can describe, got "
                 f"{wanted} for {name}, which it computes otherwise; remove whole periods of the pattern of layers, or "
                 "use skip"
             )
     _check_cache(stack)
-    check_config_builds(stack)
+    tables.check_plain()
+    check_config_builds(stack, tables.shapes)
+    tables.check()
+    return tables
 
 
 def _check_cache(stack: DecoderLayers) -> None:
@@ -165,9 +179,13 @@ def _check_unshared(stack: DecoderLayers) -> None:
                 )
 
 
-def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> dict[str, list[Any]]:
-    """Keeps some layers; returns the lists by layer that the config computes otherwise than for these."""
+def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[dict[str, list[Any]], LayerTables]:
+    """Keeps some layers; returns the lists by layer that the config computes otherwise than for these, and the tables
+    outside of the layers, which select the blocks of the kept ones."""
     _check_unshared(stack)
+    check_sources(stack.config, kept)
+    modes = sharing_modes(stack.config)
+    tables = find_layer_tables(stack, kept, partial(_mend_configs, stack, kept, len(stack)))
     computed = {} if stack.config is None else derived_lists(stack.config, len(stack))
     layers, depth, called = [stack[i] for i in kept], len(stack), stack.name  # found by the length of the whole stack
     _hand_on(stack, kept, changes)
@@ -177,6 +195,15 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> dict[str
             for name in LAYER_INDEX_ATTRIBUTES:
                 if module.__dict__.get(name) == old:
                     changes.set(module, name, new)
+    _mend_configs(stack, kept, depth, changes)
+    tables.select(changes)
+    if modes is not None:
+        mend_sharing(stack, kept, modes, changes)
+        computed.pop(SHARING_MODES, None)  # a layer that nobody shares with may hand on its keys and values
+    return {} if stack.config is None else write_out(stack.config, computed, kept, changes), tables
+
+
+def _mend_configs(stack: DecoderLayers, kept: list[int], depth: int, changes: Changes) -> None:
     whole: Any = getattr(stack.model, "config", None)  # for a tower this is not the config that counts its layers
     side = called if called in (ENCODER, DECODER) else None
     if stack.config is not None:
@@ -190,7 +217,6 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> dict[str
         mend_features(whole, depth, kept, changes)
     if getattr(whole, "module_shapes", None):
         changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
-    return {} if stack.config is None else write_out(stack.config, computed, kept, changes)
 
 
 def _mend_copies(stack: DecoderLayers, before: dict[str, Any], changes: Changes) -> None:

@@ -294,7 +294,7 @@ def test_drop_renumbers_overrides_by_layer(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("gemma3n_text", "weights outside of the layers"), ("dory", "StrictDataclassClassValidationError")],
+    [("encoder/esm", "weights outside of the layers"), ("dory", "StrictDataclassClassValidationError")],
 )
 def test_drop_refuses_in_one_line_what_a_config_cannot_say(kind, reason):
     model = build_type(kind)

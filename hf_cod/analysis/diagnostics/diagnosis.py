@@ -29,6 +29,7 @@ from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
 from hf_cod.layers.task import task_of
 
@@ -168,11 +169,18 @@ def _checked_batches(batches: Iterable[Any]) -> list[Batch]:
 def _applicable(metrics: list[str] | None, stack: DecoderLayers, task: str, report: RunReport) -> list[str]:
     if metrics is not None:
         return metrics
-    reason = why_no_gradients(stack, task)
-    if reason is None:
-        return list(METRICS)
-    report.notes.append(f"gradient_norm was left out: {reason}")
-    return [metric for metric in METRICS if metric != "gradient_norm"]
+    reasons = {"gradient_norm": why_no_gradients(stack, task), "layer_drop": _why_dependent(stack)}
+    report.notes.extend(f"{metric} was left out: {reason}" for metric, reason in reasons.items() if reason is not None)
+    return [metric for metric in METRICS if reasons.get(metric) is None]
+
+
+def _why_dependent(stack: DecoderLayers) -> str | None:
+    """Why layers cannot be run without the earlier ones, or None."""
+    try:
+        check_independent(stack, "layers")
+    except ValueError as error:
+        return str(error).partition(": ")[2]
+    return None
 
 
 def _measure(

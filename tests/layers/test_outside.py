@@ -1,0 +1,28 @@
+import torch
+
+from examples.tiny_architectures import build
+from hf_cod import drop, find_decoder_layers, skip
+from hf_cod.layers.outside import build_outside, changed_numbers
+
+NUMBER = ("model", "first_kv_shared_layer_idx")
+
+
+def test_the_config_says_what_depends_on_the_number_of_layers():
+    model = build("gemma4_text")
+    before, state = build_outside(find_decoder_layers(model)), torch.get_rng_state()
+    with skip(model, [0, 1]):
+        after = build_outside(find_decoder_layers(model))
+        assert model.model.first_kv_shared_layer_idx == 2
+    assert torch.equal(torch.get_rng_state(), state), "building draws no random numbers"
+    tables = {name for name, channels in before.channels.items() if after.channels[name] != channels}
+    assert tables == {"model.embed_tokens_per_layer", "model.per_layer_model_projection"}
+    assert {after.channels[name] for name in tables} == {2 * 8}
+    assert changed_numbers(model, before, after, tables) == {NUMBER: 2}
+    assert build_outside(find_decoder_layers(model)) == before
+
+
+def test_a_number_that_the_model_itself_has_changed_is_left_alone():
+    model = build("gemma4_text")
+    model.model.first_kv_shared_layer_idx = 9
+    drop(model, 1)
+    assert model.model.first_kv_shared_layer_idx == 9
