@@ -92,7 +92,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {**_LATENT, "layer_types": _HALVES, "mlp_layer_types": ["dense", "sparse"] * 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
-    "dory": {"sliding_window": 16},
+    "dory": {"sliding_window": 16, "n_input_layers": 1, "n_output_layers": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2},
     "encoder/reformer": {"is_decoder": False},
     "esm": {"vocab_size": WORDS, "mask_token_id": 98, "pad_token_id": 0},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -32,6 +32,8 @@ INDEX_LIST_FIELDS = (
 LEADING_COUNT_FIELDS = ("first_k_dense_replace", "max_window_layers")
 # Config fields that count the last layers of one kind.
 TRAILING_COUNT_FIELDS = ("num_kv_shared_layers",)
+# Config fields that count layers of several kinds, one kind after the other.
+CONSECUTIVE_COUNT_FIELDS = (("n_input_layers", "n_recurrent_layers", "n_output_layers"),)
 # Lists that may have as many entries as there are layers, but are not per layer.
 NOT_PER_LAYER_FIELDS = (
     "architectures",
@@ -114,6 +116,8 @@ def mend_config(config: Any, depth: int, kept: list[int], changes: Changes, side
         changes.set(config, name, len(kept))
     _mend_lists(config, depth, kept, changes, side)
     _mend_overrides(config, kept, changes)
+    for names in CONSECUTIVE_COUNT_FIELDS:
+        _mend_consecutive(config, names, kept, changes)
     if "attention_types" in vars(config) and "attention_layers" in vars(config):  # GPT-Neo
         changes.set(config, "attention_types", [[[kind], 1] for kind in config.attention_layers])
     if side is not None:
@@ -173,6 +177,15 @@ def _mend_lists(config: Any, depth: int, kept: list[int], changes: Changes, side
             changes.set(config, name, sum(old >= depth - value for old in kept))
         elif isinstance(value, (list, tuple)) and len(value) == depth:
             changes.set(config, name, type(value)(value[i] for i in kept))
+
+
+def _mend_consecutive(config: Any, names: Sequence[str], kept: list[int], changes: Changes) -> None:
+    start = 0
+    for name in names:
+        count = vars(config).get(name)
+        if count is not None:
+            changes.set(config, name, sum(start <= old < start + count for old in kept))
+            start += count
 
 
 def derived_lists(config: Any, depth: int) -> dict[str, list[Any]]:

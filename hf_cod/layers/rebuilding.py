@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_cod.layers.config_surgery import building_errors
+from hf_cod.layers.config_surgery import Changes, building_errors
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
 from hf_cod.layers.stacks import inside_another, module_lists
 
@@ -24,25 +26,75 @@ def check_config_builds(stack: DecoderLayers, cut: Mapping[str, tuple[int, ...]]
         stack: the kept layers.
         cut: name -> shape of the weights outside of them that will be cut.
     """
-    config: Any = stack.model.config
-    with building_errors(stack.model), torch.device("meta"):
-        # By way of a dictionary, as in a reload, so that derived values of the config are computed again.
-        built: Any = type(stack.model)(type(config).from_dict(copy.deepcopy(config.to_dict())))
-        rebuilt = find_decoder_layers(built, stack.layers_path)
+    with building_errors(stack.model):
+        rebuilt = _rebuilt(stack)
     if len(rebuilt) != len(stack):
         raise ValueError(
             f"layers: expected a config of {type(stack.model).__name__} that counts the layers of {stack.layers_path}, "
             f"got one that would build {len(rebuilt)} instead of {len(stack)}; use skip"
         )
     _check_outside(stack, rebuilt, cut)
-    for index, (mine, other) in enumerate(zip(stack, rebuilt, strict=True)):
-        difference = first_difference(dict(walk(mine, "layer")), dict(walk(other, "layer")))
-        if difference:
+    for index, found in enumerate(_by_layer(stack, rebuilt)):
+        told = next(found, None)
+        if told:
             raise ValueError(
                 f"layers: expected kept layers that the config of {type(stack.model).__name__} can describe, got ones "
-                f"of which it would build layer {index} differently ({difference}); remove whole periods of the "
+                f"of which it would build layer {index} differently ({told}); remove whole periods of the "
                 "pattern of layers, or use skip"
             )
+
+
+def scale_numbers(stack: DecoderLayers, changes: Changes) -> None:
+    """Multiplies a number of the config with which the layers would be those that are kept, if there is one.
+
+    MiniCPM3's `residual_scale` is `scale_depth`, divided by the root of the number of layers.
+    """
+    ratios = _ratios(stack)
+    if len(ratios) != 1:
+        return
+    for name, value in [*vars(stack.config).items()]:
+        if type(value) is float and value and not name.startswith("_"):
+            attempt = Changes()
+            attempt.set(stack.config, name, value * next(iter(ratios)))
+            try:
+                alike = not any(any(found) for found in _by_layer(stack, _rebuilt(stack)))
+            except Exception:  # whatever a model raises for a number that means something else
+                alike = False
+            written = getattr(stack.config, name)
+            attempt.undo()
+            if alike:
+                changes.set(stack.config, name, written)
+                return
+
+
+def _ratios(stack: DecoderLayers) -> set[float]:
+    """The ratios of numbers of the layers and of those that would be built; empty if something else differs."""
+    try:
+        rebuilt = _rebuilt(stack)
+    except Exception:  # whatever a model raises that cannot be built from its config; `check_config_builds` tells
+        return set()
+    found: set[float] = set()
+    for difference in (each for layer in _by_layer(stack, rebuilt) for each in layer):
+        mine, other = difference.mine, difference.other
+        if type(mine) is not float or type(other) is not float or not other or len(rebuilt) != len(stack):
+            return set()
+        found.add(round(mine / other, 12))
+    return found
+
+
+def _rebuilt(stack: DecoderLayers) -> DecoderLayers:
+    config: Any = stack.model.config
+    with torch.device("meta"):
+        # By way of a dictionary, as in a reload, so that derived values of the config are computed again.
+        built: Any = type(stack.model)(type(config).from_dict(copy.deepcopy(config.to_dict())))
+        return find_decoder_layers(built, stack.layers_path)
+
+
+def _by_layer(stack: DecoderLayers, rebuilt: DecoderLayers) -> Iterator[Iterator[Difference]]:
+    return (
+        differences(dict(walk(mine, "layer")), dict(walk(other, "layer")))
+        for mine, other in zip(stack, rebuilt, strict=False)
+    )
 
 
 def _check_outside(stack: DecoderLayers, rebuilt: DecoderLayers, cut: Mapping[str, tuple[int, ...]]) -> None:
@@ -66,15 +118,38 @@ def _check_outside(stack: DecoderLayers, rebuilt: DecoderLayers, cut: Mapping[st
             )
 
 
-def first_difference(mine: Mapping[str, nn.Module], other: Mapping[str, nn.Module]) -> str | None:
-    """The first module, weight or plain setting in which two layers differ; adapters do not count."""
-    for name in [*other, *mine]:
+@dataclass(frozen=True)
+class Difference:
+    """A weight or plain setting in which two layers differ; reads as a sentence.
+
+    Attributes:
+        place: name of the module and of the weight or setting.
+        mine: shape of the weight, value of the setting, or None if there is none.
+        other: that of the other layer.
+    """
+
+    place: str
+    mine: Any
+    other: Any
+
+    def __str__(self) -> str:
+        return f"{self.place} is {self.mine!r}, would be {self.other!r}"
+
+
+def differences(mine: Mapping[str, nn.Module], other: Mapping[str, nn.Module]) -> Iterator[Difference]:
+    """The modules, weights and plain settings in which two layers differ; adapters do not count."""
+    for name in dict.fromkeys([*other, *mine]):
         here = _description(mine[name]) if name in mine else {}
         there = _description(other[name]) if name in other else {}
         for key in here.keys() | there.keys():
-            if here.get(key) != there.get(key):
-                return f"{name}.{key} is {here.get(key)!r}, would be {there.get(key)!r}"
-    return None
+            if not _equal(here.get(key), there.get(key)):
+                yield Difference(f"{name}.{key}", here.get(key), there.get(key))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Computed numbers are rounded."""
+    both = type(one) is float and type(other) is float
+    return math.isclose(one, other, rel_tol=1e-12) if both else bool(one == other)
 
 
 def _description(module: nn.Module) -> dict[str, Any]:

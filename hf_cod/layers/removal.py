@@ -32,7 +32,7 @@ from hf_cod.layers.handed_on import mend_features, mend_handed_on
 from hf_cod.layers.key_sharing import SHARING_MODES, check_sources, mend_sharing, sharing_modes
 from hf_cod.layers.layer_tables import LayerTables, find_layer_tables
 from hf_cod.layers.modes import for_one_thread, one_thread
-from hf_cod.layers.rebuilding import MODES, check_config_builds
+from hf_cod.layers.rebuilding import MODES, check_config_builds, scale_numbers
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.stacks import DECODER, ENCODER, VISION, ancestors
 from hf_cod.models.own_config import own_config
@@ -137,6 +137,7 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> LayerTable
             )
     _check_cache(stack)
     tables.check_plain()
+    scale_numbers(stack, changes)
     check_config_builds(stack, tables.shapes)
     tables.check()
     return tables
@@ -185,9 +186,10 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[di
     _check_unshared(stack)
     check_sources(stack.config, kept)
     modes = sharing_modes(stack.config)
-    tables = find_layer_tables(stack, kept, partial(_mend_configs, stack, kept, len(stack)))
+    called = stack.name  # is found by the length of the whole stack
+    tables = find_layer_tables(stack, kept, partial(_mend_configs, stack, called, kept, len(stack)))
     computed = {} if stack.config is None else derived_lists(stack.config, len(stack))
-    layers, depth, called = [stack[i] for i in kept], len(stack), stack.name  # found by the length of the whole stack
+    layers, depth = [stack[i] for i in kept], len(stack)
     _hand_on(stack, kept, changes)
     changes.set(stack.module_list, "_modules", OrderedDict((str(i), layer) for i, layer in enumerate(layers)))
     for new, (old, layer) in enumerate(zip(kept, layers, strict=True)):
@@ -195,7 +197,7 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[di
             for name in LAYER_INDEX_ATTRIBUTES:
                 if module.__dict__.get(name) == old:
                     changes.set(module, name, new)
-    _mend_configs(stack, kept, depth, changes)
+    _mend_configs(stack, called, kept, depth, changes)
     tables.select(changes)
     if modes is not None:
         mend_sharing(stack, kept, modes, changes)
@@ -203,7 +205,7 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[di
     return {} if stack.config is None else write_out(stack.config, computed, kept, changes), tables
 
 
-def _mend_configs(stack: DecoderLayers, kept: list[int], depth: int, changes: Changes) -> None:
+def _mend_configs(stack: DecoderLayers, called: str | None, kept: list[int], depth: int, changes: Changes) -> None:
     whole: Any = getattr(stack.model, "config", None)  # for a tower this is not the config that counts its layers
     side = called if called in (ENCODER, DECODER) else None
     if stack.config is not None:

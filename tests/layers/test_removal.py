@@ -292,9 +292,34 @@ def test_drop_renumbers_overrides_by_layer(tmp_path):
     torch.testing.assert_close(output(loaded, batch), expected, atol=1e-6, rtol=1e-6)
 
 
+def test_drop_scales_a_number_that_is_divided_by_the_depth(tmp_path):
+    """MiniCPM3 adds what a layer computes times `scale_depth` / √depth."""
+    model = build_type("minicpm3")
+    batch = {"input_ids": torch.arange(3, 11)[None]}
+    with skip(model, [1, 2]):
+        expected = output(model, batch)
+    drop(model, [1, 2])
+    assert model.config.scale_depth == pytest.approx(1.4 / 2**0.5)
+    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(output(loaded, batch), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_drop_counts_consecutive_kinds_of_layers(tmp_path):
+    """The first and the last layer of Dory run once, those between them several times."""
+    model = build_type("dory")
+    drop(model, [0, 1])
+    assert (model.config.n_input_layers, model.config.n_recurrent_layers, model.config.n_output_layers) == (0, 1, 1)
+    batch = {"input_ids": torch.arange(3, 11)[None]}
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(output(loaded, batch), output(model, batch), atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("encoder/esm", "weights outside of the layers"), ("dory", "StrictDataclassClassValidationError")],
+    [("encoder/esm", "weights outside of the layers"), ("diffllama", "lambda_init")],
 )
 def test_drop_refuses_in_one_line_what_a_config_cannot_say(kind, reason):
     model = build_type(kind)

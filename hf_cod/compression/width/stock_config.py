@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_cod.layers.rebuilding import first_difference
+from hf_cod.layers.rebuilding import differences
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
 from hf_cod.layers.units import CHANNELS, HEADS, LayerUnits
 from hf_cod.models.own_config import own_config
@@ -50,7 +50,7 @@ def set_stock_config(stack: DecoderLayers, units: Sequence[LayerUnits], kept: Se
                 setattr(stack.config, name, value)
             with torch.device("meta"):
                 built = type(model)(type(model.config).from_dict(copy.deepcopy(model.config.to_dict())))
-            alike = first_difference(dict(walk(model, "model")), dict(walk(built, "model"))) is None
+            alike = not any(differences(dict(walk(model, "model")), dict(walk(built, "model"))))
             said = alike and _buffers(model) == _buffers(built)
         except Exception:  # each family refuses sizes with another error
             logger.debug("the config cannot hold %s", fields, exc_info=True)
