@@ -185,9 +185,9 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[di
     _check_unshared(stack)
     check_sources(stack.config, kept)
     modes = sharing_modes(stack.config)
-    tables = find_layer_tables(stack, kept, partial(_mend_configs, stack, kept, len(stack)))
-    computed = {} if stack.config is None else derived_lists(stack.config, len(stack))
-    layers, depth = [stack[i] for i in kept], len(stack)
+    layers, depth, called = [stack[i] for i in kept], len(stack), stack.name  # found by the length of the whole stack
+    tables = find_layer_tables(stack, kept, partial(_mend_configs, stack, kept, depth, called))
+    computed = {} if stack.config is None else derived_lists(stack.config, depth)
     _hand_on(stack, kept, changes)
     changes.set(stack.module_list, "_modules", OrderedDict((str(i), layer) for i, layer in enumerate(layers)))
     for new, (old, layer) in enumerate(zip(kept, layers, strict=True)):
@@ -195,7 +195,7 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[di
             for name in LAYER_INDEX_ATTRIBUTES:
                 if module.__dict__.get(name) == old:
                     changes.set(module, name, new)
-    _mend_configs(stack, kept, depth, changes)
+    _mend_configs(stack, kept, depth, called, changes)
     tables.select(changes)
     if modes is not None:
         mend_sharing(stack, kept, modes, changes)
@@ -203,9 +203,9 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[di
     return {} if stack.config is None else write_out(stack.config, computed, kept, changes), tables
 
 
-def _mend_configs(stack: DecoderLayers, kept: list[int], depth: int, changes: Changes) -> None:
+def _mend_configs(stack: DecoderLayers, kept: list[int], depth: int, called: str | None, changes: Changes) -> None:
     whole: Any = getattr(stack.model, "config", None)  # for a tower this is not the config that counts its layers
-    side = stack.name if stack.name in (ENCODER, DECODER) else None
+    side = called if called in (ENCODER, DECODER) else None
     if stack.config is not None:
         before = {name: value for name, value in vars(stack.config).items() if isinstance(value, (list, tuple))}
         mend_config(stack.config, depth, kept, changes, side if stack.config is whole else None)
@@ -213,7 +213,7 @@ def _mend_configs(stack: DecoderLayers, kept: list[int], depth: int, changes: Ch
         _mend_copies(stack, before, changes)
     if side is not None and stack.config is not whole:  # each side of T5 has a copy of the config
         mend_config(whole, depth, kept, changes, side)
-    if stack.name == VISION and whole is not None:
+    if called == VISION and whole is not None:
         mend_features(whole, depth, kept, changes)
     if getattr(whole, "module_shapes", None):
         changes.set(whole, "module_shapes", _renumbered(whole.module_shapes, stack, kept))
