@@ -18,16 +18,6 @@ State = tuple[Tensor, tuple[Any, ...] | None]
 """The output of a layer: its hidden state (S, T, d), and the other elements if it returns a tuple or list."""
 
 
-def check_independent(stack: DecoderLayers, field: str) -> None:
-    """Checks that a layer depends on earlier layers only by their hidden state.
-
-    Raises:
-        ValueError: layers that share keys and values; begins with `field`, the user's setting.
-    """
-    if getattr(stack.config, "num_kv_shared_layers", 0):
-        raise ValueError(f"{field}: expected layers with their own keys and values, got num_kv_shared_layers > 0")
-
-
 def run_layer(stack: DecoderLayers, layer: int, inputs: Mapping[str, Tensor], before: State | None) -> State:
     """Runs one layer of the stack inside the model's forward, without the head.
 
@@ -85,13 +75,14 @@ def running_only(stack: DecoderLayers, layers: range, before: State | None) -> I
 def layer_states(stack: DecoderLayers) -> Iterator[list[Any]]:
     """Appends the state before each layer, and after the last one, to the list while the block runs the model.
 
-    A layer that the model passes over has the state of the next one that runs.
+    A layer that the model passes over has the state of the next one that runs. What else layers return is unknown
+    before the first one, whose own is taken: right for T5's position biases, not for a router's state.
     """
     states: list[Any] = []
     last: list[State] = []
 
     def keep(index: int, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        before = (hidden_input(args, kwargs), state_of(output)[1])
+        before = (hidden_input(args, kwargs), last[0][1] if last else state_of(output)[1])
         states.extend([before] * (index + 1 - len(states)))
         last[:] = [state_of(output)]
         if index == len(stack) - 1:

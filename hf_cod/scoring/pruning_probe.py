@@ -22,7 +22,8 @@ from hf_cod.functional.sparsity import magnitude_mask, wanda_mask
 from hf_cod.io.text import Batch
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.devices import execution_device, to_device
-from hf_cod.layers.partial_forward import State, check_independent, run_layer, running_only
+from hf_cod.layers.independence import check_independent
+from hf_cod.layers.partial_forward import State, run_layer, running_only
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.task import LANGUAGE_MODELS, model_inputs, task_of
@@ -54,7 +55,7 @@ class PruningProbe:
         task = task_of(stack.model, batches)
         if task not in LANGUAGE_MODELS:
             raise ValueError(f"model: expected a language model to probe, got {type(stack.model).__name__}")
-        check_independent(stack, "auto")
+        check_independent(stack, "auto", batches)
         check_writable(stack)
         self.stack, self.pruner, self.statistics, self.show_progress = stack, pruner, statistics, show_progress
         device = execution_device(stack.model)

@@ -28,8 +28,8 @@ from hf_cod.layers.batches import batches_of, required
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.fingerprints import Journals
+from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
-from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
 from hf_cod.layers.task import task_of
 

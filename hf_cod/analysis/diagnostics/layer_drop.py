@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,10 @@ from hf_cod.io.display import one_line
 from hf_cod.io.journal import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
-from hf_cod.layers.partial_forward import check_finite, check_independent, layer_states, running_only
+from hf_cod.layers.partial_forward import State, check_finite, layer_states, running_only
+from hf_cod.layers.removal import skip
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import model_inputs
@@ -55,8 +58,8 @@ def measure_layer_drop(
         ValueError: the metric failed; says for which batch and layer. The journal keeps earlier results.
     """
     stack = find_decoder_layers(model, layers_path)
-    check_independent(stack, "layer_drop")
     check_inputs(stack.model, batches)
+    check_independent(stack, "layer_drop", batches)
     journal = Journal(None, "") if journal is None else journal
     device = execution_device(stack.model)
     bar = progress(range(len(batches) * (len(stack) + 1)), "layer drop", show_progress)
@@ -83,11 +86,18 @@ def _measure_batch(stack: DecoderLayers, number: int, batch: Batch, metric: Metr
     bar.update()
     for layer in range(len(stack)):
         if _key(number, layer) not in journal:
-            with running_only(stack, range(layer + 1, len(stack)), states[layer]):
+            with _without(stack, layer, states[layer]):
                 outputs = stack.model(**inputs)
             _record(journal, metric, number, layer, outputs, batch, reference)
         states[layer] = None
         bar.update()
+
+
+def _without(stack: DecoderLayers, layer: int, before: State) -> AbstractContextManager[Any]:
+    """Within the block the model runs without a layer, from the state before it."""
+    if layer == 0 and before[1] is not None:
+        return skip(stack.model, 0, stack.layers_path)
+    return running_only(stack, range(layer + 1, len(stack)), before)
 
 
 def _key(batch: int, layer: int) -> str:

@@ -29,8 +29,8 @@ from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, describe_batches, s
 from hf_cod.layers.batches import batches_of, required
 from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.fingerprints import Journals
+from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
-from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.removal import check_drop
 from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -103,9 +103,9 @@ def plan_depth(
     how = resolve(plan_depth, DepthSettings, settings, fields, criterion=criterion)
     stack = find_decoder_layers(model, layers_path)
     check_count(n_removed, len(stack), "n_removed")
-    check_independent(stack, "layers")
     batches = required(batches_of(model, batches, tokenizer, texts, samples, fields))
     check_inputs(stack.model, batches)
+    check_independent(stack, "layers", batches)
     forward = measure_forward(model, batches, layers_path=layers_path, show_progress=show_progress)
     protected = _protected(stack, how.protect, forward)
     journals = Journals(journal, stack.model, batches)

@@ -13,7 +13,9 @@ from hf_cod.analysis.evaluation.metrics import Metric, as_loss, check_rows
 from hf_cod.io.journal import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
-from hf_cod.layers.partial_forward import check_independent, layer_states, run_layer, running_only
+from hf_cod.layers.independence import check_independent
+from hf_cod.layers.partial_forward import layer_states, run_layer, running_only
+from hf_cod.layers.removal import skip
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.task import model_inputs
@@ -47,7 +49,7 @@ class RemovalProbe:
         journal: Journal | None = None,
         show_progress: bool = False,
     ) -> None:
-        check_independent(stack, "layers")
+        check_independent(stack, "layers", batches)
         self._stack, self._metric, self._batches, self._show = stack, metric, batches, show_progress
         self._journal = Journal(None, "") if journal is None else journal
         self._device = execution_device(stack.model)
@@ -82,7 +84,10 @@ class RemovalProbe:
         stack = self._stack
         with layer_states(stack) as states:
             run_layer(stack, 0, inputs, None)
-        waiting: list[tuple[int, Any, list[Removed]]] = [(0, states[0], removals)]
+        if states[0][1] is not None:
+            yield from self._without_first(inputs, [removed for removed in removals if 0 in removed])
+            removals = [removed for removed in removals if 0 not in removed]
+        waiting: list[tuple[int, Any, list[Removed]]] = [(0, states[0], removals)] if removals else []
         del states
         while waiting:
             layer, state, together = waiting.pop()
@@ -97,6 +102,12 @@ class RemovalProbe:
             (removed,) = together
             with running_only(stack, range(layer, layer), state):
                 yield removed, stack.model(**inputs)
+
+    def _without_first(self, inputs: dict[str, Any], removals: list[Removed]) -> Iterator[tuple[Removed, Any]]:
+        """For layers that return more than their hidden state, of which the model determines the first."""
+        for removed in removals:
+            with skip(self._stack.model, removed, self._stack.layers_path):
+                yield removed, self._stack.model(**inputs)
 
     def _rows(self, batch: int, removed: Removed) -> list[Any]:
         found: list[Any] = self._journal.result(_key(batch, removed), list[Any])

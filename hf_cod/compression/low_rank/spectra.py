@@ -24,10 +24,10 @@ from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, split_samples
 from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import check_no_note
 from hf_cod.layers.module_choice import choose_modules
-from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.sequential import Sums, measure_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import LANGUAGE_MODELS, task_of
@@ -136,7 +136,7 @@ def _spectra(
         for index in range(len(stack)):
             measure(index, None)
         return found
-    check_independent(stack, "factorize")
+    check_independent(stack, "factorize", batches)
 
     def put_back(index: int, tensors: dict[str, Tensor]) -> None:
         shapes = {name: (min(shape),) for name, shape in factorizable(stack, index).items()}

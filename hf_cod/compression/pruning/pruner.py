@@ -23,11 +23,11 @@ from hf_cod.layers.checks import check_sizes, check_writable, name_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.direct_use import DirectUse, check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import check_unseen
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.module_choice import ModuleChoice, choose_modules, other_notes
-from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.running import naming_weights
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -123,7 +123,7 @@ def prune(
         return prune_layer(choice.stack, index, chosen, sums, targets[index])
 
     if chosen.recorder is not None and batches is not None:
-        check_independent(stack, "prune")
+        check_independent(stack, "prune", batches)
         with naming_weights(stack.model):
             change_sequentially(choice.stack, batches, chosen.recorder, prune_one, finished, "pruning", show_progress)
         told |= describe_batches(batches)

@@ -26,11 +26,11 @@ from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import NamedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.module_choice import choose_modules, other_notes
-from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.sensitive_modules import left_notes
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
@@ -124,7 +124,7 @@ def quantize(
     title = name or name_of(stack)
     bar = f"quantizing to {plan.stored:.2f} bits"
     if batches is not None:
-        check_independent(stack, "quantize")
+        check_independent(stack, "quantize", batches)
         change_sequentially(stack, batches, ProductsRecorder, change, finished, bar, show_progress)
     else:
         change_each(stack, change, finished, bar, show_progress)

@@ -29,11 +29,11 @@ from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_reshapeable, check_sizes
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
+from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import ListedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.module_choice import choose_modules
-from hf_cod.layers.partial_forward import check_independent
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.unit_discovery import find_all_units

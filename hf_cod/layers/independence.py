@@ -1,0 +1,74 @@
+"""Whether layers can be run one at a time: each depends on earlier ones only by what the layer before it returns.
+
+That is not so where layers share keys and values (Gemma 3n), or where a model hands states of several layers to a later
+one. It is found out by running the layers of the model one at a time on a few tokens, and comparing with the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_cod.io.display import one_line
+from hf_cod.io.text import Batch
+from hf_cod.layers.devices import check_in_memory
+from hf_cod.layers.partial_forward import layer_states, run_layer
+from hf_cod.layers.probe_inputs import probe_inputs
+from hf_cod.layers.running import evaluation_mode
+from hf_cod.layers.stack import DecoderLayers
+
+# Relative to the largest value. Both runs compute the same; a GPU may add in another order.
+TOLERANCE = 0.01
+
+
+def check_independent(stack: DecoderLayers, field: str, batches: Sequence[Batch] | None = None) -> None:
+    """Checks that a layer depends on earlier layers only by what the layer before it returns.
+
+    Args:
+        stack: the layers.
+        field: the user's setting, with which the error begins.
+        batches: inputs, of which the first one's first tokens are used; default: an input by the model's config.
+
+    Raises:
+        ValueError: layers that depend on others.
+    """
+    if getattr(stack.config, "num_kv_shared_layers", 0):
+        raise ValueError(f"{field}: expected layers with their own keys and values, got num_kv_shared_layers > 0")
+    found = _dependent(stack, batches[0] if batches else None)
+    if found is not None:
+        layer, why = found
+        raise ValueError(
+            f"{field}: expected layers that depend on earlier ones only by what the layer before returns, got "
+            f"{type(stack.model).__name__}, whose layer {layer} does not run alone as in the model ({why})"
+        )
+
+
+@torch.no_grad()
+def _dependent(stack: DecoderLayers, batch: Batch | None) -> tuple[int, str] | None:
+    """The first layer that does not compute the same alone, and why; None if all do, or if that cannot be found out."""
+    try:
+        check_in_memory(stack.model)
+        inputs, device = probe_inputs(stack.model, batch)
+        with evaluation_mode(stack), device, layer_states(stack) as states:
+            stack.trunk(**inputs)
+    except Exception:  # whatever a model raises on inputs that may be none for it; on its own inputs, it raises later
+        return None
+    for layer in range(len(states) - 1):
+        try:
+            with evaluation_mode(stack), device:
+                alone = run_layer(stack, layer, inputs, states[layer])
+        except Exception as error:  # whatever a model raises that misses the states of other layers
+            return layer, f"{type(error).__name__}: {one_line(str(error))[:150]}"
+        distance = _distance(alone[0], states[layer + 1][0])
+        if distance > TOLERANCE:  # not if it is NaN: forward passes name the layer where that begins
+            return layer, f"its output differs by {distance:.0%} of its largest value"
+    return None
+
+
+def _distance(found: Any, expected: Any) -> float:
+    if found.shape != expected.shape:
+        return torch.inf
+    largest = expected.float().abs().max().clamp(min=1e-9)
+    return float((found.float() - expected.float()).abs().max() / largest)
