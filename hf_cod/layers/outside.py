@@ -48,7 +48,8 @@ def build_outside(stack: DecoderLayers) -> Outside:
         for key, value in vars(module).items()
         if type(value) is int and not key.startswith("_")
     }
-    return Outside(channels, numbers)
+    # A size that a model computes with tensors is one on the meta device, which has no value.
+    return Outside({name: size for name, size in channels.items() if isinstance(size, int)}, numbers)
 
 
 def changed_numbers(

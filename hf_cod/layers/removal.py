@@ -186,10 +186,9 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[di
     _check_unshared(stack)
     check_sources(stack.config, kept)
     modes = sharing_modes(stack.config)
-    called = stack.name  # is found by the length of the whole stack
-    tables = find_layer_tables(stack, kept, partial(_mend_configs, stack, called, kept, len(stack)))
-    computed = {} if stack.config is None else derived_lists(stack.config, len(stack))
-    layers, depth = [stack[i] for i in kept], len(stack)
+    layers, depth, called = [stack[i] for i in kept], len(stack), stack.name  # found by the length of the whole stack
+    tables = find_layer_tables(stack, kept, partial(_mend_configs, stack, kept, depth, called))
+    computed = {} if stack.config is None else derived_lists(stack.config, depth)
     _hand_on(stack, kept, changes)
     changes.set(stack.module_list, "_modules", OrderedDict((str(i), layer) for i, layer in enumerate(layers)))
     for new, (old, layer) in enumerate(zip(kept, layers, strict=True)):
@@ -197,7 +196,7 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[di
             for name in LAYER_INDEX_ATTRIBUTES:
                 if module.__dict__.get(name) == old:
                     changes.set(module, name, new)
-    _mend_configs(stack, called, kept, depth, changes)
+    _mend_configs(stack, kept, depth, called, changes)
     tables.select(changes)
     if modes is not None:
         mend_sharing(stack, kept, modes, changes)
@@ -205,7 +204,7 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[di
     return {} if stack.config is None else write_out(stack.config, computed, kept, changes), tables
 
 
-def _mend_configs(stack: DecoderLayers, called: str | None, kept: list[int], depth: int, changes: Changes) -> None:
+def _mend_configs(stack: DecoderLayers, kept: list[int], depth: int, called: str | None, changes: Changes) -> None:
     whole: Any = getattr(stack.model, "config", None)  # for a tower this is not the config that counts its layers
     side = called if called in (ENCODER, DECODER) else None
     if stack.config is not None:

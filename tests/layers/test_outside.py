@@ -21,6 +21,12 @@ def test_the_config_says_what_depends_on_the_number_of_layers():
     assert build_outside(find_decoder_layers(model)) == before
 
 
+def test_sizes_that_a_model_computes_with_tensors_are_left_out():
+    model = build("vision-language/inkling_mm_model")
+    stack = find_decoder_layers(model, "text")
+    assert all(type(channels) is int for channels in build_outside(stack).channels.values())
+
+
 def test_a_number_that_the_model_itself_has_changed_is_left_alone():
     model = build("gemma4_text")
     model.model.first_kv_shared_layer_idx = 9

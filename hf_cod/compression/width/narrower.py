@@ -135,8 +135,9 @@ def narrow(
         check_needed(batches, f"for {method} with {compensation}")
     if batches:
         check_inputs(stack.model, batches)
-    _check_model(stack)
+    check_reshapeable(stack, "narrow")
     check_unwritten(stack.model, batches)
+    check_independent(stack, "narrow", batches)
     choice = choose_modules(stack, how)
     units = without_excluded(find_all_units(stack), choice)
     chosen = _plan(stack, units, plan, how.channel_multiple)
@@ -231,11 +232,6 @@ class LayerChange:
     def _note(self, changes: Changes) -> None:
         for name, sizes in changes.items():
             self.done[name] = {**self.done.get(name, {}), **sizes}
-
-
-def _check_model(stack: DecoderLayers) -> None:
-    check_reshapeable(stack, "narrow")
-    check_independent(stack, "narrow")
 
 
 def _plan(
