@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -23,6 +23,7 @@ _BARS: WeakSet[Any] = WeakSet()
 _IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 # Seconds between lines of progress where no terminal shows a bar.
 _INTERVAL = 30.0
+STATE_RETURNED = "layers that return their hidden state, alone or first in a tuple"
 
 
 class NonFiniteError(ValueError):
@@ -147,5 +148,19 @@ def one_vector(x: Tensor, samples: int, tokens: int | None) -> Tensor:
 
 
 def hidden_output(output: Any) -> Tensor:
-    """The output hidden state of a layer, which returns it alone or first in a tuple."""
-    return output[0] if isinstance(output, (tuple, list)) else output
+    """The output hidden state of a layer, which returns it alone or first in a tuple.
+
+    Raises:
+        ValueError: the layer returns something else, such as two streams by name.
+    """
+    # A model reads a named tuple by its names, which a plain one in its place would lack.
+    found = output[0] if type(output) in (tuple, list) and output else output
+    if isinstance(found, Tensor):
+        return found
+    raise ValueError(f"model: expected {STATE_RETURNED}, got ones that return {described_output(output)}")
+
+
+def described_output(output: Any) -> str:
+    """What a layer returned, with the names of its parts."""
+    names = getattr(output, "_fields", None) or (list(output) if isinstance(output, Mapping) else None)
+    return type(output).__name__ + (f" of {', '.join(map(str, names))}" if names else "")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.expert_banks import observed
+from hf_cod.layers.layer_calls import check_first_call
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stacks import DECODER
 
@@ -29,11 +30,13 @@ class MatrixInputs:
         read: see `Read`.
 
     Raises:
-        ValueError: a module shared by two of the layers.
+        ValueError: a module shared by two of the layers; while the model runs, a layer that runs several times in one
+            forward pass.
     """
 
     def __init__(self, stack: DecoderLayers, layers: Iterable[int], read: Read) -> None:
-        self._linears, self._banks = _own_modules(stack, layers)
+        self._layers = [*layers]
+        self._linears, self._banks = _own_modules(stack, self._layers)
         self._read, self._stack, self._excluded = read, stack, stack.excluded
         self.start({})
 
@@ -44,6 +47,9 @@ class MatrixInputs:
             if self._stack.name == DECODER:
                 encoder: Any = self._stack.model.get_encoder()  # type: ignore[operator]
                 attachments.callback(encoder.register_forward_hook(self._keep_encoded).remove)
+            for index in self._layers:
+                handle = self._stack[index].register_forward_pre_hook(self._count(index))
+                attachments.callback(handle.remove)
             if self._banks:
                 attachments.enter_context(observed(self._banks, self._read_expert))
             for name, module in self._linears.items():
@@ -58,6 +64,10 @@ class MatrixInputs:
         self._encoded_mask = _padding(inputs.get("attention_mask")) if self._stack.name == DECODER else None
         self._encoded: Any = None
         self._last: tuple[Any, str] | None = None
+        self._called: set[int] = set()
+
+    def _count(self, index: int) -> Any:
+        return lambda *_: check_first_call(self._stack, index, self._called)
 
     def _keep_encoded(self, module: nn.Module, args: Any, output: Any) -> None:
         self._encoded = weakref.ref(output[0])
