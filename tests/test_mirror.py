@@ -79,6 +79,7 @@ TESTED_BY = {
     "functional/test_low_rank.py": "functional/randomness.py",
     "io/test_settings.py": "compression/depth/settings.py io/deprecation.py",
     "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py",
+    "layers/test_layer_calls.py": "layers/input_gradients.py",
     "layers/test_modes.py": "layers/partial_forward.py",
     "layers/test_removal.py": "layers/config_surgery.py layers/rebuilding.py",
     "layers/test_stack.py": "layers/weights.py",
