@@ -17,6 +17,7 @@ TESTED_BY = {
     "analysis/diagnostics/test_diagnosis.py": (
         "analysis/diagnostics/findings.py analysis/diagnostics/journaled.py analysis/diagnostics/settings.py"
     ),
+    "analysis/diagnostics/test_layer_drop.py": "analysis/evaluation/outputs.py",
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
     "analysis/evaluation/test_metrics.py": "analysis/evaluation/choice.py layers/task.py",
     "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",

@@ -133,7 +133,7 @@ def _path_of(model: nn.Module, lists: dict[str, nn.ModuleList], name: str) -> st
 
 def _default_path(model: Any, lists: dict[str, nn.ModuleList]) -> str:
     stacks = named_stacks(model)
-    if stacks and _are_alternatives(model):
+    if stacks and are_alternatives(model):
         raise ValueError(
             f"stack: expected the name of one of the stacks of {type(model).__name__}, {_described(stacks)}, got none"
         )
@@ -158,7 +158,7 @@ def _default_path(model: Any, lists: dict[str, nn.ModuleList]) -> str:
     return found[0]
 
 
-def _are_alternatives(model: Any) -> bool:
+def are_alternatives(model: Any) -> bool:
     """Whether a model is two towers beside each other, such as CLIP, neither of which is the main one."""
     return hasattr(model, "get_text_features") and hasattr(model, "get_image_features") and not model.can_generate()
 
