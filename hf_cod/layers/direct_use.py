@@ -45,7 +45,7 @@ class DirectUse:
         latent: names of latent projections (`sensitive_modules.py`).
         failure: the error that ended the pass; None if it was complete.
         obstacles: name of a layer -> why it cannot be run by itself, see `LayerCalls`.
-        without_gradients: names of layers that the model runs without recording gradients.
+        tokens_first, without_gradients: names of layers, see `LayerCalls`.
         no_tensors: names of Linear-like modules whose output is no tensor.
     """
 
@@ -54,6 +54,7 @@ class DirectUse:
     latent: Sequence[str] = ()
     failure: str | None = None
     obstacles: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    tokens_first: Sequence[str] = ()
     without_gradients: Sequence[str] = ()
     no_tensors: Sequence[str] = ()
 
@@ -103,6 +104,11 @@ def check_unwritten(model: nn.Module, batches: Sequence[Batch] | None = None) ->
             f"changes {use.written[0]}; a model that is saved after a forward pass would change it again"
         )
     return use
+
+
+def has_tokens_first(stack: DecoderLayers, samples: int, tokens: int | None) -> bool:
+    """Whether hidden states of a batch with as many tokens as samples are (tokens, samples, width); else False."""
+    return samples == tokens and f"{stack.layers_path}.0" in direct_use(stack.model).tokens_first
 
 
 def not_adaptable(stack: DecoderLayers) -> dict[str, str]:
@@ -164,6 +170,7 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
         latent=latent.found,
         failure=failure,
         obstacles=calls.obstacles,
+        tokens_first=calls.tokens_first,
         without_gradients=calls.without_gradients,
         no_tensors=[name for name, parameters in watched.items() if parameters.no_tensor],
     )

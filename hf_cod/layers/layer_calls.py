@@ -71,11 +71,13 @@ class LayerCalls:
 
     Attributes:
         obstacles: name of a layer -> (what is expected of layers, what it does), if it cannot be run by itself.
+        tokens_first: names of layers whose hidden states are (tokens, samples, width).
         without_gradients: names of layers that the model runs without recording gradients, though they are enabled.
     """
 
     def __init__(self) -> None:
         self.obstacles: dict[str, tuple[str, str]] = {}
+        self.tokens_first: list[str] = []
         self.without_gradients: list[str] = []
         self._calls: Counter[str] = Counter()
 
@@ -98,7 +100,10 @@ class LayerCalls:
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             try:
-                hidden_output(output)
+                state = hidden_output(output)
+                # The inputs are one sample of several tokens.
+                if state.dim() == 3 and len(state) > 1 == state.shape[1] and name not in self.tokens_first:
+                    self.tokens_first.append(name)
             except ValueError:
                 self.obstacles.setdefault(name, (STATE_RETURNED, f"returns {described_output(output)}"))
 

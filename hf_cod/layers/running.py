@@ -131,15 +131,29 @@ def hidden_input(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def one_vector(x: Tensor, samples: int, tokens: int | None) -> Tensor:
+def are_tokens_first(shape: Sequence[int], samples: int, tokens: int | None, square: bool = False) -> bool:
+    """Whether hidden states (., ., d) begin with the tokens and not with the samples, as in XLNet.
+
+    Args:
+        shape: their shape.
+        samples, tokens: numbers; None: unknown.
+        square: the answer if both are equal, see `has_tokens_first`.
+    """
+    return tuple(shape[:-1]) == (tokens, samples) and (samples != tokens or square)
+
+
+def one_vector(x: Tensor, samples: int, tokens: int | None, square: bool = False) -> Tensor:
     """(S, T, d): hidden states with one vector per token. The residual streams of a token, of a model that has several
     (mHC, AltUp), become one vector, so that measures count what a layer does to each of them.
 
     Args:
-        x: (S, T, d), or (S, T, n, d) or (n, S, T, d) with n streams.
+        x: (S, T, d) or (T, S, d), or (S, T, n, d) or (n, S, T, d) with n streams.
         samples: S.
         tokens: T, None if it is unknown.
+        square: whether x is (T, S, d) if S = T.
     """
+    if are_tokens_first(x.shape, samples, tokens, square):
+        return x.transpose(0, 1)
     if x.dim() == 4 and len(x) == samples and tokens in (None, x.shape[1]):
         return x.flatten(2)
     if x.dim() == 4 and x.shape[1] == samples and tokens in (None, x.shape[2]):

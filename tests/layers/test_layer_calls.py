@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from examples.tiny_architectures import tiny_config
 from hf_cod import (
@@ -171,3 +171,50 @@ def test_layers_without_recorded_gradients_train(adapters):
     assert any(not torch.equal(p, before[name]) for name, p in trained.named_parameters() if ".layers." in name)
     optimizer.release()
     assert not model.get_input_embeddings()._forward_hooks
+
+
+def tokens_first(kind):
+    torch.manual_seed(0)
+    auto = AutoModelForCausalLM if kind == "xlnet" else AutoModelForSeq2SeqLM
+    return auto.from_config(tiny_config(kind)).eval()
+
+
+def with_padding(kind, samples, tokens):
+    ids = torch.randint(5, 80, (samples, tokens), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, : tokens // 2] = 0
+    decoder = {"decoder_input_ids": ids, "decoder_attention_mask": mask} if kind != "xlnet" else {}
+    return {"input_ids": ids, "attention_mask": mask, **decoder}
+
+
+@pytest.mark.parametrize("tokens", [7, 3])
+@pytest.mark.parametrize("kind, stack", [("xlnet", None), ("seq2seq/fsmt", "encoder"), ("seq2seq/fsmt", "decoder")])
+def test_hidden_states_with_the_tokens_first(kind, stack, tokens):
+    """Also of a batch with as many tokens as samples, whose shape does not say which are first."""
+    model = tokens_first(kind)
+    model.config.use_cache = False  # with a cache FSMT reads later tokens, too
+    batch = with_padding(kind, 3, tokens)
+    layers, real = find_decoder_layers(model, stack), batch["attention_mask"].mT.flatten().bool()
+    name, matrix = next(
+        (n, m) for n, m in layers.linears(0).items() if type(m) is nn.Linear and "encoder_attn" not in n
+    )
+    states, rows = [], []
+    handles = [
+        layers[1].register_forward_pre_hook(lambda _, args, kwargs: states.append(args[0]), with_kwargs=True),
+        layers[0].register_forward_pre_hook(lambda _, args, kwargs: states.append(args[0]), with_kwargs=True),
+        matrix.register_forward_pre_hook(
+            lambda _, args, kwargs: rows.extend([*args, *kwargs.values()][:1]), with_kwargs=True
+        ),
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    before, after = (state[-1].double() for state in states)
+    expected = torch.nn.functional.cosine_similarity(before, after, dim=-1).clamp(-1, 1).arccos() / torch.pi
+    found = diagnose(model, batches=[batch], stack=stack, metrics=["angular_distance"], show_progress=False)
+    assert found.layers["angular_distance"][0] == pytest.approx(float(expected.mean()), abs=1e-6)
+    if kind == "xlnet":  # its attention is a bank of 3-D weights, whose inputs are not seen
+        return
+    squares = collect_statistics(model, [batch], stack=stack).squares[name]
+    torch.testing.assert_close(squares, rows[0].flatten(0, -2)[real].double().square().sum(0), rtol=1e-5, atol=1e-6)

@@ -247,9 +247,7 @@ def test_stages_are_named_and_each_can_be_chosen():
     """Swin's layers; those of CvT are no module list, and a looped model has no stages."""
     model = AutoModelForImageClassification.from_config(tiny_config("vision/swin")).eval()
     first, second = (f"swin.encoder.layers.{i}.blocks" for i in range(2))
-    with pytest.raises(
-        ValueError, match=rf"got 2 stages: {first} \(2 x SwinLayer\), {second} .*; pass the name"
-    ):
+    with pytest.raises(ValueError, match=rf"got 2 stages: {first} \(2 x SwinLayer\), {second} .*; pass the name"):
         find_decoder_layers(model)
     batches = [{"pixel_values": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))}]
     assert len(diagnose(model, batches=batches, layers_path=second, show_progress=False).layers["layer_drop"]) == 2
@@ -260,9 +258,7 @@ def test_stages_are_named_and_each_can_be_chosen():
     intact = outputs(model, batches[0])
     with skip(model, 1, layers_path=first):
         assert not torch.equal(outputs(model, batches[0]), intact)
-    with pytest.raises(
-        ValueError, match=r"got 3 stages: cvt.* \(10 x CvtLayer\); they are no module lists"
-    ):
+    with pytest.raises(ValueError, match=r"got 3 stages: cvt.* \(10 x CvtLayer\); they are no module lists"):
         find_decoder_layers(AutoModelForImageClassification.from_config(tiny_config("vision/cvt")))
     with pytest.raises(ValueError, match=r"got 0; module lists: albert.*; a model that runs the same layers several"):
         find_decoder_layers(AutoModelForMaskedLM.from_config(tiny_config("encoder/albert")))

@@ -15,6 +15,7 @@ from hf_cod.functional import depth
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.direct_use import has_tokens_first
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_calls import check_first_call
 from hf_cod.layers.running import (
@@ -161,6 +162,7 @@ class ForwardRecorder:
         None.
         """
         self._samples, self._tokens = samples, tokens
+        self._square = has_tokens_first(self.stack, samples, tokens)
         # For a mask without padding a gather is avoided.
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()
         # By number of the state, or of the layer.
@@ -208,7 +210,7 @@ class ForwardRecorder:
         def read(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             check_first_call(self.stack, index, self._called)
             x, y = (
-                one_vector(state.detach(), self._samples, self._tokens)
+                one_vector(state.detach(), self._samples, self._tokens, self._square)
                 for state in (hidden_input(args, kwargs), hidden_output(output))
             )
             if x.dim() != 3 or len(x) != self._samples:

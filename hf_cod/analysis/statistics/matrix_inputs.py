@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.expert_banks import observed
+from hf_cod.layers.direct_use import has_tokens_first
 from hf_cod.layers.layer_calls import check_first_call
+from hf_cod.layers.running import are_tokens_first
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stacks import DECODER
 
@@ -60,6 +62,7 @@ class MatrixInputs:
     def start(self, inputs: Mapping[str, Any]) -> None:
         """Starts a batch with the inputs of the model, whose masks (S, T) say which tokens are padding."""
         self._mask = _padding(self._stack.mask(inputs))
+        self._square = self._mask is not None and has_tokens_first(self._stack, *self._mask.shape)
         # The cross-attention of a decoder reads the tokens of the encoder.
         self._encoded_mask = _padding(inputs.get("attention_mask")) if self._stack.name == DECODER else None
         self._encoded: Any = None
@@ -86,7 +89,7 @@ class MatrixInputs:
     def _read_expert(self, name: str, expert: int, x: Tensor, tokens: Tensor) -> None:
         if name in self._excluded:
             return
-        rows = x if self._mask is None else x[self._mask.to(x.device)[tokens]]
+        rows = x if self._mask is None else x[self._mask.flatten().to(x.device)[tokens]]
         self._read(name, expert, rows, name)
 
     def _real_rows(self, name: str, x: Tensor) -> Tensor:
@@ -94,6 +97,8 @@ class MatrixInputs:
         mask, rows = self._encoded_mask if encoded else self._mask, x.detach().flatten(0, -2)
         if mask is None:
             return rows
+        tokens_first = are_tokens_first(x.shape, *mask.shape, self._square)
+        mask = (mask.mT if tokens_first else mask).flatten()
         if len(rows) != len(mask):
             raise ValueError(
                 f"attention_mask: expected {len(rows)} tokens as at the input of {name}, got {len(mask)}; "
@@ -103,13 +108,13 @@ class MatrixInputs:
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:
-    """(S T,): 1 for real tokens; None without padding, where a gather is avoided."""
+    """(S, T): 1 for real tokens; None without padding, where a gather is avoided."""
     if mask is not None and mask.dim() != 2:
         raise ValueError(
             f"attention_mask: expected (samples, tokens) with 0 for padding, got shape {tuple(mask.shape)}, from "
             "which padding cannot be derived"
         )
-    return None if mask is None or bool(mask.all()) else mask.bool().flatten()
+    return None if mask is None or bool(mask.all()) else mask.bool()
 
 
 def check_finite_input(sums: Tensor, name: str, number: int) -> None:
