@@ -62,9 +62,10 @@ class MatrixInputs:
     def start(self, inputs: Mapping[str, Any]) -> None:
         """Starts a batch with the inputs of the model, whose masks (S, T) say which tokens are padding."""
         self._mask = _padding(self._stack.mask(inputs))
-        self._square = self._mask is not None and has_tokens_first(self._stack, *self._mask.shape)
         # The cross-attention of a decoder reads the tokens of the encoder.
         self._encoded_mask = _padding(inputs.get("attention_mask")) if self._stack.name == DECODER else None
+        shapes = [mask.shape for mask in (self._mask, self._encoded_mask) if mask is not None]
+        self._square = any(has_tokens_first(self._stack, samples, tokens) for samples, tokens in shapes)
         self._encoded: Any = None
         self._last: tuple[Any, str] | None = None
         self._called: set[int] = set()
@@ -97,8 +98,8 @@ class MatrixInputs:
         mask, rows = self._encoded_mask if encoded else self._mask, x.detach().flatten(0, -2)
         if mask is None:
             return rows
-        tokens_first = are_tokens_first(x.shape, *mask.shape, self._square)
-        mask = (mask.mT if tokens_first else mask).flatten()
+        samples, tokens = mask.shape
+        mask = (mask.mT if are_tokens_first(x.shape, samples, tokens, self._square) else mask).flatten()
         if len(rows) != len(mask):
             raise ValueError(
                 f"attention_mask: expected {len(rows)} tokens as at the input of {name}, got {len(mask)}; "
