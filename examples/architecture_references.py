@@ -18,7 +18,7 @@ from transformers import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
 from hf_cod import find_decoder_layers
-from hf_cod.layers.running import hidden_input
+from hf_cod.layers.running import evaluation_mode, hidden_input
 
 # Two programs of one sum: experts and attention choose theirs by the shapes in a batch.
 ROUNDING = 1e-5
@@ -95,12 +95,15 @@ def naive_angles(case: Case, model: Any) -> list[float | None]:
     run."""
     stack = find_decoder_layers(model, case.stack)
     angles: list[list[Tensor]] = [[] for _ in stack]
+    samples = 0
 
     def hook(index: int) -> Any:
         def measure(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             x, y = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, (tuple, list)) else out
             if x.dim() == 4 and x.shape[2] == IDS.shape[1]:  # streams first, as of Gemma 3n
                 x, y = x.movedim(0, 2), y.movedim(0, 2)
+            if x.dim() == 3 and len(x) != samples == x.shape[1]:  # tokens first, as of XLNet
+                x, y = x.transpose(0, 1), y.transpose(0, 1)
             cosine = F.cosine_similarity(x.double().flatten(2)[:, -1], y.double().flatten(2)[:, -1], dim=-1)
             angles[index].append(torch.arccos(cosine.clamp(-1, 1)) / torch.pi)
 
@@ -109,7 +112,8 @@ def naive_angles(case: Case, model: Any) -> list[float | None]:
     handles = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(stack)]
     try:
         for batch in batches_for(case, model):
-            with torch.no_grad():
+            samples = len(next(iter(batch.values())))
+            with torch.no_grad(), evaluation_mode(stack):  # without a cache, with which FSMT reads later tokens, too
                 model(**batch)
     finally:
         for handle in handles:

@@ -17,6 +17,7 @@ TESTED_BY = {
     "analysis/diagnostics/test_diagnosis.py": (
         "analysis/diagnostics/findings.py analysis/diagnostics/journaled.py analysis/diagnostics/settings.py"
     ),
+    "analysis/diagnostics/test_layer_drop.py": "analysis/evaluation/outputs.py",
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
     "analysis/evaluation/test_metrics.py": "analysis/evaluation/choice.py layers/task.py",
     "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",
@@ -80,6 +81,7 @@ TESTED_BY = {
     "io/test_settings.py": "compression/depth/settings.py io/deprecation.py",
     "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py",
     "layers/test_capturing.py": "layers/partial_forward.py",
+    "layers/test_layer_calls.py": "layers/input_gradients.py",
     "layers/test_removal.py": "layers/config_surgery.py layers/rebuilding.py",
     "layers/test_stack.py": "layers/weights.py",
     "layers/test_unit_discovery.py": (

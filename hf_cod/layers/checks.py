@@ -60,6 +60,10 @@ def check_writable(stack: DecoderLayers) -> None:
                 )
             if not weight.isfinite().all():
                 raise ValueError(f"weights: expected finite numbers, got NaN or infinity in {name}")
+    if not any(stack.count_weights(index) for index in range(len(stack))):
+        raise ValueError(
+            f"model: expected matrices in the layers of {type(stack.model).__name__} ({stack.layers_path}), got none"
+        )
 
 
 def check_reshapeable(stack: DecoderLayers, doing: str) -> None:

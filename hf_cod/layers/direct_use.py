@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 
 from hf_cod.io.text import Batch
+from hf_cod.layers.layer_calls import observed_calls
 from hf_cod.layers.meta_weights import is_on_meta, on_zeros
 from hf_cod.layers.modes import cache_restored, modes_restored
 from hf_cod.layers.orientation import computes_otherwise, shape_of
@@ -43,12 +44,19 @@ class DirectUse:
         written: names of weights that the model changes by itself in eval mode.
         latent: names of latent projections (`sensitive_modules.py`).
         failure: the error that ended the pass; None if it was complete.
+        obstacles: name of a layer -> why it cannot be run by itself, see `LayerCalls`.
+        tokens_first, without_gradients: names of layers, see `LayerCalls`.
+        no_tensors: names of Linear-like modules whose output is no tensor.
     """
 
     reasons: Mapping[str, str]
     written: Sequence[str]
     latent: Sequence[str] = ()
     failure: str | None = None
+    obstacles: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    tokens_first: Sequence[str] = ()
+    without_gradients: Sequence[str] = ()
+    no_tensors: Sequence[str] = ()
 
     @property
     def notes(self) -> list[str]:
@@ -98,13 +106,20 @@ def check_unwritten(model: nn.Module, batches: Sequence[Batch] | None = None) ->
     return use
 
 
+def has_tokens_first(stack: DecoderLayers, samples: int, tokens: int | None) -> bool:
+    """Whether hidden states of a batch with as many tokens as samples are (tokens, samples, width); else False."""
+    return samples == tokens and f"{stack.layers_path}.0" in direct_use(stack.model).tokens_first
+
+
 def not_adaptable(stack: DecoderLayers) -> dict[str, str]:
     """Name -> the reason why an adapter on a matrix of the layers would have no effect, or a wrong one."""
-    direct = direct_use(stack.model).reasons
+    use = direct_use(stack.model)
     found: dict[str, str] = {}
     for name, module in (item for index in range(len(stack)) for item in stack.linears(index).items()):
-        if direct.get(name) == UNCALLED:
+        if use.reasons.get(name) == UNCALLED:
             found[name] = UNCALLED
+        elif name in use.no_tensors:
+            found[name] = f"a {type(module).__name__}, whose output is more than the product"
         elif computes_otherwise(module):
             found[name] = f"a {type(module).__name__}, which computes something else than a Linear"
     return found
@@ -115,7 +130,8 @@ def _examined(model: nn.Module, batch: Batch | None) -> DirectUse:
     found, training = _pass(model, batch), _pass(model, batch, training=True)
     if found.failure is not None and is_on_meta(model):
         found = _pass(model, batch, zeros=True)
-    return replace(found, written=[*found.written, *training.written])
+    written = [*found.written, *training.written]
+    return replace(found, written=written, without_gradients=training.without_gradients)
 
 
 def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: bool = False) -> DirectUse:
@@ -136,18 +152,28 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
         watched = {name: each[module] for name, module in named.items()}
         latent = LatentProjections()
         latent.attach(model, named, block)
+        calls = block.enter_context(observed_calls(model, training))
         try:
             empty = next((name for name, parameters in watched.items() if not parameters.size), None)
             if empty is not None:  # torch ends the process where attention has no channels
                 raise ValueError(f"{empty} has no weights")
             inputs, device = probe_inputs(model, batch)
-            with torch.no_grad(), device:
+            with device:
                 model(**inputs)
         except Exception as error:  # whatever a model raises on inputs that may be none for it
             failure = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
     written = [f"{name}.weight" for name, parameters in watched.items() if parameters.is_written()]
     written += [name for name, p in model.named_parameters() if _version(p) != versions[name]]
-    return DirectUse(_alike(model, watched), written, latent.found, failure)
+    return DirectUse(
+        reasons=_alike(model, watched),
+        written=written,
+        latent=latent.found,
+        failure=failure,
+        obstacles=calls.obstacles,
+        tokens_first=calls.tokens_first,
+        without_gradients=calls.without_gradients,
+        no_tensors=[name for name, parameters in watched.items() if parameters.no_tensor],
+    )
 
 
 def _prepare(model: nn.Module, training: bool) -> None:
@@ -171,6 +197,7 @@ class _Watched(dict[str, Any]):
         self.depth = 0
         self.called = False
         self.read = False
+        self.no_tensor = False
         self.size = parameters["weight"].numel()
         self._copy: Tensor | None = None
         self._written = False
@@ -192,9 +219,10 @@ class _Watched(dict[str, Any]):
         self._written = self.is_written()
         self._copy = None
 
-    def leave(self, *_: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """A forward hook."""
         self.depth -= 1
+        self.no_tensor = self.no_tensor or not isinstance(output, Tensor)
 
     def is_written(self) -> bool:
         """Whether the model has changed the copy."""

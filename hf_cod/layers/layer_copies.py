@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_cod.layers.meta_weights import is_on_meta, on_zeros
 from hf_cod.layers.running import evaluation_mode, hidden_input, hidden_output
@@ -103,7 +102,7 @@ def _inputs_of(stack: DecoderLayers, wanted: list[int]) -> dict[int, tuple[tuple
                 _run(stack.trunk)
             finally:
                 if not seen:  # the layers of a tower that does not run on the main input
-                    _run(_tower_of(stack))
+                    _run(stack.tower)
     except _Seen:
         pass
     finally:
@@ -115,13 +114,6 @@ def _inputs_of(stack: DecoderLayers, wanted: list[int]) -> dict[int, tuple[tuple
 def _run(trunk: Any) -> None:
     told = {"use_cache": False} if "use_cache" in inspect.signature(trunk.forward).parameters else {}
     trunk(**_random_inputs(trunk), **told)
-
-
-def _tower_of(stack: DecoderLayers) -> Any:
-    """The smallest model of transformers around the layers."""
-    around = [name for name, module in stack.model.named_modules() if isinstance(module, PreTrainedModel)]
-    inside = [name for name in around if not name or f"{stack.layers_path}.".startswith(f"{name}.")]
-    return stack.model.get_submodule(max(inside, key=len, default=""))
 
 
 def _random_inputs(model: Any) -> dict[str, Tensor]:

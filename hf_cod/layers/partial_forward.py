@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.layers.capturing import capturing_hooks, capturing_restored
+from hf_cod.layers.layer_calls import check_first_call
 from hf_cod.layers.running import NonFiniteError, hidden_input, hidden_output
 from hf_cod.layers.stack import DecoderLayers
 
@@ -45,10 +46,15 @@ def running_only(stack: DecoderLayers, layers: range, before: State | None) -> I
 
     The first one gets `before` as its input, and the output of the last one bypasses all later layers. That output is
     appended to the list.
+
+    Raises:
+        ValueError: the model runs the last of them several times.
     """
     outputs: list[State] = []
+    called: set[int] = set()
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
+        check_first_call(stack, layers[-1], called)
         outputs.append(state_of(output))
 
     modules = stack.module_list._modules
@@ -77,11 +83,16 @@ def layer_states(stack: DecoderLayers) -> Iterator[list[Any]]:
 
     A layer that the model passes over has the state of the next one that runs. What else layers return is unknown
     before the first one, whose own is taken: right for T5's position biases, not for a router's state.
+
+    Raises:
+        ValueError: the model runs a layer several times.
     """
     states: list[Any] = []
     last: list[State] = []
+    called: set[int] = set()
 
     def keep(index: int, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        check_first_call(stack, index, called)
         before = (hidden_input(args, kwargs), last[0][1] if last else state_of(output)[1])
         states.extend([before] * (index + 1 - len(states)))
         last[:] = [state_of(output)]

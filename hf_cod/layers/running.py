@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -23,6 +23,7 @@ _BARS: WeakSet[Any] = WeakSet()
 _IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 # Seconds between lines of progress where no terminal shows a bar.
 _INTERVAL = 30.0
+STATE_RETURNED = "layers that return their hidden state, alone or first in a tuple"
 
 
 class NonFiniteError(ValueError):
@@ -130,15 +131,29 @@ def hidden_input(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def one_vector(x: Tensor, samples: int, tokens: int | None) -> Tensor:
+def are_tokens_first(shape: Sequence[int], samples: int, tokens: int | None, square: bool = False) -> bool:
+    """Whether hidden states (., ., d) begin with the tokens and not with the samples, as in XLNet.
+
+    Args:
+        shape: their shape.
+        samples, tokens: numbers; None: unknown.
+        square: the answer if both are equal, see `has_tokens_first`.
+    """
+    return tuple(shape[:-1]) == (tokens, samples) and (samples != tokens or square)
+
+
+def one_vector(x: Tensor, samples: int, tokens: int | None, square: bool = False) -> Tensor:
     """(S, T, d): hidden states with one vector per token. The residual streams of a token, of a model that has several
     (mHC, AltUp), become one vector, so that measures count what a layer does to each of them.
 
     Args:
-        x: (S, T, d), or (S, T, n, d) or (n, S, T, d) with n streams.
+        x: (S, T, d) or (T, S, d), or (S, T, n, d) or (n, S, T, d) with n streams.
         samples: S.
         tokens: T, None if it is unknown.
+        square: whether x is (T, S, d) if S = T.
     """
+    if are_tokens_first(x.shape, samples, tokens, square):
+        return x.transpose(0, 1)
     if x.dim() == 4 and len(x) == samples and tokens in (None, x.shape[1]):
         return x.flatten(2)
     if x.dim() == 4 and x.shape[1] == samples and tokens in (None, x.shape[2]):
@@ -147,5 +162,19 @@ def one_vector(x: Tensor, samples: int, tokens: int | None) -> Tensor:
 
 
 def hidden_output(output: Any) -> Tensor:
-    """The output hidden state of a layer, which returns it alone or first in a tuple."""
-    return output[0] if isinstance(output, (tuple, list)) else output
+    """The output hidden state of a layer, which returns it alone or first in a tuple.
+
+    Raises:
+        ValueError: the layer returns something else, such as two streams by name.
+    """
+    # A model reads a named tuple by its names, which a plain one in its place would lack.
+    found = output[0] if type(output) in (tuple, list) and output else output
+    if isinstance(found, Tensor):
+        return found
+    raise ValueError(f"model: expected {STATE_RETURNED}, got ones that return {described_output(output)}")
+
+
+def described_output(output: Any) -> str:
+    """What a layer returned, with the names of its parts."""
+    names = getattr(output, "_fields", None) or (list(output) if isinstance(output, Mapping) else None)
+    return type(output).__name__ + (f" of {', '.join(map(str, names))}" if names else "")

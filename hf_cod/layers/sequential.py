@@ -11,7 +11,9 @@ from torch import Tensor
 
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.direct_use import direct_use
 from hf_cod.layers.finished_layers import FinishedLayers
+from hf_cod.layers.layer_calls import check_layers_alone
 from hf_cod.layers.modes import one_thread
 from hf_cod.layers.partial_forward import State, run_layer
 from hf_cod.layers.running import evaluation_mode, progress
@@ -57,7 +59,11 @@ def change_sequentially(
 
     In addition to the model, memory holds the hidden state of each batch on the CPU, and the sums and activations of
     one layer. Finished layers are only run.
+
+    Raises:
+        ValueError: layers that cannot be run one after another.
     """
+    check_layers_alone(stack, direct_use(stack.model, batches).obstacles)
     last = _last_unfinished(stack, finished)
     before: list[State | None] = [None] * len(batches)
     with evaluation_mode(stack):
@@ -87,7 +93,11 @@ def measure_sequentially(
 ) -> None:
     """Measures all layers in order without changing the model. Each runs once on all batches, for its sums and for the
     next layer. Memory as in `change_sequentially`; finished layers are only run.
+
+    Raises:
+        ValueError: layers that cannot be run one after another.
     """
+    check_layers_alone(stack, direct_use(stack.model, batches).obstacles)
     last = _last_unfinished(stack, finished)
     before: list[State | None] = [None] * len(batches)
     with evaluation_mode(stack):

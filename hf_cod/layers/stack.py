@@ -18,6 +18,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
@@ -208,6 +209,13 @@ class DecoderLayers(Sequence):
             if norms:
                 return norms[-1]
         return None
+
+    @property
+    def tower(self) -> Any:
+        """The smallest model of transformers around the layers."""
+        around = [name for name, module in self.model.named_modules() if isinstance(module, PreTrainedModel)]
+        inside = [name for name in around if not name or f"{self.layers_path}.".startswith(f"{name}.")]
+        return self.model.get_submodule(max(inside, key=len, default=""))
 
     @property
     def trunk(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ def _path_of(model: nn.Module, lists: dict[str, nn.ModuleList], name: str) -> st
 
 def _default_path(model: Any, lists: dict[str, nn.ModuleList]) -> str:
     stacks = named_stacks(model)
-    if stacks and _are_alternatives(model):
+    if stacks and are_alternatives(model):
         raise ValueError(
             f"stack: expected the name of one of the stacks of {type(model).__name__}, {_described(stacks)}, got none"
         )
@@ -148,17 +148,64 @@ def _default_path(model: Any, lists: dict[str, nn.ModuleList]) -> str:
     if len(found) != 1 and TEXT in paths and model.can_generate():
         return paths[TEXT]
     if len(found) != 1:
-        told = f"its stacks are {_described(stacks)}" if stacks else _describe(lists)
-        if not found and depth is not None and all(len(m) < depth for m in lists.values()):
-            told += "; a model that runs the same layers several times cannot be treated layer by layer"
-        raise ValueError(
-            f"model: expected one module list of {depth} layers (num_hidden_layers) in {type(model).__name__}, "
-            f"got {len(found)}; {told}; pass the name of the right one as layers_path="
-        )
+        raise ValueError(f"model: {_not_one(model, lists, stacks, depth, len(found))}")
     return found[0]
 
 
-def _are_alternatives(model: Any) -> bool:
+def _not_one(model: Any, lists: dict[str, nn.ModuleList], stacks: list[NamedStack], depth: Any, found: int) -> str:
+    """Why a model has no default stack, and the way out."""
+    name = type(model).__name__
+    writes = callable(getattr(model, "can_generate", None)) and model.can_generate()
+    stages = {} if stacks or writes else _stages(model, lists)
+    if stages:
+        listed = all(stage in lists for stage in stages)
+        way = (
+            "pass the name of one as layers_path=, to measure, prune, quantize, factorize, narrow or skip its layers; "
+            "drop requires a config that counts them"
+        )
+        return (
+            f"expected one stack of layers in {name}, got {len(stages)} stages: {_rows(stages)}; "
+            f"{way if listed else 'they are no module lists, and cannot be treated layer by layer'}"
+        )
+    told = f"its stacks are {_described(stacks)}" if stacks else _describe(lists)
+    way = "pass the name of the right one as layers_path="
+    if depth is None:
+        return f"expected a config that counts the layers (num_hidden_layers) of {name}, got one without; {told}; {way}"
+    if not found and all(len(m) < depth for m in lists.values()):
+        told += "; a model that runs the same layers several times cannot be treated layer by layer"
+        way = f"for another model {way}"
+    return f"expected one module list of {depth} layers (num_hidden_layers) in {name}, got {found}; {told}; {way}"
+
+
+def _stages(model: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList | nn.Sequential]:
+    """The layers of each stage of a model that has several, which are listed inside of another list: not the experts or
+    heads of each layer, since those have no norms or are the smaller part of it. Empty for other models.
+    """
+    inside = {name: m for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
+    found: dict[str, nn.ModuleList | nn.Sequential] = {}
+    whole = 0
+    for path, outer in ((path, outer) for path, outer in lists.items() if not inside_another(path, lists)):
+        whole += _count(outer)
+        for index, element in enumerate(outer):
+            place = f"{path}.{index}"
+            inner = (name for name in inside if name == place or name.startswith(f"{place}."))
+            own = next((n for n in inner if _is_normed(inside[n]) and 2 * _count(inside[n]) > _count(element)), None)
+            if own is not None:
+                found[own] = inside[own]
+    return found if len(found) > 1 and 2 * sum(map(_count, found.values())) > whole else {}
+
+
+def _is_normed(layers: nn.ModuleList | nn.Sequential) -> bool:
+    """Whether each of these has a norm of any kind."""
+    return all(any("Norm" in type(module).__name__ for module in layer.modules()) for layer in layers)
+
+
+def _count(module: nn.Module) -> int:
+    """Number of entries of all parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def are_alternatives(model: Any) -> bool:
     """Whether a model is two towers beside each other, such as CLIP, neither of which is the main one."""
     return hasattr(model, "get_text_features") and hasattr(model, "get_image_features") and not model.can_generate()
 
@@ -170,9 +217,11 @@ def _described(stacks: list[NamedStack]) -> str:
 def _describe(lists: dict[str, nn.ModuleList]) -> str:
     if not lists:
         return "the model has no module lists"
-    outer = [name for name in lists if not inside_another(name, lists)]
-    rows = [f"{name} ({len(lists[name])} x {type(lists[name][0]).__name__})" for name in outer]
-    return "module lists: " + ", ".join(rows)
+    return "module lists: " + _rows({name: m for name, m in lists.items() if not inside_another(name, lists)})
+
+
+def _rows(lists: Mapping[str, nn.ModuleList | nn.Sequential]) -> str:
+    return ", ".join(f"{name} ({len(layers)} x {type(layers[0]).__name__})" for name, layers in lists.items())
 
 
 def _sides(model: Any) -> dict[str, nn.Module]:

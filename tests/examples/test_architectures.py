@@ -20,7 +20,7 @@ PART = {
     "seq2seq/t5": {"prune": "excluded", "quantize": "excluded", "factorize": "excluded", "narrow": "refused"},
     "encoder/bert": {},
     "vision/vit": {},
-    "vision-language/clip@vision": {"diagnose": "refused"},
+    "vision-language/clip@vision": {},
     "vision-language/llava+images": {},
 }
 NAMED = {

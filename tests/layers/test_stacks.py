@@ -3,8 +3,16 @@ import math
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, GitConfig, GitForCausalLM
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    CLIPConfig,
+    CLIPModel,
+    GitConfig,
+    GitForCausalLM,
+)
 
+from examples.tiny_architectures import tiny_config
 from hf_cod import (
     OwlBnbConfig,
     collect_statistics,
@@ -22,7 +30,7 @@ from hf_cod.cli.main import main
 from hf_cod.io.models import load_model
 from hf_cod.io.report import RunReport
 from tests.fresh_processes import run_fresh
-from tests.tiny_models import build_encoder_decoder, seq2seq_batch
+from tests.tiny_models import build_encoder_decoder, outputs, seq2seq_batch
 from tests.tiny_tokenizers import bert_like
 
 KINDS = ["t5", "bart", "whisper"]
@@ -233,3 +241,26 @@ def test_a_command_works_on_the_named_side(side, tmp_path):
     assert [len(find_decoder_layers(loaded, stack=name)) for name in SIDES] == [3 + (name != side) for name in SIDES]
     report = RunReport.load(tmp_path / "out")
     assert report.settings["layers_path"] == side and report.results["perplexity"]["dropped"] > 1
+
+
+def test_stages_are_named_and_each_can_be_chosen():
+    """Swin's layers; those of CvT are no module list, and a looped model has no stages."""
+    model = AutoModelForImageClassification.from_config(tiny_config("vision/swin")).eval()
+    first, second = (f"swin.encoder.layers.{i}.blocks" for i in range(2))
+    with pytest.raises(ValueError, match=rf"got 2 stages: {first} \(2 x SwinLayer\), {second} .*; pass the name"):
+        find_decoder_layers(model)
+    batches = [{"pixel_values": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))}]
+    assert len(diagnose(model, batches=batches, layers_path=second, show_progress=False).layers["layer_drop"]) == 2
+    report = prune(model, 0.5, "wanda", batches=batches, layers_path=first)
+    assert report.results["sparsity"] == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(ValueError, match=rf"expected a config that counts the layers of {first}, got none; use skip"):
+        drop(model, 1, layers_path=first)
+    intact = outputs(model, batches[0])
+    with skip(model, 1, layers_path=first):
+        assert not torch.equal(outputs(model, batches[0]), intact)
+    with pytest.raises(ValueError, match=r"got 3 stages: cvt.* \(10 x CvtLayer\); they are no module lists"):
+        find_decoder_layers(AutoModelForImageClassification.from_config(tiny_config("vision/cvt")))
+    with pytest.raises(ValueError, match=r"got 0; module lists: albert.*; a model that runs the same layers several"):
+        find_decoder_layers(AutoModelForMaskedLM.from_config(tiny_config("encoder/albert")))
+    with pytest.raises(ValueError, match=r"a config that counts the layers \(num_hidden_layers\) of Perc.*, got one w"):
+        find_decoder_layers(AutoModelForMaskedLM.from_config(tiny_config("encoder/perceiver")))

@@ -31,6 +31,7 @@ from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, unwrap
+from hf_cod.layers.stacks import are_alternatives
 from hf_cod.layers.task import task_of
 
 
@@ -118,6 +119,8 @@ def diagnose(
         report.settings["inputs"] = journals.inputs  # identifies weights and samples
         report.keep_earlier(place, resumable=metric.identity is not None)
     wanted = _applicable(chosen.metrics, stack, task, report)
+    if "layer_drop" in wanted and metric.compares and are_alternatives(stack.model):
+        report.notes.append(f"layer_drop: {metric.name} is measured on the last hidden state of the {stack.name} tower")
     if texts is not None and report.settings["samples"] < chosen.max_samples:
         report.notes.append(f"the text has {report.settings['samples']} samples, fewer than {chosen.max_samples}")
     try:
@@ -196,9 +199,12 @@ def _measure(
     """Fills the report measure by measure, cheapest first, so that a failure keeps the earlier results."""
     options: dict[str, Any] = {"layers_path": chosen.layers_path, "show_progress": show_progress}
     forward = [name for name in wanted if name in FORWARD_METRICS]
-    count = len(find_decoder_layers(model, chosen.layers_path))
+    stack = find_decoder_layers(model, chosen.layers_path)
+    count = len(stack)
+    # The file of another stack of the model may be the same; without a name the journals are those of earlier versions.
+    where = [] if chosen.layers_path is None else [stack.layers_path]
     if forward:
-        journal = journals.of("forward", forward, chosen.token, chosen.seed)
+        journal = journals.of("forward", forward, chosen.token, chosen.seed, *where)
         if not journal.is_sound("forward", partial(check_forward, metrics=forward, layers=count)):
             measures = measure_forward(model, batches, forward, chosen.token, **options)
             journal.add("forward", _forward_results(measures, forward, chosen.seed))
@@ -209,12 +215,12 @@ def _measure(
         for layer in found["results"].get("not_run", []):
             report.notes.append(f"layer {layer} did not run on these inputs")
     if "gradient_norm" in wanted:
-        journal = journals.of("gradient_norm")
+        journal = journals.of("gradient_norm", *where)
         if not journal.is_sound("gradient_norm", partial(check_norms, layers=count)):
             journal.add("gradient_norm", measure_gradient_norm(model, batches, **options))
         report.layers["gradient_norm"] = journal.result("gradient_norm", list[float | None])
     if "layer_drop" in wanted:
-        journal = journals.of("layer_drop", metric.identity) if metric.identity else Journal(None, "")
+        journal = journals.of("layer_drop", metric.identity, *where) if metric.identity else Journal(None, "")
         intact, without = measure_layer_drop(model, batches, metric, journal, **options)
         report.layers["layer_drop"] = [value - intact for value in without]
         report.results["layer_drop"] = {

@@ -15,7 +15,9 @@ from hf_cod.functional import depth
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.direct_use import has_tokens_first
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.layer_calls import check_first_call
 from hf_cod.layers.running import (
     NonFiniteError,
     evaluation_mode,
@@ -104,7 +106,8 @@ def measure_forward(
 
     Raises:
         NonFiniteError: NaN or infinite activations (says in which layer first).
-        ValueError: no layers found; a model without weights.
+        ValueError: no layers found; a model without weights; one that runs a layer several times, or whose layers
+            return something else than their hidden state.
     """
     if token not in ("last", "first", "all"):
         raise ValueError(f"token: expected 'last', 'first' or 'all', got {token!r}")
@@ -159,9 +162,11 @@ class ForwardRecorder:
         None.
         """
         self._samples, self._tokens = samples, tokens
+        self._square = has_tokens_first(self.stack, samples, tokens)
         # For a mask without padding a gather is avoided.
         self._mask = None if mask is None or bool(mask.all()) else mask.bool()
         # By number of the state, or of the layer.
+        self._called: set[int] = set()
         self._states: dict[int, Tensor] = {}
         self._batch_influence: dict[int, Tensor] = {}
         self._batch_outputs: dict[int, Tensor] = {}
@@ -173,7 +178,7 @@ class ForwardRecorder:
         if not self._batch_outputs:
             raise ValueError(
                 f"batches: expected inputs on which the layers of {self.stack.layers_path} run, got others as batch "
-                f"{number}"
+                f"{number}, or a model that runs them without calling them"
             )
         outputs = _rows_on_cpu(depth.carried(self._batch_outputs, L + 1))
         updates = _rows_on_cpu(depth.completed(self._batch_updates, L, counted=True))
@@ -203,8 +208,9 @@ class ForwardRecorder:
 
     def _hook_of(self, index: int) -> Any:
         def read(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            check_first_call(self.stack, index, self._called)
             x, y = (
-                one_vector(state.detach(), self._samples, self._tokens)
+                one_vector(state.detach(), self._samples, self._tokens, self._square)
                 for state in (hidden_input(args, kwargs), hidden_output(output))
             )
             if x.dim() != 3 or len(x) != self._samples:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hf_cod.analysis.evaluation.metrics import Metric, check_rows
+from hf_cod.analysis.evaluation.outputs import run_for_metric
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.display import one_line
 from hf_cod.io.journal import Journal
@@ -22,7 +23,6 @@ from hf_cod.layers.partial_forward import State, check_finite, layer_states, run
 from hf_cod.layers.removal import skip
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
-from hf_cod.layers.task import model_inputs
 
 
 @renamed(path="layers_path")
@@ -76,19 +76,18 @@ def measure_layer_drop(
 
 def _measure_batch(stack: DecoderLayers, number: int, batch: Batch, metric: Metric, journal: Journal, bar: Any) -> None:
     """Runs the intact model, then each removal that the journal lacks, from the hidden states of the intact model."""
-    inputs = model_inputs(batch)
     with layer_states(stack) as states:
-        intact = stack.model(**inputs)
+        intact, read = run_for_metric(stack, metric, batch)
     check_finite(states, number)
-    _record(journal, metric, number, -1, intact, batch, intact)
+    _record(journal, metric, number, -1, intact, read, intact)
     reference = intact if metric.compares else None
     del intact  # logits are large
     bar.update()
     for layer in range(len(stack)):
         if _key(number, layer) not in journal:
             with _without(stack, layer, states[layer]):
-                outputs = stack.model(**inputs)
-            _record(journal, metric, number, layer, outputs, batch, reference)
+                outputs, read = run_for_metric(stack, metric, batch)
+            _record(journal, metric, number, layer, outputs, read, reference)
         states[layer] = None
         bar.update()
 

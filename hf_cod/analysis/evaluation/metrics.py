@@ -23,6 +23,8 @@ from hf_cod.layers.task import targets
 LOWER_IS_BETTER = ("mse", "mae", "mape", "smape", "mase", "wer", "cer", "ter", "character", "brier_score")
 # Logits that are converted to losses at a time: a chunk and its exponentials fit in the cache.
 LOSS_CHUNK = 2**21
+# Outputs of models of which there is an angle, the first one that a model returns.
+MAIN_OUTPUTS = ("last_hidden_state", "logits", "start_logits")
 # Nats per token above which the perplexity exceeds the range of floats.
 MOST_NATS = math.log(sys.float_info.max)
 
@@ -194,7 +196,8 @@ class OutputAngle:
     """Angular distance between the model's output and the intact model's, mean over tokens.
 
     The output is the final hidden state, or the logits of a model with a head (for a question-answering head those of
-    the span's start). It requires no labels, so it also works for models without a prediction task. 0 for the intact
+    the span's start). Of two towers beside each other it is the final hidden state of the tower that is measured
+    (`run_for_metric`). It requires no labels, so it also works for models without a prediction task. 0 for the intact
     model, 0.5 for unrelated outputs.
     """
 
@@ -266,16 +269,17 @@ class SampleScore:
         return sum(rows) / len(rows)
 
 
+def has_main_output(outputs: Any) -> bool:
+    """Whether a model returned a hidden state or logits, of which `OutputAngle` is the angle."""
+    return any(name in outputs for name in MAIN_OUTPUTS)
+
+
 def _main_output(outputs: Any) -> Tensor:
-    names = ("last_hidden_state", "logits", "start_logits")
-    found = next((name for name in names if name in outputs), None)
-    if found is None:
-        raise ValueError(
-            f"metric: expected outputs with {', '.join(names[:-1])} or {names[-1]}, got {', '.join(outputs)}; pass a "
-            "function of (outputs, batch)"
-        )
-    output: Tensor = outputs[found]
-    return output
+    found: list[Tensor] = [outputs[name] for name in MAIN_OUTPUTS if name in outputs]
+    if found:
+        return found[0]
+    wanted = f"outputs with {', '.join(MAIN_OUTPUTS[:-1])} or {MAIN_OUTPUTS[-1]}"
+    raise ValueError(f"metric: expected {wanted}, got {', '.join(outputs)}; pass a function of (outputs, batch)")
 
 
 def _counts(batch: Batch, task: str) -> list[int]:

@@ -10,6 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.expert_banks import observed
+from hf_cod.layers.direct_use import has_tokens_first
+from hf_cod.layers.layer_calls import check_first_call
+from hf_cod.layers.running import are_tokens_first
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stacks import DECODER
 
@@ -29,11 +32,13 @@ class MatrixInputs:
         read: see `Read`.
 
     Raises:
-        ValueError: a module shared by two of the layers.
+        ValueError: a module shared by two of the layers; while the model runs, a layer that runs several times in one
+            forward pass.
     """
 
     def __init__(self, stack: DecoderLayers, layers: Iterable[int], read: Read) -> None:
-        self._linears, self._banks = _own_modules(stack, layers)
+        self._layers = [*layers]
+        self._linears, self._banks = _own_modules(stack, self._layers)
         self._read, self._stack, self._excluded = read, stack, stack.excluded
         self.start({})
 
@@ -44,6 +49,9 @@ class MatrixInputs:
             if self._stack.name == DECODER:
                 encoder: Any = self._stack.model.get_encoder()  # type: ignore[operator]
                 attachments.callback(encoder.register_forward_hook(self._keep_encoded).remove)
+            for index in self._layers:
+                handle = self._stack[index].register_forward_pre_hook(self._count(index))
+                attachments.callback(handle.remove)
             if self._banks:
                 attachments.enter_context(observed(self._banks, self._read_expert))
             for name, module in self._linears.items():
@@ -56,8 +64,14 @@ class MatrixInputs:
         self._mask = _padding(self._stack.mask(inputs))
         # The cross-attention of a decoder reads the tokens of the encoder.
         self._encoded_mask = _padding(inputs.get("attention_mask")) if self._stack.name == DECODER else None
+        shapes = [mask.shape for mask in (self._mask, self._encoded_mask) if mask is not None]
+        self._square = any(has_tokens_first(self._stack, samples, tokens) for samples, tokens in shapes)
         self._encoded: Any = None
         self._last: tuple[Any, str] | None = None
+        self._called: set[int] = set()
+
+    def _count(self, index: int) -> Any:
+        return lambda *_: check_first_call(self._stack, index, self._called)
 
     def _keep_encoded(self, module: nn.Module, args: Any, output: Any) -> None:
         self._encoded = weakref.ref(output[0])
@@ -76,7 +90,7 @@ class MatrixInputs:
     def _read_expert(self, name: str, expert: int, x: Tensor, tokens: Tensor) -> None:
         if name in self._excluded:
             return
-        rows = x if self._mask is None else x[self._mask.to(x.device)[tokens]]
+        rows = x if self._mask is None else x[self._mask.flatten().to(x.device)[tokens]]
         self._read(name, expert, rows, name)
 
     def _real_rows(self, name: str, x: Tensor) -> Tensor:
@@ -84,6 +98,8 @@ class MatrixInputs:
         mask, rows = self._encoded_mask if encoded else self._mask, x.detach().flatten(0, -2)
         if mask is None:
             return rows
+        samples, tokens = mask.shape
+        mask = (mask.mT if are_tokens_first(x.shape, samples, tokens, self._square) else mask).flatten()
         if len(rows) != len(mask):
             raise ValueError(
                 f"attention_mask: expected {len(rows)} tokens as at the input of {name}, got {len(mask)}; "
@@ -93,13 +109,13 @@ class MatrixInputs:
 
 
 def _padding(mask: Tensor | None) -> Tensor | None:
-    """(S T,): 1 for real tokens; None without padding, where a gather is avoided."""
+    """(S, T): 1 for real tokens; None without padding, where a gather is avoided."""
     if mask is not None and mask.dim() != 2:
         raise ValueError(
             f"attention_mask: expected (samples, tokens) with 0 for padding, got shape {tuple(mask.shape)}, from "
             "which padding cannot be derived"
         )
-    return None if mask is None or bool(mask.all()) else mask.bool().flatten()
+    return None if mask is None or bool(mask.all()) else mask.bool()
 
 
 def check_finite_input(sums: Tensor, name: str, number: int) -> None:

@@ -13,6 +13,7 @@ from hf_cod.analysis.diagnostics.gradients import count_predictions, mean_loss, 
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.inputs import check_inputs
+from hf_cod.layers.layer_calls import check_first_call
 from hf_cod.layers.modes import gradients_restored
 from hf_cod.layers.running import evaluation_mode, hidden_input, progress
 from hf_cod.layers.stack import DecoderLayers
@@ -39,7 +40,8 @@ def measure_loss_weights(
         show_progress: show a progress bar.
 
     Raises:
-        ValueError: no loss, weights that are quantized or offloaded, or gradients that are not finite.
+        ValueError: no loss, weights that are quantized or offloaded, or gradients that are not finite, or a layer
+            that runs several times in one forward pass.
     """
     task = task_of(stack.model, batches)
     reason = why_no_gradients(stack, task)
@@ -54,7 +56,7 @@ def measure_loss_weights(
             number = count_predictions(batch, task)
             if number:
                 predictions += number
-                sums.mask = stack.mask(batch)
+                sums.start(stack.mask(batch))
                 with torch.enable_grad():
                     (mean_loss(stack.model, batch, task) * number).backward()
     if not predictions:
@@ -70,13 +72,19 @@ class _OutputSums:
         self._linears = {name: m for index in range(len(stack)) for name, m in stack.linears(index).items()}
         self._found: dict[str, Tensor] = {}
         self._channels: dict[str, int] = {}
-        self.mask: Tensor | None = None
+        self.start(None)
+
+    def start(self, mask: Tensor | None) -> None:
+        """Starts a batch with the mask of its tokens."""
+        self.mask = mask
+        self._called: set[int] = set()
 
     @contextmanager
     def attached(self) -> Iterator[_OutputSums]:
         """Within the block gradients start at the layers' input, and no weight requires a gradient."""
         parameters = [*self._stack.model.parameters()]
         handles = [self._stack[0].register_forward_pre_hook(_begin, with_kwargs=True)]
+        handles += [layer.register_forward_pre_hook(self._count(i)) for i, layer in enumerate(self._stack)]
         handles += [m.register_forward_hook(self._hook_of(name, m)) for name, m in self._linears.items()]
         try:
             with gradients_restored(parameters):
@@ -96,6 +104,9 @@ class _OutputSums:
             if not found[name] < float("inf"):
                 raise ValueError(f"gradients: expected finite numbers, got NaN or infinity at the output of {name}")
         return found
+
+    def _count(self, index: int) -> Any:
+        return lambda *_: check_first_call(self._stack, index, self._called)
 
     def _hook_of(self, name: str, module: Any) -> Any:
         def read(_: nn.Module, args: Any, output: Tensor) -> None:

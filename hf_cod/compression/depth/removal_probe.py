@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_cod.analysis.evaluation.metrics import Metric, as_loss, check_rows
+from hf_cod.analysis.evaluation.outputs import run_for_metric
 from hf_cod.io.journal import Journal
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
@@ -72,16 +73,15 @@ class RemovalProbe:
         return [self._loss(removed) for removed in wanted]
 
     def _measure(self, number: int, batch: Batch, removals: set[Removed]) -> None:
-        inputs = model_inputs(batch)
-        intact = self._stack.model(**inputs) if self._metric.compares else None
-        for removed, outputs in self._outputs(inputs, sorted(removals)):
-            self._journal.add(_key(number, removed), self._metric.rows(outputs, batch, intact))
+        intact = run_for_metric(self._stack, self._metric, batch)[0] if self._metric.compares else None
+        for removed, (outputs, read) in self._outputs(batch, sorted(removals)):
+            self._journal.add(_key(number, removed), self._metric.rows(outputs, read, intact))
 
-    def _outputs(self, inputs: dict[str, Any], removals: list[Removed]) -> Iterator[tuple[Removed, Any]]:
-        """Yields (removal, the model's outputs without it), depth first. Removals of a layer come before those that
-        keep it, so that few states are stored.
+    def _outputs(self, batch: Batch, removals: list[Removed]) -> Iterator[tuple[Removed, tuple[Any, Batch]]]:
+        """Yields (removal, what `run_for_metric` returns without it), depth first. Removals of a layer come before
+        those that keep it, so that few states are stored.
         """
-        stack = self._stack
+        stack, inputs = self._stack, model_inputs(batch)
         with layer_states(stack) as states:
             run_layer(stack, 0, inputs, None)
         if states[0][1] is not None:
@@ -101,7 +101,7 @@ class RemovalProbe:
                 layer += 1
             (removed,) = together
             with running_only(stack, range(layer, layer), state):
-                yield removed, stack.model(**inputs)
+                yield removed, run_for_metric(stack, self._metric, batch)
 
     def _without_first(self, inputs: dict[str, Any], removals: list[Removed]) -> Iterator[tuple[Removed, Any]]:
         """For layers that return more than their hidden state, of which the model determines the first."""

@@ -84,15 +84,20 @@ class OwLoreModel(BaseTuner):
         """Targets all matrices of the layers if `target_modules` is None.
 
         Raises:
-            ValueError: a rank above the width of the widest matrix.
+            ValueError: no matrix can get an adapter, or a rank above the width of the widest matrix.
         """
         stack = find_decoder_layers(self.model)
         found = {name: module for index in range(len(stack)) for name, module in stack.linears(index).items()}
         self._excluded = not_adaptable(stack)
+        found = {name: module for name, module in found.items() if name not in self._excluded}
+        if not found:
+            told = f": {next(iter(self._excluded.values()))}" if self._excluded else ""
+            raise ValueError(
+                f"target_modules: expected matrices in the layers that adapters can be added to, got none{told}"
+            )
         if peft_config.target_modules is None:
             for name, reason in self._excluded.items():
                 logger.warning("%s gets no adapter: %s", name, reason)
-            found = {name: module for name, module in found.items() if name not in self._excluded}
             peft_config.target_modules = set(found)  # PEFT shortens the names to unique suffixes
             inside = {id(p) for module in found.values() for p in module.parameters()}
             warn_of_untrained(stack, [p for p in self.model.parameters() if id(p) in inside])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_cod.functional.distillation import hidden_loss, logit_loss
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.layer_calls import check_first_call
 from hf_cod.layers.running import hidden_output
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.task import model_inputs, targets
@@ -72,11 +73,16 @@ class Objective:
     def _states(self, stack: DecoderLayers, layers: Sequence[int]) -> Iterator[list[Tensor]]:
         """The hidden states after these layers, in their order, of the forward pass inside the block."""
         found: list[Tensor] = []
+        called: set[int] = set()
 
-        def note(module: nn.Module, args: Any, output: Any) -> None:
+        def note(index: int, output: Any) -> None:
+            check_first_call(stack, index, called)
             found.append(hidden_output(output))
+
+        def hook_of(index: int) -> Any:
+            return lambda module, args, output: note(index, output)
 
         with ExitStack() as hooks:
             for index in layers:
-                hooks.callback(stack[index].register_forward_hook(note).remove)
+                hooks.callback(stack[index].register_forward_hook(hook_of(index)).remove)
             yield found

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hf_cod.io.module_names import given_names
+from hf_cod.layers.input_gradients import release_input_gradients, require_input_gradients
 from hf_cod.layers.module_choice import ModuleChoice, choose_modules
 from hf_cod.layers.replicas import average, processes, refuse_wrapped
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -81,6 +82,7 @@ class ActiveLayers:
                 parameter.requires_grad_(False)
         self.active: list[int] = [*range(len(self.layers))]
         self._leave_to_us()
+        require_input_gradients(self.stack)
 
     @property
     def other_adapters(self) -> bool:
@@ -205,6 +207,7 @@ def release(model: nn.Module) -> None:
     """
     base: Any = find_decoder_layers(model).model
     unhook_gradients(base.parameters())
+    release_input_gradients(base)
     parameters = dict(base.named_parameters())
     left = {name: p for name, p in parameters.items() if name in getattr(base, TRAINS, {})}
     now = {name: p.requires_grad for name, p in left.items()}

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_cod.io.module_names import FIELDS
 from hf_cod.layers.direct_use import not_adaptable
+from hf_cod.layers.input_gradients import require_input_gradients
 from hf_cod.layers.module_choice import choose_modules
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.stock_four_bit import keep_unpacked
@@ -61,6 +62,7 @@ def _lora(model: nn.Module, scores: Any, settings: OwLoreSettings, lr: float, lo
     heads = list(stack.task_heads) or None  # a classifier may be new: it trains in full
     config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=names, modules_to_save=heads)
     keep_unpacked(model)
+    require_input_gradients(stack)
     return with_adapters(model, config, settings.seed), None
 
 

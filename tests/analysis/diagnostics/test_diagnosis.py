@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
 
-from hf_cod import MeasurementError, RunReport, diagnose, pack_sparse, prune
+from examples.tiny_architectures import tiny_config
+from hf_cod import MeasurementError, RunReport, diagnose, pack_sparse, plan_depth, prune
 from hf_cod.analysis.diagnostics import diagnosis
 from hf_cod.analysis.diagnostics.diagnosis import METRICS
 from hf_cod.analysis.diagnostics.findings import summarize
@@ -80,6 +82,21 @@ def test_another_model_in_the_same_directory_is_measured_anew(tmp_path):
         changed.model.layers[1].mlp.up_proj.weight.mul_(1.5)
     second = diagnose(changed, gpt_like(), TEXT, output=tmp_path, **QUICK)
     assert first.layers["layer_drop"] != second.layers["layer_drop"]
+
+
+def test_two_stacks_of_a_model_in_one_directory(tmp_path):
+    """CLIP's towers, whose own outputs are similarities of texts and images."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(tiny_config("vision-language/clip")).eval()
+    batches = [{**batch_for(model), "pixel_values": torch.randn(3, 3, 16, 16)}]
+    for stack in ("text", "vision"):
+        report = diagnose(model, batches=batches, stack=stack, output=tmp_path, show_progress=False)
+        expected = diagnose(model, batches=batches, stack=stack, show_progress=False)
+        assert report.layers == expected.layers and max(report.layers["layer_drop"]) > 0
+        told = f"layer_drop: output_angle is measured on the last hidden state of the {stack} tower"
+        assert told in report.notes
+    plan = plan_depth(model, 1, "search", batches=[*batches, *batches, *batches], stack="vision")
+    assert len(plan.layers) == 1 and plan.metric == "output_angle"
 
 
 def test_nothing_is_resumed_from_work_that_only_looks_the_same(tmp_path):

@@ -128,11 +128,16 @@ def test_bad_settings():
         measure_forward(model, [batch_for(model)], ["speed"])
 
 
-def test_hidden_states_with_tokens_first_are_refused():
+def test_hidden_states_with_tokens_first():
     config = CONFIG_MAPPING["xlnet"](vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=48)
     model = AutoModel.from_config(config).eval()
-    with pytest.raises(ValueError, match="of 3 samples, got"):
-        measure_forward(model, [batch_for(model)])
+    batch = batch_for(model, "left")
+    found = measure_forward(model, [batch])
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).hidden_states  # samples first
+    for sample in range(3):
+        expected = references.angle(states[0][sample, -1].double(), states[1][sample, -1].double())
+        assert float(found.distances[sample, 0, 1]) == pytest.approx(float(expected), abs=1e-5)
 
 
 IDS = torch.randint(5, 80, (3, 9), generator=torch.Generator().manual_seed(1))

@@ -5,6 +5,7 @@ import torch
 from accelerate import disk_offload
 from transformers import CONFIG_MAPPING, AutoModel
 
+from examples.tiny_architectures import tiny_config
 from hf_cod import find_decoder_layers, skip
 from hf_cod.analysis.diagnostics.layer_drop import measure_layer_drop
 from hf_cod.analysis.evaluation.choice import find_metric, perplexity
@@ -36,6 +37,31 @@ def test_angle_of_the_output_for_models_without_a_head(family):
             other = references.without_layer(model, i)(**batch).last_hidden_state.double()
             angles = [references.angle(a, b) for a, b in zip(base.flatten(0, 1), other.flatten(0, 1), strict=True)]
             assert value == pytest.approx(sum(angles) / len(angles), abs=1e-6)
+
+
+@pytest.mark.parametrize("tower", ["text", "vision"])
+def test_angle_of_one_of_two_towers(tower):
+    """Over all patches, also where a text has as many tokens and some of them are padding."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(tiny_config("vision-language/clip")).eval()
+    ids = torch.randint(3, 90, (3, 5), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    intact, without = measure_layer_drop(model, [batch], find_metric(None, "headless"), layers_path=tower)
+    real = mask.flatten().bool() if tower == "text" else torch.ones(15, dtype=torch.bool)
+
+    @torch.no_grad()
+    def hidden():
+        return model(**batch)[f"{tower}_model_output"].last_hidden_state.double().flatten(0, 1)[real]
+
+    base = hidden()
+    assert intact == pytest.approx(0, abs=1e-7)
+    for i, value in enumerate(without):
+        with skip(model, i, tower):
+            angles = [references.angle(a, b) for a, b in zip(base, hidden(), strict=True)]
+        assert value == pytest.approx(sum(angles) / len(angles), abs=1e-6) and value > 1e-3
+    assert not model.text_model._forward_hooks and not model.vision_model._forward_hooks
 
 
 def test_labels_and_callables():

@@ -1,0 +1,39 @@
+"""The outputs that a metric reads: those of the model, or of one tower of a model that has no output of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_cod.analysis.evaluation.metrics import Metric, has_main_output
+from hf_cod.io.text import Batch
+from hf_cod.layers.stack import DecoderLayers
+from hf_cod.layers.task import model_inputs
+
+
+def run_for_metric(stack: DecoderLayers, metric: Metric, batch: Batch) -> tuple[Any, Batch]:
+    """Runs the model on a batch.
+
+    Two towers beside each other (CLIP) return similarities of all texts and images. A metric that compares outputs then
+    reads the outputs of the tower that has these layers.
+
+    Args:
+        stack: the layers.
+        metric: from `find_metric`.
+        batch: on the model's device.
+
+    Returns:
+        The outputs for `metric.rows`, and the batch for it: that of a tower has the mask of its tokens.
+    """
+    inputs = model_inputs(batch)
+    if not metric.compares:
+        return stack.model(**inputs), batch
+    seen: list[Any] = []
+    handle = stack.tower.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        outputs = stack.model(**inputs)
+    finally:
+        handle.remove()
+    if has_main_output(outputs) or not seen:
+        return outputs, batch
+    mask = stack.mask(inputs)
+    return seen[-1], {} if mask is None else {"attention_mask": mask}
