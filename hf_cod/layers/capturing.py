@@ -31,7 +31,7 @@ def capturing_hooks(module: nn.Module) -> dict[int, Any]:
 def capturing_restored(model: nn.Module) -> Iterator[None]:
     """Removes the hooks that transformers adds inside the block, so that it adds them again to all layers later."""
     without = [m for m in model.modules() if isinstance(m, PreTrainedModel) and not getattr(m, _ADDED, False)]
-    before = {m: capturing_hooks(m).keys() for each in without for m in each.modules()}
+    before = {m: capturing_hooks(m).keys() for each in without for m in each.modules() if m._forward_hooks}
     try:
         yield
     finally:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from hf_cod.io.display import one_line
 from hf_cod.io.text import Batch
@@ -21,6 +23,9 @@ from hf_cod.layers.stack import DecoderLayers
 
 # Relative to the largest value. Both runs compute the same; a GPU may add in another order.
 TOLERANCE = 0.01
+
+# Model -> (name and number of its layers) -> what was found; weights do not matter.
+_known: WeakKeyDictionary[nn.Module, dict[tuple[str, int], tuple[int, str] | None]] = WeakKeyDictionary()
 
 
 def check_independent(stack: DecoderLayers, field: str, batches: Sequence[Batch] | None = None) -> None:
@@ -45,25 +50,36 @@ def check_independent(stack: DecoderLayers, field: str, batches: Sequence[Batch]
         )
 
 
-@torch.no_grad()
 def _dependent(stack: DecoderLayers, batch: Batch | None) -> tuple[int, str] | None:
     """The first layer that does not compute the same alone, and why; None if all do, or if that cannot be found out."""
+    place = (stack.layers_path, len(stack))
+    found = _known.setdefault(stack.model, {})
+    if place not in found:
+        found[place] = _first_dependent(stack, batch)
+    return found[place]
+
+
+@torch.no_grad()
+def _first_dependent(stack: DecoderLayers, batch: Batch | None) -> tuple[int, str] | None:
     try:
         check_in_memory(stack.model)
         inputs, device = probe_inputs(stack.model, batch)
-        with evaluation_mode(stack), device, layer_states(stack) as states:
-            stack.trunk(**inputs)
-    except Exception:  # whatever a model raises on inputs that may be none for it; on its own inputs, it raises later
+    except ValueError:  # weights without values
         return None
-    for layer in range(len(states) - 1):
+    with evaluation_mode(stack), device:
         try:
-            with evaluation_mode(stack), device:
+            with layer_states(stack) as states:
+                stack.trunk(**inputs)
+        except Exception:  # whatever a model raises on inputs that may be none for it; on its own, it raises later
+            return None
+        for layer in range(len(states) - 1):
+            try:
                 alone = run_layer(stack, layer, inputs, states[layer])
-        except Exception as error:  # whatever a model raises that misses the states of other layers
-            return layer, f"{type(error).__name__}: {one_line(str(error))[:150]}"
-        distance = _distance(alone[0], states[layer + 1][0])
-        if distance > TOLERANCE:  # not if it is NaN: forward passes name the layer where that begins
-            return layer, f"its output differs by {distance:.0%} of its largest value"
+            except Exception as error:  # whatever a model raises that misses the states of other layers
+                return layer, f"{type(error).__name__}: {one_line(str(error))[:150]}"
+            distance = _distance(alone[0], states[layer + 1][0])
+            if distance > TOLERANCE:  # not if it is NaN: forward passes name the layer where that begins
+                return layer, f"its output differs by {distance:.0%} of its largest value"
     return None
 
 
