@@ -26,6 +26,7 @@ from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
 from hf_cod.scoring.settings import options_of
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
+from hf_cod.training.runs.checkpoint_checksums import RecordChecksums
 from hf_cod.training.runs.finite import check_trained
 from hf_cod.training.runs.interrupt import SaveOnInterrupt
 from hf_cod.training.runs.log_lines import LastRecord, LogLines, TrainingBar
@@ -171,6 +172,8 @@ def train(
     from hf_cod.training.runs.run_directory import last_checkpoint, last_steps
 
     interrupt = SaveOnInterrupt()
+    if lasting:
+        callbacks = [*callbacks, interrupt, RecordChecksums()]
     # Trainer sets use_cache to False, which would be saved with the model.
     with one_thread(model), cache_restored(unwrap(model).config), _own_names(model):
         trainer = (make_trainer or Trainer)(
@@ -179,7 +182,7 @@ def train(
             train_dataset=PackedText(windows, settings.total_steps * settings.batch_size, seed),
             data_collator=default_data_collator,
             optimizer_cls_and_kwargs=optimizer,
-            callbacks=[memory := MemoryCallback(beside), LastRecord(), *callbacks, *([interrupt] if lasting else [])],
+            callbacks=[memory := MemoryCallback(beside), LastRecord(), *callbacks],
         )
         _show_progress(trainer)
         try:
