@@ -40,7 +40,8 @@ def load_rows(settings: TextSettings) -> Any:
         if path.is_file() and path.suffix in FILE_READERS:
             if path.suffix != ".parquet":
                 check_no_nul(path)
-            rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=str(path), split="train")
+            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=str(path), split="train", **options)
         else:
             rows = datasets.load_dataset(source, settings.text_config, split=settings.text_split, streaming=True)
     except StopIteration as error:  # what datasets raises for an empty file
