@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.io.files import looks_local
+from hf_cod.io.schema import brief
 
 # Suffixes of plain text; suffix of a local file -> reader of `datasets`.
 PLAIN_TEXT = (".txt", ".md", ".text", "")
@@ -115,8 +116,12 @@ def check_inputs(values: Mapping[str, Any]) -> None:
     for name, check in CHECKS.items():
         given = values.get(name)
         for value in given if isinstance(given, list) else [given]:
-            if value is not None:
+            if value is None:
+                continue
+            try:
                 check(value, name)
+            except OSError as error:  # a name that is too long, or a directory that may not be read
+                raise ValueError(f"{name}: expected a path, got {brief(value)}: {error.strerror}") from error
 
 
 # Option or argument of the commands -> check of its path.
