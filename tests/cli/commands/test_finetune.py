@@ -252,7 +252,7 @@ def test_an_interrupted_run_saves_the_step_that_it_is_in(whole, ctrl_c, tmp_path
         (["--max-grad-norm", "-1"], "max_grad_norm: expected a number of at least 0, got -1"),
         (["--fused"], "fused: expected micro_batch_size equal to batch_size, 8, got 4"),
         (["--fused", "--micro-batch-size", "8"], "fused: expected max_grad_norm 0, got 1"),
-        (["--method", "lora", "--scores", "s.json"], "scores: expected none with lora, which does not sample layers"),
+        (["--method", "lora", "--scores", __file__], "scores: expected none with lora, which does not sample layers"),
         (["--rank", "999"], "rank: expected at most 128, the width of the layers' matrices, got 999"),
     ],
 )

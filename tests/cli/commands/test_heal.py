@@ -119,7 +119,7 @@ def test_scores_are_for_methods_that_draw_layers(student, tmp_path, capsys):
     command = ["heal", student, "--teacher", TEACHER, *QUICK.split(), "--method", "full", "--scores", scores]
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
     shown = capsys.readouterr().err
-    assert f"scores: expected none with full, which does not sample layers by scores, got {scores!r}" in shown
+    assert "scores: expected none with full, which does not sample layers by scores, got " in shown
     assert not (tmp_path / "out").exists()
 
 
