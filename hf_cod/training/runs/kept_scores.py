@@ -11,7 +11,7 @@ from typing import Any
 from hf_cod.io.display import one_line
 from hf_cod.io.reading import checksum
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.training.runs.run_directory import SCORES_FILE, SCORES_NOTE, last_steps, note, noted_scores
+from hf_cod.training.runs.run_directory import SCORES_FILE, SCORES_NOTE, note, noted_scores
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +47,16 @@ def keep_scores(directory: Path, scores: LayerScores, what: str) -> None:
         what: what they are, for the message.
 
     Raises:
-        ValueError: the run has checkpoints, and started with other scores.
+        ValueError: the run started with other scores.
     """
     noted, path = noted_scores(directory), directory / SCORES_FILE
-    if last_steps(directory):
-        if noted is None and path.is_file():
-            noted = _checksum(LayerScores.load(path))
-        if noted not in (None, _checksum(scores)):
-            raise ValueError(
-                f"scores: expected the scores that the run in {str(directory)!r} started with, got {what}; set another "
-                "--output"
-            )
+    if noted is None and path.is_file():
+        noted = _checksum(LayerScores.load(path))
+    if noted not in (None, _checksum(scores)):
+        raise ValueError(
+            f"scores: expected the scores that the run in {str(directory)!r} started with, got {what}; set another "
+            "--output"
+        )
     scores.save(path)
     note(directory, {SCORES_NOTE: _checksum(scores)})
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from hf_cod.scoring.layer_scores import LayerScores
-from hf_cod.scoring.methods import score_layers
 from hf_cod.training.runs.run_directory import claim
 from hf_cod.training.runs.trainer import scores_to_draw_by
 from hf_cod.training.runs.training_settings import TrainingSettings
@@ -78,13 +77,6 @@ def test_given_scores_are_those_of_the_start_whatever_the_kept_file_says(model, 
     others = replace(LayerScores.load(file), values=[9.0, 1.0, 1.0, 1.0])
     with pytest.raises(ValueError, match="started with, got LayerScores; set another"):
         scores_to_draw_by(model, WINDOWS, SETTINGS, others, run)
-
-
-def test_a_run_without_checkpoints_may_start_with_other_scores(model, run):
-    (run / "checkpoint-2").rmdir()
-    others = score_layers(model, method="depth")
-    assert scores_to_draw_by(model, WINDOWS, SETTINGS, others, run) == others
-    assert scores_to_draw_by(model, WINDOWS, SETTINGS, None, run) == others
 
 
 def test_other_settings_begin_with_other_scores(model, run):
