@@ -129,7 +129,9 @@ TESTED_BY = {
         "training/owlore/update_in_backward.py"
     ),
     "training/runs/test_interrupt.py": "io/interruption.py",
-    "training/runs/test_checkpoint_of_run.py": "training/owlore/saved_moments.py",
+    "training/runs/test_checkpoint_of_run.py": (
+        "training/owlore/saved_moments.py training/runs/checkpoint_checksums.py"
+    ),
     "io/test_output_directory.py": "io/output_manifest.py io/output_checks.py io/directory_lock.py",
 }
 ELSEWHERE = {module: test for test, modules in TESTED_BY.items() for module in modules.split()}

@@ -36,11 +36,12 @@ def load_rows(settings: TextSettings) -> Any:
                 f"text: expected a text file or a dataset name, got {source!r}: there is no such file, it is not in "
                 f"the cache of the Hub, and the Hub cannot be reached ({why})"
             )
+    if path.is_file() and path.suffix in FILE_READERS and path.suffix != ".parquet":
+        check_no_nul(path)
     try:
         if path.is_file() and path.suffix in FILE_READERS:
-            if path.suffix != ".parquet":
-                check_no_nul(path)
-            rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=str(path), split="train")
+            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            rows = datasets.load_dataset(FILE_READERS[path.suffix], data_files=str(path), split="train", **options)
         else:
             rows = datasets.load_dataset(source, settings.text_config, split=settings.text_split, streaming=True)
     except StopIteration as error:  # what datasets raises for an empty file
@@ -69,12 +70,19 @@ def column_of(rows: Any, settings: TextSettings) -> Iterator[str]:
 
 
 def check_no_nul(path: Path) -> None:
-    """Checks that a text file has no NUL bytes: readers truncate a line at NUL, or read it as a character."""
-    with path.open("rb") as file:
-        for number, chunk in enumerate(iter(lambda: file.read(CHUNK), b"")):
-            place = chunk.find(b"\0")
-            if place >= 0:
-                raise ValueError(
-                    f"text: expected text, got a NUL byte at {number * CHUNK + place} in {str(path)!r}, which is a "
-                    "binary file or not in UTF-8"
-                )
+    """Checks that a text file has no NUL bytes: readers truncate a line at NUL, or read it as a character.
+
+    Raises:
+        ValueError: it has one, or it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, chunk in enumerate(iter(lambda: file.read(CHUNK), b"")):
+                place = chunk.find(b"\0")
+                if place >= 0:
+                    raise ValueError(
+                        f"text: expected text, got a NUL byte at {number * CHUNK + place} in {str(path)!r}, which is a "
+                        "binary file or not in UTF-8"
+                    )
+    except OSError as error:
+        raise ValueError(f"text: expected a file that can be read, got {str(path)!r}: {one_line(error)}") from error

@@ -51,7 +51,7 @@ def load_texts(settings: TextSettings | None = None, **fields: Unpack[TextFields
     if path.is_file() and path.suffix in PLAIN_TEXT:
         check_no_nul(path)
         try:
-            return [path.read_text(encoding="utf-8")]
+            return [path.read_text(encoding="utf-8-sig")]  # without a byte order mark, as readers of rows do it
         except UnicodeDecodeError as error:
             raise ValueError(f"text: expected a text file in UTF-8, got {source!r}: {error}") from error
     if (path / "config.json").is_file():

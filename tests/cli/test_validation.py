@@ -264,6 +264,15 @@ NOT_THERE = {
     "quantize model --scores none": "scores: expected a file, got 'none', which does not exist",
     "score model --statistics taken": "statistics: expected a file of statistics, got 'taken', which is a directory",
     "drop-layers model --plan none.json": "plan: expected a file, got 'none.json', which does not exist",
+    f"quantize {'m' * 300}": f"model: expected a path, got '{'m' * 20}",
+    f"score model --text {'t' * 300}": f"text: expected a path, got '{'t' * 20}",
+    "history none": "run: expected a training history of hf_cod, got 'none', which does not exist",
+    "history taken": "run: expected a training history of hf_cod, got 'taken', which has no history.jsonl",
+    "compare taken none": "runs: expected a directory with a report.json, or such a file, got 'taken', which has no",
+    "compare none": "runs: expected a directory with a report.json, or such a file, got 'none', which does not exist",
+    "card none": "directory: expected the output directory of a command, got 'none', which does not exist",
+    "card taken": "directory: expected the output directory of a command, got 'taken', which has no report.json",
+    "card text.txt": "directory: expected the output directory of a command, got 'text.txt', which is a file",
 }
 
 

@@ -84,6 +84,10 @@ def test_texts_from_files(tmp_path):
     (tmp_path / "a.txt").write_text("plain words", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in ("x", "y")))
     assert list(load_texts(TextSettings(text=str(tmp_path / "a.txt")))) == ["plain words"]
+    (tmp_path / "marked.txt").write_text("plain words", encoding="utf-8-sig")
+    assert list(load_texts(TextSettings(text=str(tmp_path / "marked.txt")))) == ["plain words"]
+    (tmp_path / "a.tsv").write_text("number\ttext\n1\tx, y\n2\tz\n", encoding="utf-8-sig")
+    assert list(load_texts(TextSettings(text=str(tmp_path / "a.tsv")))) == ["x, y", "z"]
     with pytest.raises(ValueError, match=r"texts: expected text, got the name of a file, '.*a\.txt'"):
         token_batches(gpt_like(), str(tmp_path / "a.txt"))
     assert list(load_texts(TextSettings(text=str(tmp_path / "a.jsonl"), text_column="body"))) == ["x", "y"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hf_cod.cli.output import one_directory, require_plots, say_written
 from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.display import say
+from hf_cod.io.inputs import check_run_directory
 from hf_cod.reporting.settings import CardSettings
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ def make_parser() -> SettingsParser:
 def main(arguments: Sequence[str]) -> int:
     """Parses the arguments and runs the command."""
     settings, rest = make_parser().parse(arguments)
+    output = one_directory(rest.target, rest.output)
+    check_run_directory(rest.directory, "directory")
     from hf_cod.reporting.result_card import report_of
 
-    output = one_directory(rest.target, rest.output)
     report, name = report_of(rest.directory)
     if report.kind == "pretrain" and output is None:
         raise ValueError(f"output: expected a directory for the model of {rest.directory!r}, got none")

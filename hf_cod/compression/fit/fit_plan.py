@@ -61,8 +61,8 @@ class FitPlan(JsonFile):
     kind: str = field(metadata=limits(choices=KINDS))
     budget: float = field(metadata=limits(least=0))
     steps: dict[str, float] = field(metadata=limits(least=0))
-    loss: float
-    intact_loss: float
+    loss: float = field(metadata=limits(least=0))
+    intact_loss: float = field(metadata=limits(least=0))
     size: dict[str, int] = field(metadata=limits(least=0))
     alone: dict[str, dict[str, list[float]]]
     tried: list[dict[str, Any]]
@@ -89,6 +89,11 @@ class FitPlan(JsonFile):
         check_value(self.alone, dict[str, _Alone], "alone")
         check_value(self.tried, list[_Tried], "tried")
         check_value(self.curve, list[_Point], "curve")
+        for number, row in enumerate(self.tried):
+            for name in ("loss", "left"):
+                check_value(row[name], float, f"tried[{number}][{name!r}]", limits(least=0))
         for knob, found in self.alone.items():
+            for name in ("losses", "left"):
+                check_value(found[name], list[float], f"alone[{knob!r}][{name!r}]", limits(least=0))
             if not len(found["levels"]) == len(found["losses"]) == len(found["left"]):
                 raise ValueError(f"alone[{knob!r}]: expected as many losses and left as levels, got {brief(found)}")

@@ -108,7 +108,7 @@ def plan_fit(
         target.check_reach(least, ROUNDING, list(notes.values()), combined=how.n_verified > 0)
     work = fingerprint(Journals(journal or "", intact, calibration).inputs, digest_batches(tuning))
     del intact, stack
-    trials = Trials(make, calibration, tuning, journal, work, layers_path)
+    trials = Trials(make, calibration, tuning, journal, work, layers_path, target.intact)
     search = Search(trials, target, levels, knobs is not None, list(notes.values()))
     if search.is_met_intact():
         return search.plan()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,7 +16,7 @@ from hf_cod.analysis.evaluation.metrics import MOST_NATS
 from hf_cod.compression.fit.knobs import KNOBS, Applying, ApplyingFields
 from hf_cod.io.arguments import checked
 from hf_cod.io.journal import Journal
-from hf_cod.io.schema import check_value, limits
+from hf_cod.io.schema import brief, check_value, limits
 from hf_cod.io.settings import SampleSettings, resolve
 from hf_cod.io.text import Batch, Texts, Tokenizer
 from hf_cod.layers.batches import batches_of, required
@@ -51,6 +52,7 @@ class Trials:
         directory: for the journal and for the measurements of methods; or None.
         work: fingerprint of the model and the batches.
         layers_path: module name of the layer stack, if it cannot be found automatically.
+        intact: size of the intact model; no step makes it larger.
     """
 
     def __init__(
@@ -61,8 +63,9 @@ class Trials:
         directory: str | Path | None,
         work: str,
         layers_path: str | None,
+        intact: ModelSize,
     ) -> None:
-        self._make, self._tuning = make, tuning
+        self._make, self._tuning, self._intact = make, tuning, intact
         kept = None if directory is None else Path(directory)
         self._how = Applying(calibration, layers_path=layers_path, measured=kept)
         self._journal = Journal(None if kept is None else kept / "trials.jsonl", work)
@@ -74,7 +77,7 @@ class Trials:
             ValueError: a loss that is not finite, or an error of a method.
         """
         key = "trial " + " ".join(f"{knob} {steps[knob]:g}" for knob in KNOBS if knob in steps)
-        if not self._journal.is_sound(key, _check):
+        if not self._journal.is_sound(key, partial(_check, steps, self._intact)):
             model = self._make()
             apply_steps(model, steps, self._how)
             loss = math.log(held_out_perplexity(model, self._tuning, self._how.layers_path))
@@ -85,14 +88,16 @@ class Trials:
         return Trial(steps, loss, size)
 
 
-def _check(value: Any) -> None:
+def _check(steps: Steps, intact: ModelSize, value: Any) -> None:
     """Checks a trial from the journal, which may be another one's file: the plan is chosen by these numbers."""
     loss, size = check_value(value, tuple[float, ModelSize], "trial")
     check_value(loss, float, "loss", limits(least=0, most=MOST_NATS))
-    for name, number in asdict(size).items():
-        check_value(number, int, name, limits(least=1))
+    for name, most in asdict(intact).items():
+        check_value(getattr(size, name), int, name, limits(least=1, most=most))
     if size.layer_bytes > size.bytes:
         raise ValueError(f"layer_bytes: expected up to {size.bytes} (bytes), got {size.layer_bytes}")
+    if not steps and size != intact:
+        raise ValueError(f"size: expected {brief(asdict(intact))}, got {brief(asdict(size))}")
 
 
 @for_one_thread

@@ -14,6 +14,7 @@ from hf_cod.io.schema import brief
 from hf_cod.training.owlore.increment import TENSORS, Increment
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
 from hf_cod.training.owlore.saved_moments import Layout, check_own_entries, layers_with_state, layouts
+from hf_cod.training.runs.checkpoint_checksums import check_checksums
 from hf_cod.training.runs.checkpoint_files import (
     OPTIMIZER,
     SCHEDULER,
@@ -58,6 +59,7 @@ def check_of_run(trainer: Any, checkpoint: Path, step: int, *, same_batches: boo
     path = checkpoint / SCHEDULER
     if path.is_file():
         _check_scheduler(trainer, read_scheduler(path, step), saved, step)
+    check_checksums(checkpoint)  # last: the checks above say more
 
 
 def _check_state_of_trainer(trainer: Any, state: dict[str, Any], same_batches: bool) -> None:
@@ -83,9 +85,10 @@ def _check_state_of_trainer(trainer: Any, state: dict[str, Any], same_batches: b
 def _check_losses(state: dict[str, Any], every: int) -> None:
     """Checks that Trainer's log has the loss of each of its steps, which the run reports."""
     losses = [entry for entry in state.get("log_history", []) if "loss" in entry]
-    last = state["global_step"]
-    expected, found = [*range(every, last + 1, every)], [entry["step"] for entry in losses]
-    if found not in (expected, sorted({*expected, last})):  # a run logs its last step, too
+    expected = [*range(every, state["global_step"] + 1, every)]
+    found = [entry["step"] for entry in losses]
+    # A run logs its last step, too, and that after which it was interrupted.
+    if found != sorted({*found}) or not {*expected} <= {*found}:
         raise ValueError(f"log_history: expected losses of steps {brief(expected)}, got {brief(found)}")
     negative = next((entry["loss"] for entry in losses if entry["loss"] < -ROUNDING), None)
     if negative is not None:

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint-"
 _OF_CHECKPOINTS = (".bin", ".json", ".pt", ".pth", ".safetensors")  # suffixes of files
 SETTINGS, SCORES_FILE, REPORT = "settings.json", "scores.json", "report.json"
+SCORES_NOTE = "scores_checksum"  # entry of the settings
 MARKERS = ("trainer_state.json", "progress.json")  # last file of a checkpoint: Trainer's, and our own loop's
 # Name of a setting in runs of an earlier version -> its current name.
 RENAMED = {"labels": "label_weight", "hidden": "hidden_weight"}
@@ -82,9 +83,27 @@ def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) ->
     changed = check_claim(directory, wanted, finished=finished)
     if changed:
         (directory / SCORES_FILE).unlink(missing_ok=True)
-    noted, wanted = _noted(directory / SETTINGS), as_read(wanted)
-    if {**noted, **wanted} != noted:
-        write_json(directory / SETTINGS, {**noted, **wanted})
+        wanted = {SCORES_NOTE: None, **wanted}
+    note(directory, wanted)
+
+
+def note(directory: Path, entries: dict[str, Any]) -> None:
+    """Adds entries to those that the run has noted."""
+    noted = _noted(directory / SETTINGS)
+    changed = {**noted, **as_read(entries)}
+    if changed != noted:
+        write_json(directory / SETTINGS, changed)
+
+
+def noted_scores(directory: Path) -> str | None:
+    """The checksum of the scores that the run has noted; None if it has not, or an earlier version began it.
+
+    Raises:
+        ValueError: the note is damaged.
+    """
+    noted = _noted(directory / SETTINGS)
+    with naming_file(directory / SETTINGS):
+        return check_value(noted.get(SCORES_NOTE), str | None, SCORES_NOTE)
 
 
 @contextmanager

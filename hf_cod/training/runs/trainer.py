@@ -26,11 +26,12 @@ from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
 from hf_cod.scoring.settings import options_of
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
+from hf_cod.training.runs.checkpoint_checksums import RecordChecksums
 from hf_cod.training.runs.finite import check_trained
 from hf_cod.training.runs.interrupt import SaveOnInterrupt
+from hf_cod.training.runs.kept_scores import keep_scores, kept_scores
 from hf_cod.training.runs.log_lines import LastRecord, LogLines, TrainingBar
 from hf_cod.training.runs.methods import METHODS
-from hf_cod.training.runs.run_directory import SCORES_FILE
 from hf_cod.training.runs.training_settings import TrainingSettings
 
 with advice_silenced():  # of bitsandbytes, which is imported with PEFT
@@ -109,24 +110,20 @@ def scores_to_draw_by(
     """
     if not METHODS[settings.method].needs_scores:
         return None
-    kept = directory / SCORES_FILE
     if given is not None:
         scores = given if isinstance(given, LayerScores) else LayerScores.load(given)
-        if kept.is_file() and LayerScores.load(kept) != scores:
-            raise ValueError(
-                f"scores: expected the scores that the run in {str(directory)!r} started with, got {shown(given)}; set "
-                "another --output"
-            )
-        scores.save(kept)
+        keep_scores(directory, scores, str(shown(given)))
         return scores
-    if kept.is_file():
-        return LayerScores.load(kept)
+    kept = kept_scores(directory)
+    if kept is not None:
+        keep_scores(directory, kept, "others")
+        return kept
     few = windows[:SCORED_SAMPLES].split(settings.micro_batch_size)
     batches = [{"input_ids": part.to(model.device)} for part in few]
     chosen: dict[str, Any] = {name: getattr(settings, name) for name in options_of(settings, settings.score)}
     scores = score_layers(model, method=settings.score, batches=batches, show_progress=True, **chosen)
     scores = replace(scores, values=[max(0.0, value) for value in scores.values])
-    scores.save(kept)
+    keep_scores(directory, scores, "others of this model")
     return scores
 
 
@@ -171,6 +168,8 @@ def train(
     from hf_cod.training.runs.run_directory import last_checkpoint, last_steps
 
     interrupt = SaveOnInterrupt()
+    if lasting:
+        callbacks = [*callbacks, interrupt, RecordChecksums()]
     # Trainer sets use_cache to False, which would be saved with the model.
     with one_thread(model), cache_restored(unwrap(model).config), _own_names(model):
         trainer = (make_trainer or Trainer)(
@@ -179,7 +178,7 @@ def train(
             train_dataset=PackedText(windows, settings.total_steps * settings.batch_size, seed),
             data_collator=default_data_collator,
             optimizer_cls_and_kwargs=optimizer,
-            callbacks=[memory := MemoryCallback(beside), LastRecord(), *callbacks, *([interrupt] if lasting else [])],
+            callbacks=[memory := MemoryCallback(beside), LastRecord(), *callbacks],
         )
         _show_progress(trainer)
         try:

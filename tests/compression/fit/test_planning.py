@@ -269,19 +269,30 @@ def test_what_was_measured_is_not_measured_again(texts, trials, tmp_path, monkey
         ("loss", math.nan, "expected a finite number, got nan"),
         ("loss", -5.0, "loss: expected a finite number in 0..709.783, got -5.0"),
         ("loss", 1e30, "loss: expected a finite number in 0..709.783, got 1e+30"),
-        ("bytes", 0, "bytes: expected a whole number of at least 1, got 0"),
-        ("layer_weights", -1, "layer_weights: expected a whole number of at least 1, got -1"),
-        ("layer_bytes", 1 << 60, "(bytes), got 1152921504606846976"),
+        ("bytes", 0, "bytes: expected a whole number in 1.."),
+        ("layer_weights", -1, "layer_weights: expected a whole number in 1.."),
+        ("layer_bytes", 1 << 60, "layer_bytes: expected a whole number in 1.."),
+        ("bytes", 1, "layer_bytes: expected up to 1 (bytes), got "),
     ],
 )
-def test_trials_that_cannot_be_are_measured_again(place, value, message, texts, tmp_path, caplog):
-    measured = Trials(make, *texts, tmp_path, "work", None)
-    trial = measured.measure({})
+@pytest.mark.parametrize("steps", [{}, {"depth": 1}])
+def test_trials_that_cannot_be_are_measured_again(steps, place, value, message, texts, tmp_path, caplog):
+    options = (make, *texts, tmp_path, "work", None, size_of(make()))
+    trial = Trials(*options).measure(steps)
     size = asdict(trial.size)
     edited = [value, size] if place == "loss" else [trial.loss, {**size, place: value}]
-    Journal(tmp_path / "trials.jsonl", "work").add("trial ", edited)
-    assert Trials(make, *texts, tmp_path, "work", None).measure({}) == trial
-    assert f"{message}): it is computed again" in caplog.text
+    Journal(tmp_path / "trials.jsonl", "work").add(f"trial {'depth 1' if steps else ''}", edited)
+    assert Trials(*options).measure(steps) == trial
+    assert message in caplog.text and "): it is computed again" in caplog.text
+
+
+def test_the_intact_model_has_its_own_size(texts, tmp_path, caplog):
+    options = (make, *texts, tmp_path, "work", None, size_of(make()))
+    trial = Trials(*options).measure({})
+    edited = {**asdict(trial.size), "layer_weights": 1}
+    Journal(tmp_path / "trials.jsonl", "work").add("trial ", [trial.loss, edited])
+    assert Trials(*options).measure({}) == trial
+    assert "damaged result (size: expected {'bytes': " in caplog.text
 
 
 def test_an_edited_journal_does_not_leave_a_step_out(texts, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
 from hf_cod.training.owlore.saved_moments import layouts
 from hf_cod.training.owlore.settings import OwLoreSettings
+from hf_cod.training.runs.checkpoint_checksums import CHECKSUMS, write_checksums
+from hf_cod.training.runs.interrupt import SaveOnInterrupt
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.trainer import train
 from hf_cod.training.runs.training_settings import TrainingSettings
@@ -19,14 +22,14 @@ SAMPLING = OwLoreSettings(n_active=2, interval=3, rank=2)
 WEIGHTS = {"full": "model", "owlore": "model", "lora": "adapter_model", "owlore-peft": "adapter_model"}
 
 
-def trained(method, folder, lora_rank=2, family="llama"):
+def trained(method, folder, lora_rank=2, family="llama", every=1):
     """The weights after a training, which resumes if the folder has checkpoints."""
     sampling = SAMPLING if method in ("owlore", "owlore-peft") else OwLoreSettings()
     settings = TrainingSettings(
         method=method,
         steps=4,
-        save_every=1,
-        log_every=1,
+        save_every=every,
+        log_every=every,
         batch_size=2,
         micro_batch_size=2,
         sequence_length=16,
@@ -154,11 +157,75 @@ def test_checkpoints_of_the_same_run_are_taken(method, runs, tmp_path, caplog):
     ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(method, damage, runs, tmp_path, caplog):
+    """Also if somebody computed the checksums again."""
     folder, expected = runs(method)
-    DAMAGES[damage](copied(folder, tmp_path, 4), WEIGHTS[method])
+    newest = copied(folder, tmp_path, 4)
+    DAMAGES[damage](newest, WEIGHTS[method])
+    write_checksums(newest)
     found = trained(method, tmp_path)
     (line,) = [line for line in caplog.messages if "damaged" in line]
     assert "checkpoint-4 is damaged" in line and "resumes from checkpoint-3" in line
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def flipped(path):
+    """Changes one bit in the last number of a file, which stays valid."""
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+# What the other checks accept: they are possible, but those of another training.
+EDITS = {
+    "a bit of weights": lambda folder: flipped(folder / "adapter_model.safetensors"),
+    "moments": lambda folder: each(lambda value: value * 2 if value.ndim else value)(folder, ""),
+    "loss": lambda folder: trainer_state(log_history=[{"step": n, "loss": 1.0} for n in (1, 2, 3, 4)])(folder, ""),
+    "a new file": lambda folder: (folder / "other.safetensors").write_bytes(b""),
+    "a missing file": lambda folder: (folder / "adapter_config.json").unlink(),
+    "checksums of something else": lambda folder: (folder / CHECKSUMS).write_text("[]"),
+    "checksums of no text": lambda folder: (folder / CHECKSUMS).write_text('{"format": 1, "sha256": {"x": 1}}'),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_changed_checkpoint_gives_way_to_the_one_before(edit, runs, tmp_path, caplog):
+    folder, expected = runs("lora")
+    EDITS[edit](copied(folder, tmp_path, 4))
+    found = trained("lora", tmp_path)
+    (line,) = [line for line in caplog.messages if "damaged" in line]
+    assert "checkpoint-4 is damaged" in line and "resumes from checkpoint-3" in line and "\n" not in line
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums(runs, tmp_path, caplog):
+    folder, expected = runs("lora")
+    newest = copied(folder, tmp_path, 4)
+    shutil.rmtree(newest)
+    (tmp_path / "checkpoint-3" / CHECKSUMS).unlink()
+    found = trained("lora", tmp_path)
+    assert "damaged" not in caplog.text and (newest / CHECKSUMS).is_file()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_run_is_interrupted_twice_between_two_records(runs, tmp_path, caplog, monkeypatch):
+    """Each time it logs the loss, and saves."""
+    _, expected = runs("full")
+    stop = SaveOnInterrupt.on_step_end
+
+    def asked_at(step):
+        def ended(self, args, state, control, **about):
+            self.asked = signal.SIGINT if state.global_step == step else None
+            stop(self, args, state, control, **about)
+
+        return ended
+
+    for step in (1, 2, 3):
+        monkeypatch.setattr(SaveOnInterrupt, "on_step_end", asked_at(step))
+        with pytest.raises(KeyboardInterrupt):
+            trained("full", tmp_path, every=10)
+    monkeypatch.undo()
+    found = trained("full", tmp_path, every=10)
+    assert "damaged" not in caplog.text
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
@@ -167,6 +234,7 @@ def test_the_optimizer_of_another_rank(runs, tmp_path, caplog):
     trained("lora", tmp_path / "other", lora_rank=1)
     newest = copied(folder, tmp_path / "run", 4)
     shutil.copy(tmp_path / "other" / "checkpoint-4" / "optimizer.pt", newest)
+    write_checksums(newest)
     found = trained("lora", tmp_path / "run")
     assert "resumes from checkpoint-3" in caplog.text
     assert all(torch.equal(found[name], expected[name]) for name in found)
