@@ -79,9 +79,7 @@ def other_notes(stack: DecoderLayers, done: str) -> list[str]:
         stack: the layers.
         done: what is not done to them, such as "pruned".
     """
-    found: Counter[str] = Counter()
-    for index in range(len(stack)):
-        found.update(stack.other_weights(index))
+    found = sum((stack.other_weights(index) for index in range(len(stack))), Counter[str]())
     if not found:
         return []
     kinds = ", ".join(f"{name} ({weights:,})" for name, weights in sorted(found.items()))

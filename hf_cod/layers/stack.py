@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,19 +147,14 @@ class DecoderLayers(Sequence):
         plain = sum(math.prod(shape_of(m)) for m in modules if is_linear_like(m))
         return plain + sum(p.numel() for m in modules if holds_experts(m) for _, p in _expert_parameters(m))
 
-    def other_weights(self, index: int) -> dict[str, int]:
-        """Class of module -> number of weights of layer `index` that are in no matrix, such as those of convolutions
-        and embeddings; norms, biases and other vectors do not count.
-        """
-        found: dict[str, int] = {}
-        for _, module in self._modules_of(index):
-            if not is_linear_like(module):
-                listed = {id(p) for _, p in _expert_parameters(module)}
-                own = [p for p in module.parameters(recurse=False) if p.dim() > 1 and id(p) not in listed]
-                if own:
-                    name = type(module).__name__
-                    found[name] = found.get(name, 0) + sum(p.numel() for p in own)
-        return found
+    def other_weights(self, index: int) -> Counter[str]:
+        """Class of module -> number of weights of layer `index` in no matrix, as of convolutions; vectors do not count."""
+        found: Counter[str] = Counter()
+        for module in (m for _, m in self._modules_of(index) if not is_linear_like(m)):
+            listed = {id(p) for _, p in _expert_parameters(module)}
+            own = (p for p in module.parameters(recurse=False) if p.dim() > 1 and id(p) not in listed)
+            found[type(module).__name__] += sum(p.numel() for p in own)
+        return +found
 
     def norms(self, index: int) -> dict[str, nn.Module]:
         """Name -> module of each normalisation of layer `index`, in the order of registration."""

@@ -249,12 +249,6 @@ def test_weights_alone_of_a_model_without_weights():
     assert score_layers(on_meta(), method="depth").values == [2, 1]
 
 
-@pytest.mark.parametrize("function", [diagnose, lambda model, **given: plan_depth(model, 1, **given)])
-def test_towers_whose_outputs_have_no_angle(function):
-    with pytest.raises(ValueError, match=r"metric: .*expected outputs with .* or start_logits, got logits_per_image, "):
-        function(clip(), batches=[{"input_ids": ids(2, 9), "pixel_values": torch.zeros(2, 3, 16, 16)}], stack="text")
-
-
 def test_what_needs_no_weights_works_on_meta():
     model = on_meta()
     assert plan_width(model, 0.7, 8).heads

@@ -85,7 +85,7 @@ class RemovalProbe:
         with layer_states(stack) as states:
             run_layer(stack, 0, inputs, None)
         if states[0][1] is not None:
-            yield from self._without_first(inputs, [removed for removed in removals if 0 in removed])
+            yield from self._without_first(batch, [removed for removed in removals if 0 in removed])
             removals = [removed for removed in removals if 0 not in removed]
         waiting: list[tuple[int, Any, list[Removed]]] = [(0, states[0], removals)] if removals else []
         del states
@@ -103,11 +103,11 @@ class RemovalProbe:
             with running_only(stack, range(layer, layer), state):
                 yield removed, run_for_metric(stack, self._metric, batch)
 
-    def _without_first(self, inputs: dict[str, Any], removals: list[Removed]) -> Iterator[tuple[Removed, Any]]:
+    def _without_first(self, batch: Batch, removals: list[Removed]) -> Iterator[tuple[Removed, tuple[Any, Batch]]]:
         """For layers that return more than their hidden state, of which the model determines the first."""
         for removed in removals:
             with skip(self._stack.model, removed, self._stack.layers_path):
-                yield removed, self._stack.model(**inputs)
+                yield removed, run_for_metric(self._stack, self._metric, batch)
 
     def _rows(self, batch: int, removed: Removed) -> list[Any]:
         found: list[Any] = self._journal.result(_key(batch, removed), list[Any])

@@ -230,7 +230,7 @@ def test_bad_settings():
             LayerMonitor(model, PROBE, **settings)
     with pytest.raises(ValueError, match="probe: expected a tokenizer"):
         LayerMonitor(model)
-    with pytest.raises(ValueError, match="model: expected one module list"):
+    with pytest.raises(ValueError, match=r"model: expected a config that counts the layers"):
         LayerMonitor(torch.nn.Linear(2, 2), PROBE)
 
 

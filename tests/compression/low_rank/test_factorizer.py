@@ -207,9 +207,12 @@ def test_a_plan_by_spectra_keeps_the_budget(family, text, tmp_path):
 def test_spectra_take_one_pass():
     model, runs = build("llama"), []
     for layer in model.model.layers:
-        layer.register_forward_hook(lambda layer, *_: runs.append(layer.self_attn.layer_idx))
-    plan_ranks(model, 0.6, "spectrum", batches=two_batches(model))
-    assert runs == [0, 0, 1, 1, 2, 2, 3, 3]
+        layer.register_forward_hook(lambda layer, args, _: runs.append((args[0].shape[:2], layer.self_attn.layer_idx)))
+    batches = two_batches(model)
+    plan_ranks(model, 0.6, "spectrum", batches=batches)
+    shapes = {batch["input_ids"].shape for batch in batches}
+    assert all(samples > 1 for samples, _ in shapes), "one sample shows before whether layers run alone"
+    assert [layer for shape, layer in runs if shape in shapes] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -75,7 +75,8 @@ def test_experts_are_pruned_on_their_own_tokens(family, method):
     first = {name for name in intact if ".0." in name.split("experts")[0]}
     statistics = collect_statistics(model, batches)
     report = prune(model, 0.5, method, batches=batches)
-    assert report.results["sparsity"] == pytest.approx(0.5, abs=1e-3) and not report.notes
+    assert report.results["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert all("are in no matrix: Qwen2MoeTopKRouter" in note for note in report.notes)
     if method == "wanda":
         for name in first:  # what enters the first layer does not depend on pruning, so intact statistics serve
             W, squares = intact[name], statistics.squares[name]
@@ -92,7 +93,7 @@ def test_experts_never_seen_fall_back_and_are_named(method):
     intact = bank.down_proj.detach().clone()
     report = prune(model, 0.5, method, batches=[{"input_ids": torch.tensor([[5, 6, 7]])}])
     named = [int(note.split(":")[0].split(".")[-1]) for note in report.notes if ".down_proj." in note]
-    assert len(named) >= 9 and all(note.endswith("pruned by magnitude") for note in report.notes)
+    assert len(named) >= 9 and all(note.endswith("pruned by magnitude") for note in report.notes[1:])
     for expert in named:
         assert torch.equal(bank.down_proj[expert] == 0, references.magnitude_mask(intact[expert], 0.5))
 
