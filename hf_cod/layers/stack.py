@@ -148,7 +148,7 @@ class DecoderLayers(Sequence):
         return plain + sum(p.numel() for m in modules if holds_experts(m) for _, p in _expert_parameters(m))
 
     def other_weights(self, index: int) -> Counter[str]:
-        """Class of module -> number of weights of layer `index` in no matrix, as of convolutions; vectors do not count."""
+        """Class of module -> number of weights of layer `index` in no matrix (convolutions, ...), vectors excluded."""
         found: Counter[str] = Counter()
         for module in (m for _, m in self._modules_of(index) if not is_linear_like(m)):
             listed = {id(p) for _, p in _expert_parameters(module)}
