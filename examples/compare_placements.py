@@ -56,12 +56,12 @@ class ComparisonSettings:
     grid_steps: int = field(default=150, metadata={"help": "steps of each run of the grid"})
     seeds: int = field(default=3, metadata={"help": "runs of each placement at its best learning rate"})
     jobs: int = field(default=2, metadata={"help": "runs at a time; they share the cores"})
-    runs: str = field(default="hf-cod-placements", metadata={"help": "directory of all runs"})
+    directory: str = field(default="hf-cod-placements", metadata={"help": "directory of all runs"})
 
 
 def directory(chosen: ComparisonSettings, placement: str, rate: float, seed: int, steps: int) -> Path:
     """Directory of a run; its name has all settings in which runs differ."""
-    return Path(chosen.runs) / f"{placement}-lr{rate:g}-seed{seed}-steps{steps}"
+    return Path(chosen.directory) / f"{placement}-lr{rate:g}-seed{seed}-steps{steps}"
 
 
 def report_of(folder: Path) -> RunReport | None:
@@ -168,11 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("best learning rates:", best, flush=True)
     cells = [(placement, rate, seed, steps) for seed in range(chosen.seeds) for placement, rate in best.items()]
     train_all([run(base, directory(chosen, *cell), *cell) for cell in cells], chosen.jobs)
-    unigram = baseline(base, chosen.runs)
+    unigram = baseline(base, chosen.directory)
     rows = table(chosen, best, steps, LEARNT * unigram)
     settings = {"grid_steps": chosen.grid_steps, "learning_rates": chosen.learning_rates, **base.describe()}
-    write_json(Path(chosen.runs) / "comparison.json", {"settings": settings, "unigram": unigram, "placements": rows})
-    write_text(Path(chosen.runs) / "comparison.md", markdown(rows, unigram))
+    found = {"settings": settings, "unigram": unigram, "placements": rows}
+    write_json(Path(chosen.directory) / "comparison.json", found)
+    write_text(Path(chosen.directory) / "comparison.md", markdown(rows, unigram))
     print(markdown(rows, unigram))
 
 

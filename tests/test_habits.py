@@ -26,6 +26,7 @@ OWN_READERS = {
     "io/tensors.py": "verifies the checksum of a file",
     "io/text.py": "texts of the user, of any size",
     "io/rows.py": "files of the user, searched for NUL bytes in parts",
+    "training/runs/checkpoint_checksums.py": "checksums of files of any size",
     "layers/replicas.py": "messages of the other processes",
     "models/checkpoint.py": "models/ imports no other folder",
     "models/convert.py": "models/ imports no other folder",

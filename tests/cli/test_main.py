@@ -42,7 +42,7 @@ def test_scores_are_checked_before_anything_is_measured(checkpoint, capsys, monk
     [
         (["diagnose", "no/such-model"], "model: expected a Hub id"),
         (["diagnose", "./no-such-model"], "which does not exist"),
-        (["compare", "a", "b"], "report: expected"),
+        (["compare", "a", "b"], "runs: expected"),
         (
             ["fly"],
             "narrow, drop-layers, pack, quantize, fit, heal, finetune, compare, card, convert, env, got 'fly'",

@@ -322,7 +322,7 @@ def test_the_comparison_takes_each_placement_at_its_best_rate_and_skips_what_is_
                 pretrain(settings)
 
     monkeypatch.setattr(comparison, "train_all", in_this_process)
-    arguments = ["--runs", str(tmp_path / "runs"), "--placements", "pre", "lns", "post"]
+    arguments = ["--directory", str(tmp_path / "runs"), "--placements", "pre", "lns", "post"]
     arguments += ["--learning-rates", "1e-3", "1e-2", "--grid-steps", "3", "--steps", "4", "--seeds", "2"]
     comparison.main(arguments)
     assert len(trained) == len(set(trained)) == 3 * 2 + 3 * 2

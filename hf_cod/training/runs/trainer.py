@@ -167,9 +167,7 @@ def train(
     from hf_cod.training.runs.memory import MemoryCallback
     from hf_cod.training.runs.run_directory import last_checkpoint, last_steps
 
-    interrupt = SaveOnInterrupt()
-    if lasting:
-        callbacks = [*callbacks, interrupt, RecordChecksums()]
+    saving = [interrupt := SaveOnInterrupt(), RecordChecksums()]
     # Trainer sets use_cache to False, which would be saved with the model.
     with one_thread(model), cache_restored(unwrap(model).config), _own_names(model):
         trainer = (make_trainer or Trainer)(
@@ -178,7 +176,7 @@ def train(
             train_dataset=PackedText(windows, settings.total_steps * settings.batch_size, seed),
             data_collator=default_data_collator,
             optimizer_cls_and_kwargs=optimizer,
-            callbacks=[memory := MemoryCallback(beside), LastRecord(), *callbacks],
+            callbacks=[memory := MemoryCallback(beside), LastRecord(), *callbacks, *(saving if lasting else [])],
         )
         _show_progress(trainer)
         try:

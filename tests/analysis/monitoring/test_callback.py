@@ -185,7 +185,7 @@ def test_history_report_and_pictures(tmp_path, capsys):
     assert main(["history", str(tmp_path / "run"), "--output", str(tmp_path / "bare"), "--no-plots"]) == 0
     assert not (tmp_path / "bare" / "overview.png").exists()
     assert main(["history", str(tmp_path / "none")]) == 2
-    assert "history: expected a training history" in capsys.readouterr().err
+    assert "run: expected a training history" in capsys.readouterr().err
 
 
 def test_texts_are_cut_by_the_trainers_tokenizer(tmp_path):
