@@ -173,7 +173,12 @@ def passing_on(stack: Any, index: int) -> Iterator[list[int]]:
             return hidden
         # Another state of the first layer, such as Pegasus-X's global tokens, is an input of it as well.
         given = [args[i] if i < len(args) and _alike(args[i], own) else own for i, own in enumerate(output)]
-        return type(output)([hidden, *(before[-1] if before else given)[1:]])
+        handed = [hidden, *(before[-1] if before else given)[1:]]
+        return (
+            output._replace(**dict(zip(output._fields, handed, strict=True)))
+            if hasattr(output, "_fields")
+            else type(output)(handed)
+        )
 
     handles = [stack[index].register_forward_hook(return_input, with_kwargs=True)]
     if index:

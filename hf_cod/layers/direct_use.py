@@ -22,9 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 
 from hf_cod.io.text import Batch
+from hf_cod.layers.capturing import capturing_hooks
 from hf_cod.layers.layer_calls import observed_calls
 from hf_cod.layers.meta_weights import is_on_meta, on_zeros
-from hf_cod.layers.modes import cache_restored, modes_restored
+from hf_cod.layers.modes import cache_restored, modes_restored, modules_restored
 from hf_cod.layers.orientation import computes_otherwise, shape_of
 from hf_cod.layers.probe_inputs import probe_inputs
 from hf_cod.layers.sensitive_modules import LatentProjections
@@ -131,7 +132,8 @@ def _examined(model: nn.Module, batch: Batch | None) -> DirectUse:
     if found.failure is not None and is_on_meta(model):
         found = _pass(model, batch, zeros=True)
     written = [*found.written, *training.written]
-    return replace(found, written=written, without_gradients=training.without_gradients)
+    reasons = {**training.reasons, **found.reasons}  # Mamba reads some in training only, for its kernels
+    return replace(found, reasons=reasons, written=written, without_gradients=training.without_gradients)
 
 
 def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: bool = False) -> DirectUse:
@@ -142,7 +144,7 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
         # First, because it reads the weights of bitsandbytes' layers.
         block.enter_context(without_repacking(model))
         block.enter_context(modes_restored(model))
-        block.enter_context(_attributes_restored(model))
+        block.enter_context(modules_restored(model))
         block.enter_context(_without_cache(model))
         block.enter_context(torch.random.fork_rng(_cuda_devices(model)))
         _prepare(model, training)
@@ -180,7 +182,10 @@ def _prepare(model: nn.Module, training: bool) -> None:
     """Sets the mode, without hooks and compiled code, and without what changes a model in train mode."""
     model.train(training)
     for module in model.modules():
-        vars(module).update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
+        kept = OrderedDict(capturing_hooks(module))  # a model may read what transformers captures
+        vars(module).update(_forward_hooks=kept, _forward_pre_hooks=OrderedDict())
+        if training:  # a moving average is changed in place
+            module._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
         if isinstance(module, _BatchNorm):  # it would change its buffers
             module.eval()
         if getattr(module, "gradient_checkpointing", False):  # it would warn
@@ -277,18 +282,6 @@ def _without_cache(model: Any) -> Iterator[None]:
         if getattr(text, "use_cache", None) is not None:
             text.use_cache = False
         yield
-
-
-@contextmanager
-def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Restores each module's attributes, such as RWKV's record of what it has rescaled."""
-    before = [(vars(module), dict(vars(module))) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for attributes, values in before:
-            attributes.clear()
-            attributes.update(values)
 
 
 def _version(tensor: Tensor) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 from hf_cod.io.display import one_line
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import check_in_memory
+from hf_cod.layers.modes import modules_restored
 from hf_cod.layers.partial_forward import layer_states, run_layer
 from hf_cod.layers.probe_inputs import probe_inputs
 from hf_cod.layers.running import evaluation_mode
@@ -24,8 +25,8 @@ from hf_cod.layers.stack import DecoderLayers
 # Relative to the largest value. Both runs compute the same; a GPU may add in another order.
 TOLERANCE = 0.01
 
-# Model -> (name and number of its layers) -> what was found; weights do not matter.
-_known: WeakKeyDictionary[nn.Module, dict[tuple[str, int], tuple[int, str] | None]] = WeakKeyDictionary()
+# Model -> (name and number of its layers, names of inputs) -> what was found; weights do not matter.
+_known: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[int, str] | None]] = WeakKeyDictionary()
 
 
 def check_independent(stack: DecoderLayers, field: str, batches: Sequence[Batch] | None = None) -> None:
@@ -52,7 +53,7 @@ def check_independent(stack: DecoderLayers, field: str, batches: Sequence[Batch]
 
 def _dependent(stack: DecoderLayers, batch: Batch | None) -> tuple[int, str] | None:
     """The first layer that does not compute the same alone, and why; None if all do, or if that cannot be found out."""
-    place = (stack.layers_path, len(stack))
+    place = (stack.layers_path, len(stack), *sorted(batch or ()))
     found = _known.setdefault(stack.model, {})
     if place not in found:
         found[place] = _first_dependent(stack, batch)
@@ -66,7 +67,7 @@ def _first_dependent(stack: DecoderLayers, batch: Batch | None) -> tuple[int, st
         inputs, device = probe_inputs(stack.model, batch)
     except ValueError:  # weights without values
         return None
-    with evaluation_mode(stack), device:
+    with modules_restored(stack.model), evaluation_mode(stack), device:
         try:
             with layer_states(stack) as states:
                 stack.trunk(**inputs)

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
 from hf_cod.layers.meta_weights import is_on_meta, on_zeros
+from hf_cod.layers.modes import modules_restored
 from hf_cod.layers.running import evaluation_mode, hidden_input, hidden_output
 from hf_cod.layers.stack import DecoderLayers, is_norm
 
@@ -29,11 +30,13 @@ class LayerCopy:
     Attributes:
         layer: the copy.
         args, kwargs: what the model gives to the layer, with a random hidden state.
+        replaced: names of modules in it that the model has replaced while it ran.
     """
 
     layer: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    replaced: frozenset[str] = frozenset()
 
     @property
     def width(self) -> int:
@@ -46,7 +49,7 @@ class LayerCopy:
 
     def again(self) -> LayerCopy:
         """A copy with the same weights and inputs."""
-        return LayerCopy(copy.deepcopy(self.layer), self.args, self.kwargs)
+        return replace(self, layer=copy.deepcopy(self.layer))
 
 
 class NotRunError(Exception):
@@ -58,7 +61,12 @@ def copy_layers(stack: DecoderLayers, indices: Iterable[int]) -> dict[int, Layer
 
     Layers that the forward pass does not run, or that cannot be run alone, have the reason instead.
     """
-    wanted = sorted(indices)
+    with modules_restored(stack.model):  # copied as they ran
+        return _copies(stack, sorted(indices))
+
+
+def _copies(stack: DecoderLayers, wanted: list[int]) -> dict[int, LayerCopy | NotRunError]:
+    before = {index: dict(stack[index].named_modules()) for index in wanted}
     try:
         seen = _inputs_of(stack, wanted)
     except Exception as error:  # whatever a model raises on inputs that it does not take
@@ -67,7 +75,9 @@ def copy_layers(stack: DecoderLayers, indices: Iterable[int]) -> dict[int, Layer
     found: dict[int, LayerCopy | NotRunError] = {}
     for index in wanted:
         try:
-            found[index] = _copied(stack[index], *seen[index])
+            taken = _copied(stack[index], *seen[index])
+            new = {name for name, module in stack[index].named_modules() if before[index].get(name) is not module}
+            found[index] = replace(taken, replaced=frozenset(new))
         except KeyError:
             found[index] = NotRunError("the model does not run the layer on a random input")
         except Exception as error:  # as above

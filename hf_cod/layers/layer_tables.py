@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_cod.io.display import one_line
 from hf_cod.layers.config_surgery import Changes
 from hf_cod.layers.devices import check_in_memory, execution_device
+from hf_cod.layers.modes import modules_restored
 from hf_cod.layers.outside import build_outside, changed_numbers
 from hf_cod.layers.partial_forward import running_only
 from hf_cod.layers.probe_inputs import probe_inputs
@@ -218,7 +219,7 @@ def _run(stack: DecoderLayers, channels: dict[str, int]) -> _Seen:
     inputs, where = probe_inputs(stack.model, device=execution_device(stack.model))
     handles = [stack.model.get_submodule(name).register_forward_hook(measure(name)) for name in channels]
     try:
-        with evaluation_mode(stack), running_only(stack, range(0), None), where:
+        with modules_restored(stack.model), evaluation_mode(stack), running_only(stack, range(0), None), where:
             for index, layer in enumerate(stack.module_list.children()):
                 layer.register_forward_pre_hook(keep(index), with_kwargs=True)
             output = stack.trunk(**inputs)

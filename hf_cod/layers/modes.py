@@ -19,6 +19,8 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 _held: WeakKeyDictionary[nn.Module, threading.Thread] = WeakKeyDictionary()  # module -> the thread that uses it
 _holding = threading.Lock()
+# What a module holds in dictionaries of its own.
+_ENTRIES = ("_modules", "_parameters", "_buffers")
 
 
 @contextmanager
@@ -86,6 +88,25 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def modules_restored(model: nn.Module) -> Iterator[None]:
+    """Restores each module's attributes, submodules, parameters and buffers at the end of the block; what is in the
+    tensors is not restored.
+
+    A forward pass may change them: BigBird replaces its attention when it runs on a few tokens.
+    """
+    before = [(vars(m), dict(vars(m)), [(vars(m)[n], dict(vars(m)[n])) for n in _ENTRIES]) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, values, entries in before:
+            attributes.clear()
+            attributes.update(values)
+            for held, contents in entries:
+                held.clear()
+                held.update(contents)
 
 
 @contextmanager

@@ -93,7 +93,8 @@ def layer_states(stack: DecoderLayers) -> Iterator[list[Any]]:
 
     def keep(index: int, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         check_first_call(stack, index, called)
-        before = (hidden_input(args, kwargs), last[0][1] if last else state_of(output)[1])
+        # Not the input of the layer, to which the model may have added something after the layer before: Qwen3-VL.
+        before = last[0] if last else (hidden_input(args, kwargs), state_of(output)[1])
         states.extend([before] * (index + 1 - len(states)))
         last[:] = [state_of(output)]
         if index == len(stack) - 1:

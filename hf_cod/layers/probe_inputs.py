@@ -23,7 +23,8 @@ def probe_inputs(
 
     Args:
         model: a transformers model, which may be on the meta device.
-        batch: its first sample is used, of text the first `TOKENS` tokens; None: an input by the model's config.
+        batch: of text the first `TOKENS` tokens of the first sample are used, else all of it; None: an input by the
+            model's config.
         device: where the model runs; None: that of its weights, the meta device also if they are offloaded.
     """
     first = next(model.parameters())
@@ -38,11 +39,10 @@ def probe_inputs(
 
 def _first_sample(batch: dict[str, Any]) -> dict[str, Any]:
     text = _OF_TEXT.issuperset(batch)
-    tensors = {name: t[:1] if isinstance(t, Tensor) and t.dim() else t for name, t in batch.items()}
-    if not text:
-        return tensors
+    if not text:  # whole, because images may be packed into one list of patches
+        return batch
     # Without the mask: all of the first tokens may be padding.
-    return {name: t[:, :TOKENS] for name, t in tensors.items() if name.endswith("input_ids")}
+    return {name: t[:1, :TOKENS] for name, t in batch.items() if name.endswith("input_ids")}
 
 
 def _by_config(model: Any) -> dict[str, Tensor]:

@@ -127,6 +127,7 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> LayerTable
         raise ValueError(f"model: expected a config that counts the layers of {stack.layers_path}, got none; use skip")
     if getattr(stack.config, "num_kv_shared_layers", 0) and sharing_modes(stack.config) is None:
         raise ValueError("model: expected layers with their own keys and values, got num_kv_shared_layers > 0")
+    attended = any(_attends(kind) for kind in getattr(stack.config, "layer_types", None) or [])
     with building_errors(stack.model):
         lists, tables = _shrink(stack, kept, changes)
         for name, wanted in lists.items():
@@ -135,7 +136,7 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> LayerTable
                 f"{wanted} for {name}, which it computes otherwise; remove whole periods of the pattern of layers, or "
                 "use skip"
             )
-    _check_cache(stack)
+    _check_cache(stack, attended)
     tables.check_plain()
     scale_numbers(stack, changes)
     check_config_builds(stack, tables.shapes)
@@ -143,9 +144,15 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> LayerTable
     return tables
 
 
-def _check_cache(stack: DecoderLayers) -> None:
-    """Checks that the KV cache of an encoder-decoder still has room for each layer of its decoder."""
+def _check_cache(stack: DecoderLayers, attended: bool) -> None:
+    """Checks that the KV cache counts tokens, and has room for each layer of the decoder of an encoder-decoder."""
     model: Any = stack.model
+    kinds = getattr(stack.config, "layer_types", None) or []
+    if attended and not any(_attends(kind) for kind in kinds):
+        raise ValueError(
+            f"layers: expected to keep a layer of attention, by which the cache of {type(model).__name__} counts its "
+            f"tokens, got {kinds}"
+        )
     if stack.name != ENCODER or not model.can_generate():
         return
     decoder = len(find_decoder_layers(model, DECODER))
@@ -155,6 +162,11 @@ def _check_cache(stack: DecoderLayers) -> None:
             f"transformers sizes the KV cache of the {decoder} decoder layers by them, got {len(stack)}; first remove "
             "layers of the decoder, or use skip"
         )
+
+
+def _attends(kind: Any) -> bool:
+    """Whether a kind of layer in `layer_types` has a cache of keys and values."""
+    return "attention" in str(kind) and "linear" not in str(kind)
 
 
 def _kept(stack: DecoderLayers, layers: int | Iterable[int]) -> list[int]:

@@ -131,7 +131,7 @@ def _chosen(taken: LayerCopy, kinds: Sequence[str]) -> tuple[dict[str, Units], d
                 kind = options[0].kind
                 if kind not in kinds or kind in chosen:
                     continue
-                fitting = first_that_fits(taken, options)
+                fitting = _replaced(taken, options[0]) or first_that_fits(taken, options)
                 if isinstance(fitting, Units):
                     chosen[kind] = fitting
                 else:
@@ -140,6 +140,12 @@ def _chosen(taken: LayerCopy, kinds: Sequence[str]) -> tuple[dict[str, Units], d
         told = f"it cannot be measured alone ({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})"
         reasons = {kind: reasons.get(kind, told) for kind in kinds}
     return chosen, reasons
+
+
+def _replaced(taken: LayerCopy, units: Units) -> str | None:
+    """Why units cannot be removed: the model replaces their module while it runs, and would replace a smaller one."""
+    lost = next((name for name in changes_of(units, 1) if name in taken.replaced), None)
+    return None if lost is None else f"the model replaces {lost} while it runs"
 
 
 @dataclass

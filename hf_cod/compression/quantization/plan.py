@@ -83,7 +83,7 @@ def quantizable(
     return layers, left
 
 
-@renamed(stack="model", storage="settings")
+@renamed(storage="settings")
 @checked
 def plan_bits(
     model: nn.Module | DecoderLayers,
