@@ -48,6 +48,7 @@ class DirectUse:
         obstacles: name of a layer -> why it cannot be run by itself, see `LayerCalls`.
         tokens_first, without_gradients: names of layers, see `LayerCalls`.
         no_tensors: names of Linear-like modules whose output is no tensor.
+        in_training: as `reasons`, in train mode: Mamba reads more matrices there, for its kernels.
     """
 
     reasons: Mapping[str, str]
@@ -58,6 +59,7 @@ class DirectUse:
     tokens_first: Sequence[str] = ()
     without_gradients: Sequence[str] = ()
     no_tensors: Sequence[str] = ()
+    in_training: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def notes(self) -> list[str]:
@@ -117,7 +119,7 @@ def not_adaptable(stack: DecoderLayers) -> dict[str, str]:
     use = direct_use(stack.model)
     found: dict[str, str] = {}
     for name, module in (item for index in range(len(stack)) for item in stack.linears(index).items()):
-        if use.reasons.get(name) == UNCALLED:
+        if UNCALLED in (use.reasons.get(name), use.in_training.get(name)):
             found[name] = UNCALLED
         elif name in use.no_tensors:
             found[name] = f"a {type(module).__name__}, whose output is more than the product"
@@ -132,8 +134,7 @@ def _examined(model: nn.Module, batch: Batch | None) -> DirectUse:
     if found.failure is not None and is_on_meta(model):
         found = _pass(model, batch, zeros=True)
     written = [*found.written, *training.written]
-    reasons = {**training.reasons, **found.reasons}  # Mamba reads some in training only, for its kernels
-    return replace(found, reasons=reasons, written=written, without_gradients=training.without_gradients)
+    return replace(found, in_training=training.reasons, written=written, without_gradients=training.without_gradients)
 
 
 def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: bool = False) -> DirectUse:

@@ -19,8 +19,8 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 _held: WeakKeyDictionary[nn.Module, threading.Thread] = WeakKeyDictionary()  # module -> the thread that uses it
 _holding = threading.Lock()
-# What a module holds in dictionaries of its own.
-_ENTRIES = ("_modules", "_parameters", "_buffers")
+# What a module holds in dictionaries of its own; transformers adds hooks in a forward pass.
+_ENTRIES = ("_modules", "_parameters", "_buffers", "_forward_hooks")
 
 
 @contextmanager

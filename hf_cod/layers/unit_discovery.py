@@ -131,11 +131,12 @@ def _chosen(taken: LayerCopy, kinds: Sequence[str]) -> tuple[dict[str, Units], d
                 kind = options[0].kind
                 if kind not in kinds or kind in chosen:
                     continue
-                fitting = _replaced(taken, options[0]) or first_that_fits(taken, options)
-                if isinstance(fitting, Units):
+                fitting = first_that_fits(taken, options)
+                lost = _replaced(taken, fitting) if isinstance(fitting, Units) else fitting
+                if isinstance(fitting, Units) and lost is None:
                     chosen[kind] = fitting
                 else:
-                    reasons.setdefault(kind, fitting)
+                    reasons.setdefault(kind, str(lost))
     except Exception as error:  # whatever a layer raises without the rest of its model
         told = f"it cannot be measured alone ({type(error).__name__}: {str(error).partition(chr(10))[0][:80]})"
         reasons = {kind: reasons.get(kind, told) for kind in kinds}

@@ -303,8 +303,6 @@ def test_old_names_are_taken_with_a_warning():
         assert lora_ranks(model, scores, width=0.0) == lora_ranks(model, scores, relative_spread=0.0)
     with pytest.warns(DeprecationWarning, match="plan_depth: method is now called criterion"):
         assert plan_depth(model, 1, method="angular", batches=[batch_for(model)]).criterion == "angular"
-    with pytest.warns(DeprecationWarning, match="plan_bits: stack is now called model"):
-        assert plan_bits(stack=find_decoder_layers(model), bits=3) == plan_bits(model, 3)
     with pytest.warns(DeprecationWarning, match="DecoderLayers: path is now called layers_path") as caught:
         assert found.path == "model.layers"
     assert caught[0].filename == __file__
