@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from hf_cod import collect_statistics, diagnose, prune, recover
+from examples.tiny_architectures import build as build_type
+from examples.tiny_architectures import tiny_config
+from hf_cod import collect_statistics, diagnose, drop, plan_bits, plan_width, prune, recover
+from hf_cod.layers.direct_use import direct_use
 from tests.tiny_models import batch_for, build
 
 
@@ -54,3 +58,33 @@ def test_modes_and_flags_come_back_from_a_success():
     before = state_of(model)
     diagnose(model, batches=[batch_for(model)])
     assert state_of(model) == before
+
+
+def test_probes_leave_the_modules_that_a_model_replaces_on_a_few_tokens():
+    """BigBird's sparse attention requires many tokens; on the few of a probe the model replaces it by full attention."""
+    config = tiny_config("big_bird")
+    config.max_position_embeddings = 256
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    batch = {"input_ids": torch.randint(5, 80, (1, 128), generator=torch.Generator().manual_seed(0))}
+    before = {name: id(module) for name, module in model.named_modules()}
+    with torch.no_grad():
+        expected = model(**batch).logits
+    diagnose(model, batches=[batch], show_progress=False)
+    plan_bits(model, 4.0)
+    plan_width(model, 0.9)
+    with pytest.raises(ValueError, match="can describe"):
+        drop(model, 1)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, expected)
+
+
+def test_a_probe_in_training_leaves_moving_averages():
+    model = build_type("encoder/ibert")
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for module in model.modules():
+        if hasattr(module, "quant_mode"):
+            module.quant_mode = True
+    direct_use(model)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
