@@ -61,7 +61,7 @@ def test_modes_and_flags_come_back_from_a_success():
 
 
 def test_probes_leave_the_modules_that_a_model_replaces_on_a_few_tokens():
-    """BigBird's sparse attention requires many tokens; on the few of a probe the model replaces it by full attention."""
+    """BigBird's sparse attention requires many tokens; on the few of a probe it is replaced by full attention."""
     config = tiny_config("big_bird")
     config.max_position_embeddings = 256
     torch.manual_seed(0)
