@@ -151,8 +151,9 @@ class DecoderLayers(Sequence):
         """Class of module -> number of weights of layer `index` in no matrix (convolutions, ...), vectors excluded."""
         found: Counter[str] = Counter()
         for module in (m for _, m in self._modules_of(index) if not is_linear_like(m)):
-            listed = {id(p) for _, p in _expert_parameters(module)}
-            own = (p for p in module.parameters(recurse=False) if p.dim() > 1 and id(p) not in listed)
+            experts = {name for name, _ in _expert_parameters(module)}
+            named = module.named_parameters(recurse=False)
+            own = (p for name, p in named if p.dim() > 1 and name not in experts and "bias" not in name)
             found[type(module).__name__] += sum(p.numel() for p in own)
         return +found
 
