@@ -104,7 +104,7 @@ TESTED_BY = {
         "reporting/plots/__init__.py reporting/plots/colours.py reporting/plots/names.py reporting/plots/panels.py "
         "reporting/plots/trade_off.py reporting/plots/training_panels.py"
     ),
-    "reporting/test_model_card.py": "cli/commands/card.py reporting/settings.py",
+    "reporting/test_model_card.py": "cli/commands/card.py reporting/card_entries.py reporting/settings.py",
     "scoring/test_allocation.py": "scoring/layer_scores.py",
     "scoring/test_methods.py": "scoring/settings.py",
     "test_habits.py": "_version.py",

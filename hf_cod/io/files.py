@@ -131,8 +131,14 @@ def copy_aside(source: str | Path, path: str | Path) -> Path:
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Appends one line to a file, which is created if missing, and fsyncs it."""
+    """Appends one line to a file, which is created if missing, and fsyncs it.
+
+    Raises:
+        ValueError: the path is a link, through which the line would be written somewhere else.
+    """
     path = Path(path)
+    if path.is_symlink():
+        raise ValueError(f"output: expected a file of hf_cod, got {str(path)!r}, a link; remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:

@@ -104,8 +104,10 @@ def check_journal(path: Path) -> list[str]:
     """The lines of a journal, also a damaged one; none if it does not exist. Files of other origin are refused.
 
     Raises:
-        ValueError: it is a directory, or a file in which no line has the form of a result.
+        ValueError: it is a directory, a link that leads nowhere, or a file in which no line has the form of a result.
     """
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"output: expected a journal of hf_cod, got {str(path)!r}, a broken link; remove it")
     check_file("journal", path)
     if not path.is_file():
         return []

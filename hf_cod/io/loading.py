@@ -175,7 +175,8 @@ def _is_of_another_head(model: Any, key: str) -> bool:
     path = key.removeprefix(prefix).split(".")
     if path[0] == POOLER and (inside or headless):
         return getattr(model.base_model, POOLER, None) is None
-    if inside:
+    own = inside or (not headless and isinstance(getattr(model.base_model, path[0], None), nn.Module))
+    if own:  # a tied model may be saved without its head, and so without the prefix
         return False
     module: Any = model
     for depth, name in enumerate(path[:-1]):

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import transformers
@@ -47,6 +47,15 @@ def environment(device: Any = None, dtype: Any = None) -> dict[str, str]:
     if dtype is not None:
         found["dtype"] = str(dtype).removeprefix("torch.")
     return found
+
+
+class DropResults(TypedDict):
+    """The entry `layer_drop` of a report's results."""
+
+    metric: str
+    lower_is_better: bool
+    intact: float | None
+    without: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,8 @@ class RunReport:
         for name in ("curve", "validation"):
             if self.results.get(name) is not None:
                 _check_pairs(self.results[name], f"results.{name}")
+        if "layer_drop" in self.layers:
+            check_value(self.results.get("layer_drop"), DropResults, "results.layer_drop", {"nan": True})
         intervals = check_value(self.results.get("intervals") or {}, dict[str, Any], "results.intervals")
         for name, pairs in intervals.items():
             _check_pairs(pairs, f"results.intervals[{name!r}]")

@@ -44,14 +44,14 @@ def check_config_builds(stack: DecoderLayers, cut: Mapping[str, tuple[int, ...]]
             )
 
 
-def scale_numbers(stack: DecoderLayers, changes: Changes) -> None:
-    """Multiplies a number of the config with which the layers would be those that are kept, if there is one.
+def scale_numbers(stack: DecoderLayers, changes: Changes) -> bool:
+    """Multiplies a number of the config so that it describes the kept layers; returns whether there is such a number.
 
     MiniCPM3's `residual_scale` is `scale_depth`, divided by the root of the number of layers.
     """
     ratios = _ratios(stack)
     if len(ratios) != 1:
-        return
+        return False
     for name, value in [*vars(stack.config).items()]:
         if type(value) is float and value and not name.startswith("_"):
             attempt = Changes()
@@ -64,7 +64,8 @@ def scale_numbers(stack: DecoderLayers, changes: Changes) -> None:
             attempt.undo()
             if alike:
                 changes.set(stack.config, name, written)
-                return
+                return True
+    return False
 
 
 def _ratios(stack: DecoderLayers) -> set[float]:

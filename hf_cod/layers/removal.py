@@ -138,8 +138,12 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> LayerTable
             )
     _check_cache(stack, attended)
     tables.check_plain()
-    scale_numbers(stack, changes)
-    check_config_builds(stack, tables.shapes)
+    try:
+        check_config_builds(stack, tables.shapes)
+    except ValueError:
+        if not scale_numbers(stack, changes):
+            raise
+        check_config_builds(stack, tables.shapes)
     tables.check()
     return tables
 

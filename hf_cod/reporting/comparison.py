@@ -12,7 +12,7 @@ import torch
 from hf_cod.functional.depth import late_share
 from hf_cod.io.arguments import checked
 from hf_cod.io.markdown import escaped
-from hf_cod.io.report import RunReport, format_number
+from hf_cod.io.report import DropResults, RunReport, format_number
 from hf_cod.io.schema import check_value
 
 
@@ -23,19 +23,12 @@ class _Interval(TypedDict):
     confidence: float
 
 
-class _Drop(TypedDict):
-    metric: str
-    lower_is_better: bool
-    intact: float | None
-    without: list[float | None]
-
-
 # Entry of a report's results -> its type.
 _READ: dict[str, Any] = {
     "angular_distance": list[list[float | None]],
     "effective_depth": _Interval,
     "late_share": float,
-    "layer_drop": _Drop,
+    "layer_drop": DropResults,
 }
 
 

@@ -22,6 +22,7 @@ from hf_cod.io.requirements import requirement
 from hf_cod.io.schema import read_record
 from hf_cod.io.settings import resolve
 from hf_cod.models.families import FAMILIES, Family
+from hf_cod.reporting.card_entries import check_card_entries
 from hf_cod.reporting.result_card import TAG
 from hf_cod.reporting.settings import CardFields, CardSettings
 
@@ -66,6 +67,7 @@ def release(
     report = RunReport.load(run)
     if report.kind != "pretrain":
         raise ValueError(f"run: expected a run of pre-training, got one of {report.kind} in {str(run)!r}")
+    check_card_entries(report)
     readme = output / "README.md"
     if readme.is_file() and TAG not in read_text(readme, "output", errors="replace"):
         raise ValueError(
@@ -98,6 +100,7 @@ def model_card(report: RunReport, settings: CardSettings, pictures: list[str], m
     Raises:
         ValueError: a model of another type, or a file named in the settings does not exist or has another format.
     """
+    check_card_entries(report)
     name = settings.name or report.model.replace(" ", "-")
     family = _family(model_type)
     perplexity = report.results["validation_perplexity"]
@@ -228,9 +231,9 @@ def _training(report: RunReport) -> str:
         f"## Training\n\nText: {escaped(text)}. "
         f"{told['steps']} steps of {told['batch_size']} sequences of {told['sequence_length']} tokens; Adam without "
         f"weight decay or clipping, learning rate {told['learning_rate']:g} after a warm-up over a tenth of the steps, "
-        f"cosine decay to a tenth of it; {told['precision']}; seed {told['seed']}. The weights were rounded to "
-        "bfloat16 after all measurements.\n\n"
-        + f"Made with {', '.join(f'{key} {value}' for key, value in report.environment.items())}."
+        f"cosine decay to a tenth of it; {escaped(told['precision'])}; seed {told['seed']}. The weights were rounded "
+        "to bfloat16 after all measurements.\n\n"
+        + f"Made with {', '.join(escaped(f'{key} {value}') for key, value in report.environment.items())}."
     )
 
 

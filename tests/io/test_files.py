@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from hf_cod.io import files
-from hf_cod.io.files import JsonFile, fingerprint, looks_local
-from hf_cod.io.journal import Journal
+from hf_cod.io.files import JsonFile, append_line, fingerprint, looks_local
+from hf_cod.io.journal import Journal, check_journal
 
 
 @dataclass(frozen=True)
@@ -134,3 +134,12 @@ def test_a_journal_without_a_path_lives_in_memory(tmp_path, monkeypatch):
     journal = Journal(None, "mine")
     journal.add("a", 1)
     assert journal["a"] == 1 and names(tmp_path) == []
+
+
+def test_a_line_is_not_appended_through_a_link(tmp_path):
+    (tmp_path / "journal.jsonl").symlink_to(tmp_path / "outside.txt")
+    with pytest.raises(ValueError, match=r"^output: expected a file of hf_cod, got '.*journal\.jsonl', a link"):
+        append_line(tmp_path / "journal.jsonl", "{}")
+    with pytest.raises(ValueError, match=r"^output: expected a journal of hf_cod, got '.*', a broken link; remove it$"):
+        check_journal(tmp_path / "journal.jsonl")
+    assert not (tmp_path / "outside.txt").exists()

@@ -218,6 +218,21 @@ def test_heads_of_other_tasks_are_told_and_ignored(tmp_path, caplog):
     assert "BertForMaskedLM ignores weights of other heads in the checkpoint: 3 tensors: bert.pooler" in caplog.text
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama_tied"])
+def test_a_layer_too_many_is_refused_also_without_the_prefix_of_a_head(family, tmp_path):
+    """A tied model may be saved without its head, so that no name has the prefix."""
+    model = build(family)
+    model.base_model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = [type(model).__name__]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert type(load_model(str(tmp_path))[0]) is type(model)
+    counted = "n_layer" if "n_layer" in config else "num_hidden_layers"
+    (tmp_path / "config.json").write_text(json.dumps({**config, counted: config[counted] - 1}))
+    with pytest.raises(ValueError, match=r"expected .*weights"):
+        load_model(str(tmp_path))
+
+
 def test_a_pooler_that_nobody_trained_is_left_out(tmp_path):
     """It would be drawn at random, and be saved with the model."""
     model = build("bert")

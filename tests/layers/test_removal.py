@@ -32,6 +32,19 @@ def output(model, batch):
         return model(**batch)[0]
 
 
+def dropped(model, removed, directory):
+    """The model after `drop`, which computes what `skip` does, also if it is saved and loaded."""
+    batch = {"input_ids": torch.arange(3, 11)[None]}
+    with skip(model, removed):
+        expected = output(model, batch)
+    drop(model, removed)
+    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
+    model.save_pretrained(directory)
+    loaded = type(model).from_pretrained(directory).eval()
+    torch.testing.assert_close(output(loaded, batch), expected, atol=1e-6, rtol=1e-6)
+    return model
+
+
 @pytest.mark.parametrize("removed", [0, 2, [1, 3]])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_skip_computes_the_model_without_the_layers_and_leaves_no_trace(family, removed):
@@ -270,51 +283,24 @@ def test_drop_where_the_config_counts_or_describes_layers_in_a_second_field(kind
         sizes |= {"num_decoder_attention_heads": 4, "decoder_ffn_dim": 64}
     ids = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **ids)).eval()
-    batch = {"input_ids": torch.arange(3, 11)[None]}
-    with skip(model, [1]):
-        expected = output(model, batch)
-    assert drop(model, [1]) == [0, 2, 3]
-    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(output(loaded, batch), expected, atol=1e-6, rtol=1e-6)
+    dropped(model, [1], tmp_path)
 
 
 def test_drop_renumbers_overrides_by_layer(tmp_path):
     model = build_type("gemma4_unified_text")
-    batch = {"input_ids": torch.arange(3, 11)[None]}
-    with skip(model, [1]):
-        expected = output(model, batch)
-    assert drop(model, [1]) == [0, 2, 3]
-    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(output(loaded, batch), expected, atol=1e-6, rtol=1e-6)
+    dropped(model, [1], tmp_path)
 
 
 def test_drop_scales_a_number_that_is_divided_by_the_depth(tmp_path):
     """MiniCPM3 adds what a layer computes times `scale_depth` / √depth."""
-    model = build_type("minicpm3")
-    batch = {"input_ids": torch.arange(3, 11)[None]}
-    with skip(model, [1, 2]):
-        expected = output(model, batch)
-    drop(model, [1, 2])
+    model = dropped(build_type("minicpm3"), [1, 2], tmp_path)
     assert model.config.scale_depth == pytest.approx(1.4 / 2**0.5)
-    torch.testing.assert_close(output(model, batch), expected, atol=0, rtol=0)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(output(loaded, batch), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_drop_counts_consecutive_kinds_of_layers(tmp_path):
     """The first and the last layer of Dory run once, those between them several times."""
-    model = build_type("dory")
-    drop(model, [0, 1])
+    model = dropped(build_type("dory"), [0, 1], tmp_path)
     assert (model.config.n_input_layers, model.config.n_recurrent_layers, model.config.n_output_layers) == (0, 1, 1)
-    batch = {"input_ids": torch.arange(3, 11)[None]}
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(output(loaded, batch), output(model, batch), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -365,15 +351,8 @@ def test_skip_where_the_config_computes_the_kinds_of_layers(kind, removed):
 
 def test_drop_writes_out_a_pattern_of_layers(tmp_path):
     """RecurrentGemma repeats `block_types`; Jamba's period is a number, which cannot describe every stack."""
-    model = build_type("recurrent_gemma")
-    batch = {"input_ids": torch.arange(3, 11)[None]}
-    with skip(model, 1):
-        expected = output(model, batch)
-    drop(model, 1)
+    model = dropped(build_type("recurrent_gemma"), 1, tmp_path)
     assert model.config.block_types == ["recurrent", "attention", "recurrent"]
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(output(loaded, batch), expected, atol=1e-6, rtol=1e-6)
     other = build_type("jamba")
     before = snapshot(other)
     with pytest.raises(ValueError, match=r"^layers: expected kept layers .* for layer_types, which it computes"):

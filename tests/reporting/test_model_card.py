@@ -162,3 +162,24 @@ def test_a_users_files_in_the_output_stay(run, tmp_path):
     with pytest.raises(ValueError, match=r"output: expected no README\.md of other origin"):
         release(run, out)
     assert (out / "README.md").read_bytes() == "à moi".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "told"),
+    [
+        ("results", "layer_drop", None, "results.layer_drop: expected"),
+        ("results", "tokens", "many", "tokens: expected"),
+        ("results", "validation_perplexity", None, "validation_perplexity: expected"),
+        ("settings", "learning_rate", [1], "learning_rate: expected"),
+        ("settings", "norm_placement", "](http://x)", "norm_placement: expected one of"),
+    ],
+)
+def test_a_report_without_what_the_card_has_is_one_line(part, name, value, told, run, tmp_path):
+    report = json.loads((run / "report.json").read_text())
+    report[part] = {**report[part], name: value}
+    if name == "layer_drop":  # a measure of which the results say nothing
+        report["layers"][name] = report["layers"]["variance"]
+    (run / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=told):
+        release(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -118,7 +118,7 @@ def diagnose(
     if place is not None:
         report.settings["inputs"] = journals.inputs  # identifies weights and samples
         report.keep_earlier(place, resumable=metric.identity is not None)
-    wanted = _applicable(chosen.metrics, stack, task, report)
+    wanted = _applicable(chosen.metrics, stack, task, batches, report)
     if "layer_drop" in wanted and metric.compares and are_alternatives(stack.model):
         report.notes.append(f"layer_drop: {metric.name} is measured on the last hidden state of the {stack.name} tower")
     if texts is not None and report.settings["samples"] < chosen.max_samples:
@@ -169,18 +169,20 @@ def _checked_batches(batches: Iterable[Any]) -> list[Batch]:
     return made
 
 
-def _applicable(metrics: list[str] | None, stack: DecoderLayers, task: str, report: RunReport) -> list[str]:
+def _applicable(
+    metrics: list[str] | None, stack: DecoderLayers, task: str, batches: list[Batch], report: RunReport
+) -> list[str]:
     if metrics is not None:
         return metrics
-    reasons = {"gradient_norm": why_no_gradients(stack, task), "layer_drop": _why_dependent(stack)}
+    reasons = {"gradient_norm": why_no_gradients(stack, task), "layer_drop": _why_dependent(stack, batches)}
     report.notes.extend(f"{metric} was left out: {reason}" for metric, reason in reasons.items() if reason is not None)
     return [metric for metric in METRICS if reasons.get(metric) is None]
 
 
-def _why_dependent(stack: DecoderLayers) -> str | None:
+def _why_dependent(stack: DecoderLayers, batches: list[Batch]) -> str | None:
     """Why layers cannot be run without the earlier ones, or None."""
     try:
-        check_independent(stack, "layers")
+        check_independent(stack, "layers", batches)
     except ValueError as error:
         return str(error).partition(": ")[2]
     return None

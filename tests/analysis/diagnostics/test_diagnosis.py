@@ -202,7 +202,7 @@ def test_quantized_weights_have_no_gradient_norm():
     weight = model.model.layers[0].mlp.up_proj.weight
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
     report = diagnosis.RunReport("diagnose", "m", {}, {}, {}, {})
-    wanted = diagnosis._applicable(None, diagnosis.find_decoder_layers(model), "causal_lm", report)
+    wanted = diagnosis._applicable(None, diagnosis.find_decoder_layers(model), "causal_lm", [batch_for(model)], report)
     assert "gradient_norm" not in wanted and report.notes == ["gradient_norm was left out: weights are quantized"]
 
 
