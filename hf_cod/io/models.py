@@ -22,6 +22,7 @@ from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
 from hf_cod.io.model_config import building, check_model_config
 from hf_cod.io.quantized import naming_package
 from hf_cod.io.settings import ModelFields, ModelSettings, check_effect, resolve
+from hf_cod.models.stored_config import clear_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -275,6 +276,6 @@ def _forget_gguf(model: Any) -> None:
     Trainer to train them.
     """
     model.hf_quantizer, model.is_quantized = None, False
-    model.config._is_quantized = False
+    clear_quantized(model)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

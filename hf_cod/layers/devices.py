@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +51,20 @@ def check_in_memory(model: nn.Module) -> None:
             )
         if not any(each.place_submodules for each in hooks):
             left += [(f"{name}{child_name}.", child) for child_name, child in module.named_children()]
+
+
+@contextmanager
+def random_state_restored(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Restores torch's random state at the end of the block, of the CPU and of the model's GPUs.
+
+    Args:
+        model: the model that runs in the block.
+        seed: the state in the block; None: that of the caller.
+    """
+    with torch.random.fork_rng(sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_cod.io.text import Batch
 from hf_cod.layers.capturing import capturing_hooks
+from hf_cod.layers.devices import random_state_restored
 from hf_cod.layers.layer_calls import observed_calls
 from hf_cod.layers.meta_weights import is_on_meta, on_zeros
 from hf_cod.layers.modes import cache_restored, modes_restored, modules_restored
@@ -147,7 +148,7 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
         block.enter_context(modes_restored(model))
         block.enter_context(modules_restored(model))
         block.enter_context(_without_cache(model))
-        block.enter_context(torch.random.fork_rng(_cuda_devices(model)))
+        block.enter_context(random_state_restored(model))
         _prepare(model, training)
         block.enter_context(on_zeros(model) if zeros else nullcontext())
         named = {name.lstrip("."): m for name, m in walk(model, "") if _is_watched(m)}
@@ -287,7 +288,3 @@ def _without_cache(model: Any) -> Iterator[None]:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})

@@ -10,8 +10,8 @@ from typing import Any
 
 from hf_cod.layers.config_surgery import Changes
 
-# Fields that mean the state after a layer, counted from 0.
-LAYER_FIELDS = ("deepstack_visual_indexes",)
+# Fields that mean the state after a layer, counted from 0; a negative number is none.
+LAYER_FIELDS = ("deepstack_visual_indexes", "intermediate_hidden_state_indices", "insert_layer_id")
 # Fields that mean the state after a number of layers: 0 is that before the first one.
 STATE_FIELDS = ("intermediate_layers_indices",)
 # The same in the config of a model around a vision tower; negative numbers count from the end.
@@ -31,7 +31,8 @@ def mend_handed_on(config: Any, depth: int, kept: list[int], changes: Changes) -
         ValueError: two of the states would be the same one, or one would be that before the first layer.
     """
     for name in LAYER_FIELDS:
-        _mend(config, name, [sum(old <= layer for old in kept) - 1 for layer in _listed(config, name)], changes)
+        found = [layer if layer < 0 else sum(old <= layer for old in kept) - 1 for layer in _listed(config, name)]
+        _mend(config, name, found, changes)
     for name in STATE_FIELDS:
         _mend(config, name, [sum(old < state for old in kept) for state in _listed(config, name)], changes)
     _mend_stages(config, depth, kept, changes)
@@ -56,7 +57,8 @@ def _mend(config: Any, name: str, found: list[int], changes: Changes) -> None:
     before = vars(config).get(name)
     if not found:
         return
-    if len({*found}) < len({*_listed(config, name)}) or (name in LAYER_FIELDS and min(found) < 0):
+    listed = _listed(config, name)
+    if len({*found}) < len({*listed}) or (name in LAYER_FIELDS and min(found) < min(0, *listed)):
         raise ValueError(f"layers: expected one kept layer for each of {name}, got {before}; use skip")
     changes.set(config, name, found[0] if isinstance(before, int) else type(before)(found))
 

@@ -2,8 +2,7 @@
 
 A *table* is an embedding or a Linear whose outputs are blocks, one for each layer: depth * width channels. Tables are
 found by building the model on the meta device from its config before and after a change. That their blocks are in the
-order of the layers is measured: the model runs on a few tokens with layers that return their input, before and after,
-and each kept layer has to get the same inputs.
+order of the layers is measured by `marked_runs.py`.
 """
 
 from __future__ import annotations
@@ -15,27 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.io.display import one_line
 from hf_cod.layers.config_surgery import Changes
-from hf_cod.layers.devices import check_in_memory, execution_device
-from hf_cod.layers.modes import modules_restored
 from hf_cod.layers.outside import build_outside, changed_numbers
-from hf_cod.layers.partial_forward import running_only
-from hf_cod.layers.probe_inputs import probe_inputs
-from hf_cod.layers.running import evaluation_mode
 from hf_cod.layers.stack import DecoderLayers
-
-# Relative to the largest value. Products with fewer rows may be rounded otherwise, also in half precision; another
-# block is another number altogether.
-TOLERANCE = 0.03
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """One run with layers that return their input: the tensors that each layer gets, and the output of the model."""
-
-    given: list[list[Tensor]]
-    output: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,8 +35,12 @@ class LayerTables:
     depth: int
     widths: dict[str, int] = field(default_factory=dict)
     numbers: dict[tuple[str, str], int] = field(default_factory=dict)
-    _before: _Seen | None = None
     _hooks: list[Any] = field(default_factory=list)
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Name of a table -> its output channels before."""
+        return {name: self.depth * width for name, width in self.widths.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -79,25 +64,6 @@ class LayerTables:
             handle = module.register_forward_hook(_selecting(self.depth, self.widths[name], self.kept))
             changes.call(handle.remove)
             self._hooks.append(handle)
-
-    def check(self) -> None:
-        """Checks, when config and stack are those of the kept layers, that each of these gets what it got before.
-
-        Raises:
-            ValueError: the blocks of a table are in another order, or are used for something else.
-        """
-        if self._before is None:
-            return
-        try:
-            now = _run(self.stack, {})
-            reason = _difference(self._before, now, self.kept)
-        except Exception as error:  # whatever the forward of a model raises
-            reason = f"{type(error).__name__}: {one_line(str(error))}"
-        if reason:
-            raise ValueError(
-                f"layers: expected weights outside of the layers with one block for each, got {', '.join(self.widths)} "
-                f"in another order, or with another use ({reason})"
-            )
 
     def check_plain(self) -> None:
         """Checks that the weights of the tables can be cut.
@@ -128,7 +94,7 @@ class LayerTables:
             )
 
     def cut(self, changes: Changes) -> None:
-        """Replaces what `select` does by smaller weights, and checks the model again."""
+        """Replaces what `select` does by smaller weights."""
         for handle in self._hooks:
             handle.remove()
         for name, module in self._modules():
@@ -139,7 +105,6 @@ class LayerTables:
                 blocks = p.detach().unflatten(at, (self.depth, width)).index_select(at, index).flatten(at, at + 1)
                 changes.set(module, key, nn.Parameter(blocks, requires_grad=p.requires_grad))
             changes.set(module, "embedding_dim" if dimension else "out_features", len(self.kept) * width)
-        self.check()
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
         return ((name, self.stack.model.get_submodule(name)) for name in self.widths)
@@ -165,13 +130,7 @@ def find_layer_tables(stack: DecoderLayers, kept: list[int], mend: Callable[[Cha
         trial.undo()
     widths = _widths(before.channels, after.channels, len(stack), len(kept))
     numbers = changed_numbers(stack.model, before, after, widths)
-    seen = None
-    if widths and _has_values(stack.model):
-        try:
-            seen = _run(stack, {name: len(stack) * width for name, width in widths.items()})
-        except Exception:  # whatever the forward of a model raises: the order of the blocks is unknown
-            widths = {}
-    return LayerTables(stack, kept, len(stack), widths, numbers, seen)
+    return LayerTables(stack, kept, len(stack), widths, numbers)
 
 
 def _widths(before: dict[str, int], after: dict[str, int], depth: int, left: int) -> dict[str, int]:
@@ -181,14 +140,6 @@ def _widths(before: dict[str, int], after: dict[str, int], depth: int, left: int
         if channels != after.get(name) == width * left and not rest:
             found[name] = width
     return found
-
-
-def _has_values(model: nn.Module) -> bool:
-    try:
-        check_in_memory(model)
-    except ValueError:
-        return False
-    return True
 
 
 def _selecting(depth: int, width: int, kept: list[int]) -> Callable[..., Tensor]:
@@ -202,56 +153,3 @@ def _selecting(depth: int, width: int, kept: list[int]) -> Callable[..., Tensor]
 def _dimension(module: nn.Module) -> int:
     """The dimension of a weight that has the output channels."""
     return 1 if isinstance(module, nn.Embedding) else 0
-
-
-@torch.no_grad()
-def _run(stack: DecoderLayers, channels: dict[str, int]) -> _Seen:
-    """Runs the model with layers that return their input; modules of these output channels have to run."""
-    given: list[list[Tensor]] = [[] for _ in stack]
-    seen: dict[str, int] = {}
-
-    def keep(index: int) -> Callable[..., None]:
-        return lambda module, args, kwargs: given[index].extend(t.cpu() for t in _tensors((args, kwargs)))
-
-    def measure(name: str) -> Callable[..., None]:
-        return lambda module, args, output: seen.update({name: output.shape[-1]})
-
-    inputs, where = probe_inputs(stack.model, device=execution_device(stack.model))
-    handles = [stack.model.get_submodule(name).register_forward_hook(measure(name)) for name in channels]
-    try:
-        with modules_restored(stack.model), evaluation_mode(stack), running_only(stack, range(0), None), where:
-            for index, layer in enumerate(stack.module_list.children()):
-                layer.register_forward_pre_hook(keep(index), with_kwargs=True)
-            output = stack.trunk(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if seen != channels:
-        raise ValueError(f"expected modules of {channels} channels, got {seen}")
-    return _Seen(given, output if isinstance(output, Tensor) else output[0])
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
-
-
-def _difference(before: _Seen, now: _Seen, kept: list[int]) -> str | None:
-    for index, old in enumerate(kept):
-        if len(now.given[index]) != len(before.given[old]):
-            return f"layer {old} gets other inputs"
-        if not all(map(_alike, now.given[index], before.given[old])):
-            return f"layer {old} gets other values"
-    return None if _alike(now.output, before.output) else "its outputs differ even without the layers"
-
-
-def _alike(got: Tensor, expected: Tensor) -> bool:
-    if got.shape != expected.shape or not expected.is_floating_point():
-        return torch.equal(got, expected)
-    got, expected = got.float(), expected.float()
-    finite = expected[expected.isfinite()].abs()
-    scale = float(finite.max()) if finite.numel() else 0.0
-    return torch.allclose(got, expected, rtol=0, atol=TOLERANCE * scale, equal_nan=True)

@@ -57,24 +57,33 @@ def running_only(stack: DecoderLayers, layers: range, before: State | None) -> I
         check_first_call(stack, layers[-1], called)
         outputs.append(state_of(output))
 
-    modules = stack.module_list._modules
-    passages = OrderedDict(modules)
+    passages = OrderedDict(stack.module_list._modules)
     rest = None if before is None else before[1]
     for i in range(len(stack)):
         if i < layers.start:
             # In place of each, because the model may pass over the last one.
-            passages[str(i)] = _Passage(stack[i], None if before is None else before[0], lambda: rest)
+            passages[str(i)] = Passage(stack[i], None if before is None else before[0], lambda: rest)
         elif i >= layers.stop:
-            passages[str(i)] = _Passage(stack[i], None, lambda: outputs[-1][1] if outputs else rest)
+            passages[str(i)] = Passage(stack[i], None, lambda: outputs[-1][1] if outputs else rest)
     handles = [stack[i].register_forward_hook(keep) for i in layers[-1:]]
+    try:
+        with exchanged_layers(stack, passages):
+            yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def exchanged_layers(stack: DecoderLayers, modules: OrderedDict[str, Any]) -> Iterator[None]:
+    """Within the block the model runs these modules in place of its layers."""
+    own = stack.module_list._modules
     with capturing_restored(stack.model):
         try:
-            stack.module_list._modules = passages
-            yield outputs
-        finally:
             stack.module_list._modules = modules
-            for handle in handles:
-                handle.remove()
+            yield
+        finally:
+            stack.module_list._modules = own
 
 
 @contextmanager
@@ -132,7 +141,7 @@ def state_of(output: Any) -> State:
     return hidden_output(output), tuple(output[1:]) if isinstance(output, (tuple, list)) else None
 
 
-class _Passage(nn.Module):
+class Passage(nn.Module):
     """Replaces a layer and returns the stored hidden state, or else its input.
 
     All other attributes that the model reads (for example the attention type) are those of the replaced layer, and
@@ -153,8 +162,13 @@ class _Passage(nn.Module):
         return getattr(self.__dict__["layer"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the layer does."""
         hidden = hidden_input(args, kwargs)
         if self.stored is not None:
             hidden = self.stored.to(hidden.device)
+        return self.with_rest(hidden)
+
+    def with_rest(self, hidden: Tensor) -> Any:
+        """The output of a layer with this hidden state."""
         rest = self.rest()
         return hidden if rest is None else (hidden, *rest)

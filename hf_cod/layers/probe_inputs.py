@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.modes import modes_restored
 from hf_cod.layers.task import model_inputs
 
 TOKENS = 8
@@ -51,11 +53,8 @@ def _by_config(model: Any) -> dict[str, Tensor]:
     ids = torch.arange(1, TOKENS + 1, device="cpu")[None]
     inputs = {"input_ids": ids}
     if main == "pixel_values" or _has_two_towers(model):
-        images = getattr(config, "vision_config", config)
-        size = getattr(images, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        pixels = torch.zeros(1, getattr(images, "num_channels", 3), height, width, device="cpu")
-        inputs = {"pixel_values": pixels, **(inputs if _has_two_towers(model) else {})}
+        pixels = _pixels(getattr(config, "vision_config", config))
+        inputs = {**pixels, **(inputs if _has_two_towers(model) else {})}
     elif main == "input_features":  # log-mel spectra, such as Whisper's, which has a fixed length
         frames = 2 * getattr(config, "max_source_positions", 50)
         inputs = {main: torch.zeros(1, getattr(config, "num_mel_bins", 80), frames, device="cpu")}
@@ -64,6 +63,60 @@ def _by_config(model: Any) -> dict[str, Tensor]:
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
     return inputs
+
+
+def image_inputs(model: Any) -> dict[str, Tensor] | None:
+    """One sample of text with an image, for a model that reads both; None for other models, or if none can be made.
+
+    The image is given as pixels, or as patches if the model reads `image_grid_thw`.
+    """
+    config: Any = getattr(model, "config", None)
+    vision = getattr(config, "vision_config", None)
+    accepted = inspect.signature(model.forward).parameters
+    if vision is None or not {"input_ids", "pixel_values"} <= accepted.keys():
+        return None
+    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    try:
+        inputs = to_device(
+            _patches(vision) if "image_grid_thw" in accepted else _pixels(vision), execution_device(model)
+        )
+        dtype = next(model.parameters()).dtype
+        inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+        places = [] if token is None else [token] * _count_features(model, inputs)
+    except Exception:  # whatever a model raises whose images have another form
+        return None
+    inputs["input_ids"] = torch.tensor([[1, 2, *places, 3, 4]], device="cpu")
+    if token is not None and "mm_token_type_ids" in accepted:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).int()
+    return inputs
+
+
+@torch.no_grad()
+def _count_features(model: Any, inputs: dict[str, Tensor]) -> int:
+    """The number of tokens that an image takes in the text."""
+    with modes_restored(model):
+        found = model.eval().get_image_features(**inputs)
+    features = getattr(found, "pooler_output", found)
+    each = features if isinstance(features, (tuple, list)) else [features]
+    return sum(t.numel() for t in each) // model.config.get_text_config().hidden_size
+
+
+def _patches(vision: Any) -> dict[str, Tensor]:
+    """An image of 2 x 2 tokens, each merged from several patches, one row for each patch."""
+    side = 2 * vision.spatial_merge_size
+    channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
+    width = channels * vision.temporal_patch_size * vision.patch_size**2
+    return {"pixel_values": _noise(side**2, width), "image_grid_thw": torch.tensor([[1, side, side]], device="cpu")}
+
+
+def _pixels(vision: Any) -> dict[str, Tensor]:
+    size = getattr(vision, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"pixel_values": _noise(1, getattr(vision, "num_channels", 3), height, width)}
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def _has_two_towers(model: nn.Module) -> bool:

@@ -145,6 +145,9 @@ def differences(mine: Mapping[str, nn.Module], other: Mapping[str, nn.Module]) -
         for key in here.keys() | there.keys():
             if not _equal(here.get(key), there.get(key)):
                 yield Difference(f"{name}.{key}", here.get(key), there.get(key))
+        kinds = (_kind(mine.get(name)), _kind(other.get(name)))
+        if None not in kinds and kinds[0] != kinds[1]:
+            yield Difference(f"{name}.class", *kinds)
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -162,3 +165,8 @@ def _description(module: nn.Module) -> dict[str, Any]:
         if isinstance(value, (int, float, str)) and key not in MODES and not key.startswith("_")
     }
     return {**settings, **weights}
+
+
+def _kind(module: nn.Module | None) -> str | None:
+    """The class of a model's own module; None for others, such as packed weights in place of a Linear."""
+    return type(module).__name__ if type(module).__module__.startswith("transformers.models.") else None

@@ -10,6 +10,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import nn
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
+from hf_cod.io.quantized import check_unquantized
 from hf_cod.layers.capturing import capturing_restored
+from hf_cod.layers.checks import name_of
 from hf_cod.layers.config_surgery import (
     Changes,
     building_errors,
@@ -31,6 +34,7 @@ from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.handed_on import mend_features, mend_handed_on
 from hf_cod.layers.key_sharing import SHARING_MODES, check_sources, mend_sharing, sharing_modes
 from hf_cod.layers.layer_tables import LayerTables, find_layer_tables
+from hf_cod.layers.marked_runs import MarkedRuns
 from hf_cod.layers.modes import for_one_thread, one_thread
 from hf_cod.layers.rebuilding import MODES, check_config_builds, scale_numbers
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -61,9 +65,9 @@ def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
     changes = Changes()
     with one_thread(model), capturing_restored(stack.model):
         try:
-            lists, tables = _shrink(stack, _kept(stack, layers), changes)
+            lists, _, runs = _shrink(stack, _kept(stack, layers), changes)
             pin_lists(stack.config, lists, changes)
-            tables.check()
+            runs.check()
             yield
         finally:
             changes.undo()
@@ -98,7 +102,10 @@ def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
     stack = find_decoder_layers(model, layers_path)
     changes = Changes()
     try:
-        _drop(stack, kept, changes).cut(changes)
+        tables, runs = _drop(stack, kept, changes)
+        if tables.widths:
+            tables.cut(changes)
+            runs.check()
     except BaseException:
         changes.undo()
         raise
@@ -121,15 +128,16 @@ def check_drop(model: nn.Module, layers: int | Iterable[int], layers_path: str |
         changes.undo()
 
 
-def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> LayerTables:
-    """All that `drop` does, but for the weights of the tables."""
+def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[LayerTables, MarkedRuns]:
+    """All that `drop` does, but for the weights of the tables; returns these, and runs of the intact model."""
     if stack.config is None:
         raise ValueError(f"model: expected a config that counts the layers of {stack.layers_path}, got none; use skip")
+    check_unquantized(stack.model, name_of(stack))
     if getattr(stack.config, "num_kv_shared_layers", 0) and sharing_modes(stack.config) is None:
         raise ValueError("model: expected layers with their own keys and values, got num_kv_shared_layers > 0")
     attended = any(_attends(kind) for kind in getattr(stack.config, "layer_types", None) or [])
     with building_errors(stack.model):
-        lists, tables = _shrink(stack, kept, changes)
+        lists, tables, runs = _shrink(stack, kept, changes)
         for name, wanted in lists.items():
             raise ValueError(
                 f"layers: expected kept layers that the config of {type(stack.model).__name__} can describe, got "
@@ -144,8 +152,8 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> LayerTable
         if not scale_numbers(stack, changes):
             raise
         check_config_builds(stack, tables.shapes)
-    tables.check()
-    return tables
+    runs.check()
+    return tables, runs
 
 
 def _check_cache(stack: DecoderLayers, attended: bool) -> None:
@@ -196,14 +204,19 @@ def _check_unshared(stack: DecoderLayers) -> None:
                 )
 
 
-def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[dict[str, list[Any]], LayerTables]:
-    """Keeps some layers; returns the lists by layer that the config computes otherwise than for these, and the tables
-    outside of the layers, which select the blocks of the kept ones."""
+def _shrink(
+    stack: DecoderLayers, kept: list[int], changes: Changes
+) -> tuple[dict[str, list[Any]], LayerTables, MarkedRuns]:
+    """Keeps some layers; returns the lists by layer that the config computes otherwise than for these, the tables
+    outside of the layers, which select the blocks of the kept ones, and runs of the intact model."""
     _check_unshared(stack)
     check_sources(stack.config, kept)
     modes = sharing_modes(stack.config)
     layers, depth, called = [stack[i] for i in kept], len(stack), stack.name  # found by the length of the whole stack
     tables = find_layer_tables(stack, kept, partial(_mend_configs, stack, kept, depth, called))
+    runs = MarkedRuns(stack, kept, [*tables.widths])
+    if runs.possible and runs.channels != tables.channels:
+        tables = replace(tables, widths={})  # a table that does not run may have its blocks in any order
     computed = {} if stack.config is None else derived_lists(stack.config, depth)
     _hand_on(stack, kept, changes)
     changes.set(stack.module_list, "_modules", OrderedDict((str(i), layer) for i, layer in enumerate(layers)))
@@ -217,7 +230,7 @@ def _shrink(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[di
     if modes is not None:
         mend_sharing(stack, kept, modes, changes)
         computed.pop(SHARING_MODES, None)  # a layer that nobody shares with may hand on its keys and values
-    return {} if stack.config is None else write_out(stack.config, computed, kept, changes), tables
+    return {} if stack.config is None else write_out(stack.config, computed, kept, changes), tables, runs
 
 
 def _mend_configs(stack: DecoderLayers, kept: list[int], depth: int, called: str | None, changes: Changes) -> None:

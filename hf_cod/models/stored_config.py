@@ -96,6 +96,17 @@ def unmark_stored(model: Any) -> bool:
     return True
 
 
+def clear_quantized(model: Any) -> None:
+    """Removes transformers' mark of quantized weights from the configs of a model and of the models inside of it.
+
+    Some models (Falcon Mamba) only ask whether their config has the mark.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            vars(config).pop("_is_quantized", None)
+
+
 @cache
 def _stored_class(family: Any) -> Any:
     """The stored variant of a family's class; it has the same name, by which Auto classes find stock models."""

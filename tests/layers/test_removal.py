@@ -13,7 +13,7 @@ from transformers import (
 
 from examples.tiny_architectures import build as build_type
 from examples.tiny_architectures import tiny_config
-from hf_cod import WidthPlan, drop, find_decoder_layers, narrow, skip
+from hf_cod import WidthPlan, drop, find_decoder_layers, narrow, quantize, skip
 from hf_cod.layers.removal import check_drop
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM
 from tests.fresh_processes import run_fresh
@@ -388,3 +388,13 @@ def _returning(stages):
     config = tiny_config("vision/dinov2")
     config.out_features = stages
     return config
+
+
+def test_quantized_weights_are_refused_with_their_name():
+    model = build("llama", intermediate_size=64, hidden_size=64)
+    quantize(model, bits=3)
+    with pytest.raises(ValueError, match=r"^model: expected plain floating-point weights, got weights stored by hf"):
+        drop(model, 1)
+    with skip(model, 1):
+        assert output(model, batch_for(model)).isfinite().all()
+    drop(model.dequantize(), 1)

@@ -21,7 +21,7 @@ from hf_cod.layers.replacement_modules import ignore_signs, keep_names, names_in
 from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.sensitive_modules import left_notes
 from hf_cod.layers.stack import find_decoder_layers
-from hf_cod.models.stored_config import mark_stored, unmark_stored
+from hf_cod.models.stored_config import clear_quantized, mark_stored, unmark_stored
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class OwlBnbQuantizer(HfQuantizer):
             if is_quantized(module):
                 replace_module(model, name, to_linear(module, dtype))
         unmark_stored(model)
-        model.config._is_quantized = False
+        clear_quantized(model)
         model.is_loaded_in_4bit = False
         return model.to(dtype)
 

@@ -20,7 +20,7 @@ from hf_cod.io.settings import resolve
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.replacement_modules import ignore_signs, keep_names, names_in, replace, signs
 from hf_cod.models.own_config import own_config
-from hf_cod.models.stored_config import mark_stored, unmark_stored
+from hf_cod.models.stored_config import clear_quantized, mark_stored, unmark_stored
 
 
 class SparseQuantizer(HfQuantizer):
@@ -72,7 +72,7 @@ class SparseQuantizer(HfQuantizer):
             if isinstance(module, SparseLinear):
                 replace(model, name, module.to_linear())
         unmark_stored(model)
-        model.config._is_quantized = False
+        clear_quantized(model)
         return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # save_pretrained makes it a string
 
     def is_serializable(self) -> bool:

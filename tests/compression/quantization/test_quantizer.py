@@ -71,6 +71,7 @@ def test_quantize_save_and_load_again(family, tmp_path):
     assert equal_files(tmp_path / "one", tmp_path / "two")
     dense = loaded.dequantize()
     assert not dense.is_quantized and not stored(dense)
+    assert not any(hasattr(module.config, "_is_quantized") for module in dense.modules() if hasattr(module, "config"))
     torch.testing.assert_close(outputs(dense), expected, atol=1e-4, rtol=1e-4)
     dense.save_pretrained(tmp_path / "dense")
     again = auto_of(family).from_pretrained(tmp_path / "dense")
