@@ -12,6 +12,7 @@ from typing import Any
 from hf_cod.io.module_names import given_names, matching
 from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stack import DecoderLayers
+from hf_cod.layers.stacks import named_stacks
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,26 @@ def choose_modules(stack: DecoderLayers, settings: Any) -> ModuleChoice:
 
 
 def other_notes(stack: DecoderLayers, done: str) -> list[str]:
-    """A sentence for a report that counts the weights of the layers that are in no matrix; none if all are in one.
+    """Sentences for a report on what is left out: weights of the layers that are in no matrix, and other stacks.
 
     Args:
         stack: the layers.
         done: what is not done to them, such as "pruned".
     """
+    notes = other_stacks(stack, done)
     found = sum((stack.other_weights(index) for index in range(len(stack))), Counter[str]())
-    if not found:
-        return []
     kinds = ", ".join(f"{name} ({weights:,})" for name, weights in sorted(found.items()))
-    return [f"{found.total():,} weights of the layers are not {done}, because they are in no matrix: {kinds}"]
+    told = f"{found.total():,} weights of the layers are not {done}, because they are in no matrix: {kinds}"
+    return [*notes, told] if found else notes
+
+
+def other_stacks(stack: DecoderLayers, done: str) -> list[str]:
+    """A sentence for a report on each other stack of a model that has several; see `other_notes`."""
+    return [
+        f"the {other.depth} layers of {other.name!r} ({other.path}) are not {done}; stack={other.name!r} names them"
+        for other in named_stacks(stack.model)
+        if other.path != stack.layers_path
+    ]
 
 
 def by_place(names: Iterable[str]) -> list[str]:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_cod import find_decoder_layers, prune
+from examples.tiny_architectures import build as build_type
+from hf_cod import factorize, find_decoder_layers, narrow, prune, quantize
 from hf_cod.layers.module_choice import by_place, choose_modules, in_layers
 from tests.tiny_models import MIXTURES, build, two_batches
 
@@ -89,3 +90,19 @@ def test_all_matrices_are_chosen_by_default():
         find_decoder_layers(build("llama")), type("Settings", (), {"include": None, "exclude": None})
     )
     assert not choice.notes("pruned") and not choice.identity and not choice.stack.excluded
+
+
+@pytest.mark.parametrize(
+    "treat",
+    [
+        lambda model, batches: prune(model, 0.5, "magnitude", stack="encoder"),
+        lambda model, batches: quantize(model, bits=3, stack="encoder"),
+        lambda model, batches: factorize(model, 0.9, "plain", stack="encoder"),
+        lambda model, batches: narrow(model, 0.7, "magnitude", "none", stack="encoder"),
+    ],
+)
+def test_reports_name_the_stacks_that_are_left_as_they_are(treat):
+    model = build_type("seq2seq/bart")
+    report = treat(model, None)
+    (told,) = [note for note in report.notes if "stack='decoder' names them" in note]
+    assert told.startswith("the 4 layers of 'decoder' (model.decoder.layers) are not ")

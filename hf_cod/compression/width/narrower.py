@@ -33,7 +33,7 @@ from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import ListedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
-from hf_cod.layers.module_choice import choose_modules
+from hf_cod.layers.module_choice import choose_modules, other_stacks
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.unit_discovery import find_all_units
@@ -142,7 +142,7 @@ def narrow(
     units = without_excluded(find_all_units(stack), choice)
     chosen = _plan(stack, units, plan, how.channel_multiple)
     kept = kept_units(units, chosen)
-    described = WidthReporter(stack, units, name, choice.notes("narrowed"))
+    described = WidthReporter(stack, units, name, [*choice.notes("narrowed"), *other_stacks(stack, "narrowed")])
     work = fingerprint_of_work(journal, stack.model, batches, method, compensation, kept, *choice.identity)
     taylor: Importance = {}
     if METHODS[method].gradients and batches:
