@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_cod.io.text import IGNORED_LABEL, Batch, check_batches
 from hf_cod.layers.checks import learnt_positions
 from hf_cod.layers.devices import check_in_memory
+from hf_cod.layers.stacks import has_two_towers
 from hf_cod.layers.task import CAUSAL_LM_SUFFIXES, LABELS, MASKED_LM_SUFFIXES
 
 # Inputs that replace a model's main input, and inputs of the decoder of an encoder-decoder.
@@ -172,7 +173,7 @@ def _needed(model: Any) -> list[tuple[str, ...]]:
     main = getattr(model, "main_input_name", None)
     if main is None:
         return []
-    if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):  # two towers, such as CLIP's
+    if has_two_towers(model):
         return [("input_ids",), ("pixel_values",)]
     config = model.config
     needed: list[tuple[str, ...]] = [(main, *_EMBEDDED)]

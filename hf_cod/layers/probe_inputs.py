@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.modes import modes_restored
+from hf_cod.layers.stacks import has_two_towers
 from hf_cod.layers.task import model_inputs
 
 TOKENS = 8
@@ -52,9 +53,9 @@ def _by_config(model: Any) -> dict[str, Tensor]:
     main = getattr(model, "main_input_name", "input_ids")
     ids = torch.arange(1, TOKENS + 1, device="cpu")[None]
     inputs = {"input_ids": ids}
-    if main == "pixel_values" or _has_two_towers(model):
+    if main == "pixel_values" or has_two_towers(model):
         pixels = _pixels(getattr(config, "vision_config", config))
-        inputs = {**pixels, **(inputs if _has_two_towers(model) else {})}
+        inputs = {**pixels, **(inputs if has_two_towers(model) else {})}
     elif main == "input_features":  # log-mel spectra, such as Whisper's, which has a fixed length
         frames = 2 * getattr(config, "max_source_positions", 50)
         inputs = {main: torch.zeros(1, getattr(config, "num_mel_bins", 80), frames, device="cpu")}
@@ -117,7 +118,3 @@ def _pixels(vision: Any) -> dict[str, Tensor]:
 
 def _noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
-
-
-def _has_two_towers(model: nn.Module) -> bool:
-    return hasattr(model, "get_text_features") and hasattr(model, "get_image_features")

@@ -207,7 +207,12 @@ def _count(module: nn.Module) -> int:
 
 def are_alternatives(model: Any) -> bool:
     """Whether a model is two towers beside each other, such as CLIP, neither of which is the main one."""
-    return hasattr(model, "get_text_features") and hasattr(model, "get_image_features") and not model.can_generate()
+    return has_two_towers(model) and not model.can_generate()
+
+
+def has_two_towers(model: Any) -> bool:
+    """Whether a model reads text and images by towers beside each other, such as CLIP or GIT."""
+    return hasattr(model, "get_text_features") and hasattr(model, "get_image_features")
 
 
 def _described(stacks: list[NamedStack]) -> str:
