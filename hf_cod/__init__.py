@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from hf_cod.io.text import load_texts as load_texts
     from hf_cod.io.text import split_samples as split_samples
     from hf_cod.io.text import token_batches as token_batches
-    from hf_cod.layers.removal import drop as drop
-    from hf_cod.layers.removal import skip as skip
+    from hf_cod.layers.removal.drop import drop as drop
+    from hf_cod.layers.removal.drop import skip as skip
     from hf_cod.layers.stack import DecoderLayers as DecoderLayers
     from hf_cod.layers.stack import find_decoder_layers as find_decoder_layers
     from hf_cod.models import fold_lns as fold_lns
@@ -137,7 +137,7 @@ _HOMES = {
     "collect_statistics": "analysis.statistics.layer_statistics",
     "compare": "reporting.comparison",
     "diagnose": "analysis.diagnostics.diagnosis",
-    "drop": "layers.removal",
+    "drop": "layers.removal.drop",
     "drop_layers": "compression.depth.dropper",
     "evaluate_tasks": "analysis.evaluation.lm_eval_tasks",
     "factorize": "compression.low_rank.factorizer",
@@ -161,7 +161,7 @@ _HOMES = {
     "quantize": "compression.quantization.quantize",
     "recover": "training.healing.recovery",
     "score_layers": "scoring.methods",
-    "skip": "layers.removal",
+    "skip": "layers.removal.drop",
     "split_samples": "io.text",
     "to_lns": "models",
     "token_batches": "io.text",

@@ -82,7 +82,7 @@ TESTED_BY = {
     "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py",
     "layers/test_capturing.py": "layers/partial_forward.py",
     "layers/test_layer_calls.py": "layers/input_gradients.py",
-    "layers/test_removal.py": "layers/config_surgery.py layers/rebuilding.py",
+    "layers/removal/test_drop.py": "layers/removal/config_surgery.py layers/removal/rebuilding.py",
     "layers/test_stack.py": "layers/weights.py",
     "layers/test_unit_discovery.py": (
         "layers/layer_copies.py layers/row_owners.py layers/unit_checks.py layers/units.py"

@@ -1,7 +1,7 @@
-"""The one file that depends on a model's internals: its stack of layers, and the modules in, before and after it.
+"""The stack of layers of a model, and the modules in, before and after it.
 
-A *layer* is a whole decoder (or encoder) block, counted from 0; a *module* is a matrix or norm inside it. All other
-files of the package use this one and do not look for modules by name.
+A *layer* is a whole decoder (or encoder) block, counted from 0; a *module* is a matrix or norm inside it. Modules are
+found by what they are and how they are used, not by their names.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import torch
 from examples.tiny_architectures import build as build_type
 from hf_cod import find_decoder_layers, prune, skip
 from hf_cod.layers.partial_forward import run_layer
-from tests.layers.test_removal import two_towers
+from tests.layers.removal.test_drop import two_towers
 from tests.tiny_models import FAMILIES, batch_for, build
 
 

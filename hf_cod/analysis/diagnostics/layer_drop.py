@@ -20,7 +20,7 @@ from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.partial_forward import State, check_finite, layer_states, running_only
-from hf_cod.layers.removal import skip
+from hf_cod.layers.removal.drop import skip
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 

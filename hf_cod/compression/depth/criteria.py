@@ -31,7 +31,7 @@ from hf_cod.layers.checks import name_of, sizes_of
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
-from hf_cod.layers.removal import check_drop
+from hf_cod.layers.removal.drop import check_drop
 from hf_cod.layers.running import progress
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import task_of

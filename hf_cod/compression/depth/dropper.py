@@ -20,7 +20,7 @@ from hf_cod.layers.checks import name_of, other_name, sizes_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.modes import for_one_thread
-from hf_cod.layers.removal import check_drop, drop
+from hf_cod.layers.removal.drop import check_drop, drop
 from hf_cod.layers.size import count_parameters
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 

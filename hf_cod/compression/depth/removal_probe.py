@@ -16,7 +16,7 @@ from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.independence import check_independent
 from hf_cod.layers.partial_forward import layer_states, run_layer, running_only
-from hf_cod.layers.removal import skip
+from hf_cod.layers.removal.drop import skip
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.task import model_inputs

@@ -26,7 +26,7 @@ from hf_cod.io.settings import SampleFields
 from hf_cod.io.text import Batches
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.independence import check_independent
-from hf_cod.layers.removal import check_drop
+from hf_cod.layers.removal.drop import check_drop
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.unit_discovery import find_all_units
 from hf_cod.models.shaping import check_shapeable

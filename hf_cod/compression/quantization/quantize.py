@@ -98,10 +98,7 @@ def quantize(
 
     config = resolve(quantize, OwlBnbConfig, config, fields)
     if getattr(model, "is_quantized", False):
-        raise ValueError(
-            "model: expected dense weights, got quantized ones (of a model with several stacks, one can be quantized); "
-            "call model.dequantize() first"
-        )
+        raise ValueError("model: expected dense weights, got quantized ones; call model.dequantize() first")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model without wrappers, got {type(model).__name__}")
     stack = find_decoder_layers(model, layers_path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_cod.layers.rebuilding import differences
+from hf_cod.layers.removal.rebuilding import differences
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
 from hf_cod.layers.units import CHANNELS, HEADS, LayerUnits
 from hf_cod.models.own_config import own_config

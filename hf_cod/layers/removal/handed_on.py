@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_cod.layers.config_surgery import Changes
+from hf_cod.layers.removal.config_surgery import Changes
 
 # Fields that mean the state after a layer, counted from 0; a negative number is none.
 LAYER_FIELDS = ("deepstack_visual_indexes", "intermediate_hidden_state_indices", "insert_layer_id")

@@ -2,7 +2,7 @@ import torch
 
 from examples.tiny_architectures import build
 from hf_cod import drop, find_decoder_layers, skip
-from hf_cod.layers.outside import build_outside, changed_numbers
+from hf_cod.layers.removal.outside import build_outside, changed_numbers
 
 NUMBER = ("model", "first_kv_shared_layer_idx")
 

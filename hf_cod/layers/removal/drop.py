@@ -21,7 +21,9 @@ from hf_cod.io.deprecation import renamed
 from hf_cod.io.quantized import check_unquantized
 from hf_cod.layers.capturing import capturing_restored
 from hf_cod.layers.checks import name_of
-from hf_cod.layers.config_surgery import (
+from hf_cod.layers.direct_use import check_unwritten
+from hf_cod.layers.modes import for_one_thread, one_thread
+from hf_cod.layers.removal.config_surgery import (
     Changes,
     building_errors,
     cache_depth,
@@ -30,13 +32,11 @@ from hf_cod.layers.config_surgery import (
     pin_lists,
     write_out,
 )
-from hf_cod.layers.direct_use import check_unwritten
-from hf_cod.layers.handed_on import mend_features, mend_handed_on
-from hf_cod.layers.key_sharing import SHARING_MODES, check_sources, mend_sharing, sharing_modes
-from hf_cod.layers.layer_tables import LayerTables, find_layer_tables
-from hf_cod.layers.marked_runs import MarkedRuns
-from hf_cod.layers.modes import for_one_thread, one_thread
-from hf_cod.layers.rebuilding import MODES, check_config_builds, scale_numbers
+from hf_cod.layers.removal.handed_on import mend_features, mend_handed_on
+from hf_cod.layers.removal.key_sharing import SHARING_MODES, check_sources, mend_sharing, sharing_modes
+from hf_cod.layers.removal.layer_tables import LayerTables, find_layer_tables
+from hf_cod.layers.removal.marked_runs import MarkedRuns
+from hf_cod.layers.removal.rebuilding import MODES, check_config_builds, scale_numbers
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.stacks import DECODER, ENCODER, VISION, ancestors
 from hf_cod.models.own_config import own_config

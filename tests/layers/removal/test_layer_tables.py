@@ -10,7 +10,7 @@ from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
 
 from examples.tiny_architectures import build
 from hf_cod import drop, factorize, find_decoder_layers, skip
-from hf_cod.layers.removal import check_drop
+from hf_cod.layers.removal.drop import check_drop
 
 IDS = torch.arange(3, 12)[None]
 TABLES = ("embed_tokens_per_layer", "per_layer_model_projection")

@@ -14,7 +14,7 @@ from transformers import (
 from examples.tiny_architectures import build as build_type
 from examples.tiny_architectures import tiny_config
 from hf_cod import WidthPlan, drop, find_decoder_layers, narrow, quantize, skip
-from hf_cod.layers.removal import check_drop
+from hf_cod.layers.removal.drop import check_drop
 from hf_cod.models import PLACEMENTS, CodLlamaConfig, CodLlamaForCausalLM
 from tests.fresh_processes import run_fresh
 from tests.references import without_layer

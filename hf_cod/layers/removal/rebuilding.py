@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_cod.layers.config_surgery import Changes, building_errors
+from hf_cod.layers.removal.config_surgery import Changes, building_errors
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
 from hf_cod.layers.stacks import inside_another, module_lists
 

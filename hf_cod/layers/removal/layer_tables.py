@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_cod.layers.config_surgery import Changes
-from hf_cod.layers.outside import build_outside, changed_numbers
+from hf_cod.layers.removal.config_surgery import Changes
+from hf_cod.layers.removal.outside import build_outside, changed_numbers
 from hf_cod.layers.stack import DecoderLayers
 
 

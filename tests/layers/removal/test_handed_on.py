@@ -3,7 +3,7 @@ import torch
 
 from examples.tiny_architectures import Case
 from hf_cod import drop, find_decoder_layers, skip
-from tests.layers.test_removal import output, snapshot, two_towers
+from tests.layers.removal.test_drop import output, snapshot, two_towers
 
 IMAGE = {"input_ids": torch.tensor([[3, 98, 98, 98, 98, 5]]), "pixel_values": torch.rand(1, 3, 16, 16)}
 

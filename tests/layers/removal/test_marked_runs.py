@@ -13,7 +13,7 @@ from transformers import (
 
 from examples.tiny_architectures import Case
 from hf_cod import drop, skip
-from tests.layers.test_removal import snapshot
+from tests.layers.removal.test_drop import snapshot
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
 
