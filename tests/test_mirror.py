@@ -79,7 +79,7 @@ TESTED_BY = {
     "examples/test_pretrain.py": "training/pretraining/checkpoints.py training/pretraining/preparation.py",
     "functional/test_low_rank.py": "functional/randomness.py",
     "io/test_settings.py": "compression/depth/settings.py io/deprecation.py",
-    "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py",
+    "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py layers/watched_weights.py",
     "layers/test_capturing.py": "layers/partial_forward.py",
     "layers/test_layer_calls.py": "layers/input_gradients.py",
     "layers/test_removal.py": "layers/config_surgery.py layers/rebuilding.py",

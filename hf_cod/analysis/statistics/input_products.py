@@ -78,7 +78,7 @@ class ProductsRecorder:
         self._readers.append(name)
 
     def _part(self) -> None:
-        """Gives a sum of their own to the matrices that shared one with a reader of the last input, but have not read it.
+        """Gives their own sum to the matrices that shared one with a reader of the last input and have not read it.
         A model may call a matrix once more with another input, or only in some passes.
         """
         for key in self._added:
