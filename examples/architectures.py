@@ -1,6 +1,6 @@
 """Each function of the package on a tiny random model of every architecture of transformers, with checks.
 
-    python examples/architectures.py --output architectures                      # some 15 minutes of one core
+    python examples/architectures.py --output architectures                      # some 50 minutes of one core
     python examples/architectures.py --types llama encoder/bert --checks drop quantize
     python examples/architectures.py --shard 0/2                                 # every second kind
 

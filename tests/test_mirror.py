@@ -72,7 +72,7 @@ TESTED_BY = {
         "compression/sparse/settings.py"
     ),
     "compression/width/test_narrower.py": (
-        "analysis/statistics/input_products.py compression/width/gradients.py compression/width/matrices.py "
+        "compression/width/gradients.py compression/width/matrices.py "
         "compression/width/methods.py compression/width/planning.py compression/width/settings.py "
         "compression/width/stock_config.py compression/width/width_plan.py compression/width/width_report.py"
     ),
