@@ -195,6 +195,7 @@ def _generates(case: Case) -> bool:
 def _generated(case: Case, model: Any, use_cache: bool) -> Tensor:
     """The logits of each generated token."""
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    settings["suppress_tokens"] = [90, 91, 92]  # those of images, videos and sound, of which there are no more
     told = {"output_logits": True, "return_dict_in_generate": True}
     given = inputs(case, model, IDS[:1])
     return torch.stack(model.generate(**given, use_cache=use_cache, **settings, **told).logits)
@@ -234,7 +235,8 @@ def passing_on(stack: Any, index: int, own: bool = True) -> Iterator[list[int]]:
             else type(output)(handed)
         )
 
-    handles = [stack[index].register_forward_hook(return_input, with_kwargs=True)]
+    # First, because transformers captures hidden states by hooks as well.
+    handles = [stack[index].register_forward_hook(return_input, with_kwargs=True, prepend=True)]
     if index:
         handles.append(stack[index - 1].register_forward_hook(lambda module, args, output: before.append(output)))
     try:
