@@ -6,13 +6,12 @@ import inspect
 from typing import Any
 
 import torch
+from architecture_images import with_images
 from tiny_architectures import LANGUAGE, SEQ2SEQ, VISION, Case
 from torch import Tensor
 
 IDS = torch.randint(5, 80, (3, 9), generator=torch.Generator().manual_seed(1))
-_IMAGE = 90  # the image token of `tiny_architectures.SIZES`
 NO_LOSS = ("git", "perceiver")  # types whose loss requires images or text of one length
-_PLACES = slice(2, 6)  # of the four image tokens in a sample
 
 
 def batches_for(case: Case, model: Any) -> list[dict[str, Tensor]]:
@@ -24,7 +23,7 @@ def inputs(case: Case, model: Any, ids: Tensor) -> dict[str, Tensor]:
     """What a model, or the encoder of one, reads: one sample for each row of `ids`."""
     main = model.main_input_name
     if case.images:
-        return _text_with_images(case, model, ids)
+        return with_images(case, model, ids)
     if main == "inputs":
         return {main: ids, "attention_mask": torch.ones_like(ids)}
     if main.startswith("pixel_values") or _has_two_towers(model):
@@ -57,22 +56,6 @@ def _text(case: Case, model: Any, ids: Tensor) -> dict[str, Tensor]:
     if case.group == LANGUAGE and "token_type_ids" in inspect.signature(model.forward).parameters:
         found["token_type_ids"] = torch.zeros_like(ids)
     return found
-
-
-def _text_with_images(case: Case, model: Any, ids: Tensor) -> dict[str, Tensor]:
-    ids = ids.clone()
-    ids[:, _PLACES] = _IMAGE
-    found = _text(case, model, ids)
-    if case.type == "gemma3":
-        found["token_type_ids"] = (ids == _IMAGE).long()
-    if case.type != "qwen2_5_vl":
-        return {**found, **_pixels(model, len(ids))}
-    # One row for each patch of all images: 4 x 4 patches a sample, of which 2 x 2 are merged into one token.
-    vision = model.config.vision_config
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    grid = torch.tensor([[1, 4, 4]] * len(ids))
-    kinds = (ids == _IMAGE).int()
-    return {**found, "pixel_values": _random(16 * len(ids), width), "image_grid_thw": grid, "mm_token_type_ids": kinds}
 
 
 def _pixels(model: Any, samples: int) -> dict[str, Tensor]:

@@ -28,6 +28,15 @@ class WrongResult(Exception):
     """A result that differs from the reference, without an error or a note."""
 
 
+class Remark(str):
+    """A note on what works: nothing is excluded."""
+
+
+def is_refusal(error: ValueError) -> bool:
+    """Whether an error is one of this package, which says what was expected; else it is that of another library."""
+    return re.match(r"[a-z_]+: .*\bexpected\b", " ".join(str(error).split())) is not None
+
+
 def require(condition: bool, otherwise: str) -> None:
     """Raises WrongResult if `condition` is false."""
     if not condition:
@@ -68,6 +77,43 @@ def main_output(found: Any) -> Tensor:
     return next(t for t in found.values() if isinstance(t, Tensor) and t.is_floating_point()).flatten().float()
 
 
+@contextmanager
+def unchanged_if_refused(model: Any) -> Iterator[None]:
+    """Requires that a model is as it was before if the block raises ValueError: weights, buffers, modules, configs."""
+    before = _described(model)
+    tensors = {name: tensor.clone() for name, tensor in _tensors(model)}
+    try:
+        yield
+    except ValueError as error:
+        after, why = _described(model), f"after the refusal ({' '.join(str(error).split())[:100]})"
+        for name, value in before.items():
+            require(after.get(name) == value, f"{name} has changed {why}: {value} is now {after.get(name)}"[:400])
+        require(after.keys() == before.keys(), f"{sorted(after.keys() - before.keys())[:3]} are new {why}")
+        for name, tensor in _tensors(model):
+            require(torch.equal(tensor, tensors[name]), f"{name} has changed {why}")
+        raise
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _described(model: Any) -> dict[str, Any]:
+    """Shape and flag of each tensor; class, mode, hooks and plain attributes of each module; each config."""
+    found: dict[str, Any] = {name: (t.shape, t.dtype, t.requires_grad) for name, t in _tensors(model)}
+    configs: set[int] = set()
+    for name, module in model.named_modules():
+        own = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+        hooks = [len(vars(module)[f"_forward{kind}_hooks"]) for kind in ("", "_pre")]
+        found[f"module {name}"] = (type(module), hooks, own)
+        config = vars(module).get("config")
+        if hasattr(config, "to_dict") and id(config) not in configs:
+            configs.add(id(config))
+            found[f"config of {name}"] = config.to_dict()
+    return found
+
+
 def check_reload(case: Case, model: Any) -> None:
     """Requires that a new process that loads the saved model gets the same outputs."""
     batch = batches_for(case, model)[0]
@@ -95,12 +141,12 @@ def naive_angles(case: Case, model: Any) -> list[float | None]:
     run."""
     stack = find_decoder_layers(model, case.stack)
     angles: list[list[Tensor]] = [[] for _ in stack]
-    samples = 0
+    samples = tokens = 0
 
     def hook(index: int) -> Any:
         def measure(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             x, y = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, (tuple, list)) else out
-            if x.dim() == 4 and x.shape[2] == IDS.shape[1]:  # streams first, as of Gemma 3n
+            if x.dim() == 4 and x.shape[2] == tokens:  # streams first, as of Gemma 3n
                 x, y = x.movedim(0, 2), y.movedim(0, 2)
             if x.dim() == 3 and len(x) != samples == x.shape[1]:  # tokens first, as of XLNet
                 x, y = x.transpose(0, 1), y.transpose(0, 1)
@@ -112,7 +158,7 @@ def naive_angles(case: Case, model: Any) -> list[float | None]:
     handles = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(stack)]
     try:
         for batch in batches_for(case, model):
-            samples = len(next(iter(batch.values())))
+            samples, tokens = len(next(iter(batch.values()))), next(iter(batch.values())).shape[-1]
             with torch.no_grad(), evaluation_mode(stack):  # without a cache, with which FSMT reads later tokens, too
                 model(**batch)
     finally:
@@ -149,6 +195,7 @@ def _generates(case: Case) -> bool:
 def _generated(case: Case, model: Any, use_cache: bool) -> Tensor:
     """The logits of each generated token."""
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    settings["suppress_tokens"] = [90, 91, 92]  # those of images, videos and sound, of which there are no more
     told = {"output_logits": True, "return_dict_in_generate": True}
     given = inputs(case, model, IDS[:1])
     return torch.stack(model.generate(**given, use_cache=use_cache, **settings, **told).logits)
@@ -159,9 +206,15 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def passing_on(stack: Any, index: int) -> Iterator[list[int]]:
+def passing_on(stack: Any, index: int, own: bool = True) -> Iterator[list[int]]:
     """Within the block a layer runs, but hands on its input; what else layers return is that of the layer before. Adds
     to the list for each call; a model that calls the `forward` of its layers (SqueezeBERT) has no hooks.
+
+    Args:
+        stack: the layers.
+        index: the layer.
+        own: what else the first layer returns is its own, such as T5's position biases, which all layers use; False:
+            there is none, as for Zaya's first router, which has no router before it.
     """
     calls: list[int] = []
     before: list[Any] = []
@@ -172,7 +225,9 @@ def passing_on(stack: Any, index: int) -> Iterator[list[int]]:
         if not isinstance(output, (tuple, list)):
             return hidden
         # Another state of the first layer, such as Pegasus-X's global tokens, is an input of it as well.
-        given = [args[i] if i < len(args) and _alike(args[i], own) else own for i, own in enumerate(output)]
+        given = [
+            args[i] if i < len(args) and _alike(args[i], t) else (t if own else None) for i, t in enumerate(output)
+        ]
         handed = [hidden, *(before[-1] if before else given)[1:]]
         return (
             output._replace(**dict(zip(output._fields, handed, strict=True)))
@@ -180,7 +235,8 @@ def passing_on(stack: Any, index: int) -> Iterator[list[int]]:
             else type(output)(handed)
         )
 
-    handles = [stack[index].register_forward_hook(return_input, with_kwargs=True)]
+    # First, because transformers captures hidden states by hooks as well.
+    handles = [stack[index].register_forward_hook(return_input, with_kwargs=True, prepend=True)]
     if index:
         handles.append(stack[index - 1].register_forward_hook(lambda module, args, output: before.append(output)))
     try:
@@ -190,21 +246,22 @@ def passing_on(stack: Any, index: int) -> Iterator[list[int]]:
             handle.remove()
 
 
-def check_counted(stack: Any, counted: int) -> str | None:
-    """Requires that each matrix of a Linear of the layers is among the `counted` weights; says what else there is."""
-    whole = sum(p.numel() for p in {p for layer in stack for p in layer.parameters()} if p.dim() > 1)
-    others, left, banks = set(), 0, False
-    for module in {module for layer in stack for module in layer.modules()}:
-        own = [p for p in module.parameters(recurse=False) if p.dim() > 1]
-        bank = any(p.dim() == 3 for p in own) and any("expert" in name for name in vars(module))
-        banks |= bank
-        if own and not (hasattr(module, "in_features") or isinstance(module, Conv1D) or bank):
-            others.add(type(module).__name__)
-            left += sum(p.numel() for p in own)
-    if counted == whole:
-        return None
-    require(counted + left == whole or banks, f"{counted:,} weights counted and {left:,} others of {whole:,}")
-    return f"{whole - counted:,} of {whole:,} weights of the layers are in no matrix: {', '.join(sorted(others))}"
+def check_counted(stack: Any, counted: int, notes: list[str], done: str) -> str | None:
+    """Requires that the `counted` weights and those that notes of a report exclude are all of the layers, experts
+    included in either; vectors and biases are in neither. Returns the notes that exclude some.
+
+    Args:
+        stack: the layers.
+        counted: the number of weights that the report counts as done.
+        notes: of the report.
+        done: what the notes say is not done, such as "pruned".
+    """
+    own = {id(p): (name, p) for layer in stack for name, p in layer.named_parameters()}
+    whole = sum(p.numel() for name, p in own.values() if p.dim() > 1 and "bias" not in name.rpartition(".")[2])
+    excluding = [note for note in notes if re.match(rf"[\d,]+ weights of the layers are not {done}, because", note)]
+    left = sum(int(note.partition(" ")[0].replace(",", "")) for note in excluding)
+    require(counted + left == whole, f"{counted:,} weights are {done}, notes exclude {left:,}, of {whole:,}")
+    return excluding[0] if excluding else None
 
 
 def told_weights(notes: list[str], sizes: dict[str, int]) -> int:

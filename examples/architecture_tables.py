@@ -10,8 +10,15 @@ from typing import Any
 from architecture_checks import CHECKS
 from tiny_architectures import Case
 
-WORKS, EXCLUDED, REFUSED, WRONG = "works", "excluded", "refused", "wrong"
-RESULTS = (WORKS, EXCLUDED, REFUSED, WRONG)
+WORKS, EXCLUDED, REFUSED, WRONG, NOT_RUN = "works", "excluded", "refused", "wrong", "not run"
+RESULTS = (WORKS, EXCLUDED, REFUSED, WRONG, NOT_RUN)
+_TITLES = {
+    WRONG: "Wrong",
+    REFUSED: "Refused",
+    EXCLUDED: "Excluded",
+    WORKS: "Works, with single layers refused",
+    NOT_RUN: "Not run",
+}
 GROUPS = {
     "": "causal models",
     "seq2seq/": "encoder-decoders",
@@ -26,9 +33,11 @@ _HEAD = """# Architectures
 Each function of the package, on a tiny random model of every kind of model that transformers builds from a config of
 four layers. A function *works*; works and *excludes* something, which is either weights that it does not reach
 (counted here; reports do not name all of them) or a part of the check that the intact model itself does not pass; is
-*refused* by one ValueError that names the reason; or is *wrong*: a difference without a message, or any other error.
-At the end of a name, `+images` stands for batches of text with images, and `@vision` for the stack of that name;
-without it the default stack is changed, and training is not checked on others.
+*refused* by one ValueError that names the reason; is *wrong*: a difference without a message, or any other error; or
+was *not run*, because no images were found that the model takes. After each refusal the model's weights, buffers,
+modules and configs are compared with those before. At the end of a name, `+images` stands for batches of text with
+images, and `@vision` for the stack of that name; without it the default stack is changed, and training is not checked
+on others. Drop is checked on all stacks. Weights that are read only with a cache of earlier tokens are not looked for.
 
 {versions}. The command, which resumes and runs in shards:
 
@@ -52,7 +61,7 @@ def page(results: Results, versions: dict[str, str]) -> str:
     lines = [_HEAD.format(versions=told).rstrip()]
     lines += [f"| {name} | {' '.join((check.__doc__ or '').split())} |" for name, check in CHECKS.items()]
     lines += ["", "## Summary", *_summary(results)]
-    for result, title in ((WRONG, "Wrong"), (REFUSED, "Refused"), (EXCLUDED, "Excluded")):
+    for result, title in _TITLES.items():
         lines += ["", f"## {title}", "", *_reasons(results, result)]
     lines += ["", "## Not built", "", *_not_built(results)]
     return "\n".join(lines) + "\n"
@@ -68,8 +77,8 @@ def _summary(results: Results) -> Iterator[str]:
         banks = {kind for kind, found in checked.items() if found["built"]["experts"]}
         yield f"\n### {title.capitalize()}\n"
         yield f"{len(checked)} of {len(inside)} kinds are built; {_experts(len(banks))}.\n"
-        yield "| function | works | excludes | refused | wrong | works or excludes | without experts |"
-        yield "|---|---:|---:|---:|---:|---:|---:|"
+        yield "| function | works | excludes | refused | wrong | not run | works or excludes | without experts |"
+        yield "|---|---:|---:|---:|---:|---:|---:|---:|"
         for check in CHECKS:
             count = _counts(checked, check)
             few = _counts({kind: found for kind, found in checked.items() if kind not in banks}, check)
@@ -97,7 +106,7 @@ def _reasons(results: Results, result: str) -> Iterator[str]:
     examples: dict[str, str] = {}
     for kind, found in results.items():
         for check in CHECKS:
-            if check in found and found[check]["result"] == result:
+            if check in found and found[check]["result"] == result and found[check]["why"]:
                 reason = _reason(found[check]["why"])
                 functions.setdefault(reason, {})[check] = None
                 kinds.setdefault(reason, {})[kind] = None

@@ -1,6 +1,6 @@
 """Each function of the package on a tiny random model of every architecture of transformers, with checks.
 
-    python examples/architectures.py --output architectures                      # some 15 minutes of one core
+    python examples/architectures.py --output architectures                      # some 50 minutes of one core
     python examples/architectures.py --types llama encoder/bert --checks drop quantize
     python examples/architectures.py --shard 0/2                                 # every second kind
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import threading
 import traceback
@@ -29,14 +28,16 @@ from typing import Any
 import torch
 import transformers
 from architecture_checks import CHECKS, checks_of
+from architecture_images import NoImagesError
 from architecture_inputs import batches_for
-from architecture_references import ROUNDING, WrongResult, distance, outputs
+from architecture_references import ROUNDING, Remark, WrongResult, distance, is_refusal, outputs
 from architecture_reload import ReloadError, reloaded_outputs
-from architecture_tables import EXCLUDED, REFUSED, RESULTS, WORKS, WRONG, page
+from architecture_tables import EXCLUDED, NOT_RUN, REFUSED, RESULTS, WORKS, WRONG, page
 from tiny_architectures import Case, kinds
 from tqdm import tqdm
 
 import hf_cod
+from hf_cod import find_decoder_layers
 from hf_cod.io.files import fingerprint, write_json, write_text
 from hf_cod.io.journal import Journal
 
@@ -51,14 +52,14 @@ def tried(case: Case, check: str) -> dict[str, str]:
     except WrongResult as error:
         return {"result": WRONG, "why": str(error)}
     except ValueError as error:
-        told = re.match(r"[a-z_]+: .*\bexpected\b", _line(error)) is not None  # else it is the error of another library
+        told = is_refusal(error)
         return {"result": REFUSED if told else WRONG, "why": _line(error) if told else f"ValueError: {_line(error)}"}
     except ReloadError as error:
         return {"result": WRONG, "why": f"reload: {_line(error)}"}
     except Exception as error:  # any other error is one that a user would see as a traceback
         place = traceback.extract_tb(error.__traceback__)[-1]
         return {"result": WRONG, "why": f"{type(error).__name__} {os.path.basename(place.filename)}: {_line(error)}"}
-    return {"result": EXCLUDED if note else WORKS, "why": note or ""}
+    return {"result": EXCLUDED if note and not isinstance(note, Remark) else WORKS, "why": note or ""}
 
 
 @contextmanager
@@ -82,9 +83,13 @@ def _limited() -> Iterator[None]:
 
 def built(case: Case) -> dict[str, Any]:
     """Whether a tiny model of a kind can be built, run and loaded again here: {"why": None or why not, "experts":
-    whether its layers hold banks of experts}."""
+    whether its layers hold banks of experts, "no_images": why no images can be made for it, if it is to have some}."""
     try:
         model = case.build()
+        banks = any(p.dim() == 3 and "expert" in name for name, p in model.named_parameters())
+        if case.images:
+            find_decoder_layers(model, case.stack)
+            outputs(model, batches_for(case.without_images, model)[0])
         batch = batches_for(case, model)[0]
         again = reloaded_outputs(model, case.auto_class, batch, outputs)
         found = outputs(model, batch)
@@ -95,9 +100,10 @@ def built(case: Case) -> dict[str, Any]:
             why = "its outputs are random"
         elif distance(again, found) > ROUNDING:
             why = f"transformers loads it with other outputs: {distance(again, found):.1e}"
+    except NoImagesError as error:
+        return {"why": None, "experts": banks, "no_images": _line(error)}
     except Exception as error:  # whatever a config of these sizes raises
         return {"why": f"{type(error).__name__}: {_line(error)}", "experts": False}
-    banks = any(p.dim() == 3 and "expert" in name for name, p in model.named_parameters())
     return {"why": why, "experts": banks}
 
 
@@ -121,8 +127,13 @@ def sweep(
         case = Case(kind)
         results[kind] = {"built": _once(journal, f"{kind} built", partial(built, case), ())}
         if results[kind]["built"]["why"] is None:
+            unseen = results[kind]["built"].get("no_images")
             for check in (check for check in checks_of(case) if check in checks):
-                results[kind][check] = _once(journal, f"{kind} {check}", partial(tried, case, check), again)
+                results[kind][check] = (
+                    _once(journal, f"{kind} {check}", partial(tried, case, check), again)
+                    if unseen is None
+                    else {"result": NOT_RUN, "why": f"not run on images: {unseen}"}
+                )
         write_json(output / "architectures.json", {"versions": _versions(), "results": results})
         write_text(output / "architectures.md", page(results, _versions()))
     return results

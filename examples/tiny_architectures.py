@@ -57,7 +57,7 @@ SIZES: dict[str, Any] = {
     **_each("mamba_d_head mamba_head_dim mamba_headdim image_size", 16),
     **_each("linear_key_head_dim linear_value_head_dim linear_head_dim patch_size num_mel_bins", 8),
     **_each("num_frames tubelet_size", 2),
-    **_each("num_patches num_latents num_query_tokens mm_tokens_per_image", 4),
+    **_each("latent_query_num num_patches num_latents num_query_tokens mm_tokens_per_image", 4),
     **_each("hidden_size_per_layer_input query_pre_attn_scalar", 8),
     **_each("initializer_range initializer_factor init_std", 0.2),
     "qk_head_dim": 12,
@@ -73,11 +73,13 @@ SIZES: dict[str, Any] = {
     **_each("vision_end_token_id eoi_token_id eoi_token_index", 94),
     **_each("fullatt_block_indexes global_attn_indexes residual_block_indices deepstack_visual_indexes", [1, 3]),
     **_each("window_block_indices intermediate_layers_indices", [0, 2]),
+    "insert_layer_id": 1,
+    "image_grid_pinpoints": [[16, 16], [16, 32], [32, 16]],
     "boa_token_id": 95,
     **_each("eoa_token_id eoa_token_index", 96),
 }
 # Fields that are set even where a config's default is None.
-ALWAYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ALWAYS = ("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "image_token_index")
 
 _HALVES = ["linear_attention", "full_attention"] * 2
 _HEADS = {"head_dim": 8}
@@ -89,6 +91,7 @@ _LATENT = {"num_key_value_heads": 4, "head_dim": 4}
 CHANGES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"], _LATENT),
     **dict.fromkeys(["glm_moe_dsa", "longcat_flash", "minicpm3", "sarvam_mla", "youtu", "dots3_note_text"], _LATENT),
+    "aria": {"projector_patch_to_query_dict": {4: 4}},
     "bailing_hybrid": {**_LATENT, "layer_types": _HALVES, "mlp_layer_types": ["dense", "sparse"] * 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
@@ -106,10 +109,19 @@ CHANGES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "kimi_linear": {**_LATENT, "layer_types": _HALVES, "mlp_layer_types": ["dense", "sparse"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "llama4": {
+        "vision_config": {
+            "intermediate_size": 128,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+            "vision_output_dim": 32,
+        }
+    },
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2},
     **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm46v", "glm4v", "glm_ocr", "glmga"], _SECTIONS),
-    "kimi_k25": {"text_config": _LATENT},
+    "kimi_k25": {"text_config": _LATENT, "projection_hidden_size": 32},
     "mistral4": _LATENT,
+    "mllama": {"vision_config": {"vision_output_dim": 96}},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "reformer": {
         "is_decoder": True,
@@ -122,7 +134,10 @@ CHANGES: dict[str, dict[str, Any]] = {
         "attn_layers": ["local", "lsh"] * 2,
     },
     **dict.fromkeys(["donut-swin", "swin", "swinv2"], _WINDOWS),
+    "qwen2_5_omni_thinker": {**_SECTIONS, "vision_start_token_id": 93},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 93},
     "switch_transformers": {"router_jitter_noise": 0.0},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     "xmod": {"default_language": "en_XX"},
     "yolos": {"image_size": [16, 16]},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "attention_hidden_size": 64},
@@ -131,9 +146,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 SEQ2SEQ, ENCODER, VISION, LANGUAGE = "seq2seq/", "encoder/", "vision/", "vision-language/"
-# End of a kind whose batches have images beside the text; `architecture_inputs.py` has what these types require.
+# End of a kind whose batches have images beside the text; `architecture_images.py` has the forms of images.
 WITH_IMAGES = "+images"
-IMAGE_TYPES = ("gemma3", "llava", "paligemma", "qwen2_5_vl")
 # Field that lists a value for each stage of a hierarchical model -> its tiny values.
 STAGES: dict[str, Any] = {
     "depths": lambda value: min(value, 2),
@@ -172,6 +186,11 @@ class Case:
         return self.kind.partition("@")[0].endswith(WITH_IMAGES)
 
     @property
+    def without_images(self) -> Case:
+        """The same with batches of text alone."""
+        return Case(self.kind.replace(WITH_IMAGES, ""))
+
+    @property
     def auto_class(self) -> Any:
         """The class of transformers that builds and loads the model."""
         return getattr(transformers, _auto_classes(self.group)[self.type])
@@ -188,7 +207,12 @@ class Case:
         if size > MOST_PARAMETERS:
             raise ValueError(f"{self.kind}: expected a tiny model, got {size / 1e6:.0f} million parameters")
         torch.manual_seed(seed)
-        return self.auto_class.from_config(self.config()).float().eval()
+        model = self.auto_class.from_config(self.config()).float().eval()
+        for weight in model.parameters():
+            # Behind the projector of Gemma 3 and the gates of Mllama, images would be zeros.
+            if (weight.dim() > 1 or weight.numel() == 1) and not weight.any():
+                torch.nn.init.normal_(weight, std=SIZES["initializer_range"])
+        return model
 
     def config(self) -> Any:
         """A config whose model has four layers and a width of 32."""
@@ -217,10 +241,10 @@ def kinds() -> list[str]:
     found = [
         group + kind for group in ("", SEQ2SEQ, ENCODER, VISION, LANGUAGE) for kind in sorted(_auto_classes(group))
     ]
-    for kind in IMAGE_TYPES:
-        found += [f"{LANGUAGE}{kind}{WITH_IMAGES}", f"{LANGUAGE}{kind}{WITH_IMAGES}@vision"]
     towers = [LANGUAGE + kind for kind, name in _auto_classes(LANGUAGE).items() if name == "AutoModel"]
-    return [kind for kind in found if kind not in towers] + [f"{kind}@{side}" for kind in towers for side in SIDES]
+    found = [kind for kind in found if kind not in towers] + [f"{kind}@{side}" for kind in towers for side in SIDES]
+    readers = [kind for kind in found if kind.startswith(LANGUAGE) and "@" not in kind]
+    return found + [f"{kind}{WITH_IMAGES}{side}" for kind in readers for side in ("", "@vision")]
 
 
 SIDES = ("text", "vision")

@@ -72,14 +72,14 @@ TESTED_BY = {
         "compression/sparse/settings.py"
     ),
     "compression/width/test_narrower.py": (
-        "analysis/statistics/input_products.py compression/width/gradients.py compression/width/matrices.py "
+        "compression/width/gradients.py compression/width/matrices.py "
         "compression/width/methods.py compression/width/planning.py compression/width/settings.py "
         "compression/width/stock_config.py compression/width/width_plan.py compression/width/width_report.py"
     ),
     "examples/test_pretrain.py": "training/pretraining/checkpoints.py training/pretraining/preparation.py",
     "functional/test_low_rank.py": "functional/randomness.py",
     "io/test_settings.py": "compression/depth/settings.py io/deprecation.py",
-    "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py",
+    "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py layers/watched_weights.py",
     "layers/test_capturing.py": "layers/partial_forward.py",
     "layers/test_layer_calls.py": "layers/input_gradients.py",
     "layers/removal/test_drop.py": "layers/removal/config_surgery.py layers/removal/rebuilding.py",

@@ -11,15 +11,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers.pytorch_utils import Conv1D
 
 from hf_cod.io.text import Batch
 from hf_cod.layers.capturing import capturing_hooks
@@ -27,11 +24,13 @@ from hf_cod.layers.devices import random_state_restored
 from hf_cod.layers.layer_calls import observed_calls
 from hf_cod.layers.meta_weights import is_on_meta, on_zeros
 from hf_cod.layers.modes import cache_restored, modes_restored, modules_restored
-from hf_cod.layers.orientation import computes_otherwise, shape_of
+from hf_cod.layers.module_choice import by_place
+from hf_cod.layers.orientation import computes_otherwise
 from hf_cod.layers.probe_inputs import probe_inputs
 from hf_cod.layers.sensitive_modules import LatentProjections
-from hf_cod.layers.stack import DecoderLayers, is_linear_like, walk
+from hf_cod.layers.stack import DecoderLayers, walk
 from hf_cod.layers.stock_four_bit import without_repacking
+from hf_cod.layers.watched_weights import Watched, is_watched, version_of, watch
 
 UNCALLED = "the model uses its weight without calling it"
 READ = "the model reads its weight itself, beside calling it"
@@ -50,6 +49,8 @@ class DirectUse:
         tokens_first, without_gradients: names of layers, see `LayerCalls`.
         no_tensors: names of Linear-like modules whose output is no tensor.
         in_training: as `reasons`, in train mode: Mamba reads more matrices there, for its kernels.
+        unseen: names of Linear-like modules that did not run on the input, such as those of a vision tower on text, and
+            none of whose place in a module of the same class did. Nothing is known of them.
     """
 
     reasons: Mapping[str, str]
@@ -61,38 +62,60 @@ class DirectUse:
     without_gradients: Sequence[str] = ()
     no_tensors: Sequence[str] = ()
     in_training: Mapping[str, str] = field(default_factory=dict)
+    unseen: Sequence[str] = ()
 
-    @property
-    def notes(self) -> list[str]:
-        """A sentence for a report if the pass failed, else none."""
-        if self.failure is None:
+    def notes_on(self, stack: DecoderLayers) -> list[str]:
+        """`notes` on the matrices of these layers."""
+        return self.notes([name for index in range(len(stack)) for name in stack.linears(index)])
+
+    def notes(self, names: Sequence[str]) -> list[str]:
+        """A sentence for a report if the pass failed, or did not run all matrices of these names; else none."""
+        if self.failure is not None:
+            return [f"{_UNCHECKED}, because a forward pass of a few tokens failed ({self.failure})"]
+        unseen = [name for name in names if name in {*self.unseen}]
+        if not unseen:
             return []
-        return [
-            "not checked: whether the model uses matrices other than by calling their modules, because a forward pass "
-            f"of a few tokens failed ({self.failure})"
-        ]
+        count = f"{len(unseen)} of {len(names)} matrices"
+        return [f"{_UNCHECKED}, of {count} that did not run on its input: {'; '.join(by_place(unseen))}"]
 
 
-# Model -> identities of its modules when it was examined, and what was found.
-_known: WeakKeyDictionary[nn.Module, tuple[list[int], DirectUse]] = WeakKeyDictionary()
+_UNCHECKED = "not checked: whether the model uses matrices other than by calling their modules"
+
+
+@dataclass
+class _Known:
+    """What was found of a model: with these modules, and on inputs of these names (None: those by its config)."""
+
+    modules: list[int]
+    inputs: set[frozenset[str] | None]
+    found: DirectUse
+
+
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def direct_use(model: nn.Module, batches: Sequence[Batch] | None = None) -> DirectUse:
     """Examines a model; its weights, modes, attributes and random numbers are left as they were.
 
-    The result is kept while the model has the same modules, so that further calls cost nothing.
+    The result is kept while the model has the same modules, so that further calls cost nothing. If it is not complete,
+    because the pass failed or matrices did not run, batches of another kind (with images) add to it.
+
+    Reads that happen only with a cache of earlier tokens are not found: the pass has none, since a pass that fills one
+    and a step after that would double its time.
 
     Args:
         model: a transformers model without wrappers; it may be on the meta device.
         batches: one sample of the first is the input; None: a few tokens, or a blank image or sound.
     """
-    structure = [id(module) for module in model.modules()]
+    modules = [id(module) for module in model.modules()]
+    inputs = frozenset(batches[0]) if batches else None
     known = _known.get(model)
-    if known is not None and known[0] == structure and (known[1].failure is None or not batches):
-        return known[1]
-    found = _examined(model, batches[0] if batches else None)
-    _known[model] = (structure, found)
-    return found
+    if known is None or known.modules != modules:
+        known = _known[model] = _Known(modules, {inputs}, _examined(model, batches[0] if batches else None))
+    elif batches and inputs not in known.inputs and (known.found.failure is not None or known.found.unseen):
+        known.inputs.add(inputs)
+        known.found = _together(known.found, _examined(model, batches[0]))
+    return known.found
 
 
 def check_unwritten(model: nn.Module, batches: Sequence[Batch] | None = None) -> DirectUse:
@@ -129,6 +152,21 @@ def not_adaptable(stack: DecoderLayers) -> dict[str, str]:
     return found
 
 
+def _together(before: DirectUse, after: DirectUse) -> DirectUse:
+    """What two passes on different inputs showed."""
+    if after.failure is not None or before.failure is not None:
+        return after if after.failure is None else before
+    unseen = [name for name in before.unseen if name in after.unseen]
+    joined = {f.name: _union(getattr(before, f.name), getattr(after, f.name)) for f in fields(DirectUse)}
+    return DirectUse(**{**joined, "failure": None, "unseen": unseen})
+
+
+def _union(one: Any, other: Any) -> Any:
+    if isinstance(one, Mapping):
+        return {**one, **other}
+    return None if one is None else [*one, *(value for value in other if value not in one)]
+
+
 def _examined(model: nn.Module, batch: Batch | None) -> DirectUse:
     """Eval mode shows what is used directly. What is rescaled already is only seen in train mode, which undoes it."""
     found, training = _pass(model, batch), _pass(model, batch, training=True)
@@ -140,7 +178,7 @@ def _examined(model: nn.Module, batch: Batch | None) -> DirectUse:
 
 def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: bool = False) -> DirectUse:
     """One forward pass; with `zeros`, as in `on_zeros`."""
-    versions = {name: _version(p) for name, p in model.named_parameters()}
+    versions = {name: version_of(p) for name, p in model.named_parameters()}
     failure = None
     with ExitStack() as block:
         # First, because it reads the weights of bitsandbytes' layers.
@@ -151,8 +189,8 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
         block.enter_context(random_state_restored(model))
         _prepare(model, training)
         block.enter_context(on_zeros(model) if zeros else nullcontext())
-        named = {name.lstrip("."): m for name, m in walk(model, "") if _is_watched(m)}
-        each = {module: _watch(module, block) for module in named.values()}  # a module may have two names
+        named = {name.lstrip("."): m for name, m in walk(model, "") if is_watched(m)}
+        each = {module: watch(module, block) for module in named.values()}  # a module may have two names
         watched = {name: each[module] for name, module in named.items()}
         latent = LatentProjections()
         latent.attach(model, named, block)
@@ -167,7 +205,7 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
         except Exception as error:  # whatever a model raises on inputs that may be none for it
             failure = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
     written = [f"{name}.weight" for name, parameters in watched.items() if parameters.is_written()]
-    written += [name for name, p in model.named_parameters() if _version(p) != versions[name]]
+    written += [name for name, p in model.named_parameters() if version_of(p) != versions[name]]
     return DirectUse(
         reasons=_alike(model, watched),
         written=written,
@@ -177,6 +215,7 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
         tokens_first=calls.tokens_first,
         without_gradients=calls.without_gradients,
         no_tensors=[name for name, parameters in watched.items() if parameters.no_tensor],
+        unseen=_unseen(model, watched),
     )
 
 
@@ -196,83 +235,29 @@ def _prepare(model: nn.Module, training: bool) -> None:
             module._compiled_call_impl = None
 
 
-class _Watched(dict[str, Any]):
-    """The parameters of a module; reads of its weight from outside of its call are recorded, and get a copy."""
-
-    def __init__(self, parameters: Mapping[str, Any]) -> None:
-        super().__init__(parameters)
-        self.depth = 0
-        self.called = False
-        self.read = False
-        self.no_tensor = False
-        self.size = parameters["weight"].numel()
-        self._copy: Tensor | None = None
-        self._written = False
-
-    def __getitem__(self, name: str) -> Any:
-        tensor = super().__getitem__(name)
-        if self.depth or name != "weight" or tensor is None:
-            return tensor
-        self.read = True
-        if type(tensor) is not nn.Parameter:  # quantized by another library, whose attributes a copy would lose
-            return tensor
-        if self._copy is None:
-            self._copy = nn.Parameter(tensor.detach().clone(), requires_grad=False)
-        return self._copy
-
-    def enter(self, *_: Any) -> None:
-        """A forward pre-hook: what the module itself reads is its own; the copy is freed."""
-        self.depth, self.called = self.depth + 1, True
-        self._written = self.is_written()
-        self._copy = None
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A forward hook."""
-        self.depth -= 1
-        self.no_tensor = self.no_tensor or not isinstance(output, Tensor)
-
-    def is_written(self) -> bool:
-        """Whether the model has changed the copy."""
-        if self._written or self._copy is None:
-            return self._written
-        weight = super().__getitem__("weight")
-        # `copy.data` changes without a new version.
-        return bool(_version(self._copy)) or not (weight.is_meta or torch.equal(weight, self._copy))
-
-
-def _watch(module: nn.Module, block: ExitStack) -> _Watched:
-    watched = _Watched(module._parameters)
-    vars(module)["_parameters"] = watched  # nn.Module.__getattr__ looks into it
-    if type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module):
-        # What it computes does not matter here, and to read all weights would be most of the pass's time.
-        vars(module)["forward"] = partial(_zeros, shape_of(module)[0])
-    block.callback(module.register_forward_pre_hook(watched.enter).remove)
-    block.callback(module.register_forward_hook(watched.leave).remove)
-    return watched
-
-
-def _zeros(out: int, input: Tensor) -> Tensor:
-    return input.new_zeros(*input.shape[:-1], out)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return is_linear_like(module) and module._parameters.get("weight") is not None
-
-
-def _alike(model: nn.Module, watched: Mapping[str, _Watched]) -> dict[str, str]:
+def _alike(model: nn.Module, watched: Mapping[str, Watched]) -> dict[str, str]:
     """The reason for each matrix that was read, and for those of the same place in modules of the same class, such as
     experts to which no token was routed.
     """
-
-    def place(name: str) -> tuple[type, str]:
-        parent, _, child = name.rpartition(".")
-        return type(model.get_submodule(parent)), child
-
     places: dict[tuple[type, str], str] = {}
     for name, parameters in watched.items():
         if parameters.read:
-            places[place(name)] = READ if parameters.called else UNCALLED
-    return {name: places[place(name)] for name in watched if place(name) in places} if places else {}
+            places[_place(model, name)] = READ if parameters.called else UNCALLED
+    return {n: places[_place(model, n)] for n in watched if _place(model, n) in places} if places else {}
+
+
+def _unseen(model: nn.Module, watched: Mapping[str, Watched]) -> list[str]:
+    """The matrices that were neither called nor read, and none of whose place was."""
+    idle = [name for name, parameters in watched.items() if not (parameters.called or parameters.read)]
+    if not idle:
+        return []
+    seen = {_place(model, name) for name in watched.keys() - {*idle}}
+    return [name for name in idle if _place(model, name) not in seen]
+
+
+def _place(model: nn.Module, name: str) -> tuple[type, str]:
+    parent, _, child = name.rpartition(".")
+    return type(model.get_submodule(parent)), child
 
 
 @contextmanager
@@ -284,7 +269,3 @@ def _without_cache(model: Any) -> Iterator[None]:
         if getattr(text, "use_cache", None) is not None:
             text.use_cache = False
         yield
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

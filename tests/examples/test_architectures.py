@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_cod import find_decoder_layers
+
 FOLDER = Path(__file__).parents[2] / "examples"
+_EXCLUDED = dict.fromkeys(["prune", "sparsegpt", "quantize", "compensated", "factorize", "whitened"], "excluded")
 # Kind -> the results of its checks that are not "works".
 PART = {
     "llama": {},
-    "mamba": {"prune": "excluded", "quantize": "excluded", "factorize": "excluded", "narrow": "refused"},
-    "mixtral": {"prune": "excluded", "quantize": "excluded", "factorize": "refused", "narrow": "refused"},
-    "seq2seq/t5": {"prune": "excluded", "quantize": "excluded", "factorize": "excluded", "narrow": "refused"},
+    "mamba": {**_EXCLUDED, "narrow": "refused"},
+    "mixtral": {**_EXCLUDED, "factorize": "refused", "whitened": "refused", "narrow": "refused"},
+    "seq2seq/t5": {**_EXCLUDED, "narrow": "refused"},
     "encoder/bert": {},
     "vision/vit": {},
     "vision-language/clip@vision": {},
@@ -73,7 +76,7 @@ def test_the_sweep_finds_nothing_wrong(load, tmp_path):
 def test_the_kinds_are_those_of_transformers(load):
     found = load("tiny_architectures").kinds()
     named = {group + kind for group, kinds in NAMED.items() for kind in kinds}
-    assert named | {*PART} <= {*found} and len(found) == len({*found}) > 450
+    assert named | {*PART} <= {*found} and len(found) == len({*found}) > 600
 
 
 def _moved(function):
@@ -88,14 +91,25 @@ def _moved(function):
     return moved
 
 
-def _reported(function, part, **values):
-    """A function of the package whose report has other values."""
+def _reported(function, part, added=(), **values):
+    """A function of the package whose report has other values, or more notes."""
 
     def changed(*args, **options):
         report = function(*args, **options)
-        return dataclasses.replace(report, **{part: {**getattr(report, part), **values}})
+        before = getattr(report, part)
+        return dataclasses.replace(report, **{part: [*before, *added] if added else {**before, **values}})
 
     return changed
+
+
+def _refusing(function):
+    """A function of the package that moves a weight and then refuses the model."""
+
+    def refusing(model, *args, **options):
+        _moved(lambda model: None)(model)
+        raise ValueError("model: expected another one, got this one")
+
+    return refusing
 
 
 def _with(function, **changed):
@@ -110,11 +124,26 @@ SABOTAGES = {
     "sparsity": ("prune", "prune", partial(_reported, part="results", sparsity=0.49), "the report differs"),
     "counts": ("prune", "prune", partial(_reported, part="layers", parameters=[1] * 4), "counts other weights"),
     "skip": ("drop", "skip", lambda skip: lambda *args: contextlib.nullcontext(), "skip against a layer that returns"),
-    "drop": ("drop", "drop", lambda drop: lambda m, layer, *o: drop(m, layer + 1, *o), "skip against drop"),
+    "drop": ("drop", "drop", lambda drop: lambda m, layer, *o: drop(m, (layer + 1) % 4, *o), "skip against drop"),
     "excluded": ("quantize", "quantize", partial(_reported, part="results", module_bits={}), "0 weights quantized"),
     "factors": ("factorize", "factorize", _moved, "the model of this rank"),
     "narrower": ("narrow", "narrow", _moved, "other rows|with zeros"),
     "two layers": ("owlore", "OwLoreAdamW", lambda made: lambda m, n_active, **o: made(m, n_active=2, **o), "instead"),
+    "zeros of sparsegpt": (
+        "sparsegpt",
+        "prune",
+        lambda f: lambda model, s, *args, **o: f(model, 0.4, *args, **o),
+        "are 0",
+    ),
+    "counted": (
+        "prune",
+        "prune",
+        partial(_reported, part="notes", added=["9 weights of the layers are not pruned, because"]),
+        "notes exclude 9",
+    ),
+    "lost energy": ("compensated", "quantize", partial(_reported, part="layers", error=[float("nan")] * 4), "are lost"),
+    "whitened factors": ("whitened", "factorize", _moved, "the model of this rank"),
+    "a refusal after a change": ("prune", "prune", lambda f: _refusing(f), "has changed after the refusal"),
     "one adapter": (
         "adapter",
         "OwLoreAdamW",
@@ -128,7 +157,8 @@ SABOTAGES = {
 @pytest.mark.parametrize("sabotage", SABOTAGES)
 def test_each_check_can_fail(load, monkeypatch, sabotage):
     check, name, change, message = SABOTAGES[sabotage]
-    checks = load("architecture_checks")
+    place = {"drop": "architecture_drop", "owlore": "architecture_training", "adapter": "architecture_training"}
+    checks = load(place.get(check, "architecture_checks"))
     monkeypatch.setattr(checks, name, change(getattr(checks, name)))
     found = load("architectures").tried(load("tiny_architectures").Case("llama"), check)
     assert found["result"] == "wrong"
@@ -165,6 +195,54 @@ def test_the_page_counts_and_groups(load):
     }
     text = page(results, {"transformers": "5.24"})
     assert "3 of 3 kinds are built; 1 of them has banks of experts" in text
-    assert "| drop | 1 | 0 | 2 | 0 | 33.3% | 0.0% |" in text
+    assert "| drop | 1 | 0 | 2 | 0 | 0 | 33.3% | 0.0% |" in text
     assert "got 0 | drop | `llama`, `gpt2` |" in text and "| ImportError: no timm | `encoder/bert` |" in text
     assert "transformers 5.24" in text
+
+
+def test_layers_that_are_refused_are_named(load, monkeypatch):
+    """A stack works if one of its layers can be removed; a difference of any of them is wrong."""
+    drop, case = load("architecture_drop"), load("tiny_architectures").Case("llama")
+    right = drop.drop
+
+    def refuses(layers):
+        def refusing(model, layer, *args):
+            if layer in layers:
+                raise ValueError(f"layers: expected another layer, got {layer}")
+            return right(model, layer, *args)
+
+        return refusing
+
+    tried = load("architectures").tried
+    monkeypatch.setattr(drop, "drop", refuses([0, 3]))
+    found = tried(case, "drop")
+    assert found["result"] == "works" and re.search("^layer 0 is refused: .* got 0; layer 3 is refused", found["why"])
+    monkeypatch.setattr(drop, "drop", refuses([0, 1, 3]))
+    assert tried(case, "drop") == {"result": "refused", "why": "layers: expected another layer, got 0"}
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen2_5_vl", "idefics3", "lfm2_vl", "mllama", "minicpmv4_6"])
+def test_images_are_read(load, kind):
+    """Each in its own form; other images give other outputs, and the vision tower runs."""
+    images, case = load("architecture_images"), load("tiny_architectures").Case(f"vision-language/{kind}+images")
+    model, called = case.build(), []
+    find_decoder_layers(model, "vision")[-1].register_forward_hook(lambda *_: called.append(True))
+    (batch, _) = load("architecture_inputs").batches_for(case, model)
+    found = load("architecture_references").outputs(model, batch)
+    assert called and found.isfinite().all() and images.form_of(case) is images.form_of(case.without_images)
+    (name,) = [name for name in batch if name == "pixel_values"]
+    other = load("architecture_references").outputs(model, {**batch, name: batch[name].roll(1, -1)})
+    assert not torch.equal(found, other)
+
+
+def test_kinds_without_images_are_not_run(load, tmp_path, monkeypatch):
+    images, sweep = load("architecture_images"), load("architectures")
+    monkeypatch.setattr(images, "FORMS", ())
+    images._form_of.cache_clear()
+    kind = "vision-language/llava+images@vision"
+    found = sweep.sweep([kind], tmp_path, ["prune", "drop"])[kind]
+    assert found["prune"]["result"] == found["drop"]["result"] == "not run"
+    told = sweep.tried(load("tiny_architectures").Case("vision-language/llava"), "drop")
+    assert told["result"] == "excluded" and "the vision stack is not run on images: " in told["why"]
+    images._form_of.cache_clear()
+    assert "not run on images: its forward takes no known form" in (tmp_path / "architectures.md").read_text()

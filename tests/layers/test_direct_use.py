@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_cod import OwlBnbConfig, drop, factorize, find_decoder_layers, narrow, pack_sparse, prune, quantize
@@ -88,6 +88,9 @@ class OwnForward(nn.Linear):
         return input @ self.weight.T + self.bias
 
 
+NAMES = [f"blocks.{i}.{name}" for i in range(2) for name in ("first", "second")]
+
+
 def casts(block, x):
     return block.second(x.to(block.second.weight.dtype))
 
@@ -125,7 +128,7 @@ def calls(block, x):
 def test_each_use_but_a_call_is_found(use, kind, expected, device):
     model = Model(use, kind).to(device)
     found = direct_use(model)
-    assert found.failure is None and found.written == [] and found.notes == []
+    assert found.failure is None and found.written == [] and found.notes([*NAMES]) == []
     assert found.reasons == {f"blocks.{i}.{name}": reason for i in range(2) for name, reason in expected.items()}
 
 
@@ -200,7 +203,7 @@ def test_a_failed_pass_is_told_and_repeated_with_a_batch():
 
     model = Model(fails)
     found = direct_use(model)
-    assert found.reasons == {} and "three tokens" in found.notes[0]
+    assert found.reasons == {} and "three tokens" in found.notes([*NAMES])[0]
     assert direct_use(model, [{"input_ids": torch.ones(2, 3, dtype=torch.long)}]).reasons.keys() == {
         "blocks.0.second",
         "blocks.1.second",
@@ -283,3 +286,56 @@ def test_rwkv_is_refused_and_left_as_it_was(change, evaluated):
         change(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(outputs(model), logits)
+
+
+class Tower(nn.Module):
+    """Another class of blocks, so that nothing is known of them by those of the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.first(x) @ self.second.weight.T
+
+
+class WithImages(Model):
+    """Images run in a tower of their own."""
+
+    def __init__(self):
+        super().__init__(calls)
+        self.tower = nn.ModuleList(Tower() for _ in range(2))
+
+    def forward(self, input_ids, pixel_values=None):
+        out = super().forward(input_ids)
+        if pixel_values is not None:
+            for block in self.tower:
+                pixel_values = block(pixel_values)
+            out = out + pixel_values.mean()
+        return out
+
+
+def test_what_did_not_run_is_named():
+    """An input without images shows nothing of a vision tower; one with images adds to it, and is examined once."""
+    model, tower = WithImages(), [f"tower.{i}.{name}" for i in range(2) for name in ("first", "second")]
+    found = direct_use(model)
+    assert found.reasons == {} and [*found.unseen] == tower
+    assert found.notes(NAMES) == []
+    (note,) = found.notes([*NAMES, *tower])
+    assert "of 4 of 8 matrices that did not run on its input: tower.*.first (layers 0 to 1)" in note
+    text = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+    assert [*direct_use(model, [text]).unseen] == tower
+    found = direct_use(model, [text | {"pixel_values": torch.ones(1, 3, WIDTH)}])
+    assert found.reasons == {"tower.0.second": UNCALLED, "tower.1.second": UNCALLED} and [*found.unseen] == []
+    assert direct_use(model) is found, "what images have shown is kept"
+
+
+def test_reports_name_what_was_not_examined():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    vision = {"model_type": "clip_vision_model", **sizes, "image_size": 16, "patch_size": 8}
+    text = {"model_type": "llama", "vocab_size": 99, **sizes, "num_key_value_heads": 2}
+    config = CONFIG_MAPPING["llava"](vision_config=vision, text_config=text, image_token_index=90)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    assert not [note for note in prune(model, 0.5, "magnitude").notes if "not checked" in note]
+    (note,) = [note for note in prune(model, 0.5, "magnitude", layers_path="vision").notes if "not checked" in note]
+    assert "of 12 of 12 matrices that did not run on its input: model.vision_tower" in note

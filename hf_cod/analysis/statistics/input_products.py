@@ -22,7 +22,7 @@ CHUNK = 4096
 class ProductsRecorder:
     """Sums x x^T over all input tokens of each matrix, in float32 on the matrix's device.
 
-    Matrices with the same input tensor share one sum, and experts without tokens take no memory: a layer takes 4 d^2
+    Matrices with the same input tensors share one sum, and experts without tokens take no memory: a layer takes 4 d^2
     bytes for each distinct input of width d. Call `start` before and `finish` after each forward pass, within
     `attached`.
 
@@ -33,8 +33,13 @@ class ProductsRecorder:
 
     def __init__(self, stack: DecoderLayers, layers: Iterable[int]) -> None:
         self._inputs = MatrixInputs(stack, layers, self._read)
-        self._products: dict[tuple[str, int | None], Tensor] = {}
-        self._source: dict[str, str] = {}
+        self._products: dict[tuple[str | int, int | None], Tensor] = {}
+        # Matrix -> the number of its sum. Those that had the same inputs in all passes have one number.
+        self._sum_of: dict[str, int] = {}
+        # The last input, the matrices that have read it, and the sums that it was added to: number -> whether new.
+        self._rows = torch.empty(0, 0)
+        self._readers: list[str] = []
+        self._added: dict[int, bool] = {}
 
     def attached(self) -> AbstractContextManager[None]:
         """Adds the hooks to the modules, and removes them at the end of the block."""
@@ -46,26 +51,59 @@ class ProductsRecorder:
 
     def finish(self, number: int) -> None:
         """Ends a batch: checks the sums."""
-        for (name, _), products in self._products.items():
-            check_finite_input(products.diagonal(), name, number)
+        self._part()
+        names = {key: name for name, key in reversed(self._sum_of.items())}
+        for (key, _), products in self._products.items():
+            check_finite_input(products.diagonal(), key if isinstance(key, str) else names[key], number)
 
     def of(self, name: str, expert: int | None = None) -> Tensor | None:
         """(in, in): the sum of a matrix, or of one of its experts; None if it received no tokens."""
-        return self._products.get((self._source.get(name, name), expert))
+        return self._products.get((self._sum_of.get(name, name), expert))
 
     def _read(self, name: str, expert: int | None, rows: Tensor | None, source: str) -> None:
-        known = self._source.setdefault(name, source)
-        assert known == source, "matrices that share an input in one batch share it in all"
+        if expert is not None:
+            self._add(name, expert, rows)
+            return
+        if rows is not None:
+            self._part()
+            self._rows = rows
+        if not len(self._rows):
+            return
+        if name not in self._sum_of:
+            self._sum_of[name] = next((key for key, new in self._added.items() if new), self._unused())
+        key = self._sum_of[name]
+        if key not in self._added:
+            self._added[key] = (key, None) not in self._products
+            self._add(key, None, self._rows)
+        self._readers.append(name)
+
+    def _part(self) -> None:
+        """Gives their own sum to the matrices that shared one with a reader of the last input and have not read it.
+        A model may call a matrix once more with another input, or only in some passes.
+        """
+        for key in self._added:
+            others = [name for name, other in self._sum_of.items() if other == key and name not in self._readers]
+            if others:
+                copy = self._unused()
+                self._products[copy, None] = self._products[key, None].clone()
+                self._add(copy, None, self._rows, sign=-1)
+                self._sum_of |= dict.fromkeys(others, copy)
+        self._rows, self._readers, self._added = self._rows[:0].clone(), [], {}
+
+    def _unused(self) -> int:
+        return 1 + max(self._sum_of.values(), default=-1)
+
+    def _add(self, key: str | int, expert: int | None, rows: Tensor | None, sign: int = 1) -> None:
         if rows is None or not len(rows):
             return
         high = torch.promote_types(rows.dtype, torch.float32)
-        total = self._products.get((name, expert))
+        total = self._products.get((key, expert))
         if total is None:
             total = torch.zeros(rows.shape[1], rows.shape[1], dtype=high, device=rows.device)
-            self._products[name, expert] = total
+            self._products[key, expert] = total
         for chunk in rows.split(CHUNK):
             chunk = chunk.to(high)
-            total.addmm_(chunk.mT, chunk)
+            total.addmm_(chunk.mT, chunk, alpha=sign)
 
 
 class MomentsRecorder(ProductsRecorder):
@@ -77,13 +115,14 @@ class MomentsRecorder(ProductsRecorder):
     Args:
         stack: the layers.
         layers: indices of the layers to record.
-        names: the matrices; no two of them share an input tensor.
+        names: the matrices.
     """
 
     def __init__(self, stack: DecoderLayers, layers: Iterable[int], names: Iterable[str]) -> None:
         super().__init__(stack, layers)
         self._names = frozenset(names)
         self._moments: dict[tuple[str, int | None], Tensor] = {}
+        self._last: Any = None
 
     def of(self, name: str, expert: int | None = None) -> Tensor | None:
         """(in + 1, in + 1) in float64: the sum of a matrix; None if it received no tokens."""
@@ -97,9 +136,9 @@ class MomentsRecorder(ProductsRecorder):
         return M
 
     def _read(self, name: str, expert: int | None, rows: Tensor | None, source: str) -> None:
+        self._last = rows = self._last if rows is None else rows  # that of the matrix before, chosen or not
         if name in self._names:
-            assert rows is not None, "chosen matrices share no input tensor"
-            super()._read(name, expert, torch.cat([rows, rows.new_ones(len(rows), 1)], 1), source)
+            super()._read(name, expert, torch.cat([rows, rows.new_ones(len(rows), 1)], 1), name)
             for chunk in rows.split(CHUNK):
                 x = wide(chunk)
                 moments = torch.stack([x.square().sum(0), x.sum(0)])  # (2, in)

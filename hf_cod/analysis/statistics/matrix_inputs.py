@@ -15,6 +15,7 @@ from hf_cod.layers.layer_calls import check_first_call
 from hf_cod.layers.running import are_tokens_first
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stacks import DECODER
+from hf_cod.layers.watched_weights import version_of
 
 Read = Callable[[str, "int | None", "Tensor | None", str], None]
 """(matrix's name, expert or None, its inputs (n, in), its own name). If a matrix has the same input tensor as the one
@@ -67,7 +68,7 @@ class MatrixInputs:
         shapes = [mask.shape for mask in (self._mask, self._encoded_mask) if mask is not None]
         self._square = any(has_tokens_first(self._stack, samples, tokens) for samples, tokens in shapes)
         self._encoded: Any = None
-        self._last: tuple[Any, str] | None = None
+        self._last: tuple[Any, int, str] | None = None  # input, its version, the matrix that read it
         self._called: set[int] = set()
 
     def _count(self, index: int) -> Any:
@@ -79,11 +80,11 @@ class MatrixInputs:
     def _hook_of(self, name: str) -> Any:
         def read(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            if self._last is not None and self._last[0]() is x:
-                self._read(name, None, None, self._last[1])
+            if self._last is not None and self._last[0]() is x and self._last[1] == version_of(x):
+                self._read(name, None, None, self._last[2])
                 return
             self._read(name, None, self._real_rows(name, x), name)
-            self._last = (weakref.ref(x), name)
+            self._last = (weakref.ref(x), version_of(x), name)
 
         return read
 

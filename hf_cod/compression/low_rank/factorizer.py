@@ -129,7 +129,8 @@ def factorize(
     use = check_unwritten(stack.model, batches)
     chosen = _plan(stack, plan, how.factor_share if method == "oats" else None)
     check_ranks(stack, chosen)
-    described = RankReporter(stack, name, [*choice.notes("factorized"), *other_notes(stack, "factorized"), *use.notes])
+    notes = [*choice.notes("factorized"), *other_notes(stack, "factorized"), *use.notes_on(stack)]
+    described = RankReporter(stack, name, notes)
     work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks, chosen.nonzeros, *choice.identity)
     change = LayerChange(stack, chosen)
     check_note = partial(change.check_note, measured=bool(METHODS[method] and batches))

@@ -231,7 +231,7 @@ def _report(
         notes=[
             *choice.notes("pruned"),
             *other_notes(stack, "pruned"),
-            *use.notes,
+            *use.notes_on(stack),
             *(
                 f"{matrix} is pruned by magnitude: {use.reasons[matrix]}"
                 if matrix in use.reasons

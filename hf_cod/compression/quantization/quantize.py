@@ -132,7 +132,7 @@ def quantize(
     told = {**choice.given, **({} if batches is None else describe_batches(batches))}
     calibrated = batches is not None
     left = [*choice.notes("quantized"), *other_notes(stack, "quantized")]
-    notes = [*what_is_lost(config, plan, calibrated), *use.notes, *left]
+    notes = [*what_is_lost(config, plan, calibrated), *use.notes_on(stack), *left]
     return _report(stack, plan, config, finished, title, told, notes)
 
 

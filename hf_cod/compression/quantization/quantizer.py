@@ -56,7 +56,7 @@ class OwlBnbQuantizer(HfQuantizer):
         use = check_unwritten(stack.model)
         plan = plan_by(stack, config)
         self.statistics = config.statistics
-        for sentence in (*what_is_lost(config, plan, calibrated=False), *use.notes):
+        for sentence in (*what_is_lost(config, plan, calibrated=False), *use.notes_on(stack)):
             logger.warning("%s", sentence)
         self.quantization_config = recorded(config, plan)
         for sentence in left_notes(stack, {n: why for n, why in plan.left.items() if why != "skipped"}):

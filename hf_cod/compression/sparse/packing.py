@@ -28,11 +28,11 @@ def pack_linears(model: nn.Module, min_sparsity: float) -> dict[str, int]:
     """
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("model: expected one without adapters, got some; merge or remove them first")
-    direct = check_unwritten(model).reasons
+    use = check_unwritten(model)
     chosen, most = [], (0.0, "no matrix")
     for name, linear in _own_linears(model):
-        if name in direct:
-            logger.warning("%s is not packed: %s", name, direct[name])
+        if name in use.reasons:
+            logger.warning("%s is not packed: %s", name, use.reasons[name])
             continue
         if linear.weight.device.type == "meta":
             raise ValueError(f"model: expected weights in memory, got offloaded ones ({name})")
@@ -49,6 +49,8 @@ def pack_linears(model: nn.Module, min_sparsity: float) -> dict[str, int]:
             f"min_sparsity: expected a model with a Linear in which at least {min_sparsity:.0%} is zero, got at most "
             f"{most[0]:.1%} ({most[1]}){others}; prune it first"
         )
+    for note in use.notes(chosen):
+        logger.warning("%s", note)
     counts = {}
     for name in chosen:
         packed = SparseLinear.from_linear(model.get_submodule(name))  # type: ignore[arg-type]

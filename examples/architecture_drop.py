@@ -1,0 +1,116 @@
+"""What `architectures.py` checks of `drop` and `skip`: the first, the second and the last layer of each stack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from architecture_images import NoImagesError, form_of
+from architecture_references import (
+    Remark,
+    WrongResult,
+    check_reload,
+    distance,
+    generates_alike,
+    is_refusal,
+    outputs_of,
+    passing_on,
+    same,
+    unchanged_if_refused,
+)
+from tiny_architectures import LANGUAGE, Case
+from torch import Tensor
+
+from hf_cod import drop, find_decoder_layers, skip
+from hf_cod.layers.stacks import named_stacks
+
+TOLERANCE = 1e-4  # of sums in another order
+
+
+def check_drop(case: Case) -> str | None:
+    """Skip = a layer that returns its input = drop, of the first, the second and the last layer of each stack in turn;
+    generation with a cache = without; a reload is equal. A stack works if one of these layers can be removed.
+    """
+    stacks = [case.stack] if case.stack else [stack.name for stack in named_stacks(case.build())] or [None]
+    wrong: list[str] = []
+    refusals: list[ValueError] = []
+    excluded: list[str] = []
+    remarks: list[str] = []
+    for stack in stacks:
+        found = _removed(case, stack)
+        some = [layer for layer, why in found.items() if isinstance(why, ValueError)]
+        wrong += [f"{_called(stack, i)}: {why}" for i, why in found.items() if isinstance(why, WrongResult)]
+        excluded += [why for why in found.values() if isinstance(why, str)]
+        if len(some) == len(found):
+            refusals.append(found[some[0]])
+        remarks += [f"{_called(stack, layer)} is refused: {found[layer]}" for layer in some]
+    if wrong:
+        raise WrongResult("; ".join(wrong))
+    if refusals:
+        raise refusals[0]
+    if excluded:
+        return "; ".join(dict.fromkeys(excluded))
+    return Remark("; ".join(remarks)) if remarks else None
+
+
+def _removed(case: Case, stack: str | None) -> dict[int, ValueError | WrongResult | str | None]:
+    """Layer -> None if its removal is right, a refusal, a difference, or what was not checked."""
+    depth = len(find_decoder_layers(case.build(), stack))
+    found: dict[int, ValueError | WrongResult | str | None] = {}
+    for layer in sorted({0, min(1, depth - 1), depth - 1}):
+        try:
+            found[layer] = _check_layer(case, stack, layer)
+        except WrongResult as error:
+            found[layer] = error
+        except ValueError as error:
+            if not is_refusal(error):
+                raise
+            found[layer] = error
+    return found
+
+
+def _check_layer(case: Case, stack: str | None, layer: int) -> str | None:
+    """Removes one layer of an intact model; returns what was not checked."""
+    model = case.build()
+    intact = outputs_of(case, model)
+    with unchanged_if_refused(model), skip(model, layer, stack):
+        skipped = outputs_of(case, model)
+    same(outputs_of(case, model), intact, "the model after skip", 0)
+    calls = _passed_on(case, model, stack, layer, skipped)
+    with unchanged_if_refused(model):
+        drop(model, layer, stack)
+    same(skipped, outputs_of(case, model), "skip against drop", 0)
+    check_reload(case, model)
+    return (None if calls else _not_run(case, stack, layer)) or generates_alike(case, model)
+
+
+def _passed_on(case: Case, model: Any, stack: str | None, layer: int, skipped: Tensor) -> bool:
+    """Requires that a layer that returns its input has the outputs of the model without it; whether it is called.
+
+    Of what else the first layer returns, such as a state for the next one, its own or none may be right.
+    """
+    with passing_on(find_decoder_layers(model, stack), layer) as calls:
+        passed = outputs_of(case, model)
+    if calls and layer == 0 and distance(skipped, passed) > TOLERANCE:
+        try:
+            with passing_on(find_decoder_layers(model, stack), layer, own=False):
+                passed = outputs_of(case, model)
+        except Exception:  # whatever a model raises without this state
+            pass
+    if calls:
+        same(skipped, passed, "skip against a layer that returns its input", TOLERANCE)
+    return bool(calls)
+
+
+def _not_run(case: Case, stack: str | None, layer: int) -> str | None:
+    """Why a layer does not run on the inputs; None if another kind has the inputs on which it does."""
+    if case.group != LANGUAGE or case.images or stack in ("text", "decoder", None):
+        return f"{_called(stack, layer)} does not run on the inputs, or not by a call"
+    try:
+        form_of(case)
+    except NoImagesError as error:
+        return f"the {stack} stack is not run on images: {error}"
+    return None
+
+
+def _called(stack: str | None, layer: int) -> str:
+    return f"layer {layer}" if stack is None else f"layer {layer} of {stack}"
