@@ -162,7 +162,7 @@ def run(
     report = RunReport(
         kind="score",
         model=name,
-        settings={**_told(settings), **inputs, **told},
+        settings={**asdict(settings), **inputs, **told},
         environment=environment_of(base),
         layers={},
         results={},
@@ -202,11 +202,6 @@ def _scored(
     if settings.experts is None:
         return report
     return _with_experts(report, model, statistics, batches, settings, directory)
-
-
-def _told(settings: ScoreOptions) -> dict[str, Any]:
-    """The settings in a report; an option that is not given is left out, so that reports without it are of this run."""
-    return {name: value for name, value in asdict(settings).items() if name != "experts" or value is not None}
 
 
 def _with_experts(
