@@ -68,9 +68,12 @@ if TYPE_CHECKING:
     from hf_cod.reporting.comparison import compare as compare
     from hf_cod.scoring.allocation import LayerAllocation as LayerAllocation
     from hf_cod.scoring.allocation import allocate as allocate
+    from hf_cod.scoring.expert_methods import score_experts as score_experts
+    from hf_cod.scoring.expert_scores import ExpertScores as ExpertScores
     from hf_cod.scoring.layer_scores import LayerScores as LayerScores
     from hf_cod.scoring.methods import score_layers as score_layers
     from hf_cod.scoring.settings import AllocationSettings as AllocationSettings
+    from hf_cod.scoring.settings import ExpertScoreSettings as ExpertScoreSettings
     from hf_cod.scoring.settings import ScoreSettings as ScoreSettings
     from hf_cod.training.adapters import OwLoreConfig as OwLoreConfig
     from hf_cod.training.healing.healer import heal as heal
@@ -97,6 +100,8 @@ _HOMES = {
     "DepthSettings": "compression.depth.settings",
     "DiagnoseSettings": "analysis.diagnostics.settings",
     "DropLayersSettings": "compression.depth.settings",
+    "ExpertScoreSettings": "scoring.settings",
+    "ExpertScores": "scoring.expert_scores",
     "FactorizeSettings": "compression.low_rank.settings",
     "FitPlan": "compression.fit.fit_plan",
     "FitSettings": "compression.fit.settings",
@@ -160,6 +165,7 @@ _HOMES = {
     "prune": "compression.pruning.pruner",
     "quantize": "compression.quantization.quantize",
     "recover": "training.healing.recovery",
+    "score_experts": "scoring.expert_methods",
     "score_layers": "scoring.methods",
     "skip": "layers.removal.drop",
     "split_samples": "io.text",

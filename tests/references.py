@@ -205,3 +205,149 @@ def oats(W, H, r, per_row, iterations):
             top = row.abs().topk(per_row).indices
             S[i, top] = row[top]
     return S / D, L / D
+
+
+def routed_experts(model, batch):
+    """Name of the experts -> for each expert (tokens (n,), gate weights (n,), x (n, d), what it adds (n, d)), in the
+    order of the tokens: written out for each kind of code, from what enters the modules of the model.
+    """
+    called, handles = {}, []
+    for name, module in model.named_modules():
+        keep = lambda m, args, out, name=name: called.update({name: (args, out)})  # noqa: E731
+        handles.append(module.register_forward_hook(keep))
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if "Experts" in kind and kind.startswith("Llama4"):
+            found[name] = _weighted_inputs(module, *called[name.removesuffix("experts") + "router"])
+        elif kind == "DbrxExperts":
+            found[name + ".mlp"] = _by_index(_dbrx_expert(module.mlp), module.num_experts, *called[name][0])
+        elif kind in ("JetMoeMoE", "JetMoeMoA"):
+            sorted_by = called[name + ".router"][1]
+            outputs = (called[f"{name}.{part}"] for part in ("input_linear", "output_linear"))
+            found[name] = _sorted(sorted_by, *outputs)
+        elif kind.endswith("Experts") and hasattr(module, "has_gate"):
+            found[name] = _by_index(_expert_of_bank(module), module.num_experts, *called[name][0])
+    return found
+
+
+def _by_index(f, count, hidden, index, weights):
+    """sum_k w_k f_e(x), of experts e that each token names."""
+    hidden, found = hidden.reshape(-1, hidden.shape[-1]), []
+    for expert in range(count):
+        rows = [(t, weights[t, k]) for t in range(len(hidden)) for k in range(index.shape[1]) if index[t, k] == expert]
+        tokens = torch.tensor([t for t, _ in rows], dtype=torch.long)
+        w = torch.stack([w for _, w in rows]) if rows else torch.zeros(0)
+        found.append((tokens, w, hidden[tokens], w[:, None] * f(expert, hidden[tokens])))
+    return found
+
+
+def _expert_of_bank(bank):
+    def f(expert, x):
+        def times(x, key):
+            W = getattr(bank, key)[expert].detach()
+            y = x @ (W if bank.is_transposed else W.T)
+            return y + getattr(bank, f"{key}_bias")[expert].detach() if bank.has_bias else y
+
+        return times(bank._apply_gate(times(x, "gate_up_proj")), "down_proj")
+
+    return f
+
+
+def _dbrx_expert(mlp):
+    def f(expert, x):
+        rows = slice(expert * mlp.ffn_hidden_size, (expert + 1) * mlp.ffn_hidden_size)
+        w1, v1, w2 = (getattr(mlp, key).detach()[rows] for key in ("w1", "v1", "w2"))
+        return (mlp.activation_fn(x @ w1.T) * (x @ v1.T)) @ w2
+
+    return f
+
+
+def _weighted_inputs(bank, router_inputs, router_outputs):
+    """Llama 4: f_e(w_e x), with the gate weight on the input."""
+    (hidden,), (scores, _) = router_inputs, router_outputs
+    found = []
+    for expert in range(len(bank.down_proj)):
+        tokens = scores[:, expert].nonzero().flatten()
+        w = scores[tokens, expert]
+        x = hidden[tokens] * w[:, None]
+        gate, up = (x @ bank.gate_up_proj[expert].detach()).chunk(2, -1)
+        found.append((tokens, w, x, (up * bank.act_fn(gate)) @ bank.down_proj[expert].detach()))
+    return found
+
+
+def _sorted(sorted_by, first, last):
+    """JetMoe: rows sorted by expert; the last product, times the gate weights."""
+    _, tokens, weights, sizes, _ = sorted_by
+    ((x, _), _), (_, y) = first, last
+    parts = zip(*(one.split(sizes) for one in (tokens, weights, x, y)), strict=True)
+    return [(t, w, x, w[:, None] * y) for t, w, x, y in parts]
+
+
+def expert_scores(model, batch, threshold=5.0):
+    """Method -> name of the experts -> one score per expert, from what `routed_experts` has."""
+    stack = find_decoder_layers(model)
+    real = batch["attention_mask"].bool().flatten()
+    matrices = {name: W for index in range(len(stack)) for name, W in stack.matrices(index)}
+    sets = {experts.name: experts for index in range(len(stack)) for experts in stack.expert_sets(index)}
+    found = {"reap": {}, "router_weight": {}, "frequency": {}, "owl": {}}
+    inputs = _inputs_of_experts(model, batch)
+    for name, routed in routed_experts(model, batch).items():
+        for method in found:
+            found[method][name] = []
+        for expert, (tokens, weights, _, added) in enumerate(routed):
+            kept = real[tokens]
+            n = int(kept.sum())
+            norms = added[kept].double().norm(dim=1)
+            found["reap"][name].append(float(norms.mean()) if n else 0.0)
+            found["router_weight"][name].append(float(weights[kept].double().sum()) / int(real.sum()))
+            found["frequency"][name].append(n / int(real.sum()))
+            parts = [(matrices[m.name][expert], inputs[m.name, expert]) for m in sets[name].matrices] if n else []
+            parts = [(W, x[real[at]]) for W, (x, at) in parts]
+            found["owl"][name].append(outlier_ratio(parts, threshold) if n else 0.0)
+    return found
+
+
+def _inputs_of_experts(model, batch):
+    """(matrix, expert) -> (its inputs, their tokens): those of later matrices follow from those of the first."""
+    stack, found = find_decoder_layers(model), {}
+    routed = routed_experts(model, batch)
+    modules = dict(model.named_modules())
+    for experts in (one for index in range(len(stack)) for one in stack.expert_sets(index)):
+        for expert, (tokens, _, x, _) in enumerate(routed[experts.name]):
+            for matrix in experts.matrices[:-1]:
+                found[matrix.name, expert] = x, tokens
+            first = x.double() @ experts.matrices[0].read(expert).double().T
+            bank = modules[experts.places[0]]
+            if experts.matrices[0].bias is not None:
+                first = first + experts.matrices[0].bias[expert].detach().double()
+            if len(experts.matrices) == 3:  # DBRX
+                inner = bank.activation_fn(first) * (x.double() @ experts.matrices[1].read(expert).double().T)
+            elif hasattr(bank, "_apply_gate"):
+                inner = bank._apply_gate(first)
+            elif hasattr(bank, "act_fn"):
+                gate, up = first.chunk(2, -1)
+                inner = up * bank.act_fn(gate)
+            else:
+                inner = _jetmoe_inner(model, experts, expert, first, batch)
+            found[experts.matrices[-1].name, expert] = inner.detach(), tokens
+    return found
+
+
+def _jetmoe_inner(model, experts, expert, first, batch):
+    """In the MLP a gated activation; in attention, what attention makes of the queries, as the model has it."""
+    around = model.get_submodule(experts.name)
+    if hasattr(around, "activation"):
+        gate, up = first.chunk(2, -1)
+        return around.activation(gate) * up
+    seen = []
+    handle = around.output_linear.register_forward_pre_hook(lambda module, args: seen.append(args))
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    ((x, sizes),) = seen
+    return x.split(sizes)[expert]

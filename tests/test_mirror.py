@@ -83,7 +83,9 @@ TESTED_BY = {
     "layers/test_capturing.py": "layers/partial_forward.py",
     "layers/test_layer_calls.py": "layers/input_gradients.py",
     "layers/removal/test_drop.py": "layers/removal/config_surgery.py layers/removal/rebuilding.py",
-    "layers/test_stack.py": "layers/weights.py",
+    "layers/test_experts.py": "layers/expert_discovery.py",
+    "layers/test_expert_routing.py": "layers/expert_products.py",
+    "layers/test_stack.py": "layers/modules.py layers/weights.py",
     "layers/test_unit_discovery.py": (
         "layers/layer_copies.py layers/row_owners.py layers/unit_checks.py layers/units.py"
     ),
@@ -101,11 +103,13 @@ TESTED_BY = {
     "models/test_shapes.py": "models/shaping.py",
     "models/test_training.py": "models/presets.py",
     "reporting/plots/test_figures.py": (
-        "reporting/plots/__init__.py reporting/plots/colours.py reporting/plots/names.py reporting/plots/panels.py "
-        "reporting/plots/trade_off.py reporting/plots/training_panels.py"
+        "reporting/plots/__init__.py reporting/plots/colours.py reporting/plots/expert_panel.py "
+        "reporting/plots/names.py reporting/plots/panels.py reporting/plots/trade_off.py "
+        "reporting/plots/training_panels.py"
     ),
     "reporting/test_model_card.py": "cli/commands/card.py reporting/card_entries.py reporting/settings.py",
     "scoring/test_allocation.py": "scoring/layer_scores.py",
+    "scoring/test_expert_methods.py": "analysis/statistics/expert_usage.py",
     "scoring/test_methods.py": "scoring/settings.py",
     "test_habits.py": "_version.py",
     "test_module.py": "__main__.py",

@@ -45,6 +45,7 @@ OPTIONS = {
     "prune": ("PruneSettings", "model plan batches tokenizer texts statistics journal layers_path name show_progress"),
     "quantize": ("OwlBnbConfig", "model batches tokenizer texts journal layers_path name show_progress"),
     "recover": ("RecoverySettings", "model batches tokenizer texts layers_path show_progress"),
+    "score_experts": ("ExpertScoreSettings", "model statistics batches tokenizer texts show_progress"),
     "score_layers": ("ScoreSettings", "model statistics batches tokenizer texts show_progress"),
     "token_batches": ("SampleSettings", "tokenizer texts"),
 }

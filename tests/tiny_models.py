@@ -81,6 +81,11 @@ FAMILIES = [*CAUSAL, *OTHERS]
 # Of these, one of each build, the tests run by default; of the others with  pytest -m families.
 DEFAULT_FAMILIES = ["llama", "gpt2", "qwen2_moe", "bert", "vit"]
 MIXTURES = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
+# Types of mixtures, each with code of its own for the experts or the router.
+MIXTURE_TYPES = [
+    *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v3", "olmoe", "gpt_oss", "granitemoe", "glm4_moe"),
+    *("llama4_text", "dbrx", "jetmoe"),
+]
 PLAIN = [family for family in FAMILIES if family not in MIXTURES]
 
 
@@ -92,6 +97,26 @@ def build(family: str, layers: int = 4, dtype: torch.dtype = torch.float32, **ch
         values = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **values}
     torch.manual_seed(0)
     return auto.from_config(CONFIG_MAPPING[kind](**values)).to(dtype).eval()
+
+
+def build_mixture(kind: str, **sizes: Any) -> PreTrainedModel:
+    """A random mixture of experts of four layers in eval mode; most have four experts, two for each token.
+
+    Args:
+        kind: one of `MIXTURE_TYPES`.
+        **sizes: config values that differ from those of `examples/tiny_architectures.py`.
+    """
+    if kind == "dbrx":  # whose configs inside have no field for what their model reads
+        parts = {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}, "initializer_range": 0.2}
+        experts = {"ffn_hidden_size": 48, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, **sizes}
+        shape = {"vocab_size": 99, "d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 64}
+        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+        tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        config = CONFIG_MAPPING["dbrx"](**shape, **parts, **rope, **tokens, ffn_config=experts)
+    else:
+        config = CONFIG_MAPPING[kind](**{**tiny_config(kind).to_dict(), **sizes})
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).float().eval()
 
 
 def batch_for(model, padding: str | None = None) -> dict[str, torch.Tensor]:

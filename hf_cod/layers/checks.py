@@ -87,8 +87,7 @@ def check_reshapeable(stack: DecoderLayers, doing: str) -> None:
 def _parameters(stack: DecoderLayers, index: int) -> Iterator[tuple[str, Any]]:
     for name, module in stack.linears(index).items():
         yield name, getattr(module, "weight", None)
-    for name, bank in stack.experts(index).items():
-        yield from ((f"{name}.{key}", p) for key, p in stack.parameters_of(name, bank))
+    yield from ((matrix.name, matrix.parameter) for matrix in stack.expert_matrices(index))
 
 
 def _check_plain(name: str, weight: Any) -> None:

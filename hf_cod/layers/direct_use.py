@@ -25,10 +25,11 @@ from hf_cod.layers.layer_calls import observed_calls
 from hf_cod.layers.meta_weights import is_on_meta, on_zeros
 from hf_cod.layers.modes import cache_restored, modes_restored, modules_restored
 from hf_cod.layers.module_choice import by_place
+from hf_cod.layers.modules import walk
 from hf_cod.layers.orientation import computes_otherwise
 from hf_cod.layers.probe_inputs import probe_inputs
 from hf_cod.layers.sensitive_modules import LatentProjections
-from hf_cod.layers.stack import DecoderLayers, walk
+from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stock_four_bit import without_repacking
 from hf_cod.layers.watched_weights import Watched, is_watched, version_of, watch
 

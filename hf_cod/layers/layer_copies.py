@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from hf_cod.layers.meta_weights import is_on_meta, on_zeros
 from hf_cod.layers.modes import modules_restored
+from hf_cod.layers.modules import is_norm
 from hf_cod.layers.running import evaluation_mode, hidden_input, hidden_output
-from hf_cod.layers.stack import DecoderLayers, is_norm
+from hf_cod.layers.stack import DecoderLayers
 
 # With fewer tokens, a channel behind a ReLU may be silent on all of them.
 SAMPLES, TOKENS = 4, 12

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_cod.layers.experts import holds_experts
 from hf_cod.layers.running import hidden_input
-from hf_cod.layers.stack import holds_experts
 
 
 def is_on_meta(model: nn.Module) -> bool:

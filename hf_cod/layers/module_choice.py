@@ -120,10 +120,8 @@ def _names(stack: DecoderLayers) -> dict[str, set[str]]:
     """Matrix -> the names that it can be called by: its own, and that of its bank of experts."""
     found: dict[str, set[str]] = {}
     for index in range(len(stack)):
-        banks = stack.experts(index)
-        for name in stack.input_shapes(index):
-            bank = name.rpartition(".")[0]
-            found[name] = {name, bank} if bank in banks else {name}
+        found |= {name: {name} for name in stack.input_shapes(index)}
+        found |= {matrix.name: {matrix.name, matrix.bank} for matrix in stack.expert_matrices(index)}
     return found
 
 
@@ -132,6 +130,5 @@ def _sizes(stack: DecoderLayers) -> dict[str, int]:
     found: dict[str, int] = {}
     for index in range(len(stack)):
         found |= {name: math.prod(shape_of(module)) for name, module in stack.linears(index).items()}
-        for bank, module in stack.experts(index).items():
-            found |= {f"{bank}.{key}": p.numel() for key, p in stack.parameters_of(bank, module)}
+        found |= {matrix.name: matrix.parameter.numel() for matrix in stack.expert_matrices(index)}
     return found

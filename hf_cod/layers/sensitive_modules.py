@@ -20,8 +20,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_cod.layers.module_choice import by_place
+from hf_cod.layers.modules import is_norm
 from hf_cod.layers.orientation import shape_of
-from hf_cod.layers.stack import DecoderLayers, holds_experts, is_linear_like, is_norm, walk
+from hf_cod.layers.stack import DecoderLayers
 
 ROUTER = "a router, which has one row for each expert"
 GATE = "a gate of one row"
@@ -96,10 +97,12 @@ def sensitive_modules(stack: DecoderLayers, latent: Sequence[str]) -> dict[str, 
     """
     found: dict[str, str] = {}
     for index in range(len(stack)):
-        experts = _experts(stack[index], f"{stack.layers_path}.{index}")
+        sets = stack.expert_sets(index)
+        experts = [(place, experts.count) for experts in sets for place in experts.places]
+        routers = [experts.router.name for experts in sets if experts.router is not None]
         for name, module in stack.linears(index).items():
             out, width = shape_of(module)
-            if any(_beside(name, place) for place, count in experts.items() if out == count < width):
+            if name in routers or any(_beside(name, place) for place, count in experts if out == count < width):
                 found[name] = ROUTER
             elif out == 1 < width:
                 found[name] = GATE
@@ -126,23 +129,6 @@ def left_notes(stack: DecoderLayers, left: Mapping[str, str]) -> list[str]:
             )
     others = {name: reason for name, reason in left.items() if reason not in (ROUTER, GATE, LATENT)}
     return [*notes, *(f"{name} is not quantized: {reason}" for name, reason in others.items())]
-
-
-def _experts(layer: nn.Module, path: str) -> dict[str, int]:
-    """Name -> number of experts, of each bank or list of experts in a layer."""
-    found: dict[str, int] = {}
-    for name, module in walk(layer, path):
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and _alike(module):
-            found[name] = len(module)
-        elif holds_experts(module):
-            found[name] = max(p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3)
-    return found
-
-
-def _alike(modules: nn.ModuleList) -> bool:
-    """Whether these are modules of one class with several matrices each, as experts are."""
-    several = all(sum(is_linear_like(m) for m in module.modules()) > 1 for module in modules)
-    return several and len({type(module) for module in modules}) == 1
 
 
 def _beside(name: str, experts: str) -> bool:

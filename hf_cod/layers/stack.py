@@ -23,7 +23,10 @@ from transformers import PreTrainedModel
 
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
-from hf_cod.layers.orientation import is_linear, is_transposed, shape_of, turned
+from hf_cod.layers.expert_discovery import expert_sets
+from hf_cod.layers.experts import ExpertMatrix, ExpertSet, expert_matrices
+from hf_cod.layers.modules import is_linear_like, is_norm, walk
+from hf_cod.layers.orientation import shape_of
 from hf_cod.layers.stacks import DECODER, ENCODER, TEXT, counting_config, named_stacks, path_of_stack, side_of
 from hf_cod.layers.weights import weight_of
 
@@ -108,20 +111,25 @@ class DecoderLayers(Sequence):
         return {name: m for name, m in found if is_linear_like(m) and name not in self.excluded}
 
     def experts(self, index: int) -> dict[str, nn.Module]:
-        """Name -> module of each bank of experts of layer `index`: modules that hold their weights as 3-D parameters
-        (experts x rows x columns), as transformers' mixtures of experts do. Experts that are Linears are in `linears`.
+        """Name -> module of each bank of experts of layer `index`: modules that hold the matrices of all experts in one
+        parameter each. Experts that are Linears are in `linears`.
         """
-        return {name: m for name, m in self._modules_of(index) if holds_experts(m)}
+        return {matrix.bank: matrix.module for matrix in self._expert_matrices(index)}
+
+    def expert_matrices(self, index: int) -> list[ExpertMatrix]:
+        """The matrices of the banks of experts of layer `index` that are not excluded."""
+        return [matrix for matrix in self._expert_matrices(index) if matrix.name not in self.excluded]
+
+    def expert_sets(self, index: int) -> list[ExpertSet]:
+        """The routed and shared experts of layer `index`, with their routers; see `experts.py`."""
+        return expert_sets(self.module_list[index], f"{self.layers_path}.{index}")
 
     def input_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape of a tensor with one number per input channel: (in,) for each Linear-like module, (experts, in)
         for each matrix of a bank of experts, named after its parameter ("model.layers.3.mlp.experts.down_proj").
         """
         shapes: dict[str, tuple[int, ...]] = {name: shape_of(m)[1:] for name, m in self.linears(index).items()}
-        for name, bank in self.experts(index).items():
-            for key, p in self.parameters_of(name, bank):
-                shapes[f"{name}.{key}"] = (p.shape[0], p.shape[1 if is_transposed(bank) else 2])
-        return shapes
+        return shapes | {matrix.name: (matrix.experts, matrix.shape[1]) for matrix in self.expert_matrices(index)}
 
     def matrices(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """(name, weight) of each entry of `input_shapes`: (out, in), or (experts, out, in) for a bank of experts.
@@ -131,29 +139,26 @@ class DecoderLayers(Sequence):
         """
         for name, module in self.linears(index).items():
             yield name, weight_of(module)
-        for name, bank in self.experts(index).items():
-            with align_module_device(bank):
-                found = [(key, p.detach()) for key, p in self.parameters_of(name, bank)]
-            for key, weight in found:
-                yield f"{name}.{key}", turned(bank, weight)
-
-    def parameters_of(self, name: str, bank: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """(parameter's name, parameter) of each matrix of a bank of experts that is not excluded."""
-        return ((key, p) for key, p in _expert_parameters(bank) if f"{name}.{key}" not in self.excluded)
+        of_bank: dict[str, list[ExpertMatrix]] = {}
+        for matrix in self.expert_matrices(index):
+            of_bank.setdefault(matrix.bank, []).append(matrix)
+        for found in of_bank.values():
+            with align_module_device(found[0].module):
+                weights = [(matrix.name, matrix.weights()) for matrix in found]
+            yield from weights
 
     def count_weights(self, index: int) -> int:
         """Number of weights in the matrices of layer `index`, experts included: those that can be compressed."""
-        modules = [module for _, module in self._modules_of(index)]
-        plain = sum(math.prod(shape_of(m)) for m in modules if is_linear_like(m))
-        return plain + sum(p.numel() for m in modules if holds_experts(m) for _, p in _expert_parameters(m))
+        plain = sum(math.prod(shape_of(m)) for _, m in self._modules_of(index) if is_linear_like(m))
+        return plain + sum(matrix.parameter.numel() for matrix in self._expert_matrices(index))
 
     def other_weights(self, index: int) -> Counter[str]:
         """Class of module -> number of weights of layer `index` in no matrix (convolutions, ...), vectors excluded."""
         found: Counter[str] = Counter()
+        experts = {id(matrix.parameter) for matrix in self._expert_matrices(index)}
         for module in (m for _, m in self._modules_of(index) if not is_linear_like(m)):
-            experts = {name for name, _ in _expert_parameters(module)}
             named = module.named_parameters(recurse=False)
-            own = (p for name, p in named if p.dim() > 1 and name not in experts and "bias" not in name)
+            own = (p for name, p in named if p.dim() > 1 and id(p) not in experts and "bias" not in name)
             found[type(module).__name__] += sum(p.numel() for p in own)
         return +found
 
@@ -231,6 +236,9 @@ class DecoderLayers(Sequence):
         heads = {name: m for name, m in self.model.named_children() if m is not base and [*m.parameters()]}
         return {name: m for name, m in heads.items() if all(inner is not self.head for inner in m.modules())}
 
+    def _expert_matrices(self, index: int) -> list[ExpertMatrix]:
+        return expert_matrices(self._modules_of(index))
+
     def _modules_of(self, index: int) -> Iterator[tuple[str, nn.Module]]:
         return walk(self.module_list[index], f"{self.layers_path}.{index}")
 
@@ -259,38 +267,6 @@ def find_decoder_layers(model: nn.Module, layers_path: str | None = None) -> Dec
     path = path_of_stack(base, layers_path)
     layers: Any = base.get_submodule(path)
     return DecoderLayers(base, path, layers, counting_config(base, path, len(layers)))
-
-
-def is_linear_like(module: nn.Module) -> bool:
-    """Whether `module` is one matrix: nn.Linear, Conv1D, or a quantized module with in_features and out_features."""
-    return is_linear(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether `module` is a norm: LayerNorm, or a class whose name ends in "Norm", such as RMSNorm."""
-    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm")
-
-
-def holds_experts(module: nn.Module) -> bool:
-    """Whether `module` is a bank of experts: it counts them in an attribute, and has 3-D parameters of that size."""
-    return any(True for _ in _expert_parameters(module))
-
-
-def _expert_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Other 3-D parameters are heads, blocks of a matrix or kernels of a convolution."""
-    counts = {value for name, value in vars(module).items() if "expert" in name and type(value) is int}
-    return ((n, p) for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and p.shape[0] in counts)
-
-
-def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """`module` and all its submodules; of an adapter or compiled module only the wrapped one, under the bare name."""
-    for inner in ("base_layer", "_orig_mod"):
-        if isinstance(getattr(module, inner, None), nn.Module):
-            yield from walk(getattr(module, inner), name)
-            return
-    yield name, module
-    for child_name, child in module.named_children():
-        yield from walk(child, f"{name}.{child_name}")
 
 
 def _ask(model: nn.Module, getter: str) -> nn.Module | None:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_cod.layers.layer_copies import LayerCopy, NotRunError, copy_layers
+from hf_cod.layers.modules import is_norm
 from hf_cod.layers.orientation import is_linear, shape_of, turned
 from hf_cod.layers.row_owners import mixes_tokens, owners_of
-from hf_cod.layers.stack import DecoderLayers, is_norm
+from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.unit_checks import first_that_fits
 from hf_cod.layers.units import CHANNELS, HEADS, KINDS, Changes, LayerUnits, Units, changes_of
 from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES

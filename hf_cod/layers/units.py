@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.functional.channels import rows_of
+from hf_cod.layers.modules import is_norm
 from hf_cod.layers.orientation import set_shape, shape_of, turned
-from hf_cod.layers.stack import is_norm
 from hf_cod.models.shapes import set_number
 
 HEADS, CHANNELS = KINDS = ("heads", "channels")

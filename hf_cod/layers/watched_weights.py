@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_cod.layers.modules import is_linear_like
 from hf_cod.layers.orientation import shape_of
-from hf_cod.layers.stack import is_linear_like
 
 
 def version_of(tensor: Tensor) -> int:

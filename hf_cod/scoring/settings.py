@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 from hf_cod.functional.bits import BITS, SCALE_BITS
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import current_value
-from hf_cod.io.settings import SampleFields, check_choice, layers_path_field
+from hf_cod.io.settings import SampleFields, as_in, check_choice, layers_path_field
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,27 @@ METHODS = {
     "uniform": Method("nothing (all layers have equal scores), a baseline", needs_weights=False),
     "depth": Method("an early position, a baseline", needs_weights=False),
     "random": Method("a high random number from the seed, a baseline", ("seed",), needs_weights=False),
+}
+
+
+@dataclass(frozen=True)
+class ExpertMethod:
+    """A method of scoring experts; `expert_methods.METHODS` has its function.
+
+    Attributes:
+        description: the property that gives an expert a high score; `score_experts` has the formulas.
+        settings: the fields of `ExpertScoreSettings` that it depends on.
+    """
+
+    description: str
+    settings: tuple[str, ...] = ()
+
+
+EXPERT_METHODS = {
+    "reap": ExpertMethod("a large mean of gate weight times norm of the output, over the tokens routed to it (REAP)"),
+    "router_weight": ExpertMethod("a large mean of its gate weight over all tokens"),
+    "frequency": ExpertMethod("a large share of tokens routed to it"),
+    "owl": ExpertMethod("a large share of outliers among |W_ij| ||X_j|| of its own inputs (OWL)", ("threshold",)),
 }
 # How sensitivity and auto change a layer: two pruners, and rounding to 3 or 4 bits.
 CODEBOOK = "codebook"
@@ -121,13 +142,22 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
-        if not 0 < self.threshold < math.inf:
-            raise ValueError(f"threshold: expected a finite number above 0, got {self.threshold}")
+        check_threshold(self.threshold)
         check_choice("pruner", self.pruner, PRUNERS)
         low, high = (min(BITS) + SCALE_BITS, max(BITS) + SCALE_BITS) if self.pruner == CODEBOOK else (0, 1)
         if not low < self.target < high:
             what = "bits" if self.pruner == CODEBOOK else "a sparsity"
             raise ValueError(f"target: expected {what} between {low:.4g} and {high:.4g}, got {self.target}")
+
+
+def check_threshold(threshold: float) -> None:
+    """Checks OWL's M.
+
+    Raises:
+        ValueError: it is not a finite number above 0.
+    """
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"threshold: expected a finite number above 0, got {threshold}")
 
 
 # Settings of any score, in the order of the table; the seed is common to all random choices of a command.
@@ -152,6 +182,33 @@ class ScoreFields(SampleFields, total=False):
     per_module: bool
     target: float
     pruner: str
+    layers_path: str | None
+
+
+@checked
+@dataclass
+class ExpertScoreSettings:
+    """How experts are scored."""
+
+    method: str = field(
+        default="reap",
+        metadata={
+            "help": "the property that gives an expert a high score. "
+            + "; ".join(f"{name}: {method.description}" for name, method in EXPERT_METHODS.items())
+        },
+    )
+    threshold: float = as_in(ScoreSettings, "threshold")
+    layers_path: str | None = layers_path_field()
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, EXPERT_METHODS)
+        check_threshold(self.threshold)
+
+
+class ExpertScoreFields(SampleFields, total=False):
+    """Fields of `ExpertScoreSettings`, and of samples, that `score_experts` takes by name."""
+
+    threshold: float
     layers_path: str | None
 
 

@@ -61,6 +61,7 @@ BAD = {
             "dtype",
             "teacher_dtype",
             "method",
+            "experts",
             "score",
             "rounding",
             "criterion",

@@ -116,6 +116,8 @@ def small(command, arguments, models, number):
     stock, lns = str(models / "stock"), str(models / "lns")
     names = {
         "google-t5/t5-small": str(models / "t5"),
+        "allenai/OLMoE-1B-7B-0924": str(models / "mixture"),
+        "MIXTURE": str(models / "mixture"),
         "MODEL": stock,
         "STUDENT": "thin",
         "LNS_MODEL": lns,

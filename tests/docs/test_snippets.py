@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 import hf_cod
 from tests.docs.pages import NAMES, ROOT, read, snippets
 from tests.docs.tiny import TEXT, model, save_models
+from tests.tiny_models import build
 
 CASES = [(page, number) for page in NAMES for number in range(len(snippets(page)))]
 # What is compiled and not run here, and why.
@@ -106,6 +107,7 @@ def names(models, measured, folder):
         "dataset": Dataset.from_list([{"text": TEXT[:100]} for _ in range(16)]),
         "inputs": {"input_ids": ids[0][None, :5]},
         "load": model,
+        "mixture": build("mixtral", max_position_embeddings=512),
         "model": model(),
         "name": str(models / "stock"),
         "student": model(),
@@ -139,7 +141,9 @@ def test_it_runs(page, number, models, measured, tmp_path, monkeypatch):
         with torch.device("meta"):  # the paper's size
             exec(code, given)
     else:
-        exec(small(code).replace("google-t5/t5-small", str(models / "t5")), given)
+        for name, there in (("google-t5/t5-small", "t5"), ("allenai/OLMoE-1B-7B-0924", "mixture")):
+            code = code.replace(name, str(models / there))
+        exec(small(code), given)
 
 
 SCRIPTS = sorted((ROOT / "examples/tutorials").glob("*.py"))

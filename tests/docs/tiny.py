@@ -22,13 +22,14 @@ def model():
 
 
 def save_models(folder: Path) -> Path:
-    """`stock`, a Llama, `lns`, the same with LayerNorm Scaling, and `t5`."""
+    """`stock`, a Llama, `lns`, the same with LayerNorm Scaling, `t5`, and `mixture`, of experts."""
     model().save_pretrained(folder / "stock")
     torch.manual_seed(0)
     config = AutoConfig.for_model("cod_llama", norm_placement="lns", num_hidden_layers=3, vocab_size=99, **SIZES)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "lns")
     build_type(f"{SEQ2SEQ}t5").save_pretrained(folder / "t5")
-    for name in ("stock", "lns", "t5"):
+    build("mixtral", max_position_embeddings=512).save_pretrained(folder / "mixture")
+    for name in ("stock", "lns", "t5", "mixture"):
         gpt_like().save_pretrained(folder / name)
     return folder
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hf_cod import (
     DepthPlan,
+    ExpertScores,
     FitPlan,
     LayerAllocation,
     LayerScores,
@@ -22,6 +23,9 @@ from hf_cod import (
 MEASURED = {"loss": 4.1, "expected": 4.0, "left": 0.7, "steps": {"rank": 0.3}}
 RECORDS = {
     "scores": LayerScores("m", "owl", [0.5, 0.25, 1.0], [10, 20, 30], {"threshold": 3.0, "spread": 0.1}),
+    "expert_scores": ExpertScores(
+        "m", "owl", {"a": [0.5, 1.0], "b": [0.25]}, {"a": 0, "b": 2}, {"a": [3, 0], "b": [3]}, {"a": [9, 9], "b": [9]}
+    ),
     "allocation": LayerAllocation("sparsity", 0.5, [0.5, 0.25], [10, 20], "owl", 8, "m", [10, 20]),
     "depth_plan": DepthPlan(
         "m",

@@ -119,6 +119,8 @@ MISTAKES = {
 OTHERWISE = {
     ("OwlBnbConfig", "statistics"),
     ("quantize", "statistics"),
+    ("ExpertScores", "model"),
+    ("ExpertScores", "settings"),
     ("LayerScores", "model"),
     ("LayerScores", "settings"),
     ("LayerAllocation", "model"),

@@ -7,6 +7,7 @@ import pytest
 import hf_cod
 from hf_cod import (
     DepthPlan,
+    ExpertScores,
     FitPlan,
     LayerAllocation,
     LayerScores,
@@ -21,6 +22,7 @@ from hf_cod import (
 
 FIELDS = {
     DepthPlan: "depth_plan",
+    ExpertScores: "expert_scores",
     FitPlan: "fit_plan",
     LayerAllocation: "allocation",
     LayerScores: "scores",

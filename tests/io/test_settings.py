@@ -74,7 +74,7 @@ from hf_cod.compression.width import settings as width_settings
 from hf_cod.functional import bits, codebook
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import as_in, resolve
-from hf_cod.scoring import allocation
+from hf_cod.scoring import allocation, expert_methods
 from hf_cod.scoring import methods as scoring_methods
 from hf_cod.scoring import settings as scoring_settings
 from hf_cod.training.runs import methods as training_methods
@@ -423,6 +423,7 @@ def test_each_field_has_one_help_text():
     "told, done",
     [
         (scoring_settings.METHODS, scoring_methods.METHODS),
+        (scoring_settings.EXPERT_METHODS, expert_methods.METHODS),
         (scoring_settings.KINDS, allocation.FALLING),
         (pruning_settings.METHODS, pruning_methods.METHODS),
         (low_rank_settings.METHODS, factorizer.METHODS),

@@ -107,8 +107,7 @@ QUANTIZABLE = ["deepseek_v3", "qwen2_moe", "jetmoe"]
 def test_they_are_not_quantized_but_counted(name, tmp_path):
     pytest.importorskip("bitsandbytes")
     model, original = family(name), family(name)
-    # JetMoE's experts cannot be observed.
-    report = quantize(model, bits=3, batches=None if name == "jetmoe" else two_batches(model))
+    report = quantize(model, bits=3, batches=two_batches(model))
     for kind, ends in EXPECTED[name].items():
         left = {n: m for n, m in original.named_modules() if n.endswith(ends)}
         assert left and not left.keys() & report.results["module_bits"].keys()

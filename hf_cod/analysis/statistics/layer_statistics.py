@@ -221,6 +221,7 @@ class StatisticsRecorder:
         """Starts a batch with the inputs of the model, whose masks say which tokens are padding."""
         self._inputs.start(inputs)
         self._batch: list[tuple[str, int | None, Tensor, int]] = []
+        self._last: tuple[Tensor, int] = torch.zeros(0), 0
 
     def finish(self, number: int) -> None:
         """Ends a batch: checks it and adds it to the sums."""
@@ -236,9 +237,10 @@ class StatisticsRecorder:
         return _entry(self.squares, self.tokens, name, expert)
 
     def _read(self, name: str, expert: int | None, rows: Tensor | None, source: str) -> None:
-        if rows is not None:
-            self._last = (_sum_of_squares(rows), len(rows))
-        self._batch.append((name, expert, *self._last))
+        found = self._last if rows is None else (_sum_of_squares(rows), len(rows))
+        if expert is None:  # experts may run between matrices that share an input
+            self._last = found
+        self._batch.append((name, expert, *found))
 
 
 def _sum_of_squares(rows: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_cod.analysis.statistics.expert_banks import observed
 from hf_cod.layers.direct_use import has_tokens_first
+from hf_cod.layers.expert_routing import observed_experts
 from hf_cod.layers.layer_calls import check_first_call
 from hf_cod.layers.running import are_tokens_first
 from hf_cod.layers.stack import DecoderLayers
@@ -39,7 +39,7 @@ class MatrixInputs:
 
     def __init__(self, stack: DecoderLayers, layers: Iterable[int], read: Read) -> None:
         self._layers = [*layers]
-        self._linears, self._banks = _own_modules(stack, self._layers)
+        self._linears = _own_linears(stack, self._layers)
         self._read, self._stack, self._excluded = read, stack, stack.excluded
         self.start({})
 
@@ -53,8 +53,7 @@ class MatrixInputs:
             for index in self._layers:
                 handle = self._stack[index].register_forward_pre_hook(self._count(index))
                 attachments.callback(handle.remove)
-            if self._banks:
-                attachments.enter_context(observed(self._banks, self._read_expert))
+            attachments.enter_context(observed_experts(self._stack, self._layers, self._read_expert))
             for name, module in self._linears.items():
                 handle = module.register_forward_pre_hook(self._hook_of(name), with_kwargs=True)
                 attachments.callback(handle.remove)
@@ -62,9 +61,9 @@ class MatrixInputs:
 
     def start(self, inputs: Mapping[str, Any]) -> None:
         """Starts a batch with the inputs of the model, whose masks (S, T) say which tokens are padding."""
-        self._mask = _padding(self._stack.mask(inputs))
+        self._mask = padding_of(self._stack.mask(inputs))
         # The cross-attention of a decoder reads the tokens of the encoder.
-        self._encoded_mask = _padding(inputs.get("attention_mask")) if self._stack.name == DECODER else None
+        self._encoded_mask = padding_of(inputs.get("attention_mask")) if self._stack.name == DECODER else None
         shapes = [mask.shape for mask in (self._mask, self._encoded_mask) if mask is not None]
         self._square = any(has_tokens_first(self._stack, samples, tokens) for samples, tokens in shapes)
         self._encoded: Any = None
@@ -88,11 +87,14 @@ class MatrixInputs:
 
         return read
 
-    def _read_expert(self, name: str, expert: int, x: Tensor, tokens: Tensor) -> None:
+    def _read_expert(self, name: str, expert: int, x: Tensor, tokens: Tensor | None) -> None:
         if name in self._excluded:
             return
-        rows = x if self._mask is None else x[self._mask.flatten().to(x.device)[tokens]]
-        self._read(name, expert, rows, name)
+        if self._mask is not None and tokens is not None:
+            x = x[self._mask.flatten().to(x.device)[tokens]]
+        elif self._mask is not None:  # the tokens are not known, unless these are all of them
+            x = self._real_rows(name, x)
+        self._read(name, expert, x, name)
 
     def _real_rows(self, name: str, x: Tensor) -> Tensor:
         encoded = self._encoded is not None and self._encoded() is x
@@ -109,7 +111,7 @@ class MatrixInputs:
         return rows[mask.to(rows.device)]
 
 
-def _padding(mask: Tensor | None) -> Tensor | None:
+def padding_of(mask: Tensor | None) -> Tensor | None:
     """(S, T): 1 for real tokens; None without padding, where a gather is avoided."""
     if mask is not None and mask.dim() != 2:
         raise ValueError(
@@ -131,17 +133,15 @@ def check_finite_input(sums: Tensor, name: str, number: int) -> None:
         )
 
 
-def _own_modules(stack: DecoderLayers, layers: Iterable[int]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """All Linears and all banks of experts; raises for a module in two layers, whose statistics would be mixed."""
+def _own_linears(stack: DecoderLayers, layers: Iterable[int]) -> dict[str, nn.Module]:
+    """All Linears; raises for a module or a bank of experts in two layers, whose statistics would be mixed."""
     linears: dict[str, nn.Module] = {}
-    banks: dict[str, nn.Module] = {}
     owner: dict[int, int] = {}
     for index in layers:
-        used = {name: bank for name, bank in stack.experts(index).items() if any(stack.parameters_of(name, bank))}
-        for kind, found in ((linears, stack.linears(index)), (banks, used)):
-            for name, module in found.items():
-                other = owner.setdefault(id(module), index)
-                if other != index:
-                    raise ValueError(f"model: expected modules of one layer each, got {name} also in layer {other}")
-            kind.update(found)
-    return linears, banks
+        here = stack.linears(index)
+        for name, module in [*here.items(), *((m.bank, m.module) for m in stack.expert_matrices(index))]:
+            other = owner.setdefault(id(module), index)
+            if other != index:
+                raise ValueError(f"model: expected modules of one layer each, got {name} also in layer {other}")
+        linears.update(here)
+    return linears

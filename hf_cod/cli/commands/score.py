@@ -1,4 +1,4 @@
-"""hf-cod score MODEL: score the importance of each layer."""
+"""hf-cod score MODEL: score the importance of each layer, and of each expert of a mixture."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from hf_cod.io.settings import (
     SampleSettings,
     TextSettings,
     as_in,
+    check_choice,
     check_effect,
 )
-from hf_cod.scoring.settings import METHODS, OPTIONS, ScoreSettings
+from hf_cod.scoring.settings import EXPERT_METHODS, METHODS, OPTIONS, ScoreSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from hf_cod.scoring.layer_scores import LayerScores
 
 
-STATISTICS, SCORES = "statistics.safetensors", "scores.json"
+STATISTICS, SCORES, EXPERT_SCORES = "statistics.safetensors", "scores.json", "expert_scores.json"
 
 
 @dataclass
@@ -42,11 +43,23 @@ class ScoreOptions(SampleSettings, ScoreSettings):
     threshold: float = as_in(ScoreSettings, "threshold", default=DefaultNumber(ScoreSettings().threshold))
     target: float = as_in(ScoreSettings, "target", default=DefaultNumber(ScoreSettings().target))
     pruner: str = as_in(ScoreSettings, "pruner", default=DefaultName(ScoreSettings().pruner))
+    experts: str | None = field(
+        default=None,
+        metadata={
+            "help": "also score each expert of a mixture of experts, by this property; writes expert_scores.json and a "
+            "heat map. " + "; ".join(f"{name}: {row.description}" for name, row in EXPERT_METHODS.items()),
+            "choices": list(EXPERT_METHODS),
+        },
+    )
 
     def __post_init__(self) -> None:
         SampleSettings.__post_init__(self)
         ScoreSettings.__post_init__(self)
-        unused = [name for name in OPTIONS if name not in METHODS[self.method].settings]
+        of_experts: tuple[str, ...] = ()
+        if self.experts is not None:
+            check_choice("experts", self.experts, EXPERT_METHODS)
+            of_experts = EXPERT_METHODS[self.experts].settings
+        unused = [name for name in OPTIONS if name not in (*METHODS[self.method].settings, *of_experts)]
         check_effect(self, unused, f"method {self.method}, which does not use it")
 
     @property
@@ -79,8 +92,9 @@ def make_parser() -> SettingsParser:
         [ModelSettings, TextSettings, ScoreOptions, ScoreOutput],
         prog="hf-cod score",
         description="Scores the importance of each layer, by OWL's share of outliers or another method, and writes "
-        "statistics.safetensors and scores.json for other commands. Statistics in the output directory are reused by a "
-        "resumed run, and by another method on the same model and samples.",
+        "statistics.safetensors and scores.json for other commands; with --experts also scores each expert of a "
+        "mixture. Statistics in the output directory are reused by a resumed run, and by another method on the same "
+        "model and samples.",
     )
     parser.add_model()
     return parser
@@ -113,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
         told = asdict(loading) | asdict(text)
         report = run(model, batches, settings, output.statistics, directory, model_title(rest.model), told)
         save_report(report, place.results, output)
-        place.finish(beside=[STATISTICS, SCORES])
+        place.finish(beside=[STATISTICS, SCORES, *([EXPERT_SCORES] if settings.experts else [])])
     print_report(report)
     say_written(directory)
     return 0
@@ -128,7 +142,7 @@ def run(
     name: str,
     told: dict[str, Any],
 ) -> RunReport:
-    """Collects statistics (or reads existing ones), scores the layers, writes both; returns the report.
+    """Collects statistics (or reads existing ones), scores layers and experts, writes all; returns the report.
 
     Its results have, as "score_settings", the settings of the method and its choices; `told` are those of its inputs.
     """
@@ -138,9 +152,11 @@ def run(
     from hf_cod.layers.devices import environment_of
     from hf_cod.layers.fingerprints import Journals
     from hf_cod.layers.stack import find_decoder_layers, unwrap
-    from hf_cod.scoring.methods import score_layers
+    from hf_cod.scoring.expert_methods import check_mixture
 
     base: Any = unwrap(model)
+    if settings.experts is not None:
+        check_mixture(find_decoder_layers(base, settings.layers_path))
     journals = Journals(directory, model, batches)
     inputs = {"statistics": earlier, "inputs": journals.inputs, **describe_batches(batches)}
     report = RunReport(
@@ -156,19 +172,58 @@ def run(
     statistics = LayerStatistics.load(earlier) if earlier else kept
     if earlier and statistics is not None:
         statistics.check(find_decoder_layers(base, settings.layers_path))
-    report.keep_earlier(directory, (SCORES,) if kept else (STATISTICS, SCORES))
+    report.keep_earlier(directory, (SCORES, EXPERT_SCORES) if kept else (STATISTICS, SCORES, EXPERT_SCORES))
     if statistics is None:
         statistics = collect_statistics(model, batches, layers_path=settings.layers_path, name=name, show_progress=True)
     if kept is None:
         statistics.save(file)
         if not earlier:
             journal.add("statistics", _digest(file))
+    return _scored(report, model, statistics, batches, settings, directory)
+
+
+def _scored(
+    report: RunReport,
+    model: nn.Module,
+    statistics: LayerStatistics,
+    batches: Sequence[Batch],
+    settings: ScoreOptions,
+    directory: Path,
+) -> RunReport:
+    """Scores the layers, and the experts if they are asked for; writes the scores."""
+    from hf_cod.scoring.methods import score_layers
+
     chosen = ScoreSettings(**{f.name: getattr(settings, f.name) for f in fields(ScoreSettings)})
     scores = score_layers(model, statistics, batches=batches, show_progress=True, settings=chosen)
     scores.save(directory / SCORES)
     layers: dict[str, list[Any]] = {"score": scores.values, "parameters": scores.parameters}
-    results = {"score_settings": scores.settings}
-    return replace(report, layers=layers, results=results, summary=_summary(scores), notes=_notes(statistics))
+    report = replace(report, layers=layers, results={"score_settings": scores.settings}, notes=_notes(statistics))
+    report = replace(report, summary=_summary(scores))
+    if settings.experts is None:
+        return report
+    return _with_experts(report, model, statistics, batches, settings, directory)
+
+
+def _with_experts(
+    report: RunReport,
+    model: nn.Module,
+    statistics: LayerStatistics,
+    batches: Sequence[Batch],
+    settings: ScoreOptions,
+    directory: Path,
+) -> RunReport:
+    """Scores the experts, and writes their scores; results have them as "expert_scores"."""
+    from hf_cod.scoring.expert_methods import score_experts
+    from hf_cod.scoring.settings import ExpertScoreSettings
+
+    chosen = ExpertScoreSettings(str(settings.experts), settings.threshold, settings.layers_path)
+    scores = score_experts(model, statistics, batches=batches, show_progress=True, settings=chosen)
+    scores.save(directory / EXPERT_SCORES)
+    found = {"method": scores.method, "values": scores.values, "layers": scores.layers, "tokens": scores.tokens}
+    unseen = sum(map(len, scores.unseen.values()))
+    number = sum(map(len, scores.values.values()))
+    told = [f"{number} experts are scored by {scores.method.replace('_', ' ')}; {unseen} of them received no token."]
+    return replace(report, results={**report.results, "expert_scores": found}, summary=[*report.summary, *told])
 
 
 def _check_reused(directory: Path) -> None:
@@ -177,10 +232,12 @@ def _check_reused(directory: Path) -> None:
     from hf_cod.io.journal import check_journal
     from hf_cod.io.output_checks import REPORT, check_reused
     from hf_cod.io.report import RunReport
+    from hf_cod.scoring.expert_scores import ExpertScores
     from hf_cod.scoring.layer_scores import LayerScores
 
     ours: dict[str, Callable[[Path], object]] = {
         SCORES: LayerScores.load,
+        EXPERT_SCORES: ExpertScores.load,
         REPORT: RunReport.load,
         "journal.jsonl": check_journal,
     }

@@ -78,8 +78,8 @@ def quantizable(
                 left[name] = reason
             else:
                 layers[-1][name] = size
-        banks = [name for name, bank in stack.experts(index).items() if any(stack.parameters_of(name, bank))]
-        left |= dict.fromkeys(banks, "experts in one 3-D parameter")
+        for matrix in stack.expert_matrices(index):
+            left[matrix.bank] = f"experts in one {matrix.parameter.dim()}-D parameter"
     return layers, left
 
 

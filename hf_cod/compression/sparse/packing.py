@@ -10,9 +10,9 @@ from torch import nn
 
 from hf_cod.compression.sparse.linear import SparseLinear
 from hf_cod.layers.direct_use import check_unwritten
+from hf_cod.layers.modules import walk
 from hf_cod.layers.orientation import is_linear, is_plain, is_transposed
 from hf_cod.layers.replacement_modules import replace
-from hf_cod.layers.stack import walk
 
 logger = logging.getLogger(__name__)
 

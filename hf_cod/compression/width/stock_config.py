@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from hf_cod.layers.modules import walk
 from hf_cod.layers.removal.rebuilding import differences
-from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.units import CHANNELS, HEADS, LayerUnits
 from hf_cod.models.own_config import own_config
 from hf_cod.models.shapes import ShapedModel

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_cod.layers.modules import walk
 from hf_cod.layers.removal.config_surgery import Changes, building_errors
-from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, walk
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.stacks import inside_another, module_lists
 
 # Attributes of the present mode of a module, which no config determines.

@@ -123,6 +123,8 @@ def _has(report: RunReport, name: str) -> bool:
         return bool(report.results.get(name))
     if name == "healed":
         return report.kind == "heal"
+    if name == "expert_scores":
+        return name in report.results
     if name == "trade_off":
         return "curve" in report.results.get("plan", {})
     return name in report.layers and (name != "angular_distance" or name in report.results)

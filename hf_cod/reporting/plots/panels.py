@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 
 from hf_cod.io.report import RunReport, format_number, standing_out, told_share
 from hf_cod.reporting.plots.colours import INK, NEAR_IS_YELLOW, PALE
+from hf_cod.reporting.plots.expert_panel import expert_scores
 from hf_cod.reporting.plots.names import literal
 from hf_cod.reporting.plots.trade_off import trade_off
 from hf_cod.reporting.plots.training_panels import LOG_RATIO, TRAINING_PANELS
@@ -233,6 +234,7 @@ PANELS: dict[str, Callable[..., None]] = {
     "block_influence": _per_layer("block_influence", "Block influence of each layer", INFLUENCE),
     "variance": _per_layer("variance", "Output variance of each layer", "variance"),
     "score": _score,
+    "expert_scores": expert_scores,
     "curve": _curve,
     "healed": _healed,
     **{name + BY_STEP: draw for name, draw in TRAINING_PANELS.items()},

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from hf_cod.io.schema import brief
 from hf_cod.io.settings import Default
 from hf_cod.layers.direct_use import not_adaptable
+from hf_cod.layers.modules import is_linear_like
 from hf_cod.layers.orientation import shape_of
-from hf_cod.layers.stack import DecoderLayers, find_decoder_layers, is_linear_like
+from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.stock_four_bit import keep_unpacked
 from hf_cod.training.adapters.layer import OwLoreLinear
 from hf_cod.training.owlore.active_layers import warn_of_untrained

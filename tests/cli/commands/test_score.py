@@ -4,13 +4,16 @@ import re
 
 import pytest
 
+from hf_cod import ExpertScores
 from hf_cod.analysis.statistics import layer_statistics
 from hf_cod.cli.main import main
 from hf_cod.io.report import RunReport
 from hf_cod.scoring import methods
 from hf_cod.scoring.layer_scores import LayerScores
+from hf_cod.scoring.settings import EXPERT_METHODS
 from tests.cli.runs import QUICK
 from tests.tiny_models import build
+from tests.tiny_tokenizers import gpt_like
 
 
 def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
@@ -79,3 +82,51 @@ def test_score_takes_the_statistics_that_are_there(checkpoint, monkeypatch):
     assert RunReport.load(out / "earlier-1").layers["score"] == first != RunReport.load(out).layers["score"]
     assert main([*arguments, "--threshold", "3", "--seed", "1"]) == 0 and len(counted) == 2
     assert main(arguments) == 0 and len(counted) == 3, "the file holds other samples' statistics now"
+
+
+@pytest.fixture
+def mixture(checkpoint):
+    build("mixtral").save_pretrained(checkpoint / "mixture")
+    gpt_like().save_pretrained(checkpoint / "mixture")
+    return ["score", str(checkpoint / "mixture"), "--text", str(checkpoint / "text.txt"), *QUICK]
+
+
+@pytest.mark.parametrize("method", EXPERT_METHODS)
+def test_experts_are_scored_beside_the_layers(mixture, checkpoint, method):
+    out = checkpoint / "out"
+    assert main([*mixture, "--experts", method, "--plot-format", "svg", "--output", str(out)]) == 0
+    files = {"statistics.safetensors", "scores.json", "expert_scores.json", "score.svg", "expert_scores.svg"}
+    assert files <= {path.name for path in out.iterdir()}
+    scores, report = ExpertScores.load(out / "expert_scores.json"), RunReport.load(out)
+    assert scores.method == method and list(scores.layers.values()) == [0, 1, 2, 3]
+    assert report.results["expert_scores"]["values"] == scores.values
+    assert re.match(r"16 experts are scored by .*; \d+ of them received no token\.", report.summary[-1])
+    assert "Score of each expert" in (out / "expert_scores.svg").read_text()
+
+
+def test_scores_of_experts_that_are_earlier_are_kept(mixture, checkpoint):
+    out = checkpoint / "out"
+    arguments = [*mixture, "--no-plots", "--output", str(out)]
+    assert main([*arguments, "--experts", "owl", "--threshold", "2"]) == 0
+    first = ExpertScores.load(out / "expert_scores.json")
+    assert first.settings == {"threshold": 2.0}
+    assert main([*arguments, "--experts", "frequency"]) == 0
+    assert ExpertScores.load(out / "earlier-1" / "expert_scores.json") == first
+    assert ExpertScores.load(out / "expert_scores.json").method == "frequency"
+    assert main(arguments) == 0
+    assert not (out / "expert_scores.json").exists() and "expert_scores" not in RunReport.load(out).results
+
+
+def test_threshold_is_of_either_method(mixture, checkpoint, capsys):
+    out = ["--no-plots", "--output", str(checkpoint / "out")]
+    assert main([*mixture, "--method", "uniform", "--experts", "owl", "--threshold", "3", *out]) == 0
+    assert main([*mixture, "--method", "uniform", "--experts", "reap", "--threshold", "3", *out]) == 2
+    assert "threshold: expected none with method uniform, which does not use it" in capsys.readouterr().err
+
+
+def test_a_model_without_experts_is_refused_before_the_work(checkpoint, capsys):
+    out = checkpoint / "out"
+    arguments = ["score", str(checkpoint / "model"), "--text", str(checkpoint / "text.txt"), *QUICK, "--no-plots"]
+    assert main([*arguments, "--experts", "reap", "--output", str(out)]) == 2
+    assert "model: expected a mixture of experts, got" in capsys.readouterr().err
+    assert not (out / "statistics.safetensors").exists()
