@@ -8,8 +8,8 @@ FIRST = "options"
 GROUPS = {
     FIRST: (
         *("text", "teacher", "memory", "parameter_share", "bits", "sparsity", "pattern", "n_removed", "min_sparsity"),
-        *("metrics", "method", "criterion", "score", "scores", "statistics", "plan", "tokens", "steps", "passes"),
-        *("learning_rate", "device", "output", "estimate", "device_memory", "plan_only", "explain"),
+        *("metrics", "method", "criterion", "score", "experts", "scores", "statistics", "plan", "tokens", "steps"),
+        *("passes", "learning_rate", "device", "output", "estimate", "device_memory", "plan_only", "explain"),
         *("name", "license", "language", "sources", "where", "comparison", "labels", "norm_type", "post_layers"),
     ),
     "model and text": (

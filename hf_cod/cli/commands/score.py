@@ -46,8 +46,10 @@ class ScoreOptions(SampleSettings, ScoreSettings):
     experts: str | None = field(
         default=None,
         metadata={
-            "help": "also score each expert of a mixture of experts, by this property; writes expert_scores.json and a "
-            "heat map. " + "; ".join(f"{name}: {row.description}" for name, row in EXPERT_METHODS.items()),
+            "help": "also score each expert of a mixture of experts, and write expert_scores.json and a heat map; an "
+            "expert has a high score for: "
+            + "; ".join(f"{name}: {row.description}" for name, row in EXPERT_METHODS.items())
+            + " (default: experts are not scored)",
             "choices": list(EXPERT_METHODS),
         },
     )
