@@ -61,10 +61,9 @@ def _removed(case: Case, stack: str | None) -> dict[int, ValueError | WrongResul
             found[layer] = _check_layer(case, stack, layer)
         except WrongResult as error:
             found[layer] = error
-        except ValueError as error:
-            if not is_refusal(error):
-                raise
-            found[layer] = error
+        except Exception as error:  # any other one than a refusal is one that a user would see as a traceback
+            line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            found[layer] = error if isinstance(error, ValueError) and is_refusal(error) else WrongResult(line)
     return found
 
 

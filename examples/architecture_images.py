@@ -195,12 +195,9 @@ def _packed_flat(config: Any, samples: int, seed: int) -> Inputs:
 
 
 def _blocks(config: Any, samples: int, seed: int) -> Inputs:
-    """Four patches in one square, with the channels last."""
-    side = 2 * _patch(_vision(config))
-    return {
-        "pixel_values": _random(seed, _SIDE**2 // 4 * samples, side, side, _channels(_vision(config))),
-        **_grid(samples),
-    }
+    """Squares of four patches with the channels last, beside the number of squares of each image."""
+    side, grid = 2 * _patch(_vision(config)), torch.tensor([[1, 2, 2]] * samples)
+    return {"pixel_values": _random(seed, 4 * samples, side, side, _channels(_vision(config))), "image_grid_thw": grid}
 
 
 def _cubes(config: Any, samples: int, seed: int) -> Inputs:

@@ -86,6 +86,16 @@ _HEADS = {"head_dim": 8}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 _SECTIONS = {"text_config": {"rope_parameters": _ROPE}}
 _WINDOWS = {"depths": [2, 2], "num_heads": [2, 4], "embed_dim": 16, "window_size": 2, "image_size": 32, "patch_size": 4}
+_GEMMA4_VISION = {
+    **{
+        "hidden_size": 32,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "position_embedding_size": 64,
+    },
+    **{"num_attention_heads": 4, "num_key_value_heads": 4, "patch_size": 8, "pooling_kernel_size": 2},
+}
 _LATENT = {"num_key_value_heads": 4, "head_dim": 4}
 # Type, or group and type -> config values beside `SIZES`. Only what makes a type small, and valid, stands here.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -102,6 +112,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": [96] * 4},
+    "gemma4": {"vision_config": _GEMMA4_VISION},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"], _HEADS),

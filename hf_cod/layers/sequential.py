@@ -13,6 +13,7 @@ from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.direct_use import direct_use
 from hf_cod.layers.finished_layers import FinishedLayers
+from hf_cod.layers.independence import check_independent
 from hf_cod.layers.layer_calls import check_layers_alone
 from hf_cod.layers.modes import one_thread
 from hf_cod.layers.partial_forward import State, run_layer
@@ -64,6 +65,7 @@ def change_sequentially(
         ValueError: layers that cannot be run one after another.
     """
     check_layers_alone(stack, direct_use(stack.model, batches).obstacles)
+    check_independent(stack, "model", batches)
     last = _last_unfinished(stack, finished)
     before: list[State | None] = [None] * len(batches)
     with evaluation_mode(stack):
@@ -98,6 +100,7 @@ def measure_sequentially(
         ValueError: layers that cannot be run one after another.
     """
     check_layers_alone(stack, direct_use(stack.model, batches).obstacles)
+    check_independent(stack, "model", batches)
     last = _last_unfinished(stack, finished)
     before: list[State | None] = [None] * len(batches)
     with evaluation_mode(stack):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from examples.tiny_architectures import build as build_type
-from hf_cod import diagnose, find_decoder_layers, prune, skip
+from hf_cod import diagnose, factorize, find_decoder_layers, narrow, plan_ranks, prune, quantize, skip
 from hf_cod.layers.independence import check_independent
 from tests.tiny_models import FAMILIES, batch_for, build
 
@@ -27,6 +27,26 @@ def test_layers_that_use_states_of_several_earlier_ones_are_refused():
         diagnose(model, batches=batches, metrics=["layer_drop"])
     report = diagnose(model, batches=batches, metrics=["angular_distance"])
     assert report.n_layers == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, batches: prune(model, 0.5, "sparsegpt", batches=batches),
+        lambda model, batches: quantize(model, bits=4, batches=batches),
+        lambda model, batches: factorize(model, 0.9, "whitened", batches=batches),
+        lambda model, batches: factorize(model, 0.9, "oats", batches=batches),
+        lambda model, batches: plan_ranks(model, 0.9, "spectrum", batches=batches),
+        lambda model, batches: narrow(model, 0.9, batches=batches),
+    ],
+    ids=["sparsegpt", "quantize", "whitened", "oats", "plan_ranks", "narrow"],
+)
+def test_every_method_that_runs_layers_one_by_one_refuses_them(change):
+    model, batches = build_type("inkling2_text"), [{"input_ids": torch.arange(3, 11)[None]}]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=REASON):
+        change(model, batches)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_layers_that_share_keys_and_values_are_refused():
