@@ -135,7 +135,6 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[Laye
     check_unquantized(stack.model, name_of(stack))
     if getattr(stack.config, "num_kv_shared_layers", 0) and sharing_modes(stack.config) is None:
         raise ValueError("model: expected layers with their own keys and values, got num_kv_shared_layers > 0")
-    attended = any(_attends(kind) for kind in getattr(stack.config, "layer_types", None) or [])
     with building_errors(stack.model):
         lists, tables, runs = _shrink(stack, kept, changes)
         for name, wanted in lists.items():
@@ -144,7 +143,7 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[Laye
                 f"{wanted} for {name}, which it computes otherwise; remove whole periods of the pattern of layers, or "
                 "use skip"
             )
-    _check_cache(stack, attended)
+    _check_cache(stack)
     tables.check_plain()
     try:
         check_config_builds(stack, tables.shapes)
@@ -156,15 +155,20 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[Laye
     return tables, runs
 
 
-def _check_cache(stack: DecoderLayers, attended: bool) -> None:
-    """Checks that the KV cache counts tokens, and has room for each layer of the decoder of an encoder-decoder."""
-    model: Any = stack.model
+def _check_attended(stack: DecoderLayers, kept: list[int]) -> None:
+    """Checks that a layer is left by which the KV cache counts tokens, if there is one."""
     kinds = getattr(stack.config, "layer_types", None) or []
-    if attended and not any(_attends(kind) for kind in kinds):
+    left = [kinds[index] for index in kept if index < len(kinds)]
+    if any(map(_attends, kinds)) and not any(map(_attends, left)):
         raise ValueError(
-            f"layers: expected to keep a layer of attention, by which the cache of {type(model).__name__} counts its "
-            f"tokens, got {kinds}"
+            "layers: expected to keep a layer of attention, by which the cache of "
+            f"{type(stack.model).__name__} counts its tokens, got {left}"
         )
+
+
+def _check_cache(stack: DecoderLayers) -> None:
+    """Checks that the KV cache has room for each layer of the decoder of an encoder-decoder."""
+    model: Any = stack.model
     if stack.name != ENCODER or not model.can_generate():
         return
     decoder = len(find_decoder_layers(model, DECODER))
@@ -210,6 +214,7 @@ def _shrink(
     """Keeps some layers; returns the lists by layer that the config computes otherwise than for these, the tables
     outside of the layers, which select the blocks of the kept ones, and runs of the intact model."""
     _check_unshared(stack)
+    _check_attended(stack, kept)
     check_sources(stack.config, kept)
     modes = sharing_modes(stack.config)
     layers, depth, called = [stack[i] for i in kept], len(stack), stack.name  # found by the length of the whole stack

@@ -398,3 +398,14 @@ def test_quantized_weights_are_refused_with_their_name():
     with skip(model, 1):
         assert output(model, batch_for(model)).isfinite().all()
     drop(model.dequantize(), 1)
+
+
+def test_the_only_layer_of_attention_is_refused():
+    """By it the cache of a hybrid counts its tokens, also of the model in `skip`."""
+    model = build_type("qwen3_5_text")
+    before = snapshot(model)
+    for remove in (lambda: drop(model, 3), skip(model, 3).__enter__):
+        with pytest.raises(ValueError, match="^layers: expected to keep a layer of attention, by which the cache of"):
+            remove()
+        assert snapshot(model) == before
+    drop(model, 0)
