@@ -224,10 +224,11 @@ def passing_on(stack: Any, index: int, own: bool = True) -> Iterator[list[int]]:
         hidden = hidden_input(args, kwargs)
         if not isinstance(output, (tuple, list)):
             return hidden
-        # Another state of the first layer, such as Pegasus-X's global tokens, is an input of it as well.
-        given = [
-            args[i] if i < len(args) and _alike(args[i], t) else (t if own else None) for i, t in enumerate(output)
-        ]
+        # Another state of the first layer, such as Pegasus-X's global tokens, is an input of it as well; Reformer's
+        # second stream is one by name.
+        names = [f"prev_{name}" for name in getattr(output, "_fields", ())]
+        inputs = dict(enumerate(args)) | {i: kwargs[name] for i, name in enumerate(names) if name in kwargs}
+        given = [inputs[i] if _alike(inputs.get(i), t) else (t if own else None) for i, t in enumerate(output)]
         handed = [hidden, *(before[-1] if before else given)[1:]]
         return (
             output._replace(**dict(zip(output._fields, handed, strict=True)))

@@ -23,10 +23,10 @@ from hf_cod.layers.capturing import capturing_restored
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.modes import for_one_thread, one_thread
+from hf_cod.layers.removal.cache import check_attended, check_cache
 from hf_cod.layers.removal.config_surgery import (
     Changes,
     building_errors,
-    cache_depth,
     derived_lists,
     mend_config,
     pin_lists,
@@ -59,9 +59,11 @@ def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
 
     Raises:
         ValueError: a layer that does not exist, no layer would be left, a kept layer uses the keys and values of a
-            removed one, or another thread uses the model.
+            removed one, the model does something at a layer by its index, which would move to another layer, it changes
+            its weights in eval mode (RWKV), or another thread uses the model.
     """
     stack = find_decoder_layers(model, layers_path)
+    check_unwritten(stack.model)
     changes = Changes()
     with one_thread(model), capturing_restored(stack.model):
         try:
@@ -91,8 +93,9 @@ def drop(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
 
     Raises:
         ValueError: a layer that does not exist, no layer would be left, a kept layer uses the keys and values of a
-            removed one, a table by layer whose weight is no plain one in memory, a model that changes its weights in
-            eval mode (RWKV), or an architecture whose config cannot describe the result (a model from that config would
+            removed one, the model does something at a layer by its index, which would move to another layer, a table by
+            layer whose weight is no plain one in memory, quantized weights, a model that changes its weights in eval
+            mode (RWKV), or an architecture whose config cannot describe the result (a model from that config would
             differ). The model is unchanged in all these cases.
     """
     stack = find_decoder_layers(model, layers_path)
@@ -143,7 +146,7 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[Laye
                 f"{wanted} for {name}, which it computes otherwise; remove whole periods of the pattern of layers, or "
                 "use skip"
             )
-    _check_cache(stack)
+    check_cache(stack)
     tables.check_plain()
     try:
         check_config_builds(stack, tables.shapes)
@@ -153,36 +156,6 @@ def _drop(stack: DecoderLayers, kept: list[int], changes: Changes) -> tuple[Laye
         check_config_builds(stack, tables.shapes)
     runs.check()
     return tables, runs
-
-
-def _check_attended(stack: DecoderLayers, kept: list[int]) -> None:
-    """Checks that a layer is left by which the KV cache counts tokens, if there is one."""
-    kinds = getattr(stack.config, "layer_types", None) or []
-    left = [kinds[index] for index in kept if index < len(kinds)]
-    if any(map(_attends, kinds)) and not any(map(_attends, left)):
-        raise ValueError(
-            "layers: expected to keep a layer of attention, by which the cache of "
-            f"{type(stack.model).__name__} counts its tokens, got {left}"
-        )
-
-
-def _check_cache(stack: DecoderLayers) -> None:
-    """Checks that the KV cache has room for each layer of the decoder of an encoder-decoder."""
-    model: Any = stack.model
-    if stack.name != ENCODER or not model.can_generate():
-        return
-    decoder = len(find_decoder_layers(model, DECODER))
-    if cache_depth(model.config) < decoder:
-        raise ValueError(
-            f"layers: expected at least {decoder} layers in the encoder of {type(model).__name__}, because "
-            f"transformers sizes the KV cache of the {decoder} decoder layers by them, got {len(stack)}; first remove "
-            "layers of the decoder, or use skip"
-        )
-
-
-def _attends(kind: Any) -> bool:
-    """Whether a kind of layer in `layer_types` has a cache of keys and values."""
-    return "attention" in str(kind) and "linear" not in str(kind)
 
 
 def _kept(stack: DecoderLayers, layers: int | Iterable[int]) -> list[int]:
@@ -214,7 +187,7 @@ def _shrink(
     """Keeps some layers; returns the lists by layer that the config computes otherwise than for these, the tables
     outside of the layers, which select the blocks of the kept ones, and runs of the intact model."""
     _check_unshared(stack)
-    _check_attended(stack, kept)
+    check_attended(stack, kept)
     check_sources(stack.config, kept)
     modes = sharing_modes(stack.config)
     layers, depth, called = [stack[i] for i in kept], len(stack), stack.name  # found by the length of the whole stack

@@ -405,7 +405,7 @@ def test_the_only_layer_of_attention_is_refused():
     model = build_type("qwen3_5_text")
     before = snapshot(model)
     for remove in (lambda: drop(model, 3), skip(model, 3).__enter__):
-        with pytest.raises(ValueError, match="^layers: expected to keep a layer of attention, by which the cache of"):
+        with pytest.raises(ValueError, match=r"^layers: expected to keep a layer of attention, by"):
             remove()
         assert snapshot(model) == before
     drop(model, 0)
