@@ -82,7 +82,9 @@ TESTED_BY = {
     "layers/test_direct_use.py": "layers/meta_weights.py layers/probe_inputs.py layers/watched_weights.py",
     "layers/test_capturing.py": "layers/partial_forward.py",
     "layers/test_layer_calls.py": "layers/input_gradients.py",
-    "layers/removal/test_drop.py": "layers/removal/cache.py layers/removal/config_surgery.py layers/removal/rebuilding.py",
+    "layers/removal/test_drop.py": (
+        "layers/removal/cache.py layers/removal/config_surgery.py layers/removal/rebuilding.py"
+    ),
     "layers/test_experts.py": "layers/expert_discovery.py",
     "layers/test_expert_routing.py": "layers/expert_products.py",
     "layers/test_stack.py": "layers/modules.py layers/weights.py",
