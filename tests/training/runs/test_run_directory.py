@@ -157,6 +157,14 @@ def test_what_a_run_wrote_after_its_directory_was_deleted_makes_way(left, tmp_pa
     assert json.loads((tmp_path / "run" / "settings.json").read_text()) == {**WANTED, "steps": 4}
 
 
+@pytest.mark.parametrize("steps", ["3", True, 0, 1.5])
+def test_a_number_of_steps_that_is_none_is_refused(steps, tmp_path):
+    checkpoint(tmp_path, 3)
+    (tmp_path / "settings.json").write_text(json.dumps({**WANTED, "steps": steps}))
+    with pytest.raises(ValueError, match=r"steps: expected .*, got .* in .*settings\.json"):
+        begun_steps(tmp_path)
+
+
 FOREIGN = {
     "a model": lambda d: with_files(checkpoint(d, 3, marker=None), "config.json", "model.safetensors"),
     "one of Trainer": lambda d: with_files(checkpoint(d, 3), "config.json", "model.safetensors", "optimizer.pt"),
