@@ -1,15 +1,11 @@
-"""All kinds of files that commands read, whole, and a command on a changed one."""
+"""All kinds of files that commands read, whole, and the commands."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import struct
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +25,13 @@ from hf_cod import (
     to_lns,
 )
 from hf_cod.analysis.statistics.layer_statistics import collect_statistics
+from hf_cod.cli import compression
 from hf_cod.cli.main import main
 from hf_cod.io.files import write_json
 from hf_cod.io.output_manifest import Manifest
 from hf_cod.training.runs import trainer
 from tests.earlier_files.read import FILES
-from tests.io.mutations import Raw, text_of
 from tests.reporting.reports import report
-from tests.test_same_bytes import contents
 from tests.tiny_models import build, two_batches
 from tests.tiny_tokenizers import gpt_like
 
@@ -49,11 +44,7 @@ TRAINED = (
 )
 SCORE = f"{QUICK} --method angular --output out"
 FINETUNE, CONVERT = f"finetune model {TRAINED} --output run", "convert lns model half"
-DIAGNOSE = f"diagnose model {QUICK} --output measured"
-
-
-# Of hf_cod, and of the libraries that it calls.
-WARNINGS = re.compile(r"^hf-cod \S+ warning: |Warning: |^  ")
+PRUNE, DIAGNOSE = f"prune model {MEASURED} --method wanda --output pruned", f"diagnose model {QUICK} --output measured"
 
 
 @dataclass(frozen=True)
@@ -61,7 +52,7 @@ class Kind:
     """A kind of file that a command reads.
 
     Attributes:
-        file: the file, in the directory from which the command is called.
+        file: the file, or a pattern that it matches, in the directory from which the command is called.
         command: what reads it.
         entry: the entry of the file that is changed; None: the whole file.
         results: what the command writes without a word on the file, or the same as with the whole file.
@@ -72,7 +63,7 @@ class Kind:
     command: str
     entry: str | None = None
     results: tuple[str, ...] = ()
-    few: int = 4
+    few: int = 3
 
 
 KINDS = {
@@ -82,23 +73,29 @@ KINDS = {
     "packed quantization_config": Kind(
         "packed/config.json", f"score packed {SCORE}", "quantization_config", ("out/scores.json",)
     ),
+    "config of a model": Kind("model/config.json", f"score model {SCORE}"),
     "module_shapes": Kind("factorized/config.json", f"score factorized {SCORE}", "module_shapes", ("out/scores.json",)),
     "config of LoRA": Kind("lora/adapter_config.json", f"score lora {SCORE}"),
     "config of OwLore's adapter": Kind("owlore/adapter_config.json", f"score owlore {SCORE}"),
-    "settings of a run": Kind("run/settings.json", FINETUNE, None, ("run/model.safetensors", "run/report.json")),
-    "scores of a run": Kind("run/scores.json", FINETUNE, None, ("run/model.safetensors",)),
-    "checksums of a checkpoint": Kind("run/checkpoint-4/checksums.json", FINETUNE, None, ("run/model.safetensors",)),
-    "state of a checkpoint": Kind("run/checkpoint-4/trainer_state.json", FINETUNE, None, ("run/model.safetensors",)),
+    "settings of a run": Kind("run/settings.json", FINETUNE, None, ("run/model.safetensors", "run/report.json"), few=2),
+    "scores of a run": Kind("run/scores.json", FINETUNE, None, ("run/model.safetensors",), few=1),
+    "checksums of a checkpoint": Kind(
+        "run/checkpoint-4/checksums.json", FINETUNE, None, ("run/model.safetensors",), few=1
+    ),
+    "state of a checkpoint": Kind(
+        "run/checkpoint-4/trainer_state.json", FINETUNE, None, ("run/model.safetensors",), few=1
+    ),
     "manifest": Kind("half/journal/manifest.json", CONVERT, None, ("half/model.safetensors", "half/report.json")),
     "journal": Kind("measured/journal.jsonl", DIAGNOSE, None, ("measured/report.json",)),
     "journal of an earlier version": Kind("earlier/journal.jsonl", DIAGNOSE.replace("measured", "earlier")),
-    "sources": Kind("sources.json", "card trained card --sources sources.json"),
+    "layer in a journal": Kind("pruned/journal/*-00001.safetensors", PRUNE, None, ("pruned/model.safetensors",)),
+    "sources": Kind("sources.json", "card trained card --sources sources.json", few=1),
     "scores": Kind("scores.json", f"prune model {MEASURED} --scores scores.json --method magnitude --output out"),
     "statistics": Kind("sums.safetensors", f"score model {QUICK} --statistics sums.safetensors --output out"),
     "plan": Kind("plan.json", f"drop-layers model {MEASURED} --plan plan.json --output out --no-speed"),
     "report to compare": Kind("one/report.json", "compare one two --output out --no-plots"),
     "report of a result": Kind("result/report.json", "card result"),
-    "report of pre-training": Kind("trained/report.json", "card trained card"),
+    "report of pre-training": Kind("trained/report.json", "card trained card", few=2),
     "history": Kind("history.jsonl", "history history.jsonl --output out --no-plots"),
     "report to plot": Kind("one/report.json", "compare one two --output out", few=1),
     "history to plot": Kind("history.jsonl", "history history.jsonl --output out", few=1),
@@ -174,7 +171,7 @@ def _make_records() -> None:
 
 
 def _make_runs() -> None:
-    """One that is finished, and others that were interrupted: in training, and while the results were moved."""
+    """One that is finished, and others that were interrupted: in training, before and while results were moved."""
 
     def fails(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -187,6 +184,8 @@ def _make_runs() -> None:
         patch.setattr(trainer, "check_trained", fails)
         patch.setattr(Manifest, "complete", fails)
         assert call(FINETUNE) == call(CONVERT) == 130
+        patch.setattr(compression, "_save", fails)
+        assert call(PRUNE) == 130
 
 
 def _as_earlier(file: Path, change: Callable[[Any], object]) -> None:
@@ -195,103 +194,3 @@ def _as_earlier(file: Path, change: Callable[[Any], object]) -> None:
     for line in lines:
         change(line)
     file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-
-
-def read_whole(kind: Kind, folder: Path) -> Any:
-    """What is changed of a file: its content, one entry of it, or all lines of it."""
-    path = folder / kind.file
-    if path.suffix == ".safetensors":
-        raw = path.read_bytes()
-        return json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    content = json.loads(path.read_text())
-    return content if kind.entry is None else content[kind.entry]
-
-
-def write_changed(kind: Kind, folder: Path, raw: bytes) -> None:
-    """Puts changed bytes in the place of what `read_whole` returned."""
-    path = folder / kind.file
-    if path.suffix == ".safetensors":
-        whole = path.read_bytes()
-        data = whole[8 + int.from_bytes(whole[:8], "little") :]
-        path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
-    elif path.suffix == ".jsonl":
-        opening, closing = (b"{", b"}") if kind.file == "history.jsonl" else (b"[", b"]")
-        lines = raw.replace(closing + b", " + opening, closing + b"\n" + opening)
-        path.write_bytes(lines.removeprefix(b"[").removesuffix(b"]") + b"\n")
-    elif kind.entry is None:
-        path.write_bytes(raw)
-    else:
-        content = json.loads(path.read_text())
-        path.write_bytes(text_of({**content, kind.entry: Raw("@")}).encode().replace(b"@", raw, 1))
-
-
-class Place:
-    """A directory with the files that a command needs, which are whole again after each of its calls."""
-
-    def __init__(self, kind: Kind, whole: Path, folder: Path) -> None:
-        self.kind, self._folder, self._whole = kind, folder, whole
-        words = {"model", "text.txt", Path(kind.file).parts[0], *kind.command.split()}
-        self._names = [path.name for path in whole.iterdir() if path.name in words]
-        self._restore()
-        self.files = contents_of(folder)
-        assert self.call() == 0
-        self.expected = self._results()
-        self._restore()
-
-    def call(self) -> int:
-        return call(self.kind.command)
-
-    def complaint(self, raw: bytes, printed: Callable[[], str]) -> str | None:
-        """What is wrong with the outcome of the command on a changed file; None: nothing."""
-        write_changed(self.kind, self._folder, raw)
-        before = contents_of(self._folder)
-        printed()
-        try:
-            status = self.call()
-            found = self._wrong(status, printed(), before)
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            found = f"{type(error).__name__}: {error} in {where.filename}:{where.lineno}"
-        finally:
-            self._restore()
-        return found
-
-    def _wrong(self, status: int, errors: str, before: dict[str, bytes | bool]) -> str | None:
-        if status == 0:
-            other = [name for name, told in self._results().items() if told != self.expected[name]]
-            return f"accepted, but {', '.join(other)} differs" if other else None
-        lines = [line for line in errors.strip().splitlines() if not WARNINGS.search(line)]
-        if status != 2 or len(lines) != 1 or not re.fullmatch(r"hf-cod \S+ error: \S.*: expected .*got .*", lines[0]):
-            return f"status {status}: {errors}"
-        after = contents_of(self._folder)
-        changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
-        return f"refused, but changed {', '.join(sorted(changed))}: {lines[0]}" if changed else None
-
-    def _results(self) -> dict[str, Any]:
-        return {name: contents(self._folder / name) for name in self.kind.results}
-
-    def _restore(self) -> None:
-        if contents_of(self._folder) == getattr(self, "files", None):
-            return
-        for path in self._folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for name in self._names:
-            path = self._whole / name
-            shutil.copytree(path, self._folder / name) if path.is_dir() else shutil.copy(path, self._folder / name)
-
-
-def contents_of(folder: Path) -> dict[str, bytes | bool]:
-    """Path -> contents of each file, False for a directory."""
-    return {str(path): path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
-
-
-@contextmanager
-def called_from(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.cli.read_files import KINDS, Place, called_from, make, read_whole
+from tests.cli.changed_files import Place, called_from, read_whole
+from tests.cli.read_files import KINDS, make
 from tests.io.mutations import mutated
 
 LONG = 300
