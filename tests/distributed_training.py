@@ -13,7 +13,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_cod import LayerDiagnosticsCallback, LayerMonitor, OwLoreAdamW, OwLoreConfig
-from tests.replica_cases import differences, ends, fails, pretraining, stays_away, weights
+from tests.replica_cases import (
+    differences,
+    ends,
+    fails,
+    killed_in_training,
+    pretraining,
+    raises_in_training,
+    stays_away,
+    weights,
+)
 from tests.tiny_models import batch_for, build
 from tests.tiny_training import PROBE, rows, silenced
 
@@ -173,5 +182,6 @@ def run() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     known = (ddp, fsdp, owlore, owlore_shards, adapters, weights, differences, pretraining, fails, ends, stays_away)
+    known += (raises_in_training, killed_in_training)
     {function.__name__: function for function in known}[what](folder)
     dist.destroy_process_group()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import SIGKILL
 from subprocess import CompletedProcess
 
 from tests.all_commands import RUNS
@@ -49,6 +50,11 @@ class Seen:
     bytes: int = 0
     kept: set[str] = field(default_factory=set)
     _names: set[str] = field(default_factory=set)
+
+    @property
+    def saves(self) -> bool:
+        """Whether there was a checkpoint when it was looked at last."""
+        return any(name.startswith("checkpoint-") for name in self._names)
 
     def look(self, directory: Path, seconds: float) -> None:
         self.seconds = seconds
@@ -160,6 +166,17 @@ class Ground:
             if ended.returncode:
                 check_refused(name, ended)
             return self._end(name, ended.returncode == 0 and not meanwhile)
+
+    def lost(self, name: str) -> str:
+        """The directory is deleted while a checkpoint is written, and a signal ends the training in the next one."""
+        with self._trial(name) as output:
+            process = self._start(name, self._trials)
+            watch(process, output, lambda seen: seen.saves)
+            shutil.rmtree(output, ignore_errors=True)
+            watch(process, output, lambda seen: seen.saves)
+            process.send(SIGKILL)
+            process.wait()
+            return self._end(name, False)
 
     def filled(self, name: str, pages: int) -> str:
         """The disk has so many pages: one line, nothing half; with more of them the same command ends as usual."""

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_cod import LayerScores, OwLoreAdamW, OwLoreConfig, owlore
+from hf_cod import LayerDiagnosticsCallback, LayerScores, OwLoreAdamW, OwLoreConfig, owlore
 from hf_cod.layers import replicas
 from hf_cod.training.pretraining.preparation import prepare
 from hf_cod.training.pretraining.recipes import PretrainSettings
 from tests.tiny_models import batch_for, build
-from tests.tiny_training import rows
+from tests.tiny_training import PROBE, rows
 
 # Method -> (kind of adapter, settings of OwLoreAdamW or None for AdamW).
 METHODS = {
@@ -239,6 +241,50 @@ def ends(folder: Path) -> None:
     except RuntimeError as error:
         (folder / "said-0.json").write_text(json.dumps(str(error)))
     os._exit(0)
+
+
+def _ends_in_training(folder: Path, end: Callable[[], None]) -> None:
+    """One process ends in the third of a hundred steps of Trainer; each writes when it was out of the training."""
+
+    class Ends(TrainerCallback):
+        def on_step_end(self, args, state, control, **about):
+            if state.global_step == 3 and dist.get_rank():
+                (folder / "time-1").write_text(str(time.time()))
+                end()
+
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=100,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    how = owlore(lr=1e-2, interval=2, rank=4, n_active=2)
+    watch = LayerDiagnosticsCallback(every=2, probe=PROBE)
+    trainer = Trainer(
+        own_model(), arguments, train_dataset=rows(), optimizer_cls_and_kwargs=how, callbacks=[Ends(), watch]
+    )
+    try:
+        trainer.train()
+    finally:
+        if not dist.get_rank():
+            (folder / "time-0").write_text(str(time.time()))
+
+
+def raises_in_training(folder: Path) -> None:
+    """One process raises, and nothing catches it."""
+
+    def end() -> None:
+        raise ValueError("batches: expected this error")
+
+    _ends_in_training(folder, end)
+
+
+def killed_in_training(folder: Path) -> None:
+    """One process is killed."""
+    _ends_in_training(folder, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def stays_away(folder: Path) -> None:

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from hf_cod.cli.main import COMMANDS
-from tests.interrupted import RUNS, Ground
+from tests.interrupted import RESUMED, RUNS, Ground
 from tests.interruptions import delete, fill, interrupt, kill
 from tests.small_disks import can_mount
 
@@ -43,3 +43,8 @@ def test_a_full_disk(name, ground):
 @pytest.mark.parametrize("name", ["quantize", "finetune-owlore", "diagnose"])
 def test_a_deleted_output(name, ground):
     check(ground, delete, 1, [name])
+
+
+@pytest.mark.parametrize("name", ["heal", "heal-lora", "finetune-owlore", "finetune-full"])
+def test_an_output_deleted_while_a_checkpoint_is_written_by_a_run_that_is_killed_then(name, ground):
+    assert ground.lost(name) == RESUMED

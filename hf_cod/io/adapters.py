@@ -6,15 +6,19 @@ beside the merged model; of a quantized base in the directory itself, in place o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
 
+from hf_cod.io.arguments import described, matches
 from hf_cod.io.bitsandbytes_advice import advice_silenced
-from hf_cod.io.display import one_line
+from hf_cod.io.display import first_line, one_line
 from hf_cod.io.model_config import CONFIG
 from hf_cod.io.reading import naming_file, open_tensors, read_json
 from hf_cod.io.schema import brief, read_record
@@ -113,14 +117,12 @@ def with_adapter(base: nn.Module, directory: str | Path) -> nn.Module:
         raise ImportError(
             f"model: the adapter in {str(directory)!r} requires the peft package: pip install 'hf_cod[recovery]'"
         ) from error
-    kind = read_adapter_config(Path(directory) / ADAPTER).get("peft_type")
-    try:
+    content = read_adapter_config(Path(directory) / ADAPTER)
+    kind = content.get("peft_type")
+    with naming_file(Path(directory) / ADAPTER):
+        _check_types(content)
+    with _of_peft(directory, "an adapter that PEFT can load"):
         model: nn.Module = PeftModel.from_pretrained(base, str(directory))
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # PEFT does not check what it reads: a damaged adapter leads to errors of any type
-        cause = f"{type(error).__name__}: {one_line(error)[:SHOWN_ERROR]}"
-        raise ValueError(f"model: expected an adapter that PEFT can load, got {cause} in {str(directory)!r}") from error
     _check_weights(model, Path(directory))
     if getattr(base, "is_quantized", False):
         return model
@@ -129,8 +131,52 @@ def with_adapter(base: nn.Module, directory: str | Path) -> nn.Module:
             f"model: expected an adapter that can be merged into its base, got {brief(kind)} in {str(directory)!r}; "
             "use the base model"
         )
-    merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+    with _of_peft(directory, "an adapter that can be merged into its base"):
+        merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
     return merged.requires_grad_(True)  # PEFT froze the base, which is now a model as any other
+
+
+@contextmanager
+def _of_peft(directory: str | Path, expected: str) -> Iterator[None]:
+    """Names the adapter in errors of PEFT, which does not check what it reads: a damaged adapter leads to any type.
+
+    Raises:
+        ValueError: the adapter is not what was expected.
+        ImportError: it requires a package that is not installed.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise ImportError(f"model: expected the packages of {str(directory)!r}, got: {first_line(error)}") from error
+    except Exception as error:
+        cause = f"{type(error).__name__}: {one_line(error)[:SHOWN_ERROR]}"
+        raise ValueError(f"model: expected {expected}, got {cause} in {str(directory)!r}") from error
+
+
+def _check_types(content: dict[str, Any]) -> None:
+    """Checks the types of entries by the annotations of PEFT's configuration, which PEFT itself does not check.
+
+    None, and fractions where PEFT expects whole numbers, are accepted, since its earlier versions wrote both.
+
+    Raises:
+        ValueError: an entry has another type.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known: dict[Any, Any] = {str(getattr(key, "value", key)): kind for key, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = known.get(str(content.get("peft_type")))
+    hints = {} if kind is None else get_type_hints(kind)
+    for name, value in content.items():
+        if value is None or name not in hints:
+            continue
+        options = get_args(hints[name]) if get_origin(hints[name]) in (Union, UnionType) else (hints[name],)
+        allowed = [*options, *(float for option in options if option is int)]
+        allowed += [dict for option in options if is_dataclass(option)]
+        allowed += [str for option in options if isinstance(option, type) and issubclass(option, str)]  # of an Enum
+        if not any(matches(value, option) for option in allowed):
+            raise ValueError(f"{name}: expected {described(hints[name])}, got {brief(value)}")
 
 
 def _check_weights(model: nn.Module, directory: Path) -> None:

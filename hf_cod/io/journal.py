@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.io.files import append_line, check_file, write_text
-from hf_cod.io.reading import checksum, naming_file, parse_json
+from hf_cod.io.reading import checksum, naming_file, parse_json, read_text
 from hf_cod.io.schema import brief, check_value
 
 logger = logging.getLogger(__name__)
@@ -104,14 +104,16 @@ def check_journal(path: Path) -> list[str]:
     """The lines of a journal, also a damaged one; none if it does not exist. Files of other origin are refused.
 
     Raises:
-        ValueError: it is a directory, a link that leads nowhere, or a file in which no line has the form of a result.
+        ValueError: it is a directory, a link that leads nowhere, larger than `reading.MOST_BYTES`, or a file in which
+            no line has the form of a result.
     """
     if path.is_symlink() and not path.exists():
         raise ValueError(f"output: expected a journal of hf_cod, got {str(path)!r}, a broken link; remove it")
     check_file("journal", path)
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    # On Windows, lines end with a carriage return, too.
+    lines = read_text(path, "journal", errors="replace").replace("\r\n", "\n").split("\n")
     if any(lines) and not any(line.startswith('["') or line.endswith('"]') or line == "[" for line in lines):
         raise ValueError(
             f"journal: expected [work, key, result] in each line, got {str(path)!r}, in which no line has this form; "

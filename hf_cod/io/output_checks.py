@@ -57,7 +57,7 @@ def check_unused(directory: Path) -> None:
     """
     if not directory.is_dir():
         return
-    inside = {path.name for path in directory.iterdir() if not _LEFT.fullmatch(path.name)}
+    inside = {path.name for path in directory.iterdir() if not is_temporary(path)}
     foreign = inside - ({JOURNAL} if _is_ours(directory / JOURNAL) else set())
     if foreign:
         held = "which holds a finished run" if REPORT in foreign else f"which holds {min(foreign)}"
@@ -138,7 +138,7 @@ def check_readable(directory: Path, readers: Mapping[str, Callable[[Path], objec
 def _is_ours(journal: Path) -> bool:
     ours = (RESULTS, MANIFEST, LOCK)
     return journal.is_dir() and all(
-        path.name in ours or _KEPT.fullmatch(path.name) or _LEFT.fullmatch(path.name) for path in journal.iterdir()
+        path.name in ours or _KEPT.fullmatch(path.name) or is_temporary(path) for path in journal.iterdir()
     )
 
 
@@ -196,10 +196,15 @@ def check_space(directory: Path, needed: int) -> None:
         )
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a path has the name of a temporary file of hf_cod."""
+    return _LEFT.fullmatch(path.name) is not None
+
+
 def leftovers(directory: Path) -> list[Path]:
     """Temporary files of killed runs in a directory and its journal, and temporary directories next to it."""
     found = [path for path in (directory, directory / JOURNAL) if path.is_dir()]
-    files = [path for folder in found for path in folder.iterdir() if _LEFT.fullmatch(path.name) and path.is_file()]
+    files = [path for folder in found for path in folder.iterdir() if is_temporary(path) and path.is_file()]
     beside = re.compile(rf"\.{re.escape(directory.name)}-[a-z0-9_]{{8}}")
     try:
         near = [path for path in directory.parent.iterdir() if beside.fullmatch(path.name) and _is_old_model(path)]

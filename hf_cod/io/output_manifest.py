@@ -17,7 +17,7 @@ from typing import Any
 from hf_cod.io.display import one_line
 from hf_cod.io.files import follow_umask, sync, sync_names, write_json
 from hf_cod.io.reading import read_json, take_format
-from hf_cod.io.schema import read_record
+from hf_cod.io.schema import limits, read_record
 
 JOURNAL = "journal"  # in an output directory: files from which an interrupted command resumes
 MANIFEST, RESULTS = "manifest.json", "result"  # in the journal
@@ -37,7 +37,7 @@ class Manifest:
     """
 
     run: Any
-    files: dict[str, int]
+    files: dict[str, int] = field(metadata=limits(least=0))
     spent: list[str] = field(default_factory=list)
 
     @classmethod
@@ -46,8 +46,7 @@ class Manifest:
         results = directory / JOURNAL / RESULTS
         follow_umask(results)
         sync(results)
-        found = sorted(path for path in results.rglob("*") if path.is_file())
-        made = cls(run, {path.relative_to(results).as_posix(): path.stat().st_size for path in found}, list(spent))
+        made = cls(run, {name: (results / name).stat().st_size for name in _names(results)}, list(spent))
         content = {"format": 1, "run": run, "files": made.files, "spent": made.spent}
         write_json(directory / JOURNAL / MANIFEST, content)
         return made
@@ -68,11 +67,22 @@ class Manifest:
             raise ValueError(f"output: expected a manifest of hf_cod, got {str(file)!r}: {one_line(error)}") from error
         if not _are_inside(found.files, found.spent):
             raise ValueError(f"output: expected a manifest of hf_cod, got {str(file)!r}")
+        unlisted = sorted({*_names(directory / JOURNAL / RESULTS)} - found.files.keys())
+        if unlisted:
+            raise ValueError(f"output: expected a manifest of hf_cod, got {str(file)!r} without {unlisted[0]}")
         return found
 
     def complete(self, directory: Path) -> list[str]:
-        """Moves the remaining files; returns the names of files that are missing or of another size."""
+        """Moves the remaining files; returns the names of files that are missing or of another size.
+
+        If any are, nothing is moved.
+        """
         results = directory / JOURNAL / RESULTS
+        lost = [
+            name for name in self._order() if not (self._is_there(results, name) or self._is_there(directory, name))
+        ]
+        if lost:
+            return lost
         for name in self._order():
             if (results / name).is_file():
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +109,11 @@ class Manifest:
 
     def _is_there(self, directory: Path, name: str) -> bool:
         return (directory / name).is_file() and (directory / name).stat().st_size == self.files[name]
+
+
+def _names(results: Path) -> list[str]:
+    """Names of all files in the results directory, which need not exist."""
+    return sorted(path.relative_to(results).as_posix() for path in results.rglob("*") if path.is_file())
 
 
 def remove(path: Path) -> None:

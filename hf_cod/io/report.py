@@ -58,6 +58,15 @@ class DropResults(TypedDict):
     without: list[float | None]
 
 
+class Interval(TypedDict):
+    """The entry `effective_depth` of a report's results."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    confidence: float
+
+
 @dataclass(frozen=True)
 class RunReport:
     """Settings and results of a run.
@@ -218,6 +227,14 @@ def format_number(value: float | None) -> str:
     if 10_000 <= abs(value) < 10_000_000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def format_interval(found: Interval | None) -> str:
+    """An estimate with its interval for display, as far as it was measured."""
+    if found is None or found["value"] is None:
+        return "-"
+    known = found["low"] is not None and found["high"] is not None
+    return f"{found['value']:.1f}" + (f" ({found['low']:.1f} to {found['high']:.1f})" if known else "")
 
 
 def told_share(share: float, digits: int = 0) -> str:

@@ -155,7 +155,7 @@ def _own_code(config: str) -> set[str]:
     try:
         auto_map = json.loads(Path(config).read_text(encoding="utf-8")).get("auto_map", {})
         values = [value if isinstance(value, list) else [value] for value in auto_map.values()]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"auto_map: expected class names in {config!r}, got other contents: {error}") from error
     names = [name for value in values for name in value if name is not None]
     modules = {str(name).split(".")[0] for name in names if "--" not in str(name)}

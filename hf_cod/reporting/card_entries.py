@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hf_cod.io.report import RunReport
+from hf_cod.io.report import Interval, RunReport
 from hf_cod.io.schema import read_record
 from hf_cod.models.placements import PLACEMENTS
 
@@ -18,7 +18,7 @@ class _Results:
     tokens: int
     parameters: int | dict[str, int]  # a number in reports of 0.1
     late_share: float | None = None
-    effective_depth: dict[str, float | None] | None = None
+    effective_depth: Interval | None = field(default=None, metadata={"nan": True})
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def check_card_entries(report: RunReport) -> None:
     Raises:
         ValueError: one is missing, or of another type.
     """
-    read_record(_Results, report.results, "results", extra=True)
+    results = read_record(_Results, report.results, "results", extra=True)
     read_record(_Settings, report.settings, "settings", extra=True)
-    if report.layers and "variance" not in report.layers:
+    if results.effective_depth is not None and results.late_share is None:
+        raise ValueError("late_share: expected a number beside effective_depth, got none")
+    if report.layers and not report.layers.get("variance"):
         raise ValueError(f"layers: expected the variance among the measures, got {', '.join(report.layers)}")

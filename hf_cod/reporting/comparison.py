@@ -5,28 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
 from hf_cod.functional.depth import late_share
 from hf_cod.io.arguments import checked
 from hf_cod.io.markdown import escaped
-from hf_cod.io.report import DropResults, RunReport, format_number
+from hf_cod.io.report import DropResults, Interval, RunReport, format_interval, format_number
 from hf_cod.io.schema import check_value
-
-
-class _Interval(TypedDict):
-    value: float | None
-    low: float | None
-    high: float | None
-    confidence: float
-
 
 # Entry of a report's results -> its type.
 _READ: dict[str, Any] = {
     "angular_distance": list[list[float | None]],
-    "effective_depth": _Interval,
+    "effective_depth": Interval,
     "late_share": float,
     "layer_drop": DropResults,
 }
@@ -94,8 +86,11 @@ def compare(reports: Sequence[RunReport], labels: Sequence[str] | None = None) -
         for name, kind in _READ.items():
             check_value(report.results.get(name), kind | None, f"results[{name!r}] of {report.model}", {"nan": True})
         rows = report.results.get("angular_distance") or []
-        if any(len(row) != len(rows) for row in rows):
-            raise ValueError(f"results['angular_distance'] of {report.model}: expected as many columns as rows")
+        odd = next((len(row) for row in rows if len(row) != len(rows)), None)
+        if odd is not None:
+            raise ValueError(
+                f"results['angular_distance'] of {report.model}: expected {len(rows)} columns, as rows, got {odd}"
+            )
     names = [report.model for report in reports] if labels is None else list(labels)
     if len(names) != len(reports):
         raise ValueError(f"labels: expected {len(reports)}, one for each run, got {len(names)}")
@@ -140,14 +135,6 @@ VERDICTS = {
 }
 
 
-def _effective_depth(report: RunReport) -> str:
-    found = report.results.get("effective_depth")
-    if not found or found["value"] is None:
-        return "-"
-    interval = f" ({found['low']:.1f} to {found['high']:.1f})" if found["low"] is not None else ""
-    return f"{found['value']:.1f}{interval}"
-
-
 def _late_share(measure: str) -> Any:
     def share(report: RunReport) -> str:
         values = report.layers.get(measure)
@@ -176,7 +163,7 @@ def _drop(key: str) -> Any:
 # Figure -> function that reads it from a report.
 FIGURES = {
     "layers": lambda report: str(report.n_layers),
-    "effective depth": _effective_depth,
+    "effective depth": lambda report: format_interval(report.results.get("effective_depth")),
     "late half's share of angular distance": _late_share("angular_distance"),
     "late half's share of gradient norm": _late_share("gradient_norm"),
     "variance of the last layer": lambda report: format_number((report.layers.get("variance") or [None])[-1]),

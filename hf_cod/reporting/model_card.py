@@ -17,7 +17,7 @@ from hf_cod.io.markdown import escaped
 from hf_cod.io.models import load_model
 from hf_cod.io.output_directory import OutputDirectory
 from hf_cod.io.reading import read_json, read_text
-from hf_cod.io.report import RunReport, format_number
+from hf_cod.io.report import RunReport, format_interval, format_number
 from hf_cod.io.requirements import requirement
 from hf_cod.io.schema import read_record
 from hf_cod.io.settings import resolve
@@ -203,9 +203,8 @@ def _results(report: RunReport, pictures: list[str]) -> str:
         depth = found.get("effective_depth")
         rows.append(("output variance of the first and last layer", _ends(report.layers["variance"])))
         if depth is not None:  # None if no layer changes the direction of the hidden state
-            interval = f" ({depth['low']:.1f} to {depth['high']:.1f})" if depth["low"] is not None else ""
             rows += [
-                ("effective depth, 95 % interval", f"{depth['value']:.1f}{interval} of {report.n_layers} layers"),
+                ("effective depth, 95 % interval", f"{format_interval(depth)} of {report.n_layers} layers"),
                 ("late half's share of all angular distance", format_number(found["late_share"])),
             ]
     lines = ["## Results\n", "| figure | value |\n|---|---|"]

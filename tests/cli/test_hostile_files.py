@@ -247,6 +247,8 @@ def test_module_shapes(shapes, place, capsys):
         ("quantized", {"modules": {"a": True}}),
         ("quantized", {"modules": {"../a": 3}}),
         ("quantized", {"extra": 1}),
+        ("quantized", {"scores": "text.txt"}),
+        ("quantized", {"statistics": "../../etc/x"}),
         ("packed", {"minimum": "half"}),
         ("packed", {"minimum": True}),
         ("packed", {"modules": {"a": -1}}),

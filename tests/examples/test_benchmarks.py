@@ -18,6 +18,7 @@ QUICK = {
     "benchmarks/owl.py": "--samples 4 --sequence-length 16 --batch-size 2 --rounds 1",
     "benchmarks/placements.py": "--batch 1 --tokens 8 --rounds 1 --placements pre lns",
     "benchmarks/quantization.py": "--parts loading --width 64 --layers 2 --rounds 1",
+    "benchmarks/reading.py": "--layers 2 --hidden 8 --intermediate 8 --rounds 2",
     "benchmarks/smaller.py": "--prompt 8 --new-tokens 2 --rounds 1 --layers 2",
     "owl_table.py": "--methods wanda --scores uniform owl --sparsities 0.5 --tuning-samples 2 --report-samples 2",
     "quantization_table.py": "--scores uniform --roundings nearest --seeds 1 --report-samples 2",

@@ -102,14 +102,16 @@ HOSTILE = [
 
 
 @st.composite
-def mutated(draw: Any, content: Any) -> bytes:
-    """The bytes of a file in which one to three things are changed."""
+def mutated(draw: Any, content: Any, damaged: bool = True) -> bytes:
+    """The bytes of a file in which one to three things are changed; its form is, too, if it may be `damaged`."""
     for _ in range(draw(st.integers(1, 3))):
         places = places_of(content)
         if not places:
             break
         place = draw(st.sampled_from(places))
         content = put(content, place, draw(st.sampled_from([Ellipsis, *HOSTILE])))
+    if not damaged:
+        return text_of(content).encode()
     if draw(st.booleans()) and isinstance(content, dict):
         content = {**content, draw(st.sampled_from(["extra", "", "..", "format "])): 1}
     raw = text_of(content).encode()

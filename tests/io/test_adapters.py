@@ -106,6 +106,10 @@ def changed(**entries):
         (changed(peft_type=None), "an adapter that PEFT can load, got KeyError"),
         (changed(peft_type="ODD"), "an adapter that PEFT can load, got KeyError"),
         (changed(r=4), "an adapter that PEFT can load, got RuntimeError: .*size mismatch"),
+        (changed(lora_alpha=True), "an integer, got True in .*adapter_config.json"),
+        (changed(use_rslora="yes"), "True or False, got 'yes' in"),
+        (changed(modules_to_save={"a": 1}), r"a list of strings or None, got \{'a': 1\} in"),
+        (changed(alora_invocation_tokens=[1, 2]), "an adapter that can be merged into its base, got"),
     ],
 )
 def test_half_and_damaged_adapters(damage, message, tmp_path):

@@ -332,6 +332,22 @@ def test_results_that_are_lost_before_they_are_completed_are_made_again(tmp_path
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+@pytest.mark.parametrize("change", [{"config.json": 7}, {"another.json": 7}])
+def test_results_are_made_again_where_one_is_lost_and_the_others_are_not_moved(tmp_path, monkeypatch, change):
+    def work():
+        with OutputDirectory(tmp_path / "out", ["one"], check=check_unused) as output:
+            fill(output)
+            output.finish()
+
+    assert killed_at(monkeypatch, IN_THE_MOVES, work)
+    path = tmp_path / "out" / "journal" / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "files": {**content["files"], **change}}))
+    with OutputDirectory(tmp_path / "out", ["one"], check=check_unused) as output:
+        assert not output.completed
+        assert {path.name for path in (tmp_path / "out").iterdir() if path.is_file()} == set()
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -341,12 +357,17 @@ def test_results_that_are_lost_before_they_are_completed_are_made_again(tmp_path
         {"format": 1, "run": None, "files": {}, "spent": ["journal/../../precious"]},
         {"format": 2, "run": None, "files": {}, "spent": []},
         {"format": 1, "run": None, "files": {"a": "1"}, "spent": []},
+        {"format": 1, "run": None, "files": {"a": -1}, "spent": []},
+        {"format": 1, "run": None, "files": {}, "spent": []},
+        {"format": 1, "run": None, "files": {"config.json": 2}, "spent": []},
         ["manifest"],
     ],
 )
 def test_a_manifest_of_a_stranger_is_refused(tmp_path, content):
     out = tmp_path / "out"
     (out / "journal" / "result").mkdir(parents=True)
+    (out / "journal" / "result" / "config.json").write_text("{}")
+    (out / "journal" / "result" / "model.safetensors").write_text("a result that the manifest must list")
     (out / "journal" / "manifest.json").write_text(json.dumps(content))
     (tmp_path / "precious").write_text("precious")
     before = tree(tmp_path)

@@ -258,6 +258,24 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(folder):
         LayerScores.load(path)
 
 
+def test_a_journal_that_is_too_large_is_refused_before_it_is_read_and_stays(folder):
+    path = folder / "journal.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"journal: expected at most .* bytes, got") as found:
+        Journal(path, "work")
+    check_refusal(found.value, path)
+    assert path.stat().st_size == 1 << 40
+
+
+def test_lines_of_a_journal_that_end_as_on_windows_are_whole(folder):
+    path = folder / "journal.jsonl"
+    path.unlink(missing_ok=True)
+    Journal(path, "work").add("key", 1)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert Journal(path, "work").entries == {"key": 1}
+
+
 @pytest.mark.parametrize("examples", LONG)
 def test_a_changed_journal_is_refused_or_read(examples, folder):
     path = folder / "journal.jsonl"

@@ -278,6 +278,17 @@ def test_drop_after_gradient_checkpointing_was_enabled(family):
     assert model.is_gradient_checkpointing
 
 
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_drop_of_an_encoder_decoder_after_gradient_checkpointing_was_enabled(stack):
+    model, plain, batch = t5(), t5(), {"input_ids": ids(2, 9), "decoder_input_ids": ids(2, 4)}
+    model.gradient_checkpointing_enable()
+    assert drop(model, [0], stack=stack) == drop(plain, [0], stack=stack) == [1]
+    assert torch.equal(model(**batch).logits, plain(**batch).logits)
+    assert model.is_gradient_checkpointing
+    model.train()(**batch, labels=ids(2, 4)).loss.backward()  # by which layers run twice
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_heal_and_its_windows():
     """Texts are cut by a tokenizer; windows of ids are checked as batches are."""
     student, teacher = build("gpt2", layers=2), build("gpt2", layers=2)

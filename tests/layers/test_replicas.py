@@ -91,6 +91,15 @@ def test_a_process_that_is_gone_ends_the_wait_for_its_gradient(tmp_path):
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("how, status", [("raises", 1), ("killed", -9)])
+def test_a_process_that_ends_in_a_training_ends_the_other_within_a_minute(how, status, tmp_path):
+    """Trainer waits in DDP's collective, which has torch's limit of half an hour."""
+    run_in_two_processes(f"{how}_in_training", tmp_path, statuses=(1, status))
+    first, second = (float((tmp_path / f"time-{rank}").read_text()) for rank in range(2))
+    assert 0 < first - second < 60
+
+
+@pytest.mark.process
 def test_a_process_that_never_comes_is_named(tmp_path):
     run_in_two_processes("stays_away", tmp_path)
     told = "processes: expected all 2 to make an OwLoreAdamW, got no answer in 1 seconds from rank 1"

@@ -129,6 +129,22 @@ def test_card_refuses(run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("part", "name", "value", "told"),
+    [
+        ("results", "late_share", None, "late_share: expected a number beside effective_depth, got none"),
+        ("results", "effective_depth", {"value": 1.0}, "effective_depth: expected value, low, high, .* got no low"),
+        ("results", "effective_depth", {"value": True}, "effective_depth: expected"),
+        ("layers", "variance", [], "layers: expected the variance among the measures, got variance"),
+    ],
+)
+def test_a_report_without_what_the_card_says_is_refused(part, name, value, told, run):
+    report = RunReport.load(run)
+    getattr(report, part)[name] = value
+    with pytest.raises(ValueError, match=told):
+        model_card(report, CardSettings(), [])
+
+
+@pytest.mark.parametrize(
     "file, text, told",
     [
         ("tokenizer.json", "{", "tokenizer: expected tokenizer files that transformers can read, got "),

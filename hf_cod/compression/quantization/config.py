@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -52,6 +53,8 @@ class OwlBnbConfig(QuantizeSettings, StoredQuantization):
         quant_method: the name under which this package is registered in transformers.
         install: an instruction for loading without this package installed; saved in config.json.
     """
+
+    NOT_STORED: ClassVar[Collection[str]] = _NOT_SAVED
 
     scores: Any = None
     allocation: Any = None

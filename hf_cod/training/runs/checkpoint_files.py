@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from hf_cod.io.schema import brief, check_value
 STATE = "trainer_state.json"
 OPTIMIZER, SCHEDULER, RANDOMNESS = "optimizer.pt", "scheduler.pt", "rng_state*.pth"  # the last: one file per process
 WEIGHTS = "*.safetensors"
+# What Trainer writes in a checkpoint after the weights and before its own state.
+_BEHIND_WEIGHTS = (OPTIMIZER, SCHEDULER, RANDOMNESS, "scaler.pt", "training_args.bin")
 # What a run reads of Trainer's state -> its type.
 _STATE = {
     "epoch": float,
@@ -74,6 +77,14 @@ def check_files(checkpoint: Path, step: int) -> None:
     for path in _files(checkpoint, WEIGHTS, sharded):
         with open_tensors(path, path.name, "whole weights"):
             pass
+
+
+def is_state_alone(checkpoint: Path) -> bool:
+    """Whether a checkpoint has neither weights nor Trainer's state, but at most what Trainer writes between them: its
+    directory was deleted while it was written.
+    """
+    names = [path.name for path in checkpoint.iterdir()]
+    return all(any(fnmatch(name, pattern) for pattern in _BEHIND_WEIGHTS) for name in names)
 
 
 def newest_whole(

@@ -13,10 +13,12 @@ from typing import Any
 
 from hf_cod.io.files import write_json
 from hf_cod.io.module_names import without_unset
-from hf_cod.io.output_checks import check_place
+from hf_cod.io.output_checks import check_place, is_temporary
+from hf_cod.io.output_manifest import JOURNAL, remove
 from hf_cod.io.reading import as_read, naming_file, read_json
-from hf_cod.io.schema import check_value
-from hf_cod.training.runs.checkpoint_files import newest_whole
+from hf_cod.io.schema import check_value, limits
+from hf_cod.training.runs.checkpoint_checksums import is_marked
+from hf_cod.training.runs.checkpoint_files import is_state_alone, newest_whole
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,8 @@ CHECKPOINT = "checkpoint-"
 _OF_CHECKPOINTS = (".bin", ".json", ".pt", ".pth", ".safetensors")  # suffixes of files
 SETTINGS, SCORES_FILE, REPORT = "settings.json", "scores.json", "report.json"
 SCORES_NOTE = "scores_checksum"  # entry of the settings
+# Entries that a run notes after its identity: alone, they are of a run whose directory was deleted meanwhile.
+_LATE = {"steps", SCORES_NOTE}
 MARKERS = ("trainer_state.json", "progress.json")  # last file of a checkpoint: Trainer's, and our own loop's
 # Name of a setting in runs of an earlier version -> its current name.
 RENAMED = {"labels": "label_weight", "hidden": "hidden_weight"}
@@ -61,14 +65,33 @@ def half_checkpoints(directory: Path) -> list[Path]:
 
 
 def lost_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints of a run whose directory was deleted meanwhile: without its settings, it cannot be resumed."""
-    return [] if (directory / SETTINGS).is_file() else [path for _, path in last_steps(directory)]
+    """Checkpoints of a run whose directory was deleted meanwhile, with the scores and settings that it noted since:
+    without its identity, it cannot be resumed.
+    """
+    noted = _noted(directory / SETTINGS)
+    if noted.keys() - _LATE:
+        return []
+    late = [SETTINGS] if noted else []
+    late += [SCORES_FILE] if SCORES_NOTE in noted else []
+    named = [directory / name for name in late if (directory / name).is_file()]
+    return [*(path for _, path in last_steps(directory)), *named]
+
+
+def _left_by_lost_run(directory: Path) -> list[Path]:
+    """As `lost_checkpoints`, of a run that was killed afterwards; empty if there might be anything of somebody else."""
+    if not directory.is_dir():
+        return []
+    left = lost_checkpoints(directory)
+    others = {path.name for path in directory.iterdir() if not is_temporary(path)} - {JOURNAL, *(p.name for p in left)}
+    ours = all(is_marked(path) or is_state_alone(path) for path in left if path.is_dir())
+    return left if ours and not others and not any(path.is_symlink() for path in left) else []
 
 
 def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) -> None:
     """Marks a directory as this run's by writing its identity to `settings.json`; entries written earlier are kept.
 
-    A run that ended before its first checkpoint cannot be resumed, so a run with other settings may replace it.
+    A run that ended before its first checkpoint cannot be resumed, so a run with other settings may replace it. What a
+    run has written after its directory was deleted is removed, with a warning.
 
     Args:
         directory: the run's directory, which need not exist.
@@ -81,6 +104,12 @@ def claim(directory: Path, wanted: dict[str, Any], *, finished: bool = False) ->
             another run, or other files named like checkpoints; or it is a file.
     """
     changed = check_claim(directory, wanted, finished=finished)
+    left = _left_by_lost_run(directory)
+    if left:
+        names = ", ".join(path.name for path in left)
+        logger.warning("%s has %s of a run whose directory was deleted: the run begins anew", directory, names)
+        for path in left:
+            remove(path)
     if changed:
         (directory / SCORES_FILE).unlink(missing_ok=True)
         wanted = {SCORES_NOTE: None, **wanted}
@@ -131,9 +160,10 @@ def check_claim(directory: Path, wanted: dict[str, Any], *, finished: bool = Fal
     """
     _check_free(directory, finished)
     wanted = as_read(wanted)
-    noted = _noted(directory / SETTINGS)
+    noted = {} if _left_by_lost_run(directory) else _noted(directory / SETTINGS)
     found = noted or (_reported(directory) if finished else {})
-    held = _check_held(directory, known=bool(found) if finished else without_unset(wanted).keys() <= found.keys())
+    known = bool(found) if finished else without_unset(wanted).keys() <= found.keys()
+    held = _check_held(directory, known or bool(_left_by_lost_run(directory)))
     changed = [name for name, value in wanted.items() if name in found and not _is_same(found[name], value)]
     if changed and (held or (directory / REPORT).exists()):
         name = changed[0]
@@ -150,8 +180,16 @@ def _is_same(noted: Any, wanted: Any) -> bool:
 
 
 def begun_steps(directory: Path) -> int | None:
-    """The number of steps of an interrupted run; a run that resumes from its checkpoints makes as many."""
-    return _noted(directory / SETTINGS).get("steps") if last_steps(directory) else None
+    """The number of steps of an interrupted run; a run that resumes from its checkpoints makes as many.
+
+    Raises:
+        ValueError: the note is damaged.
+    """
+    if not last_steps(directory) or _left_by_lost_run(directory):
+        return None
+    noted = _noted(directory / SETTINGS)
+    with naming_file(directory / SETTINGS):
+        return check_value(noted.get("steps"), int | None, "steps", limits(least=1))
 
 
 def _check_free(directory: Path, finished: bool) -> None:

@@ -26,7 +26,7 @@ from hf_cod.scoring.layer_scores import LayerScores
 from hf_cod.scoring.methods import score_layers
 from hf_cod.scoring.settings import options_of
 from hf_cod.training.owlore.optimizer import OwLoreAdamW
-from hf_cod.training.runs.checkpoint_checksums import RecordChecksums
+from hf_cod.training.runs.checkpoint_checksums import RecordChecksums, mark
 from hf_cod.training.runs.finite import check_trained
 from hf_cod.training.runs.interrupt import SaveOnInterrupt
 from hf_cod.training.runs.kept_scores import keep_scores, kept_scores
@@ -213,21 +213,28 @@ def _show_progress(trainer: Any) -> None:
 
 @contextmanager
 def _own_names(model: Any) -> Iterator[None]:
-    """Saves checkpoints with the model's own names of weights, because Trainer resumes without converting names.
+    """Marks checkpoints as ours, and saves them with the model's own names of weights, because Trainer resumes without
+    converting names.
 
     Otherwise the experts of a mixture are saved under the names of published models, and are not loaded.
     """
-    if hasattr(model, "peft_config"):  # adapters are saved with their own names
-        yield
-        return
     before = vars(model).get("save_pretrained")
-    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    # Adapters are saved with their own names.
+    options = {} if hasattr(model, "peft_config") else {"save_original_format": False}
+    model.save_pretrained = partial(_save_marked, partial(model.save_pretrained, **options))
     try:
         yield
     finally:
         del model.save_pretrained
         if before is not None:
             model.save_pretrained = before
+
+
+def _save_marked(save: Callable[..., None], checkpoint: str, *arguments: Any, **options: Any) -> None:
+    """Saves the model of a checkpoint, the first of its files, with a mark; also if it is deleted meanwhile."""
+    mark(Path(checkpoint))
+    save(checkpoint, *arguments, **options)
+    mark(Path(checkpoint))
 
 
 def _arguments(settings: TrainingSettings, seed: int, directory: Path, device: torch.device, lasting: bool) -> Any:

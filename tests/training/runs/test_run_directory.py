@@ -5,8 +5,9 @@ import re
 
 import pytest
 
+from hf_cod.training.runs.checkpoint_checksums import mark, write_checksums
 from hf_cod.training.runs.checkpoint_files import check_files
-from hf_cod.training.runs.run_directory import claim, last_checkpoint, last_steps
+from hf_cod.training.runs.run_directory import begun_steps, claim, last_checkpoint, last_steps
 from tests.training.runs.checkpoints import MARKER, whole_checkpoint
 
 WANTED = {"model": "m", "rate": 0.5}
@@ -120,6 +121,69 @@ def test_what_is_only_named_like_a_checkpoint_and_a_file(tmp_path):
     with pytest.raises(ValueError, match="expected a directory, got the file"):
         claim(tmp_path / "file", WANTED)
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def with_files(path, *names):
+    for name in names:
+        (path / name).touch()
+    return path
+
+
+# What a run that is killed leaves in a directory that was deleted meanwhile.
+LEFT = {
+    "an empty checkpoint": lambda d: checkpoint(d, 3, marker=None),
+    "a begun one": lambda d: mark(with_files(checkpoint(d, 3, marker=None), "model.safetensors")),
+    "its end": lambda d: with_files(checkpoint(d, 3, marker=None), "optimizer.pt", "rng_state.pth"),
+    "whole ones": lambda d: [write_checksums(whole_checkpoint(d, step)) for step in (3, 6)],
+    "late notes": lambda d: [
+        mark(checkpoint(d, 3)),
+        with_files(d, "scores.json"),
+        (d / "settings.json").write_text('{"steps": 9, "scores_checksum": "ab"}'),
+    ],
+    "a temporary file": lambda d: mark(with_files(d, ".settings.json.0123abcd") and checkpoint(d, 3, marker=None)),
+}
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_what_a_run_wrote_after_its_directory_was_deleted_makes_way(left, tmp_path, caplog):
+    (tmp_path / "run").mkdir()
+    LEFT[left](tmp_path / "run")
+    assert begun_steps(tmp_path / "run") is None
+    claim(tmp_path / "run", {**WANTED, "steps": 4})
+    (line,) = caplog.messages
+    assert "of a run whose directory was deleted: the run begins anew" in line and "checkpoint-3" in line
+    names = {path.name for path in (tmp_path / "run").iterdir()} - {".settings.json.0123abcd"}
+    assert names == {"settings.json"}
+    assert json.loads((tmp_path / "run" / "settings.json").read_text()) == {**WANTED, "steps": 4}
+
+
+@pytest.mark.parametrize("steps", ["3", True, 0, 1.5])
+def test_a_number_of_steps_that_is_none_is_refused(steps, tmp_path):
+    checkpoint(tmp_path, 3)
+    (tmp_path / "settings.json").write_text(json.dumps({**WANTED, "steps": steps}))
+    with pytest.raises(ValueError, match=r"steps: expected .*, got .* in .*settings\.json"):
+        begun_steps(tmp_path)
+
+
+FOREIGN = {
+    "a model": lambda d: with_files(checkpoint(d, 3, marker=None), "config.json", "model.safetensors"),
+    "one of Trainer": lambda d: with_files(checkpoint(d, 3), "config.json", "model.safetensors", "optimizer.pt"),
+    "a note in one": lambda d: with_files(checkpoint(d, 3, marker=None), "optimizer.pt", "notes.txt"),
+    "a note beside one": lambda d: mark(checkpoint(with_files(d, "notes.txt"), 3)),
+    "another file of checksums": lambda d: (checkpoint(d, 3) / "checksums.json").write_text("[]"),
+    "a model beside ours": lambda d: [mark(checkpoint(d, 3)), with_files(checkpoint(d, 4), "model.safetensors")],
+    "settings": lambda d: [mark(checkpoint(d, 3)), (d / "settings.json").write_text('{"steps": 9, "lr": 1}')],
+}
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_a_directory_with_checkpoints_of_somebody_else_stays_as_it_is(foreign, tmp_path):
+    (tmp_path / "run").mkdir()
+    FOREIGN[foreign](tmp_path / "run")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=r"expected a new directory, or that of an interrupted run, .* of another run"):
+        claim(tmp_path / "run", WANTED)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def test_a_run_that_excludes_modules_is_not_resumed_by_one_that_does_not(tmp_path):

@@ -81,7 +81,7 @@ def test_tokens_are_taken_as_they_are(caplog):
 
 def test_a_run_that_goes_on_makes_the_steps_that_it_began_with(tmp_path):
     """Also one of a version whose default did not depend on the samples."""
-    claim(tmp_path, {"steps": 300})
+    claim(tmp_path, {"seed": 0, "steps": 300})
     assert begun_steps(tmp_path) is None, "without a checkpoint it starts anew"
     (tmp_path / "checkpoint-10").mkdir()
     assert for_samples(TrainingSettings(), 128, begun_steps(tmp_path)).total_steps == 300
