@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_cod.layers.experts import check_weight_in_memory
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.models.shapes import LowRankLinear
 from hf_cod.models.shaping import check_shapeable
@@ -94,10 +95,7 @@ def _check_plain(name: str, weight: Any) -> None:
     if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
         kind = f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip()
         raise ValueError(f"model: expected plain floating-point weights, got {kind} in {name}; prune before quantizing")
-    if weight.device.type == "meta":
-        raise ValueError(
-            f"model: expected weights in memory, got offloaded ones in {name}; load the model without offloading"
-        )
+    check_weight_in_memory(name, weight)
 
 
 def _names_of_weights(model: nn.Module) -> dict[int, list[str]]:

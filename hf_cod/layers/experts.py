@@ -82,7 +82,12 @@ class ExpertMatrix:
 
     @torch.no_grad()
     def write(self, expert: int, W: Tensor) -> None:
-        """Replaces the weight (out, in) of one expert."""
+        """Replaces the weight (out, in) of one expert.
+
+        Raises:
+            ValueError: the parameter is offloaded.
+        """
+        check_weight_in_memory(self.name, self.parameter)
         self.weights()[expert].copy_(W)
 
     def place_of(self, W: Tensor) -> tuple[int | None, bool] | None:
@@ -129,8 +134,13 @@ class ListedMatrix:
 
     @torch.no_grad()
     def write(self, expert: int, W: Tensor) -> None:
-        """Replaces the weight (out, in) of one expert."""
+        """Replaces the weight (out, in) of one expert.
+
+        Raises:
+            ValueError: it is offloaded.
+        """
         module: Any = [*self.linears.values()][expert]
+        check_weight_in_memory(self.name, module.weight)
         module.weight.copy_(turned(module, W))
 
 
@@ -204,6 +214,18 @@ class ExpertSet:
             for expert in range(self.count):
                 found[expert] += math.prod(matrix.shape)
         return found
+
+
+def check_weight_in_memory(name: str, weight: Tensor) -> None:
+    """Checks that a weight has data, which a copy into it would change.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if weight.is_meta:
+        raise ValueError(
+            f"model: expected weights in memory, got offloaded ones in {name}; load the model without offloading"
+        )
 
 
 def expert_matrices(modules: Iterable[tuple[str, nn.Module]]) -> list[ExpertMatrix]:

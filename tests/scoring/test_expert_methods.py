@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import disk_offload
 
 from hf_cod import ExpertScores, SampleSettings, collect_statistics, find_decoder_layers, score_experts
 from hf_cod.scoring.expert_methods import METHODS
@@ -55,6 +56,24 @@ def test_texts_and_saved_statistics():
     statistics = collect_statistics(model, [batch])
     with_them = score_experts(model, statistics, "owl", batches=[batch])
     assert with_them == score_experts(model, method="owl", batches=[batch])
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_offloaded_experts(kind, tmp_path):
+    model = build_mixture(kind)
+    batches = [batch_for(model)]
+    expected = {method: score_experts(model, method=method, batches=batches) for method in METHODS}
+    disk_offload(model, tmp_path)
+    for method, scores in expected.items():
+        assert score_experts(model, method=method, batches=batches) == scores
+
+
+def test_half_precision():
+    expected, model = build_mixture("jetmoe"), build_mixture("jetmoe").to(torch.float16)
+    batches = [batch_for(model)]
+    found = score_experts(model, batches=batches).values
+    for name, values in score_experts(expected, batches=batches).values.items():
+        assert found[name] == pytest.approx(values, rel=0.01)
 
 
 @pytest.mark.parametrize("method", METHODS)

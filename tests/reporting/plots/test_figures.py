@@ -69,3 +69,21 @@ def test_names_that_the_font_lacks_give_no_warning_and_control_characters_are_vi
         figure._repr_png_()
         plot_comparison([report(model=name) for name in names], names, tmp_path)
     assert figure.get_suptitle().startswith(terminal_text(joined))
+
+
+def test_scores_of_experts_are_a_heat_map(tmp_path):
+    """Rows are layers, with the place where a layer has two sets of experts; grey without a token."""
+    found = {
+        "method": "router_weight",
+        "values": {"l.0.mlp": [0.5, 0.0, 0.2], "l.0.attn.experts": [0.3, 0.4]},
+        "layers": {"l.0.mlp": 0, "l.0.attn.experts": 0},
+        "tokens": {"l.0.mlp": [2, 0, 1], "l.0.attn.experts": [1, 2]},
+    }
+    results = {"score_settings": {}, "expert_scores": found}
+    made = replace(scored(0.1, 0.2), results=results)
+    axes = plot_report(made, tmp_path).axes[1]
+    shown = axes.images[0].get_array()
+    assert shown.mask.tolist() == [[False, True, False], [False, False, True]] and shown[1, 1] == 0.4
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0 mlp", "0 attn"]
+    assert axes.get_title() == "Score of each expert: router weight" and "grey: no token" in axes.get_xlabel()
+    assert {path.name for path in tmp_path.iterdir()} == {"overview.png", "score.png", "expert_scores.png"}
