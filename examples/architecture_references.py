@@ -18,7 +18,7 @@ from transformers import GenerationMixin
 from transformers.pytorch_utils import Conv1D
 
 from hf_cod import find_decoder_layers
-from hf_cod.layers.running import evaluation_mode, hidden_input
+from hf_cod.layers.running import evaluation_mode
 
 # Two programs of one sum: experts and attention choose theirs by the shapes in a batch.
 ROUNDING = 1e-5
@@ -199,52 +199,6 @@ def _generated(case: Case, model: Any, use_cache: bool) -> Tensor:
     told = {"output_logits": True, "return_dict_in_generate": True}
     given = inputs(case, model, IDS[:1])
     return torch.stack(model.generate(**given, use_cache=use_cache, **settings, **told).logits)
-
-
-def _alike(one: Any, other: Any) -> bool:
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape
-
-
-@contextmanager
-def passing_on(stack: Any, index: int, own: bool = True) -> Iterator[list[int]]:
-    """Within the block a layer runs, but hands on its input; what else layers return is that of the layer before. Adds
-    to the list for each call; a model that calls the `forward` of its layers (SqueezeBERT) has no hooks.
-
-    Args:
-        stack: the layers.
-        index: the layer.
-        own: what else the first layer returns is its own, such as T5's position biases, which all layers use; False:
-            there is none, as for Zaya's first router, which has no router before it.
-    """
-    calls: list[int] = []
-    before: list[Any] = []
-
-    def return_input(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        calls.append(index)
-        hidden = hidden_input(args, kwargs)
-        if not isinstance(output, (tuple, list)):
-            return hidden
-        # Another state of the first layer, such as Pegasus-X's global tokens, is an input of it as well; Reformer's
-        # second stream is one by name.
-        names = [f"prev_{name}" for name in getattr(output, "_fields", ())]
-        inputs = dict(enumerate(args)) | {i: kwargs[name] for i, name in enumerate(names) if name in kwargs}
-        given = [inputs[i] if _alike(inputs.get(i), t) else (t if own else None) for i, t in enumerate(output)]
-        handed = [hidden, *(before[-1] if before else given)[1:]]
-        return (
-            output._replace(**dict(zip(output._fields, handed, strict=True)))
-            if hasattr(output, "_fields")
-            else type(output)(handed)
-        )
-
-    # First, because transformers captures hidden states by hooks as well.
-    handles = [stack[index].register_forward_hook(return_input, with_kwargs=True, prepend=True)]
-    if index:
-        handles.append(stack[index - 1].register_forward_hook(lambda module, args, output: before.append(output)))
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def check_counted(stack: Any, counted: int, notes: list[str], done: str) -> str | None:
