@@ -80,6 +80,7 @@ class ActiveLayers:
         for parameter in model.parameters():
             if id(parameter) not in kept:
                 parameter.requires_grad_(False)
+        self._remember()
         self.active: list[int] = [*range(len(self.layers))]
         self._leave_to_us()
         require_input_gradients(self.stack)
@@ -99,6 +100,10 @@ class ActiveLayers:
                 parameter.requires_grad_(index in layers)
                 if index not in layers:
                     parameter.grad = None
+        self._remember()
+
+    def _remember(self) -> None:
+        """Records in the model what is frozen, so that `release` can undo it."""
         setattr(self.stack.model, TRAINS, {name: p.requires_grad for name, p in self._names.items()})
 
     def end_at_lowest(self) -> None:

@@ -562,8 +562,10 @@ def test_bad_gradients_change_nothing_and_end_the_training_at_last(caplog):
     ],
 )
 def test_bad_input(arguments, message):
+    model = build("llama")
     with pytest.raises(ValueError, match=message):
-        OwLoreAdamW(build("llama"), **arguments)
+        OwLoreAdamW(model, **arguments)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("part", ["", "model.layers.2.mlp.up_proj"])
