@@ -11,10 +11,14 @@ from typing import Any
 from hf_cod.layers.removal.config_surgery import Changes
 
 # Fields that mean the state after a layer, counted from 0; a negative number is none.
-LAYER_FIELDS = ("deepstack_visual_indexes", "intermediate_hidden_state_indices", "insert_layer_id")
-# Fields that mean the state after a number of layers: 0 is that before the first one.
-STATE_FIELDS = ("intermediate_layers_indices",)
-# The same in the config of a model around a vision tower; negative numbers count from the end.
+LAYER_FIELDS = (
+    "deepstack_visual_indexes",
+    "intermediate_hidden_state_indices",
+    "intermediate_layers_indices",
+    "insert_layer_id",
+)
+# Fields of the config of a model around a vision tower that mean the state after a number of layers: 0 is that before
+# the first one, and negative numbers count from the end.
 FEATURE_FIELDS = ("vision_feature_layer",)
 
 
@@ -33,8 +37,6 @@ def mend_handed_on(config: Any, depth: int, kept: list[int], changes: Changes) -
     for name in LAYER_FIELDS:
         found = [layer if layer < 0 else sum(old <= layer for old in kept) - 1 for layer in _listed(config, name)]
         _mend(config, name, found, changes)
-    for name in STATE_FIELDS:
-        _mend(config, name, [sum(old < state for old in kept) for state in _listed(config, name)], changes)
     _mend_stages(config, depth, kept, changes)
 
 

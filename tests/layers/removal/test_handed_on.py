@@ -54,7 +54,8 @@ def test_two_states_that_would_be_the_same_are_refused():
         ("vision-language/qwen2_5_vl", "fullatt_block_indexes", 1, [2]),
         ("vision-language/qwen3_vl", "deepstack_visual_indexes", 1, [0, 2]),  # the state after a layer
         ("vision-language/qwen3_vl", "deepstack_visual_indexes", 2, [1, 2]),
-        ("vision-language/mllama", "intermediate_layers_indices", 1, [0, 1]),  # the state before a layer
+        ("vision-language/mllama", "intermediate_layers_indices", 1, [0, 1]),
+        ("vision-language/mllama", "intermediate_layers_indices", 2, [0, 1]),
     ],
 )
 def test_fields_that_name_layers_of_a_tower(kind, name, removed, left):
@@ -69,8 +70,15 @@ def test_fields_that_name_layers_of_a_tower(kind, name, removed, left):
     assert list(getattr(model.config.vision_config, name)) == left
 
 
-def test_the_first_state_after_a_removed_first_layer_is_refused():
-    model = Case("vision-language/qwen3_vl").build()
-    model.config.vision_config.deepstack_visual_indexes = [0, 2]
-    with pytest.raises(ValueError, match=r"^layers: expected one kept layer for each of deepstack_visual_indexes"):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("vision-language/qwen3_vl", "deepstack_visual_indexes"),
+        ("vision-language/mllama", "intermediate_layers_indices"),
+    ],
+)
+def test_the_first_state_after_a_removed_first_layer_is_refused(kind, name):
+    model = Case(kind).build()
+    setattr(model.config.vision_config, name, [0, 2])
+    with pytest.raises(ValueError, match=rf"^layers: expected one kept layer for each of {name}"):
         drop(model, 0, "vision")
