@@ -31,6 +31,7 @@ CALLS = {
     "prune": lambda model: (model, 0.5),
     "quantize": lambda model: (model,),
     "recover": lambda model: (model,),
+    "score_experts": lambda model: (model, None, "reap"),
     "score_layers": lambda model: (model, None, "gradient_norm"),
 }
 OPTIONS = {
@@ -47,7 +48,8 @@ SEEDED = {"recover"}
 
 def model_for(function):
     """With rows of whole blocks, so that three and four bits save something."""
-    return build("llama", 3, max_position_embeddings=512, **MULTIPLE)
+    family = "mixtral" if function == "score_experts" else "llama"
+    return build(family, 3, max_position_embeddings=512, **MULTIPLE)
 
 
 def call(function, model, **given):
