@@ -137,15 +137,19 @@ def loss_of(case: Case, model: Any, base: Any) -> Tensor:
 
 
 def naive_angles(case: Case, model: Any) -> list[float | None]:
-    """Mean angle between input and output of each layer at the last token, in units of pi; None for one that did not
-    run."""
+    """Mean angle between the state before each layer, which is the output of the one before, and its own output at the
+    last token, in units of pi; None for one that did not run."""
     stack = find_decoder_layers(model, case.stack)
     angles: list[list[Tensor]] = [[] for _ in stack]
+    before: list[Tensor] = []
     samples = tokens = 0
 
     def hook(index: int) -> Any:
         def measure(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            x, y = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, (tuple, list)) else out
+            y = out[0] if isinstance(out, (tuple, list)) else out
+            # Not its input, to which the model may have added something after the layer before (YOLOS).
+            x = before[-1] if before else args[0] if args else kwargs["hidden_states"]
+            before.append(y)
             if x.dim() == 4 and x.shape[2] == tokens:  # streams first, as of Gemma 3n
                 x, y = x.movedim(0, 2), y.movedim(0, 2)
             if x.dim() == 3 and len(x) != samples == x.shape[1]:  # tokens first, as of XLNet
@@ -161,6 +165,7 @@ def naive_angles(case: Case, model: Any) -> list[float | None]:
             samples, tokens = len(next(iter(batch.values()))), next(iter(batch.values())).shape[-1]
             with torch.no_grad(), evaluation_mode(stack):  # without a cache, with which FSMT reads later tokens, too
                 model(**batch)
+            before.clear()
     finally:
         for handle in handles:
             handle.remove()

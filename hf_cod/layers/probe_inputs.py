@@ -78,9 +78,10 @@ def image_inputs(model: Any) -> dict[str, Tensor] | None:
         return None
     token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     try:
-        inputs = to_device(
-            _patches(vision) if "image_grid_thw" in accepted else _pixels(vision), execution_device(model)
-        )
+        made = _patches(vision) if "image_grid_thw" in accepted else _pixels(vision)
+        if "high_res_pixel_values" in accepted:  # a second tower that reads the same image
+            made["high_res_pixel_values"] = _pixels(config.high_res_vision_config)["pixel_values"]
+        inputs = to_device(made, execution_device(model))
         dtype = next(model.parameters()).dtype
         inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
         places = [] if token is None else [token] * _count_features(model, inputs)
@@ -95,8 +96,9 @@ def image_inputs(model: Any) -> dict[str, Tensor] | None:
 @torch.no_grad()
 def _count_features(model: Any, inputs: dict[str, Tensor]) -> int:
     """The number of tokens that an image takes in the text."""
+    reader = model if hasattr(model, "get_image_features") else model.base_model
     with modes_restored(model):
-        found = model.eval().get_image_features(**inputs)
+        found = reader.eval().get_image_features(**inputs)
     features = getattr(found, "pooler_output", found)
     each = features if isinstance(features, (tuple, list)) else [features]
     return sum(t.numel() for t in each) // model.config.get_text_config().hidden_size

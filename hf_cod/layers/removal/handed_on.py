@@ -34,19 +34,24 @@ def mend_handed_on(config: Any, depth: int, kept: list[int], changes: Changes) -
     Raises:
         ValueError: two of the states would be the same one, or one would be that before the first layer.
     """
-    for name in LAYER_FIELDS:
-        found = [layer if layer < 0 else sum(old <= layer for old in kept) - 1 for layer in _listed(config, name)]
-        _mend(config, name, found, changes)
+    _mend_layers(config, kept, changes)
     _mend_stages(config, depth, kept, changes)
 
 
 def mend_features(config: Any, depth: int, kept: list[int], changes: Changes) -> None:
-    """The same for the config of a model that reads hidden states of its vision tower."""
+    """The same for the config of a model that reads hidden states of its vision tower, or has a copy of its fields."""
+    _mend_layers(config, kept, changes)
     for name in FEATURE_FIELDS:
         found = []
         for state in _listed(config, name):
             left = sum(old < state % (depth + 1) for old in kept)
             found.append(left if state >= 0 else left - len(kept) - 1)
+        _mend(config, name, found, changes)
+
+
+def _mend_layers(config: Any, kept: list[int], changes: Changes) -> None:
+    for name in LAYER_FIELDS:
+        found = [layer if layer < 0 else sum(old <= layer for old in kept) - 1 for layer in _listed(config, name)]
         _mend(config, name, found, changes)
 
 
