@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 from torch import nn
@@ -68,7 +69,8 @@ def drop_experts(
         model: a transformers model with a mixture of experts, wrapped or not.
         plan: from `plan_experts`; or the share of the experts to remove (see there); or name of experts -> those to
             remove.
-        scores: from `score_experts`; default: computed from the batches. With a plan, only `merge` uses its tokens.
+        scores: from `score_experts`; default: computed from the batches. With experts that are named, scores or
+            batches say how many tokens were routed to each expert, which `merge` requires.
         batches: dicts for the model's forward; `token_batches` makes them from texts.
         tokenizer: with `texts`, instead of `batches`: the model's tokenizer.
         texts: text, list of texts, `datasets` column, or any iterable of strings; `token_batches` cuts them.
@@ -99,9 +101,10 @@ def drop_experts(
     plan.check(stack)
     check_removal(model, plan.kept, layers_path)
     intact = _Intact(stack, name or name_of(stack))
-    tokens = (plan.tokens or _tokens(stack, scores, found, show_progress)) if how.merge else {}
+    if not plan.tokens and (how.merge or scores is not None or found is not None):
+        plan = replace(plan, tokens=_tokens(stack, scores, found, show_progress))
     merged = {n: most_similar(each, plan.kept[n]) for n, each in mixtures_of(stack).items()} if how.merge else {}
-    mixings = {n: mixing(plan.kept[n], into, tokens[n]) for n, into in merged.items()}
+    mixings = {n: mixing(plan.kept[n], into, plan.tokens[n]) for n, into in merged.items()}
     notes = remove_experts(model, plan.kept, layers_path, mixings) if plan.n_removed else []
     return intact.report(plan, merged, {"merge": how.merge, **describe_batches(found or [])}, notes)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_cod.layers.experts import ExpertSet
-from hf_cod.layers.removal.experts import Mixing
+from hf_cod.layers.removal.expert_cuts import Mixing
 
 # Number of weights that are compared at once.
 AT_ONCE = 2**24

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_cod.io.display import one_line
 from hf_cod.io.quantized import check_unquantized
 from hf_cod.layers.checks import check_writable, name_of
-from hf_cod.layers.experts import ExpertMatrix, ExpertSet, counts_experts, is_top_k
+from hf_cod.layers.experts import ExpertSet, counts_experts, is_top_k
 from hf_cod.layers.modules import walk
 from hf_cod.layers.removal.config_surgery import Changes
+from hf_cod.layers.removal.expert_cuts import Cut, Mixing, find_cuts
 from hf_cod.layers.removal.rebuilding import differences, rebuilt_from_config
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.own_config import own_config
@@ -31,8 +30,6 @@ GROUP_FIELDS = ("n_group", "num_expert_group")
 CHOSEN_GROUPS = "topk_group"
 # Routers sum the scores of the best two experts of a group.
 LEAST_OF_GROUP = 2
-# (experts, ...) -> the same for the kept ones: what stands in place of an index, when experts are merged.
-Mixing = Callable[[Tensor], Tensor]
 
 
 def mixtures_of(stack: DecoderLayers) -> dict[str, ExpertSet]:
@@ -137,45 +134,7 @@ def check_removable(stack: DecoderLayers) -> None:
     check_writable(stack)
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """A tensor from which the removed experts go.
-
-    Attributes:
-        owner, key: where it is.
-        experts: name of the mixture.
-        dim: the dimension that counts experts.
-        count: number of experts.
-        mixed: whether it is of the experts themselves, not of the router.
-    """
-
-    owner: nn.Module
-    key: str
-    experts: str
-    dim: int
-    count: int
-    mixed: bool
-
-    @torch.no_grad()
-    def apply(self, kept: Sequence[int], mixing: Mixing | None, changes: Changes) -> None:
-        """Puts a smaller tensor in its place."""
-        old = getattr(self.owner, self.key)
-        blocks = old.detach().movedim(self.dim, 0)
-        blocks = blocks.reshape(self.count, len(blocks) // self.count, *blocks.shape[1:])
-        index = torch.tensor([*kept], device=old.device)
-        new = blocks.index_select(0, index) if mixing is None else mixing(blocks)
-        new = new.flatten(0, 1).movedim(0, self.dim).contiguous()
-        changes.set(
-            self.owner, self.key, as_parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-        )
-
-
-def as_parameter(tensor: Tensor, trained: bool) -> nn.Parameter:
-    """A parameter of its own."""
-    return nn.Parameter(tensor, requires_grad=trained)
-
-
-def _prepare(stack: DecoderLayers, kept: Mapping[str, Sequence[int]], changes: Changes) -> tuple[list[str], list[_Cut]]:
+def _prepare(stack: DecoderLayers, kept: Mapping[str, Sequence[int]], changes: Changes) -> tuple[list[str], list[Cut]]:
     """Changes config, lists of experts and numbers in modules; returns notes, and the tensors to be cut."""
     sets = mixtures_of(stack)
     count, left = next(iter(sets.values())).count, _check_kept(stack, sets, kept)
@@ -190,7 +149,7 @@ def _prepare(stack: DecoderLayers, kept: Mapping[str, Sequence[int]], changes: C
     for name, experts in sets.items():
         if experts.modules:
             _shorten(stack.model.get_submodule(name), kept[name], changes)
-    cuts = [*_find_cuts(stack, rebuilt, sets, left)]
+    cuts = [*find_cuts(stack, rebuilt, sets, left)]
     _change_numbers(stack, rebuilt, count / left, changes)
     _check_alike(stack, rebuilt, cuts)
     return notes, cuts
@@ -257,56 +216,6 @@ def _shorten(module: nn.Module, kept: Sequence[int], changes: Changes) -> None:
     changes.set(module, "_modules", OrderedDict(zip(keys, (children[e] for e in kept), strict=False)))
 
 
-def _find_cuts(
-    stack: DecoderLayers, rebuilt: DecoderLayers, sets: Mapping[str, ExpertSet], left: int
-) -> Iterator[_Cut]:
-    """The tensors that are smaller in the built model."""
-    parts = {name: _around(experts) for name, experts in sets.items()}
-    others = dict(rebuilt.model.named_modules())
-    owners: dict[int, str] = {}
-    for name, module in stack.model.named_modules():
-        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            place = f"{name}.{key}"
-            there = getattr(others.get(name), key, None)
-            if not isinstance(there, Tensor) or there.shape == tensor.shape:
-                continue
-            if owners.setdefault(id(tensor), place) != place or tensor.is_meta:
-                raise ValueError(f"model: expected weights of their own in memory, got {place}")
-            holding = [part for part in parts if place.startswith(f"{parts[part]}.")]
-            dim = _dimension(tensor.shape, there.shape, sets[holding[0]].count / left) if holding else None
-            if dim is None or not _is_by_expert(tensor.shape[dim], sets[holding[0]], place):
-                raise ValueError(
-                    f"model: expected only weights of experts and routers to depend on the number of experts, got "
-                    f"{place} of shape {tuple(tensor.shape)}, which would be {tuple(there.shape)}"
-                )
-            experts = sets[max(holding, key=lambda part: len(parts[part]))]
-            mixed = any(place.startswith(f"{bank}.") for bank in experts.places)
-            yield _Cut(module, key, experts.name, dim, experts.count, mixed)
-
-
-def _around(experts: ExpertSet) -> str:
-    """The name of the smallest module around experts and router."""
-    if experts.router is None:
-        return experts.name
-    one, other = experts.name.split("."), experts.router.name.split(".")
-    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return ".".join(one[:length])
-
-
-def _dimension(mine: Sequence[int], other: Sequence[int], ratio: float) -> int | None:
-    """The only dimension that differs, if it does so by the ratio of the numbers of experts."""
-    if len(mine) != len(other):
-        return None
-    found = [dim for dim, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b]
-    return found[0] if len(found) == 1 and math.isclose(mine[found[0]], other[found[0]] * ratio) else None
-
-
-def _is_by_expert(size: int, experts: ExpertSet, place: str) -> bool:
-    """Whether a dimension has one entry for each expert, or is that of a stack, which has as many for each."""
-    stacked = [m.name for m in experts.matrices if isinstance(m, ExpertMatrix) and m.parameter.dim() == 2]
-    return size == experts.count or place in stacked
-
-
 def _change_numbers(stack: DecoderLayers, rebuilt: DecoderLayers, ratio: float, changes: Changes) -> None:
     """Gives the modules the numbers that those of the built model have, where these depend on the number of experts."""
     others = dict(rebuilt.model.named_modules())
@@ -320,7 +229,7 @@ def _change_numbers(stack: DecoderLayers, rebuilt: DecoderLayers, ratio: float, 
                 changes.set(module, key, new)
 
 
-def _check_alike(stack: DecoderLayers, rebuilt: DecoderLayers, cuts: Sequence[_Cut]) -> None:
+def _check_alike(stack: DecoderLayers, rebuilt: DecoderLayers, cuts: Sequence[Cut]) -> None:
     """Checks that nothing but the tensors to be cut differs from the built model."""
     places = {id(cut.owner): {c.key for c in cuts if c.owner is cut.owner} for cut in cuts}
     for index, (mine, other) in enumerate(zip(stack, rebuilt, strict=True)):

@@ -337,7 +337,7 @@ def test_an_interruption_leaves_the_model_as_it_was(monkeypatch):
 
     before, config = {n: t for n, t in model.state_dict(keep_vars=True).items()}, model.config.to_dict()
     removed = in_all(names_of(model), [1])
-    monkeypatch.setattr("hf_cod.layers.removal.experts.as_parameter", interrupted)
+    monkeypatch.setattr("hf_cod.layers.removal.expert_cuts.as_parameter", interrupted)
     with pytest.raises(KeyboardInterrupt):
         drop_experts(model, removed)
     assert len(made) == 9 and model.config.to_dict() == config
