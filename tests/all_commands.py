@@ -17,7 +17,7 @@ from hf_cod.cli.main import COMMANDS, main
 from hf_cod.io.models import embedded_model, load_model
 from tests.earlier_files.checkpoints import SIZES, SOURCE, TEXT_SIZES, WIDE, WIDE_SIZES, model_of, text, tokenizer
 
-MIXTURE = "mixture"
+MIXTURE = "models/mixture"
 LOADING = "--text text.txt --dtype float32 --device cpu"
 SAMPLES = f"{LOADING} --sequence-length 8 --max-samples 4 --batch-size 2"
 MEASURED = f"{SAMPLES} --eval-samples 4"
