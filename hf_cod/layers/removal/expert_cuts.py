@@ -65,7 +65,8 @@ def find_cuts(stack: DecoderLayers, rebuilt: DecoderLayers, sets: Mapping[str, E
         left: number of experts that are left of each of them.
 
     Raises:
-        ValueError: a tensor that is no part of experts and router, or has no part for each expert.
+        ValueError: a tensor that is no part of experts and router, or has no part for each expert; or a table of
+            experts by token (hash routing of DeepSeek-V4).
     """
     parts = {name: _around(experts) for name, experts in sets.items()}
     others = dict(rebuilt.model.named_modules())
@@ -74,11 +75,16 @@ def find_cuts(stack: DecoderLayers, rebuilt: DecoderLayers, sets: Mapping[str, E
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             place = f"{name}.{key}"
             there = getattr(others.get(name), key, None)
+            holding = [part for part in parts if place.startswith(f"{parts[part]}.")]
+            if holding and tensor.numel() > 1 and not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+                raise ValueError(
+                    f"model: expected routers that choose experts by scores alone, got whole numbers in {place}, which "
+                    "may name experts by token"
+                )
             if not isinstance(there, Tensor) or there.shape == tensor.shape:
                 continue
             if owners.setdefault(id(tensor), place) != place or tensor.is_meta:
                 raise ValueError(f"model: expected weights of their own in memory, got {place}")
-            holding = [part for part in parts if place.startswith(f"{parts[part]}.")]
             dim = _dimension(tensor.shape, there.shape, sets[holding[0]].count / left) if holding else None
             if dim is None or not _is_by_expert(tensor.shape[dim], sets[holding[0]], place):
                 raise ValueError(

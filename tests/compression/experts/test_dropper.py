@@ -311,6 +311,13 @@ def test_what_no_config_can_say():
     untouched(model, "experts: expected kept experts that the config of Mixtral", 0.5, batches=[])
 
 
+def test_a_table_of_experts_by_token_is_refused():
+    """Its numbers would be those of other experts."""
+    model = build_mixture("deepseek_v4")
+    message = "model: expected routers that choose experts by scores alone, got whole numbers in .*tid2eid"
+    untouched(model, message, 0.25, batches=[batch_for(model)])
+
+
 def test_weights_that_cannot_be_cut():
     tied = build_mixture("mixtral")
     tied.model.layers[1].mlp.experts.down_proj = tied.model.layers[0].mlp.experts.down_proj
