@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from hf_cod.compression.depth.dropper import drop_layers as drop_layers
     from hf_cod.compression.depth.settings import DepthSettings as DepthSettings
     from hf_cod.compression.depth.settings import DropLayersSettings as DropLayersSettings
+    from hf_cod.compression.experts.dropper import drop_experts as drop_experts
+    from hf_cod.compression.experts.expert_plan import ExpertPlan as ExpertPlan
+    from hf_cod.compression.experts.planning import plan_experts as plan_experts
+    from hf_cod.compression.experts.settings import DropExpertsSettings as DropExpertsSettings
+    from hf_cod.compression.experts.settings import PlanExpertsSettings as PlanExpertsSettings
     from hf_cod.compression.fit.fit_plan import FitPlan as FitPlan
     from hf_cod.compression.fit.knobs import Applying as Applying
     from hf_cod.compression.fit.planning import plan_fit as plan_fit
@@ -99,7 +104,9 @@ _HOMES = {
     "DepthPlan": "compression.depth.depth_plan",
     "DepthSettings": "compression.depth.settings",
     "DiagnoseSettings": "analysis.diagnostics.settings",
+    "DropExpertsSettings": "compression.experts.settings",
     "DropLayersSettings": "compression.depth.settings",
+    "ExpertPlan": "compression.experts.expert_plan",
     "ExpertScoreSettings": "scoring.settings",
     "ExpertScores": "scoring.expert_scores",
     "FactorizeSettings": "compression.low_rank.settings",
@@ -121,6 +128,7 @@ _HOMES = {
     "OwLoreSettings": "training.owlore.settings",
     "OwlBnbConfig": "compression.quantization.config",
     "PackSettings": "compression.sparse.settings",
+    "PlanExpertsSettings": "compression.experts.settings",
     "PruneSettings": "compression.pruning.settings",
     "RankPlan": "compression.low_rank.rank_plan",
     "RankSettings": "compression.low_rank.settings",
@@ -143,6 +151,7 @@ _HOMES = {
     "compare": "reporting.comparison",
     "diagnose": "analysis.diagnostics.diagnosis",
     "drop": "layers.removal.drop",
+    "drop_experts": "compression.experts.dropper",
     "drop_layers": "compression.depth.dropper",
     "evaluate_tasks": "analysis.evaluation.lm_eval_tasks",
     "factorize": "compression.low_rank.factorizer",
@@ -159,6 +168,7 @@ _HOMES = {
     "perplexity": "analysis.evaluation.choice",
     "plan_bits": "compression.quantization.plan",
     "plan_depth": "compression.depth.criteria",
+    "plan_experts": "compression.experts.planning",
     "plan_fit": "compression.fit.planning",
     "plan_ranks": "compression.low_rank.spectra",
     "plan_width": "compression.width.planning",

@@ -17,6 +17,7 @@ from hf_cod.cli.main import COMMANDS, main
 from hf_cod.io.models import embedded_model, load_model
 from tests.earlier_files.checkpoints import SIZES, SOURCE, TEXT_SIZES, WIDE, WIDE_SIZES, model_of, text, tokenizer
 
+MIXTURE = "models/mixture"
 LOADING = "--text text.txt --dtype float32 --device cpu"
 SAMPLES = f"{LOADING} --sequence-length 8 --max-samples 4 --batch-size 2"
 MEASURED = f"{SAMPLES} --eval-samples 4"
@@ -46,6 +47,7 @@ RUNS = {
         f"narrow {SOURCE} {MEASURED} --parameter-share 0.7 --channel-multiple 8 --method taylor --no-speed"
     ),
     "drop-layers": f"drop-layers {SOURCE} {MEASURED} --n-removed 2 --no-protect --no-speed",
+    "drop-experts": f"drop-experts {MIXTURE} {MEASURED} --share 0.5 --merge --no-speed",
     "fit": f"fit {WIDE} {MEASURED} --bits 6 --knobs rank bits --tuning-samples 4 --n-verified 1 --no-speed",
     "pack": "pack prune {}",
     "heal": f"heal factorize --teacher {SOURCE} {TRAINED} {OF_METHOD['owlore']} --deselected keep --no-speed",
@@ -70,8 +72,13 @@ WITHOUT_FILES = {"env"}
 def prepare() -> None:
     """What the commands read."""
     Path("text.txt").write_text(text(), encoding="utf-8")
-    for folder, sizes in ((SOURCE, SIZES), (WIDE, WIDE_SIZES)):
-        model_of("llama", **sizes, **TEXT_SIZES).save_pretrained(folder)
+    mixture = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
+    for folder, kind, sizes in (
+        (SOURCE, "llama", SIZES),
+        (WIDE, "llama", WIDE_SIZES),
+        (MIXTURE, "mixtral", mixture),
+    ):
+        model_of(kind, **sizes, **TEXT_SIZES).save_pretrained(folder)
         tokenizer().save_pretrained(folder)
     model, cutter = load_model(embedded_model("lns"))
     model.save_pretrained("trained/model")

@@ -44,6 +44,10 @@ TESTED_BY = {
         "compression/depth/removal_probe.py compression/depth/search.py"
     ),
     "compression/depth/test_dropper.py": "compression/depth/replacement.py",
+    "compression/experts/test_dropper.py": (
+        "compression/experts/expert_plan.py compression/experts/merging.py compression/experts/planning.py "
+        "compression/experts/settings.py layers/removal/expert_cuts.py layers/removal/experts.py"
+    ),
     "compression/fit/test_planning.py": (
         "cli/commands/fit.py compression/fit/budget.py compression/fit/fit_plan.py compression/fit/knobs.py "
         "compression/fit/samples.py compression/fit/search.py compression/fit/settings.py compression/fit/trials.py "

@@ -22,6 +22,7 @@ OPTIONS = {
         "model batches tokenizer texts layers_path name show_progress",
     ),
     "diagnose": ("DiagnoseSettings", "model tokenizer texts batches output journal name show_progress"),
+    "drop_experts": ("DropExpertsSettings", "model plan scores batches tokenizer texts layers_path name show_progress"),
     "drop_layers": ("DropLayersSettings", "model plan batches tokenizer texts layers_path name"),
     "evaluate_tasks": ("TaskSettings", "model tokenizer tasks"),
     "factorize": ("FactorizeSettings", "model plan batches tokenizer texts journal layers_path name show_progress"),
@@ -36,6 +37,7 @@ OPTIONS = {
     "perplexity": ("SampleSettings", "model batches tokenizer texts"),
     "plan_bits": ("StorageSettings", "model bits scores skip include exclude layers_path"),
     "plan_depth": ("DepthSettings", "model n_removed batches tokenizer texts journal layers_path show_progress"),
+    "plan_experts": ("PlanExpertsSettings", "model share scores batches tokenizer texts layers_path show_progress"),
     "plan_fit": (
         "FitSettings",
         "make kind budget calibration tuning tokenizer texts journal layers_path show_progress",

@@ -30,6 +30,7 @@ COMMANDS = {
     "factorize": ("factorize", "replace matrices by low-rank factors: fewer weights, all dense"),
     "narrow": ("narrow", "remove attention heads and MLP channels, more in less important layers"),
     "drop-layers": ("drop_layers", "remove the least important layers; a stock model remains a stock checkpoint"),
+    "drop-experts": ("drop_experts", "remove or merge the least important experts of a mixture of experts"),
     "pack": ("pack", "store a pruned model without its zeros, for faster loading and generation"),
     "quantize": ("quantize", "quantize a model to three and four bits, four in more important layers"),
     "fit": ("fit", "compress a model to a budget of memory, parameters or bits by the best combination of methods"),
@@ -56,7 +57,7 @@ RESUMABLE = (
 )
 
 # Commands of which a user needs one to make a model smaller.
-COMPRESSING = ("fit", "quantize", "drop-layers", "narrow", "factorize", "prune", "pack")
+COMPRESSING = ("fit", "quantize", "drop-layers", "drop-experts", "narrow", "factorize", "prune", "pack")
 
 # Options without a command.
 _ALONE = ("--help", "--version", "--print-completion")

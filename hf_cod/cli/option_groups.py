@@ -7,8 +7,20 @@ FIRST = "options"
 # Title -> options, in their order in all commands that have them.
 GROUPS = {
     FIRST: (
-        *("text", "teacher", "memory", "parameter_share", "bits", "sparsity", "pattern", "n_removed", "min_sparsity"),
-        *("metrics", "method", "criterion", "score", "experts", "scores", "statistics", "plan", "tokens", "steps"),
+        *("text", "teacher", "memory", "parameter_share", "bits", "sparsity", "pattern", "n_removed", "share"),
+        *(
+            "min_sparsity",
+            "metrics",
+            "method",
+            "criterion",
+            "score",
+            "experts",
+            "scores",
+            "statistics",
+            "plan",
+            "tokens",
+            "steps",
+        ),
         *("passes", "learning_rate", "device", "output", "estimate", "device_memory", "plan_only", "explain"),
         *("name", "license", "language", "sources", "where", "comparison", "labels", "norm_type", "post_layers"),
     ),
@@ -23,7 +35,7 @@ GROUPS = {
     "scores and the plan by layer": ("threshold", "per_module", "target", "pruner", "spread", "baseline", "force"),
     "settings of the method": (
         *("include", "exclude", "token", "drop_metric", "full_rank_share", "factor_share", "compensation"),
-        *("channel_multiple", "replacement", "protect", "rounding", "block", "double_quant", "skip"),
+        *("channel_multiple", "replacement", "protect", "merge", "rounding", "block", "double_quant", "skip"),
         *("knobs", "n_verified"),
         *("recover_steps", "recover_rank", "recover_learning_rate"),
         *("temperature", "label_weight", "hidden_weight", "teacher_layers"),

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from hf_cod.layers.experts import ExpertMatrix, ExpertSet, ListedMatrix, Router, counts_of, expert_matrices
+from hf_cod.layers.experts import ExpertMatrix, ExpertSet, ListedMatrix, Router, counts_of, expert_matrices, is_top_k
 from hf_cod.layers.modules import is_linear_like, walk
 from hf_cod.layers.orientation import shape_of
-
-# Attributes that say to how many experts a token is routed: "top_k", "moe_topk", "num_experts_per_tok".
-_TOP_K = re.compile(r"top_?k$|^(moe_)?k$|(^|_)num_experts_per_tok(en)?$|(^|_)num_selected_experts$")
 
 
 def expert_sets(layer: nn.Module, path: str) -> list[ExpertSet]:
@@ -115,7 +111,7 @@ def _top_k(modules: dict[str, nn.Module], name: str, around: str) -> int | None:
     """What an attribute of the router, or of a module around it, says; that of the experts' part of the layer last."""
     while name in modules:
         for key, value in vars(modules[name]).items():
-            if _TOP_K.search(key) and type(value) is int:
+            if is_top_k(key) and type(value) is int:
                 return value
         if name == around:
             return None

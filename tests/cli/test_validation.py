@@ -54,7 +54,7 @@ BAD = {
         ["threshold", "passes", "learning_rate", "recover_learning_rate", "scale", "temperature"], POSITIVE
     ),
     **dict.fromkeys(["floor", "min_sparsity", "label_weight"], SHARE),
-    **{key: ["0", *SHARE] for key in ["parameter_share", "factor_share"]},
+    **{key: ["0", *SHARE] for key in ["parameter_share", "factor_share", "share"]},
     **{
         key: ["x"]
         for key in [
@@ -108,6 +108,7 @@ TOGETHER = {
     "factorize model --full-rank-share 0.5 --parameter-share 0.5": "full_rank_share: expected either",
     "factorize model --method plain --score fisher": "score: expected spectrum",
     "quantize model --bits 3.3 --block 32 --no-double-quant": "bits: expected 3, 4, or stored bits",
+    "drop-experts model --threshold 3": "threshold: expected none with method reap, which does not use it",
     "drop-layers model --n-removed 2 --parameter-share 0.5": "n_removed: expected either n_removed or parameter_share",
     "fit model": "budget: expected one of --memory, --parameter-share and --bits, got none",
     "heal model --teacher model --tokens 2M --steps 3": "tokens: expected none with steps",
@@ -264,6 +265,7 @@ NOT_THERE = {
     "prune model --eval-text ./none": "eval_text: expected a text file or a dataset name, got './none', which does not",
     "quantize model --scores none": "scores: expected a file, got 'none', which does not exist",
     "score model --statistics taken": "statistics: expected a file of statistics, got 'taken', which is a directory",
+    "drop-experts model --plan none.json": "plan: expected a file, got 'none.json', which does not exist",
     "drop-layers model --plan none.json": "plan: expected a file, got 'none.json', which does not exist",
     f"quantize {'m' * 300}": f"model: expected a path, got '{'m' * 20}",
     f"score model --text {'t' * 300}": f"text: expected a path, got '{'t' * 20}",

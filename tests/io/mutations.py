@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hf_cod import (
     DepthPlan,
+    ExpertPlan,
     ExpertScores,
     FitPlan,
     LayerAllocation,
@@ -36,6 +37,9 @@ RECORDS = {
         [2],
         {"greedy": {"layers": [1], "loss": 1.5, "maps": 0}},
         "given",
+    ),
+    "expert_plan": ExpertPlan(
+        "m", "owl", {"a": [1], "b": [0]}, {"a": 0, "b": 2}, 2, [9, 0, 9], {"a": [1.0, 0.5], "b": [0.1, 0.3]}, {}, {}
     ),
     "fit_plan": FitPlan(
         "bits",

@@ -7,6 +7,7 @@ import pytest
 import hf_cod
 from hf_cod import (
     DepthPlan,
+    ExpertPlan,
     ExpertScores,
     FitPlan,
     LayerAllocation,
@@ -22,6 +23,7 @@ from hf_cod import (
 
 FIELDS = {
     DepthPlan: "depth_plan",
+    ExpertPlan: "expert_plan",
     ExpertScores: "expert_scores",
     FitPlan: "fit_plan",
     LayerAllocation: "allocation",

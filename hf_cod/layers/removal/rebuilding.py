@@ -28,7 +28,7 @@ def check_config_builds(stack: DecoderLayers, cut: Mapping[str, tuple[int, ...]]
         cut: name -> shape of the weights outside of them that will be cut.
     """
     with building_errors(stack.model):
-        rebuilt = _rebuilt(stack)
+        rebuilt = rebuilt_from_config(stack)
     if len(rebuilt) != len(stack):
         raise ValueError(
             f"layers: expected a config of {type(stack.model).__name__} that counts the layers of {stack.layers_path}, "
@@ -58,7 +58,7 @@ def scale_numbers(stack: DecoderLayers, changes: Changes) -> bool:
             attempt = Changes()
             attempt.set(stack.config, name, value * next(iter(ratios)))
             try:
-                alike = not any(any(found) for found in _by_layer(stack, _rebuilt(stack)))
+                alike = not any(any(found) for found in _by_layer(stack, rebuilt_from_config(stack)))
             except Exception:  # whatever a model raises for a number that means something else
                 alike = False
             written = getattr(stack.config, name)
@@ -72,7 +72,7 @@ def scale_numbers(stack: DecoderLayers, changes: Changes) -> bool:
 def _ratios(stack: DecoderLayers) -> set[float]:
     """The ratios of numbers of the layers and of those that would be built; empty if something else differs."""
     try:
-        rebuilt = _rebuilt(stack)
+        rebuilt = rebuilt_from_config(stack)
     except Exception:  # whatever a model raises that cannot be built from its config; `check_config_builds` tells
         return set()
     found: set[float] = set()
@@ -84,7 +84,8 @@ def _ratios(stack: DecoderLayers) -> set[float]:
     return found
 
 
-def _rebuilt(stack: DecoderLayers) -> DecoderLayers:
+def rebuilt_from_config(stack: DecoderLayers) -> DecoderLayers:
+    """The layers of a model built from the config of the model of these layers, on the meta device."""
     config: Any = stack.model.config
     with torch.device("meta"):
         # By way of a dictionary, as in a reload, so that derived values of the config are computed again.

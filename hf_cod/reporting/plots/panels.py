@@ -248,6 +248,9 @@ PANELS: dict[str, Callable[..., None]] = {
     ),
     "bits": _bits,
     "removed": _removed,
+    "removed_token_share": _per_layer(
+        "removed_token_share", "Share of the tokens' routes that lead to removed experts", "share of routes"
+    ),
     "trade_off": trade_off,
     "error": _per_layer("error", "Lost share of the outputs' energy", "mean over the layer's matrices"),
 }

@@ -1,0 +1,1 @@
+"""Expert pruning: removes whole experts of a mixture, or merges them into those that are kept."""
