@@ -29,7 +29,7 @@ def make_parser() -> SettingsParser:
     parser.add_argument("directory", help="output directory of a command, or of examples/pretrain.py")
     told = "directory to write, for examples/pretrain.py only; it can be uploaded to the Hub"
     parser.add_argument("target", nargs="?", metavar="output", help=told)
-    parser.add_argument("--output", help=f"{told}; instead of the second argument (default: that)")
+    parser.add_argument("--output", help=f"{told}; default: the second argument")
     return parser
 
 

@@ -38,7 +38,7 @@ def make_parser() -> SettingsParser:
     parser.add_argument("to", choices=["stock", "lns", "authors"], help="the conversion, see above")
     parser.add_argument("source", help="directory of the checkpoint, or its Hub id")
     parser.add_argument("directory", nargs="?", metavar="output", help="new directory for the result; required")
-    parser.add_argument("--output", help="new directory for the result, instead of the third argument (default: that)")
+    parser.add_argument("--output", help="new directory for the result; default: the third argument")
     parser.add_argument(
         "--norm-type",
         type=str.lower,
