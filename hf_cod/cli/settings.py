@@ -35,9 +35,10 @@ class MeasuringSettings(SampleSettings):
         metadata={"help": "maximum number of calibration samples, chosen at random by seed if the text has more"},
     )
     eval_text: str | None = field(
-        default=None, metadata={"help": "text or dataset for measuring perplexity; default: held-out samples of --text"}
+        default=None,
+        metadata={"help": "text file or dataset on which perplexity is measured; default: held-out samples of --text"},
     )
-    eval_samples: int = field(default=32, metadata={"help": "number of samples for perplexity"})
+    eval_samples: int = field(default=32, metadata={"help": "number of samples on which perplexity is measured"})
     layers_path: str | None = as_in(ScoreSettings, "layers_path")
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ class NarrowOptions(SpeedSettings, SpreadSettings):
         default=None,
         metadata={
             "help": f"score of layers; layers with a higher score lose fewer weights: {', '.join(SCORES)}; default: "
-            f"{DEFAULT_SCORE}, {WITHOUT_LOSS} for a model whose loss cannot be measured, owl with --threshold or "
+            f"{DEFAULT_SCORE}; {WITHOUT_LOSS} for a model whose loss cannot be measured; owl with --threshold or "
             "--per-module"
         },
     )

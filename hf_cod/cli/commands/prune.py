@@ -53,8 +53,8 @@ class PruneOptions(SpreadSettings):
     pattern: str | None = field(
         default=None,
         metadata={
-            "help": "2:4 keeps 2 of each 4 adjacent weights in all layers; N:8 sets N for each layer by score; "
-            "default: no pattern"
+            "help": "2:4 keeps 2 of each 4 adjacent weights in all layers; N:8 keeps N of each 8, N by the layer's "
+            "score; default: no pattern"
         },
     )
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field

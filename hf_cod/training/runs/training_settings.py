@@ -92,15 +92,16 @@ class TrainingSettings:
         metadata={"help": "maximum number of passes over the training samples; refused if the number of steps is set"},
     )
     batch_size: int = following(
-        f"samples per optimizer step, of one or more forward passes; default: {BATCH}, or the next multiple of "
-        "--micro-batch-size"
+        f"samples per optimizer step, of one or more forward passes; default: {BATCH}, rounded up to a "
+        "multiple of --micro-batch-size"
     )
     micro_batch_size: int = following(
         f"samples per forward pass; default: {MICRO_BATCH}, or the largest number below it that divides --batch-size"
     )
     sequence_length: int = field(default=256, metadata={"help": "tokens per sample"})
     eval_samples: int = field(
-        default=32, metadata={"help": "samples at the end of the text, which are not trained on, to measure perplexity"}
+        default=32,
+        metadata={"help": "number of samples at the end of the text that are held out for measuring perplexity"},
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "norm that gradients are clipped to; 0: no clipping"})
     checkpointing: bool = field(
