@@ -35,9 +35,10 @@ class MeasuringSettings(SampleSettings):
         metadata={"help": "maximum number of calibration samples, chosen at random by seed if the text has more"},
     )
     eval_text: str | None = field(
-        default=None, metadata={"help": "text or dataset for measuring perplexity; default: held-out samples of --text"}
+        default=None,
+        metadata={"help": "text file or dataset on which perplexity is measured; default: held-out samples of --text"},
     )
-    eval_samples: int = field(default=32, metadata={"help": "number of samples for perplexity"})
+    eval_samples: int = field(default=32, metadata={"help": "number of samples on which perplexity is measured"})
     layers_path: str | None = as_in(ScoreSettings, "layers_path")
 
     def __post_init__(self) -> None:
@@ -64,7 +65,10 @@ class CompressionSettings(MeasuringSettings):
     threshold: float = as_in(ScoreSettings, "threshold", default=DefaultNumber(ScoreSettings().threshold))
     per_module: bool = as_in(ScoreSettings, "per_module")
     baseline: bool = field(
-        default=True, metadata={"help": "also measure a uniform plan, to compare the score with; doubles the time"}
+        default=True,
+        metadata={
+            "help": "also measure the uniform plan (the same value for all layers), for comparison; doubles the time"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -112,8 +116,8 @@ class SpreadSettings(CompressionSettings):
     force: bool = field(
         default=False,
         metadata={
-            "help": "always apply the plan by score; default: the uniform plan replaces it if that has the lower "
-            "perplexity. With --no-baseline the two are not compared, and the plan by score is applied"
+            "help": "apply the plan by score even if the uniform plan has a lower perplexity; default: apply the one "
+            "with the lower perplexity. With --no-baseline the plan by score is always applied"
         },
     )
 

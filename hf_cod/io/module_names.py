@@ -16,7 +16,7 @@ from hf_cod.io.arguments import checked
 
 Names = str | list[str] | None
 
-_RULE = "names (down_proj is any name that ends in .down_proj) or one regular expression for whole names"
+_RULE = "names (down_proj matches each name that ends in .down_proj), or one regular expression for the whole name"
 FIELDS = ("include", "exclude")
 
 
@@ -29,7 +29,8 @@ class ModuleSettings:
         default=None, metadata={"help": f"matrices of the layers to change: {_RULE}; default: all"}
     )
     exclude: str | list[str] | None = field(
-        default=None, metadata={"help": f"matrices to leave unchanged, also if included: {_RULE}; default: none"}
+        default=None,
+        metadata={"help": f"matrices to leave unchanged, even if --include matches them: {_RULE}; default: none"},
     )
 
     def __post_init__(self) -> None:

@@ -135,8 +135,8 @@ def layers_path_field() -> Any:
     return field(
         default=None,
         metadata={
-            "help": "layers to work on, of a model with several stacks: encoder, decoder, text, vision, ..., or a "
-            "module list by its name; default: the decoder, or the only stack",
+            "help": "which stack of layers to use, for a model with several: encoder, decoder, text, vision, ..., or "
+            "the name of a module list; default: the only stack, the decoder, or the text tower",
             "also": "stack",
         },
     )
@@ -194,7 +194,8 @@ class ModelSettings:
     device: str | None = field(
         default=None,
         metadata={
-            "help": "cpu, cuda, cuda:1, mps, or auto to distribute over all devices; default: the accelerator, else cpu"
+            "help": "cpu, cuda, cuda:1, mps, or auto to distribute the model over all devices; default: the "
+            "accelerator that torch finds, else cpu"
         },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "run the custom code in the model's repository"})
@@ -231,11 +232,16 @@ class TextSettings:
 
     text: str | None = field(
         default=None,
-        metadata={"help": "text file (.txt, .jsonl, .csv, .parquet) or dataset name; default: an embedded novel"},
+        metadata={
+            "help": "text file (.txt, .jsonl, .csv, .parquet) or dataset name; default: a novel that is part of this "
+            "package"
+        },
     )
     text_column: str = field(default="text", metadata={"help": "column of the dataset that holds the text"})
     text_split: str = field(default="train", metadata={"help": "split of the dataset"})
-    text_config: str | None = field(default=None, metadata={"help": "configuration of the dataset; default: its own"})
+    text_config: str | None = field(
+        default=None, metadata={"help": "configuration of the dataset; default: the default of the dataset"}
+    )
 
     def check_source(self) -> None:
         """Checks that column, split and configuration are set only together with `text`.
@@ -270,7 +276,8 @@ class SampleSettings:
     pack: bool = field(
         default=True,
         metadata={
-            "help": "join the texts and cut them into windows of equal length, instead of one padded sample per text"
+            "help": "join the texts and cut them into samples of --sequence-length; --no-pack: one padded sample per "
+            "text"
         },
     )
     seed: int = field(default=0, metadata={"help": "seed of all random choices"})

@@ -23,7 +23,7 @@ class CardSettings:
         default=None, metadata={"help": "language code of the text, such as en; default: not in the card"}
     )
     where: str | None = field(
-        default=None, metadata={"help": "Markdown text on how to get this directory; default: none"}
+        default=None, metadata={"help": "Markdown text for the card: where to download the model; default: none"}
     )
     comparison: str | None = field(
         default=None,

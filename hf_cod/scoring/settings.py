@@ -37,16 +37,19 @@ _OF_OWL, _OF_PROBE = ("threshold", "per_module"), ("target", "pruner")
 METHODS = {
     "owl": Method("a large share of outliers among |W_ij| ||X_j|| (OWL)", _OF_OWL, uses_statistics=True),
     "angular": Method("a large angle between its input and output, at the last token", needs_batches=True),
-    "block_influence": Method("a small cosine between its input and output", needs_batches=True),
+    "block_influence": Method("a small cosine similarity of its input and output", needs_batches=True),
     "gradient_norm": Method("a large gradient of the loss with respect to its weights", needs_batches=True),
-    "fisher": Method("a high second-order cost of losing its outputs", needs_batches=True),
-    "layer_drop": Method("a high cost of removing it", needs_batches=True),
+    "fisher": Method(
+        "a large second-order estimate of the increase of the loss if its outputs are lost", needs_batches=True
+    ),
+    "layer_drop": Method("a large increase of the loss when it is removed", needs_batches=True),
     "weight_norm": Method("a large mean of |W_ij|, a baseline"),
     "sensitivity": Method(
-        "a steep rise of the loss with its sparsity", _OF_PROBE, needs_batches=True, uses_statistics=True
+        "a large increase of the loss when its sparsity increases", _OF_PROBE, needs_batches=True, uses_statistics=True
     ),
     "auto": Method(
-        "a high score by the best of several methods, measured on a few samples",
+        "a high score by uniform, owl, angular, fisher or sensitivity, whichever gives the compressed model the "
+        "lowest loss",
         (*_OF_PROBE, *_OF_OWL),
         needs_batches=True,
         uses_statistics=True,
@@ -113,7 +116,7 @@ class ScoreSettings:
         metadata={
             "help": "the property that gives a layer a high score. "
             + "; ".join(f"{name}: {method.description}" for name, method in METHODS.items())
-            + ". For hf-cod prune --scores use angular, the default of prune"
+            + ". If the scores are for hf-cod prune, set angular, the default of prune"
         },
     )
     threshold: float = field(
@@ -121,7 +124,7 @@ class ScoreSettings:
         metadata={"help": "owl: outliers are |W_ij| ||X_j|| above this multiple (M) of the mean (paper: 5 or 7)"},
     )
     per_module: bool = field(
-        default=False, metadata={"help": "owl: compare each matrix with its own mean instead of the layer's"}
+        default=False, metadata={"help": "owl: the mean is that of each matrix instead of that of the layer"}
     )
     target: float = field(
         default=0.7,
@@ -133,7 +136,8 @@ class ScoreSettings:
     pruner: str = field(
         default="wanda",
         metadata={
-            "help": "sensitivity and auto: how layers are changed; codebook rounds to 3 or 4 bits instead of pruning",
+            "help": "sensitivity and auto: how layers are changed to measure the loss. "
+            + "; ".join(f"{name}: {effect}" for name, effect in PRUNERS.items()),
             "choices": list(PRUNERS),
         },
     )
@@ -222,8 +226,8 @@ class AllocationSettings:
     spread: float | None = field(
         default=None,
         metadata={
-            "help": "lambda, the largest distance of a layer's value from the budget; default: the one that the "
-            "score auto chose, else 0.08"
+            "help": "largest difference between a layer's value and the budget (lambda of OWL), in the unit of the "
+            "budget; default: 0.08; with score auto, the spread that auto chose"
         },
     )
     choices: Sequence[float] | None = field(

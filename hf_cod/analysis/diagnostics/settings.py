@@ -28,7 +28,7 @@ class DiagnoseSettings(SampleSettings):
     metrics: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"any of {', '.join(METRICS)}; default: all that the model supports",
+            "help": f"measures to compute, any of {', '.join(METRICS)}; default: all that the model supports",
             "alone": True,
         },
     )
@@ -42,7 +42,10 @@ class DiagnoseSettings(SampleSettings):
     )
     token: Token = field(
         default="last",
-        metadata={"help": "token at which angles are measured: last or first that is not padding, or the mean of all"},
+        metadata={
+            "help": "where angles are measured: at the last or first token that is not padding, or all: mean over "
+            "tokens"
+        },
     )
     layers_path: str | None = layers_path_field()
 

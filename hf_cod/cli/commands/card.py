@@ -22,14 +22,14 @@ def make_parser() -> SettingsParser:
         [CardSettings],
         prog="hf-cod card",
         description="Writes the model card (README.md) into an output directory of prune, factorize, narrow, "
-        "drop-layers, pack, quantize, fit, heal, finetune or convert. For a model that was trained by "
-        "examples/pretrain.py, writes a copy in bfloat16 with the code that loads it, and a card with figures and "
-        "plots, into OUTPUT.",
+        "drop-layers, pack, quantize, fit, heal, finetune or convert. With the directory of a "
+        "training by examples/pretrain.py, writes into OUTPUT a copy of the model in bfloat16, the code that loads "
+        "it, and a card with figures and plots.",
     )
     parser.add_argument("directory", help="output directory of a command, or of examples/pretrain.py")
     told = "directory to write, for examples/pretrain.py only; it can be uploaded to the Hub"
     parser.add_argument("target", nargs="?", metavar="output", help=told)
-    parser.add_argument("--output", help=f"{told}; instead of the second argument (default: that)")
+    parser.add_argument("--output", help=f"{told}; default: the second argument")
     return parser
 
 

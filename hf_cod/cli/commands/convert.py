@@ -31,14 +31,14 @@ def make_parser() -> SettingsParser:
         formatter_class=RawDescriptionHelpFormatter,
         description="Converts a checkpoint; the source is never changed.\n\n"
         "  stock    a model with LayerNorm Scaling -> a stock model with the same logits, for software without\n"
-        "           hf_cod (vLLM, llama.cpp): 1 / sqrt(layer) is multiplied into the weights of the norms\n"
+        "           hf_cod (vLLM, llama.cpp): 1 / sqrt(l) is multiplied into the norm weights of layer l (from 1)\n"
         "  lns      a stock model -> LayerNorm Scaling with the same logits, for further training\n"
         "  authors  a checkpoint of the code released with Mix-LN or the Curse of Depth -> a model of hf_cod",
     )
     parser.add_argument("to", choices=["stock", "lns", "authors"], help="the conversion, see above")
     parser.add_argument("source", help="directory of the checkpoint, or its Hub id")
     parser.add_argument("directory", nargs="?", metavar="output", help="new directory for the result; required")
-    parser.add_argument("--output", help="new directory for the result, instead of the third argument (default: that)")
+    parser.add_argument("--output", help="new directory for the result; default: the third argument")
     parser.add_argument(
         "--norm-type",
         type=str.lower,

@@ -30,16 +30,17 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [PlotSettings],
         prog="hf-cod demo",
-        description="Diagnoses and compares two small embedded models that differ only in the placement of their norms "
-        "(Pre-LN and LayerNorm Scaling), and quantizes the first one to 3.5 bits per weight. Requires no network.",
+        description="Diagnoses and compares two small models of this package that differ only in the placement of "
+        "their norms (Pre-LN and LayerNorm Scaling), and quantizes the Pre-LN model to 3.5 bits per weight. Requires "
+        "no network.",
     )
     parser.add_argument(
         "model",
         nargs="?",
         default="pair",
         choices=("pair", "smollm2"),
-        help=f"pair: the embedded models; smollm2: {HUB_MODEL} (30 layers, 135M parameters) from the Hub or an "
-        "installed package, a minute or two on two CPU cores",
+        help=f"pair: the two small models in this package; smollm2: {HUB_MODEL} (30 layers, 135M parameters) from the "
+        "Hub or an installed package; takes one to two minutes on two CPU cores",
     )
     parser.add_argument("--output", default="hf-cod-demo", help="directory for reports and plots; default: hf-cod-demo")
     return parser

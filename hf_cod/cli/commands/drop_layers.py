@@ -30,7 +30,7 @@ class DropLayersOptions(SpeedSettings, MeasuringSettings):
     )
     parameter_share: float | None = field(
         default=None,
-        metadata={"help": f"share of the layers to keep, counted as equal in size; default: {DEFAULT_SHARE}"},
+        metadata={"help": f"number of layers to keep, as a share of all layers, 0 to 1; default: {DEFAULT_SHARE}"},
     )
     criterion: str = as_in(DepthSettings, "criterion")
     replacement: str = as_in(DepthSettings, "replacement", default="measured")

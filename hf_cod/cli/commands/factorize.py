@@ -38,24 +38,26 @@ class FactorizeOptions(SpeedSettings, SpreadSettings):
     score: str | None = field(
         default=None,
         metadata={
-            "help": "fisher or spectrum set a rank for each matrix, by the expected increase of the loss (fisher) or "
-            "by the lost share of its output (spectrum); "
+            "help": "how ranks are chosen. One for each matrix: by the expected increase of the loss (fisher), or by "
+            "the lost share of its output (spectrum). One share for each layer, by its score: "
             + ", ".join(CHOICES[len(OF_MATRICES) :])
-            + f" set a share for each layer; default: {FISHER}; {SPECTRUM} for method plain and for models without a "
-            "loss; uniform for method oats, which supports shares only"
+            + f"; default: {FISHER}; {SPECTRUM} with --method plain or for models without a loss; uniform with "
+            "--method oats, which requires a share for each layer"
         },
     )
     parameter_share: float | None = field(
         default=None,
         metadata={
-            "help": f"share of the layers' weights to keep; default: {DEFAULT_SHARE}, or determined by full_rank_share"
+            "help": f"share of the layers' weights to keep, 0 to 1; default: {DEFAULT_SHARE}, or as --full-rank-share "
+            "requires"
         },
     )
     full_rank_share: float | None = field(
         default=None,
         metadata={
-            "help": "share of full rank to keep, instead of parameter_share (default: that); requires a score of "
-            "layers (such as --score angular). Matrices that factors would enlarge are left unchanged"
+            "help": "share of the matrices' full rank to keep, 0 to 1, instead of --parameter-share; default: not "
+            "used. Requires a score of layers, such as --score angular. Matrices whose factors would be larger are "
+            "left unchanged"
         },
     )
     factor_share: float = as_in(FactorizeSettings, "factor_share")
@@ -117,9 +119,9 @@ def make_parser() -> SettingsParser:
         [ModelSettings, TextSettings, FactorizeOptions, CompressionOutput],
         prog="hf-cod factorize",
         description="Replaces matrices of the layers by low-rank factors, and writes a smaller, dense model that "
-        "from_pretrained loads if hf_cod is imported, and otherwise with trust_remote_code. With method oats the model "
-        "becomes smaller only after hf-cod pack, which leaves out its zeros. After an interruption the same command "
-        "resumes. The input model is never changed.",
+        "from_pretrained loads if hf_cod is imported, and otherwise with trust_remote_code. With --method oats the "
+        "model becomes smaller only after hf-cod pack, which removes the zeros. After an interruption the same "
+        "command resumes. The input model is never changed.",
     )
     parser.add_model()
     return parser

@@ -39,7 +39,9 @@ class FitOptions(SpeedSettings, MeasuringSettings):
     )
     parameter_share: float | None = field(
         default=None,
-        metadata={"help": "budget: share of the weights of the layers' matrices to keep, all dense; no default"},
+        metadata={
+            "help": "budget: share of the weights in the layers' matrices to keep, 0 to 1, in a dense model; no default"
+        },
     )
     bits: float | None = field(
         default=None, metadata={"help": "budget: stored bits per original weight of the layers' matrices; no default"}

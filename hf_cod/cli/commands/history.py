@@ -16,10 +16,12 @@ def make_parser() -> SettingsParser:
     parser = SettingsParser(
         [PlotSettings],
         prog="hf-cod history",
-        description="Plots the measurements of LayerDiagnosticsCallback or LayerMonitor, also during the training: "
+        description="Plots the measurements of LayerDiagnosticsCallback or LayerMonitor, also while the training runs: "
         "heat maps over layers and steps, and effective depth. The table shows the last measured step.",
     )
-    parser.add_argument("run", help="history.jsonl, its directory, or the output directory of the training")
+    parser.add_argument(
+        "run", help="history.jsonl, the directory that holds it, or the output directory of the training"
+    )
     parser.add_argument("--output", help="directory for report and plots; default: directory of the history")
     return parser
 

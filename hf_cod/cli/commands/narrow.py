@@ -35,8 +35,9 @@ class NarrowOptions(SpeedSettings, SpreadSettings):
     score: str | None = field(
         default=None,
         metadata={
-            "help": f"score that decides which layers lose more: {', '.join(SCORES)}; default: {DEFAULT_SCORE}, "
-            f"{WITHOUT_LOSS} for a model whose loss cannot be measured, owl with --threshold or --per-module"
+            "help": f"score of layers; layers with a higher score lose fewer weights: {', '.join(SCORES)}; default: "
+            f"{DEFAULT_SCORE}; {WITHOUT_LOSS} for a model whose loss cannot be measured; owl with --threshold or "
+            "--per-module"
         },
     )
     parameter_share: float = field(default=0.8, metadata={"help": "share of the layers' weights to keep"})

@@ -25,7 +25,8 @@ class PackOptions(PackSettings):
     """Settings of packing and of the output directory."""
 
     output: str | None = field(
-        default=None, metadata={"help": "output directory, instead of the second argument, with its default"}
+        default=None,
+        metadata={"help": "new directory for the packed model and its report; default: the second argument"},
     )
     layers_path: str | None = as_in(ScoreSettings, "layers_path")
 

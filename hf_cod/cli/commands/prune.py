@@ -39,21 +39,22 @@ class PruneOptions(SpreadSettings):
     score: str | None = field(
         default=None,
         metadata={
-            "help": f"score that decides which layers lose more: {', '.join(SCORES)}; default: {DEFAULT_SCORE}, or owl "
-            "with --threshold or --per-module"
+            "help": f"score of layers; layers with a higher score lose fewer weights: {', '.join(SCORES)}; default: "
+            f"{DEFAULT_SCORE}, or owl with --threshold or --per-module"
         },
     )
     sparsity: float | None = field(
         default=None,
         metadata={
-            "help": f"share of zeros in the layers' matrices; default: {DEFAULT_SPARSITY}, or determined by pattern"
+            "help": f"share of zeros in the layers' matrices, 0 to 1; default: {DEFAULT_SPARSITY}, or as --pattern "
+            "requires"
         },
     )
     pattern: str | None = field(
         default=None,
         metadata={
-            "help": "2:4 keeps 2 of each 4 adjacent weights in all layers; N:8 sets N for each layer by score; "
-            "default: no pattern"
+            "help": "2:4 keeps 2 of each 4 adjacent weights in all layers; N:8 keeps N of each 8, N by the layer's "
+            "score; default: no pattern"
         },
     )
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
@@ -108,7 +109,7 @@ class RecoveryOptions:
     recover_steps: int = field(
         default=0,
         metadata={
-            "help": "training steps with LoRA after pruning; zeros are kept; 0: no training (otherwise requires peft)"
+            "help": "number of LoRA training steps after pruning, which keep the zeros and require peft; 0: no training"
         },
     )
     recover_rank: int = as_in(RecoverySettings, "rank")

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 # Method of rounding -> description.
 ROUNDINGS = {
-    "compensated": "error compensation by the weights not yet rounded (GPTQ)",
-    "weighted": "scales chosen by the error of the outputs",
-    "nearest": "without calibration text, and far worse at 3 bits",
+    "compensated": "the error of each rounded weight is compensated by the weights that are still to be rounded (GPTQ)",
+    "weighted": "scales with the least error of the outputs on the calibration text",
+    "nearest": "requires no calibration text; much higher perplexity at 3 bits",
 }
 
 # In the table of mixtures, compared with equal scores (earlier layers first): with compensation owl is the best of all
@@ -42,8 +42,8 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
     score: str | None = field(
         default=None,
         metadata={
-            "help": f"score that decides which layers get four bits: {', '.join(SCORES)}; default: {DEFAULT_SCORE}, "
-            f"{BY_VALUE} without error compensation"
+            "help": f"score of layers; those with the highest scores get four bits: {', '.join(SCORES)}; default: "
+            f"{DEFAULT_SCORE}, or {BY_VALUE} with --rounding weighted or nearest"
         },
     )
     rounding: str = field(
@@ -58,13 +58,13 @@ class QuantizeOptions(CompressionSettings, StorageSettings):
     exclude: Names = as_in(QuantizeSettings, "exclude")  # noqa: RUF009 - as_in makes a field
     baseline: bool = field(
         default=True,
-        metadata={"help": "also measure all layers at 3 bits and at 4 bits, for comparison; 3 x the time"},
+        metadata={"help": "also measure all layers at 3 bits and all at 4 bits, for comparison; takes 3 x the time"},
     )
     force: bool = field(
         default=False,
         metadata={
-            "help": "always apply the mixture; default: all layers get 3 bits if that has the lower perplexity. With "
-            "--no-baseline the two are not compared, and the mixture is applied"
+            "help": "apply the mixture of 3 and 4 bits even if all layers at 3 bits have a lower perplexity; default: "
+            "apply the one with the lower perplexity. With --no-baseline the mixture is always applied"
         },
     )
     explain: bool = field(default=False, metadata={"help": "print the score and the bits of each layer"})

@@ -46,8 +46,8 @@ class ScoreOptions(SampleSettings, ScoreSettings):
     experts: str | None = field(
         default=None,
         metadata={
-            "help": "also score each expert of a mixture of experts, and write expert_scores.json and a heat map; an "
-            "expert has a high score for: "
+            "help": "also score each expert of a mixture of experts, and write expert_scores.json and a heat map; the "
+            "property that gives an expert a high score. "
             + "; ".join(f"{name}: {row.description}" for name, row in EXPERT_METHODS.items())
             + " (default: experts are not scored)",
             "choices": list(EXPERT_METHODS),
@@ -78,8 +78,8 @@ class ScoreOutput(PlotSettings):
     statistics: str | None = field(
         default=None,
         metadata={
-            "help": "statistics.safetensors of a run with another output directory, instead of collecting them again; "
-            "statistics of the same samples in this output directory are always reused (default: those, or none)"
+            "help": "statistics.safetensors of an earlier run, to be used instead of collecting statistics; default: "
+            "those in the output directory if they are of the same model and samples, else they are collected"
         },
     )
     output: str | None = field(
@@ -95,8 +95,8 @@ def make_parser() -> SettingsParser:
         prog="hf-cod score",
         description="Scores the importance of each layer, by OWL's share of outliers or another method, and writes "
         "statistics.safetensors and scores.json for other commands; with --experts also scores each expert of a "
-        "mixture. Statistics in the output directory are reused by a resumed run, and by another method on the same "
-        "model and samples.",
+        "mixture. Statistics in the output directory are reused if model and samples are the same, also with another "
+        "method.",
     )
     parser.add_model()
     return parser

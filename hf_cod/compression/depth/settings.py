@@ -33,15 +33,15 @@ class DepthSettings:
     criterion: str = field(
         default="search",
         metadata={
-            "help": f"criterion by which layers are removed: {', '.join(CRITERIA)}",
+            "help": "which layers are removed. " + "; ".join(f"{name}: {layers}" for name, layers in CRITERIA.items()),
             "choices": list(CRITERIA),
         },
     )
     replacement: str = field(
         default="none",
         metadata={
-            "help": "replace removed layers by linear maps, folded into the matrices before them: none, linear, or "
-            "measured (keep a map if it lowers the loss on samples to which it was not fitted)",
+            "help": "what replaces removed layers. none: nothing; linear: a linear map, folded into the last matrix "
+            "before them; measured: such a map if it lowers the loss on samples that were not used to fit it",
             "choices": list(REPLACEMENTS),
         },
     )

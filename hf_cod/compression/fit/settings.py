@@ -34,13 +34,18 @@ class FitSettings:
     knobs: Sequence[str] | None = field(
         default=None,
         metadata={
-            "help": f"knobs (compression methods) to choose from: {', '.join(KNOBS)}; default: all that apply to the "
-            "model and the budget",
+            "help": "compression methods to choose from. "
+            + "; ".join(f"{name}: {effect}" for name, effect in KNOBS.items())
+            + "; default: all that apply to the model and the budget",
             "nargs": "*",
         },
     )
     n_verified: int = field(
-        default=3, metadata={"help": "number of combinations of knobs to measure, in addition to each alone"}
+        default=3,
+        metadata={
+            "help": "number of combinations of methods to measure, in addition to each method alone; each takes the "
+            "time of applying its methods once; 0: the plan is a single method"
+        },
     )
     tuning_samples: int = field(
         default=16, metadata={"help": "samples for choosing the plan, in addition to --max-samples"}

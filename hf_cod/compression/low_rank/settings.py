@@ -12,7 +12,7 @@ from hf_cod.io.settings import SampleFields, as_in, check_choice
 # Method -> the error that it minimizes; `factorize` has the formulas.
 METHODS = {
     "whitened": "error of the outputs on the calibration dataset",
-    "plain": "error of the entries; needs no dataset",
+    "plain": "error of the entries (requires no dataset)",
     "oats": "low rank plus a sparse matrix, columns weighted by their inputs in the calibration dataset",
 }
 # Weighing -> the quantity that `plan_ranks` sums over matrices.
@@ -39,7 +39,10 @@ class FactorizeSettings:
     )
     factor_share: float = field(
         default=FACTOR_SHARE,
-        metadata={"help": "oats: share of the kept weights that the low-rank factors take, 0 to 1"},
+        metadata={
+            "help": "oats: share of the kept weights that are in the low-rank factors, 0 to 1; the others are in the "
+            "sparse matrix"
+        },
     )
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
     exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field

@@ -10,7 +10,7 @@ from hf_cod.io.settings import SampleFields, as_in, check_choice
 
 # Method -> which weights are removed; `prune` has the formulas.
 METHODS = {
-    "magnitude": "smallest |W_ij| within the matrix; needs no dataset",
+    "magnitude": "smallest |W_ij| within the matrix (requires no dataset)",
     "wanda": "smallest |W_ij| ||X_j|| within a row",
     "sparsegpt": "smallest (W_ij / U_jj)^2 within 128 columns, with error compensation by the row's other weights",
 }
@@ -23,7 +23,11 @@ class PruneSettings:
 
     method: str = field(
         default="wanda",
-        metadata={"help": f"pruning method: {', '.join(METHODS)}", "choices": list(METHODS)},
+        metadata={
+            "help": "which weights are set to zero. "
+            + "; ".join(f"{name}: {zeros}" for name, zeros in METHODS.items()),
+            "choices": list(METHODS),
+        },
     )
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
     exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field

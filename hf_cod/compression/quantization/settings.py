@@ -24,10 +24,15 @@ class StorageSettings:
     """How codes and scales are stored."""
 
     block: int = field(
-        default=64, metadata={"help": "weights of a row that share a scale, 32 to 256", "choices": list(BLOCKS)}
+        default=64,
+        metadata={
+            "help": "number of adjacent weights of a row that share a scale: 32, 64, 128 or 256",
+            "choices": list(BLOCKS),
+        },
     )
     double_quant: bool = field(
-        default=True, metadata={"help": "store scales in 8 bits: 0.13 bits a weight instead of 0.5 at block 64"}
+        default=True,
+        metadata={"help": "store scales in 8 instead of 32 bits: 0.13 instead of 0.5 bits per weight at block 64"},
     )
 
     def __post_init__(self) -> None:
@@ -50,14 +55,16 @@ class QuantizeSettings(StorageSettings):
     bits: float = field(
         default=3.5,
         metadata={
-            "help": "stored bits a weight, scales included: from 3.13 (all layers in 3 bits) to 4.13 (all in 4), more "
-            "in models with rows that are not whole blocks; exactly 3 or 4 means all layers in that width"
+            "help": "mean of the stored bits per weight, scales included, from 3.13 (all layers in 3 bits) to 4.13 "
+            "(all in 4 bits); both limits are higher for models with rows whose length is not a multiple of --block. 3 "
+            "or 4: all layers in this width"
         },
     )
     skip: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "parts of names of matrices that are not quantized, such as down_proj; default: none",
+            "help": "do not quantize matrices whose names contain one of these strings, such as down_proj; default: "
+            "none",
             "nargs": "*",
         },
     )
@@ -90,5 +97,5 @@ def check_mixture(bits: float, storage: StorageSettings) -> None:
     if bits > MOST_BITS or min(BITS) < bits < least - TOLERANCE:
         raise ValueError(
             f"bits: expected 3, 4, or stored bits per weight (including scales) from {least:.2f} to {least + 1:.2f} "
-            f"(more with rows that are not whole blocks of {storage.block}), got {bits:g}"
+            f"(more with rows whose length is not a multiple of {storage.block}), got {bits:g}"
         )

@@ -12,13 +12,13 @@ from hf_cod.io.settings import SampleFields, as_in, check_choice
 METHODS = {
     "fluctuation": "those whose outputs vary most (FLAP)",
     "taylor": "those of largest first-order effect on the loss (LLM-Pruner)",
-    "magnitude": "those of largest weights; needs no dataset",
+    "magnitude": "those of largest weights (requires no dataset)",
 }
 # Compensation -> how the kept heads and channels compensate the error.
 COMPENSATIONS = {
-    "least_squares": "their columns are fitted to the outputs",
+    "least_squares": "the weights of the kept ones are fitted to the original outputs",
     "bias": "the mean of the removed outputs is added to the bias",
-    "none": "no compensation; needs no dataset",
+    "none": "no compensation (requires no dataset)",
 }
 CHANNEL_MULTIPLE = 32  # fits the matrix units of GPUs and the vector registers of CPUs
 
@@ -30,7 +30,10 @@ class WidthSettings:
 
     channel_multiple: int = field(
         default=CHANNEL_MULTIPLE,
-        metadata={"help": "round numbers of channels to multiples of this, for which kernels are fast"},
+        metadata={
+            "help": "round the number of channels of each layer to a multiple of this number; kernels are faster for "
+            "multiples"
+        },
     )
     include: Names = as_in(ModuleSettings, "include")  # noqa: RUF009 - as_in makes a field
     exclude: Names = as_in(ModuleSettings, "exclude")  # noqa: RUF009 - as_in makes a field
@@ -48,15 +51,16 @@ class NarrowSettings:
     method: str = field(
         default="fluctuation",
         metadata={
-            "help": "keep the heads and channels whose outputs vary most (fluctuation), of largest first-order effect "
-            "on the loss (taylor), or of largest weights (magnitude)",
+            "help": "which heads and channels are kept. "
+            + "; ".join(f"{name}: {kept}" for name, kept in METHODS.items()),
             "choices": list(METHODS),
         },
     )
     compensation: str = field(
         default="least_squares",
         metadata={
-            "help": f"error compensation for removed heads and channels: {', '.join(COMPENSATIONS)}",
+            "help": "error compensation for removed heads and channels. "
+            + "; ".join(f"{name}: {effect}" for name, effect in COMPENSATIONS.items()),
             "choices": list(COMPENSATIONS),
         },
     )

@@ -26,8 +26,8 @@ class HealSettings(TrainingSettings):
     tokens: str | None = field(
         default=None,
         metadata={
-            "help": "number of training tokens, such as 2M, instead of steps; the text repeats if it is shorter; "
-            "default: by steps"
+            "help": "number of training tokens, such as 500k or 2M, instead of --steps; a shorter text is repeated; "
+            "default: the number of steps decides"
         },
     )
     temperature: float = field(
@@ -39,18 +39,22 @@ class HealSettings(TrainingSettings):
     label_weight: float = field(
         default=0.0,
         metadata={
-            "help": "weight of the cross-entropy of the next token, 0 to 1; 1 - label_weight is that of distillation"
+            "help": "weight of the cross-entropy of the next token, 0 to 1; the distillation loss has the rest of the "
+            "weight"
         },
     )
     hidden_weight: float = field(
         default=0.0,
-        metadata={"help": "weight of the error of hidden states after matched layers, added to the loss of the logits"},
+        metadata={
+            "help": "weight of the relative squared error between hidden states of student and teacher, which is "
+            "added to the loss of the logits; 0: not computed"
+        },
     )
     teacher_layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "with --hidden-weight: for each layer of the student, the number of the teacher's layer that it is "
-            "compared with, from 0; default: by config or weights, else evenly spread"
+            "help": "with --hidden-weight: for each layer of the student, the index (from 0) of the teacher's layer to "
+            "compare it with; default: from the student's config, else by most similar weights, else evenly spaced"
         },
     )
     labels = OldAttribute("label_weight")
@@ -121,7 +125,7 @@ class RecoverySettings:
             f"{RECOVERY_STEPS}, or fewer if {MANY_PASSES} passes over the batches take fewer"
         },
     )
-    rank: int = field(default=8, metadata={"help": "rank of the adapters; more rank, more trained weights"})
+    rank: int = field(default=8, metadata={"help": "rank of the adapters; a higher rank trains more weights"})
     learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate of the adapters"})
     seed: int = field(default=0, metadata={"help": "seed of the initial adapters and of the order of the batches"})
 

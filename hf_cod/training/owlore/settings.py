@@ -27,22 +27,29 @@ class OwLoreSettings:
 
     n_active: int = field(
         default=Default(5),
-        metadata={"help": "layers that train at a time, gamma; the default is smaller for models with fewer layers"},
+        metadata={
+            "help": "number of layers that are trained at a time (gamma in the paper); the default is lowered to the "
+            "number of layers of the model if that is smaller"
+        },
     )
-    interval: int = field(default=50, metadata={"help": "optimizer steps between samplings of layers, K"})
+    interval: int = field(
+        default=50, metadata={"help": "optimizer steps after which layers are sampled again (K in the paper)"}
+    )
     rank: int | None = field(
         default=Default(128),
         metadata={
-            "help": "rank of the projected gradients of matrices (GaLore); the default is smaller for narrower "
-            "matrices; 0 or None: full rank"
+            "help": "rank to which the gradients of matrices are projected (GaLore); 0 or None: full rank; the default "
+            "is lowered to the width of the layers' matrices if that is smaller"
         },
     )
-    scale: float = field(default=1.0, metadata={"help": "factor of projected updates, GaLore's alpha"})
+    scale: float = field(
+        default=1.0, metadata={"help": "factor by which projected updates are multiplied (alpha of GaLore)"}
+    )
     floor: float = field(
         default=DEFAULT_FLOOR,
         metadata={
-            "help": "share of the sampling probability that is distributed uniformly over the layers; above 0, every "
-            "layer is sampled; 1 is LISA"
+            "help": "share of the sampling probability that all layers get equally, 0 to 1; the rest follows the "
+            "scores. Above 0, each layer can be sampled; 1: all layers are equally likely, as in LISA"
         },
     )
     deselected: str = field(
@@ -65,8 +72,8 @@ class OwLoreSettings:
     rounding: str = field(
         default="stochastic",
         metadata={
-            "help": "rounding of updated bfloat16 weights: stochastic or nearest, which loses updates below 1/512 of a "
-            "weight",
+            "help": "rounding of updated bfloat16 weights: stochastic keeps small updates on average; nearest loses "
+            "updates below 1/512 of a weight",
             "choices": list(ROUNDINGS),
         },
     )

@@ -58,11 +58,19 @@ class TrainingSettings:
     """Training by one of the methods in `METHODS`."""
 
     method: str = field(
-        default="owlore", metadata={"help": f"fine-tuning method: {', '.join(METHODS)}", "choices": list(METHODS)}
+        default="owlore",
+        metadata={
+            "help": "which weights are trained. "
+            + "; ".join(f"{name}: {weights}" for name, weights in METHODS.items()),
+            "choices": list(METHODS),
+        },
     )
-    score: str = field(default=DefaultName("owl"), metadata={"help": "owlore: score by which layers are sampled"})
+    score: str = field(
+        default=DefaultName("owl"), metadata={"help": "owlore, owlore-peft: score by which layers are sampled"}
+    )
     threshold: float = field(
-        default=DefaultNumber(13.0), metadata={"help": "owlore: outlier threshold M of the score owl (paper: 13)"}
+        default=DefaultNumber(13.0),
+        metadata={"help": "score owl: outliers are |W_ij| ||X_j|| above this multiple (M) of the mean (paper: 13)"},
     )
     learning_rate: float | None = field(
         default=None,
@@ -73,23 +81,27 @@ class TrainingSettings:
     )
     steps: int | None = field(
         default=None,
-        metadata={"help": f"optimizer steps; default: {DEFAULT_STEPS}, or fewer if --passes is reached before"},
+        metadata={
+            "help": f"number of optimizer steps; default: {DEFAULT_STEPS}, or fewer if these are more than --passes "
+            "passes over the samples"
+        },
     )
     passes: float = field(
         default=DefaultNumber(DEFAULT_PASSES),
         kw_only=True,  # it is newer than the fields behind it, which keep their places
-        metadata={"help": "maximum number of passes over the training samples; not with --steps"},
+        metadata={"help": "maximum number of passes over the training samples; refused if the number of steps is set"},
     )
     batch_size: int = following(
-        f"samples per optimizer step, of one or more forward passes; default: {BATCH}, or the next multiple of "
-        "--micro-batch-size"
+        f"samples per optimizer step, of one or more forward passes; default: {BATCH}, rounded up to a "
+        "multiple of --micro-batch-size"
     )
     micro_batch_size: int = following(
         f"samples per forward pass; default: {MICRO_BATCH}, or the largest number below it that divides --batch-size"
     )
     sequence_length: int = field(default=256, metadata={"help": "tokens per sample"})
     eval_samples: int = field(
-        default=32, metadata={"help": "samples at the end of the text, which are not trained on, to measure perplexity"}
+        default=32,
+        metadata={"help": "number of samples at the end of the text that are held out for measuring perplexity"},
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "norm that gradients are clipped to; 0: no clipping"})
     checkpointing: bool = field(
@@ -97,7 +109,7 @@ class TrainingSettings:
     )
     bf16: bool = field(default=False, metadata={"help": "train under bfloat16 autocast"})
     lora_rank: int = field(
-        default=Default(16), metadata={"help": "lora: rank of the adapters; more rank, more trained weights"}
+        default=Default(16), metadata={"help": "lora: rank of the adapters; a higher rank trains more weights"}
     )
     save_every: int = following(
         f"steps between the checkpoints that an interrupted run resumes from; default: {SAVE_EVERY}, rounded down to a "

@@ -143,7 +143,7 @@ def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
         (["--bits", "2"], "bits: expected 3, 4, or stored bits between them, such as 3.5, got 2"),
         (
             ["--bits", "3.1", "--no-baseline"],
-            "from 3.13 to 4.13 (more with rows that are not whole blocks of 64), got 3.1",
+            "from 3.13 to 4.13 (more with rows whose length is not a multiple of 64), got 3.1",
         ),
         (["--score", "best"], "score: expected one of owl"),
         (["--rounding", "up"], "rounding: expected one of compensated, weighted, nearest, got"),
