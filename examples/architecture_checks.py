@@ -19,6 +19,7 @@ from architecture_references import (
     check_reload,
     cut_to_ranks,
     generates_alike,
+    left_out,
     naive_angles,
     outputs_of,
     require,
@@ -102,7 +103,7 @@ def _quantized(case: Case, batches: Any) -> str | None:
     lost = [error for error in report.layers.get("error", []) if error is not None]
     require(bool(lost) == bool(batches), "no error is reported" if batches else "an error is reported without batches")
     require(all(0 <= error < 0.1 for error in lost), f"{lost} of the energy of outputs are lost")  # NaN is not
-    left = [note for note in report.notes if "not quantized" in note]
+    left = left_out(report.notes, "quantized")
     check_counted(find_decoder_layers(dense, case.stack), counted, report.notes, "quantized")
     return _first_of(left)
 
@@ -152,7 +153,7 @@ def check_narrow(case: Case) -> str | None:
         report = narrow(model, 0.85, "fluctuation", batches=batches_for(case, model), layers_path=case.stack)
     check_reload(case, model)
     generates_alike(case, model)
-    return _first_of([note for note in report.notes if "not narrowed" in note])
+    return _first_of(left_out(report.notes, "narrowed"))
 
 
 # Column of the table -> check.

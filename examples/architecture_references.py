@@ -224,6 +224,11 @@ def check_counted(stack: Any, counted: int, notes: list[str], done: str) -> str 
     return excluding[0] if excluding else None
 
 
+def left_out(notes: list[str], done: str) -> list[str]:
+    """The notes of a report that exclude a part of the stack; other stacks are kinds of their own here."""
+    return [note for note in notes if f"not {done}" in note and "names them" not in note]
+
+
 def told_weights(notes: list[str], sizes: dict[str, int]) -> int:
     """The number of weights that notes of a report exclude.
 

@@ -341,6 +341,6 @@ def test_the_comparison_takes_each_placement_at_its_best_rate_and_skips_what_is_
     [("checkpoint-7", "which holds checkpoint-7 of another run"), ("config.json", "which holds a model")],
 )
 def test_a_directory_of_something_else_is_refused(name, told, tmp_path):
-    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").mkdir(parents=True)
     with pytest.raises(ValueError, match=f"output: expected a new directory, .*{told}"):
         prepare(PretrainSettings(output=str(tmp_path)))
