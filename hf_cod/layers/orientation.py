@@ -72,7 +72,8 @@ def is_transposed(module: nn.Module) -> bool:
 
 def shape_of(module: Any) -> tuple[int, int]:
     """(out, in) of a matrix, quantized ones included."""
-    return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
+    out, width = (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
+    return int(out), int(width)  # a model may have computed them with tensors (Inkling's vision tower)
 
 
 def set_shape(module: Any, out: int, width: int) -> None:

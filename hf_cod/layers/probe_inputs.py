@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_cod.io.text import Batch
+from hf_cod.layers.capturing import capturing_restored
 from hf_cod.layers.devices import execution_device, to_device
 from hf_cod.layers.modes import modes_restored
 from hf_cod.layers.stacks import has_two_towers
@@ -97,7 +98,7 @@ def image_inputs(model: Any) -> dict[str, Tensor] | None:
 def _count_features(model: Any, inputs: dict[str, Tensor]) -> int:
     """The number of tokens that an image takes in the text."""
     reader = model if hasattr(model, "get_image_features") else model.base_model
-    with modes_restored(model):
+    with modes_restored(model), capturing_restored(model):
         found = reader.eval().get_image_features(**inputs)
     features = getattr(found, "pooler_output", found)
     each = features if isinstance(features, (tuple, list)) else [features]
