@@ -106,9 +106,10 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
         ValueError: the model returns logits for other tokens than those of the text.
     """
     if logits.shape[:-1] != labels.shape:
+        got = tuple(logits.shape[:-1])
         raise ValueError(
-            f"batches: expected logits for the {tuple(labels.shape)} tokens of the text, got {tuple(logits.shape[:-1])}; "
-            "a model that adds tokens to the text, such as those of an image, has no loss here: leave out the image"
+            f"batches: expected logits for the {tuple(labels.shape)} tokens of the text, got {got}; a model that adds "
+            "tokens to the text, such as those of an image, has no loss here: leave out the image"
         )
     flat, flat_labels = logits.flatten(0, -2), labels.flatten()
     high = torch.promote_types(logits.dtype, torch.float32)
