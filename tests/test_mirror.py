@@ -19,7 +19,9 @@ TESTED_BY = {
     ),
     "analysis/diagnostics/test_layer_drop.py": "analysis/evaluation/outputs.py",
     "analysis/evaluation/test_lm_eval_tasks.py": "analysis/evaluation/settings.py",
-    "analysis/evaluation/test_metrics.py": "analysis/evaluation/choice.py layers/task.py",
+    "analysis/evaluation/test_metrics.py": (
+        "analysis/evaluation/choice.py analysis/evaluation/likelihood.py layers/task.py"
+    ),
     "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",
     "analysis/statistics/test_layer_statistics.py": (
         "analysis/statistics/file_checks.py analysis/statistics/matrix_inputs.py"

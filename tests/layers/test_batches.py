@@ -22,11 +22,13 @@ CALLS = {
     "apply_steps": lambda model: (model, {"sparsity": 0.5}),
     "collect_statistics": lambda model: (model,),
     "diagnose": lambda model: (model,),
+    "drop_experts": lambda model: (model, 0.5),
     "drop_layers": lambda model: (model, [1], "linear"),
     "factorize": lambda model: (model, 0.7),
     "narrow": lambda model: (model, 0.8, "fluctuation"),
     "perplexity": lambda model: (model,),
     "plan_depth": lambda model: (model, 1, "search"),
+    "plan_experts": lambda model: (model, 0.5),
     "plan_ranks": lambda model: (model, 0.7, "fisher"),
     "prune": lambda model: (model, 0.5),
     "quantize": lambda model: (model,),
@@ -48,7 +50,7 @@ SEEDED = {"recover"}
 
 def model_for(function):
     """With rows of whole blocks, so that three and four bits save something."""
-    family = "mixtral" if function == "score_experts" else "llama"
+    family = "mixtral" if "experts" in function else "llama"
     return build(family, 3, max_position_embeddings=512, **MULTIPLE)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_cod.analysis.evaluation.metrics import negative_log_likelihood
+from hf_cod.analysis.evaluation.likelihood import negative_log_likelihood
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.text import IGNORED_LABEL, Batch
 from hf_cod.layers.devices import execution_device, to_device

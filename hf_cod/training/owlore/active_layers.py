@@ -77,9 +77,8 @@ class ActiveLayers:
         if not _has_adapters(model):
             warn_of_untrained(self.stack, [p for parameters in (*self.layers, self.always, left) for p in parameters])
         kept = {id(p) for parameters in (*self.layers, self.always) for p in parameters}
-        for parameter in model.parameters():
-            if id(parameter) not in kept:
-                parameter.requires_grad_(False)
+        for parameter in (p for p in model.parameters() if id(p) not in kept):
+            parameter.requires_grad_(False)
         self._remember()
         self.active: list[int] = [*range(len(self.layers))]
         self._leave_to_us()

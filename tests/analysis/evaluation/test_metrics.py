@@ -3,7 +3,7 @@ import torch
 
 from hf_cod import perplexity
 from hf_cod.analysis.evaluation.choice import find_metric
-from hf_cod.analysis.evaluation.metrics import negative_log_likelihood
+from hf_cod.analysis.evaluation.likelihood import negative_log_likelihood
 from hf_cod.layers.task import targets, task_of
 from tests import references
 from tests.tiny_models import batch_for, build
@@ -104,3 +104,9 @@ def test_a_callable_must_give_one_score_a_sample():
     metric = find_metric(lambda outputs, batch: torch.zeros(2), "labels")
     with pytest.raises(ValueError, match="expected 3 scores for 3 samples, got 2"):
         metric.rows(None, {"input_ids": torch.zeros(3, 4)}, None)
+
+
+def test_logits_for_other_tokens_than_those_of_the_text_are_refused():
+    """GIT returns logits for the places of an image, too."""
+    with pytest.raises(ValueError, match=r"^batches: expected logits for the \(3, 9\) tokens of .*, got \(3, 14\)"):
+        negative_log_likelihood(torch.zeros(3, 14, 5), torch.zeros(3, 9, dtype=torch.long))
