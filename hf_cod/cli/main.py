@@ -132,7 +132,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 def _stopped(name: str, stop: KeyboardInterrupt) -> int:
     resume = "; the same command resumes" if name in RESUMABLE else ""
     if name in FROM_CHECKPOINTS:
-        resume = "; the same command resumes from its last checkpoint"
+        resume = "; the same command resumes from its last checkpoint, or begins again if there is none"
     print(f"hf-cod {name}: stopped{resume}", file=sys.stderr)
     return 143 if isinstance(stop, Terminated) else 130
 
