@@ -67,7 +67,9 @@ def skip(model: nn.Module, layers: int | Iterable[int], layers_path: str | None 
     changes = Changes()
     with one_thread(model), capturing_restored(stack.model):
         try:
-            lists, _, runs = _shrink(stack, _kept(stack, layers), changes)
+            lists, tables, runs = _shrink(stack, _kept(stack, layers), changes)
+            if runs.possible and not runs.ran:  # then the config alone says whether the kept layers fit each other
+                check_config_builds(stack, tables.shapes)
             pin_lists(stack.config, lists, changes)
             runs.check()
             yield

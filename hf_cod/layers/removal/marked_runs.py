@@ -87,7 +87,7 @@ class MarkedRuns:
             except Exception as error:  # whatever a model raises on inputs that may be none for it
                 self._before.append(None)
                 why = f": {type(error).__name__}: {one_line(str(error))[:150]}"
-        if not any(run is not None and any(run.given) for run in self._before):
+        if not self.ran:
             logger.warning(
                 "%s was not run to find out what it does at a layer by its index, because its layers do not run on a "
                 "small input that its config describes%s",
@@ -99,6 +99,11 @@ class MarkedRuns:
     def possible(self) -> bool:
         """Whether the weights have values; otherwise nothing is run or compared."""
         return bool(self._probes)
+
+    @property
+    def ran(self) -> bool:
+        """Whether a layer ran in one of the runs."""
+        return any(run is not None and any(run.given) for run in self._before)
 
     @property
     def channels(self) -> dict[str, int]:
