@@ -45,14 +45,9 @@ class Cut:
         index = torch.tensor([*kept], device=old.device)
         new = blocks.index_select(0, index) if mixing is None else mixing(blocks)
         new = new.flatten(0, 1).movedim(0, self.dim).contiguous()
-        changes.set(
-            self.owner, self.key, as_parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-        )
-
-
-def as_parameter(tensor: Tensor, trained: bool) -> nn.Parameter:
-    """A parameter of its own."""
-    return nn.Parameter(tensor, requires_grad=trained)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        changes.set(self.owner, self.key, new)
 
 
 def find_cuts(stack: DecoderLayers, rebuilt: DecoderLayers, sets: Mapping[str, ExpertSet], left: int) -> Iterator[Cut]:

@@ -9,6 +9,7 @@ state (CLIPSeg), merges tokens there (MiniCPM-V), or has a block for it in a tab
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -179,7 +180,8 @@ class _Marking(Passage):
         hidden = hidden_input(args, kwargs)
         self.record(hidden, args, kwargs)
         if not self.returned.found:
-            self.returned.scale = float(hidden.float().std()) or 1.0
+            scale = float(hidden.float().std())
+            self.returned.scale = scale if 0 < scale < math.inf else 1.0  # not NaN, by which all would be alike
             # Without the layer's hooks, with which transformers would capture its output beside that of this module.
             self.returned.rest = state_of(self.layer.forward(*args, **kwargs))[1]
             self.returned.found = True

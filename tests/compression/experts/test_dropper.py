@@ -17,6 +17,7 @@ from hf_cod import (
     quantize,
     score_experts,
 )
+from hf_cod.layers.removal.expert_cuts import Cut
 from hf_cod.layers.removal.experts import mixtures_of
 from tests.compression.experts.references import masked, merged
 from tests.layers.test_expert_routing import with_lists
@@ -336,15 +337,17 @@ def test_an_interruption_leaves_the_model_as_it_was(monkeypatch):
     model = build_mixture("gpt_oss")
     made = []
 
-    def interrupted(tensor, trained):
+    cut = Cut.apply
+
+    def interrupted(self, *arguments):
         made.append(1)
         if len(made) == 9:
             raise KeyboardInterrupt
-        return nn.Parameter(tensor, trained)
+        cut(self, *arguments)
 
     before, config = {n: t for n, t in model.state_dict(keep_vars=True).items()}, model.config.to_dict()
     removed = in_all(names_of(model), [1])
-    monkeypatch.setattr("hf_cod.layers.removal.expert_cuts.as_parameter", interrupted)
+    monkeypatch.setattr(Cut, "apply", interrupted)
     with pytest.raises(KeyboardInterrupt):
         drop_experts(model, removed)
     assert len(made) == 9 and model.config.to_dict() == config
