@@ -22,7 +22,7 @@ from hf_cod.cli.parser import default_directory
 from hf_cod.cli.recorded import with_inputs
 from hf_cod.cli.samples import check_texts, split_text
 from hf_cod.cli.settings import ResultsOutput
-from hf_cod.cli.step import Step
+from hf_cod.cli.step import BASELINES, Step
 from hf_cod.cli.work import Work
 from hf_cod.io.display import say
 from hf_cod.io.output_checks import check_unused
@@ -89,9 +89,12 @@ def run(
         return None
     baselines = step.baselines(work, plan)
     for name, other in baselines.items():
+        say(f"for comparison: {BASELINES[name]} (omitted with --no-baseline)")
         step.apply(work, other)
         perplexity[name] = work.perplexity()
         work.renew()
+    if baselines:
+        say("now the plan by score")
     report, made = step.apply(work, plan), step.done
     fallback = _harm(step, work, plan, perplexity.get(step.rival))
     if fallback:

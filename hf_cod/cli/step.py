@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from hf_cod.scoring.layer_scores import LayerScores
 
 
+# Name of a baseline in reports -> what it applies.
+BASELINES = {
+    "uniform": "the same value for all layers",
+    "three": "3 bits for all layers",
+    "four": "4 bits for all layers",
+}
+
+
 class Step(ABC):
     """Planning and applying of one compression method; the pipeline does everything else.
 
@@ -63,7 +71,7 @@ class Step(ABC):
         """Makes the plan from the intact model; None if nothing is to be applied."""
 
     def baselines(self, work: Work, plan: Any) -> dict[str, Any]:
-        """Name -> alternative plan, whose perplexity is measured for comparison.
+        """Name, of those in `BASELINES`, -> alternative plan, whose perplexity is measured for comparison.
 
         `rival` is the same for all layers. It is applied instead of the plan if its perplexity is lower, unless
         `settings.force` is set.

@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 _BARS: WeakSet[Any] = WeakSet()
 _IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 # Seconds between lines of progress where no terminal shows a bar.
-_INTERVAL = 30.0
+INTERVAL = 30.0
 STATE_RETURNED = "layers that return their hidden state, alone or first in a tuple"
 
 
@@ -86,7 +86,7 @@ def progress(items: Iterable[Item], title: str, show: bool, total: int | None = 
     wanted = show and not nested and not are_progress_bars_disabled()
     bar: Any
     if wanted and not sys.stderr.isatty() and not _IN_NOTEBOOK:
-        bar = _Lines(items, desc=title, total=total, delay=_INTERVAL, mininterval=_INTERVAL, miniters=1)
+        bar = _Lines(items, desc=title, total=total, delay=INTERVAL, mininterval=INTERVAL, miniters=1)
     else:
         bar = tqdm(items, desc=title, disable=None if wanted else True, leave=False, total=total)
     _BARS.add(bar)

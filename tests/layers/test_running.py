@@ -36,18 +36,18 @@ def test_nothing_is_shown_elsewhere(monkeypatch, capsys):
 
 
 def test_a_log_file_gets_a_line_of_progress_now_and_then(monkeypatch, capsys):
-    monkeypatch.setattr(running, "_INTERVAL", 0.0)
+    monkeypatch.setattr(running, "INTERVAL", 0.0)
     assert list(progress(range(3), "pruning", True)) == [0, 1, 2]
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == "pruning: 3 of 3, about 00:00 left" and not any("\r" in line for line in lines)
     assert list(progress(range(3), "pruning", False)) == [0, 1, 2]
-    monkeypatch.setattr(running, "_INTERVAL", 1e9)
+    monkeypatch.setattr(running, "INTERVAL", 1e9)
     assert list(progress(range(3), "pruning", True)) == [0, 1, 2]
     assert capsys.readouterr().err == "", "what is quick needs none"
 
 
 def test_lines_of_progress_within_others_are_not_shown(monkeypatch, capsys):
-    monkeypatch.setattr(running, "_INTERVAL", 0.0)
+    monkeypatch.setattr(running, "INTERVAL", 0.0)
     for _ in progress(range(2), "outer", True):
         assert list(progress(range(2), "inner", True)) == [0, 1]
     shown = capsys.readouterr().err

@@ -91,7 +91,7 @@ def _diagnosed(placement: str, output: OutputDirectory, pictures: PlotSettings) 
     from hf_cod.io.models import EMBEDDED, embedded_model, load_model
     from hf_cod.io.reading import read_text
 
-    say(f"measuring {placement}")
+    say(f"measuring {placement}: each layer, and the perplexity without it")
     text, loading = TextSettings(text=str(EMBEDDED / "held_out.txt")), ModelSettings(dtype="float32")
     model, tokenizer = load_model(embedded_model(placement), loading)
     texts = read_text(str(text.text), "text")
@@ -114,9 +114,17 @@ def explain(reports: Sequence[RunReport]) -> list[str]:
     if all(report.layers.get("variance") for report in reports):
         first, second = (format_number(report.layers["variance"][-1]) for report in reports)
         lines.append(
-            f"LayerNorm Scaling (lns) bounds the variance of the hidden state: {second} after the last layer, {first} "
-            "without it (pre). Where the variance grows with depth, each further layer changes the hidden state by a "
+            f"Variance of the hidden state after the last layer: {first} without LayerNorm Scaling (pre), {second} "
+            "with it (lns). Where the variance grows with depth, each further layer changes the hidden state by a "
             "smaller share: this is the Curse of Depth."
+        )
+    shares = [share for report in reports if (share := report.results.get("late_share")) is not None]
+    if len(shares) == len(reports):
+        first, second = map(format_number, shares)
+        compared = "a smaller share, unlike in the paper" if shares[1] < shares[0] else "no smaller share"
+        lines.append(
+            f"Of all turns of the hidden state, the late half of the layers makes {compared}, with LayerNorm Scaling: "
+            f"{second} (pre: {first})."
         )
     found = [report.results.get("layer_drop") for report in reports]
     if all(found):
@@ -145,7 +153,7 @@ def _quantized(directory: Path, pictures: PlotSettings) -> bool:
     except ImportError as error:
         say(f"\nnot quantized: {error}")
         return False
-    say("\nquantizing pre")
+    say("\nquantizing pre, measured on other samples than above, which have another perplexity")
     step = Quantize(QuantizeOptions(max_samples=8, eval_samples=16, force=True))
     text = TextSettings(text=str(EMBEDDED / "held_out.txt"))
     model = embedded_model(EMBEDDED_PLACEMENTS[0])

@@ -17,7 +17,7 @@ from hf_cod.io.display import first_line
 from hf_cod.io.module_names import ModuleSettings, Names
 from hf_cod.io.settings import ModelSettings, TextSettings
 from hf_cod.training.owlore.settings import OwLoreSettings
-from hf_cod.training.runs.training_settings import TrainingSettings, for_samples
+from hf_cod.training.runs.training_settings import TrainingSettings, for_samples, warn_of_one_draw
 
 if TYPE_CHECKING:
     from hf_cod.io.output_directory import OutputDirectory
@@ -79,6 +79,7 @@ def run(
     from hf_cod.io.text import load_texts
     from hf_cod.layers.running import progress
     from hf_cod.layers.size import bytes_of
+    from hf_cod.layers.stack import find_decoder_layers
     from hf_cod.training.runs.memory import training_memory
     from hf_cod.training.runs.methods import METHODS
     from hf_cod.training.runs.run_directory import begun_steps, claim
@@ -87,9 +88,9 @@ def run(
     model, tokenizer, whole = _loaded(source, loading, settings, sampling)
     # Adapters of a quantized model are saved without the model.
     output.require(0 if getattr(model, "is_quantized", False) else bytes_of(model))
-    windows = pack(tokenizer, load_texts(text), settings.sequence_length)
-    train_windows, held_out = split_windows(windows, settings)
+    train_windows, held_out = split_windows(pack(tokenizer, load_texts(text), settings.sequence_length), settings)
     settings = for_samples(settings, len(train_windows), begun_steps(output.path))
+    warn_of_one_draw(settings, sampling, len(find_decoder_layers(model)))
     claim(output.path, {"steps": settings.total_steps})
     batches: list[Batch] = [{"input_ids": part} for part in held_out.split(settings.micro_batch_size)]
     before = held_out_perplexity(model, progress(batches, "perplexity", show=True))

@@ -182,19 +182,19 @@ class Fit(Step):
         return {}, size_results({"intact": self.before, "fitted": after})
 
     def sentences(self, report: RunReport, saved: Any) -> list[str]:
-        """The plan, the budget, and the bits per weight."""
+        """The plan, the budget, the weights that are left, and for a plan that stores them in fewer bits, how many."""
         from hf_cod.io.report import format_number
 
         budget = self._budget
         most, used = budget.told(budget.value), budget.told(budget.used(self.fitted))
         met = f"The budget is met: {budget.kind} {used}, at most {most}."
         weights = report.results["layer_weights"]
+        left = f"{weights['fitted'] / weights['intact']:.1%} of the weights of the layers' matrices are left."
+        if not {"bits", "sparsity"} & report.results["plan"]["steps"].keys():
+            return [*report.summary, met, left]
         bits = 8 * report.results["layer_bytes"]["fitted"] / weights["intact"]
-        stored = (
-            f"The layers take {format_number(bits)} bits per original weight of their matrices; "
-            f"{weights['fitted'] / weights['intact']:.1%} of these weights are left."
-        )
-        return [*report.summary, met, stored]
+        stored = f"The layers take {format_number(bits)} bits per original weight of their matrices."
+        return [*report.summary, met, left, stored]
 
 
 def print_plan(plan: FitPlan, alone: bool) -> None:

@@ -38,7 +38,7 @@ from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.methods import METHODS
 from hf_cod.training.runs.run_directory import begun_steps, claim, half_checkpoints, lost_checkpoints
 from hf_cod.training.runs.trainer import Training, check_one_process, scores_to_draw_by, split_windows, train
-from hf_cod.training.runs.training_settings import check_effects, for_samples
+from hf_cod.training.runs.training_settings import check_effects, for_samples, warn_of_one_draw
 
 
 @renamed(labels="label_weight", hidden="hidden_weight")
@@ -112,6 +112,7 @@ def heal(
     data = _one_of(data, batches, texts)
     windows, held_out = _windows(data, tokenizer, held_out, settings, int(mine.config.vocab_size))
     settings = for_samples(settings, len(windows), begun_steps(Path(output)) if output else None)
+    warn_of_one_draw(settings, sampling, len(mine))
     objective = Objective(
         mine,
         theirs,

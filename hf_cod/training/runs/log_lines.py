@@ -1,4 +1,4 @@
-"""A training's progress: a bar on a terminal, else one line after the first step and per record, with the time left."""
+"""A training's progress: a bar on a terminal, else lines (first step, records, each half minute) with the time left."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_cod.io.bitsandbytes_advice import advice_silenced
 from hf_cod.io.report import format_number
+from hf_cod.layers.running import INTERVAL
 
 with advice_silenced():  # of bitsandbytes, which is imported with PEFT
     from transformers.trainer_callback import ProgressCallback, TrainerCallback
@@ -26,25 +27,30 @@ class LogLines(TrainerCallback):
     """Prints step, loss and time left of each record as a separate line, for files and pipes."""
 
     def __init__(self) -> None:
-        self._begun, self._first = 0.0, 0
+        self._begun, self._printed, self._first = 0.0, 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Notes the time and the first step; says so if the training resumes."""
         self._begun, self._first = time.perf_counter(), state.global_step
+        self._printed = self._begun
         if state.global_step and state.is_world_process_zero:
             print(f"resuming after step {state.global_step} of {state.max_steps}", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """After the first step prints the time left, unless its record says so."""
-        if state.is_world_process_zero and state.global_step == self._first + 1 and not control.should_log:
-            print(f"step {state.global_step} of {state.max_steps}: {self._left(state)} left", flush=True)
+        """Prints the time left after the first step, and if half a minute passed without a line."""
+        late = time.perf_counter() - self._printed >= INTERVAL
+        if (late or state.global_step == self._first + 1) and not control.should_log:
+            self._print(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **about: Any) -> None:
         """Prints one line; the summary that Trainer logs at the end is left to the report."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        loss = format_number(float(logs["loss"]))
-        print(f"step {state.global_step} of {state.max_steps}: loss {loss}, {self._left(state)} left", flush=True)
+        if logs and "loss" in logs:
+            self._print(state, f"loss {format_number(float(logs['loss']))}, ")
+
+    def _print(self, state: Any, loss: str = "") -> None:
+        if state.is_world_process_zero:
+            print(f"step {state.global_step} of {state.max_steps}: {loss}{self._left(state)} left", flush=True)
+            self._printed = time.perf_counter()
 
     def _left(self, state: Any) -> str:
         """The time of the remaining steps, if each takes as long as those before."""

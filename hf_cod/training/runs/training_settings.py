@@ -45,6 +45,8 @@ METHODS = {
 LEARNING_RATES = {"owlore": 1e-3, "lisa": 3e-4, "galore": 1e-3, "owlore-peft": 1e-3, "lora": 3e-4, "full": 5e-5}
 # Methods that sample layers by their scores.
 DRAW_BY_SCORES = ("owlore", "owlore-peft")
+# Methods that train a few layers at a time.
+SAMPLING_LAYERS = (*DRAW_BY_SCORES, "lisa")
 # Method -> settings of the sampling that it fixes.
 FIXED: dict[str, dict[str, Any]] = {"lisa": {"rank": None, "floor": 1.0, "train_embeddings": True}}
 _OF_SAMPLING = tuple(name for name in OwLoreSettings.__dataclass_fields__ if name not in ("seed", *FIELDS))
@@ -223,6 +225,20 @@ def warn_of_passes(steps: int, passes: float, samples: int) -> None:
             steps,
             round(passes),
             samples,
+        )
+
+
+def warn_of_one_draw(settings: TrainingSettings, sampling: OwLoreSettings, n_layers: int) -> None:
+    """Warns before a training that is too short to sample layers a second time."""
+    sampled = settings.method in SAMPLING_LAYERS and sampling.n_active < n_layers
+    if sampled and settings.total_steps <= sampling.interval:
+        logger.warning(
+            "interval: layers are sampled once in %d steps, so that %d of %d layers are trained; a lower --interval "
+            "(now %d) or more steps train others too",
+            settings.total_steps,
+            sampling.n_active,
+            n_layers,
+            sampling.interval,
         )
 
 

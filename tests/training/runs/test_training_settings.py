@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from hf_cod.training.healing.settings import HealSettings, RecoverySettings
+from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.run_directory import begun_steps, claim
 from hf_cod.training.runs.trainer import split_windows
-from hf_cod.training.runs.training_settings import TrainingSettings, for_samples
+from hf_cod.training.runs.training_settings import TrainingSettings, for_samples, warn_of_one_draw
 
 NAMES = ("batch_size", "micro_batch_size", "save_every", "log_every")
 
@@ -120,3 +121,21 @@ def test_a_step_of_many_passes_over_the_samples_is_refused():
             for_samples(settings, 100)
     assert for_samples(TrainingSettings(batch_size=2000), 100).batch_size == 2000
     assert for_samples(TrainingSettings(steps=1), 1).batch_size == 16, "the default is never refused"
+
+
+@pytest.mark.parametrize(
+    "method, steps, n_active, warned",
+    [
+        ("owlore", 50, 2, True),
+        ("lisa", 50, 2, True),
+        ("owlore", 51, 2, False),  # the layers are sampled twice
+        ("owlore", 50, 4, False),  # all layers are trained
+        ("galore", 50, 2, False),
+    ],
+)
+def test_a_training_that_samples_layers_once(method, steps, n_active, warned, caplog):
+    sampling = OwLoreSettings(n_active=n_active, interval=50)
+    with caplog.at_level(logging.WARNING, "hf_cod"):
+        warn_of_one_draw(TrainingSettings(method=method, steps=steps), sampling, 4)
+    found = [message.partition(";")[0] for message in caplog.messages]
+    assert found == ["interval: layers are sampled once in 50 steps, so that 2 of 4 layers are trained"] * warned
