@@ -18,7 +18,7 @@ from wrapt import register_post_import_hook
 from hf_cod.cli.messages import warnings_shown
 from hf_cod.io.arguments import did_you_mean
 from hf_cod.io.display import first_line, one_line
-from hf_cod.io.interruption import Terminated, interruption_behind, sigterm_raises
+from hf_cod.io.interruption import Interruptions, Terminated
 
 # Command -> (module in hf_cod.cli.commands, one line of help). A module is imported only when its command is called.
 COMMANDS = {
@@ -109,13 +109,14 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     """Runs a command; prints an error as one line, after a traceback with `--debug`."""
     _quieten_libraries()
     command = importlib.import_module(f"hf_cod.cli.commands.{COMMANDS[name][0]}")
+    interruptions = Interruptions()
     try:
         asked = {"--help", "-h", "--print-config", "--print_config"}.intersection(arguments)
         quiet = _quiet() if "--quiet" in arguments and not asked else nullcontext()
-        with quiet, warnings_shown(name), sigterm_raises():
+        with quiet, warnings_shown(name), interruptions.raised():
             return command.main(arguments)
     except (KeyboardInterrupt, Exception) as error:
-        stop = interruption_behind(error)
+        stop = interruptions.behind(error)
         if stop is not None:
             return _stopped(name, stop)
         status = _status_of(error)

@@ -13,7 +13,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from hf_cod.cli.main import COMMANDS, main
-from hf_cod.io.interruption import Terminated, interruption_behind
+from hf_cod.io.interruption import Interruptions
 from hf_cod.io.report import RunReport
 from hf_cod.scoring.layer_scores import LayerScores
 from tests.cli.runs import QUICK, TEXT
@@ -156,7 +156,16 @@ def stopped_in_an_import(stop):
         raise ImportError("initialization failed") from error
 
 
-@pytest.mark.parametrize("place", [lambda stop: stop(), stopped_in_an_import], ids=["anywhere", "import"])
+def stopped_in_a_conversion(stop):
+    """As matplotlib's do, which take what a Python method returns."""
+    try:
+        stop()
+    except KeyboardInterrupt:
+        error = ValueError("Invalid bounding box")
+    raise error
+
+
+@pytest.mark.parametrize("place", [lambda stop: stop(), stopped_in_an_import, stopped_in_a_conversion])
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_command_says_how_it_resumes_and_leaves_nothing_half(
     number, status, place, checkpoint, capsys, monkeypatch
@@ -180,13 +189,17 @@ def test_a_stopped_command_says_how_it_resumes_and_leaves_nothing_half(
 
 def test_an_error_after_an_interruption_is_told():
     """Such as that of a disk that is full while a checkpoint is saved."""
+    before, interruptions = signal.signal(signal.SIGTERM, signal.SIG_DFL), Interruptions()
     try:
-        try:
-            raise Terminated
-        except KeyboardInterrupt:
-            raise OSError("No space left on device")  # noqa: B904 - as in code that does not know
+        with interruptions.raised():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except KeyboardInterrupt:
+                raise OSError("No space left on device")  # noqa: B904 - as in code that does not know
     except OSError as error:
-        assert interruption_behind(error) is None
+        assert interruptions.behind(error) is None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.process
