@@ -14,6 +14,7 @@ from rich.table import Table
 
 from hf_cod.io.display import terminal_text
 from hf_cod.io.report import RunReport, format_number
+from hf_cod.io.report_columns import legend
 from hf_cod.reporting.comparison import Comparison
 
 # Measures that are shown in report.md only: with them the table would not fit into 80 columns.
@@ -47,6 +48,9 @@ def print_report(report: RunReport) -> None:
         table.add_row(str(i), *[format_number(values[i]) for values in layers.values()])
     if layers:
         console.print(table)
+        for meaning in legend(layers):
+            console.print(meaning, style="dim", highlight=False)
+        console.print()
     for line in report.summary:
         console.print(f"• {terminal_text(line)}", highlight=False)
     for note in report.notes:

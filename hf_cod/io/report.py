@@ -20,6 +20,7 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.files import check_file, write_json, write_text
 from hf_cod.io.markdown import escaped
 from hf_cod.io.reading import as_read, naming_file, read_json, take_format
+from hf_cod.io.report_columns import legend
 from hf_cod.io.schema import check_value, read_record
 from hf_cod.io.settings import PLOT_FORMATS
 
@@ -201,7 +202,7 @@ class RunReport:
             parts += ["|---:" * (len(names) + 1) + "|"]
             for i in range(self.n_layers):
                 parts.append(f"| {i} | " + " | ".join(format_number(self.layers[n][i]) for n in names) + " |")
-            parts.append("")
+            parts += ["", *[f"- {line}" for line in legend(names)], ""]
         if self.notes:
             parts += ["Notes:", "", *[f"- {escaped(note)}" for note in self.notes], ""]
         parts += ["Settings: " + ", ".join(escaped(f"{k} = {v}") for k, v in self.settings.items()) + ".", ""]

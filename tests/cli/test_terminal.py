@@ -61,6 +61,10 @@ def test_one_progress_bar_at_a_time(name, folder, tmp_path):
     assert len(bars(most)) == 1, most
     assert all(WHOLE_BAR.fullmatch(line) for line in bars(shown.last)), shown.last
     assert any("Perplexity goes from" in line for line in shown.last) and "\x1b[1m" in shown.written
+    if name == "finetune":
+        records = [line for line in shown.last if line.startswith("step ")]
+        assert [line.partition(": loss ")[0] for line in records] == ["step 3 of 6", "step 6 of 6"]
+    assert not any(line.startswith("{") for line in shown.last)
 
 
 @pytest.mark.parametrize("name", ["finetune", "prune"])

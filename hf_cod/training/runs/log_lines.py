@@ -22,6 +22,11 @@ class TrainingBar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.leave = False
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **about: Any) -> None:
+        """Prints step and loss above the bar, in place of Trainer's dictionary."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.write(f"{_step(state)}: {_loss(logs)}")
+
 
 class LogLines(TrainerCallback):
     """Prints step, loss and time left of each record as a separate line, for files and pipes."""
@@ -34,7 +39,7 @@ class LogLines(TrainerCallback):
         self._begun, self._first = time.perf_counter(), state.global_step
         self._printed = self._begun
         if state.global_step and state.is_world_process_zero:
-            print(f"resuming after step {state.global_step} of {state.max_steps}", flush=True)
+            print(f"resuming after {_step(state)}", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Prints the time left after the first step, and if half a minute passed without a line."""
@@ -45,17 +50,25 @@ class LogLines(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **about: Any) -> None:
         """Prints one line; the summary that Trainer logs at the end is left to the report."""
         if logs and "loss" in logs:
-            self._print(state, f"loss {format_number(float(logs['loss']))}, ")
+            self._print(state, f"{_loss(logs)}, ")
 
     def _print(self, state: Any, loss: str = "") -> None:
         if state.is_world_process_zero:
-            print(f"step {state.global_step} of {state.max_steps}: {loss}{self._left(state)} left", flush=True)
+            print(f"{_step(state)}: {loss}{self._left(state)} left", flush=True)
             self._printed = time.perf_counter()
 
     def _left(self, state: Any) -> str:
         """The time of the remaining steps, if each takes as long as those before."""
         done = max(1, state.global_step - self._first)
         return duration((time.perf_counter() - self._begun) / done * (state.max_steps - state.global_step))
+
+
+def _step(state: Any) -> str:
+    return f"step {state.global_step} of {state.max_steps}"
+
+
+def _loss(logs: dict[str, Any]) -> str:
+    return f"loss {format_number(float(logs['loss']))}"
 
 
 class LastRecord(TrainerCallback):
