@@ -68,8 +68,7 @@ def plan_experts(
     found = mixtures_of(stack)
     count, groups = next(iter(found.values())).count, groups_of(stack.config)
     number = count_removed(share, count, groups)
-    first = [e for e in range(count) if e % (count // groups) >= number // groups]
-    check_removal(model, dict.fromkeys(found, first), layers_path)  # before anything is measured
+    check_number(stack, number)  # before anything is measured
     if scores is None:
         scores = _score(stack, how, batches_of(model, batches, tokenizer, texts, samples, fields), show_progress)
     else:
@@ -116,6 +115,18 @@ def count_removed(share: float, count: int, groups: int) -> int:
     if number:
         check_left(count - number, groups)
     return number
+
+
+def check_number(stack: DecoderLayers, number: int) -> None:
+    """Checks that so many experts can be removed from each mixture, equally many of each group.
+
+    Raises:
+        ValueError: they cannot, see `remove_experts`.
+    """
+    found = mixtures_of(stack)
+    count, groups = next(iter(found.values())).count, groups_of(stack.config)
+    left = [e for e in range(count) if e % (count // groups) >= number // groups]
+    check_removal(stack.model, dict.fromkeys(found, left), stack.layers_path)
 
 
 def lowest(values: Sequence[float], number: int, groups: int) -> list[int]:

@@ -11,6 +11,8 @@ from torch import nn
 
 from hf_cod.compression.depth.criteria import plan_depth
 from hf_cod.compression.depth.dropper import drop_layers
+from hf_cod.compression.experts.dropper import drop_experts
+from hf_cod.compression.experts.planning import check_number
 from hf_cod.compression.low_rank.factorizer import factorize
 from hf_cod.compression.low_rank.spectra import plan_ranks
 from hf_cod.compression.pruning.pruner import prune
@@ -27,6 +29,7 @@ from hf_cod.io.text import Batches
 from hf_cod.layers.checks import check_writable
 from hf_cod.layers.independence import check_independent
 from hf_cod.layers.removal.drop import check_drop
+from hf_cod.layers.removal.experts import LEAST_OF_GROUP, groups_of, mixtures_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.unit_discovery import find_all_units
 from hf_cod.models.shaping import check_shapeable
@@ -100,6 +103,7 @@ class Knob:
         left: (layers, level) -> the remaining share of the layers, without rounding to integer ranks, heads, channels
             and blocks.
         structural: whether the number of parameters decreases, as a budget of parameters requires.
+        concerns: whether the model has what the method changes; if not, the method is not among the defaults.
     """
 
     levels: Callable[[nn.Module, str | None], list[float]]
@@ -109,6 +113,7 @@ class Knob:
     describe: Callable[[float], str]
     left: Callable[[DecoderLayers, float], float]
     structural: bool = True
+    concerns: Callable[[DecoderLayers], bool] = lambda stack: True
 
 
 def _shares(*percent: int) -> Callable[[nn.Module, str | None], list[float]]:
@@ -119,6 +124,19 @@ def _left_by_depth(stack: DecoderLayers, count: float) -> float:
     """The share if the largest layers are removed."""
     sizes = sorted(stack.count_weights(index) for index in range(len(stack)))
     return sum(sizes[: len(sizes) - int(count)]) / sum(sizes)
+
+
+def _numbers_of_experts(model: nn.Module, layers_path: str | None) -> list[float]:
+    """Numbers of experts that can be removed from each mixture, up to half of them."""
+    stack = find_decoder_layers(model, layers_path)
+    count, groups = next(iter(mixtures_of(stack).values())).count, groups_of(stack.config)
+    least = LEAST_OF_GROUP * groups if groups > 1 else 1
+    return [float(number) for number in range(groups, 1 + count // 2, groups) if count - number >= least]
+
+
+def _left_by_experts(stack: DecoderLayers, number: float) -> float:
+    total = sum(stack.count_weights(index) for index in range(len(stack)))
+    return 1 - sum(sum(each.sizes()) * number / each.count for each in mixtures_of(stack).values()) / total
 
 
 def _left_by_share(stack: DecoderLayers, share: float) -> float:
@@ -141,6 +159,13 @@ def _bits_a_weight(stack: DecoderLayers) -> int:
 def _depth(model: Any, count: float, how: Applying) -> None:
     plan = plan_depth(model, int(count), replacement="measured", **how.measuring())
     drop_layers(model, plan, "measured", batches=how.batches, layers_path=how.layers_path)
+
+
+def _experts(model: Any, number: float, how: Applying) -> None:
+    count = next(iter(mixtures_of(find_decoder_layers(model, how.layers_path)).values())).count
+    drop_experts(
+        model, number / count, batches=how.batches, layers_path=how.layers_path, show_progress=how.show_progress
+    )
 
 
 def _width(model: Any, share: float, how: Applying) -> None:
@@ -180,6 +205,18 @@ def _check_depth(stack: DecoderLayers) -> None:
     check_drop(stack.model, len(stack) - 1, stack.layers_path)  # all other layers keep their indices
 
 
+def _has_experts(stack: DecoderLayers) -> bool:
+    return any(stack.expert_sets(index) for index in range(len(stack)))
+
+
+def _check_experts(stack: DecoderLayers) -> None:
+    numbers = _numbers_of_experts(stack.model, stack.layers_path)
+    if not numbers:
+        count = next(iter(mixtures_of(stack).values())).count
+        raise ValueError(f"experts: expected more than can be routed to, of which up to half are removed, got {count}")
+    check_number(stack, int(numbers[0]))
+
+
 def _check_plain(stack: DecoderLayers) -> None:
     check_writable(stack)
     check_independent(stack, "model")
@@ -217,6 +254,15 @@ KNOBS: dict[str, Knob] = {
         _check_depth,
         lambda x: "1 layer removed" if x == 1 else f"{x:g} layers removed",
         _left_by_depth,
+    ),
+    "experts": Knob(
+        _numbers_of_experts,
+        3,
+        _experts,
+        _check_experts,
+        lambda x: "1 expert of each mixture removed" if x == 1 else f"{x:g} experts of each mixture removed",
+        _left_by_experts,
+        concerns=_has_experts,
     ),
     "width": Knob(
         _shares(*range(4, 42, 2)),

@@ -97,6 +97,8 @@ def plan_fit(
     chosen = chosen_knobs(knobs, kind)
     intact = make()
     stack = find_decoder_layers(intact, layers_path)
+    if knobs is None:
+        chosen = [knob for knob in chosen if KNOBS[knob].concerns(stack)]
     calibration, tuning = calibration_and_tuning(
         stack.model, calibration, tuning, tokenizer, texts, samples, fields, how.tuning_samples
     )

@@ -18,6 +18,7 @@ KINDS = {
 # Knob -> its effect, in the order of application.
 KNOBS = {
     "depth": "removes layers",
+    "experts": "removes experts of a mixture",
     "width": "removes attention heads and MLP channels",
     "rank": "replaces matrices by products of two thin factors",
     "sparsity": "sets weights to zero, and stores matrices without the zeros",

@@ -8,6 +8,7 @@ import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -170,11 +171,31 @@ def test_what_the_model_cannot_do_is_left_out_and_told(texts, monkeypatch):
 def test_what_a_model_shows_at_once(family, knobs):
     stack = find_decoder_layers(build(family))
     for knob in KNOBS:
+        if not KNOBS[knob].concerns(stack):
+            assert knob == "experts" and family in ("llama", "bert_headless")
+            continue
         with pytest.raises(ValueError, match="known structure") if knob in knobs else nullcontext():
             KNOBS[knob].check(stack)
     assert len(find_decoder_layers(stack.model)) == 4
     with pytest.raises(ValueError, match="layers: expected at least 3, of which up to a third are removed, got 2"):
         KNOBS["depth"].check(find_decoder_layers(build(family, layers=2)))
+
+
+def test_experts_of_a_mixture(tmp_path):
+    """A plan that removes experts meets its budget, and the result is a stock checkpoint."""
+    calibration, tuning = ([{"input_ids": (torch.arange(32) + start).view(2, 16) % 64}] for start in (0, 9))
+    mixture = partial(build, "mixtral")
+    plan = plan_fit(mixture, "parameter_share", 0.8, calibration, tuning, knobs=["experts"], n_verified=0)
+    model, intact = mixture(), mixture()
+    apply_steps(model, plan.steps, batches=calibration)
+    share = size_of(model).layer_weights / size_of(intact).layer_weights
+    assert share <= 0.8 and set(plan.steps) == {"experts"}
+    assert KNOBS["experts"].left(find_decoder_layers(intact), plan.steps["experts"]) == pytest.approx(share, abs=1e-3)
+    model.save_pretrained(tmp_path)
+    assert type(again := AutoModelForCausalLM.from_pretrained(tmp_path)) is type(model)
+    assert torch.equal(again(**tuning[0]).logits, model.eval()(**tuning[0]).logits)
+    with pytest.raises(ValueError, match="model: expected a mixture of experts"):
+        plan_fit(make, "parameter_share", 0.8, calibration, tuning, knobs=["experts"])
 
 
 def test_models_of_failed_trials_are_not_kept(texts, monkeypatch):
@@ -323,7 +344,7 @@ def test_an_edited_journal_does_not_leave_a_step_out(texts, tmp_path):
         ),
         (("bits", 0.5, None), r"bits: expected at least 0\.62\d*, the least that depth, width, rank, sparsity, bits"),
         (("bits", 8.0, ["rnk"]), "knobs: expected some of .*, got 'rnk'"),
-        (("parameter_share", 0.5, ["bits"]), r"knobs: .* parameters \(depth, width, rank\), got bits"),
+        (("parameter_share", 0.5, ["bits"]), r"knobs: .* parameters \(depth, experts, width, rank\), got bits"),
         (("memory", 1e4, None), r"memory: expected at least [\d.]+MB, the least .*, got 0\.01MB"),
     ],
 )
