@@ -20,7 +20,7 @@ from hf_cod.cli.closing import closing, does_harm, harm_notes
 from hf_cod.cli.output import require_plots, say_written, write_model
 from hf_cod.cli.parser import default_directory
 from hf_cod.cli.recorded import with_inputs
-from hf_cod.cli.samples import check_texts, split_text
+from hf_cod.cli.samples import check_texts, split_text, trained_on
 from hf_cod.cli.settings import ResultsOutput
 from hf_cod.cli.step import BASELINES, Step
 from hf_cod.cli.work import Work
@@ -104,7 +104,8 @@ def run(
     if step.trained is not None:
         perplexity[made] = work.perplexity()
         step.train(work)
-    report = replace(report, notes=[*report.notes, *_save(output.results, work, step.files(plan))])
+    notes = [*trained_on(source, text, step.samples().eval_text), *_save(output.results, work, step.files(plan))]
+    report = replace(report, notes=[*report.notes, *notes])
     work.reload(output.results)
     perplexity[step.trained or made] = work.perplexity()
     memory[made] = bytes_of(work.model)

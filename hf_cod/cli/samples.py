@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,10 @@ from hf_cod.io.text import Batch, describe_batches, load_texts, split_samples, t
 from hf_cod.layers.batches import with_labels
 from hf_cod.layers.checks import check_length, check_without_adapter
 from hf_cod.layers.running import busy
+from hf_cod.reporting.result_card import report_of
+
+# Commands that train on the text that they are given.
+TRAININGS = ("finetune", "heal")
 
 
 def load_with_tokenizer(
@@ -55,6 +60,32 @@ def check_texts(text: TextSettings, eval_text: str | None) -> None:
         load_texts(replace(text, text=eval_text))
     except ValueError as error:
         raise ValueError(f"eval_{error}" if str(error).startswith("text") else str(error)) from error
+
+
+def trained_on(source: str, text: TextSettings, eval_text: str | None) -> list[str]:
+    """A note if the report in the directory of a model says that it was trained on the text it is evaluated on."""
+    try:
+        report, _ = report_of(source)
+    except ValueError:  # none, or of other origin
+        return []
+    used = report.settings.get("text")
+    measured = text.text if eval_text is None else eval_text
+    if report.kind not in TRAININGS or not _same_text(used, measured):
+        return []
+    shown = "the embedded text" if measured is None else Path(measured).name
+    return [
+        f"the input model was trained on {shown} ({report.kind}), so that the perplexities of the evaluation samples "
+        "are too low for other text; --eval-text measures on a text that it was not trained on"
+    ]
+
+
+def _same_text(first: Any, second: str | None) -> bool:
+    if first == second:
+        return True
+    try:
+        return isinstance(first, str) and second is not None and Path(first).samefile(second)
+    except OSError:
+        return False
 
 
 def split_text(

@@ -15,6 +15,7 @@ from hf_cod.io.adapters import ADAPTER, read_adapter_config
 from hf_cod.io.files import looks_local
 from hf_cod.io.markdown import escaped
 from hf_cod.io.model_config import find_model_config, read_model_config
+from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS
 from hf_cod.io.requirements import requirement
 from hf_cod.models.stored_config import REQUIRES
 
@@ -100,8 +101,13 @@ def loading_of(directory: str | Path, name: str) -> Loading:
 
 
 def public_name(source: str) -> str:
-    """A Hub id unchanged; of a path only the last part, so that local directories are not published."""
+    """A Hub id unchanged; of a path only the last part, so that local directories are not published.
+
+    Embedded models keep their path in the repository.
+    """
     path = Path(source).expanduser()
+    if path.name in EMBEDDED_PLACEMENTS and path.resolve().parent == EMBEDDED.resolve():
+        return f"hf_cod/assets/{EMBEDDED.name}/{path.name}"
     return path.name or path.resolve().name if path.exists() or looks_local(source) else source
 
 

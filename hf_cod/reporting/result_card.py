@@ -13,11 +13,11 @@ from hf_cod.io.files import write_text
 from hf_cod.io.markdown import escaped
 from hf_cod.io.reading import read_text
 from hf_cod.io.report import RunReport, format_number
+from hf_cod.reporting.inherited import CARD, Inherited, inherited
 from hf_cod.reporting.loading import Loading, hub_id, loading_of, public_name
 from hf_cod.reporting.settings import CardSettings
 
 TAG = "curse-of-depth"
-CARD = "README.md"
 # Settings that name the input model of a run.
 SOURCES = ("model", "student", "source")
 WHAT = {
@@ -109,16 +109,16 @@ def result_card(
     meanings: Mapping[str, str] | None = None,
 ) -> ModelCard:
     """The card of the model or adapter in one directory."""
-    settings, loading = settings or CardSettings(), loading_of(directory, name)
+    settings, loading, before = settings or CardSettings(), loading_of(directory, name), inherited(source_of(report))
     parts = [
         f"# {escaped(name)}",
-        _what(report, loading),
+        _what(report, loading, before),
         _use(loading),
         _made(report, command, meanings),
         _figures(report),
         *_pictures(directory),
     ]
-    header = f"---\n{_metadata(directory, report, loading, settings).to_yaml()}\n---\n\n"
+    header = f"---\n{_metadata(report, loading, settings, before).to_yaml()}\n---\n\n"
     return ModelCard(header + "\n\n".join(part for part in parts if part) + "\n", ignore_metadata_errors=True)
 
 
@@ -127,8 +127,8 @@ def source_of(report: RunReport) -> str:
     return next((str(report.settings[key]) for key in SOURCES if report.settings.get(key)), report.model)
 
 
-def _metadata(directory: Path, report: RunReport, loading: Loading, settings: CardSettings) -> ModelCardData:
-    candidates = [loading.base, source_of(report), report.settings.get("teacher")]
+def _metadata(report: RunReport, loading: Loading, settings: CardSettings, before: Inherited) -> ModelCardData:
+    candidates = [loading.base, source_of(report), report.settings.get("teacher"), before.base]
     base = next((found for found in (hub_id(str(each)) for each in candidates if each) if found), None)
     kind = QUANTIZED if "hf_cod" in loading.install and loading.base is None else None
     more: dict[str, Any] = {} if base is None else {"base_model": base}
@@ -136,7 +136,7 @@ def _metadata(directory: Path, report: RunReport, loading: Loading, settings: Ca
         more["base_model_relation"] = kind or "adapter"
     return ModelCardData(
         language=settings.language,
-        license=settings.license if settings.license != "other" else None,
+        license=settings.license if settings.license != "other" else before.license,
         library_name=loading.library,
         pipeline_tag=loading.pipeline_tag,
         tags=["hf_cod", TAG, report.kind],
@@ -144,12 +144,13 @@ def _metadata(directory: Path, report: RunReport, loading: Loading, settings: Ca
     )
 
 
-def _what(report: RunReport, loading: Loading) -> str:
+def _what(report: RunReport, loading: Loading, before: Inherited) -> str:
     source, base = source_of(report), hub_id(source_of(report))
     shown = escaped(public_name(source))
     shown = f"[{shown}](https://huggingface.co/{base})" if base else shown
     what = WHAT.get(report.kind, f"after {report.kind}")
-    return f"{'An adapter for ' if loading.base is not None else ''}{shown}, {what} by hf_cod."
+    terms = f" The licence of {shown} is {before.license}." if before.license else ""
+    return f"{'An adapter for ' if loading.base is not None else ''}{shown}, {what} by hf_cod.{terms}"
 
 
 def _use(loading: Loading) -> str:

@@ -113,6 +113,20 @@ def test_what_is_saved_is_what_is_reported(folder, capsys):
     assert found["intact"] == pytest.approx(perplexity(first, drawn[4:]), rel=1e-5)
 
 
+@pytest.mark.parametrize("trained", [None, "text.txt", "other.txt"])
+def test_a_model_that_was_trained_on_the_text_has_a_note(trained, folder, capsys):
+    """Its perplexity there is lower than on text that it does not know."""
+    if trained is not None:
+        (folder / "other.txt").write_text(TEXT)
+        settings = {"text": str(folder / "." / trained)}
+        RunReport("finetune", "m", settings, environment(), {}, {}).save(folder / "model")
+    run(folder)
+    notes = [note for note in RunReport.load(folder / "out").notes if "was trained on" in note]
+    assert [note.partition(",")[0] for note in notes] == (
+        ["the input model was trained on text.txt (finetune)"] if trained == "text.txt" else []
+    )
+
+
 def test_report_keys_and_the_order_of_its_sentences(folder, capsys):
     run(folder)
     report = RunReport.load(folder / "out")

@@ -215,13 +215,13 @@ def _print_tables(plan: FitPlan, console: Console) -> None:
 
     from hf_cod.compression.fit.knobs import describe_steps
 
-    tried = Table("tried", "size left", "loss expected", "measured", box=box.SIMPLE_HEAD)
+    tried = Table("tried", "layers' size", "loss expected", "measured", box=box.SIMPLE_HEAD)
     for row in sorted(plan.tried, key=lambda row: row["loss"]):
         tried.add_row(
             describe_steps(row["steps"]), f"{row['left']:.1%}", f"{row['expected']:.3f}", f"{row['loss']:.3f}"
         )
     console.print(tried)
-    curve = Table("size left", "least loss expected", "measured", "by", box=box.SIMPLE_HEAD)
+    curve = Table("layers' size", "least loss expected", "measured", "by", box=box.SIMPLE_HEAD)
     for left, loss, steps in plan.curve[1::2]:
         measured = plan.measured_loss(steps)
         curve.add_row(

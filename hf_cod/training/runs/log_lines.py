@@ -35,11 +35,12 @@ class LogLines(TrainerCallback):
         self._begun, self._printed, self._first = 0.0, 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
-        """Notes the time and the first step; says so if the training resumes."""
+        """Notes the time and the first step; says how many steps there are, and whether the training resumes."""
         self._begun, self._first = time.perf_counter(), state.global_step
         self._printed = self._begun
-        if state.global_step and state.is_world_process_zero:
-            print(f"resuming after {_step(state)}", flush=True)
+        if state.is_world_process_zero:
+            resumed = f"resuming after {_step(state)}"
+            print(resumed if state.global_step else f"training for {state.max_steps} steps", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         """Prints the time left after the first step, and if half a minute passed without a line."""

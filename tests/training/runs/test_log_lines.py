@@ -30,7 +30,9 @@ def lines_of_a_training(directory, capsys):
     training = train(model, optimizer, windows, settings, 0, directory, lasting=False)
     shown = capsys.readouterr()
     assert "\r" not in shown.out + shown.err and "{" not in shown.out
-    return shown.out.splitlines(), training.curve
+    first, *lines = shown.out.splitlines()
+    assert first == "training for 5 steps"
+    return lines, training.curve
 
 
 def test_each_record_is_a_line_of_its_own(tmp_path, capsys):
