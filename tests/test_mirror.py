@@ -51,7 +51,8 @@ TESTED_BY = {
         "compression/experts/settings.py layers/removal/expert_cuts.py layers/removal/experts.py"
     ),
     "compression/fit/test_planning.py": (
-        "cli/commands/fit.py compression/fit/budget.py compression/fit/fit_plan.py compression/fit/knobs.py "
+        "cli/commands/fit.py compression/fit/budget.py compression/fit/checks.py compression/fit/fit_plan.py "
+        "compression/fit/knobs.py "
         "compression/fit/samples.py compression/fit/search.py compression/fit/settings.py compression/fit/trials.py "
         "layers/size.py"
     ),

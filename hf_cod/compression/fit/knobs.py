@@ -12,7 +12,16 @@ from torch import nn
 from hf_cod.compression.depth.criteria import plan_depth
 from hf_cod.compression.depth.dropper import drop_layers
 from hf_cod.compression.experts.dropper import drop_experts
-from hf_cod.compression.experts.planning import check_number
+from hf_cod.compression.fit.checks import (
+    check_bits,
+    check_depth,
+    check_experts,
+    check_rank,
+    check_stored,
+    check_width,
+    has_experts,
+    numbers_of_experts,
+)
 from hf_cod.compression.low_rank.factorizer import factorize
 from hf_cod.compression.low_rank.spectra import plan_ranks
 from hf_cod.compression.pruning.pruner import prune
@@ -26,14 +35,8 @@ from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import renamed
 from hf_cod.io.settings import SampleFields
 from hf_cod.io.text import Batches
-from hf_cod.layers.checks import check_writable
-from hf_cod.layers.independence import check_independent
-from hf_cod.layers.removal.drop import check_drop
-from hf_cod.layers.removal.experts import LEAST_OF_GROUP, groups_of, mixtures_of
+from hf_cod.layers.removal.experts import mixtures_of
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
-from hf_cod.layers.unit_discovery import find_all_units
-from hf_cod.models.shaping import check_shapeable
-from hf_cod.models.stored_config import check_storable
 from hf_cod.scoring.allocation import allocate
 from hf_cod.scoring.methods import score_layers
 
@@ -126,14 +129,6 @@ def _left_by_depth(stack: DecoderLayers, count: float) -> float:
     return sum(sizes[: len(sizes) - int(count)]) / sum(sizes)
 
 
-def _numbers_of_experts(model: nn.Module, layers_path: str | None) -> list[float]:
-    """Numbers of experts that can be removed from each mixture, up to half of them."""
-    stack = find_decoder_layers(model, layers_path)
-    count, groups = next(iter(mixtures_of(stack).values())).count, groups_of(stack.config)
-    least = LEAST_OF_GROUP * groups if groups > 1 else 1
-    return [float(number) for number in range(groups, 1 + count // 2, groups) if count - number >= least]
-
-
 def _left_by_experts(stack: DecoderLayers, number: float) -> float:
     total = sum(stack.count_weights(index) for index in range(len(stack)))
     return 1 - sum(sum(each.sizes()) * number / each.count for each in mixtures_of(stack).values()) / total
@@ -198,77 +193,30 @@ def _bits(model: Any, codes: float, how: Applying) -> None:
     quantize(model, OwlBnbConfig(bits=stored, scores=scores), **how.options())
 
 
-def _check_depth(stack: DecoderLayers) -> None:
-    if len(stack) < 3:
-        raise ValueError(f"layers: expected at least 3, of which up to a third are removed, got {len(stack)}")
-    check_independent(stack, "layers")
-    check_drop(stack.model, len(stack) - 1, stack.layers_path)  # all other layers keep their indices
-
-
-def _has_experts(stack: DecoderLayers) -> bool:
-    return any(stack.expert_sets(index) for index in range(len(stack)))
-
-
-def _check_experts(stack: DecoderLayers) -> None:
-    numbers = _numbers_of_experts(stack.model, stack.layers_path)
-    if not numbers:
-        count = next(iter(mixtures_of(stack).values())).count
-        raise ValueError(f"experts: expected more than can be routed to, of which up to half are removed, got {count}")
-    check_number(stack, int(numbers[0]))
-
-
-def _check_plain(stack: DecoderLayers) -> None:
-    check_writable(stack)
-    check_independent(stack, "model")
-
-
-def _check_stored(stack: DecoderLayers) -> None:
-    check_storable(stack.model)
-    _check_plain(stack)
-
-
-def _check_rank(stack: DecoderLayers) -> None:
-    check_shapeable(stack.model)
-    _check_plain(stack)
-
-
-def _check_width(stack: DecoderLayers) -> None:
-    _check_rank(stack)
-    units = find_all_units(stack)
-    if not any(layer.found for layer in units):
-        raise ValueError(f"model: expected heads or channels of a known structure, got none; {units[0].whole[0]}")
-
-
-def _check_bits(stack: DecoderLayers) -> None:
-    import hf_cod.compression.quantization.bnb  # noqa: F401 - fails before any work if bitsandbytes is missing
-
-    _check_stored(stack)
-
-
 # Knob -> its method. Order matters: methods that remove structure come before sparsity and quantization.
 KNOBS: dict[str, Knob] = {
     "depth": Knob(
         lambda model, layers_path: [float(n) for n in range(1, 1 + len(find_decoder_layers(model, layers_path)) // 3)],
         3,
         _depth,
-        _check_depth,
+        check_depth,
         lambda x: "1 layer removed" if x == 1 else f"{x:g} layers removed",
         _left_by_depth,
     ),
     "experts": Knob(
-        _numbers_of_experts,
+        numbers_of_experts,
         3,
         _experts,
-        _check_experts,
+        check_experts,
         lambda x: "1 expert of each mixture removed" if x == 1 else f"{x:g} experts of each mixture removed",
         _left_by_experts,
-        concerns=_has_experts,
+        concerns=has_experts,
     ),
     "width": Knob(
         _shares(*range(4, 42, 2)),
         3,
         _width,
-        _check_width,
+        check_width,
         lambda x: f"{x:.0%} of the weights removed by heads and channels",
         _left_by_share,
     ),
@@ -276,7 +224,7 @@ KNOBS: dict[str, Knob] = {
         _shares(*range(5, 51)),
         4,
         _low_rank,
-        _check_rank,
+        check_rank,
         lambda x: f"{x:.0%} of the weights removed by low rank",
         _left_by_share,
     ),
@@ -284,7 +232,7 @@ KNOBS: dict[str, Knob] = {
         _shares(*range(50, 85, 5)),
         3,
         _sparse,
-        _check_stored,
+        check_stored,
         lambda x: f"{x:.0%} of the weights zero and packed",
         _left_by_sparsity,
         structural=False,
@@ -293,7 +241,7 @@ KNOBS: dict[str, Knob] = {
         lambda model, layers_path: [4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4, 3.3, 3.2, 3.1, 3.0],
         3,
         _bits,
-        _check_bits,
+        check_bits,
         lambda x: f"{x:g} bits a weight, plus scales",
         _left_by_bits,
         structural=False,
