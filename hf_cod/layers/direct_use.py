@@ -58,7 +58,7 @@ class DirectUse:
     written: Sequence[str]
     latent: Sequence[str] = ()
     failure: str | None = None
-    obstacles: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    obstacles: Mapping[str, str] = field(default_factory=dict)
     tokens_first: Sequence[str] = ()
     without_gradients: Sequence[str] = ()
     no_tensors: Sequence[str] = ()

@@ -180,23 +180,19 @@ def _check_depth(stack: DecoderLayers) -> None:
     check_drop(stack.model, len(stack) - 1, stack.layers_path)  # all other layers keep their indices
 
 
-def _check_plain(stack: DecoderLayers) -> None:
-    check_writable(stack)
-    check_independent(stack, "model")
-
-
 def _check_stored(stack: DecoderLayers) -> None:
     check_storable(stack.model)
-    _check_plain(stack)
+    check_writable(stack)
 
 
 def _check_rank(stack: DecoderLayers) -> None:
     check_shapeable(stack.model)
-    _check_plain(stack)
+    check_writable(stack)
 
 
 def _check_width(stack: DecoderLayers) -> None:
     _check_rank(stack)
+    check_independent(stack, "model")
     units = find_all_units(stack)
     if not any(layer.found for layer in units):
         raise ValueError(f"model: expected heads or channels of a known structure, got none; {units[0].whole[0]}")

@@ -28,7 +28,6 @@ from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_reshapeable
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
-from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import NamedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
@@ -130,8 +129,6 @@ def factorize(
     use = check_unwritten(stack.model, batches)
     chosen = _plan(stack, plan, how.factor_share if method == "oats" else None)
     check_ranks(stack, chosen)
-    if METHODS[method] and batches:
-        check_independent(stack, "factorize", batches)
     notes = [*choice.notes("factorized"), *other_notes(stack, "factorized"), *use.notes_on(stack)]
     described = RankReporter(stack, name, notes)
     work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks, chosen.nonzeros, *choice.identity)
@@ -143,7 +140,8 @@ def factorize(
     try:
         if METHODS[method] and batches:
             told |= describe_batches(batches)
-            change_sequentially(stack, batches, ProductsRecorder, change, finished, "factorizing", show_progress)
+            recorder, bar = ProductsRecorder, "factorizing"
+            described.notes += change_sequentially(stack, batches, recorder, change, finished, bar, show_progress)
         else:
             change_each(stack, change, finished, "factorizing", show_progress)
     finally:

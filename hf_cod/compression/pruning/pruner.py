@@ -23,7 +23,6 @@ from hf_cod.layers.checks import check_sizes, check_writable, name_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.direct_use import DirectUse, check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
-from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import check_unseen
 from hf_cod.layers.modes import for_one_thread
@@ -122,14 +121,16 @@ def prune(
     def prune_one(index: int, sums: Sums | None) -> list[str]:
         return prune_layer(choice.stack, index, chosen, sums, targets[index])
 
+    passes: list[str] = []
     if chosen.recorder is not None and batches is not None:
-        check_independent(stack, "prune", batches)
         with naming_weights(stack.model):
-            change_sequentially(choice.stack, batches, chosen.recorder, prune_one, finished, "pruning", show_progress)
+            passes = change_sequentially(
+                choice.stack, batches, chosen.recorder, prune_one, finished, "pruning", show_progress
+            )
         told |= describe_batches(batches)
     else:
         change_each(stack, prune_one, finished, "pruning", show_progress, statistics)
-    return _report(choice, targets, finished, told, name, use)
+    return _report(choice, targets, finished, told, name, use, passes)
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -212,6 +213,7 @@ def _report(
     settings: dict[str, Any],
     name: str | None,
     use: DirectUse,
+    passes: list[str],
 ) -> RunReport:
     stack = choice.stack
     layers, results = measure_sparsity(stack)
@@ -232,6 +234,7 @@ def _report(
             *choice.notes("pruned"),
             *other_notes(stack, "pruned"),
             *use.notes_on(stack),
+            *passes,
             *(
                 f"{matrix} is pruned by magnitude: {use.reasons[matrix]}"
                 if matrix in use.reasons

@@ -26,7 +26,6 @@ from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
-from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import NamedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
@@ -124,15 +123,15 @@ def quantize(
     title = name or name_of(stack)
     bar = f"quantizing to {plan.stored:.2f} bits"
     if batches is not None:
-        check_independent(stack, "quantize", batches)
-        change_sequentially(stack, batches, ProductsRecorder, change, finished, bar, show_progress)
+        passes = change_sequentially(stack, batches, ProductsRecorder, change, finished, bar, show_progress)
     else:
+        passes = []
         change_each(stack, change, finished, bar, show_progress)
     _mark(model, recorded(config, plan))
     told = {**choice.given, **({} if batches is None else describe_batches(batches))}
     calibrated = batches is not None
     left = [*choice.notes("quantized"), *other_notes(stack, "quantized")]
-    notes = [*what_is_lost(config, plan, calibrated), *use.notes_on(stack), *left]
+    notes = [*what_is_lost(config, plan, calibrated), *use.notes_on(stack), *passes, *left]
     return _report(stack, plan, config, finished, title, told, notes)
 
 

@@ -155,8 +155,8 @@ def narrow(
     told |= describe_batches(batches) if batches and (sequential or taylor) else {}
     try:
         if sequential and batches:
-            recorder = partial(MomentsRecorder, names=change.writers)
-            change_sequentially(stack, batches, recorder, change, finished, "narrowing", show_progress)
+            recorder, bar = partial(MomentsRecorder, names=change.writers), "narrowing"
+            described.notes += change_sequentially(stack, batches, recorder, change, finished, bar, show_progress)
         else:
             change_each(stack, change, finished, "narrowing", show_progress)
     finally:
