@@ -134,6 +134,11 @@ def check_unwritten(model: nn.Module, batches: Sequence[Batch] | None = None) ->
     return use
 
 
+def runs_on(model: nn.Module, batch: Batch) -> bool:
+    """Whether the forward of a model runs on the first tokens of a batch; hooks are not called, nothing is changed."""
+    return _pass(model, batch).failure is None
+
+
 def has_tokens_first(stack: DecoderLayers, samples: int, tokens: int | None) -> bool:
     """Whether hidden states of a batch with as many tokens as samples are (tokens, samples, width); else False."""
     return samples == tokens and f"{stack.layers_path}.0" in direct_use(stack.model).tokens_first
