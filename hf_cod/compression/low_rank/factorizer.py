@@ -33,6 +33,7 @@ from hf_cod.layers.layer_notes import NamedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.module_choice import choose_modules, other_notes
 from hf_cod.layers.orientation import shape_of
+from hf_cod.layers.own_changes import undoing_own_changes
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.shapes import SPARSE, LowRankLinear
@@ -45,6 +46,7 @@ METHODS = {"whitened": True, "plain": False, "oats": True}
 
 @renamed(path="layers_path", rank_share="factor_share")
 @for_one_thread
+@undoing_own_changes
 @checked
 def factorize(
     model: nn.Module,
@@ -109,7 +111,7 @@ def factorize(
     Raises:
         ValueError: an unknown method, a plan for another model or out of range (says the least possible), missing
             batches, weights that cannot be replaced (adapters, quantized, offloaded, shared, already factorized), a
-            model class of neither transformers nor hf_cod, a model that changes its weights in eval mode (RWKV); in
+            model class of neither transformers nor hf_cod, a model that changes its weights in eval mode for good; in
             these cases the model is left unchanged. NaN or infinity in weights or activations (says where): see
             `model`.
     """

@@ -27,6 +27,7 @@ from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import check_unseen
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.module_choice import ModuleChoice, choose_modules, other_notes
+from hf_cod.layers.own_changes import undoing_own_changes
 from hf_cod.layers.running import naming_weights
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -35,6 +36,7 @@ from hf_cod.scoring.allocation import LayerAllocation
 
 @renamed(path="layers_path")
 @for_one_thread
+@undoing_own_changes
 @checked
 def prune(
     model: nn.Module,
@@ -97,7 +99,7 @@ def prune(
         ValueError: an unknown method, a plan out of range or for another model, a pattern that does not divide the
             rows, missing batches or statistics, weights that cannot be pruned in place (adapters, quantized,
             offloaded, shared by two matrices), NaN or infinity in weights or activations (says where), a model that
-            changes its weights in eval mode (RWKV).
+            changes its weights in eval mode for good.
     """
     how = resolve(prune, PruneSettings, settings, fields, method=method)
     method = how.method

@@ -30,6 +30,7 @@ from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import NamedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.module_choice import choose_modules, other_notes
+from hf_cod.layers.own_changes import undoing_own_changes
 from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.sensitive_modules import left_notes
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
@@ -39,6 +40,7 @@ from hf_cod.models.own_config import own_config
 
 @renamed(path="layers_path")
 @for_one_thread
+@undoing_own_changes
 @checked
 def quantize(
     model: PreTrainedModel,
@@ -91,7 +93,7 @@ def quantize(
         ImportError: bitsandbytes is not installed.
         ValueError: bits out of range (says the least and the most), scores or statistics of another model, both
             statistics and batches, weights that cannot be replaced (adapters, quantized, offloaded, shared), NaN or
-            infinity in weights or activations (says where), a model that changes its weights in eval mode (RWKV).
+            infinity in weights or activations (says where), a model that changes its weights in eval mode for good.
     """
     import hf_cod.compression.quantization.bnb  # noqa: F401 - fails before any work if bitsandbytes is missing
 
