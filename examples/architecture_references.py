@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,6 +180,9 @@ def generates_alike(case: Case, model: Any) -> str | None:
     if not _generates(case):
         return "the intact model generates otherwise with a cache, or not at all"
     difference = distance(_generated(case, model, True), _generated(case, model, False))
+    if difference > ROUNDING and not case.images:  # layers that run dozens of times (HRM) sum up more rounding
+        exact = copy.deepcopy(model).double()
+        difference = distance(_generated(case, exact, True), _generated(case, exact, False))
     require(difference <= ROUNDING, f"generation with a cache differs by {difference:.1e}")
     return None
 

@@ -252,13 +252,17 @@ def kinds() -> list[str]:
     found = [
         group + kind for group in ("", SEQ2SEQ, ENCODER, VISION, LANGUAGE) for kind in sorted(_auto_classes(group))
     ]
-    towers = [LANGUAGE + kind for kind, name in _auto_classes(LANGUAGE).items() if name == "AutoModel"]
-    found = [kind for kind in found if kind not in towers] + [f"{kind}@{side}" for kind in towers for side in SIDES]
+    towers = {LANGUAGE + kind: SIDES for kind, name in _auto_classes(LANGUAGE).items() if name == "AutoModel"}
+    by_name = {**LOOPS, **towers}
+    found = [kind for kind in found if kind not in by_name]
+    found += [f"{kind}@{stack}" for kind, stacks in by_name.items() for stack in stacks]
     readers = [kind for kind in found if kind.startswith(LANGUAGE) and "@" not in kind]
     return found + [f"{kind}{WITH_IMAGES}{side}" for kind in readers for side in ("", "@vision")]
 
 
+# Kinds without a default stack -> their stacks: towers beside each other, and layers that run in turn.
 SIDES = ("text", "vision")
+LOOPS = {"hrm_text": ("model.L_module.layers", "model.H_module.layers")}
 
 
 def _auto_classes(group: str) -> dict[str, str]:

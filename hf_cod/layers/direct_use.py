@@ -27,6 +27,7 @@ from hf_cod.layers.modes import cache_restored, modes_restored, modules_restored
 from hf_cod.layers.module_choice import by_place
 from hf_cod.layers.modules import walk
 from hf_cod.layers.orientation import computes_otherwise
+from hf_cod.layers.own_changes import undone_at_the_end
 from hf_cod.layers.probe_inputs import probe_inputs
 from hf_cod.layers.sensitive_modules import LatentProjections
 from hf_cod.layers.stack import DecoderLayers
@@ -58,7 +59,7 @@ class DirectUse:
     written: Sequence[str]
     latent: Sequence[str] = ()
     failure: str | None = None
-    obstacles: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    obstacles: Mapping[str, str] = field(default_factory=dict)
     tokens_first: Sequence[str] = ()
     without_gradients: Sequence[str] = ()
     no_tensors: Sequence[str] = ()
@@ -67,7 +68,11 @@ class DirectUse:
 
     def notes_on(self, stack: DecoderLayers) -> list[str]:
         """`notes` on the matrices of these layers."""
-        return self.notes([name for index in range(len(stack)) for name in stack.linears(index)])
+        notes = self.notes([name for index in range(len(stack)) for name in stack.linears(index)])
+        if not self.written:
+            return notes
+        count = f"{len({*self.written})} of its weights in eval mode"
+        return [f"the model changes {count}: save it before it runs in that mode, or after a run in train mode", *notes]
 
     def notes(self, names: Sequence[str]) -> list[str]:
         """A sentence for a report if the pass failed, or did not run all matrices of these names; else none."""
@@ -123,15 +128,21 @@ def check_unwritten(model: nn.Module, batches: Sequence[Batch] | None = None) ->
     """`direct_use` of a model that is to be saved.
 
     Raises:
-        ValueError: the model changes its weights by itself; a saved model would change them once more.
+        ValueError: the model changes its weights by itself, so that a saved model would change them once more, and the
+            function that was called does not undo that (`own_changes.py`).
     """
     use = direct_use(model, batches)
-    if use.written:
+    if use.written and not undone_at_the_end(model, use.written):
         raise ValueError(
             f"model: expected weights that stay the same in eval mode, got {type(model).__name__}, whose forward "
             f"changes {use.written[0]}; a model that is saved after a forward pass would change it again"
         )
     return use
+
+
+def runs_on(model: nn.Module, batch: Batch) -> bool:
+    """Whether the forward of a model runs on the first tokens of a batch; hooks are not called, nothing is changed."""
+    return _pass(model, batch).failure is None
 
 
 def has_tokens_first(stack: DecoderLayers, samples: int, tokens: int | None) -> bool:
@@ -174,7 +185,15 @@ def _examined(model: nn.Module, batch: Batch | None) -> DirectUse:
     if found.failure is not None and is_on_meta(model):
         found = _pass(model, batch, zeros=True)
     written = [*found.written, *training.written]
-    return replace(found, in_training=training.reasons, written=written, without_gradients=training.without_gradients)
+    # What is rescaled already is read in train mode alone.
+    reasons = {**dict.fromkeys((name.removesuffix(".weight") for name in written), READ), **found.reasons}
+    return replace(
+        found,
+        reasons=reasons,
+        in_training=training.reasons,
+        written=written,
+        without_gradients=training.without_gradients,
+    )
 
 
 def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: bool = False) -> DirectUse:

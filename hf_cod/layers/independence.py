@@ -2,6 +2,8 @@
 
 That is not so where layers share keys and values (Gemma 3n), or where a model hands states of several layers to a later
 one. It is found out by running the layers of the model one at a time on a few tokens, and comparing with the whole.
+Measurements of one layer at a time then run the whole model for each (`sequential.py`); what else requires such layers
+is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from torch import nn
 from hf_cod.io.display import one_line
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import check_in_memory
+from hf_cod.layers.direct_use import direct_use
+from hf_cod.layers.layer_calls import layers_obstacle
 from hf_cod.layers.modes import modules_restored
 from hf_cod.layers.partial_forward import layer_states, run_layer
 from hf_cod.layers.probe_inputs import probe_inputs
@@ -40,15 +44,41 @@ def check_independent(stack: DecoderLayers, field: str, batches: Sequence[Batch]
     Raises:
         ValueError: layers that depend on others.
     """
-    if getattr(stack.config, "num_kv_shared_layers", 0):
-        raise ValueError(f"{field}: expected layers with their own keys and values, got num_kv_shared_layers > 0")
+    if _shares_keys(stack):
+        raise ValueError(f"{field}: expected layers with their own keys and values, got {_SHARING}")
     found = _dependent(stack, batches[0] if batches else None)
     if found is not None:
-        layer, why = found
         raise ValueError(
             f"{field}: expected layers that depend on earlier ones only by what the layer before returns, got "
-            f"{type(stack.model).__name__}, whose layer {layer} does not run alone as in the model ({why})"
+            f"{type(stack.model).__name__}, whose {_described(*found)}"
         )
+
+
+def dependence(stack: DecoderLayers, batches: Sequence[Batch]) -> str | None:
+    """Why layers cannot be run one after another by themselves; None if they can.
+
+    Args:
+        stack: the layers.
+        batches: inputs, as in `check_independent`.
+    """
+    if _shares_keys(stack):
+        return f"layers share keys and values ({_SHARING})"
+    obstacle = layers_obstacle(stack, direct_use(stack.model, batches).obstacles)
+    if obstacle is not None:
+        return obstacle
+    found = _dependent(stack, batches[0] if batches else None)
+    return None if found is None else _described(*found)
+
+
+_SHARING = "num_kv_shared_layers > 0"
+
+
+def _shares_keys(stack: DecoderLayers) -> bool:
+    return bool(getattr(stack.config, "num_kv_shared_layers", 0))
+
+
+def _described(layer: int, why: str) -> str:
+    return f"layer {layer} does not run alone as in the model ({why})"
 
 
 def _dependent(stack: DecoderLayers, batch: Batch | None) -> tuple[int, str] | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_cod.io.text import IGNORED_LABEL, Batch, check_batches
 from hf_cod.layers.checks import learnt_positions
 from hf_cod.layers.devices import check_in_memory
+from hf_cod.layers.direct_use import runs_on
 from hf_cod.layers.stacks import has_two_towers
 from hf_cod.layers.task import CAUSAL_LM_SUFFIXES, LABELS, MASKED_LM_SUFFIXES
 
@@ -18,8 +19,6 @@ from hf_cod.layers.task import CAUSAL_LM_SUFFIXES, LABELS, MASKED_LM_SUFFIXES
 _EMBEDDED = ("inputs_embeds", "encoder_outputs")
 _MAIN = ("input_ids", "inputs_embeds")
 _DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
-# Encoder-decoders that derive the decoder's tokens from the encoder's.
-_SHIFT_THEIR_OWN = ("bart", "bigbird_pegasus", "led", "mbart", "mvp", "plbart")
 _TENSORS = (
     "input_ids",
     "inputs_embeds",
@@ -49,6 +48,8 @@ class InputCheck:
         self._needed = _needed(model)
         self._tokens, self._width = _embedding_sizes(model)
         self._positions = learnt_positions(model)
+        self._two_sides = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self._makes_own: bool | None = None  # the decoder's tokens, by shifting those of the encoder (BART)
 
     def check(self, batch: Any, number: int) -> None:
         """Checks that the model can run on a batch.
@@ -82,6 +83,11 @@ class InputCheck:
             if len(shape) != 3 or shape[-1] != self._width:
                 expected = f"(samples, tokens, {self._width})"
                 raise ValueError(f"inputs_embeds: expected {expected}, got {shape} {where}")
+        if self._two_sides and not any(name in batch for name in _DECODER):
+            if self._makes_own is None:
+                self._makes_own = runs_on(self._model, batch)
+            if not self._makes_own:
+                raise self._missing([_DECODER], batch, where)
 
     def _check_names(self, batch: Batch, where: str) -> None:
         both = [name for name in _MAIN if name in batch]
@@ -89,9 +95,12 @@ class InputCheck:
             raise ValueError(f"{self._field}: expected one of {' and '.join(both)}, got both {where}")
         missing = [names for names in self._needed if not any(name in batch for name in names)]
         if missing:
-            expected = " and ".join(names[0] for names in missing)
-            found = ", ".join(map(str, batch)) or "nothing"
-            raise ValueError(f"{self._field}: expected {expected} for {self._name}, got {found} {where}")
+            raise self._missing(missing, batch, where)
+
+    def _missing(self, missing: Sequence[tuple[str, ...]], batch: Batch, where: str) -> ValueError:
+        expected = " and ".join(names[0] for names in missing)
+        found = ", ".join(map(str, batch)) or "nothing"
+        return ValueError(f"{self._field}: expected {expected} for {self._name}, got {found} {where}")
 
     def _check_ids(self, name: str, ids: Tensor, where: str, with_images: bool) -> None:
         known_shape = ids.dim() == 2 or (ids.dim() > 2 and self._name.endswith("ForMultipleChoice"))
@@ -133,7 +142,7 @@ class InputCheck:
             self._check_labels(batch["labels"], shape, where)
 
     def _check_labels(self, labels: Tensor, shape: tuple[int, ...], where: str) -> None:
-        if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
+        if self._two_sides:
             return  # the labels are those of the decoder
         if tuple(labels.shape) != shape or labels.is_floating_point():
             found = f"{labels.dtype} {tuple(labels.shape)}"
@@ -175,11 +184,7 @@ def _needed(model: Any) -> list[tuple[str, ...]]:
         return []
     if has_two_towers(model):
         return [("input_ids",), ("pixel_values",)]
-    config = model.config
-    needed: list[tuple[str, ...]] = [(main, *_EMBEDDED)]
-    if getattr(config, "is_encoder_decoder", False) and config.model_type not in _SHIFT_THEIR_OWN:
-        needed.append(_DECODER)
-    return needed
+    return [(main, *_EMBEDDED)]
 
 
 def _embedding_sizes(model: Any) -> tuple[int | None, int | None]:

@@ -16,12 +16,11 @@ import torch
 from torch import nn
 
 from hf_cod.layers.modes import gradients_restored
-from hf_cod.layers.running import STATE_RETURNED, described_output, hidden_output
+from hf_cod.layers.running import described_output, hidden_output
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stacks import module_lists
 
 SEVERAL_TIMES = "a model that runs the same layers several times cannot be treated layer by layer"
-_ONCE = "layers that run once in a forward pass"
 
 
 def check_first_call(stack: DecoderLayers, index: int, called: set[int]) -> None:
@@ -31,25 +30,17 @@ def check_first_call(stack: DecoderLayers, index: int, called: set[int]) -> None
         ValueError: it has been called before.
     """
     if index in called:
-        raise _error(stack, f"{stack.layers_path}.{index}", f"{_ONCE}, ", f"runs again; {SEVERAL_TIMES}")
+        raise ValueError(
+            f"model: expected layers that run once in a forward pass, got {stack.layers_path}.{index} of "
+            f"{type(stack.model).__name__}, which runs again; {SEVERAL_TIMES}"
+        )
     called.add(index)
 
 
-def check_layers_alone(stack: DecoderLayers, found: Mapping[str, tuple[str, str]]) -> None:
-    """Checks that each layer can be run by itself, before work that relies on it.
-
-    Args:
-        stack: the layers.
-        found: `LayerCalls.obstacles` of the model.
-
-    Raises:
-        ValueError: a layer cannot; says why.
-    """
-    for index in range(len(stack)):
-        name = f"{stack.layers_path}.{index}"
-        if name in found:
-            expected, got = found[name]
-            raise _error(stack, name, f"{expected}, ", got)
+def layers_obstacle(stack: DecoderLayers, found: Mapping[str, str]) -> str | None:
+    """Why the layers cannot be run one at a time, from `LayerCalls.obstacles` of the model; None if they can."""
+    names = (f"{stack.layers_path}.{index}" for index in range(len(stack)))
+    return next((f"{name} {found[name]}" for name in names if name in found), None)
 
 
 @contextmanager
@@ -70,13 +61,13 @@ class LayerCalls:
     """Observes the layers of all stacks of a model during one forward pass.
 
     Attributes:
-        obstacles: name of a layer -> (what is expected of layers, what it does), if it cannot be run by itself.
+        obstacles: name of a layer -> what it does, if it cannot be run by itself.
         tokens_first: names of layers whose hidden states are (tokens, samples, width).
         without_gradients: names of layers that the model runs without recording gradients, though they are enabled.
     """
 
     def __init__(self) -> None:
-        self.obstacles: dict[str, tuple[str, str]] = {}
+        self.obstacles: dict[str, str] = {}
         self.tokens_first: list[str] = []
         self.without_gradients: list[str] = []
         self._calls: Counter[str] = Counter()
@@ -94,7 +85,7 @@ class LayerCalls:
         def enter(*_: Any) -> None:
             self._calls[name] += 1
             if self._calls[name] == 2:
-                self.obstacles[name] = (_ONCE, f"runs several times; {SEVERAL_TIMES}")
+                self.obstacles[name] = "runs several times in a forward pass"
             if recorded and not torch.is_grad_enabled() and name not in self.without_gradients:
                 self.without_gradients.append(name)
 
@@ -105,10 +96,6 @@ class LayerCalls:
                 if state.dim() == 3 and len(state) > 1 == state.shape[1] and name not in self.tokens_first:
                     self.tokens_first.append(name)
             except ValueError:
-                self.obstacles.setdefault(name, (STATE_RETURNED, f"returns {described_output(output)}"))
+                self.obstacles.setdefault(name, f"returns {described_output(output)}")
 
         return enter, leave
-
-
-def _error(stack: DecoderLayers, name: str, expected: str, got: str) -> ValueError:
-    return ValueError(f"model: expected {expected}got {name} of {type(stack.model).__name__}, which {got}")

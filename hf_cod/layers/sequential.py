@@ -1,7 +1,12 @@
-"""Changes or measures a model layer by layer; each layer gets the outputs of the changed layers before it."""
+"""Changes or measures a model layer by layer; each layer gets the outputs of the changed layers before it.
+
+Where layers cannot be run one after another by themselves (they share keys and values, get states of several others, or
+run several times), the whole model runs for each layer. A layer that runs several times has the inputs of all its runs.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -11,15 +16,15 @@ from torch import Tensor
 
 from hf_cod.io.text import Batch
 from hf_cod.layers.devices import execution_device, to_device
-from hf_cod.layers.direct_use import direct_use
 from hf_cod.layers.finished_layers import FinishedLayers
-from hf_cod.layers.independence import check_independent
-from hf_cod.layers.layer_calls import check_layers_alone
+from hf_cod.layers.independence import dependence
 from hf_cod.layers.modes import one_thread
 from hf_cod.layers.partial_forward import State, run_layer
 from hf_cod.layers.running import evaluation_mode, progress
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.task import model_inputs
+
+logger = logging.getLogger(__name__)
 
 
 class Sums(Protocol):
@@ -55,32 +60,50 @@ def change_sequentially(
     finished: FinishedLayers,
     title: str,
     show_progress: bool,
-) -> None:
+) -> list[str]:
     """Changes all layers in order. Each runs twice on all batches: for its sums, and, once changed, for the next layer.
 
     In addition to the model, memory holds the hidden state of each batch on the CPU, and the sums and activations of
-    one layer. Finished layers are only run.
+    one layer. Finished layers are only run. Where the whole model runs for each layer, that takes a forward pass for
+    each, and no hidden states are held.
 
-    Raises:
-        ValueError: layers that cannot be run one after another.
+    Returns:
+        A sentence for a report if the whole model runs for each layer, else none.
     """
-    check_layers_alone(stack, direct_use(stack.model, batches).obstacles)
-    check_independent(stack, "model", batches)
+    why = dependence(stack, batches)
+    with evaluation_mode(stack):
+        if why is None:
+            _change_one_after_another(stack, batches, make_recorder, change_layer, finished, title, show_progress)
+        else:
+            _warn(stack, why)
+            for index, sums in _whole_passes(stack, batches, make_recorder, finished, title, show_progress):
+                finished.add(index, change_layer(index, sums))
+    return [] if why is None else [f"the whole model was run for each layer: {why}"]
+
+
+def _change_one_after_another(
+    stack: DecoderLayers,
+    batches: Sequence[Batch],
+    make_recorder: Callable[[DecoderLayers, Sequence[int]], Recorder],
+    change_layer: ChangeLayer,
+    finished: FinishedLayers,
+    title: str,
+    show_progress: bool,
+) -> None:
     last = _last_unfinished(stack, finished)
     before: list[State | None] = [None] * len(batches)
-    with evaluation_mode(stack):
-        for index in progress(range(len(stack)), title, show_progress):
-            if index in finished:
-                finished.restore(index)
-            else:
-                sums = make_recorder(stack, [index])
-                for _ in _run(stack, index, batches, before, sums):
-                    pass
-                finished.add(index, change_layer(index, sums))
-                del sums
-            if index < last:
-                for number, (hidden, rest) in _run(stack, index, batches, before):
-                    before[number] = (hidden.cpu(), rest)
+    for index in progress(range(len(stack)), title, show_progress):
+        if index in finished:
+            finished.restore(index)
+        else:
+            sums = make_recorder(stack, [index])
+            for _ in _run(stack, index, batches, before, sums):
+                pass
+            finished.add(index, change_layer(index, sums))
+            del sums
+        if index < last:
+            for number, (hidden, rest) in _run(stack, index, batches, before):
+                before[number] = (hidden.cpu(), rest)
 
 
 @torch.no_grad()
@@ -94,25 +117,26 @@ def measure_sequentially(
     show_progress: bool,
 ) -> None:
     """Measures all layers in order without changing the model. Each runs once on all batches, for its sums and for the
-    next layer. Memory as in `change_sequentially`; finished layers are only run.
-
-    Raises:
-        ValueError: layers that cannot be run one after another.
+    next layer. Memory and whole passes as in `change_sequentially`; finished layers are only run.
     """
-    check_layers_alone(stack, direct_use(stack.model, batches).obstacles)
-    check_independent(stack, "model", batches)
+    why = dependence(stack, batches)
     last = _last_unfinished(stack, finished)
     before: list[State | None] = [None] * len(batches)
     with evaluation_mode(stack):
+        if why is not None:
+            _warn(stack, why)
+            for index, sums in _whole_passes(stack, batches, make_recorder, finished, title, show_progress):
+                finished.add(index, measure_layer(index, sums))
+            return
         for index in progress(range(len(stack)), title, show_progress):
-            sums = None if index in finished else make_recorder(stack, [index])
+            found = None if index in finished else make_recorder(stack, [index])
             if index <= last:
-                for number, (hidden, rest) in _run(stack, index, batches, before, sums):
+                for number, (hidden, rest) in _run(stack, index, batches, before, found):
                     before[number] = (hidden.cpu(), rest)
-            if sums is None:
+            if found is None:
                 finished.restore(index)
             else:
-                finished.add(index, measure_layer(index, sums))
+                finished.add(index, measure_layer(index, found))
 
 
 def change_each(
@@ -130,6 +154,34 @@ def change_each(
                 finished.restore(index)
             else:
                 finished.add(index, change_layer(index, sums))
+
+
+def _whole_passes(
+    stack: DecoderLayers,
+    batches: Sequence[Batch],
+    make_recorder: Callable[[DecoderLayers, Sequence[int]], Recorder],
+    finished: FinishedLayers,
+    title: str,
+    show_progress: bool,
+) -> Iterator[tuple[int, Recorder]]:
+    """Yields each unfinished layer and its sums, from a forward pass of the model as the layers before have left it."""
+    device = execution_device(stack.model)
+    for index in progress(range(len(stack)), title, show_progress):
+        if index in finished:
+            finished.restore(index)
+            continue
+        sums = make_recorder(stack, [index])
+        with sums.attached():
+            for number, batch in enumerate(batches):
+                inputs = model_inputs(to_device(batch, device))
+                sums.start(inputs)
+                stack.trunk(**inputs)
+                sums.finish(number)
+        yield index, sums
+
+
+def _warn(stack: DecoderLayers, why: str) -> None:
+    logger.warning("%s is run as a whole for each layer, which takes longer: %s", type(stack.model).__name__, why)
 
 
 def _last_unfinished(stack: DecoderLayers, finished: FinishedLayers) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from hf_cod.models.shapes import LAYER_INDEX_ATTRIBUTES
+
 # Config fields that count the layers of one side of an encoder-decoder.
 ENCODER_COUNT_FIELDS = ("encoder_layers", "num_encoder_layers")
 DECODER_COUNT_FIELDS = ("decoder_layers", "num_decoder_layers")
@@ -147,9 +149,24 @@ def _default_path(model: Any, lists: dict[str, nn.ModuleList]) -> str:
         found = [name for name in found if id(lists[name]) in inside]
     if len(found) != 1 and TEXT in paths and model.can_generate():
         return paths[TEXT]
+    if not found and depth is not None:
+        found = _only_list(model, lists)
     if len(found) != 1:
         raise ValueError(f"model: {_not_one(model, lists, stacks, depth, len(found))}")
     return found[0]
+
+
+def _only_list(model: nn.Module, lists: dict[str, nn.ModuleList]) -> list[str]:
+    """The one list that is in no other, if its layers run several times (ALBERT): it has most of the weights beside
+    embeddings, and neither stages nor parts that are numbered like layers (LongCat-Flash)."""
+    outer = [name for name in lists if not inside_another(name, lists)]
+    if len(outer) != 1 or _stages(model, lists):
+        return []
+    layers = lists[outer[0]]
+    numbers = (vars(module).get(name) for module in layers.modules() for name in LAYER_INDEX_ATTRIBUTES)
+    embeddings = sum(_count(m) for m in model.modules() if isinstance(m, nn.Embedding))
+    most = 2 * _count(layers) > _count(model) - embeddings
+    return outer if most and all(number is None or number < len(layers) for number in numbers) else []
 
 
 def _not_one(model: Any, lists: dict[str, nn.ModuleList], stacks: list[NamedStack], depth: Any, found: int) -> str:
@@ -168,12 +185,9 @@ def _not_one(model: Any, lists: dict[str, nn.ModuleList], stacks: list[NamedStac
             f"{way if listed else 'they are no module lists, and cannot be treated layer by layer'}"
         )
     told = f"its stacks are {_described(stacks)}" if stacks else _describe(lists)
-    way = "pass the name of the right one as layers_path="
+    way = "pass the name of the right one as layers_path=" if lists else "its layers cannot be found"
     if depth is None:
         return f"expected a config that counts the layers (num_hidden_layers) of {name}, got one without; {told}; {way}"
-    if not found and all(len(m) < depth for m in lists.values()):
-        told += "; a model that runs the same layers several times cannot be treated layer by layer"
-        way = f"for another model {way}"
     return f"expected one module list of {depth} layers (num_hidden_layers) in {name}, got {found}; {told}; {way}"
 
 

@@ -185,7 +185,7 @@ def _fisher(request: _Request) -> list[float]:
     """A logarithm, because a layer where massive activations arise costs ten thousand times as much as the others."""
     assert request.batches is not None
     costs = measure_loss_weights(request.stack, request.batches, show_progress=request.show_progress)
-    layers = [sum(costs[name] for name in request.stack.linears(i)) for i in range(len(request.stack))]
+    layers = [sum(costs.get(name, 0.0) for name in request.stack.linears(i)) for i in range(len(request.stack))]
     return [math.log(max(cost, TINY)) for cost in layers]
 
 

@@ -269,6 +269,11 @@ def test_encoder_decoders_and_towers_with_all_that_they_read():
     config = CONFIG_MAPPING["bart"](vocab_size=99, encoder_attention_heads=4, decoder_attention_heads=4, **sizes)
     bart = AutoModelForSeq2SeqLM.from_config(config).eval()  # makes the decoder's tokens itself
     assert collect_statistics(bart, GOOD, layers_path="model.decoder.layers").squares
+    bart.config.model_type = "one of which nobody has heard"
+    bart.train()
+    assert collect_statistics(bart, GOOD, layers_path="model.decoder.layers").squares and bart.training
+    with pytest.raises(ValueError, match="input_ids: expected token ids from 0 to 98"):
+        collect_statistics(bart, [{"input_ids": ids(2, 9, least=99, most=100)}], stack="decoder")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])

@@ -23,6 +23,7 @@ from hf_cod import (
     heal,
     narrow,
     plan_depth,
+    plan_ranks,
     prune,
     quantize,
     score_layers,
@@ -60,18 +61,19 @@ def reversible(auto=AutoModelForCausalLM, kind="reformer"):
 RUNNING = {
     "angles": lambda model, batches: diagnose(model, batches=batches, metrics=["angular_distance"]),
     "layer_drop": lambda model, batches: diagnose(model, batches=batches, metrics=["layer_drop"]),
-    "statistics": lambda model, batches: collect_statistics(model, batches),
     "scores": lambda model, batches: score_layers(model, batches=batches, method="angular"),
+    "plan_depth": lambda model, batches: plan_depth(model, 1, "search", batches=batches),
+    "replacement": lambda model, batches: drop_layers(model, [1], "linear", batches=batches),
+}
+# What runs the whole model for each layer where its layers do not run alone.
+WHOLE = {
+    "statistics": lambda model, batches: collect_statistics(model, batches),
     "wanda": lambda model, batches: prune(model, 0.5, "wanda", batches=batches),
     "sparsegpt": lambda model, batches: prune(model, 0.5, "sparsegpt", batches=batches),
     "quantize": lambda model, batches: quantize(model, OwlBnbConfig(bits=4), batches=batches),
     "factorize": lambda model, batches: factorize(model, 0.9, "whitened", batches=batches),
-    "plan_depth": lambda model, batches: plan_depth(model, 1, "search", batches=batches),
-    "replacement": lambda model, batches: drop_layers(model, [1], "linear", batches=batches),
-    "narrow": lambda model, batches: narrow(model, 0.8, batches=batches),
+    "spectra": lambda model, batches: plan_ranks(model, 0.9, "spectrum", batches=batches),
 }
-# One pass of the intact model sums what enters each matrix, and narrow tries single layers: it names each reason.
-NAMED = {name: do for name, do in RUNNING.items() if name not in ("statistics", "narrow")}
 
 
 @pytest.mark.parametrize("do", RUNNING.values(), ids=RUNNING)
@@ -82,6 +84,36 @@ def test_layers_that_run_several_times_are_refused_before_any_change(do):
         do(model, batches)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("do", WHOLE.values(), ids=WHOLE)
+@pytest.mark.parametrize("make", [lambda: looped(), lambda: reversible()], ids=["looped", "reversible"])
+def test_the_whole_model_runs_for_each_of_them(make, do):
+    model = make()
+    report = do(model, [batch_for(model)])
+    assert outputs(model).isfinite().all()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    if hasattr(report, "notes"):
+        assert [note for note in report.notes if note.startswith("the whole model was run for each layer: ")]
+
+
+def test_a_layer_that_runs_several_times_has_the_inputs_of_all_its_runs():
+    model, batch = looped(), batch_for(build("llama"))
+    seen = []
+    handle = model.model.layers[1].mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    found = collect_statistics(model, [batch])
+    handle.remove()
+    assert len(seen) == 2 and not torch.equal(*seen)
+    expected = sum(x.double().square().flatten(0, 1).sum(0) for x in seen)
+    torch.testing.assert_close(found.squares["model.layers.1.mlp.gate_proj"].double(), expected, rtol=1e-5, atol=0)
+
+
+def test_heads_and_channels_of_layers_that_run_several_times():
+    model = looped()
+    intact = copy.deepcopy(model)
+    narrow(model, 0.9, batches=[batch_for(model)], channel_multiple=8)
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in intact.parameters())
+    assert outputs(model).isfinite().all()
 
 
 def test_training_is_watched_on_layers_that_run_once():
@@ -129,7 +161,7 @@ def test_what_runs_no_single_layer_works_on_loops():
     assert prune(model, 0.5, "magnitude").results["sparsity"] == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("do", NAMED.values(), ids=NAMED)
+@pytest.mark.parametrize("do", RUNNING.values(), ids=RUNNING)
 def test_layers_that_return_their_streams_by_name_are_refused(do):
     model = reversible()
     before = copy.deepcopy(model.state_dict())

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     CLIPConfig,
@@ -244,7 +245,7 @@ def test_a_command_works_on_the_named_side(side, tmp_path):
 
 
 def test_stages_are_named_and_each_can_be_chosen():
-    """Swin's layers; those of CvT are no module list, and a looped model has no stages."""
+    """Swin's layers; those of CvT are no module list."""
     model = AutoModelForImageClassification.from_config(tiny_config("vision/swin")).eval()
     first, second = (f"swin.encoder.layers.{i}.blocks" for i in range(2))
     with pytest.raises(ValueError, match=rf"got 2 stages: {first} \(2 x SwinLayer\), {second} .*; pass the name"):
@@ -260,7 +261,25 @@ def test_stages_are_named_and_each_can_be_chosen():
         assert not torch.equal(outputs(model, batches[0]), intact)
     with pytest.raises(ValueError, match=r"got 3 stages: cvt.* \(10 x CvtLayer\); they are no module lists"):
         find_decoder_layers(AutoModelForImageClassification.from_config(tiny_config("vision/cvt")))
-    with pytest.raises(ValueError, match=r"got 0; module lists: albert.*; a model that runs the same layers several"):
-        find_decoder_layers(AutoModelForMaskedLM.from_config(tiny_config("encoder/albert")))
     with pytest.raises(ValueError, match=r"a config that counts the layers \(num_hidden_layers\) of Perc.*, got one w"):
         find_decoder_layers(AutoModelForMaskedLM.from_config(tiny_config("encoder/perceiver")))
+
+
+def test_the_only_list_of_a_model_that_runs_its_layers_several_times():
+    """ALBERT's one group; a model with two such lists names both, and parts with numbers of layers are none."""
+    model = AutoModelForMaskedLM.from_config(tiny_config("encoder/albert")).eval()
+    stack, ids = find_decoder_layers(model), torch.arange(3, 12)[None]
+    assert (stack.layers_path, len(stack)) == ("albert.encoder.albert_layer_groups", 1)
+    report = prune(model, 0.5, "wanda", batches=[{"input_ids": ids}])
+    assert report.results["sparsity"] == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(ValueError, match="expected at least one of 1 layers to be left"):
+        drop(model, 0)
+    looped = AutoModelForCausalLM.from_config(tiny_config("hrm_text")).eval()
+    with pytest.raises(ValueError, match=r"got 0; module lists: model.L_module.layers .*, model.H_module.layers .*; p"):
+        find_decoder_layers(looped)
+    high = {name: tensor.clone() for name, tensor in looped.model.H_module.state_dict().items()}
+    report = quantize(looped, OwlBnbConfig(bits=4), batches=[{"input_ids": ids}], stack="model.L_module.layers")
+    assert all(0 <= error < 0.1 for error in report.layers["error"])
+    assert all(torch.equal(tensor, high[name]) for name, tensor in looped.model.H_module.state_dict().items())
+    with pytest.raises(ValueError, match=r"got 0; module lists: model.layers \(4 x Longcat"):
+        find_decoder_layers(AutoModelForCausalLM.from_config(tiny_config("longcat_flash")))

@@ -27,6 +27,7 @@ from hf_cod.io.text import Batch, BatchStream, Texts, Tokenizer, describe_batche
 from hf_cod.layers.batches import batches_of, required
 from hf_cod.layers.checks import name_of
 from hf_cod.layers.devices import environment_of
+from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.fingerprints import Journals
 from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
@@ -180,9 +181,10 @@ def _applicable(
 
 
 def _why_dependent(stack: DecoderLayers, batches: list[Batch]) -> str | None:
-    """Why layers cannot be run without the earlier ones, or None."""
+    """Why layers cannot be run without the earlier ones, or the model without one of them; None if they can."""
     try:
         check_independent(stack, "layers", batches)
+        check_unwritten(stack.model, batches)
     except ValueError as error:
         return str(error).partition(": ")[2]
     return None

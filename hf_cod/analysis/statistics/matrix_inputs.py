@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from hf_cod.layers.direct_use import has_tokens_first
 from hf_cod.layers.expert_routing import observed_experts
-from hf_cod.layers.layer_calls import check_first_call
 from hf_cod.layers.running import are_tokens_first
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stacks import DECODER
@@ -32,9 +31,10 @@ class MatrixInputs:
         layers: indices of the layers to read.
         read: see `Read`.
 
+    Of a layer that runs several times in a forward pass, the inputs of all its runs are read.
+
     Raises:
-        ValueError: a module shared by two of the layers; while the model runs, a layer that runs several times in one
-            forward pass.
+        ValueError: a module shared by two of the layers.
     """
 
     def __init__(self, stack: DecoderLayers, layers: Iterable[int], read: Read) -> None:
@@ -50,9 +50,6 @@ class MatrixInputs:
             if self._stack.name == DECODER:
                 encoder: Any = self._stack.model.get_encoder()  # type: ignore[operator]
                 attachments.callback(encoder.register_forward_hook(self._keep_encoded).remove)
-            for index in self._layers:
-                handle = self._stack[index].register_forward_pre_hook(self._count(index))
-                attachments.callback(handle.remove)
             attachments.enter_context(observed_experts(self._stack, self._layers, self._read_expert))
             for name, module in self._linears.items():
                 handle = module.register_forward_pre_hook(self._hook_of(name), with_kwargs=True)
@@ -68,10 +65,6 @@ class MatrixInputs:
         self._square = any(has_tokens_first(self._stack, samples, tokens) for samples, tokens in shapes)
         self._encoded: Any = None
         self._last: tuple[Any, int, str] | None = None  # input, its version, the matrix that read it
-        self._called: set[int] = set()
-
-    def _count(self, index: int) -> Any:
-        return lambda *_: check_first_call(self._stack, index, self._called)
 
     def _keep_encoded(self, module: nn.Module, args: Any, output: Any) -> None:
         self._encoded = weakref.ref(output[0])
@@ -98,17 +91,33 @@ class MatrixInputs:
 
     def _real_rows(self, name: str, x: Tensor) -> Tensor:
         encoded = self._encoded is not None and self._encoded() is x
-        mask, rows = self._encoded_mask if encoded else self._mask, x.detach().flatten(0, -2)
-        if mask is None:
-            return rows
-        samples, tokens = mask.shape
-        mask = (mask.mT if are_tokens_first(x.shape, samples, tokens, self._square) else mask).flatten()
-        if len(rows) != len(mask):
-            raise ValueError(
-                f"attention_mask: expected {len(rows)} tokens as at the input of {name}, got {len(mask)}; "
-                "use samples without padding"
-            )
-        return rows[mask.to(rows.device)]
+        return real_rows(
+            x.detach(), self._encoded_mask if encoded else self._mask, self._square, f"the input of {name}"
+        )
+
+
+def real_rows(x: Tensor, mask: Tensor | None, square: bool, place: str) -> Tensor:
+    """(n, width): the vectors of x (S, T, width), or (T, S, width), at tokens that are no padding.
+
+    Args:
+        x: vectors of each token.
+        mask: (S, T), from `padding_of`.
+        square: see `has_tokens_first`.
+        place: what x is, for the error.
+
+    Raises:
+        ValueError: x has another number of tokens than the mask, because the model adds or drops some.
+    """
+    rows = x.flatten(0, -2)
+    if mask is None:
+        return rows
+    samples, tokens = mask.shape
+    mask = (mask.mT if are_tokens_first(x.shape, samples, tokens, square) else mask).flatten()
+    if len(rows) != len(mask):
+        raise ValueError(
+            f"attention_mask: expected {len(rows)} tokens as at {place}, got {len(mask)}; use samples without padding"
+        )
+    return rows[mask.to(rows.device)]
 
 
 def padding_of(mask: Tensor | None) -> Tensor | None:

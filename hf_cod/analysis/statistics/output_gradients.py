@@ -32,7 +32,9 @@ def measure_loss_weights(
     successors of Optimal Brain Surgeon, Singh and Alistarh 2020, arXiv 2004.14340). Errors with a share s of the
     output's energy cost s c. The linear term is left out, since errors of both signs are equally likely.
 
-    No gradients of weights are computed or changed; memory is that of a forward pass with its activations.
+    A matrix is missing if its output has no gradient, because it only chooses tokens (the indexers of DeepSeek-V3.2),
+    or is more than the product (the router of Llama 4): c would be 0, which says nothing about the cost. No gradients
+    of weights are computed or changed; memory is that of a forward pass with its activations.
 
     Args:
         stack: the layers of a model with a loss and weights in memory.
@@ -72,6 +74,7 @@ class _OutputSums:
         self._linears = {name: m for index in range(len(stack)) for name, m in stack.linears(index).items()}
         self._found: dict[str, Tensor] = {}
         self._channels: dict[str, int] = {}
+        self._without: set[str] = set()
         self.start(None)
 
     def start(self, mask: Tensor | None) -> None:
@@ -96,10 +99,10 @@ class _OutputSums:
                 handle.remove()
 
     def weights(self, predictions: int) -> dict[str, float]:
-        """c of each matrix; 0 if it received no tokens."""
-        found = dict.fromkeys(self._linears, 0.0)
-        for name, sums in self._found.items():
-            outputs, gradients, tokens = sums.tolist()
+        """c of each matrix; 0 if it received no tokens; see `measure_loss_weights` for those that are missing."""
+        found = dict.fromkeys((name for name in self._linears if name not in self._without), 0.0)
+        for name in self._found.keys() & found.keys():
+            outputs, gradients, tokens = self._found[name].tolist()
             found[name] = 0.5 * gradients / predictions / self._channels[name] * outputs / max(1.0, tokens)
             if not found[name] < float("inf"):
                 raise ValueError(f"gradients: expected finite numbers, got NaN or infinity at the output of {name}")
@@ -109,7 +112,10 @@ class _OutputSums:
         return lambda *_: check_first_call(self._stack, index, self._called)
 
     def _hook_of(self, name: str, module: Any) -> Any:
-        def read(_: nn.Module, args: Any, output: Tensor) -> None:
+        def read(_: nn.Module, args: Any, output: Any) -> None:
+            if not isinstance(output, Tensor) or not output.requires_grad:
+                self._without.add(name)
+                return
             y = output.detach() if module.bias is None else output.detach() - module.bias.detach()
             real = self._real(y)
             total = self._found.setdefault(name, torch.zeros(3, dtype=torch.float64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,45 +182,40 @@ def run(
         statistics.save(file)
         if not earlier:
             journal.add("statistics", _digest(file))
-    return _scored(report, model, statistics, batches, settings, directory)
+    measured = partial(_measured, model, statistics, batches)
+    report = _with_scores(report, measured, settings, directory, _notes(statistics))
+    return report if settings.experts is None else _with_experts(report, measured, settings, directory)
 
 
-def _scored(
-    report: RunReport,
-    model: nn.Module,
-    statistics: LayerStatistics,
-    batches: Sequence[Batch],
-    settings: ScoreOptions,
-    directory: Path,
+def _measured(
+    model: nn.Module, statistics: LayerStatistics, batches: Sequence[Batch], score: Callable[..., Any], settings: Any
+) -> Any:
+    """What `score_layers` or `score_experts` returns."""
+    return score(model, statistics, batches=batches, show_progress=True, settings=settings)
+
+
+def _with_scores(
+    report: RunReport, measured: Callable[..., Any], settings: ScoreOptions, directory: Path, notes: list[str]
 ) -> RunReport:
-    """Scores the layers, and the experts if they are asked for; writes the scores."""
+    """Scores the layers, and writes their scores."""
     from hf_cod.scoring.methods import score_layers
 
-    chosen = ScoreSettings(**{f.name: getattr(settings, f.name) for f in fields(ScoreSettings)})
-    scores = score_layers(model, statistics, batches=batches, show_progress=True, settings=chosen)
+    scores = measured(score_layers, ScoreSettings(**{f.name: getattr(settings, f.name) for f in fields(ScoreSettings)}))
     scores.save(directory / SCORES)
     layers: dict[str, list[Any]] = {"score": scores.values, "parameters": scores.parameters}
-    report = replace(report, layers=layers, results={"score_settings": scores.settings}, notes=_notes(statistics))
-    report = replace(report, summary=_summary(scores))
-    if settings.experts is None:
-        return report
-    return _with_experts(report, model, statistics, batches, settings, directory)
+    report = replace(report, layers=layers, results={"score_settings": scores.settings}, notes=notes)
+    return replace(report, summary=_summary(scores))
 
 
 def _with_experts(
-    report: RunReport,
-    model: nn.Module,
-    statistics: LayerStatistics,
-    batches: Sequence[Batch],
-    settings: ScoreOptions,
-    directory: Path,
+    report: RunReport, measured: Callable[..., Any], settings: ScoreOptions, directory: Path
 ) -> RunReport:
     """Scores the experts, and writes their scores; results have them as "expert_scores"."""
     from hf_cod.scoring.expert_methods import score_experts
     from hf_cod.scoring.settings import ExpertScoreSettings
 
     chosen = ExpertScoreSettings(str(settings.experts), settings.threshold, settings.layers_path)
-    scores = score_experts(model, statistics, batches=batches, show_progress=True, settings=chosen)
+    scores = measured(score_experts, chosen)
     scores.save(directory / EXPERT_SCORES)
     found = {"method": scores.method, "values": scores.values, "layers": scores.layers, "tokens": scores.tokens}
     unseen = sum(map(len, scores.unseen.values()))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from hf_cod.analysis.diagnostics.forward_pass import ForwardMeasures
 from hf_cod.compression.depth.depth_plan import check_count
+from hf_cod.layers.removal.drop import skip
 from hf_cod.layers.stack import DecoderLayers
+
+logger = logging.getLogger(__name__)
 
 # Factor by which the largest magnitude of the residual stream must grow within one layer.
 JUMP = 10.0
@@ -27,7 +32,8 @@ def massive_layers(measures: ForwardMeasures) -> list[int]:
 
 
 def removable(stack: DecoderLayers, n_removed: int, protected: list[int]) -> list[int]:
-    """The layers that a criterion may remove.
+    """The layers that a criterion may remove: those that are not protected, and at which the model does nothing by
+    their index. A warning names the others.
 
     Raises:
         ValueError: there are fewer than `n_removed`, or `n_removed` is out of range.
@@ -39,4 +45,32 @@ def removable(stack: DecoderLayers, n_removed: int, protected: list[int]) -> lis
             f"n_removed: expected at most {len(free)} of {len(stack)} layers without the protected ones "
             f"({', '.join(map(str, protected))}), got {n_removed}; protect=False removes the protection"
         )
+    refused = _refused(stack, free)
+    if refused:
+        why = refused[min(refused)]
+        logger.warning("layers %s are not removed: %s", ", ".join(map(str, refused)), why)
+        free = [i for i in free if i not in refused]
+        if n_removed > len(free):
+            raise ValueError(
+                f"n_removed: expected at most {len(free)} layers that can be removed, got {n_removed}; {why}"
+            )
     return free
+
+
+def _refused(stack: DecoderLayers, layers: list[int]) -> dict[int, str]:
+    """Layer -> why `skip` refuses to remove it; empty if it refuses all of them, which may depend on their number.
+
+    Without layer 0 all others move: if it can be removed, no layer has something by its index.
+    """
+    if _why_refused(stack, 0) is None:
+        return {}
+    found = {i: why for i in layers if (why := _why_refused(stack, i)) is not None}
+    return found if len(found) < len(layers) else {}
+
+
+def _why_refused(stack: DecoderLayers, layer: int) -> str | None:
+    try:
+        with skip(stack.model, layer, stack.layers_path):
+            return None
+    except ValueError as error:
+        return str(error)

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_cod.analysis.statistics.matrix_inputs import padding_of, real_rows
 from hf_cod.functional.depth import wide
 from hf_cod.functional.linear_map import DAMPING, MapSums, fold
 from hf_cod.io.text import Batch
 from hf_cod.layers.checks import is_pruned
 from hf_cod.layers.devices import execution_device, to_device
+from hf_cod.layers.direct_use import has_tokens_first
 from hf_cod.layers.orientation import is_plain, turned
 from hf_cod.layers.partial_forward import State, layer_states, run_layer
 from hf_cod.layers.running import evaluation_mode
@@ -102,11 +104,12 @@ class BlockReplacer:
             for batch, before, wanted in zip(self._batches, self._before, self._behind[block.last], strict=True):
                 with _outputs_of(matrix) as added:
                     hidden, _ = run_layer(self._stack, front, model_inputs(batch), before)
-                mask = self._stack.mask(batch)
-                rows = slice(None) if mask is None else mask.bool().flatten().to(hidden.device)
+                mask = padding_of(self._stack.mask(batch))
+                square = mask is not None and has_tokens_first(self._stack, *mask.shape)
                 # Widened first, so that bf16 does not round the difference.
-                r = (wide(wanted.to(hidden.device)) - wide(hidden)).flatten(0, 1)[rows]
-                sums.add(added[-1].reshape(-1, added[-1].shape[-1])[rows], r)
+                r = wide(wanted.to(hidden.device)) - wide(hidden)
+                y = added[-1].reshape(hidden.shape)
+                sums.add(*(real_rows(x, mask, square, f"layer {front}") for x in (y, r)))
         return matrix, name, *sums.solve(self._damping)
 
     @torch.no_grad()

@@ -45,27 +45,22 @@ def check_experts(stack: DecoderLayers) -> None:
     check_number(stack, int(numbers[0]))
 
 
-def check_plain(stack: DecoderLayers) -> None:
-    """The weights are plain ones in memory, and the layers share none."""
-    check_writable(stack)
-    check_independent(stack, "model")
-
-
 def check_stored(stack: DecoderLayers) -> None:
-    """The same, and the config can say how the weights are stored."""
+    """The weights are plain ones in memory, and the config can say how they are stored."""
     check_storable(stack.model)
-    check_plain(stack)
+    check_writable(stack)
 
 
 def check_rank(stack: DecoderLayers) -> None:
-    """The weights are plain, and the model can have matrices of other shapes."""
+    """The weights are plain ones in memory, and the model can have matrices of other shapes."""
     check_shapeable(stack.model)
-    check_plain(stack)
+    check_writable(stack)
 
 
 def check_width(stack: DecoderLayers) -> None:
-    """The same, and there are heads or channels to remove."""
+    """The same, the layers are independent, and there are heads or channels to remove."""
     check_rank(stack)
+    check_independent(stack, "model")
     units = find_all_units(stack)
     if not any(layer.found for layer in units):
         raise ValueError(f"model: expected heads or channels of a known structure, got none; {units[0].whole[0]}")

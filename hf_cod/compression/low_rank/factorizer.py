@@ -28,12 +28,12 @@ from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_reshapeable
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
-from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import NamedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.module_choice import choose_modules, other_notes
 from hf_cod.layers.orientation import shape_of
+from hf_cod.layers.own_changes import undoing_own_changes
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.models.shapes import SPARSE, LowRankLinear
@@ -46,6 +46,7 @@ METHODS = {"whitened": True, "plain": False, "oats": True}
 
 @renamed(path="layers_path", rank_share="factor_share")
 @for_one_thread
+@undoing_own_changes
 @checked
 def factorize(
     model: nn.Module,
@@ -110,7 +111,7 @@ def factorize(
     Raises:
         ValueError: an unknown method, a plan for another model or out of range (says the least possible), missing
             batches, weights that cannot be replaced (adapters, quantized, offloaded, shared, already factorized), a
-            model class of neither transformers nor hf_cod, a model that changes its weights in eval mode (RWKV); in
+            model class of neither transformers nor hf_cod, a model that changes its weights in eval mode for good; in
             these cases the model is left unchanged. NaN or infinity in weights or activations (says where): see
             `model`.
     """
@@ -130,8 +131,6 @@ def factorize(
     use = check_unwritten(stack.model, batches)
     chosen = _plan(stack, plan, how.factor_share if method == "oats" else None)
     check_ranks(stack, chosen)
-    if METHODS[method] and batches:
-        check_independent(stack, "factorize", batches)
     notes = [*choice.notes("factorized"), *other_notes(stack, "factorized"), *use.notes_on(stack)]
     described = RankReporter(stack, name, notes)
     work = fingerprint_of_work(journal, stack.model, batches, method, chosen.ranks, chosen.nonzeros, *choice.identity)
@@ -143,7 +142,8 @@ def factorize(
     try:
         if METHODS[method] and batches:
             told |= describe_batches(batches)
-            change_sequentially(stack, batches, ProductsRecorder, change, finished, "factorizing", show_progress)
+            recorder, bar = ProductsRecorder, "factorizing"
+            described.notes += change_sequentially(stack, batches, recorder, change, finished, bar, show_progress)
         else:
             change_each(stack, change, finished, "factorizing", show_progress)
     finally:

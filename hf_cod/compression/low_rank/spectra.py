@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
@@ -24,7 +24,6 @@ from hf_cod.io.text import Batch, Batches, Texts, Tokenizer, split_samples
 from hf_cod.layers.batches import batches_of, check_needed
 from hf_cod.layers.checks import check_writable, name_of, sizes_of
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
-from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import check_no_note
 from hf_cod.layers.module_choice import choose_modules
@@ -64,7 +63,8 @@ def plan_ranks(
     | fisher | lost share of the outputs' energy, times the cost of losing all of it | batches and a loss |
     | spectrum | lost share of the outputs' energy (without batches, of the weights'), equally weighted | nothing |
 
-    The costs of fisher are from `statistics.output_gradients`.
+    The costs of fisher are from `statistics.output_gradients`; a matrix whose cost is not known there has the mean of
+    its layer.
 
     Args:
         model: a transformers model with plain weights; it is not changed.
@@ -110,12 +110,23 @@ def plan_ranks(
     weights = dict.fromkeys(shapes, 1.0)
     if method == "fisher" and batches:
         few, _ = split_samples(batches, GRADIENT_SAMPLES)
-        weights = measure_loss_weights(stack, few, show_progress=show_progress)
+        weights = _completed(stack, measure_loss_weights(stack, few, show_progress=show_progress))
     spectra = _spectra(stack, batches, journal, show_progress)
     lost = [weights[name] * spectra[name] / max(float(spectra[name].sum()), TINY) for name in shapes]
     found = ranks_of_spectra(list(shapes.values()), lost, int(parameter_share * total) - fixed)
     ranks = {name: rank for name, rank in zip(shapes, found, strict=True) if rank is not None}
     return RankPlan("parameter_share", parameter_share, ranks, method, model=name_of(stack), sizes=sizes_of(stack))
+
+
+def _completed(stack: DecoderLayers, costs: Mapping[str, float]) -> dict[str, float]:
+    """The costs, with the mean of the layer for a matrix that has none."""
+    found: dict[str, float] = {}
+    for index in range(len(stack)):
+        names = [*stack.linears(index)]
+        known = [costs[name] for name in names if name in costs]
+        mean = sum(known) / len(known) if known else 0.0
+        found |= {name: costs.get(name, mean) for name in names}
+    return found
 
 
 @torch.no_grad()
@@ -136,7 +147,6 @@ def _spectra(
         for index in range(len(stack)):
             measure(index, None)
         return found
-    check_independent(stack, "factorize", batches)
 
     def put_back(index: int, tensors: dict[str, Tensor]) -> None:
         shapes = {name: (min(shape),) for name, shape in factorizable(stack, index).items()}

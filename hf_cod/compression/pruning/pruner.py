@@ -23,11 +23,11 @@ from hf_cod.layers.checks import check_sizes, check_writable, name_of
 from hf_cod.layers.devices import environment_of
 from hf_cod.layers.direct_use import DirectUse, check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
-from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import check_unseen
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.module_choice import ModuleChoice, choose_modules, other_notes
+from hf_cod.layers.own_changes import undoing_own_changes
 from hf_cod.layers.running import naming_weights
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
@@ -36,6 +36,7 @@ from hf_cod.scoring.allocation import LayerAllocation
 
 @renamed(path="layers_path")
 @for_one_thread
+@undoing_own_changes
 @checked
 def prune(
     model: nn.Module,
@@ -98,7 +99,7 @@ def prune(
         ValueError: an unknown method, a plan out of range or for another model, a pattern that does not divide the
             rows, missing batches or statistics, weights that cannot be pruned in place (adapters, quantized,
             offloaded, shared by two matrices), NaN or infinity in weights or activations (says where), a model that
-            changes its weights in eval mode (RWKV).
+            changes its weights in eval mode for good.
     """
     how = resolve(prune, PruneSettings, settings, fields, method=method)
     method = how.method
@@ -122,14 +123,16 @@ def prune(
     def prune_one(index: int, sums: Sums | None) -> list[str]:
         return prune_layer(choice.stack, index, chosen, sums, targets[index])
 
+    passes: list[str] = []
     if chosen.recorder is not None and batches is not None:
-        check_independent(stack, "prune", batches)
         with naming_weights(stack.model):
-            change_sequentially(choice.stack, batches, chosen.recorder, prune_one, finished, "pruning", show_progress)
+            passes = change_sequentially(
+                choice.stack, batches, chosen.recorder, prune_one, finished, "pruning", show_progress
+            )
         told |= describe_batches(batches)
     else:
         change_each(stack, prune_one, finished, "pruning", show_progress, statistics)
-    return _report(choice, targets, finished, told, name, use)
+    return _report(choice, targets, finished, told, name, use, passes)
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -212,6 +215,7 @@ def _report(
     settings: dict[str, Any],
     name: str | None,
     use: DirectUse,
+    passes: list[str],
 ) -> RunReport:
     stack = choice.stack
     layers, results = measure_sparsity(stack)
@@ -232,6 +236,7 @@ def _report(
             *choice.notes("pruned"),
             *other_notes(stack, "pruned"),
             *use.notes_on(stack),
+            *passes,
             *(
                 f"{matrix} is pruned by magnitude: {use.reasons[matrix]}"
                 if matrix in use.reasons

@@ -26,11 +26,11 @@ from hf_cod.layers.checks import check_writable, name_of
 from hf_cod.layers.devices import execution_device
 from hf_cod.layers.direct_use import check_unwritten
 from hf_cod.layers.finished_layers import FinishedLayers, fingerprint_of_work
-from hf_cod.layers.independence import check_independent
 from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import NamedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.module_choice import choose_modules, other_notes
+from hf_cod.layers.own_changes import undoing_own_changes
 from hf_cod.layers.replacement_modules import replace as replace_module
 from hf_cod.layers.sensitive_modules import left_notes
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
@@ -40,6 +40,7 @@ from hf_cod.models.own_config import own_config
 
 @renamed(path="layers_path")
 @for_one_thread
+@undoing_own_changes
 @checked
 def quantize(
     model: PreTrainedModel,
@@ -92,7 +93,7 @@ def quantize(
         ImportError: bitsandbytes is not installed.
         ValueError: bits out of range (says the least and the most), scores or statistics of another model, both
             statistics and batches, weights that cannot be replaced (adapters, quantized, offloaded, shared), NaN or
-            infinity in weights or activations (says where), a model that changes its weights in eval mode (RWKV).
+            infinity in weights or activations (says where), a model that changes its weights in eval mode for good.
     """
     import hf_cod.compression.quantization.bnb  # noqa: F401 - fails before any work if bitsandbytes is missing
 
@@ -124,15 +125,15 @@ def quantize(
     title = name or name_of(stack)
     bar = f"quantizing to {plan.stored:.2f} bits"
     if batches is not None:
-        check_independent(stack, "quantize", batches)
-        change_sequentially(stack, batches, ProductsRecorder, change, finished, bar, show_progress)
+        passes = change_sequentially(stack, batches, ProductsRecorder, change, finished, bar, show_progress)
     else:
+        passes = []
         change_each(stack, change, finished, bar, show_progress)
     _mark(model, recorded(config, plan))
     told = {**choice.given, **({} if batches is None else describe_batches(batches))}
     calibrated = batches is not None
     left = [*choice.notes("quantized"), *other_notes(stack, "quantized")]
-    notes = [*what_is_lost(config, plan, calibrated), *use.notes_on(stack), *left]
+    notes = [*what_is_lost(config, plan, calibrated), *use.notes_on(stack), *passes, *left]
     return _report(stack, plan, config, finished, title, told, notes)
 
 

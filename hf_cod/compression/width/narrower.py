@@ -34,6 +34,7 @@ from hf_cod.layers.inputs import check_inputs
 from hf_cod.layers.layer_notes import ListedErrors, check_errors
 from hf_cod.layers.modes import for_one_thread
 from hf_cod.layers.module_choice import choose_modules, other_stacks
+from hf_cod.layers.own_changes import undoing_own_changes
 from hf_cod.layers.sequential import Sums, change_each, change_sequentially
 from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.unit_discovery import find_all_units
@@ -44,6 +45,7 @@ from hf_cod.scoring.allocation import LayerAllocation
 
 @renamed(path="layers_path", multiple="channel_multiple")
 @for_one_thread
+@undoing_own_changes
 @checked
 def narrow(
     model: nn.Module,
@@ -122,7 +124,7 @@ def narrow(
         ValueError: an unknown method or compensation, a plan for another model or out of range (says the least
             possible), a number of heads that splits a group, missing batches, no heads or channels of a known
             structure, weights that cannot be replaced (adapters, quantized, offloaded, shared, factorized), a model
-            class of neither transformers nor hf_cod, a model that changes its weights in eval mode (RWKV), NaN or
+            class of neither transformers nor hf_cod, a model that changes its weights in eval mode for good, NaN or
             infinity in gradients; in these cases the model is left unchanged. NaN or infinity in weights or activations
             (says where): see `model`.
     """
@@ -155,8 +157,8 @@ def narrow(
     told |= describe_batches(batches) if batches and (sequential or taylor) else {}
     try:
         if sequential and batches:
-            recorder = partial(MomentsRecorder, names=change.writers)
-            change_sequentially(stack, batches, recorder, change, finished, "narrowing", show_progress)
+            recorder, bar = partial(MomentsRecorder, names=change.writers), "narrowing"
+            described.notes += change_sequentially(stack, batches, recorder, change, finished, bar, show_progress)
         else:
             change_each(stack, change, finished, "narrowing", show_progress)
     finally:

@@ -35,7 +35,7 @@ class WidthReporter:
     def __init__(
         self, stack: DecoderLayers, units: Sequence[LayerUnits], name: str | None, notes: Sequence[str] = ()
     ) -> None:
-        self.stack, self.units, self.notes = stack, units, notes
+        self.stack, self.units, self.notes = stack, units, [*notes]
         self.name = name or name_of(stack)
         self.sizes = sizes_of(stack)
         self.parameters = count_parameters(stack.model)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from examples.tiny_architectures import build as build_type
 from hf_cod import find_decoder_layers, perplexity, plan_ranks, score_layers
 from hf_cod.analysis.statistics.output_gradients import measure_loss_weights
 from hf_cod.io.models import ModelSettings, load_model
@@ -81,6 +82,21 @@ def test_scores_and_ranks_of_a_model_with_a_silent_block():
     assert score_layers(model, method="auto", batches=batches).settings["chosen"]
     ranks = plan_ranks(model, 0.6, batches=batches).ranks
     assert all(ranks[name] == 1 for name in ranks if ".layers.1." in name)
+
+
+@pytest.mark.parametrize("kind, part", [("deepseek_v32", ".indexer."), ("llama4_text", ".router")])
+def test_matrices_whose_cost_is_not_known(kind, part):
+    """Indexers run without gradients, and a router returns more than its product: ranks by the mean of their layer."""
+    model = build_type(kind)
+    batches = two_batches(model)
+    stack = find_decoder_layers(model)
+    found = measure_loss_weights(stack, batches)
+    names = [name for index in range(len(stack)) for name in stack.linears(index)]
+    assert sorted(set(names) - found.keys()) == sorted(name for name in names if part in name)
+    assert all(math.isfinite(score) for score in score_layers(model, method="fisher", batches=batches).values)
+    whole = {name: min(shape) for index in range(len(stack)) for name, shape in stack.input_shapes(index).items()}
+    ranks = plan_ranks(model, 0.95, batches=batches).ranks
+    assert [name for name in names if part in name and ranks.get(name, whole[name]) > 1]
 
 
 def test_two_tokens():

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_cod.compression.depth.dropper
 import hf_cod.layers.removal.drop
+from examples.tiny_architectures import build as build_type
 from hf_cod import drop, drop_layers, find_decoder_layers, perplexity, plan_depth, prune, skip
 from hf_cod.compression.depth.replacement import BlockReplacer, blocks_of
 from hf_cod.functional.linear_map import DAMPING, MapSums
@@ -192,6 +193,18 @@ def test_what_is_added_is_found_out_in_float16_too():
     model.model.layers[0].post_feedforward_layernorm.weight.data.fill_(10_000)
     report = drop_layers(model, 1, "linear", batches=batches_of(model))
     assert "is not added unchanged to the hidden state" in report.notes[0] and not report.results["replacements"]
+
+
+def test_a_model_that_adds_tokens_inside():
+    """CPM-Ant puts prompts before the text: without padding all its tokens count."""
+    model = build_type("cpmant")
+    ids = torch.randint(5, 80, (3, 9), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    report = drop_layers(copy.deepcopy(model), [2], "linear", batches=[batch])
+    assert report.results["replacements"][0]["used"]
+    batch["attention_mask"][0, :3] = 0
+    report = drop_layers(model, [2], "linear", batches=[batch])
+    assert "got 27; use samples without padding" in report.notes[0] and not report.results["replacements"]
 
 
 def test_nothing_stands_in_front_of_layer_0():

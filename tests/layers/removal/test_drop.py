@@ -328,13 +328,6 @@ def test_layers_that_share_weights_are_refused():
     assert snapshot(model) == before
 
 
-def test_a_model_that_runs_one_layer_several_times_has_no_stack():
-    sizes = {"hidden_size": 32, "embedding_size": 16, "intermediate_size": 48, "num_attention_heads": 4}
-    model = AutoModel.from_config(CONFIG_MAPPING["albert"](**sizes, vocab_size=99, num_hidden_layers=4))
-    with pytest.raises(ValueError, match="runs the same layers several times"):
-        drop(model, 0)
-
-
 @pytest.mark.parametrize(("kind", "removed"), [("jamba", 0), ("recurrent_gemma", 1)])
 def test_skip_where_the_config_computes_the_kinds_of_layers(kind, removed):
     """The cache is made by these kinds."""

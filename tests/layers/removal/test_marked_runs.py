@@ -11,8 +11,9 @@ from transformers import (
     LlamaModel,
 )
 
+import hf_cod.compression.depth.criteria
 from examples.tiny_architectures import Case
-from hf_cod import drop, skip
+from hf_cod import drop, plan_depth, skip
 from tests.layers.removal.test_drop import snapshot
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -44,6 +45,17 @@ def test_something_that_is_added_after_a_layer_by_its_index():
     check_refused(model, 1, None, "layer 2 gets other values")
     for layer in (3, 2):
         drop(model, layer)
+
+
+@pytest.mark.parametrize("criterion", ["layer_drop", "block_influence", "search"])
+def test_a_plan_takes_other_layers_and_says_so_before_the_work(criterion, monkeypatch, caplog):
+    torch.manual_seed(0)
+    model, batch = Adding(LlamaConfig(**SIZES)).eval(), {"input_ids": torch.arange(1, 25).reshape(3, 8)}
+    plan = plan_depth(model, 2, criterion, batches=[batch], protect=False)
+    assert plan.layers == [2, 3] and "layers 0, 1 are not removed: layers: expected layers that Adding" in caplog.text
+    monkeypatch.setattr(hf_cod.compression.depth.criteria, "RemovalProbe", None)
+    with pytest.raises(ValueError, match=r"n_removed: expected at most 2 layers that can be removed, got 3; layers: "):
+        plan_depth(model, 3, criterion, batches=[batch], protect=False)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
