@@ -20,6 +20,9 @@ from hf_cod.compression.quantization.native import native_kernel
 
 # Up to this number of tokens are multiplied directly from the planes, if there is a kernel.
 MOST_TOKENS = 16
+Scales = tuple[Tensor, "Tensor | None", "Tensor | None"]
+"""(absmax, nested_absmax, offset), as `BlockScales` returns them."""
+
 _FAST = (torch.float32, torch.bfloat16, torch.float16)
 # Number of weights that are decoded at a time on the CPU: few enough to stay in the processor's cache.
 _CHUNK = 1 << 20
@@ -60,6 +63,15 @@ def decoded_rows(
         yield rows, W.to(dtype)
 
 
+def decoded_matrix(codes: Tensor, scales: Scales, bits: int, block: int, dtype: torch.dtype) -> Tensor:
+    """W (N, K) of codes of three bits (N, 3 K / 8) or of four (N, K / 2)."""
+    from hf_cod.compression.quantization.bnb_decoding import dequantize_nf4, dequantize_scales
+
+    if bits == 4:
+        return dequantize_nf4(codes, dequantize_scales(*scales), block, dtype)
+    return torch.cat([W for _, W in decoded_rows(codes, *scales, block, dtype)])
+
+
 def multiply(
     x: Tensor,
     planes: Tensor,
@@ -85,7 +97,7 @@ def multiply(
                 torch.mm(tokens, W.mT, out=out[:, rows])
             else:
                 torch.addmm(bias[rows], tokens, W.mT, out=out[:, rows])
-    return out.view(*x.shape[:-1], len(planes))
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], len(planes))
 
 
 def _direct_product(tokens: Tensor, planes: Tensor, block: int) -> Callable[..., Tensor] | None:
@@ -106,6 +118,15 @@ def _has_triton() -> bool:
 
 
 linear_3bit = torch.library.custom_op("hf_cod::linear_3bit", multiply, mutates_args=())
+
+
+def linear(x: Tensor, planes: Tensor, scales: Scales, block: int, bias: Tensor | None = None) -> Tensor:
+    """The product, by the operator only for autograd and torch.compile: its overhead is as long as a small product."""
+    learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if not (learns or torch.compiler.is_compiling()):
+        return multiply(x, planes, *scales, block, bias)
+    # A view that an operator returns cannot be changed in place, as Llama 4 does.
+    return linear_3bit(x.reshape(-1, x.shape[-1]), planes, *scales, block, bias).view(*x.shape[:-1], len(planes))
 
 
 @torch.library.custom_op("hf_cod::linear_3bit_backward", mutates_args=())
