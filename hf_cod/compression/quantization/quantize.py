@@ -253,7 +253,7 @@ def _few(names: list[str]) -> list[str]:
     count = "1 matrix" if len(names) == 1 else f"{len(names)} matrices"
     return [
         f"{count} of experts rounded to nearest with weighted scales, because fewer tokens entered them than "
-        f"{LEAST_TOKENS:g} of their input channels: {', '.join(names)}"
+        f"1/{1 / LEAST_TOKENS:g} of their input channels: {', '.join(names)}"
     ]
 
 

@@ -17,11 +17,12 @@ from hf_cod.compression.quantization.product import decoded_matrix
 from hf_cod.compression.quantization.settings import StorageSettings
 from hf_cod.compression.quantization.widths import Width
 from hf_cod.functional import codebook
+from hf_cod.functional.damping import shrunk
 from hf_cod.layers.experts import ExpertMatrix, parameters_of
 from hf_cod.layers.orientation import is_transposed, shape_of
 
-# Error compensation requires at least this share of an expert's input channels as tokens.
-LEAST_TOKENS = 0.25
+# Error compensation requires at least this share of an expert's input channels as tokens; with fewer it gains nothing.
+LEAST_TOKENS = 1 / 16
 
 
 def round_matrix(
@@ -91,8 +92,8 @@ class Rounding:
 
     Attributes:
         unseen, few: names of matrices that no token entered, and of those of experts that fewer tokens entered than
-            `LEAST_TOKENS` of their input channels. Without enough tokens, H of error compensation knows little of the
-            expert's inputs: these matrices get weighted scales and nearest codes.
+            `LEAST_TOKENS` of their input channels: these get weighted scales and nearest codes. H of other experts is
+            `shrunk` by their tokens.
         lost, energy: sum over experts of || X (W - Q)^T ||_F^2 and of || X W^T ||_F^2; 0 without tokens.
 
     Args:
@@ -129,10 +130,12 @@ class Rounding:
         H = products
         if sums is not None and products is None:
             self.unseen.append(name)
-        elif sums is not None and expert is not None and sums.count(self._name, expert) < LEAST_TOKENS * W.shape[1]:
-            assert products is not None
-            self.few.append(name)
-            squares, H = products.diagonal(), None
+        elif sums is not None and products is not None and expert is not None:
+            tokens = sums.count(self._name, expert)
+            H = shrunk(products, tokens)
+            if tokens < LEAST_TOKENS * W.shape[1]:
+                self.few.append(name)
+                squares, H = products.diagonal(), None
         bits = self._widths[expert or 0]
         tensors = round_matrix(W, bits, self._storage, name, squares, H)
         if products is not None:
