@@ -227,10 +227,17 @@ def _report(
         layers["error"] = [_mean(note["errors"].values()) for note in notes]
     weights = plan.weights
     model: nn.Module = stack.model
+    by_expert = {} if config.expert_scores is None else {"expert_score": config.expert_scores.method}
     return RunReport(
         kind="quantize",
         model=title,
-        settings={"block": config.block, "double_quant": config.double_quant, "score": score_of(config), **told},
+        settings={
+            "block": config.block,
+            "double_quant": config.double_quant,
+            "score": score_of(config),
+            **told,
+            **by_expert,
+        },
         environment=environment(execution_device(model), next(_floating(model)).dtype),
         layers=layers,
         results={"bits": plan.stored, "planned_bytes": round(plan.stored * weights / 8), "module_bits": plan.bits},
