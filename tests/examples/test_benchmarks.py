@@ -15,6 +15,7 @@ SAMPLES = ["--sequence-length", "32", "--calibration-samples", "4"]
 QUICK = {
     "benchmarks/callback.py": "--batch 2 --tokens 16 --steps 4 --every 2 --rounds 1",
     "benchmarks/diagnose.py": "--batch-size 2 --sequence-length 16 --rounds 1 --slow-rounds 1",
+    "benchmarks/experts.py": "--experts 2 --top-k 1 --hidden 64 --intermediate 64 --tokens 1 4 --rounds 1",
     "benchmarks/owl.py": "--samples 4 --sequence-length 16 --batch-size 2 --rounds 1",
     "benchmarks/placements.py": "--batch 1 --tokens 8 --rounds 1 --placements pre lns",
     "benchmarks/quantization.py": "--parts loading --width 64 --layers 2 --rounds 1",
