@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 
 class ExpertParameter(nn.Module):
@@ -231,7 +230,7 @@ class ExpertView:
         """x (n, r) times one matrix. Tokens that are routed to others are zeros (Llama 4), and stay zeros; they have a
         gradient all the same.
         """
-        if (x.requires_grad and torch.is_grad_enabled()) or _is_empty(x):
+        if (x.requires_grad and torch.is_grad_enabled()) or x.is_meta:
             return self._one(self.parameter(), x, expert)
         rows = x.any(-1).nonzero().flatten()
         out = x.new_zeros(*x.shape[:-1], self.shape[-1])
@@ -271,8 +270,8 @@ def _grouped_mm(x: Tensor, weight: ExpertView, offs: Tensor, **_: Any) -> Tensor
 
 
 def _places(ends: Tensor, rows: int) -> list[tuple[int, slice]]:
-    """(expert, its rows) of each expert with rows. Where there are no numbers, all have equally many."""
-    if _is_empty(ends):
+    """(expert, its rows) of each expert with rows. On the meta device, without numbers, all have equally many."""
+    if ends.is_meta:
         stops: Iterable[int] = [rows * (expert + 1) // len(ends) for expert in range(len(ends))]
     else:
         stops = ends.tolist()
@@ -282,11 +281,6 @@ def _places(ends: Tensor, rows: int) -> list[tuple[int, slice]]:
             found.append((expert, slice(start, stop)))
             start = stop
     return found
-
-
-def _is_empty(tensor: Tensor) -> bool:
-    """Whether a tensor has no numbers: on the meta device, or a fake one, on which memory is estimated."""
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 # Name of a function of torch -> the product. "grouped_mm_fallback" is that of transformers, for older GPUs.

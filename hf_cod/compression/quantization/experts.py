@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_cod.compression.quantization.format import prepared, stored_columns
-from hf_cod.compression.quantization.product import Scales, decoded_matrix, linear
+from hf_cod.compression.quantization.product import Scales, decoded_matrix, linear, multiply_codes
 from hf_cod.compression.quantization.scales import BlockScales
 from hf_cod.compression.quantization.widths import Width, code_bytes, widths_of
 from hf_cod.layers.expert_parameters import ExpertParameter
@@ -62,12 +62,15 @@ class QuantizedExperts(ExpertParameter):
 
     def product(self, tensors: Any, x: Tensor, expert: int) -> Tensor:
         """x (..., in) times W^T of one expert: (..., out) in x's dtype."""
-        from hf_cod.compression.quantization.bnb import product_4bit
-
         computed = prepared(x, self.matrix_shape[1], self.block, self.compute_dtype)
         codes, scales = self.matrix_of(tensors, expert)
-        product = linear if self.widths[expert] == 3 else product_4bit
-        return product(computed, codes, scales, self.block).to(x.dtype)
+        if self.widths[expert] == 3:
+            return linear(computed, codes, scales, self.block).to(x.dtype)
+        if computed.is_cpu and not (computed.requires_grad and torch.is_grad_enabled()):
+            return multiply_codes(computed, codes, scales, self.block, None, 4).to(x.dtype)
+        from hf_cod.compression.quantization.bnb import product_4bit
+
+        return product_4bit(computed, codes, scales, self.block).to(x.dtype)
 
     def decoded(self, tensors: Any, expert: int, dtype: torch.dtype) -> Tensor:
         """W (out, in) of one expert, as a new tensor."""

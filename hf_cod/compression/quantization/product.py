@@ -35,19 +35,21 @@ def decoded_rows(
     offset: Tensor | None,
     block: int,
     dtype: torch.dtype,
+    bits: int = 3,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yields (slice of rows, these rows of W (n, K)) for all rows; all at once on devices other than the CPU.
 
     Args:
-        planes: (N, 3 K / 8), of `format.pack_planes`.
+        planes: (N, 3 K / 8), of `format.pack_planes`; of four bits (N, K / 2), of `format.pack_nibbles`.
         absmax, nested_absmax, offset: of `BlockScales`.
         block: number of weights that share a scale.
         dtype: of W.
+        bits: of the codes.
     """
     from hf_cod.compression.quantization.bnb_decoding import dequantize_nf4, dequantize_scales
 
-    K = planes.shape[1] * 8 // 3
-    kernel = native_kernel(planes, block)
+    K = planes.shape[1] * 8 // bits
+    kernel = native_kernel(planes, block, bits)
     scales = None if kernel else dequantize_scales(absmax, nested_absmax, offset).view(len(planes), -1)  # (N, K / B)
     on_cpu = planes.device.type == "cpu"
     step = max(1, _CHUNK // K) if on_cpu else len(planes)
@@ -59,17 +61,14 @@ def decoded_rows(
             W = kernel.rows(planes, absmax, nested_absmax, offset, block, rows)
         else:
             assert scales is not None
-            W = dequantize_nf4(expand_planes(planes[rows]), scales[rows], block, decoded)
+            nibbles = expand_planes(planes[rows]) if bits == 3 else planes[rows]
+            W = dequantize_nf4(nibbles, scales[rows], block, decoded)
         yield rows, W.to(dtype)
 
 
 def decoded_matrix(codes: Tensor, scales: Scales, bits: int, block: int, dtype: torch.dtype) -> Tensor:
     """W (N, K) of codes of three bits (N, 3 K / 8) or of four (N, K / 2)."""
-    from hf_cod.compression.quantization.bnb_decoding import dequantize_nf4, dequantize_scales
-
-    if bits == 4:
-        return dequantize_nf4(codes, dequantize_scales(*scales), block, dtype)
-    return torch.cat([W for _, W in decoded_rows(codes, *scales, block, dtype)])
+    return torch.cat([W for _, W in decoded_rows(codes, *scales, block, dtype, bits)])
 
 
 def multiply(
@@ -85,30 +84,34 @@ def multiply(
 
     The operator `linear_3bit` without its overhead.
     """
+    return multiply_codes(x, planes, (absmax, nested_absmax, offset), block, bias, 3)
+
+
+def multiply_codes(x: Tensor, codes: Tensor, scales: Scales, block: int, bias: Tensor | None, bits: int) -> Tensor:
+    """`multiply` for codes of three bits or of four, see `decoded_rows`."""
     tokens = x.reshape(-1, x.shape[-1])
-    matrix = planes, absmax, nested_absmax, offset, block
-    product = _direct_product(tokens, planes, block)
+    product = _direct_product(tokens, codes, block, bits)
     if product:
-        out = product(tokens, *matrix, bias)
+        out = product(tokens, codes, *scales, block, bias)
     else:
-        out = tokens.new_empty(len(tokens), len(planes))
-        for rows, W in decoded_rows(*matrix, x.dtype):
+        out = tokens.new_empty(len(tokens), len(codes))
+        for rows, W in decoded_rows(codes, *scales, block, x.dtype, bits):
             if bias is None:
                 torch.mm(tokens, W.mT, out=out[:, rows])
             else:
                 torch.addmm(bias[rows], tokens, W.mT, out=out[:, rows])
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], len(planes))
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], len(codes))
 
 
-def _direct_product(tokens: Tensor, planes: Tensor, block: int) -> Callable[..., Tensor] | None:
+def _direct_product(tokens: Tensor, codes: Tensor, block: int, bits: int) -> Callable[..., Tensor] | None:
     """The kernel that multiplies without decoding W; None if there is none for this size, dtype and device."""
     if not 1 <= len(tokens) <= MOST_TOKENS or tokens.dtype not in _FAST:
         return None
-    if tokens.is_cuda and _has_triton():
+    if tokens.is_cuda and bits == 3 and _has_triton():
         from hf_cod.compression.quantization.triton_kernel import product
 
         return product
-    kernel = native_kernel(planes, block)
+    kernel = native_kernel(codes, block, bits)
     return kernel.product if kernel else None
 
 

@@ -62,6 +62,10 @@ def test_every_weight_counts_and_what_is_stored_is_what_runs(kind, tmp_path):
     packed = banks(model)
     assert {matrix.name for i in range(4) for matrix in stack.expert_matrices(i)} == packed.keys()
     assert {width for m in packed.values() for width in m.widths} <= {3, 4}
+    stored = sum(
+        t.nbytes for m in model.modules() if hasattr(m, "scales") for n, t in m.state_dict().items() if n != "bias"
+    )
+    assert stored == report.results["planned_bytes"]
     expected = logits(model)
     model.save_pretrained(tmp_path / "one")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
