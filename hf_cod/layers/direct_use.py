@@ -192,7 +192,6 @@ def _pass(model: nn.Module, batch: Batch | None, training: bool = False, zeros: 
         block.enter_context(_without_cache(model))
         block.enter_context(random_state_restored(model))
         _prepare(model, training)
-        # Banks of experts run without their weights, except in train mode, for which this is not asked.
         unpackable = block.enter_context(on_zeros(model)) if zeros else {} if training else watch_experts(model)
         named = {name.lstrip("."): m for name, m in walk(model, "") if is_watched(m)}
         each = {module: watch(module, block) for module in named.values()}  # a module may have two names

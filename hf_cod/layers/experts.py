@@ -13,7 +13,6 @@ which tokens enter an expert; `expert_discovery.py` finds the experts of a layer
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +21,11 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from hf_cod.layers.expert_counts import counts_of
 from hf_cod.layers.expert_parameters import ExpertParameter, ExpertView
 from hf_cod.layers.modules import is_linear_like
 from hf_cod.layers.orientation import shape_of, turned
 from hf_cod.layers.weights import weight_of
-
-# Attributes that count the experts of a stack of 2-D parameters: "num_experts", "moe_num_experts", "n_routed_experts".
-_COUNTS = re.compile(r"(^|_)(num|n|total)_(\w+_)?experts")
-# Attributes that say to how many experts a token is routed: "top_k", "moe_topk", "num_experts_per_tok".
-_TOP_K = re.compile(r"top_?k$|^(moe_)?k$|(^|_)num_experts_per_tok(en)?$|(^|_)num_selected_experts$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,22 +241,6 @@ def check_weight_in_memory(name: str, weight: Tensor) -> None:
 def expert_matrices(modules: Iterable[tuple[str, nn.Module]]) -> list[ExpertMatrix]:
     """The matrices of banks and stacks among these modules."""
     return [matrix for name, module in modules for matrix in _of_bank(name, module)]
-
-
-def counts_of(module: nn.Module) -> set[int]:
-    """The numbers of routed experts that a module counts in attributes."""
-    found = {key: value for key, value in vars(module).items() if _COUNTS.search(key) and type(value) is int}
-    return {value for key, value in found.items() if "shared" not in key}
-
-
-def counts_experts(name: str) -> bool:
-    """Whether an attribute or config field of this name counts the routed experts of a layer."""
-    return bool(_COUNTS.search(name)) and not is_top_k(name) and "shared" not in name
-
-
-def is_top_k(name: str) -> bool:
-    """Whether an attribute or config field of this name says to how many experts a token is routed."""
-    return bool(_TOP_K.search(name))
 
 
 def parameters_of(module: nn.Module) -> list[tuple[str, Any]]:
