@@ -23,8 +23,9 @@ TESTED_BY = {
         "analysis/evaluation/choice.py analysis/evaluation/likelihood.py layers/task.py"
     ),
     "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",
+    "analysis/statistics/test_input_products.py": "analysis/statistics/matrix_inputs.py",
     "analysis/statistics/test_layer_statistics.py": (
-        "analysis/statistics/file_checks.py analysis/statistics/matrix_inputs.py"
+        "analysis/statistics/file_checks.py analysis/statistics/squares_recorder.py"
     ),
     "cli/commands/test_finetune.py": (
         "cli/commands/finetune_memory.py cli/sizes.py cli/training.py training/runs/estimate.py "

@@ -17,6 +17,7 @@ GROUPS = {
             "experts",
             "scores",
             "statistics",
+            "imatrix",
             "plan",
             "tokens",
             "steps",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.io.adapters import base_of
+from hf_cod.io.display import named
 from hf_cod.io.generation import mend_generation
 from hf_cod.io.loading import weight_files
 from hf_cod.io.model_config import CONFIG
@@ -25,8 +26,6 @@ _NOT_SHAPES = (
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "quantization_config"),
     *("transformers_version", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
-# Number of names that a note lists.
-_NAMED = 3
 
 
 class WholeCheckpoint:
@@ -90,7 +89,7 @@ class WholeCheckpoint:
     def _unread_notes(self, model: Any) -> list[str]:
         """Notes on weights that transformers does not load; fields that would promise missing ones are set to 0."""
         names, count = sorted(self._unread), len(self._unread)
-        told = f"{', '.join(names[:_NAMED])}{', ...' if count > _NAMED else ''}"
+        told = named(names)
         if hasattr(model, "peft_config"):
             return []
         if names and self._fits(model):
