@@ -51,6 +51,12 @@ TESTED_BY = {
         "compression/experts/expert_plan.py compression/experts/merging.py compression/experts/planning.py "
         "compression/experts/settings.py layers/removal/expert_cuts.py layers/removal/experts.py"
     ),
+    "compression/export/test_plan.py": "compression/export/settings.py",
+    "compression/export/test_compressed_tensors.py": "compression/export/exporter.py compression/export/request.py",
+    "compression/export/test_targets.py": (
+        "compression/export/auto_round.py compression/export/exl3.py compression/export/gptqmodel.py "
+        "compression/export/mlx.py"
+    ),
     "compression/fit/test_planning.py": (
         "cli/commands/fit.py compression/fit/budget.py compression/fit/fit_plan.py compression/fit/knobs.py "
         "compression/fit/samples.py compression/fit/search.py compression/fit/settings.py compression/fit/trials.py "

@@ -62,13 +62,20 @@ class WholeCheckpoint:
         Returns:
             Notes for the report: what was mended, and what could not be kept.
         """
-        notes = [*self._notes, *mend_generation(model, self._name)]
-        notes += self._unread_notes(model)
+        notes = self.before_saving(model)
         model.save_pretrained(directory)
+        self.after_saving(model, directory)
+        return notes
+
+    def before_saving(self, model: Any) -> list[str]:
+        """Mends the configs of a changed model that others save; returns notes for the report, as `save` does."""
+        return list(dict.fromkeys([*self._notes, *mend_generation(model, self._name), *self._unread_notes(model)]))
+
+    def after_saving(self, model: Any, directory: Path) -> None:
+        """Writes everything that came with the model beside a changed model that was saved."""
         self.save_files(directory)
         if self._unread and self._fits(model):
             append_weights(directory, self._unread)
-        return list(dict.fromkeys(notes))
 
     def save_files(self, directory: Path) -> None:
         """Writes tokenizer, processors, chat templates and custom code into a directory with a model or an adapter."""
