@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from hf_cod.compression.experts.planning import plan_experts as plan_experts
     from hf_cod.compression.experts.settings import DropExpertsSettings as DropExpertsSettings
     from hf_cod.compression.experts.settings import PlanExpertsSettings as PlanExpertsSettings
+    from hf_cod.compression.export.exporter import export as export
+    from hf_cod.compression.export.settings import ExportSettings as ExportSettings
     from hf_cod.compression.fit.fit_plan import FitPlan as FitPlan
     from hf_cod.compression.fit.knobs import Applying as Applying
     from hf_cod.compression.fit.planning import plan_fit as plan_fit
@@ -109,6 +111,7 @@ _HOMES = {
     "ExpertPlan": "compression.experts.expert_plan",
     "ExpertScoreSettings": "scoring.settings",
     "ExpertScores": "scoring.expert_scores",
+    "ExportSettings": "compression.export.settings",
     "FactorizeSettings": "compression.low_rank.settings",
     "FitPlan": "compression.fit.fit_plan",
     "FitSettings": "compression.fit.settings",
@@ -154,6 +157,7 @@ _HOMES = {
     "drop_experts": "compression.experts.dropper",
     "drop_layers": "compression.depth.dropper",
     "evaluate_tasks": "analysis.evaluation.lm_eval_tasks",
+    "export": "compression.export.exporter",
     "factorize": "compression.low_rank.factorizer",
     "find_decoder_layers": "layers.stack",
     "fold_lns": "models",

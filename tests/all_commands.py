@@ -48,6 +48,8 @@ RUNS = {
     ),
     "drop-layers": f"drop-layers {SOURCE} {MEASURED} --n-removed 2 --no-protect --no-speed",
     "drop-experts": f"drop-experts {MIXTURE} {MEASURED} --share 0.5 --merge --no-speed",
+    "export": f"export {WIDE} {SAMPLES} --bits 4.6",
+    "export-llama.cpp": f"export {WIDE} {SAMPLES} --bits 5 --to llama.cpp",
     "fit": f"fit {WIDE} {MEASURED} --bits 6 --knobs rank bits --tuning-samples 4 --n-verified 1 --no-speed",
     "pack": "pack prune {}",
     "heal": f"heal factorize --teacher {SOURCE} {TRAINED} {OF_METHOD['owlore']} --deselected keep --no-speed",

@@ -23,8 +23,9 @@ TESTED_BY = {
         "analysis/evaluation/choice.py analysis/evaluation/likelihood.py layers/task.py"
     ),
     "analysis/monitoring/test_callback.py": "analysis/monitoring/settings.py cli/commands/history.py",
+    "analysis/statistics/test_input_products.py": "analysis/statistics/matrix_inputs.py",
     "analysis/statistics/test_layer_statistics.py": (
-        "analysis/statistics/file_checks.py analysis/statistics/matrix_inputs.py"
+        "analysis/statistics/file_checks.py analysis/statistics/squares_recorder.py"
     ),
     "cli/commands/test_finetune.py": (
         "cli/commands/finetune_memory.py cli/sizes.py cli/training.py training/runs/estimate.py "
@@ -49,6 +50,12 @@ TESTED_BY = {
     "compression/experts/test_dropper.py": (
         "compression/experts/expert_plan.py compression/experts/merging.py compression/experts/planning.py "
         "compression/experts/settings.py layers/removal/expert_cuts.py layers/removal/experts.py"
+    ),
+    "compression/export/test_plan.py": "compression/export/settings.py",
+    "compression/export/test_compressed_tensors.py": "compression/export/exporter.py compression/export/request.py",
+    "compression/export/test_targets.py": (
+        "compression/export/auto_round.py compression/export/exl3.py compression/export/gptqmodel.py "
+        "compression/export/mlx.py"
     ),
     "compression/fit/test_planning.py": (
         "cli/commands/fit.py compression/fit/budget.py compression/fit/checks.py compression/fit/fit_plan.py "

@@ -25,6 +25,10 @@ OPTIONS = {
     "drop_experts": ("DropExpertsSettings", "model plan scores batches tokenizer texts layers_path name show_progress"),
     "drop_layers": ("DropLayersSettings", "model plan batches tokenizer texts layers_path name"),
     "evaluate_tasks": ("TaskSettings", "model tokenizer tasks"),
+    "export": (
+        "ExportSettings",
+        "model output scores plan statistics batches tokenizer texts journal layers_path name show_progress",
+    ),
     "factorize": ("FactorizeSettings", "model plan batches tokenizer texts journal layers_path name show_progress"),
     "heal": (
         "HealSettings",

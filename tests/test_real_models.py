@@ -5,7 +5,7 @@ import torch
 from matplotlib.image import imread
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from hf_cod import collect_statistics, compare, diagnose, drop, perplexity, prune, score_layers, skip
+from hf_cod import LayerStatistics, collect_statistics, compare, diagnose, drop, perplexity, prune, score_layers, skip
 from hf_cod.functional.depth import spearman
 from hf_cod.io.text import SampleSettings, split_samples, token_batches
 from tests import references
@@ -124,3 +124,11 @@ def test_owl_ratios_follow_the_papers_definition(model, tokenizer, brown_text):
         for M in (3, 5, 7, 10):
             found = score_layers(model, statistics, threshold=float(M)).values[index]
             assert found == pytest.approx(float((M * A.mean() < A).double().mean()), abs=1e-6) and found > 0
+
+
+def test_owl_of_an_importance_matrix_equals_that_of_statistics(model, tokenizer, brown_text, tmp_path):
+    statistics = collect_statistics(model, tokenizer=tokenizer, texts=brown_text, max_samples=1)
+    statistics.save(tmp_path / "imatrix.gguf", model=model)
+    read = LayerStatistics.load(tmp_path / "imatrix.gguf", model=model)
+    found, expected = (score_layers(model, each, "owl").values for each in (read, statistics))
+    assert found == pytest.approx(expected, rel=1e-4), "sums in float32"

@@ -33,6 +33,7 @@ COMMANDS = {
     "drop-experts": ("drop_experts", "remove or merge the least important experts of a mixture of experts"),
     "pack": ("pack", "store a pruned model without its zeros, for faster loading and generation"),
     "quantize": ("quantize", "quantize a model to three and four bits, four in more important layers"),
+    "export": ("export", "quantize a model for another engine: vLLM, llama.cpp, GPTQModel, AutoRound, MLX, ExLlamaV3"),
     "fit": ("fit", "compress a model to a budget of memory, parameters or bits by the best combination of methods"),
     "heal": ("heal", "train a compressed model to match the original model (distillation)"),
     "finetune": ("finetune", "fine-tune a model, a few layers at a time"),
@@ -51,13 +52,14 @@ RESUMABLE = (
     "narrow",
     "drop-layers",
     "quantize",
+    "export",
     "fit",
     "heal",
     "finetune",
 )
 
 # Commands of which a user needs one to make a model smaller.
-COMPRESSING = ("fit", "quantize", "drop-layers", "drop-experts", "narrow", "factorize", "prune", "pack")
+COMPRESSING = ("fit", "quantize", "drop-layers", "drop-experts", "narrow", "factorize", "prune", "pack", "export")
 
 # Options without a command.
 _ALONE = ("--help", "--version", "--print-completion")

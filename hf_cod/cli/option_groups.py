@@ -7,7 +7,7 @@ FIRST = "options"
 # Title -> options, in their order in all commands that have them.
 GROUPS = {
     FIRST: (
-        *("text", "teacher", "memory", "parameter_share", "bits", "sparsity", "pattern", "n_removed", "share"),
+        *("to", "text", "teacher", "memory", "parameter_share", "bits", "sparsity", "pattern", "n_removed", "share"),
         *(
             "min_sparsity",
             "metrics",
@@ -17,6 +17,7 @@ GROUPS = {
             "experts",
             "scores",
             "statistics",
+            "imatrix",
             "plan",
             "tokens",
             "steps",
@@ -35,7 +36,8 @@ GROUPS = {
     "scores and the plan by layer": ("threshold", "per_module", "target", "pruner", "spread", "baseline", "force"),
     "settings of the method": (
         *("include", "exclude", "token", "drop_metric", "full_rank_share", "factor_share", "compensation"),
-        *("channel_multiple", "replacement", "protect", "merge", "rounding", "block", "double_quant", "skip"),
+        *("channel_multiple", "replacement", "protect", "merge", "rounding", "block", "group_size"),
+        *("double_quant", "skip"),
         *("knobs", "n_verified"),
         *("recover_steps", "recover_rank", "recover_learning_rate"),
         *("temperature", "label_weight", "hidden_weight", "teacher_layers"),

@@ -9,6 +9,12 @@ from torch import Tensor
 MORE_DAMPING = 6
 
 
+def damped_diagonal(H: Tensor, damping: float) -> Tensor:
+    """damping mean(diag H) I (n, n), by which sums of products are damped; for H = 0 the mean counts as 1."""
+    mean = H.diagonal().mean()
+    return torch.where(mean > 0, damping * mean, torch.ones_like(mean)).expand(len(H)).diag()
+
+
 def damped_cholesky(H: Tensor, damping: float) -> Tensor:
     """The lower triangular L with L L^T = H + damping mean(diag H) I.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shlex
+from collections.abc import Sequence
 
 # Control characters (ESC begins the escape sequences of terminals); invisible characters that end a line or change its
 # direction (Unicode line separators and direction marks); and lone surrogates, which no encoding can print.
@@ -31,6 +32,11 @@ def one_line(text: object) -> str:
     """As `terminal_text`, with the lines of a message joined by spaces."""
     said = type(text).__name__ if isinstance(text, Exception) and not str(text) else str(text)
     return terminal_text(" ".join(said.split("\n")))
+
+
+def named(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, separated by commas; an ellipsis stands for the others."""
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
 def shell_word(word: str) -> str:

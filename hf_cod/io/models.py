@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 
 from hf_cod.io.adapters import base_of, check_adapter_files, places, with_adapter
 from hf_cod.io.display import one_line
+from hf_cod.io.gguf_file import require_gguf
 from hf_cod.io.inputs import check_model_path
 from hf_cod.io.loading import check_loaded, in_head, load_exactly, read
 from hf_cod.io.model_config import building, check_model_config
@@ -124,7 +125,7 @@ def locate(name: str, settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     check_model_path(name)
     if path.suffix == ".gguf":
         source, options["gguf_file"] = str(path.parent), path.name
-        _require_gguf()
+        require_gguf("reading a GGUF file")
     return source, options
 
 
@@ -262,13 +263,6 @@ def _has_tokenizer(source: str, options: dict[str, Any]) -> bool:
         return "tokenizer.ggml.tokens" in GGUFReader(Path(source) / options["gguf_file"]).fields
     told = {"revision": options["revision"], "_raise_exceptions_for_missing_entries": False}
     return any(cached_file(source, file, **told) is not None for file in TOKENIZER_FILES)
-
-
-def _require_gguf() -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ImportError("model: reading a GGUF file requires the gguf package: pip install 'hf_cod[gguf]'") from error
 
 
 def _forget_gguf(model: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cod.io.adapters import base_of
+from hf_cod.io.display import named
 from hf_cod.io.generation import mend_generation
 from hf_cod.io.loading import weight_files
 from hf_cod.io.model_config import CONFIG
@@ -25,8 +26,6 @@ _NOT_SHAPES = (
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "quantization_config"),
     *("transformers_version", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
-# Number of names that a note lists.
-_NAMED = 3
 
 
 class WholeCheckpoint:
@@ -63,13 +62,20 @@ class WholeCheckpoint:
         Returns:
             Notes for the report: what was mended, and what could not be kept.
         """
-        notes = [*self._notes, *mend_generation(model, self._name)]
-        notes += self._unread_notes(model)
+        notes = self.before_saving(model)
         model.save_pretrained(directory)
+        self.after_saving(model, directory)
+        return notes
+
+    def before_saving(self, model: Any) -> list[str]:
+        """Mends the configs of a changed model that others save; returns notes for the report, as `save` does."""
+        return list(dict.fromkeys([*self._notes, *mend_generation(model, self._name), *self._unread_notes(model)]))
+
+    def after_saving(self, model: Any, directory: Path) -> None:
+        """Writes everything that came with the model beside a changed model that was saved."""
         self.save_files(directory)
         if self._unread and self._fits(model):
             append_weights(directory, self._unread)
-        return list(dict.fromkeys(notes))
 
     def save_files(self, directory: Path) -> None:
         """Writes tokenizer, processors, chat templates and custom code into a directory with a model or an adapter."""
@@ -90,7 +96,7 @@ class WholeCheckpoint:
     def _unread_notes(self, model: Any) -> list[str]:
         """Notes on weights that transformers does not load; fields that would promise missing ones are set to 0."""
         names, count = sorted(self._unread), len(self._unread)
-        told = f"{', '.join(names[:_NAMED])}{', ...' if count > _NAMED else ''}"
+        told = named(names)
         if hasattr(model, "peft_config"):
             return []
         if names and self._fits(model):

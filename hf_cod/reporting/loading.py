@@ -35,6 +35,8 @@ AUTO_CLASSES = {
 }
 # Quantization method -> the extra of hf_cod that its weights require.
 EXTRAS = {"owl_bnb": "bitsandbytes", "hf_cod_sparse": None}
+# The same -> packages other than hf_cod that its weights require.
+PACKAGES = {"compressed-tensors": ("compressed-tensors",)}
 PEFT = "recovery"  # the extra with peft
 OWLORE = "OWLORE"  # as 0.1 named it
 OWN_PREFIXES = ("Shaped", "Cod")
@@ -75,6 +77,7 @@ class _Needs:
     extras: tuple[str, ...]
     code: bool
     auto: str
+    packages: tuple[str, ...] = ()
 
 
 def loading_of(directory: str | Path, name: str) -> Loading:
@@ -153,7 +156,8 @@ def _needs(config: dict[str, Any], architecture: str | None = None) -> _Needs:
     named = (config.get("architectures") or [architecture or ""])[0]
     extra = EXTRAS.get(method)
     ours = method in EXTRAS
-    return _Needs(ours, (extra,) if extra else (), "auto_map" in config and not ours, _auto_class(named))
+    code = "auto_map" in config and not ours
+    return _Needs(ours, (extra,) if extra else (), code, _auto_class(named), PACKAGES.get(method, ()))
 
 
 def _auto_class(architecture: str) -> str:
@@ -187,7 +191,7 @@ def _install(needs: _Needs, *others: str) -> str:
         added = [each for each in others if PEFT not in needs.extras]
         packages = [requirement("hf_cod", *needs.extras), *map(requirement, added)]
     else:
-        packages = ["torch", *map(requirement, ("transformers", *others))]
+        packages = ["torch", *map(requirement, ("transformers", *needs.packages, *others))]
     return shlex.join(["pip", "install", *packages])
 
 

@@ -29,6 +29,7 @@ WHAT = {
     "pack": "stored in a sparse format",
     "quantize": "quantized to three and four bits per weight",
     "fit": "compressed to a budget",
+    "export": "quantized for another engine",
     "heal": "trained by distillation after compression",
     "finetune": "fine-tuned on text",
     "convert": "converted",

@@ -23,6 +23,7 @@ SMALL = {
     "score": {"--sequence-length": "16", "--max-samples": "4", "--batch-size": "2"},
     "prune": QUICK,
     "quantize": QUICK,
+    "export": {"--sequence-length": "16", "--max-samples": "4", "--batch-size": "2"},
     "factorize": QUICK,
     "narrow": {**QUICK, "--channel-multiple": "8"},
     "drop-layers": QUICK,

@@ -83,3 +83,67 @@ def test_blocks_of_zeros_and_channels_that_nothing_enters(bits):
     for c in (codebook.nearest_codes(W, s, bits, BLOCK), codebook.compensated_codes(W, s, H, bits, BLOCK)):
         Q = codebook.decode(c, s, bits, BLOCK)
         assert Q.isfinite().all() and not Q[:, BLOCK : 2 * BLOCK].any()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_uniform_grid(bits):
+    """The largest magnitude is the lowest integer; values are nearest, and clipped where the grid ends."""
+    W, half = matrix(), 1 << (bits - 1)
+    C = codebook.codebook(bits, W, uniform=True)
+    assert C.tolist() == [q / half for q in range(-half, half)]
+    s = codebook.largest_scales(W, bits, BLOCK, uniform=True)
+    c = codebook.nearest_codes(W, s, bits, BLOCK, uniform=True)
+    for i in range(5):
+        for j in range(24):
+            block = W[i, j // BLOCK * BLOCK :][:BLOCK].tolist()
+            scale = -max(block, key=abs)
+            assert s[i, j // BLOCK] == scale
+            distances = [abs(q / half * scale - float(W[i, j])) for q in range(-half, half)]
+            assert distances[int(c[i, j])] == min(distances)
+    assert torch.equal(codebook.decode(c, s, bits, BLOCK, uniform=True), C[c.long()] * s.repeat_interleave(BLOCK, 1))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_searched_scales_and_compensation_on_the_uniform_grid(bits):
+    W, H = matrix(), products()
+    w, half = H.diagonal(), 1 << (bits - 1)
+    s = codebook.search_scales(W, bits, BLOCK, w, uniform=True)
+    for i, b, values in references.block_of(W, BLOCK):
+        largest, weights = max(values, key=abs), w[b * BLOCK : (b + 1) * BLOCK].tolist()
+
+        def cost(scale, values=values, weights=weights):
+            near = [min((q / half * scale for q in range(-half, half)), key=lambda v: abs(v - x)) for x in values]
+            return sum(u * (x - v) ** 2 for u, x, v in zip(weights, values, near, strict=True))
+
+        tried = [cost(sign * share * largest) for share in codebook.TRIED_UNIFORM for sign in (1, -1)]
+        assert cost(float(s[i, b])) == pytest.approx(min(tried), rel=1e-9)
+    plain = codebook.decode(codebook.nearest_codes(W, s, bits, BLOCK, uniform=True), s, bits, BLOCK, uniform=True)
+    codes = codebook.compensated_codes(W, s, H, bits, BLOCK, uniform=True)
+    compensated = codebook.decode(codes, s, bits, BLOCK, uniform=True)
+    losses = [float((((W - Q) @ H) * (W - Q)).sum()) for Q in (plain, compensated)]
+    assert losses[1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_coordinate_descent(bits, uniform, monkeypatch):
+    """Column by column, each rounded with all others fixed, as one would write it down."""
+    monkeypatch.setattr(codebook, "COLUMNS", 10)
+    W, H = matrix(), products()
+    s = codebook.search_scales(W, bits, BLOCK, H.diagonal(), uniform=uniform)
+    c = codebook.compensated_codes(W, s, H, bits, BLOCK, uniform=uniform)
+    found = codebook.descended_codes(W, c, s, H, bits, BLOCK, uniform=uniform)
+    C = codebook.codebook(bits, W, uniform)
+    damped = H + torch.eye(24) * codebook.DAMPING * H.diagonal().mean()
+    expected = c.clone()
+    error = lambda codes, i: (W[i] - C[codes[i].long()] * s[i].repeat_interleave(BLOCK)) @ damped  # noqa: E731
+    for i in range(5):
+        for j in range(24):
+            target = C[int(expected[i, j])] * s[i, j // BLOCK] + error(expected, i)[j] / damped[j, j]
+            expected[i, j] = int((C * s[i, j // BLOCK] - target).abs().argmin())
+    assert torch.equal(found, expected) and not torch.equal(found, c)
+    losses = []
+    for codes in (c, found):
+        D = W - codebook.decode(codes, s, bits, BLOCK, uniform=uniform)
+        losses.append(float(((D @ damped) * D).sum()))
+    assert losses[1] < losses[0]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from hf_cod.analysis.statistics.file_checks import check_shapes, check_values
-from hf_cod.analysis.statistics.matrix_inputs import MatrixInputs, check_finite_input
-from hf_cod.functional.depth import wide
+from hf_cod.analysis.statistics.imatrix import SUFFIX, read_imatrix, sums_of, write_imatrix
+from hf_cod.analysis.statistics.squares_recorder import StatisticsRecorder, entry_of
 from hf_cod.io.arguments import checked
 from hf_cod.io.deprecation import OldAttribute, renamed
 from hf_cod.io.reading import naming_file, open_tensors, read_bytes
@@ -32,8 +31,6 @@ from hf_cod.layers.stack import DecoderLayers, find_decoder_layers
 from hf_cod.layers.task import model_inputs
 
 FORMAT_VERSION = "1"
-# Numbers that are squared at a time: 4 MiB of memory, and enough work for all threads.
-CHUNK = 1 << 20
 
 
 @renamed(path="layers_path")
@@ -67,7 +64,7 @@ class LayerStatistics:
 
     def of(self, name: str, expert: int | None = None) -> Tensor | None:
         """(in,): the sum of squares of a matrix, or of one of its experts; None if no token entered it."""
-        return _entry(self.squares, self.tokens, name, expert)
+        return entry_of(self.squares, self.tokens, name, expert)
 
     def digests(self) -> dict[str, str]:
         """Matrix's name -> hash of its sums, by which a resumed run identifies them."""
@@ -110,8 +107,28 @@ class LayerStatistics:
         warn_of_other_name("statistics", self.model, stack)
 
     @checked
-    def save(self, path: str | Path) -> Path:
-        """Writes a safetensors file (to a temporary name, then renamed); returns its path."""
+    def save(self, path: str | Path, *, model: nn.Module | None = None) -> Path:
+        """Writes a safetensors file or, if the path ends in ".gguf", an importance matrix for `llama-quantize`.
+
+        An importance matrix has sums in float32 under the names of GGUF, and only those matrices that GGUF has names
+        for; a warning lists the others. The gguf package is required.
+
+        Args:
+            path: the file; written to a temporary name, then renamed.
+            model: the model of these statistics, which is checked; required for ".gguf", also without data (on the meta
+                device).
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: no model for ".gguf", statistics of another model, or a model without an architecture in GGUF.
+        """
+        stack = None if model is None else find_decoder_layers(model, self.layers_path)
+        if stack is not None:
+            self.check(stack)
+        if Path(path).suffix == SUFFIX:
+            return write_imatrix(path, _needed(stack), self.squares, self.tokens)
         tensors = {f"squares/{name}": tensor for name, tensor in self.squares.items()}
         tensors |= {f"tokens/{name}": tensor for name, tensor in self.tokens.items()}
         metadata = {"format": FORMAT_VERSION, "model": self.model, "layers_path": self.layers_path}
@@ -119,12 +136,35 @@ class LayerStatistics:
 
     @classmethod
     @checked
-    def load(cls, path: str | Path) -> LayerStatistics:
-        """Reads a file of `save`.
+    def load(
+        cls, path: str | Path, *, model: nn.Module | None = None, layers_path: str | None = None
+    ) -> LayerStatistics:
+        """Reads a file of `save`, or the importance matrix (imatrix.gguf) of a model, from any source.
+
+        Matrices without an entry in an importance matrix are `unseen`: OWL leaves them out. A warning lists them, and
+        entries that are of no matrix. A matrix with the same input as another one (query, key and value; gate and up)
+        has its entry, if its own is missing.
+
+        Args:
+            path: the file.
+            model: the model of the statistics, which is checked; required for ".gguf", also without data (on the meta
+                device).
+            layers_path: for ".gguf", module name of the layer stack, if it cannot be found automatically.
 
         Raises:
-            ValueError: no such file, another kind of file, or invalid sums and counts (negative, not finite, missing).
+            ValueError: no such file, another kind of file, or invalid sums and counts (negative, not finite, missing);
+                no model for ".gguf", or statistics of another model.
         """
+        if Path(path).suffix == SUFFIX:
+            stack = _needed(None if model is None else find_decoder_layers(model, layers_path))
+            return cls(name_of(stack), stack.layers_path, *sums_of(path, stack))
+        found = cls._load(path)
+        if model is not None:
+            found.check(find_decoder_layers(model, found.layers_path))
+        return found
+
+    @classmethod
+    def _load(cls, path: str | Path) -> LayerStatistics:
         with open_tensors(path, "statistics", "a file of statistics") as file:
             metadata = file.metadata() or {}
         layers_path = metadata.get("layers_path", metadata.get("path"))  # its name in version 0.1
@@ -196,65 +236,22 @@ def collect_statistics(
     return LayerStatistics(found, stack.layers_path, recorder.squares, recorder.tokens)
 
 
-class StatisticsRecorder:
-    """Sums the squares of the inputs of each matrix.
+def check_file(path: str | Path) -> None:
+    """Checks a file of statistics before its model is loaded.
 
-    Call `start` before and `finish` after each forward pass, within `attached`.
-
-    Args:
-        stack: the layers.
-        layers: indices of the layers to record; default: all.
+    Raises:
+        ValueError: as `LayerStatistics.load`, without what depends on the model.
     """
-
-    def __init__(self, stack: DecoderLayers, layers: Iterable[int] | None = None) -> None:
-        chosen = list(range(len(stack)) if layers is None else layers)
-        self._inputs = MatrixInputs(stack, chosen, self._read)
-        shapes = {name: shape for i in chosen for name, shape in stack.input_shapes(i).items()}
-        self.squares = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-        self.tokens = {name: torch.zeros(shape[:-1], dtype=torch.int64) for name, shape in shapes.items()}
-
-    def attached(self) -> AbstractContextManager[None]:
-        """Adds the hooks to the modules, and removes them at the end of the block."""
-        return self._inputs.attached()
-
-    def start(self, inputs: Mapping[str, Any]) -> None:
-        """Starts a batch with the inputs of the model, whose masks say which tokens are padding."""
-        self._inputs.start(inputs)
-        self._batch: list[tuple[str, int | None, Tensor, int]] = []
-        self._last: tuple[Tensor, int] = torch.zeros(0), 0
-
-    def finish(self, number: int) -> None:
-        """Ends a batch: checks it and adds it to the sums."""
-        for name, expert, squares, count in self._batch:
-            squares = squares.cpu().double()
-            check_finite_input(squares, name, number)
-            index = ... if expert is None else expert
-            self.squares[name][index] += squares
-            self.tokens[name][index] += count
-
-    def of(self, name: str, expert: int | None = None) -> Tensor | None:
-        """(in,): the sum of squares of a matrix, or of one of its experts; None if no token entered it."""
-        return _entry(self.squares, self.tokens, name, expert)
-
-    def _read(self, name: str, expert: int | None, rows: Tensor | None, source: str) -> None:
-        found = self._last if rows is None else (_sum_of_squares(rows), len(rows))
-        if expert is None:  # experts may run between matrices that share an input
-            self._last = found
-        self._batch.append((name, expert, *found))
+    if Path(path).suffix == SUFFIX:
+        read_imatrix(path)
+    else:
+        LayerStatistics.load(path)
 
 
-def _sum_of_squares(rows: Tensor) -> Tensor:
-    """(N, in) -> (in,): in float32 within a chunk of rows, in float64 over chunks."""
-    total = wide(torch.zeros(rows.shape[1], device=rows.device))
-    high = torch.promote_types(rows.dtype, torch.float32)
-    for chunk in rows.split(max(1, CHUNK // rows.shape[1])):
-        total += chunk.to(high).square().sum(0)
-    return total
-
-
-def _entry(squares: dict[str, Tensor], tokens: dict[str, Tensor], name: str, expert: int | None) -> Tensor | None:
-    index = ... if expert is None else expert
-    return squares[name][index] if tokens[name][index] else None
+def _needed(stack: DecoderLayers | None) -> DecoderLayers:
+    if stack is None:
+        raise ValueError(f"model: expected the model of the statistics for a {SUFFIX} file, got none; pass model=model")
+    return stack
 
 
 def _shapes(statistics: LayerStatistics) -> dict[str, tuple[int, ...]]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 
 STATISTICS, SCORES, EXPERT_SCORES = "statistics.safetensors", "scores.json", "expert_scores.json"
+IMATRIX = "imatrix.gguf"
 
 
 @dataclass
@@ -79,9 +80,14 @@ class ScoreOutput(PlotSettings):
     statistics: str | None = field(
         default=None,
         metadata={
-            "help": "statistics.safetensors of an earlier run, to be used instead of collecting statistics; default: "
-            "those in the output directory if they are of the same model and samples, else they are collected"
+            "help": "statistics.safetensors of an earlier run, or an importance matrix of llama.cpp (imatrix.gguf), to "
+            "be used instead of collecting statistics; default: those in the output directory if they are of the same "
+            "model and samples, else they are collected"
         },
+    )
+    imatrix: bool = field(
+        default=False,
+        metadata={"help": "also write the statistics as imatrix.gguf, for llama-quantize (requires the gguf package)"},
     )
     output: str | None = field(
         default=None,
@@ -109,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
     if output.statistics is not None and not settings.uses_statistics:
         got = f"got {output.statistics!r}"
         raise ValueError(f"statistics: expected none with method {settings.method}, which does not use them, {got}")
-    from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
+    from hf_cod.analysis.statistics.layer_statistics import check_file
     from hf_cod.cli.samples import load_with_tokenizer
     from hf_cod.cli.terminal import print_report
     from hf_cod.io.output_directory import OutputDirectory
@@ -122,15 +128,16 @@ def main(arguments: Sequence[str]) -> int:
     if output.plots:
         require_plots()
     if output.statistics is not None:
-        LayerStatistics.load(output.statistics)
+        check_file(output.statistics)
     with OutputDirectory(directory, source=rest.model, check=_check_reused) as place:
         model, tokenizer = load_with_tokenizer(rest.model, loading, "hf_cod.score_layers", adapters=True)
         check_length(model, settings.sequence_length)
         batches = with_labels(model, tokenizer, token_batches(tokenizer, texts, settings), settings.seed)
         told = asdict(loading) | asdict(text)
-        report = run(model, batches, settings, output.statistics, directory, model_title(rest.model), told)
+        report = run(model, batches, settings, output, directory, model_title(rest.model), told)
         save_report(report, place.results, output)
-        place.finish(beside=[STATISTICS, SCORES, *([EXPERT_SCORES] if settings.experts else [])])
+        written = [STATISTICS, SCORES, *([EXPERT_SCORES] if settings.experts else [])]
+        place.finish(beside=[*written, *([IMATRIX] if output.imatrix else [])])
     print_report(report)
     say_written(directory)
     return 0
@@ -140,7 +147,7 @@ def run(
     model: nn.Module,
     batches: Sequence[Batch],
     settings: ScoreOptions,
-    earlier: str | None,
+    output: ScoreOutput,
     directory: Path,
     name: str,
     told: dict[str, Any],
@@ -154,12 +161,16 @@ def run(
     from hf_cod.io.text import describe_batches
     from hf_cod.layers.devices import environment_of
     from hf_cod.layers.fingerprints import Journals
+    from hf_cod.layers.gguf_names import gguf_names
     from hf_cod.layers.stack import find_decoder_layers, unwrap
     from hf_cod.scoring.expert_methods import check_mixture
 
     base: Any = unwrap(model)
+    earlier, path = output.statistics, settings.layers_path
     if settings.experts is not None:
-        check_mixture(find_decoder_layers(base, settings.layers_path))
+        check_mixture(find_decoder_layers(base, path))
+    if output.imatrix:
+        gguf_names(find_decoder_layers(base, path))
     journals = Journals(directory, model, batches)
     inputs = {"statistics": earlier, "inputs": journals.inputs, **describe_batches(batches)}
     report = RunReport(
@@ -170,14 +181,14 @@ def run(
         layers={},
         results={},
     )
-    file, journal = directory / STATISTICS, journals.of("statistics", settings.layers_path)
+    file, journal = directory / STATISTICS, journals.of("statistics", path)
     kept = None if earlier else _kept(file, journal)
-    statistics = LayerStatistics.load(earlier) if earlier else kept
-    if earlier and statistics is not None:
-        statistics.check(find_decoder_layers(base, settings.layers_path))
-    report.keep_earlier(directory, (SCORES, EXPERT_SCORES) if kept else (STATISTICS, SCORES, EXPERT_SCORES))
+    statistics = LayerStatistics.load(earlier, model=base, layers_path=path) if earlier else kept
+    report.keep_earlier(directory, (*(() if kept else (STATISTICS,)), SCORES, EXPERT_SCORES, IMATRIX))
     if statistics is None:
-        statistics = collect_statistics(model, batches, layers_path=settings.layers_path, name=name, show_progress=True)
+        statistics = collect_statistics(model, batches, layers_path=path, name=name, show_progress=True)
+    if output.imatrix:
+        statistics.save(directory / IMATRIX, model=base)
     if kept is None:
         statistics.save(file)
         if not earlier:
@@ -226,6 +237,7 @@ def _with_experts(
 
 def _check_reused(directory: Path) -> None:
     """Checks that files with the names of our results are ours."""
+    from hf_cod.analysis.statistics.imatrix import read_imatrix
     from hf_cod.analysis.statistics.layer_statistics import LayerStatistics
     from hf_cod.io.journal import check_journal
     from hf_cod.io.output_checks import REPORT, check_reused
@@ -236,6 +248,7 @@ def _check_reused(directory: Path) -> None:
     ours: dict[str, Callable[[Path], object]] = {
         SCORES: LayerScores.load,
         EXPERT_SCORES: ExpertScores.load,
+        IMATRIX: read_imatrix,
         REPORT: RunReport.load,
         "journal.jsonl": check_journal,
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_cod.analysis.statistics.input_products import ProductsRecorder
-from hf_cod.analysis.statistics.layer_statistics import StatisticsRecorder
+from hf_cod.analysis.statistics.squares_recorder import StatisticsRecorder
 from hf_cod.functional.sparsity import Pattern, magnitude_mask, sparsegpt, wanda_mask
 from hf_cod.layers.sequential import Recorder, Sums
 from hf_cod.layers.stack import DecoderLayers

@@ -44,6 +44,28 @@ def test_score_writes_statistics_scores_report_and_picture(checkpoint, capsys):
     assert not (checkpoint / "second-3").exists(), "what nobody checked is not copied"
 
 
+def test_importance_matrices_are_written_and_read(checkpoint, capsys):
+    text, first, second = (str(checkpoint / name) for name in ("text.txt", "first", "second"))
+    arguments = ["score", str(checkpoint / "model"), "--text", text, *QUICK, "--no-plots"]
+    assert main([*arguments, "--imatrix", "--output", first]) == 0
+    file = checkpoint / "first" / "imatrix.gguf"
+    assert main([*arguments, "--statistics", str(file), "--output", second]) == 0
+    values = [LayerScores.load(checkpoint / name / "scores.json").values for name in ("first", "second")]
+    assert values[0] == values[1]
+    assert main([*arguments, "--threshold", "3", "--output", first]) == 0
+    assert not file.exists() and (checkpoint / "first" / "earlier-1" / "imatrix.gguf").is_file()
+    bad = checkpoint / "bad.gguf"
+    bad.write_bytes(b"GGUF" + bytes(8))
+    assert main([*arguments, "--statistics", str(bad), "--output", f"{second}-3"]) == 2
+    assert "statistics: expected GGUF version 2 or 3, little-endian, got 0 in" in capsys.readouterr().err
+    build("opt").save_pretrained(checkpoint / "opt")
+    gpt_like().save_pretrained(checkpoint / "opt")
+    other = ["score", str(checkpoint / "opt"), *arguments[2:], "--imatrix", "--output", f"{second}-3"]
+    assert main(other) == 2, "before statistics are collected"
+    assert "model: expected an architecture that GGUF has names for, got opt" in capsys.readouterr().err
+    assert not (checkpoint / "second-3" / "statistics.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "layers, method, found",
     [

@@ -1,0 +1,1 @@
+"""Export: plans of bits for other engines, and checkpoints in their formats."""
