@@ -99,8 +99,15 @@ def test_what_can_be_folded_depends_on_the_family(run):
     report.settings["norm_placement"] = "reordered"
     assert "hf-cod convert stock tiny-lns as-olmo2" in model_card(report, CardSettings(), [], "cod_olmo2").text
     assert "cannot be converted to a stock Llama" in model_card(report, CardSettings(), []).text
-    with pytest.raises(ValueError, match=r"run: expected a model of type cod_llama, .*, got 'gpt2'"):
-        model_card(report, CardSettings(), [], "gpt2")
+    with pytest.raises(ValueError, match=r"run: expected a model of type cod_llama, .*, got 'no_type'"):
+        model_card(report, CardSettings(), [], "no_type")
+
+
+def test_the_card_of_a_stock_model_asks_for_no_code(run):
+    """Such as the mixture of examples/build_mixture.py: nothing to convert, nothing to trust, no paper of ours."""
+    card = model_card(RunReport.load(run), CardSettings(), [], "qwen3_moe").text
+    assert "A Qwen3Moe of 2 layers" in card and 'AutoModelForCausalLM.from_pretrained("tiny-lns")' in card
+    assert not any(word in card for word in ("trust_remote_code", "convert stock", "Curse of Depth"))
 
 
 def test_the_card_of_an_earlier_report_is_the_same(run):
