@@ -68,11 +68,13 @@ def training_arguments(settings: PretrainSettings, streams: bool) -> TrainingArg
     return arguments
 
 
-def pretrain(settings: PretrainSettings, build: Build | None = None) -> RunReport | None:
+def pretrain(
+    settings: PretrainSettings, build: Build | None = None, trainer_class: type[Trainer] = Trainer
+) -> RunReport | None:
     """Trains or resumes; saves and returns the report, on the main process only. `build` is that of `prepare`."""
     prepared = prepare(settings, build)
     arguments = training_arguments(settings, prepared.streams)
-    trainer = Trainer(
+    trainer = trainer_class(
         model=prepared.model,
         args=arguments,
         train_dataset=prepared.train,
