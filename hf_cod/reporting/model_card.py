@@ -255,6 +255,7 @@ class _Source:
     characters: int
     license: str
     evidence: str
+    pieces: int | None = None  # written by pretraining_text.py, not shown
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,8 @@ def run(tmp_path):
     history.start()
     history.add({"step": 1, "variance": [1.0, 2.0], "effective_depth": 2.0})
     history.add({"step": 7, "variance": [1.0, 3.0], "effective_depth": 1.5})
-    (tmp_path / "sources.json").write_text(
-        json.dumps(
-            {"sources": {"novel": {"package": "p", "characters": 9, "license": "public domain", "evidence": "old"}}}
-        )
-    )
+    novel = {"package": "p", "license": "public domain", "evidence": "old", "pieces": 1, "characters": 9}
+    (tmp_path / "sources.json").write_text(json.dumps({"seed": 0, "held_out": 0.02, "sources": {"novel": novel}}))
     (tmp_path / "comparison.md").write_text("| placement |\n|---|\n| lns |\n")
     return folder
 
