@@ -40,8 +40,8 @@ from hf_cod.training.pretraining.results import unigram_perplexity
 
 NAME = "hf-cod-tiny-mixture"
 MIXTURE = ROOT / "tests" / "assets" / "mixture"
-WHERE = """The weights are in `tests/assets/mixture` of the repository of hf_cod. This directory can be uploaded to the
-Hub as it is.
+WHERE = """The weights are in `tests/assets/mixture` of the repository of hf_cod, a directory that can be uploaded to
+the Hub.
 """
 HEAD_WIDTH = 64  # channels of an attention head, as in the pair
 HELD_OUT = EMBEDDED / "held_out.txt"
@@ -165,10 +165,10 @@ def without_held_out(text: str) -> str:
 
 
 def measure(made: Path, settings: MixtureSettings) -> dict[str, Any]:
-    """Perplexities on the embedded held-out text, and the use of the experts; in float32, of weights in bfloat16."""
-    model, tokenizer = load_model(str(made), ModelSettings(dtype="bfloat16"))
-    dense, _ = load_model(embedded_model("pre"))
-    model, dense = model.float(), dense.float()
+    """Perplexities on the embedded held-out text, and the use of the experts; in float32."""
+    (model, tokenizer), (dense, _) = (
+        load_model(str(name), ModelSettings(dtype="float32")) for name in (made, embedded_model("pre"))
+    )
     length = settings.recipe.sequence_length
     windows = pack(tokenizer, [HELD_OUT.read_text(encoding="utf-8")], length).long()
     train = pack(tokenizer, load_texts(TextSettings(text=settings.text)), length)
@@ -198,9 +198,9 @@ def describe(found: dict[str, Any], parameters: int, settings: MixtureSettings) 
         f"routed to {settings.experts_per_token}. Experts hold {found['expert_parameters'] / parameters:.0%} of the "
         f"parameters; a token uses {found['active_parameters'] / 1e6:.2g} million of them.",
         f"The training loss includes {settings.balance:g} times the load-balancing loss of each layer.",
-        f"Perplexity on {found['held_out_tokens']:,} tokens of the held-out text of the embedded pair, in bfloat16 "
-        f"weights: {values['mixture']}; the pair's model `pre`, after 10.2 million tokens: {values['pre']}; a unigram "
-        f"model: {values['unigram']}. No model was trained on this text.",
+        f"Perplexity on {found['held_out_tokens']:,} tokens of the held-out text of the embedded pair: "
+        f"{values['mixture']}; the pair's dense model pre, after 10.2 million tokens: {values['pre']}; a unigram "
+        f"model: {values['unigram']}. None of them was trained on this text.",
         f"There, the most used expert of a layer processes {min(most):.0%} to {max(most):.0%} of the tokens, the least "
         f"used one {min(least):.0%} to {max(least):.0%} ({settings.experts_per_token / settings.experts:.0%} each if "
         "all are used equally).",
