@@ -16,16 +16,15 @@ import shutil
 from pathlib import Path
 
 from pretrain import pretrain
+from shipped_models import ship
 
-from hf_cod.io.files import write_json, write_text
+from hf_cod.io.files import write_text
 from hf_cod.io.models import EMBEDDED, EMBEDDED_PLACEMENTS
 from hf_cod.io.report import RunReport
 from hf_cod.reporting.model_card import CardSettings, release
 from hf_cod.training.pretraining.preparation import claim
 from hf_cod.training.pretraining.recipes import PretrainSettings
 
-ROOT = Path(__file__).parent.parent
-SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 # The package contains the weights without the code that the Hub requires: these lines write both.
 WHERE = """The weights are part of the package hf_cod. These lines write them, with the code that loads them, into a
 directory that can be uploaded to the Hub:
@@ -70,20 +69,6 @@ def settings_of(placement: str, chosen: argparse.Namespace) -> PretrainSettings:
     )
 
 
-def ship(made: Path, placement: str) -> None:
-    """Copies the files of the package, and the card."""
-    for folder, patterns in (
-        (EMBEDDED / placement, SHIPPED),
-        (ROOT / "model_cards" / made.name, ("README.md", "*.png")),
-    ):
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (path for pattern in patterns for path in made.glob(pattern)):
-            shutil.copy2(path, folder)
-    config = json.loads((made / "config.json").read_text(encoding="utf-8"))
-    config.pop("auto_map")  # it names code files, which are not copied
-    write_json(EMBEDDED / placement / "config.json", config)
-
-
 def main() -> None:
     """Trains missing models, then writes the files of the package."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,7 +92,8 @@ def main() -> None:
             where=WHERE.format(placement=placement, name=name),
             comparison=chosen.comparison,
         )
-        ship(release(chosen.runs / placement, chosen.runs / "release" / name, card).parent, placement)
+        released = release(chosen.runs / placement, chosen.runs / "release" / name, card).parent
+        ship(released, EMBEDDED / placement)
         tokens = RunReport.load(chosen.runs / placement).results["tokens"] / 1e6
         print(f"{name}: {tokens:.3g} million tokens")
     shutil.copy2(chosen.corpus / "sources.json", EMBEDDED)

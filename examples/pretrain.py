@@ -23,10 +23,11 @@ from hf_cod.cli.parser import SettingsParser
 from hf_cod.io.packing import PackedStream
 from hf_cod.io.report import RunReport
 from hf_cod.training.pretraining.checkpoints import check_of_trainer
-from hf_cod.training.pretraining.preparation import prepare
+from hf_cod.training.pretraining.preparation import Build, prepare
 from hf_cod.training.pretraining.recipes import FINAL_LEARNING_RATE_SHARE, PretrainSettings, accumulation_steps
 from hf_cod.training.pretraining.results import save_results
 from hf_cod.training.runs.run_directory import last_checkpoint, last_steps
+from hf_cod.training.runs.trainer import show_progress
 
 STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that Trainer writes
 
@@ -67,11 +68,13 @@ def training_arguments(settings: PretrainSettings, streams: bool) -> TrainingArg
     return arguments
 
 
-def pretrain(settings: PretrainSettings) -> RunReport | None:
-    """Trains or resumes; saves and returns the report, on the main process only."""
-    prepared = prepare(settings)
+def pretrain(
+    settings: PretrainSettings, build: Build | None = None, trainer_class: type[Trainer] = Trainer
+) -> RunReport | None:
+    """Trains or resumes; saves and returns the report, on the main process only. `build` is that of `prepare`."""
+    prepared = prepare(settings, build)
     arguments = training_arguments(settings, prepared.streams)
-    trainer = Trainer(
+    trainer = trainer_class(
         model=prepared.model,
         args=arguments,
         train_dataset=prepared.train,
@@ -80,6 +83,7 @@ def pretrain(settings: PretrainSettings) -> RunReport | None:
         processing_class=prepared.tokenizer,
         callbacks=[LayerDiagnosticsCallback(every=settings.diagnose_every, probe=prepared.probe)],
     )
+    show_progress(trainer)
     if last_steps(arguments.output_dir):
         trainer.create_optimizer()  # as Trainer does later; checkpoints are compared with it
     checkpoint = last_checkpoint(arguments.output_dir, STATE_FILE, partial(check_of_trainer, trainer))

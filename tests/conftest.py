@@ -98,6 +98,11 @@ def smollm2() -> str:
 
 
 @pytest.fixture(scope="session")
+def mixture() -> str:
+    return real_models.mixture()
+
+
+@pytest.fixture(scope="session")
 def mpnet() -> str:
     return real_models.mpnet()
 

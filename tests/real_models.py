@@ -1,4 +1,5 @@
-"""Real models and text out of public packages, converted once and kept in Hugging Face's assets cache.
+"""Real models and text out of public packages, converted once and kept in Hugging Face's assets cache, and a mixture
+of experts, which no package carries and the repository does.
 
 Nothing here needs the Hub. What cannot be fetched fails with the name of the package that the test needs.
 """
@@ -26,6 +27,7 @@ packaged_files = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(packaged_files)
 from_package = packaged_files.from_package
 
+MIXTURE = Path(__file__).parent / "assets" / "mixture"
 MPNET_PARTS = 5
 DINOV2_LAYERS = 12
 # The ONNX file was written with names that transformers has changed since.
@@ -63,6 +65,13 @@ def smollm2() -> str:
         tokenizer.save_pretrained(folder)
 
     return str(_made_once("smollm2", make))
+
+
+def mixture() -> str:
+    """A trained Qwen3-MoE of 3.6 million parameters (7 layers, 8 experts, 2 for each token), bfloat16, of the
+    repository; examples/build_mixture.py makes it again.
+    """
+    return str(MIXTURE)
 
 
 def mpnet() -> str:

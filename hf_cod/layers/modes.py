@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary, ref
@@ -123,12 +123,32 @@ def gradients_restored(parameters: Iterable[Tensor]) -> Iterator[None]:
 @contextmanager
 def cache_restored(config: Any) -> Iterator[None]:
     """Restores `use_cache` of the config at the end of the block; does nothing for None or a config without it."""
-    before = getattr(config, "use_cache", None)
+    with _entries_restored(config, ["use_cache"]):
+        yield
+
+
+@contextmanager
+def measuring_config(config: Any) -> Iterator[None]:
+    """Without KV cache and without a load-balancing loss inside the block; does nothing for None.
+
+    That loss is of training, and fails if only some layers run.
+    """
+    names = ["use_cache", "output_router_logits"]
+    with _entries_restored(config, names):
+        for name in names:
+            if getattr(config, name, None) is not None:
+                setattr(config, name, False)
+        yield
+
+
+@contextmanager
+def _entries_restored(config: Any, names: Sequence[str]) -> Iterator[None]:
+    before = {name: value for name in names if (value := getattr(config, name, None)) is not None}
     try:
         yield
     finally:
-        if before is not None:
-            config.use_cache = before
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import std
 from tqdm.auto import tqdm
 
-from hf_cod.layers.modes import cache_restored, modes_restored
+from hf_cod.layers.modes import measuring_config, modes_restored
 from hf_cod.layers.stack import DecoderLayers
 from hf_cod.layers.stock_four_bit import without_repacking
 
@@ -60,18 +60,16 @@ def naming_weights(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(stack: DecoderLayers, *, repacking: bool = False) -> Iterator[None]:
-    """Eval mode without KV cache inside the block. Each module's training flag and the config are restored at its end.
+    """Eval mode without KV cache and load-balancing loss inside the block. Each module's training flag and the config
+    are restored at its end.
 
     bitsandbytes' 4-bit layers repack their weights inside only with `repacking`, as in normal inference.
     """
     # An encoder-decoder passes the choice of its own config on to its decoder.
     config: Any = stack.config
     whole: Any = getattr(stack.model, "config", None)
-    with modes_restored(stack.model), cache_restored(config), cache_restored(whole):
+    with modes_restored(stack.model), measuring_config(config), measuring_config(whole):
         stack.model.eval()
-        for each in (config, whole):
-            if getattr(each, "use_cache", None) is not None:
-                each.use_cache = False
         with nullcontext() if repacking else without_repacking(stack.model):
             yield
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Unpack, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import CONFIG_MAPPING
 
 from hf_cod.analysis.monitoring.history import TrainingHistory
 from hf_cod.io.files import copy_aside, write_text
@@ -95,14 +96,14 @@ def model_card(report: RunReport, settings: CardSettings, pictures: list[str], m
         report: the report of the run.
         settings: entries of the card that the report does not contain.
         pictures: names (keys of `PICTURES`) of the plots that are saved next to the card.
-        model_type: the `model_type` of the model's config, one of this package's.
+        model_type: the `model_type` of the model's config, one of this package or of transformers.
 
     Raises:
         ValueError: a model of another type, or a file named in the settings does not exist or has another format.
     """
     check_card_entries(report)
     name = settings.name or report.model.replace(" ", "-")
-    family = _family(model_type)
+    family, title = _family(model_type)
     perplexity = report.results["validation_perplexity"]
     data = ModelCardData(
         language=settings.language,
@@ -122,14 +123,15 @@ def model_card(report: RunReport, settings: CardSettings, pictures: list[str], m
         ],
     )
     sections = [
-        _what(report, name, family),
+        _what(report, name, title),
         _use(report, name, settings.where, family),
         _results(report, pictures),
         _training(report),
     ]
     sections += [_texts(settings.sources)] if settings.sources else []
     sections += [_comparison(settings.comparison)] if settings.comparison else []
-    sections.append(f"## Source\n\n[The Curse of Depth in Large Language Models]({PAPER}), Sun et al. 2025.")
+    if family is not None:
+        sections.append(f"## Source\n\n[The Curse of Depth in Large Language Models]({PAPER}), Sun et al. 2025.")
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
@@ -154,37 +156,48 @@ def _validated_on(told: dict[str, Any]) -> str:
     return f"{text}, {told['validation_split']}" if told.get("validation_split") else f"held-out parts of {text}"
 
 
-def _family(model_type: str) -> Family:
+def _family(model_type: str) -> tuple[Family | None, str]:
+    """The family, which a stock model does not have, and the name in transformers."""
     families = {family.model_type: family for family in FAMILIES}
-    if model_type not in families:
-        raise ValueError(f"run: expected a model of type {', '.join(families)}, got {model_type!r}")
-    return families[model_type]
+    if model_type in families:
+        return families[model_type], families[model_type].title
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"run: expected a model of type {', '.join(families)} or of transformers, got {model_type!r}")
+    return None, CONFIG_MAPPING[model_type].__name__.removesuffix("Config")
 
 
-def _what(report: RunReport, name: str, family: Family) -> str:
+def _what(report: RunReport, name: str, title: str) -> str:
     counted = report.results["parameters"]
     millions = (counted if isinstance(counted, int) else counted["trained"]) / 1e6  # a number in reports of 0.1
     tokens: int = report.results["tokens"]
     small = " It is small and trained on little text: use it for measurements, not for text generation."
     return (
-        f"# {escaped(name)}\n\nA {family.title} of {report.n_layers} layers and {millions:.1f} million parameters with "
+        f"# {escaped(name)}\n\nA {title} of {report.n_layers} layers and {millions:.1f} million parameters with "
         f"norm placement `{report.settings['norm_placement']}`, trained from scratch on "
         f"{tokens / 1e6:.3g} million tokens." + small * (tokens < LITTLE_TEXT)
     )
 
 
-def _use(report: RunReport, name: str, where: str | None, family: Family) -> str:
+def _use(report: RunReport, name: str, where: str | None, family: Family | None) -> str:
+    required = f"`{shlex.join(['pip', 'install', 'torch', requirement('transformers')])}`"
+    code = "" if family is None else ", trust_remote_code=True"
+    told = (
+        f"transformers loads the model without hf_cod ({required}):\n"
+        if family is None
+        else f"The directory contains the model's code, so hf_cod is not required, only {required}:\n"
+    )
     lines = [
         "## Load it\n",
         *([where, ""] if where else []),
-        "The directory contains the model's code, so hf_cod is not required, only "
-        f"`{shlex.join(['pip', 'install', 'torch', requirement('transformers')])}`:\n",
+        told,
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, trust_remote_code=True)",
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}, trust_remote_code=True)\n```\n",
-        "If hf_cod is installed and imported, the model loads without `trust_remote_code`; "
-        f"`hf-cod diagnose {shlex.quote(name)}` measures its layers.",
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}{code})",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}{code})\n```\n",
     ]
+    measures = f"`hf-cod diagnose {shlex.quote(name)}` measures its layers."
+    if family is None:
+        return "\n".join([*lines, measures])
+    lines.append(f"If hf_cod is installed and imported, the model loads without `trust_remote_code`; {measures}")
     stock = family.title
     if report.settings["norm_placement"] in family.foldable:
         lines.append(
@@ -242,6 +255,7 @@ class _Source:
     characters: int
     license: str
     evidence: str
+    pieces: int | None = None  # written by pretraining_text.py, not shown
 
 
 @dataclass(frozen=True)

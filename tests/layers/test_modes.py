@@ -88,3 +88,12 @@ def test_a_probe_in_training_leaves_moving_averages():
             module.quant_mode = True
     direct_use(model)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_a_mixture_that_trains_with_a_balancing_loss_is_measured_without_it():
+    """The loss needs the logits of all routers, and some measurements run single layers."""
+    model = build("qwen2_moe")
+    expected = diagnose(model, batches=[batch_for(model)])
+    model.config.output_router_logits = True
+    found = diagnose(model, batches=[batch_for(model)])
+    assert model.config.output_router_logits and found.layers == expected.layers

@@ -41,11 +41,8 @@ def run(tmp_path):
     history.start()
     history.add({"step": 1, "variance": [1.0, 2.0], "effective_depth": 2.0})
     history.add({"step": 7, "variance": [1.0, 3.0], "effective_depth": 1.5})
-    (tmp_path / "sources.json").write_text(
-        json.dumps(
-            {"sources": {"novel": {"package": "p", "characters": 9, "license": "public domain", "evidence": "old"}}}
-        )
-    )
+    novel = {"package": "p", "license": "public domain", "evidence": "old", "pieces": 1, "characters": 9}
+    (tmp_path / "sources.json").write_text(json.dumps({"seed": 0, "held_out": 0.02, "sources": {"novel": novel}}))
     (tmp_path / "comparison.md").write_text("| placement |\n|---|\n| lns |\n")
     return folder
 
@@ -99,8 +96,15 @@ def test_what_can_be_folded_depends_on_the_family(run):
     report.settings["norm_placement"] = "reordered"
     assert "hf-cod convert stock tiny-lns as-olmo2" in model_card(report, CardSettings(), [], "cod_olmo2").text
     assert "cannot be converted to a stock Llama" in model_card(report, CardSettings(), []).text
-    with pytest.raises(ValueError, match=r"run: expected a model of type cod_llama, .*, got 'gpt2'"):
-        model_card(report, CardSettings(), [], "gpt2")
+    with pytest.raises(ValueError, match=r"run: expected a model of type cod_llama, .*, got 'no_type'"):
+        model_card(report, CardSettings(), [], "no_type")
+
+
+def test_the_card_of_a_stock_model_asks_for_no_code(run):
+    """Such as the mixture of examples/build_mixture.py: nothing to convert, nothing to trust, no paper of ours."""
+    card = model_card(RunReport.load(run), CardSettings(), [], "qwen3_moe").text
+    assert "A Qwen3Moe of 2 layers" in card and 'AutoModelForCausalLM.from_pretrained("tiny-lns")' in card
+    assert not any(word in card for word in ("trust_remote_code", "convert stock", "Curse of Depth"))
 
 
 def test_the_card_of_an_earlier_report_is_the_same(run):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from accelerate import PartialState
 from huggingface_hub import cached_assets_path
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from hf_cod.io.files import directory_aside, fingerprint
 from hf_cod.io.models import load_tokenizer
@@ -35,6 +35,9 @@ TEXT_LIMIT = 600.0  # seconds to wait for another process that reads the tokeniz
 # Settings that may differ when a run is resumed: they affect output, memory and speed, not the trained model.
 FREE = ("output", "micro_batch_size", "compile", "save_every", "evaluate_every", "diagnose_every", "log_every")
 
+# Builds a newly initialised model, float32, from the settings of a run and its tokenizer.
+Build = Callable[[PretrainSettings, Any], PreTrainedModel]
+
 
 @dataclass
 class Prepared:
@@ -49,7 +52,7 @@ class Prepared:
     """
 
     tokenizer: Any
-    model: CodLlamaForCausalLM
+    model: PreTrainedModel
     train: Dataset
     validation: Dataset
     output: OutputDirectory | None = None
@@ -65,11 +68,15 @@ class Prepared:
         return isinstance(self.train, PackedStream)
 
 
-def prepare(settings: PretrainSettings) -> Prepared:
+def prepare(settings: PretrainSettings, build: Build | None = None) -> Prepared:
     """Loads or trains the tokenizer, tokenizes and packs the text (cached), and builds the model.
 
     Must be called on every process; the first process fills the cache. A tokenizer that is trained here is trained on
     the full text, including held-out windows.
+
+    Args:
+        settings: settings of the run.
+        build: builds the model from the settings and the tokenizer; default: a Llama, by `build_model`.
 
     Raises:
         ValueError: no such text, column or tokenizer, too little text, an output directory of another run, or processes
@@ -101,8 +108,12 @@ def prepare(settings: PretrainSettings) -> Prepared:
         validation = windows[len(windows) - held_out :] if held_out else _validation(settings, recipe, texts, tokenizer)
         alike |= {"tokenizer": tokenizer_identity(tokenizer), "validation_text": len(validation)}
         stack.pop_all()  # the directory stays locked until the results are saved
-    model = build_model(recipe, settings.norm_placement, settings.seed, tokenizer)
+    model = (build or _llama)(settings, tokenizer)
     return Prepared(tokenizer, model, train, PackedText(validation, len(validation), seed=0), output)
+
+
+def _llama(settings: PretrainSettings, tokenizer: Any) -> CodLlamaForCausalLM:
+    return build_model(settings.recipe, settings.norm_placement, settings.seed, tokenizer)
 
 
 def build_model(recipe: Recipe, norm_placement: str, seed: int, tokenizer: Any) -> CodLlamaForCausalLM:

@@ -45,6 +45,8 @@ def save_results(
     if not accelerator.is_main_process:
         return None
     bare.config.use_cache = True
+    if hasattr(bare.config, "output_router_logits"):
+        bare.config.output_router_logits = False  # only the load-balancing loss of training uses them
     assert prepared.output is not None
     with ExitStack() as stack:
         output = stack.push(prepared.output)

@@ -178,7 +178,7 @@ def train(
             optimizer_cls_and_kwargs=optimizer,
             callbacks=[memory := MemoryCallback(beside), LastRecord(), *callbacks, *(saving if lasting else [])],
         )
-        _show_progress(trainer)
+        show_progress(trainer)
         try:
             _check_alone(trainer.args)
             if last_steps(directory):
@@ -201,8 +201,8 @@ def train(
     return Training(curve, seconds, memory.bytes_used(), trained)
 
 
-def _show_progress(trainer: Any) -> None:
-    """Our bar, or a line for each record if bars are off, in place of Trainer's."""
+def show_progress(trainer: Any) -> None:
+    """Shows this package's bar, or a line for each record if bars are off, in place of Trainer's."""
     if trainer.args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(LogLines())
