@@ -37,6 +37,7 @@ from hf_cod.training.owlore.settings import OwLoreSettings
 from hf_cod.training.runs.memory import train_steps
 from hf_cod.training.runs.methods import METHODS as TRAINED_BY
 from hf_cod.training.runs.methods import set_up
+from tests.compression.quantization.test_experts import mixture
 
 pytestmark = [
     pytest.mark.gpu,
@@ -123,6 +124,22 @@ def test_a_quantized_model_says_one_token_after_another_as_its_dense_copy(batche
             one = model(ids[:1, -1:], past_key_values=past).logits[:, -1].float()
         assert float((one - whole).norm() / whole.norm()) < close, dtype
         assert model.generate(ids[:1], max_new_tokens=8, min_new_tokens=8).shape == (1, ids.shape[1] + 8)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("tokens", [1, 40])
+@torch.no_grad()
+def test_quantized_experts(kind, tokens):
+    """Of both widths, in all implementations; a prompt and one token."""
+    model = mixture(kind)
+    quantize(model, OwlBnbConfig(bits=3.6, block=32))
+    ids = torch.randint(3, 99, (1, tokens), generator=torch.Generator().manual_seed(0))
+    expected = model(ids).logits
+    model.cuda()
+    for name in ("grouped_mm", "batched_mm", "eager") if kind != "llama4_text" else ("eager",):
+        if kind != "llama4_text":
+            model.set_experts_implementation(name)
+        torch.testing.assert_close(model(ids.cuda()).logits.cpu(), expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["whitened", "plain", "oats"])

@@ -44,7 +44,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 
 @torch.no_grad()
 def inputs_of(args: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name -> (some rows of the matrix, its inputs in random order) of each chosen matrix."""
+    """Name -> (some rows of the matrix, its inputs in random order) of each chosen matrix, in whole blocks."""
     model, tokenizer = load_model(args.model, ModelSettings(dtype="float32"))
     ids = tokenizer(args.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0][: args.samples * 256]
     found: dict[str, list[Tensor]] = {}
@@ -55,7 +55,9 @@ def inputs_of(args: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
     for batch in ids.view(-1, 256).split(4):
         model(batch)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
-    return {name: (modules[name].weight[: args.rows], torch.cat(x)[order]) for name, x in found.items()}
+    matrices = {name: module.weight.detach()[: args.rows] for name, module in modules.items()}
+    whole = {name: W.shape[1] // BLOCK * BLOCK for name, W in matrices.items()}
+    return {name: (W[:, : whole[name]], torch.cat(found[name])[order, : whole[name]]) for name, W in matrices.items()}
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import hf_cod
 from tests.docs.pages import NAMES, ROOT, read, snippets
-from tests.docs.tiny import TEXT, model, save_models
+from tests.docs.tiny import SIZES, TEXT, model, save_models
 from tests.tiny_models import build
 
 CASES = [(page, number) for page in NAMES for number in range(len(snippets(page)))]
@@ -107,7 +107,7 @@ def names(models, measured, folder):
         "dataset": Dataset.from_list([{"text": TEXT[:100]} for _ in range(16)]),
         "inputs": {"input_ids": ids[0][None, :5]},
         "load": model,
-        "mixture": build("mixtral", max_position_embeddings=512),
+        "mixture": build("mixtral", max_position_embeddings=512, **SIZES),
         "model": model(),
         "name": str(models / "stock"),
         "student": model(),

@@ -28,7 +28,7 @@ def save_models(folder: Path) -> Path:
     config = AutoConfig.for_model("cod_llama", norm_placement="lns", num_hidden_layers=3, vocab_size=99, **SIZES)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "lns")
     build_type(f"{SEQ2SEQ}t5").save_pretrained(folder / "t5")
-    build("mixtral", max_position_embeddings=512).save_pretrained(folder / "mixture")
+    build("mixtral", max_position_embeddings=512, **SIZES).save_pretrained(folder / "mixture")
     for name in ("stock", "lns", "t5", "mixture"):
         gpt_like().save_pretrained(folder / name)
     return folder

@@ -21,7 +21,8 @@ from hf_cod.functional.damping import shrunk
 from hf_cod.layers.experts import ExpertMatrix, parameters_of
 from hf_cod.layers.orientation import is_transposed, shape_of
 
-# Error compensation requires at least this share of an expert's input channels as tokens; with fewer it gains nothing.
+# Error compensation requires at least this share of an expert's input channels as tokens: the least for which a gain is
+# measured (`examples/benchmarks/few_tokens.py`).
 LEAST_TOKENS = 1 / 16
 
 
