@@ -118,8 +118,11 @@ def test_they_are_not_quantized_but_counted(name, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     batch = two_batches(model)[1]
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
     with torch.no_grad():
-        assert torch.equal(again(**batch).logits, model(**batch).logits)
+        # What stays dense may be loaded to another alignment, for which its sums are rounded otherwise.
+        torch.testing.assert_close(again(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", QUANTIZABLE)

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from hf_cod.compression.export.settings import GROUPS
-from hf_cod.compression.quantization.plan import BitPlan, quantizable
+from hf_cod.compression.quantization.plan import BitPlan
+from hf_cod.compression.quantization.quantizable import quantizable
 from hf_cod.compression.quantization.settings import StorageSettings
+from hf_cod.compression.quantization.widths import Width
 from hf_cod.layers.checks import check_sizes
 from hf_cod.layers.orientation import is_transposed
 from hf_cod.layers.stack import DecoderLayers
@@ -120,7 +122,7 @@ def matrices_of(stack: DecoderLayers, engine: Format, group: int | None, grouped
             if name not in linears or (engine.fuses and is_transposed(linears[name])):
                 left[name] = "experts in one parameter" if name not in linears else "a Conv1D, which is not a Linear"
             else:
-                sizes[name] = size
+                sizes[name] = (size[0], size[1])
     if grouped and group is None:
         whole = [g for g in GROUPS if all(k % g == 0 for _, k in sizes.values() if k % GROUPS[-1] == 0)]
         group = whole[0] if whole else GROUPS[-1]
@@ -209,11 +211,11 @@ def plan_as_given(
     return _made(engine, replace(matrices, sizes=sizes, left=matrices.left | left), widths, "given")
 
 
-def _of_matrices(engine: Format, matrices: Matrices, bits: Mapping[str, int]) -> dict[str, int]:
+def _of_matrices(engine: Format, matrices: Matrices, bits: Mapping[str, Width]) -> dict[str, int]:
     for name, width in bits.items():
         if name not in matrices.sizes:
             raise ValueError(f"plan: expected matrices of the model, got {name}: {matrices.left.get(name, 'unknown')}")
-        _check_width(engine, width, name)
+        _check_width(engine, int(width), name)
     for unit in (unit for layer in matrices.units for unit in layer):
         found = {bits.get(name) for name in unit}
         if len(found) > 1:
@@ -222,7 +224,7 @@ def _of_matrices(engine: Format, matrices: Matrices, bits: Mapping[str, int]) ->
                 f"plan: expected one width for matrices that {engine.name} fuses, got {told} in "
                 f"{unit[0].rpartition('.')[0]}"
             )
-    return {name: bits[name] for name in matrices.sizes if name in bits}
+    return {name: int(bits[name]) for name in matrices.sizes if name in bits}
 
 
 def _of_layer(engine: Format, matrices: Matrices, index: int, value: float) -> dict[str, int]:

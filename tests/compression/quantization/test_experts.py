@@ -3,6 +3,7 @@
 import copy
 import sys
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -192,6 +193,21 @@ def test_gradients_of_what_is_before_the_experts(kind, implementation):
         each(**batch_for(each)).logits.square().sum().backward()
         found.append(each.get_input_embeddings().weight.grad)
     torch.testing.assert_close(*found, atol=1e-3, rtol=1e-3)
+
+
+def test_adapters_are_trained_beside_packed_experts():
+    model, _ = quantized("qwen3_moe")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(3):
+        losses.append(adapted(**tokens(40), labels=tokens(40)["input_ids"]).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[2] < losses[0]
+    assert all(torch.equal(t, before[name]) for name, t in adapted.unload().state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
